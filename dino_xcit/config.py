@@ -1,0 +1,240 @@
+"""Every setting of a pretraining run, with its default: the only place that has them.
+
+DINO's names are kept. Values are checked here, so that a run that cannot work ends before it starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from dino_xcit.augment import MultiCropAugmentation
+from dino_xcit.errors import InputError
+from dino_xcit.optim import CLIP_MODES, OPTIMIZERS
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of run_pretrain.py. Precedence: flags, then --config FILE.yaml, then the recipe, then these defaults."""
+
+    # ---- what
+    arch: str = "xcit_small_12_p16"
+    """Backbone: an official XCiT name (xcit_nano_12_p16 ... xcit_large_24_p8, also _p4), xcit_pico_4_p4 or
+    xcit_micro_6_p4 for small images, or timm:NAME."""
+    recipe: str = ""
+    """Named settings: dino (the reference's defaults), xcit-dino-300ep (nearest to the published XCiT models), sample
+    and sample-long (the embedded sample). Default: sample without --data-path, else dino."""
+    data_path: str = ""
+    """Images to learn from: a folder (class sub-folders or not), a .txt list of paths, sample:fashion-mnist,
+    sample:fashion-mnist-full or torchvision:NAME. Labels are never used for training."""
+    output_dir: str = ""
+    """Where checkpoints, metrics and curves go. Default: runs/RECIPE-ARCH."""
+
+    # ---- head and loss
+    out_dim: int = 65536
+    """Prototypes K of the DINO head."""
+    norm_last_layer: bool = True
+    """Freeze the prototypes' lengths at 1: stabler; false gives better features for small models."""
+    use_bn_in_head: bool = False
+    """BatchNorm in the head's hidden layers."""
+    head_hidden_dim: int = 2048
+    """Width of the head's two hidden layers."""
+    head_bottleneck_dim: int = 256
+    """Width of the head's output before the prototypes."""
+    momentum_teacher: float = 0.996
+    """Share of the teacher kept at each step, rising to 1 by a cosine; higher for small batches."""
+    student_temp: float = 0.1
+    """Softmax temperature of the student."""
+    warmup_teacher_temp: float = 0.04
+    """Softmax temperature of the teacher in the first epoch."""
+    teacher_temp: float = 0.04
+    """Softmax temperature of the teacher after its warm-up; above 0.07 is seldom stable."""
+    warmup_teacher_temp_epochs: int = 0
+    """Epochs over which the teacher's temperature rises."""
+    center_momentum: float = 0.9
+    """Share of the centre kept at each step."""
+
+    # ---- optimisation
+    epochs: int = 100
+    """Passes over the images."""
+    batch_size_per_gpu: int = 64
+    """Images in one forward pass of one process."""
+    accumulation_steps: int = 1
+    """Forward passes a step: the global batch is batch_size_per_gpu * processes * accumulation_steps."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """Optimizer of the student."""
+    lr: float = 0.0005
+    """Highest learning rate, for a global batch of lr_reference_batch images; scaled linearly with the batch."""
+    lr_reference_batch: int = 256
+    """The batch that lr is meant for; 0: take lr as it is."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the run."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear learning-rate warm-up; shortened, with a notice, where the run is not longer than it."""
+    warmup_start_lr: float = 0.0
+    """Learning rate of the first step."""
+    weight_decay: float = 0.04
+    """Weight decay of the first step."""
+    weight_decay_end: float = 0.4
+    """Weight decay of the last step, by a cosine."""
+    clip_grad: float = 3.0
+    """Largest gradient norm; 0: no clipping."""
+    clip_mode: Literal["per-parameter", "global"] = "per-parameter"
+    """Whether each parameter's gradient has that limit (the reference) or all together."""
+    freeze_last_layer: int = 1
+    """Epochs during which the prototypes do not move."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the student."""
+
+    # ---- multi-crop
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    """Share of the image's area in a global crop: least, most."""
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area in a local crop: least, most."""
+    local_crops_number: int = 8
+    """Local crops an image; there are always two global ones."""
+    global_crops_size: int = 224
+    """Pixels a side of a global crop."""
+    local_crops_size: int = 96
+    """Pixels a side of a local crop."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Width / height of a crop: least, most."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of colour jitter."""
+    brightness: float = 0.4
+    """Strength of the jitter's brightness."""
+    contrast: float = 0.4
+    """Strength of the jitter's contrast."""
+    saturation: float = 0.2
+    """Strength of the jitter's saturation."""
+    hue: float = 0.1
+    """Strength of the jitter's hue, in turns of the colour circle."""
+    gray: float = 0.2
+    """Probability of losing the colour."""
+    global_blur: tuple[float, float] = (1.0, 0.1)
+    """Probability of blur in the first and in the second global crop."""
+    local_blur: float = 0.5
+    """Probability of blur in a local crop."""
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels: least, most."""
+    solarize: float = 0.2
+    """Probability of solarisation in the second global crop."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean that normalisation subtracts, a channel."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Deviation that normalisation divides by, a channel."""
+
+    # ---- machine
+    seed: int = 0
+    """Seed of the weights, the order of the images, the crops and drop-path."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the networks; auto: bf16 on a GPU that has it, else fp16 there, fp32 on a CPU.
+    --use_fp16 true|false of DINO means fp16 or fp32."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time; slower on a GPU."""
+    num_workers: int = -1
+    """Loader processes a rank; -1: chosen from the cores at hand."""
+
+    # ---- checkpoints and measuring
+    resume: Literal["auto", "changed", "never"] = "auto"
+    """auto: carry on if output_dir holds this run, refuse if it holds another; changed: carry on with other settings;
+    never: start anew and overwrite."""
+    saveckp_freq: int = 20
+    """Keep a numbered copy of the checkpoint every so many epochs (checkpoint.pth is written every epoch)."""
+    save_every: int = 0
+    """Also write checkpoint.pth every so many steps within an epoch; 0: only at its end."""
+    max_steps: int = 0
+    """Stop after so many steps, with a complete checkpoint; 0: at the end of the last epoch. Schedules do not change."""
+    log_every: int = 10
+    """Steps between two lines of metrics; between them the device is never waited for."""
+    knn_every: int = 0
+    """Epochs between two k-NN measurements while training (needs labels); 0: none."""
+    knn_holdout: int = 0
+    """Measure on so many training images, held out from the k-NN's training part, instead of the validation images:
+    for choosing settings without looking at the validation images. 0: use the validation images."""
+    knn_max_images: int = 100_000
+    """At most so many training images take part in the k-NN while training (evenly spread)."""
+    train_data: str = ""
+    """Labelled training images of the k-NN while training, where not beside data_path."""
+    val_data: str = ""
+    """Labelled validation images of the k-NN while training, where not beside data_path."""
+    eval_resize: int = 0
+    """Shorter side for evaluation, stored in the checkpoint; 0: 8/7 of the crop, as 256 for 224."""
+    eval_crop: int = 0
+    """Centre crop for evaluation, stored in the checkpoint; 0: global_crops_size."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: naming the field, the value, and what would do.
+        """
+        at_least: dict[str, float] = {
+            "out_dim": 2, "head_hidden_dim": 1, "head_bottleneck_dim": 1, "epochs": 1, "batch_size_per_gpu": 1,
+            "accumulation_steps": 1, "lr_reference_batch": 0, "lr": 0, "min_lr": 0, "warmup_epochs": 0,
+            "warmup_start_lr": 0, "weight_decay": 0, "weight_decay_end": 0, "freeze_last_layer": 0,
+            "warmup_teacher_temp_epochs": 0, "num_workers": -1, "saveckp_freq": 0, "save_every": 0, "max_steps": 0,
+            "log_every": 1, "knn_every": 0, "knn_holdout": 0, "knn_max_images": 1, "eval_resize": 0, "eval_crop": 0,
+            "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if not value >= least:
+                raise InputError(f"{name} is {value}, expected at least {least:g}")
+        for name in ("student_temp", "warmup_teacher_temp", "teacher_temp", *(f"std[{i}]" for i in range(3))):
+            value = self.std[int(name[4])] if name.startswith("std[") else getattr(self, name)
+            if not value > 0:
+                raise InputError(f"{name} is {value}, expected more than 0")
+        for name in ("momentum_teacher", "center_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected between 0 and 1, such as 0.996")
+        if not 0 <= self.drop_path_rate < 1:
+            raise InputError(f"drop_path_rate is {self.drop_path_rate}, expected 0 or more and below 1, such as 0.1")
+        choices = {"optimizer": OPTIMIZERS, "clip_mode": CLIP_MODES, "device": ("auto", "cpu", "cuda")}
+        choices |= {"precision": ("auto", "fp32", "bf16", "fp16"), "resume": ("auto", "changed", "never")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        self.augmentation()
+
+    def augmentation(self) -> MultiCropAugmentation:
+        """The multi-crop augmentation of this run."""
+        names = (
+            "global_crops_scale", "local_crops_scale", "local_crops_number", "global_crops_size", "local_crops_size",
+            "crop_ratio", "flip", "jitter", "brightness", "contrast", "saturation", "hue", "gray", "global_blur",
+            "local_blur", "blur_radius", "solarize",
+        )  # fmt: skip
+        return MultiCropAugmentation(**{name: getattr(self, name) for name in names})
+
+    def eval_transform(self) -> EvalTransform:
+        """How this run's backbone wants its images when it is measured."""
+        crop = self.eval_crop or self.global_crops_size
+        return EvalTransform(resize=self.eval_resize or round(crop * 8 / 7), crop=crop, mean=self.mean, std=self.std)
+
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "output_dir", "device", "num_workers", "resume", "saveckp_freq", "save_every", "max_steps", "log_every",
+        "knn_every", "knn_holdout", "knn_max_images", "train_data", "val_data", "eval_resize", "eval_crop", "recipe",
+        "deterministic",
+    }
+)  # fmt: skip
+"""Settings that may differ when a run is carried on: they do not change what is learnt."""
+
+
+def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]:
+    """``name stored -> current`` for each setting in which a stored run is another run than ``current``."""
+    out = []
+    for field in dataclasses.fields(PretrainConfig):
+        if field.name in FREE_TO_CHANGE or field.name not in stored:
+            continue
+        then, now = stored[field.name], getattr(current, field.name)
+        if (list(then) if isinstance(then, (list, tuple)) else then) != (list(now) if isinstance(now, tuple) else now):
+            out.append(f"{field.name} {then} -> {now}")
+    return out

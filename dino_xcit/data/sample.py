@@ -1,0 +1,87 @@
+"""Fashion-MNIST: the subset shipped with this package, and the full set as Debian ships it.
+
+70,000 photographs of clothes, 28x28, grey, ten classes (arXiv 1708.07747, MIT licence, see SAMPLE_LICENSE.txt).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dino_xcit.data.source import Item
+from dino_xcit.errors import InputError
+
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+EMBEDDED = Path(__file__).parent / "fashion_mnist_sample.npz"
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class ArraySource:
+    """Decoded images that lie in memory."""
+
+    def __init__(
+        self, url: str, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: tuple[str, ...]
+    ) -> None:
+        """``images`` [count, height, width] or [count, height, width, 3]; ``labels`` [count]."""
+        self.url = url
+        self.images = images
+        self.labels: NDArray[np.int64] | None = labels
+        self.classes: tuple[str, ...] | None = classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[Item, int | None]:
+        assert self.labels is not None
+        return self.images[index], int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.url}/{range(len(self))[index]:05d}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.url.encode())
+        digest.update(np.ascontiguousarray(self.images).tobytes())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        return digest.hexdigest()
+
+
+def open_sample(name: str, part: str) -> ArraySource:
+    """``fashion-mnist``: 12,000 training and 3,000 test images, class-balanced, shipped with the package.
+    ``fashion-mnist-full``: 60,000 and 10,000, from Debian's package dataset-fashion-mnist.
+
+    Args:
+        name: one of the two names above.
+        part: ``train`` or ``val`` (the test images).
+    """
+    url = f"sample:{name}/{part}"
+    if name == "fashion-mnist":
+        with np.load(EMBEDDED) as arrays:
+            return ArraySource(url, arrays[f"{part}_images"], arrays[f"{part}_labels"].astype(np.int64), CLASSES)
+    if name == "fashion-mnist-full":
+        folder = Path(os.environ.get("FASHION_MNIST_DIR", DEBIAN_FOLDER))
+        prefix = {"train": "train", "val": "t10k"}[part]
+        images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
+        labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
+        return ArraySource(url, images, labels.astype(np.int64), CLASSES)
+    raise InputError(f"unknown sample {name!r}: there are sample:fashion-mnist and sample:fashion-mnist-full")
+
+
+def _read_idx(path: Path) -> NDArray[np.uint8]:
+    """An IDX file of unsigned bytes (the format of MNIST): two zero bytes, type 8, rank, big-endian sizes, data."""
+    try:
+        data = gzip.decompress(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"the full Fashion-MNIST is not at {path.parent}: install Debian's package dataset-fashion-mnist, point "
+            "FASHION_MNIST_DIR at the four .gz files, or use torchvision:FashionMNIST where there is a network"
+        ) from None
+    if data[:3] != b"\x00\x00\x08":
+        raise InputError(f"{path} is no IDX file of unsigned bytes")
+    rank = data[3]
+    shape = [int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(rank)]
+    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)

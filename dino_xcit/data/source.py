@@ -1,0 +1,83 @@
+"""What a data set is to this project: numbered items with a name, and perhaps a label."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Item = bytes | NDArray[np.uint8]
+"""An encoded image file, or decoded pixels: [height, width] or [height, width, 3], uint8."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to images. Implementations hold no open files, so that loader processes can share them."""
+
+    url: str
+    """What :func:`dino_xcit.data.open_source` was given, with the part that was opened."""
+    classes: tuple[str, ...] | None
+    """Class names in label order; None without labels."""
+    labels: NDArray[np.int64] | None
+    """[len], known without reading an image; None without labels."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Item, int | None]:
+        """Item ``index`` and its label (None without labels)."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a person would call item ``index``: its path where it has one. Unique within the source."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the items, their order or their labels change: the key of cached features."""
+        ...
+
+
+def hash_lines(lines: Iterable[str]) -> str:
+    """SHA-256 over text lines, in hexadecimal."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+class Subset:
+    """Some items of another source, in a given order, on request under other label numbers."""
+
+    def __init__(
+        self,
+        source: Source,
+        indices: NDArray[np.int64],
+        relabel: NDArray[np.int64] | None = None,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
+        """``relabel[old label]`` is the new label, and ``classes`` the names in the new order; both or neither."""
+        self._source = source
+        self._indices = indices
+        self.url = source.url if len(indices) == len(source) else f"{source.url}[{len(indices)} of {len(source)}]"
+        self.classes = source.classes if classes is None else classes
+        self.labels = None if source.labels is None else source.labels[indices]
+        if relabel is not None and self.labels is not None:
+            self.labels = relabel[self.labels]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> tuple[Item, int | None]:
+        item, _ = self._source.read(int(self._indices[index]))
+        return item, None if self.labels is None else int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+    def fingerprint(self) -> str:
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        parts = [self._source.fingerprint(), *(hashlib.sha256(x).hexdigest() for x in (self._indices.tobytes(), labels))]
+        return hash_lines(parts)

@@ -1,0 +1,47 @@
+"""The one exception a user's mistake becomes, and the sentence it is shown as."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message says what was found, what was expected and what to type next. Runners print it alone, without a
+    traceback, and exit with code 2.
+    """
+
+
+def near_matches(word: str, candidates: Iterable[str], count: int = 3) -> str:
+    """A clause such as ``; did you mean a or b?`` for a misspelt ``word``, or an empty string."""
+    close = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a command's ``main`` and turn the user's mistakes into one sentence and exit code 2.
+
+    Only mistakes that a user can mend are caught: :class:`InputError`, and a full disk. Anything else is a fault of
+    ours and keeps its traceback.
+    """
+    try:
+        main()
+    except InputError as error:
+        sentence = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        sentence = f"no space left on the disk{where}: free some, or choose another directory, then run the same command"
+    except KeyboardInterrupt:
+        print("interrupted: the same command carries on from the last checkpoint or cache", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    sys.stdout.flush()
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,37 @@
+"""Stochastic depth whose coins depend on (seed, step, sample) and on nothing else. B batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hash_bits(keys: Tensor) -> Tensor:
+    """Mix int64 ``keys`` of any shape into int64 values whose low 24 bits are uniform.
+
+    Two rounds of multiply and xor-shift, the finaliser of MurmurHash3 (Appleby, public domain), on 32-bit values kept
+    in int64 so that every device computes the same bits.
+    """
+    mask = 0xFFFFFFFF
+    bits = keys & mask
+    bits = bits ^ ((keys >> 32) & mask)
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & mask
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & mask
+    return bits ^ (bits >> 16)
+
+
+def residual_scales(keys: Tensor, branches: int, rate: float) -> Tensor:
+    """What to multiply each residual branch of each sample with: 0 where it is dropped, 1 / (1 - rate) where kept.
+
+    Args:
+        keys: [B] int64, one a sample; equal keys give equal coins on any device, rank or batch position.
+        branches: how many residual branches need a coin.
+        rate: probability of dropping one, 0 <= rate < 1.
+
+    Returns:
+        [branches, B, 1, 1] float32.
+    """
+    branch = torch.arange(1, branches + 1, device=keys.device, dtype=torch.int64)
+    mixed = hash_bits(hash_bits(keys)[None, :] + branch[:, None] * 0x9E3779B1)
+    uniform = (mixed & 0xFFFFFF).to(torch.float32) / float(1 << 24)
+    return ((uniform >= rate).to(torch.float32) / (1.0 - rate))[:, :, None, None]

@@ -1,0 +1,46 @@
+"""One network over all views of a batch. B batch, V views, D features, K prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dino_xcit.models.head import DINOHead
+
+
+class StudentOutput(NamedTuple):
+    """What :class:`ViewNetwork` returns; rows are view-major: all samples of view 0, then of view 1, ..."""
+
+    logits: Tensor
+    """[V * B, K]."""
+    features: Tensor
+    """[V * B, D], the backbone's class tokens."""
+
+
+class ViewNetwork(nn.Module):
+    """Backbone and head: student and teacher are one of these each.
+
+    The backbone runs once for each crop size, so that BatchNorm sees each size apart; the head runs once over all.
+    """
+
+    def __init__(self, backbone: nn.Module, head: DINOHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(
+        self, crops: Sequence[Tensor], drop_path_keys: Sequence[Tensor | None] | None = None
+    ) -> StudentOutput:
+        """``crops``: one tensor a crop size, [views of that size * B, 3, size, size]; keys to match, or None."""
+        if drop_path_keys is None:
+            drop_path_keys = [None] * len(crops)
+        features = torch.cat(
+            [
+                self.backbone(crop, drop_path_keys=keys).cls_token
+                for crop, keys in zip(crops, drop_path_keys, strict=True)
+            ]
+        )
+        return StudentOutput(self.head(features), features)

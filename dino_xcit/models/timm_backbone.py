@@ -1,0 +1,78 @@
+"""Any timm model as a backbone (``timm:NAME``), behind the same output. B batch, N tokens, D features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+from torch import Tensor, nn
+
+from dino_xcit.errors import InputError, near_matches
+from dino_xcit.models.output import BackboneOutput
+
+
+class TimmBackbone(nn.Module):
+    """A timm model without its classifier.
+
+    ``cls_token`` is what the model would give its classifier (class token or pooled map); ``patch_tokens`` its last
+    features without prefix tokens. A timm XCiT normalises and doubles its patch tokens in class attention: ask for
+    ``layers=[-1]`` there to get the last XCA block's.
+    """
+
+    def __init__(self, name: str, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            known = timm.list_models()
+            raise InputError(
+                f"timm has no model named {name!r}{near_matches(name, known)} (timm {timm.__version__}; "
+                "timm.list_models() prints all)"
+            )
+        options: dict[str, object] = {"pretrained": False, "num_classes": 0}
+        # Crops have several sizes. Transformers with a fixed table of positions must be told to interpolate it;
+        # drop-path exists in most models, not in all.
+        optional: list[dict[str, object]] = [
+            {"dynamic_img_size": True, "drop_path_rate": drop_path_rate},
+            {"drop_path_rate": drop_path_rate},
+            {},
+        ]
+        for extra in optional:
+            try:
+                self.model = timm.create_model(name, **options, **extra)
+                break
+            except TypeError:
+                if not extra:
+                    raise
+        self.embed_dim: int = self.model.num_features
+
+    def forward(
+        self, images: Tensor, layers: Sequence[int] = (), drop_path_keys: Tensor | None = None
+    ) -> BackboneOutput:
+        """See :meth:`dino_xcit.models.xcit.XCiT.forward`; ``drop_path_keys`` is not used: timm draws its own coins."""
+        kept: tuple[Tensor, ...] = ()
+        if layers:
+            depth = len(self.model.feature_info) if hasattr(self.model, "feature_info") else 0
+            indices = [index % depth if depth else index for index in layers]
+            features, maps = self.model.forward_intermediates(images, indices=indices, norm=False, output_fmt="NCHW")
+            kept = tuple(feature_map.flatten(2).transpose(1, 2) for feature_map in maps)
+        else:
+            features = self.model.forward_features(images)
+        cls_token = self.model.forward_head(features, pre_logits=True)
+        patches, grid = self._patches(features, images)
+        return BackboneOutput(cls_token, patches, grid, kept)
+
+    def _patches(self, features: Tensor, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        if features.ndim == 4:
+            if features.shape[1] != self.embed_dim:  # some hierarchical transformers keep [B, h, w, D]
+                features = features.permute(0, 3, 1, 2)
+            grid = (features.shape[2], features.shape[3])
+            return features.flatten(2).transpose(1, 2), grid
+        prefix = getattr(self.model, "num_prefix_tokens", 1 if hasattr(self.model, "cls_token") else 0)
+        patches = features[:, prefix:]
+        tokens = patches.shape[1]
+        aspect = images.shape[2] / images.shape[3]
+        height = max(1, round((tokens * aspect) ** 0.5))
+        while tokens % height:
+            height -= 1
+        return patches, (height, tokens // height)
+
+

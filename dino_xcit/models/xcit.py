@@ -1,0 +1,304 @@
+"""XCiT (arXiv 2106.09681) with the state-dict names of every published checkpoint.
+
+B batch, N tokens, D features, H heads. Images are [B, 3, height, width] of any size; the grid of tokens is
+ceil(height / patch) x ceil(width / patch).
+
+Tokens are kept as [B, N, D]. Seen as an image [B, D, h, w] that memory is already channels-last, so the convolutions
+of the local patch interaction read and write it without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dino_xcit.models.droppath import residual_scales
+from dino_xcit.models.output import BackboneOutput
+from dino_xcit.models.xca import XCA
+
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class XCiTSize:
+    """What distinguishes one XCiT from another (paper, table 1, and the official model definitions)."""
+
+    dim: int
+    depth: int
+    heads: int
+    layer_scale: float
+    """Start value of LayerScale (eta in the paper)."""
+    tokens_norm: bool = True
+    """Whether class attention's second norm covers all tokens (all published models but nano) or CLS alone."""
+    class_blocks: int = 2
+    mlp_ratio: int = 4
+
+
+class ConvNorm(nn.Sequential):
+    """Bias-free 3x3 convolution of stride 2, then BatchNorm: halves the resolution, rounding up."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+
+class ConvPatchEmbed(nn.Module):
+    """Images to tokens by log2(patch) stride-2 convolutions, GELU between; widths double up to D."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        stages = int(math.log2(patch_size))
+        widths = [3] + [dim >> (stages - 1 - stage) for stage in range(stages)]
+        layers: list[nn.Module] = []
+        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+            layers += [ConvNorm(narrow, wide), nn.GELU()]
+        self.proj = nn.Sequential(*layers[:-1])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.proj(images.contiguous(memory_format=torch.channels_last))
+        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+
+
+class PositionalEncodingFourier(nn.Module):
+    """Sines and cosines of the relative position in the grid, projected to D features; works for any grid."""
+
+    hidden_dim = 32
+    temperature = 10000.0
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token_projection = nn.Conv2d(2 * self.hidden_dim, dim, kernel_size=1)
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """[1, N, D] for a grid of (h, w) tokens."""
+        height, width = grid
+        weight = self.token_projection.weight
+        rows, columns = self._waves(height, weight.device), self._waves(width, weight.device)
+        code = torch.cat(
+            (
+                rows[:, None, :].expand(height, width, self.hidden_dim),
+                columns[None, :, :].expand(height, width, self.hidden_dim),
+            ),
+            dim=-1,
+        )
+        code = code.to(weight.dtype).permute(2, 0, 1)[None]
+        return self.token_projection(code).flatten(2).transpose(1, 2)
+
+    def _waves(self, length: int, device: torch.device) -> Tensor:
+        """[length, 32]: interleaved sin, cos of 16 frequencies of the 1-based position scaled to (0, 2 pi]."""
+        position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
+        position = position / (length + 1e-6) * (2 * math.pi)
+        pair = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=device)
+        angle = position[:, None] / self.temperature ** (pair / self.hidden_dim)
+        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, over the last dimension."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class LPI(nn.Module):
+    """Local patch interaction: two depthwise 3x3 convolutions let neighbouring tokens talk (paper, section 3.3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.act = nn.GELU()
+        self.bn = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        image = x.transpose(1, 2).unflatten(2, grid)  # a view: [B, N, D] is [B, D, h, w] in channels-last order
+        image = self.conv2(self.bn(self.act(self.conv1(image))))
+        return image.flatten(2).transpose(1, 2)
+
+
+class XCABlock(nn.Module):
+    """x + XCA, then x + LPI, then x + MLP, each behind a LayerNorm and scaled by a LayerScale vector."""
+
+    residual_branches = 3
+
+    def __init__(self, size: XCiTSize) -> None:
+        super().__init__()
+        dim = size.dim
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = XCA(dim, size.heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, dim * size.mlp_ratio)
+        self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.local_mp = LPI(dim)
+        self.gamma1 = nn.Parameter(torch.full((dim,), size.layer_scale))
+        self.gamma2 = nn.Parameter(torch.full((dim,), size.layer_scale))
+        self.gamma3 = nn.Parameter(torch.full((dim,), size.layer_scale))
+
+    def forward(self, x: Tensor, grid: tuple[int, int], scales: Tensor | None = None) -> Tensor:
+        """``scales`` [3, B, 1, 1] drops or scales the residual branches; None keeps them all."""
+        gammas: Sequence[Tensor] = (self.gamma1, self.gamma3, self.gamma2)
+        if scales is not None:
+            gammas = [gamma * scale.to(gamma.dtype) for gamma, scale in zip(gammas, scales, strict=True)]
+        x = x + gammas[0] * self.attn(self.norm1(x))
+        x = x + gammas[1] * self.local_mp(self.norm3(x), grid)
+        return x + gammas[2] * self.mlp(self.norm2(x))
+
+
+class ClassAttention(nn.Module):
+    """Attention in which the class token alone asks (CaiT, arXiv 2103.17239): [B, 1 + N, D] -> [B, 1, D]."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        weight_q, weight_kv = self.qkv.weight.split((dim, 2 * dim))
+        bias_q, bias_kv = self.qkv.bias.split((dim, 2 * dim))
+        q = nn.functional.linear(x[:, :1], weight_q, bias_q)
+        kv = nn.functional.linear(x, weight_kv, bias_kv)
+        q = q.reshape(batch, 1, self.num_heads, -1).transpose(1, 2)
+        k, v = kv.reshape(batch, tokens, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        attention = (q * self.scale) @ k.transpose(-2, -1)
+        out = attention.softmax(dim=-1).to(v.dtype) @ v
+        return self.proj(out.transpose(1, 2).reshape(batch, 1, dim))
+
+
+class ClassAttentionBlock(nn.Module):
+    """Gathers the patch tokens into the class token; the patch tokens pass through a norm and a residual only.
+
+    Two facts of the published models are kept because their weights depend on them: patch tokens receive
+    gamma1 * norm1(x) as if they had been attended to, and with ``tokens_norm`` the second norm replaces x for every
+    token, after which the last residual doubles the patch tokens.
+    """
+
+    def __init__(self, size: XCiTSize) -> None:
+        super().__init__()
+        dim = size.dim
+        self.tokens_norm = size.tokens_norm
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = ClassAttention(dim, size.heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, dim * size.mlp_ratio)
+        self.gamma1 = nn.Parameter(torch.full((dim,), size.layer_scale))
+        self.gamma2 = nn.Parameter(torch.full((dim,), size.layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.gamma1 * torch.cat((self.attn(normed), normed[:, 1:]), dim=1)
+        if self.tokens_norm:
+            x = self.norm2(x)
+            cls_token, patches = x[:, :1], x[:, 1:]
+        else:
+            cls_token, patches = self.norm2(x[:, :1]), x[:, 1:]
+        return torch.cat((cls_token + self.gamma2 * self.mlp(cls_token), 2 * patches), dim=1)
+
+
+class XCiT(nn.Module):
+    """The backbone: images [B, 3, height, width] -> :class:`BackboneOutput`, alike in train and eval mode.
+
+    Args:
+        size: widths and depths.
+        patch_size: 4, 8 or 16 (published models: 8 and 16).
+        drop_path_rate: probability that a residual branch of an XCA block is dropped for a sample while training;
+            one constant for all blocks, none in class attention, as in the official code.
+    """
+
+    def __init__(self, size: XCiTSize, patch_size: int, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        if patch_size not in (4, 8, 16):
+            raise ValueError(f"patch_size is {patch_size}, but the convolutional stem exists for 4, 8 and 16")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 <= drop_path_rate < 1")
+        self.embed_dim = size.dim
+        self.patch_size = patch_size
+        self.drop_path_rate = drop_path_rate
+        self.patch_embed = ConvPatchEmbed(patch_size, size.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
+        self.blocks = nn.ModuleList(XCABlock(size) for _ in range(size.depth))
+        self.cls_attn_blocks = nn.ModuleList(ClassAttentionBlock(size) for _ in range(size.class_blocks))
+        self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS)
+        self.pos_embeder = PositionalEncodingFourier(size.dim)  # the official spelling: it is a state-dict key
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_linear)
+
+    def forward(
+        self, images: Tensor, layers: Sequence[int] = (), drop_path_keys: Tensor | None = None
+    ) -> BackboneOutput:
+        """Features of ``images``.
+
+        Args:
+            images: [B, 3, height, width], normalised.
+            layers: indices of XCA blocks (negative ones count from the end) whose patch tokens are wanted.
+            drop_path_keys: [B] int64; while training with drop-path, the coins of sample i follow from key i alone.
+                Without keys they come from torch's default generator.
+        """
+        x, grid = self.patch_embed(images)
+        x = x + self.pos_embeder(grid)
+        scales = self._residual_scales(x, drop_path_keys)
+        wanted = [range(len(self.blocks))[layer] for layer in layers]
+        kept: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            x = block(x, grid, None if scales is None else scales[index])
+            if index in wanted:
+                kept[index] = x
+        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
+        for block in self.cls_attn_blocks:
+            tokens = block(tokens)
+        return BackboneOutput(self.norm(tokens[:, 0]), x, grid, tuple(kept[index] for index in wanted))
+
+    def _residual_scales(self, x: Tensor, keys: Tensor | None) -> Tensor | None:
+        if not self.training or self.drop_path_rate == 0.0:
+            return None
+        if keys is None:
+            keys = torch.randint(1 << 62, (x.shape[0],), device=x.device)
+        branches = XCABlock.residual_branches
+        scales = residual_scales(keys, branches * len(self.blocks), self.drop_path_rate)
+        return scales.unflatten(0, (len(self.blocks), branches))
+
+
+def _init_linear(module: nn.Module) -> None:
+    """Truncated normal of deviation 0.02 for linear layers; convolutions keep PyTorch's default (official code)."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+_FAMILIES: dict[str, tuple[int, int, bool]] = {  # dim, heads, tokens_norm
+    "nano": (128, 4, False),
+    "tiny": (192, 4, True),
+    "small": (384, 8, True),
+    "medium": (512, 8, True),
+    "large": (768, 16, True),
+}
+_DEPTHS = {"nano": (12,), "tiny": (12, 24), "small": (12, 24), "medium": (24,), "large": (24,)}
+
+XCIT_SIZES: dict[str, XCiTSize] = {
+    f"xcit_{family}_{depth}": XCiTSize(dim, depth, heads, 1e-5 if depth == 24 else 1.0, tokens_norm)
+    for family, (dim, heads, tokens_norm) in _FAMILIES.items()
+    for depth in _DEPTHS[family]
+}
+"""The published sizes by their official names; each exists with patches of 8 and 16, and here of 4 too."""
+
+XCIT_SIZES |= {
+    "xcit_pico_4": XCiTSize(64, 4, 4, 1.0),
+    "xcit_micro_6": XCiTSize(96, 6, 4, 1.0),
+}
+"""Two sizes of this project's own, for images of a few dozen pixels and for CPUs."""
+
+PATCH_SIZES = (4, 8, 16)

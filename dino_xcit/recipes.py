@@ -1,0 +1,111 @@
+"""Named settings, each with what it is for, the command that uses it, and what it gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dino_xcit.errors import InputError, near_matches
+from dino_xcit.models import patch_size_of
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that differ from :class:`dino_xcit.config.PretrainConfig`'s defaults."""
+
+    name: str
+    purpose: str
+    command: str
+    result: str
+    """Figures with hardware, or "not measured"."""
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+DINO = Recipe(
+    name="dino",
+    purpose="the defaults of facebookresearch/dino: ViT-S or XCiT on ImageNet-1k, 100 epochs",
+    command="torchrun --nproc-per-node 8 run_pretrain.py --data-path /imagenet/train --arch xcit_small_12_p16",
+    result="not measured",
+)
+
+XCIT_300 = Recipe(
+    name="xcit-dino-300ep",
+    purpose="nearest to the published DINO XCiT-S12/16: 300 epochs at batch 1024 (VISSL's settings)",
+    command="torchrun --nnodes 2 --nproc-per-node 8 run_pretrain.py --recipe xcit-dino-300ep "
+    "--data-path /imagenet/train --arch xcit_small_12_p16",
+    result="not measured (published: 76.0 k-NN, 77.8 linear)",
+    settings={
+        "epochs": 300,
+        "lr": 1e-3,
+        "lr_reference_batch": 0,
+        "min_lr": 4e-5,
+        "warmup_start_lr": 4e-5,
+        "warmup_epochs": 10.0,
+        "drop_path_rate": 0.05,
+        "global_crops_scale": (0.3, 1.0),
+        "local_crops_scale": (0.05, 0.3),
+        "teacher_temp": 0.07,
+        "warmup_teacher_temp_epochs": 30,
+        "norm_last_layer": False,
+        "saturation": 0.4,
+        "clip_grad": 0.0,
+    },
+)
+
+# Grey pictures of 28 pixels: no colour to jitter, no room for small crops.
+_SMALL_GREY: dict[str, object] = {
+    "arch": "xcit_pico_4_p4",
+    "data_path": "sample:fashion-mnist",
+    "out_dim": 2048,
+    "head_hidden_dim": 256,
+    "head_bottleneck_dim": 64,
+    "batch_size_per_gpu": 128,
+    "saturation": 0.0,
+    "hue": 0.0,
+    "gray": 0.0,
+    "solarize": 0.0,
+    "drop_path_rate": 0.0,
+    "warmup_epochs": 1.0,
+    "lr": 1e-3,
+    "local_crops_number": 4,
+    "mean": (0.286, 0.286, 0.286),
+    "std": (0.353, 0.353, 0.353),
+    "save_every": 50,
+    "knn_every": 1,
+}
+
+SAMPLE = Recipe(
+    name="sample",
+    purpose="minutes on a CPU: 12,000 images of Fashion-MNIST that come with the package",
+    command="python run_pretrain.py",
+    result="not measured",
+    settings=_SMALL_GREY | {"epochs": 10},
+)
+
+SAMPLE_LONG = Recipe(
+    name="sample-long",
+    purpose="an hour on a CPU: all 60,000 training images of Fashion-MNIST",
+    command="python run_pretrain.py --recipe sample-long",
+    result="not measured",
+    settings=_SMALL_GREY | {"epochs": 20, "data_path": "sample:fashion-mnist-full"},
+)
+
+RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG)}
+
+# What small pictures are cut and enlarged to, so that each patch size still sees a grid of tokens: global, local.
+_SAMPLE_CROPS = {4: (28, 16), 8: (32, 16), 16: (48, 32)}
+
+
+def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
+    """The settings of a recipe, with the sample's crop sizes made to fit ``arch`` (None: the recipe's own).
+
+    Raises:
+        InputError: no such recipe.
+    """
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe {name!r}{near_matches(name, RECIPES)} (known: {', '.join(RECIPES)})")
+    settings = dict(RECIPES[name].settings)
+    if RECIPES[name] in (SAMPLE, SAMPLE_LONG):
+        patch = patch_size_of(arch or str(settings["arch"]))
+        size, local = _SAMPLE_CROPS.get(patch, _SAMPLE_CROPS[16])
+        settings |= {"global_crops_size": size, "local_crops_size": local, "eval_crop": size, "eval_resize": size}
+    return settings

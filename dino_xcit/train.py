@@ -1,0 +1,240 @@
+"""The state of a run, and one training step. B batch, V views, K prototypes.
+
+Nothing in a step asks the device for a number: whether the step is accepted is decided, and acted on, there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dino_xcit import distributed
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data.loader import Batch
+from dino_xcit.loss import DINOLoss, entropy, feature_deviation
+from dino_xcit.models import DINOHead, ViewNetwork, build_backbone
+from dino_xcit.models.droppath import hash_bits
+from dino_xcit.optim import build_optimizer, clip_gradients, set_rates
+from dino_xcit.schedule import CosineSchedule, LinearByEpoch
+from dino_xcit.teacher import start_as_copy, update_teacher
+from dino_xcit.transform import normalise
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Every value that changes while training, as a function of the step or the epoch."""
+
+    lr: CosineSchedule
+    weight_decay: CosineSchedule
+    momentum: CosineSchedule
+    teacher_temp: LinearByEpoch
+    steps_per_epoch: int
+    notice: str = ""
+    """What had to be changed to fit the run's length; empty if nothing."""
+
+    @classmethod
+    def of(cls, config: PretrainConfig, steps_per_epoch: int, global_batch: int) -> Schedules:
+        """The schedules of a run; a warm-up that is not shorter than the run is cut to a tenth of it."""
+        total = config.epochs * steps_per_epoch
+        warmup, notice = round(config.warmup_epochs * steps_per_epoch), ""
+        if warmup >= total:
+            warmup = total // 10
+            notice = (
+                f"warmup_epochs {config.warmup_epochs:g} is not shorter than the run ({config.epochs} epochs): "
+                f"shortened to {warmup / steps_per_epoch:g} epochs"
+            )
+        scale = global_batch / config.lr_reference_batch if config.lr_reference_batch else 1.0
+        return cls(
+            lr=CosineSchedule(config.lr * scale, config.min_lr, total, warmup, config.warmup_start_lr),
+            weight_decay=CosineSchedule(config.weight_decay, config.weight_decay_end, total),
+            momentum=CosineSchedule(config.momentum_teacher, 1.0, total),
+            teacher_temp=LinearByEpoch(
+                config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
+            ),
+            steps_per_epoch=steps_per_epoch,
+            notice=notice,
+        )
+
+
+@dataclass
+class TrainState:
+    """All that a step changes, and so all that a checkpoint must hold."""
+
+    student: ViewNetwork
+    teacher: ViewNetwork
+    loss: DINOLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    """Steps done."""
+    rejected: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    """Steps that were rejected because something in them was not finite; on the device."""
+    shared: nn.Module = field(init=False)
+    """The student as called in training: itself, or its DistributedDataParallel wrapping."""
+
+    def __post_init__(self) -> None:
+        self.shared = self.student
+
+
+def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
+    """A fresh run: the teacher is a copy of the student, the same weights on every process."""
+    torch.manual_seed(config.seed)
+
+    def network(drop_path_rate: float) -> ViewNetwork:
+        backbone = build_backbone(config.arch, drop_path_rate=drop_path_rate)
+        head = DINOHead(
+            int(backbone.embed_dim),  # type: ignore[arg-type]
+            config.out_dim,
+            use_bn=config.use_bn_in_head,
+            norm_last_layer=config.norm_last_layer,
+            hidden_dim=config.head_hidden_dim,
+            bottleneck_dim=config.head_bottleneck_dim,
+        )
+        return ViewNetwork(backbone, head)
+
+    student, teacher = network(config.drop_path_rate), network(0.0)
+    student = distributed.synchronise_batch_norm(student, device).to(device)  # type: ignore[assignment]
+    teacher = distributed.synchronise_batch_norm(teacher, device).to(device)  # type: ignore[assignment]
+    start_as_copy(teacher, student)
+    scaled = choose_precision(config.precision, device) is torch.float16
+    state = TrainState(
+        student=student,
+        teacher=teacher,
+        loss=DINOLoss(config.out_dim, config.student_temp, config.center_momentum).to(device),
+        optimizer=build_optimizer(config.optimizer, student),
+        scaler=torch.amp.GradScaler(device.type, enabled=scaled),
+        rejected=torch.zeros((), dtype=torch.int64, device=device),
+    )
+    state.shared = distributed.share_gradients(student, device)
+    return state
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """``auto``, ``fp32``, ``bf16`` or ``fp16`` to the dtype that autocast shall use."""
+    if wanted == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+
+
+@dataclass
+class StepResult:
+    """Figures of one step, all on the device."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+    """Of all gradients together, before clipping."""
+    accepted: Tensor
+    teacher_logits: Tensor
+    """[2 * B, K] of the last forward pass."""
+    teacher_features: Tensor
+    """[2 * B, D] of the last forward pass."""
+
+    def statistics(self, loss: DINOLoss, teacher_temp: float) -> dict[str, Tensor]:
+        """What shows a collapse: teacher entropy (0: one prototype takes all; ln K: uniform), KL divergence of the
+        student from the teacher (0: nothing to learn), spread of the features (0: all images alike)."""
+        spread = entropy(loss.teacher_probabilities(self.teacher_logits, teacher_temp))
+        return {
+            "teacher_entropy": spread,
+            "kl": self.loss - spread,
+            "feature_std": feature_deviation(self.teacher_features),
+        }
+
+
+def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules, config: PretrainConfig) -> StepResult:
+    """One optimizer step over the forward passes in ``batches`` (more than one: gradient accumulation).
+
+    A step in which the loss, the teacher's logits or the gradients are not finite on any process leaves parameters,
+    optimizer, teacher, centre and BatchNorm buffers as they were, on every process.
+    """
+    device = state.loss.center.device
+    epoch = state.step // schedules.steps_per_epoch
+    teacher_temp = schedules.teacher_temp.at(epoch)
+    set_rates(state.optimizer, schedules.lr.at(state.step), schedules.weight_decay.at(state.step))
+    buffers = _batch_norm_buffers(state)
+    before = [buffer.clone() for buffer in buffers]
+
+    # ---- teacher, student, loss, gradients
+    state.optimizer.zero_grad(set_to_none=True)
+    loss_sum = torch.zeros((), device=device)
+    logits_sum = torch.zeros_like(state.loss.center)
+    for number, batch in enumerate(batches):
+        batch = batch.to(device)
+        crops = [normalise(crop, config.mean, config.std) for crop in batch.crops]
+        keys = drop_path_keys(batch, config.seed) if config.drop_path_rate > 0 else None
+        with distributed.without_sharing(state.shared, skip=number + 1 < len(batches)), _autocast(config, device):
+            with torch.no_grad():
+                teacher = state.teacher([_globals(crops, batch)])
+            student = state.shared(crops, keys)
+        loss = state.loss(student.logits, teacher.logits, teacher_temp) / len(batches)
+        state.scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+        logits_sum += teacher.logits.detach().to(torch.float32).sum(dim=0, keepdim=True)
+
+    # ---- is all of it finite, everywhere?
+    if state.scaler.is_enabled():
+        state.scaler.unscale_(state.optimizer)
+    gradients = [parameter.grad for parameter in state.student.parameters() if parameter.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    total_norm = torch.linalg.vector_norm(torch.stack(norms))
+    finite = torch.isfinite(loss_sum) & torch.isfinite(logits_sum).all() & torch.isfinite(total_norm)
+    failures = (~finite).to(torch.float32)
+    rows = torch.full((), float(sum(2 * len(batch.indices) for batch in batches)), device=device)
+    running = [buffer for buffer in buffers if buffer.is_floating_point()]
+    distributed.all_reduce_sum([failures, logits_sum, loss_sum, rows, *running])
+    accepted = failures == 0
+    torch._foreach_div_(running, float(distributed.world_size()))
+    loss_sum /= distributed.world_size()
+
+    # ---- student, teacher, centre
+    clip_gradients(gradients, norms, config.clip_grad, config.clip_mode)
+    if epoch < config.freeze_last_layer:
+        for parameter in state.student.head.last_layer.parameters():
+            parameter.grad = None
+    state.optimizer.grad_scale = None  # type: ignore[attr-defined]
+    state.optimizer.found_inf = (~accepted).to(torch.float32)  # type: ignore[attr-defined]
+    state.optimizer.step()
+    if state.scaler.is_enabled():
+        state.scaler.update()
+    update_teacher(
+        list(state.teacher.parameters()),
+        [parameter.detach() for parameter in state.student.parameters()],
+        schedules.momentum.at(state.step),
+        accepted,
+    )
+    state.loss.update_center(logits_sum / rows, accepted)
+    for buffer, old in zip(buffers, before, strict=True):
+        buffer.copy_(torch.where(accepted, buffer, old))
+    state.rejected += ~accepted
+    state.step += 1
+    return StepResult(loss_sum, total_norm, accepted, teacher.logits.detach(), teacher.features.detach())
+
+
+def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:
+    """Keys for drop-path, one a view of each image, from (seed, epoch, image, view) alone; shaped like the crops."""
+    start, keys = 0, []
+    image = hash_bits(batch.indices + (batch.epoch << 32)) ^ (seed & 0xFFFFFFFF)
+    for views in batch.views:
+        view = torch.arange(start, start + views, device=image.device, dtype=torch.int64)
+        keys.append(hash_bits(image[None, :] + (view[:, None] + 1) * 0x9E3779B1).flatten())
+        start += views
+    return keys
+
+
+def _globals(crops: list[Tensor], batch: Batch) -> Tensor:
+    """The two global views alone: local crops of the same size share their tensor."""
+    return crops[0][: 2 * len(batch.indices)]
+
+
+def _batch_norm_buffers(state: TrainState) -> list[Tensor]:
+    return [*state.student.buffers(), *state.teacher.buffers()]
+
+
+def _autocast(config: PretrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    dtype = choose_precision(config.precision, device)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)

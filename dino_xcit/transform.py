@@ -1,0 +1,87 @@
+"""How an image is prepared for a frozen backbone. B batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from dino_xcit.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+RGB = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize the shorter side, cut the centre, normalise: the field's evaluation transform.
+
+    The defaults are those of DINO's and XCiT's published figures (REFERENCE: resize 256 bicubic, centre crop 224).
+    """
+
+    resize: int = 256
+    """Pixels of the shorter side."""
+    crop: int = 224
+    """Pixels a side of the centre crop; an image narrower than that is padded with black."""
+    interpolation: str = "bicubic"
+    """bicubic, bilinear or lanczos."""
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """[3, crop, crop] uint8: normalisation happens on the device, see :func:`normalise`."""
+        mode = InterpolationMode(self.interpolation)
+        resized = TF.resize(image, [self.resize], mode)
+        return to_tensor(TF.center_crop(resized, [self.crop, self.crop]))
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for a JSON card or a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> EvalTransform:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: a value that cannot be.
+        """
+        try:
+            resize, crop = int(str(values["resize"])), int(str(values["crop"]))
+            interpolation = InterpolationMode(str(values["interpolation"])).value
+            mean, std = _rgb(values["mean"]), _rgb(values["std"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the stored evaluation transform {values!r} cannot be read: {error}") from error
+        return cls(resize, crop, interpolation, mean, std)
+
+
+def _rgb(values: object) -> RGB:
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        raise ValueError(f"expected three numbers, found {values!r}")
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as uint8 [3, height, width]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def normalise(images: Tensor, mean: RGB, std: RGB) -> Tensor:
+    """(images / 255 - mean) / std, on the images' device.
+
+    Args:
+        images: [B, 3, height, width] uint8.
+
+    Returns:
+        float32 of the same shape.
+    """
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, 3, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, 3, 1, 1)
+    return torch.addcmul(shift, images.to(torch.float32), scale)
