@@ -94,10 +94,13 @@ class MultiCropAugmentation:
         blur_radius: tuple[float, float] = (0.1, 2.0),
         solarize: float = 0.2,
     ) -> None:
-        for name, (least, most) in (("global_crops_scale", global_crops_scale), ("local_crops_scale", local_crops_scale)):
+        for name, (least, most) in (
+            ("global_crops_scale", global_crops_scale),
+            ("local_crops_scale", local_crops_scale),
+        ):
             if not 0 < least <= most <= 1:
                 raise InputError(f"{name} is {least} {most}, expected 0 < least <= most <= 1, such as 0.4 1")
-        if not 0 < crop_ratio[0] <= crop_ratio[1]:
+        if not 0 < crop_ratio[0] <= crop_ratio[1] < float("inf"):
             raise InputError(f"crop_ratio is {crop_ratio}, expected 0 < least <= most, such as 0.75 1.33")
         for name, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
             if size < 1:
@@ -111,6 +114,13 @@ class MultiCropAugmentation:
                 raise InputError(f"{name.strip()} is {chance}, expected a probability between 0 and 1")
         if not 0 <= hue <= 0.5:
             raise InputError(f"hue is {hue}, expected 0 to 0.5 turns of the colour circle")
+        for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+            if not 0 <= strength < float("inf"):
+                raise InputError(f"{name} is {strength}, expected a strength of at least 0, such as 0.4")
+        if not 0 <= blur_radius[0] <= blur_radius[1] < float("inf"):
+            raise InputError(
+                f"blur_radius is {blur_radius[0]} {blur_radius[1]}, expected 0 <= least <= most, such as 0.1 2"
+            )
         self.views = [
             ViewKind(global_crops_size, global_crops_scale, global_blur[0], 0.0),
             ViewKind(global_crops_size, global_crops_scale, global_blur[1], solarize),
@@ -178,8 +188,12 @@ class MultiCropAugmentation:
                 least, most = (-strength, strength) if name == "hue" else (max(0.0, 1 - strength), 1 + strength)
                 operations.append((key, name, least + (most - least) * share))
         least, most = self.blur_radius
+        top, left, height, width = crop
         return ViewParameters(
-            *crop,
+            top,
+            left,
+            height,
+            width,
             flip=flip < self.flip,
             jitter=tuple((name, factor) for _, name, factor in sorted(operations)),
             gray=gray < self.gray,

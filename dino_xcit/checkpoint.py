@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +35,11 @@ def write_aside(path: Path, content: object) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        # torch.save hides the file's own error, such as a full disk, behind an "unexpected pos" of its archive.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise
     _flush_folder(path.parent)
 
@@ -60,7 +64,10 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint at {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
+        pickle.UnpicklingError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         reason = str(error).strip().splitlines()
@@ -120,7 +127,7 @@ def restore(state: TrainState, content: Mapping[str, Any], path: Path) -> None:
         state.teacher.load_state_dict(content["teacher"])
         state.loss.load_state_dict(content["dino_loss"])
         state.optimizer.load_state_dict(content["optimizer"])
-        if state.scaler.is_enabled():
+        if state.scaler.is_enabled() and content.get("fp16_scaler"):  # empty: written in another precision
             state.scaler.load_state_dict(content["fp16_scaler"])
     except (RuntimeError, ValueError, KeyError) as error:
         lines = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Command lines from typed dataclasses: flags with dashes or underscores, YAML files, near matches for misspelt ones."""
+"""Command lines from typed dataclasses: flags with dashes or underscores, YAML files, near matches for typos."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class PretrainConfig:
     save_every: int = 0
     """Also write checkpoint.pth every so many steps within an epoch; 0: only at its end."""
     max_steps: int = 0
-    """Stop after so many steps, with a complete checkpoint; 0: at the end of the last epoch. Schedules do not change."""
+    """Stop after so many steps, with a complete checkpoint; 0: after the last epoch. Schedules do not change."""
     log_every: int = 10
     """Steps between two lines of metrics; between them the device is never waited for."""
     knn_every: int = 0

@@ -28,6 +28,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def processes_here() -> int:
+    """How many processes of this run share this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def say(text: str) -> None:
+    """Print a line, once a run."""
+    if is_main():
+        print(text, flush=True)
+
+
 def choose_device(wanted: str) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` to this process's device; on a GPU, the one that torchrun's LOCAL_RANK names.
 

@@ -36,7 +36,9 @@ def run_main(main: Callable[[], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        sentence = f"no space left on the disk{where}: free some, or choose another directory, then run the same command"
+        sentence = (
+            f"no space left on the disk{where}: free some, or choose another directory, then run the same command"
+        )
     except KeyboardInterrupt:
         print("interrupted: the same command carries on from the last checkpoint or cache", file=sys.stderr)
         sys.exit(130)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Record = Mapping[str, float | int | str]
+Record = Mapping[str, float | int]
 
 
 class MetricsWriter:
@@ -20,22 +24,20 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, from_step: int) -> None:
         """Records of steps after ``from_step`` are dropped: a resumed run writes them anew."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(self.path) if int(record["step"]) <= from_step]
         aside = self.path.with_name(".metrics.jsonl.tmp")
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(aside, self.path)
-        self._file = open(self.path, "a", buffering=1)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, kind: str, step: int, values: Record) -> None:
-        """One record: ``kind`` is ``step`` or ``epoch``."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        """One record: ``kind`` is ``step`` or ``epoch``. JSON has no NaN, so such a value is written as a word."""
+        words = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
         for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close both."""
@@ -44,16 +46,34 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    """The records of a ``metrics.jsonl``; a line cut short by a crash is left out."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text().splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return records
+
+
+class EpochAverages:
+    """Means of the logged figures of an epoch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """One logged step."""
+        for name, value in figures.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means so far; counting starts anew."""
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
 
 
 class Progress:
@@ -64,17 +84,23 @@ class Progress:
 
     def __init__(self, total_steps: int, done: int, images_a_step: int, shown: bool) -> None:
         self._images_a_step = images_a_step
+        terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
             initial=done,
             unit="step",
             disable=not shown,
-            file=sys.stderr,
-            dynamic_ncols=sys.stderr.isatty(),
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-            ascii=not sys.stderr.isatty(),
+            file=sys.stderr if terminal else _Lines(sys.stderr),
+            dynamic_ncols=terminal,
+            mininterval=0.5 if terminal else 15.0,
+            ascii=not terminal,
+            leave=terminal,
             bar_format="{desc}{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed} < ETA {remaining}{postfix}]",
         )
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What came before this call does not count in the next rates."""
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def step(self, waited: float) -> None:
@@ -85,32 +111,43 @@ class Progress:
 
     def rates(self) -> dict[str, float]:
         """images/s and data-wait share since the last call."""
-        now = time.perf_counter()
-        span = max(now - self._since, 1e-9)
+        span = max(time.perf_counter() - self._since, 1e-9)
         rates = {"images_per_s": self._steps * self._images_a_step / span, "data_wait": self._waited / span}
-        self._since, self._steps, self._waited = now, 0, 0.0
+        self.restart_clock()
         return rates
 
-    def show(self, epoch: int, values: Mapping[str, float]) -> None:
+    def show(self, epoch: int, figures: Mapping[str, float]) -> None:
         """Put figures on the bar."""
-        self._bar.set_description_str(f"epoch {epoch} ", refresh=False)
+        self._bar.set_description_str(f"epoch {epoch + 1} ", refresh=False)
         self._bar.set_postfix_str(
-            f"{values['images_per_s']:.0f} img/s, data wait {100 * values['data_wait']:.0f}%, loss {values['loss']:.3f}",
+            f"{figures['images_per_s']:.0f} img/s, data wait {100 * figures['data_wait']:.0f}%, "
+            f"loss {figures['loss']:.3f}",
             refresh=False,
         )
 
-    def pause(self) -> None:
-        """Leave the time until the next step out of the rates (a checkpoint, a measurement)."""
-        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
-
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        """A line of its own."""
+        if not self._bar.disable:
+            self._bar.clear()
+            print(text, flush=True)
 
     def close(self) -> None:
         """End the bar."""
         self._bar.close()
+
+
+class _Lines(io.TextIOBase):
+    """What tqdm would redraw in place, as lines: for log files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        line = text.replace("\r", "").strip()
+        if line:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        return len(text)
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
@@ -135,7 +172,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 60 else "")
+                axis.plot(
+                    *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 60 else ""
+                )
                 drawn = True
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")

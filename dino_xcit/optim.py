@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,15 +33,19 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 1e-3
+        self,
+        params: Iterable[Any],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 1e-3,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update; a closure, if given, is evaluated first."""
-        loss = closure() if closure is not None else None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update; there is no use for a closure here."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -63,7 +67,6 @@ class LARS(torch.optim.Optimizer):
                     moved = torch.where(rejected, parameter, moved)
                 state["mu"].copy_(mu)
                 parameter.copy_(moved)
-        return loss
 
 
 OPTIMIZERS = ("adamw", "sgd", "lars")

@@ -54,6 +54,10 @@ XCIT_300 = Recipe(
 # Grey pictures of 28 pixels: no colour to jitter, no room for small crops.
 _SMALL_GREY: dict[str, object] = {
     "arch": "xcit_pico_4_p4",
+    "global_crops_size": 28,
+    "local_crops_size": 16,
+    "eval_crop": 28,
+    "eval_resize": 28,
     "data_path": "sample:fashion-mnist",
     "out_dim": 2048,
     "head_hidden_dim": 256,
@@ -69,8 +73,9 @@ _SMALL_GREY: dict[str, object] = {
     "local_crops_number": 4,
     "mean": (0.286, 0.286, 0.286),
     "std": (0.353, 0.353, 0.353),
-    "save_every": 50,
+    "save_every": 20,
     "knn_every": 1,
+    "knn_holdout": 2000,  # the test images are looked at once, by run_knn.py
 }
 
 SAMPLE = Recipe(
@@ -93,10 +98,13 @@ RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LON
 
 # What small pictures are cut and enlarged to, so that each patch size still sees a grid of tokens: global, local.
 _SAMPLE_CROPS = {4: (28, 16), 8: (32, 16), 16: (48, 32)}
+# Architectures of more than a million parameters see the sample once on a CPU, in smaller batches.
+_SAMPLE_ARCHS = ("xcit_pico_4", "xcit_micro_6")
+_LARGE_ARCH: dict[str, object] = {"epochs": 1, "batch_size_per_gpu": 64, "lr": 5e-4, "warmup_epochs": 0.1}
 
 
 def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
-    """The settings of a recipe, with the sample's crop sizes made to fit ``arch`` (None: the recipe's own).
+    """The settings of a recipe; those of the sample are made to fit ``arch`` (None: the recipe's own).
 
     Raises:
         InputError: no such recipe.
@@ -104,8 +112,9 @@ def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}{near_matches(name, RECIPES)} (known: {', '.join(RECIPES)})")
     settings = dict(RECIPES[name].settings)
-    if RECIPES[name] in (SAMPLE, SAMPLE_LONG):
-        patch = patch_size_of(arch or str(settings["arch"]))
-        size, local = _SAMPLE_CROPS.get(patch, _SAMPLE_CROPS[16])
+    if RECIPES[name] in (SAMPLE, SAMPLE_LONG) and arch and arch != settings["arch"]:
+        size, local = _SAMPLE_CROPS.get(patch_size_of(arch), _SAMPLE_CROPS[16])
         settings |= {"global_crops_size": size, "local_crops_size": local, "eval_crop": size, "eval_resize": size}
+        if not arch.startswith(_SAMPLE_ARCHS):
+            settings |= _LARGE_ARCH
     return settings

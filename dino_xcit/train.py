@@ -135,14 +135,28 @@ class StepResult:
     teacher_features: Tensor
     """[2 * B, D] of the last forward pass."""
 
-    def statistics(self, loss: DINOLoss, teacher_temp: float) -> dict[str, Tensor]:
-        """What shows a collapse: teacher entropy (0: one prototype takes all; ln K: uniform), KL divergence of the
-        student from the teacher (0: nothing to learn), spread of the features (0: all images alike)."""
-        spread = entropy(loss.teacher_probabilities(self.teacher_logits, teacher_temp))
-        return {
-            "teacher_entropy": spread,
-            "kl": self.loss - spread,
+    def figures(self, state: TrainState, schedules: Schedules) -> dict[str, float]:
+        """Numbers for the log of the step that was just done; reading them waits for the device.
+
+        Among them what shows a collapse: teacher entropy (0: one prototype takes all; ln K: uniform), KL divergence
+        of the student from the teacher (0: nothing left to learn), spread of the features (0: all images alike).
+        """
+        step = state.step - 1
+        teacher_temp = schedules.teacher_temp.at(step // schedules.steps_per_epoch)
+        teacher_entropy = entropy(state.loss.teacher_probabilities(self.teacher_logits, teacher_temp))
+        on_device = {
+            "loss": self.loss,
+            "teacher_entropy": teacher_entropy,
+            "kl": self.loss - teacher_entropy,
             "feature_std": feature_deviation(self.teacher_features),
+            "gradient_norm": self.gradient_norm,
+            "rejected_steps": state.rejected,
+        }
+        return {name: float(value) for name, value in on_device.items()} | {
+            "lr": schedules.lr.at(step),
+            "weight_decay": schedules.weight_decay.at(step),
+            "momentum": schedules.momentum.at(step),
+            "teacher_temp": teacher_temp,
         }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,9 @@ def load_backbone(path: str | Path, network: str = "teacher", arch: str | None =
     path = Path(path).expanduser()
     content = _read(path)
     stored = content.get("args", {})
-    training = dict(vars(stored)) if isinstance(stored, argparse.Namespace) else dict(stored)
+    if isinstance(stored, argparse.Namespace):
+        stored = vars(stored)
+    training = dict(stored) if isinstance(stored, Mapping) else {}
     state, chosen = _choose_network(content, network, path)
     name = arch or _arch_of(state, training, path)
     backbone = build_backbone(name)
@@ -89,16 +92,24 @@ def hash_state(state: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    # A Namespace is a bag of attributes; DINO's files hold one, of numbers, words and lists.
-    allowed: list[Any] = [argparse.Namespace, np.dtype, np.float64]
+    # A Namespace is a bag of attributes; DINO's files hold one, of numbers, words and lists. Their optimizer's learning
+    # rate and weight decay are NumPy numbers, which are rebuilt by one function that has had two names.
+    scalar = np.float64(0).__reduce__()[0]
+    allowed: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4"))]
+    allowed += [(scalar, f"numpy.{package}.multiarray.scalar") for package in ("core", "_core")]
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"there is no file {path}: --weights takes a checkpoint such as runs/.../checkpoint.pth") from None
+        raise InputError(
+            f"there is no file {path}: --weights takes a checkpoint such as runs/.../checkpoint.pth"
+        ) from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: --weights takes a file, such as {path / 'checkpoint.pth'}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
+        pickle.UnpicklingError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
         lines = str(error).strip().splitlines()
         reason = lines[0][:150] if lines else type(error).__name__
         raise InputError(f"{path} is no checkpoint that can be read safely: {reason}") from error
@@ -134,12 +145,17 @@ def _arch_of(state: Mapping[str, Tensor], training: Mapping[str, Any], path: Pat
     if "cls_token" in state and "pos_embeder.token_projection.weight" in state:
         dim = state["cls_token"].shape[-1]
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-        heads = state["blocks.0.attn.temperature"].shape[0]
+        temperatures = [value for key, value in state.items() if key.endswith(".attn.temperature")]
+        if not temperatures:
+            raise InputError(f"{path} looks like an XCiT but lacks blocks.0.attn.temperature, as of every block")
+        heads = temperatures[0].shape[0]
         stages = sum(key.startswith("patch_embed.proj.") and key.endswith(".0.weight") for key in state)
         for name, size in XCIT_SIZES.items():
             if (size.dim, size.depth, size.heads) == (dim, depth, heads):
                 return f"{name}_p{2**stages}"
-        raise InputError(f"{path} is an XCiT of {dim} features, {depth} layers and {heads} heads, which has no name here")
+        raise InputError(
+            f"{path} is an XCiT of {dim} features, {depth} layers and {heads} heads, which has no name here"
+        )
     raise InputError(f"cannot tell the architecture of {path} (first keys: {', '.join(list(state)[:3])}): give --arch")
 
 

@@ -54,7 +54,7 @@ def open_source(url: str, part: str | None = None) -> Source:
         if path.suffix.lower() != ".txt":
             raise InputError(f"{url!r} is a single file: expected {FORMS}")
         return open_list(path, url)
-    if part and (path / part).is_dir():
+    if part and path.name != part and (path / part).is_dir():  # DIR/train may have a class of trains
         path = path / part
     return open_folder(path, str(path))
 
@@ -72,19 +72,21 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
     """
     if data is not None:
         path = Path(data).expanduser()
-        if path.name in ("train", "val") and path.is_dir() and not (path / "train").is_dir():
+        beside = all((path.parent / part).is_dir() for part in ("train", "val"))
+        if path.name in ("train", "val") and path.is_dir() and (beside or not (path / "train").is_dir()):
             data = str(path.parent)
         elif data.startswith(("sample:", "torchvision:")):
             data = data.removesuffix("/train").removesuffix("/val")
     parts: list[Source] = []
     for part, given in (("train", train_data), ("val", val_data)):
         if given is not None:
-            source = open_source(given)
+            source = open_source(given, part if given.startswith(("sample:", "torchvision:")) else None)
         elif data is None:
             raise InputError(f"no {part} data: give --data-path DIR with DIR/train and DIR/val, or --{part}-data")
         elif not data.startswith(("sample:", "torchvision:")) and not (Path(data).expanduser() / part).is_dir():
             raise InputError(
-                f"{data} holds no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or --{part}-data DIR"
+                f"{data} holds no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or "
+                f"--{part}-data DIR"
             )
         else:
             source = open_source(data, part)

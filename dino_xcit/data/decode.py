@@ -32,7 +32,10 @@ def decode(item: Item, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(item), formats=FORMATS) as image:
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # 16 bits of grey, which Pillow's own conversion would cut off at 255
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGB")
     except UnidentifiedImageError as error:
         cause = "empty file" if not item else f"not an image in a known format ({', '.join(FORMATS)})"
         raise UndecodableImage(f"{name} cannot be read: {cause}; remove it, or convert it to JPEG or PNG") from error

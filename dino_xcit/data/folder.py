@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 
 class FileSource:
-    """Image files by path. Paths are kept in one byte string, so that a million of them cost loader processes little."""
+    """Image files by path. Paths are kept in one byte string, so that a million of them cost loaders little."""
 
     def __init__(
         self, url: str, root: Path, paths: list[str], labels: list[int] | None, classes: tuple[str, ...] | None
@@ -105,7 +105,8 @@ def open_list(file: Path, url: str) -> FileSource:
         raise InputError(f"the file list {file} names no image: expected one path a line")
     if not (file.parent / paths[0]).is_file():
         raise InputError(
-            f"the file list {file} names {paths[0]!r}, which is no file: paths are absolute or relative to {file.parent}"
+            f"the file list {file} names {paths[0]!r}, which is no file: paths are absolute or relative to "
+            f"{file.parent}"
         )
     return FileSource(url, file.parent, paths, None, None)
 

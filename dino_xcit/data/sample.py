@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +82,13 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
             f"the full Fashion-MNIST is not at {path.parent}: install Debian's package dataset-fashion-mnist, point "
             "FASHION_MNIST_DIR at the four .gz files, or use torchvision:FashionMNIST where there is a network"
         ) from None
-    if data[:3] != b"\x00\x00\x08":
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read: {error}; fetch it anew") from error
+    if data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise InputError(f"{path} is no IDX file of unsigned bytes")
     rank = data[3]
     shape = [int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(rank)]
-    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
+    values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank)
+    if len(values) != math.prod(shape):
+        raise InputError(f"{path} holds {len(values)} bytes, but says it holds {shape}; fetch it anew")
+    return values.reshape(shape)

@@ -79,5 +79,8 @@ class Subset:
 
     def fingerprint(self) -> str:
         labels = b"" if self.labels is None else self.labels.tobytes()
-        parts = [self._source.fingerprint(), *(hashlib.sha256(x).hexdigest() for x in (self._indices.tobytes(), labels))]
+        parts = [
+            self._source.fingerprint(),
+            *(hashlib.sha256(x).hexdigest() for x in (self._indices.tobytes(), labels)),
+        ]
         return hash_lines(parts)

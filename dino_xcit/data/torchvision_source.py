@@ -18,7 +18,7 @@ class TorchvisionSource:
     """A labelled torchvision data set; images are decoded by torchvision."""
 
     def __init__(self, name: str, part: str, root: Path | None = None) -> None:
-        """``root``: where the files are or shall be downloaded to; default $TORCHVISION_DATA or ~/.cache/torchvision."""
+        """``root``: where the files are or shall go; default $TORCHVISION_DATA or ~/.cache/torchvision."""
         factory: Any = getattr(torchvision.datasets, name, None)
         if factory is None or not inspect.isclass(factory):
             raise InputError(f"torchvision has no data set {name!r}{near_matches(name, torchvision.datasets.__all__)}")

@@ -13,8 +13,9 @@ def hash_bits(keys: Tensor) -> Tensor:
     in int64 so that every device computes the same bits.
     """
     mask = 0xFFFFFFFF
-    bits = keys & mask
-    bits = bits ^ ((keys >> 32) & mask)
+    # The high word is spread first: keys are often (epoch << 32) + image, and a plain xor would give image 5 of epoch 0
+    # the bits of image 4 of epoch 1.
+    bits = (keys ^ ((keys >> 32) * 0x9E3779B1)) & mask
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & mask
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & mask
     return bits ^ (bits >> 16)

@@ -31,9 +31,7 @@ class ViewNetwork(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(
-        self, crops: Sequence[Tensor], drop_path_keys: Sequence[Tensor | None] | None = None
-    ) -> StudentOutput:
+    def forward(self, crops: Sequence[Tensor], drop_path_keys: Sequence[Tensor | None] | None = None) -> StudentOutput:
         """``crops``: one tensor a crop size, [views of that size * B, 3, size, size]; keys to match, or None."""
         if drop_path_keys is None:
             drop_path_keys = [None] * len(crops)

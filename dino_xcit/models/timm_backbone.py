@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 from torch import Tensor, nn
@@ -27,22 +28,24 @@ class TimmBackbone(nn.Module):
                 f"timm has no model named {name!r}{near_matches(name, known)} (timm {timm.__version__}; "
                 "timm.list_models() prints all)"
             )
-        options: dict[str, object] = {"pretrained": False, "num_classes": 0}
+        options: dict[str, Any] = {"pretrained": False, "num_classes": 0}
         # Crops have several sizes. Transformers with a fixed table of positions must be told to interpolate it;
         # drop-path exists in most models, not in all.
-        optional: list[dict[str, object]] = [
+        optional: list[dict[str, Any]] = [
             {"dynamic_img_size": True, "drop_path_rate": drop_path_rate},
             {"drop_path_rate": drop_path_rate},
             {},
         ]
         for extra in optional:
             try:
-                self.model = timm.create_model(name, **options, **extra)
+                self.model: Any = timm.create_model(name, **options, **extra)
                 break
             except TypeError:
                 if not extra:
                     raise
-        self.embed_dim: int = self.model.num_features
+        self._map_dim: int = self.model.num_features
+        # Some convolutional networks widen the pooled map before their classifier.
+        self.embed_dim: int = getattr(self.model, "head_hidden_size", self._map_dim)
 
     def forward(
         self, images: Tensor, layers: Sequence[int] = (), drop_path_keys: Tensor | None = None
@@ -53,7 +56,8 @@ class TimmBackbone(nn.Module):
             depth = len(self.model.feature_info) if hasattr(self.model, "feature_info") else 0
             indices = [index % depth if depth else index for index in layers]
             features, maps = self.model.forward_intermediates(images, indices=indices, norm=False, output_fmt="NCHW")
-            kept = tuple(feature_map.flatten(2).transpose(1, 2) for feature_map in maps)
+            by_index = dict(zip(sorted(set(indices)), maps, strict=True))  # timm gives each once, in the model's order
+            kept = tuple(by_index[index].flatten(2).transpose(1, 2) for index in indices)
         else:
             features = self.model.forward_features(images)
         cls_token = self.model.forward_head(features, pre_logits=True)
@@ -62,7 +66,7 @@ class TimmBackbone(nn.Module):
 
     def _patches(self, features: Tensor, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if features.ndim == 4:
-            if features.shape[1] != self.embed_dim:  # some hierarchical transformers keep [B, h, w, D]
+            if features.shape[1] != self._map_dim:  # some hierarchical transformers keep [B, h, w, D]
                 features = features.permute(0, 3, 1, 2)
             grid = (features.shape[2], features.shape[3])
             return features.flatten(2).transpose(1, 2), grid
@@ -74,5 +78,3 @@ class TimmBackbone(nn.Module):
         while tokens % height:
             height -= 1
         return patches, (height, tokens // height)
-
-

@@ -7,25 +7,39 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def cross_covariance_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
-    """softmax(q_hat k_hat^T * temperature) v, where q_hat and k_hat have unit length *over the tokens*.
+    """softmax(q_hat^T k_hat * temperature) applied to v, where q_hat and k_hat have unit length *over the tokens*.
+
+    The lengths divide the d x d product rather than the N x d factors: the same value with N / d times fewer
+    divisions. They, the scaled product and the softmax are float32 at least, also under autocast, because a channel's
+    length is a sum over all tokens.
 
     Args:
-        q, k, v: [B, H, d, N].
+        q, k, v: [B, N, H, d].
         temperature: [H, 1, 1], learned.
 
     Returns:
-        [B, H, d, N] in v's dtype. The norms, the product's scaling and the softmax are computed in float32 at least,
-        also under autocast: a channel's norm is a sum over all tokens.
+        [B, N, H, d] in v's dtype.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    q = F.normalize(q.to(wide), dim=-1)
-    k = F.normalize(k.to(wide), dim=-1)
-    attention = (q @ k.transpose(-2, -1)).to(wide) * temperature
-    return attention.softmax(dim=-1).to(v.dtype) @ v
+    q_length, k_length = _length_over_tokens(q.to(wide)), _length_over_tokens(k.to(wide))
+    if q.dtype is torch.float16:  # a sum over thousands of tokens can leave float16's range: divide first there
+        q, k = q / q_length[:, None], k / k_length[:, None]
+        q_length, k_length = torch.ones_like(q_length), torch.ones_like(k_length)
+    product = q.permute(0, 2, 3, 1) @ k.permute(0, 2, 1, 3)
+    attention = product.to(wide) / q_length[..., :, None] / k_length[..., None, :] * temperature
+    attention = attention.softmax(dim=-1).to(v.dtype)
+    return (v.transpose(1, 2) @ attention.transpose(-2, -1)).transpose(1, 2)
+
+
+def _length_over_tokens(x: Tensor) -> Tensor:
+    """[B, N, H, d] to [B, H, d]; at least 1e-12, like ``torch.nn.functional.normalize``.
+
+    The clamp stands inside the root: the root's gradient at zero would be infinite.
+    """
+    return x.square().sum(dim=1).clamp_min(1e-24).sqrt()
 
 
 class XCA(nn.Module):
@@ -40,7 +54,5 @@ class XCA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 4, 1).unbind(0)
-        out = cross_covariance_attention(q, k, v, self.temperature)
-        return self.proj(out.permute(0, 3, 1, 2).reshape(batch, tokens, dim))
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).unbind(2)
+        return self.proj(cross_covariance_attention(q, k, v, self.temperature).reshape(batch, tokens, dim))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class ConvPatchEmbed(nn.Module):
         stages = int(math.log2(patch_size))
         widths = [3] + [dim >> (stages - 1 - stage) for stage in range(stages)]
         layers: list[nn.Module] = []
-        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        for narrow, wide in pairwise(widths):
             layers += [ConvNorm(narrow, wide), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])
 
