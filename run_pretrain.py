@@ -51,7 +51,7 @@ def main() -> None:
 
     # ---- student and teacher, new or from where this run stopped
     state = build_state(config, device)
-    _resume(state, config)
+    _resume(state, config, sampler.steps_per_epoch)
     sampler.start_step = state.step
     sampler.stop_step = min(total_steps, config.max_steps or total_steps)
     distributed.say(
@@ -127,7 +127,7 @@ def _choose_kernels(config: PretrainConfig) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _resume(state: TrainState, config: PretrainConfig) -> None:
+def _resume(state: TrainState, config: PretrainConfig, steps_per_epoch: int) -> None:
     """Load this run's checkpoint if there is one; refuse to carry on, or to overwrite, another run."""
     folder = Path(config.output_dir)
     path = folder / checkpoint.LATEST
@@ -140,6 +140,11 @@ def _resume(state: TrainState, config: PretrainConfig) -> None:
     if config.resume != "never" and path.exists():
         content = checkpoint.read(path)
         changed = differences(dict(content.get("args", {})), config)
+        if content.get("steps_per_epoch") != steps_per_epoch:
+            changed.append(
+                f"steps an epoch {content.get('steps_per_epoch')} -> {steps_per_epoch}: another number of images, or "
+                "another global batch (--accumulation-steps makes up for fewer processes)"
+            )
         if "args" not in content:
             refusal = f"{path} is not a checkpoint of run_pretrain.py: choose another --output-dir"
         elif changed and config.resume == "auto":

@@ -207,9 +207,18 @@ class MultiCropAugmentation:
         return [to_tensor(apply_view(image, kind, view)) for kind, view in zip(self.views, drawn, strict=True)]
 
 
+def _adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
+    """What ``torchvision.transforms.functional.adjust_contrast`` gives, bit for bit: a blend with the mean grey.
+
+    numpy finds that mean several times faster than Pillow's statistics, which dominate the jitter of a small crop.
+    """
+    mean = int(np.asarray(image.convert("L")).mean() + 0.5)
+    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
+
+
 _ADJUST = {
     "brightness": TF.adjust_brightness,
-    "contrast": TF.adjust_contrast,
+    "contrast": _adjust_contrast,
     "saturation": TF.adjust_saturation,
     "hue": TF.adjust_hue,
 }

@@ -222,10 +222,11 @@ FREE_TO_CHANGE = frozenset(
     {
         "output_dir", "device", "num_workers", "resume", "saveckp_freq", "save_every", "max_steps", "log_every",
         "knn_every", "knn_holdout", "knn_max_images", "train_data", "val_data", "eval_resize", "eval_crop", "recipe",
-        "deterministic",
+        "deterministic", "batch_size_per_gpu", "accumulation_steps",
     }
 )  # fmt: skip
-"""Settings that may differ when a run is carried on: they do not change what is learnt."""
+"""Settings that may differ when a run is carried on: they do not change what is learnt (of the last two, only the
+product with the number of processes does, which the steps an epoch show)."""
 
 
 def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]:

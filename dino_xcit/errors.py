@@ -39,6 +39,13 @@ def run_main(main: Callable[[], None]) -> None:
         sentence = (
             f"no space left on the disk{where}: free some, or choose another directory, then run the same command"
         )
+    except RuntimeError as error:  # PyTorch's own out-of-memory errors are RuntimeErrors, of several classes
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        sentence = (
+            f"out of memory ({str(error).strip().splitlines()[0][:160]}): lower --batch-size-per-gpu "
+            "(--accumulation-steps makes up for it when training), the crop sizes or --out-dim"
+        )
     except KeyboardInterrupt:
         print("interrupted: the same command carries on from the last checkpoint or cache", file=sys.stderr)
         sys.exit(130)

@@ -60,8 +60,8 @@ class DINOLoss(nn.Module):
             )
         if not student_logits.shape[1:] == teacher_logits.shape[1:] == self.center.shape[1:]:
             raise InputError(
-                f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} are not "
-                f"both over the {self.center.shape[1]} prototypes of the centre"
+                f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} are "
+                f"not both over the {self.center.shape[1]} prototypes of the centre"
             )
         wide = torch.promote_types(student_logits.dtype, torch.float32)
         targets = self.teacher_probabilities(teacher_logits, teacher_temp).unflatten(0, (self.global_views, batch))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 def cross_covariance_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """softmax(q_hat^T k_hat * temperature) applied to v, where q_hat and k_hat have unit length *over the tokens*.
 
-    The lengths divide the d x d product rather than the N x d factors: the same value with N / d times fewer
-    divisions. They, the scaled product and the softmax are float32 at least, also under autocast, because a channel's
-    length is a sum over all tokens.
+    The lengths scale the d x d product rather than the N x d factors: the same value, fewer passes over the tokens.
+    They, the scaled product and the softmax are float32 at least, also under autocast, because a channel's length is a
+    sum over all tokens.
 
     Args:
         q, k, v: [B, N, H, d].
@@ -24,22 +24,22 @@ def cross_covariance_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Ten
         [B, N, H, d] in v's dtype.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_length, k_length = _length_over_tokens(q.to(wide)), _length_over_tokens(k.to(wide))
-    if q.dtype is torch.float16:  # a sum over thousands of tokens can leave float16's range: divide first there
-        q, k = q / q_length[:, None], k / k_length[:, None]
-        q_length, k_length = torch.ones_like(q_length), torch.ones_like(k_length)
+    q_scale, k_scale = _inverse_length_over_tokens(q.to(wide)), _inverse_length_over_tokens(k.to(wide))
+    if q.dtype is torch.float16:  # a sum over thousands of tokens can leave float16's range: scale first there
+        q, k = q * q_scale[:, None], k * k_scale[:, None]
+        q_scale, k_scale = torch.ones_like(q_scale), torch.ones_like(k_scale)
     product = q.permute(0, 2, 3, 1) @ k.permute(0, 2, 1, 3)
-    attention = product.to(wide) / q_length[..., :, None] / k_length[..., None, :] * temperature
+    attention = product.to(wide) * (q_scale[..., :, None] * (k_scale[..., None, :] * temperature))
     attention = attention.softmax(dim=-1).to(v.dtype)
     return (v.transpose(1, 2) @ attention.transpose(-2, -1)).transpose(1, 2)
 
 
-def _length_over_tokens(x: Tensor) -> Tensor:
-    """[B, N, H, d] to [B, H, d]; at least 1e-12, like ``torch.nn.functional.normalize``.
+def _inverse_length_over_tokens(x: Tensor) -> Tensor:
+    """[B, N, H, d] to 1 / length [B, H, d]; the length is at least 1e-12, as in ``torch.nn.functional.normalize``.
 
     The clamp stands inside the root: the root's gradient at zero would be infinite.
     """
-    return x.square().sum(dim=1).clamp_min(1e-24).sqrt()
+    return x.square().sum(dim=1).clamp_min(1e-24).rsqrt()
 
 
 class XCA(nn.Module):
