@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
-import struct
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import torch
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.train import TrainState
+from dino_xcit.weights import UNREADABLE, why_unreadable
 
 FORMAT = "dino-xcit-1"
 LATEST = "checkpoint.pth"
@@ -64,16 +62,10 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint at {path}") from None
-    except (
-        OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
-        pickle.UnpicklingError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
+    except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"{path} is no checkpoint that can be read safely ({reason[0][:150] if reason else type(error).__name__})"
-        ) from error
+        raise InputError(f"{path} is no checkpoint that can be read safely: {why_unreadable(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected a checkpoint")
     return content

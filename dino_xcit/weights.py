@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -27,6 +28,22 @@ from dino_xcit.models.xcit import XCIT_SIZES
 from dino_xcit.transform import EvalTransform
 
 NETWORKS = ("teacher", "student")
+
+UNREADABLE = (
+    OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
+    pickle.UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
+"""What ``torch.load(..., weights_only=True)`` raises for files that are damaged, foreign or unsafe."""
+
+
+def why_unreadable(error: Exception) -> str:
+    """A clause for one of :data:`UNREADABLE`. PyTorch's own text for unsafe files tells how to run them all the same."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    unsafe = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and unsafe:
+        return f"it holds {unsafe[1]}, and reading that could run a program"
+    return "it is damaged, cut short, or of another kind"
 
 
 @dataclass
@@ -106,13 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: --weights takes a file, such as {path / 'checkpoint.pth'}") from None
-    except (
-        OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
-        pickle.UnpicklingError, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
-        lines = str(error).strip().splitlines()
-        reason = lines[0][:150] if lines else type(error).__name__
-        raise InputError(f"{path} is no checkpoint that can be read safely: {reason}") from error
+    except UNREADABLE as error:
+        raise InputError(f"{path} is no checkpoint that can be read safely: {why_unreadable(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary of tensors)")
     return content

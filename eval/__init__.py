@@ -1,0 +1,1 @@
+"""Measuring frozen backbones: features, k-NN, linear probe, retrieval. Knows nothing of training."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from dino_xcit import distributed
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.loader import choose_workers
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
+from eval.progress import progress_bar
+from eval.protocol import write_json
 
 CACHE_VERSION = "1"
+
+_TOO_FEW_FOR_WORKERS = 256
+"""So few images are read in this process: starting another takes longer."""
+
+_ABANDONED_SECONDS = 3600
 
 
 @dataclass
@@ -34,6 +42,8 @@ class Features:
     """[images, D], not normalised; memory-mapped where they come from the cache."""
     labels: NDArray[np.int64] | None
     """[images], or None for a source without labels."""
+    fingerprint: str = ""
+    """Of the source, where it was asked for (:func:`cached`)."""
 
 
 class TransformedImages(Dataset[Tensor]):
@@ -49,14 +59,17 @@ class TransformedImages(Dataset[Tensor]):
         try:
             return self.transform(decode(self.source.read(index)[0], self.source.name(index)))
         except InputError as error:
+            # Handed over rather than raised: a loader process would bury the sentence in a traceback.
             return UndecodableImage(str(error))
 
 
 def _stack(images: list[Tensor | InputError]) -> Tensor | InputError:
+    good: list[Tensor] = []
     for image in images:
         if isinstance(image, InputError):
             return image
-    return torch.stack(images)  # type: ignore[arg-type]
+        good.append(image)
+    return torch.stack(good)
 
 
 def batches(
@@ -68,6 +81,8 @@ def batches(
         UndecodableImage: an image cannot be read; it is named.
     """
     workers = choose_workers(num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if num_workers < 0 and sum(map(len, indices)) < _TOO_FEW_FOR_WORKERS:
+        workers = 0
     loader: DataLoader[Tensor] = DataLoader(
         TransformedImages(source, transform),
         batch_sampler=indices,
@@ -81,7 +96,48 @@ def batches(
         yield images
 
 
-@torch.inference_mode()
+def feature_rows(
+    backbone: nn.Module,
+    source: Source,
+    transform: EvalTransform,
+    device: torch.device,
+    batch_size: int = 128,
+    num_workers: int = -1,
+    progress: bool = True,
+) -> Iterator[NDArray[np.float32]]:
+    """Class-token features in the order of the source, [some, D] float32 at a time, so that nobody need hold them all.
+
+    The backbone is in eval mode meanwhile; its mode is restored. Under torchrun the processes share the work and all
+    get every row.
+
+    Args:
+        backbone: on ``device``, with the output of :class:`dino_xcit.models.BackboneOutput`.
+
+    Raises:
+        UndecodableImage: an image cannot be read; it is named.
+    """
+    world, rank, total = distributed.world_size(), distributed.rank(), len(source)
+    rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
+    mine = [list(chunk[rank * batch_size : (rank + 1) * batch_size]) for chunk in rounds]
+    images = batches(source, transform, [chunk for chunk in mine if chunk], num_workers, device)
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with progress_bar(total, f"features of {source.url}", shown=progress and rank == 0) as bar:
+            for chunk, own in zip(rounds, mine, strict=True):
+                with torch.inference_mode():
+                    if own:
+                        batch = normalise(next(images).to(device, non_blocking=True), transform.mean, transform.std)
+                        rows = backbone(batch).cls_token.float()
+                    else:
+                        rows = torch.empty((0, width_of(backbone)), device=device)
+                    gathered = distributed.gather_rows(rows).cpu().numpy()
+                yield gathered
+                bar.update(len(chunk))
+    finally:
+        backbone.train(was_training)
+
+
 def extract(
     backbone: nn.Module,
     source: Source,
@@ -90,37 +146,14 @@ def extract(
     batch_size: int = 128,
     num_workers: int = -1,
     progress: bool = True,
-    out: NDArray[np.float32] | None = None,
 ) -> Features:
-    """Class-token features of every image, in float32, with the backbone in eval mode (its mode is restored).
-
-    Under torchrun the processes share the work and all get the result.
-
-    Args:
-        backbone: on ``device``, with ``embed_dim`` and the output of :class:`dino_xcit.models.BackboneOutput`.
-        out: [images, D] to write into (a memory map, say); default: a new array.
-    """
-    was_training = backbone.training
-    backbone.eval()
-    world, rank, total = distributed.world_size(), distributed.rank(), len(source)
-    if out is None:
-        out = np.empty((total, int(backbone.embed_dim)), dtype=np.float32)  # type: ignore[arg-type]
-    rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
-    mine = [list(chunk[rank * batch_size : (rank + 1) * batch_size]) for chunk in rounds]
-    images = batches(source, transform, [chunk for chunk in mine if chunk], num_workers, device)
-    with tqdm(
-        total=total, unit="img", desc=f"features of {source.url}", disable=not (progress and rank == 0), leave=False
-    ) as bar:
-        for chunk, own in zip(rounds, mine, strict=True):
-            if own:
-                batch = normalise(next(images).to(device, non_blocking=True), transform.mean, transform.std)
-                rows = backbone(batch).cls_token.float()
-            else:
-                rows = torch.empty((0, out.shape[1]), device=device)
-            out[chunk.start : chunk.stop] = distributed.gather_rows(rows).cpu().numpy()
-            bar.update(len(chunk))
-    backbone.train(was_training)
-    return Features(out, source.labels)
+    """All of :func:`feature_rows` in one array, on every process."""
+    rows = np.empty((len(source), width_of(backbone)), dtype=np.float32)
+    start = 0
+    for chunk in feature_rows(backbone, source, transform, device, batch_size, num_workers, progress):
+        rows[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return Features(rows, source.labels)
 
 
 def cached(
@@ -135,39 +168,116 @@ def cached(
 ) -> Features:
     """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data and preprocessing.
 
-    A file is complete or absent: it is written aside and renamed.
+    A file is complete or absent: it is written aside and renamed. With several processes, ``cache_dir`` is one that
+    all of them see.
 
     Args:
         weights_hash: identifies the backbone's weights (:func:`dino_xcit.weights.hash_state`).
         cache_dir: None: extract anew and keep nothing.
     """
+    fingerprint = distributed.main_decides(source.fingerprint() if distributed.is_main() else None) or ""
     if cache_dir is None:
-        return extract(backbone, source, transform, device, batch_size, num_workers)
-    card = {
+        found = extract(backbone, source, transform, device, batch_size, num_workers)
+        return Features(found.features, found.labels, fingerprint)
+    shape = (len(source), width_of(backbone))
+    card = cache_card(weights_hash, fingerprint, shape, transform)
+    folder = cache_dir / _key(card)
+    # One process looks, and all do as it says: they must not disagree about whether there is work to share.
+    there = distributed.main_decides("yes" if distributed.is_main() and _rows_in(folder, shape) is not None else None)
+    if not there:
+        rows = feature_rows(backbone, source, transform, device, batch_size, num_workers)
+        if distributed.is_main():
+            _keep(folder, rows, shape, card | {"source": source.url})
+        else:
+            for _ in rows:
+                pass
+        distributed.barrier()
+    kept = _rows_in(folder, shape)
+    if kept is None:
+        raise InputError(f"the features that were just kept in {folder} are gone: name a --cache-dir that all can see")
+    return Features(kept, source.labels, fingerprint)
+
+
+def find_kept(
+    weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform, cache_dir: Path | None
+) -> NDArray[np.float32] | None:
+    """The features [images, D] = ``shape`` that :func:`cached` kept earlier, memory-mapped, or None."""
+    if cache_dir is None:
+        return None
+    return _rows_in(cache_dir / _key(cache_card(weights_hash, fingerprint, shape, transform)), shape)
+
+
+def cache_card(
+    weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform
+) -> dict[str, object]:
+    """All that decides what features are: two cards are equal where the features are."""
+    return {
         "version": CACHE_VERSION,
         "weights": weights_hash,
-        "data": source.fingerprint(),
-        "images": len(source),
-        "dimension": int(backbone.embed_dim),  # type: ignore[arg-type]
+        "data": fingerprint,
+        "images": shape[0],
+        "dimension": shape[1],
         "transform": transform.to_dict(),
     }
-    key = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:20]
-    folder = cache_dir / key
-    found = distributed.main_decides("yes" if (folder / "features.npy").exists() else None)
-    if not found:
-        aside = cache_dir / f".{key}.tmp"
-        out: NDArray[np.float32] | None = None
-        if distributed.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            shape = (len(source), int(backbone.embed_dim))  # type: ignore[arg-type]
-            out = np.lib.format.open_memmap(aside / "features.npy", mode="w+", dtype=np.float32, shape=shape)
-        extract(backbone, source, transform, device, batch_size, num_workers, out=out)
-        if distributed.is_main():
-            assert isinstance(out, np.memmap)
-            out.flush()
-            (aside / "card.json").write_text(json.dumps(card | {"source": source.url}, indent=1))
+
+
+def width_of(backbone: nn.Module) -> int:
+    """D, the width of a backbone's features."""
+    return int(backbone.embed_dim)  # type: ignore[arg-type]
+
+
+def write_rows(path: Path, rows: Iterator[NDArray[np.float32]], shape: tuple[int, int]) -> None:
+    """A float32 ``.npy`` file of ``shape`` from its rows, some at a time; flushed to the disk.
+
+    Written in order rather than through a memory map: on a full disk that is an error, not a killed process.
+
+    Raises:
+        ValueError: ``rows`` were fewer or more than ``shape`` says.
+    """
+    count = 0
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for chunk in rows:
+            file.write(np.ascontiguousarray(chunk, dtype="<f4").data)
+            count += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    if count != shape[0]:
+        raise ValueError(f"{path} got {count} rows, expected {shape[0]}")
+
+
+def _key(card: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _rows_in(folder: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
+    """The kept rows, or None where there are none, or where the file was damaged: then they are extracted anew."""
+    try:
+        rows: NDArray[np.float32] = np.load(folder / "features.npy", mmap_mode="r")
+    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
+        return None
+    return rows if rows.shape == shape and rows.dtype == np.float32 else None
+
+
+def _keep(folder: Path, rows: Iterator[NDArray[np.float32]], shape: tuple[int, int], card: dict[str, object]) -> None:
+    # The process number keeps two runners that want the same features at the same time out of each other's way.
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    _sweep(folder.parent)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write_rows(aside / "features.npy", rows, shape)
+        write_json(aside / "card.json", card)
+        if _rows_in(folder, shape) is None:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
-        distributed.barrier()
-    return Features(np.load(folder / "features.npy", mmap_mode="r"), source.labels)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Remove what a killed process left half-written: a file that nobody has written to for an hour."""
+    for left in cache_dir.glob(".*.tmp/features.npy"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left.parent, ignore_errors=True)

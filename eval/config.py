@@ -1,0 +1,212 @@
+"""Every setting of run_knn.py, run_linear.py and run_extract.py, with its default: the only place that has them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from dino_xcit.cli import parse
+from dino_xcit.errors import InputError
+
+PAPER_EPOCHS = 100
+"""Epochs of the published linear probes."""
+SMALL_EPOCHS = 15
+"""Epochs of a probe on pictures of at most SMALL_CROP pixels, when nobody says otherwise: minutes on a CPU."""
+PAPER_CROP_SCALE = (0.08, 1.0)
+"""Crops of the published linear probes (torchvision's default)."""
+SMALL_CROP_SCALE = (0.8, 1.0)
+"""Crops of pictures of at most SMALL_CROP pixels, when nobody says otherwise: an eighth of such a picture
+shows nothing (xcit_pico_4_p4 on the sample, 4 epochs, held-out top-1: 60.5 with 0.08, 66.9 with 0.7, 72.5 with 0.9)."""
+SMALL_CROP = 64
+
+Config = TypeVar("Config")
+
+_DINO_NAMES = {
+    "pretrained_weights": "weights",
+    "checkpoint_key": "network",
+    "nb_knn": "ks",
+    "temperature": "temperatures",
+    "batch_size": "batch_size_per_gpu",
+}
+"""What DINO's evaluators (and habit) call a setting, to its name here."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which backbone is measured, and on what machine: the settings that all three runners share."""
+
+    weights: str = ""
+    """Checkpoint to measure: this project's checkpoint.pth or backbone.pth, or one of DINO's or XCiT's files."""
+    network: Literal["teacher", "student"] = "teacher"
+    """Which network of a checkpoint that holds both."""
+    arch: str = ""
+    """Architecture, where the file neither says nor shows it."""
+    data_path: str = ""
+    """Images: a folder, sample:fashion-mnist, torchvision:NAME ... Default: what the checkpoint was trained on."""
+    eval_resize: int = 0
+    """Shorter side that images are resized to; 0: as the checkpoint says, else 8/7 of the crop."""
+    eval_crop: int = 0
+    """Centre crop; 0: as the checkpoint says, else 224."""
+    batch_size_per_gpu: int = 128
+    """Images in one forward pass of one process (--batch-size is the same)."""
+    num_workers: int = -1
+    """Loader processes a rank; -1: chosen from the cores at hand."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto: a GPU if there is one."""
+    cache: bool = True
+    """Keep extracted features, and use those that were kept. --no-cache: neither."""
+    cache_dir: str = ""
+    """Where features are kept. Default: features/ beside the weights."""
+    json: str = ""
+    """Write the figures, and how they were measured, to this file."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: naming the field, the value, and what would do.
+        """
+        _at_least("batch_size_per_gpu", self.batch_size_per_gpu, 1)
+        _at_least("num_workers", self.num_workers, -1)
+        _at_least("eval_resize", self.eval_resize, 0)
+        _at_least("eval_crop", self.eval_crop, 0)
+
+
+@dataclass(frozen=True)
+class KnnConfig(BackboneConfig):
+    """Settings of run_knn.py."""
+
+    train_data: str = ""
+    """Labelled images that vote, where not DATA_PATH/train."""
+    val_data: str = ""
+    """Labelled images that are classified, where not DATA_PATH/val."""
+    ks: tuple[int, ...] = (10, 20, 100, 200)
+    """How many neighbours vote; each is measured, all with one search."""
+    temperatures: tuple[float, ...] = (0.07,)
+    """Vote weight exp(cosine similarity / T); each is measured."""
+    baselines: bool = False
+    """Also measure the same architecture untrained, and raw pixels."""
+
+    def __post_init__(self) -> None:
+        """See :meth:`BackboneConfig.__post_init__`."""
+        super().__post_init__()
+        if not self.ks or min(self.ks) < 1:
+            raise InputError(f"ks is {_words(self.ks)}, expected whole numbers of at least 1, such as 10 20 100 200")
+        if not self.temperatures or not min(self.temperatures) > 0:
+            raise InputError(f"temperatures is {_words(self.temperatures)}, expected numbers above 0, such as 0.07")
+
+
+@dataclass(frozen=True)
+class LinearConfig(BackboneConfig):
+    """Settings of run_linear.py. The defaults are the published protocol's, with a grid of learning rates beside it."""
+
+    train_data: str = ""
+    """Labelled images to learn from, where not DATA_PATH/train."""
+    val_data: str = ""
+    """Labelled images to measure on, where not DATA_PATH/val."""
+    epochs: int = 0
+    """Passes over the training images; 0: 100 as published, or 15 for images of at most 64 pixels."""
+    lr: float = 0.001
+    """The paper's learning rate, for a batch of 256 over all processes; scaled linearly with the batch."""
+    lrs: tuple[float, ...] = (
+        1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0,
+        2.0, 5.0,
+    )  # fmt: skip
+    """Grid of learning rates (scaled likewise), trained on the same forward pass; the best is chosen on held-out
+    training images."""
+    holdout: float = 0.1
+    """Share of the training images that the grid does not learn from and is chosen on; 0: no grid."""
+    crop_scale: tuple[float, float] = (0.0, 0.0)
+    """Share of a training image's area that a crop covers: least, most; 0 0: 0.08 1 as published, or 0.8 1 for images
+    of at most 64 pixels."""
+    seed: int = 0
+    """Seed of the classifiers, the crops, the order of the images and the held-out part."""
+    output_dir: str = ""
+    """Where linear.pth goes. Default: linear/ beside the weights."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: carry on if output_dir holds this probe, refuse if it holds another; never: start anew and overwrite."""
+
+    def __post_init__(self) -> None:
+        """See :meth:`BackboneConfig.__post_init__`."""
+        super().__post_init__()
+        _at_least("epochs", self.epochs, 0)
+        _at_least("seed", self.seed, 0)
+        for name, rates in (("lr", (self.lr,)), ("lrs", self.lrs)):
+            if any(not 0 < rate < float("inf") for rate in rates):
+                raise InputError(f"{name} is {_words(rates)}, expected numbers above 0, such as 0.001")
+        if not 0 <= self.holdout < 1:
+            raise InputError(f"holdout is {self.holdout}, expected a share of 0 or more and below 1, such as 0.1")
+        least, most = self.crop_scale
+        if not (0 < least <= most <= 1 or least == most == 0):
+            raise InputError(f"crop_scale is {least} {most}, expected 0 < least <= most <= 1, such as 0.08 1")
+
+
+@dataclass(frozen=True)
+class ExtractConfig(BackboneConfig):
+    """Settings of run_extract.py: write vectors (--output-dir), or look images up in some written before (--query)."""
+
+    output_dir: str = ""
+    """Folder for vectors.npy, paths.txt, index.faiss and card.json."""
+    normalise: bool = True
+    """Scale each vector to length 1, so that inner products are cosine similarities."""
+    overwrite: bool = False
+    """Replace another extraction in output_dir."""
+    query: tuple[str, ...] = ()
+    """Image files to look up."""
+    index: str = ""
+    """Folder that an earlier run wrote, to look them up in. Default: OUTPUT_DIR."""
+    top: int = 10
+    """How many of the nearest images to show."""
+    sheet: str = ""
+    """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
+
+    def __post_init__(self) -> None:
+        """See :meth:`BackboneConfig.__post_init__`."""
+        super().__post_init__()
+        _at_least("top", self.top, 1)
+
+
+def settings(config: type[Config], argv: Sequence[str], prog: str) -> Config:
+    """A runner's settings from its command line, under this project's names or DINO's.
+
+    Raises:
+        InputError: an unknown flag, or a value that cannot be.
+    """
+    return parse(config, _gather(_rename(argv, config), "query"), prog)
+
+
+def _rename(argv: Sequence[str], config: type) -> list[str]:
+    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    out = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        ours = _DINO_NAMES.get(name.removeprefix("--").replace("-", "_"), "") if name.startswith("--") else ""
+        out.append(f"--{ours}{equals}{value}" if ours in known else token)
+    return out
+
+
+def _gather(argv: list[str], flag: str) -> list[str]:
+    """``--flag a --flag b`` as ``--flag a b``: elsewhere the last word wins, here every one is wanted."""
+    words: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for token in argv:
+        if token.startswith("--"):
+            name, _, value = token.partition("=")
+            taking = name == f"--{flag}"
+            if taking:
+                words += [value] if value else []
+                continue
+        (words if taking else rest).append(token)
+    return [*rest, f"--{flag}", *words] if words else argv
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{name} is {value}, expected at least {least}")
+
+
+def _words(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values) or "empty"

@@ -1,0 +1,65 @@
+"""linear.pth: the classifiers of a probe, where it stands, and what it found. Read without executing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dino_xcit import checkpoint
+from dino_xcit.errors import InputError
+
+FORMAT = "dino-xcit-linear-1"
+FILE_NAME = "linear.pth"
+
+Settings = dict[str, Any]
+"""All that decides what a probe learns, as plain values: two probes are the same where these are equal."""
+
+
+def read_probe(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """The probe in ``folder``, if it holds one.
+
+    Raises:
+        InputError: it is another probe, or the file is no probe at all.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    content = checkpoint.read(path)
+    if content.get("format") != FORMAT or not isinstance(content.get("settings"), Mapping):
+        raise InputError(f"{path} is no linear probe: choose another --output-dir, or --resume never to overwrite it")
+    changed = differences(content["settings"], settings)
+    if changed:
+        more = "; ..." if len(changed) > 4 else ""
+        raise InputError(
+            f"{folder} holds another probe ({'; '.join(changed[:4])}{more}): choose another --output-dir, or --resume "
+            "never to overwrite it"
+        )
+    return content
+
+
+def write_probe(folder: Path, content: Mapping[str, Any], settings: Settings) -> None:
+    """Write ``content`` with the settings it belongs to; aside, then renamed.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_aside(folder / FILE_NAME, {"format": FORMAT, "settings": settings, **content})
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"cannot write {folder / FILE_NAME}: {error.strerror}; choose another --output-dir") from error
+
+
+def differences(then: Mapping[str, Any], now: Settings) -> list[str]:
+    """``name then -> now`` for each setting that differs; long values are cut short."""
+    return [
+        f"{name} {_short(then.get(name))} -> {_short(now.get(name))}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+
+
+def _short(value: object) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

@@ -1,0 +1,124 @@
+"""What was measured, and how: the card that goes with every figure."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import faiss
+import numpy
+import PIL
+import torch
+import torchvision
+
+import dino_xcit
+from dino_xcit import distributed
+from dino_xcit.data import Source
+from dino_xcit.errors import InputError
+from dino_xcit.transform import EvalTransform
+from dino_xcit.weights import LoadedBackbone
+
+Card = dict[str, object]
+"""Plain values, ready for JSON."""
+
+
+def weights_card(loaded: LoadedBackbone) -> Card:
+    """Which network of which file."""
+    return {
+        "path": str(loaded.path.absolute()),
+        "network": loaded.network,
+        "arch": loaded.arch,
+        "hash": loaded.hash,
+    }
+
+
+def data_card(source: Source, fingerprint: str) -> Card:
+    """Which images.
+
+    Args:
+        fingerprint: of ``source``; handed in because it looks at every file.
+    """
+    classes = None if source.classes is None else len(source.classes)
+    return {"url": source.url, "images": len(source), "classes": classes, "fingerprint": fingerprint}
+
+
+def result_card(
+    measure: str,
+    protocol: Mapping[str, object],
+    results: object,
+    loaded: LoadedBackbone,
+    data: Mapping[str, Card],
+    transform: EvalTransform,
+    device: torch.device,
+    seconds: float,
+) -> Card:
+    """A measurement with everything that is needed to repeat it. Accuracies are percent.
+
+    Args:
+        measure: ``knn``, ``linear``, ...
+        protocol: the settings that decide the figures, by name.
+        results: the figures.
+        data: the parts that took part, ``train`` and ``val``, as :func:`data_card` describes them.
+        seconds: the whole run's, from its start to its figures.
+    """
+    return {
+        "measure": measure,
+        "protocol": dict(protocol),
+        "results": results,
+        "weights": weights_card(loaded),
+        "data": dict(data),
+        "transform": transform.to_dict(),
+        "device": device_name(device),
+        "processes": distributed.world_size(),
+        "seconds": round(seconds, 2),
+        "date": now(),
+        "versions": versions(),
+    }
+
+
+def versions() -> Card:
+    """Of the libraries that a figure may depend on."""
+    return {
+        "dino_xcit": dino_xcit.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "faiss": faiss.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """``cuda (NVIDIA ...)`` or ``cpu (x86_64, 2 threads)``."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON beside ``path``, flush it, then rename.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,96 @@
+"""What every runner does first: the device, the processes, the backbone, its data, the place for kept features."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from dino_xcit import distributed
+from dino_xcit.data import Source, open_parts
+from dino_xcit.errors import InputError
+from dino_xcit.transform import EvalTransform
+from dino_xcit.weights import LoadedBackbone, load_backbone
+from eval.config import BackboneConfig, KnnConfig, LinearConfig
+
+
+def open_backbone(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
+    """Join the other processes if there are any, and put the frozen backbone on this one's device.
+
+    Raises:
+        InputError: no weights given, or weights that cannot be used.
+    """
+    if not config.weights:
+        raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth")
+    device = distributed.choose_device(config.device)
+    distributed.start(device)
+    loaded = load_backbone(config.weights, config.network, config.arch or None)
+    loaded.backbone.to(device)
+    distributed.say(loaded.describe())
+    transform = _transform(loaded.transform, config)
+    distributed.say(f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}")
+    if transform == EvalTransform() and not loaded.training:
+        distributed.say(
+            f"notice: {loaded.path.name} does not say how its images are prepared, this is ImageNet's way "
+            "(--eval-resize and --eval-crop change it)"
+        )
+    return dataclasses.replace(loaded, transform=transform), device
+
+
+def _transform(stored: EvalTransform, config: BackboneConfig) -> EvalTransform:
+    crop = config.eval_crop or stored.crop
+    resize = config.eval_resize or (round(crop * 8 / 7) if config.eval_crop else stored.resize)
+    return dataclasses.replace(stored, resize=resize, crop=crop)
+
+
+def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> tuple[Source, Source]:
+    """The training and validation parts to measure with: those given, else what the backbone was trained on.
+
+    Raises:
+        InputError: a part is missing or has no labels.
+    """
+    data: str | None = config.data_path or None
+    both_given = config.train_data and config.val_data
+    if data is None and not both_given:
+        data = loaded.data
+        if data is None:
+            raise InputError(
+                f"{loaded.path} does not say what it was trained on: give --data-path DIR with DIR/train and DIR/val"
+            )
+        distributed.say(f"data: {data}, on which it was trained (--data-path names other)")
+    return open_parts(data, config.train_data or None, config.val_data or None)
+
+
+def cache_folder(config: BackboneConfig) -> Path | None:
+    """Where features are kept; None where they shall not be, or, with a notice, where they cannot be.
+
+    Raises:
+        InputError: ``--cache-dir`` names a folder that cannot be written to.
+    """
+    if not config.cache:
+        return None
+    folder = beside_weights(config, config.cache_dir, "features")
+    problem = distributed.main_decides(_why_not_writable(folder) if distributed.is_main() else None)
+    if problem is None:
+        return folder
+    if config.cache_dir:
+        raise InputError(f"cache_dir is {folder}, which cannot be written to: {problem}")
+    distributed.say(
+        f"notice: features are not kept, {folder} cannot be written to: {problem} (--cache-dir names another folder)"
+    )
+    return None
+
+
+def beside_weights(config: BackboneConfig, given: str, name: str) -> Path:
+    """The folder that was given, else the folder ``name`` beside the weights."""
+    return Path(given).expanduser() if given else Path(config.weights).expanduser().parent / name
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"

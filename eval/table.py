@@ -1,0 +1,25 @@
+"""Figures as columns of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Interval = tuple[float, float]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows below a header, the first column flush left, the others flush right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def percent(value: float | None, interval: Interval | None = None) -> str:
+    """``82.3 [80.9, 83.6]``; ``-`` for a figure that means nothing."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" + ("" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]")

@@ -1,0 +1,31 @@
+"""What all tests share: one thread, and a seed that does not depend on which test ran before."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, so that processes started by the tests inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed_for_every_test() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """A colourful picture of 130 x 90 pixels with smooth and sharp parts."""
+    rng = np.random.default_rng(5)
+    rows, columns = np.mgrid[0:90, 0:130]
+    waves = np.stack([np.sin(rows / 9 + 2), np.cos(columns / 13), np.sin((rows + columns) / 17)], axis=-1)
+    pixels = 127 + 90 * waves + rng.normal(0, 12, (90, 130, 3))
+    pixels[20:50, 30:70] = (250, 20, 90)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -1,0 +1,77 @@
+"""One process of a two-process run, started by test_two_ranks.py: does its part and writes what it saw to a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+from test_train import poisoned_batch
+from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
+
+from dino_xcit import distributed
+from dino_xcit.config import PretrainConfig
+from dino_xcit.train import Schedules, build_state, train_step
+
+STEPS = 3
+
+# Per scenario: one process with `accumulation_steps` passes a step; two processes do half of them each.
+SCENARIOS: dict[str, PretrainConfig] = {
+    "sgd": tiny_config(batch_size_per_gpu=4, accumulation_steps=2, optimizer="sgd", lr=0.05, drop_path_rate=0.2),
+    "adamw": tiny_config(batch_size_per_gpu=4, accumulation_steps=2, drop_path_rate=0.2),
+    "accumulating": tiny_config(batch_size_per_gpu=2, accumulation_steps=4, optimizer="sgd", lr=0.05),
+}
+
+
+def train(config: PretrainConfig, rank: int, world_size: int) -> dict[str, Any]:
+    """Three steps; what was learnt, seen and lost."""
+    sampler = sampler_of(config, rank, world_size)
+    schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
+    state = build_state(config, CPU)
+    losses, indices = [], []
+    for batches in steps(config, 0, STEPS, rank, world_size):
+        indices.append([batch.indices.tolist() for batch in batches])
+        losses.append(float(train_step(state, batches, schedules, config).loss))
+    return {"learnt": learnt(state), "losses": losses, "indices": indices, "rejected": int(state.rejected)}
+
+
+def train_with_a_bad_image_on_the_second_process(config: PretrainConfig, rank: int) -> dict[str, Any]:
+    """A clean step, one with a NaN on rank 1 alone, a clean one."""
+    sampler = sampler_of(config, rank, 2)
+    schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
+    state = build_state(config, CPU)
+    seen = []
+    for number, batches in enumerate(steps(config, 0, STEPS, rank, 2)):
+        if number == 1 and rank == 1:
+            batches[0] = poisoned_batch(batches[0])
+        accepted = bool(train_step(state, batches, schedules, config).accepted)
+        seen.append({"learnt": learnt(state), "accepted": accepted, "rejected": int(state.rejected)})
+    return {"seen": seen}
+
+
+def main() -> None:
+    """Run every scenario of two processes."""
+    torch.set_num_threads(1)
+    distributed.start(CPU)
+    rank = distributed.rank()
+    halved = {
+        name: dataclasses.replace(config, accumulation_steps=config.accumulation_steps // 2)
+        for name, config in SCENARIOS.items()
+    }
+    results: dict[str, Any] = {name: train(config, rank, 2) for name, config in halved.items()}
+    results["bad image"] = train_with_a_bad_image_on_the_second_process(halved["adamw"], rank)
+    results["world"] = (distributed.rank(), distributed.world_size(), distributed.is_main())
+    results["gathered"] = distributed.gather_rows(torch.full((2 + 3 * rank, 4), float(rank)))
+    results["gathered none"] = distributed.gather_rows(torch.full((2 * rank, 1), float(rank)))
+    tensors = [torch.full((3,), 1.0 + rank), torch.tensor(10.0 * rank)]
+    distributed.all_reduce_sum(tensors)
+    results["summed"] = tensors
+    results["decided"] = [distributed.main_decides("no data" if rank == 0 else None), distributed.main_decides(None)]
+    torch.save(results, f"{sys.argv[1]}-{rank}.pt")
+    distributed.barrier()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

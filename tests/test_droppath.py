@@ -1,0 +1,175 @@
+"""Stochastic depth: its coins, and where it acts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_run import CPU, steps, tiny_config
+from torch import Tensor, nn
+
+from dino_xcit.data.loader import Batch
+from dino_xcit.models import build_backbone
+from dino_xcit.models.droppath import hash_bits, residual_scales
+from dino_xcit.train import build_state, drop_path_keys
+
+
+def batch_of(indices: list[int], epoch: int = 0, views: tuple[int, ...] = (2, 4)) -> Batch:
+    return Batch([torch.empty(0) for _ in views], list(views), epoch, torch.tensor(indices))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
+def test_the_share_of_dropped_branches_is_the_rate(rate: float) -> None:
+    scales = residual_scales(torch.arange(4000), 36, rate)
+    assert scales.shape == (36, 4000, 1, 1)
+    dropped = scales == 0
+    assert torch.equal(scales[~dropped], torch.full_like(scales[~dropped], 1 / (1 - rate)))
+    count = dropped.numel()
+    allowed = 5 * math.sqrt(rate * (1 - rate) * count)  # five deviations of a binomial
+    assert abs(int(dropped.sum()) - rate * count) < allowed
+    # and so for each branch, and for each run of keys
+    for part in (*dropped.unbind(0), *dropped.flatten(1).split(400, dim=1)):
+        assert abs(int(part.sum()) - rate * part.numel()) < 5 * math.sqrt(rate * (1 - rate) * part.numel())
+
+
+def test_coins_of_branches_and_of_neighbouring_keys_are_independent() -> None:
+    coins = (residual_scales(torch.arange(40_000), 12, 0.5)[..., 0, 0] == 0).double()
+    correlation = torch.corrcoef(coins) - torch.eye(12)
+    assert float(correlation.abs().max()) < 5 / math.sqrt(40_000)
+    for shift in (1, 2, 64):
+        pair = torch.stack([coins[:, :-shift].flatten(), coins[:, shift:].flatten()])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 5 / math.sqrt(pair.shape[1])
+
+
+def test_coins_depend_on_the_key_alone() -> None:
+    keys = torch.randint(1 << 62, (50,))
+    order = torch.randperm(50)
+    scales = residual_scales(keys, 9, 0.4)
+    assert torch.equal(residual_scales(keys[order], 9, 0.4), scales[:, order])
+    assert torch.equal(residual_scales(keys[7:8], 9, 0.4), scales[:, 7:8])
+
+
+def test_a_rate_of_zero_keeps_everything() -> None:
+    assert torch.equal(residual_scales(torch.arange(100), 6, 0.0), torch.ones(6, 100, 1, 1))
+
+
+def test_hashed_bits_are_uniform_and_never_negative() -> None:
+    bits = hash_bits(torch.arange(20_000))
+    assert int(bits.min()) >= 0
+    for bit in range(24):
+        ones = int(((bits >> bit) & 1).sum())
+        assert abs(ones - 10_000) < 5 * math.sqrt(5000)
+
+
+def test_every_epoch_image_and_view_has_a_key_of_its_own() -> None:
+    """Image 5 of epoch 0 must not share its coins with image 4 of epoch 1."""
+    keys = [torch.cat(drop_path_keys(batch_of(list(range(256)), epoch), seed=0)) for epoch in range(8)]
+    everything = torch.cat(keys)
+    assert len(everything.unique()) == len(everything) == 8 * 256 * 6
+
+
+def test_keys_follow_the_image_and_not_its_place_in_the_batch() -> None:
+    together = drop_path_keys(batch_of([3, 8, 5, 40], epoch=2), seed=7)
+    assert [key.shape for key in together] == [(8,), (16,)]
+    alone = drop_path_keys(batch_of([5], epoch=2), seed=7)
+    for group, single in zip(together, alone, strict=True):
+        assert torch.equal(group.view(-1, 4)[:, 2], single)
+
+
+def test_keys_of_the_views_do_not_depend_on_how_they_are_grouped_by_size() -> None:
+    split = drop_path_keys(batch_of([1, 2], views=(2, 4)), seed=0)
+    whole = drop_path_keys(batch_of([1, 2], views=(6,)), seed=0)
+    assert torch.equal(torch.cat(split), torch.cat(whole))
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}])
+def test_another_seed_or_epoch_gives_other_coins(other: dict[str, int]) -> None:
+    def coins(seed: int = 0, epoch: int = 0) -> Tensor:
+        keys = torch.cat(drop_path_keys(batch_of(list(range(500)), epoch), seed))
+        return residual_scales(keys, 12, 0.5).flatten() == 0
+
+    agreement = float((coins() == coins(**other)).double().mean())
+    assert agreement == pytest.approx(0.5, abs=0.02)
+
+
+def frozen_statistics(model: nn.Module) -> nn.Module:
+    """Train mode, but BatchNorm does not mix the samples of a batch."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def test_the_network_drops_by_key_wherever_a_sample_stands() -> None:
+    model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.5))
+    images, keys, order = torch.randn(6, 3, 16, 16), torch.arange(6), torch.tensor([4, 2, 0, 5, 1, 3])
+    with torch.no_grad():
+        here = model(images, drop_path_keys=keys).cls_token
+        there = model(images[order], drop_path_keys=keys[order]).cls_token
+        others = model(images, drop_path_keys=keys + 100).cls_token
+    torch.testing.assert_close(there, here[order], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(others, here, atol=1e-3)
+
+
+def test_each_kept_branch_is_scaled_and_each_dropped_branch_is_absent() -> None:
+    """The block written out by hand, with the scales of its three branches in the order XCA, LPI, MLP."""
+    model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.4))
+    keys = torch.arange(8)
+    scales = residual_scales(keys, 12, 0.4).view(4, 3, 8, 1, 1)
+    images = torch.randn(8, 3, 12, 20)
+    with torch.no_grad():
+        x, grid = model.patch_embed(images)  # type: ignore[operator]
+        x = x + model.pos_embeder(grid)  # type: ignore[operator]
+        for block, (xca, lpi, mlp) in zip(model.blocks, scales, strict=True):  # type: ignore[arg-type]
+            x = x + xca * block.gamma1 * block.attn(block.norm1(x))  # type: ignore[operator,union-attr]
+            x = x + lpi * block.gamma3 * block.local_mp(block.norm3(x), grid)  # type: ignore[operator,union-attr]
+            x = x + mlp * block.gamma2 * block.mlp(block.norm2(x))  # type: ignore[operator,union-attr]
+        output = model(images, drop_path_keys=keys)
+    torch.testing.assert_close(output.patch_tokens, x, rtol=1e-5, atol=1e-5)
+
+
+def test_class_attention_has_no_drop_path() -> None:
+    """At a rate of nearly one every XCA branch is gone, but the class token still gathers from the patches."""
+    model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.999999))
+    images, keys = torch.randn(4, 3, 16, 16), torch.arange(4)
+    with torch.no_grad():
+        stem, grid = model.patch_embed(images)  # type: ignore[operator]
+        output = model(images, drop_path_keys=keys)
+        assert torch.equal(output.patch_tokens, stem + model.pos_embeder(grid))  # type: ignore[operator]
+    assert float(output.cls_token.std(dim=0).mean()) > 1e-3
+
+
+def test_eval_mode_and_a_rate_of_zero_draw_no_coins() -> None:
+    dropping, plain = build_backbone("xcit_pico_4_p4", drop_path_rate=0.5), build_backbone("xcit_pico_4_p4")
+    plain.load_state_dict(dropping.state_dict())
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = plain.eval()(images).cls_token
+        assert torch.equal(dropping.eval()(images, drop_path_keys=torch.arange(3)).cls_token, expected)
+        plain.train()
+        assert torch.equal(plain(images).cls_token, plain(images, drop_path_keys=torch.arange(3)).cls_token)
+
+
+def test_without_keys_the_coins_come_from_torchs_generator() -> None:
+    model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.5))
+    images = torch.randn(8, 3, 16, 16)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(model(images).cls_token)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_the_teacher_has_no_drop_path() -> None:
+    config = tiny_config(drop_path_rate=0.9)
+    state = build_state(config, CPU)
+    assert state.student.backbone.drop_path_rate == 0.9
+    assert state.teacher.backbone.drop_path_rate == 0.0
+    (batch,) = next(steps(config, 0, 1))
+    crops = [crop.float() / 255 for crop in batch.crops]
+    keys = drop_path_keys(batch, 0)
+    assert torch.equal(state.teacher(crops, keys).logits, state.teacher(crops).logits)
+    assert not torch.equal(state.student(crops, keys).logits, state.teacher(crops).logits)

@@ -1,0 +1,134 @@
+"""The projection head: its start, its names, its unit vectors."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tiny_run import CPU, run, tiny_config
+from torch import Tensor, nn
+
+from dino_xcit.models.head import DINOHead
+from dino_xcit.train import build_state
+
+
+def published_layout(in_dim: int, hidden: int, bottleneck: int, out_dim: int, use_bn: bool) -> nn.Module:
+    """The head's modules as the paper's appendix describes them, with PyTorch's own weight normalisation."""
+    layers: list[nn.Module] = [nn.Linear(in_dim, hidden)]
+    if use_bn:
+        layers.append(nn.BatchNorm1d(hidden))
+    layers += [nn.GELU(), nn.Linear(hidden, hidden)]
+    if use_bn:
+        layers.append(nn.BatchNorm1d(hidden))
+    layers += [nn.GELU(), nn.Linear(hidden, bottleneck)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        last = nn.utils.weight_norm(nn.Linear(bottleneck, out_dim, bias=False))
+    return nn.ModuleDict({"mlp": nn.Sequential(*layers), "last_layer": last})
+
+
+@pytest.mark.parametrize("use_bn", [False, True])
+@pytest.mark.parametrize("norm_last_layer", [False, True])
+def test_equals_weight_norm_in_values_and_gradients(use_bn: bool, norm_last_layer: bool) -> None:
+    ours = DINOHead(24, 40, use_bn, norm_last_layer, hidden_dim=32, bottleneck_dim=12).double()
+    theirs = published_layout(24, 32, 12, 40, use_bn).double()
+    with torch.no_grad():
+        ours.last_layer.weight_g.copy_(torch.rand(40, 1) + 0.5)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(10, 24, dtype=torch.float64)
+    weights = torch.randn(10, 40, dtype=torch.float64)
+    values = ours(x)
+    expected = theirs["last_layer"](nn.functional.normalize(theirs["mlp"](x), dim=-1, p=2))  # type: ignore[index]
+    torch.testing.assert_close(values, expected)
+    (values * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        if name == "last_layer.weight_g" and norm_last_layer:
+            assert a.grad is None
+        else:
+            assert a.grad is not None
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_names_are_those_of_published_checkpoints() -> None:
+    plain = [f"mlp.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")]
+    assert list(DINOHead(8, 4).state_dict()) == [*plain, "last_layer.weight_g", "last_layer.weight_v"]
+    with_bn = DINOHead(8, 4, use_bn=True).state_dict()
+    assert {key.rsplit(".", 1)[0] for key in with_bn if key.startswith("mlp")} == {f"mlp.{i}" for i in (0, 1, 3, 4, 6)}
+    assert "mlp.1.running_mean" in with_bn
+    assert "mlp.6.running_mean" not in with_bn
+
+
+def test_default_widths_are_2048_and_256() -> None:
+    shapes = {key: tuple(value.shape) for key, value in DINOHead(384, 100).state_dict().items()}
+    assert shapes["mlp.0.weight"] == (2048, 384)
+    assert shapes["mlp.2.weight"] == (2048, 2048)
+    assert shapes["mlp.4.weight"] == (256, 2048)
+    assert shapes["last_layer.weight_v"] == (100, 256)
+    assert shapes["last_layer.weight_g"] == (100, 1)
+
+
+@torch.no_grad()
+def test_the_three_layers_start_from_a_normal_of_002_and_the_prototypes_from_linears_default() -> None:
+    head = DINOHead(384, 2000)
+    for index in (0, 2, 4):
+        layer = head.mlp[index]
+        assert isinstance(layer, nn.Linear)
+        assert float(layer.weight.std()) == pytest.approx(0.02, rel=0.01)
+        # within one, two, three deviations of a normal
+        for deviations, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
+            assert float((layer.weight.abs() < 0.02 * deviations).double().mean()) == pytest.approx(share, abs=0.004)
+        assert bool((layer.bias == 0).all())
+    direction = head.last_layer.weight_v
+    bound = 1 / 256**0.5  # uniform on (-1/sqrt(fan-in), 1/sqrt(fan-in))
+    assert float(direction.abs().max()) <= bound
+    assert float(direction.std()) == pytest.approx(bound / 3**0.5, rel=0.01)
+    # A row's length is its inverse learning rate: sqrt(256) * bound / sqrt(3).
+    assert float(direction.norm(dim=1).mean()) == pytest.approx(3**-0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_prototype_lengths_start_at_one_and_are_frozen_or_trained(norm_last_layer: bool) -> None:
+    head = DINOHead(8, 30, norm_last_layer=norm_last_layer, hidden_dim=8, bottleneck_dim=8)
+    assert bool((head.last_layer.weight_g == 1).all())
+    assert head.last_layer.weight_g.requires_grad is not norm_last_layer
+    assert head.last_layer.weight_v.requires_grad
+    state = build_state(tiny_config(norm_last_layer=norm_last_layer), CPU)
+    names = {id(p): name for name, p in state.student.named_parameters()}
+    optimised = {names[id(p)] for group in state.optimizer.param_groups for p in group["params"]}
+    assert ("head.last_layer.weight_g" in optimised) is not norm_last_layer
+
+
+def test_trained_prototype_lengths_move_and_frozen_ones_do_not() -> None:
+    for norm_last_layer in (True, False):
+        config = tiny_config(norm_last_layer=norm_last_layer, freeze_last_layer=0)
+        state, _ = run(config, 2)
+        moved = not bool((state.student.head.last_layer.weight_g == 1).all())
+        assert moved is not norm_last_layer
+
+
+def test_logits_are_cosines_between_the_bottleneck_and_the_prototypes() -> None:
+    head = DINOHead(16, 50, hidden_dim=32, bottleneck_dim=8)
+    seen: list[Tensor] = []
+    head.last_layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    logits = head(100 * torch.randn(20, 16))
+    torch.testing.assert_close(seen[0].norm(dim=1), torch.ones(20))
+    assert float(logits.detach().abs().max()) <= 1 + 1e-6
+    directions = head.last_layer.weight_v / head.last_layer.weight_v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(logits, seen[0] @ directions.T)
+
+
+def test_under_autocast_the_unit_vectors_are_float32() -> None:
+    head = DINOHead(64, 50, hidden_dim=128, bottleneck_dim=256)
+    seen: list[Tensor] = []
+    head.last_layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    x = torch.randn(20, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = head(x)
+    assert seen[0].dtype is torch.float32
+    assert float((seen[0].norm(dim=1) - 1).abs().max()) < 1e-5  # in bfloat16 it would be off by up to 0.004
+    exact = DINOHead(64, 50, hidden_dim=128, bottleneck_dim=256).double()
+    exact.load_state_dict({key: value.double() for key, value in head.state_dict().items()})
+    assert float((low.double() - exact(x.double())).abs().max()) < 0.01

@@ -1,0 +1,221 @@
+"""The k-NN classifier against its definition in float64, the reference's formulation, and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_fixtures import unit
+from numpy.typing import NDArray
+from sklearn.neighbors import KNeighborsClassifier
+
+import eval.knn
+from dino_xcit.errors import InputError
+from eval.knn import (
+    accuracy,
+    bootstrap_interval,
+    build_index,
+    clamp_ks,
+    correct,
+    knn_predict,
+    unit_rows,
+)
+
+Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
+
+
+def clusters(train: int = 300, test: int = 80, classes: int = 8, dim: int = 16, spread: float = 1.5) -> Data:
+    """Overlapping clouds of points of many lengths: train features and labels, test features and labels."""
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(classes, dim))
+
+    def draw(count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        labels = rng.integers(0, classes, count)
+        points = centres[labels] + spread * rng.normal(size=(count, dim))
+        return (points * rng.uniform(0.1, 10, (count, 1))).astype(np.float32), labels
+
+    return (*draw(train), *draw(test))
+
+
+def by_definition(data: Data, k: int, temperature: float) -> list[list[int]]:
+    """One query at a time, one vote at a time, in float64."""
+    train, labels, test, _ = data
+    out = []
+    for query in unit(test):
+        similarity = unit(train) @ query
+        votes = {int(label): 0.0 for label in labels}
+        for row in np.argsort(-similarity)[:k]:
+            votes[int(labels[row])] += math.exp(similarity[row] / temperature)
+        out.append(sorted(votes, key=lambda label: (-votes[label], label))[:5])
+    return out
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.02, 1.0])
+@pytest.mark.parametrize("k", [1, 5, 20, 300])
+def test_equals_the_definition_in_float64(k: int, temperature: float) -> None:
+    data = clusters()
+    train, labels, test, _ = data
+    assert knn_predict(train, labels, test, [k], [temperature])[k, temperature].tolist() == by_definition(
+        data, k, temperature
+    )
+
+
+@pytest.mark.parametrize("k", [10, 20])
+def test_equals_the_references_tensor_formulation(k: int) -> None:
+    """DINO counts votes with a one-hot table over all classes; its first guesses are ours wherever they got a vote."""
+    train, labels, test, _ = clusters()
+    similarity, rows = (torch.from_numpy(unit(test)) @ torch.from_numpy(unit(train)).t()).topk(k)
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels)[rows], 8)
+    votes = (one_hot * (similarity / 0.07).exp()[..., None]).sum(dim=1)
+    expected = votes.argsort(dim=1, descending=True).numpy()[:, :5]
+    ours = knn_predict(train, labels, test, [k], [0.07])[k, 0.07]
+    voted = np.take_along_axis(votes.numpy(), expected, axis=1) > 0
+    assert voted[:, 0].all()
+    assert (ours == expected)[voted].all()
+
+
+def test_equals_scikit_learn() -> None:
+    train, labels, test, _ = clusters()
+    peer = KNeighborsClassifier(15, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    expected = peer.fit(train, labels).predict(test)
+    assert (knn_predict(train, labels, test, [15], [0.07])[15, 0.07][:, 0] == expected).all()
+
+
+def test_one_search_serves_every_k_and_temperature_asked_for() -> None:
+    train, labels, test, _ = clusters()
+    together = knn_predict(train, labels, test, [50, 3, 10], [0.07, 0.5])
+    assert list(together) == [(50, 0.07), (50, 0.5), (3, 0.07), (3, 0.5), (10, 0.07), (10, 0.5)]
+    for (k, temperature), predicted in together.items():
+        alone = knn_predict(train, labels, test, [k], [temperature])[k, temperature]
+        assert (predicted == alone).all()
+
+
+def test_the_length_of_features_does_not_matter() -> None:
+    train, labels, test, _ = clusters()
+    longer = train * np.random.default_rng(0).uniform(0.01, 100, (len(train), 1)).astype(np.float32)
+    assert (knn_predict(longer, labels, test, [10], [0.07])[10, 0.07] == by_definition(clusters(), 10, 0.07)).all()
+
+
+def test_any_number_of_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels, test, _ = clusters(test=2500)
+    whole = knn_predict(train, labels, test, [7], [0.07])[7, 0.07]
+    assert (knn_predict(train, labels, test[:1], [7], [0.07])[7, 0.07] == whole[:1]).all()
+    assert (knn_predict(train, labels, test[1500:], [7], [0.07])[7, 0.07] == whole[1500:]).all()
+    assert knn_predict(train, labels, test[:0], [7], [0.07])[7, 0.07].shape == (0, 5)
+
+
+def test_classes_are_those_of_the_training_labels_however_they_are_numbered() -> None:
+    train, labels, test, _ = clusters()
+    names = np.array([0, 3, 4, 900_000_000_000, 7, -2, 1000, 12])
+    plain = knn_predict(train, labels, test, [20], [0.07])[20, 0.07]
+    renamed = knn_predict(train, names[labels], test, [20], [0.07])[20, 0.07]
+    assert (names[plain[:, 0]] == renamed[:, 0]).all()
+    assert np.isin(renamed, names).all()
+
+
+def test_fewer_than_five_classes_give_as_many_guesses() -> None:
+    train, labels, test, _ = clusters(classes=3)
+    predicted = knn_predict(train, labels, test, [10], [0.07])[10, 0.07]
+    assert predicted.shape == (80, 3)
+    assert (np.sort(predicted, axis=1) == [0, 1, 2]).all()
+
+
+def test_classes_without_a_vote_come_last_lowest_number_first() -> None:
+    train, labels = np.eye(7, dtype=np.float32), np.array([6, 5, 4, 3, 2, 1, 0])
+    query = np.array([[0, 0, 1, 0.5, 0, 0, 0]], dtype=np.float32)
+    assert knn_predict(train, labels, query, [2], [0.07])[2, 0.07].tolist() == [[4, 3, 0, 1, 2]]
+
+
+def test_equal_votes_go_to_the_lower_class() -> None:
+    train = np.array([[1, 0], [1, 0]], dtype=np.float32)
+    assert knn_predict(train, np.array([1, 0]), train[:1], [2], [0.07])[2, 0.07].tolist() == [[0, 1]]
+
+
+def test_a_very_low_temperature_neither_overflows_nor_changes_the_nearest() -> None:
+    train, labels, test, _ = clusters()
+    cold = knn_predict(train, labels, test, [20], [1e-4])[20, 1e-4][:, 0]
+    nearest = knn_predict(train, labels, test, [1], [0.07])[1, 0.07][:, 0]
+    assert (cold == nearest).all()
+
+
+def test_k_beyond_the_training_set_means_all_of_it() -> None:
+    train, labels, test, _ = clusters(train=30)
+    found = knn_predict(train, labels, test, [10, 200], [0.07])
+    assert list(found) == [(10, 0.07), (200, 0.07)]
+    assert (found[200, 0.07] == knn_predict(train, labels, test, [30], [0.07])[30, 0.07]).all()
+    assert clamp_ks([10, 200, 100], 30) == ([10, 30], "k = 100, 200 exceeds the 30 training images: using 30")
+    assert clamp_ks([20, 10], 30) == ([10, 20], "")
+
+
+def test_what_cannot_be_is_refused_with_a_sentence() -> None:
+    train, labels, test, _ = clusters(train=30)
+    broken = train.copy()
+    broken[4, 2] = np.nan
+    cases = [
+        ((train, None, test, [10], [0.07]), "30 training features but 0 labels"),
+        ((train, labels[:9], test, [10], [0.07]), "30 training features but 9 labels"),
+        ((train, labels, test[:, :4], [10], [0.07]), "cannot be compared"),
+        ((train, labels, test, [0, 10], [0.07]), "k is 0, expected 1 or more"),
+        ((train, labels, test, [], [0.07]), "k is missing"),
+        ((train, labels, test, [10], [0.0]), "temperature is 0.0, expected more than 0"),
+        ((train[:0], labels[:0], test, [10], [0.07]), "no training image"),
+        ((broken, labels, test, [10], [0.07]), "not finite numbers"),
+        ((train, labels, broken, [10], [0.07]), "not finite numbers"),
+    ]
+    for arguments, sentence in cases:
+        with pytest.raises(InputError, match=sentence):
+            knn_predict(*arguments)  # type: ignore[arg-type]
+
+
+def test_memory_mapped_features_are_never_copied_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1.28 M x 384 the index (2 GB) must be the only copy: here NumPy may take a tenth of the file."""
+    rows, dim = 100_000, 32
+    features = np.lib.format.open_memmap(tmp_path / "features.npy", mode="w+", dtype=np.float32, shape=(rows, dim))
+    features[:] = np.random.default_rng(0).normal(size=(rows, dim))
+    labels = np.arange(rows) % 10
+    features.flush()
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    queries = np.array(mapped[:40])
+    monkeypatch.setattr(eval.knn, "_ROWS_AT_ONCE", 1000)
+    tracemalloc.start()
+    index = build_index(mapped)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert index.ntotal == rows
+    assert peak < rows * dim * 4 / 10
+    predicted = knn_predict(mapped, labels, mapped[:40], [20], [0.07])[20, 0.07]
+    assert (predicted == knn_predict(np.array(mapped), labels, queries, [20], [0.07])[20, 0.07]).all()
+
+
+def test_unit_rows_have_length_one_and_zero_stays_zero() -> None:
+    rows = np.array([[3, 4], [0, 0], [1e-20, 0], [1e30, 1e30]], dtype=np.float32)
+    assert np.linalg.norm(unit_rows(rows)[[0, 3]], axis=1) == pytest.approx([1, 1])
+    assert (unit_rows(rows)[1] == 0).all()
+
+
+def test_accuracy_counts_the_label_among_the_first_guesses() -> None:
+    guesses = np.array([[1, 2, 3], [2, 1, 3], [3, 1, 2], [1, 3, 2]])
+    truth = np.array([1, 1, 1, 7])
+    assert accuracy(guesses, truth, 1) == 25.0
+    assert accuracy(guesses, truth, 2) == 75.0
+    assert correct(guesses, truth, 3).tolist() == [True, True, True, False]
+    assert math.isnan(accuracy(guesses[:0], truth[:0], 1))
+    with pytest.raises(InputError, match="no labels"):
+        accuracy(guesses, None, 1)
+    with pytest.raises(InputError, match="4 predictions but 3 labels"):
+        accuracy(guesses, truth[:3], 1)
+
+
+def test_bootstrap_interval_is_that_of_resampling_the_images() -> None:
+    rng = np.random.default_rng(1)
+    hits = rng.random(400) < 0.8
+    resampled = [100 * hits[rng.integers(0, 400, 400)].mean() for _ in range(4000)]
+    assert bootstrap_interval(hits) == pytest.approx(np.percentile(resampled, [2.5, 97.5]), abs=0.6)
+    assert bootstrap_interval(hits) == bootstrap_interval(hits)
+    low, high = bootstrap_interval(hits, level=0.5)
+    assert bootstrap_interval(hits)[0] < low < 100 * hits.mean() < high < bootstrap_interval(hits)[1]
+    assert bootstrap_interval(np.ones(50, dtype=bool)) == (100.0, 100.0)

@@ -1,0 +1,198 @@
+"""Which images a step sees, and that nothing but (seed, step) decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import CPU, tiny_source
+
+from dino_xcit.augment import MultiCropAugmentation
+from dino_xcit.data import Source, UndecodableImage, open_source
+from dino_xcit.data.loader import Batch, StepSampler, build_loader, choose_workers
+from dino_xcit.errors import InputError
+
+Key = tuple[int, int]
+
+
+def keys(
+    length: int,
+    batch: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    start: int = 0,
+    stop: int = 6,
+) -> list[list[Key]]:
+    sampler = StepSampler(length, batch, accumulation, rank, world, seed, start, stop)
+    out = list(sampler)
+    assert len(out) == len(sampler)
+    return out
+
+
+def test_an_epoch_visits_every_image_once() -> None:
+    visited = keys(40, 8, stop=10)
+    for epoch in range(2):
+        batches = visited[5 * epoch : 5 * epoch + 5]
+        assert sorted(index for batch in batches for _, index in batch) == list(range(40))
+        assert {e for batch in batches for e, _ in batch} == {epoch}
+    assert visited[:5] != [[(0, index) for _, index in batch] for batch in visited[5:]]
+
+
+def test_an_incomplete_last_batch_is_left_out_and_differs_between_epochs() -> None:
+    visited = keys(43, 8, stop=10)
+    assert all(len(batch) == 8 for batch in visited)
+    left_out = [set(range(43)) - {i for batch in visited[5 * e : 5 * e + 5] for _, i in batch} for e in range(2)]
+    assert [len(part) for part in left_out] == [3, 3]
+    assert left_out[0] != left_out[1]
+
+
+def test_the_order_depends_on_the_seed_and_is_shuffled() -> None:
+    first, second = keys(40, 8), keys(40, 8, seed=1)
+    assert first != second
+    assert first == keys(40, 8)
+    assert [index for _, index in first[0]] != list(range(8))
+
+
+def global_batches(accumulation: int, world: int, batch: int) -> list[list[Key]]:
+    """For each step, the keys of all forward passes of all processes, in the order of part and rank."""
+    ranks = [keys(50, batch, accumulation, rank, world) for rank in range(world)]
+    steps = []
+    for step in range(6):
+        parts = [
+            ranks[rank][step * accumulation + part] for part in range(accumulation) for rank in range(world)
+        ]
+        steps.append([key for part in parts for key in part])
+    return steps
+
+
+def test_a_step_s_images_do_not_depend_on_processes_or_accumulation() -> None:
+    expected = global_batches(1, 1, 8)
+    assert global_batches(2, 1, 4) == expected
+    assert global_batches(1, 2, 4) == expected
+    assert global_batches(2, 2, 2) == expected
+    assert global_batches(1, 8, 1) == expected
+
+
+def test_microbatches_are_the_same_whoever_computes_them() -> None:
+    """So that 2 processes equal 1 process with 2 accumulation steps, BatchNorm included."""
+    one = keys(48, 4, accumulation=2)
+    two = [keys(48, 4, rank=rank, world=2) for rank in range(2)]
+    assert one == [microbatch for step in zip(*two, strict=True) for microbatch in step]
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 6, 7])
+def test_resuming_anywhere_continues_the_same_sequence(start: int) -> None:
+    whole = keys(40, 4, accumulation=2, stop=10)
+    assert keys(40, 4, accumulation=2, start=start, stop=10) == whole[2 * start :]
+
+
+def test_fewer_images_than_a_batch_are_refused_with_what_would_do() -> None:
+    with pytest.raises(InputError, match=r"10 images .* 16: .*batch-size-per-gpu to at most 2"):
+        StepSampler(10, 4, accumulation_steps=2, world_size=2)
+    StepSampler(16, 4, accumulation_steps=2, world_size=2)
+
+
+def test_a_finished_run_has_no_batches() -> None:
+    assert len(StepSampler(40, 8, start_step=5, stop_step=5)) == 0
+    assert list(StepSampler(40, 8, start_step=7, stop_step=5)) == []
+
+
+AUGMENTATION = MultiCropAugmentation(
+    global_crops_size=20, local_crops_size=12, local_crops_number=3, global_blur=(0.5, 0.5)
+)
+
+
+def load(source: Source, workers: int, batch: int = 4, start: int = 0, stop: int = 4, seed: int = 5) -> Iterator[Batch]:
+    sampler = StepSampler(len(source), batch, seed=seed, start_step=start, stop_step=stop)
+    return build_loader(source, AUGMENTATION, sampler, seed, workers, CPU)
+
+
+def assert_same_batches(a: list[Batch], b: list[Batch]) -> None:
+    assert len(a) == len(b)
+    for first, second in zip(a, b, strict=True):
+        assert torch.equal(first.indices, second.indices)
+        assert first.epoch == second.epoch
+        assert first.views == second.views
+        assert all(torch.equal(x, y) for x, y in zip(first.crops, second.crops, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_a_bit(workers: int) -> None:
+    assert_same_batches(list(load(tiny_source(10), 0)), list(load(tiny_source(10), workers)))
+
+
+def test_the_loader_resumes_mid_epoch_with_the_same_views() -> None:
+    whole = list(load(tiny_source(10), 0))
+    assert_same_batches(whole[3:], list(load(tiny_source(10), 0, start=3)))
+
+
+def test_crops_are_view_major_and_grouped_by_size() -> None:
+    source = tiny_source(10)
+    batch = next(load(source, 0))
+    assert batch.views == [2, 3]
+    assert [tuple(crop.shape) for crop in batch.crops] == [(2 * 4, 3, 20, 20), (3 * 4, 3, 12, 12)]
+    assert all(crop.dtype is torch.uint8 for crop in batch.crops)
+    for place, index in enumerate(batch.indices.tolist()):
+        item, _ = source.read(index)
+        views = AUGMENTATION(Image.fromarray(np.asarray(item)).convert("RGB"), 5, batch.epoch, index)
+        for view in range(2):
+            assert torch.equal(batch.crops[0][view * 4 + place], views[view])
+        for view in range(3):
+            assert torch.equal(batch.crops[1][view * 4 + place], views[2 + view])
+
+
+def test_an_image_s_views_do_not_depend_on_its_batch() -> None:
+    """The same image in another batch size, found again by its index."""
+
+    def views_of(index: int, batch: int) -> torch.Tensor:
+        for loaded in load(tiny_source(10), 0, batch=batch, stop=10 // batch):
+            places = (loaded.indices == index).nonzero()
+            if len(places):
+                return loaded.crops[1].unflatten(0, (3, batch))[:, int(places[0])]
+        raise AssertionError
+
+    index = int(next(load(tiny_source(10), 0)).indices[1])
+    assert torch.equal(views_of(index, 4), views_of(index, 2))
+
+
+def test_another_epoch_gives_other_views() -> None:
+    batches = list(load(tiny_source(10), 0, batch=10, stop=2))
+    first, second = (batch.crops[0][:10][batch.indices.argsort()] for batch in batches)
+    assert [batch.epoch for batch in batches] == [0, 1]
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_becomes_one_sentence_that_names_it(tmp_path: Path, workers: int) -> None:
+    for index in range(6):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{index}.png")
+    (tmp_path / "3.png").write_bytes(b"<html>gone</html>")
+    with pytest.raises(UndecodableImage, match=r"3\.png cannot be read: ") as caught:
+        list(load(open_source(str(tmp_path)), workers, batch=2, stop=3))
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanished_becomes_one_sentence_too(tmp_path: Path, workers: int) -> None:
+    for index in range(4):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{index}.png")
+    source = open_source(str(tmp_path))
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(InputError, match=r"cannot read the image .*2\.png"):
+        list(load(source, workers, batch=2, stop=2))
+
+
+def test_the_number_of_workers_is_the_one_wanted_or_this_process_s_share_of_the_cores() -> None:
+    assert choose_workers(0, 4) == 0
+    assert choose_workers(7, 4) == 7
+    cores = choose_workers(-1, 1)
+    assert 1 <= cores <= 10
+    assert choose_workers(-1, 1000) == 1
+    assert all(choose_workers(-1, n) <= cores for n in range(1, 9))

@@ -1,0 +1,198 @@
+"""The DINO loss against the paper's double sum, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dino_xcit.errors import InputError
+from dino_xcit.loss import DINOLoss, entropy, feature_deviation
+
+B, K = 3, 7
+
+
+def oracle(student: Tensor, teacher: Tensor, center: Tensor, teacher_temp: float, student_temp: float = 0.1) -> Tensor:
+    """Mean over all pairs (g, v) of different views, and over samples, of -sum_k P_g[k] log P_v[k]."""
+    views, teachers = len(student) // B, len(teacher) // B
+    terms = []
+    for g in range(teachers):
+        for v in range(views):
+            if v == g:
+                continue
+            for sample in range(B):
+                t = (teacher[g * B + sample] - center[0]) / teacher_temp
+                s = student[v * B + sample] / student_temp
+                p_teacher = torch.exp(t - torch.logsumexp(t, dim=0))
+                log_p_student = s - torch.logsumexp(s, dim=0)
+                terms.append(-(p_teacher * log_p_student).sum())
+    return torch.stack(terms).mean()
+
+
+def case(views: int) -> tuple[DINOLoss, Tensor, Tensor]:
+    loss = DINOLoss(K).double()
+    loss.center.copy_(0.1 * torch.randn(1, K))
+    student = torch.randn(views * B, K, dtype=torch.float64, requires_grad=True)
+    return loss, student, 0.2 * torch.randn(2 * B, K, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("views", [2, 3, 6, 10])
+@pytest.mark.parametrize("teacher_temp", [0.04, 0.07])
+def test_value_and_gradient_are_those_of_the_double_sum(views: int, teacher_temp: float) -> None:
+    loss, student, teacher = case(views)
+    value = loss(student, teacher, teacher_temp)
+    expected = oracle(student, teacher, loss.center, teacher_temp)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(value, student)
+    (oracle_gradient,) = torch.autograd.grad(expected, student)
+    torch.testing.assert_close(gradient, oracle_gradient, rtol=1e-10, atol=1e-14)
+    assert float(gradient.abs().min()) > 0
+
+
+def test_the_gradient_passes_gradcheck() -> None:
+    loss, student, teacher = case(4)
+    assert torch.autograd.gradcheck(lambda x: loss(x, teacher, 0.05), (student,))
+
+
+@pytest.mark.parametrize("student_temp", [0.1, 0.3])
+def test_the_student_has_its_own_temperature(student_temp: float) -> None:
+    _, student, teacher = case(4)
+    loss = DINOLoss(K, student_temp=student_temp).double()
+    torch.testing.assert_close(
+        loss(student, teacher, 0.05), oracle(student, teacher, loss.center, 0.05, student_temp), rtol=1e-12, atol=0
+    )
+
+
+def test_other_numbers_of_global_views_follow_the_same_sum() -> None:
+    for teachers, views in ((1, 2), (1, 5), (3, 4)):
+        loss = DINOLoss(K, global_views=teachers).double()
+        student = torch.randn(views * B, K, dtype=torch.float64)
+        teacher = 0.2 * torch.randn(teachers * B, K, dtype=torch.float64)
+        torch.testing.assert_close(loss(student, teacher, 0.05), oracle(student, teacher, loss.center, 0.05))
+
+
+def test_no_gradient_reaches_the_teacher_or_the_centre() -> None:
+    loss, student, teacher = case(4)
+    teacher.requires_grad_()
+    loss(student, teacher, 0.04).backward()
+    assert teacher.grad is None
+    assert not loss.center.requires_grad
+    assert not loss.teacher_probabilities(teacher, 0.04).requires_grad
+
+
+def test_the_centre_moves_only_when_told_and_then_as_a_moving_average() -> None:
+    loss, student, teacher = case(4)
+    before = loss.center.clone()
+    first = loss(student, teacher, 0.04)
+    assert torch.equal(loss.center, before)  # forward is pure
+    assert torch.equal(loss(student, teacher, 0.04), first)
+    mean = teacher.mean(dim=0, keepdim=True)
+    loss.update_center(mean)
+    torch.testing.assert_close(loss.center, 0.9 * before + 0.1 * mean, rtol=1e-14, atol=0)
+    # and what comes next uses the new one
+    torch.testing.assert_close(loss(student, teacher, 0.04), oracle(student, teacher, loss.center, 0.04))
+    assert not torch.equal(loss(student, teacher, 0.04), first)
+
+
+def test_the_centre_s_momentum_is_a_setting() -> None:
+    loss = DINOLoss(K, center_momentum=0.5)
+    loss.update_center(torch.ones(1, K))
+    loss.update_center(torch.ones(1, K))
+    assert torch.equal(loss.center, torch.full((1, K), 0.75))
+
+
+def test_a_rejected_step_leaves_the_centre_s_bits() -> None:
+    loss = DINOLoss(K)
+    loss.center.copy_(torch.randn(1, K))
+    before = loss.center.clone()
+    loss.update_center(torch.full((1, K), float("nan")), accepted=torch.tensor(False))
+    assert torch.equal(loss.center, before)
+    loss.update_center(torch.ones(1, K), accepted=torch.tensor(True))
+    torch.testing.assert_close(loss.center, 0.9 * before + 0.1)
+
+
+def test_the_centre_is_part_of_the_state_under_dinos_name() -> None:
+    assert list(DINOLoss(K).state_dict()) == ["center"]
+    assert DINOLoss(K).state_dict()["center"].shape == (1, K)
+    assert bool((DINOLoss(K).center == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_logits_give_a_float32_loss(dtype: torch.dtype) -> None:
+    loss = DINOLoss(K)
+    student, teacher = torch.randn(4 * B, K).to(dtype), torch.randn(2 * B, K).to(dtype)
+    value = loss(student, teacher, 0.04)
+    assert value.dtype is torch.float32
+    expected = oracle(student.double(), teacher.double(), loss.center.double(), 0.04)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.teacher_probabilities(teacher, 0.04).dtype is torch.float32
+
+
+def test_large_logits_do_not_overflow() -> None:
+    loss = DINOLoss(K)
+    assert math.isfinite(float(loss(1e4 * torch.randn(4 * B, K), 1e4 * torch.randn(2 * B, K), 0.04)))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ((B, K), (2 * B, K)),  # fewer views than global ones
+        ((7, K), (2 * B, K)),  # rows that do not divide
+        ((4 * B, K), (5, K)),
+        ((0, K), (0, K)),
+        ((4 * B, K), (2 * B, K - 1)),  # other prototypes
+        ((4 * B, K - 1), (2 * B, K)),
+        ((4 * B, 1), (2 * B, K)),  # broadcasting must not hide it
+        ((4 * B, K), (2 * B, 1)),
+        ((4 * B, K + 1), (2 * B, K + 1)),  # not the centre's
+        ((4 * B, K, 1), (2 * B, K)),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    with pytest.raises(InputError):
+        DINOLoss(K)(torch.randn(student), torch.randn(teacher), 0.04)
+
+
+def test_one_global_view_needs_a_second_view() -> None:
+    with pytest.raises(InputError):
+        DINOLoss(K, global_views=1)(torch.randn(B, K), torch.randn(B, K), 0.04)
+
+
+def test_entropy_of_uniform_certain_and_mixed_rows() -> None:
+    assert float(entropy(torch.full((5, K), 1 / K, dtype=torch.float64))) == pytest.approx(math.log(K))
+    assert float(entropy(torch.eye(K))) == 0
+    mixed = torch.softmax(torch.randn(6, K, dtype=torch.float64), dim=1)
+    assert float(entropy(mixed)) == pytest.approx(float(-(mixed * mixed.log()).sum(dim=1).mean()))
+
+
+def test_cross_entropy_is_entropy_plus_divergence() -> None:
+    """loss = H(teacher) + KL(teacher, student) on average over the pairs: the identity the log relies on."""
+    loss, student, teacher = case(5)
+    targets = loss.teacher_probabilities(teacher, 0.06)
+    log_p = (student.detach() / 0.1).log_softmax(dim=1)
+    divergences = [
+        torch.nn.functional.kl_div(log_p[v * B : v * B + B], targets[g * B : g * B + B], reduction="batchmean")
+        for g in range(2)
+        for v in range(5)
+        if v != g
+    ]
+    expected = entropy(targets) + torch.stack(divergences).mean()
+    torch.testing.assert_close(loss(student, teacher, 0.06).detach(), expected)
+
+
+def test_a_student_that_equals_its_teachers_has_no_divergence() -> None:
+    logits = torch.randn(1, K, dtype=torch.float64).expand(2 * B, K)
+    loss = DINOLoss(K, student_temp=0.1).double()
+    assert float(loss(logits, logits, 0.1)) == pytest.approx(float(entropy(loss.teacher_probabilities(logits, 0.1))))
+
+
+def test_feature_deviation_is_one_when_spread_and_zero_when_collapsed() -> None:
+    assert float(feature_deviation(torch.randn(20_000, 32))) == pytest.approx(1.0, abs=0.01)
+    assert float(feature_deviation(torch.ones(100, 32))) == pytest.approx(0.0, abs=1e-5)
+    # lengths do not matter
+    spread = torch.randn(500, 16)
+    assert float(feature_deviation(spread * torch.rand(500, 1).add(0.1))) == pytest.approx(
+        float(feature_deviation(spread)), rel=1e-5
+    )

@@ -1,0 +1,65 @@
+"""What is promised outside the code: requirements, package data, the README's commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dino_xcit
+from dino_xcit.cli import parse_flags
+from dino_xcit.config import PretrainConfig
+from eval.config import ExtractConfig, KnnConfig, LinearConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CONFIGS = {
+    "run_pretrain.py": PretrainConfig,
+    "run_knn.py": KnnConfig,
+    "run_linear.py": LinearConfig,
+    "run_extract.py": ExtractConfig,
+}
+
+
+def required(lines: list[str]) -> set[str]:
+    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+
+
+def test_requirements_file_is_the_package_s_dependencies_plus_pytest() -> None:
+    listed = required((ROOT / "requirements.txt").read_text().splitlines())
+    declared = required(PROJECT["project"]["dependencies"])
+    assert {line for line in listed if not line.startswith("pytest")} == declared
+
+
+def test_every_folder_with_code_is_in_the_package() -> None:
+    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "dino_xcit").rglob("*.py")}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders | {"eval"}
+
+
+def test_sample_and_its_licence_are_shipped() -> None:
+    folder = Path(dino_xcit.__file__).parent / "data"
+    for name in PROJECT["tool"]["setuptools"]["package-data"]["dino_xcit.data"]:
+        assert (folder / name).is_file(), name
+    assert "MIT License" in (folder / "SAMPLE_LICENSE.txt").read_text()
+
+
+def commands(file: Path) -> list[str]:
+    text = file.read_text().replace("\\\n", " ")
+    return [line.split("#")[0] for line in text.splitlines() if re.match(r"\s*(python|torchrun)\b.*run_\w+\.py", line)]
+
+
+@pytest.mark.parametrize("command", sorted({*commands(ROOT / "README.md"), *commands(ROOT / "benchmarks/results.md")}))
+def test_documented_commands_use_flags_that_exist(command: str) -> None:
+    words = shlex.split(command)
+    script = next(word for word in words if word.startswith("run_"))
+    parse_flags(CONFIGS[script], words[words.index(script) + 1 :])
+
+
+def test_documents_name_no_file_that_does_not_exist() -> None:
+    for document in ("README.md", "docs/architecture.md"):
+        text = (ROOT / document).read_text()
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert ((ROOT / document).parent / link).exists(), f"{document} links to {link}"

@@ -1,0 +1,99 @@
+"""Schedules against numpy arrays built as the reference numbers its steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_run import tiny_config
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.schedule import CosineSchedule, LinearByEpoch
+from dino_xcit.train import Schedules
+
+
+def cosine_oracle(base: float, final: float, total: int, warmup: int, start: float) -> NDArray[np.float64]:
+    """linspace with both ends, then half a cosine over the steps that are left."""
+    left = np.arange(total - warmup)
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * left / len(left)))
+    return np.concatenate((np.linspace(start, base, warmup), cosine))
+
+
+@pytest.mark.parametrize(
+    ("base", "final", "total", "warmup", "start"),
+    [
+        (5e-4, 1e-6, 1000, 100, 0.0),
+        (0.04, 0.4, 777, 0, 0.0),
+        (0.996, 1.0, 50, 0, 0.0),
+        (1e-3, 4e-5, 300, 10, 4e-5),
+        (1.0, 0.0, 10, 1, 0.0),
+        (1.0, 0.0, 10, 2, 0.5),
+        (1.0, 0.1, 1, 0, 0.0),
+    ],
+)
+def test_cosine_with_warmup_equals_numpy(base: float, final: float, total: int, warmup: int, start: float) -> None:
+    schedule = CosineSchedule(base, final, total, warmup, start)
+    values = [schedule.at(step) for step in range(total)]
+    np.testing.assert_allclose(values, cosine_oracle(base, final, total, warmup, start), rtol=1e-12, atol=1e-15)
+
+
+def test_the_ends_of_warmup_and_run() -> None:
+    schedule = CosineSchedule(1.0, 0.0, 100, 10, 0.0)
+    assert schedule.at(0) == 0.0
+    assert schedule.at(9) == 1.0
+    assert schedule.at(10) == 1.0
+    assert 0 < schedule.at(99) < 0.001
+    assert schedule.at(100) == schedule.at(10**9) == 0.0
+
+
+@pytest.mark.parametrize(("start", "end", "ramp"), [(0.04, 0.07, 30), (0.04, 0.04, 0), (0.02, 0.06, 2), (0.04, 0.07, 1)])
+def test_linear_by_epoch_equals_numpy(start: float, end: float, ramp: int) -> None:
+    expected = np.concatenate((np.linspace(start, end, ramp), np.full(50 - ramp, end)))
+    schedule = LinearByEpoch(start, end, ramp)
+    np.testing.assert_allclose([schedule.at(epoch) for epoch in range(50)], expected, rtol=1e-12)
+
+
+def test_a_run_has_the_reference_s_schedules() -> None:
+    """Learning rate scaled by batch / 256 (not the final one); all but the temperature go by step."""
+    config = PretrainConfig(epochs=100, warmup_epochs=10, warmup_teacher_temp_epochs=30, teacher_temp=0.07)
+    schedules = Schedules.of(config, steps_per_epoch=20, global_batch=1024)
+    steps = range(2000)
+    assert schedules.notice == ""
+    expected = {
+        "lr": cosine_oracle(5e-4 * 1024 / 256, 1e-6, 2000, 200, 0.0),
+        "weight_decay": cosine_oracle(0.04, 0.4, 2000, 0, 0.0),
+        "momentum": cosine_oracle(0.996, 1.0, 2000, 0, 0.0),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose([getattr(schedules, name).at(step) for step in steps], values, rtol=1e-12, atol=1e-15)
+    temperatures = np.concatenate((np.linspace(0.04, 0.07, 30), np.full(70, 0.07)))
+    np.testing.assert_allclose([schedules.teacher_temp.at(epoch) for epoch in range(100)], temperatures)
+
+
+def test_a_learning_rate_without_reference_batch_is_taken_as_it_is() -> None:
+    config = tiny_config(lr=1e-3, lr_reference_batch=0, warmup_epochs=0.0)
+    assert Schedules.of(config, 5, 4096).lr.at(0) == 1e-3
+
+
+def test_a_fraction_of_an_epoch_can_be_warmup() -> None:
+    schedules = Schedules.of(tiny_config(epochs=2, warmup_epochs=0.5), steps_per_epoch=10, global_batch=8)
+    assert schedules.lr.warmup_steps == 5
+    assert schedules.notice == ""
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 10.0), (3, 10.0), (10, 10.5), (10, 10.0)])
+def test_a_warmup_that_leaves_no_run_is_shortened_with_a_notice(epochs: int, warmup: float) -> None:
+    schedules = Schedules.of(tiny_config(epochs=epochs, warmup_epochs=warmup), steps_per_epoch=20, global_batch=8)
+    total = epochs * 20
+    assert 0 < schedules.lr.warmup_steps <= total // 5
+    assert "warmup_epochs" in schedules.notice
+    assert "shortened" in schedules.notice
+    values = [schedules.lr.at(step) for step in range(total)]
+    assert max(values) == pytest.approx(2e-3)
+    assert values[-1] < 2e-4
+    np.testing.assert_allclose(values, cosine_oracle(2e-3, 1e-6, total, schedules.lr.warmup_steps, 0.0), rtol=1e-12)
+
+
+def test_a_run_of_one_step_still_learns() -> None:
+    schedules = Schedules.of(tiny_config(epochs=1, warmup_epochs=10.0), steps_per_epoch=1, global_batch=8)
+    assert schedules.lr.at(0) > 0

@@ -1,0 +1,74 @@
+"""The evaluation transform and normalisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import tiny_config
+from torchvision import transforms
+
+from dino_xcit.errors import InputError
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, normalise, to_tensor
+
+
+def test_normalisation_is_divide_subtract_divide() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    result = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    assert result.dtype is torch.float32
+    torch.testing.assert_close(result.double(), (images.double() / 255 - mean) / std, rtol=1e-6, atol=1e-6)
+
+
+def test_the_usual_transform_equals_torchvisions_pipeline(photo: Image.Image) -> None:
+    pipeline = transforms.Compose(
+        [
+            transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    for image in (photo, photo.transpose(Image.Transpose.ROTATE_90), photo.resize((301, 299))):
+        ours = EvalTransform()(image)
+        assert ours.shape == (3, 224, 224)
+        assert ours.dtype is torch.uint8
+        torch.testing.assert_close(normalise(ours[None], IMAGENET_MEAN, IMAGENET_STD)[0], pipeline(image))
+
+
+def test_a_crop_larger_than_the_image_is_padded_with_black() -> None:
+    out = EvalTransform(resize=10, crop=20)(Image.new("RGB", (10, 10), (200, 100, 50)))
+    assert out.shape == (3, 20, 20)
+    assert out[:, 0, 0].tolist() == [0, 0, 0]
+    assert out[:, 10, 10].tolist() == [200, 100, 50]
+
+
+def test_it_survives_being_stored_as_plain_values() -> None:
+    transform = EvalTransform(72, 64, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    stored = transform.to_dict()
+    assert EvalTransform.from_dict(stored) == transform
+    as_lists = {name: list(value) if isinstance(value, tuple) else value for name, value in stored.items()}
+    assert EvalTransform.from_dict(as_lists) == transform
+
+
+@pytest.mark.parametrize(
+    "broken", [{"resize": "large"}, {"interpolation": "cubist"}, {"mean": [1.0]}, {"std": None}, {"crop": None}]
+)
+def test_stored_values_that_cannot_be_are_refused(broken: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="evaluation transform"):
+        EvalTransform.from_dict(EvalTransform().to_dict() | broken)
+    with pytest.raises(InputError, match="evaluation transform"):
+        EvalTransform.from_dict({})
+
+
+def test_a_picture_becomes_channels_first() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    assert torch.equal(to_tensor(Image.fromarray(pixels)), torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_a_run_s_transform_keeps_the_share_of_256_to_224() -> None:
+    assert tiny_config(global_crops_size=224).eval_transform().resize == 256
+    assert tiny_config(global_crops_size=224).eval_transform().crop == 224
+    own = tiny_config(eval_resize=30, eval_crop=28, mean=(0.1, 0.2, 0.3)).eval_transform()
+    assert (own.resize, own.crop, own.mean) == (30, 28, (0.1, 0.2, 0.3))

@@ -1,0 +1,145 @@
+"""Two gloo processes at half the passes equal one process, at the same microbatch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_process import SCENARIOS, train
+from tiny_run import CPU, differing_bits, tiny_config
+from torch import nn
+
+from dino_xcit import distributed
+from dino_xcit.train import build_state
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes saw."""
+    out = tmp_path_factory.mktemp("ranks") / "rank"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "rank_process.py"), str(out)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=180)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return [torch.load(f"{out}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def trainable(path: str) -> bool:
+    """Parameters and centre: BatchNorm's running statistics are averaged over processes, not chained over passes."""
+    return not path.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+@pytest.mark.parametrize("scenario", ["sgd", "accumulating"])
+def test_two_processes_learn_what_one_learns(ranks: list[dict[str, Any]], scenario: str) -> None:
+    one, two = train(SCENARIOS[scenario], 0, 1), ranks[0][scenario]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    compared = 0
+    for path, expected in one["learnt"].items():
+        if trainable(path):
+            torch.testing.assert_close(two["learnt"][path], expected, rtol=1e-5, atol=1e-6, msg=path)
+            compared += 1
+    assert compared > 400
+    assert "/loss/center" in one["learnt"]
+
+
+def test_adamw_agrees_but_for_gradients_that_are_only_rounding(ranks: list[dict[str, Any]]) -> None:
+    """AdamW turns the sign of a gradient of 1e-9 into a whole step: parameters agree to a fraction of the three steps."""
+    one, two = train(SCENARIOS["adamw"], 0, 1), ranks[0]["adamw"]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    networks = [path for path in one["learnt"] if trainable(path) and path.startswith(("/student", "/teacher"))]
+    # the keys' bias of class attention has no gradient but rounding
+    networks = [path for path in networks if not ("cls_attn_blocks" in path and path.endswith("qkv.bias"))]
+    off = torch.cat([(one["learnt"][path] - two["learnt"][path]).abs().flatten() for path in networks])
+    assert float((off > 2e-5).double().mean()) < 0.002
+
+
+def test_each_process_sees_its_half_of_the_same_images(ranks: list[dict[str, Any]]) -> None:
+    for scenario in ("sgd", "accumulating"):
+        one = train(SCENARIOS[scenario], 0, 1)["indices"]
+        halves = [ranks[rank][scenario]["indices"] for rank in range(2)]
+        dealt = [[part for pair in zip(*step, strict=True) for part in pair] for step in zip(*halves, strict=True)]
+        assert dealt == one
+
+
+def test_all_processes_hold_the_same_bits(ranks: list[dict[str, Any]]) -> None:
+    for scenario in SCENARIOS:
+        assert differing_bits(ranks[0][scenario]["learnt"], ranks[1][scenario]["learnt"]) == []
+        assert ranks[0][scenario]["losses"] == ranks[1][scenario]["losses"]
+        assert ranks[0][scenario]["rejected"] == 0
+
+
+def test_a_nan_on_one_process_rejects_the_step_on_both(ranks: list[dict[str, Any]]) -> None:
+    for rank in range(2):
+        clean, bad, next_clean = ranks[rank]["bad image"]["seen"]
+        assert [step["accepted"] for step in (clean, bad, next_clean)] == [True, False, True]
+        assert [step["rejected"] for step in (clean, bad, next_clean)] == [0, 1, 1]
+        assert differing_bits(clean["learnt"], bad["learnt"]) == []
+        assert differing_bits(bad["learnt"], next_clean["learnt"]) != []
+    final = [ranks[rank]["bad image"]["seen"][2]["learnt"] for rank in range(2)]
+    assert differing_bits(*final) == []
+    assert all(bool(torch.isfinite(value).all()) for value in final[0].values())
+
+
+def test_processes_know_themselves_and_share_rows_sums_and_decisions(ranks: list[dict[str, Any]]) -> None:
+    assert [seen["world"] for seen in ranks] == [(0, 2, True), (1, 2, False)]
+    for seen in ranks:
+        assert torch.equal(seen["gathered"], torch.tensor([0.0, 0, 1, 1, 1, 1, 1])[:, None].expand(7, 4))
+        assert torch.equal(seen["gathered none"], torch.ones(2, 1))
+        assert torch.equal(seen["summed"][0], torch.full((3,), 3.0))
+        assert float(seen["summed"][1]) == 10.0
+        assert seen["decided"] == ["no data", None]
+
+
+def test_one_process_needs_none_of_it() -> None:
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    rows = torch.randn(3, 2)
+    assert torch.equal(distributed.gather_rows(rows), rows)
+    distributed.all_reduce_sum([rows])
+    distributed.barrier()
+    assert distributed.main_decides("x") == "x"
+    state = build_state(tiny_config(), CPU)
+    assert state.shared is state.student
+
+
+def test_batchnorm_is_synchronised_only_where_that_can_run() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(3))
+    assert distributed.synchronise_batch_norm(module, CPU) is module
+    assert not any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.choose_device("auto") == CPU
+    assert distributed.choose_device("cpu") == CPU
+    with pytest.raises(ValueError, match="--device cpu"):
+        distributed.choose_device("cuda")

@@ -1,0 +1,121 @@
+"""A pretraining run small enough for tests: its settings, its batches, and its state as comparable values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data import Source, Subset, open_source
+from dino_xcit.data.loader import Batch, StepSampler, build_loader
+from dino_xcit.train import Schedules, StepResult, TrainState, build_state, train_step
+
+CPU = torch.device("cpu")
+IMAGES = 48
+
+
+def tiny_config(**changes: Any) -> PretrainConfig:
+    """Two global and two local views of 28 and 16 pixels, a 4-layer XCiT, 48 prototypes, 6 steps an epoch."""
+    settings: dict[str, Any] = {
+        "arch": "xcit_pico_4_p4",
+        "data_path": "sample:fashion-mnist",
+        "out_dim": 48,
+        "head_hidden_dim": 32,
+        "head_bottleneck_dim": 16,
+        "batch_size_per_gpu": 8,
+        "epochs": 4,
+        "warmup_epochs": 0.0,
+        "lr": 2e-3,
+        "lr_reference_batch": 0,
+        "global_crops_size": 28,
+        "local_crops_size": 16,
+        "local_crops_number": 2,
+        "precision": "fp32",
+        "device": "cpu",
+        "mean": (0.286, 0.286, 0.286),
+        "std": (0.353, 0.353, 0.353),
+    }
+    return PretrainConfig(**(settings | changes))
+
+
+@lru_cache(maxsize=2)
+def tiny_source(count: int = IMAGES) -> Source:
+    """The first images of the embedded sample."""
+    return Subset(open_source("sample:fashion-mnist", "train"), np.arange(count))
+
+
+def sampler_of(config: PretrainConfig, rank: int = 0, world_size: int = 1) -> StepSampler:
+    return StepSampler(
+        len(tiny_source()), config.batch_size_per_gpu, config.accumulation_steps, rank, world_size, config.seed
+    )
+
+
+def steps(config: PretrainConfig, first: int, last: int, rank: int = 0, world_size: int = 1) -> Iterator[list[Batch]]:
+    """For each step from ``first`` up to ``last`` (not included): its forward passes in this process."""
+    sampler = sampler_of(config, rank, world_size)
+    sampler.start_step, sampler.stop_step = first, last
+    loader = build_loader(tiny_source(), config.augmentation(), sampler, config.seed, 0, CPU)
+    for _ in range(first, last):
+        yield list(islice(loader, config.accumulation_steps))
+
+
+def run(config: PretrainConfig, last: int, state: TrainState | None = None) -> tuple[TrainState, list[StepResult]]:
+    """Train a fresh or given state up to step ``last`` in one process."""
+    state = state or build_state(config, CPU)
+    sampler = sampler_of(config)
+    schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
+    return state, [train_step(state, batches, schedules, config) for batches in steps(config, state.step, last)]
+
+
+def schedules_of(config: PretrainConfig) -> Schedules:
+    sampler = sampler_of(config)
+    return Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
+
+
+def tensors_of(value: object, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor (a copy) and number in nested mappings and sequences, by its path."""
+    if isinstance(value, Tensor):
+        return {prefix: value.detach().clone()}
+    if isinstance(value, bool | int | float):
+        return {prefix: torch.tensor(value)}
+    items: list[tuple[object, object]] = []
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    return {path: tensor for key, inner in items for path, tensor in tensors_of(inner, f"{prefix}/{key}").items()}
+
+
+def learnt(state: TrainState) -> dict[str, Tensor]:
+    """All that a step may change, but not the step's number, the count of rejections and the rates it was given."""
+    return tensors_of(
+        {
+            "student": state.student.state_dict(),
+            "teacher": state.teacher.state_dict(),
+            "loss": state.loss.state_dict(),
+            "optimizer": state.optimizer.state_dict()["state"],
+        }
+    )
+
+
+def differing_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """The paths whose bits (or types, or shapes) are not the same in both, or that one of them lacks."""
+
+    def bits(tensor: Tensor) -> bytes:
+        return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return sorted(
+        path
+        for path in a.keys() | b.keys()
+        if path not in a
+        or path not in b
+        or a[path].shape != b[path].shape
+        or a[path].dtype != b[path].dtype
+        or bits(a[path]) != bits(b[path])
+    )
