@@ -55,6 +55,8 @@ class PretrainConfig:
     """Epochs over which the teacher's temperature rises."""
     center_momentum: float = 0.9
     """Share of the centre kept at each step."""
+    koleo_weight: float = 0.0
+    """Weight of DINOv2's KoLeo regulariser, which spreads the student's features of the global crops; 0 as in DINO."""
 
     # ---- optimisation
     epochs: int = 100
@@ -178,7 +180,7 @@ class PretrainConfig:
         at_least: dict[str, float] = {
             "out_dim": 2, "head_hidden_dim": 1, "head_bottleneck_dim": 1, "epochs": 1, "batch_size_per_gpu": 1,
             "accumulation_steps": 1, "lr_reference_batch": 0, "lr": 0, "min_lr": 0, "warmup_epochs": 0,
-            "warmup_start_lr": 0, "weight_decay": 0, "weight_decay_end": 0, "freeze_last_layer": 0,
+            "warmup_start_lr": 0, "weight_decay": 0, "weight_decay_end": 0, "koleo_weight": 0, "freeze_last_layer": 0,
             "warmup_teacher_temp_epochs": 0, "num_workers": -1, "saveckp_freq": 0, "save_every": 0, "max_steps": 0,
             "log_every": 1, "knn_every": 0, "knn_holdout": 0, "knn_max_images": 1, "eval_resize": 0, "eval_crop": 0,
             "seed": 0,

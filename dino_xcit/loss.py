@@ -87,6 +87,28 @@ class DINOLoss(nn.Module):
         self.center.copy_(new if accepted is None else torch.where(accepted, new, self.center))
 
 
+def koleo(features: Tensor, views: int) -> Tensor:
+    """The KoLeo regulariser of DINOv2 (arXiv 2304.07193, section 4; Sablayrolles et al., arXiv 1806.03198): -log of the
+    distance to the nearest other image of the batch, on unit vectors, averaged. It spreads the features.
+
+    Args:
+        features: [views * B, D], view-major; each view's images are compared among themselves. B >= 2.
+        views: how many views the rows hold.
+
+    Returns:
+        A scalar, float32 at least.
+    """
+    wide = torch.promote_types(features.dtype, torch.float32)
+    unit = nn.functional.normalize(features.to(wide), dim=-1).unflatten(0, (views, -1))
+    with torch.no_grad():
+        similarity = unit @ unit.transpose(1, 2)
+        similarity.diagonal(dim1=1, dim2=2).fill_(-2.0)
+        nearest = similarity.argmax(dim=-1, keepdim=True)
+    neighbour = unit.gather(1, nearest.expand_as(unit))
+    # The distance of two equal features is 0: the small number keeps its logarithm and gradient finite.
+    return -((unit - neighbour).square().sum(dim=-1) + 1e-8).sqrt().log().mean()
+
+
 def entropy(probabilities: Tensor) -> Tensor:
     """Mean entropy in nats of the rows of [rows, K]: ln K when uniform, 0 when one prototype takes all."""
     return torch.special.entr(probabilities).sum(dim=-1).mean()

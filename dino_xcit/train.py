@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dino_xcit import distributed
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
-from dino_xcit.loss import DINOLoss, entropy, feature_deviation
+from dino_xcit.loss import DINOLoss, entropy, feature_deviation, koleo
 from dino_xcit.models import DINOHead, ViewNetwork, build_backbone
 from dino_xcit.models.droppath import hash_bits
 from dino_xcit.optim import build_optimizer, clip_gradients, set_rates
@@ -186,7 +186,11 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
                 teacher = state.teacher([_globals(crops, batch)])
             student = state.shared(crops, keys)
         loss = state.loss(student.logits, teacher.logits, teacher_temp) / len(batches)
-        state.scaler.scale(loss).backward()
+        total = loss
+        if config.koleo_weight > 0:
+            of_globals = student.features[: len(teacher.features)]  # they come first
+            total = loss + config.koleo_weight / len(batches) * koleo(of_globals, state.loss.global_views)
+        state.scaler.scale(total).backward()
         loss_sum += loss.detach()
         logits_sum += teacher.logits.detach().to(torch.float32).sum(dim=0, keepdim=True)
 

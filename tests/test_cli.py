@@ -88,14 +88,66 @@ def test_dinos_use_fp16_means_a_precision(argv: list[str], precision: str) -> No
 
 def test_all_of_dinos_flags_are_known() -> None:
     config = parsed(
-        "--arch", "xcit_small_12_p16", "--out_dim", "65536", "--norm_last_layer", "true", "--momentum_teacher", "0.996",
-        "--use_bn_in_head", "false", "--warmup_teacher_temp", "0.04", "--teacher_temp", "0.04",
-        "--warmup_teacher_temp_epochs", "0", "--use_fp16", "true", "--weight_decay", "0.04", "--weight_decay_end", "0.4",
-        "--clip_grad", "3.0", "--batch_size_per_gpu", "64", "--epochs", "100", "--freeze_last_layer", "1", "--lr",
-        "0.0005", "--warmup_epochs", "10", "--min_lr", "1e-6", "--optimizer", "adamw", "--drop_path_rate", "0.1",
-        "--global_crops_scale", "0.4", "1.", "--local_crops_number", "8", "--local_crops_scale", "0.05", "0.4",
-        "--data_path", "photos", "--output_dir", "out", "--saveckp_freq", "20", "--seed", "0", "--num_workers", "10",
-    )  # fmt: skip
+        *[
+            "--arch",
+            "xcit_small_12_p16",
+            "--out_dim",
+            "65536",
+            "--norm_last_layer",
+            "true",
+            "--momentum_teacher",
+            "0.996",
+        ],
+        *[
+            "--use_bn_in_head",
+            "false",
+            "--warmup_teacher_temp",
+            "0.04",
+            "--teacher_temp",
+            "0.04",
+            "--warmup_teacher_temp_epochs",
+            "0",
+        ],
+        *[
+            "--use_fp16",
+            "true",
+            "--weight_decay",
+            "0.04",
+            "--weight_decay_end",
+            "0.4",
+            "--clip_grad",
+            "3.0",
+            "--batch_size_per_gpu",
+            "64",
+        ],
+        *[
+            "--epochs",
+            "100",
+            "--freeze_last_layer",
+            "1",
+            "--lr",
+            "0.0005",
+            "--warmup_epochs",
+            "10",
+            "--min_lr",
+            "1e-6",
+            "--optimizer",
+            "adamw",
+        ],
+        *[
+            "--drop_path_rate",
+            "0.1",
+            "--global_crops_scale",
+            "0.4",
+            "1.",
+            "--local_crops_number",
+            "8",
+            "--local_crops_scale",
+            "0.05",
+            "0.4",
+        ],
+        *["--data_path", "photos", "--output_dir", "out", "--saveckp_freq", "20", "--seed", "0", "--num_workers", "10"],
+    )
     assert config == dataclasses.replace(
         PretrainConfig(), recipe="dino", data_path="photos", output_dir="out", precision="fp16", num_workers=10
     )
@@ -166,7 +218,9 @@ def test_explicit_flags_win_over_the_sample_recipe() -> None:
     assert config.recipe == "sample"
 
 
-@pytest.mark.parametrize("arch", ["xcit_pico_4_p4", "xcit_small_12_p16", "xcit_small_12_p8", "timm:vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "arch", ["xcit_pico_4_p4", "xcit_small_12_p16", "xcit_small_12_p8", "timm:vit_tiny_patch16_224"]
+)
 def test_the_sample_s_crops_give_every_patch_size_a_grid(arch: str) -> None:
     config = parsed("--arch", arch)
     patch = 4 if arch.endswith("p4") else 8 if arch.endswith("p8") else 16
@@ -334,7 +388,9 @@ def test_differences_name_what_changes_the_result_and_nothing_else() -> None:
         assert bool(found) is (field.name not in FREE_TO_CHANGE), field.name
         if found:
             assert found[0].startswith(f"{field.name} something else -> ")
-    assert FREE_TO_CHANGE.isdisjoint({"lr", "arch", "data_path", "seed", "epochs", "out_dim", "local_crops_size", "mean"})
+    assert FREE_TO_CHANGE.isdisjoint(
+        {"lr", "arch", "data_path", "seed", "epochs", "out_dim", "local_crops_size", "mean"}
+    )
     assert {"max_steps", "output_dir", "num_workers"} <= FREE_TO_CHANGE
 
 

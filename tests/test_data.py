@@ -146,7 +146,9 @@ def test_a_list_of_paths_is_relative_to_the_list_or_absolute(tmp_path: Path) -> 
     write_image(tmp_path / "in" / "sub" / "c d.png")
     (tmp_path / "in" / "list.txt").write_text(f"# three\na.png\n\n{far}\n  sub/c d.png  \na.png\n")
     source = open_source(str(tmp_path / "in" / "list.txt"), "train")
-    assert names(source) == [str(p) for p in (tmp_path / "in/a.png", far, tmp_path / "in/sub/c d.png", tmp_path / "in/a.png")]
+    assert names(source) == [
+        str(p) for p in (tmp_path / "in/a.png", far, tmp_path / "in/sub/c d.png", tmp_path / "in/a.png")
+    ]
     assert source.labels is None
     assert source.read(1) == (far.read_bytes(), None)
 
@@ -228,7 +230,13 @@ def test_the_full_set_is_read_from_idx_files(full_set: Path) -> None:
 def test_a_full_set_that_is_absent_or_damaged_is_named(full_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = full_set / "train-images-idx3-ubyte.gz"
     good = images.read_bytes()
-    for damage in (good[:300], b"no gzip at all", gzip.compress(b"PNG"), gzip.compress(gzip.decompress(good)[:-5]), b""):
+    for damage in (
+        good[:300],
+        b"no gzip at all",
+        gzip.compress(b"PNG"),
+        gzip.compress(gzip.decompress(good)[:-5]),
+        b"",
+    ):
         images.write_bytes(damage)
         with pytest.raises(InputError, match="train-images-idx3"):
             open_source("sample:fashion-mnist-full")
@@ -264,7 +272,9 @@ def test_a_torchvision_set_is_read_without_a_network_where_its_files_are(
     assert len(set(names(train))) == 30
 
 
-def test_unknown_torchvision_sets_are_refused_with_near_matches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unknown_torchvision_sets_are_refused_with_near_matches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TORCHVISION_DATA", str(tmp_path))
     with pytest.raises(InputError, match="FashionMNIST"):
         open_source("torchvision:FashonMNIST")
@@ -394,9 +404,18 @@ def test_the_sample_s_fingerprint_follows_its_pixels_and_labels() -> None:
 
 @pytest.mark.parametrize(
     ("format_name", "options"),
-    [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100, "subsampling": 0})],
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("PPM", {}),
+        ("WEBP", {"lossless": True}),
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+    ],
 )
-def test_every_format_gives_the_same_rgb_picture(photo: Image.Image, format_name: str, options: dict[str, object]) -> None:
+def test_every_format_gives_the_same_rgb_picture(
+    photo: Image.Image, format_name: str, options: dict[str, object]
+) -> None:
     picture = decode(encoded(photo, format_name, **options), "x")
     assert picture.mode == "RGB"
     assert picture.size == photo.size

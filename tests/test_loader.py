@@ -64,9 +64,7 @@ def global_batches(accumulation: int, world: int, batch: int) -> list[list[Key]]
     ranks = [keys(50, batch, accumulation, rank, world) for rank in range(world)]
     steps = []
     for step in range(6):
-        parts = [
-            ranks[rank][step * accumulation + part] for part in range(accumulation) for rank in range(world)
-        ]
+        parts = [ranks[rank][step * accumulation + part] for part in range(accumulation) for rank in range(world)]
         steps.append([key for part in parts for key in part])
     return steps
 

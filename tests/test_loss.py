@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.loss import DINOLoss, entropy, feature_deviation
+from dino_xcit.loss import DINOLoss, entropy, feature_deviation, koleo
 
 B, K = 3, 7
 
@@ -196,3 +196,28 @@ def test_feature_deviation_is_one_when_spread_and_zero_when_collapsed() -> None:
     assert float(feature_deviation(spread * torch.rand(500, 1).add(0.1))) == pytest.approx(
         float(feature_deviation(spread)), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_koleo_is_minus_the_log_distance_to_the_nearest_other_image_of_the_view(views: int) -> None:
+    features = torch.randn(views * 6, 5, dtype=torch.float64, requires_grad=True)
+    terms = []
+    for view in features.view(views, 6, 5):
+        unit = view / view.norm(dim=1, keepdim=True)
+        for i in range(6):
+            distances = torch.stack([(unit[i] - unit[j]).norm() for j in range(6) if j != i])
+            terms.append(-distances.min().log())
+    expected = torch.stack(terms).mean()
+    value = koleo(features, views)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(x, features)[0] for x in (value, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
+
+
+def test_koleo_stays_finite_where_two_images_have_the_same_feature() -> None:
+    features = torch.ones(4, 5, requires_grad=True)
+    value = koleo(features, 1)
+    value.backward()
+    assert math.isfinite(float(value.detach()))
+    assert features.grad is not None
+    assert bool(torch.isfinite(features.grad).all())

@@ -46,7 +46,9 @@ def test_the_ends_of_warmup_and_run() -> None:
     assert schedule.at(100) == schedule.at(10**9) == 0.0
 
 
-@pytest.mark.parametrize(("start", "end", "ramp"), [(0.04, 0.07, 30), (0.04, 0.04, 0), (0.02, 0.06, 2), (0.04, 0.07, 1)])
+@pytest.mark.parametrize(
+    ("start", "end", "ramp"), [(0.04, 0.07, 30), (0.04, 0.04, 0), (0.02, 0.06, 2), (0.04, 0.07, 1)]
+)
 def test_linear_by_epoch_equals_numpy(start: float, end: float, ramp: int) -> None:
     expected = np.concatenate((np.linspace(start, end, ramp), np.full(50 - ramp, end)))
     schedule = LinearByEpoch(start, end, ramp)
@@ -65,7 +67,9 @@ def test_a_run_has_the_reference_s_schedules() -> None:
         "momentum": cosine_oracle(0.996, 1.0, 2000, 0, 0.0),
     }
     for name, values in expected.items():
-        np.testing.assert_allclose([getattr(schedules, name).at(step) for step in steps], values, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(
+            [getattr(schedules, name).at(step) for step in steps], values, rtol=1e-12, atol=1e-15
+        )
     temperatures = np.concatenate((np.linspace(0.04, 0.07, 30), np.full(70, 0.07)))
     np.testing.assert_allclose([schedules.teacher_temp.at(epoch) for epoch in range(100)], temperatures)
 

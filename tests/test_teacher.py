@@ -62,7 +62,9 @@ def test_it_starts_as_a_copy_in_train_mode_without_gradients() -> None:
 
 def test_a_run_starts_with_equal_networks_and_a_teacher_that_trains_only_by_the_average() -> None:
     state = build_state(tiny_config(), CPU)
-    assert differing_bits(tensors_of(dict(state.student.state_dict())), tensors_of(dict(state.teacher.state_dict()))) == []
+    assert (
+        differing_bits(tensors_of(dict(state.student.state_dict())), tensors_of(dict(state.teacher.state_dict()))) == []
+    )
     assert state.teacher.training
     assert not any(parameter.requires_grad for parameter in state.teacher.parameters())
 

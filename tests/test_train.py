@@ -17,8 +17,8 @@ from dino_xcit.optim import OPTIMIZERS
 from dino_xcit.train import TrainState, build_state, choose_precision, train_step
 from dino_xcit.transform import normalise
 
-# Regenerate (only when the mathematics is meant to change, and say so in the commit):
-#   PYTHONPATH=.:tests python -c "from tiny_run import *; print([round(float(r.loss), 5) for r in run(tiny_config(), 10)[1]])"
+# Regenerate (only when the mathematics is meant to change, and say so in the commit), with PYTHONPATH=.:tests
+#   python -c "from tiny_run import *; print([round(float(r.loss), 5) for r in run(tiny_config(), 10)[1]])"
 GOLDEN = [2.56046, 3.38142, 2.45692, 2.23663, 2.14314, 2.17795, 2.11824, 1.89464, 2.14661, 1.99153]
 
 
@@ -254,7 +254,7 @@ def test_local_crops_of_the_global_size_share_the_pass_but_not_the_teacher() -> 
     config = tiny_config(local_crops_size=28, local_crops_scale=(0.4, 1.0))
     (batch,) = next(steps(config, 0, 1))
     assert batch.views == [4]
-    state, results = run(config, 1)
+    _, results = run(config, 1)
     assert results[0].teacher_logits.shape == (2 * config.batch_size_per_gpu, config.out_dim)
     reference = build_state(config, CPU).teacher
     with torch.no_grad():
@@ -355,6 +355,10 @@ def test_a_student_learns_to_predict_a_teacher_that_stands_still() -> None:
     entropies = [float(entropy(state.loss.teacher_probabilities(r.teacher_logits, 0.04))) for r in results]
     divergences = [float(r.loss) - e for r, e in zip(results, entropies, strict=True)]
     assert sum(divergences[-6:]) < 0.8 * sum(divergences[1:7])
-    assert differing_bits(
-        tensors_of(dict(state.teacher.named_parameters())), tensors_of(dict(build_state(config, CPU).teacher.named_parameters()))
-    ) == []
+    assert (
+        differing_bits(
+            tensors_of(dict(state.teacher.named_parameters())),
+            tensors_of(dict(build_state(config, CPU).teacher.named_parameters())),
+        )
+        == []
+    )

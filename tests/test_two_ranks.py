@@ -73,7 +73,7 @@ def test_two_processes_learn_what_one_learns(ranks: list[dict[str, Any]], scenar
 
 
 def test_adamw_agrees_but_for_gradients_that_are_only_rounding(ranks: list[dict[str, Any]]) -> None:
-    """AdamW turns the sign of a gradient of 1e-9 into a whole step: parameters agree to a fraction of the three steps."""
+    """AdamW turns the sign of a gradient of 1e-9 into a whole step: parameters agree, but for a few."""
     one, two = train(SCENARIOS["adamw"], 0, 1), ranks[0]["adamw"]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     networks = [path for path in one["learnt"] if trainable(path) and path.startswith(("/student", "/teacher"))]

@@ -46,7 +46,7 @@ def full_dino_file(path: Path, **changes: Any) -> tuple[dict[str, Tensor], dict[
         "teacher": wrapped(teacher),
         "optimizer": {
             "state": {0: {"step": 7, "exp_avg": torch.zeros(2)}},
-            "param_groups": [{"lr": schedule[3], "weight_decay": np.float64(0.04), "betas": (0.9, 0.999), "params": [0]}],
+            "param_groups": [{"lr": schedule[3], "weight_decay": np.float64(0.04), "betas": (0.9, 0.9), "params": [0]}],
         },
         "epoch": 12,
         "args": argparse.Namespace(
@@ -165,7 +165,14 @@ def test_a_bare_backbone_and_a_supervised_file_with_classifier_read(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "arch",
-    ["xcit_nano_12_p16", "xcit_nano_12_p8", "xcit_tiny_12_p16", "xcit_small_12_p4", "xcit_micro_6_p4", "xcit_pico_4_p16"],
+    [
+        "xcit_nano_12_p16",
+        "xcit_nano_12_p8",
+        "xcit_tiny_12_p16",
+        "xcit_small_12_p4",
+        "xcit_micro_6_p4",
+        "xcit_pico_4_p16",
+    ],
 )
 def test_the_architecture_is_read_off_the_shapes(tmp_path: Path, arch: str) -> None:
     torch.save(fresh_state(arch=arch), tmp_path / "b.pth")
@@ -281,7 +288,7 @@ def test_a_file_that_would_execute_something_is_refused_unexecuted(
         }[place]
         content = {"teacher": {f"backbone.{k}": v for k, v in fresh_state().items()}, **changes}
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match="read safely: it holds .*could run a program") as caught:
+    with pytest.raises(InputError, match=r"read safely: it holds .*could run a program") as caught:
         load_backbone(path)
     assert not mark.exists()
     assert "weights_only" not in str(caught.value)  # PyTorch's text tells how to run it all the same

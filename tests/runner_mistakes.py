@@ -1,0 +1,57 @@
+"""What a user gets wrong: the runner, the words, and the part of the sentence that must be said.
+
+``{weights}``, ``{backbone}``, ``{data}``, ``{image}`` and ``{tmp}`` are filled in by test_runners.py.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import run_extract
+import run_knn
+import run_linear
+
+W = ["--weights", "{weights}"]
+WRONG: dict[str, tuple[ModuleType, list[str], str]] = {
+    "no weights": (run_knn, [], "no weights given: use --weights FILE"),
+    "no such weights": (run_linear, ["--weights", "{tmp}/none.pth"], "there is no file"),
+    "weights are a folder": (run_extract, ["--weights", "{tmp}", "--output-dir", "{tmp}/v"], "is a folder"),
+    "weights are no checkpoint": (run_knn, ["--weights", "{image}"], "is no checkpoint that can be read safely"),
+    "weights lack keys": (run_knn, ["--weights", "{tmp}/cut.pth"], "not fit xcit_pico_4_p4: it lacks norm.weight"),
+    "unknown arch": (run_knn, [*W, "--arch", "xcit_smal_12_p16"], "did you mean xcit_small_12_p16"),
+    "unknown flag": (run_linear, [*W, "--epoch", "3"], "unknown flag --epoch; did you mean --epochs"),
+    "k of zero": (run_knn, [*W, "--ks", "0", "10"], "ks is 0 10, expected whole numbers"),
+    "temperature of zero": (run_knn, [*W, "--temperatures", "0"], "temperatures is 0, expected"),
+    "batch of zero": (run_extract, ["--batch-size", "0"], "batch_size_per_gpu is 0, expected at least 1"),
+    "rate of zero": (run_linear, ["--lrs", "0.1", "0"], "lrs is 0.1 0, expected numbers above 0"),
+    "holdout of one": (run_linear, ["--holdout", "1"], "holdout is 1.0, expected a share"),
+    "crops the wrong way": (run_linear, ["--crop-scale", "0.5", "0.2"], "crop_scale is 0.5 0.2, expected 0 < least"),
+    "no such data": (run_extract, [*W, "--data-path", "{tmp}/none", "--output-dir", "{tmp}/v"], "no data at"),
+    "empty folder": (run_extract, [*W, "--data-path", "{tmp}/empty", "--output-dir", "{tmp}/v"], "no image in"),
+    "data without parts": (run_knn, [*W, "--data-path", "{tmp}/empty"], "holds no folder 'train'"),
+    "data without labels": (
+        run_knn,
+        [*W, "--train-data", "{data}/train/dots", "--val-data", "{data}/val"],
+        "has no labels, which measuring needs",
+    ),
+    "damaged image": (
+        run_extract,
+        [*W, "--data-path", "{tmp}/bad", "--output-dir", "{tmp}/v"],
+        "bad.png cannot be read: not an image",
+    ),
+    "damaged training image": (
+        run_linear,
+        [*W, "--train-data", "{tmp}/train", "--val-data", "{data}/val", "--epochs", "1", "--batch-size", "2",
+         "--holdout", "0"],
+        "broken.jpg cannot be read",
+    ),
+    "data unknown to the file": (run_knn, ["--weights", "{backbone}"], "does not say what it was trained on"),
+    "fewer images than a batch": (run_linear, W, "fewer than one global batch of 128"),
+    "holdout of no image": (run_linear, [*W, "--batch-size", "4", "--holdout", "0.01"], "less than one image of any"),
+    "nowhere to write": (run_extract, W, "no output_dir given"),
+    "output is a file": (run_extract, [*W, "--output-dir", "{image}"], "no folder to write to"),
+    "query without index": (run_extract, ["--query", "{image}"], "no index given"),
+    "index is none": (run_extract, ["--query", "{image}", "--index", "{tmp}/empty"], "is no complete collection"),
+    "cache is a file": (run_knn, [*W, "--cache-dir", "{image}"], "which cannot be written to"),
+    "json is a folder": (run_knn, [*W, "--json", "{tmp}"], "cannot write"),
+}  # fmt: skip

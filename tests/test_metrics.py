@@ -1,0 +1,186 @@
+"""What a run says about itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dino_xcit import metrics
+from dino_xcit.metrics import MetricsWriter, Progress, draw_curves, read_metrics
+
+
+def write_steps(folder: Path, first: int, last: int, from_step: int, loss: float = 1.0) -> None:
+    writer = MetricsWriter(folder, from_step)
+    for step in range(first, last + 1):
+        writer.write("step", step, {"epoch": 0, "loss": loss + step})
+    writer.close()
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_records_are_lines_of_json(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write("step", 3, {"epoch": 0, "loss": 2.5})
+    # readable at once: a crash loses at most the line that is being written
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line) == {"kind": "step", "step": 3, "epoch": 0, "loss": 2.5}
+    writer.write("epoch", 4, {"epoch": 0, "loss": 2.0})
+    writer.close()
+    assert [record["kind"] for record in read_metrics(tmp_path / "metrics.jsonl")] == ["step", "epoch"]
+
+
+def test_a_resumed_run_appends_and_writes_the_steps_after_its_checkpoint_anew(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 5, from_step=0)
+    write_steps(tmp_path, 4, 6, from_step=3, loss=100.0)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["loss"] for record in records] == [2, 3, 4, 104, 105, 106]
+    write_steps(tmp_path, 1, 2, from_step=0)
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2, from_step=0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "step": 3, "lo')
+    assert steps_of(tmp_path) == [1, 2]
+    write_steps(tmp_path, 3, 4, from_step=2)
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write("step", 1, {"loss": float("nan"), "gradient_norm": float("inf"), "lr": 0.5})
+    writer.close()
+
+    def no_constants(name: str) -> float:
+        raise AssertionError(name)
+
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=no_constants)
+    assert record["lr"] == 0.5
+    assert float(record["gradient_norm"]) == float("inf")
+    assert np.isnan(float(record["loss"]))
+
+
+def test_numbers_go_to_tensorboard_too(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_steps(tmp_path, 1, 4, from_step=0)
+    write_steps(tmp_path, 3, 5, from_step=2, loss=100.0)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    values = {event.step: event.value for event in board.Scalars("step/loss")}
+    assert values == {1: 2.0, 2: 3.0, 3: 103.0, 4: 104.0, 5: 105.0}
+
+
+def test_a_run_without_metrics_has_no_records(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+class Clock:
+    """Stands in for ``time.perf_counter``."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "perf_counter", clock.perf_counter)
+    return clock
+
+
+def test_rates_count_images_and_the_share_of_waiting_since_the_last_call(clock: Clock) -> None:
+    progress = Progress(total_steps=100, done=0, images_a_step=32, shown=False)
+    for _ in range(5):
+        clock.now += 2.0
+        progress.step(waited=0.5)
+    assert progress.rates() == pytest.approx({"images_per_s": 16.0, "data_wait": 0.25})
+    clock.now += 1.0
+    progress.step(waited=0.0)
+    assert progress.rates() == pytest.approx({"images_per_s": 32.0, "data_wait": 0.0})
+
+
+def test_saving_and_measuring_do_not_count_as_training_time(clock: Clock) -> None:
+    progress = Progress(total_steps=100, done=0, images_a_step=10, shown=False)
+    clock.now += 50.0
+    progress.restart_clock()
+    clock.now += 1.0
+    progress.step(waited=0.0)
+    assert progress.rates()["images_per_s"] == pytest.approx(10.0)
+
+
+def test_a_log_file_gets_lines_with_speed_loss_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total_steps=4, done=1, images_a_step=8, shown=True)
+    progress._bar.mininterval = 0.0  # not 15 seconds, for the test
+    progress.step(waited=0.0)
+    progress.show(0, {"images_per_s": 123.4, "data_wait": 0.07, "loss": 3.14159})
+    progress.step(waited=0.0)
+    progress.say("epoch 1/2: loss 3")
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == "epoch 1/2: loss 3\n"
+    assert "\r" not in err
+    lines = [line for line in err.splitlines() if "img/s" in line]
+    assert lines
+    for words in ("123 img/s", "data wait 7%", "loss 3.142", "ETA", "/4"):
+        assert words in lines[-1]
+
+
+def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total_steps=4, done=0, images_a_step=8, shown=False)
+    progress.step(waited=0.0)
+    progress.say("hello")
+    progress.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_curves_are_drawn_from_the_metrics(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(1, 30):
+        figures = {"loss": 5 / step, "teacher_entropy": 3.0, "kl": 1.0, "feature_std": 0.5, "images_per_s": 100.0}
+        writer.write("step", step, figures if step != 7 else figures | {"loss": float("nan")})
+    writer.write("epoch", 29, {"epoch": 0, "knn_top1": 50.0})
+    writer.close()
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
+    assert picture.shape[0] > 300
+    assert picture.std() > 5
+    assert [path.name for path in tmp_path.glob("*.png")] == ["curves.png"]
+    assert not list(tmp_path.glob(".*.png"))
+
+
+def test_a_step_whose_loss_is_not_finite_does_not_bend_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matplotlib takes a list that holds the word "nan" for names of categories, in the order of their coming."""
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(1, 30):
+        writer.write("step", step, {"loss": float("nan") if step == 7 else 5 / step})
+    writer.close()
+    figures: list[Figure] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    steps, losses = (np.asarray(axis) for axis in figures[0].axes[0].lines[0].get_data())
+    assert losses.dtype.kind == "f"
+    finite = np.isfinite(losses)
+    np.testing.assert_allclose(losses[finite], 5 / steps[finite])
+    assert finite.sum() == 28
+
+
+def test_curves_of_a_run_that_measured_nothing_are_drawn_all_the_same(tmp_path: Path) -> None:
+    draw_curves(tmp_path / "absent.jsonl", tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 300

@@ -1,0 +1,163 @@
+"""Collections: written whole or not at all, searched exactly, shown as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from eval_fixtures import image_tree, unit
+from numpy.typing import NDArray
+from PIL import Image
+
+from dino_xcit.data import open_source
+from dino_xcit.errors import InputError
+from eval.contact_sheet import TILE, ImagesOf, Tile, draw_sheet
+from eval.retrieval import FILES, Collection, escape, existing, open_collection, read_names, unescape, write_collection
+
+NAMES = ["a.jpg", "with space.jpg", "line\nfeed.png", "back\\slash\\n.png", "ümlaut\u2028.png", "raw\udcff.png", "\r"]
+
+
+def card_of(count: int, normalised: bool = True, **changes: Any) -> dict[str, Any]:
+    return {
+        "format": "dino-xcit-vectors-1",
+        "count": count,
+        "normalised": normalised,
+        "weights": {"hash": "w", "path": "/weights.pth"},
+        "data": {"fingerprint": "d", "url": "photos"},
+        "transform": {"mean": (0.5, 0.5, 0.5)},
+        "date": "today",
+    } | changes
+
+
+def rows_of(count: int, seed: int = 0, dim: int = 5) -> NDArray[np.float32]:
+    return (3 * np.random.default_rng(seed).normal(size=(count, dim))).astype(np.float32)
+
+
+def write(folder: Path, rows: NDArray[np.float32], normalised: bool = True, **changes: Any) -> Collection:
+    pieces = iter([rows[:4], rows[4:]])
+    write_collection(folder, pieces, NAMES[: len(rows)], rows.shape, card_of(len(rows), normalised, **changes))
+    return open_collection(folder)
+
+
+def test_vectors_names_index_and_card_belong_row_by_row(tmp_path: Path) -> None:
+    rows = rows_of(7)
+    collection = write(tmp_path / "new" / "vectors", rows)
+    vectors = np.load(tmp_path / "new" / "vectors" / "vectors.npy")
+    assert vectors.dtype == np.float32
+    assert vectors == pytest.approx(unit(rows), abs=1e-6)
+    assert collection.names == NAMES
+    assert collection.index.reconstruct_n(0, 7) == pytest.approx(vectors)
+    assert sorted(path.name for path in (tmp_path / "new" / "vectors").iterdir()) == sorted(FILES)
+
+
+def test_search_is_exact_and_takes_queries_as_the_backbone_gives_them(tmp_path: Path) -> None:
+    rows, queries = rows_of(7), rows_of(3, seed=1)
+    for normalised in (True, False):
+        collection = write(tmp_path / str(normalised), rows, normalised)
+        products = unit(queries) @ unit(rows).T if normalised else queries @ rows.T
+        scores, found = collection.search(queries, 4)
+        assert (found == np.argsort(-products, axis=1)[:, :4]).all()
+        assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :4], rel=1e-5)
+        assert collection.search(queries, 100)[1].shape == (3, 7)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "\\", "\\\\n", "\\\n", "a\\\\\r\nb"])
+def test_any_name_survives_on_one_line(name: str) -> None:
+    assert "\n" not in escape(name)
+    assert unescape(escape(name)) == name
+
+
+def test_plain_names_are_written_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "paths.txt").write_bytes("photos/é 1.jpg\nb\x85c\n".encode())
+    assert read_names(tmp_path / "paths.txt") == ["photos/é 1.jpg", "b\x85c"]
+    assert escape("photos/é 1.jpg") == "photos/é 1.jpg"
+
+
+def test_a_folder_is_the_same_extraction_only_if_weights_data_and_preparation_are(tmp_path: Path) -> None:
+    assert existing(tmp_path / "none", card_of(7)) is None
+    write(tmp_path, rows_of(7))
+    (tmp_path / "notes.md").write_text("not ours")
+    assert existing(tmp_path, card_of(7, date="tomorrow")) == "same"
+    for other in (
+        {"weights": {"hash": "x"}},
+        {"data": {"fingerprint": "x"}},
+        {"transform": {"mean": (0.0, 0.0, 0.0)}},
+        {"normalised": False},
+    ):
+        assert existing(tmp_path, card_of(7) | other) == "other"
+    (tmp_path / "index.faiss").unlink()
+    assert existing(tmp_path, card_of(7)) == "other"
+    with pytest.raises(InputError, match="no folder to write to"):
+        existing(tmp_path / "notes.md", card_of(7))
+
+
+def test_an_extraction_that_breaks_off_leaves_the_old_one_whole(tmp_path: Path) -> None:
+    rows = rows_of(7)
+    write(tmp_path, rows)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def breaking() -> Iterator[NDArray[np.float32]]:
+        yield rows[:4]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_collection(tmp_path, breaking(), NAMES, (7, 5), card_of(7))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_files_that_are_missing_damaged_or_of_two_extractions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lacks vectors\.npy, paths\.txt, index\.faiss, card\.json"):
+        open_collection(tmp_path)
+    write(tmp_path, rows_of(7))
+    (tmp_path / "paths.txt").write_text("one\n")
+    with pytest.raises(InputError, match="7 in the card, 1 in the paths, 7 in the index"):
+        open_collection(tmp_path)
+    write(tmp_path, rows_of(7))
+    for name, content in (("index.faiss", b"IxF"), ("card.json", b"{"), ("card.json", b"[]"), ("card.json", b"{}")):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match="is damaged"):
+            open_collection(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    assert json.loads((tmp_path / "card.json").read_text())["count"] == 7
+
+
+def test_the_contact_sheet_shows_queries_beside_their_results(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (90, 30), "#ff0000"), Image.new("RGB", (28, 28), "#0000ff")
+    results = [Tile(blue if place % 2 else None, f"{place}  0.9", "a rather long name " * 4) for place in range(7)]
+    draw_sheet([(Tile(red, "query", "q\n.png"), results), (Tile(blue, "query", "r"), results[:1])], tmp_path / "s.png")
+    with Image.open(tmp_path / "s.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert pixels.shape[1] > 6 * TILE, "a query and five results in a row"
+    count = {
+        name: int((pixels == colour).all(axis=-1).sum())
+        for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255)))
+    }
+    assert count["red"] == 168 * 56, "the whole picture, in its own shape"
+    assert count["blue"] == 4 * 168 * 168, "three results of the first query, and the second query"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
+
+
+def test_pictures_of_a_collection_are_found_by_path_or_through_their_source(tmp_path: Path) -> None:
+    tree = image_tree(tmp_path / "data", train=2, val=1)
+    source = open_source(str(tree / "train"))
+    files = ImagesOf("nowhere", str(tree), len(source))
+    name = str(Path(source.name(1)).relative_to(tree))
+    found = files.read(1, name)
+    assert found is not None
+    assert found.size == (40, 32)
+    (tree / name).write_bytes(b"damaged")
+    assert files.read(1, name) is None
+
+    sample = open_source("sample:fashion-mnist", "val")
+    arrays = ImagesOf("sample:fashion-mnist/val", str(tmp_path), 3000)
+    picture = arrays.read(5, sample.name(5))
+    assert picture is not None
+    assert (np.asarray(picture)[..., 0] == sample.read(5)[0]).all()
+    assert arrays.read(5, sample.name(6)) is None, "the images are in another order than when they were extracted"
+    assert ImagesOf("sample:fashion-mnist/val", str(tmp_path), 9).read(5, sample.name(5)) is None
+    assert ImagesOf("nowhere", str(tmp_path), 9).read(5, "gone") is None
