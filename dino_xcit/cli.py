@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +50,7 @@ def parse_flags(config: type, argv: Sequence[str]) -> Flags:
             if name in _IGNORED:
                 print(f"--{name} is ignored: {_IGNORED[name]}", file=sys.stderr)
             elif name not in (*known, "config", "use_fp16"):
-                raise InputError(f"unknown flag --{name}{_suggest(name, known)} (--help lists all)")
+                raise InputError(f"unknown flag --{name}{near_matches(name, known)} (--help lists all)")
             else:
                 flags[name] = words
         elif words is None:
@@ -59,10 +63,6 @@ def parse_flags(config: type, argv: Sequence[str]) -> Flags:
             raise InputError(f"--{name} is {' '.join(flags[name])!r}, expected true or false")
         flags[name] = [str(word in _TRUE)]
     return flags
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    return near_matches(f"--{name}", [f"--{other}" for other in known])
 
 
 def read_yaml(path: str, config: type) -> Flags:
@@ -90,11 +90,33 @@ def read_yaml(path: str, config: type) -> Flags:
 
 
 def build(config: type[Config], flags: Flags, defaults: Config, prog: str) -> Config:
-    """The dataclass with ``defaults`` replaced by ``flags``; wrong types end the program with exit code 2."""
+    """The dataclass with ``defaults`` replaced by ``flags``.
+
+    Raises:
+        InputError: a word that is no value of its setting, or a value that cannot be.
+    """
     argv = [word for name, words in flags.items() for word in (f"--{name}", *words)]
-    return tyro.cli(
-        config, args=argv, default=defaults, prog=prog, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
-    )
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                config,
+                args=argv,
+                default=defaults,
+                prog=prog,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit:
+        raise InputError(_first_paragraph(printed.getvalue())) from None
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro found wrong, without the frame that it draws around it and the help that follows."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    found = list(itertools.takewhile(lambda line: not line.startswith("──"), lines[1:]))
+    sentence = re.sub(r"^Error parsing \w+Config: ", "", " ".join(" ".join(found).split()))
+    return sentence or "the command line cannot be read (see --help)"
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str) -> Config:

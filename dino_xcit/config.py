@@ -22,7 +22,7 @@ class PretrainConfig:
     # ---- what
     arch: str = "xcit_small_12_p16"
     """Backbone: an official XCiT name (xcit_nano_12_p16 ... xcit_large_24_p8, also _p4), xcit_pico_4_p4 or
-    xcit_micro_6_p4 for small images, or timm:NAME."""
+    xcit_micro_2_p16 for small images, or timm:NAME."""
     recipe: str = ""
     """Named settings: dino (the reference's defaults), xcit-dino-300ep (nearest to the published XCiT models), sample
     and sample-long (the embedded sample). Default: sample without --data-path, else dino."""

@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 def near_matches(word: str, candidates: Iterable[str], count: int = 3) -> str:
     """A clause such as ``; did you mean a or b?`` for a misspelt ``word``, or an empty string."""
-    close = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

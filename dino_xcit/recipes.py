@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dino_xcit.errors import InputError, near_matches
-from dino_xcit.models import patch_size_of
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,11 @@ SAMPLE_LONG = Recipe(
 
 RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG)}
 
-# What small pictures are cut and enlarged to, so that each patch size still sees a grid of tokens: global, local.
-_SAMPLE_CROPS = {4: (28, 16), 8: (32, 16), 16: (48, 32)}
 # Architectures of more than a million parameters see the sample once on a CPU, in smaller batches.
-_SAMPLE_ARCHS = ("xcit_pico_4", "xcit_micro_6")
-_LARGE_ARCH: dict[str, object] = {"epochs": 1, "batch_size_per_gpu": 64, "lr": 5e-4, "warmup_epochs": 0.1}
+_SMALL_ARCHS = ("xcit_pico_4", "xcit_micro_2")
+_LARGE_ARCH: dict[str, object] = {"epochs": 1, "lr": 5e-4, "warmup_epochs": 0.1}
+# timm's transformers refuse sizes that the patch does not divide; XCiT takes any.
+_TIMM_CROPS: dict[str, object] = {"global_crops_size": 64, "local_crops_size": 32, "eval_crop": 64, "eval_resize": 64}
 
 
 def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
@@ -112,9 +111,9 @@ def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}{near_matches(name, RECIPES)} (known: {', '.join(RECIPES)})")
     settings = dict(RECIPES[name].settings)
-    if RECIPES[name] in (SAMPLE, SAMPLE_LONG) and arch and arch != settings["arch"]:
-        size, local = _SAMPLE_CROPS.get(patch_size_of(arch), _SAMPLE_CROPS[16])
-        settings |= {"global_crops_size": size, "local_crops_size": local, "eval_crop": size, "eval_resize": size}
-        if not arch.startswith(_SAMPLE_ARCHS):
+    if RECIPES[name] in (SAMPLE, SAMPLE_LONG) and arch:
+        if arch.startswith("timm:"):
+            settings |= _TIMM_CROPS
+        if not arch.startswith(_SMALL_ARCHS):
             settings |= _LARGE_ARCH
     return settings

@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     other = build_state(settings_in(tmp_path, out_dim=50), CPU)
     with pytest.raises(InputError, match="does not fit this run"):
         checkpoint.restore(other, content, tmp_path / "checkpoint.pth")
-    deeper = build_state(settings_in(tmp_path, arch="xcit_micro_6_p4"), CPU)
+    deeper = build_state(settings_in(tmp_path, arch="xcit_nano_12_p4"), CPU)
     with pytest.raises(InputError, match="does not fit this run"):
         checkpoint.restore(deeper, content, tmp_path / "checkpoint.pth")
 

@@ -284,7 +284,7 @@ def test_help_ends_well(pretrain: Pretrain) -> None:
     [
         (["--lr", "0.3"], "lr 0.0005 -> 0.3"),
         (["--out-dim", "17"], "out_dim 16 -> 17"),
-        (["--arch", "xcit_micro_6_p4"], "arch"),
+        (["--arch", "xcit_nano_12_p4"], "arch"),
         (["--batch-size-per-gpu", "5"], "batch"),  # 3 steps an epoch, not 4
     ],
 )

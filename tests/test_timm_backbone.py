@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_run import run, tiny_config
 
-from dino_xcit.models import DINOHead, ViewNetwork, build_backbone, patch_size_of
+from dino_xcit.models import DINOHead, ViewNetwork, build_backbone
 
 # Class token, distilled pair of tokens, pooled map, map kept as [B, h, w, D], and maps that are widened after pooling.
 NAMES = [
@@ -84,8 +84,3 @@ def test_a_timm_student_trains() -> None:
 def test_an_unknown_timm_name_is_refused_with_near_matches() -> None:
     with pytest.raises(ValueError, match=r"resnet18"):
         build_backbone("timm:resnet81")
-
-
-def test_patch_size_follows_from_the_name() -> None:
-    sizes = {"xcit_small_12_p16": 16, "xcit_pico_4_p4": 4, "timm:vit_small_patch8_224": 8, "timm:resnet18": 16}
-    assert {name: patch_size_of(name) for name in sizes} == sizes

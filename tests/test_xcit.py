@@ -152,6 +152,15 @@ def test_at_full_depth_equals_timms(name: str) -> None:
         assert_same_forward_and_gradients(ours, theirs, seen, projection(torch.Size((2, 3, 64, 80)), 4), train)
 
 
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_tiny_12_p16"])
+def test_class_attention_hands_on_the_patch_tokens_as_timms_does(name: str) -> None:
+    """The next block's norm hides from the class token how long they are, but a reader of them sees it."""
+    ours, theirs = ours_and_timms(name, depth=1)
+    tokens = projection(torch.Size((2, 10, ours.embed_dim)), 8)
+    for block, expected in zip(ours.cls_attn_blocks, theirs.cls_attn_blocks, strict=True):  # type: ignore[arg-type]
+        assert error(block(tokens), expected(tokens)) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_names_and_shapes_at_full_depth_are_those_that_timms_filter_expects(name: str) -> None:
     with torch.device("meta"):

@@ -20,7 +20,6 @@ __all__ = [
     "XCiT",
     "backbone_names",
     "build_backbone",
-    "patch_size_of",
 ]
 
 
@@ -34,7 +33,7 @@ def build_backbone(name: str, drop_path_rate: float = 0.0) -> nn.Module:
 
     Args:
         name: an official XCiT name such as ``xcit_small_12_p16`` (nano_12, tiny_12, tiny_24, small_12, small_24,
-            medium_24, large_24, with p8, p16 and here also p4), this project's ``xcit_pico_4`` and ``xcit_micro_6``
+            medium_24, large_24, with p8, p16 and here also p4), this project's ``xcit_pico_4`` and ``xcit_micro_2``
             for small images, or ``timm:NAME``.
         drop_path_rate: stochastic depth while training, 0 <= rate < 1.
 
@@ -53,9 +52,3 @@ def build_backbone(name: str, drop_path_rate: float = 0.0) -> nn.Module:
             f"(known: {', '.join(XCIT_SIZES)}, each with _p4, _p8 or _p16; or timm:NAME)"
         )
     return XCiT(XCIT_SIZES[size], int(patch), drop_path_rate)
-
-
-def patch_size_of(name: str) -> int:
-    """Pixels a side of the patch of an architecture; 16 for ``timm:`` names that do not say."""
-    digits = name.rpartition("_p")[2] if not name.startswith("timm:") else name.rpartition("patch")[2].split("_")[0]
-    return int(digits) if digits.isdigit() else 16
