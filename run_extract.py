@@ -10,6 +10,9 @@ product) and card.json (weights, preprocessing, data, date).
 
 from __future__ import annotations
 
+# Before torch: it decides how threads wait for each other.
+import dino_xcit  # noqa: F401  # isort: skip
+
 import dataclasses
 import os
 import sys

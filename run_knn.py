@@ -8,6 +8,9 @@ Read top to bottom: settings, backbone, data, features, votes, report.
 
 from __future__ import annotations
 
+# Before torch: it decides how threads wait for each other.
+import dino_xcit  # noqa: F401  # isort: skip
+
 import sys
 import time
 from pathlib import Path

@@ -12,6 +12,9 @@ Read top to bottom: settings, data, fixed features, classifiers, loop, report.
 
 from __future__ import annotations
 
+# Before torch: it decides how threads wait for each other.
+import dino_xcit  # noqa: F401  # isort: skip
+
 import dataclasses
 import os
 import sys

@@ -8,6 +8,9 @@ Read it from top to bottom: settings, data, networks, resume, loop.
 
 from __future__ import annotations
 
+# Before torch: it decides how threads wait for each other.
+import dino_xcit  # noqa: F401  # isort: skip
+
 import itertools
 import sys
 import time

@@ -189,6 +189,10 @@ class PretrainConfig:
             value = getattr(self, name)
             if not value >= least:
                 raise InputError(f"{name} is {value}, expected at least {least:g}")
+        if self.koleo_weight > 0 and self.batch_size_per_gpu < 2:
+            raise InputError(
+                "koleo_weight needs other images to compare with: batch_size_per_gpu is 1, expected 2 or more"
+            )
         for name in ("student_temp", "warmup_teacher_temp", "teacher_temp", *(f"std[{i}]" for i in range(3))):
             value = self.std[int(name[4])] if name.startswith("std[") else getattr(self, name)
             if not value > 0:

@@ -37,7 +37,7 @@ UNREADABLE = (
 
 
 def why_unreadable(error: Exception) -> str:
-    """A clause for one of :data:`UNREADABLE`. PyTorch's own text for unsafe files tells how to run them all the same."""
+    """A clause for one of :data:`UNREADABLE`. PyTorch's own text for unsafe files says how to run them all the same."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     unsafe = re.search(r"GLOBAL (\S+)", str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dino_xcit import metrics
 from dino_xcit.metrics import MetricsWriter, Progress, draw_curves, read_metrics
 
 
@@ -99,7 +99,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(metrics.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(time, "perf_counter", clock.perf_counter)
     return clock
 
 

@@ -360,7 +360,7 @@ def test_a_foreign_checkpoint_is_refused_and_kept(pretrain: Pretrain, stopped: S
         (["--data-path", "PHOTOS", "--arch", "xcit_smal_12_p16"], ["xcit_smal_12_p16", "xcit_small_12_p16"]),
         (["--data-path", "PHOTOS", "--arch", "timm:resnet81"], ["resnet18"]),
         (["--data-path", "PHOTOS", "--recipe", "dinno"], ["dinno", "dino"]),
-        (["--data-path", "PHOTOS", "--epoch", "3"], ["--epoch", "--epochs"]),
+        (["--data-path", "PHOTOS", "--epoch", "3"], ["--epoch", "epochs"]),
         (["--data-path", "PHOTOS", "--batch-size-per-gpu", "17"], ["16 images", "17"]),
         (["--data-path", "PHOTOS", "--out-dim", "1"], ["out_dim"]),
         (["--data-path", "PHOTOS", "--global-crops-size", "0"], ["global_crops_size"]),

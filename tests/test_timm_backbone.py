@@ -62,7 +62,7 @@ def test_patch_tokens_lie_row_by_row_without_the_class_token() -> None:
 
 def test_drop_path_is_given_to_the_model_that_has_it() -> None:
     model = build_backbone("timm:vit_tiny_patch16_224", drop_path_rate=0.3)
-    rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
+    rates = [float(module.drop_prob) for module in model.modules() if type(module).__name__ == "DropPath"]  # type: ignore[arg-type]
     assert max(rates) == pytest.approx(0.3)
 
 

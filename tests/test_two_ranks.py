@@ -98,14 +98,17 @@ def test_all_processes_hold_the_same_bits(ranks: list[dict[str, Any]]) -> None:
         assert ranks[0][scenario]["rejected"] == 0
 
 
-def test_a_nan_on_one_process_rejects_the_step_on_both(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("fault", ["image", "teacher"])
+def test_a_number_that_is_not_finite_on_one_process_rejects_the_step_on_both(
+    ranks: list[dict[str, Any]], fault: str
+) -> None:
     for rank in range(2):
-        clean, bad, next_clean = ranks[rank]["bad image"]["seen"]
+        clean, bad, next_clean = ranks[rank][f"bad {fault}"]
         assert [step["accepted"] for step in (clean, bad, next_clean)] == [True, False, True]
         assert [step["rejected"] for step in (clean, bad, next_clean)] == [0, 1, 1]
         assert differing_bits(clean["learnt"], bad["learnt"]) == []
         assert differing_bits(bad["learnt"], next_clean["learnt"]) != []
-    final = [ranks[rank]["bad image"]["seen"][2]["learnt"] for rank in range(2)]
+    final = [ranks[rank][f"bad {fault}"][2]["learnt"] for rank in range(2)]
     assert differing_bits(*final) == []
     assert all(bool(torch.isfinite(value).all()) for value in final[0].values())
 

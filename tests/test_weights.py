@@ -18,6 +18,7 @@ from torch import Tensor
 from dino_xcit import checkpoint
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
+from dino_xcit.models.xcit import XCIT_SIZES
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import hash_state, load_backbone
 
@@ -177,6 +178,11 @@ def test_a_bare_backbone_and_a_supervised_file_with_classifier_read(tmp_path: Pa
 def test_the_architecture_is_read_off_the_shapes(tmp_path: Path, arch: str) -> None:
     torch.save(fresh_state(arch=arch), tmp_path / "b.pth")
     assert load_backbone(tmp_path / "b.pth").arch == arch
+
+
+def test_no_two_architectures_have_the_same_shapes() -> None:
+    shapes = {(size.dim, size.depth, size.heads) for size in XCIT_SIZES.values()}
+    assert len(shapes) == len(XCIT_SIZES)
 
 
 def test_a_timm_backbone_needs_its_name_or_a_checkpoint_that_says_it(tmp_path: Path) -> None:
