@@ -143,11 +143,9 @@ def _resume(state: TrainState, config: PretrainConfig, steps_per_epoch: int) -> 
     if config.resume != "never" and path.exists():
         content = checkpoint.read(path)
         changed = differences(dict(content.get("args", {})), config)
-        if content.get("steps_per_epoch") != steps_per_epoch:
-            changed.append(
-                f"steps an epoch {content.get('steps_per_epoch')} -> {steps_per_epoch}: another number of images, or "
-                "another global batch (--accumulation-steps makes up for fewer processes)"
-            )
+        for key, now in (("global_batch", checkpoint.global_batch(config)), ("steps_per_epoch", steps_per_epoch)):
+            if content.get(key) != now:
+                changed.append(f"{key} {content.get(key)} -> {now} (--accumulation-steps makes up for fewer processes)")
         if "args" not in content:
             refusal = f"{path} is not a checkpoint of run_pretrain.py: choose another --output-dir"
         elif changed and config.resume == "auto":

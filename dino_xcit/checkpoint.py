@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dino_xcit import distributed
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.train import TrainState
@@ -71,6 +72,11 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def global_batch(config: PretrainConfig) -> int:
+    """Images a step, over all processes and accumulated forward passes."""
+    return config.batch_size_per_gpu * config.accumulation_steps * distributed.world_size()
+
+
 def content_of(state: TrainState, config: PretrainConfig, steps_per_epoch: int) -> dict[str, Any]:
     """What a checkpoint holds."""
     return {
@@ -84,6 +90,7 @@ def content_of(state: TrainState, config: PretrainConfig, steps_per_epoch: int) 
         "step": state.step,
         "epoch": state.step // steps_per_epoch,
         "steps_per_epoch": steps_per_epoch,
+        "global_batch": global_batch(config),
         "args": {name: _plain(value) for name, value in dataclasses.asdict(config).items()},
         "eval_transform": {name: _plain(value) for name, value in config.eval_transform().to_dict().items()},
     }

@@ -75,6 +75,8 @@ def read_yaml(path: str, config: type) -> Flags:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the config file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the config file {path} is no text: expected YAML, a line 'name: value' a setting") from error
     except yaml.YAMLError as error:
         raise InputError(f"the config file {path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
@@ -83,8 +85,10 @@ def read_yaml(path: str, config: type) -> Flags:
     flags: Flags = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in known:
+        if name not in (*known, "use_fp16"):
             raise InputError(f"unknown setting {name!r} in {path}{near_matches(name, known)}")
+        if value is None:
+            raise InputError(f"{name} has no value in {path}: give it one, or leave the line out")
         flags[name] = [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)]
     return flags
 

@@ -6,6 +6,7 @@ DINO's names are kept. Values are checked here, so that a run that cannot work e
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,6 +178,11 @@ class PretrainConfig:
         Raises:
             InputError: naming the field, the value, and what would do.
         """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise InputError(f"{field.name} is {number}, expected a finite number")
         at_least: dict[str, float] = {
             "out_dim": 2, "head_hidden_dim": 1, "head_bottleneck_dim": 1, "epochs": 1, "batch_size_per_gpu": 1,
             "accumulation_steps": 1, "lr_reference_batch": 0, "lr": 0, "min_lr": 0, "warmup_epochs": 0,

@@ -64,7 +64,9 @@ class EpochAverages:
         self._count = 0
 
     def add(self, figures: Mapping[str, float]) -> None:
-        """One logged step."""
+        """One logged step; a step that is not finite was rejected, and does not count."""
+        if not all(map(math.isfinite, figures.values())):
+            return
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
@@ -170,7 +172,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for axis, (title, rows, names) in zip(axes.flat, panels, strict=True):
         drawn = False
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(row["step"], float(row[name])) for row in rows if name in row]  # "nan" is a word in JSON
             if points:
                 axis.plot(
                     *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 60 else ""

@@ -130,10 +130,12 @@ class StepResult:
     gradient_norm: Tensor
     """Of all gradients together, before clipping."""
     accepted: Tensor
+    last_loss: Tensor
+    """Of this process's last forward pass."""
     teacher_logits: Tensor
-    """[2 * B, K] of the last forward pass."""
+    """[2 * B, K] of that forward pass."""
     teacher_features: Tensor
-    """[2 * B, D] of the last forward pass."""
+    """[2 * B, D] of that forward pass."""
 
     def figures(self, state: TrainState, schedules: Schedules) -> dict[str, float]:
         """Numbers for the log of the step that was just done; reading them waits for the device.
@@ -144,11 +146,14 @@ class StepResult:
         step = state.step - 1
         teacher_temp = schedules.teacher_temp.at(step // schedules.steps_per_epoch)
         teacher_entropy = entropy(state.loss.teacher_probabilities(self.teacher_logits, teacher_temp))
+        of_last_pass = [teacher_entropy, self.last_loss - teacher_entropy, feature_deviation(self.teacher_features)]
+        distributed.all_reduce_sum(of_last_pass)
+        mean_entropy, divergence, deviation = (figure / distributed.world_size() for figure in of_last_pass)
         on_device = {
             "loss": self.loss,
-            "teacher_entropy": teacher_entropy,
-            "kl": self.loss - teacher_entropy,
-            "feature_std": feature_deviation(self.teacher_features),
+            "teacher_entropy": mean_entropy,
+            "kl": divergence,
+            "feature_std": deviation,
             "gradient_norm": self.gradient_norm,
             "rejected_steps": state.rejected,
         }
@@ -206,7 +211,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     running = [buffer for buffer in buffers if buffer.is_floating_point()]
     distributed.all_reduce_sum([failures, logits_sum, loss_sum, rows, *running])
     accepted = failures == 0
-    torch._foreach_div_(running, float(distributed.world_size()))
+    for buffer in running:
+        buffer /= distributed.world_size()
     loss_sum /= distributed.world_size()
 
     # ---- student, teacher, centre
@@ -230,7 +236,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
         buffer.copy_(torch.where(accepted, buffer, old))
     state.rejected += ~accepted
     state.step += 1
-    return StepResult(loss_sum, total_norm, accepted, teacher.logits.detach(), teacher.features.detach())
+    last = loss.detach() * len(batches)
+    return StepResult(loss_sum, total_norm, accepted, last, teacher.logits.detach(), teacher.features.detach())
 
 
 def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino_xcit.errors import InputError
 from dino_xcit.models.head import DINOHead
 
 
@@ -35,10 +36,17 @@ class ViewNetwork(nn.Module):
         """``crops``: one tensor a crop size, [views of that size * B, 3, size, size]; keys to match, or None."""
         if drop_path_keys is None:
             drop_path_keys = [None] * len(crops)
-        features = torch.cat(
-            [
-                self.backbone(crop, drop_path_keys=keys).cls_token
-                for crop, keys in zip(crops, drop_path_keys, strict=True)
-            ]
-        )
+        features = torch.cat([self._features(crop, keys) for crop, keys in zip(crops, drop_path_keys, strict=True)])
         return StudentOutput(self.head(features), features)
+
+    def _features(self, crops: Tensor, keys: Tensor | None) -> Tensor:
+        try:
+            cls_token: Tensor = self.backbone(crops, drop_path_keys=keys).cls_token
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"BatchNorm needs more than one value: a single crop of {crops.shape[-1]} px makes one token; raise "
+                "--batch-size-per-gpu, or the size or number of the crops"
+            ) from error
+        return cls_token
