@@ -50,7 +50,7 @@ def parse_flags(config: type, argv: Sequence[str]) -> Flags:
             if name in _IGNORED:
                 print(f"--{name} is ignored: {_IGNORED[name]}", file=sys.stderr)
             elif name not in (*known, "config", "use_fp16"):
-                raise InputError(f"unknown flag --{name}{near_matches(name, known)} (--help lists all)")
+                raise InputError(f"unknown flag --{name}{near_matches(name, known, prefix='--')} (--help lists all)")
             else:
                 flags[name] = words
         elif words is None:

@@ -16,10 +16,13 @@ class InputError(ValueError):
     """
 
 
-def near_matches(word: str, candidates: Iterable[str], count: int = 3) -> str:
-    """A clause such as ``; did you mean a or b?`` for a misspelt ``word``, or an empty string."""
+def near_matches(word: str, candidates: Iterable[str], count: int = 3, prefix: str = "") -> str:
+    """A clause such as ``; did you mean a or b?`` for a misspelt ``word``, or an empty string.
+
+    ``prefix`` is put before each candidate that is shown.
+    """
     close = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
 
 
 def run_main(main: Callable[[], None]) -> None:

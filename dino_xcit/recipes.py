@@ -88,16 +88,16 @@ SAMPLE = Recipe(
     name="sample",
     purpose="minutes on a CPU: 12,000 images of Fashion-MNIST that come with the package",
     command="python run_pretrain.py",
-    result="not measured",
+    result="80.3 k-NN (k = 10), 77.3 linear after 242 s on 2 CPU cores; untrained 76.1, raw pixels 82.3",
     settings=_SMALL_GREY | {"epochs": 6},
 )
 
 SAMPLE_LONG = Recipe(
     name="sample-long",
-    purpose="an hour on a CPU: all 60,000 training images of Fashion-MNIST",
+    purpose="half an hour on 2 CPU cores: all 60,000 training images of Fashion-MNIST",
     command="python run_pretrain.py --recipe sample-long",
     result="not measured",
-    settings=_SMALL_GREY | {"epochs": 20, "data_path": "sample:fashion-mnist-full"},
+    settings=_SMALL_GREY | {"epochs": 10, "data_path": "sample:fashion-mnist-full"},
 )
 
 RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG)}
