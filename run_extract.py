@@ -130,14 +130,15 @@ def look_up(config: ExtractConfig) -> None:
     network = config.network if made_by["network"] not in ("teacher", "student") else made_by["network"]
     arch = config.arch or str(made_by["arch"])
     loaded, device = open_backbone(
-        dataclasses.replace(config, weights=config.weights or str(made_by["path"]), network=network, arch=arch)
+        dataclasses.replace(config, weights=config.weights or str(made_by["path"]), network=network, arch=arch),
+        EvalTransform.from_dict(collection.card["transform"]),
     )
     if loaded.hash != made_by["hash"]:
         raise InputError(
             f"{loaded.path} (weights {loaded.hash[:12]}) did not make the vectors in {collection.folder} (weights "
             f"{str(made_by['hash'])[:12]}): give the file that did with --weights, or extract anew"
         )
-    transform = EvalTransform.from_dict(collection.card["transform"])
+    transform = loaded.transform
 
     # ---- features and search
     queries = []

@@ -16,8 +16,11 @@ from dino_xcit.weights import LoadedBackbone, load_backbone
 from eval.config import BackboneConfig, KnnConfig, LinearConfig
 
 
-def open_backbone(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
+def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) -> tuple[LoadedBackbone, torch.device]:
     """Join the other processes if there are any, and put the frozen backbone on this one's device.
+
+    Args:
+        fixed: how images have to be prepared, whatever the weights or the settings say.
 
     Raises:
         InputError: no weights given, or weights that cannot be used.
@@ -29,9 +32,9 @@ def open_backbone(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]
     loaded = load_backbone(config.weights, config.network, config.arch or None)
     loaded.backbone.to(device)
     distributed.say(loaded.describe())
-    transform = _transform(loaded.transform, config)
+    transform = fixed or _transform(loaded.transform, config)
     distributed.say(f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}")
-    if transform == EvalTransform() and not loaded.training:
+    if not fixed and transform == EvalTransform() and not loaded.training:
         distributed.say(
             f"notice: {loaded.path.name} does not say how its images are prepared, this is ImageNet's way "
             "(--eval-resize and --eval-crop change it)"

@@ -354,6 +354,18 @@ def test_a_mistake_ends_in_one_sentence_and_exit_code_two(
     assert sentence in done.err
 
 
+def test_a_query_is_prepared_as_the_index_was_and_says_so(place: Place, here: Here, tmp_path: Path) -> None:
+    index = tmp_path / "vectors"
+    done = here(
+        run_extract, "--weights", place.weights, "--data-path", place.data, "--output-dir", index, "--eval-crop", 24,
+        "--eval-resize", 40,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = here(run_extract, "--query", place.data / "train" / "dots" / "dots 05.png", "--index", index, "--top", 1)
+    assert "resize to 40, centre crop 24" in found.out
+    assert "1  1.0000  " in found.out
+
+
 def test_a_query_that_is_missing_or_no_image_is_named(place: Place, here: Here, tmp_path: Path) -> None:
     assert here(run_extract, "--weights", place.weights, "--output-dir", tmp_path / "vectors").code == 0
     missing = here(run_extract, "--query", tmp_path / "none.jpg", "--index", tmp_path / "vectors")
