@@ -99,7 +99,7 @@ def main() -> None:
         )
 
     # ---- classifiers, new or from where this probe stopped
-    classes = len(train.classes) if train.classes else int(train.labels.max()) + 1
+    classes = len(train.classes) if train.classes else int(np.max(train.labels)) + 1
     shape = (classes, width_of(backbone))
     paper = LinearHeads([scaled(config.lr, sampler.global_batch)], *shape, config.seed, device)
     grid = None

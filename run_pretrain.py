@@ -110,7 +110,7 @@ def main() -> None:
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items())
             progress.say(f"epoch {epoch + 1}/{config.epochs}: {shown}")
             if metrics:
-                metrics.write("epoch", state.step, {"epoch": epoch, **summary})
+                metrics.write("epoch" if epoch_ends else "end", state.step, {"epoch": epoch, **summary})
                 draw_curves(metrics.path, folder / "curves.png")
         if save_now:
             progress.restart_clock()  # saving and measuring are no training time

@@ -23,9 +23,11 @@ class MetricsWriter:
     """Appends records to ``metrics.jsonl`` and mirrors their numbers to TensorBoard."""
 
     def __init__(self, folder: Path, from_step: int) -> None:
-        """Records of steps after ``from_step`` are dropped: a resumed run writes them anew."""
+        """Records of steps after ``from_step``, and of an epoch that was cut short, are dropped: a resumed run writes
+        them anew."""
         self.path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.path) if int(record["step"]) <= from_step]
+        records = read_metrics(self.path)
+        kept = [record for record in records if int(record["step"]) <= from_step and record["kind"] != "end"]
         aside = self.path.with_name(".metrics.jsonl.tmp")
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(aside, self.path)
@@ -33,7 +35,10 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, kind: str, step: int, values: Record) -> None:
-        """One record: ``kind`` is ``step`` or ``epoch``. JSON has no NaN, so such a value is written as a word."""
+        """One record: ``kind`` is ``step``, ``epoch``, or ``end`` for an epoch cut short by --max-steps.
+
+        JSON has no NaN, so such a value is written as a word.
+        """
         words = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
         for name, value in values.items():
@@ -161,7 +166,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 
     records = read_metrics(metrics)
     steps = [record for record in records if record["kind"] == "step"]
-    epochs = [record for record in records if record["kind"] == "epoch"]
+    epochs = [record for record in records if record["kind"] in ("epoch", "end")]
     panels = [
         ("Cross-entropy = entropy + KL (nats)", steps, ["loss", "teacher_entropy", "kl"]),
         ("Feature spread (1: even, 0: collapsed)", steps, ["feature_std"]),

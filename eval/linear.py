@@ -52,7 +52,8 @@ class LinearHeads:
                 weights (:meth:`folded`), but SGD gets nowhere on features that hardly differ from their mean.
         """
         start = torch.empty(classes, dim).normal_(0.0, INIT_DEVIATION, generator=torch.Generator().manual_seed(seed))
-        shift, scale = np.zeros(dim, dtype=np.float32), np.ones(dim, dtype=np.float32)
+        shift: NDArray[np.float64] = np.zeros(dim)
+        scale: NDArray[np.float64] = np.ones(dim)
         if standardise is not None:
             wide = np.asarray(standardise, dtype=np.float64)
             shift, scale = wide.mean(axis=0), 1 / np.sqrt(wide.var(axis=0) + _VARIANCE_FLOOR)

@@ -161,7 +161,7 @@ def test_a_run_of_two_steps_ends_with_a_complete_checkpoint(stopped: Stopped, ph
 
 def test_a_run_writes_metrics_tensorboard_and_curves(stopped: Stopped) -> None:
     records = read_metrics(stopped.folder / "metrics.jsonl")
-    assert [(record["kind"], record["step"]) for record in records] == [("step", 1), ("step", 2), ("epoch", 2)]
+    assert [(record["kind"], record["step"]) for record in records] == [("step", 1), ("step", 2), ("end", 2)]
     for name in ("loss", "teacher_entropy", "kl", "feature_std", "images_per_s", "data_wait", "lr", "rejected_steps"):
         assert name in records[0]
     assert {"loss", "teacher_entropy", "kl", "feature_std"} <= records[2].keys()
