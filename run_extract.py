@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dino_xcit import distributed
 from dino_xcit.data import Source, decode, open_source
-from dino_xcit.errors import InputError, run_main
+from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
 from eval.config import ExtractConfig, settings
 from eval.contact_sheet import ImagesOf, Tile, draw_sheet
@@ -205,10 +205,7 @@ def _read(path: str) -> bytes:
 
 def command() -> None:
     """The console entry."""
-    try:
-        run_main(main)
-    finally:
-        distributed.stop()
+    distributed.run_command(main)
 
 
 if __name__ == "__main__":

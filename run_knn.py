@@ -21,7 +21,6 @@ from torch import nn
 
 from dino_xcit import distributed
 from dino_xcit.data import Source
-from dino_xcit.errors import run_main
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import hash_state
 from eval.baselines import Pixels, untrained
@@ -141,10 +140,7 @@ def _pixels(
 
 def command() -> None:
     """The console entry."""
-    try:
-        run_main(main)
-    finally:
-        distributed.stop()
+    distributed.run_command(main)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from dino_xcit import distributed
 from dino_xcit.data import Source, Subset
 from dino_xcit.data.loader import StepSampler, choose_workers
-from dino_xcit.errors import InputError, run_main
+from dino_xcit.errors import InputError
 from dino_xcit.transform import normalise
 from dino_xcit.weights import LoadedBackbone
 from eval.config import (
@@ -245,10 +245,7 @@ def _report(
 
 def command() -> None:
     """The console entry."""
-    try:
-        run_main(main)
-    finally:
-        distributed.stop()
+    distributed.run_command(main)
 
 
 if __name__ == "__main__":

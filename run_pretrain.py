@@ -23,7 +23,7 @@ from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig, differences
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
-from dino_xcit.errors import InputError, run_main
+from dino_xcit.errors import InputError
 from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress, draw_curves
 from dino_xcit.train import Schedules, TrainState, build_state, choose_precision, train_step
 from eval.online import online_knn
@@ -162,11 +162,8 @@ def _resume(state: TrainState, config: PretrainConfig, steps_per_epoch: int) -> 
 
 
 def command() -> None:
-    """What the shell runs: the user's mistakes become one sentence and exit code 2."""
-    try:
-        run_main(main)
-    finally:
-        distributed.stop()
+    """The console entry."""
+    distributed.run_command(main)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, run_main
 
 
 def rank() -> int:
@@ -72,6 +72,15 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a console command's ``main``: the user's mistakes become one sentence and exit code 2, and the process group
+    is left however it ends."""
+    try:
+        run_main(main)
+    finally:
+        stop()
 
 
 def barrier() -> None:

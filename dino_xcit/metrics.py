@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -11,10 +10,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from dino_xcit.console import Lines
 
 Record = Mapping[str, float | int]
 
@@ -97,7 +98,7 @@ class Progress:
             initial=done,
             unit="step",
             disable=not shown,
-            file=sys.stderr if terminal else _Lines(sys.stderr),
+            file=sys.stderr if terminal else Lines(sys.stderr),
             dynamic_ncols=terminal,
             mininterval=0.5 if terminal else 15.0,
             ascii=not terminal,
@@ -141,20 +142,6 @@ class Progress:
     def close(self) -> None:
         """End the bar."""
         self._bar.close()
-
-
-class _Lines(io.TextIOBase):
-    """What tqdm would redraw in place, as lines: for log files."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        line = text.replace("\r", "").strip()
-        if line:
-            self._stream.write(line + "\n")
-            self._stream.flush()
-        return len(text)
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

@@ -81,7 +81,7 @@ _SMALL_GREY: dict[str, object] = {
     "warmup_epochs": 0.3,
     "save_every": 20,
     "knn_every": 2,
-    "knn_holdout": 2000,  # the test images are looked at once, by run_knn.py
+    "knn_holdout": 2000,  # so that the curve does not look at the test images
 }
 
 SAMPLE = Recipe(

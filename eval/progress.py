@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import sys
-from typing import TextIO
 
 from tqdm import tqdm
+
+from dino_xcit.console import Lines
 
 
 def progress_bar(total: int, description: str, shown: bool, done: int = 0) -> tqdm:
@@ -21,7 +21,7 @@ def progress_bar(total: int, description: str, shown: bool, done: int = 0) -> tq
         desc=description,
         unit="img",
         disable=not shown,
-        file=sys.stderr if terminal else _Lines(sys.stderr),
+        file=sys.stderr if terminal else Lines(sys.stderr),
         leave=False,
         dynamic_ncols=terminal,
         mininterval=0.5 if terminal else 15.0,
@@ -30,17 +30,3 @@ def progress_bar(total: int, description: str, shown: bool, done: int = 0) -> tq
         bar_format="{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} "
         "[{elapsed} < ETA {remaining}, {rate_fmt}{postfix}]",
     )
-
-
-class _Lines(io.TextIOBase):
-    """What tqdm would redraw in place, as lines: for log files."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        line = text.replace("\r", "").strip()
-        if line:
-            self._stream.write(line + "\n")
-            self._stream.flush()
-        return len(text)

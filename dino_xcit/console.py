@@ -1,0 +1,20 @@
+"""Progress where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import TextIO
+
+
+class Lines(io.TextIOBase):
+    """What tqdm would redraw in place, as lines: for log files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        line = text.replace("\r", "").strip()
+        if line:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        return len(text)
