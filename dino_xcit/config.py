@@ -12,6 +12,7 @@ from typing import Literal
 
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.errors import InputError
+from dino_xcit.loss import CENTERINGS
 from dino_xcit.optim import CLIP_MODES, OPTIMIZERS
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 
@@ -23,7 +24,7 @@ class PretrainConfig:
     # ---- what
     arch: str = "xcit_small_12_p16"
     """Backbone: an official XCiT name (xcit_nano_12_p16 ... xcit_large_24_p8, also _p4), xcit_pico_4_p4 or
-    xcit_micro_2_p16 for small images, or timm:NAME."""
+    xcit_micro_4_p16 for small images, or timm:NAME."""
     recipe: str = ""
     """Named settings: dino (the reference's defaults), xcit-dino-300ep (nearest to the published XCiT models), sample
     and sample-long (the embedded sample). Default: sample without --data-path, else dino."""
@@ -54,8 +55,11 @@ class PretrainConfig:
     """Softmax temperature of the teacher after its warm-up; above 0.07 is seldom stable."""
     warmup_teacher_temp_epochs: int = 0
     """Epochs over which the teacher's temperature rises."""
+    centering: Literal["centering", "sinkhorn_knopp"] = "centering"
+    """What keeps all prototypes in use: DINO's moving centre, or DINOv2's Sinkhorn-Knopp, which spreads each batch
+    evenly over them: better in short runs."""
     center_momentum: float = 0.9
-    """Share of the centre kept at each step."""
+    """Share of the centre kept at each step; without effect under sinkhorn_knopp."""
     koleo_weight: float = 0.0
     """Weight of DINOv2's KoLeo regulariser, which spreads the student's features of the global crops; 0 as in DINO."""
 
@@ -208,8 +212,9 @@ class PretrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, expected between 0 and 1, such as 0.996")
         if not 0 <= self.drop_path_rate < 1:
             raise InputError(f"drop_path_rate is {self.drop_path_rate}, expected 0 or more and below 1, such as 0.1")
-        choices = {"optimizer": OPTIMIZERS, "clip_mode": CLIP_MODES, "device": ("auto", "cpu", "cuda")}
-        choices |= {"precision": ("auto", "fp32", "bf16", "fp16"), "resume": ("auto", "changed", "never")}
+        choices = {"optimizer": OPTIMIZERS, "clip_mode": CLIP_MODES, "centering": CENTERINGS}
+        choices |= {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16", "fp16")}
+        choices |= {"resume": ("auto", "changed", "never")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dino_xcit import distributed
 from dino_xcit.errors import InputError
+
+CENTERINGS = ("centering", "sinkhorn_knopp")
+"""DINOv2's words for the two ways in which the prototypes are kept in use."""
 
 
 class DINOLoss(nn.Module):
@@ -19,22 +23,40 @@ class DINOLoss(nn.Module):
         student_temp: 0.1 in every published run.
         center_momentum: 0.9 in every published run.
         global_views: G, the number of views that the teacher sees.
+        centering: ``centering`` subtracts the moving average of the teacher's logits (DINO); ``sinkhorn_knopp``
+            spreads the batch over the prototypes (:func:`sinkhorn_knopp`) and leaves the centre out of account.
+
+    Raises:
+        InputError: another centering.
     """
 
     center: Tensor
 
     def __init__(
-        self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, global_views: int = 2
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        global_views: int = 2,
+        centering: str = "centering",
     ) -> None:
         super().__init__()
+        if centering not in CENTERINGS:
+            raise InputError(f"centering is {centering!r}, expected one of {', '.join(CENTERINGS)}")
+        self.centering = centering
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.global_views = global_views
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def teacher_probabilities(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """softmax((t - centre) / T): [G * B, K] float32 at least, without gradient."""
+        """softmax((t - centre) / T), or its Sinkhorn-Knopp counterpart: [G * B, K] float32 at least, without gradient.
+
+        Sinkhorn-Knopp is over one forward pass of all processes, so all of them must call this together.
+        """
         logits = teacher_logits.detach().to(torch.promote_types(teacher_logits.dtype, torch.float32))
+        if self.centering == "sinkhorn_knopp":
+            return sinkhorn_knopp(logits / teacher_temp)
         return ((logits - self.center) / teacher_temp).softmax(dim=-1)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
@@ -85,6 +107,34 @@ class DINOLoss(nn.Module):
         """
         new = self.center * self.center_momentum + batch_mean * (1 - self.center_momentum)
         self.center.copy_(new if accepted is None else torch.where(accepted, new, self.center))
+
+
+@torch.no_grad()
+def sinkhorn_knopp(scores: Tensor, iterations: int = 3) -> Tensor:
+    """The rows' softmax, rescaled in turn so that every prototype is used equally over the rows of all processes and
+    every row sums to 1 (SwAV, arXiv 2006.09882, section 3.1; DINOv2 puts it in the place of DINO's centring).
+
+    It starts from rows that sum to 1, where SwAV's code starts from exponentials on one common scale: no row can
+    underflow, and both go to the same limit.
+
+    Args:
+        scores: [rows, K], logits over temperature.
+        iterations: 3 in SwAV and DINOv2.
+
+    Returns:
+        [rows, K]; rows sum to 1, columns approach (rows of all processes) / K.
+    """
+    start = scores.softmax(dim=-1)
+    row_scale = scores.new_ones(scores.shape[0])
+    column_scale = scores.new_ones(scores.shape[1])
+    least = torch.finfo(scores.dtype).tiny
+    for _ in range(iterations):
+        # Scaling vectors instead of scaled matrices: two products a round, and one K-vector on the wire.
+        column_sum = row_scale @ start
+        distributed.all_reduce_sum([column_sum])
+        column_scale = 1 / column_sum.clamp_min(least)
+        row_scale = 1 / (start @ column_scale)
+    return start * row_scale[:, None] * column_scale
 
 
 def koleo(features: Tensor, views: int) -> Tensor:

@@ -12,9 +12,11 @@ from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
 
 from dino_xcit import distributed
 from dino_xcit.config import PretrainConfig
+from dino_xcit.loss import sinkhorn_knopp
 from dino_xcit.train import Schedules, build_state, train_step
 
 STEPS = 3
+SCORES = 3 * torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
 
 # Per scenario: one process with `accumulation_steps` passes a step; two processes do half of them each.
 SCENARIOS: dict[str, PretrainConfig] = {
@@ -77,6 +79,7 @@ def main() -> None:
     tensors = [torch.full((3,), 1.0 + rank), torch.tensor(10.0 * rank)]
     distributed.all_reduce_sum(tensors)
     results["summed"] = tensors
+    results["sinkhorn"] = sinkhorn_knopp(SCORES.chunk(2)[rank])
     results["decided"] = [distributed.main_decides("no data" if rank == 0 else None), distributed.main_decides(None)]
     torch.save(results, f"{sys.argv[1]}-{rank}.pt")
     distributed.barrier()

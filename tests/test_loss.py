@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.loss import DINOLoss, entropy, feature_deviation, koleo
+from dino_xcit.loss import DINOLoss, entropy, feature_deviation, koleo, sinkhorn_knopp
 
 B, K = 3, 7
 
@@ -117,6 +117,73 @@ def test_the_centre_is_part_of_the_state_under_dinos_name() -> None:
     assert list(DINOLoss(K).state_dict()) == ["center"]
     assert DINOLoss(K).state_dict()["center"].shape == (1, K)
     assert bool((DINOLoss(K).center == 0).all())
+
+
+def sinkhorn_oracle(scores: Tensor, iterations: int) -> Tensor:
+    """Softmax rows; then, in turn, columns scaled to the same sum and rows to 1."""
+    table = torch.exp(scores) / torch.exp(scores).sum(dim=1, keepdim=True)
+    rows, columns = table.shape
+    for _ in range(iterations):
+        table = table / table.sum(dim=0, keepdim=True) * (rows / columns)
+        table = table / table.sum(dim=1, keepdim=True)
+    return table
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3, 7])
+def test_sinkhorn_knopp_is_the_softmax_scaled_in_turn(iterations: int) -> None:
+    scores = 3 * torch.randn(6, K, dtype=torch.float64)
+    torch.testing.assert_close(
+        sinkhorn_knopp(scores, iterations), sinkhorn_oracle(scores, iterations), rtol=1e-12, atol=0
+    )
+
+
+def test_sinkhorn_knopp_uses_every_prototype_alike_and_keeps_rows_distributions() -> None:
+    scores = torch.randn(40, K, dtype=torch.float64)
+    scores[:, 0] += 5  # a prototype that every image prefers
+    assert float(scores.softmax(dim=1)[:, 0].mean()) > 0.8
+    shared = sinkhorn_knopp(scores, 50)
+    torch.testing.assert_close(shared.sum(dim=1), torch.ones(40, dtype=torch.float64))
+    torch.testing.assert_close(shared.mean(dim=0), torch.full((K,), 1 / K, dtype=torch.float64), rtol=1e-6, atol=0)
+    after_three = sinkhorn_knopp(scores)
+    torch.testing.assert_close(after_three.sum(dim=1), torch.ones(40, dtype=torch.float64))
+    assert float(after_three.mean(dim=0).max()) < 1.05 / K
+
+
+def test_sinkhorn_knopp_goes_where_swav_s_start_on_a_common_scale_goes() -> None:
+    scores = 2 * torch.randn(9, K, dtype=torch.float64)
+    table = scores.exp()
+    for _ in range(200):
+        table = table / table.sum(dim=0, keepdim=True)
+        table = table / table.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(sinkhorn_knopp(scores, 200), table, rtol=1e-8, atol=0)
+
+
+def test_sinkhorn_knopp_survives_scores_beyond_float32_s_exponentials() -> None:
+    shared = sinkhorn_knopp(1e3 * torch.randn(20, K))
+    assert bool(torch.isfinite(shared).all())
+    torch.testing.assert_close(shared.sum(dim=1), torch.ones(20))
+    assert bool(sinkhorn_knopp(torch.full((4, K), float("nan"))).isnan().all())  # so that the step is rejected
+
+
+def test_the_loss_with_sinkhorn_knopp_has_its_targets_and_ignores_the_centre() -> None:
+    loss, student, teacher = case(4)
+    loss.centering = "sinkhorn_knopp"
+    targets = sinkhorn_oracle(teacher / 0.05, 3)
+    terms = []
+    for g in range(2):
+        for v in range(4):
+            if v != g:
+                log_p = (student[v * B : v * B + B] / 0.1).log_softmax(dim=1)
+                terms.append(-(targets[g * B : g * B + B] * log_p).sum(dim=1).mean())
+    value = loss(student, teacher, 0.05)
+    torch.testing.assert_close(value, torch.stack(terms).mean(), rtol=1e-12, atol=0)
+    loss.center.fill_(3.0)
+    assert torch.equal(loss(student, teacher, 0.05), value)
+
+
+def test_another_centering_is_refused() -> None:
+    with pytest.raises(InputError, match="sinkhorn_knopp"):
+        DINOLoss(K, centering="sinkhorn")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from rank_process import SCENARIOS, train
+from rank_process import SCENARIOS, SCORES, train
 from tiny_run import CPU, differing_bits, tiny_config
 from torch import nn
 
 from dino_xcit import distributed
+from dino_xcit.loss import sinkhorn_knopp
 from dino_xcit.train import build_state
 
 HERE = Path(__file__).parent
@@ -121,6 +122,12 @@ def test_processes_know_themselves_and_share_rows_sums_and_decisions(ranks: list
         assert torch.equal(seen["summed"][0], torch.full((3,), 3.0))
         assert float(seen["summed"][1]) == 10.0
         assert seen["decided"] == ["no data", None]
+
+
+def test_sinkhorn_knopp_spreads_the_rows_of_both_processes(ranks: list[dict[str, Any]]) -> None:
+    together = torch.cat([seen["sinkhorn"] for seen in ranks])
+    torch.testing.assert_close(together, sinkhorn_knopp(SCORES))
+    assert not torch.allclose(together[:5], sinkhorn_knopp(SCORES[:5]), atol=0.01)
 
 
 def test_one_process_needs_none_of_it() -> None:

@@ -171,7 +171,7 @@ def test_a_bare_backbone_and_a_supervised_file_with_classifier_read(tmp_path: Pa
         "xcit_nano_12_p8",
         "xcit_tiny_12_p16",
         "xcit_small_12_p4",
-        "xcit_micro_2_p4",
+        "xcit_micro_4_p4",
         "xcit_pico_4_p16",
     ],
 )

@@ -33,7 +33,7 @@ def build_backbone(name: str, drop_path_rate: float = 0.0) -> nn.Module:
 
     Args:
         name: an official XCiT name such as ``xcit_small_12_p16`` (nano_12, tiny_12, tiny_24, small_12, small_24,
-            medium_24, large_24, with p8, p16 and here also p4), this project's ``xcit_pico_4`` and ``xcit_micro_2``
+            medium_24, large_24, with p8, p16 and here also p4), this project's ``xcit_pico_4`` and ``xcit_micro_4``
             for small images, or ``timm:NAME``.
         drop_path_rate: stochastic depth while training, 0 <= rate < 1.
 

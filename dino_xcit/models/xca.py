@@ -12,9 +12,9 @@ from torch import Tensor, nn
 def cross_covariance_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """softmax(q_hat^T k_hat * temperature) applied to v, where q_hat and k_hat have unit length *over the tokens*.
 
-    The lengths scale the d x d product rather than the N x d factors: the same value, fewer passes over the tokens.
-    They, the scaled product and the softmax are float32 at least, also under autocast, because a channel's length is a
-    sum over all tokens.
+    The lengths scale whichever is smaller: the N x d factors, or else the d x d product; the value is the same. They,
+    the scaled product and the softmax are float32 at least, also under autocast, because a channel's length is a sum
+    over all tokens.
 
     Args:
         q, k, v: [B, N, H, d].
@@ -24,12 +24,16 @@ def cross_covariance_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Ten
         [B, N, H, d] in v's dtype.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_scale, k_scale = _inverse_length_over_tokens(q.to(wide)), _inverse_length_over_tokens(k.to(wide))
-    if q.dtype is torch.float16:  # a sum over thousands of tokens can leave float16's range: scale first there
+    q_scale = _inverse_length_over_tokens(q.to(wide)) * temperature.squeeze(-1)
+    k_scale = _inverse_length_over_tokens(k.to(wide))
+    tokens, channels = q.shape[1], q.shape[-1]
+    # A sum over thousands of tokens can leave float16's range, so there the factors are scaled whatever their size.
+    scale_factors = tokens <= channels or q.dtype is torch.float16
+    if scale_factors:
         q, k = q * q_scale[:, None], k * k_scale[:, None]
-        q_scale, k_scale = torch.ones_like(q_scale), torch.ones_like(k_scale)
-    product = q.permute(0, 2, 3, 1) @ k.permute(0, 2, 1, 3)
-    attention = product.to(wide) * (q_scale[..., :, None] * (k_scale[..., None, :] * temperature))
+    attention = (q.permute(0, 2, 3, 1) @ k.permute(0, 2, 1, 3)).to(wide)
+    if not scale_factors:
+        attention = attention * (q_scale[..., :, None] * k_scale[..., None, :])
     attention = attention.softmax(dim=-1).to(v.dtype)
     return (v.transpose(1, 2) @ attention.transpose(-2, -1)).transpose(1, 2)
 

@@ -298,7 +298,7 @@ XCIT_SIZES: dict[str, XCiTSize] = {
 
 XCIT_SIZES |= {
     "xcit_pico_4": XCiTSize(64, 4, 4, 1.0),
-    "xcit_micro_2": XCiTSize(128, 2, 4, 1.0),
+    "xcit_micro_4": XCiTSize(128, 4, 4, 1.0),
 }
 """Two sizes of this project's own, for images of a few dozen pixels and for CPUs."""
 
