@@ -160,5 +160,6 @@ def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
     if not config.output_dir:
         name = f"{recipe}-{config.arch.replace('timm:', 'timm-').replace('/', '-')}"
         config = dataclasses.replace(config, output_dir=f"runs/{name}")
-    source = f"data {config.data_path}" if data else f"the images that come with this package ({config.data_path})"
+    embedded = not data and config.data_path == "sample:fashion-mnist"
+    source = f"the images that come with this package ({config.data_path})" if embedded else f"data {config.data_path}"
     return config, f"recipe {recipe}{why}: {config.arch} on {source}, explicit flags win"

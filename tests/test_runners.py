@@ -175,7 +175,7 @@ def test_linear_probes_reports_and_saves_a_classifier_that_gives_the_figure_agai
     assert results["paper"]["best_epoch"]["top1"] == max(epoch["top1"] for epoch in card["history"])
     assert [epoch["epoch"] for epoch in card["history"]] == [1, 2, 3]
     assert card["protocol"]["epochs"] == 3
-    assert card["protocol"]["crop_scale"] == [0.8, 1.0], "small pictures get gentle crops"
+    assert card["protocol"]["crop_scale"] == [1.0, 1.0], "small pictures stay whole"
 
     stored = torch.load(place.weights.parent / "linear" / "linear.pth", weights_only=True)
     loaded = load_backbone(place.weights)
