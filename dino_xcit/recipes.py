@@ -92,7 +92,7 @@ SAMPLE = Recipe(
     name="sample",
     purpose="minutes on a CPU: 12,000 images of Fashion-MNIST that come with the package",
     command="python run_pretrain.py",
-    result="not measured",
+    result="78.9 k-NN (k = 10), 78.6 linear after 232 s on 2 CPU cores; untrained 70.3, raw pixels 82.3",
     settings=_SMALL_GREY | {"arch": "xcit_pico_4_p8", "epochs": 5},
 )
 
@@ -100,7 +100,7 @@ SAMPLE_LONG = Recipe(
     name="sample-long",
     purpose="twenty minutes on a CPU core: all 60,000 training images of Fashion-MNIST",
     command="python run_pretrain.py --recipe sample-long",
-    result="not measured",
+    result="86.3 k-NN (k = 10) after 25 minutes on one CPU core; untrained 79.4, raw pixels 85.6",
     settings=_SMALL_GREY
     | {
         "arch": "xcit_micro_4_p16",

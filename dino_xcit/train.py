@@ -104,9 +104,9 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
     state = TrainState(
         student=student,
         teacher=teacher,
-        loss=DINOLoss(
-            config.out_dim, config.student_temp, config.center_momentum, centering=config.centering
-        ).to(device),
+        loss=DINOLoss(config.out_dim, config.student_temp, config.center_momentum, centering=config.centering).to(
+            device
+        ),
         optimizer=build_optimizer(config.optimizer, student),
         scaler=torch.amp.GradScaler(device.type, enabled=scaled),
         rejected=torch.zeros((), dtype=torch.int64, device=device),
