@@ -113,9 +113,10 @@ SAMPLE_LONG = Recipe(
 
 RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG)}
 
-# Architectures of more than a million parameters see the sample once on a CPU, in smaller batches.
+# Architectures of more than a million parameters see the sample once on a CPU. Their local crops are two tokens a side
+# at patch 16 too, so that the tokens have something to say to each other.
 _SMALL_ARCHS = ("xcit_pico_4", "xcit_micro_4")
-_LARGE_ARCH: dict[str, object] = {"epochs": 1, "lr": 5e-4, "warmup_epochs": 0.1}
+_LARGE_ARCH: dict[str, object] = {"epochs": 1, "lr": 5e-4, "warmup_epochs": 0.1, "local_crops_size": 20}
 # timm's transformers refuse sizes that the patch does not divide; XCiT takes any.
 _TIMM_CROPS: dict[str, object] = {"global_crops_size": 64, "local_crops_size": 32, "eval_crop": 64, "eval_resize": 64}
 
@@ -130,8 +131,8 @@ def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
         raise InputError(f"unknown recipe {name!r}{near_matches(name, RECIPES)} (known: {', '.join(RECIPES)})")
     settings = dict(RECIPES[name].settings)
     if RECIPES[name] in (SAMPLE, SAMPLE_LONG) and arch:
-        if arch.startswith("timm:"):
-            settings |= _TIMM_CROPS
         if not arch.startswith(_SMALL_ARCHS):
             settings |= _LARGE_ARCH
+        if arch.startswith("timm:"):
+            settings |= _TIMM_CROPS
     return settings
