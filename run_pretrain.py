@@ -12,6 +12,7 @@ from __future__ import annotations
 import dino_xcit  # noqa: F401  # isort: skip
 
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -118,7 +119,12 @@ def main() -> None:
     if metrics:
         metrics.close()
     latest = folder / checkpoint.LATEST
-    distributed.say(f"done: {latest} (curves: {folder / 'curves.png'}); next: python run_knn.py --weights {latest}")
+    then = (
+        f"python run_extract.py --weights {latest} --data-path {config.data_path} --output-dir {folder / 'vectors'}"
+        if source.labels is None
+        else f"python run_knn.py --weights {latest}"
+    )
+    distributed.say(f"done: {latest} (curves: {folder / 'curves.png'}); next: {then}")
 
 
 def _choose_kernels(config: PretrainConfig) -> None:
@@ -140,6 +146,8 @@ def _resume(state: TrainState, config: PretrainConfig, steps_per_epoch: int) -> 
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refusal = f"cannot create the output directory {folder}: {error.strerror}"
+        if refusal is None and not os.access(folder, os.W_OK | os.X_OK):
+            refusal = f"cannot write to the output directory {folder}: permission denied; choose another --output-dir"
     if config.resume != "never" and path.exists():
         content = checkpoint.read(path)
         changed = differences(dict(content.get("args", {})), config)

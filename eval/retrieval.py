@@ -107,9 +107,12 @@ def write_collection(
             index.add(vectors)
             yield vectors
 
-    aside = {name: folder / f".{name}.tmp" for name in FILES}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {folder}: {error.strerror}; choose another --output-dir") from error
+    aside = {name: folder / f".{name}.tmp" for name in FILES}
+    try:
         write_rows(aside[VECTORS], indexed(), shape)
         _write_names(aside[NAMES], names)
         _write_index(aside[INDEX], index)
@@ -117,7 +120,7 @@ def write_collection(
         (folder / CARD).unlink(missing_ok=True)
         for name in FILES:
             os.replace(aside[name], folder / name)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except PermissionError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --output-dir") from error
     finally:
         for path in aside.values():

@@ -50,6 +50,7 @@ WRONG: dict[str, tuple[ModuleType, list[str], str]] = {
     "holdout of no image": (run_linear, [*W, "--batch-size", "4", "--holdout", "0.01"], "less than one image of any"),
     "nowhere to write": (run_extract, W, "no output_dir given"),
     "output is a file": (run_extract, [*W, "--output-dir", "{image}"], "no folder to write to"),
+    "output cannot be made": (run_extract, [*W, "--output-dir", "/proc/none/vectors"], "cannot create /proc/none"),
     "query without index": (run_extract, ["--query", "{image}"], "no index given"),
     "index is none": (run_extract, ["--query", "{image}", "--index", "{tmp}/empty"], "is no complete collection"),
     "cache is a file": (run_knn, [*W, "--cache-dir", "{image}"], "which cannot be written to"),

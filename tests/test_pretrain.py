@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import differing_bits, tensors_of
+from tiny_run import CPU, differing_bits, tensors_of, tiny_config
 
 from dino_xcit import checkpoint
+from dino_xcit.errors import InputError
 from dino_xcit.metrics import read_metrics
+from dino_xcit.train import build_state
+from run_pretrain import _resume
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {
@@ -295,6 +298,25 @@ def test_an_output_directory_of_another_run_is_refused_untouched(
     before = files_of(folder)
     pretrain(*flags, *changed).assert_refused(word, "--output-dir", "--resume")
     assert files_of(folder) == before
+
+
+def test_an_output_directory_that_cannot_be_written_to_is_refused_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tiny_config(output_dir=str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written to
+    with pytest.raises(InputError, match="cannot write to the output directory"):
+        _resume(build_state(config, CPU), config, 6)
+
+
+def test_the_next_command_fits_the_data(pretrain: Pretrain, photos: Path, tmp_path: Path) -> None:
+    """Images without labels cannot be measured with k-NN: there the next thing is to extract."""
+    flags = [*SMALL, "--batch-size-per-gpu", "4", "--max-steps", "1"]
+    heap = pretrain("--data-path", photos / "train" / "dark", *flags, "--output-dir", tmp_path / "heap")
+    assert heap.code == 0
+    assert "next: python run_extract.py" in heap.out + heap.err
+    classes = pretrain("--data-path", photos, *flags, "--output-dir", tmp_path / "classes")
+    assert "next: python run_knn.py" in classes.out + classes.err
 
 
 def test_another_global_batch_is_refused_even_where_an_epoch_has_as_many_steps(
