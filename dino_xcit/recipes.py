@@ -52,7 +52,7 @@ XCIT_300 = Recipe(
 
 # Grey pictures of 28 pixels. There is no colour to jitter. The outline tells a coat from a shirt, so crops keep their
 # shape and most of the picture, and nothing is mirrored: shoes all point one way. Two small local crops do as well as
-# four. Each choice was made on training images held out: docs/log.md has the figures.
+# four. Chosen on held-out training images; docs/log.md has the figures, and how the two networks were chosen.
 _SMALL_GREY: dict[str, object] = {
     "global_crops_size": 28,
     "local_crops_size": 16,
@@ -98,7 +98,7 @@ SAMPLE = Recipe(
 
 SAMPLE_LONG = Recipe(
     name="sample-long",
-    purpose="twenty minutes on a CPU core: all 60,000 training images of Fashion-MNIST",
+    purpose="25 minutes on a CPU core: all 60,000 training images of Fashion-MNIST",
     command="python run_pretrain.py --recipe sample-long",
     result="86.3 k-NN (k = 10) after 25 minutes on one CPU core; untrained 79.4, raw pixels 85.6",
     settings=_SMALL_GREY
@@ -113,7 +113,7 @@ SAMPLE_LONG = Recipe(
 
 RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG)}
 
-# Architectures of more than a million parameters see the sample once on a CPU. Their local crops are two tokens a side
+# Larger architectures than these two see the sample once on a CPU. Their local crops are two tokens a side
 # at patch 16 too, so that the tokens have something to say to each other.
 _SMALL_ARCHS = ("xcit_pico_4", "xcit_micro_4")
 _LARGE_ARCH: dict[str, object] = {"epochs": 1, "lr": 5e-4, "warmup_epochs": 0.1, "local_crops_size": 20}
