@@ -3,41 +3,158 @@
 from __future__ import annotations
 
 import io
+import logging
+import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from dino_xcit.data.source import Item
 from dino_xcit.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
+MAX_PIXELS = 160_000_000
+"""Larger pictures are refused before a pixel of them is decoded: medium-format cameras end at 151 million.
+
+What decoding needs is bounded by it: 8 bytes a pixel for most files (Pillow keeps RGB in four, and a turned picture is
+there twice), up to 20 for a WebP or a progressive JPEG, besides the file itself.
+"""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation to what undoes it."""
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+
+# Pillow logs some of its refusals as errors, which Python prints where nobody has set up logging. The error says it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 
 class UndecodableImage(InputError):
     """A file is no image that can be read: its name and the cause are in the message."""
 
+    cause: str
+    """The clause that says why, on one line, without the file's name and without advice."""
+
+    def __init__(self, message: str, cause: str | None = None) -> None:
+        super().__init__(message)
+        self.cause = message if cause is None else cause
+
 
 def decode(item: Item, name: str) -> Image.Image:
-    """The item as an upright RGB picture.
+    """The item as an upright RGB picture: the first frame of several, without its transparency.
 
     Args:
         item: an encoded file, or uint8 pixels [height, width] or [height, width, 3].
         name: what to call it in an error.
 
     Raises:
-        UndecodableImage: not one of :data:`FORMATS`, damaged, cut short, or larger than Pillow's pixel limit.
+        UndecodableImage: not one of :data:`FORMATS`, damaged, cut short, or larger than :data:`MAX_PIXELS`.
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item).convert("RGB")
     try:
-        with Image.open(io.BytesIO(item), formats=FORMATS) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # 16 bits of grey, which Pillow's own conversion would cut off at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
-    except UnidentifiedImageError as error:
-        cause = "empty file" if not item else f"not an image in a known format ({', '.join(FORMATS)})"
-        raise UndecodableImage(f"{name} cannot be read: {cause}; remove it, or convert it to JPEG or PNG") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UndecodableImage(f"{name} cannot be read: {error}; remove it, or write it anew") from error
+        # Pillow warns of doubtful metadata, and of sizes that are judged here. Undone at once, for others' warnings.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _decode_file(item)
+    except Exception as error:  # of any class: parsers of damaged files stumble over whatever they meet
+        cause = _cause(item, error)
+    # Raised outside the handler, so that it does not keep a half-decoded picture alive in a traceback.
+    raise UndecodableImage(f"{name} cannot be read: {cause}; remove it, or save it anew as a JPEG or PNG", cause)
+
+
+def _decode_file(data: bytes) -> Image.Image:
+    with _open(data) as image:
+        _check_size(image)
+        if image.format == "PNG":  # the only format whose checksums Pillow can check, which it does not when decoding
+            image.verify()
+    with _open(data) as image:
+        _read_strictly(image)
+        image.load()
+        method = _UPRIGHT.get(_orientation(image))
+        upright = image if method is None else image.transpose(method)
+        if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM"):
+            return _from_16_bits(upright)
+        if upright.mode in ("I", "F"):  # Pillow's own conversion would cut off at 255 whatever the range is
+            raise ValueError("32 bits a channel, of which it is not known what is white")
+        upright.info.pop("transparency", None)  # colours stay where they are transparent
+        return upright.copy() if upright is image and upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _check_size(image: ImageFile.ImageFile) -> None:
+    """Refuse what would need much memory or time, from the header alone."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"too many pixels ({width} x {height}, more than {MAX_PIXELS:,})")
+    tags = getattr(image, "tag_v2", {})
+    # A tile is decoded into a buffer of its own size, however small the picture.
+    if tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1) > MAX_PIXELS:
+        raise ValueError("tiles larger than any picture may be")
+    # Each plane is covered once. A small file can list one tile a million times.
+    areas = ((box[2] - box[0]) * (box[3] - box[1]) for _, box, *_ in image.tile if box is not None)
+    if sum(areas) > len(image.getbands()) * width * height:
+        raise ValueError("its tiles cover it more than once")
+
+
+def _read_strictly(image: ImageFile.ImageFile) -> None:
+    """Make a file that ends early an error even where other code has told Pillow to put up with it."""
+    if image.format in ("PNG", "WEBP"):  # a PNG was verified, and a WebP is decoded as a whole
+        return
+    stream = image.fp
+    assert stream is not None
+
+    def read(count: int) -> bytes:
+        block = stream.read(count)
+        if not block:
+            raise OSError("the file ends before the picture is complete")
+        return block
+
+    image.load_read = read  # type: ignore[attr-defined]
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where it is absent or cannot be read, as the picture is there all the same."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """The upper eight bits of grey, which Pillow's own conversion would cut off at 255."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _cause(data: bytes, error: Exception) -> str:
+    """Why a file cannot be read, on one line of at most some 200 characters."""
+    if not data:
+        return "empty file"
+    if isinstance(error, UnidentifiedImageError):
+        claimed = next((name for name in FORMATS if Image.OPEN[name][1](data[:16])), None)  # type: ignore[misc]
+        if claimed:
+            return f"it begins like a {claimed}, but its header is damaged or of an unknown kind"
+        if data[:1000].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+            return "a web page, not an image"
+        return f"not an image in a known format ({', '.join(FORMATS)})"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    text = " ".join(text.split())[:200]
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too many pixels ({text})"
+    if text and isinstance(error, (OSError, ValueError, SyntaxError, EOFError)):
+        return text
+    return f"damaged ({type(error).__name__}{': ' if text else ''}{text})"
