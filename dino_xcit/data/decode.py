@@ -17,8 +17,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 160_000_000
 """Larger pictures are refused before a pixel of them is decoded: medium-format cameras end at 151 million.
 
-What decoding needs is bounded by it: 8 bytes a pixel for most files (Pillow keeps RGB in four, and a turned picture is
-there twice), up to 20 for a WebP or a progressive JPEG, besides the file itself.
+So it bounds what decoding needs besides the file: 8 bytes a pixel for most files (Pillow keeps RGB in four, and it is
+there twice), up to 20 for a WebP with transparency.
 """
 
 _UPRIGHT = {
@@ -86,7 +86,9 @@ def _decode_file(data: bytes) -> Image.Image:
         if upright.mode in ("I", "F"):  # Pillow's own conversion would cut off at 255 whatever the range is
             raise ValueError("32 bits a channel, of which it is not known what is white")
         upright.info.pop("transparency", None)  # colours stay where they are transparent
-        return upright.copy() if upright is image and upright.mode == "RGB" else upright.convert("RGB")
+        if upright.mode == "RGB" and upright is not image:
+            return upright
+        return upright.convert("RGB")  # where it is RGB already, a copy that does not hold the file
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -97,7 +99,7 @@ def _check_size(image: ImageFile.ImageFile) -> None:
     """Refuse what would need much memory or time, from the header alone."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"too many pixels ({width} x {height}, more than {MAX_PIXELS:,})")
+        raise ValueError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS:,}")
     tags = getattr(image, "tag_v2", {})
     # A tile is decoded into a buffer of its own size, however small the picture.
     if tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1) > MAX_PIXELS:
@@ -152,9 +154,9 @@ def _cause(data: bytes, error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     text = "".join(letter if letter.isprintable() else " " for letter in str(error))
-    text = " ".join(text.split())[:200]
+    text = " ".join(text.split())[:200].rstrip(".")
     if isinstance(error, Image.DecompressionBombError):
-        return f"too many pixels ({text})"
+        return f"too many pixels: {text}"
     if text and isinstance(error, (OSError, ValueError, SyntaxError, EOFError)):
         return text
     return f"damaged ({type(error).__name__}{': ' if text else ''}{text})"

@@ -1,0 +1,134 @@
+"""A flat folder such as people have: photographs, odd kinds of image, and files that are no image at all."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT = 96, 72
+"""Of every decodable picture, upright."""
+
+
+def photograph(seed: int) -> Image.Image:
+    """A colourful picture with smooth parts, an edge and some grain; another one for another seed."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
+    slope, turn = rng.uniform(0.03, 0.12, 3), rng.uniform(0, 6, 3)
+    waves = np.sin((rows + columns * rng.uniform(-1, 1))[..., None] * slope + turn)
+    pixels = 127 + 90 * waves + rng.normal(0, 6, (HEIGHT, WIDTH, 3))
+    top, left = rng.integers(5, HEIGHT // 2), rng.integers(5, WIDTH // 2)
+    pixels[top : top + 20, left : left + 30] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:
+    """The image as a file of that format, with what ``Image.save`` takes as options."""
+    buffer = io.BytesIO()
+    image.save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """One chunk of a PNG, with a right checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, scanlines: bytes, *chunks: bytes, bits: int = 8, colour: int = 0) -> bytes:
+    """A PNG of any claimed size around any data; colour 0 is grey, 2 RGB."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(scanlines, 9))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + png_chunk(b"IEND", b"")
+
+
+def sideways(image: Image.Image) -> bytes:
+    """A JPEG that lies on its side, with EXIF's word that it has to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+
+
+def _sixteen_bits(image: Image.Image) -> bytes:
+    return encoded(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG")
+
+
+def _animated(image: Image.Image, format_name: str, **options: object) -> bytes:
+    return encoded(image, format_name, save_all=True, append_images=[Image.new("RGB", image.size)], **options)
+
+
+def _palette_with_alpha(image: Image.Image) -> bytes:
+    return encoded(image.quantize(32), "PNG", transparency=bytes([0, 128] + [255] * 30))
+
+
+def _grey_with_alpha(image: Image.Image) -> bytes:
+    grey = image.convert("LA")
+    grey.putalpha(100)
+    return encoded(grey, "PNG")
+
+
+ODDITIES: dict[str, Callable[[Image.Image], bytes]] = {
+    "cmyk.jpg": lambda image: encoded(image.convert("CMYK"), "JPEG", quality=95),
+    "grey.jpg": lambda image: encoded(image.convert("L"), "JPEG", quality=95),
+    "progressive.jpg": lambda image: encoded(image, "JPEG", progressive=True, quality=95),
+    "sideways.jpg": sideways,
+    "palette with alpha.png": _palette_with_alpha,
+    "grey with alpha.png": _grey_with_alpha,
+    "sixteen bits.png": _sixteen_bits,
+    "one bit.png": lambda image: encoded(image.convert("1"), "PNG"),
+    "animated.gif": lambda image: _animated(image, "GIF"),
+    "animated.webp": lambda image: _animated(image, "WEBP", lossless=True),
+    "plain.tif": lambda image: encoded(image, "TIFF"),
+    "packed.tif": lambda image: encoded(image, "TIFF", compression="tiff_lzw"),
+    "plain.bmp": lambda image: encoded(image, "BMP"),
+}
+"""Kinds of image that a collection holds a few of, by what they are called: to their file."""
+
+
+def undecodable(image: Image.Image, seed: int) -> dict[str, bytes]:
+    """Files that are refused, by what they are called; some of them made from ``image``."""
+    jpeg, whole = encoded(image, "JPEG", quality=90), encoded(image, "PNG")
+    return {
+        "cut short.jpg": jpeg[: len(jpeg) * 2 // 3],
+        "cut short.png": whole[: len(whole) // 2],
+        "empty.jpg": b"",
+        "web page.jpg": b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body></body></html>\n",
+        "noise.jpg": np.random.default_rng(seed).bytes(2000),
+        "claims to be large.png": png(50_000, 50_000, bytes(1000), colour=2),
+        "large.png": png(13_000, 13_000, bytes(13_000 * (13_000 // 8 + 1)), bits=1),
+        "text bomb.png": png(8, 8, bytes(72), png_chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(30_000_000), 9))),
+    }
+
+
+def write_corpus(folder: Path, good: int, seed: int) -> tuple[list[Path], list[Path]]:
+    """Write ``good`` decodable images, every oddity among them where there is room, and one bad file of each kind.
+
+    The names begin with numbers in an order that ``seed`` shuffles, so that bad files lie between good ones.
+
+    Returns:
+        (decodable, undecodable), each in the order of their names.
+    """
+    files: list[tuple[str, bytes, bool]] = []
+    makers = list(ODDITIES.items())[:good]
+    for number in range(good):
+        picture = photograph(seed * 1_000_003 + number)
+        if number < len(makers):
+            name, make = makers[number]
+            files.append((name, make(picture), True))
+        elif number % 4:
+            files.append(("photo.jpg", encoded(picture, "JPEG", quality=85), True))
+        else:
+            files.append(("photo.png", encoded(picture, "PNG"), True))
+    files += [(name, data, False) for name, data in undecodable(photograph(seed), seed).items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    places: dict[bool, list[Path]] = {True: [], False: []}
+    for position, number in enumerate(np.random.default_rng(seed).permutation(len(files))):
+        name, data, decodable = files[number]
+        path = folder / f"{position:05d} {name}"
+        path.write_bytes(data)
+        places[decodable].append(path)
+    return places[True], places[False]
