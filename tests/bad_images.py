@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -132,3 +133,60 @@ def write_corpus(folder: Path, good: int, seed: int) -> tuple[list[Path], list[P
         path.write_bytes(data)
         places[decodable].append(path)
     return places[True], places[False]
+
+
+def files_of_all_formats(seed: int) -> list[bytes]:
+    """Whole small files of every format that is decoded, with metadata where the format has some."""
+    picture = photograph(seed)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    profile = bytes(range(256)) * 4
+    return [
+        *(make(picture) for make in ODDITIES.values()),
+        encoded(picture, "JPEG", exif=exif, icc_profile=profile, comment=b"c" * 40),
+        encoded(picture, "MPO", save_all=True, append_images=[picture]),
+        encoded(picture, "PNG", exif=exif, icc_profile=profile),
+        encoded(picture, "PNG", save_all=True, append_images=[picture.rotate(90)]),
+        encoded(picture, "WEBP", exif=exif, quality=80),
+        encoded(picture, "TIFF", compression="tiff_adobe_deflate", exif=exif),
+        encoded(picture, "TIFF", compression="jpeg", tiffinfo={322: 32, 323: 32}),
+        encoded(picture.convert("1"), "TIFF", compression="group4"),
+        encoded(picture.convert("P"), "BMP"),
+        encoded(picture, "PPM"),
+        b"P3 4 4 255 " + b"12 " * 48,
+        b"P2 4 4 1000 " + b"900 " * 16,
+    ]
+
+
+def mutate(whole: bytes, other: bytes, rng: np.random.Generator) -> bytes:
+    """One to eight changes of a file: flipped bits, other bytes and numbers, cuts, parts of itself or of ``other``."""
+    data = bytearray(whole)
+    for _ in range(rng.integers(1, 9)):
+        length = len(data)
+        if length < 8:
+            break
+        # Half of the changes where the header is.
+        place = int(rng.integers(min(length, 200) if rng.random() < 0.5 else length))
+        match int(rng.integers(8)):
+            case 0 | 1:
+                data[place] ^= 1 << int(rng.integers(8))
+            case 2:
+                data[place] = int(rng.integers(256))
+            case 3:  # a number of two or four bytes, at the edge of what it can hold
+                width = int(rng.choice([2, 4]))
+                value = int(rng.choice([0, 1, 0x7F, 0xFF, 0x100, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF]))
+                order: Literal["little", "big"] = "little" if rng.random() < 0.5 else "big"
+                data[place : place + width] = (value & (256**width - 1)).to_bytes(width, order)
+            case 4:
+                del data[place:]
+            case 5:
+                del data[place : place + int(rng.integers(1, 64))]
+            case 6:
+                source = other if rng.random() < 0.5 else whole
+                start = int(rng.integers(len(source)))
+                data[place:place] = source[start : start + int(rng.integers(1, 400))]
+            case _:
+                start = int(rng.integers(length))
+                part = data[start : start + int(rng.integers(1, 64))]
+                data[place : place + len(part)] = part
+    return bytes(data)

@@ -158,5 +158,5 @@ def _cause(data: bytes, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels: {text}"
     if text and isinstance(error, (OSError, ValueError, SyntaxError, EOFError)):
-        return text
+        return f"damaged ({text})" if text.startswith("decoder error") else text
     return f"damaged ({type(error).__name__}{': ' if text else ''}{text})"
