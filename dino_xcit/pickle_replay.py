@@ -11,7 +11,6 @@ import codecs
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pickle import decode_long
 from typing import Any
 
 STEP_LIMIT = 500_000
@@ -263,7 +262,7 @@ _PROTOCOL_2: dict[int, _Step] = {
     ord("M"): lambda self: self.push(self.number("<H")),
     ord("J"): lambda self: self.push(self.number("<i")),
     ord("G"): lambda self: self.push(self.number(">d")),
-    0x8A: lambda self: self.push(decode_long(self.take(self.number("<B")))),
+    0x8A: lambda self: self.push(int.from_bytes(self.take(self.number("<B")), "little", signed=True)),
     ord("U"): lambda self: self.push(self.byte_string("<B")),
     ord("X"): lambda self: self.push(self.utf8("<I")),
     ord("t"): lambda self: self.push(tuple(self.since_mark())),

@@ -384,6 +384,10 @@ def _ordered() -> OrderedDict[str, object]:
     return OrderedDict()
 
 
+def _no_bytes() -> bytes:
+    return b""
+
+
 _NDARRAY = Name()
 _SCALARS = [f"numpy.{package}.multiarray.scalar" for package in ("core", "_core")]
 _COMMON = {
@@ -409,6 +413,7 @@ _NAMES = {
 _GROUND_TRUTH_NAMES = {
     **_COMMON,
     "numpy.ndarray": _NDARRAY,
+    **{f"{module}.bytes": Name(_no_bytes) for module in ("builtins", "__builtin__")},
     **{f"numpy.{package}.multiarray._reconstruct": Name(_Array) for package in ("core", "_core")},
 }
 _ALLOWED: list[Any] = [argparse.Namespace, (_Dtype, "numpy.dtype"), *((_scalar, name) for name in _SCALARS)]

@@ -1,0 +1,531 @@
+"""Files that would run a program, exhaust the memory or lie about what they hold, each made by one function.
+
+Most are put together byte by byte: ``torch.save`` does not write them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Maker = Callable[[Path, Path], None]
+"""Writes a file; the second path is the canary, which exists once the file's program has run."""
+PROGRAMS: dict[str, Maker] = {}
+"""Files with a program that runs where the file is trusted."""
+OTHERS: dict[str, Maker] = {}
+
+
+def program(maker: Maker) -> Maker:
+    PROGRAMS[maker.__name__] = maker
+    return maker
+
+
+def other(maker: Maker) -> Maker:
+    OTHERS[maker.__name__] = maker
+    return maker
+
+
+class Runs:
+    """Runs a program where it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return os.system, (f"touch '{self.canary}'",)
+
+
+# ---- pickles of protocol 2, put together
+
+
+def pickled(body: bytes) -> bytes:
+    return b"\x80\x02" + body + b"."
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def number(value: int) -> bytes:
+    data = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def called(function: bytes, *arguments: bytes) -> bytes:
+    return function + b"(" + b"".join(arguments) + b"tR"
+
+
+def dictionary(**values: bytes) -> bytes:
+    return b"}(" + b"".join(text(key) + value for key, value in values.items()) + b"u"
+
+
+def shape(*lengths: int) -> bytes:
+    return b"(" + b"".join(map(number, lengths)) + b"t"
+
+
+def storage(count: int, key: str = "0", legacy: bool = False) -> bytes:
+    kind = named("torch", "FloatStorage")
+    return b"(" + text("storage") + kind + text(key) + text("cpu") + number(count) + (b"N" if legacy else b"") + b"tQ"
+
+
+def tensor(stored: bytes, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    rebuild, hooks = named("torch._utils", "_rebuild_tensor_v2"), called(named("collections", "OrderedDict"))
+    return called(rebuild, stored, number(0), shape(*size), shape(*stride), b"\x89", hooks)
+
+
+# ---- zip archives, put together
+
+
+@dataclass
+class Entry:
+    name: str
+    data: bytes = b""
+    claims: int | None = None
+    """How long the archive says that it is when unpacked; as long as ``data`` if None."""
+    deflated: bool = False
+    at: int | None = None
+    """Where the archive says that it starts; where it does, if None."""
+
+
+def zipped(*entries: Entry, prefix: str = "archive/") -> bytes:
+    out, directory = bytearray(), bytearray()
+    for entry in entries:
+        name = (prefix + entry.name).encode()
+        claims = len(entry.data) if entry.claims is None else entry.claims
+        packed = len(entry.data) if entry.deflated else claims
+        method = 8 if entry.deflated else 0
+        fields = struct.pack("<HHHHHI", 45, 0, method, 0, 0, zlib.crc32(entry.data))
+        extra, short = b"", (packed, claims)
+        if claims >= 2**32 - 1:
+            extra = struct.pack("<HHQQ", 1, 16, claims, packed)
+            short = (2**32 - 1, 2**32 - 1)
+        at = len(out) if entry.at is None else entry.at
+        lengths = struct.pack("<IIHH", *short, len(name), len(extra))
+        out += b"PK\x03\x04" + fields + lengths + name + extra + entry.data
+        directory += b"PK\x01\x02" + struct.pack("<H", 45) + fields + lengths + struct.pack("<HHHII", 0, 0, 0, 0, at)
+        directory += name + extra
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, len(entries), len(entries), len(directory), len(out), 0)
+    return bytes(out + directory + end)
+
+
+def archive(path: Path, body: bytes, *entries: Entry) -> None:
+    """A checkpoint of today's format: the pickle, a storage of four numbers, and whatever comes besides."""
+    honest = [Entry("data.pkl", pickled(body)), Entry("version", b"3\n")]
+    path.write_bytes(zipped(*honest, *(entries or [Entry("data/0", bytes(16))])))
+
+
+def zeros_deflated(count: int) -> bytes:
+    """What unpacks to ``count`` times ten million zeros."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    block = packer.compress(bytes(10_000_000)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return block * count + packer.flush()
+
+
+TAIL = (Entry("data/0", bytes(16)), Entry("version", b"3\n"))
+HONEST = dictionary(weight=tensor(storage(4), (4,), (1,)))
+
+# ---- that run a program
+
+
+@program
+def program_in_an_archive(path: Path, canary: Path) -> None:
+    torch.save({"student": Runs(canary)}, path)
+
+
+@program
+def program_in_the_old_format(path: Path, canary: Path) -> None:
+    torch.save({"student": Runs(canary)}, path, _use_new_zipfile_serialization=False)
+
+
+@program
+def program_in_the_namespace(path: Path, canary: Path) -> None:
+    torch.save({"args": argparse.Namespace(arch=Runs(canary)), "model": {"a": torch.zeros(3)}}, path)
+
+
+@program
+def program_in_a_tar_archive(path: Path, canary: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name in ("storages", "tensors", "pickle"):
+            member = tarfile.TarInfo(name)
+            data = pickle.dumps(Runs(canary), 2)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@program
+def program_in_an_object_array(path: Path, canary: Path) -> None:
+    torch.save({"epoch": np.array([Runs(canary)], dtype=object)}, path)
+
+
+@program
+def program_in_the_second_of_two_pickles(path: Path, canary: Path) -> None:
+    evil = pickle.dumps(Runs(canary), 2)
+    path.write_bytes(zipped(Entry("data.pkl", pickled(HONEST)), Entry("data.pkl", evil), *TAIL))
+
+
+@program
+def program_in_a_plain_pickle(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps({"student": Runs(canary)}))
+
+
+@other
+def program_in_a_nested_pickle(path: Path, canary: Path) -> None:
+    archive(path, HONEST, Entry("data/0", bytes(16)), Entry("data/evil/data.pkl", pickle.dumps(Runs(canary), 2)))
+
+
+@other
+def program_of_torchscript(path: Path, canary: Path) -> None:
+    evil = b"def forward(self, x: Tensor) -> Tensor:\n  return torch.neg(x)\n"
+    archive(path, HONEST, Entry("constants.pkl", pickled(b")")), Entry("code/__torch__.py", evil))
+
+
+@other
+def callable_in_the_namespace(path: Path, canary: Path) -> None:
+    hidden = dictionary(arch=named("torch._utils", "_rebuild_tensor_v2"))
+    archive(path, dictionary(args=named("argparse", "Namespace") + b")\x81" + hidden + b"b"))
+
+
+@other
+def method_in_the_namespace(path: Path, canary: Path) -> None:
+    hidden = dictionary(__setstate__=named("torch", "device"))
+    archive(path, dictionary(args=named("argparse", "Namespace") + b")\x81" + hidden + b"b" + hidden + b"b"))
+
+
+# ---- whose archive lies
+
+
+@other
+def bomb_of_twelve_gigabytes(path: Path, canary: Path) -> None:
+    body = dictionary(weight=tensor(storage(3_000_000_000), (3_000_000_000,), (1,)))
+    archive(path, body, Entry("data/0", zeros_deflated(1200), 12_000_000_000, deflated=True))
+
+
+@other
+def bomb_in_the_pickle(path: Path, canary: Path) -> None:
+    path.write_bytes(zipped(Entry("data.pkl", zeros_deflated(300), 3_000_000_000, deflated=True), *TAIL))
+
+
+@other
+def entry_longer_than_the_file(path: Path, canary: Path) -> None:
+    body = dictionary(weight=tensor(storage(3_000_000_000), (3_000_000_000,), (1,)))
+    archive(path, body, Entry("data/0", bytes(16), 12_000_000_000))
+
+
+@other
+def entries_in_one_place(path: Path, canary: Path) -> None:
+    """Two hundred storages of a hundred megabytes in twelve."""
+    each = [Entry(f"data/{key}", b"", 12_000_000, at=0 if key else None) for key in range(200)]
+    each[0].data = bytes(12_000_000)
+    body = b"}(" + b"".join(text(str(k)) + tensor(storage(3_000_000, str(k)), (3_000_000,), (1,)) for k in range(200))
+    path.write_bytes(zipped(*each, Entry("data.pkl", pickled(body + b"u")), TAIL[1]))
+
+
+@other
+def two_directories(path: Path, canary: Path) -> None:
+    honest = zipped(Entry("data.pkl", pickled(HONEST)), *TAIL)
+    archive(path, named("posix", "system"), Entry("data/0", bytes(16)))
+    within = bytearray(path.read_bytes())
+    within[-2:] = struct.pack("<H", len(honest))  # the second is a comment of the first
+    path.write_bytes(bytes(within) + honest)
+
+
+@other
+def directory_of_a_million_entries(path: Path, canary: Path) -> None:
+    data = zipped(Entry("data.pkl", pickled(HONEST)), *TAIL)
+    start = struct.unpack("<I", data[-6:-2])[0]
+    line = data[start : start + 46 + len("archive/data.pkl")]
+    directory = line * 1_000_000
+    wide = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 10**6, 10**6, len(directory), start)
+    wide += struct.pack("<4sIQI", b"PK\x06\x07", 0, start + len(directory), 1)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 2**16 - 1, 2**16 - 1, len(directory), start, 0)
+    path.write_bytes(data[:start] + directory + wide + end)
+
+
+@other
+def pickle_of_thirty_megabytes(path: Path, canary: Path) -> None:
+    archive(path, dictionary(words=b"(" + text("x" * 10_000) * 3000 + b"t"))
+
+
+# ---- whose tensors lie
+
+
+@other
+def storage_of_a_trillion(path: Path, canary: Path) -> None:
+    archive(path, dictionary(weight=tensor(storage(10**12), (10**12,), (1,))))
+
+
+@other
+def shape_of_a_trillion(path: Path, canary: Path) -> None:
+    archive(path, dictionary(weight=tensor(storage(4), (10**6, 10**6), (10**6, 1))))
+
+
+@other
+def shape_of_six_gigabytes(path: Path, canary: Path) -> None:
+    """PyTorch lengthens the storage, and gives whatever the memory held."""
+    archive(path, dictionary(weight=tensor(storage(4), (1_500_000_000,), (1,))))
+
+
+@other
+def tensor_behind_its_storage(path: Path, canary: Path) -> None:
+    archive(path, dictionary(weight=tensor(storage(4), (2, 2), (3, 1))))
+
+
+@other
+def tensor_repeated_a_trillion_times(path: Path, canary: Path) -> None:
+    torch.save({"weight": torch.zeros(1).expand(10**6, 10**6)}, path)
+
+
+@other
+def tensor_in_five_thousand_places(path: Path, canary: Path) -> None:
+    whole = torch.zeros(2_000_000)
+    torch.save({str(place): whole.view(2, -1) for place in range(5000)}, path)
+
+
+@other
+def sparse_tensor_of_a_trillion(path: Path, canary: Path) -> None:
+    torch.save({"weight": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))}, path)
+
+
+@other
+def quantized_tensor(path: Path, canary: Path) -> None:
+    rebuild = named("torch._utils", "_rebuild_qtensor")
+    scheme = b"(" + named("torch", "per_tensor_affine") + b"G" + bytes(8) + number(0) + b"t"
+    quantized = called(rebuild, storage(4), number(0), shape(10**10), shape(1), scheme, b"\x89", b"N")
+    archive(path, dictionary(weight=quantized))
+
+
+@other
+def tensor_without_data(path: Path, canary: Path) -> None:
+    torch.save({"weight": torch.empty(10**6, 10**6, device="meta")}, path)
+
+
+def old_format(path: Path, body: bytes, keys: bytes, after: bytes) -> None:
+    torch.save(0, path, _use_new_zipfile_serialization=False)
+    start = path.read_bytes().partition(b"u.")[0] + b"u."
+    path.write_bytes(start + pickled(body) + pickled(keys) + after)
+
+
+@other
+def storage_of_forty_gigabytes_in_the_old_format(path: Path, canary: Path) -> None:
+    body = dictionary(weight=tensor(storage(10**10, legacy=True), (10**10,), (1,)))
+    old_format(path, body, b"]" + text("0") + b"a", struct.pack("<q", 10**10) + bytes(64))
+
+
+@other
+def storage_that_is_never_filled_in_the_old_format(path: Path, canary: Path) -> None:
+    """It would show whatever the memory held."""
+    old_format(path, dictionary(weight=tensor(storage(10**6, legacy=True), (10**6,), (1,))), b"]", b"")
+
+
+@other
+def tar_archive_in_the_old_format(path: Path, canary: Path) -> None:
+    """Both at once: PyTorch tries the tar archive first, whose header claims eight gigabytes."""
+    torch.save(0, path, _use_new_zipfile_serialization=False)
+    member = tarfile.TarInfo(path.read_bytes()[:26].decode("latin1"))
+    member.type, member.size = tarfile.XHDTYPE, 8 * 2**30 - 1
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT, "latin1", "strict") + bytes(2048))
+
+
+# ---- whose values explode
+
+LAUGHS = b"q\x00]h\x00ah\x00a\x86" * 40
+"""What is on the stack becomes a pair of itself and of a list of it twice, and that forty times."""
+
+
+@other
+def billion_laughs(path: Path, canary: Path) -> None:
+    archive(path, dictionary(args=b"]" + LAUGHS))
+
+
+@other
+def billion_laughs_as_a_key(path: Path, canary: Path) -> None:
+    """Python hashes a tuple anew for every place it is in."""
+    archive(path, b"})" + b"q\x00h\x00\x86" * 40 + b"Ns")
+
+
+@other
+def billion_laughs_in_the_list_of_storages(path: Path, canary: Path) -> None:
+    old_format(path, HONEST.replace(b"tQ", b"NtQ"), b"]]" + LAUGHS + b"a", b"")
+
+
+@other
+def list_that_holds_itself(path: Path, canary: Path) -> None:
+    archive(path, dictionary(args=b"]q\x00h\x00a"))
+
+
+@other
+def lists_a_hundred_thousand_deep(path: Path, canary: Path) -> None:
+    archive(path, dictionary(args=b"]" * 100_000 + b"a" * 99_999))
+
+
+@other
+def keys_of_one_hash(path: Path, canary: Path) -> None:
+    same = b"".join(number(place * (2**61 - 1)) + b"N" for place in range(1, 100_000))
+    archive(path, dictionary(args=b"}(" + same + b"u"))
+
+
+@other
+def number_of_numpys_of_two_gigabytes(path: Path, canary: Path) -> None:
+    dtype = called(named("numpy", "dtype"), text("V2000000000"), b"\x89", b"\x88")
+    archive(path, dictionary(epoch=called(named("numpy.core.multiarray", "scalar"), dtype, text(""))))
+
+
+@other
+def number_of_numpys_that_is_an_object(path: Path, canary: Path) -> None:
+    dtype = called(named("numpy", "dtype"), text("O8"), b"\x89", b"\x88")
+    data = called(named("_codecs", "encode"), text("\x01" * 8), text("latin1"))
+    archive(path, dictionary(epoch=called(named("numpy._core.multiarray", "scalar"), dtype, data)))
+
+
+@other
+def number_type_of_numpys_with_a_false_state(path: Path, canary: Path) -> None:
+    dtype = called(named("numpy", "dtype"), text("f8"), b"\x89", b"\x88")
+    state = b"(" + number(3) + text("<") + shape(2**30) + b"NN" + number(2**30) + number(1) + number(0) + b"t"
+    archive(path, dictionary(epoch=dtype + state + b"b"))
+
+
+@other
+def bytes_made_by_a_call(path: Path, canary: Path) -> None:
+    archive(path, dictionary(epoch=called(named("__builtin__", "bytearray"), number(1_000_000_000))))
+
+
+@other
+def bytes_that_double(path: Path, canary: Path) -> None:
+    encode = named("_codecs", "encode") + b"q\x00" + text("x" * 1000) + text("latin1") + b"\x86Rq\x01"
+    double = b"h\x00h\x01" + text("hex") + b"\x86Rq\x01"
+    archive(path, dictionary(epoch=b"(" + encode + double * 20 + b"t"))
+
+
+@other
+def tensor_made_by_a_call(path: Path, canary: Path) -> None:
+    archive(path, dictionary(weight=called(named("torch", "FloatTensor"), number(10**12))))
+
+
+@other
+def text_of_four_gigabytes(path: Path, canary: Path) -> None:
+    archive(path, dictionary(epoch=b"X" + struct.pack("<I", 2**32 - 1)))
+
+
+@other
+def ten_million_instructions(path: Path, canary: Path) -> None:
+    archive(path, dictionary(args=b"(" + b"N" * 10_000_000 + b"t"))
+
+
+# ---- whose backbone would not fit into the memory
+
+
+LARGE: dict[str, Maker] = {}
+"""Honest as files, but what they name or resemble takes gigabytes."""
+
+
+def large(maker: Maker) -> Maker:
+    LARGE[maker.__name__] = maker
+    return maker
+
+
+@large
+def names_a_network_of_seven_billion_weights(path: Path, canary: Path) -> None:
+    torch.save({"teacher": {"backbone.x": torch.zeros(1)}, "args": {"arch": "timm:vit_7b_patch16_dinov3"}}, path)
+
+
+@large
+def resembles_an_xcit_large(path: Path, canary: Path) -> None:
+    state = {"cls_token": torch.zeros(1, 1, 768), "pos_embeder.token_projection.weight": torch.zeros(1)}
+    state |= {f"blocks.{block}.attn.temperature": torch.zeros(16, 1, 1) for block in range(24)}
+    torch.save(state | {f"patch_embed.proj.{stage}.0.weight": torch.zeros(1) for stage in (0, 2, 4)}, path)
+
+
+# ---- ground truths
+
+
+GROUND_TRUTHS: dict[str, Maker] = {}
+
+
+def ground_truth(maker: Maker) -> Maker:
+    GROUND_TRUTHS[maker.__name__] = maker
+    return maker
+
+
+def _program_in_protocol(protocol: int) -> Maker:
+    def write(path: Path, canary: Path) -> None:
+        path.write_bytes(pickle.dumps({"gnd": [Runs(canary)]}, protocol))
+
+    return write
+
+
+for _protocol in range(6):
+    GROUND_TRUTHS[f"program_in_protocol_{_protocol}"] = _program_in_protocol(_protocol)
+
+
+@ground_truth
+def program_by_an_instance(path: Path, canary: Path) -> None:
+    path.write_bytes(b"(S'touch " + str(canary).encode() + b"'\nios\nsystem\n.")
+
+
+@ground_truth
+def array_of_objects_that_run(path: Path, canary: Path) -> None:
+    path.write_bytes(pickle.dumps({"gnd": np.array([Runs(canary)], dtype=object)}, 2))
+
+
+@ground_truth
+def array_longer_than_its_bytes(path: Path, canary: Path) -> None:
+    data = pickle.dumps(np.zeros(3, np.uint8), 2)
+    path.write_bytes(data.replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85", 1))
+
+
+@ground_truth
+def laughing_lists(path: Path, canary: Path) -> None:
+    path.write_bytes(pickled(b"]" + LAUGHS))
+
+
+@ground_truth
+def laughing_key(path: Path, canary: Path) -> None:
+    path.write_bytes(pickled(b"})" + b"q\x00h\x00\x86" * 40 + b"Ns"))
+
+
+@ground_truth
+def text_longer_than_the_file(path: Path, canary: Path) -> None:
+    path.write_bytes(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"abc.")
+
+
+@ground_truth
+def bytes_of_protocol_5(path: Path, canary: Path) -> None:
+    path.write_bytes(b"\x80\x05\x96" + struct.pack("<Q", 2**31) + b"abc.")
+
+
+@ground_truth
+def note_at_a_high_place(path: Path, canary: Path) -> None:
+    """Python's own unpickler makes a table of that many places."""
+    path.write_bytes(b"\x80\x02]r" + struct.pack("<I", 2**30) + b"N")
+
+
+@ground_truth
+def number_of_a_million_digits(path: Path, canary: Path) -> None:
+    path.write_bytes(b"L" + b"9" * 1_000_000 + b"L\n.")
+
+
+@ground_truth
+def module_reached_by_dots(path: Path, canary: Path) -> None:
+    path.write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0fos.system.__call\x93.")
+
+
+@ground_truth
+def longer_than_any(path: Path, canary: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(10**10)

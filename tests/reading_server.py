@@ -1,0 +1,71 @@
+"""Reads files, each in a process of its own, and says what that took, without importing PyTorch anew each time.
+
+A line of JSON on stdin, ``{"reader": ..., "path": ...}``, becomes a forked process; a line ``{"seconds": ...,
+"megabytes": ..., "error": ..., "sentence": ...}`` answers. ``megabytes`` is what its peak of resident memory grew by.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dino_xcit import safe_load
+from dino_xcit.weights import load_backbone
+
+SECONDS = 3
+READERS: dict[str, Callable[[Path], object]] = {
+    "read": safe_load.read,
+    "load_backbone": load_backbone,
+    "read_ground_truth": safe_load.read_ground_truth,
+    "trusting": lambda path: torch.load(path, weights_only=False),
+    "weights only": lambda path: torch.load(path, weights_only=True),
+    "unpickling": lambda path: pickle.loads(path.read_bytes()),
+}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measured(reader: str, path: str) -> dict[str, object]:
+    error = sentence = None
+    before, started = peak(), time.perf_counter()
+    try:
+        READERS[reader](Path(path))
+    except Exception as caught:
+        error, sentence = type(caught).__name__, str(caught)
+    taken = time.perf_counter() - started
+    megabytes = (peak() - before) / 1e6
+    return {"seconds": round(taken, 3), "megabytes": round(megabytes, 1), "error": error, "sentence": sentence}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for line in sys.stdin:
+        out, into = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(SECONDS)
+            os.write(into, json.dumps(measured(**json.loads(line))).encode()[:60_000])
+            os._exit(0)
+        os.close(into)
+        with open(out, "rb") as pipe:
+            answer = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ended = {"seconds": float(SECONDS), "megabytes": 0.0, "error": f"ended with {code}", "sentence": ""}
+        print(answer.decode() if code == 0 else json.dumps(ended), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""Files of others: what would run, explode or lie is refused at once; what is honest reads, whatever wrote it."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hostile_files import GROUND_TRUTHS, LARGE, OTHERS, PROGRAMS, Maker
+from test_weights import fresh_state, full_dino_file, same
+
+from dino_xcit import safe_load
+from dino_xcit.errors import InputError
+from dino_xcit.pickle_replay import RefusedError
+from dino_xcit.weights import load_backbone
+
+ROOT = Path(__file__).parent.parent
+SECONDS, MEGABYTES = 2, 500
+
+Ask = Callable[[str, Path], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """Has a file read in a process of its own; what that took and how it ended."""
+    command = [sys.executable, str(ROOT / "tests/reading_server.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert server.stdin
+    assert server.stdout
+
+    def answer(reader: str, path: Path) -> dict[str, Any]:
+        print(json.dumps({"reader": reader, "path": str(path)}), file=server.stdin, flush=True)
+        return json.loads(server.stdout.readline())
+
+    yield answer
+    server.stdin.close()
+    server.wait(10)
+
+
+def assert_refused(taken: dict[str, Any], path: Path) -> None:
+    assert taken["error"] == "InputError", taken
+    assert str(path) in taken["sentence"]
+    assert "\n" not in taken["sentence"]
+    assert len(taken["sentence"]) < 600
+    assert "weights_only" not in taken["sentence"]  # PyTorch's text tells how to run it all the same
+    assert taken["seconds"] < SECONDS, taken
+    assert taken["megabytes"] < MEGABYTES, taken
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.parametrize("maker", [*PROGRAMS.values(), *OTHERS.values()], ids=[*PROGRAMS, *OTHERS])
+def test_a_hostile_checkpoint_is_refused_at_once_and_nothing_runs(tmp_path: Path, ask: Ask, maker: Maker) -> None:
+    path, canary = tmp_path / "hostile.pth", tmp_path / "ran"
+    maker(path, canary)
+    for reader in ("read", "load_backbone"):
+        assert_refused(ask(reader, path), path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("maker", PROGRAMS.values(), ids=PROGRAMS)
+def test_each_program_runs_where_its_file_is_trusted(tmp_path: Path, ask: Ask, maker: Maker) -> None:
+    path, canary = tmp_path / "hostile.pth", tmp_path / "ran"
+    maker(path, canary)
+    ask("trusting", path)
+    assert canary.exists()
+
+
+@pytest.mark.parametrize("maker", LARGE.values(), ids=LARGE)
+def test_a_small_file_that_claims_a_large_network_is_refused_before_it_is_built(
+    tmp_path: Path, ask: Ask, maker: Maker
+) -> None:
+    maker(tmp_path / "small.pth", tmp_path / "ran")
+    assert ask("read", tmp_path / "small.pth")["error"] is None
+    assert_refused(ask("load_backbone", tmp_path / "small.pth"), tmp_path / "small.pth")
+
+
+@pytest.mark.parametrize("name", GROUND_TRUTHS)
+def test_a_hostile_ground_truth_is_refused_at_once_and_nothing_runs(tmp_path: Path, ask: Ask, name: str) -> None:
+    path, canary = tmp_path / "gnd.pkl", tmp_path / "ran"
+    GROUND_TRUTHS[name](path, canary)
+    assert_refused(ask("read_ground_truth", path), path)
+    assert not canary.exists()
+    if name.startswith("program") or name.endswith("that_run"):
+        ask("unpickling", path)
+        assert canary.exists()
+
+
+@pytest.mark.parametrize("name", ["bytes_made_by_a_call", "billion_laughs_as_a_key"])
+def test_time_and_memory_are_seen_where_a_file_takes_them(tmp_path: Path, ask: Ask, name: str) -> None:
+    OTHERS[name](tmp_path / "hostile.pth", tmp_path / "ran")
+    taken = ask("weights only", tmp_path / "hostile.pth")
+    assert taken["seconds"] > SECONDS or taken["megabytes"] > MEGABYTES
+
+
+@pytest.mark.parametrize("reader", [safe_load.read, safe_load.read_ground_truth, load_backbone])
+def test_pipes_devices_folders_and_missing_files_have_their_sentences(tmp_path: Path, reader: Any) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="pipe or a device"):
+            reader(path)
+    for path, what in (
+        (tmp_path / "absent", "there is no "),
+        (tmp_path, "cannot read|is a folder"),
+        (Path("a\0"), "read safely"),
+    ):
+        with pytest.raises(InputError, match=what):
+            reader(path)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 20, 300, -100, -1])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_short_or_with_something_behind_it_is_refused_or_reads_the_same(
+    tmp_path: Path, cut: int, zipped: bool
+) -> None:
+    path = tmp_path / "b.pth"
+    torch.save(fresh_state(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    with pytest.raises(InputError, match="read safely"):
+        safe_load.read(path)
+
+
+def test_bytes_changed_at_random_never_end_in_another_error(tmp_path: Path) -> None:
+    path = tmp_path / "b.pth"
+    generator = torch.Generator().manual_seed(0)
+    refused = read = 0
+    for zipped in (True, False):
+        full_dino_file(path)
+        torch.save(safe_load.read(path), path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        start = whole.index(b"\x80\x02")
+        for _ in range(150):
+            changed = bytearray(whole)
+            for place in torch.randint(start, start + 20_000, (3,), generator=generator).tolist():
+                changed[place] ^= 1 << (place % 8)
+            path.write_bytes(changed)
+            try:
+                safe_load.read(path)
+                read += 1
+            except InputError:
+                refused += 1
+    assert refused
+    assert read
+
+
+# ---- honest files
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_honest_files_of_every_layout_read_as_they_were_written(tmp_path: Path, zipped: bool) -> None:
+    state = torch.nn.BatchNorm2d(3).state_dict()  # an OrderedDict with an attribute
+    shared = torch.arange(12.0)
+    content = {
+        "student": state,
+        "model": {"a": torch.nn.Parameter(torch.ones(2, 3).t()), "whole": shared, "part": shared[3:7]},
+        "kinds": [torch.zeros(2, dtype=kind) for kind in (torch.half, torch.bfloat16, torch.int64, torch.bool)],
+        "odd": [torch.zeros(0, 3), torch.tensor(3.5), torch.tensor([], dtype=torch.uint8)],
+        "args": argparse.Namespace(arch="xcit_pico_4", lr=0.1, scale=(0.4, 1.0), none=None, words=["ä", b"\xff"]),
+        "numbers": [np.float64(0.25), np.float32(2), np.int64(-3), np.array([1.5], ">f8")[0], 2**70, -1, True],
+        "rest": [{1, 2}, torch.Size([2, 3]), torch.float32, OrderedDict(a=1)],
+        3: None,
+    }
+    path = tmp_path / "b.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    back = safe_load.read(path)
+    assert list(back) == list(content)
+    assert same(back["student"], state)
+    assert back["student"]._metadata == state._metadata
+    assert all(torch.equal(back["model"][key], value) for key, value in content["model"].items())
+    assert back["model"]["part"].untyped_storage().data_ptr() == back["model"]["whole"].untyped_storage().data_ptr()
+    for name in ("kinds", "odd"):
+        assert [(a.dtype, a.tolist()) for a in back[name]] == [(a.dtype, a.tolist()) for a in content[name]]
+    for name in ("args", "numbers", "rest"):
+        assert back[name] == content[name]
+    assert [type(number) for number in back["numbers"][:3]] == [np.float64, np.float32, np.int64]
+
+
+def test_dinos_files_in_the_old_format_read(tmp_path: Path) -> None:
+    _, teacher = full_dino_file(tmp_path / "new.pth")
+    content = safe_load.read(tmp_path / "new.pth")
+    assert isinstance(content["args"], argparse.Namespace)
+    assert content["optimizer"]["param_groups"][0]["weight_decay"] == 0.04
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(tmp_path / "old.pth")
+    assert same(load_backbone(tmp_path / "old.pth").backbone.state_dict(), teacher)
+
+
+def test_a_file_with_thousands_of_tensors_reads(tmp_path: Path) -> None:
+    """As many as DINO's checkpoint of a network with forty layers has."""
+    torch.save({str(place): torch.full((1,), place) for place in range(4000)}, tmp_path / "b.pth")
+    assert safe_load.read(tmp_path / "b.pth")["3999"].item() == 3999
+
+
+def test_the_content_itself_is_looked_at_too() -> None:
+    honest = {"a": torch.zeros(3), "b": [1, "x", {2: (None, 3.0)}]}
+    safe_load.check_content(honest, room=1000)
+    inside = torch.zeros(4)
+    attributed = torch.zeros(4)
+    attributed.note = print  # type: ignore[attr-defined]
+    for hostile in (
+        inside.expand(3, 4),
+        inside.to_sparse(),
+        torch.zeros(4, device="meta"),
+        attributed,
+        print,
+        object(),
+        np.array([None]),
+        torch.zeros(1000),
+        argparse.Namespace(a=print),
+        {"a": [inside] * 1000},
+    ):
+        with pytest.raises(RefusedError):
+            safe_load.check_content({"a": hostile}, room=1000)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {3: torch.zeros(1)},
+        {"teacher": {3: torch.zeros(1)}},
+        {"teacher": {"backbone.a": 3}},
+        {"cls_token": torch.tensor(1.0), "pos_embeder.token_projection.weight": torch.zeros(1)},
+        {
+            "cls_token": torch.zeros(1, 1, 4), "pos_embeder.token_projection.weight": torch.zeros(1),
+            "blocks.0.attn.temperature": torch.tensor(1.0),
+        },
+        {"a\nb" * 1000: torch.zeros(1)},
+        {"teacher": {"backbone.a": torch.zeros(1)}, "args": {"arch": "timm:" + "a\n" * 10_000}},
+    ],
+)  # fmt: skip
+def test_names_and_shapes_that_no_backbone_has_are_refused_in_one_line(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "b.pth")
+    with pytest.raises(InputError) as caught:
+        load_backbone(tmp_path / "b.pth")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("stored", [None, 3, {"resize": "x"}, [torch.zeros(300, 3)], "huge"])
+def test_an_evaluation_transform_that_is_none_is_refused_in_one_line(tmp_path: Path, stored: Any) -> None:
+    if stored == "huge":
+        stored = {"resize": 1, "crop": 1, "interpolation": "bicubic", "mean": [10**400] * 3, "std": [1, 1, 1]}
+    full_dino_file(tmp_path / "full.pth", eval_transform=stored)
+    with pytest.raises(InputError, match=r"full\.pth") as caught:
+        load_backbone(tmp_path / "full.pth")
+    assert "\n" not in str(caught.value)
+
+
+# ---- honest ground truths
+
+
+def ground_truth() -> dict[str, Any]:
+    return {
+        "imlist": ["all_souls_000013", "oxford_ä"],
+        "qimlist": ["all_souls_000006"],
+        "gnd": [
+            {
+                "bbx": [136.5, 34.1, 648.5, -1e-9],
+                "easy": np.array([3, 1, 2]),
+                "hard": [70_000, 300, 5, -1, 2**40],
+                "junk": np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3)),
+                "none": np.zeros((0,), np.int32),
+                "score": np.float32(0.5),
+                "flags": (True, False, None),
+                "set": {1, 2},
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_honest_ground_truths_read_in_every_protocol(tmp_path: Path, protocol: int) -> None:
+    (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(ground_truth(), protocol))
+    back: Any = safe_load.read_ground_truth(tmp_path / "gnd.pkl")
+    there, here = ground_truth()["gnd"][0], back["gnd"][0]
+    assert list(back) == list(ground_truth())
+    assert back["imlist"] == ground_truth()["imlist"]
+    for name, value in there.items():
+        assert np.array_equal(here[name], value) if isinstance(value, np.ndarray) else here[name] == value
+        assert type(here[name]) is type(value)
+    assert here["junk"].dtype == np.dtype(">f4")
+
+
+def test_a_ground_truth_of_python_2_reads_with_its_text_as_latin_1(tmp_path: Path) -> None:
+    # {'gnd': [array([1, 2], dtype=int16), 7L], 'caf\xe9': u'x'}, as Python 2 writes it in protocols 0 and 2.
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\ntcnumpy\ndtype\n(S'i2'\nI0\nI1\n"
+        b"tR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x01\\x00\\x02\\x00'\ntb"
+    )
+    text = b"(dp0\nS'gnd'\np1\n(lp2\n" + array + b"aL7L\nasS'caf\\xe9'\nVx\ns."
+    binary = (
+        b"\x80\x02}q\x00(U\x03gnd]q\x01(cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02\x85"
+        b"cnumpy\ndtype\nU\x02i2K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        b"U\x04\x01\x00\x02\x00tb\x8a\x01\x07eU\x04caf\xe9X\x01\x00\x00\x00xu."
+    )
+    for data in (text, binary):
+        (tmp_path / "gnd.pkl").write_bytes(data)
+        back: Any = safe_load.read_ground_truth(tmp_path / "gnd.pkl")
+        assert pickle.loads(data, encoding="latin1").keys() == back.keys() == {"gnd", "café"}
+        assert back["gnd"][0].tolist() == [1, 2]
+        assert back["gnd"][1] == 7
+        assert back["café"] == "x"
+
+
+def test_a_ground_truth_as_large_as_the_published_ones_reads(tmp_path: Path) -> None:
+    content = {
+        "imlist": [f"paris_{n:06d}" for n in range(6322)],
+        "gnd": [{"easy": list(range(900))} for _ in range(70)],
+    }
+    (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(content))
+    assert safe_load.read_ground_truth(tmp_path / "gnd.pkl") == content
+
+
+# ---- nothing else opens such files
+
+
+def lines_that_trust(source: str) -> list[int]:
+    """Lines that let pickles be read: ``allow_pickle`` and ``weights_only`` with any other value than the safe one."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
+            safe = node.arg == "weights_only"
+            if not isinstance(node.value, ast.Constant) or node.value.value is not safe:
+                found.add(node.value.lineno)
+        if isinstance(node, ast.Constant) and node.value in ("allow_pickle", "weights_only"):  # as in **options
+            found.add(node.lineno)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load") and len(node.args) > 2:
+            found.add(node.lineno)
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, 'r', True)",
+        "np.savez(path, allow_pickle=flag)",
+        "read(path, **{'allow_pickle': True})",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=not safe)",
+    ],
+)
+def test_lines_that_trust_a_file_are_found(planted: str) -> None:
+    assert lines_that_trust(f"import numpy as np\n\n{planted}\n") == [3]
+
+
+def test_no_line_of_ours_trusts_a_file() -> None:
+    files = [path for folder in ("dino_xcit", "eval", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
+    files += ROOT.glob("run_*.py")
+    assert len(files) > 40
+    trusting = {str(path): lines for path in files if (lines := lines_that_trust(path.read_text()))}
+    assert trusting == {}
+    assert lines_that_trust("np.load(path, mmap_mode='r', allow_pickle=False)") == []
+    assert "weights_only=True" in (ROOT / "dino_xcit/safe_load.py").read_text()
+
+
+def codes_found(source: str, name: str) -> set[str]:
+    command = [sys.executable, "-m", "ruff", "check", "--output-format=json", "--stdin-filename", str(ROOT / name), "-"]
+    run = subprocess.run(command, input=source, capture_output=True, text=True, cwd=ROOT, check=False)
+    return {found["code"] for found in json.load(io.StringIO(run.stdout))}
+
+
+def test_ruff_refuses_readers_that_trust_everywhere_but_in_one_file() -> None:
+    for line in (
+        "import torch\n\ntorch.load('a', weights_only=True)\n",
+        "import torch as t\n\nt.jit.load('a')\n",
+        "import torch\n\ntorch.hub.load_state_dict_from_url('a')\n",
+        "import pickle\n\npickle.loads(b'')\n",
+        "from pickle import Unpickler\n\nUnpickler\n",
+        "import joblib\n\njoblib.load('a')\n",
+        "import yaml\n\nyaml.load('a', yaml.Loader)\n",
+    ):
+        for name in ("dino_xcit/planted.py", "eval/planted.py", "benchmarks/planted.py", "run_planted.py"):
+            if name != "dino_xcit/planted.py" and "pickle" not in line:
+                continue  # one call to ruff takes a while, and the folders have one setting
+            assert "TID251" in codes_found(line, name)
+        assert "TID251" not in codes_found(line, "dino_xcit/safe_load.py")
+    assert "TID251" not in codes_found("import yaml\n\nyaml.safe_load('a')\n", "dino_xcit/planted.py")
