@@ -99,6 +99,15 @@ def test_a_hostile_ground_truth_is_refused_at_once_and_nothing_runs(tmp_path: Pa
         assert canary.exists()
 
 
+def test_a_note_at_a_high_place_costs_nothing(tmp_path: Path, ask: Ask) -> None:
+    """Python's own unpickler makes a table of that many places."""
+    (tmp_path / "gnd.pkl").write_bytes(b"\x80\x02]r" + (2**26).to_bytes(4, "little") + b".")
+    assert safe_load.read_ground_truth(tmp_path / "gnd.pkl") == []
+    assert ask("read_ground_truth", tmp_path / "gnd.pkl")["megabytes"] < 50
+    taken = ask("unpickling", tmp_path / "gnd.pkl")
+    assert taken["seconds"] > SECONDS or taken["megabytes"] > MEGABYTES
+
+
 @pytest.mark.parametrize("name", ["bytes_made_by_a_call", "billion_laughs_as_a_key"])
 def test_time_and_memory_are_seen_where_a_file_takes_them(tmp_path: Path, ask: Ask, name: str) -> None:
     OTHERS[name](tmp_path / "hostile.pth", tmp_path / "ran")
