@@ -72,23 +72,22 @@ def decode(item: Item, name: str) -> Image.Image:
 
 
 def _decode_file(data: bytes) -> Image.Image:
-    with _open(data) as image:
-        _check_size(image)
-        if image.format == "PNG":  # the only format whose checksums Pillow can check, which it does not when decoding
-            image.verify()
-    with _open(data) as image:
-        _read_strictly(image)
-        image.load()
-        method = _UPRIGHT.get(_orientation(image))
-        upright = image if method is None else image.transpose(method)
-        if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM"):
-            return _from_16_bits(upright)
-        if upright.mode in ("I", "F"):  # Pillow's own conversion would cut off at 255 whatever the range is
-            raise ValueError("32 bits a channel, of which it is not known what is white")
-        upright.info.pop("transparency", None)  # colours stay where they are transparent
-        if upright.mode == "RGB" and upright is not image:
-            return upright
-        return upright.convert("RGB")  # where it is RGB already, a copy that does not hold the file
+    image = _open(data)
+    _check_size(image)
+    if image.format == "PNG":  # the only format whose checksums Pillow can check, which it does not when decoding
+        image.verify()
+        image = _open(data)  # as Pillow demands
+    _read_strictly(image)
+    image.load()
+    method = _UPRIGHT.get(_orientation(image))
+    upright = image if method is None else image.transpose(method)
+    if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM"):
+        return _from_16_bits(upright)
+    if upright.mode in ("I", "F"):  # Pillow's own conversion would cut off at 255 whatever the range is
+        raise ValueError("32 bits a channel, of which it is not known what is white")
+    if upright.mode == "RGB" and upright is not image:
+        return upright
+    return upright.convert("RGB")  # where it is RGB already, a copy that does not hold the file
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
