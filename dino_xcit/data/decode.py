@@ -18,7 +18,7 @@ MAX_PIXELS = 160_000_000
 """Larger pictures are refused before a pixel of them is decoded: medium-format cameras end at 151 million.
 
 So it bounds what decoding needs besides the file: 8 bytes a pixel for most files (Pillow keeps RGB in four, and it is
-there twice), up to 20 for a WebP with transparency.
+there twice), 12 for a turned CMYK, 16 for a WebP and four more where that is transparent.
 """
 
 _UPRIGHT = {
