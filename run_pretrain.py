@@ -11,33 +11,61 @@ from __future__ import annotations
 # Before torch: it decides how threads wait for each other.
 import dino_xcit  # noqa: F401  # isort: skip
 
+import dataclasses
+import errno
 import itertools
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dino_xcit import checkpoint, distributed
+from dino_xcit import checkpoint, distributed, durable, safe_load
 from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig, differences
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
-from dino_xcit.errors import InputError
-from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress, draw_curves
-from dino_xcit.train import Schedules, TrainState, build_state, choose_precision, train_step
+from dino_xcit.errors import PREEMPTED, InputError, RunStopped
+from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress
+from dino_xcit.reliability import verify_resume
+from dino_xcit.reliability.agreement import Agreement
+from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+from dino_xcit.reliability.ledger import Ledger
+from dino_xcit.reliability.nonfinite import HostCopy
+from dino_xcit.reliability.nonfinite import keep as keep_rejected_step
+from dino_xcit.reliability.preemption import Preemption
+from dino_xcit.reliability.run_lock import RunLock
+from dino_xcit.reliability.saver import Saver
+from dino_xcit.reliability.watchdog import Watchdog, guarded
+from dino_xcit.train import Schedules, build_state, choose_precision, train_step
 from eval.online import online_knn
+
+preemption = Preemption()
 
 
 def main() -> None:
     """The whole run."""
     # ---- settings and processes
+    preemption.watch()
     config, first_line = parse_pretrain(sys.argv[1:])
     device = distributed.choose_device(config.device)
-    distributed.start(device)
+    distributed.start(device, config.hang_timeout + 30)  # the watchdog, which says more, comes first
     distributed.say(first_line)
     _choose_kernels(config)
+    folder = Path(config.output_dir)
+    with output_folder(folder), Watchdog(config.hang_timeout) as watchdog:
+        train(config, device, CheckpointFolder(folder, config.keep_last), watchdog)
+
+
+def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointFolder, watchdog: Watchdog) -> None:
+    """From the data to the last checkpoint, in an output directory that is ours alone."""
+    # ---- new, or from where this run stopped, perhaps with another number of processes
+    stored, stored_in = _find_stored(config, checkpoints)
+    config = _keep_global_batch(config, stored)
 
     # ---- data: which process sees which images in which step follows from the seed alone
     source = open_source(config.data_path, "train")
@@ -53,9 +81,14 @@ def main() -> None:
     total_steps = config.epochs * sampler.steps_per_epoch
     evaluate = online_knn(config, source, device)
 
-    # ---- student and teacher, new or from where this run stopped
+    # ---- student and teacher
     state = build_state(config, device)
-    _resume(state, config, sampler.steps_per_epoch)
+    if stored:
+        _refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch)
+        checkpoint.restore(state, stored, stored_in)
+        if distributed.is_main():
+            checkpoints.finish(stored_in, stored)
+        del stored
     sampler.start_step = state.step
     sampler.stop_step = min(total_steps, config.max_steps or total_steps)
     distributed.say(
@@ -74,18 +107,58 @@ def main() -> None:
     if state.step:
         distributed.say(f"carrying on after step {state.step} of {sampler.stop_step}")
 
-    # ---- the loop
-    folder = Path(config.output_dir)
+    # ---- what a run needs besides
+    folder, main_process = checkpoints.output_dir, distributed.is_main()
     workers = choose_workers(config.num_workers, distributed.processes_here())
     loader = build_loader(source, config.augmentation(), sampler, config.seed, workers, device)
-    metrics = MetricsWriter(folder, state.step) if distributed.is_main() else None
-    progress = Progress(sampler.stop_step, state.step, sampler.global_batch, shown=distributed.is_main())
+    progress = Progress(sampler.stop_step, state.step, sampler.global_batch, shown=main_process)
+    metrics = MetricsWriter(folder, state.step, progress.say) if main_process else None
     averages = EpochAverages()
+    saver = Saver(checkpoints, config.max_failed_saves, state.step, progress.say) if main_process else None
+    ledger = Ledger(folder, len(source), config.max_unreadable, start_anew=state.step == 0, say=progress.say)
+    rejected_in_a_row = HostCopy(device)
+    agreement = Agreement(device)
+
+    def content() -> dict[str, Any]:
+        return checkpoint.content_of(state, config, sampler.steps_per_epoch)
+
+    def together(**values: int) -> None:
+        """Tell the other processes, and stop if one of them, or this one, has to."""
+        watchdog.now("agreeing with the others", state.step)
+        agreed = agreement.exchange(stop=preemption.signal_name is not None, **values)
+        if agreed["unreadable"]:
+            ledger.write()
+        if agreed["too_many_unreadable"]:
+            raise ledger.refusal(state.step * sampler.global_batch) if main_process else RunStopped(2, "")
+        if agreed["cannot_save"]:
+            raise saver.refusal() if saver else RunStopped(2, "")
+        if agreed["diverged"]:
+            raise keep_rejected_step(state, config, sampler, device)
+        if agreed["stop"]:
+            watchdog.now("saving", state.step)
+            if saver:
+                saver.ensure(state.step, content)
+            distributed.barrier()  # nobody leaves, and takes the run along, before it is saved
+            raise RunStopped(PREEMPTED, preemption.sentence(state.step) if main_process else "")
+
+    def while_measuring() -> None:
+        together()
+        watchdog.now("measuring k-NN", state.step)
+
+    # ---- the loop
     while state.step < sampler.stop_step:
         epoch = state.step // sampler.steps_per_epoch
+        watchdog.now("waiting for images", state.step)
         asked = time.perf_counter()
         batches = list(itertools.islice(loader, config.accumulation_steps))
         waited = time.perf_counter() - asked
+        together(
+            unreadable=ledger.note(batches),
+            too_many_unreadable=ledger.too_many(state.step * sampler.global_batch),
+            diverged=rejected_in_a_row.read(state.rejected_in_a_row) >= config.max_rejected,
+            cannot_save=saver is not None and saver.gave_up,
+        )
+        watchdog.now("training step", state.step)
         result = train_step(state, batches, schedules, config)
         progress.step(waited)
         epoch_ends = state.step % sampler.steps_per_epoch == 0
@@ -100,78 +173,154 @@ def main() -> None:
                 metrics.write("step", state.step, {"epoch": epoch, **figures})
 
         save_now = epoch_ends or run_ends or (config.save_every and state.step % config.save_every == 0)
-        if save_now and distributed.is_main():
-            numbered = epoch_ends and config.saveckp_freq > 0 and (epoch + 1) % config.saveckp_freq == 0
-            checkpoint.save(state, config, sampler.steps_per_epoch, numbered)
+        if saver:
+            saver.look()
+        if save_now and saver:
+            watchdog.now("saving", state.step)
+            saver.save(content(), keep=_stays(epoch + 1, config) and epoch_ends)
 
         if epoch_ends or run_ends:
             summary = averages.take()
             if evaluate and ((epoch + 1) % config.knn_every == 0 or run_ends):
-                summary |= evaluate(state.teacher.backbone)
+                summary |= evaluate(state.teacher.backbone, while_measuring)
+                if saver:
+                    saver.note_knn(state.step, summary["knn_top1"])
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items())
             progress.say(f"epoch {epoch + 1}/{config.epochs}: {shown}")
             if metrics:
                 metrics.write("epoch" if epoch_ends else "end", state.step, {"epoch": epoch, **summary})
-                draw_curves(metrics.path, folder / "curves.png")
+                metrics.draw(folder / "curves.png")
         if save_now:
-            progress.restart_clock()  # saving and measuring are no training time
-    progress.close()
+            progress.restart_clock()  # copying and measuring are no training time
+
+    # ---- the end: on the disk before anybody leaves
+    watchdog.now("saving", state.step)
+    if saver:
+        saver.ensure(state.step, content)
     if metrics:
         metrics.close()
-    latest = folder / checkpoint.LATEST
+    progress.close()
+    watchdog.now("end", state.step)
+    distributed.barrier()
     then = (
-        f"python run_extract.py --weights {latest} --data-path {config.data_path} --output-dir {folder / 'vectors'}"
+        f"python run_extract.py --weights {checkpoints.latest} --data-path {config.data_path} "
+        f"--output-dir {folder / 'vectors'}"
         if source.labels is None
-        else f"python run_knn.py --weights {latest}"
+        else f"python run_knn.py --weights {checkpoints.latest}"
     )
-    distributed.say(f"done: {latest} (curves: {folder / 'curves.png'}); next: {then}")
+    distributed.say(f"done: {checkpoints.latest} (curves: {folder / 'curves.png'}); next: {then}")
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """The output directory, made if need be, locked against other runs while this context lasts."""
+    lock, refusal = None, None
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            lock = RunLock.take(folder)
+        except OSError as error:
+            refusal = f"cannot write to the output directory {folder}: {error.strerror}; choose another --output-dir"
+        except InputError as error:
+            refusal = str(error)
+    refusal = distributed.main_decides(refusal)
+    if refusal:
+        raise InputError(refusal)
+    if lock and lock.took_over:
+        before = "process {process} on {host}, started {started}".format_map(lock.took_over)
+        distributed.say(f"notice: the run before in {folder} ended without a word ({before})")
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def _find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[dict[str, Any], Path]:
+    """The newest whole checkpoint of the output directory and its path; an empty dictionary for a fresh start."""
+    found: tuple[Path | None, list[str]] = (None, [])
+    refusal = None
+    if distributed.is_main():
+        durable.remove_leftovers(checkpoints.output_dir)
+        durable.remove_leftovers(checkpoints.folder)
+        try:
+            if config.resume == "never":
+                checkpoints.clear()
+            else:
+                found = checkpoints.newest()
+        except InputError as error:
+            refusal = str(error)
+    refusal, (path, notices) = distributed.main_decides((refusal, found))
+    if refusal:
+        raise InputError(refusal)
+    for notice in notices:
+        distributed.say(f"notice: {notice}")
+    if path is None:
+        return {}, checkpoints.latest
+    content = safe_load.read(path)
+    if "args" not in content:
+        raise InputError(f"{path} is not a checkpoint of run_pretrain.py: choose another --output-dir")
+    return content, path
+
+
+def _keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> PretrainConfig:
+    """Where a run carries on with another number of processes, accumulation makes up for it."""
+    then, world = stored.get("world_size"), distributed.world_size()
+    wanted, one_pass = int(stored.get("global_batch", 0)), config.batch_size_per_gpu * world
+    if not then or then == world or wanted == checkpoint.global_batch(config) or config.resume == "changed":
+        return config
+    if wanted % one_pass:
+        raise InputError(
+            f"this run has a global batch of {wanted} ({then} process(es) before), which {world} process(es) cannot "
+            f"share in passes of {config.batch_size_per_gpu}: give --batch-size-per-gpu a divisor of "
+            f"{wanted / world:g}, or start another number of processes"
+        )
+    config = dataclasses.replace(config, accumulation_steps=wanted // one_pass)
+    distributed.say(
+        f"notice: {world} process(es) carry on what {then} began: {config.accumulation_steps} forward pass(es) a step "
+        f"keep the global batch of {wanted}"
+        + ("" if config.centering == "centering" else "; sinkhorn_knopp spreads over fewer images at a time than then")
+    )
+    return config
+
+
+def _refuse_another_run(stored: Mapping[str, Any], path: Path, config: PretrainConfig, steps_per_epoch: int) -> None:
+    """Raise InputError where the checkpoint is of a run with other settings, and that was not allowed."""
+    changed = differences(dict(stored["args"]), config)
+    for key, now in (("global_batch", checkpoint.global_batch(config)), ("steps_per_epoch", steps_per_epoch)):
+        if stored.get(key) != now:
+            changed.append(f"{key} {stored.get(key)} -> {now} (--accumulation-steps makes up for fewer processes)")
+    if changed and config.resume == "auto":
+        listed = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
+        raise InputError(
+            f"{config.output_dir} holds another run ({listed}): choose another --output-dir, or --resume changed to "
+            "carry on with the new settings, or --resume never to overwrite it"
+        )
+
+
+def _stays(epoch: int, config: PretrainConfig) -> bool:
+    """Whether the checkpoint at the end of this epoch (from 1) is kept for good."""
+    return config.saveckp_freq > 0 and epoch % config.saveckp_freq == 0
 
 
 def _choose_kernels(config: PretrainConfig) -> None:
     """Repeatable kernels where asked for; else the fast ones."""
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
     else:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
 
 
-def _resume(state: TrainState, config: PretrainConfig, steps_per_epoch: int) -> None:
-    """Load this run's checkpoint if there is one; refuse to carry on, or to overwrite, another run."""
-    folder = Path(config.output_dir)
-    path = folder / checkpoint.LATEST
-    refusal = None
-    if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refusal = f"cannot create the output directory {folder}: {error.strerror}"
-        if refusal is None and not os.access(folder, os.W_OK | os.X_OK):
-            refusal = f"cannot write to the output directory {folder}: permission denied; choose another --output-dir"
-    if config.resume != "never" and path.exists():
-        content = checkpoint.read(path)
-        changed = differences(dict(content.get("args", {})), config)
-        for key, now in (("global_batch", checkpoint.global_batch(config)), ("steps_per_epoch", steps_per_epoch)):
-            if content.get(key) != now:
-                changed.append(f"{key} {content.get(key)} -> {now} (--accumulation-steps makes up for fewer processes)")
-        if "args" not in content:
-            refusal = f"{path} is not a checkpoint of run_pretrain.py: choose another --output-dir"
-        elif changed and config.resume == "auto":
-            listed = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
-            refusal = (
-                f"{folder} holds another run ({listed}): choose another --output-dir, or --resume changed to carry on "
-                "with the new settings, or --resume never to overwrite it"
-            )
-        else:
-            checkpoint.restore(state, content, path)
-    refusal = distributed.main_decides(refusal)
-    if refusal:
-        raise InputError(refusal)
-
-
 def command() -> None:
     """The console entry."""
-    distributed.run_command(main)
+    if verify_resume.asked(sys.argv[1:]):
+        distributed.run_command(lambda: verify_resume.main(sys.argv[1:], Path(__file__).resolve()))
+    else:
+        distributed.run_command(guarded(main))
 
 
 if __name__ == "__main__":

@@ -153,9 +153,22 @@ class PretrainConfig:
     """auto: carry on if output_dir holds this run, refuse if it holds another; changed: carry on with other settings;
     never: start anew and overwrite."""
     saveckp_freq: int = 20
-    """Keep a numbered copy of the checkpoint every so many epochs (checkpoint.pth is written every epoch)."""
+    """Every so many epochs a checkpoint is kept for good (one is written every epoch); 0: none."""
     save_every: int = 0
-    """Also write checkpoint.pth every so many steps within an epoch; 0: only at its end."""
+    """Also save every so many steps within an epoch; 0: only at its end."""
+    keep_last: int = 2
+    """So many of the newest checkpoints are kept, and the best by k-NN while training. A damaged one is passed over at
+    the next start, so 1 is a risk."""
+    max_failed_saves: int = 3
+    """So many saves in a row may fail (a full disk) before the run ends."""
+    max_rejected: int = 30
+    """So many steps in a row may be rejected, because something in them is not finite, before the run ends. Mixed
+    precision with fp16 rejects some in the beginning while it looks for its scale."""
+    max_unreadable: float = 0.05
+    """Share of images that may be unreadable before the run ends; up to there others stand in for them."""
+    hang_timeout: float = 600.0
+    """Seconds without any progress after which the run ends and says which process it waited for; more than the
+    longest single thing that it does, such as the k-NN's search."""
     max_steps: int = 0
     """Stop after so many steps, with a complete checkpoint; 0: after the last epoch. Schedules do not change."""
     log_every: int = 10
@@ -193,7 +206,7 @@ class PretrainConfig:
             "warmup_start_lr": 0, "weight_decay": 0, "weight_decay_end": 0, "koleo_weight": 0, "freeze_last_layer": 0,
             "warmup_teacher_temp_epochs": 0, "num_workers": -1, "saveckp_freq": 0, "save_every": 0, "max_steps": 0,
             "log_every": 1, "knn_every": 0, "knn_holdout": 0, "knn_max_images": 1, "eval_resize": 0, "eval_crop": 0,
-            "seed": 0,
+            "seed": 0, "keep_last": 1, "max_failed_saves": 1, "max_rejected": 1, "max_unreadable": 0, "hang_timeout": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -239,7 +252,8 @@ FREE_TO_CHANGE = frozenset(
     {
         "output_dir", "device", "num_workers", "resume", "saveckp_freq", "save_every", "max_steps", "log_every",
         "knn_every", "knn_holdout", "knn_max_images", "train_data", "val_data", "eval_resize", "eval_crop", "recipe",
-        "deterministic", "batch_size_per_gpu", "accumulation_steps",
+        "deterministic", "batch_size_per_gpu", "accumulation_steps", "keep_last", "max_failed_saves", "max_rejected",
+        "max_unreadable", "hang_timeout",
     }
 )  # fmt: skip
 """Settings that may differ when a run is carried on: they do not change what is learnt (of the last two, only the
@@ -250,9 +264,10 @@ def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]
     """``name stored -> current`` for each setting in which a stored run is another run than ``current``."""
     out = []
     for field in dataclasses.fields(PretrainConfig):
-        if field.name in FREE_TO_CHANGE or field.name not in stored:
+        if field.name in FREE_TO_CHANGE:
             continue
-        then, now = stored[field.name], getattr(current, field.name)
+        # A setting that an earlier version did not have was then as its default is now.
+        then, now = stored.get(field.name, field.default), getattr(current, field.name)
         if (list(then) if isinstance(then, (list, tuple)) else then) != (list(now) if isinstance(now, tuple) else now):
             out.append(f"{field.name} {then} -> {now}")
     return out

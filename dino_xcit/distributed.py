@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from dino_xcit.errors import InputError, run_main
 
@@ -59,19 +65,41 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes if torchrun started this one; NCCL between GPUs, gloo between CPUs."""
+_store: Store | None = None
+
+
+def start(device: torch.device, timeout: float = 1800.0) -> None:
+    """Join the other processes if torchrun started this one; NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        timeout: seconds after which an operation that waits for another process is an error.
+    """
+    global _store
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        patience = timedelta(seconds=timeout)
+        # What init_process_group does by itself; done here because the store is wanted for more than that.
+        _store, own_rank, world = next(rendezvous("env://", timeout=patience))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("run", _store),
+            rank=own_rank,
+            world_size=world,
+            timeout=patience,
+            device_id=device if device.type == "cuda" else None,
+        )
+
+
+def store() -> Store | None:
+    """The key-value store that the processes of this run share; None for a process alone."""
+    return _store
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -79,6 +107,13 @@ def run_command(main: Callable[[], None]) -> None:
     is left however it ends."""
     try:
         run_main(main)
+    except SystemExit as ending:
+        if ending.code and world_size() > 1:
+            # Leaving the group in good order would wait for processes that may be gone.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ending.code if isinstance(ending.code, int) else 1)
+        raise
     finally:
         stop()
 
@@ -113,13 +148,25 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
-def main_decides(error: str | None) -> str | None:
-    """What the main process found (an error's sentence, or None), on every process."""
+T = TypeVar("T")
+
+
+def main_decides(found: T) -> T:
+    """What the main process found (an error's sentence, a path, None), on every process."""
     if world_size() == 1:
-        return error
-    box: list[str | None] = [error]
+        return found
+    box = [found]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(own: T) -> list[T]:
+    """Every process's value, in rank order, on every process."""
+    if world_size() == 1:
+        return [own]
+    box: list[T] = [own] * world_size()
+    dist.all_gather_object(box, own)
+    return box
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
@@ -136,12 +183,15 @@ def share_gradients(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
-    return nn.parallel.DistributedDataParallel(
-        module,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # PyTorch 2.15 would rather have it called forward_sync_buffers, which 2.11 does not know.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 def without_sharing(module: nn.Module, skip: bool) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import difflib
 import errno
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -14,6 +15,22 @@ class InputError(ValueError):
     The message says what was found, what was expected and what to type next. Runners print it alone, without a
     traceback, and exit with code 2.
     """
+
+
+DIVERGED, LOST, PREEMPTED = 3, 4, 75
+"""Exit codes of a run that stopped by itself: steps were not finite many times in a row; another process was lost or
+stands still; it was asked to stop and has saved (75 is sysexits.h's "temporary failure: try again")."""
+
+
+class RunStopped(Exception):
+    """The run ends here, on every process, with an exit code that scripts can tell from others.
+
+    An empty sentence: another process says it.
+    """
+
+    def __init__(self, code: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 def near_matches(word: str, candidates: Iterable[str], count: int = 3, prefix: str = "") -> str:
@@ -28,13 +45,15 @@ def near_matches(word: str, candidates: Iterable[str], count: int = 3, prefix: s
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's ``main`` and turn the user's mistakes into one sentence and exit code 2.
 
-    Only mistakes that a user can mend are caught: :class:`InputError`, and a full disk. Anything else is a fault of
-    ours and keeps its traceback.
+    Only mistakes that a user can mend are caught: :class:`InputError`, and a full disk; and :class:`RunStopped`, with
+    its own exit code. Anything else is a fault of ours and keeps its traceback.
     """
     try:
         main()
     except InputError as error:
         sentence = str(error)
+    except RunStopped as stopped:
+        _end(str(stopped), stopped.code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -54,6 +73,11 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
     else:
         return
+    _end(f"error: {sentence}", 2)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    if sentence:
+        print(sentence, file=sys.stderr, flush=True)
+    sys.exit(code)

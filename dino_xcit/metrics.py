@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ Record = Mapping[str, float | int]
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` and mirrors their numbers to TensorBoard."""
 
-    def __init__(self, folder: Path, from_step: int) -> None:
+    def __init__(self, folder: Path, from_step: int, say: Callable[[str], None] = print) -> None:
         """Records of steps after ``from_step``, and of an epoch that was cut short, are dropped: a resumed run writes
-        them anew."""
+        them anew. ``say`` is told once where the disk is full: a run that can train does not end for want of a log."""
+        self._say = say
+        self._disk_was_full = False
         self.path = folder / "metrics.jsonl"
         records = read_metrics(self.path)
         kept = [record for record in records if int(record["step"]) <= from_step and record["kind"] != "end"]
@@ -41,14 +43,32 @@ class MetricsWriter:
         JSON has no NaN, so such a value is written as a word.
         """
         words = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._bearing_a_full_disk():
+            self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def draw(self, picture: Path) -> None:
+        """The curves so far (:func:`draw_curves`)."""
+        with self._bearing_a_full_disk():
+            draw_curves(self.path, picture)
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
-        self._board.close()
+        with self._bearing_a_full_disk():
+            self._file.close()
+            self._board.close()
+
+    @contextlib.contextmanager
+    def _bearing_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._disk_was_full:
+                self._say(
+                    f"warning: metrics are incomplete from here on: {self.path.parent}: {error.strerror or error}"
+                )
+            self._disk_was_full = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +74,8 @@ class TrainState:
     """Steps done."""
     rejected: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     """Steps that were rejected because something in them was not finite; on the device."""
+    rejected_in_a_row: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    """Of them, those since the last accepted one; on the device."""
     shared: nn.Module = field(init=False)
     """The student as called in training: itself, or its DistributedDataParallel wrapping."""
 
@@ -110,6 +113,7 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
         optimizer=build_optimizer(config.optimizer, student),
         scaler=torch.amp.GradScaler(device.type, enabled=scaled),
         rejected=torch.zeros((), dtype=torch.int64, device=device),
+        rejected_in_a_row=torch.zeros((), dtype=torch.int64, device=device),
     )
     state.shared = distributed.share_gradients(student, device)
     return state
@@ -170,21 +174,28 @@ class StepResult:
 def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules, config: PretrainConfig) -> StepResult:
     """One optimizer step over the forward passes in ``batches`` (more than one: gradient accumulation).
 
-    A step in which the loss, the teacher's logits or the gradients are not finite on any process leaves parameters,
-    optimizer, teacher, centre and BatchNorm buffers as they were, on every process.
+    A step in which the loss, the teacher's logits, the gradients or the BatchNorm statistics are not finite on any
+    process leaves parameters, optimizer, teacher, centre and BatchNorm buffers as they were, on every process.
     """
     device = state.loss.center.device
+    # Nothing of ours draws from PyTorch's generators, but a timm backbone's dropout does: so its coins, and the
+    # generators' state, follow from the step, and a resumed run has the same.
+    torch.manual_seed(_generator_seed(config.seed, state.step, distributed.rank()))
     epoch = state.step // schedules.steps_per_epoch
     teacher_temp = schedules.teacher_temp.at(epoch)
     set_rates(state.optimizer, schedules.lr.at(state.step), schedules.weight_decay.at(state.step))
     buffers = _batch_norm_buffers(state)
     before = [buffer.clone() for buffer in buffers]
+    running = [buffer for buffer in buffers if buffer.is_floating_point()]
+    running_sum = [torch.zeros_like(buffer) for buffer in running]
 
     # ---- teacher, student, loss, gradients
     state.optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), device=device)
     logits_sum = torch.zeros_like(state.loss.center)
     for number, batch in enumerate(batches):
+        if number > 0:  # each pass starts from the same statistics, as it would on a process of its own
+            torch._foreach_copy_(buffers, before)
         batch = batch.to(device)
         crops = [normalise(crop, config.mean, config.std) for crop in batch.crops]
         keys = drop_path_keys(batch, config.seed) if config.drop_path_rate > 0 else None
@@ -198,6 +209,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
             of_globals = student.features[: len(teacher.features)]  # they come first
             total = loss + config.koleo_weight / len(batches) * koleo(of_globals, state.loss.global_views)
         state.scaler.scale(total).backward()
+        if running:
+            torch._foreach_add_(running_sum, running)
         loss_sum += loss.detach()
         logits_sum += teacher.logits.detach().to(torch.float32).sum(dim=0, keepdim=True)
 
@@ -208,13 +221,15 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     norms = torch._foreach_norm(gradients)
     total_norm = torch.linalg.vector_norm(torch.stack(norms))
     finite = torch.isfinite(loss_sum) & torch.isfinite(logits_sum).all() & torch.isfinite(total_norm)
+    if running:  # an activation of 1e25 is finite, and so is what BatchNorm makes of it, but its variance is not
+        finite &= torch.isfinite(torch.stack(torch._foreach_norm(running_sum, torch.inf))).all()
     failures = (~finite).to(torch.float32)
     rows = torch.full((), float(sum(2 * len(batch.indices) for batch in batches)), device=device)
-    running = [buffer for buffer in buffers if buffer.is_floating_point()]
-    distributed.all_reduce_sum([failures, logits_sum, loss_sum, rows, *running])
+    distributed.all_reduce_sum([failures, logits_sum, loss_sum, rows, *running_sum])
     accepted = failures == 0
-    for buffer in running:
-        buffer /= distributed.world_size()
+    if running:
+        torch._foreach_div_(running_sum, distributed.world_size() * len(batches))
+        torch._foreach_copy_(running, running_sum)
     loss_sum /= distributed.world_size()
 
     # ---- student, teacher, centre
@@ -237,9 +252,14 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     for buffer, old in zip(buffers, before, strict=True):
         buffer.copy_(torch.where(accepted, buffer, old))
     state.rejected += ~accepted
+    state.rejected_in_a_row.copy_(torch.where(accepted, 0, state.rejected_in_a_row + 1))
     state.step += 1
     last = loss.detach() * len(batches)
     return StepResult(loss_sum, total_norm, accepted, last, teacher.logits.detach(), teacher.features.detach())
+
+
+def _generator_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:

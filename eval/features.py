@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit import distributed
 from dino_xcit.data import Source, UndecodableImage, decode
-from dino_xcit.data.loader import choose_workers
+from dino_xcit.data.loader import be_a_loader_process, choose_workers
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
 from eval.progress import progress_bar
@@ -83,11 +83,13 @@ def batches(
     workers = choose_workers(num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if num_workers < 0 and sum(map(len, indices)) < _TOO_FEW_FOR_WORKERS:
         workers = 0
+    workers = min(workers, len(indices))
     loader: DataLoader[Tensor] = DataLoader(
         TransformedImages(source, transform),
         batch_sampler=indices,
-        num_workers=min(workers, len(indices)),
+        num_workers=workers,
         collate_fn=_stack,
+        worker_init_fn=be_a_loader_process if workers else None,
         pin_memory=device.type == "cuda",
     )
     for images in loader:
@@ -146,13 +148,19 @@ def extract(
     batch_size: int = 128,
     num_workers: int = -1,
     progress: bool = True,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Features:
-    """All of :func:`feature_rows` in one array, on every process."""
+    """All of :func:`feature_rows` in one array, on every process.
+
+    Args:
+        between_batches: called after each batch, on all processes equally often; it may raise to end this.
+    """
     rows = np.empty((len(source), width_of(backbone)), dtype=np.float32)
     start = 0
     for chunk in feature_rows(backbone, source, transform, device, batch_size, num_workers, progress):
         rows[start : start + len(chunk)] = chunk
         start += len(chunk)
+        between_batches()
     return Features(rows, source.labels)
 
 

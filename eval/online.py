@@ -17,10 +17,12 @@ from eval.knn import accuracy, knn_predict
 K, TEMPERATURE = 20, 0.07
 
 
-def online_knn(
-    config: PretrainConfig, source: Source, device: torch.device
-) -> Callable[[nn.Module], dict[str, float]] | None:
-    """A function from the teacher's backbone to ``{"knn_top1": percent}``; None where the run asked for none.
+OnlineKnn = Callable[[nn.Module, Callable[[], None]], dict[str, float]]
+"""The teacher's backbone, and what to call between two batches, to ``{"knn_top1": percent}``."""
+
+
+def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> OnlineKnn | None:
+    """The measurement that the run asked for; None where it asked for none.
 
     With ``knn_holdout`` the queries are training images held out from the neighbours, so that settings can be chosen
     without looking at the validation images. The backbone's mode (train or eval) is left as it was.
@@ -38,9 +40,9 @@ def online_knn(
         train = Subset(train, np.linspace(0, len(train) - 1, config.knn_max_images).astype(np.int64))
     transform = config.eval_transform()
 
-    def evaluate(backbone: nn.Module) -> dict[str, float]:
-        neighbours = extract(backbone, train, transform, device, progress=False)
-        queries = extract(backbone, val, transform, device, progress=False)
+    def evaluate(backbone: nn.Module, between_batches: Callable[[], None]) -> dict[str, float]:
+        neighbours = extract(backbone, train, transform, device, progress=False, between_batches=between_batches)
+        queries = extract(backbone, val, transform, device, progress=False, between_batches=between_batches)
         predicted = knn_predict(neighbours.features, neighbours.labels, queries.features, [K], [TEMPERATURE])
         return {"knn_top1": accuracy(predicted[K, TEMPERATURE], queries.labels, 1)}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dino_xcit import checkpoint
+from dino_xcit import durable, safe_load
 from dino_xcit.errors import InputError
 
 FORMAT = "dino-xcit-linear-1"
@@ -25,7 +25,7 @@ def read_probe(folder: Path, settings: Settings) -> dict[str, Any] | None:
     path = folder / FILE_NAME
     if not path.exists():
         return None
-    content = checkpoint.read(path)
+    content = safe_load.read(path)
     if content.get("format") != FORMAT or not isinstance(content.get("settings"), Mapping):
         raise InputError(f"{path} is no linear probe: choose another --output-dir, or --resume never to overwrite it")
     changed = differences(content["settings"], settings)
@@ -46,7 +46,7 @@ def write_probe(folder: Path, content: Mapping[str, Any], settings: Settings) ->
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_aside(folder / FILE_NAME, {"format": FORMAT, "settings": settings, **content})
+        durable.write_torch(folder / FILE_NAME, {"format": FORMAT, "settings": settings, **content})
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {folder / FILE_NAME}: {error.strerror}; choose another --output-dir") from error
 

@@ -166,25 +166,59 @@ def test_another_epoch_gives_other_views() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def folder_with_bad_images(folder: Path, count: int, bad: dict[int, bytes]) -> Source:
+    """Images 00.png, 01.png ... of noise; ``bad`` ones are other bytes."""
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    for index, data in bad.items():
+        (folder / f"{index:02d}.png").write_bytes(data)
+    return open_source(str(folder))
+
+
+def test_exactly_the_images_that_cannot_be_read_are_replaced_and_named(tmp_path: Path) -> None:
+    source = folder_with_bad_images(tmp_path, 12, {3: b"<html>gone</html>", 7: b"", 11: b"\x89PNG\r\n\x1a\n"})
+    (tmp_path / "05.png").unlink()
+    batches = list(load(source, 0, batch=4, stop=3))
+    order = np.random.default_rng([5, 0]).permutation(12).tolist()
+    shown = [index for batch in batches for index in batch.indices.tolist()]
+    unreadable = {bad.index: bad for batch in batches for bad in batch.unreadable}
+    assert set(unreadable) == {3, 5, 7, 11}
+    assert [index for index, wanted in zip(shown, order, strict=True) if index == wanted] == [
+        wanted for wanted in order if wanted not in unreadable
+    ]
+    assert not set(shown) & set(unreadable)
+    assert all(bad.name.endswith(f"{index:02d}.png") and bad.epoch == 0 for index, bad in unreadable.items())
+    assert unreadable[3].cause == "a web page, not an image"
+    assert unreadable[7].cause == "empty file"
+    assert "No such file" in unreadable[5].cause
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_substitutes_do_not_depend_on_workers_or_on_where_a_run_was_resumed(tmp_path: Path, workers: int) -> None:
+    source = folder_with_bad_images(tmp_path, 12, {1: b"x", 2: b"x", 9: b"x"})
+    whole = list(load(source, 0, stop=6))
+    assert_same_batches(whole, list(load(source, workers, stop=6)))
+    assert_same_batches(whole[4:], list(load(source, workers, start=4, stop=6)))
+    assert [batch.unreadable for batch in whole] == [batch.unreadable for batch in load(source, workers, stop=6)]
+
+
+def test_a_substitute_has_other_views_than_at_its_own_turn(tmp_path: Path) -> None:
+    source = folder_with_bad_images(tmp_path, 3, {1: b"x"})
+    (batch,) = load(source, 0, batch=3, stop=1)
+    values, counts = batch.indices.unique(return_counts=True)
+    twice = (batch.indices == values[counts == 2]).nonzero().flatten().tolist()
+    assert len(twice) == 2
+    assert not torch.equal(batch.crops[0][twice[0]], batch.crops[0][twice[1]])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_becomes_one_sentence_that_names_it(tmp_path: Path, workers: int) -> None:
-    for index in range(6):
-        Image.new("RGB", (9, 9)).save(tmp_path / f"{index}.png")
-    (tmp_path / "3.png").write_bytes(b"<html>gone</html>")
-    with pytest.raises(UndecodableImage, match=r"3\.png cannot be read: ") as caught:
-        list(load(open_source(str(tmp_path)), workers, batch=2, stop=3))
+def test_where_nothing_can_be_read_the_run_ends_with_one_sentence(tmp_path: Path, workers: int) -> None:
+    source = folder_with_bad_images(tmp_path, 4, dict.fromkeys(range(4), b"<html>gone</html>"))
+    with pytest.raises(UndecodableImage, match=r"\.png cannot be read \(.* neither can 20 other") as caught:
+        list(load(source, workers, batch=2, stop=2))
     assert "Traceback" not in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_vanished_becomes_one_sentence_too(tmp_path: Path, workers: int) -> None:
-    for index in range(4):
-        Image.new("RGB", (9, 9)).save(tmp_path / f"{index}.png")
-    source = open_source(str(tmp_path))
-    (tmp_path / "2.png").unlink()
-    with pytest.raises(InputError, match=r"cannot read the image .*2\.png"):
-        list(load(source, workers, batch=2, stop=2))
 
 
 def test_the_number_of_workers_is_the_one_wanted_or_this_process_s_share_of_the_cores() -> None:

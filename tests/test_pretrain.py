@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import CPU, differing_bits, tensors_of, tiny_config
+from tiny_run import differing_bits, tensors_of
 
-from dino_xcit import checkpoint
+from dino_xcit import safe_load
 from dino_xcit.errors import InputError
 from dino_xcit.metrics import read_metrics
-from dino_xcit.train import build_state
-from run_pretrain import _resume
+from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+from run_pretrain import output_folder
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {
@@ -108,11 +108,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, tuple[str, int]]:
-    """Content and time of every file below a folder."""
+    """Content and time of every file below a folder; but for the lock, which says who was there last."""
     return {
         str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 
@@ -152,14 +152,14 @@ def test_a_run_of_two_steps_ends_with_a_complete_checkpoint(stopped: Stopped, ph
     assert str(photos) in first
     assert "16 images" in stopped.ended.out
     assert "warmup_epochs" in stopped.ended.out  # ten epochs of warm-up in a run of three: shortened, with a notice
-    content = checkpoint.read(stopped.folder / "checkpoint.pth")
+    content = safe_load.read(stopped.folder / "checkpoint.pth")
     assert content["step"] == 2
     assert content["args"]["max_steps"] == 2
     assert content["args"]["data_path"] == str(photos)
     backbone = torch.load(stopped.folder / "backbone.pth", weights_only=True)
     teacher = {k.removeprefix("backbone."): v for k, v in content["teacher"].items() if k.startswith("backbone.")}
     assert differing_bits(tensors_of(backbone), tensors_of(teacher)) == []
-    assert not list(stopped.folder.glob(".*"))
+    assert [path.name for path in stopped.folder.glob(".*")] == [".lock"]
 
 
 def test_a_run_writes_metrics_tensorboard_and_curves(stopped: Stopped) -> None:
@@ -214,7 +214,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_that_was_measured_on_the_way(
     assert [record["step"] for record in epochs] == [4, 8, 12]
     assert all(0 <= record["knn_top1"] <= 100 for record in epochs)
     assert "knn top1" in whole.out
-    assert sorted(p.name for p in straight.glob("*.pth")) == ["backbone.pth", "checkpoint.pth", "checkpoint0002.pth"]
+    assert sorted(p.name for p in straight.glob("*.pth")) == ["backbone.pth", "best.pth", "checkpoint.pth"]
+    manifests = {manifest.step: manifest for manifest in CheckpointFolder(straight).manifests()}
+    assert {8, 12} <= manifests.keys() <= {4, 8, 12}  # 8 of --saveckp-freq, 12 as the newest, 4 if it is the best
+    assert manifests[8].keep
+    measured = {record["step"]: record["knn_top1"] for record in epochs}
+    assert all(manifest.knn_top1 == measured[step] for step, manifest in manifests.items())
+    best = safe_load.read(straight / "best.pth")["step"]
+    assert measured[best] == max(measured.values())
 
 
 def test_a_run_killed_between_checkpoints_continues_from_the_last(
@@ -234,17 +241,14 @@ def test_a_run_killed_between_checkpoints_continues_from_the_last(
 
 
 def test_save_every_writes_within_an_epoch(pretrain: Pretrain, stopped: Stopped, tmp_path: Path) -> None:
-    """Seen by the time of the file: an image that cannot be read ends the run after the third step."""
     images = tmp_path / "images"
     images.mkdir()
     for index in range(16):
         Image.new("RGB", (20, 20), (index * 15, 0, 0)).save(images / f"{index:02d}.png")
-    order = np.random.default_rng([0, 0]).permutation(16)
-    (images / f"{order[13]:02d}.png").write_bytes(b"not an image")
     folder = tmp_path / "run"
-    ended = pretrain("--data-path", images, *SMALL, "--output-dir", folder, "--save-every", "2")
-    ended.assert_refused(f"{order[13]:02d}.png")
-    assert checkpoint.read(folder / "checkpoint.pth")["step"] == 2
+    flags = ["--save-every", "2", "--keep-last", "9", "--max-steps", "7"]
+    assert pretrain("--data-path", images, *SMALL, "--output-dir", folder, *flags).code == 0
+    assert [manifest.step for manifest in CheckpointFolder(folder).manifests()] == [7, 6, 4, 2]
 
 
 def test_the_sample_is_used_without_a_data_path_and_the_first_line_says_so(pretrain: Pretrain, tmp_path: Path) -> None:
@@ -254,7 +258,7 @@ def test_the_sample_is_used_without_a_data_path_and_the_first_line_says_so(pretr
     assert "sample" in ended.out.splitlines()[0]
     assert "no --data-path" in ended.out.splitlines()[0]
     assert "12,000 images" in ended.out
-    assert checkpoint.read(folder / "checkpoint.pth")["args"]["data_path"] == "sample:fashion-mnist"
+    assert safe_load.read(folder / "checkpoint.pth")["args"]["data_path"] == "sample:fashion-mnist"
 
 
 def test_an_official_architecture_runs_on_the_sample(pretrain: Pretrain, tmp_path: Path) -> None:
@@ -303,10 +307,9 @@ def test_an_output_directory_of_another_run_is_refused_untouched(
 def test_an_output_directory_that_cannot_be_written_to_is_refused_before_the_first_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = tiny_config(output_dir=str(tmp_path))
     monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written to
-    with pytest.raises(InputError, match="cannot write to the output directory"):
-        _resume(build_state(config, CPU), config, 6)
+    with pytest.raises(InputError, match="cannot write to the output directory"), output_folder(tmp_path):
+        pass
 
 
 def test_the_next_command_fits_the_data(pretrain: Pretrain, photos: Path, tmp_path: Path) -> None:
@@ -346,7 +349,7 @@ def test_resume_changed_carries_on_and_resume_never_starts_anew(
     changed = pretrain(*flags, "--lr", "0.3", "--resume", "changed", "--max-steps", "3")
     assert changed.code == 0, changed.err
     assert "after step 2" in changed.out
-    content = checkpoint.read(folder / "checkpoint.pth")
+    content = safe_load.read(folder / "checkpoint.pth")
     assert (content["step"], content["args"]["lr"]) == (3, 0.3)
 
     anew = pretrain(*flags, "--resume", "never", "--max-steps", "2")
@@ -357,12 +360,15 @@ def test_resume_changed_carries_on_and_resume_never_starts_anew(
     assert steps == [1, 2]
 
 
-def test_a_damaged_checkpoint_is_refused_and_kept(pretrain: Pretrain, stopped: Stopped, tmp_path: Path) -> None:
+def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_they_are_kept(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
+) -> None:
     folder, flags = stopped.copy(tmp_path / "run")
-    whole = (folder / "checkpoint.pth").read_bytes()
-    (folder / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
-    pretrain(*flags).assert_refused("checkpoint.pth")
-    assert (folder / "checkpoint.pth").read_bytes() == whole[: len(whole) // 2]
+    for file in (folder / "checkpoints").glob("*.pth"):
+        file.write_bytes(file.read_bytes()[:-9])
+    before = files_of(folder)
+    pretrain(*flags).assert_refused("no checkpoint", "is whole", "--resume never")
+    assert files_of(folder) == before
 
 
 def test_a_foreign_checkpoint_is_refused_and_kept(pretrain: Pretrain, stopped: Stopped, tmp_path: Path) -> None:
@@ -403,18 +409,6 @@ def test_what_cannot_be_is_refused_in_one_sentence(
         flags = [flag.replace(word, place) for flag in flags]
     pretrain(*SMALL, "--output-dir", tmp_path / "run", *flags).assert_refused(*words)
     assert not list(tmp_path.rglob("*.pth"))
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_file_that_is_no_image_is_named(pretrain: Pretrain, tmp_path: Path, workers: str) -> None:
-    (tmp_path / "images").mkdir()
-    for index in range(8):
-        Image.new("RGB", (20, 20)).save(tmp_path / "images" / f"{index}.jpg")
-    (tmp_path / "images" / "5.jpg").write_bytes(b"<html>not found</html>")
-    ended = pretrain(
-        *SMALL, "--data-path", tmp_path / "images", "--output-dir", tmp_path / "run", "--num-workers", workers
-    )
-    ended.assert_refused("5.jpg cannot be read")
 
 
 # ---- as processes of their own

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from dino_xcit import run_lock
 from dino_xcit.errors import InputError
-from dino_xcit.run_lock import RunLock
+from dino_xcit.reliability import run_lock
+from dino_xcit.reliability.run_lock import RunLock
 
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from dino_xcit.run_lock import RunLock
+from dino_xcit.reliability.run_lock import RunLock
 
 lock = RunLock.take(Path(sys.argv[1]), refresh_seconds=0.1, watch_seconds=0.5)
 for act in sys.argv[2:]:
@@ -99,7 +99,7 @@ def other_hosts(folder: Path, **changes: object) -> dict[str, Any]:
 def take_elsewhere(folder: Path) -> subprocess.CompletedProcess[str]:
     """What another process gets that claims the folder for a moment."""
     code = (
-        "import sys; from pathlib import Path; from dino_xcit.run_lock import RunLock\n"
+        "import sys; from pathlib import Path; from dino_xcit.reliability.run_lock import RunLock\n"
         "with RunLock.take(Path(sys.argv[1]), watch_seconds=0.5) as lock: print(lock.took_over)"
     )
     return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +22,20 @@ from dino_xcit.errors import InputError
 Key = tuple[int, int]
 """(epoch, index in the source)."""
 
+SUBSTITUTES = 20
+"""So many other images are tried in the place of one that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be read, and was replaced."""
+
+    index: int
+    """In the source."""
+    name: str
+    cause: str
+    epoch: int
+
 
 @dataclass
 class Batch:
@@ -31,19 +48,36 @@ class Batch:
     epoch: int
     indices: Tensor
     """[B] int64, which images of the source these are."""
+    unreadable: list[Unreadable] = field(default_factory=list)
+    """Images that should have been in this batch, and that others stand in for."""
 
     def pin_memory(self) -> Batch:
         """Called by the loader where batches go to a GPU."""
-        return Batch([crop.pin_memory() for crop in self.crops], self.views, self.epoch, self.indices.pin_memory())
+        crops = [crop.pin_memory() for crop in self.crops]
+        return Batch(crops, self.views, self.epoch, self.indices.pin_memory(), self.unreadable)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; from pinned memory without waiting."""
         crops = [crop.to(device, non_blocking=True) for crop in self.crops]
-        return Batch(crops, self.views, self.epoch, self.indices.to(device, non_blocking=True))
+        return Batch(crops, self.views, self.epoch, self.indices.to(device, non_blocking=True), self.unreadable)
 
 
-class MultiCropDataset(Dataset[tuple[list[Tensor], int, int]]):
-    """(epoch, index) to that image's views, grouped by size."""
+@dataclass
+class Sample:
+    """The views of one image, grouped by size, on their way to a batch."""
+
+    views: list[Tensor]
+    epoch: int
+    index: int
+    unreadable: list[Unreadable]
+
+
+class MultiCropDataset(Dataset[Sample]):
+    """(epoch, index) to that image's views, grouped by size.
+
+    An image that cannot be read is replaced by another one that follows from (seed, epoch, index) alone, so that the
+    views do not depend on who reads them, or when.
+    """
 
     def __init__(self, source: Source, augmentation: MultiCropAugmentation, seed: int) -> None:
         self.source = source
@@ -54,28 +88,43 @@ class MultiCropDataset(Dataset[tuple[list[Tensor], int, int]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[list[Tensor], int, int] | UndecodableImage:  # type: ignore[override]
+    def __getitem__(self, key: Key) -> Sample | UndecodableImage:  # type: ignore[override]
         epoch, index = key
-        try:
-            item, _ = self.source.read(index)
-            image = decode(item, self.source.name(index))
-        except InputError as error:
-            # Handed over rather than raised: a loader process would bury the sentence in a traceback.
-            return UndecodableImage(str(error))
-        views = self.augmentation(image, self.seed, epoch, index)
-        return [torch.stack([views[view] for view in group]) for group in self.groups], epoch, index
+        unreadable: list[Unreadable] = []
+        for candidate in self._candidates(epoch, index):
+            try:
+                image = decode(self.source.read(candidate)[0], self.source.name(candidate))
+            except InputError as error:
+                cause = error.cause if isinstance(error, UndecodableImage) else str(error)
+                unreadable.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
+                continue
+            # Keyed by the place in the order, not by the image: a substitute's own turn gives it other views.
+            views = self.augmentation(image, self.seed, epoch, index)
+            grouped = [torch.stack([views[view] for view in group]) for group in self.groups]
+            return Sample(grouped, epoch, candidate, unreadable)
+        # Handed over rather than raised: a loader process would bury the sentence in a traceback.
+        return UndecodableImage(
+            f"{unreadable[0].name} cannot be read ({unreadable[0].cause}), and neither can {SUBSTITUTES} other images "
+            "drawn in its place: are these images, and is the disk there?"
+        )
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        generator = np.random.default_rng([self.seed, epoch, index, 1])
+        yield from generator.integers(len(self.source), size=SUBSTITUTES).tolist()
 
 
-def collate(samples: list[tuple[list[Tensor], int, int] | UndecodableImage]) -> Batch | UndecodableImage:
-    """Samples to a view-major batch; one image that cannot be read makes the whole batch that error."""
-    good: list[tuple[list[Tensor], int, int]] = []
+def collate(samples: list[Sample | UndecodableImage]) -> Batch | UndecodableImage:
+    """Samples to a view-major batch; one place for which no image can be read makes the whole batch that error."""
+    good: list[Sample] = []
     for sample in samples:
         if isinstance(sample, UndecodableImage):
             return sample
         good.append(sample)
-    crops = [torch.stack(views, dim=1).flatten(0, 1) for views in zip(*(sample[0] for sample in good), strict=True)]
-    views = [group.shape[0] for group in good[0][0]]
-    return Batch(crops, views, good[0][1], torch.tensor([sample[2] for sample in good]))
+    crops = [torch.stack(views, dim=1).flatten(0, 1) for views in zip(*(sample.views for sample in good), strict=True)]
+    views = [group.shape[0] for group in good[0].views]
+    indices = torch.tensor([sample.index for sample in good])
+    return Batch(crops, views, good[0].epoch, indices, [bad for sample in good for bad in sample.unreadable])
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -142,7 +191,7 @@ def build_loader(
     """Batches for every forward pass of ``sampler``, in order.
 
     Raises:
-        UndecodableImage: while iterating, for an image that cannot be read.
+        UndecodableImage: while iterating, where neither an image nor what would stand in for it can be read.
     """
     loader: DataLoader[Batch] = DataLoader(
         MultiCropDataset(source, augmentation, seed),  # type: ignore[arg-type]
@@ -150,7 +199,7 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=be_a_loader_process if num_workers else None,
     )
     for batch in loader:
         if isinstance(batch, UndecodableImage):
@@ -158,5 +207,18 @@ def build_loader(
         yield batch
 
 
-def _one_thread(_: int) -> None:
+def be_a_loader_process(_: int) -> None:
+    """Set up a process that reads images: one thread, deaf to signals that are meant for the run, gone with its parent.
+
+    Slurm and terminals send their signals to every process of a job; one that dies of it takes the run along before
+    that could save.
+    """
     torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if sys.platform == "linux":
+        die_with_parent = 1  # PR_SET_PDEATHSIG, of prctl(2): a parent killed by SIGKILL cannot clean up
+        ctypes.CDLL(None, use_errno=True).prctl(die_with_parent, signal.SIGKILL)
+        if os.getppid() == 1:  # it died just before that
+            os._exit(1)

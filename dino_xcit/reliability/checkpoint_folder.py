@@ -1,0 +1,236 @@
+"""The checkpoints of one run on disk: each with a manifest, the newest that is whole, which of them are kept.
+
+OUTPUT_DIR/checkpoints/step00001200.pth    the state after that step
+OUTPUT_DIR/checkpoints/step00001200.json   its manifest: size, SHA-256, epoch, k-NN; written after it, so a
+                                           checkpoint with a manifest is complete
+OUTPUT_DIR/checkpoint.pth                  another name of the newest     OUTPUT_DIR/best.pth   of the best by k-NN
+OUTPUT_DIR/backbone.pth                    the teacher's backbone alone, of the newest
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dino_xcit import durable
+from dino_xcit.errors import InputError
+
+FOLDER, LATEST, BEST, BACKBONE = "checkpoints", "checkpoint.pth", "best.pth", "backbone.pth"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a checkpoint without reading it."""
+
+    step: int
+    """Steps done."""
+    epoch: int
+    """Epochs done."""
+    size: int
+    """Bytes of the file."""
+    sha256: str
+    """Of the file."""
+    global_batch: int
+    """Images a step."""
+    world_size: int
+    """Processes that trained it."""
+    keep: bool = False
+    """Whether it stays however old it is."""
+    knn_top1: float | None = None
+    """Percent, where it was measured."""
+    written: float = 0.0
+    """Seconds since 1970."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's file."""
+        return f"step{self.step:08d}.pth"
+
+
+class CheckpointFolder:
+    """Writes, finds and prunes the checkpoints of a run. One process uses it for writing, see RunLock."""
+
+    def __init__(self, output_dir: Path, keep_last: int = 2) -> None:
+        self.output_dir = output_dir
+        self.folder = output_dir / FOLDER
+        self.latest = output_dir / LATEST
+        self._keep_last = keep_last
+        self._verified: set[int] = set()
+        """Steps whose file was read back, as a whole, by this object."""
+
+    # ---- writing
+
+    def write(self, content: Mapping[str, Any], keep: bool = False) -> Manifest:
+        """Write a checkpoint (:func:`dino_xcit.checkpoint.content_of`), its manifest and its other names; then prune.
+
+        A crash at any moment leaves the checkpoint before this one, or this one, whole and found by :meth:`newest`.
+
+        Raises:
+            OSError: it cannot be written; the others are as they were.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        step, epoch = int(content["step"]), int(content["epoch"])
+        path = self.folder / f"step{step:08d}.pth"
+        written = durable.write_torch(path, dict(content))
+        manifest = Manifest(
+            step, epoch, written.size, written.sha256, int(content["global_batch"]), int(content["world_size"]), keep,
+            written=time.time(),
+        )  # fmt: skip
+        self._write_manifest(manifest)
+        self._verified.add(step)
+        self._give_names(path, content)
+        self.prune()
+        return manifest
+
+    def finish(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Do the rest of a save that was cut short after its manifest: ``path`` is the newest, and gets its names."""
+        if not self.latest.exists() or not _same_bytes(path, self.latest):
+            self._give_names(path, content)
+
+    def _give_names(self, path: Path, content: Mapping[str, Any]) -> None:
+        prefix = "backbone."
+        backbone = {
+            key.removeprefix(prefix): value for key, value in content["teacher"].items() if key.startswith(prefix)
+        }
+        durable.write_torch(self.output_dir / BACKBONE, backbone)
+        durable.give_name(path, self.latest)
+
+    def note_knn(self, step: int, knn_top1: float) -> None:
+        """Add a measured k-NN accuracy (percent) to a checkpoint's manifest; the best becomes ``best.pth``."""
+        manifests = {manifest.step: manifest for manifest in self.manifests()}
+        if step not in manifests:
+            return
+        manifests[step] = dataclasses.replace(manifests[step], knn_top1=knn_top1)
+        self._write_manifest(manifests[step])
+        best = _best(list(manifests.values()))
+        if best is not None and best.step == step:
+            durable.give_name(self.folder / best.name, self.output_dir / BEST)
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove all but the newest ``keep_last`` that are whole, those marked to be kept, and the best.
+
+        A file counts as whole only after it was read and its hash compared: nothing is removed on trust.
+        """
+        whole = 0
+        best = _best(self.manifests())
+        for path in sorted(self.folder.glob("step*.json"), reverse=True):
+            manifest = _read_manifest(path)
+            if whole < self._keep_last:
+                whole += isinstance(manifest, Manifest) and self._is_whole(manifest)
+            elif isinstance(manifest, str) or not (manifest.keep or manifest == best):
+                # The manifest goes first: a file without one is no checkpoint, one without its file a false promise.
+                path.unlink(missing_ok=True)
+                path.with_suffix(".pth").unlink(missing_ok=True)
+        for path in self.folder.glob("step*.pth"):
+            if not path.with_suffix(".json").exists():  # a save that was cut short between the two
+                path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove every checkpoint: a run starts anew."""
+        if self.folder.exists():
+            for path in sorted(self.folder.glob("step*.json")) + sorted(self.folder.glob("step*.pth")):
+                path.unlink(missing_ok=True)
+        for name in (LATEST, BEST):
+            (self.output_dir / name).unlink(missing_ok=True)
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        values = dataclasses.asdict(manifest)
+        durable.write_json((self.folder / manifest.name).with_suffix(".json"), values | {"checksum": _checksum(values)})
+
+    def _is_whole(self, manifest: Manifest) -> bool:
+        if manifest.step not in self._verified and why_damaged(self.folder / manifest.name, manifest) is None:
+            self._verified.add(manifest.step)
+        return manifest.step in self._verified
+
+    # ---- finding
+
+    def manifests(self) -> list[Manifest]:
+        """Of all complete checkpoints, newest first; manifests that cannot be read are left out."""
+        found = [_read_manifest(path) for path in self.folder.glob("step*.json")]
+        return sorted((m for m in found if isinstance(m, Manifest)), key=lambda m: m.step, reverse=True)
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose bytes are those that were written, and sentences on what had to be passed over.
+
+        ``(None, [])`` where the run has saved nothing yet. A ``checkpoint.pth`` alone, without manifests, is taken as
+        it is: an earlier version wrote it, or somebody put it there.
+
+        Raises:
+            InputError: there are checkpoints, and all of them are damaged.
+        """
+        notices = []
+        for path in sorted(self.folder.glob("step*.json"), reverse=True):
+            manifest = _read_manifest(path)
+            if isinstance(manifest, str):
+                notices.append(manifest)
+                continue
+            file = self.folder / manifest.name
+            damage = why_damaged(file, manifest)
+            if damage is None:
+                self._verified.add(manifest.step)
+                if notices:
+                    notices.append(f"going back to the checkpoint of step {manifest.step}")
+                return file, notices + self._why_latest_is_passed_over(file)
+            notices.append(f"{file} is damaged: {damage}")
+        if notices:
+            raise InputError(
+                f"no checkpoint in {self.folder} is whole ({'; '.join(notices[:3])}): bring one back from a copy, "
+                "or start anew with --resume never"
+            )
+        return (self.latest if self.latest.exists() else None), []
+
+    def _why_latest_is_passed_over(self, newest: Path) -> list[str]:
+        """A sentence where ``checkpoint.pth`` is none of the files that the manifests speak of."""
+        if not self.latest.exists() or os.path.samefile(self.latest, newest):
+            return []
+        digest = durable.digest_of(self.latest)
+        if any((m.size, m.sha256) == (digest.size, digest.sha256) for m in self.manifests()):
+            return []  # a save was cut short before it got to this name
+        return [f"{self.latest} is damaged or not of this run: using {newest}"]
+
+
+def _same_bytes(file: Path, other: Path) -> bool:
+    """Whether both hold the same; a copied directory has two files where the original has two names of one."""
+    return os.path.samefile(file, other) or durable.digest_of(file) == durable.digest_of(other)
+
+
+def why_damaged(file: Path, manifest: Manifest) -> str | None:
+    """A clause, or None where the file is the one that was written."""
+    try:
+        size = file.stat().st_size
+        if size != manifest.size:
+            return f"it has {size:,} bytes, {manifest.size:,} were written"
+        if durable.digest_of(file).sha256 != manifest.sha256:
+            return "its SHA-256 is not that of its manifest"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _read_manifest(path: Path) -> Manifest | str:
+    """The manifest, or a sentence on why it cannot be used."""
+    try:
+        values = json.loads(path.read_bytes())
+        if values.pop("checksum") == _checksum(values) and path.stem == Path(Manifest(**values).name).stem:
+            return Manifest(**values)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        pass
+    return f"{path} is damaged: it is not the manifest that was written"
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _best(manifests: list[Manifest]) -> Manifest | None:
+    """By k-NN accuracy; the later one of equals."""
+    measured = [manifest for manifest in manifests if manifest.knn_top1 is not None]
+    return max(measured, key=lambda m: (m.knn_top1 or 0.0, m.step), default=None)

@@ -1,0 +1,180 @@
+"""When steps are not finite many times in a row: what is kept of them, and how to see one again.
+
+    python -m dino_xcit.reliability.nonfinite RUN/nonfinite.pth
+
+repeats the last rejected step in one process, with the weights it met (rejected steps leave them alone), the same
+images and the same crops, and names the forward pass and the first module in which something is not finite.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_xcit import checkpoint, distributed, durable, safe_load
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data import open_source
+from dino_xcit.data.loader import Batch, StepSampler, build_loader
+from dino_xcit.errors import DIVERGED, InputError, RunStopped
+from dino_xcit.train import Schedules, TrainState, build_state, choose_precision, train_step
+
+STATE, SUMMARY = "nonfinite.pth", "nonfinite.json"
+
+
+class HostCopy:
+    """A number on the device, as the host last knew it: reading never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._known = 0
+        self._copy = torch.zeros((), dtype=torch.int64, pin_memory=True) if device.type == "cuda" else None
+        self._arrives: torch.cuda.Event | None = None
+
+    def read(self, number: Tensor) -> int:
+        """On the CPU the number; on CUDA its value some steps ago."""
+        if self._copy is None:
+            return int(number)
+        if self._arrives is None or self._arrives.query():
+            if self._arrives is not None:
+                self._known = int(self._copy)
+            self._copy.copy_(number, non_blocking=True)
+            self._arrives = torch.cuda.Event()
+            self._arrives.record()
+        return self._known
+
+
+def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
+    """Save the state and what the rejected steps saw; the exception to end the run with. All processes call it."""
+    folder = Path(config.output_dir)
+    if not distributed.is_main():
+        return RunStopped(DIVERGED, "")
+    in_a_row = int(state.rejected_in_a_row)
+    step = state.step - 1  # the last one done, counted from 0
+    summary = {
+        "step": step,
+        "epoch": step // sampler.steps_per_epoch,
+        "rejected_in_a_row": in_a_row,
+        "seed": config.seed,
+        "precision": str(choose_precision(config.precision, device)).removeprefix("torch."),
+        "images_by_forward_pass": passes_of(sampler, step),
+    }
+    content = checkpoint.content_of(state, config, sampler.steps_per_epoch) | {"nonfinite": summary}
+    try:
+        durable.write_torch(folder / STATE, content)
+        durable.write_json(folder / SUMMARY, summary)
+        kept = f"python -m dino_xcit.reliability.nonfinite {folder / STATE} repeats the last one and says where"
+    except OSError as error:
+        kept = f"what they met could not be kept ({error.strerror})"
+    return RunStopped(
+        DIVERGED,
+        f"error: {in_a_row} steps in a row up to step {state.step} were not finite (--max-rejected is "
+        f"{config.max_rejected}); nothing was learnt from them. {kept}. A lower --lr, --clip-grad or --precision fp32 "
+        "often help; the checkpoints are as they were",
+    )
+
+
+def passes_of(sampler: StepSampler, step: int) -> list[list[int]]:
+    """The images of each forward pass of a step (from 0), over all processes, in the order that dealt them out."""
+    alone = StepSampler(
+        sampler.length, sampler.batch_size, sampler.accumulation_steps * sampler.world_size, seed=sampler.seed,
+        start_step=step, stop_step=step + 1,
+    )  # fmt: skip
+    return [[index for _, index in keys] for keys in alone]
+
+
+def repeat(path: Path) -> str:
+    """Do the kept step again; a report.
+
+    Raises:
+        InputError: no such file, or the step is finite here.
+    """
+    content = safe_load.read(path)
+    summary, stored = content.get("nonfinite"), content.get("args")
+    if not isinstance(summary, Mapping) or not isinstance(stored, Mapping):
+        raise InputError(f"{path} holds no rejected step: expected the {STATE} that a run leaves when it ends so")
+    config = _config_of(stored, content, summary)
+    device = distributed.choose_device(config.device)
+    source = open_source(config.data_path, "train")
+    step = int(summary["step"])
+    sampler = StepSampler(
+        len(source), config.batch_size_per_gpu, config.accumulation_steps, seed=config.seed,
+        start_step=step, stop_step=step + 1,
+    )  # fmt: skip
+    if passes_of(sampler, step) != summary["images_by_forward_pass"]:
+        raise InputError(f"{config.data_path} is not what it was: step {step} would see other images")
+    state = build_state(config, device)
+    checkpoint.restore(state, content, path)
+    state.step = step
+    schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
+    loader = build_loader(source, config.augmentation(), sampler, config.seed, 0, device)
+    batches = list(islice(loader, config.accumulation_steps))
+    lines = [f"step {step} of {path}, {len(batches)} forward pass(es) on {device.type} in {config.precision}:"]
+    for number, batch in enumerate(batches):
+        lines.append(f"  pass {number}: {_try(state, batch, schedules, config)}")
+    if bool(train_step(state, batches, schedules, config).accepted):
+        raise InputError("\n".join([*lines, "the step is finite here: another device, precision or version?"]))
+    return "\n".join([*lines, "the step is rejected, as it was then"])
+
+
+def _try(state: TrainState, batch: Batch, schedules: Schedules, config: PretrainConfig) -> str:
+    """A step of one forward pass alone, on a copy of the state, and what was wrong with it."""
+    trial = copy.deepcopy(state)
+    with _names_of_what_is_not_finite(trial) as names:
+        result = train_step(trial, [batch], schedules, config)
+    images = ", ".join(map(str, batch.indices.tolist()[:8])) + (" ..." if len(batch.indices) > 8 else "")
+    where = f"first in {names[0]}" if names else "every module's output is finite"
+    figures = f"loss {float(result.loss):g}, gradient norm {float(result.gradient_norm):g}"
+    return f"{'finite' if bool(result.accepted) else 'NOT FINITE'}; {figures}; {where}; images {images}"
+
+
+@contextmanager
+def _names_of_what_is_not_finite(state: TrainState) -> Iterator[list[str]]:
+    """In this context, the names of the modules whose output is not finite, in the order in which they run."""
+    names: list[str] = []
+    handles = []
+    for network_name, network in (("teacher", state.teacher), ("student", state.student)):
+        for name, module in network.named_modules():
+            if any(True for _ in module.children()):
+                continue  # its parts say it more exactly
+
+            def look(_: nn.Module, __: Any, output: object, name: str = f"{network_name}.{name}") -> None:
+                if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                    names.append(name)
+
+            handles.append(module.register_forward_hook(look))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _config_of(stored: Mapping[str, Any], content: Mapping[str, Any], summary: Mapping[str, Any]) -> PretrainConfig:
+    """The run's settings for one process that does all its forward passes."""
+    values = {
+        field.name: tuple(stored[field.name]) if isinstance(stored[field.name], list) else stored[field.name]
+        for field in dataclasses.fields(PretrainConfig)
+        if field.name in stored
+    }
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[summary["precision"]]
+    passes = len(summary["images_by_forward_pass"])
+    return PretrainConfig(**values | {"precision": precision, "accumulation_steps": passes})  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """The command."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise InputError(f"expected one file: python -m dino_xcit.reliability.nonfinite RUN/{STATE}")
+    print(repeat(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    distributed.run_command(main)

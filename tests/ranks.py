@@ -1,0 +1,180 @@
+"""A pretraining run of one or more real processes that a test can hurt: start, wait for a step, signal, look."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_xcit.metrics import read_metrics
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",
+}
+SMALL = [
+    "--arch", "xcit_pico_4_p4", "--out-dim", "32", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
+    "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1", "--num-workers", "0",
+    "--device", "cpu", "--knn-every", "0", "--log-every", "1", "--warmup-epochs", "0", "--epochs", "4",
+]  # fmt: skip
+"""A run whose steps take some hundredths of a second."""
+
+
+@dataclass
+class Run:
+    """Processes of one run, rank by rank."""
+
+    server: Server
+    pids: list[int]
+    logs: list[tuple[Path, Path]]
+    folder: Path
+    started: float = field(default_factory=time.monotonic)
+
+    def codes(self) -> list[int | None]:
+        """Exit codes so far."""
+        return self.server.ask({"poll": self.pids})
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes, when all have ended.
+
+        Raises:
+            TimeoutError: with what they printed; they are killed.
+        """
+        until = time.monotonic() + timeout
+        while None in (codes := self.codes()):
+            if time.monotonic() > until:
+                self.kill()
+                raise TimeoutError(f"{codes} after {timeout} s:\n{self.out()}\n{self.err()}")
+            time.sleep(0.01)
+        return [code for code in codes if code is not None]
+
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL to one rank, or to all."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            self.send(signal.SIGKILL, self.pids.index(pid))
+
+    def send(self, number: signal.Signals, rank: int) -> None:
+        """A signal to one rank."""
+        if self.codes()[rank] is None:
+            os.kill(self.pids[rank], number)
+
+    def out(self, rank: int | None = None) -> str:
+        """What was printed to stdout by a rank, or by all."""
+        return "".join(out.read_text() for out, _ in (self.logs if rank is None else [self.logs[rank]]))
+
+    def err(self, rank: int | None = None) -> str:
+        """The same of stderr."""
+        return "".join(err.read_text() for _, err in (self.logs if rank is None else [self.logs[rank]]))
+
+    def until(self, happened: Callable[[], bool], timeout: float = 60) -> None:
+        """Wait, looking as often as possible, until something is so, or the run ended."""
+        until, asked = time.monotonic() + timeout, time.monotonic()
+        while not happened():
+            if time.monotonic() - asked > 0.5:
+                asked = time.monotonic()
+                assert None in self.codes(), f"the run ended early:\n{self.out()}\n{self.err()}"
+                assert time.monotonic() < until, f"it did not happen:\n{self.out()}\n{self.err()}"
+
+    def until_step(self, step: int, timeout: float = 60) -> None:
+        """Wait until a step is in the metrics."""
+
+        def there() -> bool:
+            time.sleep(0.005)
+            return any(record["step"] >= step for record in read_metrics(self.folder / "metrics.jsonl"))
+
+        self.until(there, timeout)
+
+
+class Server:
+    """tests/rank_server.py, and the ranks it has started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "rank_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | ENVIRONMENT,
+            text=True,
+        )
+        self._runs = 0
+
+    def ask(self, request: dict[str, Any]) -> list[Any]:
+        """One request, one answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: list[Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def start(
+        self, output_dir: Path, *flags: str | Path, ranks: int = 2, faults: Sequence[Sequence[Any] | None] = ()
+    ) -> Run:
+        """A run of ``ranks`` processes; ``faults[rank]`` is the name of a fault and its arguments."""
+        self._runs += 1
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        logs = [
+            (self.folder / f"{self._runs}-{rank}.out", self.folder / f"{self._runs}-{rank}.err")
+            for rank in range(ranks)
+        ]
+        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        argv = [*SMALL, "--output-dir", str(output_dir), *map(str, flags)]
+        requests = [
+            {
+                "argv": argv,
+                "env": {key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+                "cwd": str(self.folder),
+                "out": str(logs[rank][0]),
+                "err": str(logs[rank][1]),
+                "fault": list(faults[rank] or []) if rank < len(faults) else [],
+            }
+            for rank in range(ranks)
+        ]
+        for out, err in logs:
+            out.touch()
+            err.touch()
+        return Run(self, self.ask({"start": requests}), logs, output_dir)
+
+    def close(self) -> None:
+        """End it, and every rank that still runs."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=20)
+        self._process.stdout.close()
+
+
+@contextmanager
+def rank_server(folder: Path) -> Iterator[Server]:
+    """A server for a module of tests."""
+    server = Server(folder)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def state_in(output_dir: Path) -> dict[str, Tensor]:
+    """All that training changes, of the newest checkpoint, by path."""
+    from tiny_run import tensors_of
+
+    content = torch.load(output_dir / "checkpoint.pth", weights_only=True)
+    learnt = ("student", "teacher", "optimizer", "dino_loss", "rejected", "rejected_in_a_row", "step")
+    return tensors_of({key: content[key] for key in learnt})

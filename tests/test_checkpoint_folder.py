@@ -1,0 +1,265 @@
+"""The checkpoints of a run on disk: found whole, passed over where damaged, pruned only when safe."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dino_xcit import safe_load
+from dino_xcit.errors import InputError
+from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+from dino_xcit.reliability.saver import Saver, on_cpu
+
+
+def content(step: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "step": step,
+        "epoch": step // 10,
+        "global_batch": 8,
+        "world_size": 1,
+        "teacher": {
+            "backbone.cls_token": torch.randn(1, 1, 16, generator=generator),
+            "head.weight": torch.randn(40, 16, generator=generator),
+        },
+    }
+
+
+def filled(folder: Path, steps: int = 3, keep_last: int = 2) -> CheckpointFolder:
+    checkpoints = CheckpointFolder(folder, keep_last)
+    for step in range(1, steps + 1):
+        checkpoints.write(content(step))
+    return checkpoints
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.stem[4:]) for path in (folder / "checkpoints").glob("*.pth"))
+
+
+def newest_step(folder: Path) -> int:
+    path, _ = CheckpointFolder(folder).newest()
+    assert path is not None
+    return int(safe_load.read(path)["step"])
+
+
+def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
+    assert CheckpointFolder(tmp_path).newest() == (None, [])
+
+
+def test_the_newest_is_found_and_named_and_its_backbone_lies_beside_it(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path)
+    path, notices = CheckpointFolder(tmp_path).newest()
+    assert path == tmp_path / "checkpoints" / "step00000003.pth"
+    assert notices == []
+    assert os.path.samefile(path, tmp_path / "checkpoint.pth")
+    backbone = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert backbone.keys() == {"cls_token"}
+    assert torch.equal(backbone["cls_token"], content(3)["teacher"]["backbone.cls_token"])
+    assert [manifest.step for manifest in checkpoints.manifests()] == [3, 2]
+
+
+# ---- damage
+
+
+def places(size: int, count: int = 50) -> list[int]:
+    """``count`` offsets over a whole file, its first and last byte among them."""
+    return sorted({round(share * (size - 1) / (count - 1)) for share in range(count)})
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".json"])
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_damage_at_any_of_fifty_places_is_seen_said_and_passed_over(tmp_path: Path, suffix: str, damage: str) -> None:
+    filled(tmp_path)
+    victim = tmp_path / "checkpoints" / f"step00000003{suffix}"
+    whole = victim.read_bytes()
+    offsets = places(len(whole))
+    assert len(offsets) == 50
+    for offset in offsets:
+        data = bytearray(whole)
+        if damage == "flip":
+            data[offset] ^= 1 << (offset % 8)
+        else:
+            del data[offset:]
+        victim.write_bytes(data)
+        path, notices = CheckpointFolder(tmp_path).newest()
+        assert path == tmp_path / "checkpoints" / "step00000002.pth", offset
+        assert "step00000003" in notices[0], offset
+        assert "damaged" in notices[0], offset
+        assert any("going back to the checkpoint of step 2" in notice for notice in notices), offset
+    victim.write_bytes(whole)
+    assert newest_step(tmp_path) == 3
+
+
+def test_where_all_are_damaged_nothing_is_started_anew_in_silence(tmp_path: Path) -> None:
+    filled(tmp_path)
+    for path in (tmp_path / "checkpoints").glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole \(.*step00000003.*--resume never"):
+        CheckpointFolder(tmp_path).newest()
+
+
+def test_a_checkpoint_pth_that_no_manifest_knows_is_passed_over_aloud(tmp_path: Path) -> None:
+    filled(tmp_path)
+    latest = tmp_path / "checkpoint.pth"
+    data = bytearray(latest.read_bytes())
+    data[100] ^= 1
+    latest.unlink()  # no longer the same file as the step's
+    latest.write_bytes(data)
+    path, notices = CheckpointFolder(tmp_path).newest()
+    assert path == tmp_path / "checkpoints" / "step00000003.pth"
+    assert notices == [f"{latest} is damaged or not of this run: using {path}"]
+
+
+def test_a_checkpoint_pth_alone_is_taken_as_it_is(tmp_path: Path) -> None:
+    """An earlier version wrote it, or somebody copied it."""
+    torch.save(content(7), tmp_path / "checkpoint.pth")
+    assert CheckpointFolder(tmp_path).newest() == (tmp_path / "checkpoint.pth", [])
+
+
+def test_a_file_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    """A save that was cut short between the two."""
+    filled(tmp_path)
+    torch.save(content(4), tmp_path / "checkpoints" / "step00000004.pth")
+    assert newest_step(tmp_path) == 3
+    CheckpointFolder(tmp_path).prune()
+    assert steps_in(tmp_path) == [2, 3]
+
+
+# ---- what is kept
+
+
+def test_the_last_n_every_kth_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(tmp_path, keep_last=2)
+    for step in range(1, 10):
+        checkpoints.write(content(step), keep=step % 4 == 0)
+        checkpoints.note_knn(step, {3: 55.0, 5: 50.0}.get(step, 10.0 + step))
+    assert steps_in(tmp_path) == [3, 4, 8, 9]
+    assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000003.pth")
+    knn = {manifest.step: manifest.knn_top1 for manifest in checkpoints.manifests()}
+    assert knn == {9: 19.0, 8: 18.0, 4: 14.0, 3: 55.0}
+
+
+def test_a_new_best_replaces_the_old_one(tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(tmp_path, keep_last=1)
+    for step, accuracy in ((1, 40.0), (2, 30.0), (3, 41.0), (4, 20.0)):
+        checkpoints.write(content(step))
+        checkpoints.note_knn(step, accuracy)
+    assert steps_in(tmp_path) == [3, 4]
+    assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000003.pth")
+
+
+def test_pruning_counts_only_checkpoints_that_were_read_back_whole(tmp_path: Path) -> None:
+    filled(tmp_path, steps=4, keep_last=9)
+    damaged = tmp_path / "checkpoints" / "step00000003.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    CheckpointFolder(tmp_path, keep_last=2).prune()
+    # 4 and 2 are whole; 3 does not count as one of the two, and may not push 2 out
+    assert steps_in(tmp_path) == [2, 3, 4]
+
+
+def test_starting_anew_forgets_them_all(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path)
+    checkpoints.note_knn(3, 50.0)
+    checkpoints.clear()
+    assert CheckpointFolder(tmp_path).newest() == (None, [])
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["backbone.pth", "checkpoints"]
+
+
+# ---- disks that fail
+
+
+def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    saver = Saver(CheckpointFolder(tmp_path), tolerated=3, at_step=0, say=said.append)
+    saver.save(content(1))
+    saver.ensure(1, lambda: content(1))
+    assert said == []
+
+    fsync, full = os.fsync, threading.Event()
+
+    def fail_while_full(descriptor: int) -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_while_full)
+    full.set()
+    for step in (2, 3):
+        saver.save(content(step))
+    with pytest.raises(InputError, match=r"cannot be written to .*No space left.*carries on after step 1"):
+        saver.ensure(3, lambda: content(3))
+    assert [line.split(" could")[0] for line in said] == [f"warning: the checkpoint of step {n}" for n in (2, 3, 3)]
+    assert "No space left on device" in said[0]
+    assert "failure 2 in a row of 3" in said[1]
+    assert "the last one on the disk is that of step 1" in said[1]
+    assert saver.gave_up
+    assert newest_step(tmp_path) == 1
+
+    full.clear()
+    saver.ensure(4, lambda: content(4))
+    assert not saver.gave_up
+    assert newest_step(tmp_path) == 4
+    assert [p.name for p in (tmp_path / "checkpoints").glob(".*")] == []
+
+
+def test_a_fault_of_ours_in_a_save_is_not_taken_for_the_disks(tmp_path: Path) -> None:
+    saver = Saver(CheckpointFolder(tmp_path), tolerated=3, at_step=0, say=print)
+    broken = content(1)
+    del broken["epoch"]
+    saver.save(broken)
+    with pytest.raises(KeyError, match="epoch"):
+        saver.ensure(1, lambda: content(1))
+
+
+# ---- beside the training
+
+
+def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on while the disk writes: the copy must be complete before ``save`` returns."""
+    may_write = threading.Event()
+    write = CheckpointFolder.write
+
+    def slowly(self: CheckpointFolder, *arguments: Any) -> object:
+        assert may_write.wait(20)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(CheckpointFolder, "write", slowly)
+    state = content(1)
+    saver = Saver(CheckpointFolder(tmp_path), tolerated=1, at_step=0, say=print)
+    saver.save(state)
+    assert not (tmp_path / "checkpoint.pth").exists()  # it came back before the disk was done
+    for tensor in state["teacher"].values():
+        tensor.zero_()
+    may_write.set()
+    saver.ensure(1, lambda: state)
+    stored = safe_load.read(tmp_path / "checkpoint.pth")
+    for name, tensor in content(1)["teacher"].items():
+        assert torch.equal(stored["teacher"][name], tensor)
+
+
+def test_a_copy_shares_nothing() -> None:
+    original = {"a": [torch.ones(2), {"b": (torch.zeros(3, requires_grad=True), 4)}], "c": "word"}
+    copy = on_cpu(original)
+    original["a"][0].add_(1)  # type: ignore[union-attr, index]
+    assert copy["a"][0].tolist() == [1.0, 1.0]
+    assert copy["a"][1]["b"][1] == 4
+    assert not copy["a"][1]["b"][0].requires_grad
+    assert copy["c"] == "word"
+
+
+def test_manifests_are_plain_json(tmp_path: Path) -> None:
+    filled(tmp_path, steps=1)
+    values: dict[str, Callable[..., Any]] = json.loads((tmp_path / "checkpoints" / "step00000001.json").read_text())
+    assert values.keys() == {
+        "step", "epoch", "size", "sha256", "global_batch", "world_size", "keep", "knn_top1", "written", "checksum",
+    }  # fmt: skip

@@ -1,0 +1,293 @@
+"""Runs of real processes that are killed: what is left on the disk, and what they become when started again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ranks import Run, Server, rank_server, state_in
+from tiny_run import differing_bits
+
+from dino_xcit import safe_load
+from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+
+IMAGES, BATCH, STEPS, INTERVAL = 160, 2, 200, 7
+"""Two processes: 40 steps an epoch, so that saves, epochs and kills fall on different steps."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with rank_server(tmp_path_factory.mktemp("ranks")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index in range(IMAGES):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def half_written(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "checkpoints").glob(".step*.tmp")]
+
+
+def newest_step(folder: Path) -> int:
+    path, _ = CheckpointFolder(folder).newest()
+    return int(safe_load.read(path)["step"]) if path else 0
+
+
+class KilledRun:
+    """A two-process run that is started, killed and started again, beside one that was left alone."""
+
+    def __init__(self, server: Server, photos: Path, folder: Path, steps: int) -> None:
+        self.server, self.folder, self.steps = server, folder, steps
+        self.flags = ["--data-path", photos, "--batch-size-per-gpu", BATCH, "--epochs", 5, "--max-steps", steps]
+        self.flags += ["--save-every", INTERVAL, "--drop-path-rate", "0.3", "--hang-timeout", "60"]
+        self.kills_inside_a_save = 0
+        self.kills = 0
+
+    def start(self, name: str, slow_saves: float = 0.0) -> Run:
+        faults = [
+            ["together", ["record_random_state", str(self.folder / f"{name}-{rank}.rng")], ["slow_saves", slow_saves]]
+            for rank in range(2)
+        ]
+        return self.server.start(self.folder / name, *self.flags, faults=faults)
+
+    def kill_after(self, seconds: float) -> None:
+        """At any moment."""
+        run = self.start("killed")
+        time.sleep(seconds)
+        self._end(run)
+
+    def kill_inside_a_save(self, seconds: float) -> None:
+        """So long after a checkpoint began to be written."""
+        for left in half_written(self.folder / "killed"):
+            (self.folder / "killed" / "checkpoints" / left).unlink()  # by an earlier kill
+        run = self.start("killed", slow_saves=1.0)
+        run.until(lambda: bool(half_written(self.folder / "killed")))
+        time.sleep(seconds)
+        self._end(run)
+        self.kills_inside_a_save += bool(half_written(self.folder / "killed"))
+
+    def _end(self, run: Run) -> None:
+        assert None in run.codes(), f"it ended before it could be killed:\n{run.out()}\n{run.err()}"
+        run.kill()
+        assert -9 in run.wait()
+        self.kills += 1
+
+    def assert_equal_to_a_run_left_alone(self) -> None:
+        for name in ("killed", "straight"):
+            run = self.start(name)
+            assert run.wait(300) == [0, 0], run.out() + run.err()
+        assert differing_bits(state_in(self.folder / "killed"), state_in(self.folder / "straight")) == []
+        assert int(state_in(self.folder / "killed")["/step"]) == self.steps
+        for rank in range(2):
+            killed, straight = ((self.folder / f"{name}-{rank}.rng").read_text() for name in ("killed", "straight"))
+            assert killed == straight
+            assert killed.startswith(f"{self.steps} ")
+
+
+def test_a_run_killed_three_times_once_inside_a_save_ends_as_if_nothing_had_been(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    run = KilledRun(server, photos, tmp_path, steps=40)
+    run.kill_after(1.5)
+    run.kill_inside_a_save(0.1)
+    run.kill_after(2.0)
+    run.assert_equal_to_a_run_left_alone()
+    assert run.kills == 3
+    assert run.kills_inside_a_save == 1
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_with_twenty_kills_six_of_them_inside_a_save(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    run = KilledRun(server, photos, tmp_path, steps=STEPS)
+    chance = random.Random(3)
+    for kill in range(20):
+        if kill % 3 == 1:
+            run.kill_inside_a_save(chance.uniform(0, 0.8))
+        else:
+            run.kill_after(chance.uniform(0.7, 2.5))
+    run.assert_equal_to_a_run_left_alone()
+    print(f"{run.kills} kills, {run.kills_inside_a_save} of them inside a save")
+    assert run.kills == 20
+    assert run.kills_inside_a_save >= 5
+
+
+# ---- every stage of a save
+
+ALONE = ["--batch-size-per-gpu", "4", "--max-steps", "6", "--save-every", "2", "--hang-timeout", "60"]
+
+
+@pytest.fixture(scope="module")
+def left_alone(server: Server, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, six steps, saved after 2, 4 and 6; when 6 is written 2 is pruned."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert server.start(folder, "--data-path", photos, *ALONE, ranks=1).wait() == [0]
+    return folder
+
+
+def assert_the_checkpoint_before_or_this_one(folder: Path, server: Server, photos: Path, left_alone: Path) -> None:
+    assert newest_step(folder) in (4, 6)  # at most one interval old
+    again = server.start(folder, "--data-path", photos, *ALONE, ranks=1)
+    assert again.wait() == [0], again.err()
+    assert differing_bits(state_in(folder), state_in(left_alone)) == []
+    assert not list(folder.rglob(".*.tmp"))
+
+
+def die_at_operations(numbers: range, server: Server, photos: Path, tmp_path: Path, left_alone: Path) -> set[str]:
+    """Kill a run before each of these operations of its third save; the files whose turn it was."""
+    victims = set()
+    for number in numbers:
+        folder = tmp_path / f"at-{number}"
+        fault = ["die_at_file_operation", str(folder), 6, number]
+        run = server.start(folder, "--data-path", photos, *ALONE, ranks=1, faults=[fault])
+        (code,) = run.wait()
+        if code == 0:  # it has fewer operations
+            assert not (folder / "died-at").exists()
+            return victims | {"end"}
+        assert code == -9, run.err()
+        at, name = (folder / "died-at").read_text().split(" ", 1)
+        assert int(at) == number
+        victims.add(("fsync " if name.startswith("fsync") else "") + Path(name).name)
+        assert_the_checkpoint_before_or_this_one(folder, server, photos, left_alone)
+    return victims
+
+
+def test_a_kill_at_some_file_operations_of_a_save_costs_at_most_one_interval(
+    server: Server, photos: Path, tmp_path: Path, left_alone: Path
+) -> None:
+    die_at_operations(range(1, 40, 7), server, photos, tmp_path, left_alone)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_file_operation_of_a_save_costs_at_most_one_interval(
+    server: Server, photos: Path, tmp_path: Path, left_alone: Path
+) -> None:
+    victims = die_at_operations(range(1, 200), server, photos, tmp_path, left_alone)
+    print(sorted(victims))
+    assert "end" in victims
+    assert {"step00000006.pth", "step00000006.json", "checkpoint.pth", "backbone.pth", "step00000002.pth",
+            "step00000002.json", "fsync .step00000006.pth.tmp", "fsync .step00000006.json.tmp",
+            "fsync checkpoints"} <= victims  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_kill_in_the_middle_of_the_file_leaves_the_one_before(
+    server: Server, photos: Path, tmp_path: Path, left_alone: Path, share: float
+) -> None:
+    """The process ends within write(2); the first checkpoint is there already."""
+    folder, size = tmp_path / "run", (left_alone / "checkpoint.pth").stat().st_size
+    first = server.start(folder, "--data-path", photos, *ALONE, "--max-steps", "4", ranks=1)
+    assert first.wait() == [0]
+    fault = ["die_in_the_middle_of_a_file", int(size * share)]
+    run = server.start(folder, "--data-path", photos, *ALONE, ranks=1, faults=[fault])
+    assert run.wait() == [-25]  # SIGXFSZ
+    assert len(half_written(folder)) == 1
+    assert newest_step(folder) == 4
+    assert_the_checkpoint_before_or_this_one(folder, server, photos, left_alone)
+
+
+# ---- disks that are full, or fail
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_warning(
+    server: Server, photos: Path, tmp_path: Path, left_alone: Path
+) -> None:
+    folder, full = tmp_path / "run", tmp_path / "full"
+    full.touch()
+    fault = ["together", ["full_disk_while", str(full)], ["slow_steps", 0.3]]
+    run = server.start(folder, "--data-path", photos, *ALONE, ranks=1, faults=[fault])
+    run.until_step(3)
+    full.unlink()
+    assert run.wait() == [0], run.err()
+    assert "warning: the checkpoint of step 2 could not be written (No space left on device)" in run.out()
+    assert "failure 1 in a row of 3" in run.out()
+    assert differing_bits(state_in(folder), state_in(left_alone)) == []
+
+
+def test_a_disk_that_stays_full_ends_all_processes_and_leaves_the_last_checkpoint(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    folder, full = tmp_path / "run", tmp_path / "full"
+    flags = ["--data-path", photos, "--batch-size-per-gpu", "2", "--save-every", "2", "--max-steps", "40"]
+    faults = [["full_disk_while", str(full)], ["none"]]
+    run = server.start(
+        folder, *flags, "--max-failed-saves", "2", faults=[["together", *faults[:1], ["slow_steps", 0.1]]]
+    )
+    run.until_step(3)
+    full.touch()
+    assert run.wait(60) == [2, 2], run.out() + run.err()
+    assert "Traceback" not in run.err()
+    (sentence,) = [line for line in run.err().splitlines() if line.startswith("error: ")]
+    assert "checkpoints cannot be written" in sentence
+    assert "No space left on device" in sentence
+    before = newest_step(folder)
+    assert 2 <= before <= 8
+    assert f"carries on after step {before}" in sentence
+    again = server.start(folder, *flags, "--max-steps", "12")
+    assert again.wait() == [0, 0], again.err()
+    assert f"carrying on after step {before} of 12" in again.out()
+
+
+def test_an_error_of_the_file_system_leaves_the_checkpoint_before(
+    server: Server, photos: Path, tmp_path: Path, left_alone: Path
+) -> None:
+    """EFBIG from write(2) itself, half-way through the file."""
+    folder, size = tmp_path / "run", (left_alone / "checkpoint.pth").stat().st_size
+    assert server.start(folder, "--data-path", photos, *ALONE, "--max-steps", "4", ranks=1).wait() == [0]
+    fault = ["no_file_longer_than", size // 2]
+    run = server.start(folder, "--data-path", photos, *ALONE, ranks=1, faults=[fault])
+    assert run.wait() == [2], run.err()
+    assert "checkpoints cannot be written" in run.err()
+    assert "File too large" in run.err()
+    assert newest_step(folder) == 4
+    assert_the_checkpoint_before_or_this_one(folder, server, photos, left_alone)
+
+
+# ---- damage, as the next start meets it
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_carries_on(
+    server: Server, photos: Path, tmp_path: Path, left_alone: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert server.start(folder, "--data-path", photos, *ALONE, ranks=1).wait() == [0]
+    newest = folder / "checkpoints" / "step00000006.pth"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 3] ^= 4
+    newest.write_bytes(data)
+    again = server.start(folder, "--data-path", photos, *ALONE, ranks=1)
+    assert again.wait() == [0], again.err()
+    assert f"notice: {newest} is damaged: its SHA-256 is not that of its manifest" in again.out()
+    assert "notice: going back to the checkpoint of step 4" in again.out()
+    assert "carrying on after step 4 of 6" in again.out()
+    assert differing_bits(state_in(folder), state_in(left_alone)) == []
+
+
+# ---- two runs in one directory
+
+
+def test_a_second_run_in_the_same_directory_is_refused_and_harms_nothing(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    first = server.start(folder, "--data-path", photos, *ALONE, ranks=1, faults=[["slow_steps", 0.5]])
+    first.until_step(1)
+    second = server.start(folder, "--data-path", photos, *ALONE, ranks=2)
+    assert second.wait() == [2, 2]
+    (sentence,) = {line for line in second.err().splitlines() if line.startswith("error: ")}
+    assert str(first.pids[0]) in sentence
+    assert "--output-dir" in sentence
+    assert first.wait() == [0], first.err()
+    assert newest_step(folder) == 6
