@@ -44,13 +44,10 @@ from dino_xcit.reliability.watchdog import Watchdog, guarded
 from dino_xcit.train import Schedules, build_state, choose_precision, train_step
 from eval.online import online_knn
 
-preemption = Preemption()
-
 
 def main() -> None:
     """The whole run."""
     # ---- settings and processes
-    preemption.watch()
     config, first_line = parse_pretrain(sys.argv[1:])
     device = distributed.choose_device(config.device)
     distributed.start(device, config.hang_timeout + 30)  # the watchdog, which says more, comes first
@@ -118,6 +115,7 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
     ledger = Ledger(folder, len(source), config.max_unreadable, start_anew=state.step == 0, say=progress.say)
     rejected_in_a_row = HostCopy(device)
     agreement = Agreement(device)
+    preemption = Preemption()
 
     def content() -> dict[str, Any]:
         return checkpoint.content_of(state, config, sampler.steps_per_epoch)
@@ -146,6 +144,7 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
         watchdog.now("measuring k-NN", state.step)
 
     # ---- the loop
+    preemption.watch()  # before it there is nothing to save
     while state.step < sampler.stop_step:
         epoch = state.step // sampler.steps_per_epoch
         watchdog.now("waiting for images", state.step)
@@ -200,7 +199,7 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
     if metrics:
         metrics.close()
     progress.close()
-    watchdog.now("end", state.step)
+    watchdog.now("leaving", state.step)
     distributed.barrier()
     then = (
         f"python run_extract.py --weights {checkpoints.latest} --data-path {config.data_path} "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dino_xcit.errors import InputError, run_main
+from dino_xcit.errors import LOST, InputError, RunStopped, run_main
 
 
 def rank() -> int:
@@ -79,6 +81,8 @@ def start(device: torch.device, timeout: float = 1800.0) -> None:
         patience = timedelta(seconds=timeout)
         # What init_process_group does by itself; done here because the store is wanted for more than that.
         _store, own_rank, world = next(rendezvous("env://", timeout=patience))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _store = _without_what_was_before(_store, own_rank, world, timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("run", _store),
@@ -87,6 +91,33 @@ def start(device: torch.device, timeout: float = 1800.0) -> None:
             timeout=patience,
             device_id=device if device.type == "cuda" else None,
         )
+
+
+def _without_what_was_before(shared: Store, own_rank: int, world: int, timeout: float) -> Store:
+    """A store that is new for these processes.
+
+    torchrun keeps its store when it starts processes anew (--max-restarts), with the addresses of those that died: gloo
+    then tries to connect to them (PyTorch 2.15). The processes of one start find each other by words that only they
+    know; the count of restarts would not do, because each machine's torchrun has its own.
+    """
+    until = time.monotonic() + timeout
+    own = uuid.uuid4().hex
+    if own_rank > 0:
+        shared.set(f"joins/{own_rank}", own)
+    while time.monotonic() < until:
+        if own_rank == 0:
+            others = [f"joins/{number}" for number in range(1, world)]
+            words = [shared.get(key).decode() for key in others if shared.check([key])]
+            shared.set("welcome", " ".join([own, *words]))
+            if shared.check([f"{own}/{number}" for number in range(1, world)]):
+                return PrefixStore(own, shared)
+        elif shared.check(["welcome"]):
+            start, *words = shared.get("welcome").decode().split()
+            if own in words:
+                shared.set(f"{start}/{own_rank}", "here")
+                return PrefixStore(start, shared)
+        time.sleep(0.02)
+    raise RunStopped(LOST, f"error: rank {own_rank} waited {timeout:g} s for the other {world - 1} processes to start")
 
 
 def store() -> Store | None:
@@ -183,6 +214,8 @@ def share_gradients(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
+    # A depthwise kernel's gradient comes with other strides for its dimension of length 1: the same memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides", category=UserWarning)
     with warnings.catch_warnings():
         # PyTorch 2.15 would rather have it called forward_sync_buffers, which 2.11 does not know.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)

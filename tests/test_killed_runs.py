@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from ranks import Run, Server, rank_server, state_in
+from ranks import Run, Server, state_in
 from tiny_run import differing_bits
 
 from dino_xcit import safe_load
 from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
 
-IMAGES, BATCH, STEPS, INTERVAL = 160, 2, 200, 7
-"""Two processes: 40 steps an epoch, so that saves, epochs and kills fall on different steps."""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with rank_server(tmp_path_factory.mktemp("ranks")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for index in range(IMAGES):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
-    return folder
+BATCH, STEPS, INTERVAL = 2, 200, 7
+"""Two processes and 160 photos: 40 steps an epoch, so that saves, epochs and kills fall on different steps."""
 
 
 def half_written(folder: Path) -> list[str]:

@@ -1,0 +1,294 @@
+"""Runs of real processes that are asked to stop, that carry on with other numbers of processes, that diverge."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import ENVIRONMENT, HERE, SMALL, Run, Server, state_in
+from tiny_run import differing_bits, tensors_of
+
+from dino_xcit.errors import DIVERGED, PREEMPTED
+from dino_xcit.metrics import read_metrics
+from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+
+SHORT = ["--batch-size-per-gpu", "2", "--epochs", "5", "--max-steps", "12", "--hang-timeout", "60"]
+
+
+@pytest.fixture(scope="module")
+def left_alone(server: Server, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes, twelve steps."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert server.start(folder, "--data-path", photos, *SHORT).wait() == [0, 0]
+    return folder
+
+
+# ---- asked to stop
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_process_saves_the_same_step_on_all_and_loses_none(
+    server: Server, photos: Path, tmp_path: Path, left_alone: Path, rank: int, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    run = server.start(folder, "--data-path", photos, *SHORT, faults=[["slow_steps", 0.2]] * 2)
+    run.until_step(3)
+    asked = time.monotonic()
+    run.send(number, rank)
+    assert run.wait(30) == [PREEMPTED, PREEMPTED], run.err()
+    assert time.monotonic() - asked < 30
+    assert "Traceback" not in run.err()
+    step = int(state_in(folder)["/step"])
+    done = max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
+    assert step == done  # the last step that was done is the one that is saved
+    assert f"step {step} is saved, and the same command carries on after it" in run.err()
+    assert ("asked to stop by " + number.name in run.err()) == (rank == 0)
+    again = server.start(folder, "--data-path", photos, *SHORT)
+    assert again.wait() == [0, 0], again.err()
+    assert f"carrying on after step {step} of 12" in again.out()
+    assert differing_bits(state_in(folder), state_in(left_alone)) == []
+
+
+def test_a_signal_to_the_whole_job_reaches_loader_processes_too_and_does_no_harm(
+    server: Server, photos: Path, tmp_path: Path, left_alone: Path
+) -> None:
+    """As Slurm and terminals send it: to every process there is."""
+    folder = tmp_path / "run"
+    flags = ["--data-path", photos, *SHORT, "--num-workers", "2"]
+    run = server.start(folder, *flags, faults=[["slow_steps", 0.2]] * 2)
+    run.until_step(3)
+    for pid in run.pids:
+        os.killpg(pid, signal.SIGTERM)
+    assert run.wait(30) == [PREEMPTED, PREEMPTED], run.err()
+    assert server.start(folder, *flags).wait() == [0, 0]
+    assert differing_bits(state_in(folder), state_in(left_alone)) == []
+
+
+def test_a_signal_while_the_knn_is_measured_is_answered_too(server: Server, tmp_path: Path) -> None:
+    """12,000 images, which takes some seconds."""
+    folder = tmp_path / "run"
+    flags = ["--data-path", "sample:fashion-mnist", "--knn-every", "1", "--knn-holdout", "4000", "--max-steps", "2"]
+    run = server.start(folder, *flags, "--batch-size-per-gpu", "2", ranks=2)
+    run.until(lambda: (folder / "checkpoint.pth").exists())
+    time.sleep(0.3)
+    asked = time.monotonic()
+    run.send(signal.SIGTERM, 1)
+    assert run.wait(30) == [PREEMPTED, PREEMPTED], run.out() + run.err()
+    assert time.monotonic() - asked < 10
+    assert int(state_in(folder)["/step"]) == 2
+    assert "knn top1" not in run.out()
+
+
+def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two processes under torchrun."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
+         str(restarts), "--monitor-interval", "0.1", str(HERE.parent / "run_pretrain.py"), *SMALL, *map(str, flags),
+         "--output-dir", str(folder)],
+        env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ranks_below(pid: int) -> list[int]:
+    """The processes that torchrun has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if "run_pretrain.py" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def wait_for_step(folder: Path, step: int, timeout: float = 90) -> None:
+    until = time.monotonic() + timeout
+    while not any(record["step"] >= step for record in read_metrics(folder / "metrics.jsonl")):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_carries_on(
+    photos: Path, tmp_path: Path, left_alone: Path
+) -> None:
+    """One run meets both: SIGKILL to one rank (torchrun starts both anew), later SIGTERM to torchrun itself."""
+    folder = tmp_path / "run"
+    flags = ["--data-path", photos, *SHORT, "--max-steps", "400", "--epochs", "20", "--save-every", "2"]
+    job = torchrun(folder, *flags, restarts=2)
+    wait_for_step(folder, 3)
+    before = ranks_below(job.pid)
+    assert len(before) == 2
+    os.kill(before[1], signal.SIGKILL)
+    until = time.monotonic() + 60
+    while len(set(ranks_below(job.pid)) - set(before)) < 2:  # new ones, without anybody's doing
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    after_restart = max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
+    wait_for_step(folder, after_restart + 4)
+    asked = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=60)
+    assert time.monotonic() - asked < 30
+    assert "carrying on after step" in out
+    step = int(state_in(folder)["/step"])
+    done = max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
+    assert step == done, err
+    assert f"step {step} is saved" in err
+
+
+# ---- another number of processes
+
+
+def images_by_step(paths: list[Path]) -> dict[int, list[int]]:
+    """Per step: the images of its forward passes, in the order of part and rank."""
+    by_step: dict[int, list[list[list[int]]]] = {}
+    for path in paths:
+        for line in path.read_text().splitlines():
+            step, passes = json.loads(line)
+            by_step.setdefault(step, []).append(passes)
+    return {
+        step: [image for part in zip(*ranks, strict=True) for microbatch in part for image in microbatch]
+        for step, ranks in by_step.items()
+    }
+
+
+def test_two_one_two_processes_see_the_same_images_and_lose_the_same(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    flags = ["--data-path", photos, "--batch-size-per-gpu", "4", "--epochs", "5", "--drop-path-rate", "0.1"]
+
+    def run(name: str, ranks: int, last: int) -> Run:
+        faults = [["record_images", str(tmp_path / f"{name}-{last}-{rank}")] for rank in range(ranks)]
+        started = server.start(tmp_path / name, *flags, "--max-steps", str(last), ranks=ranks, faults=faults)
+        assert started.wait() == [0] * ranks, started.err()
+        return started
+
+    run("straight", 2, 50)
+    run("elastic", 2, 17)
+    alone = run("elastic", 1, 34)
+    assert "1 process(es) carry on what 2 began: 2 forward pass(es) a step keep the global batch of 8" in alone.out()
+    again = run("elastic", 2, 50)
+    assert "carrying on after step 34 of 50" in again.out()
+    straight = images_by_step([tmp_path / f"straight-50-{rank}" for rank in range(2)])
+    elastic = images_by_step([tmp_path / f"elastic-17-{rank}" for rank in range(2)])
+    elastic |= images_by_step([tmp_path / "elastic-34-0"])
+    elastic |= images_by_step([tmp_path / f"elastic-50-{rank}" for rank in range(2)])
+    assert elastic == straight
+    assert sorted(elastic) == list(range(50))
+    losses = [
+        [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl") if record["kind"] == "step"]
+        for name in ("straight", "elastic")
+    ]
+    assert len(losses[0]) == 50
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_processes_that_cannot_share_the_global_batch_are_told_what_could(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    flags = ["--data-path", photos, "--batch-size-per-gpu", "3", "--max-steps", "1"]
+    assert server.start(tmp_path / "run", *flags, ranks=1).wait() == [0]
+    refused = server.start(tmp_path / "run", *flags, ranks=2)
+    assert refused.wait() == [2, 2]
+    assert "has a global batch of 3 (1 process(es) before), which 2 process(es) cannot share" in refused.err()
+
+
+# ---- numbers that are not finite
+
+SPOILT = ["--batch-size-per-gpu", "2", "--save-every", "1", "--keep-last", "20", "--use-bn-in-head", "true"]
+
+
+def learnt_at(folder: Path, step: int) -> dict[str, Any]:
+    content = torch.load(folder / "checkpoints" / f"step{step:08d}.pth", weights_only=True)
+    parts = {"student": content["student"], "teacher": content["teacher"], "centre": content["dino_loss"]}
+    return tensors_of(parts | {"moments": content["optimizer"]["state"]})
+
+
+@pytest.mark.parametrize("what", ["loss", "gradients", "activations"])
+def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any_and_is_counted(
+    server: Server, photos: Path, tmp_path: Path, what: str
+) -> None:
+    folder = tmp_path / "run"
+    faults = [["none"], ["spoil", what, 3, 4]]  # on rank 1 alone
+    run = server.start(folder, "--data-path", photos, *SPOILT, "--max-steps", "6", faults=faults)
+    assert run.wait() == [0, 0], run.err()
+    assert any(path.endswith("running_var") for path in learnt_at(folder, 3))
+    assert differing_bits(learnt_at(folder, 3), learnt_at(folder, 4)) == []
+    assert differing_bits(learnt_at(folder, 3), learnt_at(folder, 5)) == []
+    assert differing_bits(learnt_at(folder, 5), learnt_at(folder, 6)) != []  # and it goes on
+    counted = {record["step"]: record["rejected_steps"] for record in read_metrics(folder / "metrics.jsonl")
+               if record["kind"] == "step"}  # fmt: skip
+    assert counted == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2, 6: 2}
+
+
+def test_after_so_many_in_a_row_all_processes_end_with_a_code_and_the_batch_is_kept(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    flags = ["--data-path", photos, *SPOILT, "--max-rejected", "4", "--max-steps", "100"]
+    run = server.start(folder, *flags, faults=[["record_images", str(tmp_path / "0")],
+                                               ["together", ["record_images", str(tmp_path / "1")],
+                                                ["spoil", "loss", 3, 1000]]])  # fmt: skip
+    run.until_step(7)
+    ended = time.monotonic()
+    assert run.wait(10) == [DIVERGED, DIVERGED], run.err()
+    assert time.monotonic() - ended < 10
+    assert "Traceback" not in run.err()
+    assert "4 steps in a row up to step 7 were not finite" in run.err()
+    kept = json.loads((folder / "nonfinite.json").read_text())
+    assert (kept["step"], kept["epoch"], kept["seed"], kept["rejected_in_a_row"]) == (6, 0, 0, 4)
+    seen = images_by_step([tmp_path / "0", tmp_path / "1"])[6]
+    assert [image for part in kept["images_by_forward_pass"] for image in part] == seen
+    assert CheckpointFolder(folder).newest()[0] is not None  # the checkpoints are as they were
+
+
+def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(
+    server: Server, photos: Path, tmp_path: Path
+) -> None:
+    """Two processes whose weights have grown beyond all numbers; one process sees it again."""
+    folder = tmp_path / "run"
+    flags = [
+        "--data-path",
+        photos,
+        "--batch-size-per-gpu",
+        "2",
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "1e22",
+        "--clip-grad",
+        "0",
+    ]
+    run = server.start(folder, *flags, "--lr-reference-batch", "0", "--max-rejected", "3", "--max-steps", "20")
+    assert run.wait() == [DIVERGED, DIVERGED], run.out() + run.err()
+    assert f"python -m dino_xcit.reliability.nonfinite {folder}/nonfinite.pth" in run.err()
+
+    def repeat() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dino_xcit.reliability.nonfinite", str(folder / "nonfinite.pth")],
+            env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    again = repeat()
+    assert again.returncode == 0, again.stderr
+    kept = json.loads((folder / "nonfinite.json").read_text())
+    for number, images in enumerate(kept["images_by_forward_pass"]):
+        (line,) = [line for line in again.stdout.splitlines() if line.startswith(f"  pass {number}: ")]
+        assert "NOT FINITE" in line
+        assert "first in " in line
+        assert line.endswith("images " + ", ".join(map(str, images)))
+    assert "the step is rejected, as it was then" in again.stdout
+
+    # A control: with weights that are well the same command says that it is not so.
+    content = torch.load(folder / "nonfinite.pth", weights_only=True)
+    for network in ("student", "teacher"):
+        for tensor in content[network].values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape) / 30)
+    torch.save(content, folder / "nonfinite.pth")
+    healthy = repeat()
+    assert healthy.returncode == 2
+    assert "the step is finite here" in healthy.stderr
