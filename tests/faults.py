@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,14 @@ def die() -> None:
 def die_at_file_operation(folder: str, first_step: int, number: int) -> None:
     """Die just before the ``number``-th operation on files below ``folder`` since the save of ``first_step`` began.
 
-    The operations are those that Python reports to audit hooks (open, rename, link, remove, mkdir, ...) and fsync.
+    The operations are those that Python reports to audit hooks (open, rename, link, remove, mkdir, ...) and fsync, in
+    the thread that saves: the main thread goes on meanwhile, and its operations would make the count a matter of luck.
     """
     seen = [-1]
 
     def count(path: object) -> None:
+        if not threading.current_thread().name.startswith("saver"):
+            return
         name = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
         if seen[0] < 0 and f"step{first_step:08d}.pth" in name:
             seen[0] = 0

@@ -1,0 +1,149 @@
+"""What trusting a run costs: how long a save holds the training up, how long it takes, and what each step pays.
+
+    python benchmarks/save.py [--arch xcit_small_12_p16] [--out-dim 65536]
+
+The state is that of a real run after one optimizer step (student, teacher, both moments of AdamW). The last line is one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch.multiprocessing.spawn import spawn  # noqa: E402
+
+from dino_xcit import checkpoint, distributed, durable  # noqa: E402
+from dino_xcit.config import PretrainConfig  # noqa: E402
+from dino_xcit.reliability.agreement import Agreement  # noqa: E402
+from dino_xcit.reliability.checkpoint_folder import CheckpointFolder, why_damaged  # noqa: E402
+from dino_xcit.reliability.nonfinite import HostCopy  # noqa: E402
+from dino_xcit.reliability.saver import Saver, on_cpu  # noqa: E402
+from dino_xcit.reliability.watchdog import Watchdog  # noqa: E402
+from dino_xcit.train import TrainState, build_state  # noqa: E402
+
+EXCHANGES = 2000
+
+
+def state_after_a_step(config: PretrainConfig, device: torch.device) -> TrainState:
+    """A state whose optimizer has its moments."""
+    state = build_state(config, device)
+    for parameter in state.student.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step = 1
+    return state
+
+
+def work(seconds: float) -> float:
+    """Products a second of two matrices, in this thread, for about so long."""
+    a = torch.randn(256, 256)
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        a @ a
+        count += 1
+    return count / (time.perf_counter() - began)
+
+
+def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -> dict[str, float]:
+    """Seconds of each part of a save."""
+    content = checkpoint.content_of(state_after_a_step(config, device), config, 1000)
+    on_cpu(content)  # the first copy of a process also fetches its memory from the system
+    began = time.perf_counter()
+    copy = on_cpu(content)
+    copying = time.perf_counter() - began
+    checkpoints = CheckpointFolder(folder, keep_last=2)
+    began = time.perf_counter()
+    manifest = checkpoints.write(copy)
+    writing = time.perf_counter() - began
+    began = time.perf_counter()
+    durable.digest_of(folder / "checkpoints" / manifest.name)
+    hashing = time.perf_counter() - began
+    began = time.perf_counter()
+    if why_damaged(folder / "checkpoints" / manifest.name, manifest) or checkpoints.newest()[0] is None:
+        raise SystemExit("the checkpoint that was written is not whole")
+    finding = time.perf_counter() - began
+    del copy
+
+    alone = work(2.0)
+    saver = Saver(checkpoints, tolerated=1, at_step=0, say=print)
+    content["step"] = 2
+    began = time.perf_counter()
+    saver.save(content)
+    held_up = time.perf_counter() - began
+    beside = work(0.7 * writing)
+    saver.ensure(2, lambda: content)
+    return {
+        "checkpoint_MB": manifest.size / 1e6,
+        "copy_s": copying,
+        "training_held_up_s": held_up,
+        "write_flush_verify_s": writing,
+        "sha256_s": hashing,
+        "find_newest_s": finding,
+        "work_beside_a_save": beside / alone,
+    }
+
+
+def exchange(rank: int, port: int, result: str) -> None:
+    """One of two gloo processes: microseconds of what each step pays."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    distributed.start(device)
+    with Watchdog(600) as watchdog:
+        agreement, copy, number = Agreement(device), HostCopy(device), torch.zeros((), dtype=torch.int64)
+
+        def once() -> float:
+            began = time.perf_counter()
+            watchdog.now("agreeing with the others", 1)
+            agreement.exchange(stop=0, diverged=copy.read(number) > 3)
+            watchdog.now("training step", 1)
+            return time.perf_counter() - began
+
+        for _ in range(200):
+            once()
+        times = [once() for _ in range(EXCHANGES)]
+    if rank == 0:
+        Path(result).write_text(json.dumps(1e6 * median(times)))
+    distributed.barrier()
+    distributed.stop()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", default="xcit_small_12_p16")
+    parser.add_argument("--out-dim", type=int, default=65536)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    given = parser.parse_args()
+    device = distributed.choose_device(given.device)
+    with tempfile.TemporaryDirectory() as folder:
+        config = PretrainConfig(arch=given.arch, out_dim=given.out_dim, output_dir=folder)
+        figures = measure_saving(config, device, Path(folder))
+        result = Path(folder) / "exchange.json"
+        spawn(exchange, args=(29_571, str(result)), nprocs=2)
+        figures["agreement_of_two_processes_us"] = json.loads(result.read_text())
+    seeds = time.perf_counter()
+    for step in range(EXCHANGES):
+        torch.manual_seed(step)
+    figures["reseeding_us"] = 1e6 * (time.perf_counter() - seeds) / EXCHANGES
+    for name, value in figures.items():
+        print(f"{name:32} {value:10.3f}")
+    where = {"arch": given.arch, "out_dim": given.out_dim, "device": device.type, "torch": torch.__version__}
+    print(json.dumps(where | {name: round(value, 4) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A corpus with a hundredth of bad files, read by real processes: nothing of it gets lost, and nothing else does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bad_images import write_corpus
+from ranks import Server, state_in
+from tiny_run import differing_bits
+
+from dino_xcit.reliability.ledger import read_ledger
+
+FLAGS = ["--batch-size-per-gpu", "4", "--epochs", "1", "--save-every", "10", "--hang-timeout", "60"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[Path]]:
+    """800 files, 8 of which no program can read, among odd ones that one must."""
+    folder = tmp_path_factory.mktemp("corpus")
+    good, bad = write_corpus(folder, good=792, seed=1)
+    assert len(good) + len(bad) == 800
+    assert 0.009 <= len(bad) / 800 <= 0.011
+    return folder, set(bad)
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server, corpus: tuple[Path, set[Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An epoch of two processes, uninterrupted."""
+    folder = tmp_path_factory.mktemp("corpus-run") / "run"
+    run = server.start(folder, "--data-path", corpus[0], *FLAGS)
+    assert run.wait() == [0, 0], run.err()
+    assert run.out().count("another image stands in for it") == 1
+    return folder
+
+
+def listed(folder: Path) -> set[str]:
+    return {Path(row["name"]).name for row in read_ledger(folder / "unreadable_images.jsonl")}
+
+
+def test_exactly_the_files_that_cannot_be_read_are_listed_each_with_its_cause(
+    corpus: tuple[Path, set[Path]], whole: Path
+) -> None:
+    """100 steps of 8 are all 800 files."""
+    assert int(state_in(whole)["/step"]) == 100
+    assert listed(whole) == {path.name for path in corpus[1]}
+    rows = read_ledger(whole / "unreadable_images.jsonl")
+    assert len(rows) == len(corpus[1])
+    assert all(row["cause"] for row in rows)
+    assert len({row["cause"] for row in rows}) >= 4  # empty, cut short, a web page, too large ...
+
+
+def test_killed_and_resumed_with_other_workers_it_learns_the_same(
+    server: Server, corpus: tuple[Path, set[Path]], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    for workers, last in (("2", 33), ("0", 71)):
+        run = server.start(folder, "--data-path", corpus[0], *FLAGS, "--num-workers", workers)
+        run.until_step(last)
+        run.kill()
+        run.wait()
+    assert server.start(folder, "--data-path", corpus[0], *FLAGS, "--num-workers", "1").wait() == [0, 0]
+    assert differing_bits(state_in(folder), state_in(whole)) == []
+    assert listed(folder) == listed(whole)
+
+
+def test_above_the_threshold_the_run_ends_and_says_what_to_do(
+    server: Server, corpus: tuple[Path, set[Path]], tmp_path: Path
+) -> None:
+    run = server.start(tmp_path / "run", "--data-path", corpus[0], *FLAGS, "--max-unreadable", "0.005")
+    assert run.wait() == [2, 2], run.err()
+    (sentence,) = [line for line in run.err().splitlines() if line.startswith("error: ")]
+    assert "images cannot be read, more than --max-unreadable 0.005" in sentence
+    assert str(tmp_path / "run" / "unreadable_images.jsonl") in sentence
+    assert len(listed(tmp_path / "run")) == 5  # one more than 0.5% of 800
+    assert listed(tmp_path / "run") <= {path.name for path in corpus[1]}

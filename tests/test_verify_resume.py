@@ -1,0 +1,78 @@
+"""--verify-resume: the user's own proof."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import ENVIRONMENT, HERE, SMALL
+
+from dino_xcit.errors import InputError
+from dino_xcit.reliability import verify_resume
+from dino_xcit.reliability.verify_resume import Verdict
+
+
+def without(words: list[str], *names: str) -> list[str]:
+    return [word for place, word in enumerate(words) if word not in names and words[place - 1] not in names]
+
+
+def test_it_prints_two_hashes_that_are_the_same_and_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    flags = without(SMALL, "--knn-every", "--log-every")
+    ended = subprocess.run(
+        [sys.executable, str(HERE.parent / "run_pretrain.py"), "--verify-resume", "--data-path", "sample:fashion-mnist",
+         *flags, "--batch-size-per-gpu", "32", "--output-dir", str(tmp_path / "run")],
+        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    hashes = re.findall(r"SHA-256 ([0-9a-f]{64})", ended.stdout)
+    assert len(hashes) == 2
+    assert hashes[0] == hashes[1]
+    assert "resuming is exact here" in ended.stdout
+    after = [int(step) for step in re.findall(r"after step (\d+)", ended.stdout)]
+    assert len(after) == 2
+    assert 6 <= after[0] <= after[1] <= 11  # both were killed on the way
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_difference_is_seen() -> None:
+    same = Verdict("a" * 64, "a" * 64, (6, 8), True)
+    other = Verdict("a" * 64, "b" * 64, (6, 8), False)
+    assert "resuming is exact here" in same.report()
+    assert "NOT the same" in other.report()
+    assert "never while saving" in other.report()
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--verify-resume"], (1, [])),
+        (["--verify-resume", "2", "--lr", "1"], (2, ["--lr", "1"])),
+        (["--lr", "1", "--verify_resume=3"], (3, ["--lr", "1"])),
+        (["--verify-resume", "--lr", "1"], (1, ["--lr", "1"])),
+    ],
+)
+def test_the_number_of_processes_is_optional(argv: list[str], expected: tuple[int, list[str]]) -> None:
+    assert verify_resume.asked(argv)
+    assert verify_resume._split(argv) == expected
+    assert not verify_resume.asked(["--lr", "1"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--verify-resume", "two"], "expected a number of processes"),
+        (["--verify-resume", "0"], "expected a number of processes"),
+        (["--verify-resume", "--max-steps", "3"], "--max-steps is set by --verify-resume itself"),
+        (["--verify-resume", "--arch", "xcit_smal_12_p16"], "xcit_small_12_p16"),
+    ],
+)
+def test_mistakes_become_sentences(argv: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        verify_resume.main([*argv, "--output-dir", str(tmp_path / "run")], HERE.parent / "run_pretrain.py")
+    assert list(tmp_path.iterdir()) == []
