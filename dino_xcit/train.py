@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_xcit import distributed
+from dino_xcit.augment import group_by_size
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.loss import DINOLoss, entropy, feature_deviation, koleo
@@ -116,7 +117,31 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
         rejected_in_a_row=torch.zeros((), dtype=torch.int64, device=device),
     )
     state.shared = distributed.share_gradients(student, device)
+    if distributed.world_size() > 1:
+        _settle_gradient_exchange(state, config, device)
     return state
+
+
+def _settle_gradient_exchange(state: TrainState, config: PretrainConfig, device: torch.device) -> None:
+    """One pass over noise whose gradients are thrown away.
+
+    DistributedDataParallel packs its messages anew after the first pass, in the order in which gradients came, and a
+    sum over more than two processes depends on the packing. Without this the first step of a resumed run would be
+    summed otherwise than the same step of a run that was never interrupted.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sizes = [view.size for view in config.augmentation().views]
+    crops = [
+        torch.randn(2 * len(group), 3, sizes[group[0]], sizes[group[0]], generator=generator).to(device)
+        for group in group_by_size(sizes)
+    ]
+    buffers = _batch_norm_buffers(state)
+    before = [buffer.clone() for buffer in buffers]
+    with _autocast(config, device):
+        state.shared(crops).logits.sum().backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    if buffers:
+        torch._foreach_copy_(buffers, before)
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
@@ -194,7 +219,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     loss_sum = torch.zeros((), device=device)
     logits_sum = torch.zeros_like(state.loss.center)
     for number, batch in enumerate(batches):
-        if number > 0:  # each pass starts from the same statistics, as it would on a process of its own
+        if number > 0 and buffers:  # each pass starts from the same statistics, as it would on a process of its own
             torch._foreach_copy_(buffers, before)
         batch = batch.to(device)
         crops = [normalise(crop, config.mean, config.std) for crop in batch.crops]

@@ -106,6 +106,15 @@ def test_two_hundred_steps_with_twenty_kills_six_of_them_inside_a_save(
     assert run.kills_inside_a_save >= 5
 
 
+def test_three_processes_resume_exactly_too(server: Server, photos: Path, tmp_path: Path) -> None:
+    """A sum of three numbers depends on its order, and so on how DistributedDataParallel packs its messages."""
+    flags = ["--data-path", photos, "--batch-size-per-gpu", BATCH, "--save-every", "3", "--drop-path-rate", "0.3"]
+    for name, last in (("straight", 9), ("stopped", 4), ("stopped", 9)):
+        run = server.start(tmp_path / name, *flags, "--max-steps", last, ranks=3)
+        assert run.wait() == [0, 0, 0], run.err()
+    assert differing_bits(state_in(tmp_path / "stopped"), state_in(tmp_path / "straight")) == []
+
+
 # ---- every stage of a save
 
 ALONE = ["--batch-size-per-gpu", "4", "--max-steps", "6", "--save-every", "2", "--hang-timeout", "60"]
