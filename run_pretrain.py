@@ -11,25 +11,21 @@ from __future__ import annotations
 # Before torch: it decides how threads wait for each other.
 import dino_xcit  # noqa: F401  # isort: skip
 
-import dataclasses
-import errno
 import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dino_xcit import checkpoint, distributed, durable, safe_load
+from dino_xcit import checkpoint, distributed
 from dino_xcit.cli import parse_pretrain
-from dino_xcit.config import PretrainConfig, differences
+from dino_xcit.config import PretrainConfig
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
-from dino_xcit.errors import PREEMPTED, InputError, RunStopped
+from dino_xcit.errors import PREEMPTED, RunStopped
 from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress
 from dino_xcit.reliability import verify_resume
 from dino_xcit.reliability.agreement import Agreement
@@ -38,7 +34,7 @@ from dino_xcit.reliability.ledger import Ledger
 from dino_xcit.reliability.nonfinite import HostCopy
 from dino_xcit.reliability.nonfinite import keep as keep_rejected_step
 from dino_xcit.reliability.preemption import Preemption
-from dino_xcit.reliability.run_lock import RunLock
+from dino_xcit.reliability.resume import find_stored, keep_global_batch, output_folder, refuse_another_run
 from dino_xcit.reliability.saver import Saver
 from dino_xcit.reliability.watchdog import Watchdog, guarded
 from dino_xcit.train import Schedules, build_state, choose_precision, train_step
@@ -61,8 +57,8 @@ def main() -> None:
 def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointFolder, watchdog: Watchdog) -> None:
     """From the data to the last checkpoint, in an output directory that is ours alone."""
     # ---- new, or from where this run stopped, perhaps with another number of processes
-    stored, stored_in = _find_stored(config, checkpoints)
-    config = _keep_global_batch(config, stored)
+    stored, stored_in = find_stored(config, checkpoints)
+    config = keep_global_batch(config, stored)
 
     # ---- data: which process sees which images in which step follows from the seed alone
     source = open_source(config.data_path, "train")
@@ -81,7 +77,7 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
     # ---- student and teacher
     state = build_state(config, device)
     if stored:
-        _refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch)
+        refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch)
         checkpoint.restore(state, stored, stored_in)
         if distributed.is_main():
             checkpoints.finish(stored_in, stored)
@@ -185,7 +181,8 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
                 if saver:
                     saver.note_knn(state.step, summary["knn_top1"])
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items())
-            progress.say(f"epoch {epoch + 1}/{config.epochs}: {shown}")
+            cut_short = "" if epoch_ends else f", up to step {state.step}"
+            progress.say(f"epoch {epoch + 1}/{config.epochs}{cut_short}: {shown}")
             if metrics:
                 metrics.write("epoch" if epoch_ends else "end", state.step, {"epoch": epoch, **summary})
                 metrics.draw(folder / "curves.png")
@@ -193,6 +190,7 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
             progress.restart_clock()  # copying and measuring are no training time
 
     # ---- the end: on the disk before anybody leaves
+    ledger.write()
     watchdog.now("saving", state.step)
     if saver:
         saver.ensure(state.step, content)
@@ -208,95 +206,6 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
         else f"python run_knn.py --weights {checkpoints.latest}"
     )
     distributed.say(f"done: {checkpoints.latest} (curves: {folder / 'curves.png'}); next: {then}")
-
-
-@contextmanager
-def output_folder(folder: Path) -> Iterator[None]:
-    """The output directory, made if need be, locked against other runs while this context lasts."""
-    lock, refusal = None, None
-    if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            lock = RunLock.take(folder)
-        except OSError as error:
-            refusal = f"cannot write to the output directory {folder}: {error.strerror}; choose another --output-dir"
-        except InputError as error:
-            refusal = str(error)
-    refusal = distributed.main_decides(refusal)
-    if refusal:
-        raise InputError(refusal)
-    if lock and lock.took_over:
-        before = "process {process} on {host}, started {started}".format_map(lock.took_over)
-        distributed.say(f"notice: the run before in {folder} ended without a word ({before})")
-    try:
-        yield
-    finally:
-        if lock:
-            lock.release()
-
-
-def _find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[dict[str, Any], Path]:
-    """The newest whole checkpoint of the output directory and its path; an empty dictionary for a fresh start."""
-    found: tuple[Path | None, list[str]] = (None, [])
-    refusal = None
-    if distributed.is_main():
-        durable.remove_leftovers(checkpoints.output_dir)
-        durable.remove_leftovers(checkpoints.folder)
-        try:
-            if config.resume == "never":
-                checkpoints.clear()
-            else:
-                found = checkpoints.newest()
-        except InputError as error:
-            refusal = str(error)
-    refusal, (path, notices) = distributed.main_decides((refusal, found))
-    if refusal:
-        raise InputError(refusal)
-    for notice in notices:
-        distributed.say(f"notice: {notice}")
-    if path is None:
-        return {}, checkpoints.latest
-    content = safe_load.read(path)
-    if "args" not in content:
-        raise InputError(f"{path} is not a checkpoint of run_pretrain.py: choose another --output-dir")
-    return content, path
-
-
-def _keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> PretrainConfig:
-    """Where a run carries on with another number of processes, accumulation makes up for it."""
-    then, world = stored.get("world_size"), distributed.world_size()
-    wanted, one_pass = int(stored.get("global_batch", 0)), config.batch_size_per_gpu * world
-    if not then or then == world or wanted == checkpoint.global_batch(config) or config.resume == "changed":
-        return config
-    if wanted % one_pass:
-        raise InputError(
-            f"this run has a global batch of {wanted} ({then} process(es) before), which {world} process(es) cannot "
-            f"share in passes of {config.batch_size_per_gpu}: give --batch-size-per-gpu a divisor of "
-            f"{wanted / world:g}, or start another number of processes"
-        )
-    config = dataclasses.replace(config, accumulation_steps=wanted // one_pass)
-    distributed.say(
-        f"notice: {world} process(es) carry on what {then} began: {config.accumulation_steps} forward pass(es) a step "
-        f"keep the global batch of {wanted}"
-        + ("" if config.centering == "centering" else "; sinkhorn_knopp spreads over fewer images at a time than then")
-    )
-    return config
-
-
-def _refuse_another_run(stored: Mapping[str, Any], path: Path, config: PretrainConfig, steps_per_epoch: int) -> None:
-    """Raise InputError where the checkpoint is of a run with other settings, and that was not allowed."""
-    changed = differences(dict(stored["args"]), config)
-    for key, now in (("global_batch", checkpoint.global_batch(config)), ("steps_per_epoch", steps_per_epoch)):
-        if stored.get(key) != now:
-            changed.append(f"{key} {stored.get(key)} -> {now} (--accumulation-steps makes up for fewer processes)")
-    if changed and config.resume == "auto":
-        listed = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
-        raise InputError(
-            f"{config.output_dir} holds another run ({listed}): choose another --output-dir, or --resume changed to "
-            "carry on with the new settings, or --resume never to overwrite it"
-        )
 
 
 def _stays(epoch: int, config: PretrainConfig) -> bool:

@@ -22,8 +22,6 @@ from dino_xcit import safe_load
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
 from dino_xcit.models.xcit import XCIT_SIZES
-from dino_xcit.safe_load import UNREADABLE as UNREADABLE
-from dino_xcit.safe_load import why_unreadable as why_unreadable
 from dino_xcit.transform import EvalTransform
 
 NETWORKS = ("teacher", "student")

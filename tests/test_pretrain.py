@@ -23,7 +23,7 @@ from dino_xcit import safe_load
 from dino_xcit.errors import InputError
 from dino_xcit.metrics import read_metrics
 from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
-from run_pretrain import output_folder
+from dino_xcit.reliability.resume import output_folder
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {

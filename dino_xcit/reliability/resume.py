@@ -1,0 +1,106 @@
+"""Where a run starts: the output directory, what an earlier start left there, and whether it may go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dino_xcit import checkpoint, distributed, durable, safe_load
+from dino_xcit.config import PretrainConfig, differences
+from dino_xcit.errors import InputError
+from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+from dino_xcit.reliability.run_lock import RunLock
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """The output directory, made if need be, locked against other runs while this context lasts."""
+    lock, refusal = None, None
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            lock = RunLock.take(folder)
+        except OSError as error:
+            refusal = f"cannot write to the output directory {folder}: {error.strerror}; choose another --output-dir"
+        except InputError as error:
+            refusal = str(error)
+    refusal = distributed.main_decides(refusal)
+    if refusal:
+        raise InputError(refusal)
+    if lock and lock.took_over:
+        before = "process {process} on {host}, started {started}".format_map(lock.took_over)
+        distributed.say(f"notice: the run before in {folder} ended without a word ({before})")
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[dict[str, Any], Path]:
+    """The newest whole checkpoint of the output directory and its path; an empty dictionary for a fresh start."""
+    found: tuple[Path | None, list[str]] = (None, [])
+    refusal = None
+    if distributed.is_main():
+        durable.remove_leftovers(checkpoints.output_dir)
+        durable.remove_leftovers(checkpoints.folder)
+        try:
+            if config.resume == "never":
+                checkpoints.clear()
+            else:
+                found = checkpoints.newest()
+        except InputError as error:
+            refusal = str(error)
+    refusal, (path, notices) = distributed.main_decides((refusal, found))
+    if refusal:
+        raise InputError(refusal)
+    for notice in notices:
+        distributed.say(f"notice: {notice}")
+    if path is None:
+        return {}, checkpoints.latest
+    content = safe_load.read(path)
+    if "args" not in content:
+        raise InputError(f"{path} is not a checkpoint of run_pretrain.py: choose another --output-dir")
+    return content, path
+
+
+def keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> PretrainConfig:
+    """Where a run carries on with another number of processes, accumulation makes up for it."""
+    then, world = stored.get("world_size"), distributed.world_size()
+    wanted, one_pass = int(stored.get("global_batch", 0)), config.batch_size_per_gpu * world
+    if not then or then == world or wanted == checkpoint.global_batch(config) or config.resume == "changed":
+        return config
+    if wanted % one_pass:
+        raise InputError(
+            f"this run has a global batch of {wanted} ({then} process(es) before), which {world} process(es) cannot "
+            f"share in passes of {config.batch_size_per_gpu}: give --batch-size-per-gpu a divisor of "
+            f"{wanted / world:g}, or start another number of processes"
+        )
+    config = dataclasses.replace(config, accumulation_steps=wanted // one_pass)
+    distributed.say(
+        f"notice: {world} process(es) carry on what {then} began: {config.accumulation_steps} forward pass(es) a step "
+        f"keep the global batch of {wanted}"
+        + ("" if config.centering == "centering" else "; sinkhorn_knopp spreads over fewer images at a time than then")
+    )
+    return config
+
+
+def refuse_another_run(stored: Mapping[str, Any], path: Path, config: PretrainConfig, steps_per_epoch: int) -> None:
+    """Raise InputError where the checkpoint is of a run with other settings, and that was not allowed."""
+    changed = differences(dict(stored["args"]), config)
+    for key, now in (("global_batch", checkpoint.global_batch(config)), ("steps_per_epoch", steps_per_epoch)):
+        if stored.get(key) != now:
+            changed.append(f"{key} {stored.get(key)} -> {now} (--accumulation-steps makes up for fewer processes)")
+    if changed and config.resume == "auto":
+        listed = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
+        raise InputError(
+            f"{config.output_dir} holds another run ({listed}): choose another --output-dir, or --resume changed to "
+            "carry on with the new settings, or --resume never to overwrite it"
+        )
