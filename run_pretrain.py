@@ -12,9 +12,11 @@ from __future__ import annotations
 import dino_xcit  # noqa: F401  # isort: skip
 
 import itertools
+import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
-from dino_xcit.errors import PREEMPTED, RunStopped
+from dino_xcit.errors import PREEMPTED, InputError, RunStopped
 from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress
 from dino_xcit.reliability import verify_resume
 from dino_xcit.reliability.agreement import Agreement
@@ -34,7 +36,7 @@ from dino_xcit.reliability.ledger import Ledger
 from dino_xcit.reliability.nonfinite import HostCopy
 from dino_xcit.reliability.nonfinite import keep as keep_rejected_step
 from dino_xcit.reliability.preemption import Preemption
-from dino_xcit.reliability.resume import find_stored, keep_global_batch, output_folder, refuse_another_run
+from dino_xcit.reliability.resume import find_stored, keep_global_batch, output_folder, prepare, refuse_another_run
 from dino_xcit.reliability.saver import Saver
 from dino_xcit.reliability.watchdog import Watchdog, guarded
 from dino_xcit.train import Schedules, build_state, choose_precision, train_step
@@ -50,11 +52,19 @@ def main() -> None:
     distributed.say(first_line)
     _choose_kernels(config)
     folder = Path(config.output_dir)
-    with output_folder(folder), Watchdog(config.hang_timeout) as watchdog:
-        train(config, device, CheckpointFolder(folder, config.keep_last), watchdog)
+    checkpoints = CheckpointFolder(folder, config.keep_last)
+    saver = Saver(checkpoints, config.max_failed_saves) if distributed.is_main() else None
+    with output_folder(folder), Watchdog(config.hang_timeout) as watchdog, saver or nullcontext():
+        train(config, device, checkpoints, saver, watchdog)
 
 
-def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointFolder, watchdog: Watchdog) -> None:
+def train(
+    config: PretrainConfig,
+    device: torch.device,
+    checkpoints: CheckpointFolder,
+    saver: Saver | None,
+    watchdog: Watchdog,
+) -> None:
     """From the data to the last checkpoint, in an output directory that is ours alone."""
     # ---- new, or from where this run stopped, perhaps with another number of processes
     stored, stored_in = find_stored(config, checkpoints)
@@ -79,9 +89,8 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
     if stored:
         refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch)
         checkpoint.restore(state, stored, stored_in)
-        if distributed.is_main():
-            checkpoints.finish(stored_in, stored)
-        del stored
+    prepare(config, checkpoints, stored_in, stored)
+    del stored
     sampler.start_step = state.step
     sampler.stop_step = min(total_steps, config.max_steps or total_steps)
     distributed.say(
@@ -107,10 +116,11 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
     progress = Progress(sampler.stop_step, state.step, sampler.global_batch, shown=main_process)
     metrics = MetricsWriter(folder, state.step, progress.say) if main_process else None
     averages = EpochAverages()
-    saver = Saver(checkpoints, config.max_failed_saves, state.step, progress.say) if main_process else None
+    if saver:
+        saver.begin(state.step, progress.say)
     ledger = Ledger(folder, len(source), config.max_unreadable, start_anew=state.step == 0, say=progress.say)
     rejected_in_a_row = HostCopy(device)
-    agreement = Agreement(device)
+    agreement = Agreement(device, config.hang_timeout + 30)
     preemption = Preemption()
 
     def content() -> dict[str, Any]:
@@ -126,14 +136,25 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
             raise ledger.refusal(state.step * sampler.global_batch) if main_process else RunStopped(2, "")
         if agreed["cannot_save"]:
             raise saver.refusal() if saver else RunStopped(2, "")
-        if agreed["diverged"]:
+        # On a GPU the count is some steps old, and the run may have recovered since.
+        if agreed["diverged"] and int(state.rejected_in_a_row) >= config.max_rejected:
             raise keep_rejected_step(state, config, sampler, device)
         if agreed["stop"]:
-            watchdog.now("saving", state.step)
+            save_last()
+            raise RunStopped(PREEMPTED, preemption.sentence(state.step) if main_process else "")
+
+    def save_last() -> None:
+        """The state is on the disk before any process leaves, and takes the run along."""
+        watchdog.now("saving", state.step)
+        refusal = None
+        try:
             if saver:
                 saver.ensure(state.step, content)
-            distributed.barrier()  # nobody leaves, and takes the run along, before it is saved
-            raise RunStopped(PREEMPTED, preemption.sentence(state.step) if main_process else "")
+        except InputError as error:
+            refusal = str(error)
+        refusal = distributed.main_decides(refusal)
+        if refusal:
+            raise InputError(refusal)
 
     def while_measuring() -> None:
         together()
@@ -178,7 +199,7 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
             summary = averages.take()
             if evaluate and ((epoch + 1) % config.knn_every == 0 or run_ends):
                 summary |= evaluate(state.teacher.backbone, while_measuring)
-                if saver:
+                if saver and math.isfinite(summary["knn_top1"]):
                     saver.note_knn(state.step, summary["knn_top1"])
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in summary.items())
             cut_short = "" if epoch_ends else f", up to step {state.step}"
@@ -191,9 +212,7 @@ def train(config: PretrainConfig, device: torch.device, checkpoints: CheckpointF
 
     # ---- the end: on the disk before anybody leaves
     ledger.write()
-    watchdog.now("saving", state.step)
-    if saver:
-        saver.ensure(state.step, content)
+    save_last()
     if metrics:
         metrics.close()
     progress.close()

@@ -78,7 +78,7 @@ def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -
     del copy
 
     alone = work(2.0)
-    saver = Saver(checkpoints, tolerated=1, at_step=0, say=print)
+    saver = Saver(checkpoints, tolerated=1)
     content["step"] = 2
     began = time.perf_counter()
     saver.save(content)
@@ -103,7 +103,7 @@ def exchange(rank: int, port: int, result: str) -> None:
     device = torch.device("cpu")
     distributed.start(device)
     with Watchdog(600) as watchdog:
-        agreement, copy, number = Agreement(device), HostCopy(device), torch.zeros((), dtype=torch.int64)
+        agreement, copy, number = Agreement(device, 60), HostCopy(device), torch.zeros((), dtype=torch.int64)
 
         def once() -> float:
             began = time.perf_counter()

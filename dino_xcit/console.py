@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from typing import TextIO
 
@@ -15,6 +16,7 @@ class Lines(io.TextIOBase):
     def write(self, text: str) -> int:
         line = text.replace("\r", "").strip()
         if line:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            with contextlib.suppress(OSError):  # a log on a full disk does not end a run
+                self._stream.write(line + "\n")
+                self._stream.flush()
         return len(text)

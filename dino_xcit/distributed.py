@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
@@ -138,12 +140,16 @@ def run_command(main: Callable[[], None]) -> None:
     is left however it ends."""
     try:
         run_main(main)
-    except SystemExit as ending:
-        if ending.code and world_size() > 1:
+    except BaseException as ending:
+        code = ending.code if isinstance(ending, SystemExit) else 1
+        if code and world_size() > 1:
             # Leaving the group in good order would wait for processes that may be gone.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(ending.code if isinstance(ending.code, int) else 1)
+            if not isinstance(ending, SystemExit):
+                traceback.print_exc()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
         raise
     finally:
         stop()

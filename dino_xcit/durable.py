@@ -60,6 +60,8 @@ def write(path: Path, fill: Callable[[Any], object]) -> Digest:
             fill(hashing)
             file.flush()
             os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk, not from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         written = hashing.digest()
         if digest_of(aside) != written:
             raise DamagedWrite(0, "the file reads back otherwise than it was written", str(aside))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import sys
@@ -77,7 +78,8 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _end(sentence: str, code: int) -> NoReturn:
-    sys.stdout.flush()
-    if sentence:
-        print(sentence, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # on a full disk the code still says what the sentence cannot
+        sys.stdout.flush()
+        if sentence:
+            print(sentence, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -156,8 +156,9 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own."""
         if not self._bar.disable:
-            self._bar.clear()
-            print(text, flush=True)
+            with contextlib.suppress(OSError):  # a log on a full disk does not end a run
+                self._bar.clear()
+                print(text, flush=True)
 
     def close(self) -> None:
         """End the bar."""

@@ -10,7 +10,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -46,7 +48,7 @@ class Features:
     """Of the source, where it was asked for (:func:`cached`)."""
 
 
-class TransformedImages(Dataset[Tensor]):
+class TransformedImages(Dataset[Tensor | InputError]):
     """Source items as uint8 tensors [3, crop, crop]; an image that cannot be read is handed over as its error."""
 
     def __init__(self, source: Source, transform: EvalTransform) -> None:
@@ -55,47 +57,41 @@ class TransformedImages(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Tensor | InputError:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Tensor | InputError:
         try:
             return self.transform(decode(self.source.read(index)[0], self.source.name(index)))
-        except InputError as error:
+        except UndecodableImage as error:
             # Handed over rather than raised: a loader process would bury the sentence in a traceback.
+            return error
+        except InputError as error:
             return UndecodableImage(str(error))
 
 
-def _stack(images: list[Tensor | InputError]) -> Tensor | InputError:
-    good: list[Tensor] = []
-    for image in images:
-        if isinstance(image, InputError):
-            return image
-        good.append(image)
-    return torch.stack(good)
+def _stack(images: list[Tensor | InputError]) -> tuple[Tensor, list[int], InputError | None]:
+    """The images that could be read, their places among all, and the first error."""
+    places = [place for place, image in enumerate(images) if not isinstance(image, InputError)]
+    errors = [image for image in images if isinstance(image, InputError)]
+    good = [image for image in images if isinstance(image, Tensor)]
+    return torch.stack(good) if good else torch.empty(0), places, errors[0] if errors else None
 
 
-def batches(
+def _batches(
     source: Source, transform: EvalTransform, indices: list[list[int]], num_workers: int, device: torch.device
-) -> Iterator[Tensor]:
-    """The images of each list of indices: [B, 3, crop, crop] uint8.
-
-    Raises:
-        UndecodableImage: an image cannot be read; it is named.
-    """
+) -> Iterator[tuple[Tensor, list[int], InputError | None]]:
+    """For each list of indices: its readable images [B, 3, crop, crop] uint8, their places in the list, an error."""
     workers = choose_workers(num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if num_workers < 0 and sum(map(len, indices)) < _TOO_FEW_FOR_WORKERS:
         workers = 0
     workers = min(workers, len(indices))
-    loader: DataLoader[Tensor] = DataLoader(
+    loader: DataLoader[Tensor | InputError] = DataLoader(
         TransformedImages(source, transform),
         batch_sampler=indices,
         num_workers=workers,
         collate_fn=_stack,
-        worker_init_fn=be_a_loader_process if workers else None,
+        worker_init_fn=partial(be_a_loader_process, os.getpid()) if workers else None,
         pin_memory=device.type == "cuda",
     )
-    for images in loader:
-        if isinstance(images, InputError):
-            raise images
-        yield images
+    yield from loader
 
 
 def feature_rows(
@@ -106,6 +102,7 @@ def feature_rows(
     batch_size: int = 128,
     num_workers: int = -1,
     progress: bool = True,
+    unreadable: Literal["refuse", "nan"] = "refuse",
 ) -> Iterator[NDArray[np.float32]]:
     """Class-token features in the order of the source, [some, D] float32 at a time, so that nobody need hold them all.
 
@@ -114,6 +111,7 @@ def feature_rows(
 
     Args:
         backbone: on ``device``, with the output of :class:`dino_xcit.models.BackboneOutput`.
+        unreadable: what becomes of an image that cannot be read: an error, or a row of NaN.
 
     Raises:
         UndecodableImage: an image cannot be read; it is named.
@@ -121,18 +119,21 @@ def feature_rows(
     world, rank, total = distributed.world_size(), distributed.rank(), len(source)
     rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
     mine = [list(chunk[rank * batch_size : (rank + 1) * batch_size]) for chunk in rounds]
-    images = batches(source, transform, [chunk for chunk in mine if chunk], num_workers, device)
+    images = _batches(source, transform, [chunk for chunk in mine if chunk], num_workers, device)
     was_training = backbone.training
     backbone.eval()
     try:
         with progress_bar(total, f"features of {source.url}", shown=progress and rank == 0) as bar:
             for chunk, own in zip(rounds, mine, strict=True):
                 with torch.inference_mode():
+                    rows = torch.full((len(own), width_of(backbone)), torch.nan, device=device)
                     if own:
-                        batch = normalise(next(images).to(device, non_blocking=True), transform.mean, transform.std)
-                        rows = backbone(batch).cls_token.float()
-                    else:
-                        rows = torch.empty((0, width_of(backbone)), device=device)
+                        readable, places, error = next(images)
+                        if error and unreadable == "refuse":
+                            raise error
+                        if places:
+                            batch = normalise(readable.to(device, non_blocking=True), transform.mean, transform.std)
+                            rows[places] = backbone(batch).cls_token.float()
                     gathered = distributed.gather_rows(rows).cpu().numpy()
                 yield gathered
                 bar.update(len(chunk))
@@ -148,16 +149,18 @@ def extract(
     batch_size: int = 128,
     num_workers: int = -1,
     progress: bool = True,
+    unreadable: Literal["refuse", "nan"] = "refuse",
     between_batches: Callable[[], None] = lambda: None,
 ) -> Features:
     """All of :func:`feature_rows` in one array, on every process.
 
     Args:
+        unreadable: as there.
         between_batches: called after each batch, on all processes equally often; it may raise to end this.
     """
     rows = np.empty((len(source), width_of(backbone)), dtype=np.float32)
     start = 0
-    for chunk in feature_rows(backbone, source, transform, device, batch_size, num_workers, progress):
+    for chunk in feature_rows(backbone, source, transform, device, batch_size, num_workers, progress, unreadable):
         rows[start : start + len(chunk)] = chunk
         start += len(chunk)
         between_batches()

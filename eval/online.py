@@ -41,10 +41,20 @@ def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> 
     transform = config.eval_transform()
 
     def evaluate(backbone: nn.Module, between_batches: Callable[[], None]) -> dict[str, float]:
-        neighbours = extract(backbone, train, transform, device, progress=False, between_batches=between_batches)
-        queries = extract(backbone, val, transform, device, progress=False, between_batches=between_batches)
-        predicted = knn_predict(neighbours.features, neighbours.labels, queries.features, [K], [TEMPERATURE])
-        return {"knn_top1": accuracy(predicted[K, TEMPERATURE], queries.labels, 1)}
+        found = []
+        for part in (train, val):
+            features = extract(
+                backbone, part, transform, device, progress=False, unreadable="nan", between_batches=between_batches
+            )
+            assert features.labels is not None  # open_parts and _hold_out see to that
+            # Training goes on without the images that cannot be read, and so does this.
+            readable = np.isfinite(features.features).all(axis=1)
+            found.append((features.features[readable], features.labels[readable]))
+        (neighbours, labels), (queries, answers) = found
+        if not len(neighbours) or not len(queries):
+            return {"knn_top1": float("nan")}
+        predicted = knn_predict(neighbours, labels, queries, [K], [TEMPERATURE])
+        return {"knn_top1": accuracy(predicted[K, TEMPERATURE], answers, 1)}
 
     return evaluate
 

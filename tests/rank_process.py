@@ -13,6 +13,7 @@ from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
 from dino_xcit import distributed
 from dino_xcit.config import PretrainConfig
 from dino_xcit.loss import sinkhorn_knopp
+from dino_xcit.reliability.agreement import Agreement
 from dino_xcit.train import Schedules, build_state, train_step
 
 STEPS = 3
@@ -61,6 +62,14 @@ def train_with_a_fault_on_the_second_process(config: PretrainConfig, rank: int, 
     return seen
 
 
+def late_sums(rank: int) -> list[dict[str, int]]:
+    """As on a GPU: each process says something else, some of it in the last call, which nobody hears."""
+    agreement = Agreement(CPU, timeout=30)
+    agreement._late = True
+    said = [{"stop": rank}, {}, {"unreadable": 2 + rank, "diverged": 1 - rank}, {"stop": 1}, {"stop": 1}]
+    return [agreement.exchange(**values) for values in said]
+
+
 def main() -> None:
     """Run every scenario of two processes."""
     torch.set_num_threads(1)
@@ -80,6 +89,7 @@ def main() -> None:
     distributed.all_reduce_sum(tensors)
     results["summed"] = tensors
     results["sinkhorn"] = sinkhorn_knopp(SCORES.chunk(2)[rank])
+    results["late sums"] = late_sums(rank)
     results["decided"] = [distributed.main_decides("no data" if rank == 0 else None), distributed.main_decides(None)]
     torch.save(results, f"{sys.argv[1]}-{rank}.pt")
     distributed.barrier()

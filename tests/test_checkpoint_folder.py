@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,37 @@ def test_pruning_counts_only_checkpoints_that_were_read_back_whole(tmp_path: Pat
     assert steps_in(tmp_path) == [2, 3, 4]
 
 
+def test_pruning_leaves_alone_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that is away for a moment must not cost the checkpoint that was to be kept."""
+    checkpoints = CheckpointFolder(tmp_path, keep_last=1)
+    checkpoints.write(content(1), keep=True)
+    read = Path.read_bytes
+
+    def stale(self: Path) -> bytes:
+        if self.name == "step00000001.json":
+            raise OSError(errno.ESTALE, "stale file handle")
+        return read(self)
+
+    with monkeypatch.context() as away:
+        away.setattr(Path, "read_bytes", stale)
+        checkpoints.write(content(2))
+    checkpoints.write(content(3))
+    assert steps_in(tmp_path) == [1, 3]
+
+
+def test_the_rest_of_a_save_that_was_cut_short_is_done_at_the_next_start(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path)
+    checkpoints.note_knn(3, 50.0)
+    (tmp_path / "best.pth").unlink()
+    (tmp_path / "checkpoint.pth").unlink()
+    (tmp_path / "checkpoint.pth").write_bytes((tmp_path / "checkpoints" / "step00000002.pth").read_bytes())
+    path, _ = CheckpointFolder(tmp_path).newest()
+    assert path is not None
+    CheckpointFolder(tmp_path).finish(path, safe_load.read(path))
+    for name in ("checkpoint.pth", "best.pth"):
+        assert os.path.samefile(tmp_path / name, path)
+
+
 def test_starting_anew_forgets_them_all(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
     checkpoints.note_knn(3, 50.0)
@@ -180,7 +212,8 @@ def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    saver = Saver(CheckpointFolder(tmp_path), tolerated=3, at_step=0, say=said.append)
+    saver = Saver(CheckpointFolder(tmp_path), tolerated=3)
+    saver.begin(0, said.append)
     saver.save(content(1))
     saver.ensure(1, lambda: content(1))
     assert said == []
@@ -212,8 +245,47 @@ def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     assert [p.name for p in (tmp_path / "checkpoints").glob(".*")] == []
 
 
+def test_a_note_of_the_knn_is_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save of step 2 fails; that the note on it does nothing, without an error, does not make it saved."""
+    said: list[str] = []
+    saver = Saver(CheckpointFolder(tmp_path), tolerated=2)
+    saver.begin(0, said.append)
+    saver.ensure(1, lambda: content(1))
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for step in (2, 3):
+        saver.save(content(step))
+        saver.note_knn(step, 50.0)
+    with pytest.raises(InputError, match="carries on after step 1"):
+        saver.ensure(3, lambda: content(3))
+    assert saver.gave_up
+    assert newest_step(tmp_path) == 1
+    saver.note_knn(1, 40.0)
+    saver._wait()
+    assert said[-1].startswith("warning: the k-NN of step 1 could not be written beside its checkpoint")
+
+
+def test_the_saver_does_not_leave_its_context_before_the_disk_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = CheckpointFolder.write
+
+    def slowly(self: CheckpointFolder, *arguments: Any) -> object:
+        time.sleep(0.3)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(CheckpointFolder, "write", slowly)
+    with Saver(CheckpointFolder(tmp_path), tolerated=1) as saver:
+        saver.save(content(1))
+    assert newest_step(tmp_path) == 1
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
 def test_a_fault_of_ours_in_a_save_is_not_taken_for_the_disks(tmp_path: Path) -> None:
-    saver = Saver(CheckpointFolder(tmp_path), tolerated=3, at_step=0, say=print)
+    saver = Saver(CheckpointFolder(tmp_path), tolerated=3)
     broken = content(1)
     del broken["epoch"]
     saver.save(broken)
@@ -235,7 +307,7 @@ def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path, monkey
 
     monkeypatch.setattr(CheckpointFolder, "write", slowly)
     state = content(1)
-    saver = Saver(CheckpointFolder(tmp_path), tolerated=1, at_step=0, say=print)
+    saver = Saver(CheckpointFolder(tmp_path), tolerated=1)
     saver.save(state)
     assert not (tmp_path / "checkpoint.pth").exists()  # it came back before the disk was done
     for tensor in state["teacher"].values():

@@ -88,6 +88,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_at_once_and_is_named(
 
 
 def test_a_loader_process_that_stands_still_is_found_out_too(server: Server, photos: Path, tmp_path: Path) -> None:
+    before = shared_memory()
     run = server.start(tmp_path / "run", "--data-path", photos, *FLAGS, "--num-workers", "1")
     run.until_step(4)
     time.sleep(1.5)
@@ -97,12 +98,13 @@ def test_a_loader_process_that_stands_still_is_found_out_too(server: Server, pho
     assert run.wait(TIMEOUT + 10) == [LOST, LOST], run.err()
     assert "(waiting for images)" in run.err()
     assert "rank 1" in run.err(0)
-    assert_nothing_is_left(run, family, set(os.listdir("/dev/shm")))
+    assert_nothing_is_left(run, family, before)
 
 
 def test_a_killed_rank_is_named_and_its_loader_processes_die_with_it(
     server: Server, photos: Path, tmp_path: Path
 ) -> None:
+    before = shared_memory()
     run = server.start(tmp_path / "run", "--data-path", photos, *FLAGS, "--num-workers", "1")
     run.until_step(4)
     time.sleep(1.5)
@@ -110,7 +112,7 @@ def test_a_killed_rank_is_named_and_its_loader_processes_die_with_it(
     run.kill(1)
     assert run.wait(15) == [LOST, -signal.SIGKILL], run.err()
     assert f"lost the others: rank 1 (process {run.pids[1]} on " in run.err(0)
-    assert_nothing_is_left(run, family, set(os.listdir("/dev/shm")))
+    assert_nothing_is_left(run, family, before)
 
 
 def test_a_single_process_whose_images_do_not_come_ends_too(server: Server, photos: Path, tmp_path: Path) -> None:

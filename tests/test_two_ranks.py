@@ -84,6 +84,13 @@ def test_adamw_agrees_but_for_gradients_that_are_only_rounding(ranks: list[dict[
     assert float((off > 2e-5).double().mean()) < 0.002
 
 
+def test_late_sums_are_those_of_the_call_before_and_the_same_on_both(ranks: list[dict[str, Any]]) -> None:
+    """What a GPU run acts on; the number of calls is the same on both, so both leave at the same one."""
+    for rank in ranks:
+        sums = [{topic: count for topic, count in call.items() if count} for call in rank["late sums"]]
+        assert sums == [{}, {"stop": 1}, {}, {"unreadable": 5, "diverged": 1}, {"stop": 2}]
+
+
 def test_each_process_sees_its_half_of_the_same_images(ranks: list[dict[str, Any]]) -> None:
     for scenario in ("sgd", "accumulating"):
         one = train(SCENARIOS[scenario], 0, 1)["indices"]

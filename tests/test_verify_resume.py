@@ -20,12 +20,12 @@ def without(words: list[str], *names: str) -> list[str]:
     return [word for place, word in enumerate(words) if word not in names and words[place - 1] not in names]
 
 
-def test_it_prints_two_hashes_that_are_the_same_and_leaves_nothing_behind(
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_it_prints_two_hashes_that_are_the_same_and_leaves_nothing_behind(tmp_path: Path, processes: int) -> None:
     flags = without(SMALL, "--knn-every", "--log-every")
     ended = subprocess.run(
-        [sys.executable, str(HERE.parent / "run_pretrain.py"), "--verify-resume", "--data-path", "sample:fashion-mnist",
+        [sys.executable, str(HERE.parent / "run_pretrain.py"), "--verify-resume", str(processes), "--data-path",
+         "sample:fashion-mnist",
          *flags, "--batch-size-per-gpu", "32", "--output-dir", str(tmp_path / "run")],
         env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip

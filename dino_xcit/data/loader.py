@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -199,7 +200,7 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=be_a_loader_process if num_workers else None,
+        worker_init_fn=partial(be_a_loader_process, os.getpid()) if num_workers else None,
     )
     for batch in loader:
         if isinstance(batch, UndecodableImage):
@@ -207,7 +208,7 @@ def build_loader(
         yield batch
 
 
-def be_a_loader_process(_: int) -> None:
+def be_a_loader_process(parent: int, _: int) -> None:
     """Set up a process that reads images: one thread, deaf to signals that are meant for the run, gone with its parent.
 
     Slurm and terminals send their signals to every process of a job; one that dies of it takes the run along before
@@ -220,5 +221,5 @@ def be_a_loader_process(_: int) -> None:
     if sys.platform == "linux":
         die_with_parent = 1  # PR_SET_PDEATHSIG, of prctl(2): a parent killed by SIGKILL cannot clean up
         ctypes.CDLL(None, use_errno=True).prctl(die_with_parent, signal.SIGKILL)
-        if os.getppid() == 1:  # it died just before that
+        if os.getppid() != parent:  # it died just before that
             os._exit(1)

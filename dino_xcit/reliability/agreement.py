@@ -6,6 +6,8 @@ knows: it says so here, and all act on the sum.
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -22,11 +24,12 @@ class Agreement:
     another one's current step; on the CPU it is the sum of this call.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timeout: float) -> None:
+        """``timeout``: seconds after which waiting for another process is an error."""
         self._late = device.type != "cpu"
         self._group: dist.ProcessGroup | None = None
         if distributed.world_size() > 1:
-            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))  # type: ignore[assignment]
         self._posted: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, **values: int) -> dict[str, int]:

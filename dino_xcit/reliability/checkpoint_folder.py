@@ -93,6 +93,9 @@ class CheckpointFolder:
         """Do the rest of a save that was cut short after its manifest: ``path`` is the newest, and gets its names."""
         if not self.latest.exists() or not _same_bytes(path, self.latest):
             self._give_names(path, content)
+        best = _best(self.manifests())
+        if best and not (self.output_dir / BEST).exists():
+            durable.give_name(self.folder / best.name, self.output_dir / BEST)
 
     def _give_names(self, path: Path, content: Mapping[str, Any]) -> None:
         prefix = "backbone."
@@ -123,9 +126,11 @@ class CheckpointFolder:
         best = _best(self.manifests())
         for path in sorted(self.folder.glob("step*.json"), reverse=True):
             manifest = _read_manifest(path)
+            if isinstance(manifest, str):
+                continue  # who knows what it was: perhaps one to be kept, on a file system that is away for a moment
             if whole < self._keep_last:
-                whole += isinstance(manifest, Manifest) and self._is_whole(manifest)
-            elif isinstance(manifest, str) or not (manifest.keep or manifest == best):
+                whole += self._is_whole(manifest)
+            elif not (manifest.keep or manifest == best):
                 # The manifest goes first: a file without one is no checkpoint, one without its file a false promise.
                 path.unlink(missing_ok=True)
                 path.with_suffix(".pth").unlink(missing_ok=True)
@@ -189,9 +194,12 @@ class CheckpointFolder:
 
     def _why_latest_is_passed_over(self, newest: Path) -> list[str]:
         """A sentence where ``checkpoint.pth`` is none of the files that the manifests speak of."""
-        if not self.latest.exists() or os.path.samefile(self.latest, newest):
-            return []
-        digest = durable.digest_of(self.latest)
+        try:
+            if not self.latest.exists() or os.path.samefile(self.latest, newest):
+                return []
+            digest = durable.digest_of(self.latest)
+        except OSError as error:
+            return [f"{self.latest} cannot be read ({error.strerror}): using {newest}"]
         if any((m.size, m.sha256) == (digest.size, digest.sha256) for m in self.manifests()):
             return []  # a save was cut short before it got to this name
         return [f"{self.latest} is damaged or not of this run: using {newest}"]

@@ -81,13 +81,19 @@ class Heartbeats:
         self._beat = 0
         self._signs: dict[int, Sign] = {}
         self._answered = time.monotonic()
-        self._curious = False
+        self._curious, self._over = False, False
         self._wake, self._round = threading.Event(), threading.Condition()
         self._thread = threading.Thread(target=self._talk, name="heartbeats", daemon=True)
 
     def start(self) -> None:
         """Give the first sign of life, and further ones from now on."""
         self._thread.start()
+
+    def stop(self) -> None:
+        """No further signs. A thread that is within the store while Python ends would end it with a signal."""
+        self._over = True
+        self._wake.set()
+        self._thread.join(timeout=10)
 
     def tell(self, doing: str, step: int, since: float, last_words: str = "") -> None:
         """What the next sign says."""
@@ -105,6 +111,7 @@ class Heartbeats:
         self._curious = True
         self._wake.set()
         time.sleep(seconds)
+        self._curious = False
         return dict(self._signs)
 
     @property
@@ -118,19 +125,19 @@ class Heartbeats:
         return self._signs[0].process if 0 in self._signs else None
 
     def _talk(self) -> None:
-        while True:
+        while not self._over:
             self._beat += 1
             own = self._own
             with contextlib.suppress(RuntimeError):  # the store's host is gone
                 message = {"beat": self._beat, **own, **asdict(self._process)}
                 self._store.set(f"sign/{self._rank}", json.dumps(message))
-                self._told = own
+                self._told, self._answered = own, time.monotonic()
                 # Everybody asks rank 0, once; everybody asks everybody only where something is wrong.
                 wanted = range(self._world) if self._curious else range(0 if 0 in self._signs else 1)
                 for rank in wanted:
                     if rank != self._rank:
                         self._hear(rank)
-                self._answered = time.monotonic()
+                        self._answered = time.monotonic()
             with self._round:
                 self._round.notify_all()
             self._wake.wait(BEAT / 2 if self._curious else BEAT)

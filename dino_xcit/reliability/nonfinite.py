@@ -53,9 +53,15 @@ class HostCopy:
 
 def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
     """Save the state and what the rejected steps saw; the exception to end the run with. All processes call it."""
+    stopped = RunStopped(DIVERGED, "")
+    if distributed.is_main():
+        stopped = _keep(state, config, sampler, device)
+    distributed.barrier()  # who leaves first takes the others along, and the main process is to finish writing
+    return stopped
+
+
+def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
     folder = Path(config.output_dir)
-    if not distributed.is_main():
-        return RunStopped(DIVERGED, "")
     in_a_row = int(state.rejected_in_a_row)
     step = state.step - 1  # the last one done, counted from 0
     summary = {

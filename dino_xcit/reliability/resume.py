@@ -49,15 +49,17 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[
     found: tuple[Path | None, list[str]] = (None, [])
     refusal = None
     if distributed.is_main():
-        durable.remove_leftovers(checkpoints.output_dir)
-        durable.remove_leftovers(checkpoints.folder)
         try:
-            if config.resume == "never":
-                checkpoints.clear()
-            else:
+            durable.remove_leftovers(checkpoints.output_dir)
+            durable.remove_leftovers(checkpoints.folder)
+            if not starts_anew(config):
                 found = checkpoints.newest()
         except InputError as error:
             refusal = str(error)
+        except OSError as error:
+            refusal = (
+                f"cannot look into {checkpoints.folder}: {error.strerror}; mend it, or choose another --output-dir"
+            )
     refusal, (path, notices) = distributed.main_decides((refusal, found))
     if refusal:
         raise InputError(refusal)
@@ -69,6 +71,37 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[
     if "args" not in content:
         raise InputError(f"{path} is not a checkpoint of run_pretrain.py: choose another --output-dir")
     return content, path
+
+
+def starts_anew(config: PretrainConfig) -> bool:
+    """Whether earlier checkpoints are to be forgotten: ``--resume never``, the first time it is said.
+
+    torchrun and Slurm start a run that died with the same words again; that is no wish to lose it.
+    """
+    again = any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return config.resume == "never" and not again
+
+
+def prepare(config: PretrainConfig, checkpoints: CheckpointFolder, path: Path, stored: Mapping[str, Any]) -> None:
+    """Now that the run is sure to begin: forget what ``--resume never`` overwrites, or end a save that was cut short.
+
+    Raises:
+        InputError: the output directory cannot be written to.
+    """
+    refusal = None
+    if distributed.is_main():
+        try:
+            if starts_anew(config):
+                checkpoints.clear()
+            elif stored:
+                checkpoints.finish(path, stored)
+        except OSError as error:
+            refusal = (
+                f"cannot write to {checkpoints.output_dir}: {error.strerror}; mend that, then run the same command"
+            )
+    refusal = distributed.main_decides(refusal)
+    if refusal:
+        raise InputError(refusal)
 
 
 def keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> PretrainConfig:

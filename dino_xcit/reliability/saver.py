@@ -3,57 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from dino_xcit import distributed
 from dino_xcit.errors import InputError
 from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
 
 
-class Saver:
-    """Writes the checkpoints of a run in a thread. Used on the main process alone.
+@dataclass
+class _Job:
+    """Something that the thread was given to do."""
 
-    A save that fails leaves the older checkpoints as they are; training goes on until ``tolerated`` of them failed in
-    a row.
+    step: int
+    future: Future[object]
+    is_save: bool
+    """Or a note on one."""
+
+
+class Saver:
+    """Writes the checkpoints of a run in a thread, in a context that does not end before they are written.
+
+    Used on the main process alone. A save that fails leaves the older checkpoints as they are; training goes on until
+    ``tolerated`` of them failed in a row.
     """
 
-    def __init__(self, folder: CheckpointFolder, tolerated: int, at_step: int, say: Callable[[str], None]) -> None:
-        """``at_step``: the step whose state is on the disk already; 0 for a fresh run, which has nothing to lose."""
+    def __init__(self, folder: CheckpointFolder, tolerated: int) -> None:
         self.folder = folder
         self._tolerated = tolerated
-        self._say = say
+        self._say: Callable[[str], None] = print
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
-        self._under_way: list[tuple[int, Future[object]]] = []
-        self._saved_step = at_step
+        self._under_way: list[_Job] = []
+        self._saved_step = 0
         self._failed_in_a_row = 0
         self._why = ""
+
+    def begin(self, at_step: int, say: Callable[[str], None]) -> None:
+        """``at_step``: the step whose state is on the disk already; 0 for a fresh run, which has nothing to lose."""
+        self._saved_step, self._say = at_step, say
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A process of several ends by os._exit, which would cut a save short: it may have this long. One that is alone
+        # gives its lock back after this, and must not go on writing then.
+        futures.wait([job.future for job in self._under_way], timeout=None if distributed.world_size() == 1 else 5)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def save(self, content: Mapping[str, Any], keep: bool = False) -> None:
         """Copy ``content`` to the CPU and write it later. Waits for the save before this one: one copy at a time."""
         self._wait()
         copy = on_cpu(content)
-        self._under_way.append((int(content["step"]), self._thread.submit(self.folder.write, copy, keep)))
+        self._under_way.append(_Job(int(content["step"]), self._thread.submit(self.folder.write, copy, keep), True))
 
     def note_knn(self, step: int, knn_top1: float) -> None:
         """As :meth:`CheckpointFolder.note_knn`, after that checkpoint is written."""
-        self._under_way.append((step, self._thread.submit(self.folder.note_knn, step, knn_top1)))
+        self._under_way.append(_Job(step, self._thread.submit(self.folder.note_knn, step, knn_top1), False))
 
     def look(self) -> None:
         """Say what came of the saves that have ended, without waiting for others."""
-        while self._under_way and self._under_way[0][1].done():
-            step, future = self._under_way.pop(0)
-            error = future.exception()
+        while self._under_way and self._under_way[0].future.done():
+            job = self._under_way.pop(0)
+            error = job.future.exception()
             if error is None:
-                self._failed_in_a_row, self._saved_step = 0, step
+                if job.is_save:
+                    self._failed_in_a_row, self._saved_step = 0, job.step
                 continue
             if not isinstance(error, OSError):
                 raise error  # a fault of ours
+            why = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            if not job.is_save:
+                self._say(f"warning: the k-NN of step {job.step} could not be written beside its checkpoint ({why})")
+                continue
             self._failed_in_a_row += 1
-            self._why = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            self._why = why
             self._say(
-                f"warning: the checkpoint of step {step} could not be written ({self._why}); that is failure "
+                f"warning: the checkpoint of step {job.step} could not be written ({self._why}); that is failure "
                 f"{self._failed_in_a_row} in a row of {self._tolerated} that end the run; the last one on the disk is "
                 f"that of step {self._saved_step}"
             )
@@ -84,8 +114,8 @@ class Saver:
         )
 
     def _wait(self) -> None:
-        for _, future in self._under_way:
-            future.exception()
+        for job in self._under_way:
+            job.future.exception()
         self.look()
 
 

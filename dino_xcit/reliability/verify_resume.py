@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
@@ -81,17 +83,9 @@ def main(argv: Sequence[str], script: Path) -> None:
     beside.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=beside))
     try:
-        command = [sys.executable, str(script)]
-        if processes > 1:
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                str(script),
-            ]  # fmt: skip
-        command += [
-            *flags, "--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--log-every", "1", "--knn-every", "0",
-            "--deterministic",
-        ]  # fmt: skip
-        verdict = verify(command, folder)
+        command = [sys.executable, str(script), *flags, "--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
+        command += ["--log-every", "1", "--knn-every", "0", "--deterministic"]
+        verdict = verify(command, processes, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(verdict.report())
@@ -99,24 +93,27 @@ def main(argv: Sequence[str], script: Path) -> None:
         raise InputError("a resumed run is not the same run here")
 
 
-def verify(command: Sequence[str], folder: Path) -> Verdict:
+def verify(command: Sequence[str], processes: int, folder: Path) -> Verdict:
     """Both runs, with ``--output-dir`` below ``folder``."""
     with tqdm(total=2 * STEPS, unit="step", desc="verifying", disable=not sys.stderr.isatty()) as bar:
-        _run_until(command, folder / "straight", lambda: False, bar)
+        _run_until(command, processes, folder / "straight", lambda: False, bar)
         killed = folder / "killed"
-        after = [_run_until(command, killed, lambda: _step(killed) >= SAVE_EVERY + 2, bar)]
+        after = [_run_until(command, processes, killed, lambda: _step(killed) >= SAVE_EVERY + 2, bar)]
 
         def second_save_begins() -> bool:
             return _step(killed) >= 2 * SAVE_EVERY - 1 and _half_written(killed)
 
-        after.append(_run_until(command, killed, lambda: second_save_begins() or _step(killed) >= STEPS - 2, bar))
+        until = lambda: second_save_begins() or _step(killed) >= STEPS - 2  # noqa: E731
+        after.append(_run_until(command, processes, killed, until, bar))
         while_saving = _half_written(killed)
-        _run_until(command, killed, lambda: False, bar)
+        _run_until(command, processes, killed, lambda: False, bar)
     hashes = [hash_content(safe_load.read(path / LATEST)) for path in (folder / "straight", killed)]
     return Verdict(hashes[0], hashes[1], tuple(after), while_saving)
 
 
-def _run_until(command: Sequence[str], output_dir: Path, then_kill: Callable[[], bool], bar: tqdm) -> int:
+def _run_until(
+    command: Sequence[str], processes: int, output_dir: Path, then_kill: Callable[[], bool], bar: tqdm
+) -> int:
     """Run to the end, or until SIGKILL becomes due for all its processes; the last step that was logged.
 
     Raises:
@@ -124,28 +121,43 @@ def _run_until(command: Sequence[str], output_dir: Path, then_kill: Callable[[],
     """
     log = output_dir.with_suffix(".log")
     with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [*command, "--output-dir", str(output_dir)], stdout=file, stderr=file, start_new_session=True
-        )
+        ranks = _start([*command, "--output-dir", str(output_dir)], processes, file)
         try:
             shown = _step(output_dir)
-            while process.poll() is None:
-                if then_kill():
-                    break
+            while any(rank.poll() is None for rank in ranks) and not then_kill():
                 now = _step(output_dir)
                 bar.update(max(0, now - shown))
                 shown = now
                 time.sleep(0.001)
         finally:
             step = _step(output_dir)
-            killed = process.poll() is None
-            if killed:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if not killed and process.returncode:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise InputError(f"the run ended with code {process.returncode}: {''.join(last).removeprefix('error: ')}")
+            killed = [rank for rank in ranks if rank.poll() is None]
+            for rank in killed:
+                os.killpg(rank.pid, signal.SIGKILL)
+            codes = [rank.wait() for rank in ranks]
+    if not killed and any(codes):
+        lines = log.read_text(errors="replace").strip().splitlines()
+        last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+        raise InputError(f"the run ended with code {max(codes)}: {last.removeprefix('error: ')}")
     return step
+
+
+def _start(command: Sequence[str], processes: int, log: IO[bytes]) -> list[subprocess.Popen[bytes]]:
+    """The ranks of a run, as torchrun would start them: torchrun itself would let them live when it is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return [
+        subprocess.Popen(
+            command,
+            env=os.environ | {key: str(value) for key, value in (shared | {"RANK": r, "LOCAL_RANK": r}).items()},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        for r in range(processes)
+    ]
 
 
 def _step(output_dir: Path) -> int:

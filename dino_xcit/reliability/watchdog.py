@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dino_xcit import distributed
 from dino_xcit.errors import LOST, InputError, RunStopped
-from dino_xcit.reliability.heartbeats import BEAT, SILENT, Heartbeats, Sign
+from dino_xcit.reliability.heartbeats import BEAT, SILENT, Heartbeats, Process, Sign
 
 WAITING = ("training step", "agreeing with the others", "leaving")
 """What a process may be doing while it merely waits for others."""
@@ -58,11 +58,13 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        if error is None:
-            return
         if hasattr(signal, "SIGCHLD"):  # with which PyTorch's loader would raise the deaths of its processes, here
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _end_children()
+        if error is None:
+            if self._hearts:
+                self._hearts.stop()
+            return
         sentence = None
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
             sentence = (
@@ -71,7 +73,7 @@ class Watchdog:
                 "checkpoint"
             )
         elif self._world > 1 and is_lost_connection(error):
-            sentence = f"rank {self._rank}, in step {self._step} ({self._doing}), lost the others: {self._blame()}"
+            sentence = f"rank {self._rank}, in step {self._step} ({self._doing}), lost the others: {self._blame()[0]}"
         if self._hearts:
             self._tell(sentence or _in_a_word(error))
             self._hearts.tell_now()
@@ -83,39 +85,47 @@ class Watchdog:
             self._hearts.tell(self._doing, self._step, time.monotonic() - self._since, last_words)
 
     def _watch(self) -> None:
+        # Counted in beats, not by the clock: a job that was suspended as a whole has not stood still meanwhile.
+        since, beats = self._since, 0
         while not self._over.wait(BEAT):
             self._tell()
-            if time.monotonic() - self._since > self._timeout:
-                self._give_up()
+            since, beats = self._since, (beats + 1 if since == self._since else 0)
+            if beats * BEAT > self._timeout:
+                self._give_up(since)
 
-    def _give_up(self) -> None:
-        since, doing, step = self._since, self._doing, self._step
-        found = self._blame()
+    def _give_up(self, since: float) -> None:
+        doing, step = self._doing, self._step
+        found, silent = self._blame()
         if since != self._since or self._over.is_set():
             return  # it moved while we listened
         sentence = f"rank {self._rank} has stood still for {time.monotonic() - since:.0f} s in step {step} ({doing})"
         sentence += f"; {found}" if found else ""
-        print(f"error: {sentence} (--hang-timeout is {self._timeout:g} s)", file=sys.stderr, flush=True)
-        if self._hearts:
-            self._tell(sentence)
-            self._hearts.tell_now()
-        _end_children()
-        os._exit(LOST)
+        try:
+            print(f"error: {sentence} (--hang-timeout is {self._timeout:g} s)", file=sys.stderr, flush=True)
+            for process in silent:
+                process.kill()
+            if self._hearts:
+                self._tell(sentence)
+                self._hearts.tell_now()
+            _end_children()
+        finally:
+            os._exit(LOST)
 
-    def _blame(self) -> str:
-        """What the other processes do, those who keep silent first; ends silent ones on this machine."""
+    def _blame(self) -> tuple[str, list[Process]]:
+        """What the other processes do, those who keep silent first; and who these are, as far as that is known."""
         if not self._hearts:
-            return ""
+            return "", []
         signs = self._hearts.listen(SILENT + BEAT)
         if self._hearts.store_is_silent:
-            holder = "rank 0"
+            holder, process = "rank 0", self._hearts.of_rank_0
             if "TORCHELASTIC_RUN_ID" in os.environ:
-                holder = "the torchrun of rank 0"
-            elif self._hearts.of_rank_0:
-                holder += f" ({self._hearts.of_rank_0})"
-                self._hearts.of_rank_0.kill()
-            return f"{holder} was killed or stands still: the store through which all talk does not answer"
+                holder, process = "the torchrun of rank 0", None
+            elif process:
+                holder += f" ({process})"
+            found = f"{holder} was killed or stands still: the store through which all talk does not answer"
+            return found, [process] if process else []
         silent, slow, waiting = [], [], []
+        processes = []
         for rank in range(self._world):
             if rank == self._rank:
                 continue
@@ -126,19 +136,20 @@ class Watchdog:
                 silent.append(f"rank {rank} ended: {sign.last_words}")
             elif time.monotonic() - sign.heard > SILENT:
                 silent.append(f"rank {rank} ({sign.process}) was killed or stands still; {_last_seen(sign)}")
-                sign.process.kill()
+                processes.append(sign.process)
             elif sign.doing not in WAITING:
                 slow.append(f"rank {rank} ({sign.process}) lives; {_last_seen(sign)}")
             else:
                 waiting.append(f"rank {rank} waits too, in step {sign.step} ({sign.doing})")
-        return "; ".join((silent or slow or waiting)[:4])
+        return "; ".join((silent or slow or waiting)[:4]), processes
 
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error of torch.distributed says that another process is gone."""
-    words = ("gloo", "connection closed", "connection reset", "broken pipe", "nccl", "timed out")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    words = ("gloo", "nccl error", "connection closed by peer", "connection reset by peer", "broken pipe")
+    return "WORLD_SIZE" in os.environ and (
+        isinstance(error, dist.DistError)
+        or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
     )
 
 
