@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -184,3 +188,33 @@ def test_a_step_whose_loss_is_not_finite_does_not_bend_the_curve(
 def test_curves_of_a_run_that_measured_nothing_are_drawn_all_the_same(tmp_path: Path) -> None:
     draw_curves(tmp_path / "absent.jsonl", tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 300
+
+
+class FullDisk(io.StringIO):
+    """A log on one."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    progress = Progress(total_steps=2, done=0, images_a_step=1, shown=True)
+    progress.say("something to say")
+    progress.step(0.0)
+    progress.close()
+    with pytest.raises(OSError, match="No space left"):
+        print("something to say")  # so it would have ended
+
+
+def test_metrics_that_cannot_be_written_are_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, 0, said.append)
+    writer._file.close()
+    writer._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    writer.write("step", 1, {"loss": 1.0})
+    writer.write("step", 2, {"loss": 1.0})
+    assert len(said) == 1
+    assert "metrics are incomplete from here on" in said[0]
+    assert "No space left" in said[0]

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import differing_bits, tensors_of
+from tiny_run import differing_bits, tensors_of, tiny_config
 
 from dino_xcit import safe_load
 from dino_xcit.errors import InputError
 from dino_xcit.metrics import read_metrics
 from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
-from dino_xcit.reliability.resume import output_folder
+from dino_xcit.reliability.resume import output_folder, starts_anew
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {
@@ -281,6 +281,40 @@ def test_help_ends_well(pretrain: Pretrain) -> None:
     ended = pretrain("--help")
     assert ended.code == 0
     assert "--global" in ended.out
+
+
+def test_the_knn_while_training_leaves_out_what_cannot_be_read(
+    pretrain: Pretrain, photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for broken in ("train/dark/3.png", "val/bright/1.png"):
+        (tmp_path / "photos" / broken).write_bytes(b"<html>gone</html>")
+    flags = [*SMALL, "--knn-every", "1", "--epochs", "1", "--output-dir", tmp_path / "run"]
+    ended = pretrain("--data-path", tmp_path / "photos", *flags, "--max-unreadable", "0.1")
+    assert ended.code == 0, ended.err
+    assert "knn top1" in ended.out
+    (epoch,) = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "epoch"]
+    assert round(epoch["knn_top1"] * 3) in (0, 100, 200, 300)  # of three that can be read
+
+
+def test_a_start_after_a_failure_never_forgets_what_resume_never_forgot_at_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny_config(resume="never")
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        with monkeypatch.context() as environment:
+            assert starts_anew(config)
+            environment.setenv(name, "0")
+            assert starts_anew(config)
+            environment.setenv(name, "1")
+            assert not starts_anew(config)
+
+
+def test_a_mistake_beside_resume_never_costs_nothing(pretrain: Pretrain, stopped: Stopped, tmp_path: Path) -> None:
+    folder, flags = stopped.copy(tmp_path / "run")
+    before = files_of(folder)
+    pretrain(*flags, "--resume", "never", "--data-path", "absent").assert_refused("absent")
+    assert files_of(folder) == before
 
 
 # ---- refusals, which lose nothing
