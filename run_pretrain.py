@@ -89,6 +89,8 @@ def train(
     if stored:
         refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch)
         checkpoint.restore(state, stored, stored_in)
+        if config.resume == "changed":  # other settings deserve their own patience
+            state.rejected_in_a_row.zero_()
     prepare(config, checkpoints, stored_in, stored)
     del stored
     sampler.start_step = state.step
@@ -191,7 +193,8 @@ def train(
         save_now = epoch_ends or run_ends or (config.save_every and state.step % config.save_every == 0)
         if saver:
             saver.look()
-        if save_now and saver:
+        # While steps are rejected nothing changes, and what came before them should not be pruned.
+        if save_now and saver and not int(state.rejected_in_a_row):
             watchdog.now("saving", state.step)
             saver.save(content(), keep=_stays(epoch + 1, config) and epoch_ends)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -146,13 +149,25 @@ def run_command(main: Callable[[], None]) -> None:
             # Leaving the group in good order would wait for processes that may be gone.
             if not isinstance(ending, SystemExit):
                 traceback.print_exc()
+            end_children()
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code if isinstance(code, int) else 1)
         raise
     finally:
+        end_children()
         stop()
+
+
+def end_children() -> None:
+    """Loader processes do not outlive what they read for. They do not hear SIGTERM, and Python waits for them."""
+    if multiprocessing.active_children():
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            # With it PyTorch's loader would raise their deaths, here.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 def barrier() -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -29,13 +29,15 @@ class MetricsWriter:
         self._say = say
         self._disk_was_full = False
         self.path = folder / "metrics.jsonl"
-        records = read_metrics(self.path)
-        kept = [record for record in records if int(record["step"]) <= from_step and record["kind"] != "end"]
-        aside = self.path.with_name(".metrics.jsonl.tmp")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(aside, self.path)
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
+        with self._bearing_a_full_disk():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= from_step and row["kind"] != "end"]
+            aside = self.path.with_name(".metrics.jsonl.tmp")
+            aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(aside, self.path)
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, kind: str, step: int, values: Record) -> None:
         """One record: ``kind`` is ``step``, ``epoch``, or ``end`` for an epoch cut short by --max-steps.
@@ -44,9 +46,11 @@ class MetricsWriter:
         """
         words = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         with self._bearing_a_full_disk():
-            self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            if self._file:
+                self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
+            if self._board:
+                for name, value in values.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def draw(self, picture: Path) -> None:
         """The curves so far (:func:`draw_curves`)."""
@@ -56,8 +60,10 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close both."""
         with self._bearing_a_full_disk():
-            self._file.close()
-            self._board.close()
+            if self._file:
+                self._file.close()
+            if self._board:
+                self._board.close()
 
     @contextlib.contextmanager
     def _bearing_a_full_disk(self) -> Iterator[None]:
@@ -72,13 +78,15 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a line cut short by a crash is left out."""
+    """The records of a ``metrics.jsonl``; a line that is damaged, or cut short by a crash, is left out."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+                records.append(record)
     return records
 
 

@@ -122,7 +122,9 @@ def test_a_checkpoint_pth_that_no_manifest_knows_is_passed_over_aloud(tmp_path: 
 def test_a_checkpoint_pth_alone_is_taken_as_it_is(tmp_path: Path) -> None:
     """An earlier version wrote it, or somebody copied it."""
     torch.save(content(7), tmp_path / "checkpoint.pth")
-    assert CheckpointFolder(tmp_path).newest() == (tmp_path / "checkpoint.pth", [])
+    path, (notice,) = CheckpointFolder(tmp_path).newest()
+    assert path == tmp_path / "checkpoint.pth"
+    assert "has no manifest" in notice
 
 
 def test_a_file_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:

@@ -208,9 +208,21 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch: pytest.MonkeyPat
         print("something to say")  # so it would have ended
 
 
+def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 3, 0)
+    path = tmp_path / "metrics.jsonl"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x80  # in the second line; no UTF-8 any more
+    path.write_bytes(bytes(data) + b"5\n[]\n{}\n")
+    assert steps_of(tmp_path) == [1, 3]
+    write_steps(tmp_path, 4, 4, 3)
+    assert steps_of(tmp_path) == [1, 3, 4]
+
+
 def test_metrics_that_cannot_be_written_are_said_once(tmp_path: Path) -> None:
     said: list[str] = []
     writer = MetricsWriter(tmp_path, 0, said.append)
+    assert writer._file is not None
     writer._file.close()
     writer._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
     writer.write("step", 1, {"loss": 1.0})

@@ -139,6 +139,24 @@ def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_carries_on(
     assert f"step {step} is saved" in err
 
 
+def test_ranks_whose_torchrun_was_killed_save_and_end(photos: Path, tmp_path: Path) -> None:
+    """They would train on unseen, and hold the directory."""
+    folder = tmp_path / "run"
+    job = torchrun(folder, "--data-path", photos, *SHORT, "--max-steps", "3000", "--epochs", "100")
+    wait_for_step(folder, 3)
+    orphans = ranks_below(job.pid)
+    assert len(orphans) == 2
+    job.kill()
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in orphans):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    job.communicate()
+    step = int(state_in(folder)["/step"])
+    assert step == max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
+    assert step < 3000
+
+
 # ---- another number of processes
 
 
@@ -194,6 +212,7 @@ def test_processes_that_cannot_share_the_global_batch_are_told_what_could(
     refused = server.start(tmp_path / "run", *flags, ranks=2)
     assert refused.wait() == [2, 2]
     assert "has a global batch of 3 (1 process(es) before), which 2 process(es) cannot share" in refused.err()
+    assert "start 1 process(es)" in refused.err()
 
 
 # ---- numbers that are not finite
@@ -213,11 +232,13 @@ def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any_and_is_
 ) -> None:
     folder = tmp_path / "run"
     faults = [["none"], ["spoil", what, 3, 4]]  # on rank 1 alone
-    run = server.start(folder, "--data-path", photos, *SPOILT, "--max-steps", "6", faults=faults)
+    run = server.start(folder, "--data-path", photos, *SPOILT, "--max-steps", "5", faults=faults)
     assert run.wait() == [0, 0], run.err()
     assert any(path.endswith("running_var") for path in learnt_at(folder, 3))
-    assert differing_bits(learnt_at(folder, 3), learnt_at(folder, 4)) == []
-    assert differing_bits(learnt_at(folder, 3), learnt_at(folder, 5)) == []
+    assert not (folder / "checkpoints" / "step00000004.pth").exists()  # there was nothing new to save
+    assert differing_bits(learnt_at(folder, 3), learnt_at(folder, 5)) == []  # the end of the run
+    again = server.start(folder, "--data-path", photos, *SPOILT, "--max-steps", "6")
+    assert again.wait() == [0, 0], again.err()
     assert differing_bits(learnt_at(folder, 5), learnt_at(folder, 6)) != []  # and it goes on
     counted = {record["step"]: record["rejected_steps"] for record in read_metrics(folder / "metrics.jsonl")
                if record["kind"] == "step"}  # fmt: skip
@@ -242,7 +263,13 @@ def test_after_so_many_in_a_row_all_processes_end_with_a_code_and_the_batch_is_k
     assert (kept["step"], kept["epoch"], kept["seed"], kept["rejected_in_a_row"]) == (6, 0, 0, 4)
     seen = images_by_step([tmp_path / "0", tmp_path / "1"])[6]
     assert [image for part in kept["images_by_forward_pass"] for image in part] == seen
-    assert CheckpointFolder(folder).newest()[0] is not None  # the checkpoints are as they were
+    newest, _ = CheckpointFolder(folder).newest()
+    assert newest == folder / "checkpoints" / "step00000003.pth"  # the checkpoints are as they were
+
+    # Other settings get their whole patience again.
+    changed = server.start(folder, *flags, "--max-steps", "8", "--lr", "1e-4", "--resume", "changed")
+    assert changed.wait() == [0, 0], changed.err()
+    assert "carrying on after step 3 of 8" in changed.out()
 
 
 def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(

@@ -166,7 +166,7 @@ class CheckpointFolder:
         """The newest checkpoint whose bytes are those that were written, and sentences on what had to be passed over.
 
         ``(None, [])`` where the run has saved nothing yet. A ``checkpoint.pth`` alone, without manifests, is taken as
-        it is: an earlier version wrote it, or somebody put it there.
+        it is, which is said: an earlier version wrote it, or somebody put it there.
 
         Raises:
             InputError: there are checkpoints, and all of them are damaged.
@@ -190,7 +190,9 @@ class CheckpointFolder:
                 f"no checkpoint in {self.folder} is whole ({'; '.join(notices[:3])}): bring one back from a copy, "
                 "or start anew with --resume never"
             )
-        return (self.latest if self.latest.exists() else None), []
+        if not self.latest.exists():
+            return None, []
+        return self.latest, [f"{self.latest} has no manifest in {self.folder}: whether it is whole cannot be known"]
 
     def _why_latest_is_passed_over(self, newest: Path) -> list[str]:
         """A sentence where ``checkpoint.pth`` is none of the files that the manifests speak of."""

@@ -128,7 +128,7 @@ class Heartbeats:
         while not self._over:
             self._beat += 1
             own = self._own
-            with contextlib.suppress(RuntimeError):  # the store's host is gone
+            try:
                 message = {"beat": self._beat, **own, **asdict(self._process)}
                 self._store.set(f"sign/{self._rank}", json.dumps(message))
                 self._told, self._answered = own, time.monotonic()
@@ -138,6 +138,8 @@ class Heartbeats:
                     if rank != self._rank:
                         self._hear(rank)
                         self._answered = time.monotonic()
+            except RuntimeError:  # the store's host is gone: nobody is there to talk to
+                return
             with self._round:
                 self._round.notify_all()
             self._wake.wait(BEAT / 2 if self._curious else BEAT)

@@ -31,12 +31,18 @@ class Ledger:
         self._noted: list[Unreadable] = []
         self._listed: set[int] = set()
         if distributed.is_main():
-            if start_anew:
-                self.path.unlink(missing_ok=True)
-            self._listed = {row["index"] for row in read_ledger(self.path)}
-            if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write("\n")  # a crash cut the last line short: the next one shall not be glued to it
+            try:
+                self._take_up(start_anew)
+            except OSError as error:
+                self._say(f"warning: {self.path} cannot be used ({error.strerror})")
+
+    def _take_up(self, start_anew: bool) -> None:
+        if start_anew:
+            self.path.unlink(missing_ok=True)
+        self._listed = {row["index"] for row in read_ledger(self.path)}
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n")  # a crash cut the last line short: the next one shall not be glued to it
 
     def __len__(self) -> int:
         return len(self._listed)
@@ -93,7 +99,9 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("index"), int):
+            rows.append(row)
     return rows

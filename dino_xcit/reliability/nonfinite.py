@@ -82,8 +82,9 @@ def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, devic
     return RunStopped(
         DIVERGED,
         f"error: {in_a_row} steps in a row up to step {state.step} were not finite (--max-rejected is "
-        f"{config.max_rejected}); nothing was learnt from them. {kept}. A lower --lr, --clip-grad or --precision fp32 "
-        "often help; the checkpoints are as they were",
+        f"{config.max_rejected}); nothing was learnt from them. {kept}. A lower --lr or --clip-grad, or "
+        "--precision fp32, with --resume changed, carries on from the last checkpoint with that; if its weights are "
+        "beyond help, --resume never starts anew",
     )
 
 

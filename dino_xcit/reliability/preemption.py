@@ -28,7 +28,7 @@ class Preemption:
     def sentence(self, step: int) -> str:
         """What the run ends with."""
         asked = f"asked to stop by {self.signal_name}" if self.signal_name else "another process was asked to stop"
-        return f"{asked}: step {step} is saved, and the same command (without --resume never) carries on after it"
+        return f"{asked}: step {step} is saved, and the same command carries on after it"
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name

@@ -67,7 +67,10 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[
         distributed.say(f"notice: {notice}")
     if path is None:
         return {}, checkpoints.latest
-    content = safe_load.read(path)
+    try:
+        content = safe_load.read(path)
+    except InputError as error:
+        raise InputError(f"{error}: bring it back from a copy, or start anew with --resume never") from error
     if "args" not in content:
         raise InputError(f"{path} is not a checkpoint of run_pretrain.py: choose another --output-dir")
     return content, path
@@ -111,10 +114,14 @@ def keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> Pret
     if not then or then == world or wanted == checkpoint.global_batch(config) or config.resume == "changed":
         return config
     if wanted % one_pass:
+        fitting = [count for count in range(1, wanted + 1) if wanted % (config.batch_size_per_gpu * count) == 0]
+        ways = [f"start {' or '.join(map(str, fitting[:8]))} process(es)"] if fitting else []
+        if wanted % world == 0:
+            share = max(b for b in range(1, config.batch_size_per_gpu + 1) if wanted // world % b == 0)
+            ways.append(f"give --batch-size-per-gpu {share}")
         raise InputError(
             f"this run has a global batch of {wanted} ({then} process(es) before), which {world} process(es) cannot "
-            f"share in passes of {config.batch_size_per_gpu}: give --batch-size-per-gpu a divisor of "
-            f"{wanted / world:g}, or start another number of processes"
+            f"share in passes of {config.batch_size_per_gpu}: {', or '.join(ways) or 'choose another --output-dir'}"
         )
     config = dataclasses.replace(config, accumulation_steps=wanted // one_pass)
     distributed.say(

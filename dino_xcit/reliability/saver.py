@@ -109,7 +109,7 @@ class Saver:
     def refusal(self) -> InputError:
         """What the run ends with where it cannot save."""
         return InputError(
-            f"checkpoints cannot be written to {self.folder.output_dir} ({self._why}): free space or mend the disk, "
+            f"checkpoints cannot be written to {self.folder.output_dir} ({self._why}): mend that, "
             f"then run the same command; it carries on after step {self._saved_step}"
         )
 

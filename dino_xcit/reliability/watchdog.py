@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -40,12 +39,14 @@ class Watchdog:
         store = distributed.store()
         self._hearts = Heartbeats(store, self._rank, self._world) if store is not None else None
         self._over = threading.Event()
+        self._parent = os.getppid()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.now("starting", 0)
 
     def now(self, doing: str, step: int) -> None:
         """The main thread is at something new."""
         self._doing, self._step, self._since = doing, step, time.monotonic()
+        self._tell()
 
     def __enter__(self) -> Watchdog:
         self._tell()
@@ -58,9 +59,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        if hasattr(signal, "SIGCHLD"):  # with which PyTorch's loader would raise the deaths of its processes, here
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _end_children()
+        distributed.end_children()
         if error is None:
             if self._hearts:
                 self._hearts.stop()
@@ -89,6 +88,10 @@ class Watchdog:
         since, beats = self._since, 0
         while not self._over.wait(BEAT):
             self._tell()
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
+                # torchrun was killed, and the machine is perhaps given to somebody else: as if it had asked to stop.
+                self._parent = os.getppid()
+                os.kill(os.getpid(), signal.SIGTERM)
             since, beats = self._since, (beats + 1 if since == self._since else 0)
             if beats * BEAT > self._timeout:
                 self._give_up(since)
@@ -107,7 +110,7 @@ class Watchdog:
             if self._hearts:
                 self._tell(sentence)
                 self._hearts.tell_now()
-            _end_children()
+            distributed.end_children()
         finally:
             os._exit(LOST)
 
@@ -176,9 +179,3 @@ def _in_a_word(error: BaseException) -> str:
     if isinstance(error, (InputError, RunStopped)):
         return str(error) or "another process says why"
     return f"{type(error).__name__} {' '.join(str(error).split())[:200]}".strip()
-
-
-def _end_children() -> None:
-    """Loader processes do not outlive a run that ends in an error."""
-    for child in multiprocessing.active_children():
-        child.kill()
