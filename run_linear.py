@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from dino_xcit import distributed
+from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, Subset
 from dino_xcit.data.loader import StepSampler, choose_workers
 from dino_xcit.errors import InputError
@@ -44,7 +45,6 @@ from eval.linear import LinearHeads, cosine_factor, scaled
 from eval.linear_report import PROTOCOL, Record, final_results, percentages, results_table
 from eval.probe_data import hold_out, probe_batches
 from eval.probe_file import FILE_NAME, Settings, read_probe, write_probe
-from eval.progress import progress_bar
 from eval.protocol import data_card, result_card, write_json
 from eval.setup import beside_weights, cache_folder, labelled_parts, open_backbone
 

@@ -247,3 +247,9 @@ def group_by_size(sizes: Sequence[int]) -> list[list[int]]:
     for view, size in enumerate(sizes):
         groups.setdefault(size, []).append(view)
     return list(groups.values())
+
+
+if __name__ == "__main__":
+    from dino_xcit.preview import command
+
+    command()

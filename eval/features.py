@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit import distributed
+from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.loader import be_a_loader_process, choose_workers
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
-from eval.progress import progress_bar
 from eval.protocol import write_json
 
 CACHE_VERSION = "1"

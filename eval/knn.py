@@ -11,8 +11,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError
-from eval.progress import progress_bar
 
 Predictions = dict[tuple[int, float], NDArray[np.int64]]
 """(k, T) to the predicted labels [test images, up to 5], best first."""

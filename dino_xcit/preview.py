@@ -1,0 +1,127 @@
+"""Look at the views before training on them.
+
+    python -m dino_xcit.augment preview SRC --out grid.png [--images 4] [flags of run_pretrain.py: --recipe sample ...]
+
+A row an image: the picture with the crops drawn into it, then its views as the network gets them, each with what was
+drawn for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters, apply_view
+from dino_xcit.cli import parse_pretrain
+from dino_xcit.data import Source, decode, open_source
+from dino_xcit.errors import InputError, run_main
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL import Image
+
+USAGE = "python -m dino_xcit.augment preview SRC --out grid.png"
+
+
+def draw_preview(
+    source: Source, augmentation: MultiCropAugmentation, picture: Path, images: int = 4, seed: int = 0, epoch: int = 0
+) -> list[int]:
+    """Draw the views of ``images`` images, chosen evenly over the source, into a PNG; which images these are.
+
+    The views are those that a run with this seed sees in this epoch.
+
+    Raises:
+        InputError: an image cannot be read, or the picture cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chosen = sorted({int(index) for index in np.linspace(0, len(source) - 1, images)})
+    columns = 1 + len(augmentation.views)
+    figure, axes = plt.subplots(
+        len(chosen), columns, figsize=(1.7 * columns, 2.35 * len(chosen)), squeeze=False, layout="constrained"
+    )
+    for row, index in zip(axes, chosen, strict=True):
+        image = decode(source.read(index)[0], source.name(index))
+        drawn = augmentation.draw(image.width, image.height, seed, epoch, index)
+        _draw_original(row[0], image, drawn, Path(source.name(index)).name)
+        for number, (axis, kind, view) in enumerate(zip(row[1:], augmentation.views, drawn, strict=True)):
+            axis.imshow(np.asarray(apply_view(image, kind, view)))
+            axis.set_title(_caption(number, kind, view, image), fontsize=5, color=_colour(number), loc="left")
+            axis.axis("off")
+    try:
+        figure.savefig(picture, dpi=130)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot write {picture}: {getattr(error, 'strerror', None) or error}; try --out grid.png"
+        ) from error
+    finally:
+        plt.close(figure)
+    return chosen
+
+
+def _draw_original(axis: Axes, image: Image.Image, drawn: Sequence[ViewParameters], name: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    axis.imshow(np.asarray(image))
+    for number, view in enumerate(drawn):
+        corner = (view.left - 0.5, view.top - 0.5)
+        style = {"fill": False, "linewidth": 1.6 if number < 2 else 0.9, "edgecolor": _colour(number)}
+        axis.add_patch(Rectangle(corner, view.width, view.height, **style))  # type: ignore[arg-type]
+    shown = name if len(name) <= 24 else f"...{name[-21:]}"
+    axis.set_title(f"{shown}\n{image.width} x {image.height}", fontsize=6, loc="left")
+    axis.axis("off")
+
+
+def _colour(view: int) -> str:
+    return f"C{view % 10}"
+
+
+def _caption(number: int, kind: ViewKind, view: ViewParameters, image: Image.Image) -> str:
+    """What was drawn: size, share of the area, and each operation with its strength."""
+    share = view.width * view.height / (image.width * image.height)
+    words = [f"{'global' if number < 2 else 'local'} {number} · {kind.size} px · {100 * share:.0f}%"]
+    words.append(", ".join(f"{name[:3]} {factor:.2f}" for name, factor in view.jitter) or "no jitter")
+    rest = ["flip"] * view.flip + ["gray"] * view.gray + ["solarise"] * view.solarize
+    if view.blur_radius is not None:
+        rest.append(f"blur {view.blur_radius:.2f} px")
+    words.append(", ".join(rest))
+    return "\n".join(words)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        InputError: a mistake in the command, or in the data.
+    """
+    words = list(argv)
+    if len(words) < 2 or words[0] != "preview" or words[1].startswith("-"):
+        raise InputError(f"expected: {USAGE}")
+    own = {"--out": "grid.png", "--images": "4"}
+    for name in own:
+        if name in words:
+            place = words.index(name)
+            if place + 1 == len(words):
+                raise InputError(f"{name} has no value, expected: {USAGE}")
+            own[name] = words[place + 1]
+            del words[place : place + 2]
+    if not own["--images"].isdigit() or int(own["--images"]) < 1:
+        raise InputError(f"--images is {own['--images']!r}, expected a number of at least 1")
+    config, _ = parse_pretrain(["--data-path", words[1], *words[2:]])
+    source = open_source(config.data_path, "train")
+    picture = Path(own["--out"])
+    chosen = draw_preview(source, config.augmentation(), picture, int(own["--images"]), config.seed)
+    names = ", ".join(Path(source.name(index)).name for index in chosen[:4])
+    print(f"{picture}: the views of {len(chosen)} of {len(source):,} images ({names}{' ...' * (len(chosen) > 4)})")
+
+
+def command() -> None:
+    """The console entry."""
+    run_main(lambda: main(sys.argv[1:]))

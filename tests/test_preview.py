@@ -1,0 +1,75 @@
+"""The picture of the views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from tiny_run import tiny_config, tiny_source
+
+from dino_xcit.data import open_source
+from dino_xcit.errors import InputError
+from dino_xcit.preview import draw_preview, main
+
+
+def test_the_picture_shows_the_views_that_a_run_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *arguments: object, **options: object) -> None:
+        figures.append(self)
+        save(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    augmentation, source = tiny_config().augmentation(), tiny_source(10)
+    assert draw_preview(source, augmentation, tmp_path / "grid.png", images=3, seed=7) == [0, 4, 9]
+    assert Image.open(tmp_path / "grid.png").width > 500
+    (figure,) = figures
+    assert len(figure.axes) == 3 * (1 + 4)
+    item, _ = source.read(4)
+    picture = Image.fromarray(np.asarray(item)).convert("RGB")
+    views = augmentation(picture, seed=7, epoch=0, index=4)
+    drawn = augmentation.draw(28, 28, 7, 0, 4)
+    row = figure.axes[5:10]
+    assert len(row[0].patches) == 4  # the crops, in the picture
+    assert [patch.get_width() for patch in row[0].patches] == [view.width for view in drawn]
+    for axis, view, parameters in zip(row[1:], views, drawn, strict=True):
+        assert (np.asarray(axis.images[0].get_array()) == view.permute(1, 2, 0).numpy()).all()
+        caption = axis.get_title(loc="left")
+        assert ("flip" in caption) == parameters.flip
+        assert ("gray" in caption) == parameters.gray
+        assert ("blur" in caption) == (parameters.blur_radius is not None)
+        assert all(f"{name[:3]} {factor:.2f}" in caption for name, factor in parameters.jitter)
+
+
+def test_the_command(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "views.png"
+    main(["preview", str(photos), "--out", str(out), "--images", "2", "--local-crops-number", "3"])
+    assert Image.open(out).format == "PNG"
+    assert "the views of 2 of 160 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "expected: python -m dino_xcit.augment preview"),
+        (["preview"], "expected: python -m"),
+        (["draw", "SRC"], "expected: python -m"),
+        (["preview", "SRC", "--images", "many"], "--images is 'many'"),
+        (["preview", "SRC", "--out"], "--out has no value"),
+        (["preview", "absent"], "absent"),
+        (["preview", "SRC", "--out", "absent/grid.png"], "cannot write absent/grid.png: No such file"),
+        (["preview", "SRC", "--out", "grid.doc"], "cannot write grid.doc"),
+        (["preview", "SRC", "--local-crop-number", "3"], "did you mean --local_crops_number"),
+    ],
+)
+def test_mistakes_become_sentences(
+    argv: list[str], words: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        main([str(photos) if word == "SRC" else word for word in argv])
+    assert open_source(str(photos)) is not None
