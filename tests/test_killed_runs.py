@@ -90,7 +90,7 @@ def test_a_run_killed_three_times_once_inside_a_save_ends_as_if_nothing_had_been
 
 
 @pytest.mark.slow
-def test_two_hundred_steps_with_twenty_kills_six_of_them_inside_a_save(
+def test_two_hundred_steps_with_twenty_kills_at_least_five_of_them_inside_a_save(
     server: Server, photos: Path, tmp_path: Path
 ) -> None:
     run = KilledRun(server, photos, tmp_path, steps=STEPS)
