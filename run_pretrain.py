@@ -27,6 +27,7 @@ from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
+from dino_xcit.data.starvation import Starvation
 from dino_xcit.errors import PREEMPTED, InputError, RunStopped
 from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress
 from dino_xcit.reliability import verify_resume
@@ -118,6 +119,7 @@ def train(
     progress = Progress(sampler.stop_step, state.step, sampler.global_batch, shown=main_process)
     metrics = MetricsWriter(folder, state.step, progress.say) if main_process else None
     averages = EpochAverages()
+    starvation = Starvation(workers, os.cpu_count() or 1, progress.say)
     if saver:
         saver.begin(state.step, progress.say)
     ledger = Ledger(folder, len(source), config.max_unreadable, start_anew=state.step == 0, say=progress.say)
@@ -170,6 +172,7 @@ def train(
         asked = time.perf_counter()
         batches = list(itertools.islice(loader, config.accumulation_steps))
         waited = time.perf_counter() - asked
+        starvation.note(batches)
         together(
             unreadable=ledger.note(batches),
             too_many_unreadable=ledger.too_many(state.step * sampler.global_batch),
@@ -186,6 +189,7 @@ def train(
             figures = result.figures(state, schedules)  # this is a CPU-GPU sync point
             averages.add({name: figures[name] for name in ("loss", "teacher_entropy", "kl", "feature_std")})
             figures |= progress.rates()
+            figures |= starvation.figures(figures["data_wait"])
             progress.show(epoch, figures)
             if metrics:
                 metrics.write("step", state.step, {"epoch": epoch, **figures})

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,9 @@ from dino_xcit.errors import InputError
 
 Key = tuple[int, int]
 """(epoch, index in the source)."""
+
+Seconds = tuple[float, float, float]
+"""Time for reading, decoding and augmenting, in the process that does it."""
 
 SUBSTITUTES = 20
 """So many other images are tried in the place of one that cannot be read."""
@@ -51,16 +55,19 @@ class Batch:
     """[B] int64, which images of the source these are."""
     unreadable: list[Unreadable] = field(default_factory=list)
     """Images that should have been in this batch, and that others stand in for."""
+    seconds: Seconds = (0.0, 0.0, 0.0)
+    """What this batch's images took."""
 
     def pin_memory(self) -> Batch:
         """Called by the loader where batches go to a GPU."""
         crops = [crop.pin_memory() for crop in self.crops]
-        return Batch(crops, self.views, self.epoch, self.indices.pin_memory(), self.unreadable)
+        return Batch(crops, self.views, self.epoch, self.indices.pin_memory(), self.unreadable, self.seconds)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; from pinned memory without waiting."""
         crops = [crop.to(device, non_blocking=True) for crop in self.crops]
-        return Batch(crops, self.views, self.epoch, self.indices.to(device, non_blocking=True), self.unreadable)
+        indices = self.indices.to(device, non_blocking=True)
+        return Batch(crops, self.views, self.epoch, indices, self.unreadable, self.seconds)
 
 
 @dataclass
@@ -71,6 +78,7 @@ class Sample:
     epoch: int
     index: int
     unreadable: list[Unreadable]
+    seconds: Seconds
 
 
 class MultiCropDataset(Dataset[Sample]):
@@ -93,8 +101,12 @@ class MultiCropDataset(Dataset[Sample]):
         epoch, index = key
         unreadable: list[Unreadable] = []
         for candidate in self._candidates(epoch, index):
+            began = time.perf_counter()
             try:
-                image = decode(self.source.read(candidate)[0], self.source.name(candidate))
+                item, _ = self.source.read(candidate)
+                read = time.perf_counter()
+                image = decode(item, self.source.name(candidate))
+                decoded = time.perf_counter()
             except InputError as error:
                 cause = error.cause if isinstance(error, UndecodableImage) else str(error)
                 unreadable.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
@@ -102,7 +114,8 @@ class MultiCropDataset(Dataset[Sample]):
             # Keyed by the place in the order, not by the image: a substitute's own turn gives it other views.
             views = self.augmentation(image, self.seed, epoch, index)
             grouped = [torch.stack([views[view] for view in group]) for group in self.groups]
-            return Sample(grouped, epoch, candidate, unreadable)
+            seconds = (read - began, decoded - read, time.perf_counter() - decoded)
+            return Sample(grouped, epoch, candidate, unreadable, seconds)
         # Handed over rather than raised: a loader process would bury the sentence in a traceback.
         return UndecodableImage(
             f"{unreadable[0].name} cannot be read ({unreadable[0].cause}), and neither can {SUBSTITUTES} other images "
@@ -125,7 +138,9 @@ def collate(samples: list[Sample | UndecodableImage]) -> Batch | UndecodableImag
     crops = [torch.stack(views, dim=1).flatten(0, 1) for views in zip(*(sample.views for sample in good), strict=True)]
     views = [group.shape[0] for group in good[0].views]
     indices = torch.tensor([sample.index for sample in good])
-    return Batch(crops, views, good[0].epoch, indices, [bad for sample in good for bad in sample.unreadable])
+    read, decoded, augmented = (sum(part) for part in zip(*(sample.seconds for sample in good), strict=True))
+    unreadable = [bad for sample in good for bad in sample.unreadable]
+    return Batch(crops, views, good[0].epoch, indices, unreadable, (read, decoded, augmented))
 
 
 class StepSampler(Sampler[list[Key]]):
