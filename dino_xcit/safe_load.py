@@ -19,6 +19,7 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,20 +62,13 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, a folder, or a file that is damaged, unsafe or no checkpoint.
     """
-    try:
-        with _opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            _check_container(file, size)
-            file.seek(0)
-            with torch.serialization.safe_globals(_ALLOWED):
-                content = torch.load(file, map_location="cpu", weights_only=True)
-            check_content(content, room=4 * size + 2**24)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint at {path}") from None
-    except UNREADABLE as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        raise InputError(f"{path} is no checkpoint that can be read safely: {why_unreadable(error)}") from error
+    with _refusing(path, "checkpoint"), _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_container(file, size)
+        file.seek(0)
+        with torch.serialization.safe_globals(_ALLOWED):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        check_content(content, room=4 * size + 2**24)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary of tensors)")
     return content
@@ -88,20 +82,26 @@ def read_ground_truth(path: Path) -> object:
     Raises:
         InputError: no such file, a folder, or a file that is damaged, or holds anything else.
     """
+    with _refusing(path, "ground truth"), _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > GROUND_TRUTH_LIMIT:
+            raise RefusedError(f"it is longer than {GROUND_TRUTH_LIMIT >> 20} MiB")
+        content = Replay(file.read(size), _GROUND_TRUTH_NAMES, protocols=4, text="latin1").run()
+        check_content(content, room=4 * size + 2**24)
+    return content
+
+
+@contextmanager
+def _refusing(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever reading a file raises into one sentence."""
     try:
-        with _opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > GROUND_TRUTH_LIMIT:
-                raise RefusedError(f"it is longer than {GROUND_TRUTH_LIMIT >> 20} MiB")
-            content = Replay(file.read(size), _GROUND_TRUTH_NAMES, protocols=4, text="latin1").run()
-            check_content(content, room=4 * size + 2**24)
+        yield
     except FileNotFoundError:
-        raise InputError(f"there is no ground truth at {path}") from None
+        raise InputError(f"there is no {what} at {path}") from None
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
-        raise InputError(f"{path} is no ground truth that can be read safely: {why_unreadable(error)}") from error
-    return content
+        raise InputError(f"{path} is no {what} that can be read safely: {why_unreadable(error)}") from error
 
 
 def _opened(path: Path) -> BinaryIO:
