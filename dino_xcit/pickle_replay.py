@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import struct
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,15 +24,15 @@ class RefusedError(Exception):
     """The content is nothing that may be read; the text is a clause that says what it is."""
 
 
-class StandIn:
+class StandIn(ABC):
     """Something that a pickle makes first and fills in afterwards."""
 
     def __init__(self) -> None:
         self.memo_places: list[int] = []
 
+    @abstractmethod
     def build(self, state: object) -> object:
         """Fill in; what comes back takes this object's place."""
-        raise NotImplementedError
 
 
 class Name:

@@ -9,7 +9,6 @@ times: its container (no compression, no two entries in one place), then its pic
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import pickle
 import re
@@ -18,7 +17,7 @@ import struct
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.pickle_replay import ENCODE, Name, RefusedError, Replay, StandIn, plain_key
+from dino_xcit.pickle_names import ALLOWED, GROUND_TRUTH_NAMES, NAMES, Storages, check_shape
+from dino_xcit.pickle_replay import RefusedError, Replay
 
 PICKLE_LIMIT = 16 * 2**20
 """Bytes of a checkpoint's pickle, which holds names and shapes; some 200 a tensor."""
@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
         size = os.fstat(file.fileno()).st_size
         _check_container(file, size)
         file.seek(0)
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(ALLOWED):
             content = torch.load(file, map_location="cpu", weights_only=True)
         check_content(content, room=4 * size + 2**24)
     if not isinstance(content, dict):
@@ -86,7 +86,7 @@ def read_ground_truth(path: Path) -> object:
         size = os.fstat(file.fileno()).st_size
         if size > GROUND_TRUTH_LIMIT:
             raise RefusedError(f"it is longer than {GROUND_TRUTH_LIMIT >> 20} MiB")
-        content = Replay(file.read(size), _GROUND_TRUTH_NAMES, protocols=4, text="latin1").run()
+        content = Replay(file.read(size), GROUND_TRUTH_NAMES, protocols=4, text="latin1").run()
         check_content(content, room=4 * size + 2**24)
     return content
 
@@ -157,7 +157,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
             if length > (PICKLE_LIMIT if name == "data.pkl" else _SMALL_ENTRY) and not name.startswith("data/"):
                 raise RefusedError(f"{name} in its archive is {length} bytes long")
         data = archive.read(archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl"))
-    Replay(data, _NAMES, persistent=_Storages({key[5:]: n for key, n in lengths.items() if key[:5] == "data/"})).run()
+    Replay(data, NAMES, persistent=Storages({key[5:]: n for key, n in lengths.items() if key[:5] == "data/"})).run()
 
 
 def _directory_start(file: BinaryIO, size: int) -> int:
@@ -214,8 +214,8 @@ def _check_legacy(file: BinaryIO, size: int) -> None:
         raise RefusedError("it is a tar archive, which only PyTorch before 0.4 wrote")
     about = Replay(data, {}, start=len(_LEGACY_START))
     about.run()
-    storages = _Storages(None)
-    content = Replay(data, _NAMES, start=about.position, persistent=storages)
+    storages = Storages(None)
+    content = Replay(data, NAMES, start=about.position, persistent=storages)
     content.run()
     order = Replay(data, {}, start=content.position)
     keys = order.run()
@@ -229,195 +229,6 @@ def _check_legacy(file: BinaryIO, size: int) -> None:
         place += 8 + kind * count
         if place > size or struct.unpack("<q", file.read(8))[0] != count:
             raise RefusedError("its tensors claim more bytes than the file has")
-
-
-# ---- before PyTorch reads a checkpoint: its pickle
-
-
-class _Storage:
-    def __init__(self, itemsize: int, count: int) -> None:
-        self.itemsize = itemsize
-        self.count = count
-
-
-class _Storages:
-    """Makes the storages that a checkpoint's pickle refers to, each with the length that it has in the file."""
-
-    def __init__(self, lengths: dict[str, int] | None) -> None:
-        self._lengths = lengths
-        self.claimed: dict[str, tuple[int, int]] = {}
-
-    def __call__(self, reference: object) -> _Storage:
-        if type(reference) is not tuple or len(reference) != (6 if self._lengths is None else 5):
-            raise RefusedError("it refers to something outside of itself")
-        tag, kind, key, place, count = reference[:5]
-        if (tag, reference[5:] or (None,)) != ("storage", (None,)) or type(place) is not str:
-            raise RefusedError("it refers to something outside of itself")
-        if not isinstance(kind, Name) or type(kind.value) is not int or not _is_length(count):
-            raise RefusedError("it holds a storage of a kind that is not read here")
-        if type(key) is not str or not re.fullmatch(r"[0-9]{1,20}", key):
-            raise RefusedError("it holds a storage under another name than a number")
-        if self._lengths is not None and self._lengths.get(key) != kind.value * count:
-            raise RefusedError(f"a storage claims {kind.value * count} bytes, the file has {self._lengths.get(key, 0)}")
-        if self.claimed.setdefault(key, (kind.value, count)) != (kind.value, count) and count:
-            raise RefusedError("it holds one storage in two lengths")
-        return _Storage(kind.value, count)
-
-
-def _is_length(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**62
-
-
-class _Tensor:
-    """Where a tensor will be."""
-
-
-def _tensor(
-    storage: object, offset: object, size: object, stride: object, grad: object, hooks: object, extra: object = None
-) -> _Tensor:
-    """``torch._utils._rebuild_tensor_v2``, which would lengthen a storage to the shape that the file claims."""
-    if not isinstance(storage, _Storage) or type(grad) is not bool or hooks != OrderedDict() or extra is not None:
-        raise RefusedError("it holds a tensor of a kind that is not read here")
-    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 64:
-        raise RefusedError("it holds a tensor without a shape")
-    if not _is_length(offset) or not all(map(_is_length, size + stride)):
-        raise RefusedError("it holds a tensor without a shape")
-    _check_shape(storage.count, offset, size, stride)
-    return _Tensor()
-
-
-def _check_shape(room: int, offset: Any, size: Iterable[int], stride: Iterable[int]) -> None:
-    """A tensor must lie within its storage, and have no more elements than that."""
-    size = tuple(size)
-    last = sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1
-    count = math.prod(size)
-    if offset + (last if count else 0) > room or count > room:
-        raise RefusedError(f"a tensor claims {_shown(size)} elements, its storage has {room}")
-
-
-def _shown(size: tuple[int, ...]) -> str:
-    return (" x ".join(map(str, size[:4])) or "1") + (" x ..." if len(size) > 4 else "")
-
-
-def _parameter(tensor: object, grad: object, hooks: object) -> _Tensor:
-    if not isinstance(tensor, _Tensor) or type(grad) is not bool or hooks != OrderedDict():
-        raise RefusedError("it holds a parameter of a kind that is not read here")
-    return tensor
-
-
-def _size(lengths: object) -> tuple[int, ...]:
-    if type(lengths) is not tuple or not all(map(_is_length, lengths)):
-        raise RefusedError("it holds a shape that is none")
-    return lengths
-
-
-def _set(items: object = ()) -> set[object]:
-    if type(items) not in (list, tuple):
-        raise RefusedError("it holds a set that is none")
-    return set(map(plain_key, items))  # type: ignore[call-overload]
-
-
-def _device(kind: object, index: object = 0) -> str:
-    if type(kind) is not str or type(index) is not int:
-        raise RefusedError("it holds a device that is none")
-    return kind
-
-
-class _Namespace(StandIn):
-    """DINO's arguments: attributes with ordinary names."""
-
-    def build(self, state: object) -> object:
-        if type(state) is not dict or not all(type(key) is str and not key.startswith("__") for key in state):
-            raise RefusedError("it holds a namespace with attributes that are none")
-        return self
-
-
-class _Dtype(StandIn):
-    """``numpy.dtype``, of numbers alone. NumPy's own would take a type of two gigabytes, and any state after it."""
-
-    def __init__(self, code: object, align: object = False, copy: object = True) -> None:
-        super().__init__()
-        if type(code) is not str or not re.fullmatch(r"b1|[iu][1248]|f[248]|f16|c8|c16", code):
-            raise RefusedError("it holds a NumPy type that is no number")
-        self.dtype = np.dtype(code)
-
-    def build(self, state: object) -> object:
-        if type(state) is not tuple or len(state) < 5 or state[1] not in ("<", ">", "|", "=") or any(state[2:5]):
-            raise RefusedError("it holds a NumPy type that is no number")
-        self.dtype = self.dtype.newbyteorder(state[1])
-        return self
-
-    __setstate__ = build
-
-
-def _scalar(dtype: object, data: object) -> object:
-    """``numpy.core.multiarray.scalar``: the learning rates of DINO's optimizers."""
-    if type(data) is str:  # the bytes of Python 2
-        data = data.encode("latin1")
-    if type(dtype) is not _Dtype or type(data) is not bytes or len(data) != dtype.dtype.itemsize:
-        raise RefusedError("it holds a NumPy number that is none")
-    return np.frombuffer(data, dtype.dtype)[0]
-
-
-class _Array(StandIn):
-    """A NumPy array, made empty and then filled in."""
-
-    def __init__(self, kind: object, shape: object, code: object) -> None:
-        super().__init__()
-        if not isinstance(kind, Name) or kind is not _NDARRAY:
-            raise RefusedError("it holds an array of a kind that is not read here")
-
-    def build(self, state: object) -> object:
-        if type(state) is not tuple or len(state) != 5 or type(state[1]) is not tuple or len(state[1]) > 32:
-            raise RefusedError("it holds an array of a kind that is not read here")
-        _, shape, dtype, by_column, data = state
-        if type(data) is str:  # the bytes of Python 2
-            data = data.encode("latin1")
-        if type(dtype) is not _Dtype or type(data) is not bytes or not all(map(_is_length, shape)):
-            raise RefusedError("it holds an array of a kind that is not read here")
-        if math.prod(shape) * dtype.dtype.itemsize != len(data):
-            raise RefusedError(f"an array claims {_shown(shape)} elements, and has {len(data)} bytes")
-        return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if by_column else "C")
-
-
-def _ordered() -> OrderedDict[str, object]:
-    return OrderedDict()
-
-
-def _no_bytes() -> bytes:
-    return b""
-
-
-_NDARRAY = Name()
-_SCALARS = [f"numpy.{package}.multiarray.scalar" for package in ("core", "_core")]
-_COMMON = {
-    "collections.OrderedDict": Name(_ordered),
-    "_codecs.encode": ENCODE,
-    "numpy.dtype": Name(_Dtype),
-    **{f"{module}.set": Name(_set) for module in ("builtins", "__builtin__")},
-    **dict.fromkeys(_SCALARS, Name(_scalar)),
-}
-_STORAGES = {
-    "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
-}  # fmt: skip
-_NAMES = {
-    **_COMMON,
-    "argparse.Namespace": Name(_Namespace, by_new=True),
-    "torch._utils._rebuild_tensor_v2": Name(_tensor),
-    "torch._utils._rebuild_parameter": Name(_parameter),
-    "torch.Size": Name(_size),
-    "torch.device": Name(_device),
-    **{f"torch.{kind}Storage": Name(value=itemsize) for kind, itemsize in _STORAGES.items()},
-    **{f"torch.{kind}": Name() for kind in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8")},
-}
-_GROUND_TRUTH_NAMES = {
-    **_COMMON,
-    "numpy.ndarray": _NDARRAY,
-    **{f"{module}.bytes": Name(_no_bytes) for module in ("builtins", "__builtin__")},
-    **{f"numpy.{package}.multiarray._reconstruct": Name(_Array) for package in ("core", "_core")},
-}
-_ALLOWED: list[Any] = [argparse.Namespace, (_Dtype, "numpy.dtype"), *((_scalar, name) for name in _SCALARS)]
-"""What PyTorch reads besides tensors: a bag of attributes, and NumPy's numbers, made by our functions."""
 
 
 # ---- after it is read
@@ -499,11 +310,11 @@ def _leaf_size(value: object) -> int:
 
 
 def _tensor_size(tensor: Any) -> int:
-    """Bytes of a tensor, if it is one that :func:`_tensor` let through."""
+    """Bytes of a tensor, if it is one that the replay let through."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise RefusedError("it holds a tensor that is sparse, quantized, or without data")
     if vars(tensor) or tensor._backward_hooks:
         raise RefusedError("it holds a tensor with attributes")
     held = tensor.untyped_storage().nbytes() // tensor.element_size()
-    _check_shape(held, tensor.storage_offset(), tensor.shape, tensor.stride())
+    check_shape(held, tensor.storage_offset(), tensor.shape, tensor.stride())
     return 1 + int(tensor.nbytes)
