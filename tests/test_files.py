@@ -1,0 +1,330 @@
+"""Files by path, here and elsewhere."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from dino_xcit.data import files
+from dino_xcit.errors import InputError
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """An empty place in fsspec's memory."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield "memory://bucket"
+    system.store.clear()
+
+
+def put(url: str, data: bytes) -> None:
+    with fsspec.open(url, "wb") as file:
+        file.write(data)
+
+
+# ---- patterns
+
+
+def names(folder: Path, *given: str) -> list[str]:
+    for name in given:
+        (folder / name).write_bytes(b"x")
+    return [str(folder / name) for name in given]
+
+
+def test_a_range_in_braces_keeps_its_zeros(tmp_path: Path) -> None:
+    expected = names(tmp_path, *(f"s-{number:03d}.tar" for number in range(8, 12)))
+    assert files.expand(f"{tmp_path}/s-{{008..011}}.tar") == expected
+    assert files.expand(f"{tmp_path}/s-{{011..008}}.tar") == expected
+    bare = names(tmp_path, *(f"t{number}.tar" for number in (10, 11, 8, 9)))
+    assert files.expand(f"{tmp_path}/t{{8..11}}.tar") == bare
+
+
+def test_choices_and_ranges_in_braces_multiply(tmp_path: Path) -> None:
+    expected = names(tmp_path, "train-0.tar", "train-1.tar", "val-0.tar", "val-1.tar")
+    assert files.expand(f"{tmp_path}/{{val,train}}-{{0..1}}.tar") == expected
+    assert files.expand(f"{tmp_path}/{{train-{{0..1}},val-0}}.tar") == expected[:3]
+
+
+def test_wildcards_find_files_and_no_folders(tmp_path: Path) -> None:
+    expected = names(tmp_path, "a1.tar", "a2.tar", "b1.tar")
+    (tmp_path / "a3.tar").mkdir()
+    assert files.expand(f"{tmp_path}/*.tar") == expected
+    assert files.expand(f"{tmp_path}/a?.tar") == expected[:2]
+    assert files.expand(f"{tmp_path}/[ab]1.tar") == [expected[0], expected[2]]
+    assert files.expand(f"{tmp_path}/{{a,b}}*.tar") == expected
+
+
+def test_local_patterns_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = names(tmp_path, "a.tar")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.expand("a.tar") == files.expand("./*.tar") == files.expand("~/a.tar") == expected
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:
+    expected = names(tmp_path, "photos [2020] {a,b}.tar")
+    assert files.expand(expected[0]) == expected
+    expected = names(tmp_path, "{x}.tar")
+    assert files.expand(f"{tmp_path}/{{x}}.tar") == expected
+
+
+def test_the_first_missing_file_of_a_range_is_named(tmp_path: Path) -> None:
+    names(tmp_path, "s-0.tar", "s-1.tar", "s-3.tar")
+    with pytest.raises(InputError, match=r"there is no file .*s-2\.tar, which .*s-\{0\.\.4\}"):
+        files.expand(f"{tmp_path}/s-{{0..4}}.tar")
+    with pytest.raises(InputError, match=r"there is no file .*absent\.tar: check"):
+        files.expand(f"{tmp_path}/absent.tar")
+    with pytest.raises(InputError, match=r"no file matches .*t-"):
+        files.expand(f"{tmp_path}/{{s,t}}-*.tar")
+
+
+def test_a_pattern_for_a_trillion_files_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match="more than 1,000,000 files"):
+        files.expand("/x/{0..999999999999}.tar")
+    with pytest.raises(InputError, match="more than 1,000,000 files"):
+        files.expand("/x/" + "{0..9}" * 12)
+
+
+def test_patterns_work_elsewhere_too(memory: str) -> None:
+    for name in ("a-00.tar", "a-01.tar", "b-00.tar", "sub/c.tar"):
+        put(f"{memory}/{name}", b"x")
+    assert [path[-8:] for path in files.expand(f"{memory}/*.tar")] == ["a-00.tar", "a-01.tar", "b-00.tar"]
+    assert files.expand(f"{memory}/a-{{00..01}}.tar") == [f"{memory}/a-00.tar", f"{memory}/a-01.tar"]
+    assert [files.read_range(path, 0, 1) for path in files.expand(f"{memory}/a*")] == [b"x", b"x"]
+    with pytest.raises(InputError, match=r"a-02\.tar"):
+        files.expand(f"{memory}/a-{{00..05}}.tar")
+    with pytest.raises(InputError, match="no file matches"):
+        files.expand("memory://nowhere/*.tar")
+
+
+# ---- reading
+
+
+@pytest.fixture(params=["local", "memory"])
+def digits(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    """The path of a file that holds b"0123456789"."""
+    path = str(tmp_path / "digits") if request.param == "local" else f"{memory}/digits"
+    put(path, b"0123456789")
+    return path
+
+
+def test_ranges_are_read_exactly(digits: str) -> None:
+    assert files.read_range(digits, 3, 4) == b"3456"
+    assert files.read_range(digits, 0, 10) == b"0123456789"
+    assert files.read_range(digits, 4, 0) == b""
+
+
+def test_a_range_beyond_the_end_is_an_error(digits: str) -> None:
+    for start, length in ((8, 3), (10, 1), (50, 1)):
+        with pytest.raises(InputError, match="digits ends before byte"):
+            files.read_range(digits, start, length)
+
+
+def test_a_whole_file_is_read_up_to_a_limit(digits: str) -> None:
+    assert files.read_file(digits, 10) == b"0123456789"
+    with pytest.raises(InputError, match="more than 9 bytes"):
+        files.read_file(digits, 9)
+    put(digits, b"")
+    assert files.read_file(digits, 9) == b""
+
+
+def test_an_open_file_can_seek(digits: str) -> None:
+    with files.open_file(digits) as file:
+        file.seek(7)
+        assert file.read(2) == b"78"
+        file.seek(1)
+        assert file.read(1) == b"1"
+
+
+def test_the_stamp_tells_the_size_and_changes_with_the_file(digits: str) -> None:
+    before = files.stamp(digits)
+    assert before[0] == 10
+    assert files.stamp(digits) == before
+    put(digits, b"9876543210")
+    if not files.is_remote(digits):
+        os.utime(digits, ns=(0, 1))
+    after = files.stamp(digits)
+    assert after[0] == 10
+    assert after != before
+    assert files.stamps([digits, digits]) == [after, after]
+
+
+def test_missing_files_folders_and_pipes_are_sentences(digits: str, tmp_path: Path) -> None:
+    absent, folder = digits + "-absent", digits.rpartition("/")[0]
+    for ask in (files.stamp, files.open_file, lambda path: files.read_file(path, 9)):
+        with pytest.raises(InputError, match="absent"):
+            ask(absent)
+        with pytest.raises(InputError):
+            ask(folder)
+    with pytest.raises(InputError, match="absent"):
+        files.read_range(absent, 0, 1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="no regular file"):
+        files.open_file(str(tmp_path / "pipe"))
+
+
+def test_folders_are_known(digits: str) -> None:
+    folder = digits.rpartition("/")[0]
+    assert files.is_folder(folder)
+    assert not files.is_folder(digits)
+    assert not files.is_folder(folder + "/absent")
+
+
+def test_everything_below_a_remote_folder_is_listed(memory: str) -> None:
+    for name in ("a.png", "x/b.png", "x/y/c.png"):
+        put(f"{memory}/top/{name}", name.encode())
+    put(f"{memory}/top-other/d.png", b"")
+    found = files.files_below(f"{memory}/top")
+    assert sorted(found) == ["a.png", "x/b.png", "x/y/c.png"]
+    assert found["x/b.png"] == files.stamp(f"{memory}/top/x/b.png")
+
+
+def test_forked_processes_read_what_their_parent_opened(digits: str) -> None:
+    files.read_range(digits, 0, 1)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, files.read_range(digits, 2, 3))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.read(reading, 10) == b"234"
+
+
+# ---- what is missing
+
+
+def test_a_missing_package_is_named_with_its_command() -> None:
+    for url, command in (("s3://bucket/x", "pip install s3fs"), ("gs://bucket/x", "pip install gcsfs")):
+        if fsspec_can(url):
+            continue
+        with pytest.raises(InputError, match=command):
+            files.read_range(url, 0, 1)
+
+
+def fsspec_can(url: str) -> bool:
+    try:
+        fsspec.core.url_to_fs(url)
+    except ImportError:
+        return False
+    return True
+
+
+def test_unknown_schemes_are_refused() -> None:
+    with pytest.raises(InputError, match="s4"):
+        files.expand("s4://bucket/{0..1}.tar")
+
+
+class Flaky:
+    """A file system that fails some times before it answers."""
+
+    def __init__(self, failures: int, error: Exception) -> None:
+        self.left, self.error, self.asked = failures, error, 0
+
+    def cat_file(self, path: str, start: int, end: int) -> bytes:
+        self.asked += 1
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return b"x" * (end - start)
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "asked"),
+    [
+        (ConnectionResetError("reset"), 2, 3),
+        (PermissionError("no"), 1, 1),
+        (TimeoutError(), 9, 3),
+        (KeyError("a"), 9, 3),
+    ],
+)
+def test_what_may_pass_is_tried_three_times(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, failures: int, asked: int
+) -> None:
+    system = Flaky(failures, error)
+    monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(files, "_file_system", lambda path: (system, path))
+    if failures < asked:
+        assert files.read_range("s3://x", 0, 2) == b"xx"
+    else:
+        with pytest.raises(InputError, match="s3://x"):
+            files.read_range("s3://x", 0, 2)
+    assert system.asked == asked
+
+
+# ---- a web server
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; knows ranges where the server does."""
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted is None or not self.server.ranges or not path.is_file():  # type: ignore[attr-defined]
+            return super().do_GET()
+        data = path.read_bytes()
+        start, stop = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1) + 1
+        if start >= len(data):
+            return self.send_error(416)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        self.send_header("Content-Length", str(stop - start))
+        self.end_headers()
+        self.wfile.write(data[start:stop])
+        return None
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]:
+    """The URL of ``tmp_path``."""
+    pytest.importorskip("aiohttp")
+
+    class Here(Handler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here)
+    server.ranges = True  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_web_server_is_read_by_ranges(tmp_path: Path, web: tuple[str, Any]) -> None:
+    url, _ = web
+    names(tmp_path, "a-0.bin", "a-1.bin")
+    (tmp_path / "a-1.bin").write_bytes(b"0123456789")
+    assert files.expand(f"{url}/a-{{0..1}}.bin") == [f"{url}/a-0.bin", f"{url}/a-1.bin"]
+    assert files.stamp(f"{url}/a-1.bin")[0] == 10
+    assert files.read_range(f"{url}/a-1.bin", 3, 4) == b"3456"
+    assert files.read_file(f"{url}/a-1.bin", 10) == b"0123456789"
+    with files.open_file(f"{url}/a-1.bin") as file:
+        file.seek(5)
+        assert file.read(3) == b"567"
+    with pytest.raises(InputError, match=r"a-2\.bin"):
+        files.expand(f"{url}/a-{{0..2}}.bin")
+    with pytest.raises(InputError, match=r"there is no file .*absent"):
+        files.read_range(f"{url}/absent", 0, 1)
+
+
+def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, Any]) -> None:
+    url, server = web
+    server.ranges = False
+    (tmp_path / "a.bin").write_bytes(b"0123456789")
+    with pytest.raises(InputError, match="ignores ranges"):
+        files.read_range(f"{url}/a.bin", 3, 4)
+    assert files.read_file(f"{url}/a.bin", 10) == b"0123456789"
