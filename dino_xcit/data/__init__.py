@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dino_xcit.data import files
 from dino_xcit.data.decode import UndecodableImage, decode
 from dino_xcit.data.folder import open_folder, open_list
 from dino_xcit.data.sample import ArraySource, open_sample
 from dino_xcit.data.source import Source, Subset
+from dino_xcit.data.tar import open_tar
 from dino_xcit.data.torchvision_source import TorchvisionSource
 from dino_xcit.errors import InputError
 
@@ -23,18 +25,26 @@ __all__ = [
     "open_source",
 ]
 
-FORMS = "a folder, a .txt list of paths, sample:fashion-mnist, sample:fashion-mnist-full or torchvision:NAME"
+FORMS = (
+    "a folder, a .txt list of paths, tar:PATTERN, sample:fashion-mnist, sample:fashion-mnist-full or torchvision:NAME"
+)
+WITH_PARTS = ("sample:", "torchvision:")
+"""Named sets, which have a training and a validation part."""
+ONE_PART = ("tar:",)
+"""Patterns that name the files of one part."""
 
 
 def open_source(url: str, part: str | None = None) -> Source:
     """Open a data set.
 
     Args:
-        url: a folder of images (one sub-folder a class, or a heap without labels), a ``.txt`` file with one path a
-            line, ``sample:fashion-mnist``, ``sample:fashion-mnist-full`` or ``torchvision:NAME``. A trailing
-            ``/train`` or ``/val`` on the last three chooses the part.
+        url: a folder of images (one sub-folder a class, or a heap without labels); a ``.txt`` file with one path a
+            line; ``tar:PATTERN``, archives such as WebDataset's shards (``tar:/data/train-{000..146}.tar``);
+            ``sample:fashion-mnist``, ``sample:fashion-mnist-full`` or ``torchvision:NAME``. Folders, lists and
+            archives may be remote (``s3://``, ``gs://``, ``hf://``, ``https://`` ...). A trailing ``/train`` or
+            ``/val`` on the last three chooses the part.
         part: ``train`` or ``val``. A folder that holds a folder of that name is opened there; one that does not is
-            taken whole. None: the folder as it is; the training part of the others.
+            taken whole, as are archives. None: the folder as it is; the training part of the others.
 
     Raises:
         InputError: nothing there, nothing readable in it, or an unknown form.
@@ -46,6 +56,10 @@ def open_source(url: str, part: str | None = None) -> Source:
         if chosen not in ("train", "val"):
             raise InputError(f"{url!r} has no part {chosen!r}: there are train and val")
         return open_sample(name, chosen) if scheme == "sample" else TorchvisionSource(name, chosen)
+    if colon and scheme == "tar":
+        return open_tar(rest, url)
+    if files.is_remote(url):
+        return _open_remote(url, part)
     path = Path(url).expanduser()
     if not path.exists():
         hint = f"; known forms: {FORMS}" if colon and "/" not in scheme else ""
@@ -53,10 +67,22 @@ def open_source(url: str, part: str | None = None) -> Source:
     if path.is_file():
         if path.suffix.lower() != ".txt":
             raise InputError(f"{url!r} is a single file: expected {FORMS}")
-        return open_list(path, url)
+        return open_list(str(path), url)
     if part and path.name != part and (path / part).is_dir():  # DIR/train may have a class of trains
         path = path / part
-    return open_folder(path, str(path))
+    return open_folder(str(path), str(path))
+
+
+def _open_remote(url: str, part: str | None) -> Source:
+    """A list or a folder that fsspec reads."""
+    address = url.partition("?")[0].rstrip("/")
+    if address.lower().endswith(".txt"):
+        return open_list(url, url)
+    if address.lower().endswith(".tar"):
+        raise InputError(f"{url!r} is an archive: expected tar:{url}")
+    if part and not address.endswith(f"/{part}") and files.is_folder(f"{address}/{part}"):
+        address = f"{address}/{part}"
+    return open_folder(address, address)
 
 
 def open_parts(data: str | None, train_data: str | None, val_data: str | None) -> tuple[Source, Source]:
@@ -65,25 +91,27 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
     Args:
         data: a data set with both parts: a folder that holds ``train`` and ``val``, that ``train`` folder itself, or
             one of the named sets.
-        train_data, val_data: either part on its own; wins over ``data``.
+        train_data, val_data: either part on its own, whatever :func:`open_source` opens; wins over ``data``.
 
     Raises:
         InputError: a part is missing, has no labels, or the two disagree about their classes.
     """
     if data is not None:
-        path = Path(data).expanduser()
-        beside = all((path.parent / part).is_dir() for part in ("train", "val"))
-        if path.name in ("train", "val") and path.is_dir() and (beside or not (path / "train").is_dir()):
-            data = str(path.parent)
-        elif data.startswith(("sample:", "torchvision:")):
+        if data.startswith(WITH_PARTS):
             data = data.removesuffix("/train").removesuffix("/val")
+        elif not data.startswith(ONE_PART):
+            data = _above_its_parts(data)
     parts: list[Source] = []
     for part, given in (("train", train_data), ("val", val_data)):
         if given is not None:
-            source = open_source(given, part if given.startswith(("sample:", "torchvision:")) else None)
+            source = open_source(given, part if given.startswith(WITH_PARTS) else None)
         elif data is None:
             raise InputError(f"no {part} data: give --data-path DIR with DIR/train and DIR/val, or --{part}-data")
-        elif not data.startswith(("sample:", "torchvision:")) and not (Path(data).expanduser() / part).is_dir():
+        elif data.startswith(ONE_PART):
+            raise InputError(
+                f"{data} is one part: give --train-data and --val-data, each with the pattern of its own files"
+            )
+        elif not data.startswith(WITH_PARTS) and not files.is_folder(_inside(data, part)):
             raise InputError(
                 f"{data} holds no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or "
                 f"--{part}-data DIR"
@@ -91,7 +119,10 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         else:
             source = open_source(data, part)
         if source.labels is None:
-            raise InputError(f"{source.url} has no labels, which measuring needs: expected one sub-folder a class")
+            raise InputError(
+                f"{source.url} has no labels, which measuring needs: expected one sub-folder a class, or "
+                "archives with .cls members"
+            )
         parts.append(source)
     train, val = parts
     if train.classes == val.classes:
@@ -102,3 +133,20 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         raise InputError(f"{val.url} has classes that {train.url} lacks: {', '.join(unknown[:5])}")
     number = np.asarray([train_classes.index(name) for name in val_classes], dtype=np.int64)
     return train, Subset(val, np.arange(len(val)), number, train_classes)
+
+
+def _above_its_parts(data: str) -> str:
+    """The folder that holds ``train`` and ``val``, where one of these is given; otherwise what is given."""
+    if files.is_remote(data):
+        above, _, name = data.rstrip("/").rpartition("/")
+    else:
+        path = Path(data).expanduser()
+        above, name = str(path.parent), path.name
+    if name not in ("train", "val") or not files.is_folder(data):
+        return data
+    beside = all(files.is_folder(_inside(above, part)) for part in ("train", "val"))
+    return above if beside or not files.is_folder(_inside(data, "train")) else data
+
+
+def _inside(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if files.is_remote(folder) else str(Path(folder).expanduser() / name)

@@ -166,6 +166,21 @@ def open_file(path: str) -> BinaryIO:
     return file
 
 
+def is_file(path: str) -> bool:
+    """Whether there is a file at a path.
+
+    Raises:
+        InputError: its server cannot be reached, or forbids to ask.
+    """
+    if not is_remote(path):
+        return os.path.isfile(path)
+    try:
+        stamp(path)
+    except _Absent:
+        return False
+    return True
+
+
 def is_folder(path: str) -> bool:
     """Whether there is a folder at a path; for an object store, whether names begin with it and a slash.
 
@@ -183,6 +198,8 @@ def is_folder(path: str) -> bool:
 def files_below(folder: str) -> dict[str, tuple[int, str]]:
     """All files at any depth below a remote folder: path within the folder to :func:`stamp`.
 
+    The size is -1 where the listing does not tell (web servers' do not).
+
     Raises:
         InputError: it cannot be listed.
     """
@@ -192,7 +209,11 @@ def files_below(folder: str) -> dict[str, tuple[int, str]]:
         found = system.find(inner, detail=True)
         system.invalidate_cache()  # a million entries are gigabytes there
         top = inner.rstrip("/") + "/"
-        return {path.removeprefix(top): _stamp_of(path, info) for path, info in found.items() if path.startswith(top)}
+        return {
+            path.removeprefix(top): (info.get("size") if isinstance(info.get("size"), int) else -1, _version_of(info))
+            for path, info in found.items()
+            if path.startswith(top)
+        }
 
     return _ask(folder, listed)
 
@@ -265,9 +286,13 @@ def _stamp_of(path: str, info: dict[str, Any]) -> tuple[int, str]:
     size = info.get("size")
     if not isinstance(size, int):
         raise InputError(f"cannot use {path}: its server does not say how long it is; copy it to this machine first")
+    return size, _version_of(info)
+
+
+def _version_of(info: dict[str, Any]) -> str:
     version = next((info[name] for name in _VERSIONS if info.get(name)), "")
     # A listing and a single question may give the same time as different types.
-    return size, str(version.timestamp() if isinstance(version, datetime) else version)
+    return str(version.timestamp() if isinstance(version, datetime) else version)
 
 
 def _at_most(system: AbstractFileSystem, inner: str, count: int) -> bytes:
@@ -330,18 +355,8 @@ def _match_remote(system: AbstractFileSystem, inner: str) -> list[str]:
 
 def _first_missing(paths: list[str]) -> str | None:
     """The first of some paths at which there is no file; any other trouble with them is raised."""
-    there = _of_each(_is_file, paths)
+    there = _of_each(is_file, paths)
     return next((path for path, found in zip(paths, there, strict=True) if not found), None)
-
-
-def _is_file(path: str) -> bool:
-    if not is_remote(path):
-        return os.path.isfile(path)
-    try:
-        stamp(path)
-    except _Absent:
-        return False
-    return True
 
 
 def _of_each(function: Callable[[str], T], paths: list[str]) -> list[T]:

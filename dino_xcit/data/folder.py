@@ -1,132 +1,260 @@
-"""Images in folders: one folder a class, a plain heap of photographs, or a list of paths."""
+"""Images in folders: one folder a class, a plain heap of photographs, or a list of paths; here or elsewhere."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dino_xcit.data import files
+from dino_xcit.data.index import Index, Strings, cached
 from dino_xcit.data.source import Item, hash_lines
 from dino_xcit.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
+KEPT_FROM = 10_000
+"""So many images make an index worth a place on the disk: fewer are listed quicker than anybody notices."""
+
+_MOST_BYTES = 1 << 30
+"""Of one remote image."""
+_MOST_LIST = 4 << 30
+_SETTLED = 2_000_000_000
+"""Nanoseconds: some file systems' times are whole seconds, so that a folder changed twice in one looks the same."""
+
 
 class FileSource:
-    """Image files by path. Paths are kept in one byte string, so that a million of them cost loaders little."""
+    """Image files by path. The paths are an index, so that a million of them cost loaders little."""
 
-    def __init__(
-        self, url: str, root: Path, paths: list[str], labels: list[int] | None, classes: tuple[str, ...] | None
-    ) -> None:
-        """``paths`` are relative to ``root`` or absolute, already in the order they shall have."""
+    def __init__(self, url: str, root: str, index: Index, version: str = "") -> None:
+        """``index``: ``name``, paths relative to ``root`` or absolute; with labels also ``label`` and ``class``.
+
+        ``version`` changes with the files' content where that was listed; empty: the files are asked.
+        """
         self.url = url
-        self.classes = classes
-        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        self._root = root
-        encoded = [os.fsencode(path) for path in paths]
-        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self.classes = tuple(index.strings["class"]) if "class" in index.strings else None
+        self.labels = index.numbers.get("label")
+        self._root, self._index, self._version = root, index, version
+        self._names = index.strings["name"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileSource, (self.url, self._root, self._index, self._version)
 
     def __len__(self) -> int:
-        return len(self._ends)
-
-    def _relative(self, index: int) -> str:
-        index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._text[start : self._ends[index]].tobytes())
+        return len(self._names)
 
     def name(self, index: int) -> str:
-        return str(self._root / self._relative(index))
+        return _joined(self._root, self._names[index])
 
     def read(self, index: int) -> tuple[Item, int | None]:
         path = self.name(index)
-        try:
-            with open(path, "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise InputError(f"cannot read the image {path}: {error.strerror}") from error
+        if files.is_remote(path):
+            data = files.read_file(path, _MOST_BYTES)
+        else:
+            try:
+                with open(path, "rb") as file:
+                    data = file.read()
+            except OSError as error:
+                raise InputError(f"cannot read the image {path}: {error.strerror}") from error
         return data, None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
+        """Of names, labels, and the files' sizes and times; of remote files in a list the names alone are known."""
         labels = self.labels
+        if self._version:
+            return hash_lines([self._root, self._version])
 
         def lines() -> list[str]:
-            out = [str(self._root)]
-            for index in range(len(self)):
-                try:
-                    status = os.stat(self.name(index))
-                    state = f"{status.st_size} {status.st_mtime_ns}"
-                except OSError:
-                    state = "gone"
-                out.append(f"{self._relative(index)} {state} {'' if labels is None else labels[index]}")
+            out = [self._root]
+            for index, relative in enumerate(self._names):
+                path, state = _joined(self._root, relative), ""
+                if not files.is_remote(path):
+                    try:
+                        status = os.stat(path)
+                        state = f"{status.st_size} {status.st_mtime_ns}"
+                    except OSError:
+                        state = "gone"
+                out.append(f"{relative} {state} {'' if labels is None else labels[index]}")
             return out
 
         return hash_lines(lines())
 
 
-def open_folder(root: Path, url: str) -> FileSource:
-    """A folder of images.
+def open_folder(root: str, url: str) -> FileSource:
+    """A folder of images, on this machine or remote.
 
     Images that lie directly in ``root`` make it a heap without labels, sub-folders included. Otherwise each
     sub-folder that holds images, at any depth, is a class named after it, numbered in sorted order (the layout of
     torchvision's ImageFolder).
 
+    What was found is kept, and found again at once as long as no folder's time has changed. A remote folder is
+    listed each time: nothing there tells of a change.
+
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, or the folder cannot be listed.
     """
-    top = _scan(root)
-    images = sorted(entry.name for entry in top if entry.is_file() and _is_image(entry.name))
-    folders = sorted(entry.name for entry in top if entry.is_dir() and not entry.name.startswith("."))
-    by_folder = {name: _images_below(root, name) for name in folders}
-    if images:
-        everything = sorted(images + [path for paths in by_folder.values() for path in paths])
-        return FileSource(url, root, everything, None, None)
-    classes = tuple(name for name in folders if by_folder[name])
-    if not classes:
+    if files.is_remote(root):
+        root = root.rstrip("/")
+        listed = files.files_below(root)
+        images = [path for path in listed if _is_image(path.rpartition("/")[2]) and not path.startswith(".")]
+        version = hash_lines(f"{path} {listed[path]}" for path in sorted(images))
+        index = cached(f"folder:{root}", lambda: _arranged(root, images, version), lambda one: _is_sound(one, version))
+        return FileSource(url, root, index, version)
+    return FileSource(url, root, cached(f"folder:{os.path.abspath(root)}", lambda: _walk(root), _is_unchanged(root)))
+
+
+def open_list(file: str, url: str) -> FileSource:
+    """A text file with the path of one image a line; no labels.
+
+    Paths are absolute, URLs, or relative to the file's folder. The file may be remote itself.
+
+    Raises:
+        InputError: it lists nothing, its first path does not exist, or it names a chain of file systems.
+    """
+    data = files.read_file(file, _MOST_LIST)
+    lines = [line.strip() for line in data.decode("utf-8", "surrogateescape").splitlines()]
+    paths = [line for line in lines if line and not line.startswith("#")]
+    folder = file.partition("?")[0].rpartition("/")[0] if files.is_remote(file) else str(Path(file).parent)
+    if not paths:
+        raise InputError(f"the file list {file} names no image: expected one path a line")
+    # Among the file systems that fsspec would chain are some that run what they find.
+    chain = next((path for path in paths if files.is_remote(path) and "::" in path), None)
+    if chain is not None:
+        raise InputError(f"the file list {file} names {chain!r}, a chain of file systems: expected plain paths or URLs")
+    if not files.is_file(_joined(folder, paths[0])):
+        raise InputError(
+            f"the file list {file} names {paths[0]!r}, which is no file: paths are absolute or relative to {folder}"
+        )
+    version = hash_lines([folder, *paths])
+    strings = {"name": Strings.pack(paths), "version": Strings.pack([version])}
+    index = cached(
+        f"list:{file if files.is_remote(file) else os.path.abspath(file)}",
+        lambda: Index({}, strings, keep=len(paths) >= KEPT_FROM),
+        lambda one: _is_sound(one, version),
+    )
+    return FileSource(url, folder, index)
+
+
+def _walk(root: str) -> Index:
+    """List a local folder at all depths."""
+    began = time.time_ns()
+    times: dict[str, int] = {".": _time(root)}
+    try:
+        with os.scandir(root) as entries:
+            top = list(entries)
+    except OSError as error:
+        raise InputError(f"cannot list the folder {root}: {error.strerror}") from error
+    images = [entry.name for entry in top if entry.is_file() and _is_image(entry.name)]
+    for entry in top:
+        if entry.is_dir() and not entry.name.startswith("."):
+            images += _images_below(root, entry.name, times)
+    index = _arranged(root, images, "")
+    settled = max(times.values()) < began - _SETTLED and min(times.values()) >= 0
+    return Index(
+        {**index.numbers, "folder_time": np.array(list(times.values()), dtype=np.int64)},
+        {**index.strings, "folder": Strings.pack(times)},
+        keep=index.keep and settled,
+    )
+
+
+def _images_below(root: str, name: str, times: dict[str, int]) -> list[str]:
+    """Paths, relative to ``root``, of the images anywhere below ``root/name``; links are followed, but not in circles.
+
+    ``times`` takes each folder's time, -1 where it cannot be listed.
+    """
+    found: list[str] = []
+    waiting: list[tuple[str, tuple[str, ...]]] = [(name, ())]
+    while waiting:
+        relative, above = waiting.pop()
+        folder = os.path.join(root, relative)
+        real = os.path.realpath(folder)
+        if real in above:
+            continue
+        times[relative] = _time(folder)  # before it is listed, so that a change meanwhile is noticed
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = os.path.join(relative, entry.name)
+                    if _leads_on(entry):
+                        waiting.append((path, (*above, real)))
+                    elif _is_image(entry.name):
+                        found.append(path)
+        except OSError:
+            times[relative] = -1
+    return found
+
+
+def _leads_on(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say
+        return False
+
+
+def _arranged(root: str, images: list[str], version: str) -> Index:
+    """An index of images by their paths below ``root``: a heap, or a class a folder."""
+    if not images:
         raise InputError(
             f"no image in {root}: expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ... in it or in one "
             "sub-folder a class"
         )
-    paths = [path for name in classes for path in by_folder[name]]
-    labels = [label for label, name in enumerate(classes) for _ in by_folder[name]]
-    return FileSource(url, root, paths, labels, classes)
+    keep = len(images) >= KEPT_FROM
+    about = {"version": Strings.pack([version])}
+    tops = [path.replace(os.sep, "/").partition("/") for path in images]
+    if any(not slash for _, slash, _ in tops):
+        return Index({}, {"name": Strings.pack(sorted(images)), **about}, keep)
+    ordered = sorted(zip((top for top, _, _ in tops), images, strict=True))
+    classes = sorted({top for top, _ in ordered})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.array([number[top] for top, _ in ordered], dtype=np.int64)
+    names = Strings.pack(path for _, path in ordered)
+    return Index({"label": labels}, {"name": names, "class": Strings.pack(classes), **about}, keep)
 
 
-def open_list(file: Path, url: str) -> FileSource:
-    """A text file with the path of one image a line, absolute or relative to the file's folder; no labels.
+def _is_unchanged(root: str) -> Any:
+    """Whether an index of a local folder still holds: for :func:`cached`."""
 
-    Raises:
-        InputError: it lists nothing, or its first path does not exist.
-    """
-    lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
-    paths = [line for line in lines if line and not line.startswith("#")]
-    if not paths:
-        raise InputError(f"the file list {file} names no image: expected one path a line")
-    if not (file.parent / paths[0]).is_file():
-        raise InputError(
-            f"the file list {file} names {paths[0]!r}, which is no file: paths are absolute or relative to "
-            f"{file.parent}"
+    def accept(index: Index) -> bool:
+        times = index.numbers["folder_time"].tolist()
+        same = all(
+            _time(os.path.join(root, folder)) == seen
+            for folder, seen in zip(index.strings["folder"], times, strict=True)
         )
-    return FileSource(url, file.parent, paths, None, None)
+        return same and _is_sound(index, "")
+
+    return accept
+
+
+def _is_sound(index: Index, version: str) -> bool:
+    """Whether a stored index is of these files, and every label has a class."""
+    if list(index.strings["version"]) != [version] or len(index.strings["name"]) == 0:
+        return False
+    labels = index.numbers.get("label")
+    if labels is None:
+        return "class" not in index.strings
+    if len(labels) != len(index.strings["name"]):
+        return False
+    return bool(labels.min() >= 0 and labels.max() < len(index.strings["class"]))
+
+
+def _time(folder: str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return -1
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise InputError(f"cannot list the folder {folder}: {error.strerror}") from error
-
-
-def _images_below(root: Path, name: str) -> list[str]:
-    """Paths, relative to ``root`` and sorted, of the images anywhere below ``root / name``."""
-    found: list[str] = []
-    for folder, _, files in os.walk(root / name, followlinks=True):
-        relative = os.path.relpath(folder, root)
-        found += [os.path.join(relative, file) for file in files if _is_image(file)]
-    return sorted(found)
+def _joined(root: str, path: str) -> str:
+    """A path below ``root``, or one that stands for itself."""
+    if files.is_remote(path):
+        return path
+    if files.is_remote(root):
+        return path if path.startswith("/") else f"{root}/{path}"
+    return str(Path(root) / path)
