@@ -100,10 +100,6 @@ def open_tar(pattern: str, url: str) -> TarSource:
 
     where = pattern if files.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
     index = cached(f"tar:{where}", lambda: _build(shards, made_of), accept)
-    if len(index.strings["name"]) == 0:
-        raise InputError(
-            f"no image in {_some(shards)}: expected members such as 000/0001.jpg, with or without 0001.cls"
-        )
     return TarSource(url, shards, index, _classes(index, shards[0]), version)
 
 
@@ -113,7 +109,7 @@ def _is_sound(index: Index, limits: NDArray[np.int64]) -> bool:
     if any(len(column) != len(index.strings["name"]) for column in (shard, offset, size, check)):
         return False
     if len(shard) == 0:
-        return True
+        return False
     inside = shard.min() >= 0 and shard.max() < len(limits) and offset.min() >= BLOCK and size.min() >= 0
     if not inside or size.max() > MOST_IMAGE_BYTES or (offset > limits[shard] - size).any():
         return False
@@ -144,6 +140,8 @@ def _build(shards: list[str], made_of: str) -> Index:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common())
         print(f"{_some(shards)}: passed over {kinds}", file=sys.stderr)
     counts = [len(shard.names) for shard in whole]
+    if not any(counts):
+        raise InputError(f"no image in {_some(shards)}: expected members such as a/001.jpg, with or without a/001.cls")
     numbers = {
         "shard": np.repeat(np.arange(len(whole), dtype=np.int64), counts),
         "offset": np.concatenate([shard.offsets for shard in whole]),

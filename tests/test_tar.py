@@ -1,0 +1,424 @@
+"""Tar archives as data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hostile_archives import GOOD, PASSED_OVER, REFUSED, header, packed, pax, png
+
+from dino_xcit.data import Source, decode, open_parts, open_source, tar
+from dino_xcit.data.tar import scan
+from dino_xcit.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(folder))
+    return folder
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
+def labels(source: Source) -> list[int] | None:
+    return None if source.labels is None else source.labels.tolist()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> tuple[str, dict[str, bytes]]:
+    """Three shards of ten images with labels; the pattern, and each image's bytes by its name."""
+    rng = np.random.default_rng(0)
+    contents: dict[str, bytes] = {}
+    for shard in range(3):
+        members: dict[str, bytes] = {}
+        for number in range(10):
+            data = rng.bytes(int(rng.integers(1, 3000)))
+            members |= {f"{number:04d}.cls": str((shard + number) % 4).encode(), f"{number:04d}.jpg": data}
+            contents[f"s-{shard}.tar/{number:04d}.jpg"] = data
+        (tmp_path / f"s-{shard}.tar").write_bytes(packed(members))
+    return f"tar:{tmp_path}/s-{{0..2}}.tar", contents
+
+
+# ---- round trips
+
+
+def test_every_image_is_read_byte_by_byte_in_any_order(shards: tuple[str, dict[str, bytes]]) -> None:
+    pattern, contents = shards
+    source = open_source(pattern)
+    assert isinstance(source, Source)
+    assert names(source) == list(contents)
+    assert labels(source) == [(shard + number) % 4 for shard in range(3) for number in range(10)]
+    assert source.classes == ("0", "1", "2", "3")
+    order = list(range(30))
+    random.Random(1).shuffle(order)
+    for index in order:
+        data, label = source.read(index)
+        assert data == contents[source.name(index)]
+        assert source.labels is not None
+        assert label == source.labels[index]
+    with pytest.raises(IndexError):
+        source.read(30)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_found_as_tarfile_finds_them(tmp_path: Path, form: int) -> None:
+    contents = {"a.png": b"1", "d/" * 20 + "b.png": b"22", "ü/ß.png": bytes(513), "e.png": b"", "f/g.h.png": bytes(512)}
+    if form != tarfile.USTAR_FORMAT:
+        contents |= {"long/" * 60 + "name.png": b"333", "x" * 180 + ".jpg": b"4"}
+    path = tmp_path / "a.tar"
+    path.write_bytes(packed(contents, form))
+    with tarfile.open(path) as archive:
+        expected = [(member.name, member.offset_data, member.size) for member in archive]
+    assert [member[:3] for member in scan(str(path))] == expected
+    assert [name for name, _, _ in expected] == list(contents)
+
+
+def test_a_tar_written_by_the_tar_command_is_read(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "cat/b.png", "dog/" + "n" * 60 + "/" + "m" * 60 + ".png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png(len(name)))
+    for form in ("gnu", "pax", "ustar", "v7"):
+        kept = ("--exclude=dog",) if form == "v7" else ()
+        file = tmp_path / f"{form}.tar"
+        subprocess.run(["tar", *kept, f"--format={form}", "-cf", file, "-C", tmp_path / "in", "."], check=True)
+        found = {member.name: member for member in scan(str(file))}
+        assert len(found) == (2 if form == "v7" else 3)
+        for name, member in found.items():
+            assert file.read_bytes()[member.offset :][: member.size] == (tmp_path / "in" / name).read_bytes()
+
+
+def test_an_archive_within_a_file_is_listed_with_offsets_in_the_file(tmp_path: Path) -> None:
+    inner = packed({"x/1.JPEG": b"one", "x/2.JPEG": b"two"})
+    path = tmp_path / "outer.tar"
+    path.write_bytes(packed({"n01.tar": inner, "n02.tar": packed({"3.JPEG": b"three"})}))
+    outer = list(scan(str(path)))
+    assert [member.name for member in outer] == ["n01.tar", "n02.tar"]
+    data = path.read_bytes()
+    found = {m.name: data[m.offset : m.offset + m.size] for o in outer for m in scan(str(path), o.offset, o.size)}
+    assert found == {"x/1.JPEG": b"one", "x/2.JPEG": b"two", "3.JPEG": b"three"}
+    with pytest.raises(InputError, match="ends before byte"):
+        list(scan(str(path), outer[1].offset, 1 << 30))
+    with pytest.raises(InputError, match="cut short"):
+        list(scan(str(path), outer[0].offset, 1024))
+
+
+# ---- samples
+
+
+def written(tmp_path: Path, contents: dict[str, bytes], name: str = "a.tar") -> str:
+    (tmp_path / name).write_bytes(packed(contents))
+    return f"tar:{tmp_path / name}"
+
+
+def test_one_image_is_taken_of_a_sample_that_has_a_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = written(
+        tmp_path, {"1.mask.png": b"m", "1.jpg": b"a", "1.png": b"b", "1.cls": b" 0\n", "2.x.PNG": b"c", "2.cls": b"1"}
+    )
+    source = open_source(url)
+    assert names(source) == ["a.tar/1.jpg", "a.tar/2.x.PNG"]
+    assert labels(source) == [0, 1]
+    assert "passed over 2 further images of a sample" in capsys.readouterr().err
+
+
+def test_images_alone_are_items_each_whatever_dots_their_names_have(tmp_path: Path) -> None:
+    url = written(tmp_path, {"2020.01.01.jpg": b"a", "2020.01.02.jpg": b"b", "x.jpg": b"c", "x.png": b"d"})
+    source = open_source(url)
+    assert [source.read(index) for index in range(4)] == [(b"a", None), (b"b", None), (b"c", None), (b"d", None)]
+
+
+def test_of_repeated_names_the_last_is_taken_as_by_extracting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = packed({"1.jpg": b"old", "2.jpg": b"two"}), packed({"1.jpg": b"new"})
+    (tmp_path / "a.tar").write_bytes(first[:2048] + second)
+    source = open_source(f"tar:{tmp_path}/a.tar")
+    assert sorted((source.name(i), source.read(i)[0]) for i in range(2)) == [
+        ("a.tar/1.jpg", b"new"),
+        ("a.tar/2.jpg", b"two"),
+    ]
+    assert "1 names that come again" in capsys.readouterr().err
+
+
+def test_shards_of_the_same_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        written(tmp_path / folder, {"1.jpg": folder.encode()})
+    assert names(open_source(f"tar:{tmp_path}/{{a,b}}/a.tar")) == [
+        f"{tmp_path}/{folder}/a.tar/1.jpg" for folder in "ab"
+    ]
+
+
+def test_folders_are_classes_where_nothing_else_says_so(tmp_path: Path) -> None:
+    url = written(tmp_path, {"./in/train/dog/1.jpg": b"a", "in/train/cat/2.jpg": b"b", "in/train/dog/deep/3.jpg": b"c"})
+    source = open_source(url)
+    assert source.classes == ("cat", "dog")
+    assert labels(source) == [1, 0, 1]
+    assert open_source(written(tmp_path, {"in/cat/1.jpg": b"a"}, "b.tar")).classes == ("cat",)
+    assert open_source(written(tmp_path, {"1.jpg": b"a", "2.jpg": b"b"}, "c.tar")).classes is None
+    assert open_source(written(tmp_path, {"x/1.jpg": b"a", "2.jpg": b"b"}, "d.tar")).classes is None
+
+
+def test_labels_in_json_are_numbers_or_names(tmp_path: Path) -> None:
+    contents = {"1.jpg": b"a", "1.json": b'{"label": 2}', "2.jpg": b"b", "2.json": b'{"label": 0, "more": [1]}'}
+    source = open_source(written(tmp_path, contents))
+    assert (labels(source), source.classes) == ([2, 0], ("0", "1", "2"))
+    contents |= {"1.json": b'{"label": "yak"}', "2.json": b'{"label": "ape"}'}
+    source = open_source(written(tmp_path, contents, "b.tar"))
+    assert (labels(source), source.classes) == ([1, 0], ("ape", "yak"))
+    contents |= {"1.cls": b"1", "2.cls": b"0"}
+    assert labels(open_source(written(tmp_path, contents, "c.tar"))) == [1, 0]
+
+
+def test_a_set_in_which_some_labels_are_missing_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = open_source(
+        written(tmp_path, {"1.jpg": b"a", "1.cls": b"0", "2.jpg": b"b", "3.jpg": b"c", "3.cls": b"-1"})
+    )
+    assert source.labels is source.classes is source.read(0)[1] is None
+    assert "2 of 3 images have no label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("classes.txt", "crane\ntench\ncrane\n"),
+        ("classes.json", '["crane", "tench", "crane"]'),
+        ("classes.json", '{"1": "tench", "0": "crane", "2": "crane"}'),
+    ],
+)
+def test_a_file_beside_the_shards_names_the_classes(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / file).write_text(text)
+    source = open_source(written(tmp_path, {"1.jpg": b"a", "1.cls": b"2", "2.jpg": b"b", "2.cls": b"1"}))
+    assert source.classes == ("crane (0)", "tench", "crane (2)")
+    (tmp_path / file).write_text(text[:9])
+    with pytest.raises(InputError, match=r"classes\.\w+ names \d classes, but there are labels up to 2"):
+        open_source(f"tar:{tmp_path}/a.tar")
+
+
+def test_classes_may_be_numbered_by_name(tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text('{"tench": 1, "crane": 0}')
+    assert open_source(written(tmp_path, {"1.jpg": b"a", "1.cls": b"1"})).classes == ("crane", "tench")
+
+
+# ---- both parts
+
+
+def test_each_part_of_an_evaluation_may_be_archives(tmp_path: Path) -> None:
+    train = written(tmp_path, {"1.jpg": b"a", "1.cls": b"0", "2.jpg": b"b", "2.cls": b"2"}, "t-0.tar")
+    val = written(tmp_path, {"1.jpg": b"c", "1.cls": b"1"}, "v-0.tar")
+    one, other = open_parts(None, train, val)
+    assert one.classes == other.classes == ("0", "1", "2")
+    assert (labels(one), labels(other)) == ([0, 2], [1])
+    with pytest.raises(InputError, match="--train-data and --val-data"):
+        open_parts(train, None, None)
+    with pytest.raises(InputError, match=r"no labels.*\.cls"):
+        open_parts(None, written(tmp_path, {"1.jpg": b"a"}, "u.tar"), val)
+
+
+# ---- the index
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that are looked through from now on."""
+    looked: list[str] = []
+    original = tar.look_through
+    monkeypatch.setattr(tar, "look_through", lambda path: (looked.append(path), original(path))[1])
+    return looked
+
+
+def test_shards_are_looked_through_once_and_again_when_one_changes(
+    shards: tuple[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern, contents = shards
+    looked = counting(monkeypatch)
+    first = open_source(pattern)
+    assert len(looked) == 3
+    second = open_source(pattern)
+    assert len(looked) == 3
+    assert names(second) == names(first)
+    assert [second.read(index)[0] for index in range(30)] == list(contents.values())
+    assert second.fingerprint() == first.fingerprint()
+    (tmp_path / "s-1.tar").write_bytes(packed({"other.jpg": b"new", "other.cls": b"1"}))
+    third = open_source(pattern)
+    assert len(looked) == 6
+    assert len(third) == 21
+    assert third.read(10) == (b"new", 1)
+    assert third.fingerprint() != first.fingerprint()
+
+
+@pytest.mark.parametrize("column", ["offset", "shard", "size", "label"])
+def test_an_index_that_points_elsewhere_is_built_anew(
+    shards: tuple[str, dict[str, bytes]], cache: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    """Whoever can write to the cache can make an index whose hashes are right."""
+    pattern, contents = shards
+    looked = counting(monkeypatch)
+    open_source(pattern)
+    (meta,) = cache.glob("index/*/meta.json")
+    for value in (-1, 10**12):
+        file = meta.parent / f"numbers.{column}.npy"
+        values = np.load(file)
+        values[7] = value
+        np.save(file, values)
+        described = json.loads(meta.read_text())
+        described["arrays"][f"numbers.{column}"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        meta.write_text(json.dumps(described))
+        before = len(looked)
+        assert [open_source(pattern).read(index)[0] for index in range(30)] == list(contents.values())
+        assert len(looked) == before + 3
+        (meta,) = cache.glob("index/*/meta.json")
+
+
+def test_a_shard_that_is_replaced_while_it_is_in_use_is_an_error(
+    shards: tuple[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    source = open_source(shards[0])
+    (tmp_path / "s-0.tar").write_bytes(packed({f"{number}.jpg": bytes(2000) for number in range(40)}))
+    (tmp_path / "s-1.tar").write_bytes(GOOD)
+    (tmp_path / "s-2.tar").unlink()
+    for index in range(30):
+        with pytest.raises(InputError, match=r"s-\d\.tar"):
+            source.read(index)
+
+
+def test_a_shard_that_was_touched_alone_is_read_on(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+    pattern, contents = shards
+    source = open_source(pattern)
+    copy = tmp_path / "copy"
+    shutil.copyfile(tmp_path / "s-0.tar", copy)
+    os.replace(copy, tmp_path / "s-0.tar")
+    assert source.read(3)[0] == list(contents.values())[3]
+
+
+# ---- other processes
+
+
+def _read_all(source: Source) -> list[object]:
+    return [source.read(index) for index in range(len(source))]
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_other_processes_read_the_same(shards: tuple[str, dict[str, bytes]], method: str) -> None:
+    source = open_source(shards[0])
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(_read_all, (source,)) == _read_all(source)
+
+
+def test_a_source_travels_to_other_processes_as_a_path(tmp_path: Path) -> None:
+    members = b"".join(header(b"%08d.jpg" % number, 0) for number in range(100_000))
+    (tmp_path / "a.tar").write_bytes(members + bytes(1024))
+    source = open_source(f"tar:{tmp_path}/a.tar")
+    assert len(source) == 100_000
+    travelling = pickle.dumps(source)
+    assert len(travelling) < 2000
+    again = pickle.loads(travelling)
+    assert again.name(99_999) == source.name(99_999) == "a.tar/00099999.jpg"
+    assert again.fingerprint() == source.fingerprint()
+
+
+# ---- elsewhere
+
+
+def test_archives_elsewhere_are_read_as_those_here(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+    _, contents = shards
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    for file in tmp_path.glob("*.tar"):
+        memory.pipe_file(f"/bucket/{file.name}", file.read_bytes())
+    memory.pipe_file("/bucket/classes.txt", b"ape\nbee\ncow\ndog\n")
+    for remote in ("tar:memory://bucket/s-{0..2}.tar", "tar:memory://bucket/s-*.tar"):
+        source = open_source(remote)
+        assert names(source) == list(contents)
+        assert [source.read(index)[0] for index in range(30)] == list(contents.values())
+        assert source.classes == ("ape", "bee", "cow", "dog")
+    memory.pipe_file("/bucket/s-0.tar", GOOD)
+    with pytest.raises(InputError, match=r"s-0\.tar"):
+        source.read(0)
+    assert len(open_source("tar:memory://bucket/s-*.tar")) == 21
+
+
+# ---- hostile archives
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Path, kind: str) -> None:
+    maker, pattern = REFUSED[kind]
+    maker(tmp_path / "bad.tar")
+    began = time.perf_counter()
+    with pytest.raises(InputError, match=pattern) as caught:
+        open_source(f"tar:{tmp_path}/bad.tar")
+    assert time.perf_counter() - began < 2
+    assert "bad.tar" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", PASSED_OVER)
+def test_what_is_no_regular_image_is_passed_over_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    maker, said = PASSED_OVER[kind]
+    maker(tmp_path / "odd.tar")
+    source = open_source(f"tar:{tmp_path}/odd.tar")
+    assert names(source) == ["odd.tar/a.png"]
+    assert decode(source.read(0)[0], "x").size == (3, 2)
+    told = capsys.readouterr().err
+    assert said in told
+    assert bool(told) == bool(said)
+
+
+def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    whole = packed(
+        {"a.png": png(), "a.cls": b"1", "n" * 150 + ".png": png(), "ü" * 60 + ".jpg": b"x"}, tarfile.PAX_FORMAT
+    )
+    whole = whole.rstrip(b"\0")
+    whole += bytes(-len(whole) % 512 + 1024)
+    path = tmp_path / "a.tar"
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.2 else whole)
+        for place in rng.integers(0, max(1, len(data)), size=rng.integers(1, 6)):
+            if data:
+                data[place] = rng.integers(256)
+        if rng.random() < 0.7:  # with right checksums damage goes deeper
+            for place in range(0, len(data) - 511, 512):
+                if data[place + 257 : place + 262] == b"ustar":
+                    data[place + 148 : place + 156] = b" " * 8
+                    data[place + 148 : place + 156] = b"%06o\0 " % sum(data[place : place + 512])
+        path.write_bytes(data)
+        try:
+            for member in scan(str(path)):
+                assert 512 <= member.offset <= member.offset + member.size <= len(data)
+        except InputError:
+            refused += 1
+    assert 50 < refused < 400
+
+
+def test_an_archive_of_pax_headers_alone_costs_no_more_than_its_length(tmp_path: Path) -> None:
+    records = b"5 a=\n" * 200_000  # a megabyte: one header
+    path = tmp_path / "a.tar"
+    path.write_bytes(pax(records) * 8 + GOOD)
+    began = time.perf_counter()
+    assert [member.name for member in scan(str(path))] == ["a.png"]
+    assert time.perf_counter() - began < 5
+
+
+def test_more_members_than_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(packed({f"{number}.jpg": b"" for number in range(11)}))
+    monkeypatch.setattr("dino_xcit.data.tar_members.MOST_MEMBERS", 10)
+    with pytest.raises(InputError, match="more than 10 members"):
+        open_source(f"tar:{tmp_path}/a.tar")
