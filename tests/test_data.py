@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
 import dino_xcit.data
-from dino_xcit.data import ArraySource, Source, Subset, UndecodableImage, decode, open_parts, open_source
+from dino_xcit.data import ArraySource, Source, Subset, UndecodableImage, decode, folder, open_parts, open_source
 from dino_xcit.data.sample import CLASSES, EMBEDDED
 from dino_xcit.errors import InputError
 
@@ -161,6 +164,159 @@ def test_lists_of_nothing_and_of_missing_files_are_refused(tmp_path: Path) -> No
     file.write_text("absent.png\n")
     with pytest.raises(InputError, match=r"absent\.png"):
         open_source(str(file))
+
+
+# ---- folders that are listed once
+
+
+@pytest.fixture
+def listings(tree: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of ``tree``, all an hour old, that are listed from now on; small ones are kept too."""
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tree / ".cache"))
+    monkeypatch.setattr(folder, "KEPT_FROM", 1)
+    age(tree)
+    listed: list[str] = []
+    scandir = os.scandir
+
+    def listing(path: str) -> object:
+        if str(path).startswith(str(tree)) and ".cache" not in str(path):
+            listed.append(os.path.relpath(path, tree))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    return listed
+
+
+def age(top: Path) -> None:
+    """Make all folders an hour old, those of the cache left out, which change as they are used."""
+    past = top.stat().st_mtime - 3600
+    for path, folders, _ in os.walk(top):
+        if ".cache" in folders:
+            folders.remove(".cache")
+        os.utime(path, (past, past))
+
+
+def test_a_folder_that_has_not_changed_is_not_listed_again(tree: Path, listings: list[str]) -> None:
+    first = open_source(str(tree))
+    assert sorted(listings) == [".", "ant", "cat", "cat/deep", "cat/deep/er", "dog", "empty"]
+    listings.clear()
+    second = open_source(str(tree))
+    assert listings == []
+    assert names(second) == names(first)
+    assert (second.classes, second.fingerprint()) == (first.classes, first.fingerprint())
+    assert [second.read(index) for index in range(5)] == [first.read(index) for index in range(5)]
+    travelling = pickle.dumps(second)
+    assert len(travelling) < 1000
+    assert names(pickle.loads(travelling)) == names(first)
+
+
+@pytest.mark.parametrize("where", ["z.png", "dog/z.png", "cat/deep/er/z.png", "new/z.png", "empty/z.png"])
+def test_an_image_added_at_any_depth_is_found(tree: Path, listings: list[str], where: str) -> None:
+    open_source(str(tree))
+    write_image(tree / where)
+    assert str(tree / where) in names(open_source(str(tree)))
+    (tree / where).unlink()
+    assert str(tree / where) not in names(open_source(str(tree)))
+
+
+def test_a_folder_that_changed_just_now_is_listed_again(tree: Path, listings: list[str]) -> None:
+    """Its time may be that of the next change too."""
+    os.utime(tree / "dog")
+    open_source(str(tree))
+    listings.clear()
+    open_source(str(tree))
+    assert "dog" in listings
+
+
+def test_few_images_leave_nothing_in_the_cache(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tree / "kept"))
+    age(tree)
+    open_source(str(tree))
+    assert not list(tree.glob("kept/index/*/meta.json"))
+
+
+def test_links_are_followed_but_not_in_circles(tree: Path) -> None:
+    (tree / "cat" / "deep" / "up").symlink_to(tree / "cat")
+    (tree / "dog" / "itself").symlink_to(tree / "dog" / "itself")
+    (tree / "yak").symlink_to(tree / "ant")
+    source = open_source(str(tree))
+    assert source.classes == ("ant", "cat", "dog", "yak")
+    assert len(source) == 6
+
+
+# ---- elsewhere
+
+
+@pytest.fixture
+def bucket(tree: Path) -> Iterator[str]:
+    """``tree`` in fsspec's memory."""
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    for file in tree.rglob("*"):
+        if file.is_file():
+            memory.pipe_file(f"/bucket/{file.relative_to(tree)}", file.read_bytes())
+    yield "memory://bucket"
+    memory.store.clear()
+
+
+def test_a_folder_elsewhere_is_read_as_one_here(tree: Path, bucket: str) -> None:
+    here, there = open_source(str(tree)), open_source(bucket)
+    assert isinstance(there, Source)
+    assert [name.removeprefix(bucket) for name in names(there)] == [
+        name.removeprefix(str(tree)) for name in names(here)
+    ]
+    assert (there.classes, there.labels is not None) == (here.classes, True)
+    assert [there.read(index) for index in range(5)] == [here.read(index) for index in range(5)]
+    before = there.fingerprint()
+    assert open_source(bucket + "/").fingerprint() == before
+    fsspec.filesystem("memory").pipe_file("/bucket/dog/a.jpg", b"other")
+    assert open_source(bucket).fingerprint() != before
+    fsspec.filesystem("memory").pipe_file("/bucket/loose.png", b"x")
+    assert open_source(bucket).labels is None
+
+
+def test_parts_elsewhere_are_found(bucket: str) -> None:
+    memory = fsspec.filesystem("memory")
+    for part in ("train", "val"):
+        memory.pipe_file(f"/both/{part}/ape/{part}.png", b"x")
+    for given in ("memory://both", "memory://both/train", "memory://both/val/"):
+        train, val = open_parts(given, None, None)
+        assert (names(train), names(val)) == (["memory://both/train/ape/train.png"], ["memory://both/val/ape/val.png"])
+    assert names(open_source("memory://both", "val")) == ["memory://both/val/ape/val.png"]
+    with pytest.raises(InputError, match="holds no folder 'train'"):
+        open_parts(bucket, None, None)
+
+
+def test_lists_elsewhere_and_of_what_is_elsewhere(tree: Path, bucket: str) -> None:
+    here = tree / "dog" / "a.jpg"
+    text = f"dog/b.png\n{here}\n{bucket}/ant/e.webp\n"
+    fsspec.filesystem("memory").pipe_file("/bucket/list.txt", text.encode())
+    source = open_source(f"{bucket}/list.txt")
+    assert names(source) == [f"{bucket}/dog/b.png", str(here), f"{bucket}/ant/e.webp"]
+    (tree / "list.txt").write_text(text)
+    local = open_source(str(tree / "list.txt"))
+    assert names(local) == [str(tree / "dog" / "b.png"), str(here), f"{bucket}/ant/e.webp"]
+    assert [local.read(index) for index in range(3)] == [source.read(index) for index in range(3)]
+
+
+def test_what_is_missing_elsewhere_is_named(bucket: str) -> None:
+    with pytest.raises(InputError, match="no image in memory://nowhere"):
+        open_source("memory://nowhere")
+    with pytest.raises(InputError, match=r"memory://nowhere/list\.txt"):
+        open_source("memory://nowhere/list.txt")
+    with pytest.raises(InputError, match=r"expected tar:memory://bucket/a\.tar"):
+        open_source("memory://bucket/a.tar")
+    source = open_source(bucket)
+    fsspec.filesystem("memory").rm("/bucket/dog/a.jpg")
+    with pytest.raises(InputError, match=r"dog/a\.jpg"):
+        source.read(3)
+
+
+def test_a_list_cannot_chain_file_systems(tree: Path) -> None:
+    """Some of those that fsspec chains run templates they find."""
+    (tree / "list.txt").write_text(f"dog/a.jpg\nreference://a.jpg::file://{tree}/evil.json\n")
+    with pytest.raises(InputError, match="a chain of file systems"):
+        open_source(str(tree / "list.txt"))
 
 
 # ---- the embedded sample and the full set
