@@ -9,6 +9,7 @@ import numpy as np
 from dino_xcit.data import files
 from dino_xcit.data.decode import UndecodableImage, decode
 from dino_xcit.data.folder import open_folder, open_list
+from dino_xcit.data.parquet import is_folder_of_parquet, open_parquet
 from dino_xcit.data.sample import ArraySource, open_sample
 from dino_xcit.data.source import Source, Subset
 from dino_xcit.data.tar import open_tar
@@ -26,12 +27,13 @@ __all__ = [
 ]
 
 FORMS = (
-    "a folder, a .txt list of paths, tar:PATTERN, sample:fashion-mnist, sample:fashion-mnist-full or torchvision:NAME"
+    "a folder, a .txt list of paths, tar:PATTERN, parquet:PATTERN, sample:fashion-mnist, sample:fashion-mnist-full or "
+    "torchvision:NAME"
 )
-WITH_PARTS = ("sample:", "torchvision:")
-"""Named sets, which have a training and a validation part."""
-ONE_PART = ("tar:",)
-"""Patterns that name the files of one part."""
+NAMED = ("sample:", "torchvision:")
+"""Sets by their names, which have a training and a validation part."""
+FILES = ("tar:", "parquet:")
+"""Sets by a pattern of the files of one part."""
 
 
 def open_source(url: str, part: str | None = None) -> Source:
@@ -40,11 +42,13 @@ def open_source(url: str, part: str | None = None) -> Source:
     Args:
         url: a folder of images (one sub-folder a class, or a heap without labels); a ``.txt`` file with one path a
             line; ``tar:PATTERN``, archives such as WebDataset's shards (``tar:/data/train-{000..146}.tar``);
-            ``sample:fashion-mnist``, ``sample:fashion-mnist-full`` or ``torchvision:NAME``. Folders, lists and
-            archives may be remote (``s3://``, ``gs://``, ``hf://``, ``https://`` ...). A trailing ``/train`` or
-            ``/val`` on the last three chooses the part.
+            ``parquet:PATTERN``, files as the Hugging Face hub ships them, or a folder of theirs;
+            ``sample:fashion-mnist``, ``sample:fashion-mnist-full`` or ``torchvision:NAME``. Folders, lists, archives
+            and Parquet files may be remote (``s3://``, ``gs://``, ``hf://``, ``https://`` ...). A trailing
+            ``/train`` or ``/val`` on the last three chooses the part.
         part: ``train`` or ``val``. A folder that holds a folder of that name is opened there; one that does not is
-            taken whole, as are archives. None: the folder as it is; the training part of the others.
+            taken whole, as are archives. In a folder of Parquet files, those whose names begin with it. None: the
+            folder as it is; the training part of the others.
 
     Raises:
         InputError: nothing there, nothing readable in it, or an unknown form.
@@ -58,6 +62,8 @@ def open_source(url: str, part: str | None = None) -> Source:
         return open_sample(name, chosen) if scheme == "sample" else TorchvisionSource(name, chosen)
     if colon and scheme == "tar":
         return open_tar(rest, url)
+    if colon and scheme == "parquet":
+        return open_parquet(rest, part)
     if files.is_remote(url):
         return _open_remote(url, part)
     path = Path(url).expanduser()
@@ -97,21 +103,21 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         InputError: a part is missing, has no labels, or the two disagree about their classes.
     """
     if data is not None:
-        if data.startswith(WITH_PARTS):
+        if data.startswith(NAMED):
             data = data.removesuffix("/train").removesuffix("/val")
-        elif not data.startswith(ONE_PART):
+        elif not data.startswith(FILES):
             data = _above_its_parts(data)
     parts: list[Source] = []
     for part, given in (("train", train_data), ("val", val_data)):
         if given is not None:
-            source = open_source(given, part if given.startswith(WITH_PARTS) else None)
+            source = open_source(given, part if _has_parts(given) else None)
         elif data is None:
             raise InputError(f"no {part} data: give --data-path DIR with DIR/train and DIR/val, or --{part}-data")
-        elif data.startswith(ONE_PART):
+        elif data.startswith(FILES) and not _has_parts(data):
             raise InputError(
                 f"{data} is one part: give --train-data and --val-data, each with the pattern of its own files"
             )
-        elif not data.startswith(WITH_PARTS) and not files.is_folder(_inside(data, part)):
+        elif not _has_parts(data) and not files.is_folder(_inside(data, part)):
             raise InputError(
                 f"{data} holds no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or "
                 f"--{part}-data DIR"
@@ -120,8 +126,8 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
             source = open_source(data, part)
         if source.labels is None:
             raise InputError(
-                f"{source.url} has no labels, which measuring needs: expected one sub-folder a class, or "
-                "archives with .cls members"
+                f"{source.url} has no labels, which measuring needs: expected one sub-folder a class, "
+                "archives with .cls members, or Parquet files with a column 'label'"
             )
         parts.append(source)
     train, val = parts
@@ -133,6 +139,13 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         raise InputError(f"{val.url} has classes that {train.url} lacks: {', '.join(unknown[:5])}")
     number = np.asarray([train_classes.index(name) for name in val_classes], dtype=np.int64)
     return train, Subset(val, np.arange(len(val)), number, train_classes)
+
+
+def _has_parts(url: str) -> bool:
+    """Whether a set that is no folder of images holds both parts."""
+    if url.startswith("parquet:"):
+        return is_folder_of_parquet(url.removeprefix("parquet:"))
+    return url.startswith(NAMED)
 
 
 def _above_its_parts(data: str) -> str:
