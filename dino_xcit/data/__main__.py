@@ -1,19 +1,31 @@
-"""``python -m dino_xcit.data check SRC``."""
+"""``python -m dino_xcit.data check SRC`` and ``python -m dino_xcit.data pack SRC DST``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from dino_xcit.data import check
+from dino_xcit.data import check, pack
 from dino_xcit.errors import InputError, run_main
 
+COMMANDS = {"check": check.main, "pack": pack.main}
 
-def main() -> None:
-    """The command."""
-    if sys.argv[1:2] != ["check"]:
-        raise InputError(f"expected: {check.USAGE}")
-    sys.exit(check.main(sys.argv[2:]))
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit code.
+
+    Raises:
+        InputError: a mistake in the command, or in the data.
+    """
+    both = f"{check.USAGE}, or {pack.USAGE}"
+    if list(argv[:1]) in (["-h"], ["--help"]):
+        print(f"{check.USAGE}\n{pack.USAGE}\n--help after either word says more")
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        found = f"found {argv[0]!r}" if argv else "found no command"
+        raise InputError(f"{found}, expected: {both}")
+    return COMMANDS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: sys.exit(main(sys.argv[1:])))

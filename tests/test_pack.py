@@ -1,0 +1,622 @@
+"""Packing a data set into shards: what is in them, that they are always the same bytes, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from bad_images import encoded, photograph, sideways, write_corpus
+from PIL import Image
+from ranks import ENVIRONMENT, HERE
+
+from dino_xcit import durable
+from dino_xcit.data import Source, Subset, decode, each_image, open_source
+from dino_xcit.data import pack as packing
+from dino_xcit.data.__main__ import main as data_command
+from dino_xcit.data.pack import main, pack
+from dino_xcit.data.pack_folder import Options, PackFolder
+from dino_xcit.data.packing import key_of, pack_image, relative_name
+from dino_xcit.errors import InputError
+
+FIVE = Options(shard_images=5)
+SHARD = {"end": 9, "images": 4, "bytes": 1, "sha256": ""}
+
+
+def pixels(count: int) -> Source:
+    """So many pictures of 28 x 28 pixels with labels."""
+    return Subset(open_source("sample:fashion-mnist", "train"), np.arange(count))
+
+
+def class_tree(root: Path, images: int = 6) -> Path:
+    """Two classes of JPEGs and PNGs of 96 x 72."""
+    for label, name in enumerate(("n01", "n02")):
+        (root / name).mkdir(parents=True)
+        for number in range(images):
+            kind, suffix = ("PNG", "png") if number % 3 == 2 else ("JPEG", "JPEG")
+            data = encoded(photograph(label * 100 + number), kind)
+            (root / name / f"{name}_{number}.v1.{suffix}").write_bytes(data)
+    return root
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    """Every member of every shard, in order."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                assert file is not None
+                found[member.name] = file.read()
+    return found
+
+
+def items(folder: Path) -> list[tuple[str, bytes, int | None]]:
+    """(original name, image bytes, label) of what was packed, in order, as WebDataset would group it."""
+    samples: dict[str, dict[str, bytes]] = {}
+    for name, data in members(folder).items():
+        key, _, suffix = name.partition(".")
+        samples.setdefault(key, {})[suffix] = data
+    found = []
+    for key, sample in samples.items():
+        label = sample.pop("cls", None)
+        (data,) = sample.values()
+        original = unquote(key.partition("_")[2], errors="surrogateescape")
+        found.append((original, data, None if label is None else int(label)))
+    return found
+
+
+def originals(source: Source, root: Path) -> list[tuple[str, Any, int | None]]:
+    return [(str(Path(source.name(i)).relative_to(root)), *source.read(i)) for i in range(len(source))]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return class_tree(tmp_path / "tree")
+
+
+# ---- what is in the shards
+
+
+def test_bytes_labels_classes_names_and_order_come_back(tree: Path, tmp_path: Path) -> None:
+    source = open_source(str(tree))
+    folder, seen = pack(source, tmp_path / "out", FIVE, 1)
+    assert seen == 12
+    assert [shard.images for shard in folder.shards] == [5, 5, 2]
+    assert items(tmp_path / "out") == originals(source, tree)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["n01", "n02"]
+    assert list(members(tmp_path / "out"))[:2] == [
+        "00000000_n01%2Fn01_0%2Ev1%2EJPEG.cls",
+        "00000000_n01%2Fn01_0%2Ev1%2EJPEG.jpg",
+    ]
+
+
+def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
+    source = open_source(str(tree))
+    pack(source, tmp_path / "out", FIVE, 1)
+    packed = open_source(f"tar:{tmp_path}/out/shard-*.tar")
+    assert packed.classes == source.classes
+    assert packed.labels is not None
+    assert source.labels is not None
+    np.testing.assert_array_equal(packed.labels, source.labels)
+    assert [packed.read(index) for index in range(len(packed))] == [source.read(index) for index in range(12)]
+    # and once more, from shards to shards
+    pack(packed, tmp_path / "again", Options(shard_images=7), 1)
+    assert [rest for _, *rest in items(tmp_path / "again")] == [rest for _, *rest in items(tmp_path / "out")]
+    with pytest.raises(InputError, match="and they differ"):  # and not over its own source
+        pack(packed, tmp_path / "out", FIVE, 1)
+    (tmp_path / "out" / "pack.json").unlink()
+    with pytest.raises(InputError, match=r"it holds shard-000000\.tar and more and no pack\.json"):
+        pack(packed, tmp_path / "out", FIVE, 1)
+
+
+def test_a_heap_has_no_labels_and_no_classes(tree: Path, tmp_path: Path) -> None:
+    (tree / "loose.jpg").write_bytes(encoded(photograph(7), "JPEG"))
+    source = open_source(str(tree))
+    pack(source, tmp_path / "out", FIVE, 1)
+    assert items(tmp_path / "out") == originals(source, tree)
+    assert not (tmp_path / "out" / "classes.json").exists()
+    assert not any(name.endswith(".cls") or "/" in name for name in members(tmp_path / "out"))
+
+
+def test_the_manifest_says_what_the_shards_are(tree: Path, tmp_path: Path) -> None:
+    source = open_source(str(tree))
+    pack(source, tmp_path / "out", FIVE, 1)
+    manifest = json.loads((tmp_path / "out" / "pack.json").read_text())
+    assert manifest["source"] == str(tree)
+    assert manifest["fingerprint"] == source.fingerprint()
+    assert (manifest["images"], manifest["packed"], manifest["complete"]) == (12, 12, True)
+    for row in manifest["shards"]:
+        data = (tmp_path / "out" / row["name"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (row["bytes"], row["sha256"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/b.c/d.e.jpg",
+        "100%.png",
+        "a\\b.jpg",
+        "日本/ä b.png",
+        "new\nline.png",
+        "zero\udcff.png",
+        "../up.jpg",
+        "/abs/x.jpg",
+    ],
+)
+def test_a_key_is_one_word_without_dots_and_gives_the_name_back(name: str) -> None:
+    key = key_of(7, name)
+    assert key.startswith("00000007_")
+    assert not set("./\\\n") & set(key)
+    assert unquote(key.partition("_")[2], errors="surrogateescape") == name
+
+
+def test_a_path_listed_twice_has_two_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(photograph(1), "JPEG"))
+    (tmp_path / "list.txt").write_text("a.jpg\na.jpg\n")
+    pack(open_source(str(tmp_path / "list.txt")), tmp_path / "out", FIVE, 1)
+    assert [name for name, _, _ in items(tmp_path / "out")] == ["a.jpg", "a.jpg"]
+
+
+def test_names_are_relative_to_the_folder_or_to_the_list() -> None:
+    assert relative_name("/data/x", "/data/x/a/b.jpg") == "a/b.jpg"
+    assert relative_name("/data/list.txt", "/data/a/b.jpg") == "a/b.jpg"
+    assert relative_name("/data/list.txt", "/far/b.jpg") == "/far/b.jpg"
+    assert relative_name("sample:x/train", "sample:x/train/00012") == "00012"
+
+
+def test_pixels_are_packed_without_loss(tmp_path: Path) -> None:
+    source = pixels(7)
+    pack(source, tmp_path / "out", FIVE, 1)
+    packed = items(tmp_path / "out")
+    assert len(packed) == 7
+    for index, (_, data, label) in enumerate(packed):
+        item, expected = source.read(index)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(item))
+        assert label == expected
+
+
+def test_a_shard_ends_with_the_image_that_makes_it_large_enough(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.bmp").write_bytes(encoded(Image.new("RGB", (400, 400)), "BMP"))  # 480 kB
+    folder, _ = pack(open_source(str(tmp_path / "in")), tmp_path / "out", Options(shard_mb=1), 1)
+    assert [shard.images for shard in folder.shards] == [3, 3]
+
+
+# ---- smaller pictures
+
+
+def packed_with(source: Source, max_side: int | None) -> list[tuple[str, bytes]]:
+    found = [pack_image(source, index, max_side, 90) for index in range(len(source))]
+    return [(one.suffix, one.data) for one in found]
+
+
+def test_the_longer_side_is_bounded_and_small_files_keep_their_bytes(tmp_path: Path) -> None:
+    wide = photograph(1).resize((400, 100))
+    files = {
+        "a_large.jpg": encoded(wide, "JPEG"),
+        "b_large.png": encoded(wide.rotate(90, expand=True), "PNG"),
+        "c_fits.jpg": encoded(wide.resize((200, 50)), "JPEG", quality=71),
+        "d_fits.png": encoded(wide.resize((200, 200)), "PNG"),
+        "e_called.jpg": encoded(wide.resize((20, 20)), "PNG"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    source = open_source(str(tmp_path))
+    shrunk = packed_with(source, 200)
+    assert [suffix for suffix, _ in shrunk] == ["jpg", "jpg", "jpg", "png", "png"]
+    assert [Image.open(io.BytesIO(data)).size for _, data in shrunk[:2]] == [(200, 50), (50, 200)]
+    for (_, data), original in list(zip(shrunk, files.values(), strict=True))[2:]:
+        assert data == original
+    assert [data for _, data in packed_with(source, None)] == list(files.values())
+
+
+def test_shrunk_pictures_are_444_and_close_to_a_mean_of_what_they_cover(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    stripes = np.repeat(rng.integers(0, 256, (60, 80, 3)), 5, axis=0).repeat(5, axis=1).astype(np.uint8)
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(stripes), "PNG"))
+    noise = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    (tmp_path / "b.png").write_bytes(encoded(Image.fromarray(noise), "PNG"))
+    source = open_source(str(tmp_path))
+    (_, smooth), (_, grain) = packed_with(source, 80)
+    picture = Image.open(io.BytesIO(smooth))
+    assert isinstance(picture, Image.Image)
+    assert {layer[1:3] for layer in picture.layer} == {(1, 1)}  # type: ignore[attr-defined]
+    assert np.asarray(Image.open(io.BytesIO(grain))).std() < 30  # without antialiasing 74
+
+
+def test_pictures_that_lie_on_their_side_are_upright_where_they_are_written_anew(tmp_path: Path) -> None:
+    picture = photograph(3)
+    (tmp_path / "a.jpg").write_bytes(sideways(picture))
+    source = open_source(str(tmp_path))
+    for max_side in (48, 96):
+        ((_, data),) = packed_with(source, max_side)
+        written = Image.open(io.BytesIO(data))
+        assert written.getexif().get(0x0112) is None
+        assert written.size == (max_side, max_side * 3 // 4)
+        expected = picture.resize(written.size, Image.Resampling.LANCZOS)
+        assert np.abs(np.asarray(written, int) - np.asarray(expected, int)).mean() < 6
+    ((_, data),) = packed_with(source, None)
+    assert data == (tmp_path / "a.jpg").read_bytes()
+
+
+def test_quality_and_comments(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(photograph(3), "JPEG", comment=b"secret words"))
+    source = open_source(str(tmp_path))
+    fine, coarse = (pack_image(source, 0, 50, quality).data for quality in (95, 30))
+    assert len(fine) > 1.5 * len(coarse)
+    assert b"secret words" not in fine
+
+
+# ---- always the same bytes
+
+
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "in", good=40, seed=2)
+    source = open_source(str(tmp_path / "in"))
+    options = Options(max_side=64, shard_images=9)
+    for workers in (1, 2):
+        pack(source, tmp_path / str(workers), options, workers)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert len(members(tmp_path / "1")) == 40
+
+
+def in_a_child(act: Callable[[], object]) -> int:
+    """How a forked process ended that does this: its exit code, or minus the signal."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_before(number: int, act: Callable[[], object]) -> None:
+    """Do this, and die before its ``number``-th operation that makes something durable."""
+    seen = 0
+
+    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*arguments)
+
+        return count
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    act()
+
+
+def test_killed_before_any_operation_on_a_file_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    source = open_source(str(class_tree(tmp_path / "in")))
+    (tmp_path / "in" / "n01" / "n01_3.v1.JPEG").write_bytes(b"broken")
+    pack(source, tmp_path / "whole", FIVE, 1)
+    expected = content(tmp_path / "whole")
+    for number in range(1, 100):
+        broken = tmp_path / f"killed{number}"
+        ended = in_a_child(lambda n=number, b=broken: killed_before(n, lambda: pack(source, b, FIVE, 1)))
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        kept = {path: path.stat().st_mtime_ns for path in broken.glob("*.tar")}
+        pack(source, broken, FIVE, 1)
+        assert content(broken) == expected
+        again = [path for path, when in kept.items() if path.stat().st_mtime_ns != when]
+        assert len(again) <= 1  # the one that had its name already, but was not listed yet
+    assert number > 25
+
+
+def test_killed_in_the_middle_of_a_shard_nothing_has_its_name(tree: Path, tmp_path: Path) -> None:
+    source = open_source(str(tree))
+
+    def act() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        pack(source, tmp_path / "out", FIVE, 1)
+
+    assert in_a_child(act) == -signal.SIGXFSZ
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".shard-000000.tar.tmp",
+        "classes.json",
+        "pack.json",
+    }
+    pack(source, tmp_path / "out", FIVE, 1)
+    pack(source, tmp_path / "whole", FIVE, 1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_real_command_killed_with_its_processes_goes_on_and_leaves_none_behind(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(160):
+        (source / f"{number:03d}.jpg").write_bytes(encoded(photograph(number).resize((600, 450)), "JPEG"))
+    out, options = tmp_path / "out", ["--max-side", "500", "--shard-images", "20", "--workers", "2"]
+    command = [sys.executable, "-m", "dino_xcit.data", "pack", str(source), str(out), *options]
+    environment = os.environ | ENVIRONMENT
+    with subprocess.Popen(
+        command, env=environment, cwd=HERE.parent, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as run:
+        until = time.monotonic() + 60
+        while not (out / "shard-000001.tar").exists() and time.monotonic() < until:
+            time.sleep(0.002)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
+    assert 2 <= len(before) < 8
+    until = time.monotonic() + 20
+    while processes_of_session(run.pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert processes_of_session(run.pid) == []
+    assert main([str(source), str(out), *options]) == 0
+    again = [path for path, when in before.items() if path.stat().st_mtime_ns != when]
+    assert len(again) <= 1
+    assert main([str(source), str(tmp_path / "whole"), *options[:-1], "1"]) == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def processes_of_session(session: int) -> list[int]:
+    """Which processes live that were started in this session."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_shard_that_is_gone_or_cut_short_is_made_again_and_no_other(tree: Path, tmp_path: Path) -> None:
+    (tree / "n01" / "n01_0.v1.JPEG").write_bytes(b"broken")
+    source, out = open_source(str(tree)), tmp_path / "out"
+    pack(source, out, FIVE, 1)
+    expected = content(out)
+    assert pack(source, out, FIVE, 1)[1] == 0
+    (out / "shard-000000.tar").unlink()
+    os.truncate(out / "shard-000002.tar", 512)
+    untouched = (out / "shard-000001.tar").stat().st_mtime_ns
+    assert pack(source, out, FIVE, 1)[1] == 6 + 1
+    assert content(out) == expected
+    assert (out / "shard-000001.tar").stat().st_mtime_ns == untouched
+
+
+# ---- images that cannot be read
+
+
+def test_unreadable_images_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = write_corpus(tmp_path / "in", good=30, seed=4)
+    command = [str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    assert f"{len(bad)} images cannot be read and are left out: " in capsys.readouterr().out
+    assert main([*command, "--strict"]) == 1  # also where all is there already
+    rows = [json.loads(line) for line in (tmp_path / "out" / "unreadable.jsonl").read_text().splitlines()]
+    assert [Path(row["name"]) for row in rows] == bad
+    assert all(row["cause"] for row in rows)
+    assert [name for name, _, _ in items(tmp_path / "out")] == [path.name for path in good]
+    assert [data for _, data, _ in items(tmp_path / "out")] == [path.read_bytes() for path in good]
+
+
+def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of the 1 images .* can be read, the first because: empty file"):
+        main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
+
+
+def test_a_disk_that_goes_away_ends_the_packing_instead_of_leaving_all_out(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_IN_A_ROW", 4)
+    source = open_source(str(tree))
+    pack(source, tmp_path / "whole", FIVE, 1)
+    out = tmp_path / "out"
+    monkeypatch.setattr(source, "read", _gone_after(source, 7))
+    with pytest.raises(InputError, match=r"4 images in a row cannot be read.*is the disk there\?"):
+        pack(source, out, FIVE, 1)
+    assert {path.name for path in out.glob("*shard*")} == {"shard-000000.tar"}
+    monkeypatch.undo()
+    pack(source, out, FIVE, 1)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def _gone_after(source: Source, last: int) -> Callable[[int], Any]:
+    read = source.read
+
+    def reading(index: int) -> Any:
+        if index >= last:
+            raise InputError(f"cannot read the image {source.name(index)}: Input/output error")
+        return read(index)
+
+    return reading
+
+
+def kill_at_five(source: Source, index: int) -> int:
+    if index == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return index
+
+
+def test_a_killed_process_is_a_sentence() -> None:
+    with pytest.raises(InputError, match=r"a process was killed while it read .*fewer --workers"):
+        list(each_image.each_image(pixels(40), range(40), kill_at_five, 2))
+
+
+# ---- disks and folders
+
+
+def test_a_full_disk_is_a_sentence_leaves_nothing_half_named_and_is_made_good_later(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = open_source(str(tree)), tmp_path / "out"
+    writes = durable._HashingFile.write
+    written = 0
+
+    def until_full(self: Any, data: bytes) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 40_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return writes(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable._HashingFile, "write", until_full)
+        with pytest.raises(InputError, match=r"no space left on the disk for .*free some space, then run the same"):
+            pack(source, out, FIVE, 1)
+    assert sorted(content(out)) == ["classes.json", "pack.json", "shard-000000.tar"]
+    pack(source, out, FIVE, 1)
+    pack(source, tmp_path / "whole", FIVE, 1)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_other_options_and_other_images_are_refused_by_name(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(open_source(str(tree)), out, Options(max_side=64, shard_images=5), 1)
+    before = content(out)
+    for options, words in (
+        (Options(max_side=32, shard_images=5), "was begun with --max-side 64, this command is with --max-side 32"),
+        (Options(shard_images=5), "with --max-side 64, this command is without --max-side"),
+        (Options(max_side=64, quality=80, shard_images=5), "with --quality 90"),
+        (Options(max_side=64, shard_mb=5), "without --shard-mb, this command is with --shard-mb 5"),
+    ):
+        with pytest.raises(InputError, match=words):
+            pack(open_source(str(tree)), out, options, 1)
+    (tree / "n01" / "new.jpg").write_bytes(encoded(photograph(9), "JPEG"))
+    with pytest.raises(InputError, match=r"with 12 images, this command packs .* with 13, and they differ.*rm -r"):
+        pack(open_source(str(tree)), out, Options(max_side=64, shard_images=5), 1)
+    assert content(out) == before
+
+
+def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> None:
+    source = open_source(str(tree))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    (tmp_path / "full" / ".precious.tmp").write_text("x")
+    for place, words in (
+        (tree / "out", "it lies in .*tree, which is packed"),
+        (tree, "it lies in .*tree, which is packed"),
+        (tmp_path / "file", "it is a file"),
+        (tmp_path / "full", r"it holds \.precious\.tmp and more and no pack\.json"),
+        (Path("s3://bucket/x"), "DST is a local folder"),
+        (Path("/proc/nowhere/out"), "cannot write /proc/nowhere/out"),
+    ):
+        with pytest.raises(InputError, match=words):
+            pack(source, place, FIVE, 1)
+    assert len(content(tmp_path / "full")) == 2
+
+
+def test_two_packings_into_one_folder_do_not_meet(tree: Path, tmp_path: Path) -> None:
+    source = open_source(str(tree))
+    with PackFolder(tmp_path / "out", source, FIVE), pytest.raises(InputError, match="another process packs into"):
+        pack(source, tmp_path / "out", FIVE, 1)
+    pack(source, tmp_path / "out", FIVE, 1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"version": 2}',
+        b'{"version": 1, "shards": 3}',
+        b"[" * 100_000,
+        b'{"version": 1, "shards": [{"name": "/x.tar", "first": 0, "end": 1, "images": 1, "bytes": 1, "sha256": ""}]}',
+        json.dumps({"version": 1, "shards": [{"name": "shard-000000.tar", "first": 5} | SHARD]}).encode(),
+    ],
+)
+def test_a_damaged_manifest_is_a_sentence(tree: Path, tmp_path: Path, damage: bytes) -> None:
+    source = open_source(str(tree))
+    pack(source, tmp_path / "out", FIVE, 1)
+    (tmp_path / "out" / "pack.json").write_bytes(damage)
+    with pytest.raises(InputError, match=r"pack\.json is damaged"):
+        pack(source, tmp_path / "out", FIVE, 1)
+
+
+# ---- the command
+
+
+def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        class_tree(tmp_path / "in" / part, images=2)
+    with pytest.raises(InputError, match="parts train and val: pack each"):
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--part", "val", "--workers", "1"]) == 0
+    assert len(items(tmp_path / "out")) == 4
+
+
+def test_the_same_source_from_another_folder_is_the_same(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    main([str(tree), out, "--workers", "1"])
+    assert "images/s" in capsys.readouterr().out
+    monkeypatch.chdir(tree.parent)
+    main([tree.name, out, "--workers", "1"])
+    assert "all of it was there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "found no command, expected: python -m dino_xcit.data check SRC .* or python -m dino_xcit.data pack SRC"),
+        (
+            ["pakc"],
+            "found 'pakc', expected: python -m dino_xcit.data check SRC .* or python -m dino_xcit.data pack SRC",
+        ),
+        (["pack", "x"], "required: DST; expected: python -m dino_xcit.data pack"),
+        (["pack", "x", "y", "--max-side", "0"], "'0' is no whole number of at least 1"),
+        (["pack", "x", "y", "--max_side", "big"], "--max-side: 'big' is no whole number"),
+        (["pack", "sample:fashion-mnist", "y", "--quality", "101"], "--quality is 101"),
+        (["pack", "x", "y", "--shard-mb", "1", "--shard-images", "1"], "not allowed with"),
+        (["pack", "absent", "y"], "no data at 'absent'"),
+    ],
+)
+def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        data_command(argv)
+
+
+@pytest.mark.parametrize(("argv", "word"), [([], "pack SRC DST"), (["pack"], "--max-side"), (["check"], "--report")])
+def test_help_is_shown(argv: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(data_command([*argv, "--help"]))
+    assert ended.value.code == 0
+    assert word in capsys.readouterr().out
+
+
+def test_packed_pictures_decode_as_the_originals_do(tree: Path, tmp_path: Path) -> None:
+    pack(open_source(str(tree)), tmp_path / "out", FIVE, 1)
+    source = open_source(str(tree))
+    for index, (name, data, _) in enumerate(items(tmp_path / "out")):
+        assert decode(data, name).tobytes() == decode(source.read(index)[0], name).tobytes()
