@@ -12,8 +12,9 @@ from typing import Any
 
 import fsspec
 import pytest
+from hostile_archives import packed
 
-from dino_xcit.data import files
+from dino_xcit.data import files, open_source
 from dino_xcit.errors import InputError
 
 
@@ -328,3 +329,29 @@ def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, An
     with pytest.raises(InputError, match="ignores ranges"):
         files.read_range(f"{url}/a.bin", 3, 4)
     assert files.read_file(f"{url}/a.bin", 10) == b"0123456789"
+
+
+def test_archives_and_folders_are_read_from_a_web_server(
+    tmp_path: Path, web: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, server = web
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / ".cache"))
+    for shard in range(2):
+        images = {f"{number}.jpg": os.urandom(3000) for number in range(3)}
+        (tmp_path / f"s-{shard}.tar").write_bytes(
+            packed(images | {f"{number}.cls": b"%d" % number for number in range(3)})
+        )
+    here, there = (
+        open_source(f"tar:{tmp_path}/s-{{0..1}}.tar"),
+        open_source(f"tar:{url}/s-{{0..1}}.tar?signature=secret"),
+    )
+    assert [there.read(index) for index in (5, 0, 3)] == [here.read(index) for index in (5, 0, 3)]
+    assert there.name(4) == here.name(4) == "s-1.tar/1.jpg"
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    names(tmp_path / "in" / "cat", "a.png", "b.png")
+    folder = open_source(f"{url}/in/")
+    assert [folder.name(index) for index in range(len(folder))] == [f"{url}/in/cat/a.png", f"{url}/in/cat/b.png"]
+    assert (folder.read(1), folder.classes) == ((b"x", 0), ("cat",))
+    server.ranges = False
+    with pytest.raises(InputError, match="ignores ranges"):
+        there.read(0)

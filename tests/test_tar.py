@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -307,27 +308,65 @@ def test_a_shard_that_was_touched_alone_is_read_on(shards: tuple[str, dict[str, 
 # ---- other processes
 
 
-def _read_all(source: Source) -> list[object]:
-    return [source.read(index) for index in range(len(source))]
-
-
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_other_processes_read_the_same(shards: tuple[str, dict[str, bytes]], method: str) -> None:
     source = open_source(shards[0])
     with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.apply(_read_all, (source,)) == _read_all(source)
+        assert pool.map(source.read, range(30)) == [source.read(index) for index in range(30)]
 
 
-def test_a_source_travels_to_other_processes_as_a_path(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
+    """100,000 empty images."""
+    folder = tmp_path_factory.mktemp("many")
     members = b"".join(header(b"%08d.jpg" % number, 0) for number in range(100_000))
-    (tmp_path / "a.tar").write_bytes(members + bytes(1024))
-    source = open_source(f"tar:{tmp_path}/a.tar")
+    (folder / "a.tar").write_bytes(members + bytes(1024))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DINO_XCIT_CACHE", str(folder / "cache"))
+        yield open_source(f"tar:{folder}/a.tar")
+
+
+def test_a_source_travels_to_other_processes_as_a_path(many: Source) -> None:
+    source = many
     assert len(source) == 100_000
     travelling = pickle.dumps(source)
     assert len(travelling) < 2000
     again = pickle.loads(travelling)
     assert again.name(99_999) == source.name(99_999) == "a.tar/00099999.jpg"
     assert again.fingerprint() == source.fingerprint()
+
+
+def _own_memory() -> int:
+    """What this process has of memory that no other has too, in KiB: also what it copied of its parent's by writing."""
+    with open("/proc/self/smaps_rollup") as file:
+        return int(next(line.split()[1] for line in file if line.startswith("Private_Dirty:")))
+
+
+def _growth(read: Callable[[int], object], count: int) -> int:
+    """By how many KiB a forked process grows while it reads in random order, the first hundred left out."""
+    reading, writing = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def work() -> None:
+        order = np.random.default_rng(0).permutation(count).tolist()
+        start = 0
+        for step, index in enumerate(order):
+            if step == 100:
+                start = _own_memory()
+            read(index)
+        writing.send(_own_memory() - start)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert reading.poll()
+    return int(reading.recv())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
+def test_processes_that_read_do_not_grow(many: Source) -> None:
+    assert _growth(many.read, len(many)) < 1000
+    listed = [(many.name(index), index) for index in range(len(many))]
+    assert _growth(listed.__getitem__, len(listed)) > 3000  # counting references copies the pages
 
 
 # ---- elsewhere

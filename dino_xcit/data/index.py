@@ -66,6 +66,19 @@ class Strings:
         return (self[index] for index in range(len(self)))
 
 
+class _Held:
+    """An open file, whose shared lock lasts as long as this object, or a process that was forked from here."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # without locks nothing is removed either
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
 @dataclass(frozen=True)
 class Index:
     """Columns of numbers and of texts, of any lengths."""
@@ -78,8 +91,8 @@ class Index:
     """Where it lies on the disk; empty where it does not."""
     digest: str = ""
     """SHA-256 of what lies there."""
-    held: IO[bytes] | None = field(default=None, repr=False, compare=False)
-    """An open file whose lock keeps others from removing the folder."""
+    held: _Held | None = field(default=None, repr=False, compare=False)
+    """Keeps others from removing the folder."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder:
@@ -163,11 +176,8 @@ def _load(place: Path, digest: str | None = None) -> Index:
         place: its folder.
         digest: of an index that this program has checked before; None: check every byte.
     """
-    held = open(place / "meta.json", "rb")  # noqa: SIM115 - stays open: its lock says that the folder is in use
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # without locks nothing is removed either
-            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    text = held.read(_MOST_META)
+    held = _Held(open(place / "meta.json", "rb"))  # noqa: SIM115 - open as long as the index is in use
+    text = held.file.read(_MOST_META)
     meta = json.loads(text)
     if meta["version"] != VERSION or digest not in (None, hashlib.sha256(text).hexdigest()):
         raise ValueError("another index")

@@ -96,14 +96,14 @@ def open_tar(pattern: str, url: str) -> TarSource:
     limits = np.array([size for size, _ in stamps], dtype=np.int64)
 
     def accept(index: Index) -> bool:
-        return list(index.strings["made_of"]) == [made_of] and _is_sound(index, limits)
+        return list(index.strings["made_of"]) == [made_of] and is_sound(index, limits)
 
     where = pattern if files.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
     index = cached(f"tar:{where}", lambda: _build(shards, made_of), accept)
     return TarSource(url, shards, index, _classes(index, shards[0]), version)
 
 
-def _is_sound(index: Index, limits: NDArray[np.int64]) -> bool:
+def is_sound(index: Index, limits: NDArray[np.int64]) -> bool:
     """Whether every item of a stored index lies within its shard, and every label has a class."""
     shard, offset, size, check = (index.numbers[name] for name in ("shard", "offset", "size", "check"))
     if any(len(column) != len(index.strings["name"]) for column in (shard, offset, size, check)):

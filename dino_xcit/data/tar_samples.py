@@ -51,7 +51,7 @@ class Shard:
     """How many members of which kinds are no samples though they might be expected to be."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
     """Members with the same key."""
 
