@@ -252,7 +252,7 @@ def test_a_slow_file_says_so_once_and_how_to_be_rid_of_it(tmp_path: Path, capsys
     opened(tmp_path / "x.parquet")
     out = capsys.readouterr().out
     assert out.count("notice:") == 1
-    assert "compressed with ZSTD" in out
+    assert "compressed with Zstandard" in out
     assert "python -m dino_xcit.data pack" in out
     pq.write_table(hub_table(noise(10)), tmp_path / "x.parquet")
     opened(tmp_path / "x.parquet")
@@ -605,3 +605,14 @@ def test_mutated_files_end_in_sentences_or_other_bytes_never_in_anything_else(
             assert isinstance(item, bytes)
             assert label is None or 0 <= label < 2
     assert 50 < refused < 250
+
+
+def test_a_codec_that_nobody_knows_is_a_sentence_where_pyarrow_would_end_the_process(tmp_path: Path) -> None:
+    whole = small_file(store_schema=False)
+    footer = int.from_bytes(whole[-8:-4], "little")
+    # ColumnMetaData: path_in_schema, then the codec as a small number, 2 where it is Snappy's 1.
+    place = whole.index(b"\x05bytes\x15\x02", len(whole) - 8 - footer) + 7
+    (tmp_path / "x.parquet").write_bytes(whole[:place] + b"\x7f" + whole[place + 1 :])
+    with pytest.raises(InputError, match=r"x\.parquet.*codec") as caught:
+        opened(tmp_path / "x.parquet").read(0)
+    assert "\n" not in str(caught.value)

@@ -84,7 +84,8 @@ class ParquetSource:
         file = int(self._columns["file"][index])
         start, stored, unpacked, skip, length = (int(self._columns[name][index]) for name in COLUMNS)
         if unpacked == BY_GROUP:
-            image = self._group(file, start)[skip]
+            group = self._group(file, start)
+            image = group[skip] if skip < len(group) else None
         elif length < 0:
             image = None
         else:

@@ -1,17 +1,16 @@
 """The pages of a Parquet file: what their headers say, and where they are.
 
-A column chunk is a row of pages, each behind a header in Thrift's compact protocol (parquet.thrift: PageHeader;
-https://parquet.apache.org/docs/file-format). Nothing a header says is believed: sizes are compared with what there is
-before anything is allocated.
+A column chunk is a row of pages, each behind a header: PageHeader in
+https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift. Nothing that one says is believed:
+sizes are compared with what there is before anything is allocated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from dino_xcit.data.snappy import varint
+from dino_xcit.data import thrift
 
 MAX_PAGE = 1 << 29
 """Bytes, packed or unpacked; larger pages are refused."""
@@ -77,9 +76,9 @@ def pages(window: ByteWindow, start: int, size: int) -> Iterator[Page]:
     while at < end:
         header = window.take(at, min(_MAX_HEADER, end - at))
         try:
-            fields, length = _struct(header, 0)
+            fields, length = thrift.structure(header, 0)
             page = _page(fields, at + length)
-        except (IndexError, KeyError, TypeError, RecursionError) as error:
+        except thrift.NotThrift as error:
             raise DamagedPage("no page header where one should be") from error
         if min(page.stored, page.unpacked, page.values) < 0 or page.start + page.stored > end:
             raise DamagedPage("a page claims a size that it cannot have")
@@ -89,68 +88,19 @@ def pages(window: ByteWindow, start: int, size: int) -> Iterator[Page]:
         at = page.start + page.stored
 
 
-def _page(fields: Fields, start: int) -> Page:
+def _page(fields: thrift.Fields, start: int) -> Page:
     """From Thrift's fields (PageHeader in parquet.thrift) to a :class:`Page`; ``start`` is where the header ends."""
-    kind, unpacked, stored = _number(fields, 1), _number(fields, 2), _number(fields, 3)
+    kind, unpacked, stored = thrift.number(fields, 1), thrift.number(fields, 2), thrift.number(fields, 3)
     if kind in (DICTIONARY_PAGE, DATA_PAGE):
-        inner = _inner(fields, 7 if kind == DICTIONARY_PAGE else 5)
-        return Page(kind, _number(inner, 1), _number(inner, 2), start, stored, unpacked, None, True)
+        inner = thrift.inner(fields, 7 if kind == DICTIONARY_PAGE else 5)
+        return Page(kind, thrift.number(inner, 1), thrift.number(inner, 2), start, stored, unpacked, None, True)
     if kind == DATA_PAGE_V2:
-        inner = _inner(fields, 8)
-        defined, repeated = _number(inner, 5), _number(inner, 6)
+        inner = thrift.inner(fields, 8)
+        defined, repeated = thrift.number(inner, 5), thrift.number(inner, 6)
         if min(defined, repeated) < 0:
             raise DamagedPage("a page claims levels of a negative size")
         apart = defined + repeated
         levels, start = (start + repeated, defined), start + apart
-        values, encoding, compressed = _number(inner, 1), _number(inner, 4), bool(inner.get(7, True))
+        values, encoding, compressed = thrift.number(inner, 1), thrift.number(inner, 4), bool(inner.get(7, True))
         return Page(kind, values, encoding, start, stored - apart, unpacked - apart, levels, compressed)
     return Page(kind, 0, PLAIN, start, stored, unpacked, None, True)  # an index page: passed over
-
-
-Fields = dict[int, Any]
-"""Of a Thrift structure, by number."""
-
-
-def _number(fields: Fields, key: int) -> int:
-    if not isinstance(fields[key], int):
-        raise TypeError("another type")
-    return int(fields[key])
-
-
-def _inner(fields: Fields, key: int) -> Fields:
-    if not isinstance(fields[key], dict):
-        raise TypeError("another type")
-    return dict(fields[key])
-
-
-def _struct(data: memoryview, at: int) -> tuple[Fields, int]:
-    """A structure of Thrift's compact protocol as {number of the field: value}, and where it ends.
-
-    Only what page headers consist of: numbers, truths, byte strings, structures.
-    """
-    fields: Fields = {}
-    key = 0
-    while data[at] != 0:
-        kind, step = data[at] & 15, data[at] >> 4
-        at += 1
-        if step:
-            key += step
-        else:
-            key, at = _zigzag(data, at)
-        if kind in (1, 2):
-            fields[key] = kind == 1
-        elif kind in (4, 5, 6):
-            fields[key], at = _zigzag(data, at)
-        elif kind == 8:
-            length, at = varint(data, at)
-            fields[key], at = None, at + length  # the statistics' least and greatest value: of no use here
-        elif kind == 12:
-            fields[key], at = _struct(data, at)
-        else:
-            raise TypeError("a type that page headers do not have")
-    return fields, at + 1
-
-
-def _zigzag(data: memoryview, at: int) -> tuple[int, int]:
-    value, at = varint(data, at)
-    return value >> 1 ^ -(value & 1), at

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.data import files
+from dino_xcit.data import files, thrift
 from dino_xcit.data.parquet_columns import Columns, choose
 from dino_xcit.data.parquet_pages import DELTA_BYTE_ARRAY, DICTIONARY_PAGE, MAX_PAGE, ByteWindow, DamagedPage, pages
 from dino_xcit.data.parquet_values import COLUMNS, Chunk, UnknownPage, Values, locate
 from dino_xcit.data.snappy import NoPieces, NotSnappy
+from dino_xcit.data.thrift import NotThrift
 from dino_xcit.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ BY_GROUP = -1
 MAX_GROUP = MAX_PAGE
 """Bytes of images in a row group that has to be decoded as a whole."""
 
+_UNCOMPRESSED, _SNAPPY = 0, 1
+_CODECS = {2: "gzip", 3: "LZO", 4: "Brotli", 5: "LZ4", 6: "Zstandard", 7: "LZ4"}
+"""Parquet's numbers."""
+_MAX_FOOTER = 64 << 20
 _LEAST_ROW = 16
 """Bytes: a file that claims more rows than it has room for is refused. No image is smaller."""
 _MAX_NAME = 200
@@ -73,7 +78,7 @@ def opened(path: str, **options: Any) -> Iterator[pq.ParquetFile]:
                 yield parquet
         except InputError:
             raise
-        except (DamagedPage, NotSnappy) as error:
+        except (DamagedPage, NotSnappy, NotThrift) as error:
             raise InputError(f"{path} is damaged: {error}; fetch it anew") from error
         except Exception as error:  # of any class: parsers of damaged files stumble over whatever they meet
             text = " ".join(str(error).split())[:200].rstrip(".")
@@ -136,18 +141,21 @@ def _values(
 
     snappy = pa.Codec("snappy")
     description = parquet.schema.column(leaf)
+    codecs = _codecs(path, size)
+    if len(codecs) != parquet.metadata.num_row_groups:
+        raise DamagedPage("its end contradicts itself")
     slow = ""
     found = [np.empty((0, len(COLUMNS)), np.int64)]
     for group in range(parquet.metadata.num_row_groups):
         rows, start, length = _chunk_place(parquet, group, leaf, size)
         if rows == 0:
             continue
-        compression = parquet.metadata.row_group(group).column(leaf).compression
+        codec = codecs[group][leaf] if leaf < len(codecs[group]) else -1
         window = ByteWindow(lambda at, count: files.read_range(path, at, count), start, length)
-        chunk = Chunk(start, length, rows, description.max_definition_level, compression == "SNAPPY")
+        chunk = Chunk(start, length, rows, description.max_definition_level, codec == _SNAPPY)
         try:
-            if compression not in ("SNAPPY", "UNCOMPRESSED"):
-                raise UnknownPage(f"compressed with {compression}")
+            if codec not in (_UNCOMPRESSED, _SNAPPY):
+                raise UnknownPage(f"compressed with {_CODECS.get(codec, 'an unknown codec')}")
             if description.max_repetition_level:
                 raise UnknownPage("several images a row")
             found.append(locate(window, chunk, lambda data, count: snappy.decompress(data, count, asbytes=True)))
@@ -164,6 +172,21 @@ def _values(
             found.append(places)
         advance(rows)
     return np.concatenate(found), slow
+
+
+def _codecs(path: str, size: int) -> list[list[int]]:
+    """Each row group's compression of each column, by Parquet's numbers.
+
+    Read here, as pyarrow ends the process where the number is none that it knows.
+    """
+    length = int.from_bytes(files.read_range(path, size - 8, 4), "little")
+    if length > min(_MAX_FOOTER, size - 8):
+        raise DamagedPage(f"an end of {length:,} bytes")
+    footer, _ = thrift.structure(memoryview(files.read_range(path, size - 8 - length, length)), 0)
+    return [
+        [thrift.number(thrift.inner(chunk, 3), 4) for chunk in thrift.listed(group, 1)]
+        for group in thrift.listed(footer, 4)
+    ]
 
 
 def _chunk_place(parquet: pq.ParquetFile, group: int, leaf: int, size: int) -> tuple[int, int, int]:
