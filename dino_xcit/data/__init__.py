@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from dino_xcit.data import files
 from dino_xcit.data.decode import UndecodableImage, decode
 from dino_xcit.data.folder import open_folder, open_list
+from dino_xcit.data.imagenet import open_imagenet
 from dino_xcit.data.parquet import is_folder_of_parquet, open_parquet
 from dino_xcit.data.sample import ArraySource, open_sample
 from dino_xcit.data.source import Source, Subset
@@ -27,10 +29,10 @@ __all__ = [
 ]
 
 FORMS = (
-    "a folder, a .txt list of paths, tar:PATTERN, parquet:PATTERN, sample:fashion-mnist, sample:fashion-mnist-full or "
-    "torchvision:NAME"
+    "a folder, a .txt list of paths, tar:PATTERN, parquet:PATTERN, imagenet:DIR, sample:fashion-mnist, "
+    "sample:fashion-mnist-full or torchvision:NAME"
 )
-NAMED = ("sample:", "torchvision:")
+NAMED = ("sample:", "torchvision:", "imagenet:")
 """Sets by their names, which have a training and a validation part."""
 FILES = ("tar:", "parquet:")
 """Sets by a pattern of the files of one part."""
@@ -43,9 +45,10 @@ def open_source(url: str, part: str | None = None) -> Source:
         url: a folder of images (one sub-folder a class, or a heap without labels); a ``.txt`` file with one path a
             line; ``tar:PATTERN``, archives such as WebDataset's shards (``tar:/data/train-{000..146}.tar``);
             ``parquet:PATTERN``, files as the Hugging Face hub ships them, or a folder of theirs;
-            ``sample:fashion-mnist``, ``sample:fashion-mnist-full`` or ``torchvision:NAME``. Folders, lists, archives
+            ``imagenet:DIR``, ImageNet-1k as it is downloaded; ``sample:fashion-mnist``,
+            ``sample:fashion-mnist-full`` or ``torchvision:NAME``. Folders, lists, archives
             and Parquet files may be remote (``s3://``, ``gs://``, ``hf://``, ``https://`` ...). A trailing
-            ``/train`` or ``/val`` on the last three chooses the part.
+            ``/train`` or ``/val`` on the last four chooses the part.
         part: ``train`` or ``val``. A folder that holds a folder of that name is opened there; one that does not is
             taken whole, as are archives. In a folder of Parquet files, those whose names begin with it. None: the
             folder as it is; the training part of the others.
@@ -60,6 +63,9 @@ def open_source(url: str, part: str | None = None) -> Source:
         if chosen not in ("train", "val"):
             raise InputError(f"{url!r} has no part {chosen!r}: there are train and val")
         return open_sample(name, chosen) if scheme == "sample" else TorchvisionSource(name, chosen)
+    if colon and scheme == "imagenet":
+        named = re.fullmatch(r"(.+)/(train|val)/*", rest)
+        return open_imagenet(named[1] if named else rest, named[2] if named else part or "train")
     if colon and scheme == "tar":
         return open_tar(rest, url)
     if colon and scheme == "parquet":

@@ -1,0 +1,292 @@
+"""ImageNet as it is downloaded: stand-ins of three classes in every layout, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_images import encoded, photograph
+from scipy.io import savemat
+
+from dino_xcit.data import Source, imagenet_truth, open_parts, open_source
+from dino_xcit.data.imagenet_truth import GROUND_TRUTH, KIT, META
+from dino_xcit.errors import InputError
+
+WNIDS = ("n01440764", "n02085620", "n03995372")
+NUMBERS = {"n02085620": 1, "n03995372": 2, "n01440764": 3}
+"""ILSVRC2012_ID: not in the order of the wnids, as in the real kit."""
+VAL = ("n03995372", "n01440764", "n02085620", "n02085620", "n01440764", "n03995372")
+"""The class of each validation image, in order."""
+
+
+def jpeg(seed: int) -> bytes:
+    return encoded(photograph(seed), "JPEG")
+
+
+TRAIN_IMAGES = {
+    f"{wnid}/{wnid}_{number}.JPEG": jpeg(100 * place + number)
+    for place, wnid in enumerate(WNIDS)
+    for number in (9, 10, 2)
+}
+VAL_IMAGES = {f"ILSVRC2012_val_{number:08d}.JPEG": jpeg(1000 + number) for number in range(1, len(VAL) + 1)}
+
+
+def tar_of(members: dict[str, bytes], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def class_archives(images: dict[str, bytes]) -> dict[str, bytes]:
+    """An archive a class, the last class first, as archives need not be sorted."""
+    return {
+        f"{wnid}.tar": tar_of({name.partition("/")[2]: data for name, data in images.items() if name.startswith(wnid)})
+        for wnid in reversed(WNIDS)
+    }
+
+
+def meta_mat(numbers: dict[str, int] = NUMBERS) -> bytes:
+    rows = [(number, wnid, "some words", 0) for wnid, number in numbers.items()]
+    rows.append((99, "n00001740", "entity", 3))  # above the others
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": np.array(rows, dtype=kinds).reshape(-1, 1)}, do_compression=True)
+    return buffer.getvalue()
+
+
+def kit(truth: tuple[str, ...] = VAL) -> dict[str, bytes]:
+    lines = "".join(f"{NUMBERS[wnid]}\n" for wnid in truth)
+    return {f"{KIT}/data/{GROUND_TRUTH}": lines.encode(), f"{KIT}/data/{META}": meta_mat(), f"{KIT}/readme.txt": b"x"}
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+
+def as_shipped(root: Path) -> None:
+    write(root, {"ILSVRC2012_img_train.tar": tar_of(class_archives(TRAIN_IMAGES))})
+    write(root, {"ILSVRC2012_img_val.tar": tar_of(VAL_IMAGES)})
+    write(root, {f"{KIT}.tar.gz": tar_of(kit(), "w:gz")})
+
+
+def partly_unpacked(root: Path) -> None:
+    write(root, {"ILSVRC2012_img_train.tar": tar_of(class_archives(TRAIN_IMAGES))})
+    write(root / "val", VAL_IMAGES)
+    write(root, kit())
+
+
+def kaggle(root: Path) -> None:
+    base = root / "ILSVRC/Data/CLS-LOC"
+    write(base / "train", TRAIN_IMAGES)
+    write(base / "val", VAL_IMAGES)
+    rows = [f"ILSVRC2012_val_{number:08d},{wnid} 85 1 499 272 {wnid} 1 2 3 4 " for number, wnid in enumerate(VAL, 1)]
+    write(root, {"LOC_val_solution.csv": "\n".join(["ImageId,PredictionString", *reversed(rows)]).encode()})
+    write(root, {"LOC_synset_mapping.txt": "".join(f"{wnid} a word, another\n" for wnid in WNIDS).encode()})
+
+
+def folders(root: Path) -> None:
+    write(root / "train", TRAIN_IMAGES)
+    for (name, data), wnid in zip(VAL_IMAGES.items(), VAL, strict=True):
+        write(root / "val" / wnid, {name: data})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Path:
+    as_shipped(tmp_path / "in")
+    return tmp_path / "in"
+
+
+def read_all(source: Source) -> dict[str, tuple[object, int | None]]:
+    """Name of the file to (bytes, label)."""
+    return {source.name(index).rpartition("/")[2]: source.read(index) for index in range(len(source))}
+
+
+@pytest.mark.parametrize("lay_out", [as_shipped, partly_unpacked, kaggle, folders])
+def test_every_layout_gives_the_same_images_labels_and_classes(tmp_path: Path, lay_out: Callable[[Path], None]) -> None:
+    lay_out(tmp_path / "in")
+    train, val = open_parts(f"imagenet:{tmp_path}/in", None, None)
+    assert train.classes == val.classes == WNIDS
+    expected = {name.partition("/")[2]: (data, WNIDS.index(name[:9])) for name, data in TRAIN_IMAGES.items()}
+    assert read_all(train) == expected
+    # the order of a sorted folder
+    assert [train.name(index).rpartition("/")[2] for index in range(9)] == [name[10:] for name in sorted(TRAIN_IMAGES)]
+    assert train.labels is not None
+    assert train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    labels = [WNIDS.index(wnid) for wnid in VAL]
+    assert read_all(val) == {
+        name: (data, label) for (name, data), label in zip(VAL_IMAGES.items(), labels, strict=True)
+    }
+
+
+def test_parts_by_argument_and_by_url(shipped: Path) -> None:
+    assert len(open_source(f"imagenet:{shipped}")) == 9
+    assert len(open_source(f"imagenet:{shipped}", "val")) == 6
+    assert len(open_source(f"imagenet:{shipped}/val")) == 6
+    assert open_source(f"imagenet:{shipped}/val").url == f"imagenet:{shipped}/val"
+    train, val = open_parts(f"imagenet:{shipped}/train", None, None)
+    assert (len(train), len(val)) == (9, 6)
+
+
+def test_a_set_that_is_not_imagenet_s_size_is_only_mentioned(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_source(f"imagenet:{shipped}")
+    assert "has 3 classes, ImageNet-1k has 1,000" in capsys.readouterr().err
+
+
+def test_the_archives_are_looked_through_once(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train", "val"):
+        first = open_source(f"imagenet:{shipped}", part)
+        with monkeypatch.context() as patch:
+            patch.setattr("dino_xcit.data.imagenet.scan", None)  # would be a TypeError
+            again = open_source(f"imagenet:{shipped}", part)
+        assert read_all(again) == read_all(first)
+        assert again.fingerprint() == first.fingerprint()
+
+
+def test_a_changed_truth_changes_labels_and_fingerprint(shipped: Path) -> None:
+    other = (*VAL[1:], VAL[0])
+    before = open_source(f"imagenet:{shipped}", "val")
+    write(shipped, {f"{KIT}.tar.gz": tar_of(kit(other), "w:gz")})
+    after = open_source(f"imagenet:{shipped}", "val")
+    assert after.labels is not None
+    assert after.labels.tolist() == [WNIDS.index(wnid) for wnid in other]
+    assert after.fingerprint() != before.fingerprint()
+
+
+# ---- what can be wrong
+
+Damage = Callable[[Path], None]
+
+
+def truth(*lines: object) -> Damage:
+    data = "".join(f"{line}\n" for line in lines).encode()
+    return lambda root: write(root, {f"{KIT}.tar.gz": tar_of(kit() | {f"{KIT}/data/{GROUND_TRUTH}": data}, "w:gz")})
+
+
+def meta(data: bytes) -> Damage:
+    return lambda root: write(root, {f"{KIT}.tar.gz": tar_of(kit() | {f"{KIT}/data/{META}": data}, "w:gz")})
+
+
+def mat_bomb() -> bytes:
+    inner = zlib.compress(bytes(100_000_000), 9)
+    return bytes(124) + b"\x00\x01IM" + (15).to_bytes(4, "little") + len(inner).to_bytes(4, "little") + inner
+
+
+def cut(name: str) -> Damage:
+    return lambda root: os.truncate(root / name, (root / name).stat().st_size * 2 // 3)
+
+
+def replaced(name: str, data: bytes) -> Damage:
+    return lambda root: write(root, {name: data})
+
+
+def gone(name: str) -> Damage:
+    return lambda root: (root / name).unlink()
+
+
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+PACKED = {
+    f"{wnid}.tar": gzip.compress(data) for wnid, data in zip(WNIDS, class_archives(TRAIN_IMAGES).values(), strict=True)
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "words"),
+    [
+        ("train", gone(TRAIN_TAR), "no training images in .*expected ILSVRC2012_img_train.tar .from https://image-net"),
+        ("val", gone("ILSVRC2012_img_val.tar"), "no validation images in .*expected ILSVRC2012_img_val.tar"),
+        ("val", gone(f"{KIT}.tar.gz"), "no ground truth .*ILSVRC2012_devkit_t12.tar.gz .from https://image-net"),
+        ("train", cut(TRAIN_TAR), "train.tar is cut short.*image-net.org/download"),
+        ("val", cut("ILSVRC2012_img_val.tar"), "val.tar is cut short.*image-net.org/download"),
+        ("train", replaced(TRAIN_TAR, gzip.compress(b"x" * 9999)), "train.tar is compressed"),
+        ("train", replaced(TRAIN_TAR, tar_of(PACKED)), "in n01440764.tar: .*train.tar is compressed"),
+        ("train", replaced(TRAIN_TAR, tar_of(TRAIN_IMAGES)), "holds n01440764/.*expected an archive a class"),
+        ("train", replaced(TRAIN_TAR, b""), "train.tar is empty"),
+        ("train", replaced(TRAIN_TAR, tar_of({})), "train.tar is empty"),
+        ("train", replaced(TRAIN_TAR, tar_of(dict(list(class_archives(TRAIN_IMAGES).items())[:2]))),
+         "has 2 classes, .*devkit_t12.tar.gz names 3, n01440764 is missing: is it complete"),
+        ("val", truth(1, 2, 3, 3, 2), "holds 6 images, .*ground_truth.txt. knows 5 .ILSVRC2012_val_00000006 is only"),
+        ("val", truth(1, 2, 3, 3, 2, 1, 1), "holds 6 images, .* knows 7 .ILSVRC2012_val_00000007 is only"),
+        ("val", truth(1, 2, 3, 3, 2, 77), "has the class 77, which meta.mat does not know"),
+        ("val", truth(1, 2, 99, 3, 2, 1), "has the class 99, which meta.mat does not know"),
+        ("val", truth("cat", 2, 3), "ground_truth.txt is damaged: expected the number of a class a line"),
+        ("val", truth(), "ground_truth.txt is damaged"),
+        ("val", meta(b""), "meta.mat is damaged"),
+        ("val", meta(meta_mat()[:-40]), "meta.mat is damaged"),
+        ("val", meta(mat_bomb()), "meta.mat is damaged .ValueError"),
+        ("val", meta(meta_mat({**NUMBERS, "n00000001": 2})), "meta.mat is damaged .ValueError"),
+        ("val", meta(meta_mat({**NUMBERS, "tench": 4})), "meta.mat does not list wnids"),
+        ("val", cut(f"{KIT}.tar.gz"), "devkit_t12.tar.gz is damaged"),
+        ("val", replaced(f"{KIT}.tar.gz", b"<html>"), "devkit_t12.tar.gz is damaged"),
+        ("val", replaced(f"{KIT}.tar.gz", tar_of({"a": bytes(70_000_000)}, "w:gz")), "unpacks to more than 67,108,864"),
+        ("val", replaced(f"{KIT}.tar.gz", tar_of({"a": b""}, "w:gz")), "holds no ILSVRC2012_validation_ground_truth"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_a_sentence(shipped: Path, part: str, damage: Damage, words: str) -> None:
+    damage(shipped)
+    with pytest.raises(InputError, match=words):
+        open_source(f"imagenet:{shipped}", part)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("LOC_val_solution.csv", b"", "holds 6 images, .*solution.csv knows 0"),
+        ("LOC_val_solution.csv", b"a,b\n1,2\n", "solution.csv is damaged"),
+        ("LOC_val_solution.csv", b"ImageId,PredictionString\nx,\n", "solution.csv is damaged"),
+        (
+            "LOC_val_solution.csv",
+            b"ImageId,PredictionString\nx,n00000000 1 2 3 4\n",
+            "class 'n00000000', which .*mapping",
+        ),
+        ("LOC_synset_mapping.txt", b"tench\n", "mapping.txt is damaged"),
+        ("LOC_synset_mapping.txt", b"n01440764 a\nn01440764 a\n", "mapping.txt is damaged"),
+    ],
+)
+def test_kaggle_s_tables_are_checked(tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    kaggle(tmp_path / "in")
+    (tmp_path / "in" / name).write_bytes(data)
+    with pytest.raises(InputError, match=words):
+        open_source(f"imagenet:{tmp_path}/in", "val")
+
+
+def test_a_class_that_kaggle_s_table_lists_must_be_there(tmp_path: Path) -> None:
+    kaggle(tmp_path / "in")
+    shutil.rmtree(tmp_path / "in/ILSVRC/Data/CLS-LOC/train/n02085620")
+    with pytest.raises(InputError, match=r"has 2 classes, .*LOC_synset_mapping.txt names 3, n02085620 is missing"):
+        open_source(f"imagenet:{tmp_path}/in")
+
+
+def test_without_scipy_training_works_and_validation_says_what_to_install(
+    shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
+    assert imagenet_truth.known_classes(shipped) is None
+    assert len(open_source(f"imagenet:{shipped}")) == 9
+    with pytest.raises(InputError, match="pip install scipy"):
+        open_source(f"imagenet:{shipped}", "val")
+
+
+def test_folders_that_are_absent_or_remote_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no folder .*absent: expected one with ILSVRC2012_img_train.tar"):
+        open_source(f"imagenet:{tmp_path}/absent")
+    with pytest.raises(InputError, match="expected a folder on this machine"):
+        open_source("imagenet:s3://bucket/imagenet")
