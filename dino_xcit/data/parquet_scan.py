@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.data import files, thrift
+from dino_xcit.data import files
 from dino_xcit.data.parquet_columns import Columns, choose
+from dino_xcit.data.parquet_footer import CODECS, SNAPPY, UNCOMPRESSED, ColumnChunk, RowGroup, read_footer
 from dino_xcit.data.parquet_pages import DELTA_BYTE_ARRAY, DICTIONARY_PAGE, MAX_PAGE, ByteWindow, DamagedPage, pages
 from dino_xcit.data.parquet_values import COLUMNS, Chunk, UnknownPage, Values, locate
 from dino_xcit.data.snappy import NoPieces, NotSnappy
@@ -27,12 +28,6 @@ BY_GROUP = -1
 MAX_GROUP = MAX_PAGE
 """Bytes of images in a row group that has to be decoded as a whole."""
 
-_UNCOMPRESSED, _SNAPPY = 0, 1
-_CODECS = {2: "gzip", 3: "LZO", 4: "Brotli", 5: "LZ4", 6: "Zstandard", 7: "LZ4"}
-"""Parquet's numbers."""
-_MAX_FOOTER = 64 << 20
-_LEAST_ROW = 16
-"""Bytes: a file that claims more rows than it has room for is refused. No image is smaller."""
 _MAX_NAME = 200
 """Letters of an image's own path that are kept."""
 _MAX_DICTIONARY = 4 << 20
@@ -97,9 +92,7 @@ def look(path: str, image: str, label: str) -> tuple[int, Columns]:
     """
     size, _ = files.stamp(path)
     with opened(path) as parquet:
-        rows = parquet.metadata.num_rows
-        if not 0 <= rows <= size // _LEAST_ROW:
-            raise DamagedPage(f"it claims {rows:,} rows in {size:,} bytes")
+        rows = sum(group.rows for group in read_footer(path, size))
         return rows, choose(parquet.schema_arrow, image, label, path)
 
 
@@ -117,15 +110,16 @@ def scan(path: str, rows: int, columns: Columns, advance: Callable[[int], None])
     size, _ = files.stamp(path)
     with opened(path) as parquet:
         leaves = {parquet.schema.column(number).path: number for number in range(len(parquet.schema.names))}
-        values, slow = _values(parquet, path, size, leaves[columns.image], advance)
+        groups = read_footer(path, size)
+        values, slow = _values(parquet, path, groups, leaves[columns.image], advance)
         if len(values) != rows:
-            raise DamagedPage(f"it claims {rows:,} rows, and its row groups {len(values):,}")
+            raise DamagedPage(f"{len(values):,} images for {rows:,} rows")
         names = [""] * rows
         own = columns.names
-        if own is not None and _dictionary_size(parquet, path, size, leaves[own]) <= _MAX_DICTIONARY:
+        if own is not None and _dictionary_size(path, groups, leaves[own]) <= _MAX_DICTIONARY:
             names = list(_last_parts(parquet, own))
         if columns.label is not None:
-            _dictionary_size(parquet, path, size, leaves[columns.label])
+            _dictionary_size(path, groups, leaves[columns.label])
     # Words are then there once, however many rows have them.
     with opened(path, read_dictionary=[columns.label] if columns.text_label else []) as parquet:
         labels, words = _labels(parquet, columns, path)
@@ -135,90 +129,67 @@ def scan(path: str, rows: int, columns: Columns, advance: Callable[[int], None])
 
 
 def _values(
-    parquet: pq.ParquetFile, path: str, size: int, leaf: int, advance: Callable[[int], None]
+    parquet: pq.ParquetFile, path: str, groups: list[RowGroup], leaf: int, advance: Callable[[int], None]
 ) -> tuple[Values, str]:
+    """Where all images are, and why some can only be read by row group."""
     import pyarrow as pa
 
     snappy = pa.Codec("snappy")
-    description = parquet.schema.column(leaf)
-    codecs = _codecs(path, size)
-    if len(codecs) != parquet.metadata.num_row_groups:
-        raise DamagedPage("its end contradicts itself")
+    levels = parquet.schema.column(leaf).max_definition_level
+    repeated = parquet.schema.column(leaf).max_repetition_level > 0
     slow = ""
     found = [np.empty((0, len(COLUMNS)), np.int64)]
-    for group in range(parquet.metadata.num_row_groups):
-        rows, start, length = _chunk_place(parquet, group, leaf, size)
-        if rows == 0:
+    for number, group in enumerate(groups):
+        if group.rows == 0:
             continue
-        codec = codecs[group][leaf] if leaf < len(codecs[group]) else -1
-        window = ByteWindow(lambda at, count: files.read_range(path, at, count), start, length)
-        chunk = Chunk(start, length, rows, description.max_definition_level, codec == _SNAPPY)
+        column = _column(group, leaf)
+        window = _window(path, column)
+        chunk = Chunk(column.start, column.size, group.rows, levels, column.codec == SNAPPY)
         try:
-            if codec not in (_UNCOMPRESSED, _SNAPPY):
-                raise UnknownPage(f"compressed with {_CODECS.get(codec, 'an unknown codec')}")
-            if description.max_repetition_level:
+            if column.codec not in (UNCOMPRESSED, SNAPPY):
+                raise UnknownPage(f"compressed with {CODECS.get(column.codec, 'an unknown codec')}")
+            if repeated:
                 raise UnknownPage("several images a row")
             found.append(locate(window, chunk, lambda data, count: snappy.decompress(data, count, asbytes=True)))
         except (UnknownPage, NoPieces) as error:
-            unpacked = sum(page.unpacked for page in pages(window, start, length))
+            unpacked = sum(page.unpacked for page in pages(window, column.start, column.size))
             if unpacked > MAX_GROUP:
                 raise InputError(
-                    f"{path} has a row group of {unpacked:,} bytes ({error}), which only whole can be decoded; at most "
-                    f"{MAX_GROUP:,} are: write it anew with smaller row groups, or with compression 'none'"
+                    f"{path} has a row group of {unpacked:,} bytes that can only be decoded as a whole ({error}); at "
+                    f"most {MAX_GROUP:,} are: write it anew with smaller row groups, or with compression 'none'"
                 ) from error
             slow = str(error)
-            places = np.zeros((rows, len(COLUMNS)), np.int64)
-            places[:, 0], places[:, 2], places[:, 3] = group, BY_GROUP, np.arange(rows)
+            places = np.zeros((group.rows, len(COLUMNS)), np.int64)
+            places[:, 0], places[:, 2], places[:, 3] = number, BY_GROUP, np.arange(group.rows)
             found.append(places)
-        advance(rows)
+        advance(group.rows)
     return np.concatenate(found), slow
 
 
-def _codecs(path: str, size: int) -> list[list[int]]:
-    """Each row group's compression of each column, by Parquet's numbers.
-
-    Read here, as pyarrow ends the process where the number is none that it knows.
-    """
-    length = int.from_bytes(files.read_range(path, size - 8, 4), "little")
-    if length > min(_MAX_FOOTER, size - 8):
-        raise DamagedPage(f"an end of {length:,} bytes")
-    footer, _ = thrift.structure(memoryview(files.read_range(path, size - 8 - length, length)), 0)
-    return [
-        [thrift.number(thrift.inner(chunk, 3), 4) for chunk in thrift.listed(group, 1)]
-        for group in thrift.listed(footer, 4)
-    ]
+def _column(group: RowGroup, leaf: int) -> ColumnChunk:
+    if leaf >= len(group.columns):
+        raise DamagedPage("a row group has fewer columns than the schema")
+    return group.columns[leaf]
 
 
-def _chunk_place(parquet: pq.ParquetFile, group: int, leaf: int, size: int) -> tuple[int, int, int]:
-    """Rows, first byte and bytes of one column in one row group, within the file."""
-    row_group = parquet.metadata.row_group(group)
-    column = row_group.column(leaf)
-    start, length = column.data_page_offset, column.total_compressed_size
-    if column.dictionary_page_offset:  # some writers say 0 where there is none
-        start = min(start, column.dictionary_page_offset)
-    rows = row_group.num_rows
-    if not (0 <= start <= size and 0 <= length <= size - start and 0 <= rows <= size // _LEAST_ROW):
-        raise DamagedPage(f"row group {group} claims to be where the file is not")
-    if column.file_path:
-        raise DamagedPage("its data are said to be in another file")
-    return rows, start, length
+def _window(path: str, column: ColumnChunk) -> ByteWindow:
+    return ByteWindow(lambda at, count: files.read_range(path, at, count), column.start, column.size)
 
 
-def _dictionary_size(parquet: pq.ParquetFile, path: str, size: int, leaf: int) -> int:
+def _dictionary_size(path: str, groups: list[RowGroup], leaf: int) -> int:
     """Before pyarrow decodes labels or names: bytes of the largest dictionary.
 
     Raises:
         DamagedPage: the column could be much larger than it looks.
     """
     total, largest = 0, 0
-    for group in range(parquet.metadata.num_row_groups):
-        rows, start, length = _chunk_place(parquet, group, leaf, size)
-        window = ByteWindow(lambda at, count: files.read_range(path, at, count), start, length)
-        for page in pages(window, start, length if rows else 0):
+    for group in groups:
+        column = _column(group, leaf)
+        for page in pages(_window(path, column), column.start, column.size if group.rows else 0):
             total += page.unpacked
             if page.encoding == DELTA_BYTE_ARRAY:  # each text may repeat a million letters of the one before
                 raise DamagedPage("labels or names in an encoding that is not read (DELTA_BYTE_ARRAY)")
-            if total > MAX_PAGE or page.values > max(rows, page.unpacked):
+            if total > MAX_PAGE or page.values > max(group.rows, page.unpacked):
                 raise DamagedPage("labels or names that are larger than any")
             if page.kind == DICTIONARY_PAGE:
                 largest = max(largest, page.unpacked)
