@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from bad_images import write_corpus
+from bad_images import encoded, photograph, write_corpus
 from eval_fixtures import image_tree
 from ranks import HERE
 from tiny_run import tiny_source
 
 from dino_xcit.data import open_source
-from dino_xcit.data.check import check, main
+from dino_xcit.data.check import Seen, check, main
 from dino_xcit.errors import InputError
 
 
@@ -25,7 +28,7 @@ def test_exactly_the_broken_files_are_reported_whoever_looks(tmp_path: Path, wor
     report, seen = check(open_source(str(tmp_path)), workers)
     assert {Path(name) for name, _ in report.broken} == set(bad)
     assert all(cause for _, cause in report.broken)
-    assert [one.index for one in seen] == list(range(140 + len(bad)))
+    assert len(seen) == 140 + len(bad)
     assert report.images == 140 + len(bad)
 
 
@@ -66,19 +69,82 @@ def test_the_command_s_exit_code_says_whether_all_is_well(tmp_path: Path) -> Non
     assert "no labels" in ended.stdout
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
     assert len(rows) == len(list((tmp_path / "corpus").iterdir()))
-    assert {"name", "width", "height", "digest", "cause", "index"} <= rows[0].keys()
+    files = sorted((tmp_path / "corpus").iterdir())
+    for row, file in zip(rows, files, strict=True):
+        assert row["name"] == str(file)
+        if row["cause"]:
+            assert (row["width"], row["digest"], row["format"]) == (0, "", "")
+        else:
+            assert row["bytes"] == file.stat().st_size
+            assert row["digest"] == hashlib.sha256(file.read_bytes()).hexdigest()
+            assert (row["width"], row["height"]) == (96, 72)
+            assert row["format"][:3].lower() == file.suffix[1:].replace("jpg", "jpeg").replace("tif", "tiff")[:3]
     assert main(["sample:fashion-mnist/val", "--workers", "0"]) == 0
+
+
+def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:
+    files = {
+        "a.jpg": encoded(photograph(1), "JPEG"),
+        "b.jpg": encoded(photograph(2).resize((50, 200)), "JPEG"),
+        "called.jpg": encoded(photograph(3), "PNG"),
+        "empty.jpg": b"",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    report, seen = check(open_source(str(tmp_path)), 0)
+    assert report.formats == {"JPEG": 2, "PNG": 1}
+    assert report.bytes == sum(map(len, files.values()))
+    assert report.sides == {"smallest": (50, 200), "median": (72, 96), "largest": (72, 96)}
+    assert 0 < report.read_seconds < report.seconds
+    assert 0 < report.decode_seconds < report.seconds
+    assert [index for index in range(4) if seen.row(index)["cause"]] == [3]
+    lines = "\n".join(report.lines())
+    assert "2 JPEG, 1 PNG; 0.000 GB; an image takes a process " in lines
+
+
+def test_what_is_kept_of_an_image_is_small_and_same_bytes_are_found_among_many() -> None:
+    images = 100_000
+    seen = Seen(images)
+    arrays = (seen.sides, seen.lengths, seen.digests, seen.formats)
+    assert sum(array.nbytes for array in arrays) == 49 * images
+    seen.digests[:] = np.random.default_rng(0).integers(0, 256, seen.digests.shape, dtype=np.uint8)
+    seen.digests[[500, 99_999]] = seen.digests[3]
+    seen.digests[70] = seen.digests[69]
+    seen.digests[[10, 11, 12], :31] = 7  # all but the last byte
+    seen.digests[[20, 21]] = 0
+    seen.causes = {20: "empty file", 21: "empty file"}
+    assert [group.tolist() for group in seen.same()] == [[3, 500, 99_999], [69, 70]]
+
+
+def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, asked = tiny_source(30), []
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda index: asked.append(index) or read(index))
+    check(source, 0)
+    assert asked == list(range(30))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_archives_are_checked_like_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
+    _, bad = write_corpus(tmp_path / "in", good=30, seed=3)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for path in sorted((tmp_path / "in").iterdir()):
+            archive.add(path, path.name)
+    report, _ = check(open_source(f"tar:{tmp_path}/a.tar"), workers)
+    assert [Path(name).name for name, _ in report.broken] == [path.name for path in bad]
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "expected: python -m dino_xcit.data check SRC"),
+        ([], "required: SRC; expected: python -m dino_xcit.data check SRC"),
         (["absent"], "no data at 'absent'"),
-        (["sample:fashion-mnist", "--par", "val"], "cannot place '--par'"),
-        (["sample:fashion-mnist", "--part", "test"], "--part is 'test'"),
-        (["sample:fashion-mnist", "--workers", "two"], "--workers is 'two'"),
-        (["sample:fashion-mnist", "--report"], "cannot place '--report'"),
+        (["sample:fashion-mnist", "--par", "val"], "unrecognized arguments: --par val; expected: python"),
+        (["sample:fashion-mnist", "--part", "test"], "argument --part: invalid choice: 'test'"),
+        (["sample:fashion-mnist", "--workers", "two"], "--workers: 'two' is no whole number"),
+        (["sample:fashion-mnist", "--report"], "--report: expected one argument"),
+        (["sample:fashion-mnist", "--report", "/absent/x.jsonl"], "cannot write /absent/x.jsonl: .*choose another"),
     ],
 )
 def test_mistakes_become_sentences(argv: list[str], words: str) -> None:

@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
+from typing import TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.loader import choose_workers
+from dino_xcit.data.command_line import CommandLine, whole_number
+from dino_xcit.data.each_image import cores, each_image
+from dino_xcit.data.header import read_header
 from dino_xcit.errors import InputError
 
 USAGE = "python -m dino_xcit.data check SRC [--part train|val] [--report FILE.jsonl] [--workers N]"
-_AT_ONCE = 64
-"""Images a piece of work."""
+_HELP = """\
+Read and decode every image of SRC, any form that --data-path takes: which cannot be read, which are there twice, byte
+for byte, how large they are, and how quickly this machine reads and decodes them. The exit code is 1 where an image
+cannot be read."""
+
+_DIGEST = 32
+_PIXELS = "pixels"
+"""What stands in the place of a format where a source holds pixels."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +43,98 @@ class Looked:
     index: int
     width: int = 0
     height: int = 0
-    digest: str = ""
-    """SHA-256 of the file's bytes, or of the pixels where the source holds pixels."""
+    size: int = 0
+    """Bytes of the file, or of the pixels where the source holds pixels."""
+    format: str = ""
+    """JPEG, PNG ... by what the file is, whatever it is called."""
+    digest: bytes = b""
+    """SHA-256 of these bytes."""
     cause: str = ""
     """Why it cannot be read; empty where it can."""
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class Seen:
+    """What was seen of all images, 49 bytes for each, and a text for each broken one."""
+
+    def __init__(self, images: int) -> None:
+        self.sides = np.zeros((images, 2), dtype=np.int32)
+        """[images, (width, height)] in pixels; 0 where an image cannot be read."""
+        self.lengths = np.zeros(images, dtype=np.int64)
+        """[images] in bytes."""
+        self.digests = np.zeros((images, _DIGEST), dtype=np.uint8)
+        self.formats = np.zeros(images, dtype=np.uint8)
+        """Places in ``format_names``."""
+        self.format_names: list[str] = [""]
+        self.causes: dict[int, str] = {}
+        self.read_seconds = self.decode_seconds = 0.0
+        """Sums over the images, in the processes that did it."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def add(self, one: Looked) -> None:
+        """Take in one image."""
+        self.read_seconds += one.read_seconds
+        self.decode_seconds += one.decode_seconds
+        if one.cause:
+            self.causes[one.index] = one.cause
+            return
+        if one.format not in self.format_names:
+            self.format_names.append(one.format)
+        self.sides[one.index] = one.width, one.height
+        self.lengths[one.index] = one.size
+        self.formats[one.index] = self.format_names.index(one.format)
+        self.digests[one.index] = np.frombuffer(one.digest, dtype=np.uint8)
+
+    def row(self, index: int) -> dict[str, object]:
+        """One image's line in a report."""
+        width, height = self.sides[index].tolist()
+        readable = index not in self.causes
+        return {
+            "index": index,
+            "width": width,
+            "height": height,
+            "bytes": int(self.lengths[index]),
+            "format": self.format_names[self.formats[index]],
+            "digest": self.digests[index].tobytes().hex() if readable else "",
+            "cause": self.causes.get(index, ""),
+        }
+
+    def readable(self) -> NDArray[np.int64]:
+        """Indices of the images that can be read."""
+        mask = np.ones(len(self), dtype=bool)
+        mask[list(self.causes)] = False
+        return np.flatnonzero(mask)
+
+    def same(self) -> list[NDArray[np.int64]]:
+        """Indices of images whose bytes are the same, a group each, in the order of their first ones."""
+        indices = self.readable()
+        words = self.digests[indices].view(np.uint64)
+        order = np.lexsort((indices, *words.T))
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
+        starts = np.flatnonzero(new)
+        lengths = np.diff(np.append(starts, len(order)))
+        groups = [indices[order[starts[i] : starts[i] + lengths[i]]] for i in np.flatnonzero(lengths > 1)]
+        return sorted(groups, key=lambda group: int(group[0]))
 
 
 @dataclass
 class Report:
-    """What was seen of all."""
+    """What was seen, for a person."""
 
     url: str
     images: int
     seconds: float = 0.0
+    bytes: int = 0
+    """Of the images that can be read."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Images a format, the most frequent first."""
+    read_seconds: float = 0.0
+    """For an image, in the mean, in the process that reads it."""
+    decode_seconds: float = 0.0
     classes: dict[str, int] = field(default_factory=dict)
     """Images a class; empty without labels."""
     broken: list[tuple[str, str]] = field(default_factory=list)
@@ -64,6 +150,9 @@ class Report:
         """For the screen."""
         speed = f"{self.images / max(self.seconds, 1e-9):,.0f} images/s"
         yield f"{self.images:,} images of {self.url} in {self.seconds:.1f} s ({speed})"
+        per_image = f"{1e3 * self.read_seconds:.2f} ms reading and {1e3 * self.decode_seconds:.2f} ms decoding"
+        formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items()) or "nothing"
+        yield f"{formats}; {self.bytes / 1e9:,.3f} GB; an image takes a process {per_image}"
         if self.classes:
             least, most = (pick(self.classes, key=lambda name: self.classes[name]) for pick in (min, max))
             few, many = f"{self.classes[least]:,} ({least})", f"{self.classes[most]:,} ({most})"
@@ -84,75 +173,67 @@ class Report:
             yield f"  ... and {len(self.duplicates) - 10:,} more groups"
 
 
-_source: Source | None = None
-
-
-def _take(source: Source) -> None:
-    global _source
-    _source = source
-
-
-def _look(indices: Sequence[int]) -> list[Looked]:
-    """In a worker: read and decode some images."""
-    assert _source is not None
-    return [look(_source, index) for index in indices]
-
-
 def look(source: Source, index: int) -> Looked:
     """Read and decode one image."""
+    began = read = time.perf_counter()
     try:
         item, _ = source.read(index)
-        data = item if isinstance(item, bytes) else np.ascontiguousarray(item).tobytes()
+        read = time.perf_counter()
         picture = decode(item, source.name(index))
-    except UndecodableImage as error:
-        return Looked(index, cause=error.cause)
     except InputError as error:
-        return Looked(index, cause=str(error))
-    return Looked(index, picture.width, picture.height, hashlib.sha256(data).hexdigest())
+        cause = error.cause if isinstance(error, UndecodableImage) else str(error)
+        return Looked(index, cause=cause)
+    decoded = time.perf_counter()
+    data = item if isinstance(item, bytes) else np.ascontiguousarray(item).tobytes()
+    kind = read_header(item).format if isinstance(item, bytes) else _PIXELS
+    digest = hashlib.sha256(data).digest()
+    return Looked(index, picture.width, picture.height, len(data), kind, digest, "", read - began, decoded - read)
 
 
-def check(source: Source, workers: int = -1) -> tuple[Report, list[Looked]]:
-    """Read and decode every image, in several processes; what was seen of all, and of each in order."""
+def check(source: Source, workers: int = -1) -> tuple[Report, Seen]:
+    """Read and decode every image, in several processes; what was seen of all, and of each.
+
+    Args:
+        source: what to look at; read in its own order.
+        workers: processes; 0 or 1: this one; -1: as many as there are cores.
+    """
     began = time.perf_counter()
-    pieces = [range(start, min(start + _AT_ONCE, len(source))) for start in range(0, len(source), _AT_ONCE)]
-    count = min(choose_workers(workers, 1), len(pieces))
-    seen: list[Looked] = []
-    with progress_bar(len(source), f"checking {source.url}", shown=True) as bar:
-        if count <= 1:
-            _take(source)
-            for piece in pieces:
-                seen += _look(piece)
-                bar.update(len(piece))
-        else:
-            context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-            with ProcessPoolExecutor(count, mp_context=context, initializer=_take, initargs=(source,)) as pool:
-                for found in pool.map(_look, pieces):
-                    seen += found
-                    bar.update(len(found))
+    seen = Seen(len(source))
+    looked = each_image(source, range(len(source)), look, cores() if workers < 0 else workers)
+    with closing(looked), progress_bar(len(source), f"checking {source.url}", shown=True) as bar:
+        for one in looked:
+            seen.add(one)
+            bar.update()
     report = summarise(source, seen)
     report.seconds = time.perf_counter() - began
     return report, seen
 
 
-def summarise(source: Source, seen: Sequence[Looked]) -> Report:
+def summarise(source: Source, seen: Seen) -> Report:
     """A report of what was seen."""
-    report = Report(source.url, len(source))
+    report = Report(source.url, len(source), bytes=int(seen.lengths.sum()))
+    readable = seen.readable()
+    counted = Counter({seen.format_names[place]: int(n) for place, n in enumerate(np.bincount(seen.formats[readable]))})
+    report.formats = {name: count for name, count in counted.most_common() if count}
+    if len(readable):
+        report.read_seconds, report.decode_seconds = (
+            total / len(readable) for total in (seen.read_seconds, seen.decode_seconds)
+        )
     if source.labels is not None and source.classes is not None:
-        counts = Counter(source.labels.tolist())
-        report.classes = {name: counts[label] for label, name in enumerate(source.classes)}
-    report.broken = [(source.name(one.index), one.cause) for one in seen if one.cause]
-    readable = [one for one in seen if not one.cause]
-    groups: dict[str, list[int]] = {}
-    for one in readable:
-        groups.setdefault(one.digest, []).append(one.index)
-    same = [group for group in groups.values() if len(group) > 1]
-    report.duplicates = [[source.name(index) for index in group] for group in same]
+        # Every label is a class's number: sources see to it.
+        counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
+        report.classes = dict(zip(source.classes, counts, strict=True))
+    report.broken = [(source.name(index), cause) for index, cause in sorted(seen.causes.items())]
+    same = seen.same()
+    report.duplicates = [[source.name(int(index)) for index in group] for group in same]
     if source.labels is not None:
-        report.across_classes = sum(len(set(source.labels[group].tolist())) > 1 for group in same)
-    sides = sorted((min(one.width, one.height), max(one.width, one.height)) for one in readable)
-    if sides:
-        places = {"smallest": sides[0], "median": sides[len(sides) // 2], "largest": sides[-1]}
-        report.sides = places
+        labels = source.labels
+        report.across_classes = sum(len(np.unique(labels[group])) > 1 for group in same)
+    if len(readable):
+        sides = np.sort(seen.sides[readable], axis=1)
+        order = np.lexsort((sides[:, 1], sides[:, 0]))
+        places = {"smallest": order[0], "median": order[len(order) // 2], "largest": order[-1]}
+        report.sides = {name: (int(sides[at, 0]), int(sides[at, 1])) for name, at in places.items()}
     return report
 
 
@@ -162,30 +243,36 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: a mistake in the command, or no such data.
     """
-    words = list(argv)
-    if not words or words[0].startswith("-"):
-        raise InputError(f"expected: {USAGE}")
-    options = {"--part": "", "--report": "", "--workers": "-1"}
-    rest = words[1:]
-    while rest:
-        name, *rest = rest
-        if name not in options or not rest:
-            raise InputError(f"cannot place {name!r}: expected: {USAGE}")
-        options[name], *rest = rest
-    if options["--part"] not in ("", "train", "val"):
-        raise InputError(f"--part is {options['--part']!r}, expected train or val")
-    if not options["--workers"].lstrip("-").isdigit():
-        raise InputError(f"--workers is {options['--workers']!r}, expected a number")
-    source = open_source(words[0], options["--part"] or None)
-    report, seen = check(source, int(options["--workers"]))
-    for line in report.lines():
-        print(line)
-    if options["--report"]:
-        path = Path(options["--report"])
-        rows = [json.dumps(asdict(one) | {"name": source.name(one.index)}) + "\n" for one in seen]
-        try:
-            path.write_text("".join(rows), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}; choose another --report") from error
-        print(f"a line an image: {path}", file=sys.stderr)
+    line = CommandLine(USAGE, _HELP)
+    line.add_argument("source", metavar="SRC", help="what --data-path takes: a folder, a list, tar:..., sample:...")
+    line.add_argument("--part", choices=("train", "val"), help="which part of SRC, where it has parts")
+    line.add_argument("--report", metavar="FILE.jsonl", help="write a line an image")
+    line.add_argument("--workers", type=whole_number, metavar="N", default=-1, help="processes (default: the cores)")
+    words = line.read(argv)
+    source = open_source(words.source, words.part)
+    with _report_file(words.report) as rows:  # before hours of reading, in case it cannot be written
+        report, seen = check(source, words.workers)
+        for text in report.lines():
+            print(text)
+        if rows is not None:
+            try:
+                for index in range(len(seen)):
+                    rows.write(json.dumps(seen.row(index) | {"name": source.name(index)}) + "\n")
+                rows.flush()
+            except OSError as error:
+                raise _unwritable(words.report, error) from error
+            print(f"a line an image: {words.report}", file=sys.stderr)
     return 1 if report.broken else 0
+
+
+def _report_file(name: str | None) -> AbstractContextManager[TextIO | None]:
+    if name is None:
+        return nullcontext()
+    try:
+        return open(name, "w", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(name, error) from error
+
+
+def _unwritable(name: str, error: OSError) -> InputError:
+    return InputError(f"cannot write {name}: {error.strerror}; choose another --report")
