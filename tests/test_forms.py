@@ -60,11 +60,13 @@ def make_parts() -> Parts:
     for part, counts in (("train", (14, 13, 13)), ("val", (4, 4, 4))):
         pictures = []
         for label, count in enumerate(counts):
-            for number in range(count):
+            for number in range(10, 10 + count):
                 photo = photograph(1000 * (part == "val") + 100 * label + number)
-                kind = "PNG" if number % 5 == 4 else "JPEG"
-                name = f"{CLASSES[label]}_{number:04d}.{kind.lower()}"
-                pictures.append(Picture(label, name, encoded(photo, kind)))
+                # ImageNet too has a PNG that is called a JPEG.
+                name = (
+                    f"{CLASSES[label]}_{number}.JPEG" if part == "train" else f"ILSVRC2012_val_{len(pictures):08d}.JPEG"
+                )
+                pictures.append(Picture(label, name, encoded(photo, "PNG" if number % 5 == 4 else "JPEG")))
         parts[part] = pictures
     return parts
 
@@ -96,6 +98,12 @@ def file_list(folder: Path, parts: Parts) -> dict[str, str]:
     return {part: str(folder / f"{part}.txt") for part in parts}
 
 
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
 def write_shards(folder: Path, parts: Parts, members: Callable[[Picture], dict[str, bytes]]) -> dict[str, str]:
     """Three shards a part."""
     for part, pictures in parts.items():
@@ -103,9 +111,7 @@ def write_shards(folder: Path, parts: Parts, members: Callable[[Picture], dict[s
             with tarfile.open(folder / f"{part}-{number:03d}.tar", "w") as tar:
                 for picture in pictures[number * len(pictures) // 3 : (number + 1) * len(pictures) // 3]:
                     for name, data in members(picture).items():
-                        info = tarfile.TarInfo(name)
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
+                        add(tar, name, data)
     return {part: f"tar:{folder}/{part}-{{000..002}}.tar" for part in parts}
 
 
@@ -152,6 +158,28 @@ def parquet_without_compression(folder: Path, parts: Parts) -> dict[str, str]:
 @form
 def parquet_by_row_groups(folder: Path, parts: Parts) -> dict[str, str]:
     return write_parquet(folder, parts, compression="zstd")
+
+
+@form
+def imagenet_as_downloaded(folder: Path, parts: Parts) -> dict[str, str]:
+    """The organisers' archive of an archive a class for training, Kaggle's folders and tables for validation."""
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as tar:
+        for label, wnid in enumerate(CLASSES):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for picture in parts["train"]:
+                    if picture.label == label:
+                        add(archive, picture.name, picture.data)
+            add(tar, f"{wnid}.tar", inner.getvalue())
+    flat = folder / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    flat.mkdir(parents=True)
+    rows = ["ImageId,PredictionString"]
+    for picture in parts["val"]:
+        (flat / picture.name).write_bytes(picture.data)
+        rows.append(f"{Path(picture.name).stem},{CLASSES[picture.label]} 85 1 499 272 ")
+    (folder / "LOC_val_solution.csv").write_text("\n".join(rows) + "\n")
+    (folder / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} words, more words\n" for wnid in CLASSES))
+    return dict.fromkeys(parts, f"imagenet:{folder}")
 
 
 def remote(writer: Writer, folder: Path, parts: Parts) -> dict[str, str]:
@@ -326,7 +354,10 @@ def test_evaluators_take_both_parts_of_every_form_with_labels(name: str, whole_u
         assert source.read(len(source) - 1) == (pictures[-1].data, 2)
 
 
-@pytest.mark.parametrize("name", ["class folders", "parquet of the hub", "remote class folders", "remote parquet"])
+@pytest.mark.parametrize(
+    "name",
+    ["class folders", "parquet of the hub", "imagenet as downloaded", "remote class folders", "remote parquet"],
+)
 def test_forms_that_hold_both_parts_are_given_to_evaluators_at_once(name: str, whole_urls: Urls) -> None:
     url = whole_urls[name]["train"].removesuffix("/train")
     train, val = open_parts(url, None, None)
