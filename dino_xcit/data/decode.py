@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from dino_xcit.data.source import Item
@@ -37,6 +41,9 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
+Picture = TypeVar("Picture")
+
+
 class UndecodableImage(InputError):
     """A file is no image that can be read: its name and the cause are in the message."""
 
@@ -49,7 +56,7 @@ class UndecodableImage(InputError):
 
 
 def decode(item: Item, name: str) -> Image.Image:
-    """The item as an upright RGB picture: the first frame of several, without its transparency.
+    """The item as an upright RGB picture: the first frame of several, without its transparency. By Pillow alone.
 
     Args:
         item: an encoded file, or uint8 pixels [height, width] or [height, width, 3].
@@ -60,15 +67,57 @@ def decode(item: Item, name: str) -> Image.Image:
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item).convert("RGB")
+    return _guarded(_decode_file, item, name)
+
+
+def decode_pixels(item: Item, name: str) -> NDArray[np.uint8]:
+    """The same pixels as :func:`decode`, for augmentation: [height, width, 4], red, green, blue and a byte unused.
+
+    Bit for bit: a JPEG without flaws goes straight through libjpeg-turbo, which Pillow has too; what that frowns upon
+    is left to Pillow's judgement.
+
+    Raises:
+        UndecodableImage: as :func:`decode`.
+    """
+    if isinstance(item, np.ndarray):
+        pixels = np.empty((*item.shape[:2], 4), dtype=np.uint8)
+        pixels[..., :3] = item if item.ndim == 3 else item[..., None]
+        return pixels
+    return _guarded(_decode_to_pixels, item, name)
+
+
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """An RGB picture as [height, width, 4], the last byte unused: Pillow's own layout."""
+    writable = bytearray(image.tobytes("raw", "RGBX"))  # compiled code would be compiled anew for what is not
+    return np.frombuffer(writable, dtype=np.uint8).reshape(image.height, image.width, 4)
+
+
+def _guarded(read: Callable[[bytes], Picture], data: bytes, name: str) -> Picture:
     try:
         # Pillow warns of doubtful metadata, and of sizes that are judged here. Undone at once, for others' warnings.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _decode_file(item)
+            return read(data)
     except Exception as error:  # of any class: parsers of damaged files stumble over whatever they meet
-        cause = _cause(item, error)
+        cause = _cause(data, error)
     # Raised outside the handler, so that it does not keep a half-decoded picture alive in a traceback.
     raise UndecodableImage(f"{name} cannot be read: {cause}; remove it, or save it anew as a JPEG or PNG", cause)
+
+
+def _decode_to_pixels(data: bytes) -> NDArray[np.uint8]:
+    if data[:2] == b"\xff\xd8":
+        image = _open(data)
+        _check_size(image)
+        # Pillow says what to do with it, and both must have read the same size before memory is taken for it.
+        plain = image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1
+        if plain and simplejpeg.is_jpeg(data):
+            try:
+                height, width, *_ = simplejpeg.decode_jpeg_header(data)
+                if (width, height) == image.size:
+                    return simplejpeg.decode_jpeg(data, "RGBA", strict=True)
+            except ValueError:
+                pass
+    return pixels_of(_decode_file(data))
 
 
 def _decode_file(data: bytes) -> Image.Image:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dino_xcit.augment import MultiCropAugmentation, group_by_size
-from dino_xcit.data.decode import UndecodableImage, decode
+from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
+from dino_xcit.augment.on_device import finish_views
+from dino_xcit.augment.parameters import COLUMNS
+from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
+from dino_xcit.memory import keep_freed_memory
 
 Key = tuple[int, int]
 """(epoch, index in the source)."""
@@ -57,32 +64,24 @@ class Batch:
     """Images that should have been in this batch, and that others stand in for."""
     seconds: Seconds = (0.0, 0.0, 0.0)
     """What this batch's images took."""
+    unfinished: list[Tensor] | None = None
+    """Where the photometric part is left to the device: what was drawn for each of the crops, a tensor a crop size,
+    [views of that size * B, columns] float64, on the host."""
 
     def pin_memory(self) -> Batch:
         """Called by the loader where batches go to a GPU."""
-        crops = [crop.pin_memory() for crop in self.crops]
-        return Batch(crops, self.views, self.epoch, self.indices.pin_memory(), self.unreadable, self.seconds)
+        return replace(self, crops=[crop.pin_memory() for crop in self.crops], indices=self.indices.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; from pinned memory without waiting."""
+        """The same batch on a device, its views finished; from pinned memory without waiting."""
         crops = [crop.to(device, non_blocking=True) for crop in self.crops]
-        indices = self.indices.to(device, non_blocking=True)
-        return Batch(crops, self.views, self.epoch, indices, self.unreadable, self.seconds)
+        if self.unfinished is not None:
+            crops = [finish_views(crop, rows) for crop, rows in zip(crops, self.unfinished, strict=True)]
+        return replace(self, crops=crops, indices=self.indices.to(device, non_blocking=True), unfinished=None)
 
 
-@dataclass
-class Sample:
-    """The views of one image, grouped by size, on their way to a batch."""
-
-    views: list[Tensor]
-    epoch: int
-    index: int
-    unreadable: list[Unreadable]
-    seconds: Seconds
-
-
-class MultiCropDataset(Dataset[Sample]):
-    """(epoch, index) to that image's views, grouped by size.
+class MultiCropDataset(Dataset[Batch]):
+    """A list of (epoch, index) to a batch of these images' views.
 
     An image that cannot be read is replaced by another one that follows from (seed, epoch, index) alone, so that the
     views do not depend on who reads them, or when.
@@ -93,32 +92,75 @@ class MultiCropDataset(Dataset[Sample]):
         self.augmentation = augmentation
         self.seed = seed
         self.groups = group_by_size([view.size for view in augmentation.views])
+        self.finish_on_device = torch.zeros(1, dtype=torch.bool).share_memory_()
+        """Set: the photometric part of the views is left to the device. The loader's processes see it at once."""
+        self._maker = ViewMaker()
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> Sample | UndecodableImage:  # type: ignore[override]
-        epoch, index = key
+    def __getitem__(self, key: Key) -> Batch | UndecodableImage:  # type: ignore[override]
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: list[Key]) -> Batch | UndecodableImage:
+        """What the loader calls: the views are made in their place in the batch, and not moved again."""
+        views = self.augmentation.views
+        sizes = [views[group[0]].size for group in self.groups]
+        crops = [
+            torch.empty(len(group), len(keys), 3, size, size, dtype=torch.uint8)
+            for group, size in zip(self.groups, sizes, strict=True)
+        ]
+        rows = [torch.empty(len(group), len(keys), COLUMNS, dtype=torch.float64) for group in self.groups]
+        leave = bool(self.finish_on_device)
+        indices: list[int] = []
         unreadable: list[Unreadable] = []
+        spent = np.zeros(3)
+        for place, (epoch, index) in enumerate(keys):
+            found = self._read(epoch, index, unreadable, spent)
+            if isinstance(found, UndecodableImage):
+                return found
+            candidate, picture = found
+            began = time.perf_counter()
+            self._maker.load(picture)
+            # Keyed by the place in the order, not by the image: a substitute's own turn gives it other views.
+            drawn = self.augmentation.draw_rows(picture.shape[1], picture.shape[0], self.seed, epoch, index)
+            for group, group_crops, group_rows in zip(self.groups, crops, rows, strict=True):
+                group_rows[:, place] = torch.from_numpy(drawn[group])
+                for row, out in zip(drawn[group], group_crops[:, place].numpy(), strict=True):
+                    self._maker.make(row, out, photometric=not leave)
+            indices.append(candidate)
+            spent[2] += time.perf_counter() - began
+        return Batch(
+            [group.flatten(0, 1) for group in crops],
+            [len(group) for group in self.groups],
+            keys[0][0],
+            torch.tensor(indices),
+            unreadable,
+            (float(spent[0]), float(spent[1]), float(spent[2])),
+            [group.flatten(0, 1) for group in rows] if leave else None,
+        )
+
+    def _read(
+        self, epoch: int, index: int, unreadable: list[Unreadable], spent: NDArray[np.float64]
+    ) -> tuple[int, NDArray[np.uint8]] | UndecodableImage:
+        """An image, or what stands in for it, decoded; and which one it is."""
+        bad: list[Unreadable] = []
         for candidate in self._candidates(epoch, index):
             began = time.perf_counter()
             try:
                 item, _ = self.source.read(candidate)
                 read = time.perf_counter()
-                image = decode(item, self.source.name(candidate))
-                decoded = time.perf_counter()
+                picture = decode_pixels(item, self.source.name(candidate))
             except InputError as error:
                 cause = error.cause if isinstance(error, UndecodableImage) else str(error)
-                unreadable.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
+                bad.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
                 continue
-            # Keyed by the place in the order, not by the image: a substitute's own turn gives it other views.
-            views = self.augmentation(image, self.seed, epoch, index)
-            grouped = [torch.stack([views[view] for view in group]) for group in self.groups]
-            seconds = (read - began, decoded - read, time.perf_counter() - decoded)
-            return Sample(grouped, epoch, candidate, unreadable, seconds)
+            spent[:2] += (read - began, time.perf_counter() - read)
+            unreadable += bad
+            return candidate, picture
         # Handed over rather than raised: a loader process would bury the sentence in a traceback.
         return UndecodableImage(
-            f"{unreadable[0].name} cannot be read ({unreadable[0].cause}), and neither can {SUBSTITUTES} other images "
+            f"{bad[0].name} cannot be read ({bad[0].cause}), and neither can {SUBSTITUTES} other images "
             "drawn in its place: are these images, and is the disk there?"
         )
 
@@ -126,21 +168,6 @@ class MultiCropDataset(Dataset[Sample]):
         yield index
         generator = np.random.default_rng([self.seed, epoch, index, 1])
         yield from generator.integers(len(self.source), size=SUBSTITUTES).tolist()
-
-
-def collate(samples: list[Sample | UndecodableImage]) -> Batch | UndecodableImage:
-    """Samples to a view-major batch; one place for which no image can be read makes the whole batch that error."""
-    good: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, UndecodableImage):
-            return sample
-        good.append(sample)
-    crops = [torch.stack(views, dim=1).flatten(0, 1) for views in zip(*(sample.views for sample in good), strict=True)]
-    views = [group.shape[0] for group in good[0].views]
-    indices = torch.tensor([sample.index for sample in good])
-    read, decoded, augmented = (sum(part) for part in zip(*(sample.seconds for sample in good), strict=True))
-    unreadable = [bad for sample in good for bad in sample.unreadable]
-    return Batch(crops, views, good[0].epoch, indices, unreadable, (read, decoded, augmented))
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -196,6 +223,85 @@ def choose_workers(wanted: int, processes_here: int) -> int:
     return max(1, min(10, cores // max(1, processes_here)))
 
 
+class Loader:
+    """Batches for every forward pass of a sampler, in order, on the device.
+
+    On a GPU the next batch is copied, and its views are finished, on a stream of their own while the current one is
+    trained on.
+    """
+
+    def __init__(self, dataset: MultiCropDataset, sampler: StepSampler, num_workers: int, device: torch.device) -> None:
+        self._dataset, self._device = dataset, device
+        if num_workers:
+            _compile_views(dataset.augmentation)  # once, here, rather than in every process
+        self._batches: Iterator[Batch | UndecodableImage] = iter(
+            DataLoader(
+                dataset,  # type: ignore[arg-type]
+                batch_sampler=sampler,
+                num_workers=num_workers,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]
+                pin_memory=device.type == "cuda",
+                worker_init_fn=partial(be_a_loader_process, os.getpid()) if num_workers else None,
+            )
+        )
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: Batch | UndecodableImage | None = None
+        self._begun = False
+        atexit.register(_close, weakref.ref(self))
+
+    def finish_on_device(self) -> None:
+        """From the next images on, leave the photometric part of the views to the device. The views stay the same."""
+        self._dataset.finish_on_device.fill_(True)
+
+    def close(self) -> None:
+        """End the loader's processes; there are no more batches."""
+        self._batches = iter(())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            UndecodableImage: neither an image nor what would stand in for it can be read.
+        """
+        if self._stream is None:
+            batch = next(self._batches)
+            return batch.to(self._device) if isinstance(batch, Batch) else self._refuse(batch)
+        if not self._begun:
+            self._begun, self._next = True, self._fetch()
+        batch = self._next  # type: ignore[assignment]
+        if batch is None:
+            raise StopIteration
+        if isinstance(batch, UndecodableImage):
+            return self._refuse(batch)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for tensor in (*batch.crops, batch.indices):
+            tensor.record_stream(current)  # its memory is not for the other stream while this one reads it
+        self._next = self._fetch()
+        return batch
+
+    def _fetch(self) -> Batch | UndecodableImage | None:
+        batch = next(self._batches, None)
+        if not isinstance(batch, Batch):
+            return batch
+        with torch.cuda.stream(self._stream):
+            return batch.to(self._device)
+
+    def _refuse(self, error: UndecodableImage) -> Batch:
+        self.close()
+        raise error
+
+
+def _close(loader: weakref.ref[Loader]) -> None:
+    """At the program's end: multiprocessing would wait for ever for processes that are deaf to SIGTERM."""
+    alive = loader()
+    if alive is not None:
+        alive.close()
+
+
 def build_loader(
     source: Source,
     augmentation: MultiCropAugmentation,
@@ -203,24 +309,22 @@ def build_loader(
     seed: int,
     num_workers: int,
     device: torch.device,
-) -> Iterator[Batch]:
-    """Batches for every forward pass of ``sampler``, in order.
+    finish_on_device: bool = False,
+) -> Loader:
+    """A loader of ``source``'s views; ``finish_on_device``: their photometric part is left to the device at once."""
+    loader = Loader(MultiCropDataset(source, augmentation, seed), sampler, num_workers, device)
+    if finish_on_device:
+        loader.finish_on_device()
+    return loader
 
-    Raises:
-        UndecodableImage: while iterating, where neither an image nor what would stand in for it can be read.
-    """
-    loader: DataLoader[Batch] = DataLoader(
-        MultiCropDataset(source, augmentation, seed),  # type: ignore[arg-type]
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=partial(be_a_loader_process, os.getpid()) if num_workers else None,
-    )
-    for batch in loader:
-        if isinstance(batch, UndecodableImage):
-            raise batch
-        yield batch
+
+def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:
+    """The dataset makes whole batches: nothing to collate."""
+    return batch
+
+
+def _compile_views(augmentation: MultiCropAugmentation) -> None:
+    augmentation(Image.new("RGB", (8, 8)))
 
 
 def be_a_loader_process(parent: int, _: int) -> None:
@@ -230,6 +334,7 @@ def be_a_loader_process(parent: int, _: int) -> None:
     that could save.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters, apply_view
+from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters
 from dino_xcit.cli import parse_pretrain
 from dino_xcit.data import Source, decode, open_source
 from dino_xcit.errors import InputError, run_main
@@ -50,9 +50,10 @@ def draw_preview(
     for row, index in zip(axes, chosen, strict=True):
         image = decode(source.read(index)[0], source.name(index))
         drawn = augmentation.draw(image.width, image.height, seed, epoch, index)
+        views = augmentation(image, seed, epoch, index)
         _draw_original(row[0], image, drawn, Path(source.name(index)).name)
         for number, (axis, kind, view) in enumerate(zip(row[1:], augmentation.views, drawn, strict=True)):
-            axis.imshow(np.asarray(apply_view(image, kind, view)))
+            axis.imshow(views[number].permute(1, 2, 0).numpy())
             axis.set_title(_caption(number, kind, view, image), fontsize=5, color=_colour(number), loc="left")
             axis.axis("off")
     try:

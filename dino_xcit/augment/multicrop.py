@@ -1,0 +1,120 @@
+"""DINO's multi-crop augmentation (arXiv 2104.14294, section 4 and appendix): its settings. V views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dino_xcit.augment import parameters
+from dino_xcit.augment.parameters import Chances, ViewKind, ViewParameters
+from dino_xcit.augment.views import ViewMaker
+from dino_xcit.data.decode import pixels_of
+from dino_xcit.errors import InputError
+
+
+class MultiCropAugmentation:
+    """An image to V = 2 + local_crops_number views.
+
+    Args:
+        global_crops_scale, local_crops_scale: share of the image's area, (least, most), 0 < least <= most <= 1.
+        local_crops_number: how many local views.
+        global_crops_size, local_crops_size: pixels a side.
+        crop_ratio: width / height of a crop, (least, most), drawn log-uniformly.
+        flip: probability of a horizontal flip.
+        jitter: probability of colour jitter; brightness, contrast, saturation, hue: its strengths as torchvision's
+            ColorJitter takes them.
+        gray: probability of losing the colour.
+        global_blur: probabilities of blur for the first and the second global view; local_blur: for local views.
+        blur_radius: (least, most) standard deviation in pixels of the view.
+        solarize: probability for the second global view alone.
+
+    Raises:
+        InputError: a value that cannot be, by name.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: tuple[float, float] = (0.4, 1.0),
+        local_crops_scale: tuple[float, float] = (0.05, 0.4),
+        local_crops_number: int = 8,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        jitter: float = 0.8,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.2,
+        hue: float = 0.1,
+        gray: float = 0.2,
+        global_blur: tuple[float, float] = (1.0, 0.1),
+        local_blur: float = 0.5,
+        blur_radius: tuple[float, float] = (0.1, 2.0),
+        solarize: float = 0.2,
+    ) -> None:
+        for name, (least, most) in (
+            ("global_crops_scale", global_crops_scale),
+            ("local_crops_scale", local_crops_scale),
+        ):
+            if not 0 < least <= most <= 1:
+                raise InputError(f"{name} is {least} {most}, expected 0 < least <= most <= 1, such as 0.4 1")
+        if not 0 < crop_ratio[0] <= crop_ratio[1] < float("inf"):
+            raise InputError(f"crop_ratio is {crop_ratio}, expected 0 < least <= most, such as 0.75 1.33")
+        for name, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
+            if size < 1:
+                raise InputError(f"{name} is {size}, expected a number of pixels of at least 1")
+        if local_crops_number < 0:
+            raise InputError(f"local_crops_number is {local_crops_number}, expected 0 or more")
+        chances = {"flip": flip, "jitter": jitter, "gray": gray, "local_blur": local_blur, "solarize": solarize}
+        chances |= {"global_blur": min(global_blur), "global_blur ": max(global_blur)}
+        for name, chance in chances.items():
+            if not 0 <= chance <= 1:
+                raise InputError(f"{name.strip()} is {chance}, expected a probability between 0 and 1")
+        if not 0 <= hue <= 0.5:
+            raise InputError(f"hue is {hue}, expected 0 to 0.5 turns of the colour circle")
+        for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+            if not 0 <= strength < float("inf"):
+                raise InputError(f"{name} is {strength}, expected a strength of at least 0, such as 0.4")
+        if not 0 <= blur_radius[0] <= blur_radius[1] < float("inf"):
+            raise InputError(
+                f"blur_radius is {blur_radius[0]} {blur_radius[1]}, expected 0 <= least <= most, such as 0.1 2"
+            )
+        self.views = [
+            ViewKind(global_crops_size, global_crops_scale, global_blur[0], 0.0),
+            ViewKind(global_crops_size, global_crops_scale, global_blur[1], solarize),
+        ] + [ViewKind(local_crops_size, local_crops_scale, local_blur, 0.0)] * local_crops_number
+        factors = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast, saturation)]
+        self._chances = Chances(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
+
+    def draw_rows(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
+        """What the views of one sample of ``width`` x ``height`` pixels shall be: [V, columns], see parameters.py.
+
+        View v's row depends on (seed, epoch, index, v) and the picture's size alone.
+        """
+        return parameters.draw(self.views, self._chances, width, height, seed, epoch, index)
+
+    def draw(self, width: int, height: int, seed: int, epoch: int, index: int) -> list[ViewParameters]:
+        """The same for people."""
+        return [ViewParameters.of(row) for row in self.draw_rows(width, height, seed, epoch, index)]
+
+    def __call__(self, image: Image.Image, seed: int = 0, epoch: int = 0, index: int = 0) -> list[Tensor]:
+        """The views of an RGB picture: V uint8 tensors [3, size, size], the two global ones first."""
+        maker = ViewMaker()
+        maker.load(pixels_of(image))
+        views = [torch.empty(3, kind.size, kind.size, dtype=torch.uint8) for kind in self.views]
+        for row, view in zip(self.draw_rows(image.width, image.height, seed, epoch, index), views, strict=True):
+            maker.make(row, view.numpy())
+        return views
+
+
+def group_by_size(sizes: Sequence[int]) -> list[list[int]]:
+    """View numbers grouped by crop size, in order of first appearance: one backbone call a group."""
+    groups: dict[int, list[int]] = {}
+    for view, size in enumerate(sizes):
+        groups.setdefault(size, []).append(view)
+    return list(groups.values())

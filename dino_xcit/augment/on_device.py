@@ -1,0 +1,158 @@
+"""The photometric part of many views at once, on a device: the same bits as dino_xcit/augment/photometric.py.
+
+Each operation runs on the views that drew it. Which these are is known on the host, so nothing waits for the device.
+No two floating-point operations are handed over as one kernel, as compilers would fuse a product and a sum, which
+rounds once instead of twice. For that reason this is not for torch.compile.
+
+Legend: n views of one size; views [n, 3, size, size] uint8; m of them that an operation is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dino_xcit.augment import parameters as column
+from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION
+
+_HALF = 1 << 23  # of the blur's 24-bit fixed point
+
+
+def finish_views(views: Tensor, rows: Tensor) -> Tensor:
+    """Jitter, gray, blur, solarise, in this order.
+
+    Args:
+        views: [n, 3, size, size] uint8 on any device; its content is lost.
+        rows: [n, columns] float64 on the host, what was drawn for each, see :mod:`dino_xcit.augment.parameters`.
+
+    Returns:
+        [n, 3, size, size] uint8 on the same device.
+    """
+    drawn = rows.numpy()
+    codes, factors = drawn[:, column.JITTER][:, 0::2], drawn[:, column.JITTER][:, 1::2]
+    for place in range(4):
+        for code, adjust in ((BRIGHTNESS, _brightness), (CONTRAST, _contrast), (SATURATION, _saturation)):
+            chosen = np.flatnonzero(codes[:, place] == code)
+            _apply(views, chosen, adjust, factors[chosen, place].astype(np.float32))
+        chosen = np.flatnonzero(codes[:, place] == HUE)
+        turns = (factors[chosen, place] * 255).astype(np.int64) & 255
+        _apply(views, chosen, _turn_hue, turns.astype(np.float32))
+    _apply(views, np.flatnonzero(drawn[:, column.GRAY]), _gray)
+    boxes = drawn[:, column.BOX].astype(np.float32)
+    for reach in range(int(boxes.max(initial=-1)) + 1):
+        chosen = np.flatnonzero((boxes >= reach) & (boxes < reach + 1))
+        whole = (np.float32(1 << 24) / (boxes[chosen] * np.float32(2) + np.float32(1))).astype(np.int64)
+        edge = ((1 << 24) - (2 * reach + 1) * whole) // 2
+        _apply(views, chosen, _blur(reach), whole, edge)
+    _apply(views, np.flatnonzero(drawn[:, column.SOLARIZE]), _solarize)
+    return views
+
+
+def _apply(
+    views: Tensor, chosen: NDArray[np.int64], operation: Callable[..., Tensor], *numbers: NDArray[np.generic]
+) -> None:
+    """``operation`` on some of the views, with a number or two for each of them, [m, 1, 1, 1]."""
+    if len(chosen) == 0:
+        return
+    indices = _send(chosen, views.device)
+    sent = [_send(values, views.device).view(-1, 1, 1, 1) for values in numbers]
+    views.index_copy_(0, indices, operation(views.index_select(0, indices), *sent))
+
+
+def _send(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _mix(views: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+    mixed = views.to(torch.float32).sub_(other).mul_(factor).add_(other)
+    return mixed.clamp_(0, 255).to(torch.uint8)  # towards 0
+
+
+def _luma(views: Tensor) -> Tensor:
+    """[m, 1, size, size] int32."""
+    red, green, blue = views.to(torch.int32).split(1, dim=1)
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+
+
+def _brightness(views: Tensor, factor: Tensor) -> Tensor:
+    return _mix(views, 0.0, factor)
+
+
+def _contrast(views: Tensor, factor: Tensor) -> Tensor:
+    total = _luma(views).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.int64)
+    mean = (total.to(torch.float64) / views[0, 0].numel() + 0.5).floor()
+    return _mix(views, mean.to(torch.float32), factor)
+
+
+def _saturation(views: Tensor, factor: Tensor) -> Tensor:
+    return _mix(views, _luma(views).to(torch.float32), factor)
+
+
+def _gray(views: Tensor) -> Tensor:
+    return _luma(views).to(torch.uint8).expand_as(views)
+
+
+def _solarize(views: Tensor) -> Tensor:
+    return torch.where(views < 128, views, 255 - views)
+
+
+def _turn_hue(views: Tensor, turn: Tensor) -> Tensor:
+    """See photometric.py, whose steps these are."""
+    r, g, b = views.to(torch.float32).split(1, dim=1)
+    most, least = torch.maximum(r, torch.maximum(g, b)), torch.minimum(r, torch.minimum(g, b))
+    chroma = most - least
+    x = (most - (r + g + b - most - least)) / chroma.clamp(min=1)
+    if_red = torch.where(b == least, 1 - x, x - 1)
+    if_green = torch.where(b == least, 1 + x, 3 - x)
+    if_blue = torch.where(r == least, 3 + x, 5 - x)
+    turned = torch.where(r == most, if_red, torch.where(g == most, if_green, if_blue)) / 6
+    turned = torch.where(turned < 0, (turned.to(torch.float64) + 1.0).to(torch.float32), turned)
+    hue = torch.where(chroma > 0, _levels(turned), 0)
+    saturation = _levels(chroma / most.clamp(min=1)) / 255
+    hue = hue + turn
+    hue = torch.where(hue >= 256, hue - 256, hue)
+    sixths = hue * 6
+    sector = (sixths / 255).trunc()
+    part = ((sixths - 255 * sector) / 255).to(torch.float64)
+    sector = torch.where(sector < 6, sector, 0).to(torch.int64)
+    part = torch.where(sector % 2 == 1, part, 1.0 - part)
+    low = (most * (1 - saturation) + 0.5).trunc()
+    shrink = 1.0 - saturation.to(torch.float64) * part
+    middle = (most.to(torch.float64) * shrink + 0.5).trunc().to(torch.float32)
+    levels = torch.cat([most, middle, low], dim=1)
+    # Which of the three each channel has, sector by sector.
+    order = torch.tensor([[0, 1, 2, 2, 1, 0], [1, 0, 0, 1, 2, 2], [2, 2, 1, 0, 0, 1]], device=views.device)
+    return levels.gather(1, order[:, sector[:, 0]].transpose(0, 1)).to(torch.uint8)
+
+
+def _levels(share: Tensor) -> Tensor:
+    product = (share * 255).trunc()
+    return torch.where(share * 256 - product < share, product - 1, product)
+
+
+def _blur(reach: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def blur(views: Tensor, whole: Tensor, edge: Tensor) -> Tensor:
+        values = views.to(torch.int64)
+        for dim in (3, 2):
+            for _ in range(3):
+                values = _box(values, dim, reach, whole, edge)
+        return values.to(torch.uint8)
+
+    return blur
+
+
+def _box(values: Tensor, dim: int, reach: int, whole: Tensor, edge: Tensor) -> Tensor:
+    """A box of 2 * reach + 1 pixels and a share of the two beyond; the border's pixels go on. int64."""
+    size = values.shape[dim]
+    places = torch.arange(-reach - 1, size + reach + 1, device=values.device).clamp_(0, size - 1)
+    padded = values.index_select(dim, places)
+    inner = padded.narrow(dim, 1, size)
+    for shift in range(2, 2 * reach + 2):
+        inner = inner + padded.narrow(dim, shift, size)
+    outer = padded.narrow(dim, 0, size) + padded.narrow(dim, 2 * reach + 2, size)
+    return (inner * whole + outer * edge + _HALF) >> 24

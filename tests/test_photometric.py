@@ -1,0 +1,131 @@
+"""The photometric operations: Pillow's bits, and torchvision's on Pillow's images, on the host and on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import functional as TF
+
+from dino_xcit.augment import MultiCropAugmentation, ViewMaker
+from dino_xcit.augment import parameters as column
+from dino_xcit.augment.on_device import finish_views
+from dino_xcit.augment.photometric import HUE, box_radius, finish_view, scratch_size
+
+NONE = [-1.0, 1.0] * 4
+
+
+def planes(image: Image.Image) -> NDArray[np.uint8]:
+    return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def pictures(photo: Image.Image) -> list[Image.Image]:
+    noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
+    dark = (noise // 100).astype(np.uint8)
+    return [photo, Image.fromarray(noise), Image.fromarray(dark), Image.fromarray(255 - dark)]
+
+
+def finish(
+    image: Image.Image, jitter: list[float], gray: bool = False, sigma: float = -1.0, solarize: bool = False
+) -> NDArray[np.uint8]:
+    """One view by both implementations, which must agree."""
+    view = planes(image)
+    box = -1.0 if sigma < 0 else float(box_radius(np.array([sigma]))[0])
+    row = np.zeros(column.COLUMNS)
+    row[column.JITTER], row[column.GRAY], row[column.BOX], row[column.SOLARIZE] = jitter, gray, box, solarize
+    on_device = finish_views(torch.from_numpy(view.copy())[None], torch.from_numpy(row)[None])[0].numpy()
+    scratch = np.empty(scratch_size(max(view.shape), max(box, 0)), dtype=np.uint8)
+    finish_view(view, scratch, np.array(jitter), gray, box, solarize)
+    np.testing.assert_array_equal(on_device, view)
+    return view
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 0.6, 0.999, 1.0, 1.001, 1.37, 1.4, 2.5, 40.0])
+@pytest.mark.parametrize(
+    ("code", "by_torchvision"),
+    [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)],
+    ids=["brightness", "contrast", "saturation"],
+)
+def test_blends_have_torchvision_s_bits(
+    photo: Image.Image, code: int, by_torchvision: Callable[[Image.Image, float], Image.Image], factor: float
+) -> None:
+    for image in pictures(photo):
+        expected = planes(by_torchvision(image, factor))
+        np.testing.assert_array_equal(finish(image, [code, factor, *NONE[2:]]), expected)
+
+
+@pytest.fixture(scope="module")
+def every_colour() -> NDArray[np.uint8]:
+    """[3, 4096, 4096]"""
+    number = np.arange(1 << 24, dtype=np.uint32)
+    channels = np.stack([number & 255, (number >> 8) & 255, number >> 16]).astype(np.uint8)
+    return channels.reshape(3, 4096, 4096)
+
+
+@pytest.mark.parametrize("factor", [-0.1, 0.0, 0.037, 0.5])
+def test_hue_has_torchvision_s_bits_for_every_colour(every_colour: NDArray[np.uint8], factor: float) -> None:
+    image = Image.fromarray(np.ascontiguousarray(every_colour.transpose(1, 2, 0)))
+    view = every_colour.copy()
+    finish_view(view, np.empty(0, dtype=np.uint8), np.array([HUE, factor, *NONE[2:]]), False, -1.0, False)
+    assert np.array_equal(view, np.asarray(TF.adjust_hue(image, factor)).transpose(2, 0, 1))
+
+
+def test_hue_on_a_device_has_the_same_bits_for_every_colour(every_colour: NDArray[np.uint8]) -> None:
+    row = np.zeros((256, column.COLUMNS))
+    row[:, column.JITTER], row[:, column.BOX] = [HUE, -0.07, *NONE[2:]], -1
+    views = every_colour.reshape(3, 256, 256, 256).transpose(1, 0, 2, 3).copy()
+    on_device = finish_views(torch.from_numpy(views.copy()), torch.from_numpy(row)).numpy()
+    for view, expected in zip(views, on_device, strict=True):
+        finish_view(view, np.empty(0, dtype=np.uint8), np.array([HUE, -0.07, *NONE[2:]]), False, -1.0, False)
+        assert np.array_equal(view, expected)
+
+
+def test_every_turn_of_the_hue_has_torchvision_s_bits() -> None:
+    noise = np.random.default_rng(2).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    for factor in np.linspace(-0.5, 0.5, 301):
+        expected = planes(TF.adjust_hue(image, float(factor)))
+        np.testing.assert_array_equal(finish(image, [HUE, float(factor), *NONE[2:]]), expected)
+
+
+def test_gray_and_solarisation_have_pillow_s_bits(photo: Image.Image) -> None:
+    for image in pictures(photo):
+        gray = image.convert("L").convert("RGB")
+        np.testing.assert_array_equal(finish(image, NONE, gray=True), planes(gray))
+        np.testing.assert_array_equal(finish(image, NONE, solarize=True), planes(ImageOps.solarize(image, 128)))
+        both = ImageOps.solarize(gray, 128)
+        np.testing.assert_array_equal(finish(image, NONE, gray=True, solarize=True), planes(both))
+
+
+@pytest.mark.parametrize("sigma", [*np.linspace(0.0, 2.0, 41), 2.3, 2.6, 3.0, 4.7, 9.0])
+def test_blur_has_pillow_s_bits(sigma: float) -> None:
+    """Borders too, and pictures narrower than the blur is wide."""
+    rng = np.random.default_rng(3)
+    for width, height in ((83, 61), (30, 40), (5, 3), (1, 1)):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        expected = planes(image.filter(ImageFilter.GaussianBlur(float(sigma))))
+        np.testing.assert_array_equal(finish(image, NONE, sigma=float(sigma)), expected)
+
+
+def test_a_whole_batch_finished_on_a_device_has_the_same_bits() -> None:
+    settings: dict[str, Any] = {"global_crops_size": 48, "local_crops_size": 20, "solarize": 0.5, "hue": 0.5}
+    augmentation = MultiCropAugmentation(local_crops_number=20, blur_radius=(0.1, 5.0), **settings)
+    maker, rng = ViewMaker(), np.random.default_rng(4)
+    for index in range(10):
+        picture = rng.integers(0, 256, (80, 100, 4), dtype=np.uint8)
+        maker.load(picture)
+        rows = augmentation.draw_rows(100, 80, 0, 0, index)
+        for part in (slice(0, 2), slice(2, None)):
+            size = augmentation.views[part][0].size
+            whole = np.empty((len(rows[part]), 3, size, size), dtype=np.uint8)
+            cut = whole.copy()
+            for row, view, unfinished in zip(rows[part], whole, cut, strict=True):
+                maker.make(row, view)
+                maker.make(row, unfinished, photometric=False)
+            finished = finish_views(torch.from_numpy(cut), torch.from_numpy(rows[part].copy()))
+            np.testing.assert_array_equal(finished.numpy(), whole)
