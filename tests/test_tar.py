@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from hostile_archives import GOOD, PASSED_OVER, REFUSED, header, packed, pax, png
+from hostile_archives import GOOD, PASSED_OVER, REFUSED, header, packed, pax, png, record
 
 from dino_xcit.data import Source, decode, open_parts, open_source, tar
 from dino_xcit.data.tar import scan
@@ -101,6 +101,12 @@ def test_a_tar_written_by_the_tar_command_is_read(tmp_path: Path) -> None:
         assert len(found) == (2 if form == "v7" else 3)
         for name, member in found.items():
             assert file.read_bytes()[member.offset :][: member.size] == (tmp_path / "in" / name).read_bytes()
+
+
+def test_a_size_in_an_extended_header_counts(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(pax(record("size", "5")) + header(b"a.jpg", 0) + b"12345" + bytes(507) + GOOD)
+    assert next(scan(str(tmp_path / "a.tar")))[:3] == ("a.jpg", 1536, 5)
+    assert open_source(f"tar:{tmp_path}/a.tar").read(0)[0] == b"12345"
 
 
 def test_an_archive_within_a_file_is_listed_with_offsets_in_the_file(tmp_path: Path) -> None:
@@ -253,7 +259,8 @@ def test_shards_are_looked_through_once_and_again_when_one_changes(
     assert names(second) == names(first)
     assert [second.read(index)[0] for index in range(30)] == list(contents.values())
     assert second.fingerprint() == first.fingerprint()
-    (tmp_path / "s-1.tar").write_bytes(packed({"other.jpg": b"new", "other.cls": b"1"}))
+    longer = {"other.jpg": b"new", "other.cls": b"1", "notes.txt": bytes(100_000)}  # all old offsets lie within it
+    (tmp_path / "s-1.tar").write_bytes(packed(longer))
     third = open_source(pattern)
     assert len(looked) == 6
     assert len(third) == 21
