@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,15 @@ def open_imagenet(root: str, part: str) -> Source:
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: expected one with {TRAIN}, {VAL} and the development kit from {SITE}")
     source = _train(folder, url) if part == "train" else _val(folder, url)
-    count = len(source.classes or ())
+    _mention(url, len(source.classes or ()))
+    return source
+
+
+@cache
+def _mention(url: str, count: int) -> None:
+    """Once a process: training and measuring both open the training part."""
     if count != CLASSES:
         print(f"{url} has {count:,} classes, ImageNet-1k has {CLASSES:,}", file=sys.stderr)
-    return source
 
 
 def _train(root: Path, url: str) -> Source:
