@@ -1,0 +1,101 @@
+"""The short way from a JPEG to pixels gives what Pillow gives: the same pixels, or the same refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from bad_images import ODDITIES, encoded, files_of_all_formats, mutate, photograph, undecodable
+from PIL import Image
+
+from dino_xcit.data.decode import UndecodableImage, decode, decode_pixels
+from dino_xcit.data.source import Item
+
+
+def outcome(item: Item, *, short: bool) -> bytes | str:
+    try:
+        if short:
+            return np.ascontiguousarray(decode_pixels(item, "it")[..., :3]).tobytes()
+        return np.asarray(decode(item, "it")).tobytes()
+    except UndecodableImage as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", sorted(ODDITIES))
+def test_odd_images_have_the_same_pixels(kind: str) -> None:
+    data = ODDITIES[kind](photograph(4))
+    assert outcome(data, short=True) == outcome(data, short=False)
+    assert decode_pixels(data, kind).shape == (*np.asarray(decode(data, kind)).shape[:2], 4)
+
+
+@pytest.mark.parametrize("kind", sorted(undecodable(photograph(4), 4)))
+def test_bad_images_have_the_same_refusal(kind: str) -> None:
+    data = undecodable(photograph(4), 4)[kind]
+    found = outcome(data, short=True)
+    assert found == outcome(data, short=False)
+    assert isinstance(found, str)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("quality", [5, 75, 100])
+def test_every_kind_of_jpeg_has_pillow_s_pixels(subsampling: str, progressive: bool, quality: int) -> None:
+    for width, height in ((97, 61), (16, 16), (1, 1), (7, 300)):
+        image = photograph(6).resize((width, height))
+        data = encoded(image, "JPEG", subsampling=subsampling, progressive=progressive, quality=quality)
+        assert outcome(data, short=True) == outcome(data, short=False)
+    kept_as_rgb = encoded(photograph(6), "JPEG", keep_rgb=True)
+    assert outcome(kept_as_rgb, short=True) == outcome(kept_as_rgb, short=False)
+
+
+def test_a_plain_jpeg_takes_the_short_way_and_a_turned_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def count(data: bytes, *arguments: object, **named: object) -> object:
+        taken.append("short")
+        return short_way(data, *arguments, **named)
+
+    short_way = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", count)
+    decode_pixels(encoded(photograph(1), "JPEG"), "plain")
+    assert taken == ["short"]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(photograph(1), "JPEG", exif=exif)
+    assert decode_pixels(turned, "turned").shape[:2] == photograph(1).size
+    assert taken == ["short"]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+def test_pixels_in_memory(shape: tuple[int, ...]) -> None:
+    item = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    assert outcome(item, short=True) == outcome(item, short=False)
+
+
+def compare_mutants(count: int) -> None:
+    """In a process of its own: a library that crashes takes it along."""
+    rng = np.random.default_rng(12)
+    jpegs = [data for data in files_of_all_formats(12) if data[:2] == b"\xff\xd8"]
+    jpegs += [encoded(photograph(seed), "JPEG", progressive=bool(seed % 2)) for seed in range(6)]
+    pictures = 0
+    for number in range(count):
+        data = mutate(jpegs[number % len(jpegs)], jpegs[int(rng.integers(len(jpegs)))], rng)
+        found = outcome(data, short=True)
+        assert found == outcome(data, short=False), number
+        pictures += isinstance(found, bytes)
+    print(json.dumps({"pictures": pictures}))
+
+
+def test_mutated_jpegs_have_the_same_pixels_or_the_same_refusal() -> None:
+    here = Path(__file__)
+    env = os.environ | {"PYTHONPATH": f"{here.parent.parent}{os.pathsep}{here.parent}"}
+    code = "import test_decode_pixels; test_decode_pixels.compare_mutants(6000)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 500 < json.loads(done.stdout.splitlines()[-1])["pictures"] < 5500
