@@ -402,7 +402,7 @@ def test_a_pickled_source_is_small_and_reads(tmp_path: Path) -> None:
 # ---- remote
 
 
-def test_files_in_memory_and_on_a_server_are_read_alike(tmp_path: Path) -> None:
+def test_files_that_fsspec_reads_are_read_alike(tmp_path: Path) -> None:
     import fsspec
 
     images = noise(40)
