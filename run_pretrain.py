@@ -29,6 +29,7 @@ from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
 from dino_xcit.data.starvation import Starvation
 from dino_xcit.errors import PREEMPTED, InputError, RunStopped
+from dino_xcit.memory import keep_freed_memory
 from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress
 from dino_xcit.reliability import verify_resume
 from dino_xcit.reliability.agreement import Agreement
@@ -49,9 +50,13 @@ def main() -> None:
     # ---- settings and processes
     config, first_line = parse_pretrain(sys.argv[1:])
     device = distributed.choose_device(config.device)
+    if config.augment_device == "cuda" and device.type != "cuda":
+        raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device auto or cpu")
     distributed.start(device, config.hang_timeout + 30)  # the watchdog, which says more, comes first
     distributed.say(first_line)
     _choose_kernels(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     folder = Path(config.output_dir)
     checkpoints = CheckpointFolder(folder, config.keep_last)
     saver = Saver(checkpoints, config.max_failed_saves) if distributed.is_main() else None
@@ -116,10 +121,15 @@ def train(
     folder, main_process = checkpoints.output_dir, distributed.is_main()
     workers = choose_workers(config.num_workers, distributed.processes_here())
     loader = build_loader(source, config.augmentation(), sampler, config.seed, workers, device)
+    if config.augment_device == "cuda":
+        loader.finish_on_device()
     progress = Progress(sampler.stop_step, state.step, sampler.global_batch, shown=main_process)
     metrics = MetricsWriter(folder, state.step, progress.say) if main_process else None
     averages = EpochAverages()
-    starvation = Starvation(workers, os.cpu_count() or 1, progress.say)
+    can_move = config.augment_device == "auto" and device.type == "cuda"
+    starvation = Starvation(
+        workers, os.cpu_count() or 1, progress.say, relieve=loader.finish_on_device if can_move else None
+    )
     if saver:
         saver.begin(state.step, progress.say)
     ledger = Ledger(folder, len(source), config.max_unreadable, start_anew=state.step == 0, say=progress.say)

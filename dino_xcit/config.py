@@ -147,6 +147,9 @@ class PretrainConfig:
     """Only kernels that give the same bits each time; slower on a GPU."""
     num_workers: int = -1
     """Loader processes a rank; -1: chosen from the cores at hand."""
+    augment_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where colours are jittered and views blurred and solarised: cpu, in the loader processes; cuda, where training is
+    on a GPU; auto: cpu, and cuda as soon as a GPU waits for images. The views are the same to the last bit."""
 
     # ---- checkpoints and measuring
     resume: Literal["auto", "changed", "never"] = "auto"
@@ -227,7 +230,7 @@ class PretrainConfig:
             raise InputError(f"drop_path_rate is {self.drop_path_rate}, expected 0 or more and below 1, such as 0.1")
         choices = {"optimizer": OPTIMIZERS, "clip_mode": CLIP_MODES, "centering": CENTERINGS}
         choices |= {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16", "fp16")}
-        choices |= {"resume": ("auto", "changed", "never")}
+        choices |= {"resume": ("auto", "changed", "never"), "augment_device": ("auto", "cpu", "cuda")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
@@ -250,7 +253,8 @@ class PretrainConfig:
 
 FREE_TO_CHANGE = frozenset(
     {
-        "output_dir", "device", "num_workers", "resume", "saveckp_freq", "save_every", "max_steps", "log_every",
+        "output_dir", "device", "num_workers", "augment_device", "resume", "saveckp_freq", "save_every", "max_steps",
+        "log_every",
         "knn_every", "knn_holdout", "knn_max_images", "train_data", "val_data", "eval_resize", "eval_crop", "recipe",
         "deterministic", "batch_size_per_gpu", "accumulation_steps", "keep_last", "max_failed_saves", "max_rejected",
         "max_unreadable", "hang_timeout",

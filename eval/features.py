@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_xcit import distributed
 from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, UndecodableImage, decode
-from dino_xcit.data.loader import be_a_loader_process, choose_workers
+from dino_xcit.data.loader import choose_workers, loader_process_setup
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
 from eval.protocol import write_json
@@ -88,7 +87,7 @@ def _batches(
         batch_sampler=indices,
         num_workers=workers,
         collate_fn=_stack,
-        worker_init_fn=partial(be_a_loader_process, os.getpid()) if workers else None,
+        worker_init_fn=loader_process_setup() if workers else None,
         pin_memory=device.type == "cuda",
     )
     yield from loader

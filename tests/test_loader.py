@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from tiny_run import CPU, tiny_source
 
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.data import Source, UndecodableImage, open_source
-from dino_xcit.data.loader import Batch, StepSampler, build_loader, choose_workers
+from dino_xcit.data.loader import Batch, Loader, StepSampler, build_loader, choose_workers
 from dino_xcit.errors import InputError
 
 Key = tuple[int, int]
@@ -106,7 +108,7 @@ AUGMENTATION = MultiCropAugmentation(
 )
 
 
-def load(source: Source, workers: int, batch: int = 4, start: int = 0, stop: int = 4, seed: int = 5) -> Iterator[Batch]:
+def load(source: Source, workers: int, batch: int = 4, start: int = 0, stop: int = 4, seed: int = 5) -> Loader:
     sampler = StepSampler(len(source), batch, seed=seed, start_step=start, stop_step=stop)
     return build_loader(source, AUGMENTATION, sampler, seed, workers, CPU)
 
@@ -123,6 +125,58 @@ def assert_same_batches(a: list[Batch], b: list[Batch]) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_a_bit(workers: int) -> None:
     assert_same_batches(list(load(tiny_source(10), 0)), list(load(tiny_source(10), workers)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_finished_on_the_device_are_the_same_to_the_last_bit(workers: int) -> None:
+    plain = list(load(tiny_source(10), workers))
+    moved = load(tiny_source(10), workers)
+    moved.finish_on_device()
+    assert_same_batches(list(moved), plain)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_finishes_the_views_can_change_while_batches_are_under_way(workers: int) -> None:
+    """The loader's processes have begun; that they obey shows in what they send."""
+    loader = load(tiny_source(10), workers, stop=12)
+    sent: list[bool] = []
+    pass_on = Batch.to
+
+    def note(batch: Batch, device: torch.device) -> Batch:
+        sent.append(batch.unfinished is not None)
+        return pass_on(batch, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, "to", note)
+        batches = [next(loader), next(loader)]
+        loader.finish_on_device()
+        batches += list(loader)
+    assert sent[:2] == [False, False]
+    assert sent[-1]
+    assert sum(sent) >= 12 - 2 - 2 * workers  # each process may have had two batches in hand
+    assert_same_batches(batches, list(load(tiny_source(10), 0, stop=12)))
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_a_program_that_leaves_a_loader_behind_ends(tmp_path: Path, start_method: str) -> None:
+    """Its processes are deaf to SIGTERM, by which multiprocessing ends what it waits for."""
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "import multiprocessing, sys, torch\n"
+        "from dino_xcit.config import PretrainConfig\n"
+        "from dino_xcit.data import open_source\n"
+        "from dino_xcit.data.loader import StepSampler, build_loader\n"
+        "if __name__ == '__main__':\n"
+        f"    multiprocessing.set_start_method({start_method!r})\n"
+        "    source = open_source('sample:fashion-mnist', 'train')\n"
+        "    views = PretrainConfig(global_crops_size=16, local_crops_size=8).augmentation()\n"
+        "    sampler = StepSampler(len(source), 4, start_step=0, stop_step=100)\n"
+        "    loader = build_loader(source, views, sampler, 0, 1, torch.device('cpu'))\n"
+        "    kept = sys.modules['kept'] = [loader, next(loader)]\n"
+    )
+    here = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, script], cwd=here, env=os.environ | {"PYTHONPATH": str(here)}, timeout=60)
+    assert done.returncode == 0
 
 
 def test_the_loader_resumes_mid_epoch_with_the_same_views() -> None:

@@ -52,6 +52,25 @@ def test_it_is_said_once_after_a_while_and_says_which_stage_is_slow(
         assert word in sentence
 
 
+def test_work_moves_to_the_gpu_before_anything_is_complained_of() -> None:
+    said: list[str] = []
+    moved: list[str] = []
+    starvation = Starvation(2, 16, said.append, relieve=lambda: moved.append("moved"))
+    for _ in range(3):
+        assert moved == []
+        starvation.figures(0.45)
+    assert moved == ["moved"]
+    assert "move to the GPU" in said[0]
+    for _ in range(2):
+        starvation.figures(0.45)
+    assert len(said) == 1  # it has time to work
+    for _ in range(3):
+        starvation.figures(0.45)
+    assert moved == ["moved"]
+    assert "--num-workers" in said[1]
+    assert len(said) == 2
+
+
 class SlowDisk:
     """A folder on a disk that takes 20 ms a file."""
 

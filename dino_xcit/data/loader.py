@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -241,7 +242,7 @@ class Loader:
                 num_workers=num_workers,
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
                 pin_memory=device.type == "cuda",
-                worker_init_fn=partial(be_a_loader_process, os.getpid()) if num_workers else None,
+                worker_init_fn=loader_process_setup() if num_workers else None,
             )
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -309,13 +310,9 @@ def build_loader(
     seed: int,
     num_workers: int,
     device: torch.device,
-    finish_on_device: bool = False,
 ) -> Loader:
-    """A loader of ``source``'s views; ``finish_on_device``: their photometric part is left to the device at once."""
-    loader = Loader(MultiCropDataset(source, augmentation, seed), sampler, num_workers, device)
-    if finish_on_device:
-        loader.finish_on_device()
-    return loader
+    """A loader of ``source``'s views."""
+    return Loader(MultiCropDataset(source, augmentation, seed), sampler, num_workers, device)
 
 
 def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:
@@ -327,7 +324,15 @@ def _compile_views(augmentation: MultiCropAugmentation) -> None:
     augmentation(Image.new("RGB", (8, 8)))
 
 
-def be_a_loader_process(parent: int, _: int) -> None:
+def loader_process_setup() -> Callable[[int], None]:
+    """What a DataLoader's ``worker_init_fn`` shall be: :func:`be_a_loader_process`.
+
+    Its parent is this process, or, as of Python 3.14 by default, a server that ends when this process does.
+    """
+    return partial(be_a_loader_process, os.getpid() if multiprocessing.get_start_method() == "fork" else None)
+
+
+def be_a_loader_process(parent: int | None, _: int) -> None:
     """Set up a process that reads images: one thread, deaf to signals that are meant for the run, gone with its parent.
 
     Slurm and terminals send their signals to every process of a job; one that dies of it takes the run along before
@@ -341,5 +346,5 @@ def be_a_loader_process(parent: int, _: int) -> None:
     if sys.platform == "linux":
         die_with_parent = 1  # PR_SET_PDEATHSIG, of prctl(2): a parent killed by SIGKILL cannot clean up
         ctypes.CDLL(None, use_errno=True).prctl(die_with_parent, signal.SIGKILL)
-        if os.getppid() != parent:  # it died just before that
+        if parent is not None and os.getppid() != parent:  # it died just before that
             os._exit(1)

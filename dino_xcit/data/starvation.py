@@ -17,9 +17,14 @@ STAGES = ("read", "decode", "augment")
 class Starvation:
     """Adds up what the loader's processes spend, and says once, in a plain sentence, that they are too slow."""
 
-    def __init__(self, workers: int, cores: int, say: Callable[[str], None]) -> None:
-        """``workers``: this rank's loader processes; ``cores``: this machine's, for all of its ranks."""
-        self._workers, self._cores, self._say = workers, cores, say
+    def __init__(
+        self, workers: int, cores: int, say: Callable[[str], None], relieve: Callable[[], None] | None = None
+    ) -> None:
+        """``workers``: this rank's loader processes; ``cores``: this machine's, for all of its ranks.
+
+        ``relieve``: moves a part of their work to the device; called before anything is complained of.
+        """
+        self._workers, self._cores, self._say, self._relieve = workers, cores, say, relieve
         self._seconds, self._images = [0.0, 0.0, 0.0], 0
         self._hungry, self._said = 0, False
 
@@ -41,7 +46,14 @@ class Starvation:
         }
         self._seconds, self._images = [0.0, 0.0, 0.0], 0
         self._hungry = self._hungry + 1 if data_wait > TOO_LONG else 0
-        if self._hungry >= IN_A_ROW and not self._said:
+        if self._hungry >= IN_A_ROW and self._relieve:
+            self._relieve()
+            self._relieve, self._hungry = None, 0
+            self._say(
+                f"notice: {100 * data_wait:.0f}% of the time goes by waiting for images: jitter, blur and solarisation "
+                "move to the GPU, where they give the same bits (--augment-device cpu keeps them)"
+            )
+        elif self._hungry >= IN_A_ROW and not self._said:
             self._said = True
             self._say(self._sentence(data_wait, spent))
         return spent
