@@ -16,8 +16,8 @@ import pytest
 from bad_images import encoded, photograph
 from scipy.io import savemat
 
-from dino_xcit.data import Source, imagenet_truth, open_parts, open_source
-from dino_xcit.data.imagenet_truth import GROUND_TRUTH, KIT, META
+from dino_xcit.data import Source, open_parts, open_source
+from dino_xcit.data.imagenet.truth import GROUND_TRUTH, KIT, META, known_classes
 from dino_xcit.errors import InputError
 
 WNIDS = ("n01440764", "n02085620", "n03995372")
@@ -156,7 +156,7 @@ def test_the_archives_are_looked_through_once(shipped: Path, monkeypatch: pytest
     for part in ("train", "val"):
         first = open_source(f"imagenet:{shipped}", part)
         with monkeypatch.context() as patch:
-            patch.setattr("dino_xcit.data.imagenet.scan", None)  # would be a TypeError
+            patch.setattr("dino_xcit.data.imagenet.source.scan", None)  # would be a TypeError
             again = open_source(f"imagenet:{shipped}", part)
         assert read_all(again) == read_all(first)
         assert again.fingerprint() == first.fingerprint()
@@ -280,7 +280,7 @@ def test_without_scipy_training_works_and_validation_says_what_to_install(
     shipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
-    assert imagenet_truth.known_classes(shipped) is None
+    assert known_classes(shipped) is None
     assert len(open_source(f"imagenet:{shipped}")) == 9
     with pytest.raises(InputError, match="pip install scipy"):
         open_source(f"imagenet:{shipped}", "val")

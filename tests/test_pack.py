@@ -26,11 +26,11 @@ from ranks import ENVIRONMENT, HERE
 
 from dino_xcit import durable
 from dino_xcit.data import Source, Subset, decode, each_image, open_source
-from dino_xcit.data import pack as packing
 from dino_xcit.data.__main__ import main as data_command
-from dino_xcit.data.pack import main, pack
-from dino_xcit.data.pack_folder import Options, PackFolder
-from dino_xcit.data.packing import key_of, pack_image, relative_name
+from dino_xcit.data.packing import command
+from dino_xcit.data.packing.command import main, pack
+from dino_xcit.data.packing.folder import Options, PackFolder
+from dino_xcit.data.packing.image import key_of, pack_image, relative_name
 from dino_xcit.errors import InputError
 
 FIVE = Options(shard_images=5)
@@ -436,7 +436,7 @@ def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> Non
 def test_a_disk_that_goes_away_ends_the_packing_instead_of_leaving_all_out(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "_IN_A_ROW", 4)
+    monkeypatch.setattr(command, "_IN_A_ROW", 4)
     source = open_source(str(tree))
     pack(source, tmp_path / "whole", FIVE, 1)
     out = tmp_path / "out"

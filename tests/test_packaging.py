@@ -63,3 +63,14 @@ def test_documents_name_no_file_that_does_not_exist() -> None:
         text = (ROOT / document).read_text()
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert ((ROOT / document).parent / link).exists(), f"{document} links to {link}"
+
+
+def test_the_architecture_s_tree_names_every_module_and_no_other() -> None:
+    named = set(re.findall(r"\w+\.py\b", (ROOT / "docs/architecture.md").read_text()))
+    ours = [
+        path
+        for folder in ("dino_xcit", "eval", "docs", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert named <= {path.name for path in [*ours, *ROOT.glob("*.py")]}
+    assert {path.name for path in (ROOT / "dino_xcit").rglob("*.py")} <= named

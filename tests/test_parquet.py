@@ -18,12 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 from bad_images import mutate
 
-from dino_xcit.data import UndecodableImage, files, parquet, parquet_pages, parquet_scan
+from dino_xcit.data import UndecodableImage, files
 from dino_xcit.data.index import Index
 from dino_xcit.data.parquet import ParquetSource, open_parquet
-from dino_xcit.data.parquet_scan import BY_GROUP
-from dino_xcit.data.parquet_values import Chunk, locate, unpack_hybrid
-from dino_xcit.data.snappy import NoPieces, NotSnappy, pieces
+from dino_xcit.data.parquet import pages as parquet_pages
+from dino_xcit.data.parquet import scan as parquet_scan
+from dino_xcit.data.parquet import source as parquet
+from dino_xcit.data.parquet.scan import BY_GROUP
+from dino_xcit.data.parquet.snappy import NoPieces, NotSnappy, pieces
+from dino_xcit.data.parquet.values import Chunk, locate, unpack_hybrid
 from dino_xcit.errors import InputError
 
 Image = bytes | None

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from hostile_archives import GOOD, PASSED_OVER, REFUSED, header, packed, pax, png, record
 
-from dino_xcit.data import Source, decode, open_parts, open_source, tar
-from dino_xcit.data.tar import scan
+from dino_xcit.data import Source, decode, open_parts, open_source
+from dino_xcit.data.tar import source as tar
+from dino_xcit.data.tar.members import scan
 from dino_xcit.errors import InputError
 
 
@@ -465,6 +466,6 @@ def test_an_archive_of_pax_headers_alone_costs_no_more_than_its_length(tmp_path:
 
 def test_more_members_than_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.tar").write_bytes(packed({f"{number}.jpg": b"" for number in range(11)}))
-    monkeypatch.setattr("dino_xcit.data.tar_members.MOST_MEMBERS", 10)
+    monkeypatch.setattr("dino_xcit.data.tar.members.MOST_MEMBERS", 10)
     with pytest.raises(InputError, match="more than 10 members"):
         open_source(f"tar:{tmp_path}/a.tar")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.data import snappy
-from dino_xcit.data.parquet_pages import (
+from dino_xcit.data.parquet import snappy
+from dino_xcit.data.parquet.pages import (
     DATA_PAGE,
     DATA_PAGE_V2,
     DICTIONARY_PAGE,

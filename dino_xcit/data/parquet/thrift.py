@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dino_xcit.data.snappy import varint
+from dino_xcit.data.parquet.snappy import varint
 
 Fields = dict[int, Any]
 """A structure: the number of a field to its value. Byte strings, which nobody asks for here, are None."""

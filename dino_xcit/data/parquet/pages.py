@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dino_xcit.data import thrift
+from dino_xcit.data.parquet import thrift
 
 MAX_PAGE = 1 << 29
 """Bytes, packed or unpacked; larger pages are refused."""

@@ -5,7 +5,7 @@ What DIR may hold, the first that is there counts:
 - training: ``ILSVRC2012_img_train.tar`` (an archive of an archive a class: each image is read by its place in it);
   Kaggle's ``ILSVRC/Data/CLS-LOC/train``; a folder ``train`` with a folder a class.
 - validation: ``ILSVRC2012_img_val.tar``; a flat folder ``ILSVRC2012_img_val``, ``ILSVRC/Data/CLS-LOC/val`` or ``val``,
-  with the ground truth beside it (:mod:`dino_xcit.data.imagenet_truth`); a folder ``val`` with a folder a class.
+  with the ground truth beside it (:mod:`dino_xcit.data.imagenet.truth`); a folder ``val`` with a folder a class.
 
 Classes are wnids in sorted order, as torchvision, timm and DINO number them.
 """
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.folder import FileSource, open_folder
-from dino_xcit.data.imagenet_truth import SITE, Truth, known_classes, read_truth
+from dino_xcit.data.imagenet.truth import SITE, Truth, known_classes, read_truth
 from dino_xcit.data.index import Index, Strings, cached
 from dino_xcit.data.source import Source, hash_lines
-from dino_xcit.data.tar import TarSource, is_sound
-from dino_xcit.data.tar_members import Member, scan
+from dino_xcit.data.tar.members import Member, scan
+from dino_xcit.data.tar.source import TarSource, is_sound
 from dino_xcit.errors import InputError
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

@@ -18,11 +18,9 @@ from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.index import Index, Strings, cached
 from dino_xcit.data.source import Item, hash_lines
-from dino_xcit.data.tar_members import BLOCK, Member, scan
-from dino_xcit.data.tar_samples import MOST_CLASSES, MOST_IMAGE_BYTES, Label, Shard, look_through
+from dino_xcit.data.tar.members import BLOCK
+from dino_xcit.data.tar.samples import MOST_CLASSES, MOST_IMAGE_BYTES, Label, Shard, look_through
 from dino_xcit.errors import InputError
-
-__all__ = ["Member", "TarSource", "open_tar", "scan"]
 
 _AT_ONCE = 8
 """Local shards that are looked through together: Python is busy with one at a time, disks are not."""
@@ -81,7 +79,7 @@ class TarSource:
 def open_tar(pattern: str, url: str) -> TarSource:
     """The images of all archives that a pattern names (:func:`dino_xcit.data.files.expand`).
 
-    Samples are WebDataset's (:mod:`dino_xcit.data.tar_samples`). Labels are those of ``.cls`` members (a number in
+    Samples are WebDataset's (:mod:`dino_xcit.data.tar.samples`). Labels are those of ``.cls`` members (a number in
     ASCII) or of ``label`` in ``.json`` members (a number, or a class's name); where there are none and the images lie
     in folders, each folder is a class, numbered in sorted order. ``classes.json`` or ``classes.txt`` beside the
     shards names numbered classes; without it they are called "0", "1" ...

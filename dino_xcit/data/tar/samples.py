@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dino_xcit.data.files import explained, open_file
 from dino_xcit.data.folder import IMAGE_SUFFIXES
 from dino_xcit.data.index import Strings
-from dino_xcit.data.tar_members import Member, members
+from dino_xcit.data.tar.members import Member, members
 from dino_xcit.errors import InputError
 
 Label = int | str | None
@@ -42,7 +42,7 @@ class Shard:
     sizes: NDArray[np.int64]
     """Bytes."""
     checks: NDArray[np.int64]
-    """CRC-32 of the 512 bytes before each (:class:`dino_xcit.data.tar_members.Member`)."""
+    """CRC-32 of the 512 bytes before each (:class:`dino_xcit.data.tar.members.Member`)."""
     labels: list[Label]
     """What a ``.cls`` or ``.json`` says; None where neither does."""
     folders: list[str]
@@ -71,7 +71,7 @@ def look_through(path: str) -> Shard:
     names of photographs mean nothing. Of members with the same name the last is taken, as extracting them would.
 
     Raises:
-        InputError: what :func:`dino_xcit.data.tar_members.scan` says, or a ``.cls`` that is no number.
+        InputError: what :func:`dino_xcit.data.tar.members.scan` says, or a ``.cls`` that is no number.
     """
     passed_over: Counter[str] = Counter()
     samples: dict[str, _Sample] = {}

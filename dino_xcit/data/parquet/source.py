@@ -24,11 +24,11 @@ from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.index import Index, Strings, cached
-from dino_xcit.data.parquet_columns import NONE, Columns
-from dino_xcit.data.parquet_pages import MAX_PAGE
-from dino_xcit.data.parquet_scan import BY_GROUP, Scanned, decode_group, import_pyarrow, look, scan
-from dino_xcit.data.parquet_values import COLUMNS
-from dino_xcit.data.snappy import piece_run
+from dino_xcit.data.parquet.columns import NONE, Columns
+from dino_xcit.data.parquet.pages import MAX_PAGE
+from dino_xcit.data.parquet.scan import BY_GROUP, Scanned, decode_group, import_pyarrow, look, scan
+from dino_xcit.data.parquet.snappy import piece_run
+from dino_xcit.data.parquet.values import COLUMNS
 from dino_xcit.data.source import Item, hash_lines
 from dino_xcit.errors import InputError
 

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.data import files
-from dino_xcit.data.parquet_columns import Columns, choose
-from dino_xcit.data.parquet_footer import CODECS, SNAPPY, UNCOMPRESSED, ColumnChunk, RowGroup, read_footer
-from dino_xcit.data.parquet_pages import DELTA_BYTE_ARRAY, DICTIONARY_PAGE, MAX_PAGE, ByteWindow, DamagedPage, pages
-from dino_xcit.data.parquet_values import COLUMNS, Chunk, UnknownPage, Values, locate
-from dino_xcit.data.snappy import NoPieces, NotSnappy
-from dino_xcit.data.thrift import NotThrift
+from dino_xcit.data.parquet.columns import Columns, choose
+from dino_xcit.data.parquet.footer import CODECS, SNAPPY, UNCOMPRESSED, ColumnChunk, RowGroup, read_footer
+from dino_xcit.data.parquet.pages import DELTA_BYTE_ARRAY, DICTIONARY_PAGE, MAX_PAGE, ByteWindow, DamagedPage, pages
+from dino_xcit.data.parquet.snappy import NoPieces, NotSnappy
+from dino_xcit.data.parquet.thrift import NotThrift
+from dino_xcit.data.parquet.values import COLUMNS, Chunk, UnknownPage, Values, locate
 from dino_xcit.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Scanned:
     """What was found in one file."""
 
     values: Values
-    """[rows, 5]: see :data:`dino_xcit.data.parquet_values.COLUMNS` and :data:`BY_GROUP`."""
+    """[rows, 5]: see :data:`dino_xcit.data.parquet.values.COLUMNS` and :data:`BY_GROUP`."""
     names: list[str]
     """[rows], the last part of each image's own path; empty texts where it has none."""
     labels: NDArray[np.int64] | None
@@ -85,7 +85,7 @@ def look(path: str, image: str, label: str) -> tuple[int, Columns]:
 
     Args:
         path: local, or a URL for fsspec.
-        image, label: columns, or empty texts: see :func:`dino_xcit.data.parquet_columns.choose`.
+        image, label: columns, or empty texts: see :func:`dino_xcit.data.parquet.columns.choose`.
 
     Raises:
         InputError: it is no Parquet file, is damaged, or has no such columns.

@@ -25,8 +25,8 @@ from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.command_line import CommandLine, count
 from dino_xcit.data.each_image import cores, each_image
-from dino_xcit.data.pack_folder import UNREADABLE, Options, PackFolder, Shard, Unread, explained, shard_name
-from dino_xcit.data.packing import Packed, key_of, pack_image, relative_name
+from dino_xcit.data.packing.folder import UNREADABLE, Options, PackFolder, Shard, Unread, explained, shard_name
+from dino_xcit.data.packing.image import Packed, key_of, pack_image, relative_name
 from dino_xcit.errors import InputError
 
 USAGE = (

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dino_xcit.data import files, thrift
-from dino_xcit.data.parquet_pages import DamagedPage
+from dino_xcit.data import files
+from dino_xcit.data.parquet import thrift
+from dino_xcit.data.parquet.pages import DamagedPage
 
 UNCOMPRESSED, SNAPPY = 0, 1
 CODECS = {2: "gzip", 3: "LZO", 4: "Brotli", 5: "LZ4", 6: "Zstandard", 7: "LZ4"}
