@@ -84,4 +84,4 @@ def normalise(images: Tensor, mean: RGB, std: RGB) -> Tensor:
     """
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, 3, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, 3, 1, 1)
-    return torch.addcmul(shift, images.to(torch.float32), scale)
+    return images.to(torch.float32).mul_(scale).add_(shift)

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as TF
 from dino_xcit.augment import MultiCropAugmentation, ViewMaker
 from dino_xcit.augment import parameters as column
 from dino_xcit.augment.on_device import finish_views
-from dino_xcit.augment.photometric import HUE, box_radius, finish_view, scratch_size
+from dino_xcit.augment.photometric import HUE, finish_view, scratch_size
 
 NONE = [-1.0, 1.0] * 4
 
@@ -35,12 +35,11 @@ def finish(
 ) -> NDArray[np.uint8]:
     """One view by both implementations, which must agree."""
     view = planes(image)
-    box = -1.0 if sigma < 0 else float(box_radius(np.array([sigma]))[0])
     row = np.zeros(column.COLUMNS)
-    row[column.JITTER], row[column.GRAY], row[column.BOX], row[column.SOLARIZE] = jitter, gray, box, solarize
+    row[column.JITTER], row[column.GRAY], row[column.SIGMA], row[column.SOLARIZE] = jitter, gray, sigma, solarize
     on_device = finish_views(torch.from_numpy(view.copy())[None], torch.from_numpy(row)[None])[0].numpy()
-    scratch = np.empty(scratch_size(max(view.shape), max(box, 0)), dtype=np.uint8)
-    finish_view(view, scratch, np.array(jitter), gray, box, solarize)
+    scratch = np.empty(scratch_size(max(view.shape), sigma), dtype=np.uint8)
+    finish_view(view, scratch, np.array(jitter), gray, sigma, solarize)
     np.testing.assert_array_equal(on_device, view)
     return view
 
@@ -77,7 +76,7 @@ def test_hue_has_torchvision_s_bits_for_every_colour(every_colour: NDArray[np.ui
 
 def test_hue_on_a_device_has_the_same_bits_for_every_colour(every_colour: NDArray[np.uint8]) -> None:
     row = np.zeros((256, column.COLUMNS))
-    row[:, column.JITTER], row[:, column.BOX] = [HUE, -0.07, *NONE[2:]], -1
+    row[:, column.JITTER], row[:, column.SIGMA] = [HUE, -0.07, *NONE[2:]], -1
     views = every_colour.reshape(3, 256, 256, 256).transpose(1, 0, 2, 3).copy()
     on_device = finish_views(torch.from_numpy(views.copy()), torch.from_numpy(row)).numpy()
     for view, expected in zip(views, on_device, strict=True):

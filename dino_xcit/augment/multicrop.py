@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dino_xcit.augment import parameters
-from dino_xcit.augment.parameters import Chances, ViewKind, ViewParameters
+from dino_xcit.augment.parameters import Chances, Drawer, ViewKind, ViewParameters
 from dino_xcit.augment.views import ViewMaker
 from dino_xcit.data.decode import pixels_of
 from dino_xcit.errors import InputError
@@ -89,14 +88,15 @@ class MultiCropAugmentation:
             ViewKind(global_crops_size, global_crops_scale, global_blur[1], solarize),
         ] + [ViewKind(local_crops_size, local_crops_scale, local_blur, 0.0)] * local_crops_number
         factors = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast, saturation)]
-        self._chances = Chances(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
+        chances = Chances(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
+        self._drawer = Drawer(self.views, chances)
 
     def draw_rows(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
         """What the views of one sample of ``width`` x ``height`` pixels shall be: [V, columns], see parameters.py.
 
         View v's row depends on (seed, epoch, index, v) and the picture's size alone.
         """
-        return parameters.draw(self.views, self._chances, width, height, seed, epoch, index)
+        return self._drawer.draw(width, height, seed, epoch, index)
 
     def draw(self, width: int, height: int, seed: int, epoch: int, index: int) -> list[ViewParameters]:
         """The same for people."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_xcit.augment import parameters as column
-from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION, box_radius
 
 _HALF = 1 << 23  # of the blur's 24-bit fixed point
 
@@ -42,7 +42,7 @@ def finish_views(views: Tensor, rows: Tensor) -> Tensor:
         turns = (factors[chosen, place] * 255).astype(np.int64) & 255
         _apply(views, chosen, _turn_hue, turns.astype(np.float32))
     _apply(views, np.flatnonzero(drawn[:, column.GRAY]), _gray)
-    boxes = drawn[:, column.BOX].astype(np.float32)
+    boxes = np.array([box_radius(sigma) if sigma >= 0 else -1 for sigma in drawn[:, column.SIGMA]], dtype=np.float32)
     for reach in range(int(boxes.max(initial=-1)) + 1):
         chosen = np.flatnonzero((boxes >= reach) & (boxes < reach + 1))
         whole = (np.float32(1 << 24) / (boxes[chosen] * np.float32(2) + np.float32(1))).astype(np.int64)
@@ -111,19 +111,18 @@ def _turn_hue(views: Tensor, turn: Tensor) -> Tensor:
     if_green = torch.where(b == least, 1 + x, 3 - x)
     if_blue = torch.where(r == least, 3 + x, 5 - x)
     turned = torch.where(r == most, if_red, torch.where(g == most, if_green, if_blue)) / 6
-    turned = torch.where(turned < 0, (turned.to(torch.float64) + 1.0).to(torch.float32), turned)
+    turned = torch.where(turned < 0, turned + 1, turned)
     hue = torch.where(chroma > 0, _levels(turned), 0)
     saturation = _levels(chroma / most.clamp(min=1)) / 255
     hue = hue + turn
     hue = torch.where(hue >= 256, hue - 256, hue)
     sixths = hue * 6
     sector = (sixths / 255).trunc()
-    part = ((sixths - 255 * sector) / 255).to(torch.float64)
+    part = (sixths - 255 * sector) / 255
     sector = torch.where(sector < 6, sector, 0).to(torch.int64)
-    part = torch.where(sector % 2 == 1, part, 1.0 - part)
+    part = torch.where(sector % 2 == 1, part, 1 - part)
     low = (most * (1 - saturation) + 0.5).trunc()
-    shrink = 1.0 - saturation.to(torch.float64) * part
-    middle = (most.to(torch.float64) * shrink + 0.5).trunc().to(torch.float32)
+    middle = (most * (1 - saturation * part) + 0.5).trunc()
     levels = torch.cat([most, middle, low], dim=1)
     # Which of the three each channel has, sector by sector.
     order = torch.tensor([[0, 1, 2, 2, 1, 0], [1, 0, 0, 1, 2, 2], [2, 2, 1, 0, 0, 1]], device=views.device)

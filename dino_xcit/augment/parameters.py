@@ -7,12 +7,13 @@ a device, apart from its application. V views.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
-from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION, box_radius
+from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 OPERATIONS: Final = {"brightness": BRIGHTNESS, "contrast": CONTRAST, "saturation": SATURATION, "hue": HUE}
 """The jitter's operations and their codes."""
@@ -22,11 +23,14 @@ _NUMBERS_A_VIEW = 2 * CROP_ATTEMPTS + 16
 
 # ---- the columns of what is drawn for a view: one row of float64
 TOP, LEFT, HEIGHT, WIDTH, FLIP = range(5)
-JITTER = slice(5, 13)
+JITTER_FIRST = 5
+JITTER = slice(JITTER_FIRST, 13)
 """(code, factor) of the four operations in the order of application; code -1: none."""
-GRAY, SIGMA, BOX, SOLARIZE = range(13, 17)
-"""SIGMA: the blur's standard deviation in pixels, as Pillow counts it; BOX: the box radius that makes it; -1: none."""
-COLUMNS = 17
+GRAY, SIGMA, SOLARIZE = range(13, 16)
+"""SIGMA: the blur's standard deviation in pixels, as Pillow counts it; -1: no blur."""
+COLUMNS = 16
+
+_compile: Any = njit(cache=True, nogil=True)
 
 
 @dataclass(frozen=True)
@@ -91,70 +95,69 @@ class Chances:
     blur_radius: tuple[float, float]
 
 
-def draw(
-    kinds: list[ViewKind], chances: Chances, width: int, height: int, seed: int, epoch: int, index: int
-) -> NDArray[np.float64]:
-    """What each view of one sample of ``width`` x ``height`` pixels shall be: [V, COLUMNS].
+class Drawer:
+    """Draws what the views of a sample shall be."""
 
-    View v's row depends on (seed, epoch, index, v), the view's kind and the picture's size alone.
-    """
-    rng = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, (epoch << 40) | index]))
-    numbers = rng.random((len(kinds), _NUMBERS_A_VIEW))
-    rows = np.empty((len(kinds), COLUMNS))
-    rows[:, : WIDTH + 1] = _crops(kinds, chances, width, height, numbers)
-    flip, jitter, gray, blur, sigma, solarize = numbers[:, 2 * CROP_ATTEMPTS + 2 : 2 * CROP_ATTEMPTS + 8].T
-    rows[:, FLIP] = flip < chances.flip
-    # ---- jitter: four factors, in the order of four more numbers
-    order = np.argsort(numbers[:, -8:-4], axis=1)
-    least, most = np.asarray(chances.ranges).T
-    factors = np.take_along_axis(least + (most - least) * numbers[:, -4:], order, axis=1)
-    left_out = (least == most)[order] | (jitter >= chances.jitter)[:, None]
-    rows[:, JITTER][:, 0::2] = np.where(left_out, -1, order)
-    rows[:, JITTER][:, 1::2] = np.where(left_out, 1.0, factors)
-    # ---- the rest
-    rows[:, GRAY] = gray < chances.gray
-    least_sigma, most_sigma = chances.blur_radius
-    drawn = least_sigma + (most_sigma - least_sigma) * sigma
-    sharp = blur >= np.asarray([kind.blur for kind in kinds])
-    rows[:, SIGMA] = np.where(sharp, -1.0, drawn)
-    rows[:, BOX] = np.where(sharp, -1.0, box_radius(drawn))
-    rows[:, SOLARIZE] = solarize < np.asarray([kind.solarize for kind in kinds])
-    return rows
+    def __init__(self, kinds: list[ViewKind], chances: Chances) -> None:
+        self._kinds = np.array([(*kind.scale, kind.blur, kind.solarize) for kind in kinds])
+        self._chances = np.array([chances.flip, chances.jitter, chances.gray, *chances.blur_radius])
+        self._log_ratio = np.log(np.array(chances.ratio))
+        self._ranges = np.array(chances.ranges)
+
+    def draw(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
+        """[V, COLUMNS] for one sample of ``width`` x ``height`` pixels.
+
+        View v's row depends on (seed, epoch, index, v), the view's kind and the picture's size alone.
+        """
+        rng = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, (epoch << 40) | index]))
+        numbers = rng.random((len(self._kinds), _NUMBERS_A_VIEW))
+        rows = np.empty((len(self._kinds), COLUMNS))
+        _fill(rows, numbers, width, height, self._kinds, self._chances, self._log_ratio, self._ranges)
+        return rows
 
 
-def _crops(
-    kinds: list[ViewKind], chances: Chances, width: int, height: int, numbers: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """[V, 4] top, left, height, width: the first of ten tries that fits, as RandomResizedCrop does it.
+@_compile
+def _fill(rows, numbers, width, height, kinds, chances, log_ratio, ranges):  # type: ignore[no-untyped-def]
+    """From numbers between 0 and 1, a row of them a view, to what they stand for."""
+    for view in range(len(rows)):
+        row, number = rows[view], numbers[view]
+        _crop(row, number, width, height, kinds[view], log_ratio)
+        flip, jitter, gray, blur, sigma, solarize = number[2 * CROP_ATTEMPTS + 2 : 2 * CROP_ATTEMPTS + 8]
+        row[FLIP] = flip < chances[0]
+        # ---- jitter: four factors, in the order of four more numbers
+        order = np.argsort(number[-8:-4])
+        for place in range(4):
+            code = order[place]
+            least, most = ranges[code]
+            drawn = least < most and jitter < chances[1]
+            row[JITTER_FIRST + 2 * place] = code if drawn else -1
+            row[JITTER_FIRST + 2 * place + 1] = least + (most - least) * number[-4 + code] if drawn else 1.0
+        row[GRAY] = gray < chances[2]
+        row[SIGMA] = chances[3] + (chances[4] - chances[3]) * sigma if blur < kinds[view, 2] else -1.0
+        row[SOLARIZE] = solarize < kinds[view, 3]
+
+
+@_compile
+def _crop(row, number, width, height, kind, log_ratio):  # type: ignore[no-untyped-def]
+    """The first of ten tries that fits, as RandomResizedCrop does it.
 
     Each try draws an area uniformly and an aspect ratio log-uniformly; where none fits, the largest centred crop
     whose ratio is allowed.
     """
-    tries = numbers[:, : 2 * CROP_ATTEMPTS].reshape(-1, 2, CROP_ATTEMPTS)
-    scales = np.asarray([kind.scale for kind in kinds])
-    least, most = scales[:, :1], scales[:, 1:]
-    area = width * height * (least + (most - least) * tries[:, 0])
-    low, high = np.log(chances.ratio)
-    ratio = np.exp(low + (high - low) * tries[:, 1])
-    widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    views = np.arange(len(kinds))
-    chosen = fits.argmax(axis=1)
-    crop_widths, crop_heights = widths[views, chosen], heights[views, chosen]
-    tops = (numbers[:, 2 * CROP_ATTEMPTS] * (height - crop_heights + 1)).astype(np.int64)
-    lefts = (numbers[:, 2 * CROP_ATTEMPTS + 1] * (width - crop_widths + 1)).astype(np.int64)
-    crops = np.stack([tops, lefts, crop_heights, crop_widths], axis=1)
-    if not fits.any(axis=1).all():
-        crop_width, crop_height = _largest(width, height, float(np.exp(low)), float(np.exp(high)))
-        centred = [(height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width]
-        crops[~fits.any(axis=1)] = centred
-    return crops
-
-
-def _largest(width: int, height: int, low: float, high: float) -> tuple[int, int]:
-    if width / height < low:
-        return width, min(height, round(width / low))
-    if width / height > high:
-        return min(width, round(height * high)), height
-    return width, height
+    for attempt in range(CROP_ATTEMPTS):
+        area = width * height * (kind[0] + (kind[1] - kind[0]) * number[attempt])
+        ratio = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * number[CROP_ATTEMPTS + attempt])
+        crop_width, crop_height = int(np.rint(np.sqrt(area * ratio))), int(np.rint(np.sqrt(area / ratio)))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            row[TOP] = int(number[2 * CROP_ATTEMPTS] * (height - crop_height + 1))
+            row[LEFT] = int(number[2 * CROP_ATTEMPTS + 1] * (width - crop_width + 1))
+            row[HEIGHT], row[WIDTH] = crop_height, crop_width
+            return
+    least, most = np.exp(log_ratio[0]), np.exp(log_ratio[1])
+    crop_width, crop_height = width, height
+    if width / height < least:
+        crop_height = min(height, int(np.rint(width / least)))
+    elif width / height > most:
+        crop_width = min(width, int(np.rint(height * most)))
+    row[TOP], row[LEFT] = (height - crop_height) // 2, (width - crop_width) // 2
+    row[HEIGHT], row[WIDTH] = crop_height, crop_width

@@ -25,7 +25,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 # error_model: x / 0 is checked by Python's model, which keeps loops from being vectorised. No loop here divides by 0.
 _compile: Any = njit(cache=True, nogil=True, error_model="numpy")
 
-_I, _U, _F, _D = np.int32, np.uint32, np.float32, np.float64
+_I, _U, _F = np.int32, np.uint32, np.float32
 """Written out at every step: left alone, Numba widens 32-bit integers to 64 bits, at half the speed or less."""
 
 
@@ -35,7 +35,7 @@ def finish_view(
     scratch: NDArray[np.uint8],
     operations: NDArray[np.float64],
     gray: bool,
-    blur_radius: float,
+    sigma: float,
     solarize: bool,
 ) -> None:
     """Jitter, gray, blur, solarise, in this order, which is the reference's, in place.
@@ -44,8 +44,7 @@ def finish_view(
         view: [3, height, width].
         scratch: :func:`scratch_size` bytes, whose content is lost.
         operations: [8], (code, factor) four times, in the order of application.
-        blur_radius: half the width of the box that Pillow's Gaussian blur applies three times each way, see
-            :func:`box_radius`; negative: no blur.
+        sigma: of the blur, in pixels, as Pillow counts it; negative: no blur.
     """
     for number in range(4):
         code, factor = operations[2 * number], operations[2 * number + 1]
@@ -59,26 +58,27 @@ def finish_view(
             _turn_hue(view[0].ravel(), view[1].ravel(), view[2].ravel(), factor)
     if gray:
         _to_gray(view[0].ravel(), view[1].ravel(), view[2].ravel())
-    if blur_radius >= 0:
-        _blur(view, scratch, _F(blur_radius))
+    if sigma >= 0:
+        _blur(view, scratch, box_radius(sigma))
     if solarize:
         _solarize(view.ravel())
 
 
-def scratch_size(size: int, blur_radius: float) -> int:
-    """Bytes that :func:`finish_view` needs for a view of ``size`` pixels a side under at most this box radius."""
-    return 2 * size * (size + 2 * (int(blur_radius) + 1))
+def scratch_size(size: int, sigma: float) -> int:
+    """Bytes that :func:`finish_view` needs for a view of ``size`` pixels a side under at most this ``sigma``."""
+    return 2 * size * (size + 2 * (int(box_radius(max(sigma, 0.0))) + 1))
 
 
-def box_radius(sigma: NDArray[np.float64]) -> NDArray[np.float32]:
+@_compile  # type: ignore[untyped-decorator]
+def box_radius(sigma: float) -> np.float32:
     """Half the width of the box that, applied three times, has the variance of a Gaussian of ``sigma`` pixels.
 
     Of Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM 2011), with
     the roundings that Pillow has.
     """
-    variance = sigma.astype(np.float32) * sigma.astype(np.float32) / _F(3)
-    length = np.sqrt(12.0 * variance.astype(np.float64) + 1.0).astype(np.float32)
-    whole = np.floor((length.astype(np.float64) - 1.0) / 2.0).astype(np.float32)
+    variance = _F(sigma) * _F(sigma) / _F(3)
+    length = _F(np.sqrt(12.0 * float(variance) + 1.0))
+    whole = _F(np.floor((float(length) - 1.0) / 2.0))
     next_whole = whole + _F(1)
     rest = (_F(2) * whole + _F(1)) * (whole * next_whole - _F(3) * variance)
     return whole + rest / (_F(6) * (variance - next_whole * next_whole))
@@ -140,8 +140,8 @@ def _to_gray(red, green, blue):  # type: ignore[no-untyped-def]
 def _turn_hue(red, green, blue, factor):  # type: ignore[no-untyped-def]
     """To Pillow's HSV of 256 levels each, ``factor`` turns on, and back.
 
-    Written without branches, so that it is vectorised. Of Pillow's doubles those stay whose float32 would round
-    otherwise for some colour; its sums of two ratios, of which one is always 1, are one addition here.
+    Written without branches, so that it is vectorised. Pillow computes parts of it in double; written as here, float32
+    gives the same levels for every colour and every turn. Of Pillow's ratios one is always 1 where two are summed.
     """
     turn = _F(int(factor * 255) & 255)  # torchvision's: cut towards 0, then modulo 256
     for i in range(red.size):
@@ -154,7 +154,7 @@ def _turn_hue(red, green, blue, factor):  # type: ignore[no-untyped-def]
         if_green = _F(1) + x if b == least else _F(3) - x
         if_blue = _F(3) + x if r == least else _F(5) - x
         turned = (if_red if r == most else (if_green if g == most else if_blue)) / _F(6)
-        turned = _F(_D(turned) + 1.0) if turned < _F(0) else turned
+        turned = turned + _F(1) if turned < _F(0) else turned
         hue = _levels(turned) if chroma > _F(0) else _F(0)
         saturation = _levels(chroma / max(most, _F(1))) / _F(255)
         # ---- turn
@@ -162,11 +162,11 @@ def _turn_hue(red, green, blue, factor):  # type: ignore[no-untyped-def]
         hue = hue - _F(256) if hue >= _F(256) else hue
         # ---- and back: in sector k one channel has the value, one the least, and one lies between
         k = _F(_I(hue * _F(6) / _F(255)))
-        part = _D((hue * _F(6) - _F(255) * k) / _F(255))
+        part = (hue * _F(6) - _F(255) * k) / _F(255)
         k = k if k < _F(6) else _F(0)
         falls = (k == _F(1)) or (k == _F(3)) or (k == _F(5))
         low = _F(_I(most * (_F(1) - saturation) + _F(0.5)))
-        middle = _F(_I(_D(most) * (1.0 - _D(saturation) * (part if falls else 1.0 - part)) + 0.5))
+        middle = _F(_I(most * (_F(1) - saturation * (part if falls else _F(1) - part)) + _F(0.5)))
         r = most if (k == _F(0) or k == _F(5)) else (middle if (k == _F(1) or k == _F(4)) else low)
         g = most if (k == _F(1) or k == _F(2)) else (middle if (k == _F(0) or k == _F(3)) else low)
         b = most if (k == _F(3) or k == _F(4)) else (middle if (k == _F(2) or k == _F(5)) else low)

@@ -89,12 +89,12 @@ def _cut(lines, rows_first, flip, out, scratch):  # type: ignore[no-untyped-def]
 
 @_compile
 def _transpose(values, out):  # type: ignore[no-untyped-def]
-    """[height, width] uint32 to [width, height], sixteen lines at a time: a cache line of ``out``."""
+    """[height, width] uint32 to [width, height], 32 lines at a time: two cache lines of ``out``."""
     height, width = values.shape
-    whole = height - height % 16
-    for start in range(0, whole, 16):
+    whole = height - height % 32
+    for start in range(0, whole, 32):
         for x in range(width):
-            for y in range(16):
+            for y in range(32):
                 out[x, start + y] = values[start + y, x]
     for y in range(whole, height):
         for x in range(width):
@@ -126,16 +126,19 @@ def _add_lines(values, out):  # type: ignore[no-untyped-def]
         for i in range(4 * length):
             total[i] = _I(1 << (_BITS - 1))
         tap = 0
-        while tap + 1 < taps:  # two at a time: half the writing
+        while tap + 3 < taps:  # four at a time: a quarter of the writing
             a, b = values[first + tap].view(np.uint8), values[first + tap + 1].view(np.uint8)
-            of_a, of_b = weights[tap], weights[tap + 1]
+            c, d = values[first + tap + 2].view(np.uint8), values[first + tap + 3].view(np.uint8)
+            of_a, of_b, of_c, of_d = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
             for i in range(4 * length):
-                total[i] = _I(total[i] + _I(_I(a[i]) * of_a) + _I(_I(b[i]) * of_b))
-            tap += 2
-        if tap < taps:
+                pair = _I(_I(_I(a[i]) * of_a) + _I(_I(b[i]) * of_b))
+                total[i] = _I(total[i] + pair + _I(_I(_I(c[i]) * of_c) + _I(_I(d[i]) * of_d)))
+            tap += 4
+        while tap < taps:
             a, of_a = values[first + tap].view(np.uint8), weights[tap]
             for i in range(4 * length):
                 total[i] = _I(total[i] + _I(_I(a[i]) * of_a))
+            tap += 1
         to = out[line].view(np.uint8)
         for i in range(4 * length):
             to[i] = np.uint8(min(max(total[i] >> _I(_BITS), _I(0)), _I(255)))

@@ -28,13 +28,13 @@ class ViewMaker:
             row: what was drawn for it, see :mod:`dino_xcit.augment.parameters`.
             photometric: False: crop, resize and flip alone; a device does the rest.
         """
-        top, left, height, width = row[: column.WIDTH + 1].astype(np.int64).tolist()
-        self._resampler.cut(top, left, height, width, bool(row[column.FLIP]), out)
+        top, left, height, width, flip = row[: column.FLIP + 1].astype(np.int64).tolist()
+        self._resampler.cut(top, left, height, width, bool(flip), out)
         if not photometric:
             return
-        box = float(row[column.BOX])
-        needed = scratch_size(out.shape[-1], max(box, 0.0))
+        sigma = float(row[column.SIGMA])
+        needed = scratch_size(out.shape[-1], sigma)
         if len(self._scratch) < needed:
             self._scratch = np.empty(needed, dtype=np.uint8)
-        jitter = np.ascontiguousarray(row[column.JITTER])
-        finish_view(out, self._scratch, jitter, bool(row[column.GRAY]), box, bool(row[column.SOLARIZE]))
+        jitter = row[column.JITTER]
+        finish_view(out, self._scratch, jitter, row[column.GRAY] > 0, sigma, row[column.SOLARIZE] > 0)

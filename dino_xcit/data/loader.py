@@ -112,6 +112,7 @@ class MultiCropDataset(Dataset[Batch]):
             for group, size in zip(self.groups, sizes, strict=True)
         ]
         rows = [torch.empty(len(group), len(keys), COLUMNS, dtype=torch.float64) for group in self.groups]
+        places = [group.numpy() for group in crops]
         leave = bool(self.finish_on_device)
         indices: list[int] = []
         unreadable: list[Unreadable] = []
@@ -125,10 +126,11 @@ class MultiCropDataset(Dataset[Batch]):
             self._maker.load(picture)
             # Keyed by the place in the order, not by the image: a substitute's own turn gives it other views.
             drawn = self.augmentation.draw_rows(picture.shape[1], picture.shape[0], self.seed, epoch, index)
-            for group, group_crops, group_rows in zip(self.groups, crops, rows, strict=True):
-                group_rows[:, place] = torch.from_numpy(drawn[group])
-                for row, out in zip(drawn[group], group_crops[:, place].numpy(), strict=True):
-                    self._maker.make(row, out, photometric=not leave)
+            for group, group_places, group_rows in zip(self.groups, places, rows, strict=True):
+                if leave:
+                    group_rows[:, place] = torch.from_numpy(drawn[group])
+                for number, view in enumerate(group):
+                    self._maker.make(drawn[view], group_places[number, place], photometric=not leave)
             indices.append(candidate)
             spent[2] += time.perf_counter() - began
         return Batch(
