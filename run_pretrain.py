@@ -123,6 +123,8 @@ def train(
     loader = build_loader(source, config.augmentation(), sampler, config.seed, workers, device)
     if config.augment_device == "cuda":
         loader.finish_on_device()
+    if loader.compile_seconds > 2:
+        distributed.say(f"compiled the augmentation in {loader.compile_seconds:.0f} s; the next run finds it compiled")
     progress = Progress(sampler.stop_step, state.step, sampler.global_batch, shown=main_process)
     metrics = MetricsWriter(folder, state.step, progress.say) if main_process else None
     averages = EpochAverages()

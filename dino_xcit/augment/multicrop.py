@@ -88,8 +88,8 @@ class MultiCropAugmentation:
             ViewKind(global_crops_size, global_crops_scale, global_blur[1], solarize),
         ] + [ViewKind(local_crops_size, local_crops_scale, local_blur, 0.0)] * local_crops_number
         factors = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast, saturation)]
-        chances = Chances(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
-        self._drawer = Drawer(self.views, chances)
+        shared = Chances(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
+        self._drawer = Drawer(self.views, shared)
 
     def draw_rows(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
         """What the views of one sample of ``width`` x ``height`` pixels shall be: [V, columns], see parameters.py.

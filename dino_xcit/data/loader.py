@@ -229,14 +229,16 @@ def choose_workers(wanted: int, processes_here: int) -> int:
 class Loader:
     """Batches for every forward pass of a sampler, in order, on the device.
 
-    On a GPU the next batch is copied, and its views are finished, on a stream of their own while the current one is
-    trained on.
+    On a GPU they are copied, and finished, on a stream of their own: the step before is still under way there when the
+    next batch is asked for.
     """
 
     def __init__(self, dataset: MultiCropDataset, sampler: StepSampler, num_workers: int, device: torch.device) -> None:
         self._dataset, self._device = dataset, device
-        if num_workers:
-            _compile_views(dataset.augmentation)  # once, here, rather than in every process
+        began = time.perf_counter()
+        dataset.augmentation(Image.new("RGB", (8, 8)))  # compiled here once, rather than in every process
+        self.compile_seconds = time.perf_counter() - began
+        """What compiling, or loading what an earlier run compiled, took."""
         self._batches: Iterator[Batch | UndecodableImage] = iter(
             DataLoader(
                 dataset,  # type: ignore[arg-type]
@@ -248,8 +250,6 @@ class Loader:
             )
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._next: Batch | UndecodableImage | None = None
-        self._begun = False
         atexit.register(_close, weakref.ref(self))
 
     def finish_on_device(self) -> None:
@@ -269,33 +269,19 @@ class Loader:
         Raises:
             UndecodableImage: neither an image nor what would stand in for it can be read.
         """
-        if self._stream is None:
-            batch = next(self._batches)
-            return batch.to(self._device) if isinstance(batch, Batch) else self._refuse(batch)
-        if not self._begun:
-            self._begun, self._next = True, self._fetch()
-        batch = self._next  # type: ignore[assignment]
-        if batch is None:
-            raise StopIteration
+        batch = next(self._batches)
         if isinstance(batch, UndecodableImage):
-            return self._refuse(batch)
+            self.close()
+            raise batch
+        if self._stream is None:
+            return batch.to(self._device)
+        with torch.cuda.stream(self._stream):
+            batch = batch.to(self._device)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for tensor in (*batch.crops, batch.indices):
             tensor.record_stream(current)  # its memory is not for the other stream while this one reads it
-        self._next = self._fetch()
         return batch
-
-    def _fetch(self) -> Batch | UndecodableImage | None:
-        batch = next(self._batches, None)
-        if not isinstance(batch, Batch):
-            return batch
-        with torch.cuda.stream(self._stream):
-            return batch.to(self._device)
-
-    def _refuse(self, error: UndecodableImage) -> Batch:
-        self.close()
-        raise error
 
 
 def _close(loader: weakref.ref[Loader]) -> None:
@@ -320,10 +306,6 @@ def build_loader(
 def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:
     """The dataset makes whole batches: nothing to collate."""
     return batch
-
-
-def _compile_views(augmentation: MultiCropAugmentation) -> None:
-    augmentation(Image.new("RGB", (8, 8)))
 
 
 def loader_process_setup() -> Callable[[int], None]:
