@@ -62,10 +62,10 @@ def bytes_an_image(source: Source, order: list[int]) -> float:
     asked = 0
     real = files.read_range
 
-    def counted(path: str, start: int, length: int) -> bytes:
+    def counted(path: str, start: int, length: int, unchanged: files.Stamp | None = None) -> bytes:
         nonlocal asked
         asked += length
-        return real(path, start, length)
+        return real(path, start, length, unchanged)
 
     files.read_range = counted
     try:

@@ -25,8 +25,17 @@ class Lines(io.TextIOBase):
         return len(text)
 
 
-def progress_bar(total: int, description: str, shown: bool, done: int = 0) -> tqdm:
-    """A bar over images, on stderr; on a terminal it vanishes when it is closed.
+def printable(text: str) -> str:
+    """A text that others chose, such as a file's name, for the screen: letters that could steer a terminal, or that
+    no terminal can show (bytes that are no UTF-8), are written as escapes.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
+def progress_bar(total: int, description: str, shown: bool, done: int = 0, unit: str = "img") -> tqdm:
+    """A bar over images, or whatever ``unit`` says, on stderr; on a terminal it vanishes when it is closed.
 
     Into a file it writes a line every 15 s, and none for work that is quicker than that.
     """
@@ -35,7 +44,7 @@ def progress_bar(total: int, description: str, shown: bool, done: int = 0) -> tq
         total=total,
         initial=done,
         desc=description,
-        unit="img",
+        unit=unit,
         disable=not shown,
         file=sys.stderr if terminal else Lines(sys.stderr),
         leave=False,

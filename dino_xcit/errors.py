@@ -43,6 +43,12 @@ def near_matches(word: str, candidates: Iterable[str], count: int = 3, prefix: s
     return f"; did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's error says, in 200 letters of one line, without a full stop; perhaps nothing."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:200].rstrip(".")
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's ``main`` and turn the user's mistakes into one sentence and exit code 2.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +142,37 @@ def test_an_image_that_vanished_is_named(tree: Path) -> None:
         source.read(3)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes there")
+def test_a_pipe_that_is_called_like_an_image_is_named_and_not_waited_for(tree: Path) -> None:
+    os.mkfifo(tree / "dog" / "pipe.jpg")
+    source = open_source(str(tree))
+    assert source.name(5).endswith("dog/pipe.jpg")
+    with pytest.raises(InputError, match=r"dog/pipe\.jpg is a named pipe: expected a file"):
+        source.read(5)
+
+
+def test_a_folder_that_cannot_be_listed_is_named_rather_than_left_out(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+    closed = {tree / "cat" / "deep"}
+
+    def listing(path: str) -> object:  # root may list everything: no mode of a folder could show it
+        if Path(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    with pytest.raises(InputError, match=r"cannot list the folder .*/cat/deep: Permission denied; make it readable"):
+        open_source(str(tree))
+    closed = {tree}
+    with pytest.raises(InputError, match=f"cannot list the folder {tree}: Permission denied; check"):
+        open_source(str(tree))
+    closed = {tree / "lost+found"}  # at the top of many disks, and closed to all but root
+    (tree / "lost+found").mkdir()
+    assert open_source(str(tree)).classes == ("ant", "cat", "dog")
+
+
 # ---- lists
 
 
@@ -154,6 +187,14 @@ def test_a_list_of_paths_is_relative_to_the_list_or_absolute(tmp_path: Path) -> 
     ]
     assert source.labels is None
     assert source.read(1) == (far.read_bytes(), None)
+
+
+def test_a_list_has_a_path_a_line_whatever_letters_are_in_it(tmp_path: Path) -> None:
+    odd = ["a\u2028b.png", "a\x0bb.png", "a\x85b.png", "plain.png"]
+    for name in odd:
+        write_image(tmp_path / name)
+    (tmp_path / "list.txt").write_bytes("\r\n".join(odd).encode("utf-8-sig"))  # as Windows' editors write it
+    assert [Path(name).name for name in names(open_source(str(tmp_path / "list.txt")))] == odd
 
 
 def test_lists_of_nothing_and_of_missing_files_are_refused(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import os
 import re
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from hostile_archives import packed
 
 from dino_xcit.data import files, open_source
+from dino_xcit.data.patterns import expand
 from dino_xcit.errors import InputError
 
 
@@ -43,68 +46,68 @@ def names(folder: Path, *given: str) -> list[str]:
 
 def test_a_range_in_braces_keeps_its_zeros(tmp_path: Path) -> None:
     expected = names(tmp_path, *(f"s-{number:03d}.tar" for number in range(8, 12)))
-    assert files.expand(f"{tmp_path}/s-{{008..011}}.tar") == expected
-    assert files.expand(f"{tmp_path}/s-{{011..008}}.tar") == expected
+    assert expand(f"{tmp_path}/s-{{008..011}}.tar") == expected
+    assert expand(f"{tmp_path}/s-{{011..008}}.tar") == expected
     bare = names(tmp_path, *(f"t{number}.tar" for number in (10, 11, 8, 9)))
-    assert files.expand(f"{tmp_path}/t{{8..11}}.tar") == bare
+    assert expand(f"{tmp_path}/t{{8..11}}.tar") == bare
 
 
 def test_choices_and_ranges_in_braces_multiply(tmp_path: Path) -> None:
     expected = names(tmp_path, "train-0.tar", "train-1.tar", "val-0.tar", "val-1.tar")
-    assert files.expand(f"{tmp_path}/{{val,train}}-{{0..1}}.tar") == expected
-    assert files.expand(f"{tmp_path}/{{train-{{0..1}},val-0}}.tar") == expected[:3]
+    assert expand(f"{tmp_path}/{{val,train}}-{{0..1}}.tar") == expected
+    assert expand(f"{tmp_path}/{{train-{{0..1}},val-0}}.tar") == expected[:3]
 
 
 def test_wildcards_find_files_and_no_folders(tmp_path: Path) -> None:
     expected = names(tmp_path, "a1.tar", "a2.tar", "b1.tar")
     (tmp_path / "a3.tar").mkdir()
-    assert files.expand(f"{tmp_path}/*.tar") == expected
-    assert files.expand(f"{tmp_path}/a?.tar") == expected[:2]
-    assert files.expand(f"{tmp_path}/[ab]1.tar") == [expected[0], expected[2]]
-    assert files.expand(f"{tmp_path}/{{a,b}}*.tar") == expected
+    assert expand(f"{tmp_path}/*.tar") == expected
+    assert expand(f"{tmp_path}/a?.tar") == expected[:2]
+    assert expand(f"{tmp_path}/[ab]1.tar") == [expected[0], expected[2]]
+    assert expand(f"{tmp_path}/{{a,b}}*.tar") == expected
 
 
 def test_local_patterns_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = names(tmp_path, "a.tar")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.expand("a.tar") == files.expand("./*.tar") == files.expand("~/a.tar") == expected
+    assert expand("a.tar") == expand("./*.tar") == expand("~/a.tar") == expected
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:
     expected = names(tmp_path, "photos [2020] {a,b}.tar")
-    assert files.expand(expected[0]) == expected
+    assert expand(expected[0]) == expected
     expected = names(tmp_path, "{x}.tar")
-    assert files.expand(f"{tmp_path}/{{x}}.tar") == expected
+    assert expand(f"{tmp_path}/{{x}}.tar") == expected
 
 
 def test_the_first_missing_file_of_a_range_is_named(tmp_path: Path) -> None:
     names(tmp_path, "s-0.tar", "s-1.tar", "s-3.tar")
     with pytest.raises(InputError, match=r"there is no file .*s-2\.tar, which .*s-\{0\.\.4\}"):
-        files.expand(f"{tmp_path}/s-{{0..4}}.tar")
+        expand(f"{tmp_path}/s-{{0..4}}.tar")
     with pytest.raises(InputError, match=r"there is no file .*absent\.tar: check"):
-        files.expand(f"{tmp_path}/absent.tar")
+        expand(f"{tmp_path}/absent.tar")
     with pytest.raises(InputError, match=r"no file matches .*t-"):
-        files.expand(f"{tmp_path}/{{s,t}}-*.tar")
+        expand(f"{tmp_path}/{{s,t}}-*.tar")
 
 
 def test_a_pattern_for_a_trillion_files_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="more than 1,000,000 files"):
-        files.expand("/x/{0..999999999999}.tar")
+        expand("/x/{0..999999999999}.tar")
     with pytest.raises(InputError, match="more than 1,000,000 files"):
-        files.expand("/x/" + "{0..9}" * 12)
+        expand("/x/" + "{0..9}" * 12)
 
 
 def test_patterns_work_elsewhere_too(memory: str) -> None:
     for name in ("a-00.tar", "a-01.tar", "b-00.tar", "sub/c.tar"):
         put(f"{memory}/{name}", b"x")
-    assert [path[-8:] for path in files.expand(f"{memory}/*.tar")] == ["a-00.tar", "a-01.tar", "b-00.tar"]
-    assert files.expand(f"{memory}/a-{{00..01}}.tar") == [f"{memory}/a-00.tar", f"{memory}/a-01.tar"]
-    assert [files.read_range(path, 0, 1) for path in files.expand(f"{memory}/a*")] == [b"x", b"x"]
+    assert [path[-8:] for path in expand(f"{memory}/*.tar")] == ["a-00.tar", "a-01.tar", "b-00.tar"]
+    assert expand(f"{memory}/a-{{00..01}}.tar") == [f"{memory}/a-00.tar", f"{memory}/a-01.tar"]
+    assert [files.read_range(path, 0, 1) for path in expand(f"{memory}/a*")] == [b"x", b"x"]
     with pytest.raises(InputError, match=r"a-02\.tar"):
-        files.expand(f"{memory}/a-{{00..05}}.tar")
+        expand(f"{memory}/a-{{00..05}}.tar")
     with pytest.raises(InputError, match="no file matches"):
-        files.expand("memory://nowhere/*.tar")
+        expand("memory://nowhere/*.tar")
 
 
 # ---- reading
@@ -159,7 +162,7 @@ def test_the_stamp_tells_the_size_and_changes_with_the_file(digits: str) -> None
     assert files.stamps([digits, digits]) == [after, after]
 
 
-def test_missing_files_folders_and_pipes_are_sentences(digits: str, tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_sentences(digits: str) -> None:
     absent, folder = digits + "-absent", digits.rpartition("/")[0]
     for ask in (files.stamp, files.open_file, lambda path: files.read_file(path, 9)):
         with pytest.raises(InputError, match="absent"):
@@ -168,9 +171,46 @@ def test_missing_files_folders_and_pipes_are_sentences(digits: str, tmp_path: Pa
             ask(folder)
     with pytest.raises(InputError, match="absent"):
         files.read_range(absent, 0, 1)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="no regular file"):
-        files.open_file(str(tmp_path / "pipe"))
+
+
+def test_what_is_no_file_is_called_by_its_kind_and_never_waited_for(tmp_path: Path) -> None:
+    """A named pipe would be opened when somebody writes into it, and a socket never."""
+    pipe, address, link = str(tmp_path / "pipe"), str(tmp_path / "socket"), str(tmp_path / "link")
+    os.mkfifo(pipe)
+    os.symlink("/dev/zero", link)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        asks: list[Callable[[str], object]] = [files.stamp, files.open_file]
+        for ask in (*asks, lambda path: files.read_file(path, 9), lambda path: files.read_range(path, 0, 1)):
+            kinds = {pipe: "a named pipe", address: "a socket", link: "a device", str(tmp_path): "a folder"}
+            for path, kind in kinds.items():
+                with pytest.raises(InputError, match=f"{path} is {kind}: expected a file"):
+                    ask(path)
+
+
+def test_a_local_file_with_another_stamp_than_expected_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    before = files.stamp(str(path))
+    assert files.read_range(str(path), 0, 3, before) == b"old"
+    for content, time in ((b"new", 1), (b"longer", int(before[1]))):
+        path.write_bytes(content)
+        os.utime(path, ns=(0, time))
+        with pytest.raises(InputError, match="x was replaced or changed since it was opened; start the same command"):
+            files.read_range(str(path), 0, 3, before)
+        with pytest.raises(InputError, match="replaced or changed"):
+            files.open_file(str(path), before)
+
+
+def test_a_file_without_permission_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+
+    def refused(*_: object) -> int:  # root may read everything: no test could show it otherwise
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(InputError, match=r"no permission to read .*/x: run as somebody who may, or ask its owner"):
+        files.read_file(str(tmp_path / "x"), 9)
 
 
 def test_folders_are_known(digits: str) -> None:
@@ -221,7 +261,7 @@ def fsspec_can(url: str) -> bool:
 
 def test_unknown_schemes_are_refused() -> None:
     with pytest.raises(InputError, match="s4"):
-        files.expand("s4://bucket/{0..1}.tar")
+        expand("s4://bucket/{0..1}.tar")
 
 
 class Flaky:
@@ -309,7 +349,7 @@ def test_a_web_server_is_read_by_ranges(tmp_path: Path, web: tuple[str, Any]) ->
     url, _ = web
     names(tmp_path, "a-0.bin", "a-1.bin")
     (tmp_path / "a-1.bin").write_bytes(b"0123456789")
-    assert files.expand(f"{url}/a-{{0..1}}.bin") == [f"{url}/a-0.bin", f"{url}/a-1.bin"]
+    assert expand(f"{url}/a-{{0..1}}.bin") == [f"{url}/a-0.bin", f"{url}/a-1.bin"]
     assert files.stamp(f"{url}/a-1.bin")[0] == 10
     assert files.read_range(f"{url}/a-1.bin", 3, 4) == b"3456"
     assert files.read_file(f"{url}/a-1.bin", 10) == b"0123456789"
@@ -317,7 +357,7 @@ def test_a_web_server_is_read_by_ranges(tmp_path: Path, web: tuple[str, Any]) ->
         file.seek(5)
         assert file.read(3) == b"567"
     with pytest.raises(InputError, match=r"a-2\.bin"):
-        files.expand(f"{url}/a-{{0..2}}.bin")
+        expand(f"{url}/a-{{0..2}}.bin")
     with pytest.raises(InputError, match=r"there is no file .*absent"):
         files.read_range(f"{url}/absent", 0, 1)
 

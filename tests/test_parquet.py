@@ -110,9 +110,9 @@ def test_an_image_costs_the_bytes_around_it_not_its_row_group(tmp_path: Path, mo
     taken: list[int] = []
     real = files.read_range
 
-    def counted(path: str, start: int, length: int) -> bytes:
+    def counted(path: str, start: int, length: int, unchanged: files.Stamp) -> bytes:
         taken.append(length)
-        return real(path, start, length)
+        return real(path, start, length, unchanged)
 
     monkeypatch.setattr(files, "read_range", counted)
     assert read_all(source) == images
@@ -270,9 +270,9 @@ def test_decoded_row_groups_are_kept_within_a_bound(tmp_path: Path, monkeypatch:
     decoded: list[int] = []
     real = parquet.decode_group
 
-    def counted(path: str, group: int, leaf: str) -> list[Image]:
+    def counted(path: str, group: int, leaf: str, unchanged: files.Stamp) -> list[Image]:
         decoded.append(group)
-        return real(path, group, leaf)
+        return real(path, group, leaf, unchanged)
 
     monkeypatch.setattr(parquet, "decode_group", counted)
     assert [source.read(index)[0] for index in range(60)] == images
@@ -392,6 +392,26 @@ def test_a_changed_file_is_indexed_anew_and_has_another_fingerprint(
         assert read_all(source) == noise(9, seed=seed)
         prints.add(source.fingerprint())
     assert len(prints) == 3
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd"])
+def test_a_file_replaced_under_a_running_process_is_an_error_not_other_images(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(hub_table(noise(9)), path, compression=compression)
+    source = opened(path)
+    pq.write_table(hub_table(noise(9, seed=1)), tmp_path / "new", compression=compression)
+    os.replace(tmp_path / "new", path)
+    with pytest.raises(InputError, match=r"x\.parquet was replaced or changed since it was opened; start the same"):
+        source.read(3)
+    assert read_all(opened(path)) == noise(9, seed=1)
+
+
+def test_files_that_were_moved_are_the_same_data(tmp_path: Path) -> None:
+    pq.write_table(hub_table(noise(9)), tmp_path / "x.parquet")
+    before = opened(tmp_path / "x.parquet").fingerprint()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "x.parquet").rename(tmp_path / "sub" / "x.parquet")
+    assert opened(tmp_path / "sub" / "x.parquet").fingerprint() == before
 
 
 def test_a_pickled_source_is_small_and_reads(tmp_path: Path) -> None:
@@ -580,6 +600,9 @@ def test_an_index_that_asks_for_what_is_not_there_is_not_taken(tmp_path: Path) -
             changed[-1] = value
             assert not parquet._is_sound(Index({**index.numbers, name: changed}, index.strings), paths, stamps), name
     assert not parquet._is_sound(index, paths, ["1 2"])
+    for pair in (("start", "stored"), ("skip", "length")):  # their sum is a small number again
+        round_about = {name: np.full_like(index.numbers[name], 2**62) for name in pair}
+        assert not parquet._is_sound(Index({**index.numbers, **round_about}, index.strings), paths, stamps), pair
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
-import itertools
+import contextlib
 import os
-import re
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -13,23 +11,29 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 T = TypeVar("T")
 
+Stamp = tuple[int, str]
+"""A file's size in bytes, and a text that changes when the file does."""
+
 AT_ONCE = 32
 """Requests that are under way together where many remote files are looked at."""
-MOST_NAMES = 1_000_000
-"""A pattern may stand for so many files."""
-
 _BLOCK = 4 << 20
 """Bytes that scanning a remote file asks for at once: 30 ms of waiting are then few beside the transfer."""
 _PAUSES = (0.5, 2.0)
 """Seconds before a remote request that failed is tried a second and a third time."""
-_BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}|\{([^{}]*,[^{}]*)\}")
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "generation", "blob_id", "oid"),
     *("Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created"),
@@ -42,73 +46,49 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def expand(pattern: str) -> list[str]:
-    """The files that a pattern names, sorted.
-
-    Args:
-        pattern: a path or URL with ranges in braces (``{000..146}``, with as many digits as are written), choices in
-            braces (``{train,val}``) and the wildcards ``*``, ``?`` and ``[abc]`` (in ``http`` URLs ``?`` is itself).
-            A local file of exactly that name is taken as it is.
-
-    Returns:
-        Paths, absolute where they are local.
-
-    Raises:
-        InputError: nothing matches a wildcard, or a file that is named without one is missing.
-    """
-    if not is_remote(pattern):
-        pattern = os.path.abspath(os.path.expanduser(pattern))
-        if os.path.isfile(pattern):
-            return [pattern]
-    names = list(itertools.islice(_alternatives(pattern), MOST_NAMES + 1))
-    if len(names) > MOST_NAMES:
-        raise InputError(f"{pattern!r} stands for more than {MOST_NAMES:,} files: expected fewer; check its braces")
-    plain = sorted({name for name in names if not _has_wildcard(name)})
-    missing = _first_missing(plain)
-    if missing is not None:
-        of = "" if missing == pattern else f", which {pattern!r} names"
-        raise InputError(f"there is no file {missing}{of}: check the path, or the range in its braces")
-    matched = [path for name in names if _has_wildcard(name) for path in _match(name)]
-    return sorted({*plain, *matched})
-
-
-def stamp(path: str) -> tuple[int, str]:
-    """A file's size in bytes, and a text that changes when the file does: its time, or what its server calls it.
+def stamp(path: str) -> Stamp:
+    """A file's size, and its time or what its server calls its version.
 
     Raises:
         InputError: there is no such file, or it cannot be reached.
     """
     if not is_remote(path):
-        status = _status(path)
-        return status.st_size, str(status.st_mtime_ns)
-    return _stamp_of(path, _ask(path, lambda system, inner: system.info(inner)))
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise _unreachable(path, error) from error
+        _demand_file(path, status)
+        return _stamp_of_status(status)
+    return _stamp_of(path, ask(path, lambda system, inner: system.info(inner)))
 
 
-def stamps(paths: list[str]) -> list[tuple[int, str]]:
+def stamps(paths: list[str]) -> list[Stamp]:
     """:func:`stamp` of each path; of remote ones several at once."""
-    return _of_each(stamp, paths)
+    return of_each(stamp, paths)
 
 
-def read_range(path: str, start: int, length: int) -> bytes:
+def read_range(path: str, start: int, length: int, unchanged: Stamp | None = None) -> bytes:
     """``length`` bytes from byte ``start`` on.
 
+    Args:
+        path: of the file.
+        start, length: in bytes.
+        unchanged: refuse a file on this machine that has another stamp; of a remote one it would be a request more.
+
     Raises:
-        InputError: there are fewer, or the file cannot be read.
+        InputError: there are fewer, or the file cannot be read, or has changed.
     """
     if is_remote(path):
-        data = _ask(path, lambda system, inner: system.cat_file(inner, start=start, end=start + length))
+        data = ask(path, lambda system, inner: system.cat_file(inner, start=start, end=start + length))
         if len(data) > length:
             raise InputError(
                 f"cannot read a part of {path}: its server sends the whole file instead (it ignores ranges): copy the "
                 "file to this machine, or to a server that knows ranges"
             )
     else:
-        try:
-            with open(path, "rb") as file:
-                file.seek(start)
-                data = file.read(length)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        with _opened(path, unchanged) as file, _explaining(path):
+            file.seek(start)
+            data = file.read(length)
     if len(data) != length:
         raise InputError(
             f"{path} ends before byte {start + length:,}, which it should have: it was cut short, or replaced since "
@@ -129,37 +109,33 @@ def read_file(path: str, limit: int) -> bytes:
     """
     if is_remote(path):
         # One request instead of two: no more than the limit is asked for, whatever the size.
-        data = _ask(path, lambda system, inner: _at_most(system, inner, limit + 1))
+        data = ask(path, lambda system, inner: _at_most(system, inner, limit + 1))
     else:
-        _status(path)
-        try:
-            with open(path, "rb") as file:
-                data = file.read(limit + 1)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        with _opened(path) as file, _explaining(path):
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit + 1))
     if len(data) > limit:
-        raise InputError(f"{path} has more than {limit:,} bytes, the most that are read of such a file")
+        raise InputError(f"{path} has more than {limit:,} bytes, the most that are read of such a file: is it the one?")
     return data
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str, unchanged: Stamp | None = None) -> BinaryIO:
     """A file to look through from its beginning: it can seek, and reads ahead where it is remote.
 
+    Args:
+        path: of the file.
+        unchanged: as in :func:`read_range`.
+
     Raises:
-        InputError: it cannot be opened, or its server sends whole files only. Errors while reading it are the
-            caller's, under :func:`explained`.
+        InputError: it cannot be opened, has changed, or its server sends whole files only. Errors while reading it
+            are the caller's, under :func:`explained`.
     """
     if not is_remote(path):
-        _status(path)
-        try:
-            return open(path, "rb")
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        return _opened(path, unchanged)
 
     def opened(system: AbstractFileSystem, inner: str) -> BinaryIO:
         return cast(BinaryIO, system.open(inner, "rb", block_size=_BLOCK, cache_type="readahead"))
 
-    file = _ask(path, opened)
+    file = ask(path, opened)
     if not file.seekable():
         file.close()
         raise InputError(f"{path}: its server sends whole files only (no ranges): copy the file to this machine first")
@@ -190,12 +166,17 @@ def is_folder(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(os.path.expanduser(path))
     try:
-        return bool(_ask(path, lambda system, inner: system.info(inner)).get("type") == "directory")
+        return bool(ask(path, lambda system, inner: system.info(inner)).get("type") == "directory")
     except _Absent:
         return False
 
 
-def files_below(folder: str) -> dict[str, tuple[int, str]]:
+def folder_of(path: str) -> str:
+    """The folder of a file; of a URL without what stands behind a question mark."""
+    return path.partition("?")[0].rpartition("/")[0] if is_remote(path) else os.path.dirname(path) or "."
+
+
+def files_below(folder: str) -> dict[str, Stamp]:
     """All files at any depth below a remote folder: path within the folder to :func:`stamp`.
 
     The size is -1 where the listing does not tell (web servers' do not).
@@ -204,7 +185,7 @@ def files_below(folder: str) -> dict[str, tuple[int, str]]:
         InputError: it cannot be listed.
     """
 
-    def listed(system: AbstractFileSystem, inner: str) -> dict[str, tuple[int, str]]:
+    def listed(system: AbstractFileSystem, inner: str) -> dict[str, Stamp]:
         system.invalidate_cache()
         found = system.find(inner, detail=True)
         system.invalidate_cache()  # a million entries are gigabytes there
@@ -215,7 +196,7 @@ def files_below(folder: str) -> dict[str, tuple[int, str]]:
             if path.startswith(top)
         }
 
-    return _ask(folder, listed)
+    return ask(folder, listed)
 
 
 def explained(path: str, error: Exception) -> InputError:
@@ -223,32 +204,68 @@ def explained(path: str, error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
     if isinstance(error, FileNotFoundError):
-        return _Absent(f"there is no file {path}: check the path, and what you are signed in to if it is remote")
+        remote = ", and what you are signed in to" if is_remote(path) else ""
+        return _Absent(f"there is no file {path}: check the path{remote}")
     if isinstance(error, PermissionError):
-        return InputError(f"no permission to read {path}: sign in, or ask its owner")
+        remedy = "sign in" if is_remote(path) else "run as somebody who may"
+        return InputError(f"no permission to read {path}: {remedy}, or ask its owner")
     if isinstance(error, TimeoutError):
         return InputError(f"cannot read {path}: its server did not answer in time; try again")
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = " ".join(text.split())[:200].rstrip(".")
-    return InputError(f"cannot read {path}: {text or 'the reader failed'} ({type(error).__name__})")
+    text = one_line(error) or "the reader failed"
+    return InputError(f"cannot read {path}: {text} ({type(error).__name__}); is it whole, and can it be reached?")
 
 
 class _Absent(InputError):
     """There is no such file."""
 
 
-def _status(path: str) -> os.stat_result:
+def _opened(path: str, unchanged: Stamp | None = None) -> BinaryIO:
+    """A regular file on this machine, open."""
     try:
-        status = os.stat(path)
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller's
     except OSError as error:
-        raise _Absent(f"cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        with contextlib.suppress(OSError):  # a socket cannot be opened, and the error does not say why
+            _demand_file(path, os.stat(path))
+        raise _unreachable(path, error) from error
+    try:
+        status = os.fstat(file.fileno())
+        _demand_file(path, status)
+        if unchanged not in (None, _stamp_of_status(status)):
+            raise InputError(f"{path} was replaced or changed since it was opened; start the same command again")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opening a named pipe would wait for somebody to write into it, for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _demand_file(path: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise InputError(f"{path} is {kind}: expected a file")
-    return status
 
 
-def _ask(path: str, question: Callable[[AbstractFileSystem, str], T]) -> T:
+def _stamp_of_status(status: os.stat_result) -> Stamp:
+    return status.st_size, str(status.st_mtime_ns)
+
+
+def _unreachable(path: str, error: OSError) -> InputError:
+    return explained(path, FileNotFoundError() if isinstance(error, NotADirectoryError) else error)
+
+
+@contextlib.contextmanager
+def _explaining(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise explained(path, error) from error
+
+
+def ask(path: str, question: Callable[[AbstractFileSystem, str], T]) -> T:
     """The answer of a path's file system, asked again where something fails that may pass."""
     for pause in (*_PAUSES, None):
         try:
@@ -280,7 +297,7 @@ def _file_system(path: str) -> tuple[AbstractFileSystem, str]:
         raise InputError(f"cannot read {path}: {error}; expected s3://, gs://, hf://, https:// or the like") from error
 
 
-def _stamp_of(path: str, info: dict[str, Any]) -> tuple[int, str]:
+def _stamp_of(path: str, info: dict[str, Any]) -> Stamp:
     if info.get("type") == "directory":
         raise InputError(f"{path} is a folder: expected a file")
     size = info.get("size")
@@ -307,59 +324,7 @@ def _at_most(system: AbstractFileSystem, inner: str, count: int) -> bytes:
         raise
 
 
-def _alternatives(pattern: str) -> Iterator[str]:
-    """A pattern with one choice made in each of its braces, in every way."""
-    braces = _BRACES.search(pattern)
-    if braces is None:
-        yield pattern
-        return
-    first, last, listed = braces.groups()
-    choices: Iterator[str]
-    if listed is not None:
-        choices = iter(listed.split(","))
-    else:
-        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
-        lower, upper = sorted((int(first), int(last)))
-        choices = (str(number).zfill(width) for number in range(lower, upper + 1))
-    for choice in choices:
-        yield from _alternatives(pattern[: braces.start()] + choice + pattern[braces.end() :])
-
-
-def _has_wildcard(name: str) -> bool:
-    return any(letter in name for letter in ("*[" if name.startswith(("http://", "https://")) else "*?["))
-
-
-def _match(name: str) -> list[str]:
-    """The files that a name with wildcards stands for."""
-    if not is_remote(name):
-        found = [path for path in glob.iglob(name, recursive=True) if not os.path.isdir(path)]
-    elif "::" in name:
-        raise InputError(
-            f"{name!r} has a wildcard and a chain of file systems: name the files by braces ({{000..146}})"
-        )
-    else:
-        found = _ask(name, _match_remote)
-    if not found:
-        raise InputError(f"no file matches {name!r}: check the path and the wildcards")
-    return found
-
-
-def _match_remote(system: AbstractFileSystem, inner: str) -> list[str]:
-    system.invalidate_cache()  # a listing from before may be out of date
-    try:
-        found = system.glob(inner, detail=True)
-    except FileNotFoundError:
-        return []
-    return [str(system.unstrip_protocol(path)) for path, info in found.items() if info.get("type") != "directory"]
-
-
-def _first_missing(paths: list[str]) -> str | None:
-    """The first of some paths at which there is no file; any other trouble with them is raised."""
-    there = _of_each(is_file, paths)
-    return next((path for path, found in zip(paths, there, strict=True) if not found), None)
-
-
-def _of_each(function: Callable[[str], T], paths: list[str]) -> list[T]:
+def of_each(function: Callable[[str], T], paths: list[str]) -> list[T]:
     """A function of each path, in order; several at once where they are remote."""
     if len(paths) < 2 or not is_remote(paths[0]):
         return [function(path) for path in paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from dino_xcit.data import files
 from dino_xcit.data.index import Index, Strings, cached
 from dino_xcit.data.source import Item, hash_lines
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -20,8 +21,10 @@ KEPT_FROM = 10_000
 """So many images make an index worth a place on the disk: fewer are listed quicker than anybody notices."""
 
 _MOST_BYTES = 1 << 30
-"""Of one remote image."""
+"""Of one image."""
 _MOST_LIST = 4 << 30
+_RECOVERED = "lost+found"
+"""Some disks have this folder at their top, and nobody may look into it."""
 _SETTLED = 2_000_000_000
 """Nanoseconds: some file systems' times are whole seconds, so that a folder changed twice in one looks the same."""
 
@@ -51,18 +54,15 @@ class FileSource:
 
     def read(self, index: int) -> tuple[Item, int | None]:
         path = self.name(index)
-        if files.is_remote(path):
-            data = files.read_file(path, _MOST_BYTES)
-        else:
-            try:
-                with open(path, "rb") as file:
-                    data = file.read()
-            except OSError as error:
-                raise InputError(f"cannot read the image {path}: {error.strerror}") from error
+        data = files.read_file(path, _MOST_BYTES)
         return data, None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """Of names, labels, and the files' sizes and times; of remote files in a list the names alone are known."""
+        """Of names, labels, and the files' sizes and times; of remote files in a list the names alone are known.
+
+        A folder that was moved is another one: what is kept of it, such as the paths beside extracted vectors, would
+        lead nowhere.
+        """
         labels = self.labels
         if self._version:
             return hash_lines([self._root, self._version])
@@ -115,18 +115,23 @@ def open_list(file: str, url: str) -> FileSource:
         InputError: it lists nothing, its first path does not exist, or it names a chain of file systems.
     """
     data = files.read_file(file, _MOST_LIST)
-    lines = [line.strip() for line in data.decode("utf-8", "surrogateescape").splitlines()]
+    # Not splitlines, which also splits at letters that a file's name may have. Some editors begin with a mark.
+    text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    lines = [line.strip() for line in text.split("\n")]
     paths = [line for line in lines if line and not line.startswith("#")]
-    folder = file.partition("?")[0].rpartition("/")[0] if files.is_remote(file) else str(Path(file).parent)
+    folder = files.folder_of(file)
     if not paths:
         raise InputError(f"the file list {file} names no image: expected one path a line")
     # Among the file systems that fsspec would chain are some that run what they find.
     chain = next((path for path in paths if files.is_remote(path) and "::" in path), None)
     if chain is not None:
-        raise InputError(f"the file list {file} names {chain!r}, a chain of file systems: expected plain paths or URLs")
+        raise InputError(
+            f"the file list {file} names {chain!r}, a chain of file systems: write plain paths or URLs in its place"
+        )
     if not files.is_file(_joined(folder, paths[0])):
         raise InputError(
-            f"the file list {file} names {paths[0]!r}, which is no file: paths are absolute or relative to {folder}"
+            f"the file list {file} names {paths[0]!r}, which is no file: write paths that are absolute, or relative to "
+            f"{folder}"
         )
     version = hash_lines([folder, *paths])
     strings = {"name": Strings.pack(paths), "version": Strings.pack([version])}
@@ -146,10 +151,10 @@ def _walk(root: str) -> Index:
         with os.scandir(root) as entries:
             top = list(entries)
     except OSError as error:
-        raise InputError(f"cannot list the folder {root}: {error.strerror}") from error
+        raise _unlistable(root, root, error) from error
     images = [entry.name for entry in top if entry.is_file() and _is_image(entry.name)]
     for entry in top:
-        if entry.is_dir() and not entry.name.startswith("."):
+        if not entry.name.startswith(".") and entry.name != _RECOVERED and _leads_on(entry):
             images += _images_below(root, entry.name, times)
     index = _arranged(root, images, "")
     settled = max(times.values()) < began - _SETTLED and min(times.values()) >= 0
@@ -163,7 +168,10 @@ def _walk(root: str) -> Index:
 def _images_below(root: str, name: str, times: dict[str, int]) -> list[str]:
     """Paths, relative to ``root``, of the images anywhere below ``root/name``; links are followed, but not in circles.
 
-    ``times`` takes each folder's time, -1 where it cannot be listed.
+    ``times`` takes each folder's time.
+
+    Raises:
+        InputError: a folder cannot be listed.
     """
     found: list[str] = []
     waiting: list[tuple[str, tuple[str, ...]]] = [(name, ())]
@@ -182,9 +190,14 @@ def _images_below(root: str, name: str, times: dict[str, int]) -> list[str]:
                         waiting.append((path, (*above, real)))
                     elif _is_image(entry.name):
                         found.append(path)
-        except OSError:
-            times[relative] = -1
+        except OSError as error:  # passed over, it would be a class that is missing
+            raise _unlistable(folder, root, error) from error
     return found
+
+
+def _unlistable(folder: str, root: str, error: OSError) -> InputError:
+    remedy = "check the path" if folder == root else f"make it readable, or move it out of {root}"
+    return InputError(f"cannot list the folder {folder}: {one_line(error)}; {remedy}")
 
 
 def _leads_on(entry: os.DirEntry[str]) -> bool:

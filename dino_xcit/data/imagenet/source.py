@@ -116,8 +116,7 @@ def _index_of_archives(path: str, made_of: str) -> Index:
             archives[named[1]] = member
         classes = sorted(archives)
         images: list[list[Member]] = []
-        with progress_bar(len(classes), "indexing", shown=True) as bar:
-            bar.unit = "class"
+        with progress_bar(len(classes), "indexing", shown=True, unit="class") as bar:
             for wnid in classes:
                 archive = archives[wnid]
                 try:

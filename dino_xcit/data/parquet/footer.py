@@ -18,7 +18,11 @@ CODECS = {2: "gzip", 3: "LZO", 4: "Brotli", 5: "LZ4", 6: "Zstandard", 7: "LZ4"}
 LEAST_ROW = 16
 """Bytes: a file that claims more rows than it has room for is refused. No image is smaller."""
 
-_MOST_BYTES = 64 << 20
+MOST_ROWS = 20_000_000
+"""Of one file. A file may seem as large as it likes without taking room on the disk."""
+
+_MOST_BYTES = 16 << 20
+"""A footer's structures take up to a hundred times its bytes in memory."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,11 @@ def read_footer(path: str, size: int) -> list[RowGroup]:
         raise DamagedPage(f"an end of {length:,} bytes")
     footer, _ = thrift.structure(memoryview(files.read_range(path, size - 8 - length, length)), 0)
     groups = [_row_group(fields, size) for fields in thrift.listed(footer, 4)]
-    if sum(group.rows for group in groups) != thrift.number(footer, 3):
+    rows = sum(group.rows for group in groups)
+    if rows != thrift.number(footer, 3):
         raise DamagedPage("its row groups have other rows than it claims")
+    if rows > MOST_ROWS:
+        raise DamagedPage(f"it has {rows:,} rows, more than {MOST_ROWS:,}")
     return groups
 
 

@@ -17,7 +17,7 @@ from dino_xcit.data.parquet.pages import DELTA_BYTE_ARRAY, DICTIONARY_PAGE, MAX_
 from dino_xcit.data.parquet.snappy import NoPieces, NotSnappy
 from dino_xcit.data.parquet.thrift import NotThrift
 from dino_xcit.data.parquet.values import COLUMNS, Chunk, UnknownPage, Values, locate
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,7 +59,7 @@ def import_pyarrow() -> None:
 
 
 @contextmanager
-def opened(path: str, **options: Any) -> Iterator[pq.ParquetFile]:
+def opened(path: str, unchanged: files.Stamp | None = None, **options: Any) -> Iterator[pq.ParquetFile]:
     """A Parquet file, for a while; whatever pyarrow stumbles over becomes one sentence.
 
     Raises:
@@ -67,7 +67,7 @@ def opened(path: str, **options: Any) -> Iterator[pq.ParquetFile]:
     """
     import pyarrow.parquet as pq
 
-    with files.open_file(path) as file:
+    with files.open_file(path, unchanged) as file:
         try:
             with pq.ParquetFile(file, **options) as parquet:
                 yield parquet
@@ -76,8 +76,7 @@ def opened(path: str, **options: Any) -> Iterator[pq.ParquetFile]:
         except (DamagedPage, NotSnappy, NotThrift) as error:
             raise InputError(f"{path} is damaged: {error}; fetch it anew") from error
         except Exception as error:  # of any class: parsers of damaged files stumble over whatever they meet
-            text = " ".join(str(error).split())[:200].rstrip(".")
-            raise InputError(f"{path} is no Parquet file that can be read: {text}; fetch it anew") from error
+            raise InputError(f"{path} is no Parquet file that can be read: {one_line(error)}; fetch it anew") from error
 
 
 def look(path: str, image: str, label: str) -> tuple[int, Columns]:
@@ -226,15 +225,15 @@ def _labels(parquet: pq.ParquetFile, columns: Columns, path: str) -> tuple[NDArr
     return labels, []
 
 
-def decode_group(path: str, group: int, leaf: str) -> list[bytes | None]:
-    """All images of one row group; None for null.
+def decode_group(path: str, group: int, leaf: str, unchanged: files.Stamp) -> list[bytes | None]:
+    """All images of one row group of a file that still has this stamp; None for null.
 
     Raises:
-        InputError: damaged, or more than :data:`MAX_GROUP` bytes.
+        InputError: damaged, replaced, or more than :data:`MAX_GROUP` bytes.
     """
     import pyarrow as pa
 
-    with opened(path) as parquet:
+    with opened(path, unchanged) as parquet:
         images: list[bytes | None] = []
         total = 0
         # One row at once: a dictionary may stand for much more than its pages hold.

@@ -29,6 +29,7 @@ from dino_xcit.data.parquet.pages import MAX_PAGE
 from dino_xcit.data.parquet.scan import BY_GROUP, Scanned, decode_group, import_pyarrow, look, scan
 from dino_xcit.data.parquet.snappy import piece_run
 from dino_xcit.data.parquet.values import COLUMNS
+from dino_xcit.data.patterns import expand
 from dino_xcit.data.source import Item, hash_lines
 from dino_xcit.errors import InputError
 
@@ -64,6 +65,7 @@ class ParquetSource:
         self.labels: NDArray[np.int64] | None = index.numbers["label"] if len(words) else None
         self.classes: tuple[str, ...] | None = tuple(words) or None
         self._paths, self._image = list(index.strings["paths"]), index.strings["image"][0]
+        self._stamps = [_stamp(text) for text in index.strings["stamps"]]
         self._shown = _without_common_folder(self._paths)
         self._groups: OrderedDict[tuple[int, int], list[bytes | None]] = OrderedDict()
 
@@ -81,6 +83,12 @@ class ParquetSource:
         return f"{self._shown[file]}/{row:06d}" + (f"/{own}" if own else "")
 
     def read(self, index: int) -> tuple[Item, int | None]:
+        """Item ``index``.
+
+        Raises:
+            InputError: its file is gone, or another since it was opened (of remote files that is not looked for).
+            UndecodableImage: there is no image in its row, or it is damaged.
+        """
         file = int(self._columns["file"][index])
         start, stored, unpacked, skip, length = (int(self._columns[name][index]) for name in COLUMNS)
         if unpacked == BY_GROUP:
@@ -89,7 +97,7 @@ class ParquetSource:
         elif length < 0:
             image = None
         else:
-            image = files.read_range(self._paths[file], start, stored)
+            image = files.read_range(self._paths[file], start, stored, self._stamps[file])
             if unpacked:
                 image = self._decompress(image, unpacked, index)
             image = image[skip : skip + length]
@@ -113,7 +121,7 @@ class ParquetSource:
         if (file, number) in self._groups:
             self._groups.move_to_end((file, number))
             return self._groups[file, number]
-        decoded = decode_group(self._paths[file], number, self._image)
+        decoded = decode_group(self._paths[file], number, self._image, self._stamps[file])
         self._groups[file, number] = decoded
         sizes = [sum(len(image or b"") for image in group) for group in self._groups.values()]
         while len(sizes) > 1 and sum(sizes) > _KEPT:
@@ -124,14 +132,14 @@ class ParquetSource:
     def fingerprint(self) -> str:
         labels = b"" if self.labels is None else np.ascontiguousarray(self.labels).tobytes()
         strings = self._index.strings
-        return hash_lines([*strings["paths"], *strings["stamps"], self._image, hashlib.sha256(labels).hexdigest()])
+        return hash_lines([*self._shown, *strings["stamps"], self._image, hashlib.sha256(labels).hexdigest()])
 
 
 def open_parquet(pattern: str, part: str | None = None) -> ParquetSource:
     """Open Parquet files, indexed the first time: that reads them once from end to end.
 
     Args:
-        pattern: files, as :func:`dino_xcit.data.files.expand` takes them; or a folder in which, or in whose folder
+        pattern: files, as :func:`dino_xcit.data.patterns.expand` takes them; or a folder in which, or in whose folder
             ``data``, the files' names begin with their part, as in the hub's repositories. ``?image=COLUMN`` and
             ``?label=COLUMN`` at its end (both: ``?image=COLUMN&label=COLUMN``) choose columns; ``label=none``: no
             labels.
@@ -147,7 +155,7 @@ def open_parquet(pattern: str, part: str | None = None) -> ParquetSource:
     image, label = unquote(chosen.get("image", "")), unquote(chosen.get("label", ""))
     pattern = _in_folder(pattern.removesuffix(question), part)
     url = f"parquet:{pattern}{question}"
-    paths = files.expand(pattern)
+    paths = expand(pattern)
     stamps = [f"{size} {version}" for size, version in files.stamps(paths)]
     index = cached(
         f"{url if files.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern)) + question} {_FORM}",
@@ -178,7 +186,7 @@ def _in_folder(pattern: str, part: str | None) -> str:
     for name in (*wanted, ""):
         for place in (f"{folder}/{name}*.parquet", f"{folder}/data/{name}*.parquet"):
             try:
-                found = files.expand(place)
+                found = expand(place)
             except InputError:
                 continue
             parts = sorted({known[1] for path in found if (known := _PART.match(path.rpartition("/")[2]))})
@@ -273,12 +281,20 @@ def _is_sound(index: Index, paths: list[str], stamps: list[str]) -> bool:
     labels, classes = numbers["label"], strings["classes"]
     if len(labels) != (count if len(classes) else 0) or (len(classes) and not _are_within(labels, len(classes))):
         return False
-    sizes = np.array([int(stamp.partition(" ")[0]) for stamp in stamps])[file]
+    sizes = np.array([_stamp(text)[0] for text in stamps])[file]
     by_group = unpacked == BY_GROUP
     room = np.where(unpacked > 0, unpacked, stored)
     there = (start >= 0) & (stored >= 0) & (skip >= 0) & (unpacked <= MAX_PAGE)
-    within = (start + stored <= sizes) & (unpacked >= 0) & (length >= -1) & (skip + length <= room)
+    # Differences, as sums of what a damaged index says could go round past the largest number.
+    within = (unpacked >= 0) & (length >= -1) & (stored <= sizes) & (start <= sizes - stored)
+    within &= (skip <= room) & (length <= room - skip)
     return bool((there & (by_group | within)).all())
+
+
+def _stamp(text: str) -> files.Stamp:
+    """From what an index keeps of it."""
+    size, _, version = text.partition(" ")
+    return int(size), version
 
 
 def _are_within(values: NDArray[np.int64], end: int) -> bool:

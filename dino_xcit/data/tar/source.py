@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.index import Index, Strings, cached
+from dino_xcit.data.patterns import expand
 from dino_xcit.data.source import Item, hash_lines
 from dino_xcit.data.tar.members import BLOCK
 from dino_xcit.data.tar.samples import MOST_CLASSES, MOST_IMAGE_BYTES, Label, Shard, look_through
@@ -77,7 +78,7 @@ class TarSource:
 
 
 def open_tar(pattern: str, url: str) -> TarSource:
-    """The images of all archives that a pattern names (:func:`dino_xcit.data.files.expand`).
+    """The images of all archives that a pattern names (:func:`dino_xcit.data.patterns.expand`).
 
     Samples are WebDataset's (:mod:`dino_xcit.data.tar.samples`). Labels are those of ``.cls`` members (a number in
     ASCII) or of ``label`` in ``.json`` members (a number, or a class's name); where there are none and the images lie
@@ -87,7 +88,7 @@ def open_tar(pattern: str, url: str) -> TarSource:
     Raises:
         InputError: no such archive, one that cannot be read, or no image in any.
     """
-    shards = files.expand(pattern)
+    shards = expand(pattern)
     stamps = files.stamps(shards)
     version = hash_lines(f"{_base(shard)} {size} {time}" for shard, (size, time) in zip(shards, stamps, strict=True))
     made_of = hash_lines([version, *shards])
@@ -122,8 +123,7 @@ def _build(shards: list[str], made_of: str) -> Index:
     """Look through all shards."""
     found: list[Shard | None] = [None] * len(shards)
     together = files.AT_ONCE if files.is_remote(shards[0]) else _AT_ONCE
-    with progress_bar(len(shards), "indexing", shown=len(shards) > 1) as bar:
-        bar.unit = "shard"
+    with progress_bar(len(shards), "indexing", shown=len(shards) > 1, unit="shard") as bar:
         pool = ThreadPoolExecutor(min(together, len(shards)))
         try:
             places = {pool.submit(look_through, shard): place for place, shard in enumerate(shards)}
@@ -208,7 +208,7 @@ def _classes(index: Index, shard: str) -> tuple[str, ...] | None:
     if "class" in index.strings:
         return tuple(index.strings["class"])
     count = int(index.numbers["label"].max()) + 1
-    folder = shard.partition("?")[0].rpartition("/")[0] if files.is_remote(shard) else os.path.dirname(shard)
+    folder = files.folder_of(shard)
     for name, understand in (("classes.json", _names_in_json), ("classes.txt", str.splitlines)):
         path = f"{folder}/{name}"
         try:
