@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from dino_xcit.console import printable
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -87,5 +89,5 @@ def _end(sentence: str, code: int) -> NoReturn:
     with contextlib.suppress(OSError):  # on a full disk the code still says what the sentence cannot
         sys.stdout.flush()
         if sentence:
-            print(sentence, file=sys.stderr, flush=True)
+            print("\n".join(map(printable, sentence.split("\n"))), file=sys.stderr, flush=True)
     sys.exit(code)

@@ -176,6 +176,16 @@ def image_of_eight_exabytes(path: Path) -> None:
     path.write_bytes(GOOD_MEMBER + header(b"b.png", b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7) + END)
 
 
+@refused("is cut short without the mark of its end")
+def common_header_beyond_any_file(path: Path) -> None:
+    path.write_bytes(GOOD_MEMBER + header(b"pax_global_header", b"\x80" + b"\xff" * 11, b"g") + END)
+
+
+@refused("is cut short without the mark of its end")
+def link_s_name_beyond_any_file(path: Path) -> None:
+    path.write_bytes(GOOD_MEMBER + header(b"././@LongLink", b"\x80" + b"\x7f" * 11, b"K") + END)
+
+
 @refused("a size that is no number")
 def negative_size(path: Path) -> None:
     path.write_bytes(GOOD_MEMBER + header(b"b.png", b"\xff" * 12) + END)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -80,6 +81,14 @@ def test_the_command_s_exit_code_says_whether_all_is_well(tmp_path: Path) -> Non
             assert (row["width"], row["height"]) == (96, 72)
             assert row["format"][:3].lower() == file.suffix[1:].replace("jpg", "jpeg").replace("tif", "tiff")[:3]
     assert main(["sample:fashion-mnist/val", "--workers", "0"]) == 0
+
+
+def test_names_that_no_terminal_can_show_are_shown_as_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", shown := io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    (tmp_path / "no\udcffutf8\x1b[2J.jpg").write_bytes(b"")
+    assert main([str(tmp_path), "--workers", "0"]) == 1
+    shown.seek(0)
+    assert r"/no\udcffutf8\x1b[2J.jpg: empty file" in shown.read()
 
 
 def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:

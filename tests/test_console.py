@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dino_xcit.console import printable, progress_bar
+from dino_xcit.errors import InputError, run_main
 
 
 def test_a_bar_says_what_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +19,15 @@ def test_a_bar_says_what_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         bar.refresh()
     assert "indexing" in shown.getvalue()
     assert "shard/s" in shown.getvalue() or "s/shard" in shown.getvalue()
+
+
+def test_an_error_s_sentence_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistake() -> None:
+        raise InputError("in a.tar: b\x1b]0;x\x07.cls holds 'x'\nand more")
+
+    with pytest.raises(SystemExit):
+        run_main(mistake)
+    assert capsys.readouterr().err == "error: in a.tar: b\\x1b]0;x\\x07.cls holds 'x'\nand more\n"
 
 
 def test_names_cannot_steer_a_terminal_nor_be_more_than_it_can_show() -> None:

@@ -133,6 +133,11 @@ def test_folders_without_images_and_missing_paths_are_refused(tmp_path: Path) ->
         open_source(str(file))
     with pytest.raises(InputError, match="known forms"):
         open_source("s3:bucket")
+    with pytest.raises(InputError, match=r"cannot read x.*File name too long"):
+        open_source("x" * 300)
+    for path in ("~nobody-here/x", str(file / "x")):
+        with pytest.raises(InputError, match="no such file or folder; check the path"):
+            open_source(path)
 
 
 def test_an_image_that_vanished_is_named(tree: Path) -> None:
@@ -440,6 +445,26 @@ def test_a_full_set_that_is_absent_or_damaged_is_named(full_set: Path, monkeypat
     monkeypatch.setenv("FASHION_MNIST_DIR", str(full_set / "absent"))
     with pytest.raises(InputError, match="FASHION_MNIST_DIR"):
         open_source("sample:fashion-mnist-full")
+
+
+def test_files_that_are_not_the_full_set_are_refused_whatever_they_claim(full_set: Path) -> None:
+    images, labels = (full_set / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+    whole = images.read_bytes(), labels.read_bytes()
+    for damaged, data in (
+        (images, b"\0\0\x08"),
+        (images, bytes([0, 0, 8, 255]) + b"\0\0\0\1" * 255 + b"\0"),
+        (images, idx(np.zeros((31, 28, 28), np.uint8))),
+        (images, idx(np.zeros(30, np.uint8))),
+        (images, idx(np.zeros((0, 28, 28), np.uint8))),
+        (labels, idx(np.full(30, 10, np.uint8))),
+        (images, bytes(200_000_000)),
+    ):
+        damaged.write_bytes(gzip.compress(data, 1))
+        with pytest.raises(InputError, match=r"fetch (it|them) anew"):
+            open_source("sample:fashion-mnist-full")
+        for path, content in zip((images, labels), whole, strict=True):
+            path.write_bytes(content)
+    assert len(open_source("sample:fashion-mnist-full")) == 30
 
 
 def test_unknown_samples_and_parts_are_refused() -> None:

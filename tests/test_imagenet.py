@@ -146,6 +146,19 @@ def test_parts_by_argument_and_by_url(shipped: Path) -> None:
     assert (len(train), len(val)) == (9, 6)
 
 
+def test_a_kit_that_a_browser_unpacked_on_the_way_is_read(shipped: Path) -> None:
+    labels = open_source(f"imagenet:{shipped}/val").labels
+    (shipped / f"{KIT}.tar.gz").write_bytes(gzip.decompress((shipped / f"{KIT}.tar.gz").read_bytes()))
+    np.testing.assert_array_equal(open_source(f"imagenet:{shipped}/val").labels, labels)
+
+
+def test_archives_that_were_moved_are_the_same_data(shipped: Path) -> None:
+    before = [open_source(f"imagenet:{shipped}", part).fingerprint() for part in ("train", "val")]
+    shipped.rename(shipped.with_name("elsewhere"))
+    moved = shipped.with_name("elsewhere")
+    assert [open_source(f"imagenet:{moved}", part).fingerprint() for part in ("train", "val")] == before
+
+
 def test_a_set_that_is_not_imagenet_s_size_is_only_mentioned(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         open_source(f"imagenet:{shipped}")
@@ -191,6 +204,27 @@ def mat_bomb() -> bytes:
     return bytes(124) + b"\x00\x01IM" + (15).to_bytes(4, "little") + len(inner).to_bytes(4, "little") + inner
 
 
+def mat_of_many(cells: bool) -> bytes:
+    """An array that claims 2^30 elements, of 8 bytes each in memory, and has one; on request within another."""
+    one = np.array([(1,)], dtype=[("ILSVRC2012_ID", "O")]).reshape(-1, 1)
+    if cells:
+        one = np.array([[None]], dtype=object)
+        one[0, 0] = np.array([["n01440764"]], dtype=object)
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": one})
+    data = bytearray(buffer.getvalue())
+    place = data.rindex(b"\x05\0\0\0\x08\0\0\0\x01\0\0\0", 0, None if cells else 200)
+    data[place + 8 : place + 12] = (2**30).to_bytes(4, "little")
+    return bytes(data)
+
+
+def kit_of_a_large_header() -> bytes:
+    """A header that has 200 MB of settings, in a file of 200 KB: Python's tarfile would take them all in."""
+    info = tarfile.TarInfo("PaxHeaders/x")
+    info.type, info.size = tarfile.XHDTYPE, 200_000_000
+    return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(200_000_000 + 1024), 9)
+
+
 def cut(name: str) -> Damage:
     return lambda root: os.truncate(root / name, (root / name).stat().st_size * 2 // 3)
 
@@ -233,11 +267,14 @@ PACKED = {
         ("val", meta(b""), "meta.mat is damaged"),
         ("val", meta(meta_mat()[:-40]), "meta.mat is damaged"),
         ("val", meta(mat_bomb()), "meta.mat is damaged .ValueError"),
+        ("val", meta(mat_of_many(cells=False)), "meta.mat is damaged .ValueError"),
+        ("val", meta(mat_of_many(cells=True)), "meta.mat is damaged .ValueError"),
         ("val", meta(meta_mat({**NUMBERS, "n00000001": 2})), "meta.mat is damaged .ValueError"),
         ("val", meta(meta_mat({**NUMBERS, "tench": 4})), "meta.mat does not list wnids"),
         ("val", cut(f"{KIT}.tar.gz"), "devkit_t12.tar.gz is damaged"),
         ("val", replaced(f"{KIT}.tar.gz", b"<html>"), "devkit_t12.tar.gz is damaged"),
         ("val", replaced(f"{KIT}.tar.gz", tar_of({"a": bytes(70_000_000)}, "w:gz")), "unpacks to more than 67,108,864"),
+        ("val", replaced(f"{KIT}.tar.gz", kit_of_a_large_header()), "unpacks to more than 67,108,864"),
         ("val", replaced(f"{KIT}.tar.gz", tar_of({"a": b""}, "w:gz")), "holds no ILSVRC2012_validation_ground_truth"),
     ],
 )  # fmt: skip

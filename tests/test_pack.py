@@ -410,6 +410,18 @@ def test_a_shard_that_is_gone_or_cut_short_is_made_again_and_no_other(tree: Path
     assert (out / "shard-000001.tar").stat().st_mtime_ns == untouched
 
 
+@pytest.mark.parametrize("readers", [0, 1, 4])
+def test_a_shard_in_which_one_bit_turned_is_made_again(tree: Path, tmp_path: Path, readers: int) -> None:
+    source, out = open_source(str(tree)), tmp_path / "out"
+    pack(source, out, FIVE, 1)
+    expected = content(out)
+    damaged = bytearray(expected["shard-000001.tar"])
+    damaged[1234] ^= 1
+    (out / "shard-000001.tar").write_bytes(damaged)
+    assert pack(source, out, FIVE, readers)[1] == 5
+    assert content(out) == expected
+
+
 # ---- images that cannot be read
 
 
@@ -535,6 +547,12 @@ def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> 
     assert len(content(tmp_path / "full")) == 2
 
 
+def test_a_source_or_folder_that_cannot_be_looked_at_is_a_sentence(tree: Path, tmp_path: Path) -> None:
+    for source, out in ((str(tree), tmp_path / ("x" * 300)), ("y" * 300, tmp_path / "out"), ("~nobody-here/x", "out")):
+        with pytest.raises(InputError, match=r"File name too long|no data at '~nobody-here/x'"):
+            main([source, str(out)])
+
+
 def test_two_packings_into_one_folder_do_not_meet(tree: Path, tmp_path: Path) -> None:
     source = open_source(str(tree))
     with PackFolder(tmp_path / "out", source, FIVE), pytest.raises(InputError, match="another process packs into"):
@@ -553,6 +571,10 @@ def test_two_packings_into_one_folder_do_not_meet(tree: Path, tmp_path: Path) ->
         b"[" * 100_000,
         b'{"version": 1, "shards": [{"name": "/x.tar", "first": 0, "end": 1, "images": 1, "bytes": 1, "sha256": ""}]}',
         json.dumps({"version": 1, "shards": [{"name": "shard-000000.tar", "first": 5} | SHARD]}).encode(),
+        json.dumps(
+            {"version": 1, "shards": [{"name": "shard-000000.tar", "first": 0} | SHARD | {"end": 10**12}]}
+            | {"source": "x", "fingerprint": "y", "images": 12, "options": {}}
+        ).encode(),
     ],
 )
 def test_a_damaged_manifest_is_a_sentence(tree: Path, tmp_path: Path, damage: bytes) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -72,15 +74,19 @@ def open_source(url: str, part: str | None = None) -> Source:
         return open_parquet(rest, part)
     if files.is_remote(url):
         return _open_remote(url, part)
-    path = Path(url).expanduser()
-    if not path.exists():
-        hint = f"; known forms: {FORMS}" if colon and "/" not in scheme else ""
-        raise InputError(f"no data at {url!r}: there is no such file or folder{hint}")
-    if path.is_file():
+    path = Path(os.path.expanduser(url))
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = f"known forms: {FORMS}" if colon and "/" not in scheme else "check the path"
+        raise InputError(f"no data at {url!r}: there is no such file or folder; {hint}") from error
+    except OSError as error:
+        raise files.explained(str(path), error) from error
+    if stat.S_ISREG(status.st_mode):
         if path.suffix.lower() != ".txt":
             raise InputError(f"{url!r} is a single file: expected {FORMS}")
         return open_list(str(path), url)
-    if part and path.name != part and (path / part).is_dir():  # DIR/train may have a class of trains
+    if part and path.name != part and os.path.isdir(path / part):  # DIR/train may have a class of trains
         path = path / part
     return open_folder(str(path), str(path))
 

@@ -18,7 +18,7 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import progress_bar
+from dino_xcit.console import printable, progress_bar
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
 from dino_xcit.data.command_line import CommandLine, whole_number
 from dino_xcit.data.each_image import cores, each_image
@@ -253,7 +253,7 @@ def main(argv: Sequence[str]) -> int:
     with _report_file(words.report) as rows:  # before hours of reading, in case it cannot be written
         report, seen = check(source, words.workers)
         for text in report.lines():
-            print(text)
+            print(printable(text))
         if rows is not None:
             try:
                 for index in range(len(seen)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import zlib
@@ -15,12 +16,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_xcit.data.files import read_file
 from dino_xcit.data.source import Item
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 EMBEDDED = Path(__file__).parent / "fashion_mnist_sample.npz"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+_MOST_BYTES = 1 << 27
+"""Of a file of the full set, packed or not: the largest has 47 million."""
 
 
 class ArraySource:
@@ -69,23 +75,27 @@ def open_sample(name: str, part: str) -> ArraySource:
         prefix = {"train": "train", "val": "t10k"}[part]
         images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
         labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
+        fits = images.ndim == 3 and images.size and labels.shape == images.shape[:1] and labels.max() < len(CLASSES)
+        if not fits:
+            raise InputError(f"the files {prefix}-* in {folder} are not those of Fashion-MNIST: fetch them anew")
         return ArraySource(url, images, labels.astype(np.int64), CLASSES)
     raise InputError(f"unknown sample {name!r}: there are sample:fashion-mnist and sample:fashion-mnist-full")
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
     """An IDX file of unsigned bytes (the format of MNIST): two zero bytes, type 8, rank, big-endian sizes, data."""
-    try:
-        data = gzip.decompress(path.read_bytes())
-    except FileNotFoundError:
+    if not path.is_file():
         raise InputError(
             f"the full Fashion-MNIST is not at {path.parent}: install Debian's package dataset-fashion-mnist, point "
             "FASHION_MNIST_DIR at the four .gz files, or use torchvision:FashionMNIST where there is a network"
-        ) from None
+        )
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(read_file(str(path), _MOST_BYTES))) as file:
+            data = file.read(_MOST_BYTES)  # a small file could unpack to any size
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}; fetch it anew") from error
-    if data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
-        raise InputError(f"{path} is no IDX file of unsigned bytes")
+        raise InputError(f"{path} cannot be read: {one_line(error)}; fetch it anew") from error
+    if data[:3] != b"\x00\x00\x08" or data[3:4] not in (b"\1", b"\3") or len(data) < 4 + 4 * data[3]:
+        raise InputError(f"{path} is no IDX file of unsigned bytes: fetch it anew")
     rank = data[3]
     shape = [int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(rank)]
     values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank)

@@ -55,7 +55,10 @@ def open_imagenet(root: str, part: str) -> Source:
     folder, url = Path(root).expanduser().absolute(), f"imagenet:{root}/{part}"
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: expected one with {TRAIN}, {VAL} and the development kit from {SITE}")
-    source = _train(folder, url) if part == "train" else _val(folder, url)
+    try:
+        source = _train(folder, url) if part == "train" else _val(folder, url)
+    except OSError as error:  # a folder that may not be looked into
+        raise files.explained(error.filename or str(folder), error) from error
     _mention(url, len(source.classes or ()))
     return source
 
@@ -93,7 +96,7 @@ def _train(root: Path, url: str) -> Source:
 def _train_archive(archive: Path, url: str) -> TarSource:
     path = str(archive.absolute())
     size, version = files.stamp(path)
-    made_of = hash_lines(["train", path, str(size), version])
+    made_of = hash_lines(["train", archive.name, str(size), version])
     index = cached(f"imagenet:{path}", lambda: _index_of_archives(path, made_of), _accept(made_of, size))
     return TarSource(url, [path], index, tuple(index.strings["class"]), made_of)
 
@@ -175,7 +178,7 @@ def _val_archive(archive: Path, truth: Truth, url: str) -> TarSource:
     path = str(archive.absolute())
     size, version = files.stamp(path)
     said = (f"{name} {wnid}" for name, wnid in truth.wnid_of.items())
-    made_of = hash_lines(["val", path, str(size), version, *truth.classes, *said])
+    made_of = hash_lines(["val", archive.name, str(size), version, *truth.classes, *said])
 
     def build() -> Index:
         try:

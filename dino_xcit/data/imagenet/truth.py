@@ -8,12 +8,14 @@ image, in the images' order, and ``meta.mat`` says which WordNet id (wnid, ``n01
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import math
 import re
 import struct
-import tarfile
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from dino_xcit.data.files import read_file
-from dino_xcit.errors import InputError
+from dino_xcit.data.tar.members import members
+from dino_xcit.errors import InputError, one_line
 
 SITE = "https://image-net.org/download"
 WNID = re.compile(r"n\d{8}")
@@ -30,8 +33,8 @@ SOLUTION, MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 
 _MOST_BYTES = 64 << 20
 """Of each of these files, and of what one of them unpacks to: the largest is Kaggle's table of 2 MB."""
-_COMPRESSED_ELEMENT = 15
-"""miCOMPRESSED of "MAT-File Format", MathWorks, level 5."""
+_WHOLE_NUMBERS, _MATRIX, _COMPRESSED = 5, 14, 15
+"""Kinds of element: miINT32, miMATRIX and miCOMPRESSED of "MAT-File Format", MathWorks, level 5."""
 
 
 @dataclass(frozen=True)
@@ -130,24 +133,30 @@ def _kit_files(root: Path) -> tuple[str, bytes, bytes] | None:
     if not archive.is_file():
         return None
     found: dict[str, bytes] = {}
-    seen = 0
     try:
-        with tarfile.open(archive, "r|*") as kit:
-            for member in kit:
-                seen += member.size
-                if seen > _MOST_BYTES:  # a small file can unpack to any size
-                    raise ValueError(f"it unpacks to more than {_MOST_BYTES:,} bytes")
-                name = member.name.rpartition("/")[2]
-                if member.isreg() and name in (GROUND_TRUTH, META):
-                    content = kit.extractfile(member)
-                    assert content is not None
-                    found[name] = content.read()
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{archive} is damaged ({error}): download it again from {SITE}") from error
+        kit = io.BytesIO(_unpacked(read_file(str(archive), _MOST_BYTES)))
+        for member in members(kit, str(archive), 0, None, Counter()):
+            name = member.name.rpartition("/")[2]
+            if name in (GROUND_TRUTH, META):
+                kit.seek(member.offset)
+                found[name] = kit.read(member.size)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{archive} is damaged ({one_line(error)}): download it again from {SITE}") from error
     for name in (GROUND_TRUTH, META):
         if name not in found:
             raise InputError(f"{archive} holds no {name}: expected the kit of ILSVRC2012 (from {SITE})")
     return str(archive), found[GROUND_TRUTH], found[META]
+
+
+def _unpacked(data: bytes) -> bytes:
+    """What gzip packed, or the data themselves (browsers unpack it); a small file could unpack to any size."""
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        unpacked = file.read(_MOST_BYTES + 1)
+    if len(unpacked) > _MOST_BYTES:
+        raise ValueError(f"it unpacks to more than {_MOST_BYTES:,} bytes")
+    return unpacked
 
 
 def _wnids_by_number(meta: bytes, kit: str) -> dict[int, str]:
@@ -157,7 +166,7 @@ def _wnids_by_number(meta: bytes, kit: str) -> dict[int, str]:
     except ImportError as error:
         raise InputError(f"reading {META} of {kit} needs SciPy: pip install scipy") from error
     try:
-        _refuse_bomb(meta)
+        _refuse_bomb(memoryview(meta))
         synsets: Any = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"])
         below = synsets["num_children"] if "num_children" in synsets.dtype.names else np.zeros(len(synsets))
         rows = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], below, strict=True)
@@ -176,14 +185,43 @@ def _all_wnids(words: Iterable[str]) -> bool:
     return all(WNID.fullmatch(word) for word in words)
 
 
-def _refuse_bomb(meta: bytes) -> None:
-    """Refuse what unpacks to more than any kit holds: SciPy would unpack it all."""
-    order = ">" if meta[126:128] == b"MI" else "<"
-    place, total = 128, 0
-    while place + 8 <= len(meta):
-        kind, length = struct.unpack(f"{order}II", meta[place : place + 8])
-        if kind == _COMPRESSED_ELEMENT:
-            total += len(zlib.decompressobj().decompress(meta[place + 8 : place + 8 + length], _MOST_BYTES))
-        if total >= _MOST_BYTES:
-            raise ValueError("too large")
-        place += 8 + length
+def _refuse_bomb(meta: memoryview) -> None:
+    """Refuse what SciPy would give more memory to than any kit needs: it believes all sizes.
+
+    Raises:
+        ValueError: it unpacks to too much, or claims arrays of more elements than it has bytes for.
+    """
+    order, total = (">" if bytes(meta[126:128]) == b"MI" else "<"), 0
+    for kind, content in _elements(meta[128:], order):
+        if kind == _COMPRESSED:
+            unpacked = zlib.decompressobj().decompress(content, _MOST_BYTES)
+            total += len(unpacked)
+            if total >= _MOST_BYTES:
+                raise ValueError("too large")
+            _refuse_empty_promises(memoryview(unpacked), order)
+    _refuse_empty_promises(meta[128:], order)
+
+
+def _refuse_empty_promises(data: memoryview, order: str) -> None:
+    for kind, content in _elements(data, order):
+        if kind != _MATRIX:
+            continue
+        inside = _elements(content, order)
+        next(inside, None)  # its flags; what comes next is its shape, of at least two numbers
+        shape_kind, shape = next(inside, (0, memoryview(b"")))
+        if shape_kind == _WHOLE_NUMBERS:
+            sides = struct.unpack(f"{order}{len(shape) // 4}i", shape[: len(shape) // 4 * 4])
+            if min(sides, default=0) < 0 or math.prod(sides) > len(content):
+                raise ValueError("an array of more elements than bytes")
+        _refuse_empty_promises(content, order)
+
+
+def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
+    """(kind, content) of each element; of those so small that they lie within their own tag, no content."""
+    place = 0
+    while place + 8 <= len(data):
+        kind, length = struct.unpack(f"{order}II", data[place : place + 8])
+        if kind >> 16:
+            kind, length = kind & 0xFFFF, 0
+        yield kind, data[place + 8 : place + 8 + length]
+        place += 8 + (length if kind == _COMPRESSED else -(-length // 8) * 8)

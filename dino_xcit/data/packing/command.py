@@ -116,7 +116,7 @@ def pack(source: Source, destination: Path, options: Options, workers: int) -> t
         source: what to pack.
         destination: a local folder: absent, empty, or one in which the same packing was begun.
         options: how; the same as before where it was begun.
-        workers: processes that read, decode and shrink.
+        workers: processes that read, decode and shrink; before that, threads that compare what is there.
 
     Returns:
         The folder, and how many images this call went through (fewer than there are where it was begun before).
@@ -127,7 +127,7 @@ def pack(source: Source, destination: Path, options: Options, workers: int) -> t
     """
     work = partial(pack_image, max_side=options.max_side, quality=options.quality)
     with PackFolder(destination, source, options) as folder:
-        missing = folder.missing()
+        missing = folder.missing(workers)
         seen = sum(end - first for _, first, end in missing)
         with progress_bar(len(source), f"packing {source.url}", shown=True, done=len(source) - seen) as bar:
             for number, first, end in missing:
@@ -190,17 +190,18 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--quality is {words.quality}, expected 1 to 100")
     shard_mb = _SHARD_MB if words.shard_mb is None and words.shard_images is None else words.shard_mb
     options = Options(words.max_side, words.quality, shard_mb, words.shard_images)
+    destination = Path(os.path.expanduser(words.destination))
     began = time.perf_counter()
-    folder, seen = pack(_opened(words.source, words.part), Path(words.destination).expanduser(), options, words.workers)
+    folder, seen = pack(_opened(words.source, words.part), destination, options, words.workers)
     _tell(folder, seen, time.perf_counter() - began)
     return 1 if folder.unread and words.strict else 0
 
 
 def _opened(url: str, part: str | None) -> Source:
-    path = Path(url).expanduser()
-    if not path.exists():
+    path = os.path.expanduser(url)
+    if not os.path.exists(path):
         return open_source(url, part)
-    if part is None and all((path / name).is_dir() for name in ("train", "val")):
+    if part is None and all(os.path.isdir(os.path.join(path, name)) for name in ("train", "val")):
         raise InputError(f"{url} has the parts train and val: pack each on its own, with --part train and --part val")
     return open_source(os.path.abspath(path), part)  # so that a resumed packing finds the same names from anywhere
 

@@ -9,12 +9,15 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dino_xcit import durable
+from dino_xcit.console import progress_bar
+from dino_xcit.data import files
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
 
@@ -97,8 +100,8 @@ class PackFolder:
         self.path, self.options = path, options
         self.shards, self.unread = [], []
         self._source = source
-        self._refuse_odd_places()
         with explained(path):
+            self._refuse_odd_places()
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(path)
         try:
@@ -126,8 +129,8 @@ class PackFolder:
             raise InputError(f"cannot pack into {self.path}: DST is a local folder; pack there, then copy it")
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"cannot pack into {self.path}: it is a file; give a folder that is absent or empty")
-        origin = Path(self._source.url)
-        if origin.is_dir() and self.path.resolve().is_relative_to(origin.resolve()):
+        origin = Path(self._source.url)  # perhaps: a pattern may be longer than any path
+        if os.path.isdir(origin) and self.path.resolve().is_relative_to(origin.resolve()):
             raise InputError(
                 f"cannot pack into {self.path}: it lies in {origin}, which is packed; give a folder outside"
             )
@@ -164,24 +167,30 @@ class PackFolder:
                 flag = f"--{name.replace('_', '-')}"
                 was, now = (f"with {flag} {x}" if x is not None else f"without {flag}" for x in (before, value))
                 raise InputError(f"{self.path} was begun {was}, this command is {now}: repeat it as it was, {anew}")
-        if begun["fingerprint"] != self._fingerprint:
+        if begun["fingerprint"] != self._fingerprint or begun["images"] != len(self._source):
             raise InputError(
                 f"{self.path} was begun from {begun['source']} with {begun['images']:,} images, this command packs "
                 f"{self._source.url} with {len(self._source):,}, and they differ (a file was added, removed, changed "
                 f"or moved since, or it is another data set): {anew}"
             )
 
-    def missing(self) -> list[tuple[int, int, int]]:
+    def missing(self, readers: int) -> list[tuple[int, int, int]]:
         """(number of the shard, first image, image after the last) of what is not there yet.
 
-        A listed shard whose file is gone or has another length is made again; the last entry is all that comes after
-        the listed ones, in as many shards as it takes.
+        A listed shard whose file is gone or has another SHA-256 is made again; the last entry is all that comes after
+        the listed ones, in as many shards as it takes. That reads all of the listed ones, ``readers`` at a time: a
+        twentieth of the time, or less, that packing them took.
         """
-        gone = [
-            (number, shard.first, shard.end)
-            for number, shard in enumerate(self.shards)
-            if not _is_there(self.path / shard_name(number), shard)
-        ]
+        with (
+            ThreadPoolExecutor(max(1, readers)) as pool,
+            progress_bar(len(self.shards), "comparing shards", shown=bool(self.shards), unit="shard") as bar,
+        ):
+            gone = []
+            there = pool.map(_is_there, map(self.path.joinpath, map(shard_name, range(len(self.shards)))), self.shards)
+            for number, (shard, whole) in enumerate(zip(self.shards, there, strict=True)):
+                if not whole:
+                    gone.append((number, shard.first, shard.end))
+                bar.update()
         covered = self.shards[-1].end if self.shards else 0
         rest = (len(self.shards), covered, len(self._source))
         return [*gone, rest] if covered < len(self._source) else gone
@@ -271,7 +280,7 @@ def _locked(folder: Path) -> int | None:
 
 def _is_there(file: Path, shard: Shard) -> bool:
     try:
-        return file.stat().st_size == shard.bytes
+        return file.stat().st_size == shard.bytes and durable.digest_of(file).sha256 == shard.sha256
     except OSError:
         return False
 
@@ -280,7 +289,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """A manifest whose parts are what they should be, with :class:`Shard` objects in it."""
     path = folder / MANIFEST
     try:
-        content = json.loads(_bounded(path))
+        content = json.loads(files.read_file(str(path), _MOST_BYTES))
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']!r}, expected {_VERSION}")
         shards, end = [], 0
@@ -293,7 +302,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             end = shard.end
         if not all(isinstance(content[name], str) for name in ("source", "fingerprint")):
             raise TypeError("its source is no text")
-        if type(content["images"]) is not int or not isinstance(content["options"], dict):
+        if type(content["images"]) is not int or content["images"] < end:
+            raise ValueError(f"its shards hold more than its {content['images']!r:.20} images")
+        if not isinstance(content["options"], dict):
             raise TypeError("its options are no list of names and values")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
@@ -306,16 +317,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _read_unreadable(path: Path) -> list[Unread]:
     """What the list says of shards that are whole; a line that says nothing is left out."""
     rows = []
-    for line in _bounded(path).splitlines() if path.exists() else []:
+    for line in files.read_file(str(path), _MOST_BYTES).splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             row = json.loads(line)
             rows.append(Unread(int(row["index"]), str(row["name"]), str(row["cause"])))
     return rows
-
-
-def _bounded(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        data = file.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-    return data

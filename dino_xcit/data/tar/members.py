@@ -100,6 +100,8 @@ def members(file: BinaryIO, path: str, start: int, length: int | None, passed_ov
             place += _padded(size)
             continue
         if kind in b"gK":  # what is said of all members, and of the next one's link, is of no use here
+            if place + size > end:  # also because seeking goes no farther than 2^63
+                raise _cut_short(path, place)
             place += _padded(size)
             continue
         name, size = pax_path or long_name or name, size if pax_size < 0 else pax_size
@@ -201,7 +203,10 @@ def _no_archive(begin: bytes, path: str) -> InputError:
         )
     if begin[:BLOCK].lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return InputError(f"{path} is a web page, not a tar archive: download it again, signed in where that is needed")
-    return InputError(f"{path} is no tar archive: it does not begin with a tar header")
+    return InputError(
+        f"{path} is no tar archive, as it does not begin with a tar header: is it the right file? If so, copy or "
+        "download it again"
+    )
 
 
 def _cut_short(path: str, place: int, name: bytes = b"") -> InputError:
