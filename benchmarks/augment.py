@@ -1,11 +1,13 @@
 """What an image costs one core from the file to normalised views, beside others' pipelines; how equal views are.
 
-    OMP_NUM_THREADS=1 python benchmarks/augment.py --photos DIR [--reference DIR] [--rounds 7] [--workers 2]
+    OMP_NUM_THREADS=1 python benchmarks/augment.py --photos DIR [--reference DIR] [--rounds 7] [--workers 2] \
+        [--device cuda]
 
 DIR holds JPEGs of usual size in any folders. ``--reference`` names a folder with a checkout of facebookresearch/dino as
 ``dino/``. torchvision v2 is written as its documentation suggests, and so is kornia, which is measured where it is
 installed. Each round measures all of them once, one after another on one thread; a ratio is the median of the rounds'
-ratios, and its range is the least and the greatest. The last line is one JSON object.
+ratios, and its range is the least and the greatest. With ``--device cuda`` the views are finished there too, their bits
+compared, and the device's share is timed. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -257,7 +259,7 @@ def by_pillow(image: Image.Image, size: int, v: ViewParameters) -> NDArray[np.in
     return np.asarray(view).transpose(2, 0, 1).astype(np.int64)
 
 
-def errors(files: list[bytes]) -> dict[str, float]:
+def errors(files: list[bytes], device: torch.device) -> dict[str, float]:
     """Mean and greatest difference, in levels of 255, between our views and Pillow's at the same parameters."""
     total, pixels, greatest, on_device = 0, 0, 0, 0
     for index, data in enumerate(files):
@@ -278,9 +280,26 @@ def errors(files: list[bytes]) -> dict[str, float]:
             greatest = max(greatest, int(difference.max()))
             unfinished = np.empty((3, kind.size, kind.size), dtype=np.uint8)
             maker.make(row, unfinished, photometric=False)
-            finished = finish_views(torch.from_numpy(unfinished)[None], torch.from_numpy(row)[None])[0]
-            on_device = max(on_device, int((finished.int() - view.int()).abs().max()))
+            finished = finish_views(torch.from_numpy(unfinished)[None].to(device), torch.from_numpy(row)[None])[0]
+            on_device = max(on_device, int((finished.cpu().int() - view.int()).abs().max()))
     return {"mean_error_255": total / pixels, "max_error_255": greatest, "max_error_device_path_255": on_device}
+
+
+def device_share(files: list[bytes], device: torch.device, rounds: int, images: int = 64) -> float:
+    """Milliseconds an image that a GPU spends on finishing and normalising the views of a batch."""
+    dataset = MultiCropDataset(InMemory(files), AUGMENTATION, seed=0)
+    dataset.finish_on_device.fill_(True)
+    batch = dataset.__getitems__([(0, index % len(files)) for index in range(images)])
+    assert isinstance(batch, Batch)
+    pinned, times = batch.pin_memory(), []
+    for _ in range(rounds + 2):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for crops in pinned.to(device).crops:
+            normalise(crops, IMAGENET_MEAN, IMAGENET_STD)
+        torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - began) / images)
+    return median(times[2:])
 
 
 def through_the_loader(files: list[bytes], workers: int) -> float:
@@ -303,6 +322,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=0, help="also measure the loader with so many processes")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as the loader's processes do; for all of them alike
@@ -351,11 +371,15 @@ def main() -> None:
     by_stage = stages(files, arguments.rounds)
     print("ours by stage, ms an image: " + ", ".join(f"{name} {value:.2f}" for name, value in by_stage.items()))
     result["ms_stages"] = {name: round(value, 3) for name, value in by_stage.items()}
-    difference = errors(files)
+    difference = errors(files, arguments.device)
     print(
         "against Pillow at the same parameters, levels of 255: " + ", ".join(f"{k} {v}" for k, v in difference.items())
     )
     result |= difference
+    if arguments.device.type == "cuda":
+        result["ms_device_share"] = round(device_share(files, arguments.device, arguments.rounds), 4)
+        result["device"] = torch.cuda.get_device_name(arguments.device)
+        print(f"the device's share, {result['device']}: {result['ms_device_share']:.3f} ms an image")
     if arguments.workers:
         speed = through_the_loader(files, arguments.workers)
         print(f"through the loader, {arguments.workers} processes: {speed:.0f} images/s")
