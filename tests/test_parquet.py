@@ -633,6 +633,13 @@ def test_mutated_files_end_in_sentences_or_other_bytes_never_in_anything_else(
     assert 50 < refused < 250
 
 
+def test_more_rows_than_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(hub_table(noise(9)), tmp_path / "x.parquet", row_group_size=2)
+    monkeypatch.setattr("dino_xcit.data.parquet.footer.MOST_ROWS", 8)
+    with pytest.raises(InputError, match=r"x\.parquet has 9 rows, more than 8: write it anew as several files"):
+        opened(tmp_path / "x.parquet")
+
+
 def test_a_codec_that_nobody_knows_is_a_sentence_where_pyarrow_would_end_the_process(tmp_path: Path) -> None:
     whole = small_file(store_schema=False)
     footer = int.from_bytes(whole[-8:-4], "little")

@@ -63,7 +63,7 @@ def open_source(url: str, part: str | None = None) -> Source:
         name, _, named_part = rest.partition("/")
         chosen = named_part or part or "train"
         if chosen not in ("train", "val"):
-            raise InputError(f"{url!r} has no part {chosen!r}: there are train and val")
+            raise InputError(f"{url!r} has no part {chosen!r}: expected {scheme}:{name}/train or {scheme}:{name}/val")
         return open_sample(name, chosen) if scheme == "sample" else TorchvisionSource(name, chosen)
     if colon and scheme == "imagenet":
         named = re.fullmatch(r"(.+)/(train|val)/*", rest)
@@ -148,7 +148,9 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
     train_classes, val_classes = train.classes or (), val.classes or ()
     unknown = sorted(set(val_classes) - set(train_classes))
     if unknown:
-        raise InputError(f"{val.url} has classes that {train.url} lacks: {', '.join(unknown[:5])}")
+        raise InputError(
+            f"{val.url} has classes that {train.url} lacks: {', '.join(unknown[:5])}; give two parts of one data set"
+        )
     number = np.asarray([train_classes.index(name) for name in val_classes], dtype=np.int64)
     return train, Subset(val, np.arange(len(val)), number, train_classes)
 

@@ -114,7 +114,7 @@ def read_file(path: str, limit: int) -> bytes:
         with _opened(path) as file, _explaining(path):
             data = file.read(min(os.fstat(file.fileno()).st_size, limit + 1))
     if len(data) > limit:
-        raise InputError(f"{path} has more than {limit:,} bytes, the most that are read of such a file: is it the one?")
+        raise InputError(f"{path} has more than {limit:,} bytes, the most that is read of such a file: check the path")
     return data
 
 
@@ -212,7 +212,10 @@ def explained(path: str, error: Exception) -> InputError:
     if isinstance(error, TimeoutError):
         return InputError(f"cannot read {path}: its server did not answer in time; try again")
     text = one_line(error) or "the reader failed"
-    return InputError(f"cannot read {path}: {text} ({type(error).__name__}); is it whole, and can it be reached?")
+    where = "server" if is_remote(path) else "disk"
+    return InputError(
+        f"cannot read {path}: {text} ({type(error).__name__}); check the path, and that its {where} is well"
+    )
 
 
 class _Absent(InputError):

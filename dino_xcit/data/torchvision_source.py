@@ -23,7 +23,8 @@ class TorchvisionSource:
         """``root``: where the files are or shall go; default $TORCHVISION_DATA or ~/.cache/torchvision."""
         factory: Any = getattr(torchvision.datasets, name, None)
         if factory is None or not inspect.isclass(factory):
-            raise InputError(f"torchvision has no data set {name!r}{near_matches(name, torchvision.datasets.__all__)}")
+            near = near_matches(name, torchvision.datasets.__all__) or ": expected a name such as torchvision:CIFAR10"
+            raise InputError(f"torchvision has no data set {name!r}{near}")
         root = root or Path(os.environ.get("TORCHVISION_DATA", Path.home() / ".cache" / "torchvision"))
         accepts = inspect.signature(factory).parameters
         options: dict[str, object] = {"root": str(root)}

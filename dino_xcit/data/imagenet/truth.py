@@ -67,10 +67,15 @@ def read_truth(root: Path) -> Truth:
     wnids = _wnids_by_number(meta, kit)
     lines = truth.split()
     if not lines or not all(re.fullmatch(rb"\d{1,6}", line) for line in lines):
-        raise InputError(f"{kit}: {GROUND_TRUTH} is damaged: expected the number of a class a line (from {SITE})")
+        raise InputError(
+            f"{kit}: {GROUND_TRUTH} is damaged: expected the number of a class a line; download the kit from {SITE}"
+        )
     unknown = sorted({int(line) for line in lines} - wnids.keys())
     if unknown:
-        raise InputError(f"{kit}: {GROUND_TRUTH} has the class {unknown[0]}, which {META} does not know (from {SITE})")
+        raise InputError(
+            f"{kit}: {GROUND_TRUTH} has the class {unknown[0]}, which {META} does not know: download the kit from "
+            f"{SITE}"
+        )
     names = {f"ILSVRC2012_val_{number:08d}": wnids[int(line)] for number, line in enumerate(lines, start=1)}
     return Truth(f"{kit} ({GROUND_TRUTH})", tuple(sorted(wnids.values())), names)
 
@@ -109,7 +114,10 @@ def _of_kaggle(root: Path) -> Truth:
         ) from error
     unknown = sorted(set(wnid_of.values()) - set(classes))
     if unknown:
-        raise InputError(f"{file} has the class {unknown[0][:40]!r}, which {root / MAPPING} does not list")
+        raise InputError(
+            f"{file} has the class {unknown[0][:40]!r}, which {root / MAPPING} does not list: both come from "
+            "Kaggle's imagenet-object-localization-challenge"
+        )
     return Truth(str(file), classes, wnid_of)
 
 
@@ -177,7 +185,9 @@ def _wnids_by_number(meta: bytes, kit: str) -> dict[int, str]:
     except Exception as error:  # of any class: the parser of a damaged file stumbles over whatever it meets
         raise InputError(f"{kit}: {META} is damaged ({type(error).__name__}): download the kit from {SITE}") from error
     if not wnids or not _all_wnids(wnids.values()) or len(set(wnids.values())) < len(wnids):
-        raise InputError(f"{kit}: {META} does not list wnids such as n01440764, each once (from {SITE})")
+        raise InputError(
+            f"{kit}: {META} does not list wnids such as n01440764, each once: download the kit from {SITE}"
+        )
     return wnids
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dino_xcit.data import files
 from dino_xcit.data.parquet import thrift
 from dino_xcit.data.parquet.pages import DamagedPage
+from dino_xcit.errors import InputError
 
 UNCOMPRESSED, SNAPPY = 0, 1
 CODECS = {2: "gzip", 3: "LZO", 4: "Brotli", 5: "LZ4", 6: "Zstandard", 7: "LZ4"}
@@ -48,7 +49,7 @@ def read_footer(path: str, size: int) -> list[RowGroup]:
 
     Raises:
         DamagedPage, NotThrift: it has no such footer, or one that claims what the file has no room for.
-        InputError: it cannot be read.
+        InputError: it cannot be read, or has more than :data:`MOST_ROWS` rows.
     """
     length = int.from_bytes(files.read_range(path, size - 8, 4), "little") if size >= 12 else size
     if length > min(_MOST_BYTES, size - 8):
@@ -59,7 +60,7 @@ def read_footer(path: str, size: int) -> list[RowGroup]:
     if rows != thrift.number(footer, 3):
         raise DamagedPage("its row groups have other rows than it claims")
     if rows > MOST_ROWS:
-        raise DamagedPage(f"it has {rows:,} rows, more than {MOST_ROWS:,}")
+        raise InputError(f"{path} has {rows:,} rows, more than {MOST_ROWS:,}: write it anew as several files")
     return groups
 
 

@@ -103,7 +103,7 @@ class ParquetSource:
             image = image[skip : skip + length]
         if image is None:
             cause = "the row holds no image"
-            raise UndecodableImage(f"{self.name(index)} cannot be read: {cause}", cause)
+            raise UndecodableImage(f"{self.name(index)} cannot be read: {cause}; leave the row out", cause)
         return image, None if self.labels is None else int(self.labels[index])
 
     def _decompress(self, pieces: bytes, unpacked: int, index: int) -> bytes:
@@ -196,7 +196,9 @@ def _in_folder(pattern: str, part: str | None) -> str:
                 f"no Parquet file in {folder} has a name that begins with {' or '.join(wanted)}; there are those of "
                 f"{', '.join(parts) or 'no part'}: give a pattern of files, such as parquet:{folder}/NAME-*.parquet"
             )
-    raise InputError(f"no file in {folder}, or in its folder 'data', ends in .parquet: expected Parquet files")
+    raise InputError(
+        f"no file in {folder}, or in its folder 'data', ends in .parquet: expected files such as train-00000.parquet"
+    )
 
 
 def _build(url: str, paths: list[str], stamps: list[str], image: str, label: str) -> Index:
@@ -214,7 +216,7 @@ def _build(url: str, paths: list[str], stamps: list[str], image: str, label: str
             scanned = list(pool.map(lambda path, known: scan(path, known[0], known[1], advance), paths, looked))
     values = np.concatenate([one.values for one in scanned])
     if not len(values):
-        raise InputError(f"no image in {url}: its files have no rows")
+        raise InputError(f"no image in {url}: its files have no rows; check the pattern")
     counts = [len(one.values) for one in scanned]
     labels, classes = _merge_labels(scanned, looked[0][1], url)
     numbers = {name: np.ascontiguousarray(values[:, place]) for place, name in enumerate(COLUMNS)} | {

@@ -26,7 +26,14 @@ MOST_PAX = 1 << 20
 _END = bytes(BLOCK)
 _REGULAR, _WITHOUT_CONTENT = b"0\x007", b"123456"
 _KINDS = {b"1": "links", b"2": "links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip bzip2 xz zstd lz4
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+"""How a file begins, and the program that made it and decompresses it (with ``-d``)."""
 
 
 class Member(NamedTuple):
@@ -67,9 +74,11 @@ def members(file: BinaryIO, path: str, start: int, length: int | None, passed_ov
     whole = file.seek(0, 2)
     end = whole if length is None else start + length
     if end > whole:
-        raise InputError(f"{path} ends before byte {end:,}, where an archive in it should end: is it complete?")
+        raise InputError(
+            f"{path} ends before byte {end:,}, where an archive in it should end: copy or download it again"
+        )
     if end <= start:
-        raise InputError(f"{path} is empty: expected a tar archive")
+        raise InputError(f"{path} is empty: expected a tar archive; copy or download it again")
     place, number = start, 0
     long_name, pax_path, pax_size, sparse = b"", b"", -1, False
     while True:
@@ -196,10 +205,11 @@ def _padded(size: int) -> int:
 
 
 def _no_archive(begin: bytes, path: str) -> InputError:
-    if begin.startswith(_COMPRESSED):
+    program = next((name for mark, name in _COMPRESSED.items() if begin.startswith(mark)), None)
+    if program is not None:
         return InputError(
-            f"{path} is compressed, so that its images cannot be read in any order: decompress it, or pack it anew "
-            "with python -m dino_xcit.data pack"
+            f"{path} is compressed, so that its images cannot be read in any order: decompress it with {program} -d, "
+            "and give the .tar that comes out"
         )
     if begin[:BLOCK].lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return InputError(f"{path} is a web page, not a tar archive: download it again, signed in where that is needed")

@@ -131,7 +131,7 @@ def _label_of_cls(member: Member, file: BinaryIO, path: str) -> Label:
     if number is None or number >= MOST_CLASSES:
         raise InputError(
             f"{path}/{member.name} holds {text[:20]!r}: expected the number of a class, 0 to {MOST_CLASSES - 1:,}, in "
-            "ASCII digits"
+            "ASCII digits, or -1 where it is not known; write them anew"
         )
     return number if number >= 0 else None  # -1 says that it is not known
 

@@ -175,7 +175,9 @@ def _labels(shards: Sequence[Shard], where: str) -> tuple[NDArray[np.int64] | No
     if all(isinstance(label, int) for label in labels):
         return np.array(labels, dtype=np.int64), None
     if any(isinstance(label, int) for label in labels):
-        raise InputError(f"{where}: the labels of some images are numbers, of others names: expected one of the two")
+        raise InputError(
+            f"{where}: the labels of some images are numbers, of others names: expected one of the two; pack them anew"
+        )
     names = sorted({str(label) for label in labels})
     return _numbered([str(label) for label in labels], names), names
 
