@@ -140,6 +140,18 @@ def test_folders_without_images_and_missing_paths_are_refused(tmp_path: Path) ->
             open_source(path)
 
 
+def test_urls_without_anything_in_them_are_refused(monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
+    monkeypatch.chdir(tree)
+    for url, words in (
+        ("", "no data given"),
+        (" ", "no data given"),
+        ("a\0b", "cannot read a.*embedded null byte"),
+        ("memory://", "names no place: expected such as memory://BUCKET/FOLDER"),
+    ):
+        with pytest.raises(InputError, match=words):
+            open_source(url)
+
+
 def test_an_image_that_vanished_is_named(tree: Path) -> None:
     source = open_source(str(tree))
     (tree / "dog" / "a.jpg").unlink()
@@ -206,6 +218,9 @@ def test_lists_of_nothing_and_of_missing_files_are_refused(tmp_path: Path) -> No
     file = tmp_path / "list.txt"
     file.write_text("\n# nothing\n")
     with pytest.raises(InputError, match="names no image"):
+        open_source(str(file))
+    file.write_bytes(b"list.txt\na\0b.png\n")
+    with pytest.raises(InputError, match=r"list\.txt is no text: expected one path a line"):
         open_source(str(file))
     file.write_text("absent.png\n")
     with pytest.raises(InputError, match=r"absent\.png"):

@@ -91,6 +91,19 @@ def test_the_first_missing_file_of_a_range_is_named(tmp_path: Path) -> None:
         expand(f"{tmp_path}/{{s,t}}-*.tar")
 
 
+def test_a_folder_or_a_pipe_in_a_pattern_s_place_is_called_so(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=f"{tmp_path} is a folder: expected files, or a pattern of them such as"):
+        expand(str(tmp_path))
+    with pytest.raises(InputError, match="pipe is a named pipe: expected a file"):
+        expand(f"{tmp_path}/{{pipe,rest}}")
+
+
+def test_a_pattern_of_a_thousand_braces_is_refused() -> None:
+    with pytest.raises(InputError, match="more than 50 braces"):
+        expand("/x/" + "{0..1}" * 1200)
+
+
 def test_a_pattern_for_a_trillion_files_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="more than 1,000,000 files"):
         expand("/x/{0..999999999999}.tar")
@@ -200,6 +213,12 @@ def test_a_local_file_with_another_stamp_than_expected_is_refused(tmp_path: Path
             files.read_range(str(path), 0, 3, before)
         with pytest.raises(InputError, match="replaced or changed"):
             files.open_file(str(path), before)
+
+
+def test_a_path_that_no_file_can_have_is_a_sentence(tmp_path: Path) -> None:
+    for path in (f"{tmp_path}/a\0b", f"{tmp_path}/\ud800"):
+        with pytest.raises(InputError, match=r"cannot read .*check the path"):
+            files.read_file(path, 9)
 
 
 def test_a_file_without_permission_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

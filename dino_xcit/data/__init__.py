@@ -58,6 +58,8 @@ def open_source(url: str, part: str | None = None) -> Source:
     Raises:
         InputError: nothing there, nothing readable in it, or an unknown form.
     """
+    if not url.strip():  # an unset variable of a shell; as a path it would be the folder one is in
+        raise InputError(f"no data given: expected {FORMS}")
     scheme, colon, rest = url.partition(":")
     if colon and scheme in ("sample", "torchvision"):
         name, _, named_part = rest.partition("/")
@@ -80,7 +82,7 @@ def open_source(url: str, part: str | None = None) -> Source:
     except (FileNotFoundError, NotADirectoryError) as error:
         hint = f"known forms: {FORMS}" if colon and "/" not in scheme else "check the path"
         raise InputError(f"no data at {url!r}: there is no such file or folder; {hint}") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no permission; a zero byte
         raise files.explained(str(path), error) from error
     if stat.S_ISREG(status.st_mode):
         if path.suffix.lower() != ".txt":
@@ -94,6 +96,8 @@ def open_source(url: str, part: str | None = None) -> Source:
 def _open_remote(url: str, part: str | None) -> Source:
     """A list or a folder that fsspec reads."""
     address = url.partition("?")[0].rstrip("/")
+    if not files.is_remote(address):  # nothing behind the slashes
+        raise InputError(f"{url!r} names no place: expected such as {address}//BUCKET/FOLDER")
     if address.lower().endswith(".txt"):
         return open_list(url, url)
     if address.lower().endswith(".tar"):

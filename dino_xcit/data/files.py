@@ -205,7 +205,8 @@ def explained(path: str, error: Exception) -> InputError:
         return error
     if isinstance(error, FileNotFoundError):
         remote = ", and what you are signed in to" if is_remote(path) else ""
-        return _Absent(f"there is no file {path}: check the path{remote}")
+        reason = f" ({one_line(error.__cause__)})" if error.__cause__ else ""  # a server that cannot be reached, say
+        return _Absent(f"there is no file {path}{reason}: check the path{remote}")
     if isinstance(error, PermissionError):
         remedy = "sign in" if is_remote(path) else "run as somebody who may"
         return InputError(f"no permission to read {path}: {remedy}, or ask its owner")
@@ -226,6 +227,8 @@ def _opened(path: str, unchanged: Stamp | None = None) -> BinaryIO:
     """A regular file on this machine, open."""
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller's
+    except ValueError as error:  # a zero byte, or letters that this system's paths cannot have
+        raise explained(path, error) from error
     except OSError as error:
         with contextlib.suppress(OSError):  # a socket cannot be opened, and the error does not say why
             _demand_file(path, os.stat(path))

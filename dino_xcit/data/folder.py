@@ -120,6 +120,8 @@ def open_list(file: str, url: str) -> FileSource:
     lines = [line.strip() for line in text.split("\n")]
     paths = [line for line in lines if line and not line.startswith("#")]
     folder = files.folder_of(file)
+    if b"\0" in data:
+        raise InputError(f"the file list {file} is no text: expected one path a line")
     if not paths:
         raise InputError(f"the file list {file} names no image: expected one path a line")
     # Among the file systems that fsspec would chain are some that run what they find.

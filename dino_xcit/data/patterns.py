@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MOST_NAMES = 1_000_000
 """A pattern may stand for so many files."""
 
+_MOST_BRACES = 50
 _BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}|\{([^{}]*,[^{}]*)\}")
 
 
@@ -39,12 +40,20 @@ def expand(pattern: str) -> list[str]:
         pattern = os.path.abspath(os.path.expanduser(pattern))
         if os.path.isfile(pattern):
             return [pattern]
+    if pattern.count("{") > _MOST_BRACES:
+        raise InputError(f"{pattern[:60]!r}... has more than {_MOST_BRACES} braces: expected fewer; use wildcards")
     names = list(itertools.islice(_alternatives(pattern), MOST_NAMES + 1))
     if len(names) > MOST_NAMES:
         raise InputError(f"{pattern!r} stands for more than {MOST_NAMES:,} files: expected fewer; check its braces")
     plain = sorted({name for name in names if not _has_wildcard(name)})
     missing = _first_missing(plain)
     if missing is not None:
+        if not files.is_remote(missing) and os.path.exists(missing):
+            if os.path.isdir(missing):
+                raise InputError(f"{missing} is a folder: expected files, or a pattern of them such as {missing}/*")
+            files.stamp(missing)  # says what it is instead of a file
+        if files.is_remote(missing) and missing == pattern:
+            files.stamp(missing)  # says what its server says
         of = "" if missing == pattern else f", which {pattern!r} names"
         raise InputError(f"there is no file {missing}{of}: check the path, or the range in its braces")
     matched = [path for name in names if _has_wildcard(name) for path in _match(name)]
