@@ -260,8 +260,8 @@ FREE_TO_CHANGE = frozenset(
         "max_unreadable", "hang_timeout",
     }
 )  # fmt: skip
-"""Settings that may differ when a run is carried on: they do not change what is learnt (of the last two, only the
-product with the number of processes does, which the steps an epoch show)."""
+"""Settings that may differ when a run is carried on: they do not change what is learnt (of batch_size_per_gpu and
+accumulation_steps, only the product with the number of processes does, which the steps an epoch show)."""
 
 
 def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]:

@@ -243,7 +243,18 @@ def test_the_same_sample_always_has_the_same_views(photo: Image.Image) -> None:
 
 def test_seed_epoch_and_index_each_give_other_views() -> None:
     augmentation = MultiCropAugmentation()
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 1, 2), (0, 2, 1), (2**63, 0, 0), (0, 0, 2**31)]
+    keys = [
+        (0, 0, 0),
+        (1, 0, 0),
+        (0, 1, 0),
+        (0, 0, 1),
+        (1, 1, 1),
+        (0, 1, 2),
+        (0, 2, 1),
+        (2**63, 0, 0),
+        (2**63 + 1, 0, 0),
+        (0, 0, 2**31),
+    ]
     views = [tuple(augmentation.draw(400, 300, *key)) for key in keys]
     assert len(set(views)) == len(keys)
     for sample in views:
@@ -281,6 +292,24 @@ def test_where_no_try_fits_the_largest_centred_crop_is_taken() -> None:
     assert (wide.top, wide.left, wide.height, wide.width) == (0, (1000 - 13) // 2, 10, 13)
     tall = MultiCropAugmentation(global_crops_scale=(1.0, 1.0)).draw(10, 1000, 0, 0, 0)[GLOBAL_1]
     assert (tall.top, tall.left, tall.height, tall.width) == ((1000 - 13) // 2, 0, 13, 10)
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"), [((1, 9), (2.0, 3.0)), ((1, 3), (4.0, 5.0)), ((9, 1), (0.2, 0.4)), ((1, 1), (3.0, 3.0))]
+)
+def test_no_crop_is_empty(size: tuple[int, int], ratio: tuple[float, float]) -> None:
+    augmentation = MultiCropAugmentation(crop_ratio=ratio, global_crops_size=4, local_crops_size=4, gray=0.0)
+    drawn = augmentation.draw(*size, 0, 0, 0)
+    assert all(view.height >= 1 and view.width >= 1 for view in drawn)
+    assert all(view.float().mean() > 60 for view in augmentation(Image.new("RGB", size, (200, 200, 200))))
+
+
+def test_pictures_of_other_modes_are_taken_as_rgb(photo: Image.Image) -> None:
+    augmentation = MultiCropAugmentation(local_crops_number=0, global_crops_size=20)
+    for mode in ("L", "RGBA", "P"):
+        other = photo.convert(mode)
+        for view, expected in zip(augmentation(other), augmentation(other.convert("RGB")), strict=True):
+            assert torch.equal(view, expected)
 
 
 def test_the_whole_picture_can_be_cut() -> None:
@@ -334,6 +363,8 @@ def test_views_are_grouped_by_size_in_order_of_appearance() -> None:
         {"saturation": -0.2},
         {"blur_radius": (-1.0, 2.0)},
         {"blur_radius": (2.0, 1.0)},
+        {"blur_radius": (0.1, 1e8)},
+        {"brightness": 1e39},
         {"blur_radius": (float("nan"), float("nan"))},
     ],
 )

@@ -54,6 +54,13 @@ def test_every_kind_of_jpeg_has_pillow_s_pixels(subsampling: str, progressive: b
     assert outcome(kept_as_rgb, short=True) == outcome(kept_as_rgb, short=False)
 
 
+@pytest.mark.parametrize("sampling", range(256))
+def test_every_sampling_that_a_header_may_claim_has_the_same_outcome(sampling: int) -> None:
+    data = bytearray(encoded(photograph(6).resize((32, 32)), "JPEG"))
+    data[data.index(b"\xff\xc0") + 11] = sampling  # of the first component
+    assert outcome(bytes(data), short=True) == outcome(bytes(data), short=False)
+
+
 def test_a_plain_jpeg_takes_the_short_way_and_a_turned_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 

@@ -179,6 +179,25 @@ def test_a_program_that_leaves_a_loader_behind_ends(tmp_path: Path, start_method
     assert done.returncode == 0
 
 
+def test_a_program_ends_although_its_disk_does_not_answer(tmp_path: Path) -> None:
+    script = tmp_path / "stuck.py"
+    script.write_text(
+        "import time, torch\n"
+        "from dino_xcit.config import PretrainConfig\n"
+        "from dino_xcit.data import open_source\n"
+        "from dino_xcit.data.loader import StepSampler, build_loader\n"
+        "source = open_source('sample:fashion-mnist', 'train')\n"
+        "source.read = lambda index: time.sleep(300)\n"
+        "views = PretrainConfig(global_crops_size=16, local_crops_size=8).augmentation()\n"
+        "sampler = StepSampler(len(source), 4, start_step=0, stop_step=100)\n"
+        "loader = build_loader(source, views, sampler, 0, 1, torch.device('cpu'))\n"
+        "time.sleep(1)\n"
+    )
+    here = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, script], cwd=here, env=os.environ | {"PYTHONPATH": str(here)}, timeout=60)
+    assert done.returncode == 0
+
+
 def test_the_loader_resumes_mid_epoch_with_the_same_views() -> None:
     whole = list(load(tiny_source(10), 0))
     assert_same_batches(whole[3:], list(load(tiny_source(10), 0, start=3)))
@@ -245,7 +264,7 @@ def test_exactly_the_images_that_cannot_be_read_are_replaced_and_named(tmp_path:
     assert all(bad.name.endswith(f"{index:02d}.png") and bad.epoch == 0 for index, bad in unreadable.items())
     assert unreadable[3].cause == "a web page, not an image"
     assert unreadable[7].cause == "empty file"
-    assert "No such file" in unreadable[5].cause
+    assert "there is no file" in unreadable[5].cause
 
 
 @pytest.mark.parametrize("workers", [1, 2])

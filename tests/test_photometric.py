@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as TF
 
 from dino_xcit.augment import MultiCropAugmentation, ViewMaker
@@ -109,6 +110,47 @@ def test_blur_has_pillow_s_bits(sigma: float) -> None:
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         expected = planes(image.filter(ImageFilter.GaussianBlur(float(sigma))))
         np.testing.assert_array_equal(finish(image, NONE, sigma=float(sigma)), expected)
+
+
+class NoDivisionByNumbers(TorchDispatchMode):
+    """CUDA multiplies by the reciprocal of a divisor that is not on the device: other bits, for some colours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.divisions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "div" in func.__name__:
+            self.divisions += 1
+            assert isinstance(args[1], torch.Tensor), func
+            assert args[1].device == args[0].device
+            assert "Scalar" not in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_device_nothing_is_divided_by_a_number() -> None:
+    views = torch.randint(0, 256, (3, 3, 9, 9), dtype=torch.uint8)
+    rows = torch.zeros(3, column.COLUMNS, dtype=torch.float64)
+    rows[:, column.JITTER] = torch.tensor([0, 1.2, 1, 0.8, 2, 1.1, 3, 0.07])
+    rows[:, column.SIGMA] = torch.tensor([0.5, 1.8, 3.0])
+    rows[:, column.GRAY], rows[:, column.SOLARIZE] = 1, 1
+    with NoDivisionByNumbers() as seen:
+        finish_views(views, rows)
+    assert seen.divisions >= 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_has_the_same_bits() -> None:
+    augmentation = MultiCropAugmentation(local_crops_number=8, solarize=0.5)
+    maker, rng = ViewMaker(), np.random.default_rng(5)
+    for index in range(40):
+        maker.load(rng.integers(0, 256, (260, 300, 4), dtype=np.uint8) // (1 + index % 3))
+        for row, kind in zip(augmentation.draw_rows(300, 260, 0, 0, index), augmentation.views, strict=True):
+            view = np.empty((3, kind.size, kind.size), dtype=np.uint8)
+            maker.make(row, view, photometric=False)
+            on_gpu = finish_views(torch.from_numpy(view.copy())[None].cuda(), torch.from_numpy(row.copy())[None])
+            maker.make(row, view)
+            np.testing.assert_array_equal(on_gpu[0].cpu().numpy(), view)
 
 
 def test_a_whole_batch_finished_on_a_device_has_the_same_bits() -> None:

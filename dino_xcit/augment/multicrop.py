@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dino_xcit.augment.compiled import call_first
 from dino_xcit.augment.parameters import Chances, Drawer, ViewKind, ViewParameters
 from dino_xcit.augment.views import ViewMaker
 from dino_xcit.data.decode import pixels_of
@@ -77,11 +78,11 @@ class MultiCropAugmentation:
         if not 0 <= hue <= 0.5:
             raise InputError(f"hue is {hue}, expected 0 to 0.5 turns of the colour circle")
         for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
-            if not 0 <= strength < float("inf"):
-                raise InputError(f"{name} is {strength}, expected a strength of at least 0, such as 0.4")
-        if not 0 <= blur_radius[0] <= blur_radius[1] < float("inf"):
+            if not 0 <= strength <= 100:
+                raise InputError(f"{name} is {strength}, expected a strength of 0 to 100, such as 0.4")
+        if not 0 <= blur_radius[0] <= blur_radius[1] <= 1000:
             raise InputError(
-                f"blur_radius is {blur_radius[0]} {blur_radius[1]}, expected 0 <= least <= most, such as 0.1 2"
+                f"blur_radius is {blur_radius[0]} {blur_radius[1]}, expected 0 <= least <= most <= 1000, such as 0.1 2"
             )
         self.views = [
             ViewKind(global_crops_size, global_crops_scale, global_blur[0], 0.0),
@@ -90,6 +91,10 @@ class MultiCropAugmentation:
         factors = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast, saturation)]
         shared = Chances(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
         self._drawer = Drawer(self.views, shared)
+
+    def compile(self) -> None:
+        """Compile what makes views, or load what an earlier process compiled."""
+        call_first(lambda: self(Image.new("RGB", (8, 8))))
 
     def draw_rows(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
         """What the views of one sample of ``width`` x ``height`` pixels shall be: [V, columns], see parameters.py.
@@ -103,9 +108,9 @@ class MultiCropAugmentation:
         return [ViewParameters.of(row) for row in self.draw_rows(width, height, seed, epoch, index)]
 
     def __call__(self, image: Image.Image, seed: int = 0, epoch: int = 0, index: int = 0) -> list[Tensor]:
-        """The views of an RGB picture: V uint8 tensors [3, size, size], the two global ones first."""
+        """The views of a picture, in RGB: V uint8 tensors [3, size, size], the two global ones first."""
         maker = ViewMaker()
-        maker.load(pixels_of(image))
+        maker.load(pixels_of(image.convert("RGB")))
         views = [torch.empty(3, kind.size, kind.size, dtype=torch.uint8) for kind in self.views]
         for row, view in zip(self.draw_rows(image.width, image.height, seed, epoch, index), views, strict=True):
             maker.make(row, view.numpy())

@@ -7,12 +7,12 @@ a device, apart from its application. V views.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from dino_xcit.augment.compiled import compiled
 from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 OPERATIONS: Final = {"brightness": BRIGHTNESS, "contrast": CONTRAST, "saturation": SATURATION, "hue": HUE}
@@ -29,8 +29,6 @@ JITTER = slice(JITTER_FIRST, 13)
 GRAY, SIGMA, SOLARIZE = range(13, 16)
 """SIGMA: the blur's standard deviation in pixels, as Pillow counts it; -1: no blur."""
 COLUMNS = 16
-
-_compile: Any = njit(cache=True, nogil=True)
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,15 @@ class Drawer:
 
         View v's row depends on (seed, epoch, index, v), the view's kind and the picture's size alone.
         """
-        rng = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, (epoch << 40) | index]))
+        key = np.array([seed & 0xFFFFFFFFFFFFFFFF, (epoch << 40) | index], dtype=np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
         numbers = rng.random((len(self._kinds), _NUMBERS_A_VIEW))
         rows = np.empty((len(self._kinds), COLUMNS))
         _fill(rows, numbers, width, height, self._kinds, self._chances, self._log_ratio, self._ranges)
         return rows
 
 
-@_compile
+@compiled
 def _fill(rows, numbers, width, height, kinds, chances, log_ratio, ranges):  # type: ignore[no-untyped-def]
     """From numbers between 0 and 1, a row of them a view, to what they stand for."""
     for view in range(len(rows)):
@@ -137,7 +136,7 @@ def _fill(rows, numbers, width, height, kinds, chances, log_ratio, ranges):  # t
         row[SOLARIZE] = solarize < kinds[view, 3]
 
 
-@_compile
+@compiled
 def _crop(row, number, width, height, kind, log_ratio):  # type: ignore[no-untyped-def]
     """The first of ten tries that fits, as RandomResizedCrop does it.
 
@@ -159,5 +158,6 @@ def _crop(row, number, width, height, kind, log_ratio):  # type: ignore[no-untyp
         crop_height = min(height, int(np.rint(width / least)))
     elif width / height > most:
         crop_width = min(width, int(np.rint(height * most)))
+    crop_height, crop_width = max(1, crop_height), max(1, crop_width)
     row[TOP], row[LEFT] = (height - crop_height) // 2, (width - crop_width) // 2
     row[HEIGHT], row[WIDTH] = crop_height, crop_width

@@ -5,31 +5,24 @@ Each operation here gives what Pillow, or torchvision on a Pillow image, gives f
 use integers and correctly rounded floating-point operations alone, in a fixed order, so that every processor has the
 same bits, and so has a GPU (dino_xcit/augment/on_device.py).
 
-Numba keeps the compiled code beside this file, and knows of changes in this file alone: so nothing compiled here calls
-into another file.
-
 Legend: a view is planar, [3, height, width] uint8; red, green, blue: one of its planes, flat.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from dino_xcit.augment.compiled import compiled
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Codes of the jitter's operations; -1: none."""
-
-# error_model: x / 0 is checked by Python's model, which keeps loops from being vectorised. No loop here divides by 0.
-_compile: Any = njit(cache=True, nogil=True, error_model="numpy")
 
 _I, _U, _F = np.int32, np.uint32, np.float32
 """Written out at every step: left alone, Numba widens 32-bit integers to 64 bits, at half the speed or less."""
 
 
-@_compile  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def finish_view(
     view: NDArray[np.uint8],
     scratch: NDArray[np.uint8],
@@ -69,7 +62,7 @@ def scratch_size(size: int, sigma: float) -> int:
     return 2 * size * (size + 2 * (int(box_radius(max(sigma, 0.0))) + 1))
 
 
-@_compile  # type: ignore[untyped-decorator]
+@compiled  # type: ignore[untyped-decorator]
 def box_radius(sigma: float) -> np.float32:
     """Half the width of the box that, applied three times, has the variance of a Gaussian of ``sigma`` pixels.
 
@@ -84,20 +77,20 @@ def box_radius(sigma: float) -> np.float32:
     return whole + rest / (_F(6) * (variance - next_whole * next_whole))
 
 
-@_compile
+@compiled
 def _mix(value, other, factor):  # type: ignore[no-untyped-def]
     """ImageEnhance: ``other`` + factor * (value - other), cut to 0 .. 255 and towards 0. All float32."""
     mixed = other + factor * (value - other)
     return np.uint8(_I(min(max(mixed, _F(0)), _F(255))))
 
 
-@_compile
+@compiled
 def _gray(red, green, blue):  # type: ignore[no-untyped-def]
     """Pillow's luma (ITU-R 601-2) in 16-bit fixed point, uint32."""
     return _U(_U(_U(red) * _U(19595)) + _U(_U(green) * _U(38470)) + _U(_U(blue) * _U(7471)) + _U(0x8000)) >> _U(16)
 
 
-@_compile
+@compiled
 def _blend(out, other, factor):  # type: ignore[no-untyped-def]
     """Brightness (with black) and contrast (with the mean gray)."""
     values, constant, share = out.ravel(), _F(other), _F(factor)
@@ -105,7 +98,7 @@ def _blend(out, other, factor):  # type: ignore[no-untyped-def]
         values[i] = _mix(_F(values[i]), constant, share)
 
 
-@_compile
+@compiled
 def _mean_gray(out):  # type: ignore[no-untyped-def]
     """The gray of the mean luma, rounded half up."""
     _, height, width = out.shape
@@ -119,7 +112,7 @@ def _mean_gray(out):  # type: ignore[no-untyped-def]
     return int(total / (height * width) + 0.5)
 
 
-@_compile
+@compiled
 def _saturate(red, green, blue, factor):  # type: ignore[no-untyped-def]
     share = _F(factor)
     for i in range(red.size):
@@ -129,14 +122,14 @@ def _saturate(red, green, blue, factor):  # type: ignore[no-untyped-def]
         blue[i] = _mix(_F(blue[i]), luma, share)
 
 
-@_compile
+@compiled
 def _to_gray(red, green, blue):  # type: ignore[no-untyped-def]
     for i in range(red.size):
         luma = np.uint8(_gray(red[i], green[i], blue[i]))
         red[i], green[i], blue[i] = luma, luma, luma
 
 
-@_compile
+@compiled
 def _turn_hue(red, green, blue, factor):  # type: ignore[no-untyped-def]
     """To Pillow's HSV of 256 levels each, ``factor`` turns on, and back.
 
@@ -173,20 +166,20 @@ def _turn_hue(red, green, blue, factor):  # type: ignore[no-untyped-def]
         red[i], green[i], blue[i] = np.uint8(_I(r)), np.uint8(_I(g)), np.uint8(_I(b))
 
 
-@_compile
+@compiled
 def _levels(share):  # type: ignore[no-untyped-def]
     """``share`` * 255 without its fraction, as if the product were exact: a float32's is rounded, perhaps upwards."""
     product = _F(_I(share * _F(255)))
     return product - _F(1) if share * _F(256) - product < share else product
 
 
-@_compile
+@compiled
 def _solarize(values):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         values[i] = values[i] if values[i] < 128 else np.uint8(255 - values[i])
 
 
-@_compile
+@compiled
 def _blur(out, scratch, radius):  # type: ignore[no-untyped-def]
     """Three box blurs along the rows, then three along the columns; beyond the border its pixels go on.
 
@@ -218,7 +211,7 @@ def _blur(out, scratch, radius):  # type: ignore[no-untyped-def]
         _box_across(below, plane, reach, whole, edge)
 
 
-@_compile
+@compiled
 def _copy(values, out):  # type: ignore[no-untyped-def]
     height, width = values.shape
     for y in range(height):
@@ -227,7 +220,7 @@ def _copy(values, out):  # type: ignore[no-untyped-def]
             to[x] = row[x]
 
 
-@_compile
+@compiled
 def _pad(rows, pad):  # type: ignore[no-untyped-def]
     height, size = rows.shape
     for y in range(height):
@@ -235,7 +228,7 @@ def _pad(rows, pad):  # type: ignore[no-untyped-def]
             rows[y, x], rows[y, size - 1 - x] = rows[y, pad], rows[y, size - 1 - pad]
 
 
-@_compile
+@compiled
 def _box_along(values, out, reach, whole, edge):  # type: ignore[no-untyped-def]
     pad = reach + 1
     count = values.size - 2 * pad
@@ -256,7 +249,7 @@ def _box_along(values, out, reach, whole, edge):  # type: ignore[no-untyped-def]
             inner = _U(inner - _U(values[x + 1]))
 
 
-@_compile
+@compiled
 def _box_across(values, out, reach, whole, edge):  # type: ignore[no-untyped-def]
     height, width = values.shape
     inner = np.zeros(width, dtype=np.uint32)  # of a wide box: the sum of the lines within it
@@ -284,6 +277,6 @@ def _box_across(values, out, reach, whole, edge):  # type: ignore[no-untyped-def
                 inner[x] = _U(inner[x] + _U(come[x]) - _U(gone[x]))
 
 
-@_compile
+@compiled
 def _weigh(inner, outer, whole, edge):  # type: ignore[no-untyped-def]
     return np.uint8(_U(_U(inner * whole) + _U(outer * edge) + _U(1 << 23)) >> _U(24))

@@ -4,20 +4,14 @@ Pillow resizes along the rows, rounds to eight bits, then along the columns, wit
 version 13 on in the other order where the height shrinks by much more. So does this. What differs is the order in
 memory: the picture is transposed once, so that each pass adds whole lines to each other, which a processor does 16 or
 32 values at a time. A pixel is four bytes (red, green, blue, unused), so that turning lines into columns moves words.
-
-Numba keeps the compiled code beside this file, and knows of changes in this file alone: so nothing compiled here calls
-into another file.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-_compile: Any = njit(cache=True, nogil=True, error_model="numpy")
+from dino_xcit.augment.compiled import compiled
 
 _I, _U = np.int32, np.uint32
 """Written out at every step: left alone, Numba widens 32-bit integers to 64 bits, at half the speed or less."""
@@ -25,8 +19,12 @@ _I, _U = np.int32, np.uint32
 _BITS = 22  # of the weights: Pillow's PRECISION_BITS
 
 
+_KEPT_WORDS = 1 << 24
+"""Memory for pictures of up to so many pixels, 64 MB, is kept for the next one."""
+
+
 class Resampler:
-    """Views cut from one picture after another; holds the memory that this takes, which grows with the pictures."""
+    """Views cut from one picture after another; keeps memory for the next one."""
 
     def __init__(self) -> None:
         self._rows = np.empty((0, 0), dtype=np.uint32)
@@ -37,11 +35,19 @@ class Resampler:
     def load(self, picture: NDArray[np.uint8]) -> None:
         """The picture that the next views are cut from: [height, width, 4] uint8, contiguous, not to be changed."""
         height, width, _ = picture.shape
-        self._rows = picture.view(np.uint32).reshape(height, width)
         if len(self._memory) < height * width:
             self._memory = np.empty(height * width, dtype=np.uint32)
-        self._columns = self._memory[: height * width].reshape(width, height)
-        _transpose(self._rows, self._columns)
+        columns = self._memory[: height * width].reshape(width, height)
+        self._rows, self._columns = _read_only(picture.view(np.uint32).reshape(height, width)), _read_only(columns)
+        _transpose(self._rows, columns)
+
+    def release(self) -> None:
+        """Let go of the picture, and of memory beyond what one of usual size takes."""
+        self._rows = self._columns = np.empty((0, 0), dtype=np.uint32)
+        if len(self._memory) > _KEPT_WORDS:
+            self._memory = np.empty(0, dtype=np.uint32)
+        if len(self._scratch) > _KEPT_WORDS:
+            self._scratch = np.empty(0, dtype=np.uint32)
 
     def cut(self, top: int, left: int, height: int, width: int, flip: bool, out: NDArray[np.uint8]) -> None:
         """Rows ``top`` to ``top + height``, columns ``left`` to ``left + width``, resized to ``out`` [3, size, size].
@@ -54,16 +60,23 @@ class Resampler:
             self._scratch = np.empty(needed, dtype=np.uint32)
         rows_first = height > size and height - size > 2 * (width - size)  # Pillow's rule
         if rows_first:
-            lines = self._rows[top : top + height, left : left + width]
+            _cut(self._rows, top, left, height, width, rows_first, flip, out, self._scratch)
         else:
-            lines = self._columns[left : left + width, top : top + height]
-        _cut(lines, rows_first, flip, out, self._scratch)
+            _cut(self._columns, left, top, width, height, rows_first, flip, out, self._scratch)
 
 
-@_compile
-def _cut(lines, rows_first, flip, out, scratch):  # type: ignore[no-untyped-def]
-    """``lines``: the columns of the picture, or its rows where these are to be added first."""
-    size, length = out.shape[-1], lines.shape[1]
+def _read_only(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """A view that cannot be written. Code is compiled for each kind of array: so there is one."""
+    values = values.view()
+    values.flags.writeable = False
+    return values
+
+
+@compiled
+def _cut(picture, first, offset, count, length, rows_first, flip, out, scratch):  # type: ignore[no-untyped-def]
+    """``count`` lines from ``first`` on: columns of the picture, or rows where these are to be added first."""
+    size = out.shape[-1]
+    lines = picture[first : first + count, offset : offset + length]
     fewer = scratch[: size * length].reshape(size, length)
     turned = scratch[size * length : 2 * size * length].reshape(length, size)
     small = scratch[2 * size * length : size * (2 * length + size)].reshape(size, size)
@@ -87,7 +100,7 @@ def _cut(lines, rows_first, flip, out, scratch):  # type: ignore[no-untyped-def]
                 red[x], green[x], blue[x] = np.uint8(value), np.uint8(value >> _U(8)), np.uint8(value >> _U(16))
 
 
-@_compile
+@compiled
 def _transpose(values, out):  # type: ignore[no-untyped-def]
     """[height, width] uint32 to [width, height], 32 lines at a time: two cache lines of ``out``."""
     height, width = values.shape
@@ -101,7 +114,7 @@ def _transpose(values, out):  # type: ignore[no-untyped-def]
             out[x, y] = values[y, x]
 
 
-@_compile
+@compiled
 def _add_lines(values, out):  # type: ignore[no-untyped-def]
     """[count, length] to [new count, length]: each new line a weighted sum of old ones, byte for byte."""
     count, length = values.shape
@@ -144,7 +157,7 @@ def _add_lines(values, out):  # type: ignore[no-untyped-def]
             to[i] = np.uint8(min(max(total[i] >> _I(_BITS), _I(0)), _I(255)))
 
 
-@_compile
+@compiled
 def _bicubic(x):  # type: ignore[no-untyped-def]
     """Keys' cubic convolution with a = -1/2, in the order of operations that Pillow has."""
     x = abs(x)

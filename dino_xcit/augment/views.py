@@ -21,6 +21,10 @@ class ViewMaker:
         """The picture that the next views are made of: [height, width, 4] uint8, contiguous, not to be changed."""
         self._resampler.load(picture)
 
+    def release(self) -> None:
+        """Let go of the picture."""
+        self._resampler.release()
+
     def make(self, row: NDArray[np.float64], out: NDArray[np.uint8], photometric: bool = True) -> None:
         """One view, into ``out`` [3, size, size] uint8, contiguous.
 

@@ -22,7 +22,8 @@ MAX_PIXELS = 160_000_000
 """Larger pictures are refused before a pixel of them is decoded: medium-format cameras end at 151 million.
 
 So it bounds what decoding needs besides the file: 8 bytes a pixel for most files (Pillow keeps RGB in four, and it is
-there twice), 12 for a turned CMYK, 16 for a WebP and four more where that is transparent.
+there twice), 12 for a turned CMYK, 16 for a WebP and four more where that is transparent; four more for the pixels that
+are handed to augmentation, and there another four.
 """
 
 _UPRIGHT = {
@@ -88,8 +89,7 @@ def decode_pixels(item: Item, name: str) -> NDArray[np.uint8]:
 
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     """An RGB picture as [height, width, 4], the last byte unused: Pillow's own layout."""
-    writable = bytearray(image.tobytes("raw", "RGBX"))  # compiled code would be compiled anew for what is not
-    return np.frombuffer(writable, dtype=np.uint8).reshape(image.height, image.width, 4)
+    return np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint8).reshape(image.height, image.width, 4)
 
 
 def _guarded(read: Callable[[bytes], Picture], data: bytes, name: str) -> Picture:
@@ -115,7 +115,7 @@ def _decode_to_pixels(data: bytes) -> NDArray[np.uint8]:
                 height, width, *_ = simplejpeg.decode_jpeg_header(data)
                 if (width, height) == image.size:
                     return simplejpeg.decode_jpeg(data, "RGBA", strict=True)
-            except ValueError:
+            except (ValueError, KeyError):  # KeyError: a sampling that it has no name for
                 pass
     return pixels_of(_decode_file(data))
 

@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -104,7 +103,7 @@ class MultiCropDataset(Dataset[Batch]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[Key]) -> Batch | UndecodableImage:
-        """What the loader calls: the views are made in their place in the batch, and not moved again."""
+        """What the loader calls: the views are made in their place in the batch."""
         views = self.augmentation.views
         sizes = [views[group[0]].size for group in self.groups]
         crops = [
@@ -131,6 +130,8 @@ class MultiCropDataset(Dataset[Batch]):
                     group_rows[:, place] = torch.from_numpy(drawn[group])
                 for number, view in enumerate(group):
                     self._maker.make(drawn[view], group_places[number, place], photometric=not leave)
+            self._maker.release()
+            del picture, found  # before the next one is decoded: they may be large
             indices.append(candidate)
             spent[2] += time.perf_counter() - began
         return Batch(
@@ -236,9 +237,10 @@ class Loader:
     def __init__(self, dataset: MultiCropDataset, sampler: StepSampler, num_workers: int, device: torch.device) -> None:
         self._dataset, self._device = dataset, device
         began = time.perf_counter()
-        dataset.augmentation(Image.new("RGB", (8, 8)))  # compiled here once, rather than in every process
+        dataset.augmentation.compile()  # here, rather than in every process
         self.compile_seconds = time.perf_counter() - began
         """What compiling, or loading what an earlier run compiled, took."""
+        others = multiprocessing.active_children()
         self._batches: Iterator[Batch | UndecodableImage] = iter(
             DataLoader(
                 dataset,  # type: ignore[arg-type]
@@ -250,7 +252,9 @@ class Loader:
             )
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        atexit.register(_close, weakref.ref(self))
+        self._processes = [process for process in multiprocessing.active_children() if process not in others]
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     def finish_on_device(self) -> None:
         """From the next images on, leave the photometric part of the views to the device. The views stay the same."""
@@ -258,7 +262,10 @@ class Loader:
 
     def close(self) -> None:
         """End the loader's processes; there are no more batches."""
-        self._batches = iter(())
+        atexit.unregister(self._at_exit)
+        self._batches = iter(())  # PyTorch asks them to end, and waits some seconds
+        for process in self._processes:
+            process.kill()  # one that waits for a disk does not hear, and Python would wait for it
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -319,8 +326,8 @@ def loader_process_setup() -> Callable[[int], None]:
 def be_a_loader_process(parent: int | None, _: int) -> None:
     """Set up a process that reads images: one thread, deaf to signals that are meant for the run, gone with its parent.
 
-    Slurm and terminals send their signals to every process of a job; one that dies of it takes the run along before
-    that could save.
+    Gone with the thread that started it, to be exact: where that ends early, so does this process. Slurm and terminals
+    send their signals to every process of a job; one that dies of it takes the run along before that could save.
     """
     torch.set_num_threads(1)
     keep_freed_memory()
