@@ -171,6 +171,23 @@ def test_a_key_is_one_word_without_dots_and_gives_the_name_back(name: str) -> No
     assert unquote(key.partition("_")[2], errors="surrogateescape") == name
 
 
+def test_a_name_as_long_as_a_path_can_be_is_packed_so_that_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
+    data = encoded(photograph(1), "JPEG")
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for name in ("a/" * 2040 + "1.jpg", "a/" * 2040 + "2.jpg", "ä" * 2000 + ".jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    source = open_source(f"tar:{tmp_path}/in.tar")
+    pack(source, tmp_path / "out", FIVE, 1)
+    packed = open_source(f"tar:{tmp_path}/out/shard-*.tar")
+    assert [packed.read(index)[0] for index in range(len(packed))] == [data] * 3
+    assert "a%2Fa%2F" in packed.name(0)
+
+
 def test_a_path_listed_twice_has_two_keys(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(encoded(photograph(1), "JPEG"))
     (tmp_path / "list.txt").write_text("a.jpg\na.jpg\n")

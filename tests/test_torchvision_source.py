@@ -44,7 +44,9 @@ def test_a_broken_image_in_a_torchvision_set_is_one_that_can_be_replaced(
     assert [name for name, _ in report.broken] == ["torchvision:OneBroken/train/000001"]
 
 
-@pytest.mark.parametrize("targets", [["a", "b", "c"], [[1, 2], [3], []], [0, 1], [0, -1, 1], [{}, {}, {}]])
+@pytest.mark.parametrize(
+    "targets", [["a", "b", "c"], [[1, 2], [3], []], [0, 1], [0, -1, 1], [0, 10**6, 1], [{}, {}, {}]]
+)
 def test_torchvision_s_targets_that_are_no_classes_are_no_labels(
     targets: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 Item = bytes | NDArray[np.uint8]
 """An encoded image file, or decoded pixels: [height, width] or [height, width, 3], uint8."""
 
+MOST_CLASSES = 1_000_000
+"""A label beyond is a mistake, and would make a name for each number below it."""
+
 
 @runtime_checkable
 class Source(Protocol):

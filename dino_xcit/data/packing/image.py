@@ -27,6 +27,10 @@ _SUFFIXES = {
 """Of a member, by what its bytes are: what the file was called may be wrong (ImageNet has a PNG called JPEG)."""
 
 
+_LONGEST = 3000
+"""Bytes of a name in a key: a path in letters of a URL may be three times as long, and readers refuse 4096."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """One image on its way into a shard."""
@@ -89,10 +93,16 @@ def key_of(index: int, name: str) -> str:
 
     WebDataset ends a key at the first dot, and readers take folders for classes: so dots, slashes, percent signs and
     what cannot be printed are written as in a URL. ``urllib.parse.unquote(key.partition("_")[2],
-    errors="surrogateescape")`` is the name again.
+    errors="surrogateescape")`` is the name again, or its beginning where it is very long.
     """
-    readable = (letter if letter.isprintable() and letter not in "./\\%" else _encoded(letter) for letter in name)
-    return f"{index:08d}_{''.join(readable)}"
+    room, kept = _LONGEST, []
+    for letter in name:
+        readable = letter if letter.isprintable() and letter not in "./\\%" else _encoded(letter)
+        room -= len(readable.encode())
+        if room < 0:
+            break
+        kept.append(readable)
+    return f"{index:08d}_{''.join(kept)}"
 
 
 def _encoded(letter: str) -> str:

@@ -17,6 +17,7 @@ from dino_xcit.data.parquet.pages import DELTA_BYTE_ARRAY, DICTIONARY_PAGE, MAX_
 from dino_xcit.data.parquet.snappy import NoPieces, NotSnappy
 from dino_xcit.data.parquet.thrift import NotThrift
 from dino_xcit.data.parquet.values import COLUMNS, Chunk, UnknownPage, Values, locate
+from dino_xcit.data.source import MOST_CLASSES
 from dino_xcit.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ _MAX_NAME = 200
 """Letters of an image's own path that are kept."""
 _MAX_DICTIONARY = 4 << 20
 """Bytes of different names in a row group; where there are more, images go by their number alone."""
-_MAX_LABEL = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _labels(parquet: pq.ParquetFile, columns: Columns, path: str) -> tuple[NDArr
         parts = [chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) for chunk in column.chunks]
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64), words
     labels = column.cast("int64").fill_null(-1).to_numpy().astype(np.int64)
-    most = len(columns.classes) if columns.classes else _MAX_LABEL
+    most = len(columns.classes) if columns.classes else MOST_CLASSES
     if len(labels) and not -1 <= labels.min() <= labels.max() < most:
         wrong = labels.min() if labels.min() < -1 else labels.max()
         raise InputError(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dino_xcit.data.files import explained, open_file
 from dino_xcit.data.folder import IMAGE_SUFFIXES
 from dino_xcit.data.index import Strings
+from dino_xcit.data.source import MOST_CLASSES
 from dino_xcit.data.tar.members import Member, members
 from dino_xcit.errors import InputError
 
@@ -24,7 +25,6 @@ Label = int | str | None
 
 MOST_IMAGE_BYTES = 1 << 30
 """Larger images are passed over."""
-MOST_CLASSES = 1_000_000
 
 _MOST_CLS, _MOST_JSON = 64, 1 << 20
 _IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)

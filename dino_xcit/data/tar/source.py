@@ -18,9 +18,9 @@ from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.index import Index, Strings, cached
 from dino_xcit.data.patterns import expand
-from dino_xcit.data.source import Item, hash_lines
+from dino_xcit.data.source import MOST_CLASSES, Item, hash_lines
 from dino_xcit.data.tar.members import BLOCK
-from dino_xcit.data.tar.samples import MOST_CLASSES, MOST_IMAGE_BYTES, Label, Shard, look_through
+from dino_xcit.data.tar.samples import MOST_IMAGE_BYTES, Label, Shard, look_through
 from dino_xcit.errors import InputError
 
 _AT_ONCE = 8
