@@ -8,8 +8,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -253,8 +253,6 @@ class Loader:
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
-        self._at_exit = partial(_close, weakref.ref(self))
-        atexit.register(self._at_exit)
 
     def finish_on_device(self) -> None:
         """From the next images on, leave the photometric part of the views to the device. The views stay the same."""
@@ -262,7 +260,6 @@ class Loader:
 
     def close(self) -> None:
         """End the loader's processes; there are no more batches."""
-        atexit.unregister(self._at_exit)
         self._batches = iter(())  # PyTorch asks them to end, and waits some seconds
         for process in self._processes:
             process.kill()  # one that waits for a disk does not hear, and Python would wait for it
@@ -291,13 +288,6 @@ class Loader:
         return batch
 
 
-def _close(loader: weakref.ref[Loader]) -> None:
-    """At the program's end: multiprocessing would wait for ever for processes that are deaf to SIGTERM."""
-    alive = loader()
-    if alive is not None:
-        alive.close()
-
-
 def build_loader(
     source: Source,
     augmentation: MultiCropAugmentation,
@@ -313,6 +303,18 @@ def build_loader(
 def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:
     """The dataset makes whole batches: nothing to collate."""
     return batch
+
+
+def _end_deaf_processes() -> None:
+    """At the program's end multiprocessing sends SIGTERM to what it has started, and waits: for ever, for ours."""
+    deaf = [process for process in multiprocessing.active_children() if process.daemon]
+    if deaf and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with it PyTorch's loader would raise their deaths, here
+    for process in deaf:
+        process.kill()
+
+
+atexit.register(_end_deaf_processes)  # after multiprocessing's own, so that it comes first
 
 
 def loader_process_setup() -> Callable[[int], None]:
