@@ -77,6 +77,7 @@ def train(
     config = keep_global_batch(config, stored)
 
     # ---- data: which process sees which images in which step follows from the seed alone
+    watchdog.now("opening the data", 0, patient=True)  # a million images are indexed the first time
     source = open_source(config.data_path, "train")
     sampler = StepSampler(
         len(source),
@@ -91,6 +92,7 @@ def train(
     evaluate = online_knn(config, source, device)
 
     # ---- student and teacher
+    watchdog.now("building the networks", 0)
     state = build_state(config, device)
     if stored:
         refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch)
@@ -120,6 +122,7 @@ def train(
     # ---- what a run needs besides
     folder, main_process = checkpoints.output_dir, distributed.is_main()
     workers = choose_workers(config.num_workers, distributed.processes_here())
+    watchdog.now("compiling the augmentation", state.step)
     loader = build_loader(source, config.augmentation(), sampler, config.seed, workers, device)
     if config.augment_device == "cuda":
         loader.finish_on_device()

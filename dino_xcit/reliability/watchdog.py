@@ -43,9 +43,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.now("starting", 0)
 
-    def now(self, doing: str, step: int) -> None:
-        """The main thread is at something new."""
-        self._doing, self._step, self._since = doing, step, time.monotonic()
+    def now(self, doing: str, step: int, *, patient: bool = False) -> None:
+        """The main thread is at something new; ``patient``: it may take as long as it likes, and shows its progress."""
+        self._doing, self._step, self._since, self._patient = doing, step, time.monotonic(), patient
         self._tell()
 
     def __enter__(self) -> Watchdog:
@@ -93,7 +93,7 @@ class Watchdog:
                 self._parent = os.getppid()
                 os.kill(os.getpid(), signal.SIGTERM)
             since, beats = self._since, (beats + 1 if since == self._since else 0)
-            if beats * BEAT > self._timeout:
+            if beats * BEAT > self._timeout and not self._patient:
                 self._give_up(since)
 
     def _give_up(self, since: float) -> None:

@@ -1,0 +1,35 @@
+"""The watchdog ends what stands still, and leaves alone what has said that it takes long."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dino_xcit.errors import LOST
+
+STAND_STILL = """
+import time
+from dino_xcit.reliability.watchdog import Watchdog
+with Watchdog(1.0) as watchdog:
+    watchdog.now("opening the data", 0, patient={patient})
+    time.sleep(4)
+    watchdog.now("building the networks", 0)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_opening_a_million_images_is_no_standing_still(patient: bool) -> None:
+    here = Path(__file__).parent.parent
+    code = STAND_STILL.format(patient=patient)
+    env = os.environ | {"PYTHONPATH": str(here)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    if patient:
+        assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (LOST, "")
+        assert "opening the data" in done.stderr
