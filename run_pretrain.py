@@ -27,6 +27,7 @@ from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
+from dino_xcit.data.source import identity
 from dino_xcit.data.starvation import Starvation
 from dino_xcit.errors import PREEMPTED, InputError, RunStopped
 from dino_xcit.memory import keep_freed_memory
@@ -79,6 +80,7 @@ def train(
     # ---- data: which process sees which images in which step follows from the seed alone
     watchdog.now("opening the data", 0, patient=True)  # a million images are indexed the first time
     source = open_source(config.data_path, "train")
+    images = identity(source)
     sampler = StepSampler(
         len(source),
         config.batch_size_per_gpu,
@@ -95,7 +97,7 @@ def train(
     watchdog.now("building the networks", 0)
     state = build_state(config, device)
     if stored:
-        refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch)
+        refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch, images)
         checkpoint.restore(state, stored, stored_in)
         if config.resume == "changed":  # other settings deserve their own patience
             state.rejected_in_a_row.zero_()
@@ -143,7 +145,7 @@ def train(
     preemption = Preemption()
 
     def content() -> dict[str, Any]:
-        return checkpoint.content_of(state, config, sampler.steps_per_epoch)
+        return checkpoint.content_of(state, config, sampler.steps_per_epoch, images)
 
     def together(**values: int) -> None:
         """Tell the other processes, and stop if one of them, or this one, has to."""
@@ -240,11 +242,12 @@ def train(
     progress.close()
     watchdog.now("leaving", state.step)
     distributed.barrier()
+    measurable = source.labels is not None and not config.data_path.startswith(("tar:", "parquet:"))  # with both parts
     then = (
-        f"python run_extract.py --weights {checkpoints.latest} --data-path {config.data_path} "
+        f"python run_knn.py --weights {checkpoints.latest}"
+        if measurable
+        else f"python run_extract.py --weights {checkpoints.latest} --data-path '{config.data_path}' "
         f"--output-dir {folder / 'vectors'}"
-        if source.labels is None
-        else f"python run_knn.py --weights {checkpoints.latest}"
     )
     distributed.say(f"done: {checkpoints.latest} (curves: {folder / 'curves.png'}); next: {then}")
 

@@ -29,8 +29,8 @@ def global_batch(config: PretrainConfig) -> int:
     return config.batch_size_per_gpu * config.accumulation_steps * distributed.world_size()
 
 
-def content_of(state: TrainState, config: PretrainConfig, steps_per_epoch: int) -> dict[str, Any]:
-    """What a checkpoint holds."""
+def content_of(state: TrainState, config: PretrainConfig, steps_per_epoch: int, images: str = "") -> dict[str, Any]:
+    """What a checkpoint holds; ``images``: :func:`dino_xcit.data.source.identity` of what is learnt from."""
     return {
         "format": FORMAT,
         "student": state.student.state_dict(),
@@ -45,6 +45,7 @@ def content_of(state: TrainState, config: PretrainConfig, steps_per_epoch: int) 
         "steps_per_epoch": steps_per_epoch,
         "global_batch": global_batch(config),
         "world_size": distributed.world_size(),
+        "images": images,
         "args": {name: _plain(value) for name, value in dataclasses.asdict(config).items()},
         "eval_transform": {name: _plain(value) for name, value in config.eval_transform().to_dict().items()},
     }

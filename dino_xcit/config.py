@@ -29,8 +29,10 @@ class PretrainConfig:
     """Named settings: dino (the reference's defaults), xcit-dino-300ep (nearest to the published XCiT models), sample
     and sample-long (the embedded sample). Default: sample without --data-path, else dino."""
     data_path: str = ""
-    """Images to learn from: a folder (class sub-folders or not), a .txt list of paths, sample:fashion-mnist,
-    sample:fashion-mnist-full or torchvision:NAME. Labels are never used for training."""
+    """Images to learn from: a folder (class sub-folders or not), a .txt list of paths, tar:PATTERN (WebDataset),
+    parquet:PATTERN or parquet:DIR (Hugging Face), imagenet:DIR (as downloaded), sample:fashion-mnist,
+    sample:fashion-mnist-full or torchvision:NAME; docs/data.md.
+    Labels are never used for training."""
     output_dir: str = ""
     """Where checkpoints, metrics and curves go. Default: runs/RECIPE-ARCH."""
 

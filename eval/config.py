@@ -44,7 +44,8 @@ class BackboneConfig:
     arch: str = ""
     """Architecture, where the file neither says nor shows it."""
     data_path: str = ""
-    """Images: a folder, sample:fashion-mnist, torchvision:NAME ... Default: what the checkpoint was trained on."""
+    """Images: a folder, a .txt list, tar:PATTERN, parquet:PATTERN, imagenet:DIR, sample:fashion-mnist,
+    torchvision:NAME; see docs/data.md. Default: what the checkpoint was trained on."""
     eval_resize: int = 0
     """Shorter side that images are resized to; 0: as the checkpoint says, else 8/7 of the crop."""
     eval_crop: int = 0

@@ -356,6 +356,21 @@ def test_the_next_command_fits_the_data(pretrain: Pretrain, photos: Path, tmp_pa
     assert "next: python run_knn.py" in classes.out + classes.err
 
 
+def test_other_images_under_the_same_path_are_refused_and_named(
+    pretrain: Pretrain, photos: Path, tmp_path: Path
+) -> None:
+    """Another image shifts the numbers of those behind it, so that an epoch would see some twice and others never."""
+    images = tmp_path / "photos"
+    shutil.copytree(photos, images)
+    flags = ["--data-path", images, *SMALL, "--output-dir", tmp_path / "run"]
+    assert pretrain(*flags, "--max-steps", "1").code == 0
+    (images / "train" / "dark" / "0.png").rename(images / "train" / "dark" / "9.png")
+    before = files_of(tmp_path / "run")
+    pretrain(*flags, "--max-steps", "2").assert_refused("other images", "16 images", "--resume changed")
+    assert files_of(tmp_path / "run") == before
+    assert pretrain(*flags, "--max-steps", "2", "--resume", "changed").code == 0
+
+
 def test_another_global_batch_is_refused_even_where_an_epoch_has_as_many_steps(
     pretrain: Pretrain, photos: Path, tmp_path: Path
 ) -> None:

@@ -101,7 +101,8 @@ def _guarded(read: Callable[[bytes], Picture], data: bytes, name: str) -> Pictur
     except Exception as error:  # of any class: parsers of damaged files stumble over whatever they meet
         cause = _cause(data, error)
     # Raised outside the handler, so that it does not keep a half-decoded picture alive in a traceback.
-    raise UndecodableImage(f"{name} cannot be read: {cause}; remove it, or save it anew as a JPEG or PNG", cause)
+    advice = "remove it, or save it anew as a JPEG or PNG; python -m dino_xcit.data pack leaves such images out"
+    raise UndecodableImage(f"{name} cannot be read: {cause}; {advice}", cause)
 
 
 def _decode_to_pixels(data: bytes) -> NDArray[np.uint8]:

@@ -132,9 +132,13 @@ def keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> Pret
     return config
 
 
-def refuse_another_run(stored: Mapping[str, Any], path: Path, config: PretrainConfig, steps_per_epoch: int) -> None:
-    """Raise InputError where the checkpoint is of a run with other settings, and that was not allowed."""
+def refuse_another_run(
+    stored: Mapping[str, Any], path: Path, config: PretrainConfig, steps_per_epoch: int, images: str = ""
+) -> None:
+    """Raise InputError where the checkpoint is of a run with other settings or images, and that was not allowed."""
     changed = differences(dict(stored["args"]), config)
+    if images and stored.get("images", images) not in ("", images):
+        changed.insert(0, f"other images in {config.data_path}: {stored['images']} -> {images}")
     for key, now in (("global_batch", checkpoint.global_batch(config)), ("steps_per_epoch", steps_per_epoch)):
         if stored.get(key) != now:
             changed.append(f"{key} {stored.get(key)} -> {now} (--accumulation-steps makes up for fewer processes)")
