@@ -124,7 +124,7 @@ def train(
     # ---- what a run needs besides
     folder, main_process = checkpoints.output_dir, distributed.is_main()
     workers = choose_workers(config.num_workers, distributed.processes_here())
-    watchdog.now("compiling the augmentation", state.step)
+    watchdog.now("compiling the augmentation", state.step, patient=True)
     loader = build_loader(source, config.augmentation(), sampler, config.seed, workers, device)
     if config.augment_device == "cuda":
         loader.finish_on_device()
