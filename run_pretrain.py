@@ -126,6 +126,7 @@ def train(
     workers = choose_workers(config.num_workers, distributed.processes_here())
     watchdog.now("compiling the augmentation", state.step, patient=True)
     loader = build_loader(source, config.augmentation(), sampler, config.seed, workers, device)
+    watchdog.now("getting ready", state.step)
     if config.augment_device == "cuda":
         loader.finish_on_device()
     if loader.compile_seconds > 2:
