@@ -130,7 +130,9 @@ def train(
     if config.augment_device == "cuda":
         loader.finish_on_device()
     if loader.compile_seconds > 2:
-        distributed.say(f"compiled the augmentation in {loader.compile_seconds:.0f} s; the next run finds it compiled")
+        distributed.say(
+            f"compiled the augmentation in {loader.compile_seconds:.0f} s (kept for later runs where it can be)"
+        )
     progress = Progress(sampler.stop_step, state.step, sampler.global_batch, shown=main_process)
     metrics = MetricsWriter(folder, state.step, progress.say) if main_process else None
     averages = EpochAverages()
