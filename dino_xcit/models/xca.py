@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def cross_covariance_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
@@ -56,7 +57,11 @@ class XCA(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer_scale: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; ``layer_scale`` [D] multiplies the output, as a part of the last projection."""
         batch, tokens, dim = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).unbind(2)
-        return self.proj(cross_covariance_attention(q, k, v, self.temperature).reshape(batch, tokens, dim))
+        mixed = cross_covariance_attention(q, k, v, self.temperature).reshape(batch, tokens, dim)
+        if layer_scale is None:
+            return self.proj(mixed)
+        return F.linear(mixed, layer_scale[:, None] * self.proj.weight, layer_scale * self.proj.bias)
