@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 
+class _ProductWithUnitRows(torch.autograd.Function):
+    """x @ (g * v / |v|)^T without ever making g * v / |v|, which for 65,536 prototypes is as large as the backbone.
+
+    The lengths of v's rows scale the logits instead, so v is read three times forward and backward and no copy of it
+    in float32 is written.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        length = torch.linalg.vector_norm(v, dim=1).clamp_min(1e-12)  # as in torch.nn.functional.normalize
+        with torch.autocast(device, enabled=False):
+            low_x, low_v = x.to(dtype), v.to(dtype)
+            products = low_x @ low_v.T
+        ctx.save_for_backward(low_x, g, v, low_v if v.dtype != dtype else None, products, length)
+        return products * (g.squeeze(1) / length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        low_x, g, v, low_v, products, length = ctx.saved_tensors
+        scale = g.squeeze(1) / length
+        scaled = (grad * scale).to(low_x.dtype)
+        grad_x = grad_g = grad_v = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (scaled @ (v if low_v is None else low_v)).to(grad.dtype)
+        along = (grad * products).sum(dim=0)  # how the loss changes with each logit's scale
+        if ctx.needs_input_grad[1]:
+            grad_g = (along / length)[:, None]
+        if ctx.needs_input_grad[2]:
+            grad_v = (scaled.T @ low_x).to(v.dtype)
+            grad_v.addcmul_(v, (along * scale / length.square())[:, None], value=-1)
+        return grad_x, grad_g, grad_v
+
+
 class Prototypes(nn.Module):
-    """A linear layer without bias whose rows are ``weight_g * weight_v / |weight_v|``.
+    """A linear layer without bias whose rows are ``weight_g * weight_v / |weight_v|``; float32 at least.
 
     The two names are those of ``torch.nn.utils.weight_norm``, under which every published head is stored. The
     direction keeps the default initialisation of ``nn.Linear``: only its *length* acts, as an inverse learning rate.
@@ -20,8 +59,8 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_g * F.normalize(self.weight_v, dim=1)
-        return F.linear(x, weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight)
+        logits: Tensor = _ProductWithUnitRows.apply(x, self.weight_g, self.weight_v)
+        return logits
 
 
 class DINOHead(nn.Module):
