@@ -1,21 +1,32 @@
-"""Cross-covariance attention: both of its paths against each other, against float64, and against finite differences."""
+"""Cross-covariance attention: its two paths against each other, against float64, and against finite differences."""
 
 from __future__ import annotations
 
+import copy
+from statistics import median
+from typing import Any, Literal
+
+import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_xcit.models.xca import XCA
+from dino_xcit.models.xca import XCA, choose, cross_covariance_attention
+from dino_xcit.models.xca_gram import gram_attention
+
+PATHS: tuple[Literal["direct", "gram"], ...] = ("direct", "gram")
 
 
-def xca_with_random_weights(dim: int, heads: int, seed: int = 0) -> XCA:
-    """Weights of the deviation that the networks start from, biases and temperatures that hide nothing."""
+def random_xca(dim: int, heads: int, deviation: float = 0.1, temperature: float = 1.0, seed: int = 0) -> XCA:
+    """Float64, with biases and temperatures that hide nothing."""
     generator = torch.Generator().manual_seed(seed)
     xca = XCA(dim, heads).double()
     with torch.no_grad():
         for parameter in xca.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        xca.temperature.add_(1.0)
+            parameter.copy_(deviation * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        xca.temperature.add_(temperature)
     return xca
 
 
@@ -23,17 +34,231 @@ def projection(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_layer_scale_inside_is_layer_scale_outside() -> None:
-    xca, x, gamma = xca_with_random_weights(32, 4), projection(2, 50, 32, seed=1), projection(32, seed=2)
+def tokens_like_a_networks(batch: int, tokens: int, dim: int, common: float, seed: int) -> Tensor:
+    """LayerNorm's output for correlated features of which all tokens share a part ``common`` times the usual size."""
+    scales = torch.logspace(0, -1.5, dim, dtype=torch.float64)
+    basis = projection(dim, dim, seed=seed + 1) * scales[:, None]
+    features = projection(batch, tokens, dim, seed=seed + 2) @ basis
+    features = features + common * features.std() * projection(dim, seed=seed + 3)
+    affine = projection(2, dim, seed=seed + 4)
+    return F.layer_norm(features, (dim,)) * (1 + 0.2 * affine[0]) + 0.3 * affine[1]
+
+
+def result_and_gradients(
+    xca: XCA, x: Tensor, layer_scale: Tensor, direction: Tensor, autocast: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The output, and the gradients of its product with ``direction``, by name."""
+    inputs = {"x": x, "layer_scale": layer_scale}
+    inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = xca(inputs["x"], inputs["layer_scale"])
+    wanted = inputs | dict(xca.named_parameters())
+    gradients = torch.autograd.grad(out, list(wanted.values()), direction.to(out.dtype))
+    return {"out": out.detach()} | dict(zip(wanted, gradients, strict=True))
+
+
+def on_path(xca: XCA, path: Literal["direct", "gram"], dtype: torch.dtype = torch.float64) -> XCA:
+    xca = copy.deepcopy(xca).to(dtype)
+    xca.path = path
+    return xca
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((found[name].double() - exact[name]).norm() / exact[name].norm()) for name in exact}
+
+
+@pytest.mark.parametrize(("batch", "tokens", "dim", "heads"), [(2, 50, 32, 4), (1, 7, 24, 2), (3, 40, 10, 5)])
+def test_both_paths_compute_the_same_and_have_the_same_gradients(batch: int, tokens: int, dim: int, heads: int) -> None:
+    xca, gamma = random_xca(dim, heads, deviation=0.3), projection(dim, seed=2)
+    x, direction = tokens_like_a_networks(batch, tokens, dim, 1.0, seed=3), projection(batch, tokens, dim, seed=1)
+    direct, gram = (result_and_gradients(on_path(xca, path), x, gamma, direction) for path in PATHS)
+    assert {name: error for name, error in errors(gram, direct).items() if error > 1e-12} == {}
+
+
+def test_the_gram_paths_gradients_are_those_of_finite_differences() -> None:
+    xca = on_path(random_xca(6, 2, deviation=0.5), "gram")
+    names = [name for name, _ in xca.named_parameters()]
+
+    def function(x: Tensor, layer_scale: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(xca, dict(zip(names, parameters, strict=True)), (x, layer_scale))
+
+    inputs = (projection(2, 9, 6, seed=1) + 1.0, projection(6, seed=2), *(p.detach() for p in xca.parameters()))
+    assert torch.autograd.gradcheck(function, tuple(tensor.clone().requires_grad_() for tensor in inputs))
+
+
+@pytest.mark.parametrize(("tokens", "common"), [(784, 1.0), (300, 1.0), (784, 4.0)])
+def test_in_float32_the_gram_path_is_within_1e5_of_the_direct_one(tokens: int, common: float) -> None:
+    xca, gamma = random_xca(96, 4, temperature=5.0), projection(96, seed=2)
+    x, direction = tokens_like_a_networks(2, tokens, 96, common, seed=3), projection(2, tokens, 96, seed=1)
+    direct, gram = (
+        result_and_gradients(on_path(xca, path, torch.float32), x.float(), gamma.float(), direction) for path in PATHS
+    )
+    direct = {name: tensor.double() for name, tensor in direct.items()}
+    assert {name: error for name, error in errors(gram, direct).items() if error > 1e-5} == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("common", [0.5, 4.0])
+def test_under_autocast_the_gram_path_is_no_worse_than_the_direct_one(dtype: torch.dtype, common: float) -> None:
+    """Of output and each gradient, against float64, the median over five networks and images."""
+    found: dict[str, dict[str, list[float]]] = {path: {} for path in PATHS}
+    for seed in range(5):
+        xca, gamma = random_xca(64, 4, temperature=3.0, seed=seed), 1 + 0.1 * projection(64, seed=seed)
+        x, direction = tokens_like_a_networks(2, 400, 64, common, 10 * seed), projection(2, 400, 64, seed=seed + 7)
+        exact = result_and_gradients(on_path(xca, "direct"), x, gamma, direction)
+        for path in PATHS:
+            low = on_path(xca, path, torch.float32)
+            wrong = errors(result_and_gradients(low, x.float(), gamma.float(), direction, dtype), exact)
+            for name, error in wrong.items():
+                found[path].setdefault(name, []).append(error)
+    worse = {name for name in found["gram"] if median(found["gram"][name]) > median(found["direct"][name])}
+    assert worse == set()
+
+
+def test_a_large_part_that_all_tokens_share_does_not_drown_the_rest() -> None:
+    """Without taking the mean out first, float32 would lose here what the direct path keeps."""
+    xca, gamma = random_xca(64, 4, temperature=5.0), torch.ones(64, dtype=torch.float64)
+    x = projection(1, 600, 64, seed=1) + 300.0
+    with torch.no_grad():
+        xca.qkv.weight.sub_(xca.qkv.weight.mean(dim=1, keepdim=True))  # q, k and v do not see the common part
+    exact = result_and_gradients(on_path(xca, "direct"), x, gamma, x)
+    wrong = [
+        errors(result_and_gradients(on_path(xca, path, torch.float32), x.float(), gamma.float(), x), exact)
+        for path in PATHS
+    ]
+    assert wrong[1]["out"] < 3 * wrong[0]["out"] < 1e-3
+
+
+def test_sums_over_16384_tokens_stay_within_float16s_range() -> None:
+    xca, gamma = random_xca(16, 2, deviation=0.5), torch.ones(16, dtype=torch.float64)
+    x = 4 * projection(1, 16384, 16, seed=1) + 2.0  # a channel's squares sum to 5 times the greatest float16
+    direction = projection(1, 16384, 16, seed=2) + x
+    exact = result_and_gradients(on_path(xca, "direct"), x, gamma, direction)
+    low = result_and_gradients(on_path(xca, "gram", torch.float32), x.float(), gamma.float(), direction, torch.float16)
+    assert {name: error for name, error in errors(low, exact).items() if not error < 5e-3} == {}
+
+
+class LowPrecision(TorchDispatchMode):
+    """Which operators, below autocast, are given a bfloat16 tensor without a dimension of all ``tokens``."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [arg for arg in args if isinstance(arg, Tensor)]
+        low = any(tensor.dtype is torch.bfloat16 for tensor in given)
+        if low and not func.is_view and not any(self.tokens in tensor.shape for tensor in given):
+            self.found.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_autocast_only_products_of_all_tokens_are_in_low_precision() -> None:
+    xca = on_path(random_xca(24, 2), "gram", torch.float32)
+    x = projection(2, 53, 24, seed=1).float()
+    with LowPrecision(53) as seen:
+        result = result_and_gradients(xca, x, torch.ones(24), x, torch.bfloat16)
+    assert seen.found <= {"_to_copy", "copy_"}  # to and from it
+    assert result.pop("out").dtype is torch.bfloat16
+    assert {tensor.dtype for tensor in result.values()} == {torch.float32}
+
+
+def test_a_backward_pass_inside_autocast_gives_the_same_bits() -> None:
+    xca = on_path(random_xca(24, 2), "gram", torch.float32)
+    x = projection(2, 53, 24, seed=1).float()
+    outside = result_and_gradients(xca, x, torch.ones(24), x)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        out = xca(x, torch.ones(24))
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(out, list(xca.parameters()), x)
+    for (name, _), gradient in zip(xca.named_parameters(), gradients, strict=True):
+        assert torch.equal(gradient, outside[name]), name
+
+
+def test_of_the_tokens_only_one_tensor_is_kept_for_the_backward_pass() -> None:
+    xca, kept = on_path(random_xca(24, 2), "gram"), []
+    x = projection(2, 530, 24, seed=1).requires_grad_()
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        xca(x)
+    assert len([tensor for tensor in kept if 530 in tensor.shape]) == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_layer_scale_inside_is_layer_scale_outside(path: Literal["direct", "gram"]) -> None:
+    xca, x, gamma = on_path(random_xca(32, 4), path), projection(2, 50, 32, seed=1), projection(32, seed=2)
     torch.testing.assert_close(xca(x, gamma), gamma * xca(x))
 
 
-def test_an_empty_batch_has_an_empty_result_and_gradients_of_zero() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_an_empty_batch_has_an_empty_result_and_gradients_of_zero(path: Literal["direct", "gram"]) -> None:
     """Drop-path can drop a branch for everybody."""
-    xca, gamma = xca_with_random_weights(32, 4), projection(32, seed=2).requires_grad_()
-    out = xca(torch.zeros(0, 50, 32, dtype=torch.float64), gamma)
-    assert out.shape == (0, 50, 32)
-    out.sum().backward()
-    for parameter in (*xca.parameters(), gamma):
-        assert parameter.grad is not None
-        assert not parameter.grad.any()
+    xca, x = on_path(random_xca(32, 4), path), torch.zeros(0, 50, 32, dtype=torch.float64)
+    result = result_and_gradients(xca, x, projection(32, seed=2), x)
+    assert result.pop("out").shape == result.pop("x").shape == (0, 50, 32)
+    assert [name for name, gradient in result.items() if gradient.any()] == []
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_channel_of_zeros_gives_finite_values_and_gradients(path: Literal["direct", "gram"]) -> None:
+    """A length of zero must not divide: the official code's normalize has a floor of 1e-12."""
+    xca = random_xca(32, 4)
+    with torch.no_grad():
+        xca.qkv.weight[[0, 40]] = 0.0  # one of q and one of k
+        xca.qkv.bias[[0, 40]] = 0.0
+    x = projection(2, 50, 32, seed=1)
+    result = result_and_gradients(on_path(xca, path, torch.float32), x.float(), torch.ones(32), x)
+    assert [name for name, tensor in result.items() if not tensor.isfinite().all()] == []
+
+
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    xca, x = on_path(random_xca(8, 2), "gram"), projection(1, 20, 8, seed=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(xca(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_the_gram_path_compiles_as_a_whole_forward_and_backward() -> None:
+    xca = on_path(random_xca(32, 4), "gram", torch.float32)
+    x, gamma = projection(2, 60, 32, seed=1).float(), torch.ones(32)
+    expected = result_and_gradients(xca, x, gamma, x, torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(xca, fullgraph=True, backend="aot_eager")
+    found = result_and_gradients(compiled, x, gamma, x, torch.bfloat16)  # type: ignore[arg-type]
+    found = {name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
+    wrong = errors(found, {name: tensor.double() for name, tensor in expected.items()})
+    assert {name: error for name, error in wrong.items() if error > 1e-3} == {}
+
+
+@pytest.mark.parametrize("tokens", [36, 196])
+def test_small_crops_take_the_direct_path_with_its_bits(tokens: int) -> None:
+    xca, x = random_xca(384, 8).float(), projection(1, tokens, 384, seed=1).float()
+    q, k, v = xca.qkv(x).reshape(1, tokens, 3, 8, 48).unbind(2)
+    expected = xca.proj(cross_covariance_attention(q, k, v, xca.temperature).reshape(1, tokens, 384))
+    assert torch.equal(xca(x), expected)
+    for dtype in (torch.float32, torch.bfloat16):
+        for device in ("cpu", "cuda", "mps"):
+            for training in (False, True):
+                assert choose(tokens, 384, dtype, device, training) == "direct"
+
+
+def test_many_tokens_take_the_gram_path() -> None:
+    xca, x = random_xca(64, 4), projection(1, 1024, 64, seed=1)
+    by_gram = gram_attention(x, xca.temperature, xca.qkv.weight, xca.qkv.bias, xca.proj.weight, xca.proj.bias)
+    assert torch.equal(xca(x), by_gram)
+    assert choose(1024, 64, torch.float32, "mps", True) == "direct"  # where nobody has tried it
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_choice_turns_once_as_tokens_grow_and_later_in_wider_networks(
+    device: str, dtype: torch.dtype, training: bool
+) -> None:
+    turns = []
+    for dim in (128, 384, 768):
+        choices = [choose(tokens, dim, dtype, device, training) for tokens in range(1, 100_000, 50)]
+        assert choices == sorted(choices)  # "direct" before "gram"
+        turns.append(choices.count("direct"))
+    assert turns == sorted(set(turns))
+    assert turns[0] > 0

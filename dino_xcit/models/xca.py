@@ -5,9 +5,13 @@ XCiT (arXiv 2106.09681), section 3.2. B batch, N tokens, D features, H heads, d 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dino_xcit.models.xca_gram import gram_attention, product_dtype
 
 
 def cross_covariance_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
@@ -47,8 +51,17 @@ def _inverse_length_over_tokens(x: Tensor) -> Tensor:
     return x.square().sum(dim=1).clamp_min(1e-24).rsqrt()
 
 
+Path = Literal["direct", "gram"]
+
+
 class XCA(nn.Module):
-    """Cross-covariance attention with its projections: [B, N, D] -> [B, N, D]."""
+    """Cross-covariance attention with its projections: [B, N, D] -> [B, N, D].
+
+    Two paths compute the same: "direct" makes q, k and v of all tokens; "gram" makes one matrix of them (xca_gram.py).
+    """
+
+    path: Literal["auto", "direct", "gram"] = "auto"
+    """"auto" takes the faster one (:func:`choose`); tests and benchmarks set the others."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -60,8 +73,39 @@ class XCA(nn.Module):
     def forward(self, x: Tensor, layer_scale: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; ``layer_scale`` [D] multiplies the output, as a part of the last projection."""
         batch, tokens, dim = x.shape
+        weight: Tensor = self.proj.weight
+        bias: Tensor = self.proj.bias
+        if layer_scale is not None:
+            weight, bias = layer_scale[:, None] * weight, layer_scale * bias
+        path = self.path
+        if path == "auto":
+            path = choose(tokens, dim, product_dtype(x), x.device.type, torch.is_grad_enabled())
+        if path == "gram":
+            return gram_attention(x, self.temperature, self.qkv.weight, self.qkv.bias, weight, bias)
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).unbind(2)
-        mixed = cross_covariance_attention(q, k, v, self.temperature).reshape(batch, tokens, dim)
-        if layer_scale is None:
-            return self.proj(mixed)
-        return F.linear(mixed, layer_scale[:, None] * self.proj.weight, layer_scale * self.proj.bias)
+        return F.linear(cross_covariance_attention(q, k, v, self.temperature).reshape(batch, tokens, dim), weight, bias)
+
+
+def choose(tokens: int, dim: int, dtype: torch.dtype, device_type: str, training: bool) -> Path:
+    """The faster path. The batch does not matter: the Gram matrix is one image's.
+
+    Args:
+        tokens, dim: N, D.
+        dtype: of the products over all tokens (under autocast, autocast's).
+        device_type: "cpu", "cuda" ...; others have the direct path.
+        training: whether a backward pass will follow.
+    """
+    low = dtype in (torch.bfloat16, torch.float16)
+    if device_type == "cpu":
+        # Measured by benchmarks/resolution.py, the table of crossovers, on a core with bfloat16 instructions.
+        tokens_per_channel = (3.0 if training else 4.5) if low else 1.75
+        return "gram" if tokens >= tokens_per_channel * dim else "direct"
+    if device_type == "cuda":
+        # Not measured: multiplications, in units of D^2. The direct path has 4 N, with the backward pass 12 N; the
+        # other 2 N or 5 N, and 3 D or 8 D in float32, whose rate on an A100 or H100 is a 16th of bfloat16's. By this
+        # estimate half as much again must be gained.
+        slowness = 16 if low else 1
+        direct = 12 * tokens if training else 4 * tokens
+        gram = 5 * tokens + 8 * slowness * dim if training else 2 * tokens + 3 * slowness * dim
+        return "gram" if 1.5 * gram < direct else "direct"
+    return "direct"
