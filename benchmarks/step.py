@@ -1,0 +1,269 @@
+"""The training step: images a second, work a second and peak memory of the reference, of a plain step with timm's XCiT,
+and of this project; in one run, taking turns.
+
+    python benchmarks/step.py [--reference DIR] [--device cuda] [--batch N] [--rounds 7] [--only ours,small] [--quick]
+
+``--reference`` names a folder with checkouts of facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as
+``xcit/``; without it that row is left out. First all of them are given the same weights and crops, and their losses
+and gradients are compared: if they differ, the run ends with a sentence and exit code 1. Then each lives in a process
+of its own, so that its peak memory is its own, and in each round each has one turn, so that a ratio is of one moment.
+The work is counted once, on the plain step, for all rows. A second table has a small network on small images.
+
+On a CPU all processes keep freed memory as run_pretrain.py does (dino_xcit.memory); the reference's peak memory is
+also taken without it, and the less of the two is what the others are held against. On a GPU ``--batch 0`` looks for
+the largest batch of each row. ``--loader`` adds a row that the loader feeds. The last line is one JSON object:
+``ratio_*`` is ours over the reference (bigger is better), ``memory_ratio_*`` likewise (smaller is better),
+``ratio_small`` ours over timm's plain step for the small network, all medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from step_settings import (  # noqa: E402
+    CHECKS,
+    QUICK,
+    QUICK_SMALL,
+    SMALL,
+    Row,
+    Settings,
+    Task,
+    fed_row,
+    peak_row,
+    rows_for,
+    small_rows,
+)
+from step_table import HEADER, json_of, line_of, peaks_of, ratio, text_of  # noqa: E402
+from step_turns import Measured, PipelineFailed, checks, largest_batch, memory_alone, take_turns  # noqa: E402
+from step_verdict import figures, judge, lines  # noqa: E402
+
+from dino_xcit.errors import InputError, RunStopped, near_matches, run_main  # noqa: E402
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="folder with the checkouts dino/ and xcit/")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--arch", help="an XCiT's name, such as xcit_small_12_p8")
+    parser.add_argument("--batch", type=int, help="images a step: 4 on a CPU, 64 on a GPU; 0: the largest that fits")
+    parser.add_argument("--out-dim", type=int, help="prototypes K")
+    parser.add_argument("--local-crops", type=int)
+    parser.add_argument("--global-size", type=int)
+    parser.add_argument("--local-size", type=int)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", help="rows or their beginnings: reference,timm,ours-bf16,small ...")
+    parser.add_argument("--loader", action="store_true", help="also ours in bf16 with the loader feeding it")
+    parser.add_argument("--photos", default="sample:fashion-mnist", help="what it reads: anything --data-path takes")
+    parser.add_argument("--quick", action="store_true", help="a try with tiny networks; its figures say nothing")
+    return parser.parse_args()
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The configuration of the first table.
+
+    Raises:
+        InputError: a number that cannot be.
+    """
+    least = {"batch": 0 if arguments.device == "cuda" else 1, "out_dim": 2, "local_crops": 0}
+    least |= {"global_size": 1, "local_size": 1, "rounds": 1}
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < smallest:
+            hint = " (0 looks for the largest that fits, on a GPU)" if (name, value) == ("batch", 0) else ""
+            raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least {smallest}{hint}")
+    start = QUICK if arguments.quick else Settings(batch=64 if arguments.device == "cuda" else 4)
+    names = ("arch", "batch", "out_dim", "local_crops", "global_size", "local_size", "device")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return dataclasses.replace(start, **given)
+
+
+def chosen(rows: Sequence[Row], only: str | None) -> list[Row]:
+    """Those rows that --only names, by their keys or the beginnings of them."""
+    return [row for row in rows if only is None or row.key.startswith(tuple(only.split(",")))]
+
+
+def checked(settings: Settings, rows: Sequence[Row], reference: str) -> dict[str, Any]:
+    """Hold the pipelines beside each other.
+
+    Raises:
+        RunStopped: they do not do the same work.
+    """
+    found = checks(Task(CHECKS, settings, reference), [row for row in rows if row.project == "ours"])
+    say("\n".join(lines(found)))
+    wrong = judge(found)
+    if wrong:
+        raise RunStopped(1, "\n".join(f"error: {sentence}" for sentence in wrong))
+    return found
+
+
+def measure(settings: Settings, rows: Sequence[Row], arguments: argparse.Namespace) -> tuple[list[Measured], Any]:
+    """Check, then time; and what the checks found."""
+    with_reference = any(row.project == "reference" for row in rows)
+    reference = str(arguments.reference.resolve()) if with_reference else ""
+    say(f"\n{settings.in_words()}, on {settings.device}")
+    small = dataclasses.replace(settings, batch=settings.batch or 64)
+    found = checked(small, rows, reference)
+    rows = [row for row in rows if row.key not in found["left_out"]]
+    for key in found["left_out"]:
+        say(f"  {key}: left out, as this version of the project has no such setting")
+    if settings.batch == 0:
+        measured = []
+        for row in rows:
+            fits = largest_batch(Task(row, settings, reference), small.batch, say)
+            measured += take_turns([Task(row, fits, reference)], arguments.rounds, say)
+        precisions = {row.precision for row in rows}
+        peaks = [Task(peak_row(precision), settings) for precision in sorted(precisions)]
+        return measured + take_turns(peaks, arguments.rounds, say), found
+    tasks = [Task(row, settings, reference) for row in rows]
+    tasks += [Task(peak_row(precision), settings) for precision in sorted({row.precision for row in rows})]
+    return take_turns(tasks, arguments.rounds, say), found
+
+
+def show(measured: Sequence[Measured], flops: float, against: str, memory: Measured | None) -> dict[str, Any]:
+    """Print a table and return its rows.
+
+    Args:
+        flops: of an image.
+        against: the key of the row that speeds are held against.
+        memory: what memory is held against, where it is not that row.
+    """
+    by_key = {found.row.key: found for found in measured}
+    peaks = peaks_of(measured)
+    baseline = by_key.get(against)
+    say(HEADER)
+    out: dict[str, Any] = {}
+    for found in measured:
+        if found.row.project != "peak":
+            line = line_of(found, flops, peaks, baseline, memory or baseline)
+            say(text_of(line))
+            out[found.row.key] = json_of(line)
+    say(
+        f"  {flops / 1e9:.1f} GFLOP an image; the 2048^3 product: "
+        + ", ".join(f"{precision} {value / 1e9:.0f} GFLOP/s" for precision, value in peaks.items())
+    )
+    return out
+
+
+def hardware() -> str:
+    """The processor's name, where the system says it."""
+    try:
+        lines_ = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines_ if line.startswith("model name")), "")
+
+
+def commit() -> str:
+    """The version of the code, with a plus if files differ from it; nothing where git does not know."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def run() -> None:
+    """The command."""
+    arguments = parse()
+    settings = settings_of(arguments)
+    main_rows, small = chosen(rows_for(settings.device), arguments.only), chosen(small_rows(), arguments.only)
+    if not main_rows and not small:
+        known = [row.key for row in (*rows_for(settings.device), *small_rows())]
+        raise InputError(
+            f"--only {arguments.only} names no row{near_matches(arguments.only, known)} (known: {', '.join(known)})"
+        )
+    if not arguments.reference:
+        if any(row.project == "reference" for row in main_rows):
+            say("the reference is not measured: --reference DIR names a folder with its checkouts")
+        main_rows = [row for row in main_rows if row.project != "reference"]
+    result: dict[str, Any] = {"commit": commit(), "cpu": hardware(), "rounds": arguments.rounds}
+    if main_rows:
+        result |= first_table(settings, main_rows, arguments)
+    if small:
+        device = settings.device
+        small_settings = dataclasses.replace(QUICK_SMALL if arguments.quick else SMALL, device=device)
+        result["small"] = small_table(small_settings, small, arguments)
+        for name in ("ratio_small", "ratio_small_bf16"):
+            if name in result["small"]:
+                result[name] = result["small"][name]
+    say(json.dumps(result))
+
+
+def first_table(settings: Settings, rows: Sequence[Row], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything against the reference."""
+    measured, found = measure(settings, rows, arguments)
+    flops = found["flops"] / (settings.batch or 64)
+    by_key = {one.row.key: one for one in measured}
+    reference, memory = by_key.get("reference"), by_key.get("reference")
+    out: dict[str, Any] = {"settings": dataclasses.asdict(settings), "flops_per_image": flops, **figures(found)}
+    if reference and settings.device == "cpu":
+        row = dataclasses.replace(reference.row, keep_freed_memory=False)
+        plain = memory_alone(Task(row, settings, str(arguments.reference.resolve())))
+        out["reference_peak_MB"] = {
+            "keeping_freed_memory": round(reference.peak / 1e6, 1),
+            "as_glibc_does": round(plain.peak / 1e6, 1),
+        }
+        memory = min(plain, reference, key=lambda one: one.peak)
+    if arguments.loader:
+        fed = fed_row(arguments.photos)
+        batch = by_key["ours-bf16"].batch if "ours-bf16" in by_key else settings.batch or 64
+        measured += take_turns([Task(fed, dataclasses.replace(settings, batch=batch))], arguments.rounds, say)
+    out["machine"] = measured[0].about
+    out["rows"] = show(measured, flops, "reference", memory)
+    if "reference_peak_MB" in out:
+        say(
+            "  the reference's peak memory: {keeping_freed_memory:.0f} MB keeping what it frees, "
+            "{as_glibc_does:.0f} MB as glibc does by itself; the less is the measure".format(**out["reference_peak_MB"])
+        )
+    for key, values in out["rows"].items():
+        if key.startswith("ours-") and reference:
+            name = key.removeprefix("ours-").replace("-", "_")
+            out[f"ratio_{name}"], out[f"memory_ratio_{name}"] = values["ratio"][0], values["memory_ratio"]
+        plain_key = f"timm-{by_key[key].row.precision}" if key in by_key else ""
+        if key.startswith("ours-") and plain_key in by_key:
+            over = ratio(by_key[plain_key], by_key[key])
+            out[f"over_timm_{key.removeprefix('ours-').replace('-', '_')}"] = round(over.median, 3)
+    return out
+
+
+def small_table(settings: Settings, rows: Sequence[Row], arguments: argparse.Namespace) -> dict[str, Any]:
+    """A small network against timm's."""
+    measured, found = measure(settings, rows, arguments)
+    by_key = {one.row.key: one for one in measured}
+    flops = found["flops"] / settings.batch
+    out: dict[str, Any] = {"settings": dataclasses.asdict(settings), "flops_per_image": flops, **figures(found)}
+    out["machine"] = measured[0].about
+    out["rows"] = show(measured, flops, "small-timm-fp32", None)
+    for precision, name in (("fp32", "ratio_small"), ("bf16", "ratio_small_bf16")):
+        theirs, own = by_key.get(f"small-timm-{precision}"), by_key.get(f"small-ours-{precision}")
+        if theirs and own:
+            spread = ratio(theirs, own)
+            out[name] = round(spread.median, 3)
+            say(f"  ours / timm's plain step, {precision}: {spread.text()}")
+    return out
+
+
+def main() -> None:
+    """The command; a pipeline that fails is a sentence and exit code 1."""
+    try:
+        run()
+    except PipelineFailed as failed:
+        raise RunStopped(1, f"error: {failed}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)
