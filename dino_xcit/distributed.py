@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dino_xcit.errors import LOST, InputError, RunStopped, run_main
+from dino_xcit.sync_batch_norm import share_batch_norm
 
 
 def rank() -> int:
@@ -222,9 +223,12 @@ def gather_objects(own: T) -> list[T]:
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """SyncBatchNorm where it can run (CUDA, more than one process); elsewhere the module as it is."""
+    """BatchNorm over all processes' batches on several GPUs; elsewhere the module as it is.
+
+    Not on the CPU: there runs with other numbers of processes are promised to be the same at a fixed microbatch.
+    """
     if device.type == "cuda" and world_size() > 1:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return share_batch_norm(module)
     return module
 
 

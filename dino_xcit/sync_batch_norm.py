@@ -1,0 +1,107 @@
+"""BatchNorm over the batches of all processes, without the program waiting for the device. R processes, C channels.
+
+``torch.nn.SyncBatchNorm`` computes the same on CUDA, but leaves out processes whose batch is empty, for which it asks
+the device for a number in each layer and forward pass (pytorch#78549): the program cannot run ahead of the device. Here
+all processes have batches of one size, as the loader deals them, so nothing need be asked; and it runs on any device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose mean and variance in training are those of all processes' inputs together: [B, C, ...].
+
+    Every process must call it with an input of the same shape. One message forward, one backward.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input of [B, C, ...], found {input.dim()} dimension(s)")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        output, mean, variance = _Normalise.apply(input, self.weight, self.bias, self.eps)
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        count = _count(input)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        return output
+
+
+def share_batch_norm(module: nn.Module) -> nn.Module:
+    """The module, each BatchNorm in it replaced by a :class:`SharedBatchNorm` with the same tensors and names.
+
+    Classes derived from BatchNorm stay as they are: timm's BatchNormAct2d, for one, has an activation in it, which
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` would leave out without a word. So do those that keep no averages.
+    """
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        if not plain or not module.affine or not module.track_running_stats or module.momentum is None:
+            return module
+        shared = SharedBatchNorm(module.num_features, module.eps, module.momentum, device="meta")
+        shared.weight, shared.bias = module.weight, module.bias
+        shared.running_mean, shared.running_var = module.running_mean, module.running_var
+        shared.num_batches_tracked = module.num_batches_tracked
+        return shared.train(module.training)
+    for name, child in module.named_children():
+        setattr(module, name, share_batch_norm(child))
+    return module
+
+
+def _count(x: Tensor) -> int:
+    """Values of a channel in all processes."""
+    return x.numel() // x.shape[1] * dist.get_world_size()
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * weight + bias over all processes; also the mean and the variance [C]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        # PyTorch's kernels, so that low precision is summed in float32 and no layout is copied.
+        unchanged = torch.zeros_like(weight), torch.ones_like(weight)  # says in which dtype to sum, on the CPU
+        own_mean, own_variance = torch.batch_norm_update_stats(x, *unchanged, 0.0)
+        # Each process's row of a sum over rows that are zero elsewhere: every backend can do that.
+        rows = own_mean.new_zeros(dist.get_world_size(), 2, len(own_mean))
+        rows[dist.get_rank()] = torch.stack([own_mean, own_variance])
+        dist.all_reduce(rows)
+        means, variances = rows.unbind(1)  # [R, C]
+        mean = means.mean(dim=0)
+        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+        output = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        return output, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """With y the normalised x, n values a channel, g the gradient times weight / sqrt(var + eps), and sums over all
+        processes: g - sum(g) / n - y sum(g y) / n."""
+        x, weight, mean, variance = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )  # as if mean and variance were constants
+        sums = torch.stack([of_bias, of_weight]).to(mean.dtype)
+        dist.all_reduce(sums)
+        of_bias_everywhere, of_weight_everywhere = sums / _count(x)
+        scale = (variance + ctx.eps).rsqrt()
+        slope = -weight * scale.square() * of_weight_everywhere
+        offset = -weight * scale * of_bias_everywhere - slope * mean
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        return of_x.addcmul_(x, slope.view(shape)).add_(offset.view(shape)), of_weight, of_bias, None

@@ -1,0 +1,76 @@
+"""One of two processes with half a batch each, started by test_sync_batch_norm.py with a file name."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from exchange_process import Messages
+from torch import Tensor, nn
+
+from dino_xcit import distributed
+from dino_xcit.sync_batch_norm import share_batch_norm
+
+SHAPES = {"image": (6, 5, 4, 3), "channels last": (6, 5, 4, 3), "rows": (6, 5)}
+
+
+def batch_of(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Whose channels have means and deviations of their own, and another mean in its second half."""
+    shape = SHAPES[name]
+    x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    x = x * torch.arange(1, 6).view(1, 5, *[1] * (len(shape) - 2)) + 3
+    x[3:] += 2
+    return x.to(memory_format=torch.channels_last) if name == "channels last" else x
+
+
+def layer_of(name: str) -> nn.Module:
+    """The same on every process, with a weight and bias that are not 1 and 0."""
+    layer = nn.BatchNorm1d(5) if name == "rows" else nn.BatchNorm2d(5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 2, 5))
+        layer.bias.copy_(torch.linspace(-1, 1, 5))
+    return nn.Sequential(layer).double()
+
+
+def run(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Twice forward and backward of a loss that is not linear; all that comes of it."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    for _ in range(2):
+        y = layer(x)
+        (y.sin() * torch.arange(1, 6).view(1, 5, *[1] * (x.dim() - 2))).sum().backward()
+    assert x.grad is not None
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    return {
+        "y": y.detach(),
+        "x.grad": x.grad,
+        **gradients,
+        **dict(layer.named_buffers()),
+        "eval": layer.eval()(x).detach(),
+    }
+
+
+def main() -> None:
+    """Each shape in float64, one in bfloat16; and what one pass asks of host and network."""
+    torch.set_num_threads(1)
+    distributed.start(torch.device("cpu"))
+    rank = distributed.rank()
+    found: dict[str, Any] = {
+        name: run(share_batch_norm(layer_of(name)), batch_of(name).chunk(2)[rank]) for name in SHAPES
+    }
+    low = share_batch_norm(layer_of("image")).float()
+    found["bfloat16"] = run(low, batch_of("image").chunk(2)[rank].bfloat16())
+    messages = Messages(0)
+    x = batch_of("image").chunk(2)[rank].requires_grad_()
+    layer = share_batch_norm(layer_of("image"))
+    with messages:
+        layer(x).sum().backward()
+    found["messages"] = [message["kind"] for message in messages.seen]
+    found["host waits"] = messages.host_waits
+    torch.save(found, f"{sys.argv[1]}-{rank}.pt")
+    distributed.barrier()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

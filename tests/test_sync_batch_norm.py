@@ -1,0 +1,114 @@
+"""BatchNorm over two processes is that of one process with both batches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from batch_norm_process import SHAPES, batch_of, layer_of, run
+from ranks import ENVIRONMENT, HERE
+from torch import nn
+
+from dino_xcit import distributed
+from dino_xcit.models import build_backbone
+from dino_xcit.sync_batch_norm import SharedBatchNorm, share_batch_norm
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes computed (batch_norm_process.py)."""
+    out = tmp_path_factory.mktemp("halves") / "rank"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "batch_norm_process.py"), str(out)],
+            env=os.environ | ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return [torch.load(f"{out}-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_two_halves_give_what_the_whole_batch_gives(halves: list[dict[str, Any]], name: str) -> None:
+    """In float64: outputs, all gradients, running statistics, and what evaluation makes of them."""
+    whole = run(layer_of(name), batch_of(name))
+    assert set(whole) == {
+        "y", "x.grad", "0.weight", "0.bias", "0.running_mean", "0.running_var", "0.num_batches_tracked", "eval"
+    }  # fmt: skip
+    for key in ("y", "x.grad", "eval"):
+        torch.testing.assert_close(torch.cat([half[name][key] for half in halves]), whole[key])
+    for key in ("0.weight", "0.bias"):  # their gradients, which DistributedDataParallel adds up
+        torch.testing.assert_close(sum(half[name][key] for half in halves), whole[key])
+    for half in halves:
+        for key in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
+            torch.testing.assert_close(half[name][key], whole[key])
+    # A control: without exchange it is something else.
+    alone = run(layer_of(name), batch_of(name).chunk(2)[0])
+    assert not torch.allclose(alone["y"], whole["y"][:3], atol=0.1)
+
+
+def test_the_layout_stays_as_it_was(halves: list[dict[str, Any]]) -> None:
+    for key in ("y", "x.grad"):
+        assert halves[0]["channels last"][key].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bfloat16_is_summed_in_float32(halves: list[dict[str, Any]]) -> None:
+    whole = run(layer_of("image"), batch_of("image").bfloat16().double())
+    for half, rows in zip(halves, (slice(0, 3), slice(3, 6)), strict=True):
+        assert half["bfloat16"]["y"].dtype == half["bfloat16"]["x.grad"].dtype == torch.bfloat16
+        assert half["bfloat16"]["0.running_var"].dtype == torch.float32
+        torch.testing.assert_close(
+            half["bfloat16"]["0.running_var"].double(), whole["0.running_var"], rtol=1e-5, atol=0
+        )
+        torch.testing.assert_close(half["bfloat16"]["y"].double(), whole["y"][rows], rtol=0.02, atol=0.02)
+
+
+def test_one_message_there_one_back_and_nothing_is_waited_for(halves: list[dict[str, Any]]) -> None:
+    for half in halves:
+        assert half["messages"] == ["allreduce", "allreduce"]
+        assert half["host waits"] == []
+
+
+def test_a_backbone_keeps_its_names_and_tensors_and_every_batchnorm_is_shared() -> None:
+    backbone = build_backbone("xcit_nano_12_p16")
+    before = backbone.state_dict(keep_vars=True)
+    norms = sum(isinstance(part, nn.BatchNorm2d) for part in backbone.modules())
+    shared = share_batch_norm(backbone)
+    after = shared.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert sum(isinstance(part, SharedBatchNorm) for part in shared.modules()) == norms == 16
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in shared.modules())
+
+
+class WithActivation(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).relu()
+
+
+def test_a_class_derived_from_batchnorm_keeps_what_it_does_besides() -> None:
+    module = nn.Sequential(WithActivation(3), nn.BatchNorm2d(3, affine=False))
+    assert [type(part) for part in share_batch_norm(module)] == [WithActivation, nn.BatchNorm2d]
+
+
+def test_gpus_share_it_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    module = distributed.synchronise_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cuda"))
+    assert [type(part) for part in module.children()] == [SharedBatchNorm]
