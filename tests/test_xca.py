@@ -13,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_xcit.models.xca import XCA, choose, cross_covariance_attention
+from dino_xcit.models.cross_covariance import cross_covariance_attention
+from dino_xcit.models.xca import XCA, choose
 from dino_xcit.models.xca_gram import gram_attention
 
 PATHS: tuple[Literal["direct", "gram"], ...] = ("direct", "gram")
@@ -233,8 +234,7 @@ def test_the_gram_path_compiles_as_a_whole_forward_and_backward() -> None:
 @pytest.mark.parametrize("tokens", [36, 196])
 def test_small_crops_take_the_direct_path_with_its_bits(tokens: int) -> None:
     xca, x = random_xca(384, 8).float(), projection(1, tokens, 384, seed=1).float()
-    q, k, v = xca.qkv(x).reshape(1, tokens, 3, 8, 48).unbind(2)
-    expected = xca.proj(cross_covariance_attention(q, k, v, xca.temperature).reshape(1, tokens, 384))
+    expected = xca.proj(cross_covariance_attention(xca.qkv(x), xca.temperature))
     assert torch.equal(xca(x), expected)
     for dtype in (torch.float32, torch.bfloat16):
         for device in ("cpu", "cuda", "mps"):

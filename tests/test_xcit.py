@@ -158,7 +158,11 @@ def test_class_attention_hands_on_the_patch_tokens_as_timms_does(name: str) -> N
     ours, theirs = ours_and_timms(name, depth=1)
     tokens = projection(torch.Size((2, 10, ours.embed_dim)), 8)
     for block, expected in zip(ours.cls_attn_blocks, theirs.cls_attn_blocks, strict=True):  # type: ignore[arg-type]
-        assert error(block(tokens), expected(tokens)) < TOLERANCE
+        cls_token, patches = block(tokens[:, :1], tokens[:, 1:], last=False)
+        assert error(torch.cat((cls_token, patches), dim=1), expected(tokens)) < TOLERANCE
+        alone, same = block(tokens[:, :1], tokens[:, 1:], last=True)
+        assert torch.equal(alone, cls_token)
+        assert torch.equal(same, tokens[:, 1:])
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -353,7 +357,7 @@ def test_the_output_of_local_patch_interaction_is_contiguous_tokens() -> None:
 
 
 class SeenTypes(TorchDispatchMode):
-    """The element types that operators are really called with, below autocast."""
+    """The element types that operators really compute in, below autocast: their inputs', or the one they are told."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -361,6 +365,8 @@ class SeenTypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()}
+        if kwargs and isinstance(kwargs.get("dtype"), torch.dtype):
+            given = {kwargs["dtype"]}
         self.types.setdefault(func.overloadpacket.__name__, set()).update(given)
         return func(*args, **(kwargs or {}))
 

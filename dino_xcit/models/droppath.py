@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -36,3 +39,35 @@ def residual_scales(keys: Tensor, branches: int, rate: float) -> Tensor:
     mixed = hash_bits(hash_bits(keys)[None, :] + branch[:, None] * 0x9E3779B1)
     uniform = (mixed & 0xFFFFFF).to(torch.float32) / float(1 << 24)
     return ((uniform >= rate).to(torch.float32) / (1.0 - rate))[:, :, None, None]
+
+
+class Coins(NamedTuple):
+    """What stochastic depth does to one residual branch."""
+
+    scale: Tensor
+    """[B, 1, 1]: of :func:`residual_scales`."""
+    rows: Tensor | None
+    """The samples that keep the branch, where that can be known without waiting for the device; else None."""
+
+
+def coins_of(scales: Tensor, subset: bool) -> list[Coins]:
+    """One for each branch of ``scales`` [branches, B, 1, 1]; with ``subset``, kept rows are named where they are known
+    on the host."""
+    subset = subset and scales.device.type == "cpu"
+    return [Coins(scale, scale.flatten().nonzero().flatten() if subset else None) for scale in scales]
+
+
+def add_residual(
+    x: Tensor, branch: Callable[[Tensor], Tensor], coins: Coins | None, independent: bool = True
+) -> Tensor:
+    """x + branch(x), dropped and scaled for each sample as ``coins`` say.
+
+    Where the kept samples are known, and samples are independent of each other (not in BatchNorm), the branch is
+    computed for them alone.
+    """
+    if coins is None:
+        return x + branch(x)
+    if coins.rows is None or not independent:
+        return x + coins.scale * branch(x)
+    kept = branch(x.index_select(0, coins.rows))
+    return x.index_add(0, coins.rows, coins.scale[coins.rows] * kept)

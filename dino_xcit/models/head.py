@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -18,7 +18,7 @@ class _ProductWithUnitRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         length = torch.linalg.vector_norm(v, dim=1).clamp_min(1e-12)  # as in torch.nn.functional.normalize

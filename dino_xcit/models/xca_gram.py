@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dino_xcit.models.precision import product_dtype
+
 SHORTEST = 1e-12
 """The least length that q or k is divided by, as in ``torch.nn.functional.normalize``."""
 
@@ -44,13 +46,6 @@ def gram_attention(
         [B, N, D] in :func:`product_dtype`'s dtype, as from any linear layer.
     """
     return GramAttention.apply(x, temperature, qkv_weight, qkv_bias, proj_weight, proj_bias, product_dtype(x))
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would multiply ``x``: autocast's where it is on, which leaves float64 alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 class GramAttention(torch.autograd.Function):

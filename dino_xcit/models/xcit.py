@@ -16,9 +16,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dino_xcit.models.droppath import residual_scales
+from dino_xcit.models.class_attention import ClassAttentionBlock
+from dino_xcit.models.droppath import Coins, add_residual, coins_of, residual_scales
+from dino_xcit.models.mlp import Mlp
 from dino_xcit.models.output import BackboneOutput
+from dino_xcit.models.precision import folds_layer_scale
 from dino_xcit.models.xca import XCA
 
 LAYER_NORM_EPS = 1e-6
@@ -100,19 +104,6 @@ class PositionalEncodingFourier(nn.Module):
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU between, over the last dimension."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class LPI(nn.Module):
     """Local patch interaction: two depthwise 3x3 convolutions let neighbouring tokens talk (paper, section 3.3)."""
 
@@ -123,9 +114,17 @@ class LPI(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
         self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], layer_scale: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; ``layer_scale`` [D] multiplies the output, as a part of the last convolution."""
+        if layer_scale is not None and not folds_layer_scale(x):
+            return layer_scale * self(x, grid)
+        weight: Tensor = self.conv2.weight
+        bias: Tensor = self.conv2.bias  # type: ignore[assignment]
+        if layer_scale is not None:
+            weight, bias = layer_scale[:, None, None, None] * weight, layer_scale * bias
         image = x.transpose(1, 2).unflatten(2, grid)  # a view: [B, N, D] is [B, D, h, w] in channels-last order
-        image = self.conv2(self.bn(self.act(self.conv1(image))))
+        image = self.bn(self.act(self.conv1(image)))
+        image = F.conv2d(image, weight, bias, padding=1, groups=image.shape[1])
         return image.flatten(2).transpose(1, 2)
 
 
@@ -147,67 +146,12 @@ class XCABlock(nn.Module):
         self.gamma2 = nn.Parameter(torch.full((dim,), size.layer_scale))
         self.gamma3 = nn.Parameter(torch.full((dim,), size.layer_scale))
 
-    def forward(self, x: Tensor, grid: tuple[int, int], scales: Tensor | None = None) -> Tensor:
-        """``scales`` [3, B, 1, 1] drops or scales the residual branches; None keeps them all."""
-        gammas: Sequence[Tensor] = (self.gamma1, self.gamma3, self.gamma2)
-        if scales is not None:
-            gammas = [gamma * scale.to(gamma.dtype) for gamma, scale in zip(gammas, scales, strict=True)]
-        x = x + gammas[0] * self.attn(self.norm1(x))
-        x = x + gammas[1] * self.local_mp(self.norm3(x), grid)
-        return x + gammas[2] * self.mlp(self.norm2(x))
-
-
-class ClassAttention(nn.Module):
-    """Attention in which the class token alone asks (CaiT, arXiv 2103.17239): [B, 1 + N, D] -> [B, 1, D]."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, dim * 3)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, dim = x.shape
-        weight_q, weight_kv = self.qkv.weight.split((dim, 2 * dim))
-        bias_q, bias_kv = self.qkv.bias.split((dim, 2 * dim))
-        q = nn.functional.linear(x[:, :1], weight_q, bias_q)
-        kv = nn.functional.linear(x, weight_kv, bias_kv)
-        q = q.reshape(batch, 1, self.num_heads, -1).transpose(1, 2)
-        k, v = kv.reshape(batch, tokens, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        attention = (q * self.scale) @ k.transpose(-2, -1)
-        out = attention.softmax(dim=-1).to(v.dtype) @ v
-        return self.proj(out.transpose(1, 2).reshape(batch, 1, dim))
-
-
-class ClassAttentionBlock(nn.Module):
-    """Gathers the patch tokens into the class token; the patch tokens pass through a norm and a residual only.
-
-    Two facts of the published models are kept because their weights depend on them: patch tokens receive
-    gamma1 * norm1(x) as if they had been attended to, and with ``tokens_norm`` the second norm replaces x for every
-    token, after which the last residual doubles the patch tokens.
-    """
-
-    def __init__(self, size: XCiTSize) -> None:
-        super().__init__()
-        dim = size.dim
-        self.tokens_norm = size.tokens_norm
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = ClassAttention(dim, size.heads)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, dim * size.mlp_ratio)
-        self.gamma1 = nn.Parameter(torch.full((dim,), size.layer_scale))
-        self.gamma2 = nn.Parameter(torch.full((dim,), size.layer_scale))
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.gamma1 * torch.cat((self.attn(normed), normed[:, 1:]), dim=1)
-        if self.tokens_norm:
-            x = self.norm2(x)
-            cls_token, patches = x[:, :1], x[:, 1:]
-        else:
-            cls_token, patches = self.norm2(x[:, :1]), x[:, 1:]
-        return torch.cat((cls_token + self.gamma2 * self.mlp(cls_token), 2 * patches), dim=1)
+    def forward(self, x: Tensor, grid: tuple[int, int], coins: Sequence[Coins | None] = (None, None, None)) -> Tensor:
+        """``coins``: which samples drop which of the three branches; None: none."""
+        x = add_residual(x, lambda rows: self.attn(self.norm1(rows), self.gamma1), coins[0])
+        # BatchNorm is over all samples, whether they keep the branch or not.
+        x = add_residual(x, lambda rows: self.local_mp(self.norm3(rows), grid, self.gamma3), coins[1], False)
+        return add_residual(x, lambda rows: self.mlp(self.norm2(rows), self.gamma2), coins[2])
 
 
 class XCiT(nn.Module):
@@ -232,7 +176,10 @@ class XCiT(nn.Module):
         self.patch_embed = ConvPatchEmbed(patch_size, size.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
         self.blocks = nn.ModuleList(XCABlock(size) for _ in range(size.depth))
-        self.cls_attn_blocks = nn.ModuleList(ClassAttentionBlock(size) for _ in range(size.class_blocks))
+        self.cls_attn_blocks = nn.ModuleList(
+            ClassAttentionBlock(size.dim, size.heads, size.mlp_ratio, size.layer_scale, size.tokens_norm)
+            for _ in range(size.class_blocks)
+        )
         self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS)
         self.pos_embeder = PositionalEncodingFourier(size.dim)  # the official spelling: it is a state-dict key
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -250,27 +197,29 @@ class XCiT(nn.Module):
                 Without keys they come from torch's default generator.
         """
         x, grid = self.patch_embed(images)
-        x = x + self.pos_embeder(grid)
-        scales = self._residual_scales(x, drop_path_keys)
+        # The residual stream is float32 at least, also under autocast.
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) + self.pos_embeder(grid)
+        coins = self._coins(x, drop_path_keys)
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            x = block(x, grid, None if scales is None else scales[index])
+            x = block(x, grid, coins[index])
             if index in wanted:
                 kept[index] = x
-        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1)
-        for block in self.cls_attn_blocks:
-            tokens = block(tokens)
-        return BackboneOutput(self.norm(tokens[:, 0]), x, grid, tuple(kept[index] for index in wanted))
+        cls_token, patches = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x
+        for index, block in enumerate(self.cls_attn_blocks):
+            cls_token, patches = block(cls_token, patches, last=index + 1 == len(self.cls_attn_blocks))
+        return BackboneOutput(self.norm(cls_token[:, 0]), x, grid, tuple(kept[index] for index in wanted))
 
-    def _residual_scales(self, x: Tensor, keys: Tensor | None) -> Tensor | None:
+    def _coins(self, x: Tensor, keys: Tensor | None) -> Sequence[Sequence[Coins | None]]:
+        """For each branch of each block."""
         if not self.training or self.drop_path_rate == 0.0:
-            return None
+            return [(None, None, None)] * len(self.blocks)
         if keys is None:
             keys = torch.randint(1 << 62, (x.shape[0],), device=x.device)
         branches = XCABlock.residual_branches
-        scales = residual_scales(keys, branches * len(self.blocks), self.drop_path_rate)
-        return scales.unflatten(0, (len(self.blocks), branches))
+        coins = coins_of(residual_scales(keys, branches * len(self.blocks), self.drop_path_rate), subset=True)
+        return [coins[start : start + branches] for start in range(0, len(coins), branches)]
 
 
 def _init_linear(module: nn.Module) -> None:
