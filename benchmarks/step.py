@@ -40,6 +40,7 @@ from step_settings import (  # noqa: E402
     Task,
     fed_row,
     peak_row,
+    reference_again,
     rows_for,
     small_rows,
 )
@@ -98,41 +99,49 @@ def chosen(rows: Sequence[Row], only: str | None) -> list[Row]:
     return [row for row in rows if only is None or row.key.startswith(tuple(only.split(",")))]
 
 
-def checked(settings: Settings, rows: Sequence[Row], reference: str) -> dict[str, Any]:
-    """Hold the pipelines beside each other.
+def checked(settings: Settings, rows: Sequence[Row], reference: str) -> tuple[dict[str, Any], list[Row]]:
+    """Hold the pipelines beside each other: what that finds, and the rows that this version of the project has.
 
     Raises:
         RunStopped: they do not do the same work.
     """
+    say(f"\n{settings.in_words()}, on {settings.device}")
     found = checks(Task(CHECKS, settings, reference), [row for row in rows if row.project == "ours"])
     say("\n".join(lines(found)))
+    for key in found["left_out"]:
+        say(f"  {key}: left out, as this version of the project has no such setting")
     wrong = judge(found)
     if wrong:
         raise RunStopped(1, "\n".join(f"error: {sentence}" for sentence in wrong))
-    return found
+    return found, [row for row in rows if row.key not in found["left_out"]]
 
 
-def measure(settings: Settings, rows: Sequence[Row], arguments: argparse.Namespace) -> tuple[list[Measured], Any]:
-    """Check, then time; and what the checks found."""
-    with_reference = any(row.project == "reference" for row in rows)
-    reference = str(arguments.reference.resolve()) if with_reference else ""
-    say(f"\n{settings.in_words()}, on {settings.device}")
-    small = dataclasses.replace(settings, batch=settings.batch or 64)
-    found = checked(small, rows, reference)
-    rows = [row for row in rows if row.key not in found["left_out"]]
-    for key in found["left_out"]:
-        say(f"  {key}: left out, as this version of the project has no such setting")
-    if settings.batch == 0:
-        measured = []
-        for row in rows:
-            fits = largest_batch(Task(row, settings, reference), small.batch, say)
-            measured += take_turns([Task(row, fits, reference)], arguments.rounds, say)
-        precisions = {row.precision for row in rows}
-        peaks = [Task(peak_row(precision), settings) for precision in sorted(precisions)]
-        return measured + take_turns(peaks, arguments.rounds, say), found
-    tasks = [Task(row, settings, reference) for row in rows]
-    tasks += [Task(peak_row(precision), settings) for precision in sorted({row.precision for row in rows})]
-    return take_turns(tasks, arguments.rounds, say), found
+def side_by_side(settings: Settings, rows: Sequence[Row], reference: str, rounds: int) -> list[Measured]:
+    """Time rows that take turns, with the large product in their precisions among them.
+
+    Those with checkpointing come afterwards, with the reference once more: all at once would need the memory of seven.
+    """
+    products = [peak_row(precision) for precision in sorted({row.precision for row in rows})]
+    groups = [[row for row in rows if not row.checkpointing], [row for row in rows if row.checkpointing]]
+    if groups[0] and groups[1]:
+        groups[1] = [reference_again(row) for row in groups[0] if row.project == "reference"] + groups[1]
+    measured: list[Measured] = []
+    for group in groups:
+        if group:
+            tasks = [Task(row, settings, reference) for row in (*group, *products)]
+            measured += take_turns(tasks, rounds, say)
+            products = []
+    return measured
+
+
+def one_by_one(settings: Settings, rows: Sequence[Row], reference: str, rounds: int, least: int) -> list[Measured]:
+    """Time each row with the largest batch that fits, ``least`` or it doubled again and again, with nothing beside."""
+    measured: list[Measured] = []
+    for row in rows:
+        fits = largest_batch(Task(row, settings, reference), least, say)
+        measured += take_turns([Task(row, fits, reference)], rounds, say)
+    products = [peak_row(precision) for precision in sorted({row.precision for row in rows})]
+    return measured + take_turns([Task(row, settings) for row in products], rounds, say)
 
 
 def show(measured: Sequence[Measured], flops: float, against: str, memory: Measured | None) -> dict[str, Any]:
@@ -140,16 +149,17 @@ def show(measured: Sequence[Measured], flops: float, against: str, memory: Measu
 
     Args:
         flops: of an image.
-        against: the key of the row that speeds are held against.
+        against: the key of the row that speeds are held against; rows with checkpointing, against its second turns.
         memory: what memory is held against, where it is not that row.
     """
     by_key = {found.row.key: found for found in measured}
     peaks = peaks_of(measured)
-    baseline = by_key.get(against)
     say(HEADER)
     out: dict[str, Any] = {}
     for found in measured:
         if found.row.project != "peak":
+            again = by_key.get(f"{against}-again") if found.row.checkpointing else None
+            baseline = again or by_key.get(against)
             line = line_of(found, flops, peaks, baseline, memory or baseline)
             say(text_of(line))
             out[found.row.key] = json_of(line)
@@ -205,44 +215,49 @@ def run() -> None:
 
 def first_table(settings: Settings, rows: Sequence[Row], arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything against the reference."""
-    measured, found = measure(settings, rows, arguments)
-    flops = found["flops"] / (settings.batch or 64)
+    rounds, largest = arguments.rounds, settings.batch == 0
+    reference = str(arguments.reference.resolve()) if arguments.reference else ""
+    settings = dataclasses.replace(settings, batch=settings.batch or 64)
+    found, rows = checked(settings, rows, reference if any(row.project == "reference" for row in rows) else "")
+    measured = (
+        one_by_one(settings, rows, reference, rounds, settings.batch)
+        if largest
+        else side_by_side(settings, rows, reference, rounds)
+    )
     by_key = {one.row.key: one for one in measured}
-    reference, memory = by_key.get("reference"), by_key.get("reference")
+    flops = found["flops"] / settings.batch
     out: dict[str, Any] = {"settings": dataclasses.asdict(settings), "flops_per_image": flops, **figures(found)}
-    if reference and settings.device == "cpu":
-        row = dataclasses.replace(reference.row, keep_freed_memory=False)
-        plain = memory_alone(Task(row, settings, str(arguments.reference.resolve())))
-        out["reference_peak_MB"] = {
-            "keeping_freed_memory": round(reference.peak / 1e6, 1),
-            "as_glibc_does": round(plain.peak / 1e6, 1),
-        }
-        memory = min(plain, reference, key=lambda one: one.peak)
+    theirs = memory = by_key.get("reference")
+    if theirs and settings.device == "cpu":
+        plain = memory_alone(Task(dataclasses.replace(theirs.row, keep_freed_memory=False), settings, reference))
+        memory = min(plain, theirs, key=lambda one: one.peak)
+        out["reference_peak_MB"] = {"keeping": round(theirs.peak / 1e6, 1), "glibc": round(plain.peak / 1e6, 1)}
     if arguments.loader:
-        fed = fed_row(arguments.photos)
-        batch = by_key["ours-bf16"].batch if "ours-bf16" in by_key else settings.batch or 64
-        measured += take_turns([Task(fed, dataclasses.replace(settings, batch=batch))], arguments.rounds, say)
+        batch = by_key["ours-bf16"].batch if "ours-bf16" in by_key else settings.batch
+        task = Task(fed_row(arguments.photos), dataclasses.replace(settings, batch=batch))
+        measured += take_turns([task], rounds, say)
     out["machine"] = measured[0].about
     out["rows"] = show(measured, flops, "reference", memory)
     if "reference_peak_MB" in out:
         say(
-            "  the reference's peak memory: {keeping_freed_memory:.0f} MB keeping what it frees, "
-            "{as_glibc_does:.0f} MB as glibc does by itself; the less is the measure".format(**out["reference_peak_MB"])
+            "  the reference's peak memory: {keeping:.0f} MB keeping what it frees, {glibc:.0f} MB as glibc does by "
+            "itself; the less is the measure".format(**out["reference_peak_MB"])
         )
-    for key, values in out["rows"].items():
-        if key.startswith("ours-") and reference:
-            name = key.removeprefix("ours-").replace("-", "_")
-            out[f"ratio_{name}"], out[f"memory_ratio_{name}"] = values["ratio"][0], values["memory_ratio"]
-        plain_key = f"timm-{by_key[key].row.precision}" if key in by_key else ""
-        if key.startswith("ours-") and plain_key in by_key:
-            over = ratio(by_key[plain_key], by_key[key])
-            out[f"over_timm_{key.removeprefix('ours-').replace('-', '_')}"] = round(over.median, 3)
+    for one in measured:
+        if one.row.project == "ours":
+            name, values = one.row.key.removeprefix("ours-").replace("-", "_"), out["rows"][one.row.key]
+            if theirs:
+                out[f"ratio_{name}"], out[f"memory_ratio_{name}"] = values["ratio"][0], values["memory_ratio"]
+            timms = by_key.get(f"timm-{one.row.precision}")
+            if timms and one.row.key in by_key and not one.row.checkpointing:
+                out[f"over_timm_{name}"] = round(ratio(timms, one).median, 3)
     return out
 
 
 def small_table(settings: Settings, rows: Sequence[Row], arguments: argparse.Namespace) -> dict[str, Any]:
     """A small network against timm's."""
-    measured, found = measure(settings, rows, arguments)
+    found, rows = checked(settings, rows, "")
+    measured = side_by_side(settings, rows, "", arguments.rounds)
     by_key = {one.row.key: one for one in measured}
     flops = found["flops"] / settings.batch
     out: dict[str, Any] = {"settings": dataclasses.asdict(settings), "flops_per_image": flops, **figures(found)}

@@ -42,6 +42,7 @@ def config_of(settings: Settings, row: Row, **changes: Any) -> PretrainConfig:
         precision=row.precision,
         **{"drop_path_rate": settings.drop_path, **changes},
         freeze_last_layer=0,  # as in all epochs but the first
+        warmup_epochs=0.0,
     )
 
 

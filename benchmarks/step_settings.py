@@ -129,6 +129,11 @@ def fed_row(data: str) -> Row:
     return Row("ours-bf16-fed", "ours, bf16, the loader feeding it", "ours", "bf16", data=data)
 
 
+def reference_again(row: Row) -> Row:
+    """The reference beside a second group of rows."""
+    return dataclasses.replace(row, key="reference-again", title=f"{row.title}, again")
+
+
 def peak_row(precision: Precision) -> Row:
     """The product of two large matrices, beside which the steps are held."""
     return Row(f"peak-{precision}", f"2048^3 product, {precision}", "peak", precision)
