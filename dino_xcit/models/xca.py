@@ -62,9 +62,9 @@ def choose(tokens: int, dim: int, dtype: torch.dtype, device_type: str, training
     """
     low = dtype in (torch.bfloat16, torch.float16)
     if device_type == "cpu":
-        # Measured by benchmarks/resolution.py, the table of crossovers, on a core with bfloat16 instructions.
-        tokens_per_channel = (3.0 if training else 4.5) if low else 1.75
-        return "gram" if tokens >= tokens_per_channel * dim else "direct"
+        # Fitted to D = 64 to 512 on a core with bfloat16 instructions; benchmarks/resolution.py measures it again. The
+        # constant is for the number of operators, the slope for products of D x D matrices, which stay in float32.
+        return "gram" if tokens >= (2.5 if low else 1.0) * dim + 256 else "direct"
     if device_type == "cuda":
         # Not measured: multiplications, in units of D^2. The direct path has 4 N, with the backward pass 12 N; the
         # other 2 N or 5 N, and 3 D or 8 D in float32, whose rate on an A100 or H100 is a 16th of bfloat16's. By this
