@@ -46,6 +46,7 @@ class Common:
         self.settings = dataclasses.replace(settings, batch=min(IMAGES, settings.batch), drop_path=0.0)
         self.device = torch.device(settings.device)
         state = OurStep(self.settings, Row("", "", "ours", "fp32")).state
+        _without_tf32()
         generator = torch.Generator().manual_seed(draw)
         # Fresh biases are zero and fresh LayerScales may be 1e-5: with noise on top nothing hides behind them.
         self.student = _with_noise(state.student.state_dict(), generator)
@@ -66,9 +67,7 @@ class Common:
     def ours(self, row: Row) -> Outcome:
         """The project's own training step, as it is timed."""
         step = OurStep(self.settings, row)
-        if self.device.type == "cuda":  # TF32 is what is timed, but would hide here what is to be seen
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+        _without_tf32()
         step.state.student.load_state_dict(self.student)
         step.state.teacher.load_state_dict(self.teacher)
         found: State = {}
@@ -93,6 +92,12 @@ class Common:
         step.load_official(self.student, self.teacher)
         views = view_by_view(normalised(self.crops), self.settings)
         return float(step.loss([view.to(self.device) for view in views]).detach())
+
+
+def _without_tf32() -> None:
+    """On a GPU our step is timed with TF32, which here would hide what is to be seen."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _with_noise(state: Mapping[str, Tensor], generator: torch.Generator) -> State:

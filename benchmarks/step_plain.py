@@ -16,6 +16,7 @@ from step_settings import Precision, Settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino_xcit.errors import InputError
 from dino_xcit.models.xcit import XCIT_SIZES
 
 STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM, TEACHER_MOMENTUM = 0.1, 0.04, 0.9, 0.996
@@ -34,8 +35,13 @@ def timm_backbone(arch: str, drop_path: float) -> nn.Module:
     """timm's XCiT of one of this project's names, without classifier: images [B, 3, h, w] to [B, D].
 
     timm has stems for patches of 8 and 16; for 4 its own layers are put together in the same way.
+
+    Raises:
+        InputError: another architecture.
     """
     name, _, patch = arch.rpartition("_p")
+    if name not in XCIT_SIZES:
+        raise InputError(f"--arch is {arch}, expected an XCiT, such as xcit_small_12_p16")
     size = XCIT_SIZES[name]
     model = timm_xcit.Xcit(
         patch_size=max(8, int(patch)),
