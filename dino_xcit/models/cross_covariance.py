@@ -80,13 +80,13 @@ class _CrossCovarianceAttention(torch.autograd.Function):
 
 
 def _inverse_lengths(x: Tensor, wide: torch.dtype) -> Tensor:
-    """[B * H, N, d] to 1 / length over the tokens, [B * H, d]."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=wide).clamp_min(LEAST_LENGTH).reciprocal()
+    """[B * H, N, d] to 1 / length over the tokens, [B * H, d]. (On a CPU vector_norm takes ten times as long.)"""
+    return x.to(wide).square().sum(dim=1).clamp_min(LEAST_LENGTH**2).rsqrt()
 
 
 def _of_length(along: Tensor, scale: Tensor) -> Tensor:
     """The share of a channel that its length's gradient takes away; nothing where the length was clamped."""
-    return torch.where(scale < 1 / LEAST_LENGTH, along * scale.square(), 0.0)
+    return torch.where(scale < 0.999 / LEAST_LENGTH, along * scale.square(), 0.0)
 
 
 def _correlation(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dino_xcit.models.precision import product_dtype
+
 
 class _ProductWithUnitRows(torch.autograd.Function):
     """x @ (g * v / |v|)^T without ever making g * v / |v|, which for 65,536 prototypes is as large as the backbone.
@@ -19,10 +21,10 @@ class _ProductWithUnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        # On a CPU, a cast of the prototypes costs more than multiplying a few rows with them in float32.
+        dtype = x.dtype if x.device.type == "cpu" and len(x) <= 64 else product_dtype(x)
         length = torch.linalg.vector_norm(v, dim=1).clamp_min(1e-12)  # as in torch.nn.functional.normalize
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             low_x, low_v = x.to(dtype), v.to(dtype)
             products = low_x @ low_v.T
         ctx.save_for_backward(low_x, g, v, low_v if v.dtype != dtype else None, products, length)
