@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 
 STYLES = {
     "auto": ("-", "o", "this project"),
@@ -46,7 +47,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xticks(sides, [str(side) for side in sides])
-            axis.minorticks_off()
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
             what = "seconds" if quantity == "seconds" else "peak memory, MB"
             axis.set_title(f"{'training' if training else 'forward'}, {precision}: {what}")
