@@ -199,7 +199,8 @@ def train(
             diverged=rejected_in_a_row.read(state.rejected_in_a_row) >= config.max_rejected,
             cannot_save=saver is not None and saver.gave_up,
         )
-        watchdog.now("training step", state.step)
+        compiling = config.compile and state.step == sampler.start_step
+        watchdog.now("compiling the networks" if compiling else "training step", state.step, patient=compiling)
         result = train_step(state, batches, schedules, config)
         progress.step(waited)
         epoch_ends = state.step % sampler.steps_per_epoch == 0

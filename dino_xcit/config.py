@@ -145,6 +145,12 @@ class PretrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks; auto: bf16 on a GPU that has it, else fp16 there, fp32 on a CPU.
     --use_fp16 true|false of DINO means fp16 or fp32."""
+    activation_checkpointing: bool = False
+    """Compute the XCA blocks again in the backward pass instead of keeping what they computed: less memory, more time,
+    the same result to the last bit. For this project's XCiT."""
+    compile: bool = False
+    """Let torch.compile make the XCA blocks' kernels. The first step then takes minutes (later runs find the kernels in
+    its cache). On the CPU that was measured it does not pay; on GPUs it is not measured. For this project's XCiT."""
     deterministic: bool = False
     """Only kernels that give the same bits each time; slower on a GPU."""
     num_workers: int = -1
@@ -236,6 +242,9 @@ class PretrainConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name in ("activation_checkpointing", "compile"):
+            if getattr(self, name) and self.arch.startswith("timm:"):
+                raise InputError(f"{name} is for this project's XCiT, but arch is {self.arch}: expected {name} false")
         self.augmentation()
 
     def augmentation(self) -> MultiCropAugmentation:
@@ -255,7 +264,8 @@ class PretrainConfig:
 
 FREE_TO_CHANGE = frozenset(
     {
-        "output_dir", "device", "num_workers", "augment_device", "resume", "saveckp_freq", "save_every", "max_steps",
+        "output_dir", "device", "activation_checkpointing", "compile",
+        "num_workers", "augment_device", "resume", "saveckp_freq", "save_every", "max_steps",
         "log_every",
         "knn_every", "knn_holdout", "knn_max_images", "train_data", "val_data", "eval_resize", "eval_crop", "recipe",
         "deterministic", "batch_size_per_gpu", "accumulation_steps", "keep_last", "max_failed_saves", "max_rejected",

@@ -18,7 +18,7 @@ from dino_xcit.augment import group_by_size
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.loss import DINOLoss, entropy, feature_deviation, koleo
-from dino_xcit.models import DINOHead, ViewNetwork, build_backbone
+from dino_xcit.models import DINOHead, ViewNetwork, XCiT, build_backbone
 from dino_xcit.models.droppath import hash_bits
 from dino_xcit.optim import build_optimizer, clip_gradients, set_rates
 from dino_xcit.schedule import CosineSchedule, LinearByEpoch
@@ -104,6 +104,11 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
     student = distributed.synchronise_batch_norm(student, device).to(device)  # type: ignore[assignment]
     teacher = distributed.synchronise_batch_norm(teacher, device).to(device)  # type: ignore[assignment]
     start_as_copy(teacher, student)
+    if isinstance(student.backbone, XCiT) and isinstance(teacher.backbone, XCiT):
+        student.backbone.activation_checkpointing = config.activation_checkpointing
+        if config.compile:
+            student.backbone.compile_blocks()
+            teacher.backbone.compile_blocks()
     scaled = choose_precision(config.precision, device) is torch.float16
     state = TrainState(
         student=student,

@@ -23,6 +23,7 @@ from dino_xcit.models.droppath import Coins, add_residual, coins_of, residual_sc
 from dino_xcit.models.mlp import Mlp
 from dino_xcit.models.output import BackboneOutput
 from dino_xcit.models.precision import folds_layer_scale
+from dino_xcit.models.recompute import recomputed
 from dino_xcit.models.xca import XCA
 
 LAYER_NORM_EPS = 1e-6
@@ -173,6 +174,9 @@ class XCiT(nn.Module):
         self.embed_dim = size.dim
         self.patch_size = patch_size
         self.drop_path_rate = drop_path_rate
+        self.activation_checkpointing = False
+        """Whether XCA blocks are computed again in the backward pass instead of kept."""
+        self.compiled = False
         self.patch_embed = ConvPatchEmbed(patch_size, size.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
         self.blocks = nn.ModuleList(XCABlock(size) for _ in range(size.depth))
@@ -203,13 +207,25 @@ class XCiT(nn.Module):
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            x = block(x, grid, coins[index])
+            # Compiled code is for the sizes of training; evaluation has others.
+            call = block.forward if self.compiled and not self.training else block
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = recomputed(block, call, x, grid, coins[index])
+            else:
+                x = call(x, grid, coins[index])
             if index in wanted:
                 kept[index] = x
         cls_token, patches = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x
         for index, block in enumerate(self.cls_attn_blocks):
             cls_token, patches = block(cls_token, patches, last=index + 1 == len(self.cls_attn_blocks))
         return BackboneOutput(self.norm(cls_token[:, 0]), x, grid, tuple(kept[index] for index in wanted))
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let torch.compile make the XCA blocks' kernels for each shape that training has; in evaluation they run as
+        they are. Stochastic depth then multiplies dropped branches by 0: shapes must not change from step to step."""
+        self.compiled = True
+        for block in self.blocks:
+            block.compile(backend=backend, dynamic=False)
 
     def _coins(self, x: Tensor, keys: Tensor | None) -> Sequence[Sequence[Coins | None]]:
         """For each branch of each block."""
@@ -218,7 +234,9 @@ class XCiT(nn.Module):
         if keys is None:
             keys = torch.randint(1 << 62, (x.shape[0],), device=x.device)
         branches = XCABlock.residual_branches
-        coins = coins_of(residual_scales(keys, branches * len(self.blocks), self.drop_path_rate), subset=True)
+        coins = coins_of(
+            residual_scales(keys, branches * len(self.blocks), self.drop_path_rate), subset=not self.compiled
+        )
         return [coins[start : start + branches] for start in range(0, len(coins), branches)]
 
 
