@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 from dino_xcit.errors import InputError
 
@@ -17,6 +15,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 RGB = tuple[float, float, float]
+
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""torchvision's words."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """[3, crop, crop] uint8: normalisation happens on the device, see :func:`normalise`."""
+        # Here, because training does not need them: torchvision takes two seconds to import.
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as TF
+
         mode = InterpolationMode(self.interpolation)
         resized = TF.resize(image, [self.resize], mode)
         return to_tensor(TF.center_crop(resized, [self.crop, self.crop]))
@@ -54,7 +59,9 @@ class EvalTransform:
         """
         try:
             resize, crop = int(str(values["resize"])), int(str(values["crop"]))
-            interpolation = InterpolationMode(str(values["interpolation"])).value
+            interpolation = str(values["interpolation"])
+            if interpolation not in INTERPOLATIONS:
+                raise ValueError(f"interpolation is {interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
             mean, std = _rgb(values["mean"]), _rgb(values["std"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the stored evaluation transform {values!r} cannot be read: {error}") from error

@@ -14,8 +14,8 @@ from dino_xcit.models.class_attention import ClassAttention
 from dino_xcit.models.cross_covariance import cross_covariance_attention
 from dino_xcit.models.droppath import Coins, add_residual, coins_of, residual_scales
 from dino_xcit.models.head import Prototypes
+from dino_xcit.models.lpi import LPI
 from dino_xcit.models.mlp import Mlp
-from dino_xcit.models.xcit import LPI
 
 
 def plain_attention(qkv: Tensor, temperature: Tensor) -> Tensor:

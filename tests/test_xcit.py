@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_xcit.models import XCiT, backbone_names, build_backbone
+from dino_xcit.models.lpi import LPI
 from dino_xcit.models.xca import XCA
-from dino_xcit.models.xcit import LPI, XCIT_SIZES
+from dino_xcit.models.xcit import XCIT_SIZES
 
 OFFICIAL = [
     f"xcit_{size}_p{patch}"

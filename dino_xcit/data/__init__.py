@@ -17,7 +17,6 @@ from dino_xcit.data.parquet import is_folder_of_parquet, open_parquet
 from dino_xcit.data.sample import ArraySource, open_sample
 from dino_xcit.data.source import Source, Subset
 from dino_xcit.data.tar import open_tar
-from dino_xcit.data.torchvision_source import TorchvisionSource
 from dino_xcit.errors import InputError
 
 __all__ = [
@@ -66,7 +65,11 @@ def open_source(url: str, part: str | None = None) -> Source:
         chosen = named_part or part or "train"
         if chosen not in ("train", "val"):
             raise InputError(f"{url!r} has no part {chosen!r}: expected {scheme}:{name}/train or {scheme}:{name}/val")
-        return open_sample(name, chosen) if scheme == "sample" else TorchvisionSource(name, chosen)
+        if scheme == "sample":
+            return open_sample(name, chosen)
+        from dino_xcit.data.torchvision_source import TorchvisionSource  # torchvision takes two seconds to import
+
+        return TorchvisionSource(name, chosen)
     if colon and scheme == "imagenet":
         named = re.fullmatch(r"(.+)/(train|val)/*", rest)
         return open_imagenet(named[1] if named else rest, named[2] if named else part or "train")

@@ -8,14 +8,12 @@ from dino_xcit.errors import InputError, near_matches
 from dino_xcit.models.head import DINOHead
 from dino_xcit.models.multicrop import StudentOutput, ViewNetwork
 from dino_xcit.models.output import BackboneOutput
-from dino_xcit.models.timm_backbone import TimmBackbone
 from dino_xcit.models.xcit import PATCH_SIZES, XCIT_SIZES, XCiT
 
 __all__ = [
     "BackboneOutput",
     "DINOHead",
     "StudentOutput",
-    "TimmBackbone",
     "ViewNetwork",
     "XCiT",
     "backbone_names",
@@ -44,6 +42,8 @@ def build_backbone(name: str, drop_path_rate: float = 0.0) -> nn.Module:
         InputError: the name is not known; near matches are given.
     """
     if name.startswith("timm:"):
+        from dino_xcit.models.timm_backbone import TimmBackbone  # timm takes a second to import
+
         return TimmBackbone(name.removeprefix("timm:"), drop_path_rate)
     size, _, patch = name.rpartition("_p")
     if size not in XCIT_SIZES or patch not in {str(p) for p in PATCH_SIZES}:

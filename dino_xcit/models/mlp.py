@@ -57,11 +57,10 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, weight1, weight2, bias2, layer_scale = ctx.saved_tensors
         low, full = x.dtype, weight1.dtype
-        wide = torch.promote_types(low, torch.float32)
         rows = grad.to(low).reshape(-1, grad.shape[-1])
         hidden = hidden.reshape(-1, hidden.shape[-1])
         grad_weight2 = (rows.T @ F.gelu(hidden)).to(full)
-        grad_bias2 = rows.sum(dim=0, dtype=wide).to(full)
+        grad_bias2 = rows.sum(dim=0).to(full)
         grad_hidden = torch.ops.aten.gelu_backward(rows @ _scaled(weight2, layer_scale).to(low), hidden)
         grad_scale = None
         if layer_scale is not None:
@@ -70,7 +69,7 @@ class _Mlp(torch.autograd.Function):
         return (
             (grad_hidden @ weight1.to(low)).view_as(x),
             (grad_hidden.T @ x.reshape(-1, x.shape[-1])).to(full),
-            grad_hidden.sum(dim=0, dtype=wide).to(full),
+            grad_hidden.sum(dim=0).to(full),
             grad_weight2,
             grad_bias2,
             grad_scale,

@@ -16,13 +16,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dino_xcit.models.class_attention import ClassAttentionBlock
 from dino_xcit.models.droppath import Coins, add_residual, coins_of, residual_scales
+from dino_xcit.models.lpi import LPI
 from dino_xcit.models.mlp import Mlp
 from dino_xcit.models.output import BackboneOutput
-from dino_xcit.models.precision import folds_layer_scale
 from dino_xcit.models.recompute import recomputed
 from dino_xcit.models.xca import XCA
 
@@ -103,30 +102,6 @@ class PositionalEncodingFourier(nn.Module):
         pair = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=device)
         angle = position[:, None] / self.temperature ** (pair / self.hidden_dim)
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
-
-
-class LPI(nn.Module):
-    """Local patch interaction: two depthwise 3x3 convolutions let neighbouring tokens talk (paper, section 3.3)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        self.act = nn.GELU()
-        self.bn = nn.BatchNorm2d(dim)
-        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor, grid: tuple[int, int], layer_scale: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; ``layer_scale`` [D] multiplies the output, as a part of the last convolution."""
-        if layer_scale is not None and not folds_layer_scale(x):
-            return layer_scale * self(x, grid)
-        weight: Tensor = self.conv2.weight
-        bias: Tensor = self.conv2.bias  # type: ignore[assignment]
-        if layer_scale is not None:
-            weight, bias = layer_scale[:, None, None, None] * weight, layer_scale * bias
-        image = x.transpose(1, 2).unflatten(2, grid)  # a view: [B, N, D] is [B, D, h, w] in channels-last order
-        image = self.bn(self.act(self.conv1(image)))
-        image = F.conv2d(image, weight, bias, padding=1, groups=image.shape[1])
-        return image.flatten(2).transpose(1, 2)
 
 
 class XCABlock(nn.Module):
