@@ -16,6 +16,7 @@ from dino_xcit.models.droppath import Coins, add_residual, coins_of, residual_sc
 from dino_xcit.models.head import Prototypes
 from dino_xcit.models.lpi import LPI
 from dino_xcit.models.mlp import Mlp
+from dino_xcit.models.patch_embed import ConvPatchEmbed
 
 
 def plain_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
@@ -115,12 +116,37 @@ def test_mlp(scaled: bool) -> None:
 
 def test_local_patch_interaction_with_layer_scale() -> None:
     module = nn.ModuleList([shaken(LPI(6).double()), nn.ParameterList([noise(6, seed=3)])])
+
+    def plain(both: nn.ModuleList, x: Tensor) -> Tensor:
+        lpi = both[0]
+        image = x.transpose(1, 2).unflatten(2, (3, 4))
+        image = lpi.conv2(lpi.bn(lpi.act(lpi.conv1(image))))  # type: ignore[union-attr,operator]
+        return both[1][0] * image.flatten(2).transpose(1, 2)  # type: ignore[index]
+
+    compare(lambda both, x: both[0](x, (3, 4), both[1][0]), plain, module, noise(2, 12, 6))
+    trained, expected = copy.deepcopy(module), copy.deepcopy(module)
+    trained[0](noise(2, 12, 6), (3, 4), None)
+    plain(expected, noise(2, 12, 6))
+    for (name, a), b in zip(trained.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_patch_embedding() -> None:
+    """In training, against its layers one after another; running statistics too."""
+    module = shaken(ConvPatchEmbed(8, 12).double())
+    images = noise(2, 3, 21, 16)
     compare(
-        lambda both, x: both[0](x, (3, 4), both[1][0]),
-        lambda both, x: both[1][0] * both[0](x, (3, 4)),
+        lambda m, x: m(x)[0],
+        lambda m, x: m.proj(x.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2),
         module,
-        noise(2, 12, 6),
+        images,
     )
+    ours, plain = copy.deepcopy(module), copy.deepcopy(module)
+    ours(images)
+    plain.proj(images.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
+    for (name, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert any(not torch.equal(a, b) for a, b in zip(ours.buffers(), module.buffers(), strict=True))
 
 
 def test_class_attention() -> None:

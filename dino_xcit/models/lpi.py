@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dino_xcit.models import batch_norm
 from dino_xcit.models.precision import folds_layer_scale, product_dtype
 
 
@@ -34,17 +35,12 @@ class LPI(nn.Module):
             weight, bias = layer_scale[:, None, None, None] * weight, layer_scale * bias
         image = x.transpose(1, 2).unflatten(2, grid)  # a view: [B, N, D] is [B, D, h, w] in channels-last order
         image = self.conv1(image)
-        if self._own_backward():
+        if batch_norm.can_be_recomputed(self.bn):
             low = product_dtype(x)
             image = _GeluNormConv.apply(image, self.bn, self.bn.weight, self.bn.bias, weight.to(low), bias.to(low))
         else:
             image = F.conv2d(self.bn(self.act(image)), weight, bias, padding=1, groups=image.shape[1])
         return image.flatten(2).transpose(1, 2)
-
-    def _own_backward(self) -> bool:
-        """Not for a BatchNorm that others have put here, and torch.compile chooses by itself what it keeps."""
-        plain = type(self.bn) is nn.BatchNorm2d and self.bn.momentum is not None and self.bn.track_running_stats
-        return plain and self.bn.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _GeluNormConv(torch.autograd.Function):
@@ -54,29 +50,22 @@ class _GeluNormConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: nn.BatchNorm2d, gain: Tensor, offset: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        assert norm.momentum is not None
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked += 1
-        statistics = (norm.running_mean, norm.running_var)
-        normed = torch.native_batch_norm(F.gelu(x), gain, offset, *statistics, True, norm.momentum, norm.eps)[0]
         ctx.eps = norm.eps
         ctx.save_for_backward(x, gain, offset, weight)
-        return F.conv2d(normed, weight, bias, padding=1, groups=x.shape[1])
+        return F.conv2d(batch_norm.normalise(norm, F.gelu(x)), weight, bias, padding=1, groups=x.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, offset, weight = ctx.saved_tensors
         activated = F.gelu(x)
-        normed, mean, inverse_deviation = torch.native_batch_norm(
-            activated, gain, offset, None, None, True, 0.0, ctx.eps
-        )
+        normed, mean, inverse_deviation = batch_norm.normalise_again(activated, gain, offset, ctx.eps)
         channels = len(weight)
         grad_normed, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad, normed, weight, [channels], [1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True]
         )
-        grad_activated, grad_gain, grad_offset = torch.ops.aten.native_batch_norm_backward(
-            grad_normed, activated, gain, None, None, mean, inverse_deviation, True, ctx.eps, [True, True, True]
+        grad_activated, grad_gain, grad_offset = batch_norm.backward(
+            grad_normed, activated, gain, mean, inverse_deviation, ctx.eps
         )
         grad_x = torch.ops.aten.gelu_backward(grad_activated, x)
         return grad_x, None, grad_gain, grad_offset, grad_weight, grad_bias

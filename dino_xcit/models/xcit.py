@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from dino_xcit.models.droppath import Coins, add_residual, coins_of, residual_sc
 from dino_xcit.models.lpi import LPI
 from dino_xcit.models.mlp import Mlp
 from dino_xcit.models.output import BackboneOutput
+from dino_xcit.models.patch_embed import ConvPatchEmbed
 from dino_xcit.models.recompute import recomputed
 from dino_xcit.models.xca import XCA
 
@@ -41,33 +41,6 @@ class XCiTSize:
     """Whether class attention's second norm covers all tokens (all published models but nano) or CLS alone."""
     class_blocks: int = 2
     mlp_ratio: int = 4
-
-
-class ConvNorm(nn.Sequential):
-    """Bias-free 3x3 convolution of stride 2, then BatchNorm: halves the resolution, rounding up."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-        )
-
-
-class ConvPatchEmbed(nn.Module):
-    """Images to tokens by log2(patch) stride-2 convolutions, GELU between; widths double up to D."""
-
-    def __init__(self, patch_size: int, dim: int) -> None:
-        super().__init__()
-        stages = int(math.log2(patch_size))
-        widths = [3] + [dim >> (stages - 1 - stage) for stage in range(stages)]
-        layers: list[nn.Module] = []
-        for narrow, wide in pairwise(widths):
-            layers += [ConvNorm(narrow, wide), nn.GELU()]
-        self.proj = nn.Sequential(*layers[:-1])
-
-    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.proj(images.contiguous(memory_format=torch.channels_last))
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
 
 
 class PositionalEncodingFourier(nn.Module):
