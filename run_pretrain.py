@@ -94,7 +94,8 @@ def train(
     evaluate = online_knn(config, source, device)
 
     # ---- student and teacher
-    watchdog.now("building the networks", 0)
+    # With several processes, kernels are compiled in there already.
+    watchdog.now("building the networks", 0, patient=config.compile)
     state = build_state(config, device)
     if stored:
         refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch, images)

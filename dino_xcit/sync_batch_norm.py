@@ -75,10 +75,8 @@ class _Normalise(torch.autograd.Function):
         # PyTorch's kernels, so that low precision is summed in float32 and no layout is copied.
         unchanged = torch.zeros_like(weight), torch.ones_like(weight)  # says in which dtype to sum, on the CPU
         own_mean, own_variance = torch.batch_norm_update_stats(x, *unchanged, 0.0)
-        # Each process's row of a sum over rows that are zero elsewhere: every backend can do that.
-        rows = own_mean.new_zeros(dist.get_world_size(), 2, len(own_mean))
-        rows[dist.get_rank()] = torch.stack([own_mean, own_variance])
-        dist.all_reduce(rows)
+        rows = own_mean.new_empty(dist.get_world_size(), 2, len(own_mean))
+        dist.all_gather_into_tensor(rows, torch.stack([own_mean, own_variance])[None])
         means, variances = rows.unbind(1)  # [R, C]
         mean = means.mean(dim=0)
         variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
@@ -94,13 +92,14 @@ class _Normalise(torch.autograd.Function):
         """With y the normalised x, n values a channel, g the gradient times weight / sqrt(var + eps), and sums over all
         processes: g - sum(g) / n - y sum(g y) / n."""
         x, weight, mean, variance = ctx.saved_tensors
+        scale = (variance + ctx.eps).rsqrt()
+        # As if mean and variance were constants. Given twice: CUDA's channels-last kernels take the second pair.
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )  # as if mean and variance were constants
+            gradient, x, weight, mean, variance, mean, scale, False, ctx.eps, [True, True, True]
+        )
         sums = torch.stack([of_bias, of_weight]).to(mean.dtype)
         dist.all_reduce(sums)
         of_bias_everywhere, of_weight_everywhere = sums / _count(x)
-        scale = (variance + ctx.eps).rsqrt()
         slope = -weight * scale.square() * of_weight_everywhere
         offset = -weight * scale * of_bias_everywhere - slope * mean
         shape = [1, -1] + [1] * (x.dim() - 2)

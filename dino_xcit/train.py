@@ -136,8 +136,10 @@ def _settle_gradient_exchange(state: TrainState, config: PretrainConfig, device:
     """
     generator = torch.Generator().manual_seed(0)
     sizes = [view.size for view in config.augmentation().views]
+    # Of the training's shape where kernels are compiled for shapes.
+    images = config.batch_size_per_gpu if config.compile else 2
     crops = [
-        torch.randn(2 * len(group), 3, sizes[group[0]], sizes[group[0]], generator=generator).to(device)
+        torch.randn(images * len(group), 3, sizes[group[0]], sizes[group[0]], generator=generator).to(device)
         for group in group_by_size(sizes)
     ]
     buffers = _batch_norm_buffers(state)

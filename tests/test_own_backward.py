@@ -85,16 +85,55 @@ def test_cross_covariance_attention_by_numerical_differences() -> None:
     assert torch.autograd.gradcheck(cross_covariance_attention, (qkv, temperature))
 
 
-def test_a_channel_of_zeros_has_a_finite_gradient() -> None:
-    qkv = noise(1, 9, 24)
-    qkv[:, :, 3] = 0  # of q
-    qkv[:, :, 12] = 0  # of k
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.0, 1e-7])
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_a_channel_near_zero_has_a_finite_output_and_gradient(dtype: torch.dtype, value: float, tokens: int) -> None:
+    """Its gradient is large; beyond float16's range it is infinite there, and the loss scaler rejects the step."""
+    qkv = noise(1, tokens, 24).to(dtype)
+    qkv[:, :, 3] = value  # of q
+    qkv[:, :, 12] = value  # of k
     qkv.requires_grad_()
-    out = cross_covariance_attention(qkv, torch.ones(2, 1, 1, dtype=torch.float64))
+    temperature = torch.ones(2, 1, 1, dtype=torch.promote_types(dtype, torch.float32))
+    out = cross_covariance_attention(qkv, temperature)
     out.sum().backward()
     assert bool(torch.isfinite(out).all())
     assert qkv.grad is not None
-    assert bool(torch.isfinite(qkv.grad).all())
+    others = [channel for channel in range(24) if channel not in (3, 12)]
+    assert bool(torch.isfinite(qkv.grad[..., others]).all())
+    assert bool(torch.isfinite(qkv.grad).all()) or dtype is torch.float16
+    assert not bool(torch.isnan(qkv.grad).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("spread", "size"), [(0.4, 1.0), (2.0, 1e-3), (8.0, 1e-3)])
+def test_low_precision_attention_is_no_worse_than_the_plain_formula_in_it(
+    dtype: torch.dtype, spread: float, size: float
+) -> None:
+    """Long channels and small gradients: a gradient divided by two lengths would leave float16's range. The plain
+    formula has its lengths and softmax in float32, as under autocast."""
+
+    def plain(x: Tensor, t: Tensor) -> Tensor:
+        q, k, v = x.reshape(2, 196, 3, 4, -1).permute(2, 0, 3, 4, 1).unbind(0)
+        q, k = F.normalize(q.float(), dim=-1).to(dtype), F.normalize(k.float(), dim=-1).to(dtype)
+        attention = ((q @ k.transpose(-2, -1)).float() * t).softmax(dim=-1).to(dtype)
+        return (attention @ v).permute(0, 3, 1, 2).reshape(2, 196, -1)
+
+    qkv, temperature = (spread * noise(2, 196, 3 * 4 * 24)).to(dtype), 1 + noise(4, 1, 1, seed=1).abs()
+    weights = size * noise(2, 196, 4 * 24, seed=2)
+
+    def gradient(function: Callable[..., Tensor], given: Tensor, t: Tensor) -> Tensor:
+        x = given.clone().requires_grad_()
+        function(x, t).backward(weights.to(given.dtype))
+        assert x.grad is not None
+        return x.grad.double()
+
+    exact = gradient(plain_attention, qkv.double(), temperature)
+    ours = gradient(cross_covariance_attention, qkv, temperature.float())
+    theirs = gradient(plain, qkv, temperature.float())
+    for part in range(3):  # q, k, v
+        own, other, true = (x.unflatten(2, (3, -1))[:, :, part] for x in (ours, theirs, exact))
+        assert float((own - true).norm()) <= 1.5 * float((other - true).norm()) + 1e-12
 
 
 @pytest.mark.parametrize("scaled", [False, True])

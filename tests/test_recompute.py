@@ -76,7 +76,7 @@ def test_timm_networks_are_refused(setting: str) -> None:
         PretrainConfig(arch="timm:resnet18", **{setting: True})  # type: ignore[arg-type]
 
 
-def graphs(monkeypatch: pytest.MonkeyPatch, config: PretrainConfig, steps: int) -> tuple[TrainState, list[nn.Module]]:
+def graphs(config: PretrainConfig, steps: int) -> tuple[TrainState, list[nn.Module]]:
     """Train with Dynamo and autograd's tracing but PyTorch's own kernels: no compiler, seconds instead of a minute."""
     torch._dynamo.reset()
     made: list[nn.Module] = []
@@ -92,10 +92,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch, config: PretrainConfig, steps: int) 
     return state, made
 
 
-def test_a_compiled_run_trains_alike_and_compiles_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_run_trains_alike_and_compiles_once_a_shape() -> None:
     config = tiny_config(drop_path_rate=0.2)
     plain, _ = run(config, 3)
-    state, made = graphs(monkeypatch, config, 3)
+    state, made = graphs(config, 3)
     # Student's global and local crops, teacher's global ones; the blocks of a network share them.
     assert len(made) == 3
     for name, value in everything(state).items():

@@ -82,7 +82,7 @@ def test_bfloat16_is_summed_in_float32(halves: list[dict[str, Any]]) -> None:
 
 def test_one_message_there_one_back_and_nothing_is_waited_for(halves: list[dict[str, Any]]) -> None:
     for half in halves:
-        assert half["messages"] == ["allreduce", "allreduce"]
+        assert half["messages"] == ["allgather_base", "allreduce"]
         assert half["host waits"] == []
 
 

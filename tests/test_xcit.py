@@ -349,6 +349,17 @@ def test_local_patch_interaction_sees_the_tokens_without_a_copy() -> None:
         assert image.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_backbone_in_low_precision_throughout_still_runs(dtype: torch.dtype) -> None:
+    model = build_backbone("xcit_pico_4_p8").eval()
+    images = torch.randn(2, 3, 40, 24)
+    with torch.no_grad():
+        expected = model(images).cls_token
+        found = model.to(dtype)(images.to(dtype)).cls_token
+    assert found.dtype is dtype
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.1
+
+
 def test_the_output_of_local_patch_interaction_is_contiguous_tokens() -> None:
     """So that the residual that follows reads memory in order."""
     lpi = LPI(32)

@@ -31,11 +31,10 @@ class ClassAttention(nn.Module):
     def forward(self, cls_token: Tensor, patches: Tensor) -> Tensor:
         """[B, 1, D] and [B, N, D] -> [B, 1, D]; the class token attends to itself, too."""
         weight_q, weight_k, weight_v = self.qkv.weight.chunk(3)
-        bias_q, bias_k, bias_v = self.qkv.bias.chunk(3)
+        bias_q, _, bias_v = self.qkv.bias.chunk(3)  # the keys' adds the same to all scores, which softmax does not see
         q = self._by_head(F.linear(cls_token, weight_q, bias_q) * self.scale)
         asked = (q @ self._rows_by_head(weight_k)).transpose(0, 1)  # [B, H, D]
-        constant = (q * self._rows_by_head(bias_k[:, None]).transpose(1, 2)).sum(dim=-1, keepdim=True).transpose(0, 1)
-        scores = torch.cat((asked @ cls_token.transpose(1, 2), asked @ patches.transpose(1, 2)), dim=2) + constant
+        scores = torch.cat((asked @ cls_token.transpose(1, 2), asked @ patches.transpose(1, 2)), dim=2)
         attention = scores.softmax(dim=-1)
         mean = attention[:, :, :1] @ cls_token + attention[:, :, 1:] @ patches  # [B, H, D]
         out = mean.transpose(0, 1) @ self._rows_by_head(weight_v).transpose(1, 2)  # [H, B, d]

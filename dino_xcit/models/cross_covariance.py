@@ -69,31 +69,51 @@ class _CrossCovarianceAttention(torch.autograd.Function):
         along = _by_head(along, temperature, batch)
 
         # C = (q s_q)^T (k s_k) with s = 1 / length: what changes a channel's length only, does not change C.
+        shrink_q, shrink_k = _unclamped(along.sum(dim=2), scale_q), _unclamped(along.sum(dim=1), scale_k)
+        if low is torch.float16:  # its range bears unit vectors, not a gradient over two lengths
+            unit_q, unit_k = _unit(q, scale_q), _unit(k, scale_k)
+            grad_correlation = grad_correlation.to(low)
+            grad_q = unit_k @ grad_correlation.transpose(1, 2) - unit_q * shrink_q[:, None]
+            grad_k = unit_q @ grad_correlation - unit_k * shrink_k[:, None]
+            grad_q, grad_k = (grad_q * scale_q[:, None]).to(low), (grad_k * scale_k[:, None]).to(low)
+            return _joined(grad_q, grad_k, grad_v, heads), grad_temperature.to(temperature.dtype)
         grad_product = (grad_correlation * scale_q[:, :, None] * scale_k[:, None, :]).to(low)
         grad_q = k @ grad_product.transpose(1, 2)
-        grad_q.addcmul_(q, _of_length(along.sum(dim=2), scale_q).to(low)[:, None], value=-1)
+        grad_q.addcmul_(q, (shrink_q * scale_q.square()).to(low)[:, None], value=-1)
         grad_k = q @ grad_product
-        grad_k.addcmul_(k, _of_length(along.sum(dim=1), scale_k).to(low)[:, None], value=-1)
-        grads = torch.stack((grad_q, grad_k, grad_v)).view(3, batch, heads, tokens, width)
-        grad_qkv = grads.permute(1, 3, 0, 2, 4).reshape(batch, tokens, 3 * heads * width)
-        return grad_qkv, grad_temperature.to(temperature.dtype)
+        grad_k.addcmul_(k, (shrink_k * scale_k.square()).to(low)[:, None], value=-1)
+        return _joined(grad_q, grad_k, grad_v, heads), grad_temperature.to(temperature.dtype)
 
 
 def _inverse_lengths(x: Tensor, wide: torch.dtype) -> Tensor:
-    """[B * H, N, d] to 1 / length over the tokens, [B * H, d]. (On a CPU vector_norm takes ten times as long.)"""
+    """[B * H, N, d] to 1 / length over the tokens, [B * H, d]."""
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dim=1, dtype=wide).clamp_min(LEAST_LENGTH).reciprocal()
+    # On a CPU vector_norm takes ten times as long.
     return x.to(wide).square().sum(dim=1).clamp_min(LEAST_LENGTH**2).rsqrt()
 
 
-def _of_length(along: Tensor, scale: Tensor) -> Tensor:
-    """The share of a channel that its length's gradient takes away; nothing where the length was clamped."""
-    return torch.where(scale < 0.999 / LEAST_LENGTH, along * scale.square(), 0.0)
+def _unclamped(along: Tensor, scale: Tensor) -> Tensor:
+    """What a channel's length takes away from its gradient; nothing where the length was clamped."""
+    return torch.where(scale < 0.999 / LEAST_LENGTH, along, 0.0)
+
+
+def _unit(x: Tensor, scale: Tensor) -> Tensor:
+    """[B * H, N, d] with channels of length 1, in x's dtype; a short one's scale would leave float16's range."""
+    return (x * scale[:, None]).to(x.dtype)
+
+
+def _joined(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Three [B * H, N, d] to [B, N, 3 * D]."""
+    rows, tokens, width = q.shape
+    parts = torch.stack((q, k, v)).view(3, rows // heads, heads, tokens, width)
+    return parts.permute(1, 3, 0, 2, 4).reshape(rows // heads, tokens, 3 * heads * width)
 
 
 def _correlation(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor) -> Tensor:
     """q_hat^T k_hat, [B * H, d, d]. The scales go to whichever is smaller, the N x d factors or the d x d product."""
     if q.dtype is torch.float16 or q.shape[1] <= q.shape[2]:  # in float16 a sum over many tokens could overflow
-        q, k = q * scale_q.to(q.dtype)[:, None], k * scale_k.to(k.dtype)[:, None]
-        return (q.transpose(1, 2) @ k).to(scale_q.dtype)
+        return (_unit(q, scale_q).transpose(1, 2) @ _unit(k, scale_k)).to(scale_q.dtype)
     return (q.transpose(1, 2) @ k).to(scale_q.dtype) * scale_q[:, :, None] * scale_k[:, None, :]
 
 

@@ -67,9 +67,10 @@ def choose(tokens: int, dim: int, dtype: torch.dtype, device_type: str, training
         return "gram" if tokens >= (2.5 if low else 1.0) * dim + 256 else "direct"
     if device_type == "cuda":
         # Not measured: multiplications, in units of D^2. The direct path has 4 N, with the backward pass 12 N; the
-        # other 2 N or 5 N, and 3 D or 8 D in float32, whose rate on an A100 or H100 is a 16th of bfloat16's. By this
-        # estimate half as much again must be gained.
-        slowness = 16 if low else 1
+        # other 2 N or 5 N, and 3 D or 8 D in float32, whose rate on an A100 or H100 is a 16th of bfloat16's, or as
+        # TF32 half of it. By this estimate half as much again must be gained.
+        as_tf32 = torch.get_float32_matmul_precision() != "highest"
+        slowness = (2 if as_tf32 else 16) if low else 1
         direct = 12 * tokens if training else 4 * tokens
         gram = 5 * tokens + 8 * slowness * dim if training else 2 * tokens + 3 * slowness * dim
         return "gram" if 1.5 * gram < direct else "direct"

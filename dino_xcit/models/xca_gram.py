@@ -12,7 +12,8 @@ twelve with the backward pass, and of the activations only the centred tokens. T
 for each image: it pays where tokens are many (``XCA`` in xca.py chooses).
 
 The mean is taken out first because a common part of all tokens would drown the rest of G in rounding. What is D x D is
-float32 at least, whatever autocast says; only products of all tokens are in the lower precision.
+float32 at least, whatever autocast says (on a GPU TF32, where float32 products may be that, as run_pretrain.py has it);
+only products of all tokens are in the lower precision.
 
 B batch, N tokens, D features, H heads, d = D / H features a head.
 """

@@ -149,8 +149,8 @@ class XCiT(nn.Module):
                 Without keys they come from torch's default generator.
         """
         x, grid = self.patch_embed(images)
-        # The residual stream is float32 at least, also under autocast.
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) + self.pos_embeder(grid)
+        # The residual stream has the parameters' dtype, also under autocast.
+        x = x.to(self.cls_token.dtype) + self.pos_embeder(grid)
         coins = self._coins(x, drop_path_keys)
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         kept: dict[int, Tensor] = {}
@@ -172,6 +172,8 @@ class XCiT(nn.Module):
         """Let torch.compile make the XCA blocks' kernels for each shape that training has; in evaluation they run as
         they are. Stochastic depth then multiplies dropped branches by 0: shapes must not change from step to step."""
         self.compiled = True
+        # Each block is a graph of its own. Dynamo would cut it where DistributedDataParallel's messages end.
+        torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
         for block in self.blocks:
             block.compile(backend=backend, dynamic=False)
 
