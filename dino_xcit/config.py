@@ -146,8 +146,8 @@ class PretrainConfig:
     """Arithmetic of the networks; auto: bf16 on a GPU that has it, else fp16 there, fp32 on a CPU.
     --use_fp16 true|false of DINO means fp16 or fp32."""
     activation_checkpointing: bool = False
-    """Compute the XCA blocks again in the backward pass instead of keeping what they computed: less memory, more time,
-    the same result (to the last bit where kernels are repeatable, as on the CPU). For this project's XCiT."""
+    """Compute stem and XCA blocks again in the backward pass instead of keeping what they computed: less memory, more
+    time, the same result (to the last bit where kernels are repeatable, as on the CPU). For this project's XCiT."""
     compile: bool = False
     """Let torch.compile make the XCA blocks' kernels. The first step then takes minutes (later runs find the kernels in
     its cache). On the CPU that was measured it does not pay; on GPUs it is not measured. For this project's XCiT."""

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import timm  # noqa: F401  (load_backbone imports it for timm's networks: not what is measured here)
 import torch
 
 from dino_xcit import safe_load

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+Output = TypeVar("Output")
 
-def recomputed(block: nn.Module, call: Callable[..., Tensor], *inputs: Any) -> Tensor:
+
+def recomputed(block: nn.Module, call: Callable[..., Output], *inputs: Any) -> Output:
     """``call(*inputs)``, a forward pass of ``block``, of which nothing but the inputs stays in memory.
 
     BatchNorm's running statistics change once, although the block runs twice. Nothing in a block draws from PyTorch's
     generators (stochastic depth comes with the inputs), so their state need not be kept.
     """
-    out: Tensor = checkpoint(
+    out: Output = checkpoint(
         call,
         *inputs,
         use_reentrant=False,

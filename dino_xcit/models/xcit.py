@@ -123,7 +123,7 @@ class XCiT(nn.Module):
         self.patch_size = patch_size
         self.drop_path_rate = drop_path_rate
         self.activation_checkpointing = False
-        """Whether XCA blocks are computed again in the backward pass instead of kept."""
+        """Whether stem and XCA blocks are computed again in the backward pass instead of kept."""
         self.compiled = False
         self.patch_embed = ConvPatchEmbed(patch_size, size.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
@@ -148,7 +148,8 @@ class XCiT(nn.Module):
             drop_path_keys: [B] int64; while training with drop-path, the coins of sample i follow from key i alone.
                 Without keys they come from torch's default generator.
         """
-        x, grid = self.patch_embed(images)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        x, grid = recomputed(self.patch_embed, self.patch_embed, images) if recompute else self.patch_embed(images)
         # The residual stream has the parameters' dtype, also under autocast.
         x = x.to(self.cls_token.dtype) + self.pos_embeder(grid)
         coins = self._coins(x, drop_path_keys)
@@ -157,10 +158,8 @@ class XCiT(nn.Module):
         for index, block in enumerate(self.blocks):
             # Compiled code is for the sizes of training; evaluation has others.
             call = block.forward if self.compiled and not self.training else block
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, call, x, grid, coins[index])
-            else:
-                x = call(x, grid, coins[index])
+            inputs = (x, grid, coins[index])
+            x = recomputed(block, call, *inputs) if recompute else call(*inputs)
             if index in wanted:
                 kept[index] = x
         cls_token, patches = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x
