@@ -34,6 +34,29 @@ SMALL = [
 """A run whose steps take some hundredths of a second."""
 
 
+def two_ranks_run(script: str, out: Path, timeout: float) -> None:
+    """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / script), str(out)],
+            env=os.environ | ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
 @dataclass
 class Run:
     """Processes of one run, rank by rank."""

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import ENVIRONMENT, HERE, Server, state_in
+from ranks import Server, state_in, two_ranks_run
 from test_hanging_runs import alive
 from tiny_run import differing_bits
 from two_hosts import Host, two_hosts
@@ -31,25 +27,7 @@ MIB = 2**20
 def exchanged(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw (exchange_process.py)."""
     out = tmp_path_factory.mktemp("exchange") / "rank"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "exchange_process.py"), str(out)],
-            env=os.environ | ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    two_ranks_run("exchange_process.py", out, timeout=300)
     return [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(2)]
 
 

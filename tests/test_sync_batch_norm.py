@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from batch_norm_process import SHAPES, batch_of, layer_of, run
-from ranks import ENVIRONMENT, HERE
+from ranks import two_ranks_run
 from torch import nn
 
 from dino_xcit import distributed
@@ -23,25 +19,7 @@ from dino_xcit.sync_batch_norm import SharedBatchNorm, share_batch_norm
 def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes computed (batch_norm_process.py)."""
     out = tmp_path_factory.mktemp("halves") / "rank"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "batch_norm_process.py"), str(out)],
-            env=os.environ | ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    two_ranks_run("batch_norm_process.py", out, timeout=120)
     return [torch.load(f"{out}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 

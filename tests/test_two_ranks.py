@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rank_process import SCENARIOS, SCORES, train
+from ranks import two_ranks_run
 from tiny_run import CPU, differing_bits, tiny_config
 from torch import nn
 
@@ -19,39 +15,12 @@ from dino_xcit import distributed
 from dino_xcit.loss import sinkhorn_knopp
 from dino_xcit.train import build_state
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
     out = tmp_path_factory.mktemp("ranks") / "rank"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "rank_process.py"), str(out)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    two_ranks_run("rank_process.py", out, timeout=180)
     return [torch.load(f"{out}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
