@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-LEAST_LENGTH = 1e-12  # as in torch.nn.functional.normalize
+LEAST_LENGTH = 1e-12
+"""The least length that q or k is divided by, as in ``torch.nn.functional.normalize``."""
 
 
 def cross_covariance_attention(qkv: Tensor, temperature: Tensor) -> Tensor:

@@ -26,10 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dino_xcit.models.cross_covariance import LEAST_LENGTH
 from dino_xcit.models.precision import product_dtype
-
-SHORTEST = 1e-12
-"""The least length that q or k is divided by, as in ``torch.nn.functional.normalize``."""
 
 
 def gram_attention(
@@ -82,7 +80,7 @@ class GramAttention(torch.autograd.Function):
             b_q, b_k = b_qk.chunk(2, dim=-1)
             covariance = wg.chunk(2, dim=2)[0] @ w_qk.chunk(2, dim=1)[1].mT
             covariance = covariance + tokens * b_q[..., :, None] * b_k[..., None, :]  # [B, H, d, d]
-            inverse_q, inverse_k = squares.clamp_min(SHORTEST**2).rsqrt().chunk(2, dim=-1)
+            inverse_q, inverse_k = squares.clamp_min(LEAST_LENGTH**2).rsqrt().chunk(2, dim=-1)
             cosine = covariance * inverse_q[..., :, None] * inverse_k[..., None, :]
             attention = (temperature.to(wide) * cosine).softmax(dim=-1)
 
@@ -130,12 +128,12 @@ class GramAttention(torch.autograd.Function):
             # ---- cosine = covariance / lengths. Both are y G y'^T + N b_y b_y' for two rows y, y' of [Wq_h; Wk_h]. So
             # one symmetric matrix [2d, 2d] a head, times those rows, gives the gradients of rows, biases and G.
             d_cosine = d_logits * temperature.to(wide)
-            inverse = squares.clamp_min(SHORTEST**2).rsqrt()
+            inverse = squares.clamp_min(LEAST_LENGTH**2).rsqrt()
             inverse_q, inverse_k = inverse.chunk(2, dim=-1)
             d_covariance = d_cosine * inverse_q[..., :, None] * inverse_k[..., None, :]
             shortening = d_cosine * cosine
             d_squares = torch.cat((shortening.sum(dim=-1), shortening.sum(dim=-2)), dim=-1) * inverse.square() / -2
-            d_squares = d_squares * (squares >= SHORTEST**2)  # a clamped length has no gradient
+            d_squares = d_squares * (squares >= LEAST_LENGTH**2)  # a clamped length has no gradient
             pairs = torch.diag_embed(2 * d_squares)  # [B, H, 2d, 2d]
             size = d_covariance.shape[-1]
             pairs[..., :size, size:] = d_covariance

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dino_xcit.models.class_attention import ClassAttentionBlock
+from dino_xcit.models.class_attention import LAYER_NORM_EPS, ClassAttentionBlock
 from dino_xcit.models.droppath import Coins, add_residual, coins_of, residual_scales
 from dino_xcit.models.lpi import LPI
 from dino_xcit.models.mlp import Mlp
@@ -24,8 +24,6 @@ from dino_xcit.models.output import BackboneOutput
 from dino_xcit.models.patch_embed import ConvPatchEmbed
 from dino_xcit.models.recompute import recomputed
 from dino_xcit.models.xca import XCA
-
-LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
