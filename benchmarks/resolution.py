@@ -139,11 +139,13 @@ def xca_times(one: Row) -> Row:
 def xca_difference(xca: XCA, inputs: tuple[Tensor, ...], one: Row) -> float:
     """The greatest relative difference between the paths' outputs and gradients."""
     found: list[list[Tensor]] = []
+    direction: Tensor | None = None  # the same for both: an output near 0 may have either sign
     for path in ("direct", "gram"):
         xca.path = path  # type: ignore[assignment]
         with torch.autocast(one["device"], torch.bfloat16, enabled=one["precision"] == "bf16"):
             out = xca(*inputs)
-        direction = torch.ones_like(out) + out.detach().sign()
+        if direction is None:
+            direction = torch.ones_like(out) + out.detach().sign()
         found.append([out.detach(), *torch.autograd.grad(out, [*inputs, *xca.parameters()], direction)])
     pairs = zip(*found, strict=True)
     return max(float((a.float() - b.float()).norm() / a.float().norm()) for a, b in pairs)
