@@ -26,8 +26,9 @@ from dino_xcit.weights import hash_state
 from eval.baselines import Pixels, untrained
 from eval.config import KnnConfig, settings
 from eval.features import Features, cached, extract
+from eval.figures import Figure, figure
 from eval.knn import bootstrap_interval, clamp_ks, correct, knn_predict
-from eval.protocol import data_card, result_card, write_json
+from eval.protocol import data_card, images_card, result_card, write_json
 from eval.setup import cache_folder, labelled_parts, open_backbone
 from eval.table import percent, table
 
@@ -64,14 +65,15 @@ def main() -> None:
         return first, second
 
     trained = features(loaded.backbone, loaded.hash)
-    results = _measure("trained", trained, config, ks)
+    figures: list[Figure] = []
+    results = _measure("trained", trained, config, ks, figures)
     if config.baselines:
         start = untrained(loaded.arch).to(device)
-        results += _measure("untrained", features(start, hash_state(start.state_dict())), config, ks)
+        results += _measure("untrained", features(start, hash_state(start.state_dict())), config, ks, figures)
         for name, normalised in (("pixels", False), ("pixels_normalised", True)):
             pixels = _pixels((train, val), transform, normalised, device, config)
             if pixels:
-                results += _measure(name, pixels, config, ks)
+                results += _measure(name, pixels, config, ks, figures)
     if not distributed.is_main():
         return
 
@@ -94,14 +96,21 @@ def main() -> None:
             "temperatures": list(config.temperatures),
             "interval": "95% percentile bootstrap over the validation images",
         }
-        data = {"train": data_card(train, trained[0].fingerprint), "val": data_card(val, trained[1].fingerprint)}
+        data = {
+            name: data_card(part, found.fingerprint) | images_card(part)
+            for name, part, found in zip(("train", "val"), (train, val), trained, strict=True)
+        }
         seconds = time.perf_counter() - started
-        write_json(Path(config.json), result_card("knn", protocol, results, loaded, data, transform, device, seconds))
+        cards = [one.to_card() for one in figures]
+        card = result_card("knn", protocol, results, loaded, data, transform, device, seconds, cards)
+        write_json(Path(config.json), card)
         distributed.say(f"written: {config.json}")
 
 
-def _measure(model: str, parts: tuple[Features, Features], config: KnnConfig, ks: list[int]) -> list[Record]:
-    """One record a pair of k and T; none on the processes that do not report."""
+def _measure(
+    model: str, parts: tuple[Features, Features], config: KnnConfig, ks: list[int], figures: list[Figure]
+) -> list[Record]:
+    """One record a pair of k and T, whose top-1 joins ``figures``; none on the processes that do not report."""
     if not distributed.is_main():
         return []
     train, val = parts
@@ -118,6 +127,9 @@ def _measure(model: str, parts: tuple[Features, Features], config: KnnConfig, ks
                 hits = correct(predictions[k, temperature], val.labels, top)
                 record[f"top{top}"] = 100.0 * float(hits.mean()) if meant else None
                 record[f"top{top}_interval"] = bootstrap_interval(hits) if meant else None
+                if top == 1:
+                    name, baseline = f"{model} k={k} T={temperature:g} top-1", model != "trained"
+                    figures.append(figure(name, {"model": model, "k": k, "T": temperature}, hits, baseline))
             records.append(record)
     return records
 

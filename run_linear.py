@@ -45,7 +45,7 @@ from eval.linear import LinearHeads, cosine_factor, scaled
 from eval.linear_report import PROTOCOL, Record, final_results, percentages, results_table
 from eval.probe_data import hold_out, probe_batches
 from eval.probe_file import FILE_NAME, Settings, read_probe, write_probe
-from eval.protocol import data_card, result_card, write_json
+from eval.protocol import data_card, images_card, result_card, write_json
 from eval.setup import beside_weights, cache_folder, labelled_parts, open_backbone
 
 
@@ -236,9 +236,12 @@ def _report(
             "published": {"epochs": PAPER_EPOCHS, "crop_scale": list(PAPER_CROP_SCALE)},
             **{name: identity[name] for name in ("epochs", "batch", "lr", "lrs", "holdout", "crop_scale", "seed")},
         }
-        data = {name: data_card(part, identity[name]) for name, part in zip(("train", "val"), parts, strict=True)}
-        seconds = float(content["seconds"])
-        card = result_card("linear", protocol, content["results"], loaded, data, loaded.transform, device, seconds)
+        data = {
+            name: data_card(part, identity[name]) | images_card(part)
+            for name, part in zip(("train", "val"), parts, strict=True)
+        }
+        results, figures, seconds = content["results"], content.get("figures", ()), float(content["seconds"])
+        card = result_card("linear", protocol, results, loaded, data, loaded.transform, device, seconds, figures)
         write_json(Path(config.json), card | {"history": content["history"]})
         distributed.say(f"written: {config.json}")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.figures import Figure, figure
 from eval.knn import bootstrap_interval
 from eval.linear import LinearHeads
 from eval.table import percent, table
@@ -49,12 +50,15 @@ def final_results(
         val: the validation images; of the grid, only the chosen classifier ever sees them.
 
     Returns:
-        ``results`` for the card, and ``classifier`` with weight [C, D] and bias [C] for features as the backbone
-        gives them: the grid's choice if there is a grid.
+        ``results`` and ``figures`` (:meth:`Figure.to_card`) for the card, and ``classifier`` with weight [C, D] and
+        bias [C] for features as the backbone gives them: the grid's choice if there is a grid.
     """
 
-    def final(heads: LinearHeads, head: int) -> Record:
+    figures: list[Figure] = []
+
+    def final(name: str, heads: LinearHeads, head: int) -> Record:
         hits = heads.hits(*val, [head])
+        figures.append(figure(f"{name}, last epoch, top-1", {"classifier": name, "epoch": "last"}, hits[0, 0]))
         top1, top5 = percentages(hits)[0]
         meant = history[-1]["top5"] is not None
         return {"top1": top1, "top1_interval": list(bootstrap_interval(hits[0, 0])), "top5": top5 if meant else None}
@@ -63,10 +67,13 @@ def final_results(
     results: Record = {
         "paper": {
             "lr": lr,
-            "last_epoch": final(paper, 0),
+            "last_epoch": final("paper", paper, 0),
             "best_epoch": {**best, "chosen_on": "validation images, as published figures are"},
         }
     }
+    # Its hits were not kept: epochs are told apart by their accuracy alone.
+    settings = {"classifier": "paper", "epoch": "best"}
+    figures.append(Figure("paper, best epoch, top-1", settings, float(best["top1"]), None))
     weight, bias = paper.folded(0)
     if grid:
         chances = [top1 for top1, _ in percentages(grid.hits(*held, range(len(lrs))))]
@@ -77,11 +84,15 @@ def final_results(
             "chosen_on": "held-out training images",
             "held_out_images": len(held[1]),
             "held_out_top1": chances[winner],
-            **final(grid, winner),
+            **final("grid", grid, winner),
             "held_out_top1_by_lr": [list(pair) for pair in zip(lrs, chances, strict=True)],
         }
         weight, bias = grid.folded(winner)
-    return {"results": results, "classifier": {"weight": weight, "bias": bias, "lr": lr}}
+    return {
+        "results": results,
+        "figures": [one.to_card() for one in figures],
+        "classifier": {"weight": weight, "bias": bias, "lr": lr},
+    }
 
 
 def results_table(results: Record, lrs: Sequence[float]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import faiss
@@ -24,6 +25,12 @@ from dino_xcit.weights import LoadedBackbone
 
 Card = dict[str, object]
 """Plain values, ready for JSON."""
+
+FORMAT = 1
+"""Of result files; it rises when a reader of the one before would misunderstand."""
+
+LOOKED_AT = 64
+"""Images of a source whose contents go into its card: enough to tell pictures that were resized or saved anew."""
 
 
 def weights_card(loaded: LoadedBackbone) -> Card:
@@ -46,6 +53,30 @@ def data_card(source: Source, fingerprint: str) -> Card:
     return {"url": source.url, "images": len(source), "classes": classes, "fingerprint": fingerprint}
 
 
+def images_card(source: Source) -> Card:
+    """Which images, whatever folder or archive they lie in: what two results must share to be compared in pairs.
+
+    Returns:
+        ``order``: of classes and file names in their order; ``members``: of the same without their order;
+        ``contents``: of the bytes of :data:`LOOKED_AT` images, evenly spread.
+    """
+    order, members, contents = hashlib.sha256(), 0, hashlib.sha256()
+    for index in range(len(source)):
+        label = None if source.labels is None else int(source.labels[index])
+        group = "" if label is None else (source.classes[label] if source.classes else str(label))
+        line = f"{group}\t{source.name(index).rsplit('/', 1)[-1]}\n".encode("utf-8", "surrogateescape")
+        order.update(line)
+        members += int.from_bytes(hashlib.sha256(line).digest())  # a sum has no order, and takes no memory
+    for index in numpy.unique(numpy.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(numpy.int64)):
+        item, _ = source.read(int(index))
+        contents.update(item if isinstance(item, bytes) else item.tobytes())
+    return {
+        "order": order.hexdigest(),
+        "members": f"{members % 2**256:064x}",
+        "contents": contents.hexdigest(),
+    }
+
+
 def result_card(
     measure: str,
     protocol: Mapping[str, object],
@@ -55,6 +86,7 @@ def result_card(
     transform: EvalTransform,
     device: torch.device,
     seconds: float,
+    figures: Sequence[Card] = (),
 ) -> Card:
     """A measurement with everything that is needed to repeat it. Accuracies are percent.
 
@@ -64,14 +96,19 @@ def result_card(
         results: the figures.
         data: the parts that took part, ``train`` and ``val``, as :func:`data_card` describes them.
         seconds: the whole run's, from its start to its figures.
+        figures: the accuracies that ``python -m eval.compare`` may compare, image by image
+            (:meth:`eval.figures.Figure.to_card`).
     """
     return {
+        "format": FORMAT,
         "measure": measure,
         "protocol": dict(protocol),
         "results": results,
         "weights": weights_card(loaded),
         "data": dict(data),
-        "transform": transform.to_dict(),
+        # Pillow's resize weighs all the pixels that a new one covers; there is no other way to ask for.
+        "transform": {**transform.to_dict(), "antialias": True},
+        "figures": list(figures),
         "device": device_name(device),
         "processes": distributed.world_size(),
         "seconds": round(seconds, 2),
