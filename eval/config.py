@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 from dino_xcit.cli import parse
 from dino_xcit.errors import InputError
+from eval.pooling import Descriptor, Pooling
 
 PAPER_EPOCHS = 100
 """Epochs of the published linear probes."""
@@ -146,14 +147,40 @@ class LinearConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class ExtractConfig(BackboneConfig):
-    """Settings of run_extract.py: write vectors (--output-dir), or look images up in some written before (--query)."""
+    """Settings of run_extract.py: write vectors (--output-dir), look images up in some written before (--query), or
+    learn a whitening from some (--learn-whitening)."""
 
     output_dir: str = ""
     """Folder for vectors.npy, paths.txt, index.faiss and card.json."""
     normalise: bool = True
     """Scale each vector to length 1, so that inner products are cosine similarities."""
+    pooling: Pooling = "cls"
+    """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
+    token and mean one behind the other."""
+    gem_p: float = 3.0
+    """Exponent of the generalised mean: 1 is the mean, the greater the nearer to the maximum."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 1.4142; the vectors of length 1
+    are averaged."""
+    whiten: str = ""
+    """Whitening to apply: a file that --learn-whitening wrote."""
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Numbers in which vectors are kept; fp16 halves the folder."""
+    index_type: Literal["flat", "hnsw", "ivfpq"] = "flat"
+    """flat: exact search. hnsw (a graph) and ivfpq (codes of a byte for four numbers) look at a part of the vectors;
+    their recall is measured and written into the card."""
+    shard_images: int = 2048
+    """About how many images make a part of the work: a kill costs at most the parts under way."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """What becomes of an image that cannot be read: the run ends and names it, or it is left out and listed."""
     overwrite: bool = False
     """Replace another extraction in output_dir."""
+    add: bool = False
+    """Add the images of data_path to the extraction in output_dir, which has to have the same weights and settings."""
+    learn_whitening: str = ""
+    """File to write: PCA whitening of the vectors in INDEX."""
+    whiten_dim: int = 0
+    """Dimensions that learned whitening keeps; 0: all that the vectors have."""
     query: tuple[str, ...] = ()
     """Image files to look up."""
     index: str = ""
@@ -163,10 +190,28 @@ class ExtractConfig(BackboneConfig):
     sheet: str = ""
     """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
 
+    def descriptor(self) -> Descriptor:
+        """How an image's vector is made."""
+        return Descriptor(self.pooling, self.gem_p, self.scales)
+
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
+        self.descriptor().check()
         _at_least("top", self.top, 1)
+        _at_least("shard_images", self.shard_images, 1)
+        _at_least("whiten_dim", self.whiten_dim, 0)
+        if self.whiten_dim and not self.learn_whitening:
+            raise InputError(
+                f"whiten_dim is {self.whiten_dim}, but nothing is learned: give it with --learn-whitening FILE"
+            )
+        if len(self.scales) > 1 and not self.normalise:
+            raise InputError(
+                f"scales is {_words(self.scales)}, whose vectors are averaged at length 1: leave out --no-normalise, "
+                "or give one scale"
+            )
+        if self.add and self.overwrite:
+            raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
 
 
 Config = TypeVar("Config", bound=BackboneConfig)

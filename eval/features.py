@@ -1,4 +1,4 @@
-"""Features of a frozen backbone over a data set, extracted once and kept. B batch, D features."""
+"""Features of a frozen backbone over a data set, extracted once and kept. B batch, D features of an image's vector."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.loader import choose_workers, loader_process_setup
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
+from eval.pooling import CLASS_TOKEN, Descriptor
 from eval.protocol import write_json
 
 CACHE_VERSION = "1"
@@ -74,17 +75,27 @@ def _stack(images: list[Tensor | InputError]) -> tuple[Tensor, list[int], InputE
     return torch.stack(good) if good else torch.empty(0), places, errors[0] if errors else None
 
 
-def _batches(
-    source: Source, transform: EvalTransform, indices: list[list[int]], num_workers: int, device: torch.device
+def image_batches(
+    source: Source,
+    transform: EvalTransform,
+    indices: Iterable[list[int]],
+    total: int,
+    num_workers: int,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, list[int], InputError | None]]:
-    """For each list of indices: its readable images [B, 3, crop, crop] uint8, their places in the list, an error."""
-    workers = choose_workers(num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if num_workers < 0 and sum(map(len, indices)) < _TOO_FEW_FOR_WORKERS:
+    """For each list of indices: its readable images [B, 3, crop, crop] uint8, their places in the list, an error.
+
+    Args:
+        indices: asked for some batches ahead of what is yielded.
+        total: about how many images this process will read: few are not worth the start of loader processes.
+        num_workers: loader processes; -1: chosen.
+    """
+    workers = choose_workers(num_workers, distributed.processes_here())
+    if num_workers < 0 and total < _TOO_FEW_FOR_WORKERS:
         workers = 0
-    workers = min(workers, len(indices))
     loader: DataLoader[Tensor | InputError] = DataLoader(
         TransformedImages(source, transform),
-        batch_sampler=indices,
+        batch_sampler=indices,  # type: ignore[arg-type]  # anything that can be iterated over once will do
         num_workers=workers,
         collate_fn=_stack,
         worker_init_fn=loader_process_setup() if workers else None,
@@ -102,8 +113,9 @@ def feature_rows(
     num_workers: int = -1,
     progress: bool = True,
     unreadable: Literal["refuse", "nan"] = "refuse",
+    descriptor: Descriptor = CLASS_TOKEN,
 ) -> Iterator[NDArray[np.float32]]:
-    """Class-token features in the order of the source, [some, D] float32 at a time, so that nobody need hold them all.
+    """Features in the order of the source, [some, D] float32 at a time, so that nobody need hold them all.
 
     The backbone is in eval mode meanwhile; its mode is restored. Under torchrun the processes share the work and all
     get every row.
@@ -111,6 +123,7 @@ def feature_rows(
     Args:
         backbone: on ``device``, with the output of :class:`dino_xcit.models.BackboneOutput`.
         unreadable: what becomes of an image that cannot be read: an error, or a row of NaN.
+        descriptor: how an image's vector is made.
 
     Raises:
         UndecodableImage: an image cannot be read; it is named.
@@ -118,21 +131,23 @@ def feature_rows(
     world, rank, total = distributed.world_size(), distributed.rank(), len(source)
     rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
     mine = [list(chunk[rank * batch_size : (rank + 1) * batch_size]) for chunk in rounds]
-    images = _batches(source, transform, [chunk for chunk in mine if chunk], num_workers, device)
+    width = descriptor.width(width_of(backbone))
+    own_lists = [chunk for chunk in mine if chunk]
+    images = image_batches(source, transform, own_lists, sum(map(len, mine)), num_workers, device)
     was_training = backbone.training
     backbone.eval()
     try:
         with progress_bar(total, f"features of {source.url}", shown=progress and rank == 0) as bar:
             for chunk, own in zip(rounds, mine, strict=True):
                 with torch.inference_mode():
-                    rows = torch.full((len(own), width_of(backbone)), torch.nan, device=device)
+                    rows = torch.full((len(own), width), torch.nan, device=device)
                     if own:
                         readable, places, error = next(images)
                         if error and unreadable == "refuse":
                             raise error
                         if places:
                             batch = normalise(readable.to(device, non_blocking=True), transform.mean, transform.std)
-                            rows[places] = backbone(batch).cls_token.float()
+                            rows[places] = descriptor(backbone, batch)
                     gathered = distributed.gather_rows(rows).cpu().numpy()
                 yield gathered
                 bar.update(len(chunk))
@@ -150,16 +165,19 @@ def extract(
     progress: bool = True,
     unreadable: Literal["refuse", "nan"] = "refuse",
     between_batches: Callable[[], None] = lambda: None,
+    descriptor: Descriptor = CLASS_TOKEN,
 ) -> Features:
     """All of :func:`feature_rows` in one array, on every process.
 
     Args:
-        unreadable: as there.
+        unreadable, descriptor: as there.
         between_batches: called after each batch, on all processes equally often; it may raise to end this.
     """
-    rows = np.empty((len(source), width_of(backbone)), dtype=np.float32)
+    rows = np.empty((len(source), descriptor.width(width_of(backbone))), dtype=np.float32)
     start = 0
-    for chunk in feature_rows(backbone, source, transform, device, batch_size, num_workers, progress, unreadable):
+    for chunk in feature_rows(
+        backbone, source, transform, device, batch_size, num_workers, progress, unreadable, descriptor
+    ):
         rows[start : start + len(chunk)] = chunk
         start += len(chunk)
         between_batches()
@@ -175,8 +193,9 @@ def cached(
     cache_dir: Path | None,
     batch_size: int = 128,
     num_workers: int = -1,
+    descriptor: Descriptor = CLASS_TOKEN,
 ) -> Features:
-    """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data and preprocessing.
+    """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data, preprocessing and descriptor.
 
     A file is complete or absent: it is written aside and renamed. With several processes, ``cache_dir`` is one that
     all of them see.
@@ -187,15 +206,15 @@ def cached(
     """
     fingerprint = distributed.main_decides(source.fingerprint() if distributed.is_main() else None) or ""
     if cache_dir is None:
-        found = extract(backbone, source, transform, device, batch_size, num_workers)
+        found = extract(backbone, source, transform, device, batch_size, num_workers, descriptor=descriptor)
         return Features(found.features, found.labels, fingerprint)
-    shape = (len(source), width_of(backbone))
-    card = cache_card(weights_hash, fingerprint, shape, transform)
+    shape = (len(source), descriptor.width(width_of(backbone)))
+    card = cache_card(weights_hash, fingerprint, shape, transform, descriptor)
     folder = cache_dir / _key(card)
     # One process looks, and all do as it says: they must not disagree about whether there is work to share.
     there = distributed.main_decides("yes" if distributed.is_main() and _rows_in(folder, shape) is not None else None)
     if not there:
-        rows = feature_rows(backbone, source, transform, device, batch_size, num_workers)
+        rows = feature_rows(backbone, source, transform, device, batch_size, num_workers, descriptor=descriptor)
         if distributed.is_main():
             _keep(folder, rows, shape, card | {"source": source.url})
         else:
@@ -209,19 +228,30 @@ def cached(
 
 
 def find_kept(
-    weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform, cache_dir: Path | None
+    weights_hash: str,
+    fingerprint: str,
+    shape: tuple[int, int],
+    transform: EvalTransform,
+    cache_dir: Path | None,
+    descriptor: Descriptor = CLASS_TOKEN,
 ) -> NDArray[np.float32] | None:
     """The features [images, D] = ``shape`` that :func:`cached` kept earlier, memory-mapped, or None."""
     if cache_dir is None:
         return None
-    return _rows_in(cache_dir / _key(cache_card(weights_hash, fingerprint, shape, transform)), shape)
+    return _rows_in(cache_dir / _key(cache_card(weights_hash, fingerprint, shape, transform, descriptor)), shape)
 
 
 def cache_card(
-    weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform
+    weights_hash: str,
+    fingerprint: str,
+    shape: tuple[int, int],
+    transform: EvalTransform,
+    descriptor: Descriptor = CLASS_TOKEN,
 ) -> dict[str, object]:
     """All that decides what features are: two cards are equal where the features are."""
-    return {
+    # The class token is not named, so that what was kept before there was a choice is found.
+    other = {} if descriptor == CLASS_TOKEN else {"descriptor": descriptor.to_dict()}
+    return other | {
         "version": CACHE_VERSION,
         "weights": weights_hash,
         "data": fingerprint,
@@ -232,7 +262,7 @@ def cache_card(
 
 
 def width_of(backbone: nn.Module) -> int:
-    """D, the width of a backbone's features."""
+    """D of the class token, the width of a backbone's features."""
     return int(backbone.embed_dim)  # type: ignore[arg-type]
 
 

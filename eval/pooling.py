@@ -1,0 +1,163 @@
+"""From an image to one vector: which tokens, how they are pooled, at which sizes.
+
+B batch, N patch tokens, D features of the backbone, E features of the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino_xcit.errors import InputError
+
+Pooling = Literal["cls", "mean", "gem", "cls+mean"]
+
+_LEAST = 1e-6
+"""Tokens are clamped to this before GeM's power: the root of a negative number is none."""
+_MOST_SCALES = 16
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """How the vector of an image is made of a backbone's output.
+
+    The patch tokens are those of the last block that mixes patches (:class:`dino_xcit.models.BackboneOutput`): for
+    XCiT the last XCA block's, before class attention.
+    """
+
+    pooling: Pooling = "cls"
+    """``cls``: the class token after the final norm. ``mean``: mean of the patch tokens. ``gem``: their generalised
+    mean, see :func:`gem`. ``cls+mean``: both, each of length 1, one behind the other."""
+    gem_p: float = 3.0
+    """Exponent of the generalised mean."""
+    scales: tuple[float, ...] = (1.0,)
+    """Factors on the sides of the prepared image. With more than one, each scale's vector is brought to length 1, and
+    their mean is brought to length 1 again."""
+
+    def check(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: naming the field, the value, and what would do.
+        """
+        if self.pooling not in get_args(Pooling):
+            raise InputError(f"pooling is {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
+        if not 0 < self.gem_p <= 100:
+            raise InputError(f"gem_p is {self.gem_p:g}, expected more than 0 and at most 100, such as 3")
+        words = " ".join(f"{scale:g}" for scale in self.scales) or "empty"
+        if not 1 <= len(self.scales) <= _MOST_SCALES or not all(0 < scale <= 8 for scale in self.scales):
+            raise InputError(
+                f"scales is {words}, expected 1 to {_MOST_SCALES} numbers above 0 and at most 8, such as "
+                "1 0.7071 1.4142"
+            )
+        if len(set(self.scales)) < len(self.scales):
+            raise InputError(f"scales is {words}, expected each number once")
+
+    def width(self, embed_dim: int) -> int:
+        """E, for a backbone of ``embed_dim`` features."""
+        return 2 * embed_dim if self.pooling == "cls+mean" else embed_dim
+
+    def __call__(self, backbone: nn.Module, images: Tensor) -> Tensor:
+        """Vectors [B, E] in float32.
+
+        Args:
+            backbone: with the output of :class:`dino_xcit.models.BackboneOutput`.
+            images: [B, 3, height, width], normalised.
+        """
+        if len(self.scales) == 1:
+            return self._at(self.scales[0], backbone, images)
+        vectors = [F.normalize(self._at(scale, backbone, images), dim=1) for scale in self.scales]
+        return F.normalize(torch.stack(vectors).mean(dim=0), dim=1)
+
+    def _at(self, scale: float, backbone: nn.Module, images: Tensor) -> Tensor:
+        out = backbone(rescaled(images, scale, patch_size_of(backbone)))
+        cls_token, tokens = out.cls_token.float(), out.patch_tokens.float()
+        if self.pooling == "cls":
+            return cls_token
+        if self.pooling == "mean":
+            return tokens.mean(dim=1)
+        if self.pooling == "gem":
+            return gem(tokens, self.gem_p)
+        return torch.cat([F.normalize(cls_token, dim=1), F.normalize(tokens.mean(dim=1), dim=1)], dim=1)
+
+    def describe(self) -> str:
+        """For the screen and for cards."""
+        what = {
+            "cls": "class token after the final norm",
+            "mean": "mean of the patch tokens",
+            "gem": f"generalised mean (p = {self.gem_p:g}) of the patch tokens",
+            "cls+mean": "class token and mean of the patch tokens, each of length 1",
+        }[self.pooling]
+        if self.scales == (1.0,):
+            return what
+        sizes = ", ".join(f"{scale:g}" for scale in self.scales)
+        return f"{what}; image scaled by {sizes}" + (", vectors averaged" if len(self.scales) > 1 else "")
+
+    def to_dict(self) -> dict[str, object]:
+        """What decides the vector, as plain values."""
+        exponent = {"gem_p": self.gem_p} if self.pooling == "gem" else {}
+        return {"pooling": self.pooling, **exponent, "scales": list(self.scales)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Descriptor:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: a value that cannot be.
+        """
+        try:
+            scales = tuple(float(scale) for scale in values["scales"])
+            found = cls(values["pooling"], float(values.get("gem_p", cls.gem_p)), scales)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the stored descriptor {str(values)[:200]} cannot be read: {error!r:.100}") from error
+        found.check()
+        return found
+
+
+CLASS_TOKEN = Descriptor()
+"""What k-NN and linear probe measure."""
+
+
+def gem(tokens: Tensor, p: float) -> Tensor:
+    """The generalised mean over patch tokens, (mean(clamp(x, 1e-6)^p))^(1/p) (arXiv 1711.02512, equation 3).
+
+    Args:
+        tokens: [B, N, D] float32.
+        p: 1 is the mean of what is positive; the greater, the nearer to the maximum.
+
+    Returns:
+        [B, D].
+    """
+    clamped = tokens.clamp(min=_LEAST)
+    # Taking out the largest changes nothing but that no power overflows.
+    largest = clamped.amax(dim=1, keepdim=True)
+    return (clamped / largest).pow(p).mean(dim=1).pow(1 / p) * largest[:, 0]
+
+
+def rescaled(images: Tensor, scale: float, patch_size: int) -> Tensor:
+    """Images with both sides multiplied, bilinearly, as multi-scale descriptors of the field are made (DINO's and
+    cirtorch's code); the sides are rounded to whole patches, at least one. At scale 1 the images as they are.
+
+    Args:
+        images: [B, 3, height, width].
+        patch_size: pixels a side of a patch; 1 where that is not known.
+    """
+    if scale == 1.0:
+        return images
+    height, width = (max(1, round(side * scale / patch_size)) * patch_size for side in images.shape[2:])
+    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def patch_size_of(backbone: nn.Module) -> int:
+    """Pixels a side of a backbone's patches, of timm's models too; 1 where it does not say."""
+    size = getattr(backbone, "patch_size", None)
+    if size is None:
+        size = getattr(getattr(getattr(backbone, "model", None), "patch_embed", None), "patch_size", 1)
+    if isinstance(size, (tuple, list)):
+        size = size[0]
+    return size if isinstance(size, int) and size > 0 else 1

@@ -1,0 +1,135 @@
+"""From a backbone's output to one vector: each pooling against its formula, the sizes, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from eval_fixtures import unit
+from torch import Tensor, nn
+
+from dino_xcit.errors import InputError
+from dino_xcit.models import BackboneOutput, build_backbone
+from eval.pooling import CLASS_TOKEN, Descriptor, gem, patch_size_of, rescaled
+
+
+@pytest.fixture(scope="module")
+def backbone() -> nn.Module:
+    torch.manual_seed(0)
+    return build_backbone("xcit_pico_4_p4").eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(3, 3, 28, 36, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def vectors(backbone: nn.Module, images: Tensor, **settings: Any) -> Any:
+    return Descriptor(**settings)(backbone, images).numpy()
+
+
+@torch.inference_mode()
+def test_each_pooling_is_its_formula_on_the_last_blocks_tokens(backbone: nn.Module, images: Tensor) -> None:
+    out = backbone(images)
+    cls_token, tokens = out.cls_token.double().numpy(), out.patch_tokens.double().numpy()
+    assert (vectors(backbone, images) == out.cls_token.numpy()).all()
+    assert vectors(backbone, images, pooling="mean") == pytest.approx(tokens.mean(axis=1), abs=1e-6)
+    for p in (1.0, 3.0, 7.5):
+        expected = (np.maximum(tokens, 1e-6) ** p).mean(axis=1) ** (1 / p)
+        assert vectors(backbone, images, pooling="gem", gem_p=p) == pytest.approx(expected, rel=1e-4)
+    both = np.concatenate([unit(cls_token), unit(tokens.mean(axis=1))], axis=1)
+    assert vectors(backbone, images, pooling="cls+mean") == pytest.approx(both, abs=1e-6)
+
+
+def test_gem_lies_between_mean_and_maximum_and_takes_tokens_of_any_size() -> None:
+    tokens = torch.tensor([[[1.0, 2e15], [3.0, 4e15], [-5.0, 0.0]]])
+    found = gem(tokens, 3.0)
+    assert found[0, 0].item() == pytest.approx((28 / 3) ** (1 / 3))
+    assert found[0, 1].item() == pytest.approx((72 / 3) ** (1 / 3) * 1e15)
+    assert gem(tokens, 100.0)[0, 0].item() == pytest.approx(3, rel=0.02)
+    assert gem(torch.full((1, 4, 2), -1.0), 3.0) == pytest.approx(np.full((1, 2), 1e-6))
+
+
+@torch.inference_mode()
+def test_scales_are_averaged_at_length_one(backbone: nn.Module, images: Tensor) -> None:
+    scales = (1.0, 0.7071, 1.4142)
+    singly = [vectors(backbone, images, pooling="gem", scales=(scale,)) for scale in scales]
+    expected = unit(sum(unit(one) for one in singly))
+    found = vectors(backbone, images, pooling="gem", scales=scales)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert not np.allclose(found, unit(singly[0]), atol=1e-4), "the other sizes take part"
+
+
+class Sizes(nn.Module):
+    """Remembers the sizes it was asked for."""
+
+    embed_dim = 2
+
+    def __init__(self, patch_size: object) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> BackboneOutput:
+        self.seen.append(tuple(images.shape[2:]))
+        return BackboneOutput(torch.ones(len(images), 2), torch.ones(len(images), 1, 2), (1, 1))
+
+
+def test_scaled_sides_are_whole_patches_and_scale_one_is_the_image_itself() -> None:
+    images = torch.rand(1, 3, 224, 100)
+    for patch_size, expected in ((16, (160, 64)), ((16, 16), (160, 64)), (None, (158, 71))):
+        backbone = Sizes(patch_size)
+        Descriptor(scales=(0.7071, 1.0))(backbone, images)
+        assert backbone.seen == [expected, (224, 100)]
+    assert rescaled(images, 1.0, 16) is images
+    assert rescaled(images, 0.01, 16).shape == (1, 3, 16, 16), "at least one patch"
+
+
+def test_a_timm_model_says_its_patch_size_too() -> None:
+    assert patch_size_of(build_backbone("timm:vit_tiny_patch16_224")) == 16
+    assert patch_size_of(build_backbone("timm:resnet18")) == 1
+
+
+def test_the_width_is_that_of_the_vectors(backbone: nn.Module, images: Tensor) -> None:
+    for pooling in ("cls", "mean", "gem", "cls+mean"):
+        descriptor = Descriptor(pooling)  # type: ignore[arg-type]
+        assert descriptor.width(64) == vectors(backbone, images, pooling=pooling).shape[1]
+
+
+def test_what_decides_a_vector_goes_through_plain_values_and_back() -> None:
+    for descriptor in (CLASS_TOKEN, Descriptor("gem", 4.5, (1.0, 0.5)), Descriptor("cls+mean")):
+        assert Descriptor.from_dict(descriptor.to_dict()) == descriptor
+    assert "gem_p" not in CLASS_TOKEN.to_dict(), "an exponent that nothing uses makes no difference"
+    assert Descriptor("gem", 4.5, (0.5, 1.0)).describe() == (
+        "generalised mean (p = 4.5) of the patch tokens; image scaled by 0.5, 1, vectors averaged"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"pooling": "max"}, "pooling is 'max', expected one of cls, mean, gem, cls"),
+        ({"pooling": ["cls"]}, "pooling is"),
+        ({"gem_p": 0.0}, "gem_p is 0, expected more than 0"),
+        ({"gem_p": float("nan")}, "gem_p is nan"),
+        ({"scales": ()}, "scales is empty, expected 1 to 16 numbers"),
+        ({"scales": (1.0, -1.0)}, "scales is 1 -1, expected"),
+        ({"scales": (1.0, float("inf"))}, "scales is 1 inf, expected"),
+        ({"scales": (1.0, 1.0)}, "scales is 1 1, expected each number once"),
+        ({"scales": tuple(range(1, 30))}, "expected 1 to 16 numbers"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Descriptor(**values).check()
+    with pytest.raises(InputError, match=sentence):
+        Descriptor.from_dict({"pooling": "gem", "scales": [1.0]} | values)
+
+
+def test_a_stored_descriptor_that_is_none_is_refused() -> None:
+    for values in ({}, {"pooling": "cls"}, {"pooling": "cls", "scales": 3}, {"pooling": "cls", "scales": ["x"]}, []):
+        with pytest.raises(InputError, match="stored descriptor"):
+            Descriptor.from_dict(values)  # type: ignore[arg-type]
