@@ -1,4 +1,4 @@
-"""Every setting of run_knn.py, run_linear.py and run_extract.py, with its default: the only place that has them."""
+"""Every setting of the runners that evaluate, with its default: the only place that has them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ _DINO_NAMES = {
     "nb_knn": "ks",
     "temperature": "temperatures",
     "batch_size": "batch_size_per_gpu",
+    "imsize": "image_size",
+    "distractors_path": "distractors",
 }
 """What DINO's evaluators (and habit) call a setting, to its name here."""
 
@@ -212,6 +214,71 @@ class ExtractConfig(BackboneConfig):
             )
         if self.add and self.overwrite:
             raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(BackboneConfig):
+    """Settings of run_retrieval.py. DATA_PATH is the folder of the benchmark (oxford, paris, copydays: as published)
+    or the labelled images (folder)."""
+
+    protocol: Literal["", "oxford", "paris", "copydays", "folder", "duplicates"] = ""
+    """What to measure; the first word of the command line does as well. oxford, paris: Revisited Oxford and Paris.
+    copydays: copies find their original. folder: leave-one-out among labelled images. duplicates: what two sets
+    share."""
+    fit: Literal["auto", "centre", "whole", "square"] = "auto"
+    """How an image is fitted. centre: as the checkpoint says. whole: in its proportions, the longer side reduced to
+    image_size. square: squeezed to image_size. auto: whole for oxford and paris, square for copydays, else centre."""
+    image_size: int = 0
+    """Pixels for whole and square (--imsize is the same); 0: 224 for whole, 320 for square, as in DINO's scripts."""
+    pooling: Pooling = "cls"
+    """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
+    token and mean one behind the other."""
+    gem_p: float = 3.0
+    """Exponent of the generalised mean."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 0.5."""
+    ground_truth: str = ""
+    """For oxford and paris: the file that says what is right, where not DATA_PATH/gnd_roxford5k.pkl and the like."""
+    queries: Literal["box", "whole"] = "box"
+    """For oxford and paris: queries cut to their box, as the benchmark says, or whole, as DINO's script has them."""
+    distractors: str = ""
+    """For copydays: more images that belong to nothing, whatever --data-path takes."""
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+    """For folder: recall at each of these."""
+    index: str = ""
+    """For folder: measure the vectors of this collection, which run_extract.py wrote, instead of extracting."""
+    first: str = ""
+    """For duplicates: one set, such as the training images; or a collection that run_extract.py wrote."""
+    second: str = ""
+    """For duplicates: the other set, such as the test images. Without it: pairs within FIRST."""
+    threshold: float = 0.95
+    """For duplicates: cosine similarity from which two images count as a pair."""
+    most_pairs: int = 1_000_000
+    """For duplicates: more pairs than this end the run."""
+    csv: str = ""
+    """For duplicates: write the pairs to this file."""
+    sheet: str = ""
+    """For duplicates: draw the most similar pairs into this PNG."""
+
+    def descriptor(self) -> Descriptor:
+        """How an image's vector is made."""
+        return Descriptor(self.pooling, self.gem_p, self.scales)
+
+    def check(self) -> None:
+        """See :meth:`BackboneConfig.check`."""
+        super().check()
+        if not self.protocol:
+            raise InputError(
+                "no protocol given: expected oxford, paris, copydays, folder or duplicates, such as python "
+                "run_retrieval.py oxford --weights FILE --data-path DIR"
+            )
+        _at_least("image_size", self.image_size, 0)
+        _at_least("most_pairs", self.most_pairs, 1)
+        self.descriptor().check()
+        if not self.ks or min(self.ks) < 1:
+            raise InputError(f"ks is {_words(self.ks)}, expected whole numbers of at least 1, such as 1 2 4 8")
+        if not -1 <= self.threshold <= 1:
+            raise InputError(f"threshold is {self.threshold:g}, expected a cosine from -1 to 1, such as 0.95")
 
 
 Config = TypeVar("Config", bound=BackboneConfig)
