@@ -11,6 +11,7 @@ from __future__ import annotations
 # Before torch: it decides how threads wait for each other.
 import dino_xcit  # noqa: F401  # isort: skip
 
+import dataclasses
 import itertools
 import math
 import os
@@ -43,6 +44,7 @@ from dino_xcit.reliability.resume import find_stored, keep_global_batch, output_
 from dino_xcit.reliability.saver import Saver
 from dino_xcit.reliability.watchdog import Watchdog, guarded
 from dino_xcit.train import Schedules, build_state, choose_precision, train_step
+from dino_xcit.wandb_mirror import WandbMirror, require_package
 from eval.online import online_knn
 
 
@@ -50,6 +52,7 @@ def main() -> None:
     """The whole run."""
     # ---- settings and processes
     config, first_line = parse_pretrain(sys.argv[1:])
+    require_package(config.wandb)
     device = distributed.choose_device(config.device)
     if config.augment_device == "cuda" and device.type != "cuda":
         raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device auto or cpu")
@@ -135,7 +138,11 @@ def train(
             f"compiled the augmentation in {loader.compile_seconds:.0f} s (kept for later runs where it can be)"
         )
     progress = Progress(sampler.stop_step, state.step, sampler.global_batch, shown=main_process)
-    metrics = MetricsWriter(folder, state.step, progress.say) if main_process else None
+    metrics = None
+    if main_process:
+        settings = dataclasses.asdict(config)
+        besides = [WandbMirror(config.wandb, folder, state.step, settings, progress.say)] if config.wandb else []
+        metrics = MetricsWriter(folder, state.step, progress.say, besides)
     averages = EpochAverages()
     can_move = config.augment_device == "auto" and device.type == "cuda"
     starvation = Starvation(
@@ -166,6 +173,8 @@ def train(
             raise keep_rejected_step(state, config, sampler, device)
         if agreed["stop"]:
             save_last()
+            if metrics:
+                metrics.close()
             raise RunStopped(PREEMPTED, preemption.sentence(state.step) if main_process else "")
 
     def save_last() -> None:

@@ -184,6 +184,9 @@ class PretrainConfig:
     """Stop after so many steps, with a complete checkpoint; 0: after the last epoch. Schedules do not change."""
     log_every: int = 10
     """Steps between two lines of metrics; between them the device is never waited for."""
+    wandb: str = ""
+    """Project of Weights & Biases that the metrics go to as well (pip install 'dino-xcit[wandb]', then wandb login, or
+    WANDB_MODE=offline in the environment); empty: none."""
     knn_every: int = 0
     """Epochs between two k-NN measurements while training (needs labels); 0: none."""
     knn_holdout: int = 0
@@ -266,7 +269,7 @@ FREE_TO_CHANGE = frozenset(
     {
         "output_dir", "device", "activation_checkpointing", "compile",
         "num_workers", "augment_device", "resume", "saveckp_freq", "save_every", "max_steps",
-        "log_every",
+        "log_every", "wandb",
         "knn_every", "knn_holdout", "knn_max_images", "train_data", "val_data", "eval_resize", "eval_crop", "recipe",
         "deterministic", "batch_size_per_gpu", "accumulation_steps", "keep_last", "max_failed_saves", "max_rejected",
         "max_unreadable", "hang_timeout",

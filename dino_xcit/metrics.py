@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar, JSON lines (the truth), TensorBoard beside them, and curves."""
+"""What a run says about itself: a progress bar, JSON lines (the truth), mirrors of them, and curves."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -20,24 +20,53 @@ from dino_xcit.console import Lines
 Record = Mapping[str, float | int]
 
 
-class MetricsWriter:
-    """Appends records to ``metrics.jsonl`` and mirrors their numbers to TensorBoard."""
+class Mirror(Protocol):
+    """Another place that each record goes to."""
 
-    def __init__(self, folder: Path, from_step: int, say: Callable[[str], None] = print) -> None:
+    def write(self, kind: str, step: int, values: Record) -> None:
+        """One record, as :meth:`MetricsWriter.write` is given it."""
+        ...
+
+    def close(self) -> None:
+        """There are no more."""
+        ...
+
+
+class TensorBoard:
+    """Event files of the numbers, ``kind/name`` each."""
+
+    def __init__(self, folder: Path, from_step: int) -> None:
+        """What an earlier start wrote after ``from_step`` is hidden."""
+        self._board = SummaryWriter(str(folder), purge_step=from_step + 1)
+
+    def write(self, kind: str, step: int, values: Record) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class MetricsWriter:
+    """Appends records to ``metrics.jsonl``, and hands them to TensorBoard and to other mirrors."""
+
+    def __init__(
+        self, folder: Path, from_step: int, say: Callable[[str], None] = print, mirrors: Sequence[Mirror] = ()
+    ) -> None:
         """Records of steps after ``from_step``, and of an epoch that was cut short, are dropped: a resumed run writes
         them anew. ``say`` is told once where the disk is full: a run that can train does not end for want of a log."""
         self._say = say
         self._disk_was_full = False
         self.path = folder / "metrics.jsonl"
         self._file: TextIO | None = None
-        self._board: SummaryWriter | None = None
+        self._mirrors = list(mirrors)
         with self._bearing_a_full_disk():
             kept = [row for row in read_metrics(self.path) if row["step"] <= from_step and row["kind"] != "end"]
             aside = self.path.with_name(".metrics.jsonl.tmp")
             aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(aside, self.path)
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+            self._mirrors.append(TensorBoard(folder / "tensorboard", from_step))
 
     def write(self, kind: str, step: int, values: Record) -> None:
         """One record: ``kind`` is ``step``, ``epoch``, or ``end`` for an epoch cut short by --max-steps.
@@ -48,9 +77,9 @@ class MetricsWriter:
         with self._bearing_a_full_disk():
             if self._file:
                 self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
-            if self._board:
-                for name, value in values.items():
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        for mirror in self._mirrors:
+            with self._bearing_a_full_disk():
+                mirror.write(kind, step, values)
 
     def draw(self, picture: Path) -> None:
         """The curves so far (:func:`draw_curves`)."""
@@ -58,12 +87,13 @@ class MetricsWriter:
             draw_curves(self.path, picture)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all of them."""
         with self._bearing_a_full_disk():
             if self._file:
                 self._file.close()
-            if self._board:
-                self._board.close()
+        for mirror in self._mirrors:
+            with self._bearing_a_full_disk():
+                mirror.close()
 
     @contextlib.contextmanager
     def _bearing_a_full_disk(self) -> Iterator[None]:

@@ -84,7 +84,7 @@ def main(argv: Sequence[str], script: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=beside))
     try:
         command = [sys.executable, str(script), *flags, "--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
-        command += ["--log-every", "1", "--knn-every", "0", "--deterministic"]
+        command += ["--log-every", "1", "--knn-every", "0", "--deterministic", "--wandb="]
         verdict = verify(command, processes, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
