@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
-from dino_xcit.cli import parse
 from dino_xcit.errors import InputError
+from eval.command_line import settings as settings
 from eval.pooling import Descriptor, Pooling
 
 PAPER_EPOCHS = 100
@@ -23,18 +22,6 @@ SMALL_CROP_SCALE = (1.0, 1.0)
 shows nothing (xcit_micro_4_p16 on the sample, top-1 on held-out training images: 78.5 with least area 0.6, 81.0 with
 0.8, 82.5 with 0.95, 83.2 uncropped)."""
 SMALL_CROP = 64
-
-_DINO_NAMES = {
-    "pretrained_weights": "weights",
-    "checkpoint_key": "network",
-    "nb_knn": "ks",
-    "temperature": "temperatures",
-    "batch_size": "batch_size_per_gpu",
-    "imsize": "image_size",
-    "distractors_path": "distractors",
-}
-"""What DINO's evaluators (and habit) call a setting, to its name here."""
-
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -281,44 +268,76 @@ class RetrievalConfig(BackboneConfig):
             raise InputError(f"threshold is {self.threshold:g}, expected a cosine from -1 to 1, such as 0.95")
 
 
-Config = TypeVar("Config", bound=BackboneConfig)
+@dataclass(frozen=True)
+class LookConfig(BackboneConfig):
+    """Which photographs are looked at, and the picture that comes of it: what attention and PCA share."""
+
+    images: tuple[str, ...] = ()
+    """Image files; --images may be left out before them."""
+    size: int = 480
+    """Pixels that an image's shorter side is resized to; 0: as it is. Finer than in training is fine."""
+    out: str = ""
+    """The picture, a .png file. Default: attention.png or pca.png in this folder."""
+
+    def check(self) -> None:
+        """See :meth:`BackboneConfig.check`."""
+        super().check()
+        if not self.images:
+            raise InputError("no images given: name one or more image files, such as photo.jpg")
+        if self.size and not 16 <= self.size <= 8192:
+            raise InputError(
+                f"size is {self.size}, expected 16 to 8192 pixels, such as 480, or 0 for images as they are"
+            )
+        if self.out and not self.out.lower().endswith(".png"):
+            raise InputError(f"out is {self.out!r}, expected a name that ends in .png")
 
 
-def settings(config: type[Config], argv: Sequence[str], prog: str) -> Config:
-    """A runner's settings from its command line, under this project's names or DINO's.
+@dataclass(frozen=True)
+class AttentionConfig(LookConfig):
+    """Settings of python -m eval.attention."""
 
-    Raises:
-        InputError: an unknown flag, or a value that cannot be.
-    """
-    found = parse(config, _gather(_rename(argv, config), "query"), prog)
-    found.check()
-    return found
+    block: int = -1
+    """Which block with class attention, counted from 0, or from -1 backwards: the last."""
 
 
-def _rename(argv: Sequence[str], config: type) -> list[str]:
-    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    out = []
-    for token in argv:
-        name, equals, value = token.partition("=")
-        ours = _DINO_NAMES.get(name.removeprefix("--").replace("-", "_"), "") if name.startswith("--") else ""
-        out.append(f"--{ours}{equals}{value}" if ours in known else token)
-    return out
+@dataclass(frozen=True)
+class PcaConfig(LookConfig):
+    """Settings of python -m eval.pca."""
+
+    foreground: Literal["all", "above", "below"] = "all"
+    """Colour all patches, or only those whose first component lies above (or below) the threshold; which of the two
+    is the foreground, the first component does not tell."""
+    threshold: float = 0.5
+    """Where the first component is cut, on a scale from its least (0) to its greatest value (1)."""
+
+    def check(self) -> None:
+        """See :meth:`BackboneConfig.check`."""
+        super().check()
+        if not 0 < self.threshold < 1:
+            raise InputError(f"threshold is {self.threshold:g}, expected a number between 0 and 1, such as 0.5")
 
 
-def _gather(argv: list[str], flag: str) -> list[str]:
-    """``--flag a --flag b`` as ``--flag a b``: elsewhere the last word wins, here every one is wanted."""
-    words: list[str] = []
-    rest: list[str] = []
-    taking = False
-    for token in argv:
-        if token.startswith("--"):
-            name, _, value = token.partition("=")
-            taking = name == f"--{flag}"
-            if taking:
-                words += [value] if value else []
-                continue
-        (words if taking else rest).append(token)
-    return [*rest, f"--{flag}", *words] if words else argv
+@dataclass(frozen=True)
+class CompareConfig:
+    """Settings of python -m eval.compare."""
+
+    files: tuple[str, ...] = ()
+    """Result files (--json of run_knn.py, run_linear.py) and published:NAME; the others are held against the first.
+    --files may be left out before them."""
+    allow: tuple[str, ...] = ()
+    """Differences to let pass, by the names that a refusal gives them: transform, train, val, order, k, T ..."""
+    figure: str = ""
+    """Compare the figures with this in their names alone, such as "k=20"."""
+    json: str = ""
+    """Write the comparison to this file."""
+
+    def check(self) -> None:
+        """See :meth:`BackboneConfig.check`."""
+        if len(self.files) < 2:
+            raise InputError(
+                f"{len(self.files) or 'no'} result file{'s' * (not self.files)} given, expected two or more: "
+                "python -m eval.compare a.json b.json"
+            )
 
 
 def _at_least(name: str, value: int, least: int) -> None:
