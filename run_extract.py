@@ -1,11 +1,14 @@
-"""Vectors for retrieval: write them with an exact index, then look images up.
+"""Vectors for retrieval: write them with an index, add to them, then look images up.
 
     python run_extract.py --weights ckpt.pth --data-path photos/ --output-dir vectors/
     python run_extract.py --query holiday.jpg --index vectors/ --top 10
     torchrun --nproc-per-node 8 run_extract.py --weights ckpt.pth --data-path /data/photos --output-dir vectors/
+    python run_extract.py --learn-whitening whitening.npz --index vectors-of-other-photos/
 
-Leaves vectors.npy (float32, a row an image), paths.txt (the images' names in that order), index.faiss (exact inner
-product) and card.json (weights, preprocessing, data, date).
+Leaves vectors.npy (a row an image), paths.txt (the images' names in that order), index.faiss (inner product) and
+card.json (weights, preparation, pooling, data, date). The same command goes on where one was stopped.
+
+Read top to bottom: learn a whitening, extract, look up.
 """
 
 from __future__ import annotations
@@ -13,44 +16,79 @@ from __future__ import annotations
 # Before torch: it decides how threads wait for each other.
 import dino_xcit  # noqa: F401  # isort: skip
 
+import contextlib
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dino_xcit import distributed
 from dino_xcit.data import Source, decode, open_source
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
+from dino_xcit.weights import LoadedBackbone
+from eval import shards
+from eval import whitening as whitening_file
+from eval.collection_card import FORMAT, data_of, differences, kind_of, rows_of
 from eval.config import ExtractConfig, settings
 from eval.contact_sheet import ImagesOf, Tile, draw_sheet
-from eval.features import feature_rows, find_kept, width_of
+from eval.extraction_folder import claim
+from eval.features import find_kept, width_of
 from eval.protocol import Card, data_card, now, versions, weights_card, write_json
-from eval.retrieval import FORMAT, Collection, existing, open_collection, write_collection
+from eval.retrieval import Collection, add_to_collection, open_collection, write_collection
+from eval.search_index import LEAST_IVFPQ, too_few_for_ivfpq
 from eval.setup import beside_weights, open_backbone
+from eval.whitening import Whitening
 
 CHUNK = 8192
 """Rows of kept features that are handed on at a time."""
+_NAMES_IN_CARD = 100
+"""Of images that could not be read."""
+
+T = TypeVar("T")
 
 
 def main() -> None:
-    """Extract, or look up."""
+    """Learn a whitening, look up, or extract."""
     config = settings(ExtractConfig, sys.argv[1:], "run_extract.py")
-    if config.query:
+    if config.learn_whitening:
+        learn_whitening(config)
+    elif config.query:
         look_up(config)
     else:
         extract(config)
 
 
+def learn_whitening(config: ExtractConfig) -> None:
+    """Write the PCA whitening of a collection's vectors."""
+    if not config.index:
+        raise InputError("no index given: use --index FOLDER, a collection to learn the whitening from")
+    collection = open_collection(Path(config.index).expanduser())
+    if collection.whitening is not None:
+        raise InputError(f"the vectors in {collection.folder} are whitened already: learn from some that are not")
+    data = [{name: part.get(name) for name in ("url", "images", "fingerprint")} for part in data_of(collection.card)]
+    found = whitening_file.learn(
+        collection.vectors, config.whiten_dim, kind_of(collection.card), {"data": data, "date": now()}
+    )
+    path = Path(config.learn_whitening).expanduser()
+    whitening_file.save(found, path)
+    before, after = found.projection.shape
+    distributed.say(
+        f"whitening of {before} numbers to {after}, learned from {len(collection.names):,} vectors, in {path}; use it "
+        f"with: python run_extract.py --whiten {path} ..."
+    )
+
+
 def extract(config: ExtractConfig) -> None:
-    """Write a collection of all images of a data source."""
-    # ---- backbone, images, where to
+    """Write a collection of all images of a data source, or add them to one."""
+    # ---- backbone, images, how vectors are made of them, where to
     started = time.perf_counter()
     if not config.output_dir:
         raise InputError(
@@ -58,65 +96,68 @@ def extract(config: ExtractConfig) -> None:
         )
     folder = Path(config.output_dir).expanduser()
     loaded, device = open_backbone(config)
-    if config.data_path:
-        source = open_source(config.data_path)
-    elif loaded.data:
-        source = open_source(loaded.data, "train")
-        distributed.say(f"data: {source.url}, on which it was trained (--data-path names other)")
-    else:
-        raise InputError(f"{loaded.path} does not say what it was trained on: give --data-path, such as photos/")
+    source = _images(config, loaded)
     fingerprint = distributed.main_decides(source.fingerprint() if distributed.is_main() else None) or ""
-    dim = width_of(loaded.backbone)
-    card: Card = {
-        "format": FORMAT,
-        "count": len(source),
-        "dimension": dim,
-        "normalised": config.normalise,
-        "feature": "class token after the final norm",
-        "weights": weights_card(loaded),
-        "data": {**data_card(source, fingerprint), "absolute_url": _absolute(source), "names_start_from": os.getcwd()},
-        "transform": loaded.transform.to_dict(),
-        "date": now(),
-        "versions": versions(),
-    }
+    descriptor = config.descriptor()
+    width = descriptor.width(width_of(loaded.backbone))
+    whitening = whitening_file.load(Path(config.whiten).expanduser()) if config.whiten else None
+    card = _card(config, loaded, source, fingerprint, whitening)
+    distributed.say(f"vectors: {card['feature']}")
 
-    # ---- never over another extraction
-    found, refusal = None, None
-    if distributed.is_main():
-        try:
-            found = existing(folder, card)
-        except InputError as error:
-            refusal = str(error)
-    found, refusal = distributed.main_decides(found), distributed.main_decides(refusal)
-    if refusal:
-        raise InputError(refusal)
-    if found == "same" and not config.overwrite:
-        distributed.say(f"already complete: {folder} holds these {len(source):,} vectors; nothing to do")
-        return
-    if found and not config.overwrite:
-        raise InputError(
-            f"{folder} holds another extraction: choose another --output-dir, or --overwrite to replace it"
-        )
+    with contextlib.ExitStack() as locks:
+        # ---- never over another extraction
+        nothing_to_do = _on_main(lambda: claim(folder, card, source, config.add, config.overwrite, locks))
+        if nothing_to_do:
+            distributed.say(nothing_to_do)
+            return
 
-    # ---- features that k-NN or probe kept are used; the vectors are themselves what is kept of new ones
-    kept_in = beside_weights(config, config.cache_dir, "features") if config.cache else None
-    kept = find_kept(loaded.hash, fingerprint, (len(source), dim), loaded.transform, kept_in)
-    rows: Iterator[NDArray[np.float32]] = iter(()) if kept is None else _in_pieces(kept)
-    if distributed.main_decides("no" if kept is None else None):
-        rows = feature_rows(
-            loaded.backbone, source, loaded.transform, device, config.batch_size_per_gpu, config.num_workers
-        )
-    if not distributed.is_main():
-        for _ in rows:
-            pass
-        return
-    write_collection(folder, rows, (source.name(index) for index in range(len(source))), (len(source), dim), card)
+        # ---- rows: those that k-NN or probe kept; others are made part by part, each by one process
+        kept_in = beside_weights(config, config.cache_dir, "features") if config.cache else None
+        kept = find_kept(loaded.hash, fingerprint, (len(source), width), loaded.transform, kept_in, descriptor)
+        rows, unreadable = _pieces_of(kept), set[int]()
+        if distributed.main_decides(kept is None):
+            batch = config.batch_size_per_gpu
+            # Batches begin at the same images whatever --shard-images says.
+            part_images = max(1, round(config.shard_images / batch)) * batch
+            plan = shards.Plan(rows_of(card) | {"data": fingerprint}, len(source), width, part_images)
+            parts, missing = _on_main(lambda: _begin(folder / shards.FOLDER, plan, config))
+            shards.extract_parts(
+                parts, missing, loaded.backbone, source, loaded.transform, descriptor, device, batch,
+                config.num_workers, config.unreadable,
+            )  # fmt: skip
+            distributed.barrier()
+            rows, unreadable = parts.rows(), set(parts.unreadable())
+        if not distributed.is_main():
+            return
+
+        # ---- the collection
+        count = len(source) - len(unreadable)
+        if not count:
+            raise InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
+        names = (source.name(index) for index in range(len(source)) if index not in unreadable)
+        data = _data_with(card["data"], [source.name(index) for index in sorted(unreadable)])
+        if config.add:
+            written = add_to_collection(open_collection(folder), rows, names, count, data)
+        else:
+            shape = (count, whitening.projection.shape[1] if whitening else width)
+            written = write_collection(folder, rows, names, shape, card | {"count": count, "data": data}, whitening)
+        shards.remove(folder / shards.FOLDER)
+
+    # ---- report
     seconds = time.perf_counter() - started
+    total, dim = written["count"], written["dimension"]
     kind = "of length 1" if config.normalise else "as they are"
-    distributed.say(f"{len(source):,} vectors of {dim} numbers, {kind}, in {folder} ({seconds:.1f} s)")
+    distributed.say(f"{total:,} vectors of {dim} numbers, {kind}, in {folder} ({seconds:.1f} s)")
+    if unreadable:
+        distributed.say(f"notice: {len(unreadable):,} images could not be read and are left out; card.json names them")
+    if recall := written["index"].get("recall"):
+        distributed.say(
+            f"index {config.index_type}: recall@{recall['at']} {recall['percent']:.1f} % of exact search "
+            f"({recall['queries']:,} vectors of the collection)"
+        )
     distributed.say(f"look images up with: python run_extract.py --query IMAGE --index {folder} --top 10")
     if config.json:
-        write_json(Path(config.json), {"measure": "extract", **card, "seconds": round(seconds, 2)})
+        write_json(Path(config.json), {"measure": "extract", **written, "seconds": round(seconds, 2)})
 
 
 def look_up(config: ExtractConfig) -> None:
@@ -138,57 +179,140 @@ def look_up(config: ExtractConfig) -> None:
             f"{loaded.path} (weights {loaded.hash[:12]}) did not make the vectors in {collection.folder} (weights "
             f"{str(made_by['hash'])[:12]}): give the file that did with --weights, or extract anew"
         )
-    transform = loaded.transform
+    transform, descriptor = loaded.transform, collection.descriptor
 
-    # ---- features and search
+    # ---- vectors, made as the collection's were, and search
     queries = []
     for picture in pictures:
         pixels = normalise(transform(picture)[None].to(device), transform.mean, transform.std)
-        queries.append(loaded.backbone(pixels).cls_token.float().cpu().numpy())
+        with torch.inference_mode():
+            queries.append(descriptor(loaded.backbone, pixels).cpu().numpy())
     if config.top > len(collection.names):
         distributed.say(f"notice: top = {config.top} exceeds the {len(collection.names)} images: using all of them")
     scores, rows = collection.search(np.concatenate(queries), config.top)
 
     # ---- ranked paths, and the picture
+    found = [
+        # An approximate index may find fewer: row -1.
+        [(score, row) for score, row in zip(near, places, strict=True) if row >= 0]
+        for near, places in zip(scores.tolist(), rows.tolist(), strict=True)
+    ]
     results: list[dict[str, Any]] = []
-    for query, near, row in zip(config.query, scores.tolist(), rows.tolist(), strict=True):
+    for query, ranked in zip(config.query, found, strict=True):
         distributed.say(f"query {query}")
-        for place, (score, index) in enumerate(zip(near, row, strict=True), start=1):
-            distributed.say(f"{place:4d}  {score:.4f}  {collection.names[index]}")
-            results.append(
-                {"query": query, "rank": place, "score": score, "row": index, "path": collection.names[index]}
-            )
+        for place, (score, row) in enumerate(ranked, start=1):
+            distributed.say(f"{place:4d}  {score:.4f}  {collection.names[row]}")
+            results.append({"query": query, "rank": place, "score": score, "row": row, "path": collection.names[row]})
     if not distributed.is_main():
         return
     sheet = Path(config.sheet).expanduser() if config.sheet else collection.folder / "contact_sheet.png"
-    _draw(collection, list(zip(config.query, pictures, strict=True)), scores, rows, sheet)
+    _draw(collection, list(zip(config.query, pictures, strict=True)), found, sheet)
     distributed.say(f"contact sheet: {sheet}")
     if config.json:
         write_json(Path(config.json), {"measure": "query", "results": results, "index": collection.card})
 
 
+def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
+    if config.data_path:
+        source = open_source(config.data_path)
+    elif loaded.data:
+        source = open_source(loaded.data, "train")
+        distributed.say(f"data: {source.url}, on which it was trained (--data-path names other)")
+    else:
+        raise InputError(f"{loaded.path} does not say what it was trained on: give --data-path, such as photos/")
+    if config.index_type == "ivfpq" and len(source) < LEAST_IVFPQ and not config.add:
+        raise too_few_for_ivfpq(len(source))  # now, not when all is extracted
+    return source
+
+
+def _card(
+    config: ExtractConfig, loaded: LoadedBackbone, source: Source, fingerprint: str, whitening: Whitening | None
+) -> dict[str, Any]:
+    """What is to be extracted; refuses a whitening that was learned from other vectors."""
+    descriptor = config.descriptor()
+    feature, dim = descriptor.describe(), descriptor.width(width_of(loaded.backbone))
+    data = {**data_card(source, fingerprint), "absolute_url": _absolute(source), "names_start_from": os.getcwd()}
+    card = {
+        "format": FORMAT,
+        "count": len(source),
+        "dimension": dim,
+        "normalised": config.normalise,
+        "dtype": config.dtype,
+        "feature": feature,
+        "descriptor": descriptor.to_dict(),
+        "whitening": None,
+        "index": {"type": config.index_type},
+        "weights": weights_card(loaded),
+        "data": data,
+        "added": [],
+        "transform": loaded.transform.to_dict(),
+        "date": now(),
+        "versions": versions(),
+    }
+    if whitening is None:
+        return card
+    if changed := differences(whitening.made_for, kind_of(card)):
+        raise InputError(
+            f"the whitening {config.whiten} was learned from other vectors: {'; '.join(changed)}; learn one from "
+            "vectors like these with --learn-whitening"
+        )
+    dim = whitening.projection.shape[1]
+    facts = {"hash": whitening.hash, "dimension": dim, "learned_on": whitening.learned_on}
+    return card | {"dimension": dim, "feature": f"{feature}; PCA-whitened to {dim} numbers", "whitening": facts}
+
+
+def _begin(work: Path, plan: shards.Plan, config: ExtractConfig) -> tuple[shards.Parts, list[int]]:
+    parts = shards.begin(work, plan, config.overwrite)
+    missing = parts.missing(config.unreadable)
+    if len(missing) < len(parts.plan):
+        print(f"going on: {len(parts.plan) - len(missing):,} of {len(parts.plan):,} parts are there", flush=True)
+    return parts, missing
+
+
+def _data_with(data: Card, unreadable: list[str]) -> Card:
+    if not unreadable:
+        return data
+    return data | {"unreadable": {"count": len(unreadable), "first": unreadable[:_NAMES_IN_CARD]}}
+
+
+def _on_main(work: Callable[[], T]) -> T:
+    """What the main process finds, on every process; its refusal too."""
+    found: T | None = None
+    refusal = None
+    if distributed.is_main():
+        try:
+            found = work()
+        except InputError as error:
+            refusal = str(error)
+    refusal = distributed.main_decides(refusal)
+    if refusal:
+        raise InputError(refusal)
+    return distributed.main_decides(found)  # type: ignore[return-value]
+
+
 def _draw(
-    collection: Collection,
-    queries: list[tuple[str, Any]],
-    scores: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    path: Path,
+    collection: Collection, queries: list[tuple[str, Any]], found: list[list[tuple[float, int]]], path: Path
 ) -> None:
-    data = collection.card["data"]
-    url, base = str(data.get("absolute_url", data["url"])), str(data.get("names_start_from", "."))
-    images = ImagesOf(url, base, len(collection.names))
+    sources = []
+    start = 0
+    for data in data_of(collection.card):
+        url, base = str(data.get("absolute_url", data["url"])), str(data.get("names_start_from", "."))
+        sources.append((start, ImagesOf(url, base, data["images"])))
+        start += data["images"] - data.get("unreadable", {"count": 0})["count"]
     blocks = []
-    for (name, picture), near, row in zip(queries, scores.tolist(), rows.tolist(), strict=True):
+    for (name, picture), ranked in zip(queries, found, strict=True):
         tiles = []
-        for place, (score, index) in enumerate(zip(near, row, strict=True), start=1):
-            found = collection.names[index]
-            tiles.append(Tile(images.read(index, found), f"{place}    {score:.4f}", os.path.basename(found)))
+        for place, (score, row) in enumerate(ranked, start=1):
+            first, images = next(one for one in reversed(sources) if one[0] <= row)
+            near = collection.names[row]
+            tiles.append(Tile(images.read(row - first, near), f"{place}    {score:.4f}", os.path.basename(near)))
         blocks.append((Tile(picture, "query", os.path.basename(name)), tiles))
     draw_sheet(blocks, path)
 
 
-def _in_pieces(rows: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    return (np.asarray(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK))
+def _pieces_of(rows: NDArray[np.float32] | None) -> Iterator[NDArray[np.float32]]:
+    if rows is not None:
+        yield from (np.asarray(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK))
 
 
 def _absolute(source: Source) -> str:

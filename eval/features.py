@@ -266,19 +266,24 @@ def width_of(backbone: nn.Module) -> int:
     return int(backbone.embed_dim)  # type: ignore[arg-type]
 
 
-def write_rows(path: Path, rows: Iterator[NDArray[np.float32]], shape: tuple[int, int]) -> None:
-    """A float32 ``.npy`` file of ``shape`` from its rows, some at a time; flushed to the disk.
+def write_rows(
+    path: Path,
+    rows: Iterator[NDArray[np.float32]] | Iterator[NDArray[np.float16]],
+    shape: tuple[int, int],
+    half: bool = False,
+) -> None:
+    """A ``.npy`` file of ``shape`` from its rows, some at a time; float32, or float16 if ``half``; flushed to the disk.
 
     Written in order rather than through a memory map: on a full disk that is an error, not a killed process.
 
     Raises:
         ValueError: ``rows`` were fewer or more than ``shape`` says.
     """
-    count = 0
+    count, kind = 0, "<f2" if half else "<f4"
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
         for chunk in rows:
-            file.write(np.ascontiguousarray(chunk, dtype="<f4").data)
+            file.write(np.ascontiguousarray(chunk, dtype=kind).data)
             count += len(chunk)
         file.flush()
         os.fsync(file.fileno())

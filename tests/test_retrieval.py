@@ -16,7 +16,8 @@ from PIL import Image
 from dino_xcit.data import open_source
 from dino_xcit.errors import InputError
 from eval.contact_sheet import TILE, ImagesOf, Tile, draw_sheet
-from eval.retrieval import FILES, Collection, escape, existing, open_collection, read_names, unescape, write_collection
+from eval.paths_file import escape, read_names, unescape
+from eval.retrieval import FILES, Collection, existing, open_collection, write_collection
 
 NAMES = ["a.jpg", "with space.jpg", "line\nfeed.png", "back\\slash\\n.png", "ümlaut\u2028.png", "raw\udcff.png", "\r"]
 
