@@ -1,13 +1,14 @@
-"""Measure a frozen backbone by a linear probe: DINO's published protocol, and a grid of learning rates beside it.
+"""Measure a frozen backbone by linear classifiers: DINO's published protocol, and a grid of learning rates beside it.
 
     python run_linear.py --weights runs/sample-xcit_pico_4_p4/checkpoint.pth
     torchrun --nproc-per-node 8 run_linear.py --weights ckpt.pth --data-path /data/imagenet
+    python run_linear.py --weights ckpt.pth --features cls cls+mean last4 --cached --logreg
 
 All classifiers learn from the same forward pass. The one with the paper's learning rate learns from every training
 image. Those of the grid get standardised features and leave out a held-out part of the training images, on which the
-best of them is chosen, so that the validation images choose nothing.
+best of them is chosen, so that the validation images choose nothing. So is the logistic regression's C.
 
-Read top to bottom: settings, data, fixed features, classifiers, loop, report.
+Read top to bottom: settings, data, fixed features, classifiers, report; then the loop that trains them.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ from __future__ import annotations
 import dino_xcit  # noqa: F401  # isort: skip
 
 import dataclasses
-import os
+import math
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dino_xcit import distributed
 from dino_xcit.console import progress_bar
-from dino_xcit.data import Source, Subset
+from dino_xcit.data import Source
 from dino_xcit.data.loader import StepSampler, choose_workers
 from dino_xcit.errors import InputError
-from dino_xcit.transform import normalise
 from dino_xcit.weights import LoadedBackbone
+from eval.cached_probe import AugmentedEpochs, stored_features
 from eval.config import (
     PAPER_CROP_SCALE,
     PAPER_EPOCHS,
@@ -40,13 +45,57 @@ from eval.config import (
     LinearConfig,
     settings,
 )
-from eval.features import cached, find_kept, width_of
-from eval.linear import LinearHeads, cosine_factor, scaled
-from eval.linear_report import PROTOCOL, Record, final_results, percentages, results_table
-from eval.probe_data import hold_out, probe_batches
-from eval.probe_file import FILE_NAME, Settings, read_probe, write_probe
+from eval.figures import figure
+from eval.fixed_features import FixedFeatures
+from eval.imagenet_variants import measure, open_variant
+from eval.linear import LinearHeads, bytes_of_heads, cosine_factor, scaled
+from eval.linear_report import (
+    PROTOCOL,
+    Record,
+    final_results,
+    percentages,
+    recommended,
+    results_table,
+    variants_table,
+)
+from eval.logistic_search import logistic_results, search
+from eval.pooled import Labelled, PooledBackbone, Rows
+from eval.probe_data import frozen_features, hold_out, probe_batches
+from eval.probe_file import FILE_NAME, LOGREG_NAME, Settings, read_probe, write_probe
 from eval.protocol import data_card, images_card, result_card, write_json
 from eval.setup import beside_weights, cache_folder, labelled_parts, open_backbone
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is measured, on what, and where it is kept."""
+
+    config: LinearConfig
+    loaded: LoadedBackbone
+    pooled: PooledBackbone
+    """``loaded``'s backbone, giving a row of all that the choices of features need."""
+    device: torch.device
+    train: Source
+    val: Source
+    held: NDArray[np.int64]
+    """Indices of the training images on which classifiers are chosen."""
+    sampler: StepSampler
+    folder: Path
+    identity: Settings
+    kept: Path | None
+    """Where features are kept."""
+    started: float
+    """When, by time.perf_counter."""
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(self.train.classes) if self.train.classes else int(np.max(_labels(self.train))) + 1
+
+    @property
+    def lrs(self) -> list[float]:
+        """The grid, ascending; empty where nothing is held out to choose on."""
+        return sorted(self.config.lrs) if len(self.held) else []
 
 
 def main() -> None:
@@ -55,118 +104,200 @@ def main() -> None:
     started = time.perf_counter()
     config = settings(LinearConfig, sys.argv[1:], "run_linear.py")
     loaded, device = open_backbone(config)
-    backbone, transform = loaded.backbone, loaded.transform
+    transform, batch = loaded.transform, config.batch_size_per_gpu
     train, val = labelled_parts(config, loaded)
-    assert train.labels is not None
-    assert val.labels is not None
+    variants = [open_variant(word, train, val) for word in config.also]
     config = _for_image_size(config, transform.crop)
-    epochs = config.epochs
-    batch, rank, world = config.batch_size_per_gpu, distributed.rank(), distributed.world_size()
-    sampler = StepSampler(len(train), batch, rank=rank, world_size=world, seed=config.seed)
-    held = hold_out(train.labels, config.holdout, config.seed) if config.lrs else np.empty(0, dtype=np.int64)
-    lrs = sorted(config.lrs) if len(held) else []
-    if config.holdout and config.lrs and not len(held):
-        raise InputError(
-            f"holdout is {config.holdout:g}, which is less than one image of any class of {train.url}: raise it, or "
-            "--holdout 0 for the paper's learning rate alone"
-        )
-    distributed.say(
-        f"linear probe: {len(train):,} training images of {train.url}, {len(val):,} validation images of {val.url}; "
-        f"{epochs} epochs of {sampler.steps_per_epoch} steps at batch {sampler.global_batch}; the paper's learning "
-        f"rate and a grid of {len(lrs)}"
+    sampler = StepSampler(
+        len(train), batch, rank=distributed.rank(), world_size=distributed.world_size(), seed=config.seed
     )
+    held = np.empty(0, dtype=np.int64)
+    if config.lrs or config.logreg:
+        held = hold_out(_labels(train), config.holdout, config.seed)
+        if config.holdout and not len(held):
+            raise InputError(
+                f"holdout is {config.holdout:g}, which is less than one image of any class of {train.url}: raise it, "
+                "or --holdout 0 for the paper's learning rate alone"
+            )
+    pooled = PooledBackbone(loaded.backbone, config.features, transform.crop, device).eval()
 
     # ---- this probe, if it was begun before
     folder = beside_weights(config, config.output_dir, "linear")
     identity = _identity(config, loaded, (train, val), sampler.global_batch)
-    stored = _stored_probe(folder, identity, config.resume)
-    if stored and stored.get("results"):
+    kept = cache_folder(config)
+    probe = Probe(config, loaded, pooled, device, train, val, held, sampler, folder, identity, kept, started)
+    _say_what_is_measured(probe)
+    for notice in filter(None, (variant.notice() for variant in variants)):
+        distributed.say(f"notice: {notice}")
+    content = _stored_probe(folder, identity, config.resume) if config.sgd else None
+    complete = not config.sgd or bool(content and content.get("results"))
+    if complete and config.sgd:
         distributed.say(f"already complete: {folder / FILE_NAME} holds this probe (--resume never repeats it)")
-        _report(config, loaded, (train, val), identity, stored, device)
-        return
 
     # ---- fixed features: validation images, and the held-out ones as they are prepared for evaluation
-    kept = cache_folder(config)
-    val_features = cached(backbone, loaded.hash, val, transform, device, kept, batch, config.num_workers).features
-    held_features = np.empty((0, width_of(backbone)), dtype=np.float32)
-    if len(held):
-        whole = find_kept(loaded.hash, identity["train"], (len(train), width_of(backbone)), transform, kept)
-        part = Subset(train, held)
-        held_features = (
-            cached(backbone, loaded.hash, part, transform, device, kept, batch, config.num_workers).features
-            if distributed.main_decides("no" if whole is None else None)
-            else np.asarray(whole)[held]
-        )
+    row = loaded.hash + pooled.identity
+    fixed = FixedFeatures(pooled, row, transform, device, probe.kept, batch, config.num_workers)
+    on_val = None if complete and not config.logreg else fixed.labelled(val)
+    on_train = fixed.labelled(train) if config.logreg else None
+    on_held = None if complete else fixed.some(train, held, identity["train"])
 
+    # ---- classifiers: by SGD on augmented images, then logistic regressions
+    if on_val and on_held:
+        content = train_heads(probe, content, on_held, on_val)
+    content = content or {}
+    results, figures = dict(content.get("results", {})), list(content.get("figures", ()))
+    logreg = None
+    if on_val and on_train:
+        identity = _identity_of_logreg(probe)
+        stored = _stored_probe(folder, identity, config.resume, LOGREG_NAME)
+        logreg = search(
+            on_train, held, probe.classes, config.logreg_cs, config.logreg_iterations, device, folder, identity, stored
+        )
+        results["logreg"], hits = logistic_results(logreg, on_val, device)
+        asked = {"classifier": "logreg", "features": " ".join(config.features), "cs": str(sorted(config.logreg_cs))}
+        figures.append(figure("logreg, top-1", asked, hits).to_card())
+
+    # ---- the recommended one on ImageNet's variants
+    best = recommended(results, content, logreg) if distributed.is_main() else None
+    also: Record = {}
+    for variant in variants:
+        found = fixed.rows(variant.source or val)
+        if best:
+            rows = Rows(found.features, pooled.widths[best.features])
+            data = {"labels": variant.fingerprint} | data_card(variant.source or val, found.fingerprint)
+            also[variant.name] = measure(variant, rows, best.weight, best.bias, device) | {"data": data}
+
+    # ---- report
+    if best is None:
+        return
+    distributed.say(results_table(results, config.lrs, config.logreg_cs))
+    if also:
+        distributed.say(variants_table(also, best))
+        results["also"] = {"classifier": best.name, "features": best.features, **also}
+    if config.json:
+        seconds = sum(float(part["seconds"]) for part in (content, logreg or {}) if part)
+        write_json(Path(config.json), _card(probe, results, figures, seconds) | {"history": content.get("history", [])})
+        distributed.say(f"written: {config.json}")
+    distributed.say(f"classifier: {folder / (LOGREG_NAME if best.name == 'logreg' else FILE_NAME)} ({best.name})")
+
+
+def train_heads(probe: Probe, stored: Record | None, on_held: Labelled, on_val: Labelled) -> Record:
+    """The paper's classifier and the grid, from the start or from where this probe stopped.
+
+    Returns:
+        What linear.pth holds in the end; on other processes than the main one, nothing.
+    """
     # ---- classifiers, new or from where this probe stopped
-    classes = len(train.classes) if train.classes else int(np.max(train.labels)) + 1
-    shape = (classes, width_of(backbone))
-    paper = LinearHeads([scaled(config.lr, sampler.global_batch)], *shape, config.seed, device)
-    grid = None
-    if lrs:
-        rates = [scaled(lr, sampler.global_batch) for lr in lrs]
-        grid = LinearHeads(rates, *shape, config.seed, device, standardise=held_features)
+    config, sampler, device, epochs = probe.config, probe.sampler, probe.device, probe.config.epochs
+    widths = probe.pooled.widths
+    own = [scaled(config.lr, sampler.global_batch)]
+    paper = LinearHeads(own, probe.classes, widths["cls"], config.seed, device)
+    rates = [scaled(lr, sampler.global_batch) for lr in probe.lrs]
+    grids = {
+        name: LinearHeads(rates, probe.classes, widths[name], config.seed, device, standardise=on_held.rows[name])
+        for name in config.features
+        if rates
+    }
     history: list[Record] = []
     done, spent = 0, 0.0
     if stored:
         paper.load_state_dict(stored["paper"])
-        if grid:
-            grid.load_state_dict(stored["grid"])
+        for name, heads in grids.items():
+            heads.load_state_dict(stored["grid"][name])
         done, history, spent = int(stored["epoch"]), list(stored["history"]), float(stored["seconds"])
-        distributed.say(f"resuming {folder} after epoch {done}")
+        distributed.say(f"resuming {probe.folder} after epoch {done}")
 
     # ---- the loop
     sampler.start_step, sampler.stop_step = done * sampler.steps_per_epoch, epochs * sampler.steps_per_epoch
-    workers = choose_workers(config.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    loader = probe_batches(train, transform.crop, config.crop_scale, sampler, workers, device)
-    labels = torch.from_numpy(np.asarray(train.labels)).to(device)
-    for_grid = torch.ones(len(train), device=device)
-    for_grid[torch.from_numpy(held).to(device)] = 0
-    everything = torch.ones(batch, device=device)
+    batches = _batches(probe)
+    labels = torch.from_numpy(_labels(probe.train)).to(device)
+    for_grid = torch.ones(len(probe.train), device=device)
+    for_grid[torch.from_numpy(probe.held).to(device)] = 0
+    everything = torch.ones(config.batch_size_per_gpu, device=device)
+    content: Record = {}
     images = sampler.steps_per_epoch * sampler.global_batch
     with progress_bar(epochs * images, "probe", shown=distributed.is_main(), done=done * images) as bar:
         for epoch in range(done, epochs):
             loss = torch.zeros(1, device=device)
             factor = cosine_factor(epoch, epochs)
             for _ in range(sampler.steps_per_epoch):
-                cropped = next(loader)
-                chosen = cropped.indices.to(device, non_blocking=True)
-                pixels = cropped.images.to(device, non_blocking=True)
-                with torch.no_grad():
-                    features = backbone(normalise(pixels, transform.mean, transform.std)).cls_token.float()
-                loss += paper.step(features, labels[chosen], everything, factor) / sampler.steps_per_epoch
-                if grid:
-                    grid.step(features, labels[chosen], for_grid[chosen], factor)
+                features, chosen = next(batches)
+                own_loss = paper.step(features[:, : widths["cls"]], labels[chosen], everything, factor)
+                loss += own_loss / sampler.steps_per_epoch
+                for name, heads in grids.items():
+                    heads.step(features[:, : widths[name]], labels[chosen], for_grid[chosen], factor)
                 bar.update(sampler.global_batch)
             if not distributed.is_main():
                 continue
-            if not torch.isfinite(loss):
-                raise InputError(
-                    f"lr {config.lr:g} is too high: the loss is {loss.item()} in epoch {epoch + 1}; lower it"
-                )
-            top1, top5 = percentages(paper.hits(val_features, val.labels, [0]))[0]
+            mean = loss.item()
+            if not math.isfinite(mean):
+                raise InputError(f"lr {config.lr:g} is too high: the loss is {mean} in epoch {epoch + 1}; lower it")
+            top1, top5 = percentages(paper.hits(on_val.rows["cls"], on_val.labels, [0]))[0]
             history.append(
-                {"epoch": epoch + 1, "loss": loss.item(), "top1": top1, "top5": top5 if classes > 5 else None}
+                {"epoch": epoch + 1, "loss": mean, "top1": top1, "top5": top5 if probe.classes > 5 else None}
             )
             bar.clear()
-            distributed.say(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.4f}, top-1 {top1:.2f} with the paper's lr")
-            content: Record = {
+            distributed.say(f"epoch {epoch + 1}/{epochs}: loss {mean:.4f}, top-1 {top1:.2f} with the paper's lr")
+            content = {
                 "epoch": epoch + 1,
                 "paper": paper.state_dict(),
-                "grid": grid.state_dict() if grid else None,
+                "grid": {name: heads.state_dict() for name, heads in grids.items()},
                 "history": history,
-                "classes": list(train.classes) if train.classes else None,
-                "seconds": spent + time.perf_counter() - started,
+                "classes": list(probe.train.classes) if probe.train.classes else None,
+                "seconds": spent + time.perf_counter() - probe.started,
             }
             if epoch + 1 == epochs:
-                held_out, validation = (held_features, train.labels[held]), (val_features, val.labels)
-                content |= final_results(config.lr, paper, lrs, grid, history, held_out, validation)
-            write_probe(folder, content, identity)
+                content |= final_results(config.lr, paper, probe.lrs, grids, history, on_held, on_val)
+            write_probe(probe.folder, content, probe.identity)
+    return content
 
-    # ---- report
-    if distributed.is_main():
-        _report(config, loaded, (train, val), identity, content, device)
-        distributed.say(f"classifier: {folder / FILE_NAME}")
+
+def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features [B, W] and indices [B] of the training images of each step, as they come or from those kept."""
+    config, sampler, device, transform = probe.config, probe.sampler, probe.device, probe.loaded.transform
+    if not config.cached:
+        workers = choose_workers(config.num_workers, distributed.processes_here())
+        views = probe_batches(probe.train, transform.crop, config.crop_scale, sampler, workers, device)
+        return frozen_features(probe.pooled, views, transform, device)
+    if probe.kept is None:
+        raise InputError("cached needs a folder to keep features in: give --cache-dir DIR, and no --no-cache")
+    epochs = AugmentedEpochs(
+        probe.kept,
+        probe.train,
+        probe.identity["train"],
+        probe.loaded.hash + probe.pooled.identity,
+        transform,
+        config.crop_scale,
+        config.seed,
+        probe.pooled.embed_dim,
+        config.cached_precision,
+    )
+    count = min(config.cached_epochs, config.epochs)
+    kept = epochs.make(count, probe.pooled, device, config.batch_size_per_gpu, config.num_workers)
+    return stored_features(kept, sampler, device)
+
+
+def _labels(source: Source) -> NDArray[np.int64]:
+    assert source.labels is not None
+    return np.asarray(source.labels)
+
+
+def _say_what_is_measured(probe: Probe) -> None:
+    config, widths, steps = probe.config, probe.pooled.widths, probe.sampler.steps_per_epoch
+    text = (
+        f"linear probe: {len(probe.train):,} training images of {probe.train.url}, {len(probe.val):,} validation "
+        f"images of {probe.val.url}"
+    )
+    if config.sgd:
+        text += (
+            f"; {config.epochs} epochs of {steps} steps at batch {probe.sampler.global_batch}; the paper's learning "
+            f"rate and a grid of {len(probe.lrs)}"
+        )
+    if config.features != ("cls",):
+        sizes = [bytes_of_heads(len(probe.lrs), probe.classes, widths[name]) for name in config.features]
+        text += " x {" + ", ".join(f"{name} ({widths[name]:,} features)" for name in config.features) + "}"
+        text += f", {sum(sizes) / 2**30:.2f} GiB while they learn" if config.sgd else ""
+    distributed.say(text)
 
 
 def _for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
@@ -188,7 +319,7 @@ def _identity(
     # Only one process looks at every file.
     train, val = (distributed.main_decides(p.fingerprint() if distributed.is_main() else None) or "" for p in parts)
     transform = {name: list(v) if isinstance(v, tuple) else v for name, v in loaded.transform.to_dict().items()}
-    return {
+    identity = {
         "weights": loaded.hash,
         "train": train,
         "val": val,
@@ -201,15 +332,29 @@ def _identity(
         "crop_scale": list(config.crop_scale),
         "seed": config.seed,
     }
+    # Not named where they are as they were before there was a choice: what was measured then stays comparable.
+    if config.features != ("cls",):
+        identity["features"] = list(config.features)
+    if config.cached:
+        identity["cached"] = f"{min(config.cached_epochs, config.epochs)} epochs, {config.cached_precision}"
+    return identity
 
 
-def _stored_probe(folder: Path, identity: Settings, resume: str) -> Record | None:
+def _identity_of_logreg(probe: Probe) -> Settings:
+    """All that decides a logistic regression: neither augmentation nor validation images."""
+    config = probe.config
+    shared = {name: probe.identity[name] for name in ("weights", "train", "transform", "holdout", "seed")}
+    cs, features = sorted(config.logreg_cs), list(config.features)
+    return shared | {"features": features, "cs": cs, "iterations": config.logreg_iterations}
+
+
+def _stored_probe(folder: Path, identity: Settings, resume: str, name: str = FILE_NAME) -> Record | None:
     """What ``folder`` holds of this probe, on every process alike."""
     if resume == "never":
         return None
     refusal, content = None, None
     try:
-        content = read_probe(folder, identity)
+        content = read_probe(folder, identity, name)
     except InputError as error:
         refusal = str(error)
     refusal = distributed.main_decides(refusal)
@@ -218,32 +363,20 @@ def _stored_probe(folder: Path, identity: Settings, resume: str) -> Record | Non
     return content
 
 
-def _report(
-    config: LinearConfig,
-    loaded: LoadedBackbone,
-    parts: tuple[Source, Source],
-    identity: Settings,
-    content: Record,
-    device: torch.device,
-) -> None:
-    """The figures on the screen and in a file."""
-    if not distributed.is_main():
-        return
-    distributed.say(results_table(content["results"], config.lrs))
-    if config.json:
-        protocol = {
-            "name": PROTOCOL,
-            "published": {"epochs": PAPER_EPOCHS, "crop_scale": list(PAPER_CROP_SCALE)},
-            **{name: identity[name] for name in ("epochs", "batch", "lr", "lrs", "holdout", "crop_scale", "seed")},
-        }
-        data = {
-            name: data_card(part, identity[name]) | images_card(part)
-            for name, part in zip(("train", "val"), parts, strict=True)
-        }
-        results, figures, seconds = content["results"], content.get("figures", ()), float(content["seconds"])
-        card = result_card("linear", protocol, results, loaded, data, loaded.transform, device, seconds, figures)
-        write_json(Path(config.json), card | {"history": content["history"]})
-        distributed.say(f"written: {config.json}")
+def _card(probe: Probe, results: Record, figures: list[dict[str, object]], seconds: float) -> dict[str, object]:
+    """The result file's content, but for the history."""
+    not_protocol = ("weights", "train", "val", "transform")
+    protocol = {
+        "name": PROTOCOL,
+        "published": {"epochs": PAPER_EPOCHS, "crop_scale": list(PAPER_CROP_SCALE)},
+        **{name: value for name, value in probe.identity.items() if name not in not_protocol},
+    }
+    data = {
+        name: data_card(part, probe.identity[name]) | images_card(part)
+        for name, part in (("train", probe.train), ("val", probe.val))
+    }
+    loaded = probe.loaded
+    return result_card("linear", protocol, results, loaded, data, loaded.transform, probe.device, seconds, figures)
 
 
 def command() -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from dino_xcit.errors import InputError
 from eval.command_line import settings as settings
+from eval.pooled import blocks_of
 from eval.pooling import Descriptor, Pooling
 
 PAPER_EPOCHS = 100
@@ -22,6 +23,7 @@ SMALL_CROP_SCALE = (1.0, 1.0)
 shows nothing (xcit_micro_4_p16 on the sample, top-1 on held-out training images: 78.5 with least area 0.6, 81.0 with
 0.8, 82.5 with 0.95, 83.2 uncropped)."""
 SMALL_CROP = 64
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -107,8 +109,30 @@ class LinearConfig(BackboneConfig):
     )  # fmt: skip
     """Grid of learning rates (scaled likewise), trained on the same forward pass; the best is chosen on held-out
     training images."""
+    features: tuple[str, ...] = ("cls",)
+    """What the grid's classifiers and the logistic regression see, each of these side by side on the same forward pass:
+    cls, cls+mean (the mean of the patch tokens beside it), lastN such as last4 (of the last N blocks); see
+    docs/linear.md. The paper's classifier sees the class token."""
     holdout: float = 0.1
     """Share of the training images that the grid does not learn from and is chosen on; 0: no grid."""
+    sgd: bool = True
+    """Train the paper's classifier and the grid. --no-sgd: the logistic regression alone."""
+    cached: bool = False
+    """Keep the features of a few augmented epochs, and train on those as often as --epochs says: minutes, not hours."""
+    cached_epochs: int = 4
+    """How many augmented epochs --cached keeps."""
+    cached_precision: Literal["float16", "float32"] = "float16"
+    """How --cached keeps them: 2 or 4 bytes a feature."""
+    logreg: bool = False
+    """Also fit a logistic regression by L-BFGS on unaugmented features."""
+    logreg_cs: tuple[float, ...] = tuple(float(f"{10 ** (step / 4 - 6):.3g}") for step in range(45))
+    """Inverse strengths of its L2 penalty (scikit-learn's C), of which held-out training images choose one. Default:
+    DINOv2's 45 from 1e-6 to 1e5, four a decade."""
+    logreg_iterations: int = 1000
+    """Iterations of L-BFGS at most, for each C."""
+    also: tuple[str, ...] = ()
+    """Variants of ImageNet's validation images to measure the recommended classifier on: imagenet-v2:DIR,
+    imagenet-a:DIR, imagenet-r:DIR, sketch:DIR, real:FILE.json."""
     crop_scale: tuple[float, float] = (0.0, 0.0)
     """Share of a training image's area that a crop covers: least, most; 0 0: 0.08 1 as published, or 1 1 for images
     of at most 64 pixels."""
@@ -129,9 +153,36 @@ class LinearConfig(BackboneConfig):
                 raise InputError(f"{name} is {_words(rates)}, expected numbers above 0, such as 0.001")
         if not 0 <= self.holdout < 1:
             raise InputError(f"holdout is {self.holdout}, expected a share of 0 or more and below 1, such as 0.1")
+        self._check_choices()
         least, most = self.crop_scale
         if not (0 < least <= most <= 1 or least == most == 0):
             raise InputError(f"crop_scale is {least} {most}, expected 0 < least <= most <= 1, such as 0.08 1")
+
+    def _check_choices(self) -> None:
+        for name in self.features:
+            blocks_of(name)
+        for name, words in (("features", self.features), ("also", tuple(word.split(":")[0] for word in self.also))):
+            if len(set(words)) < len(words):
+                raise InputError(f"{name} is {' '.join(words)}, expected each once")
+        _at_least("cached_epochs", self.cached_epochs, 1)
+        _at_least("logreg_iterations", self.logreg_iterations, 1)
+        if not self.logreg_cs or any(not 0 < c < float("inf") for c in self.logreg_cs):
+            raise InputError(f"logreg_cs is {_words(self.logreg_cs)}, expected numbers above 0, such as 0.1 1 10")
+        grid = self.sgd and self.holdout > 0 and len(self.lrs) > 0
+        if not self.features or (self.features != ("cls",) and not grid and not self.logreg):
+            raise InputError(
+                f"features is {' '.join(self.features) or 'empty'}, but nothing would see them: give cls, a --holdout "
+                "and --lrs for the grid, or --logreg"
+            )
+        if not self.sgd and not self.logreg:
+            raise InputError(
+                "sgd is off, and so is logreg: there is nothing to do; add --logreg, or leave --no-sgd out"
+            )
+        if self.logreg and not self.holdout and len(self.logreg_cs) * len(self.features) > 1:
+            raise InputError(
+                "holdout is 0, but the logistic regression's C and features are chosen on held-out images: raise it, "
+                "or give one of --logreg-cs and one of --features"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dino_xcit import distributed
 from dino_xcit.errors import InputError
+from eval.pooled import Rows
 
 MOMENTUM = 0.9
 INIT_DEVIATION = 0.01
@@ -24,7 +25,10 @@ REFERENCE_BATCH = 256
 """The batch that learning rates are quoted for (DINO, arXiv 2104.14294, appendix F.3)."""
 
 _ROWS_AT_ONCE = 1024
+_COLUMNS_AT_ONCE = 64
 _VARIANCE_FLOOR = 1e-6
+_COPIES = 5
+"""Of a classifier's weights, while it learns: themselves, velocity, gradient, its mean, and the step."""
 
 
 class LinearHeads:
@@ -41,13 +45,13 @@ class LinearHeads:
         dim: int,
         seed: int,
         device: torch.device,
-        standardise: NDArray[np.float32] | None = None,
+        standardise: Rows | None = None,
     ) -> None:
         """Fresh classifiers.
 
         Args:
             lrs: [L] highest learning rates, as they are used, not scaled with the batch any more.
-            standardise: [n, D] features whose mean and deviation the classifiers' input shall be freed of, as a
+            standardise: n features whose mean and deviation the classifiers' input shall be freed of, as a
                 BatchNorm without parameters does. It changes no classifier's family, for it can be folded into the
                 weights (:meth:`folded`), but SGD gets nowhere on features that hardly differ from their mean.
         """
@@ -55,8 +59,8 @@ class LinearHeads:
         shift: NDArray[np.float64] = np.zeros(dim)
         scale: NDArray[np.float64] = np.ones(dim)
         if standardise is not None:
-            wide = np.asarray(standardise, dtype=np.float64)
-            shift, scale = wide.mean(axis=0), 1 / np.sqrt(wide.var(axis=0) + _VARIANCE_FLOOR)
+            shift, variance = moments(standardise)
+            scale = 1 / np.sqrt(variance + _VARIANCE_FLOOR)
         self.lrs = torch.tensor(list(lrs), dtype=torch.float32, device=device)
         self._state = {
             "weight": start.repeat(len(lrs), 1, 1).to(device),  # [L, C, D]
@@ -107,11 +111,11 @@ class LinearHeads:
         return (features - self._state["shift"]) * self._state["scale"]
 
     @torch.no_grad()
-    def hits(self, features: NDArray[np.float32], labels: NDArray[np.int64], heads: Sequence[int]) -> NDArray[np.bool_]:
+    def hits(self, features: Rows, labels: NDArray[np.int64], heads: Sequence[int]) -> NDArray[np.bool_]:
         """Whether an image's label is the first, and among the first five, guesses: [heads, 2, n].
 
         Args:
-            features: [n, D]; may be memory-mapped.
+            features: [n, D].
             labels: [n].
             heads: which classifiers.
         """
@@ -120,7 +124,7 @@ class LinearHeads:
         out = np.zeros((len(rows), 2, len(features)), dtype=np.bool_)
         for start in range(0, len(features), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
-            batch = torch.from_numpy(np.array(features[part])).to(weight.device)
+            batch = torch.from_numpy(features[part]).to(weight.device)
             truth = torch.from_numpy(np.asarray(labels[part], dtype=np.int64)).to(weight.device)
             logits = linear(self._standard(batch), weight, bias)
             guesses = logits.topk(min(5, weight.shape[1]), dim=-1).indices
@@ -144,6 +148,40 @@ class LinearHeads:
             if not isinstance(value, Tensor) or value.shape != target.shape:
                 raise InputError(f"the stored probe has no {name} of shape {tuple(target.shape)}: use --resume never")
             target.copy_(value)
+
+
+def guesses(
+    weight: Tensor, bias: Tensor, features: Rows, device: torch.device, among: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """The labels with the largest logits, best first: [n, up to 5].
+
+    Args:
+        weight, bias: [C, D], [C].
+        among: the labels to choose from; None: all.
+    """
+    labels = torch.arange(len(weight)) if among is None else torch.from_numpy(among)
+    weight, bias = weight[labels].to(device), bias[labels].to(device)
+    found = np.zeros((len(features), min(5, len(labels))), dtype=np.int64)
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        logits = torch.addmm(bias, torch.from_numpy(features[part]).to(device), weight.t())
+        found[part] = labels[logits.topk(found.shape[1], dim=1).indices.cpu()].numpy()
+    return found
+
+
+def moments(features: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean [D] and variance [D] in float64, some columns at a time, so that no copy of all of them is made."""
+    means, variances = np.zeros(features.width), np.zeros(features.width)
+    for first in range(0, features.width, _COLUMNS_AT_ONCE):
+        some = slice(first, min(first + _COLUMNS_AT_ONCE, features.width))
+        wide = features.columns(some.start, some.stop).astype(np.float64)
+        means[some], variances[some] = wide.mean(axis=0), wide.var(axis=0)
+    return means, variances
+
+
+def bytes_of_heads(heads: int, classes: int, dim: int) -> int:
+    """What ``heads`` classifiers take on the device while they learn."""
+    return _COPIES * 4 * heads * classes * (dim + 1)
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -7,19 +7,20 @@ would take longer than cutting them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.loader import Key, StepSampler
 from dino_xcit.errors import InputError
+from dino_xcit.transform import EvalTransform, normalise
 
 CROP_ATTEMPTS = 10
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
@@ -106,15 +107,34 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequ
     return left, top, left + wide, top + tall
 
 
+class EachOnce:
+    """Every image of one epoch once, in the order of the source, in rounds that are dealt to the processes.
+
+    :class:`StepSampler` shuffles, and leaves a last incomplete batch out.
+    """
+
+    def __init__(self, length: int, batch_size: int, epoch: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.seed = seed
+        round_size = batch_size * world_size
+        rounds = [range(start, min(start + round_size, length)) for start in range(0, length, round_size)]
+        self.batches = [
+            [(epoch, index) for index in whole[rank * batch_size : (rank + 1) * batch_size]] for whole in rounds
+        ]
+        """One a round; those of the last round may be short or empty."""
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter([batch for batch in self.batches if batch])
+
+
 def probe_batches(
     source: Source,
     crop: int,
     scale: tuple[float, float],
-    sampler: StepSampler,
+    sampler: StepSampler | EachOnce,
     num_workers: int,
     device: torch.device,
 ) -> Iterator[ProbeBatch]:
-    """Batches for every step of ``sampler``, in order.
+    """Batches for every list of ``sampler``, in order.
 
     Raises:
         UndecodableImage: while iterating, for an image that cannot be read.
@@ -131,6 +151,23 @@ def probe_batches(
         if isinstance(batch, UndecodableImage):
             raise batch
         yield batch
+
+
+def frozen_features(
+    backbone: nn.Module, batches: Iterable[ProbeBatch], transform: EvalTransform, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch its features [B, W] in float32, without gradient, and which images these are [B], on ``device``.
+
+    Args:
+        backbone: on ``device``, in eval mode.
+        transform: for its mean and deviation.
+    """
+    for batch in batches:
+        indices = batch.indices.to(device, non_blocking=True)
+        pixels = batch.images.to(device, non_blocking=True)
+        with torch.no_grad():
+            features = backbone(normalise(pixels, transform.mean, transform.std)).cls_token.float()
+        yield features, indices
 
 
 def _as_it_is(batch: ProbeBatch) -> ProbeBatch:

@@ -1,4 +1,4 @@
-"""linear.pth: the classifiers of a probe, where it stands, and what it found. Read without executing anything."""
+"""linear.pth and logreg.pth: a probe's classifiers, where it stands, what it found. Read without executing anything."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from dino_xcit.errors import InputError
 
 FORMAT = "dino-xcit-linear-1"
 FILE_NAME = "linear.pth"
+LOGREG_NAME = "logreg.pth"
 
 Settings = dict[str, Any]
 """All that decides what a probe learns, as plain values: two probes are the same where these are equal."""
 
 
-def read_probe(folder: Path, settings: Settings) -> dict[str, Any] | None:
+def read_probe(folder: Path, settings: Settings, name: str = FILE_NAME) -> dict[str, Any] | None:
     """The probe in ``folder``, if it holds one.
 
     Raises:
         InputError: it is another probe, or the file is no probe at all.
     """
-    path = folder / FILE_NAME
+    path = folder / name
     if not path.exists():
         return None
     content = safe_load.read(path)
@@ -32,13 +33,13 @@ def read_probe(folder: Path, settings: Settings) -> dict[str, Any] | None:
     if changed:
         more = "; ..." if len(changed) > 4 else ""
         raise InputError(
-            f"{folder} holds another probe ({'; '.join(changed[:4])}{more}): choose another --output-dir, or --resume "
-            "never to overwrite it"
+            f"{folder if name == FILE_NAME else path} holds another probe ({'; '.join(changed[:4])}{more}): choose "
+            "another --output-dir, or --resume never to overwrite it"
         )
     return content
 
 
-def write_probe(folder: Path, content: Mapping[str, Any], settings: Settings) -> None:
+def write_probe(folder: Path, content: Mapping[str, Any], settings: Settings, name: str = FILE_NAME) -> None:
     """Write ``content`` with the settings it belongs to; aside, then renamed.
 
     Raises:
@@ -46,9 +47,9 @@ def write_probe(folder: Path, content: Mapping[str, Any], settings: Settings) ->
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        durable.write_torch(folder / FILE_NAME, {"format": FORMAT, "settings": settings, **content})
+        durable.write_torch(folder / name, {"format": FORMAT, "settings": settings, **content})
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"cannot write {folder / FILE_NAME}: {error.strerror}; choose another --output-dir") from error
+        raise InputError(f"cannot write {folder / name}: {error.strerror}; choose another --output-dir") from error
 
 
 def differences(then: Mapping[str, Any], now: Settings) -> list[str]:

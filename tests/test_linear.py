@@ -24,6 +24,7 @@ from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
 from eval.linear import LinearHeads, cosine_factor, linear, scaled
 from eval.linear_report import final_results, results_table
+from eval.pooled import Labelled, Rows
 from eval.probe_data import ProbeBatch, draw_crop, hold_out, probe_batches, random_view
 from eval.probe_file import read_probe, write_probe
 
@@ -39,6 +40,14 @@ def batches(count: int, size: int = 16, seed: int = 0) -> list[tuple[Tensor, Ten
         labels = torch.randint(CLASSES, (size,), generator=generator)
         out.append((centres[labels] + 0.5 * torch.randn(size, DIM, generator=generator), labels))
     return out
+
+
+def rows(features: Any) -> Rows:
+    return Rows(np.asarray(features, dtype=np.float32), features.shape[1])
+
+
+def labelled(features: Any, labels: Any) -> Labelled:
+    return Labelled({"cls": rows(features)}, labels)
 
 
 def test_each_classifier_ends_where_torchs_sgd_would_have_taken_it_alone() -> None:
@@ -86,19 +95,19 @@ def test_images_that_are_held_out_teach_nothing() -> None:
 
 def test_standardising_is_folded_into_a_classifier_of_the_raw_features() -> None:
     raw = 5 + 0.01 * torch.cat([features for features, _ in batches(10)])
-    heads = LinearHeads([0.5], CLASSES, DIM, seed=0, device=CPU, standardise=raw.numpy())
+    heads = LinearHeads([0.5], CLASSES, DIM, seed=0, device=CPU, standardise=rows(raw))
     for features, labels in batches(20):
         heads.step(5 + 0.01 * features, labels, torch.ones(16), 1.0)
     weight, bias = heads.folded(0)
     features, labels = batches(1, 200, seed=4)[0]
     guesses = linear((5 + 0.01 * features).double(), weight[None].double(), bias[None].double())[0].argmax(dim=1)
-    hits = heads.hits((5 + 0.01 * features).numpy(), labels.numpy(), [0])[0, 0]
+    hits = heads.hits(rows(5 + 0.01 * features), labels.numpy(), [0])[0, 0]
     assert ((guesses == labels).numpy() == hits).all()
     assert hits.mean() > 0.8
     plain = LinearHeads([0.5], CLASSES, DIM, seed=0, device=CPU)
     for features, labels in batches(20):
         plain.step(5 + 0.01 * features, labels, torch.ones(16), 1.0)
-    assert plain.hits((5 + 0.01 * features).numpy(), labels.numpy(), [0])[0, 0].mean() < 0.8
+    assert plain.hits(rows(5 + 0.01 * features), labels.numpy(), [0])[0, 0].mean() < 0.8
 
 
 def test_hits_count_the_first_and_the_first_five_guesses() -> None:
@@ -107,7 +116,7 @@ def test_hits_count_the_first_and_the_first_five_guesses() -> None:
     state["weight"][0], state["weight"][1] = torch.eye(7), -torch.eye(7)
     heads.load_state_dict(state)
     features = np.tile(np.array([7, 6, 5, 4, 3, 2, 1], dtype=np.float32), (7, 1))
-    hits = heads.hits(features, np.arange(7), [0, 1])
+    hits = heads.hits(rows(features), np.arange(7), [0, 1])
     assert hits[0].tolist() == [[True] + [False] * 6, [True] * 5 + [False] * 2]
     assert hits[1].tolist() == [[False] * 6 + [True], [False] * 2 + [True] * 5]
 
@@ -271,10 +280,10 @@ def test_the_grid_is_chosen_on_held_out_images_and_only_then_measured() -> None:
     state = grid.state_dict()
     state["weight"][0], state["weight"][1] = torch.eye(7), -torch.eye(7)
     grid.load_state_dict(state)
-    held = (np.eye(7, dtype=np.float32), np.arange(7))
-    val = (-np.eye(7, dtype=np.float32), np.arange(7))
+    held = labelled(np.eye(7), np.arange(7))
+    val = labelled(-np.eye(7), np.arange(7))
     history = [{"epoch": epoch, "loss": 1.0, "top1": top1, "top5": 90.0} for epoch, top1 in ((1, 50.0), (2, 70.0))]
-    found = final_results(0.001, paper, [0.1, 1.0], grid, [*history, {**history[0], "epoch": 3}], held, val)
+    found = final_results(0.001, paper, [0.1, 1.0], {"cls": grid}, [*history, {**history[0], "epoch": 3}], held, val)
     assert found["results"]["grid"]["lr"] == 0.1
     assert found["results"]["grid"]["held_out_top1"] == 100.0
     assert found["results"]["grid"]["top1"] == 0.0

@@ -1,0 +1,146 @@
+"""Which C, and which features, suit a logistic regression: tried on held-out training images, then fitted to all.
+
+Resumable: what was tried is kept in logreg.pth beside the probe, after each C.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dino_xcit import distributed
+from dino_xcit.console import progress_bar
+from dino_xcit.errors import InputError
+from eval.knn import bootstrap_interval, correct
+from eval.linear import guesses
+from eval.logistic import TOLERANCE, LogisticRegression, Solution
+from eval.pooled import Labelled, Rows
+from eval.probe_file import LOGREG_NAME, Settings, write_probe
+
+Record = dict[str, Any]
+
+
+def search(
+    train: Labelled,
+    held: NDArray[np.int64],
+    classes: int,
+    cs: Sequence[float],
+    max_iterations: int,
+    device: torch.device,
+    folder: Path,
+    identity: Settings,
+    stored: Record | None,
+) -> Record:
+    """Try every C with every choice of features, and fit the best to all training images.
+
+    Args:
+        train: all training images, as they are prepared for evaluation.
+        held: indices of those that are held out.
+        cs: values of C; with one, and one choice of features, nothing is held out.
+        folder, identity: where logreg.pth goes, and what it is.
+        stored: what it holds already.
+
+    Returns:
+        ``tried``, a record each; ``chosen``, the best of them; ``weight`` [K, D] and ``bias`` [K] of its fit to all
+        training images, ``iterations`` and ``gradient`` of that; ``seconds``.
+    """
+    started = time.perf_counter()
+    content: Record = stored or {"tried": [], "point": None, "seconds": 0.0}
+    spent = float(content["seconds"])
+    if "weight" in content:
+        distributed.say(f"already complete: {folder / LOGREG_NAME} holds this regression (--resume never repeats it)")
+        return content
+    learnt = np.setdiff1d(np.arange(len(train.labels)), held)
+    plan = [(choice, c) for choice in train.rows for c in sorted(cs)]
+    done = len(content["tried"])
+    if done:
+        distributed.say(f"resuming {folder / LOGREG_NAME} after {done} of {len(plan)} regressions")
+    regression: LogisticRegression | None = None
+    with progress_bar(len(plan) + 1, "logistic regression", distributed.is_main(), done, unit="fit") as bar:
+        for number, (choice, c) in enumerate(plan):
+            if number and plan[number - 1][0] != choice:
+                regression = None  # other features
+            if number < done or not len(held):
+                continue
+            if regression is None:
+                rows = train.rows[choice].some(learnt)
+                regression = LogisticRegression(rows, train.labels[learnt], classes, device)
+                if number == done and done and plan[done - 1][0] == choice:
+                    regression.go_on_from(content["point"])
+            found = regression.solve(c, max_iterations)
+            _demand_finite(found)
+            content["tried"].append(_tried(found, choice, train, held, device))
+            content |= {"point": regression.state(), "seconds": spent + time.perf_counter() - started}
+            if distributed.is_main():
+                write_probe(folder, content, identity, LOGREG_NAME)
+            bar.update()
+        del regression
+        tried = content["tried"]
+        best: Record = (
+            max(tried, key=lambda one: one["held_out_top1"]) if tried else {"features": plan[0][0], "c": plan[0][1]}
+        )
+        rows = train.rows[best["features"]]
+        final = LogisticRegression(rows, train.labels, classes, device).solve(best["c"], max_iterations)
+        _demand_finite(final)
+        bar.update()
+    content |= {
+        "chosen": best,
+        "weight": final.weight,
+        "bias": final.bias,
+        "iterations": final.iterations,
+        "gradient": final.gradient,
+        "seconds": spent + time.perf_counter() - started,
+    }
+    if distributed.is_main():
+        write_probe(folder, content, identity, LOGREG_NAME)
+    return content
+
+
+def _tried(found: Solution, choice: str, train: Labelled, held: NDArray[np.int64], device: torch.device) -> Record:
+    rows = train.rows[choice].some(held)
+    hits = correct(guesses(found.weight, found.bias, rows, device), train.labels[held], 1)
+    return {
+        "features": choice,
+        "c": found.c,
+        "held_out_top1": 100.0 * float(hits.mean()),
+        "iterations": found.iterations,
+        "converged": found.converged,
+    }
+
+
+def _demand_finite(found: Solution) -> None:
+    if not torch.isfinite(found.weight).all():
+        raise InputError(f"the logistic regression with C = {found.c:g} is not finite: leave it out of --logreg-cs")
+
+
+def logistic_results(content: Record, val: Labelled, device: torch.device) -> tuple[Record, NDArray[np.bool_]]:
+    """The figures of what :func:`search` found, and whether each validation image was recognised."""
+    chosen = content["chosen"]
+    rows: Rows = val.rows[chosen["features"]]
+    found = guesses(content["weight"], content["bias"], rows, device)
+    hits = correct(found, val.labels, 1)
+    five = len(content["bias"]) > 5
+    by_features: dict[str, list[list[Any]]] = {}
+    for one in content["tried"]:
+        by_features.setdefault(one["features"], []).append([one["c"], one["held_out_top1"]])
+    results: Record = {
+        "features": chosen["features"],
+        "c": chosen["c"],
+        "chosen_on": "held-out training images" if content["tried"] else "nothing: there was one choice",
+        "held_out_top1": chosen.get("held_out_top1"),
+        "top1": 100.0 * float(hits.mean()),
+        "top1_interval": list(bootstrap_interval(hits)),
+        "top5": 100.0 * float(correct(found, val.labels, 5).mean()) if five else None,
+        "iterations": content["iterations"],
+        "gradient": content["gradient"],
+        "converged": content["gradient"] <= TOLERANCE,
+        "not_converged": [[one["features"], one["c"]] for one in content["tried"] if not one["converged"]],
+        "held_out_top1_by_c": by_features,
+    }
+    return results, hits
