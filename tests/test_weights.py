@@ -230,7 +230,9 @@ def test_keys_left_over_and_keys_of_another_shape_are_named(tmp_path: Path) -> N
 
 def test_another_architecture_names_the_first_few_keys(tmp_path: Path) -> None:
     torch.save(fresh_state(), tmp_path / "b.pth")
-    with pytest.raises(InputError, match=r"does not fit xcit_nano_12_p4: it lacks .*, .* and \d+ more") as caught:
+    with pytest.raises(
+        InputError, match=r"does not fit xcit_nano_12_p4, it looks like xcit_pico_4_p4: it lacks .*, .* and \d+ more"
+    ) as caught:
         load_backbone(tmp_path / "b.pth", arch="xcit_nano_12_p4")
     assert "another shape" in str(caught.value)
     with pytest.raises(InputError, match="xcit_pico_4_p4"):

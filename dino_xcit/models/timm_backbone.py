@@ -8,8 +8,35 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from dino_xcit.errors import InputError, near_matches
+from dino_xcit.errors import InputError, near_matches, one_line
 from dino_xcit.models.output import BackboneOutput
+
+
+def build_timm(name: str, drop_path_rate: float = 0.0) -> TimmBackbone:
+    """A fresh model of timm's without its classifier; a pretrained tag in the name (``resnet50.a1_in1k``) is ignored.
+
+    Raises:
+        InputError: timm has no such model; near matches are given.
+    """
+    if not timm.is_model(name):
+        known = timm.list_models()
+        raise InputError(
+            f"timm has no model named {name!r}{near_matches(name, known)} (timm {timm.__version__}; "
+            "timm.list_models() prints all)"
+        )
+    options: dict[str, Any] = {"pretrained": False, "num_classes": 0}
+    # Crops have several sizes. Transformers with a fixed table of positions must be told to interpolate it;
+    # drop-path exists in most models, not in all.
+    optional: list[dict[str, Any]] = [
+        {"dynamic_img_size": True, "drop_path_rate": drop_path_rate},
+        {"drop_path_rate": drop_path_rate},
+    ]
+    for extra in optional:
+        try:
+            return TimmBackbone(timm.create_model(name, **options, **extra))
+        except TypeError:
+            continue
+    return TimmBackbone(timm.create_model(name, **options))
 
 
 class TimmBackbone(nn.Module):
@@ -20,37 +47,30 @@ class TimmBackbone(nn.Module):
     ``layers=[-1]`` there to get the last XCA block's.
     """
 
-    def __init__(self, name: str, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            known = timm.list_models()
-            raise InputError(
-                f"timm has no model named {name!r}{near_matches(name, known)} (timm {timm.__version__}; "
-                "timm.list_models() prints all)"
-            )
-        options: dict[str, Any] = {"pretrained": False, "num_classes": 0}
-        # Crops have several sizes. Transformers with a fixed table of positions must be told to interpolate it;
-        # drop-path exists in most models, not in all.
-        optional: list[dict[str, Any]] = [
-            {"dynamic_img_size": True, "drop_path_rate": drop_path_rate},
-            {"drop_path_rate": drop_path_rate},
-            {},
-        ]
-        for extra in optional:
-            try:
-                self.model: Any = timm.create_model(name, **options, **extra)
-                break
-            except TypeError:
-                if not extra:
-                    raise
-        self._map_dim: int = self.model.num_features
+        self.model: Any = model
+        self._map_dim = int(model.num_features)  # type: ignore[arg-type]
         # Some convolutional networks widen the pooled map before their classifier.
         self.embed_dim: int = getattr(self.model, "head_hidden_size", self._map_dim)
 
     def forward(
         self, images: Tensor, layers: Sequence[int] = (), drop_path_keys: Tensor | None = None
     ) -> BackboneOutput:
-        """See :meth:`dino_xcit.models.xcit.XCiT.forward`; ``drop_path_keys`` is not used: timm draws its own coins."""
+        """See :meth:`dino_xcit.models.xcit.XCiT.forward`; ``drop_path_keys`` is not used: timm draws its own coins.
+
+        Raises:
+            InputError: images of a size that the model cannot take, such as no multiple of its patch.
+        """
+        try:
+            return self._features(images, layers)
+        except AssertionError as error:  # how timm's models say it
+            raise InputError(
+                f"this model cannot take images of {images.shape[2]} x {images.shape[3]} pixels ({one_line(error)}): "
+                "choose another --eval-crop, or other crop sizes when training"
+            ) from error
+
+    def _features(self, images: Tensor, layers: Sequence[int]) -> BackboneOutput:
         kept: tuple[Tensor, ...] = ()
         if layers:
             depth = len(self.model.feature_info) if hasattr(self.model, "feature_info") else 0
