@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dino_xcit.errors import InputError
+from dino_xcit.weights.fit import Allowed
 from eval.command_line import settings as settings
 from eval.pooled import blocks_of
 from eval.pooling import Descriptor, Pooling
@@ -30,11 +31,16 @@ class BackboneConfig:
     """Which backbone is measured, and on what machine: the settings that all three runners share."""
 
     weights: str = ""
-    """Checkpoint to measure: this project's checkpoint.pth or backbone.pth, or one of DINO's or XCiT's files."""
+    """What to measure: a checkpoint of this project, DINO, XCiT, VISSL, lightly or solo-learn, a .safetensors file,
+    hf-hub:ORG/NAME, or timm:NAME with timm's pretrained tag or without; docs/checkpoints.md."""
     network: Literal["teacher", "student"] = "teacher"
     """Which network of a checkpoint that holds both."""
     arch: str = ""
     """Architecture, where the file neither says nor shows it."""
+    allow_missing: tuple[str, ...] = ()
+    """Keys of the backbone that the file may lack, by name or by their beginning and *: they keep untrained values."""
+    allow_unexpected: tuple[str, ...] = ()
+    """Keys of the file that the backbone may lack, likewise: they are left aside."""
     data_path: str = ""
     """Images: a folder, a .txt list, tar:PATTERN, parquet:PATTERN, imagenet:DIR, sample:fashion-mnist,
     torchvision:NAME; see docs/data.md. Default: what the checkpoint was trained on."""
@@ -61,6 +67,7 @@ class BackboneConfig:
         Raises:
             InputError: naming the field, the value, and what would do.
         """
+        Allowed(self.allow_missing, self.allow_unexpected).check()
         _at_least("batch_size_per_gpu", self.batch_size_per_gpu, 1)
         _at_least("num_workers", self.num_workers, -1)
         _at_least("eval_resize", self.eval_resize, 0)

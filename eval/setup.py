@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from dino_xcit import distributed
 from dino_xcit.data import Source, open_parts
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
-from dino_xcit.weights import LoadedBackbone, load_backbone
+from dino_xcit.weights import Allowed, LoadedBackbone, load_backbone
+from dino_xcit.weights.hub import is_remote
 from eval.config import BackboneConfig, KnnConfig, LinearConfig
 
 
@@ -26,15 +28,22 @@ def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) ->
         InputError: no weights given, or weights that cannot be used.
     """
     if not config.weights:
-        raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth")
+        raise InputError(
+            "no weights given: use --weights FILE, such as runs/.../checkpoint.pth (or hf-hub:ORG/NAME, timm:NAME)"
+        )
     device = distributed.choose_device(config.device)
     distributed.start(device)
-    loaded = load_backbone(config.weights, config.network, config.arch or None)
+    allowed = Allowed(config.allow_missing, config.allow_unexpected)
+    loaded = load_backbone(config.weights, config.network, config.arch or None, allowed)
     loaded.backbone.to(device)
     distributed.say(loaded.describe())
     transform = fixed or _transform(loaded.transform, config)
-    distributed.say(f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}")
-    if not fixed and transform == EvalTransform() and not loaded.training:
+    as_said = not fixed and transform == loaded.transform and loaded.transform_from
+    distributed.say(
+        f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}"
+        + (f" ({loaded.transform_from})" if as_said else "")
+    )
+    if not fixed and transform == EvalTransform() and not loaded.training and not loaded.transform_from:
         distributed.say(
             f"notice: {loaded.path.name} does not say how its images are prepared, this is ImageNet's way "
             "(--eval-resize and --eval-crop change it)"
@@ -87,8 +96,12 @@ def cache_folder(config: BackboneConfig) -> Path | None:
 
 
 def beside_weights(config: BackboneConfig, given: str, name: str) -> Path:
-    """The folder that was given, else the folder ``name`` beside the weights."""
-    return Path(given).expanduser() if given else Path(config.weights).expanduser().parent / name
+    """The folder that was given, else the folder ``name`` beside the weights; weights of a hub are kept in ``runs``."""
+    if given:
+        return Path(given).expanduser()
+    if is_remote(config.weights):
+        return Path("runs") / re.sub(r"[^\w.]+", "-", config.weights) / name
+    return Path(config.weights).expanduser().parent / name
 
 
 def _why_not_writable(folder: Path) -> str | None:
