@@ -28,7 +28,7 @@ from eval.config import KnnConfig, settings
 from eval.features import Features, cached, extract
 from eval.figures import Figure, figure
 from eval.knn import bootstrap_interval, clamp_ks, correct, knn_predict
-from eval.protocol import data_card, images_card, result_card, write_json
+from eval.protocol import KNN_PROTOCOL, data_card, images_card, result_card, write_json
 from eval.setup import cache_folder, labelled_parts, open_backbone
 from eval.table import percent, table
 
@@ -91,7 +91,7 @@ def main() -> None:
     distributed.say(table(["model", "k", "T", "top-1 % [95% interval]", "top-5 % [95% interval]"], rows))
     if config.json:
         protocol = {
-            "name": "weighted k-NN on the L2-normalised class token, exact search (DINO, arXiv 2104.14294)",
+            "name": KNN_PROTOCOL,
             "ks": ks,
             "temperatures": list(config.temperatures),
             "interval": "95% percentile bootstrap over the validation images",

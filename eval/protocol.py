@@ -29,6 +29,9 @@ Card = dict[str, object]
 FORMAT = 1
 """Of result files; it rises when a reader of the one before would misunderstand."""
 
+KNN_PROTOCOL = "weighted k-NN on the L2-normalised class token, exact search (DINO, arXiv 2104.14294)"
+"""The name of the protocol of the published k-NN figures."""
+
 LOOKED_AT = 64
 """Images of a source whose contents go into its card: enough to tell pictures that were resized or saved anew."""
 
@@ -51,6 +54,13 @@ def data_card(source: Source, fingerprint: str) -> Card:
     """
     classes = None if source.classes is None else len(source.classes)
     return {"url": source.url, "images": len(source), "classes": classes, "fingerprint": fingerprint}
+
+
+def transform_card(transform: EvalTransform) -> Card:
+    """How images were prepared, as JSON has it. Always antialiased: Pillow's resize weighs all pixels that a new one
+    covers."""
+    plain: Card = json.loads(json.dumps(transform.to_dict()))
+    return plain | {"antialias": True}
 
 
 def images_card(source: Source) -> Card:
@@ -106,8 +116,7 @@ def result_card(
         "results": results,
         "weights": weights_card(loaded),
         "data": dict(data),
-        # Pillow's resize weighs all the pixels that a new one covers; there is no other way to ask for.
-        "transform": {**transform.to_dict(), "antialias": True},
+        "transform": transform_card(transform),
         "figures": list(figures),
         "device": device_name(device),
         "processes": distributed.world_size(),

@@ -1,0 +1,59 @@
+"""Result files for the tests of comparing: hits that were chosen, everything else as the evaluators write it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from eval_fixtures import SMALL, noise_source
+from numpy.typing import NDArray
+from torch import nn
+
+from dino_xcit.data import Source
+from dino_xcit.transform import EvalTransform
+from dino_xcit.weights import LoadedBackbone
+from eval.figures import Figure, figure
+from eval.protocol import KNN_PROTOCOL, data_card, images_card, result_card, write_json
+
+IMAGES = 400
+KNN: dict[str, object] = {"name": KNN_PROTOCOL, "ks": [20], "temperatures": [0.07]}
+
+
+def hits(right: int, seed: int = 0, images: int = IMAGES) -> NDArray[np.bool_]:
+    """So many of the images are right, in a random order."""
+    return np.random.default_rng(seed).permutation(np.arange(images) < right)
+
+
+def knn_figure(k: int, found: NDArray[np.bool_], temperature: float = 0.07, model: str = "trained") -> Figure:
+    settings = {"model": model, "k": k, "T": temperature}
+    return figure(f"{model} k={k} T={temperature:g} top-1", settings, found, baseline=model != "trained")
+
+
+def write_result(
+    path: Path,
+    *figures: Figure,
+    measure: str = "knn",
+    protocol: Mapping[str, object] | None = None,
+    weights: str = "",
+    transform: EvalTransform = SMALL,
+    train: Source | None = None,
+    val: Source | None = None,
+) -> Path:
+    """A result file; without ``weights``, the file's name tells them from others'."""
+    parts = {"train": train or noise_source(30, seed=1), "val": val or noise_source(IMAGES)}
+    loaded = LoadedBackbone(
+        nn.Identity(), "xcit_pico_4_p4", "teacher", path.with_suffix(".pth"), weights or path.stem, transform, None
+    )
+    data = {name: data_card(part, "of the day") | images_card(part) for name, part in parts.items()}
+    cards = [one.to_card() for one in figures]
+    cpu = torch.device("cpu")
+    card = result_card(measure, protocol or KNN, [], loaded, data, transform, cpu, 1.0, cards)
+    write_json(path, card)
+    return path
+
+
+def larger(transform: EvalTransform) -> EvalTransform:
+    return dataclasses.replace(transform, resize=32, crop=28)
