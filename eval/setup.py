@@ -18,11 +18,8 @@ from dino_xcit.weights.hub import is_remote
 from eval.config import BackboneConfig, KnnConfig, LinearConfig
 
 
-def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) -> tuple[LoadedBackbone, torch.device]:
+def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
     """Join the other processes if there are any, and put the frozen backbone on this one's device.
-
-    Args:
-        fixed: how images have to be prepared, whatever the weights or the settings say.
 
     Raises:
         InputError: no weights given, or weights that cannot be used.
@@ -37,6 +34,16 @@ def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) ->
     loaded = load_backbone(config.weights, config.network, config.arch or None, allowed)
     loaded.backbone.to(device)
     distributed.say(loaded.describe())
+    return loaded, device
+
+
+def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) -> tuple[LoadedBackbone, torch.device]:
+    """As :func:`open_weights`, with the way in which images are prepared.
+
+    Args:
+        fixed: how images have to be prepared, whatever the weights or the settings say.
+    """
+    loaded, device = open_weights(config)
     transform = fixed or _transform(loaded.transform, config)
     as_said = not fixed and transform == loaded.transform and loaded.transform_from
     distributed.say(
