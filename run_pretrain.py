@@ -31,6 +31,7 @@ from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
 from dino_xcit.data.source import identity
 from dino_xcit.data.starvation import Starvation
 from dino_xcit.errors import PREEMPTED, InputError, RunStopped
+from dino_xcit.init_weights import initialise
 from dino_xcit.memory import keep_freed_memory
 from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress
 from dino_xcit.reliability import verify_resume
@@ -105,6 +106,8 @@ def train(
         checkpoint.restore(state, stored, stored_in)
         if config.resume == "changed":  # other settings deserve their own patience
             state.rejected_in_a_row.zero_()
+    elif config.init_weights:
+        distributed.say(initialise(state, config))
     prepare(config, checkpoints, stored_in, stored)
     del stored
     sampler.start_step = state.step
@@ -123,7 +126,8 @@ def train(
         distributed.say(f"already complete: {state.step} of {sampler.stop_step} steps are done in {config.output_dir}")
         return
     if state.step:
-        distributed.say(f"carrying on after step {state.step} of {sampler.stop_step}")
+        began = f"; it began from {config.init_weights}, which is not read again" if config.init_weights else ""
+        distributed.say(f"carrying on after step {state.step} of {sampler.stop_step}{began}")
 
     # ---- what a run needs besides
     folder, main_process = checkpoints.output_dir, distributed.is_main()

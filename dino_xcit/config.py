@@ -15,6 +15,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.loss import CENTERINGS
 from dino_xcit.optim import CLIP_MODES, OPTIMIZERS
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
+from dino_xcit.weights.fit import Allowed
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PretrainConfig:
     # ---- what
     arch: str = "xcit_small_12_p16"
     """Backbone: an official XCiT name (xcit_nano_12_p16 ... xcit_large_24_p8, also _p4), xcit_pico_4_p4 or
-    xcit_micro_4_p16 for small images, or timm:NAME."""
+    xcit_micro_4_p16 for small images, a ViT by its sizes (vit_small_12_p16), or timm:NAME."""
     recipe: str = ""
     """Named settings: dino (the reference's defaults), xcit-dino-300ep (nearest to the published XCiT models), sample
     and sample-long (the embedded sample). Default: sample without --data-path, else dino."""
@@ -35,6 +36,16 @@ class PretrainConfig:
     Labels are never used for training."""
     output_dir: str = ""
     """Where checkpoints, metrics and curves go. Default: runs/RECIPE-ARCH."""
+    init_weights: str = ""
+    """Start student and teacher from these weights instead of random ones: any file that run_knn.py reads,
+    hf-hub:ORG/NAME or timm:NAME; docs/checkpoints.md. The heads too, where the file has them in this run's shapes;
+    never optimizer or epoch. A run that is carried on does not look at it again."""
+    init_network: Literal["teacher", "student"] = "teacher"
+    """Which network of init_weights, for files that hold both."""
+    allow_missing: tuple[str, ...] = ()
+    """Keys of the backbone that init_weights may lack, by name or by their beginning and *: they start fresh."""
+    allow_unexpected: tuple[str, ...] = ()
+    """Keys of init_weights that the backbone may lack, likewise: they are left aside."""
 
     # ---- head and loss
     out_dim: int = 65536
@@ -242,12 +253,14 @@ class PretrainConfig:
         choices = {"optimizer": OPTIMIZERS, "clip_mode": CLIP_MODES, "centering": CENTERINGS}
         choices |= {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16", "fp16")}
         choices |= {"resume": ("auto", "changed", "never"), "augment_device": ("auto", "cpu", "cuda")}
+        choices |= {"init_network": ("teacher", "student")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name in ("activation_checkpointing", "compile"):
-            if getattr(self, name) and self.arch.startswith("timm:"):
+            if getattr(self, name) and self.arch.startswith(("timm:", "vit_")):
                 raise InputError(f"{name} is for this project's XCiT, but arch is {self.arch}: expected {name} false")
+        Allowed(self.allow_missing, self.allow_unexpected).check()
         self.augmentation()
 
     def augmentation(self) -> MultiCropAugmentation:

@@ -1,0 +1,81 @@
+"""A run that starts from a file's weights (``--init-weights``): backbones, and heads where they fit; nothing else.
+
+Optimizer, step, schedules and the teacher's centre start as in any new run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.errors import InputError
+from dino_xcit.train import TrainState
+from dino_xcit.weights import Allowed, read_weights
+
+
+def initialise(state: TrainState, config: PretrainConfig) -> str:
+    """Give student and teacher the weights that ``config.init_weights`` names; what was done, in words for the screen.
+
+    Both get those of one network of the file, ``config.init_network``. Keys that are allowed to be missing keep the
+    fresh values of this run, the same in both.
+
+    Raises:
+        InputError: the file cannot be used, or is of another architecture; both are named.
+    """
+    # The names of timm's models are not read off shapes, so there the settings are believed and the keys checked.
+    given = config.arch if config.arch.startswith("timm:") else None
+    allowed = Allowed(config.allow_missing, config.allow_unexpected)
+    read = read_weights(config.init_weights, config.init_network, given, allowed)
+    if read.arch != config.arch:
+        raise InputError(
+            f"init_weights is {config.init_weights}, a {read.arch}, but arch is {config.arch}: give --arch "
+            f"{read.arch}, or weights of that architecture"
+        )
+    whole = not read.allowed
+    for network in (state.student, state.teacher):
+        network.backbone.load_state_dict(read.state, strict=whole)
+    why_fresh = _why_not(read.head, state.student.head.state_dict())
+    if not why_fresh:
+        for network in (state.student, state.teacher):
+            network.head.load_state_dict(read.head)
+    lines = [
+        f"starting from {read.network} {read.arch} of {config.init_weights} ({read.layout}), for student and teacher; "
+        + (f"heads start fresh: {why_fresh}" if why_fresh else f"heads too{_lengths(read.head, config)}")
+    ]
+    if read.allowed:
+        lines.append(f"notice: allowed, though the file does not fit: {', '.join(read.allowed)}")
+    said = read.transform if read.transform_from else None
+    if said and (said.mean, said.std) != (config.mean, config.std):
+        lines.append(
+            f"notice: those weights are used to images normalised with mean {_rounded(said.mean)} and deviation "
+            f"{_rounded(said.std)}, this run has {_rounded(config.mean)} and {_rounded(config.std)} (--mean, --std)"
+        )
+    return "\n".join(lines)
+
+
+def _why_not(head: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Why a head of the file cannot be used; empty if it can."""
+    if not head:
+        return "the file has no DINO head"
+    if head.keys() != own.keys():
+        return f"the file's has other layers ({', '.join(sorted(head.keys() ^ own.keys())[:3])})"
+    for key, value in own.items():
+        if head[key].shape != value.shape:
+            shapes = [" x ".join(map(str, tensor.shape)) for tensor in (head[key], value)]
+            return f"in the file {key} is {shapes[0]}, in this run {shapes[1]}"
+    return ""
+
+
+def _lengths(head: Mapping[str, Tensor], config: PretrainConfig) -> str:
+    """A word on prototypes that would be frozen at other lengths than 1."""
+    frozen = config.norm_last_layer and not torch.all(head["last_layer.weight_g"] == 1)
+    return (
+        ", whose prototypes' lengths are not 1 and stay frozen (--norm-last-layer false trains them)" if frozen else ""
+    )
+
+
+def _rounded(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
