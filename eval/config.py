@@ -282,6 +282,8 @@ class RetrievalConfig(BackboneConfig):
     """Exponent of the generalised mean."""
     scales: tuple[float, ...] = (1.0,)
     """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 0.5."""
+    whiten: str = ""
+    """Whitening to apply: a file that run_extract.py --learn-whitening wrote."""
     ground_truth: str = ""
     """For oxford and paris: the file that says what is right, where not DATA_PATH/gnd_roxford5k.pkl and the like."""
     queries: Literal["box", "whole"] = "box"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,10 +16,14 @@ from dino_xcit import durable
 from dino_xcit.console import progress_bar
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
+from eval.contact_sheet import Tile, draw_sheet
 from eval.similarity import blocks_of_similarity
 
 COLUMNS = ("first", "second", "similarity", "kind")
-IDENTICAL, NEAR = "identical file", "near"
+IDENTICAL, NEAR, UNKNOWN = "identical file", "near", "unknown"
+
+SHEET_ROWS, SHEET_COLUMNS = 20, 5
+"""In the picture of pairs: images of the second set, and images of the first beside each."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,9 @@ def find_pairs(
         )
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
     count = 0
-    with progress_bar(len(first) * len(others), "compare", shown=progress, unit="pair") as bar:
-        for row, column, block in blocks_of_similarity(first, others):
-            bar.update(block.size)
-            if second is None and column + block.shape[1] <= row:
-                continue
+    with progress_bar(len(first), "compare", shown=progress) as bar:
+        for row, column, block in blocks_of_similarity(first, second):
+            bar.update(row - bar.n)
             rows, columns = np.nonzero(block >= threshold)
             if second is None:
                 above = columns + column > rows + row
@@ -74,9 +76,8 @@ def find_pairs(
             count += len(rows)
             if count > most:
                 raise InputError(
-                    f"more than {most:,} pairs are at least {threshold:g} alike, after "
-                    f"{(row * len(others) + column) / max(1, len(first) * len(others)):.0%} of the comparisons: raise "
-                    "--threshold, or --most-pairs"
+                    f"more than {most:,} pairs are at least {threshold:g} alike, after {row:,} of {len(first):,} "
+                    "images: raise --threshold, or --most-pairs"
                 )
             found.append((rows + row, columns + column, block[rows, columns]))
     if not found:
@@ -123,7 +124,7 @@ def write_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Sequence[
 
     Args:
         kinds: [pairs].
-        first, second: names of the images that occur in a pair, [pairs] each.
+        first, second: names of all images of the sets, by row.
 
     Raises:
         InputError: it cannot be written there.
@@ -132,11 +133,42 @@ def write_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Sequence[
     def fill(file: BinaryIO) -> None:
         table = csv.writer(_Utf8(file))
         table.writerow(COLUMNS)
-        for one, other, similarity, kind in zip(first, second, pairs.similarity.tolist(), kinds, strict=True):
-            table.writerow((one, other, f"{similarity:.6f}", kind))
+        rows = zip(pairs.first.tolist(), pairs.second.tolist(), pairs.similarity.tolist(), kinds, strict=True)
+        for one, other, similarity, kind in rows:
+            table.writerow((first[one], second[other], f"{similarity:.6f}", kind))
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write(path, fill)
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another --csv") from error
+
+
+def draw_pairs(
+    pairs: Pairs,
+    kinds: Sequence[str],
+    first: Callable[[int], Tile],
+    second: Callable[[int], Tile],
+    path: Path,
+) -> None:
+    """The images of the second set that are most alike to one of the first, each beside those that it resembles.
+
+    Args:
+        kinds: [pairs].
+        first, second: a row to its image, with its name.
+
+    Raises:
+        InputError: the picture cannot be written there.
+    """
+    beside: dict[int, list[int]] = {}
+    for pair, row in enumerate(pairs.second.tolist()):  # the most similar pairs come first
+        if row in beside or len(beside) < SHEET_ROWS:
+            beside.setdefault(row, []).append(pair)
+    blocks = []
+    for row, found in beside.items():
+        tiles = []
+        for pair in found[:SHEET_COLUMNS]:
+            tile = first(int(pairs.first[pair]))
+            tiles.append(Tile(tile.image, f"{pairs.similarity[pair]:.4f}  {kinds[pair]}", tile.name))
+        blocks.append((second(row), tiles))
+    draw_sheet(blocks, path)

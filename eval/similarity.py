@@ -28,7 +28,7 @@ def rows_of_similarity(
 
 
 def blocks_of_similarity(
-    first: NDArray[np.float32], second: NDArray[np.float32]
+    first: NDArray[np.float32], second: NDArray[np.float32] | None
 ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
     """The whole table of cosines in blocks: the block's first row, its first column, and the block.
 
@@ -36,9 +36,11 @@ def blocks_of_similarity(
     may be memory-mapped.
 
     Args:
-        first, second: [rows, D], not necessarily normalised.
+        first, second: [rows, D], not necessarily normalised. Without a second, the first with itself: then no block
+            begins left of the diagonal, as the table is symmetric.
     """
+    others = first if second is None else second
     for row in range(0, len(first), _QUERIES_AT_ONCE):
         left = unit_rows(first[row : row + _QUERIES_AT_ONCE])
-        for column in range(0, len(second), _ROWS_AT_ONCE):
-            yield row, column, left @ unit_rows(second[column : column + _ROWS_AT_ONCE]).T
+        for column in range(row if second is None else 0, len(others), _ROWS_AT_ONCE):
+            yield row, column, left @ unit_rows(others[column : column + _ROWS_AT_ONCE]).T

@@ -1,0 +1,104 @@
+"""Leave-one-out figures by hand and against their definitions, one query at a time in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from eval_fixtures import unit
+from numpy.typing import NDArray
+
+import eval.instance_recall
+from dino_xcit.errors import InputError
+from eval.instance_recall import leave_one_out
+
+
+def on_a_circle(*degrees: float) -> NDArray[np.float32]:
+    """Points whose cosine falls with the angle between them, of different lengths."""
+    angles = np.radians(degrees)
+    lengths = np.linspace(1, 5, len(degrees))[:, None]
+    return (lengths * np.stack([np.cos(angles), np.sin(angles)], axis=1)).astype(np.float32)
+
+
+def by_definition(
+    features: NDArray[np.float32], labels: NDArray[np.int64], ks: tuple[int, ...]
+) -> list[tuple[list[bool], float, float]]:
+    """For each query: hit at each k, R-precision, mean average precision at R (Musgrave et al., section 3.2)."""
+    rows = unit(features)
+    out = []
+    for query in range(len(rows)):
+        others = [row for row in range(len(rows)) if row != query]
+        others.sort(key=lambda row: -float(rows[row] @ rows[query]))
+        right = [labels[row] == labels[query] for row in others]
+        total = sum(right)
+        if total:
+            precisions = [sum(right[: i + 1]) / (i + 1) if right[i] else 0.0 for i in range(total)]
+            out.append(([any(right[:k]) for k in ks], sum(right[:total]) / total, sum(precisions) / total))
+    return out
+
+
+def test_figures_by_hand() -> None:
+    # Places on a circle:  a 0, a 10, b 13, a 30, b 50; c 90 is alone in its class.
+    # Query a 0:  nearest 10 (a), 13 (b), 30 ...: R = 2: right, wrong. R-precision 1/2, mAP@R = (1 + 0) / 2.
+    # Query a 10: nearest 13 (b), 0 (a), 30 ...:  wrong, right at the 2nd: 1/2, and (0 + 1/2) / 2 = 1/4.
+    # Query b 13: nearest 10 (a); R = 1: 0 and 0. Its class comes after 10, 0 and 30: a hit at 4, not at 2.
+    # Query a 30: nearest 13 (b), then at 20 both 10 (a) and 50 (b). To have no tie, b is at 51: 10 is 2nd.
+    #             wrong, right: 1/2 and 1/4.
+    # Query b 51: nearest 30 (a): 0 and 0. Next 13 (38 away) and c 90 (39 away): a hit at 2.
+    features = on_a_circle(0, 10, 13, 30, 51, 90)
+    found = leave_one_out(features, np.array([7, 7, 3, 7, 3, 9]), (1, 2, 4))
+    assert found.queries.tolist() == [0, 1, 2, 3, 4]
+    assert found.alone == 1
+    assert found.r_precision.tolist() == [0.5, 0.5, 0, 0.5, 0]
+    assert found.map_at_r.tolist() == [0.5, 0.25, 0, 0.25, 0]
+    assert found.hits[1].tolist() == [True, False, False, False, False]
+    assert found.hits[2].tolist() == [True, True, False, True, True]
+    assert found.hits[4].tolist() == [True, True, True, True, True]
+
+
+@pytest.mark.parametrize("cells", [4_000_000, 700, 1])
+def test_equals_the_definition_however_the_queries_are_cut(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(eval.instance_recall, "_CELLS_AT_ONCE", cells)
+    rng = np.random.default_rng(2)
+    # Classes of 1, 2, 5, 20 and 90 images, in a random order, their clouds overlapping.
+    labels = rng.permutation(np.repeat([4, 11, 5, 0, 8, 2], [1, 2, 5, 20, 90, 1]))
+    features = (rng.normal(size=(12, 6))[labels] + 1.5 * rng.normal(size=(len(labels), 6))).astype(np.float32)
+    ks = (1, 2, 4, 8)
+    found, expected = leave_one_out(features, labels, ks), by_definition(features, labels, ks)
+    assert found.alone == 2
+    assert len(found.queries) == len(expected) == 117
+    assert [[bool(found.hits[k][row]) for k in ks] for row in range(117)] == [hits for hits, _, _ in expected]
+    assert found.r_precision == pytest.approx([r for _, r, _ in expected])
+    assert found.map_at_r == pytest.approx([m for _, _, m in expected], rel=1e-6)
+
+
+def test_an_image_never_finds_itself_even_among_exact_copies() -> None:
+    # Five copies of one picture under two labels: whichever comes first, none may count itself.
+    features = np.tile(np.array([[1, 2, 3]], dtype=np.float32), (5, 1))
+    found = leave_one_out(features, np.array([0, 0, 1, 1, 1]), (4,))
+    assert found.hits[4].tolist() == [True] * 5
+    alone = leave_one_out(np.eye(3, dtype=np.float32)[[0, 0, 1]], np.array([0, 1, 1]), (1,))
+    assert alone.queries.tolist() == [1, 2]
+    assert not alone.hits[1][0], "its copy is of another class"
+
+
+def test_a_k_beyond_the_images_means_all_of_them() -> None:
+    features = on_a_circle(0, 10, 20)
+    found = leave_one_out(features, np.array([0, 1, 0]), (1, 50))
+    assert found.hits[1].tolist() == [False, False]
+    assert found.hits[50].tolist() == [True, True]
+
+
+def test_what_cannot_be_is_refused_with_a_sentence() -> None:
+    features, labels = on_a_circle(0, 10, 20), np.array([0, 0, 1])
+    broken = features.copy()
+    broken[1] = np.nan
+    for arguments, sentence in (
+        ((features, None), "3 features but 0 labels"),
+        ((features, labels[:2]), "3 features but 2 labels"),
+        ((features, labels, (0,)), "k is 0, expected 1 or more"),
+        ((features, labels, ()), "k is missing"),
+        ((features, np.arange(3)), "each of the 3 classes has one image"),
+        ((broken, labels), "not finite numbers"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            leave_one_out(*arguments)  # type: ignore[arg-type]

@@ -1,0 +1,229 @@
+"""Revisited Oxford and Paris: the ground truth as published, the queries' boxes, and the scores by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from dino_xcit.errors import InputError
+from eval.landmarks import KS, SETUPS, find_ground_truth, open_images, read_ground_truth, score
+
+DATABASE = [f"all_souls_{number:06d}" for number in range(8)]
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    """Two queries over eight images, in the published form."""
+    first = {"bbx": [2.4, 1.0, 11.6, 9.0], "easy": np.array([0, 6]), "hard": [1], "junk": np.array([5])}
+    second = {"bbx": np.array([0.0, 0.0, 8.0, 8.0]), "easy": [2], "hard": np.array([]), "junk": []}
+    return {"imlist": DATABASE, "qimlist": ["query_1", "query_2"], "gnd": [first | changes, second]}
+
+
+def written(path: Path, value: Any) -> Path:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(value, default=lambda array: array.tolist()))
+    else:
+        path.write_bytes(pickle.dumps(value, 2))
+    return path
+
+
+def similarities(*rankings: list[int]) -> list[NDArray[np.float32]]:
+    """For each ranking of the rows, best first, a similarity that falls along it."""
+    return [np.array([-ranking.index(row) for row in range(len(ranking))], dtype=np.float32) for ranking in rankings]
+
+
+# ---- ground truth
+
+
+@pytest.mark.parametrize("name", ["gnd_roxford5k.pkl", "gnd_roxford5k.json"])
+def test_a_pickle_and_json_say_the_same(tmp_path: Path, name: str) -> None:
+    truth = read_ground_truth(written(tmp_path / name, content()))
+    assert truth.path == find_ground_truth(tmp_path, "roxford5k")
+    assert truth.database == tuple(DATABASE)
+    assert [query.name for query in truth.queries] == ["query_1", "query_2"]
+    assert truth.queries[0].box == (2.4, 1.0, 11.6, 9.0)
+    assert {kind: rows.tolist() for kind, rows in truth.queries[0].found.items()} == {
+        "easy": [0, 6],
+        "hard": [1],
+        "junk": [5],
+    }
+    assert truth.queries[1].found["hard"].dtype == np.int64
+    assert len(truth.sha256) == 64
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path: Path) -> None:
+    written(tmp_path / "gnd.pkl", content(easy=Canary(tmp_path / "ran")))
+    with pytest.raises(InputError, match="could run a program"):
+        read_ground_truth(tmp_path / "gnd.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ([1], "it holds a list, expected a dictionary"),
+        ({"imlist": DATABASE}, "it has no list qimlist"),
+        (content() | {"imlist": []}, "it has no list imlist"),
+        (content() | {"imlist": ["../../secret"]}, "imlist holds '../../secret', which is no plain file name"),
+        (content() | {"imlist": [".hidden"]}, "which is no plain file name"),
+        (content() | {"qimlist": ["a", 3]}, "qimlist holds 3, which"),
+        (content() | {"gnd": []}, "gnd has 0 entries, expected one for each of the 2"),
+        (content() | {"gnd": {}}, "gnd has no entries"),
+        (content(easy=[0, 8]), "easy is no list of places among the 8 names in imlist"),
+        (content(easy=[-1]), "easy is no list of places"),
+        (content(hard=[0.5]), "hard is no list of places"),
+        (content(hard=[10**400]), "hard is no list of places"),
+        (content(hard=["1"]), "hard is no list of places"),
+        (content(junk=[True]), "junk is no list of places"),
+        (content(junk=3), "junk is no list of places"),
+        (content(bbx=[1, 2, 3]), "no bbx of four numbers"),
+        (content(bbx=[1, 2, 3, math.inf]), "no bbx of four numbers"),
+        ({**content(), "gnd": [{"ok": [1], "junk": []}] * 2}, "lacks one of bbx, easy, hard and junk"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gnd.pkl", "gnd.json"])
+def test_what_is_no_ground_truth_is_refused_with_a_sentence(
+    tmp_path: Path, name: str, value: Any, sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        read_ground_truth(written(tmp_path / name, value))
+
+
+def test_json_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> None:
+    for data in (b"{", b"\xff", b"[" * 100_000, b"9" * 5000):
+        (tmp_path / "gnd.json").write_bytes(data)
+        with pytest.raises(InputError, match=r"it is no JSON|expected a dictionary"):
+            read_ground_truth(tmp_path / "gnd.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    for name in ("pipe.json", "none.json", "none.pkl"):
+        with pytest.raises(InputError, match="there is no ground truth at"):
+            read_ground_truth(tmp_path / name)
+    with pytest.raises(InputError, match=r"holds no gnd_rparis6k\.pkl"):
+        find_ground_truth(tmp_path, "rparis6k")
+
+
+# ---- images
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A data set in the published layout, whose queries are white outside of their box."""
+    (tmp_path / "jpg").mkdir()
+    rng = np.random.default_rng(0)
+    for name in DATABASE:
+        Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(tmp_path / "jpg" / f"{name}.jpg")
+    pixels = np.full((16, 24, 3), 255, dtype=np.uint8)
+    pixels[1:9, 2:12] = 0
+    Image.fromarray(pixels).save(tmp_path / "jpg" / "query_1.jpg", quality=100)
+    Image.fromarray(pixels[:8, :8]).save(tmp_path / "jpg" / "query_2.jpg", quality=100)
+    written(tmp_path / "gnd_roxford5k.pkl", content())
+    return tmp_path
+
+
+def test_queries_are_cut_to_their_box_and_images_are_in_the_order_of_the_ground_truth(place: Path) -> None:
+    truth = read_ground_truth(place / "gnd_roxford5k.pkl")
+    images, queries = open_images(truth, place, crop_queries=True)
+    assert [Path(images.name(row)).stem for row in range(len(images))] == DATABASE
+    pixels, label = queries.read(0)
+    assert isinstance(pixels, np.ndarray)
+    # 2.4 1.0 11.6 9.0 in whole pixels: 2 1 12 9.
+    assert pixels.shape == (8, 10, 3)
+    assert pixels.mean() < 8, "the black part alone"
+    assert label is None
+    _, whole = open_images(truth, place, crop_queries=False)
+    assert isinstance(whole.read(0)[0], bytes)
+    assert queries.name(0) == whole.name(0)
+    assert queries.fingerprint() != whole.fingerprint()
+
+
+def test_a_box_that_is_not_in_its_picture_is_refused(place: Path) -> None:
+    truth = read_ground_truth(written(place / "gnd_roxford5k.pkl", content(bbx=[30, 0, 40, 9])))
+    with pytest.raises(InputError, match="lies outside of its 24 x 16 pixels"):
+        open_images(truth, place, crop_queries=True)[1].read(0)
+
+
+def test_images_that_are_missing_are_counted_and_one_is_named(place: Path) -> None:
+    truth = read_ground_truth(place / "gnd_roxford5k.pkl")
+    (place / "jpg" / f"{DATABASE[3]}.jpg").unlink()
+    (place / "jpg" / "query_2.jpg").unlink()
+    with pytest.raises(InputError, match=r"lacks 2 of the 10 images .* such as all_souls_000003\.jpg"):
+        open_images(truth, place, crop_queries=True)
+
+
+# ---- scores
+
+
+def test_scores_by_hand(tmp_path: Path) -> None:
+    """Query 1 ranks 3 0 5 1 2 4 6 7. Easy 0 and 6, hard 1, junk 5.
+
+    Medium, without 5: right at 1, 2 and 5 (from 0). Precision before and with each: 0 and 1/2, 1/2 and 2/3, 2/5 and
+        3/6; means 1/4, 7/12, 9/20; AP = 77/180. The last right one is 6th: of 5, 2 are right; 10 means 6: 3 of 6.
+    Easy, without 5 and 1: 0 at 1, 6 at 4: (1/4 + (1/4 + 2/5) / 2) / 2 = 23/80. The last is 5th: 2 of 5, also at 10.
+    Hard, without 5, 0 and 6: 1 at 1: (0 + 1/2) / 2 = 1/4. The last is 2nd: 1 of 2 at 5 and at 10.
+    Query 2 has 2 at the first place, easy; nothing is hard: no figure there.
+    """
+    truth = read_ground_truth(written(tmp_path / "gnd.pkl", content()))
+    scores = score(truth, similarities([3, 0, 5, 1, 2, 4, 6, 7], [2, 0, 1, 3, 4, 5, 6, 7]))
+    assert scores["medium"].ap == pytest.approx((77 / 180, 1.0))
+    assert scores["easy"].ap == pytest.approx((23 / 80, 1.0))
+    assert scores["hard"].ap == pytest.approx((1 / 4, math.nan), nan_ok=True)
+    first = {setup: [scores[setup].precision[k][0] for k in (1, 5, 10)] for setup in SETUPS}
+    assert first["medium"] == pytest.approx([0, 2 / 5, 3 / 6])
+    assert first["easy"] == pytest.approx([0, 2 / 5, 2 / 5])
+    assert first["hard"] == pytest.approx([0, 1 / 2, 1 / 2])
+    assert all(math.isnan(scores["hard"].precision[k][1]) for k in KS)
+
+
+def brute_force(ranking: list[int], right: list[int], junk: list[int]) -> tuple[float, list[float]]:
+    """One image at a time: average precision as the area below straight lines between the points of the curve, and
+    precision at 1, 5 and 10 but not beyond the last right image."""
+    kept = [image for image in ranking if image not in junk]
+    area, count, last = 0.0, 0, (0.0, 1.0)
+    for place, image in enumerate(kept, start=1):
+        count += image in right
+        point = count / len(right), count / place
+        area += (point[0] - last[0]) * (point[1] + last[1]) / 2
+        last = point
+    end = max(kept.index(image) for image in right) + 1
+    return area, [sum(image in right for image in kept[: min(k, end)]) / min(k, end) for k in KS]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_scores_equal_brute_force_on_random_ground_truths(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = 60
+    gnd, rankings = [], []
+    for _ in range(5):
+        kinds = rng.choice(4, count, p=[0.6, 0.15, 0.15, 0.1])
+        parts = {name: np.flatnonzero(kinds == number) for number, name in enumerate(("", "easy", "hard", "junk"))}
+        gnd.append({"bbx": [0, 0, 9, 9], **{name: parts[name] for name in ("easy", "hard", "junk")}})
+        rankings.append(rng.permutation(count).tolist())
+    names = [f"i{number}" for number in range(count)]
+    path = written(tmp_path / "gnd.pkl", {"imlist": names, "qimlist": names[:5], "gnd": gnd})
+    scores = score(read_ground_truth(path), similarities(*rankings))
+    for query, (entry, ranking) in enumerate(zip(gnd, rankings, strict=True)):
+        easy, hard, junk = (np.asarray(entry[name]).tolist() for name in ("easy", "hard", "junk"))
+        for setup, right, ignored in (
+            ("easy", easy, junk + hard),
+            ("medium", easy + hard, junk),
+            ("hard", hard, junk + easy),
+        ):
+            ap, precisions = brute_force(ranking, right, ignored)
+            assert scores[setup].ap[query] == pytest.approx(ap)
+            assert [scores[setup].precision[k][query] for k in KS] == pytest.approx(precisions)

@@ -1,0 +1,140 @@
+"""Near duplicates: every pair and no other, in bounded memory; identical files told apart; the report."""
+
+from __future__ import annotations
+
+import csv
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eval_fixtures import unit
+from numpy.typing import NDArray
+from PIL import Image
+
+import eval.similarity
+from dino_xcit.data import ArraySource, open_source
+from dino_xcit.errors import InputError
+from eval.contact_sheet import TILE, Tile
+from eval.near_duplicates import IDENTICAL, NEAR, Pairs, draw_pairs, find_pairs, identical, write_pairs
+from eval.similarity import blocks_of_similarity, rows_of_similarity
+
+
+def points(count: int, seed: int) -> NDArray[np.float32]:
+    return (5 * np.random.default_rng(seed).normal(size=(count, 3))).astype(np.float32)
+
+
+@pytest.fixture(params=[(1024, 16_384), (7, 10), (10, 7)])
+def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eval.similarity, "_QUERIES_AT_ONCE", request.param[0])
+    monkeypatch.setattr(eval.similarity, "_ROWS_AT_ONCE", request.param[1])
+
+
+@pytest.mark.usefixtures("_blocks")
+def test_all_pairs_above_the_threshold_and_no_other_the_most_similar_first() -> None:
+    first, second = points(45, 0), points(38, 1)
+    cosine = unit(first) @ unit(second).T
+    expected = {(int(row), int(column)) for row, column in np.argwhere(cosine >= 0.9)}
+    pairs = find_pairs(first, second, 0.9, 10_000)
+    assert 0 < len(expected) < cosine.size / 4
+    assert set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == expected
+    assert len(pairs) == len(expected)
+    assert pairs.similarity == pytest.approx(cosine[pairs.first, pairs.second], abs=1e-6)
+    assert (np.diff(pairs.similarity) <= 0).all()
+
+
+@pytest.mark.usefixtures("_blocks")
+def test_within_one_set_each_pair_comes_once_and_no_image_with_itself() -> None:
+    images = points(45, 0)
+    cosine = np.triu(unit(images) @ unit(images).T, k=1)
+    expected = {(int(row), int(column)) for row, column in np.argwhere(cosine >= 0.9)}
+    pairs = find_pairs(images, None, 0.9, 10_000)
+    assert expected
+    assert set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == expected
+    assert len(pairs) == len(expected)
+
+
+def test_no_pair_is_no_error_and_too_many_are() -> None:
+    first = points(30, 0)
+    none = find_pairs(first, -first[:1], 1.0, 10)
+    assert len(none) == 0
+    assert none.first.dtype == np.int64
+    with pytest.raises(InputError, match=r"more than 29 pairs are at least -1 alike, after 0 of 30 images: raise"):
+        find_pairs(first, first, -1.0, 29)
+    with pytest.raises(InputError, match="features of 3 and 2 numbers cannot be compared"):
+        find_pairs(first, first[:, :2], 0.9, 10)
+
+
+def test_memory_does_not_grow_with_the_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of 5,000 x 5,000 cosines would be 100 MB; the sets have 0.6 MB each."""
+    monkeypatch.setattr(eval.similarity, "_QUERIES_AT_ONCE", 128)
+    monkeypatch.setattr(eval.similarity, "_ROWS_AT_ONCE", 1024)
+    rows = np.random.default_rng(0).normal(size=(5_000, 32)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    tracemalloc.start()
+    pairs = find_pairs(mapped, mapped, 0.9999, 100_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(pairs) == 5_000
+    assert peak < 3_000_000
+
+
+def test_both_ways_to_compare_say_the_same() -> None:
+    first, second = points(20, 0), points(9, 1)
+    (_, _, block), *others = blocks_of_similarity(first, second)
+    assert not others
+    assert np.stack(list(rows_of_similarity(first, second, queries_at_once=3))) == pytest.approx(block, abs=1e-6)
+
+
+def pairs_of(*found: tuple[int, int, float]) -> Pairs:
+    first, second, similarity = (np.array(column) for column in zip(*found, strict=True))
+    return Pairs(first, second, similarity.astype(np.float32))
+
+
+def test_identical_files_are_told_from_near_ones(tmp_path: Path, photo: Image.Image) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    photo.save(tmp_path / "first/a.png")
+    photo.save(tmp_path / "first/b.jpg")
+    (tmp_path / "second/copy of a.png").write_bytes((tmp_path / "first/a.png").read_bytes())
+    photo.save(tmp_path / "second/the same pixels.bmp")
+    first, second = open_source(str(tmp_path / "first")), open_source(str(tmp_path / "second"))
+    found = identical(pairs_of((0, 0, 1.0), (0, 1, 1.0), (1, 0, 0.99), (1, 1, 0.99)), first, second)
+    assert found.tolist() == [True, False, False, False]
+
+
+def test_pictures_without_a_file_are_identical_by_their_pixels() -> None:
+    pixels = np.zeros((3, 4, 6), dtype=np.uint8)
+    pixels[2, 0, 0] = 1
+    upright = ArraySource("made-up:1", pixels, np.zeros(3, dtype=np.int64), ("one",))
+    lying = ArraySource("made-up:2", pixels.reshape(3, 6, 4), np.zeros(3, dtype=np.int64), ("one",))
+    assert identical(pairs_of((0, 1, 1.0), (0, 2, 0.9)), upright, upright).tolist() == [True, False]
+    assert identical(pairs_of((0, 1, 1.0)), upright, lying).tolist() == [False]
+
+
+def test_the_table_of_pairs_takes_any_name(tmp_path: Path) -> None:
+    pairs, path = pairs_of((1, 0, 1.0), (0, 1, 0.9512345)), tmp_path / "new" / "pairs.csv"
+    write_pairs(path, pairs, [IDENTICAL, NEAR], ["a,b.jpg", 'say "x"\n.jpg'], ["ümlaut.jpg", "raw\udcff.jpg"])
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["first", "second", "similarity", "kind"],
+        ['say "x"\n.jpg', "ümlaut.jpg", "1.000000", "identical file"],
+        ["a,b.jpg", "raw\udcff.jpg", "0.951235", "near"],
+    ]
+    with pytest.raises(InputError, match="cannot write"):
+        write_pairs(path / "below", pairs, [NEAR, NEAR], ["a", "b"], ["c", "d"])
+
+
+def test_the_picture_shows_each_image_of_the_second_set_beside_what_it_resembles(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (30, 30), "#ff0000"), Image.new("RGB", (30, 30), "#0000ff")
+    pairs = pairs_of(*((row, 3, 1.0 - row / 100) for row in range(7)), (9, 4, 0.9))
+    draw_pairs(
+        pairs, [NEAR] * 8, lambda row: Tile(blue, str(row), "f"), lambda row: Tile(red, "s", "s"), tmp_path / "p.png"
+    )
+    with Image.open(tmp_path / "p.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    tile = (30 * (TILE // 30)) ** 2
+    assert int((pixels == (255, 0, 0)).all(axis=-1).sum()) == 2 * tile, "two images of the second set"
+    assert int((pixels == (0, 0, 255)).all(axis=-1).sum()) == 6 * tile, "five of seven beside one, and one"
