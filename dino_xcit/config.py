@@ -1,4 +1,4 @@
-"""Every setting of a pretraining run, with its default: the only place that has them.
+"""Every setting of a pretraining run and of an export, with its default: the only place that has them.
 
 DINO's names are kept. Values are checked here, so that a run that cannot work ends before it starts.
 """
@@ -303,3 +303,53 @@ def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]
         if (list(then) if isinstance(then, (list, tuple)) else then) != (list(now) if isinstance(now, tuple) else now):
             out.append(f"{field.name} {then} -> {now}")
     return out
+
+
+EXPORT_TARGETS = ("timm", "safetensors", "hf", "onnx", "torch-export")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of python -m dino_xcit.export."""
+
+    weights: str = ""
+    """Checkpoint to export, any that run_knn.py reads."""
+    to: str = ""
+    """timm: a folder for timm.create_model; safetensors: one file with the official names; hf: timm's folder with a
+    model card, ready for the Hugging Face Hub; onnx: one file for onnxruntime; torch-export: a .pt2 file."""
+    out: str = ""
+    """Where it goes: a folder for timm and hf, a file for the others."""
+    network: Literal["teacher", "student"] = "teacher"
+    """Which network of a checkpoint that holds both."""
+    arch: str = ""
+    """Architecture, where the file neither says nor shows it."""
+    patch_tokens: bool = False
+    """onnx and torch-export: a second output, the patch tokens of the last block that mixes patches."""
+    card: tuple[str, ...] = ()
+    """hf: result files of the evaluators (--json) for the model card; they must have measured these weights."""
+    images: str = ""
+    """Images on which the export is compared with its original (a folder, or another form of docs/data.md). Default:
+    scikit-image's photographs where it is installed, else the sample's."""
+    tolerance: float = 1e-5
+    """The greatest relative difference between export and original that passes. A deep network's own rounding in
+    float32 may come near it."""
+    overwrite: bool = False
+    """Replace an earlier export at --out."""
+
+    def check(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: naming the field, the value, and what would do.
+        """
+        for name, hint in (("weights", "a checkpoint such as runs/.../checkpoint.pth"), ("out", "a path to write to")):
+            if not getattr(self, name):
+                raise InputError(f"no --{name} given, expected {hint}")
+        if self.to not in EXPORT_TARGETS:
+            raise InputError(f"to is {self.to!r}, expected one of {', '.join(EXPORT_TARGETS)}, such as --to timm")
+        if self.patch_tokens and self.to not in ("onnx", "torch-export"):
+            raise InputError(f"patch_tokens is an output of onnx and torch-export, but to is {self.to}: leave it out")
+        if self.card and self.to != "hf":
+            raise InputError(f"card goes into the model card of --to hf, but to is {self.to}: leave it out, or --to hf")
+        if not 0 <= self.tolerance <= 0.01:
+            raise InputError(f"tolerance is {self.tolerance}, expected 0 to 0.01, such as 1e-5")
