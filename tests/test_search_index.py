@@ -1,0 +1,152 @@
+"""The indices of a collection: what they find against the exact answer, and the recall that they state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+from eval_fixtures import unit
+from numpy.typing import NDArray
+
+import eval.search_index
+from dino_xcit.errors import InputError
+from eval.search_index import LEAST_IVFPQ, add_rows, build_index, describe, exact_search, recall, search
+
+
+def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
+    """In a hundred clouds, at length 1."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(9).normal(size=(100, width))
+    return unit(centres[rng.integers(0, 100, count)] + 0.7 * rng.normal(size=(count, width))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def many() -> NDArray[np.float32]:
+    return vectors_of(3 * LEAST_IVFPQ, 32)
+
+
+@pytest.fixture(scope="module")
+def ivfpq(many: NDArray[np.float32]) -> Any:
+    return build_index("ivfpq", many)
+
+
+def truth(vectors: NDArray[Any], queries: NDArray[np.float32]) -> NDArray[np.float64]:
+    return queries.astype(np.float64) @ vectors.astype(np.float64).T
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_flat_is_exact_for_the_vectors_as_they_are_kept(dtype: type) -> None:
+    vectors, queries = vectors_of(500).astype(dtype), vectors_of(20, seed=1)
+    index = build_index("flat", vectors)
+    scores, rows = search(index, vectors, queries, 7)
+    products = truth(vectors, queries)
+    assert (rows == np.argsort(-products, axis=1)[:, :7]).all()
+    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :7], abs=1e-5)
+    assert describe(index, "flat", vectors) == {"type": "flat", "exact": True}
+    assert (index.reconstruct_n(0, 500) == vectors.astype(np.float32)).all()
+
+
+def test_half_precision_halves_the_index(tmp_path: Path) -> None:
+    for kind in ("flat", "hnsw"):
+        sizes = []
+        for dtype in (np.float32, np.float16):
+            index = build_index(kind, vectors_of(400, 256).astype(dtype))  # type: ignore[arg-type]
+            faiss.write_index(index, str(tmp_path / "i.faiss"))
+            sizes.append((tmp_path / "i.faiss").stat().st_size)
+        assert sizes[1] - 400 * 256 * 2 == pytest.approx(sizes[0] - 400 * 256 * 4, abs=200), kind
+
+
+def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
+    monkeypatch.setattr(eval.search_index, "_ROWS_AT_ONCE", 64)
+    scores, rows = exact_search(vectors, queries, 9)
+    products = truth(vectors, queries)
+    assert (rows == np.argsort(-products, axis=1)[:, :9]).all()
+    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :9], abs=1e-5)
+    assert exact_search(vectors, queries, 10_000)[1].shape == (20, 500)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_graphs_recall_is_what_a_comparison_with_all_vectors_gives(dtype: type) -> None:
+    vectors = vectors_of(1500, 24).astype(dtype)
+    index = build_index("hnsw", vectors)
+    index.hnsw.efSearch = 12  # so that it misses some
+    card = describe(index, "hnsw", vectors)
+    chosen = np.unique(np.linspace(0, 1499, 1000).astype(np.int64))
+    products = truth(vectors, vectors[chosen].astype(np.float32))
+    products[np.arange(len(chosen)), chosen] = -np.inf
+    _, rows = index.search(vectors[chosen].astype(np.float32), 11)
+    hits = []
+    for own, found, product in zip(chosen, rows, products, strict=True):
+        exact = set(np.argsort(-product)[:10].tolist())
+        hits.append(len(exact & set([row for row in found if row != own][:10])) / 10)
+    assert card["recall"]["percent"] == pytest.approx(100 * np.mean(hits), abs=0.02)
+    assert 50 < card["recall"]["percent"] < 99.9
+    assert (card["exact"], card["recall"]["at"], card["recall"]["queries"]) == (False, 10, 1000)
+
+
+def test_vectors_as_near_as_the_last_one_wanted_count_as_found() -> None:
+    vectors = np.repeat(vectors_of(10), 30, axis=0)
+    assert recall(build_index("flat", vectors), vectors, np.arange(300), 5) == 100.0
+
+
+def test_product_codes_find_candidates_and_the_vectors_put_them_in_order(
+    many: NDArray[np.float32], ivfpq: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = vectors_of(50, 32, seed=1)
+    scores, rows = search(ivfpq, many, queries, 10)
+    products = truth(many, queries)
+    assert scores == pytest.approx(np.take_along_axis(products, rows, axis=1), abs=1e-5), (
+        "of the vectors, not the codes"
+    )
+    assert (np.diff(scores, axis=1) <= 0).all()
+    monkeypatch.setattr(eval.search_index, "_QUERIES_AT_ONCE", 7)
+    assert (search(ivfpq, many, queries, 10)[1] == rows).all()
+    assert search(ivfpq, many, queries[:0], 10)[1].shape == (0, 10)
+    card = describe(ivfpq, "ivfpq", many)
+    assert card["parameters"]["bytes_a_vector"] == 8
+    assert 80 < card["recall"]["percent"] <= 100
+    coarse = ivfpq.search(queries, 10)[1]
+    best = np.sort(-products, axis=1)[:, 9:10]
+    by_codes, anew = ((-np.take_along_axis(products, found, axis=1) <= best).mean() for found in (coarse, rows))
+    assert anew > by_codes + 0.05, "scoring anew is worth its time"
+
+
+def test_what_an_index_looks_at_is_kept_in_its_file(ivfpq: Any, tmp_path: Path) -> None:
+    graph = build_index("hnsw", vectors_of(50))
+    for index, name in ((ivfpq, "nprobe"), (graph, "hnsw")):
+        faiss.write_index(index, str(tmp_path / "i.faiss"))
+        back = faiss.read_index(str(tmp_path / "i.faiss"))
+        if name == "nprobe":
+            assert back.nprobe == ivfpq.nprobe > 1
+        else:
+            assert back.hnsw.efSearch == graph.hnsw.efSearch > 16
+
+
+def test_rows_are_added_behind_the_others_whatever_the_index(many: NDArray[np.float32]) -> None:
+    more = vectors_of(30, seed=2)
+    for kind in ("flat", "hnsw"):
+        first = vectors_of(300)
+        index = build_index(kind, first)  # type: ignore[arg-type]
+        add_rows(index, more)
+        scores, rows = search(index, np.concatenate([first, more]), more, 1)
+        assert (rows[:, 0] == 300 + np.arange(30)).all()
+        assert scores == pytest.approx(np.ones((30, 1)), abs=1e-5)
+
+
+def test_few_vectors_have_no_product_codes_and_a_single_one_no_recall() -> None:
+    with pytest.raises(InputError, match="learned from 1,000 images or more, found 50: use --index-type flat or hnsw"):
+        build_index("ivfpq", vectors_of(50))
+    one = vectors_of(1)
+    index = build_index("hnsw", one)
+    assert "recall" not in describe(index, "hnsw", one)
+    assert search(index, one, one, 1)[1].tolist() == [[0]]
+    two = vectors_of(2)
+    assert describe(build_index("hnsw", two), "hnsw", two)["recall"]["at"] == 1
+
+
+def test_any_width_has_product_codes() -> None:
+    assert [eval.search_index._codes(width) for width in (384, 64, 16, 7, 5, 3, 1)] == [192, 32, 8, 1, 1, 1, 1]
