@@ -41,10 +41,9 @@ from eval.landmarks import (
 )
 from eval.near_duplicates import IDENTICAL, NEAR, UNKNOWN, draw_pairs, find_pairs, identical, write_pairs
 from eval.protocol import Card, now, result_card, versions, write_json
-from eval.setup import open_backbone
 from eval.similarity import rows_of_similarity
 from eval.table import percent, table
-from eval.vector_set import VectorSet, check_comparable, collected, extracted, fitted, is_collection
+from eval.vector_set import VectorSet, check_comparable, collected, extracted, is_collection, open_fitted
 
 INTERVAL = "95% percentile bootstrap over the queries"
 
@@ -72,8 +71,7 @@ def landmarks(config: RetrievalConfig) -> None:
     images, asked = open_images(truth, place, crop_queries=config.queries == "box")
 
     # ---- vectors
-    loaded, device = open_backbone(config)
-    transform = fitted(config, loaded.transform, "whole")
+    loaded, device, transform = open_fitted(config, "whole")
     database = extracted(config, loaded, device, images, transform)
     queries = extracted(config, loaded, device, asked, transform)
     if not distributed.is_main():
@@ -112,8 +110,7 @@ def copydays(config: RetrievalConfig) -> None:
     distractors = open_source(config.distractors) if config.distractors else None
 
     # ---- vectors
-    loaded, device = open_backbone(config)
-    transform = fitted(config, loaded.transform, "square")
+    loaded, device, transform = open_fitted(config, "square")
     sets = {
         name: extracted(config, loaded, device, source, transform)
         for name, source in (
@@ -169,10 +166,10 @@ def folder(config: RetrievalConfig) -> None:
                 "are known from there: give --data-path and --weights instead of --index"
             )
     else:
-        loaded, device = open_backbone(config)
+        loaded, device, transform = open_fitted(config, "centre")
         source = open_source(config.data_path or loaded.data or _data_path(config), "val")
         _labels(source)
-        images = extracted(config, loaded, device, source, fitted(config, loaded.transform, "centre"))
+        images = extracted(config, loaded, device, source, transform)
     if not distributed.is_main():
         return
     assert images.source is not None
@@ -219,8 +216,7 @@ def duplicates(config: RetrievalConfig) -> None:
         sets = [collected(path) for path in given]
     else:
         sources = [open_source(path) for path in given]
-        loaded, device = open_backbone(config)
-        transform = fitted(config, loaded.transform, "centre")
+        loaded, device, transform = open_fitted(config, "centre")
         sets = [extracted(config, loaded, device, source, transform) for source in sources]
     if not distributed.is_main():
         return

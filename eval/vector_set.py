@@ -29,7 +29,7 @@ from eval.contact_sheet import Tile
 from eval.features import cached
 from eval.protocol import Card, data_card, weights_card
 from eval.retrieval import CARD, open_collection, prepared
-from eval.setup import cache_folder
+from eval.setup import cache_folder, open_backbone, open_weights
 from eval.whole_image import LongerSide, longer_side, square
 
 WHOLE_PIXELS, SQUARE_PIXELS = 224, 320
@@ -102,23 +102,25 @@ def extracted(
     return VectorSet(vectors, names, source, card, (loaded, transform, device))
 
 
-def fitted(config: RetrievalConfig, stored: EvalTransform, usual: str) -> EvalTransform:
-    """How images are prepared: as was asked for, else in the protocol's usual way, ``centre``, ``whole`` or ``square``.
+def open_fitted(config: RetrievalConfig, usual: str) -> tuple[LoadedBackbone, torch.device, EvalTransform]:
+    """The backbone, and how images are prepared for it: as was asked for, else in the protocol's usual way.
 
     Args:
-        stored: how the weights' images are, which is what ``centre`` means.
+        usual: ``centre`` (as the weights say), ``whole`` or ``square``.
     """
     fit = usual if config.fit == "auto" else config.fit
     if fit == "centre":
-        return stored
+        loaded, device = open_backbone(config)
+        return loaded, device, loaded.transform
+    loaded, device = open_weights(config)
     if fit == "whole":
-        transform: EvalTransform = longer_side(stored, config.image_size or WHOLE_PIXELS)
-        how = f"longer side at most {transform.crop}, in their proportions"
+        transform: EvalTransform = longer_side(loaded.transform, config.image_size or WHOLE_PIXELS)
+        how = f"in their proportions, the longer side at most {transform.crop}"
     else:
-        transform = square(stored, config.image_size or SQUARE_PIXELS)
+        transform = square(loaded.transform, config.image_size or SQUARE_PIXELS)
         how = f"squeezed to {transform.crop} x {transform.crop}"
-    distributed.say(f"for {config.protocol} instead whole images, {how} (--fit, --image-size)")
-    return transform
+    distributed.say(f"images: whole, {how} (--fit, --image-size)")
+    return loaded, device, transform
 
 
 def is_collection(path: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import dino_xcit
 from dino_xcit.cli import parse_flags
 from dino_xcit.config import PretrainConfig
-from eval.config import ExtractConfig, KnnConfig, LinearConfig
+from eval.config import ExtractConfig, KnnConfig, LinearConfig, RetrievalConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -21,6 +21,7 @@ CONFIGS = {
     "run_knn.py": KnnConfig,
     "run_linear.py": LinearConfig,
     "run_extract.py": ExtractConfig,
+    "run_retrieval.py": RetrievalConfig,
 }
 
 
