@@ -261,6 +261,15 @@ class ExtractConfig(BackboneConfig):
             raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
 
 
+_OF_PROTOCOLS = {
+    **dict.fromkeys(("ground_truth", "queries"), ("oxford", "paris")),
+    **dict.fromkeys(("distractors",), ("copydays",)),
+    **dict.fromkeys(("ks", "index"), ("folder",)),
+    **dict.fromkeys(("first", "second", "threshold", "most_pairs", "csv", "sheet"), ("duplicates",)),
+}
+"""run_retrieval.py's settings that mean nothing for other protocols: given there, they are a mistake."""
+
+
 @dataclass(frozen=True)
 class RetrievalConfig(BackboneConfig):
     """Settings of run_retrieval.py. DATA_PATH is the folder of the benchmark (oxford, paris, copydays: as published)
@@ -319,6 +328,11 @@ class RetrievalConfig(BackboneConfig):
                 "no protocol given: expected oxford, paris, copydays, folder or duplicates, such as python "
                 "run_retrieval.py oxford --weights FILE --data-path DIR"
             )
+        for name, protocols in _OF_PROTOCOLS.items():
+            if self.protocol not in protocols and getattr(self, name) != getattr(RetrievalConfig, name):
+                raise InputError(
+                    f"{name} is a setting of {' and '.join(protocols)}, not of {self.protocol}: leave it out"
+                )
         _at_least("image_size", self.image_size, 0)
         _at_least("most_pairs", self.most_pairs, 1)
         self.descriptor().check()
