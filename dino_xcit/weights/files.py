@@ -66,12 +66,20 @@ def open_weights(spec: str | Path) -> WeightsFile:
 def _of_timm(name: str) -> WeightsFile:
     import timm
 
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # it knows the architecture, not the tag
+        config = None
     if config is None:
-        known = timm.list_models(pretrained=True)
+        tags = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+        near = (
+            f"; it has {', '.join(TIMM + tag for tag in tags[:6])}"
+            if tags
+            else near_matches(name, timm.list_models(), prefix=TIMM)
+        )
         raise InputError(
-            f"timm has no weights named {name!r}{near_matches(name, known, prefix=TIMM)} (timm {timm.__version__}; "
-            "timm.list_models(pretrained=True) prints all)"
+            f"timm has no weights named {name!r}{near} (timm {timm.__version__}; timm.list_models(pretrained=True) prints "
+            "all)"
         )
     if not config.hf_hub_id:
         found = f"only at {config.url}: download that and give its path" if config.url else "nowhere: name another tag"

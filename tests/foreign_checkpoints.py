@@ -1,0 +1,223 @@
+"""Files as other programs write them, with their real key names: DINO, VISSL, lightly, solo-learn, timm, torchvision.
+
+The networks are small, or torchvision's smallest; the names are those that the programs' own code gives (read in
+facebookresearch/dino, facebookresearch/vissl, lightly-ai/lightly, vturrisi/solo-learn and timm 1.0.31).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.xcit import Xcit
+from torch import Tensor, nn
+
+from dino_xcit.models import DINOHead, build_backbone
+
+State = dict[str, Tensor]
+
+# What facebookresearch/dino's vision_transformer.py names the weights of a transformer of two blocks.
+DINO_VIT_KEYS = {
+    "cls_token",
+    "pos_embed",
+    *(f"patch_embed.proj.{kind}" for kind in ("weight", "bias")),
+    *(
+        f"blocks.{block}.{part}.{kind}"
+        for block in range(2)
+        for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ),
+    *(f"norm.{kind}" for kind in ("weight", "bias")),
+}
+
+
+def vit(seed: int = 0, side: int = 64, patch: int = 16, width: int = 192, heads: int = 3) -> VisionTransformer:
+    """Two blocks of DINO's vit_tiny."""
+    torch.manual_seed(seed)
+    return shaken(
+        VisionTransformer(
+            img_size=side, patch_size=patch, embed_dim=width, depth=2, num_heads=heads, num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        ),
+        seed,
+    )  # fmt: skip
+
+
+def xcit(seed: int = 0) -> nn.Module:
+    """This project's XCiT, whose official names every published XCiT file has."""
+    torch.manual_seed(seed)
+    return shaken(build_backbone("xcit_pico_4_p8"), seed)
+
+
+def timm_xcit(seed: int = 0, classes: int = 0) -> Xcit:
+    """timm's XCiT of the same sizes, under timm's names."""
+    torch.manual_seed(seed)
+    return shaken(Xcit(patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=classes, tokens_norm=True), seed)
+
+
+def resnet(name: str = "resnet18", seed: int = 0, classes: bool = False) -> nn.Module:
+    """torchvision's; without its classifier as DINO and solo-learn take it away."""
+    torch.manual_seed(seed)
+    network = torchvision.models.get_model(name, weights=None)
+    if not classes:
+        network.fc = nn.Identity()
+    return shaken(network, seed)
+
+
+def shaken(network: Any, seed: int) -> Any:
+    """In eval mode, with no weight, bias or statistic left at 0 or 1, so that each of them matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in (*network.parameters(), *network.buffers()):
+            if value.is_floating_point():
+                value.mul_(1 + 0.2 * torch.rand(value.shape, generator=generator)).add_(
+                    0.01 * torch.rand(value.shape, generator=generator)
+                )
+    return network.eval()
+
+
+def head(width: int, prototypes: int = 12, seed: int = 0) -> State:
+    """A DINO head's weights, 8 and 6 wide."""
+    torch.manual_seed(seed)
+    return dict(DINOHead(width, prototypes, hidden_dim=8, bottleneck_dim=6).state_dict())
+
+
+def prefixed(prefix: str, state: Mapping[str, Tensor]) -> State:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def dino(student: nn.Module, teacher: nn.Module, width: int, teacher_wrapped: bool) -> dict[str, Any]:
+    """main_dino.py: the student in DistributedDataParallel, the teacher only if it has BatchNorm."""
+
+    def network(backbone: nn.Module, seed: int, wrapper: str) -> State:
+        both = prefixed("backbone.", backbone.state_dict()) | prefixed("head.", head(width, seed=seed))
+        return prefixed(wrapper, both)
+
+    return {
+        "student": network(student, 1, "module."),
+        "teacher": network(teacher, 2, "module." if teacher_wrapped else ""),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_tiny", patch_size=16, out_dim=12),
+        "dino_loss": {"center": torch.zeros(1, 12)},
+    }
+
+
+def vissl(trunk: State, heads: State | None = None, teacher: State | None = None) -> dict[str, Any]:
+    """``teacher``: its trunk, under the names that the DINO loss's state dict has for it."""
+    content: dict[str, Any] = {
+        "phase_idx": 9,
+        "iteration": 900,
+        "type": "consolidated",
+        "classy_state_dict": {
+            "train": True,
+            "base_model": {"model": {"trunk": trunk, "heads": heads or {}}, "meta": {"trunk": {}, "heads": []}},
+        },
+    }
+    if teacher is not None:
+        content["loss"] = {"center": torch.zeros(1, 12)} | prefixed("momentum_teacher.module.trunk.", teacher)
+    return content
+
+
+def vissl_head(width: int) -> State:
+    """VISSL's dino_head as the first of a model's heads."""
+    return {f"0.{key.replace('last_layer', 'prototypes0')}": value for key, value in head(width).items()}
+
+
+def lightly_head(width: int) -> State:
+    return {key.replace("mlp.", "layers."): value for key, value in head(width).items()}
+
+
+def lightning(state: State) -> dict[str, Any]:
+    return {
+        "epoch": 1,
+        "global_step": 10,
+        "pytorch-lightning_version": "2.1.0",
+        "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"batch_size_per_device": 8},
+    }
+
+
+def lightly_example(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
+    """lightly's DINO example: torchvision's ResNet as a Sequential without its last layer."""
+
+    def cut(network: nn.Module) -> State:
+        return dict(nn.Sequential(*list(copy.deepcopy(network).children())[:-1]).state_dict())
+
+    return lightning(
+        prefixed("student_backbone.", cut(student))
+        | prefixed("student_head.", lightly_head(width))
+        | prefixed("teacher_backbone.", cut(teacher))
+        | prefixed("teacher_head.", lightly_head(width))
+        | {"criterion.center": torch.zeros(1, 12)}
+    )
+
+
+def lightly_benchmark(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
+    """lightly's ImageNet benchmark: the teacher is the "backbone", each a timm transformer inside a module."""
+    return lightning(
+        prefixed("backbone.vit.", teacher.state_dict())
+        | prefixed("projection_head.", lightly_head(width))
+        | prefixed("student_backbone.vit.", student.state_dict())
+        | prefixed("student_projection_head.", lightly_head(width))
+        | {"criterion.center.center": torch.zeros(1, 12), "online_classifier.linear.weight": torch.zeros(9, width)}
+    )
+
+
+def solo_learn(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
+    return lightning(
+        prefixed("backbone.", student.state_dict())
+        | prefixed("classifier.", {"weight": torch.zeros(9, width), "bias": torch.zeros(9)})
+        | prefixed("head.", head(width))
+        | prefixed("momentum_backbone.", teacher.state_dict())
+        | prefixed("momentum_head.", head(width))
+        | {"dino_loss_func.center": torch.zeros(1, 12)}
+    )
+
+
+XCIT_CONFIG: dict[str, Any] = {
+    "architecture": "xcit_nano_12_p16_224",
+    "num_classes": 7,
+    "pretrained_cfg": {
+        "input_size": [3, 64, 64],
+        "interpolation": "bilinear",
+        "crop_pct": 0.8,
+        "crop_mode": "center",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "classifier": "head",
+    },
+}
+"""A config.json as timm writes it."""
+
+
+def timm_folder(folder: Path, network: nn.Module, config: Mapping[str, Any]) -> Path:
+    """What ``timm.models.save_for_hf`` leaves: model.safetensors, and config.json beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(
+        {key: value.contiguous() for key, value in network.state_dict().items()}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "model.safetensors"
+
+
+def hub_cache(cache: Path, repository: str, network: nn.Module, config: Mapping[str, Any]) -> None:
+    """The cache of huggingface_hub after the repository was downloaded."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    timm_folder(root / "snapshots" / ("0" * 40), network, config)
