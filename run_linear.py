@@ -16,39 +16,31 @@ from __future__ import annotations
 # Before torch: it decides how threads wait for each other.
 import dino_xcit  # noqa: F401  # isort: skip
 
-import dataclasses
 import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_xcit import distributed
 from dino_xcit.console import progress_bar
-from dino_xcit.data import Source
 from dino_xcit.data.loader import StepSampler, choose_workers
 from dino_xcit.errors import InputError
-from dino_xcit.weights import LoadedBackbone
 from eval.cached_probe import AugmentedEpochs, stored_features
 from eval.config import (
     PAPER_CROP_SCALE,
     PAPER_EPOCHS,
-    SMALL_CROP,
-    SMALL_CROP_SCALE,
-    SMALL_EPOCHS,
     LinearConfig,
     settings,
 )
 from eval.figures import figure
 from eval.fixed_features import FixedFeatures
 from eval.imagenet_variants import measure, open_variant
-from eval.linear import LinearHeads, bytes_of_heads, cosine_factor, scaled
+from eval.linear import LinearHeads, cosine_factor, scaled
 from eval.linear_report import (
     PROTOCOL,
     Record,
@@ -58,44 +50,21 @@ from eval.linear_report import (
     results_table,
     variants_table,
 )
+from eval.linear_setup import (
+    Probe,
+    for_image_size,
+    identity_of,
+    identity_of_logreg,
+    labels_of,
+    say_what_is_measured,
+    stored_probe,
+)
 from eval.logistic_search import logistic_results, search
 from eval.pooled import Labelled, PooledBackbone, Rows
 from eval.probe_data import frozen_features, hold_out, probe_batches
-from eval.probe_file import FILE_NAME, LOGREG_NAME, Settings, read_probe, write_probe
+from eval.probe_file import FILE_NAME, LOGREG_NAME, write_probe
 from eval.protocol import data_card, images_card, result_card, write_json
 from eval.setup import beside_weights, cache_folder, labelled_parts, open_backbone
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What is measured, on what, and where it is kept."""
-
-    config: LinearConfig
-    loaded: LoadedBackbone
-    pooled: PooledBackbone
-    """``loaded``'s backbone, giving a row of all that the choices of features need."""
-    device: torch.device
-    train: Source
-    val: Source
-    held: NDArray[np.int64]
-    """Indices of the training images on which classifiers are chosen."""
-    sampler: StepSampler
-    folder: Path
-    identity: Settings
-    kept: Path | None
-    """Where features are kept."""
-    started: float
-    """When, by time.perf_counter."""
-
-    @property
-    def classes(self) -> int:
-        """How many there are."""
-        return len(self.train.classes) if self.train.classes else int(np.max(_labels(self.train))) + 1
-
-    @property
-    def lrs(self) -> list[float]:
-        """The grid, ascending; empty where nothing is held out to choose on."""
-        return sorted(self.config.lrs) if len(self.held) else []
 
 
 def main() -> None:
@@ -107,13 +76,13 @@ def main() -> None:
     transform, batch = loaded.transform, config.batch_size_per_gpu
     train, val = labelled_parts(config, loaded)
     variants = [open_variant(word, train, val) for word in config.also]
-    config = _for_image_size(config, transform.crop)
+    config = for_image_size(config, transform.crop)
     sampler = StepSampler(
         len(train), batch, rank=distributed.rank(), world_size=distributed.world_size(), seed=config.seed
     )
     held = np.empty(0, dtype=np.int64)
     if config.lrs or config.logreg:
-        held = hold_out(_labels(train), config.holdout, config.seed)
+        held = hold_out(labels_of(train), config.holdout, config.seed)
         if config.holdout and not len(held):
             raise InputError(
                 f"holdout is {config.holdout:g}, which is less than one image of any class of {train.url}: raise it, "
@@ -123,13 +92,17 @@ def main() -> None:
 
     # ---- this probe, if it was begun before
     folder = beside_weights(config, config.output_dir, "linear")
-    identity = _identity(config, loaded, (train, val), sampler.global_batch)
+    identity = identity_of(config, loaded, (train, val), sampler.global_batch)
     kept = cache_folder(config)
+    if config.cached and kept is None:
+        raise InputError("cached needs a folder to keep features in: give --cache-dir DIR, and no --no-cache")
     probe = Probe(config, loaded, pooled, device, train, val, held, sampler, folder, identity, kept, started)
-    _say_what_is_measured(probe)
+    say_what_is_measured(probe)
     for notice in filter(None, (variant.notice() for variant in variants)):
         distributed.say(f"notice: {notice}")
-    content = _stored_probe(folder, identity, config.resume) if config.sgd else None
+    content = stored_probe(folder, identity, config.resume) if config.sgd else None
+    of_logreg = identity_of_logreg(probe)
+    stored_logreg = stored_probe(folder, of_logreg, config.resume, LOGREG_NAME) if config.logreg else None
     complete = not config.sgd or bool(content and content.get("results"))
     if complete and config.sgd:
         distributed.say(f"already complete: {folder / FILE_NAME} holds this probe (--resume never repeats it)")
@@ -148,11 +121,7 @@ def main() -> None:
     results, figures = dict(content.get("results", {})), list(content.get("figures", ()))
     logreg = None
     if on_val and on_train:
-        identity = _identity_of_logreg(probe)
-        stored = _stored_probe(folder, identity, config.resume, LOGREG_NAME)
-        logreg = search(
-            on_train, held, probe.classes, config.logreg_cs, config.logreg_iterations, device, folder, identity, stored
-        )
+        logreg = search(on_train, probe, of_logreg, stored_logreg)
         results["logreg"], hits = logistic_results(logreg, on_val, device)
         asked = {"classifier": "logreg", "features": " ".join(config.features), "cs": str(sorted(config.logreg_cs))}
         figures.append(figure("logreg, top-1", asked, hits).to_card())
@@ -203,14 +172,14 @@ def train_heads(probe: Probe, stored: Record | None, on_held: Labelled, on_val: 
     if stored:
         paper.load_state_dict(stored["paper"])
         for name, heads in grids.items():
-            heads.load_state_dict(stored["grid"][name])
+            heads.load_state_dict((stored["grid"] or {}).get(name, {}))
         done, history, spent = int(stored["epoch"]), list(stored["history"]), float(stored["seconds"])
         distributed.say(f"resuming {probe.folder} after epoch {done}")
 
     # ---- the loop
     sampler.start_step, sampler.stop_step = done * sampler.steps_per_epoch, epochs * sampler.steps_per_epoch
     batches = _batches(probe)
-    labels = torch.from_numpy(_labels(probe.train)).to(device)
+    labels = torch.from_numpy(labels_of(probe.train)).to(device)
     for_grid = torch.ones(len(probe.train), device=device)
     for_grid[torch.from_numpy(probe.held).to(device)] = 0
     everything = torch.ones(config.batch_size_per_gpu, device=device)
@@ -259,8 +228,7 @@ def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
         workers = choose_workers(config.num_workers, distributed.processes_here())
         views = probe_batches(probe.train, transform.crop, config.crop_scale, sampler, workers, device)
         return frozen_features(probe.pooled, views, transform, device)
-    if probe.kept is None:
-        raise InputError("cached needs a folder to keep features in: give --cache-dir DIR, and no --no-cache")
+    assert probe.kept is not None
     epochs = AugmentedEpochs(
         probe.kept,
         probe.train,
@@ -275,92 +243,6 @@ def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
     count = min(config.cached_epochs, config.epochs)
     kept = epochs.make(count, probe.pooled, device, config.batch_size_per_gpu, config.num_workers)
     return stored_features(kept, sampler, device)
-
-
-def _labels(source: Source) -> NDArray[np.int64]:
-    assert source.labels is not None
-    return np.asarray(source.labels)
-
-
-def _say_what_is_measured(probe: Probe) -> None:
-    config, widths, steps = probe.config, probe.pooled.widths, probe.sampler.steps_per_epoch
-    text = (
-        f"linear probe: {len(probe.train):,} training images of {probe.train.url}, {len(probe.val):,} validation "
-        f"images of {probe.val.url}"
-    )
-    if config.sgd:
-        text += (
-            f"; {config.epochs} epochs of {steps} steps at batch {probe.sampler.global_batch}; the paper's learning "
-            f"rate and a grid of {len(probe.lrs)}"
-        )
-    if config.features != ("cls",):
-        sizes = [bytes_of_heads(len(probe.lrs), probe.classes, widths[name]) for name in config.features]
-        text += " x {" + ", ".join(f"{name} ({widths[name]:,} features)" for name in config.features) + "}"
-        text += f", {sum(sizes) / 2**30:.2f} GiB while they learn" if config.sgd else ""
-    distributed.say(text)
-
-
-def _for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
-    """The settings with what was left open filled in: as published, or what suits small pictures and a CPU."""
-    small = crop <= SMALL_CROP
-    epochs = config.epochs or (SMALL_EPOCHS if small else PAPER_EPOCHS)
-    scale = config.crop_scale if any(config.crop_scale) else (SMALL_CROP_SCALE if small else PAPER_CROP_SCALE)
-    chosen = dataclasses.replace(config, epochs=epochs, crop_scale=scale)
-    if chosen != config:
-        why = f"suits images of {crop} pixels; published: {PAPER_EPOCHS}, 0.08 1" if small else "as published"
-        distributed.say(f"epochs {epochs}, crop scale {scale[0]:g} {scale[1]:g} ({why}; --epochs, --crop-scale)")
-    return chosen
-
-
-def _identity(
-    config: LinearConfig, loaded: LoadedBackbone, parts: tuple[Source, Source], global_batch: int
-) -> Settings:
-    """All that decides what the classifiers learn."""
-    # Only one process looks at every file.
-    train, val = (distributed.main_decides(p.fingerprint() if distributed.is_main() else None) or "" for p in parts)
-    transform = {name: list(v) if isinstance(v, tuple) else v for name, v in loaded.transform.to_dict().items()}
-    identity = {
-        "weights": loaded.hash,
-        "train": train,
-        "val": val,
-        "transform": transform,
-        "epochs": config.epochs,
-        "batch": global_batch,
-        "lr": config.lr,
-        "lrs": sorted(config.lrs),
-        "holdout": config.holdout,
-        "crop_scale": list(config.crop_scale),
-        "seed": config.seed,
-    }
-    # Not named where they are as they were before there was a choice: what was measured then stays comparable.
-    if config.features != ("cls",):
-        identity["features"] = list(config.features)
-    if config.cached:
-        identity["cached"] = f"{min(config.cached_epochs, config.epochs)} epochs, {config.cached_precision}"
-    return identity
-
-
-def _identity_of_logreg(probe: Probe) -> Settings:
-    """All that decides a logistic regression: neither augmentation nor validation images."""
-    config = probe.config
-    shared = {name: probe.identity[name] for name in ("weights", "train", "transform", "holdout", "seed")}
-    cs, features = sorted(config.logreg_cs), list(config.features)
-    return shared | {"features": features, "cs": cs, "iterations": config.logreg_iterations}
-
-
-def _stored_probe(folder: Path, identity: Settings, resume: str, name: str = FILE_NAME) -> Record | None:
-    """What ``folder`` holds of this probe, on every process alike."""
-    if resume == "never":
-        return None
-    refusal, content = None, None
-    try:
-        content = read_probe(folder, identity, name)
-    except InputError as error:
-        refusal = str(error)
-    refusal = distributed.main_decides(refusal)
-    if refusal:
-        raise InputError(refusal)
-    return content
 
 
 def _card(probe: Probe, results: Record, figures: list[dict[str, object]], seconds: float) -> dict[str, object]:

@@ -6,8 +6,6 @@ Resumable: what was tried is kept in logreg.pth beside the probe, after each C.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError
 from eval.knn import bootstrap_interval, correct
 from eval.linear import guesses
+from eval.linear_setup import Probe
 from eval.logistic import TOLERANCE, LogisticRegression, Solution
 from eval.pooled import Labelled, Rows
 from eval.probe_file import LOGREG_NAME, Settings, write_probe
@@ -26,70 +25,61 @@ from eval.probe_file import LOGREG_NAME, Settings, write_probe
 Record = dict[str, Any]
 
 
-def search(
-    train: Labelled,
-    held: NDArray[np.int64],
-    classes: int,
-    cs: Sequence[float],
-    max_iterations: int,
-    device: torch.device,
-    folder: Path,
-    identity: Settings,
-    stored: Record | None,
-) -> Record:
+def search(train: Labelled, probe: Probe, identity: Settings, stored: Record | None) -> Record:
     """Try every C with every choice of features, and fit the best to all training images.
+
+    Where nothing is held out, the first choice and the first C are taken untried.
 
     Args:
         train: all training images, as they are prepared for evaluation.
-        held: indices of those that are held out.
-        cs: values of C; with one, and one choice of features, nothing is held out.
-        folder, identity: where logreg.pth goes, and what it is.
-        stored: what it holds already.
+        identity: of the regression, for logreg.pth.
+        stored: what that holds already.
 
     Returns:
         ``tried``, a record each; ``chosen``, the best of them; ``weight`` [K, D] and ``bias`` [K] of its fit to all
         training images, ``iterations`` and ``gradient`` of that; ``seconds``.
     """
     started = time.perf_counter()
-    content: Record = stored or {"tried": [], "point": None, "seconds": 0.0}
+    content: Record = stored or {"tried": [], "last": None, "seconds": 0.0}
     spent = float(content["seconds"])
+    choices, cs, patience = probe.config.features, probe.config.logreg_cs, probe.config.logreg_iterations
+    held, classes, device, folder = probe.held, probe.classes, probe.device, probe.folder
     if "weight" in content:
         distributed.say(f"already complete: {folder / LOGREG_NAME} holds this regression (--resume never repeats it)")
         return content
     learnt = np.setdiff1d(np.arange(len(train.labels)), held)
-    plan = [(choice, c) for choice in train.rows for c in sorted(cs)]
+    plan = [(choice, c) for choice in choices for c in sorted(cs)] if len(held) else []
     done = len(content["tried"])
     if done:
         distributed.say(f"resuming {folder / LOGREG_NAME} after {done} of {len(plan)} regressions")
-    regression: LogisticRegression | None = None
+    at_hand, regression = "", None
     with progress_bar(len(plan) + 1, "logistic regression", distributed.is_main(), done, unit="fit") as bar:
-        for number, (choice, c) in enumerate(plan):
-            if number and plan[number - 1][0] != choice:
-                regression = None  # other features
-            if number < done or not len(held):
-                continue
-            if regression is None:
+        for number in range(done, len(plan)):
+            choice, c = plan[number]
+            if regression is None or choice != at_hand:
+                regression = None  # its features are many: none beside the next one's
                 rows = train.rows[choice].some(learnt)
-                regression = LogisticRegression(rows, train.labels[learnt], classes, device)
-                if number == done and done and plan[done - 1][0] == choice:
-                    regression.go_on_from(content["point"])
-            found = regression.solve(c, max_iterations)
+                at_hand, regression = choice, LogisticRegression(rows, train.labels[learnt], classes, device)
+            # From where the next smaller C ended.
+            same = number > 0 and plan[number - 1][0] == choice
+            found = regression.solve(c, patience, tuple(content["last"]) if same else None)
             _demand_finite(found)
             content["tried"].append(_tried(found, choice, train, held, device))
-            content |= {"point": regression.state(), "seconds": spent + time.perf_counter() - started}
+            content |= {"last": [found.weight, found.bias], "seconds": spent + time.perf_counter() - started}
             if distributed.is_main():
                 write_probe(folder, content, identity, LOGREG_NAME)
             bar.update()
-        del regression
+        regression = None
         tried = content["tried"]
-        best: Record = (
-            max(tried, key=lambda one: one["held_out_top1"]) if tried else {"features": plan[0][0], "c": plan[0][1]}
-        )
+        best: Record = {"features": choices[0], "c": cs[0]}
+        if tried:
+            best = max(tried, key=lambda one: one["held_out_top1"])
         rows = train.rows[best["features"]]
-        final = LogisticRegression(rows, train.labels, classes, device).solve(best["c"], max_iterations)
+        final = LogisticRegression(rows, train.labels, classes, device).solve(best["c"], patience)
         _demand_finite(final)
         bar.update()
     content |= {
+        "last": None,
         "chosen": best,
         "weight": final.weight,
         "bias": final.bias,

@@ -1,4 +1,4 @@
-"""Which features a linear head sees: the class token, and means of patch tokens beside it (``--features``).
+"""Which features a linear head sees: the class token, and what stands beside it (``--features``).
 
 All that the wanted choices need is computed in one forward pass and kept as one row an image; a head sees some columns
 of it. The choices are DINOv2's (arXiv 2304.07193, linear evaluation), as far as a backbone has them:
@@ -6,9 +6,10 @@ of it. The choices are DINOv2's (arXiv 2304.07193, linear evaluation), as far as
 - ``cls``: the class token after the final norm.
 - ``cls+mean``: beside it the mean of the patch tokens, of the last block that mixes patches. For XCiT that is the last
   XCA block, before class attention and without the final norm.
-- ``lastN``, such as ``last4``: what the last N blocks know. An XCiT has a class token only after class attention, so it
-  is the final class token, then the mean patch tokens after each of the last N XCA blocks, the last one first, without
-  norm. ``last1`` is ``cls+mean``. Of a timm model likewise, with its own last patch tokens as the first mean.
+- ``lastN``, such as ``last4``: what the last N blocks know. A ViT's blocks have a class token each: it is ``cls+mean``
+  and the class tokens of the N - 1 blocks before, through the final norm. An XCiT has a class token only after class
+  attention: it is ``cls+mean`` and the mean patch tokens after each of the N - 1 XCA blocks before, without norm.
+  ``last1`` is ``cls+mean``.
 
 B batch, D features of the backbone, W features of a row, n images.
 """
@@ -32,7 +33,7 @@ _LAST = re.compile(r"last([1-9]\d?)")
 
 
 def blocks_of(choice: str) -> int:
-    """How many blocks' mean patch tokens stand beside the class token: 0 for ``cls``, 1 for ``cls+mean``.
+    """How many blocks have a part beside the final class token: 0 for ``cls``, 1 for ``cls+mean``.
 
     Raises:
         InputError: no such choice.
@@ -67,7 +68,7 @@ class PooledBackbone(nn.Module):
             name = max(wanted, key=lambda each: wanted[each])
             has = f"has {depth}" if depth else "does not tell its blocks' tokens"
             raise InputError(f"features has {name}, which needs {deepest} blocks, but the backbone {has}: lower it")
-        self._means = deepest
+        self._blocks = deepest
         ends = [int(backbone.embed_dim)]  # type: ignore[arg-type]
         if deepest:
             with torch.inference_mode():
@@ -80,19 +81,20 @@ class PooledBackbone(nn.Module):
     @property
     def identity(self) -> str:
         """Added to the weights' hash, it tells rows apart; empty where a row is the class token."""
-        return f" cls and {self._means} means" if self._means else ""
+        return f" cls and {self._blocks} blocks" if self._blocks else ""
 
     def forward(self, images: Tensor) -> BackboneOutput:
         """As the backbone's, but for the class token."""
-        if not self._means:
+        if not self._blocks:
             out: BackboneOutput = self.backbone(images)
             return out
         row = torch.cat([part.float() for part in self._parts(images)], dim=1)
         return BackboneOutput(row, row[:, None], (1, 1))
 
     def _parts(self, images: Tensor) -> list[Tensor]:
-        out: BackboneOutput = self.backbone(images, layers=tuple(range(-2, -self._means - 1, -1)))
-        return [out.cls_token, *(tokens.float().mean(dim=1) for tokens in (out.patch_tokens, *out.layers))]
+        out: BackboneOutput = self.backbone(images, layers=tuple(range(-2, -self._blocks - 1, -1)))
+        before = out.layer_cls or tuple(tokens.float().mean(dim=1) for tokens in out.layers)
+        return [out.cls_token, out.patch_tokens.float().mean(dim=1), *before]
 
 
 def _depth(backbone: nn.Module) -> int:

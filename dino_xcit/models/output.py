@@ -25,3 +25,7 @@ class BackboneOutput:
 
     layers: tuple[Tensor, ...] = ()
     """The patch tokens [B, N, D] after each block that ``layers=`` asked for, in that order."""
+
+    layer_cls: tuple[Tensor, ...] = ()
+    """The class token [B, D] after each of those blocks, through the final norm, where blocks have one: a ViT's do, an
+    XCiT's XCA blocks do not."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dino_xcit.errors import InputError, near_matches, one_line
@@ -72,17 +73,28 @@ class TimmBackbone(nn.Module):
 
     def _features(self, images: Tensor, layers: Sequence[int]) -> BackboneOutput:
         kept: tuple[Tensor, ...] = ()
+        class_tokens: tuple[Tensor, ...] = ()
         if layers:
             depth = len(self.model.feature_info) if hasattr(self.model, "feature_info") else 0
             indices = [index % depth if depth else index for index in layers]
-            features, maps = self.model.forward_intermediates(images, indices=indices, norm=False, output_fmt="NCHW")
+            of_blocks = isinstance(self.model, VisionTransformer) and self.model.has_class_token
+            with_prefix = {"return_prefix_tokens": True} if of_blocks else {}
+            features, maps = self.model.forward_intermediates(
+                images, indices=indices, norm=False, output_fmt="NCHW", **with_prefix
+            )
+            if of_blocks:
+                maps, prefixes = zip(*maps, strict=True)
+                normed = dict(
+                    zip(sorted(set(indices)), (self.model.norm(each[:, 0]) for each in prefixes), strict=True)
+                )
+                class_tokens = tuple(normed[index] for index in indices)
             by_index = dict(zip(sorted(set(indices)), maps, strict=True))  # timm gives each once, in the model's order
             kept = tuple(by_index[index].flatten(2).transpose(1, 2) for index in indices)
         else:
             features = self.model.forward_features(images)
         cls_token = self.model.forward_head(features, pre_logits=True)
         patches, grid = self._patches(features, images)
-        return BackboneOutput(cls_token, patches, grid, kept)
+        return BackboneOutput(cls_token, patches, grid, kept, class_tokens)
 
     def _patches(self, features: Tensor, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if features.ndim == 4:
