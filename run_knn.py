@@ -2,6 +2,9 @@
 
     python run_knn.py --weights runs/sample-xcit_pico_4_p4/checkpoint.pth
     torchrun --nproc-per-node 8 run_knn.py --weights ckpt.pth --data-path /data/imagenet
+    python run_knn.py --weights ckpt.pth --few-shot 1 2 5 10 --per-class classes.csv --confusion classes.png
+
+Processes share the extraction; the search is the main one's, with all cores of its machine.
 
 Read top to bottom: settings, backbone, data, features, votes, report.
 """
@@ -13,29 +16,51 @@ import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import faiss
 import numpy as np
 import torch
 from torch import nn
 
 from dino_xcit import distributed
 from dino_xcit.data import Source
+from dino_xcit.data.each_image import cores
 from dino_xcit.transform import EvalTransform
-from dino_xcit.weights import hash_state
+from dino_xcit.weights import LoadedBackbone, hash_state
+from eval.approximate import approximate_index, refuse_few
 from eval.baselines import Pixels, untrained
 from eval.config import KnnConfig, settings
+from eval.confusion import per_class, write_per_class
+from eval.confusion_figure import draw_confusion
 from eval.features import Features, cached, extract
+from eval.few_shot import few_shot
 from eval.figures import Figure, figure
-from eval.knn import bootstrap_interval, clamp_ks, correct, knn_predict
-from eval.protocol import KNN_PROTOCOL, data_card, images_card, result_card, write_json
+from eval.knn import Predictions, bootstrap_interval, clamp_ks, correct, knn_predict
+from eval.knn_report import few_shot_table, results_table, short_classes_notices
+from eval.protocol import KNN_PROTOCOL, Card, data_card, images_card, result_card, write_json
 from eval.setup import cache_folder, labelled_parts, open_backbone
-from eval.table import percent, table
 
 Record = dict[str, object]
 
 _PIXELS_AT_MOST = 4 << 30
 """Bytes of raw-pixel features that are still worth comparing with."""
+
+
+@dataclass
+class Found:
+    """What was measured."""
+
+    records: list[Record] = field(default_factory=list)
+    """One for each model, k and T."""
+    figures: list[Figure] = field(default_factory=list)
+    """The top-1 of each, image by image."""
+    few_shot: list[Record] = field(default_factory=list)
+    """One for each model, number of images a class, k and T."""
+    approximate: dict[str, Card] = field(default_factory=dict)
+    """For each model what index was searched, and its recall."""
 
 
 def main() -> None:
@@ -48,6 +73,8 @@ def main() -> None:
     ks, notice = clamp_ks(config.ks, len(train))
     if notice:
         distributed.say(f"notice: {notice}")
+    if config.approximate != "no":
+        refuse_few(config.approximate, len(train))
     transform = loaded.transform
     distributed.say(
         f"k-NN: {len(train):,} training images of {train.url}, {len(val):,} validation images of {val.url}; "
@@ -55,71 +82,92 @@ def main() -> None:
     )
 
     # ---- features and votes: this backbone, then what it has to beat
-    folder = cache_folder(config)
-
-    def features(backbone: nn.Module, weights_hash: str) -> tuple[Features, Features]:
-        batch, workers = config.batch_size_per_gpu, config.num_workers
-        first, second = (
-            cached(backbone, weights_hash, part, transform, device, folder, batch, workers) for part in (train, val)
-        )
-        return first, second
-
-    trained = features(loaded.backbone, loaded.hash)
-    figures: list[Figure] = []
-    results = _measure("trained", trained, config, ks, figures)
-    if config.baselines:
-        start = untrained(loaded.arch).to(device)
-        results += _measure("untrained", features(start, hash_state(start.state_dict())), config, ks, figures)
-        for name, normalised in (("pixels", False), ("pixels_normalised", True)):
-            pixels = _pixels((train, val), transform, normalised, device, config)
-            if pixels:
-                results += _measure(name, pixels, config, ks, figures)
+    found, fingerprints = Found(), ("", "")
+    for model, parts in _models(config, loaded, train, val, device):
+        if model == "trained":
+            fingerprints = parts[0].fingerprint, parts[1].fingerprint
+        if distributed.is_main():  # all processes have every feature, but one search is enough
+            predictions = _sweep(model, parts, config, ks, found)
+            if model == "trained" and (config.per_class or config.confusion):
+                _by_class(predictions, val, config, len(train))
+            if config.few_shot:
+                _few_shot(model, parts, config, found)
     if not distributed.is_main():
         return
 
     # ---- report
-    rows = [
-        [
-            str(row["model"]),
-            str(row["k"]),
-            f"{row['temperature']:g}",
-            percent(row["top1"], row["top1_interval"]),  # type: ignore[arg-type]
-            percent(row["top5"], row["top5_interval"]),  # type: ignore[arg-type]
-        ]
-        for row in results
-    ]
-    distributed.say(table(["model", "k", "T", "top-1 % [95% interval]", "top-5 % [95% interval]"], rows))
+    distributed.say(results_table(found.records))
+    if found.few_shot:
+        for notice in short_classes_notices(train.labels, train.classes, config.few_shot):
+            distributed.say(f"notice: {notice}")
+        distributed.say(few_shot_table(found.few_shot, config.draws))
     if config.json:
-        protocol = {
+        protocol: Card = {
             "name": KNN_PROTOCOL,
             "ks": ks,
             "temperatures": list(config.temperatures),
             "interval": "95% percentile bootstrap over the validation images",
         }
+        if found.approximate:
+            protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")
+            protocol["search"] = {"approximate": config.approximate, "probes": config.probes}
         data = {
-            name: data_card(part, found.fingerprint) | images_card(part)
-            for name, part, found in zip(("train", "val"), (train, val), trained, strict=True)
+            name: data_card(part, fingerprint) | images_card(part)
+            for name, part, fingerprint in zip(("train", "val"), (train, val), fingerprints, strict=True)
         }
         seconds = time.perf_counter() - started
-        cards = [one.to_card() for one in figures]
-        card = result_card("knn", protocol, results, loaded, data, transform, device, seconds, cards)
+        cards = [one.to_card() for one in found.figures]
+        card = result_card("knn", protocol, found.records, loaded, data, transform, device, seconds, cards)
+        if found.few_shot:
+            card["few_shot"] = {"draws": config.draws, "seed": config.seed, "results": found.few_shot}
+        if found.approximate:
+            card["approximate"] = found.approximate
         write_json(Path(config.json), card)
         distributed.say(f"written: {config.json}")
 
 
-def _measure(
-    model: str, parts: tuple[Features, Features], config: KnnConfig, ks: list[int], figures: list[Figure]
-) -> list[Record]:
-    """One record a pair of k and T, whose top-1 joins ``figures``; none on the processes that do not report."""
-    if not distributed.is_main():
-        return []
+def _models(
+    config: KnnConfig, loaded: LoadedBackbone, train: Source, val: Source, device: torch.device
+) -> Iterator[tuple[str, tuple[Features, Features]]]:
+    """The backbone's features of both parts, by the name ``trained``; and, if asked for, those of the baselines."""
+    folder = cache_folder(config)
+
+    def features(backbone: nn.Module, weights_hash: str) -> tuple[Features, Features]:
+        batch, workers = config.batch_size_per_gpu, config.num_workers
+        first, second = (
+            cached(backbone, weights_hash, part, loaded.transform, device, folder, batch, workers)
+            for part in (train, val)
+        )
+        return first, second
+
+    yield "trained", features(loaded.backbone, loaded.hash)
+    if config.baselines:
+        start = untrained(loaded.arch).to(device)
+        yield "untrained", features(start, hash_state(start.state_dict()))
+        for name, normalised in (("pixels", False), ("pixels_normalised", True)):
+            pixels = _pixels((train, val), loaded.transform, normalised, device, config)
+            if pixels:
+                yield name, pixels
+
+
+def _sweep(model: str, parts: tuple[Features, Features], config: KnnConfig, ks: list[int], found: Found) -> Predictions:
+    """One search; a record, and a figure to compare image by image, for each pair of k and T."""
+    if distributed.world_size() > 1:
+        # torchrun leaves a process one thread; the others of this machine are waiting, or have ended.
+        faiss.omp_set_num_threads(cores())
     train, val = parts
-    predictions = knn_predict(
-        train.features, train.labels, val.features, ks, config.temperatures, progress=len(val.features) > 4096
-    )
+    shown = len(val.features) > 4096
+    approximate = None
+    if config.approximate != "no":
+        approximate = approximate_index(
+            train.features, val.features, config.approximate, ks, config.probes, config.seed, shown
+        )
+        found.approximate[model] = approximate.to_card()
+        distributed.say(approximate.describe(model))
+    index = approximate.index if approximate else None
+    predictions = knn_predict(train.features, train.labels, val.features, ks, config.temperatures, shown, index)
     # Of five classes every one is among the first five, and k < 5 neighbours name fewer.
     five = train.labels is not None and len(np.unique(train.labels)) > 5
-    records: list[Record] = []
     for k in ks:
         for temperature in config.temperatures:
             record: Record = {"model": model, "k": k, "temperature": temperature}
@@ -129,9 +177,34 @@ def _measure(
                 record[f"top{top}_interval"] = bootstrap_interval(hits) if meant else None
                 if top == 1:
                     name, baseline = f"{model} k={k} T={temperature:g} top-1", model != "trained"
-                    figures.append(figure(name, {"model": model, "k": k, "T": temperature}, hits, baseline))
-            records.append(record)
-    return records
+                    found.figures.append(figure(name, {"model": model, "k": k, "T": temperature}, hits, baseline))
+            if approximate:
+                record["recall"] = approximate.recall[k]
+            found.records.append(record)
+    return predictions
+
+
+def _by_class(predictions: Predictions, val: Source, config: KnnConfig, neighbours: int) -> None:
+    """The table and the picture of the classes."""
+    k, temperature = min(config.ks[0], neighbours), config.temperatures[0]
+    guesses, title = predictions[k, temperature][:, 0], f"k-NN, k = {k}, T = {temperature:g}"
+    assert val.labels is not None  # labelled_parts sees to that
+    if config.per_class:
+        write_per_class(Path(config.per_class), per_class(guesses, val.labels, val.classes))
+        distributed.say(f"written: {config.per_class}, the classes ({title})")
+    if config.confusion:
+        draw_confusion(Path(config.confusion), guesses, val.labels, val.classes, title)
+        distributed.say(f"written: {config.confusion}, which classes are taken for which ({title})")
+
+
+def _few_shot(model: str, parts: tuple[Features, Features], config: KnnConfig, found: Found) -> None:
+    """Records with a few images a class."""
+    train, val = parts
+    records = few_shot(
+        train.features, train.labels, val.features, val.labels, config.few_shot, config.draws, config.ks,
+        config.temperatures, config.seed, progress=True,
+    )  # fmt: skip
+    found.few_shot += [{"model": model, **record} for record in records]
 
 
 def _pixels(

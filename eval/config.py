@@ -88,6 +88,22 @@ class KnnConfig(BackboneConfig):
     """Vote weight exp(cosine similarity / T); each is measured."""
     baselines: bool = False
     """Also measure the same architecture untrained, and raw pixels."""
+    few_shot: tuple[int, ...] = ()
+    """Also measure with so many labelled images a class, such as 1 2 5 10, drawn at random --draws times."""
+    draws: int = 5
+    """How many times --few-shot draws its images; the mean and the deviation over the draws are reported."""
+    seed: int = 0
+    """Seed of what is drawn: the few-shot images, and the queries that recall is measured on."""
+    per_class: str = ""
+    """Write a table of the classes to this .csv file: images, top-1, most confused with; at the first of --ks and
+    --temperatures."""
+    confusion: str = ""
+    """Draw which classes are taken for which into this .png file; at the first of --ks and --temperatures."""
+    approximate: Literal["no", "ivf", "hnsw", "pq"] = "no"
+    """Search approximately: ivf (lists), hnsw (a graph), pq (lists of codes). The recall against exact search is
+    measured and reported."""
+    probes: int = 0
+    """How much an approximate search looks at: lists (ivf, pq) or candidates (hnsw); 0: by the number of images."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -96,6 +112,14 @@ class KnnConfig(BackboneConfig):
             raise InputError(f"ks is {_words(self.ks)}, expected whole numbers of at least 1, such as 10 20 100 200")
         if not self.temperatures or not min(self.temperatures) > 0:
             raise InputError(f"temperatures is {_words(self.temperatures)}, expected numbers above 0, such as 0.07")
+        if self.few_shot and min(self.few_shot) < 1:
+            raise InputError(f"few_shot is {_words(self.few_shot)}, expected images a class, such as 1 2 5 10")
+        _at_least("draws", self.draws, 1)
+        _at_least("seed", self.seed, 0)
+        _at_least("probes", self.probes, 0)
+        for name, path, ending in (("per_class", self.per_class, ".csv"), ("confusion", self.confusion, ".png")):
+            if path and not path.lower().endswith(ending):
+                raise InputError(f"{name} is {path}, expected a file that ends in {ending}")
 
 
 @dataclass(frozen=True)
@@ -214,7 +238,7 @@ class ExtractConfig(BackboneConfig):
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Numbers in which vectors are kept; fp16 halves the folder."""
     index_type: Literal["flat", "hnsw", "ivfpq"] = "flat"
-    """flat: exact search. hnsw (a graph) and ivfpq (codes of a byte for four numbers) look at a part of the vectors;
+    """flat: exact search. hnsw (a graph) and ivfpq (codes, half a byte for two numbers) look at a part of the vectors;
     their recall is measured and written into the card."""
     shard_images: int = 2048
     """About how many images make a part of the work: a kill costs at most the parts under way."""

@@ -1,4 +1,4 @@
-"""Weighted k-NN classification (DINO's protocol) with exact faiss search.
+"""Weighted k-NN classification (DINO's protocol), with exact faiss search unless another index is handed in.
 
 D features, k neighbours, T temperature, C classes.
 """
@@ -51,11 +51,17 @@ def build_index(features: NDArray[np.float32]) -> faiss.IndexFlatIP:
 def search(
     index: faiss.Index, queries: NDArray[np.float32], k: int, chunk: int = 1024, progress: bool = False
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """Cosine similarities and row numbers, [chunk, k] each, best first, a chunk of queries at a time."""
+    """Cosine similarities and row numbers, [chunk, k] each, best first, a chunk of queries at a time.
+
+    An approximate index may find fewer than k: the places left over have row -1.
+    """
     with progress_bar(len(queries), f"search, k = {k}", shown=progress) as bar:
         for start in range(0, len(queries), chunk):
             rows = unit_rows(queries[start : start + chunk])
-            yield index.search(rows, k)
+            similarities, found = index.search(rows, k)
+            if index.metric_type == faiss.METRIC_L2:  # squared distances of vectors of length 1
+                similarities = 1 - similarities * np.float32(0.5)
+            yield similarities, found
             bar.update(len(rows))
 
 
@@ -83,6 +89,7 @@ def knn_predict(
     ks: Sequence[int],
     temperatures: Sequence[float],
     progress: bool = False,
+    index: faiss.Index | None = None,
 ) -> Predictions:
     """Labels by the vote of the k nearest training images, each with weight exp(cosine similarity / T).
 
@@ -94,6 +101,8 @@ def knn_predict(
         test_features: [test images, D]; may be memory-mapped.
         ks: how many neighbours vote; larger than the training set means all of it.
         temperatures: T > 0; 0.07 is the field's.
+        progress: draw a bar with the time that is left.
+        index: of the rows of ``train_features`` at length 1, such as :mod:`eval.approximate` builds. Default: exact.
 
     Returns:
         {(k, T): [test images, min(5, C)]} for every k and T asked for, best first. A class without a vote ranks
@@ -115,11 +124,13 @@ def knn_predict(
     # Votes are counted by position among the classes that occur: numbers may have gaps.
     classes, position = np.unique(np.asarray(train_labels, dtype=np.int64), return_inverse=True)
     found: dict[tuple[int, float], list[NDArray[np.int64]]] = {(k, t): [] for k in usable for t in temperatures}
-    for similarities, rows in search(build_index(train_features), test_features, usable[-1], progress=progress):
+    index = build_index(train_features) if index is None else index
+    for similarities, rows in search(index, test_features, usable[-1], progress=progress):
         voters = position[rows]
         for temperature in temperatures:
             # A factor common to a query's votes changes no order; taking out the largest keeps exp from overflowing.
             weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
+            weights[rows < 0] = 0.0
             tally = np.zeros((len(rows), len(classes)))
             for start, k in zip([0, *usable[:-1]], usable, strict=True):
                 tally += _tally(voters[:, start:k], weights[:, start:k], len(classes))
