@@ -289,6 +289,7 @@ _OF_PROTOCOLS = {
     **dict.fromkeys(("ground_truth", "queries"), ("oxford", "paris")),
     **dict.fromkeys(("distractors",), ("copydays",)),
     **dict.fromkeys(("ks", "index"), ("folder",)),
+    **dict.fromkeys(("data_path",), ("oxford", "paris", "copydays", "folder")),
     **dict.fromkeys(("first", "second", "threshold", "most_pairs", "csv", "sheet"), ("duplicates",)),
 }
 """run_retrieval.py's settings that mean nothing for other protocols: given there, they are a mistake."""
@@ -354,9 +355,10 @@ class RetrievalConfig(BackboneConfig):
             )
         for name, protocols in _OF_PROTOCOLS.items():
             if self.protocol not in protocols and getattr(self, name) != getattr(RetrievalConfig, name):
-                raise InputError(
-                    f"{name} is a setting of {' and '.join(protocols)}, not of {self.protocol}: leave it out"
-                )
+                whose = " and ".join(protocols)
+                raise InputError(f"{name} is a setting of {whose}, not of {self.protocol}: leave it out")
+        if self.index and self.data_path:
+            raise InputError("both index and data_path are given: --index measures a collection, --data-path images")
         _at_least("image_size", self.image_size, 0)
         _at_least("most_pairs", self.most_pairs, 1)
         self.descriptor().check()
