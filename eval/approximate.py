@@ -139,7 +139,8 @@ def build_approximate(
             index, name = faiss.IndexIVFFlat(centres, dim, lists), f"IVF{lists},Flat"
         else:
             index, name = faiss.IndexIVFPQ(centres, dim, lists, _codes(dim), 8), f"IVF{lists},PQ{_codes(dim)}"
-            index.pq.cp.niter, index.pq.cp.max_points_per_centroid = 10, _ROWS_A_LIST
+            codes = index.pq.cp
+            codes.niter, codes.max_points_per_centroid, codes.min_points_per_centroid = 10, _ROWS_A_LIST, 1
         probes = index.nprobe = min(probes, lists)
         index.cp.niter = 10
         index.cp.min_points_per_centroid = 1  # no warning on a handful of rows: recall tells what came of it

@@ -96,7 +96,7 @@ def side_by_side(pairs: dict[tuple[int, int], int], classes: Sequence[int]) -> l
     return list(ordered)
 
 
-def _shares(pairs: dict[tuple[int, int], int], order: Sequence[int], cells: int) -> NDArray[np.float64]:
+def cell_shares(pairs: dict[tuple[int, int], int], order: Sequence[int], cells: int) -> NDArray[np.float64]:
     """Percent of the images of a row's classes that were predicted as one of a column's: [cells, cells]; NaN in a row
     without images. With as many cells as classes, each has its own."""
     cell = {number: place * cells // len(order) for place, number in enumerate(order)}
@@ -108,7 +108,7 @@ def _shares(pairs: dict[tuple[int, int], int], order: Sequence[int], cells: int)
 
 
 def _draw_named(axis: Axes, pairs: dict[tuple[int, int], int], classes: Sequence[int], names: Sequence[str]) -> None:
-    shares = _shares(pairs, classes, len(classes))
+    shares = cell_shares(pairs, classes, len(classes))
     _draw_cells(axis, shares)
     size = 10 if len(classes) <= WRITTEN else 8
     axis.set_xticks(range(len(classes)), names, rotation=90, fontsize=size)
@@ -124,7 +124,7 @@ def _draw_named(axis: Axes, pairs: dict[tuple[int, int], int], classes: Sequence
 
 def _draw_grouped(axis: Axes, pairs: dict[tuple[int, int], int], order: Sequence[int]) -> None:
     cells = min(CELLS, len(order))
-    _draw_cells(axis, _shares(pairs, order, cells))
+    _draw_cells(axis, cell_shares(pairs, order, cells))
     axis.set_xticks([])
     axis.set_yticks([])
     most = -(-len(order) // cells)
