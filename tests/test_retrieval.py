@@ -17,7 +17,9 @@ from dino_xcit.data import open_source
 from dino_xcit.errors import InputError
 from eval.contact_sheet import TILE, ImagesOf, Tile, draw_sheet
 from eval.paths_file import escape, read_names, unescape
-from eval.retrieval import FILES, Collection, existing, open_collection, write_collection
+from eval.pooling import CLASS_TOKEN, Descriptor
+from eval.retrieval import FILES, Collection, existing, finish_renaming, open_collection, write_collection
+from eval.whitening import Whitening, learn, save
 
 NAMES = ["a.jpg", "with space.jpg", "line\nfeed.png", "back\\slash\\n.png", "ümlaut\u2028.png", "raw\udcff.png", "\r"]
 
@@ -162,3 +164,102 @@ def test_pictures_of_a_collection_are_found_by_path_or_through_their_source(tmp_
     assert arrays.read(5, sample.name(6)) is None, "the images are in another order than when they were extracted"
     assert ImagesOf("sample:fashion-mnist/val", str(tmp_path), 9).read(5, sample.name(5)) is None
     assert ImagesOf("nowhere", str(tmp_path), 9).read(5, "gone") is None
+
+
+# ---- what came with the second format
+
+
+def test_a_folder_of_the_first_format_still_opens_and_counts_as_the_class_token(tmp_path: Path) -> None:
+    collection = write(tmp_path, rows_of(7))
+    card = json.loads((tmp_path / "card.json").read_text())
+    for name in ("index", "dtype", "descriptor", "whitening", "added"):
+        card.pop(name, None)
+    (tmp_path / "card.json").write_text(json.dumps(card | {"format": "dino-xcit-vectors-1"}))
+    old = open_collection(tmp_path)
+    assert old.descriptor == CLASS_TOKEN
+    assert (old.search(rows_of(3, seed=1), 4)[1] == collection.search(rows_of(3, seed=1), 4)[1]).all()
+    assert existing(tmp_path, card_of(7, format="dino-xcit-vectors-2", dtype="fp32", added=[])) == "same"
+    assert existing(tmp_path, card_of(7, dtype="fp16")) == "other"
+    assert existing(tmp_path, card_of(7, descriptor=Descriptor("gem").to_dict())) == "other"
+    (tmp_path / "card.json").write_text(json.dumps(card | {"format": "dino-xcit-vectors-9"}))
+    with pytest.raises(InputError, match="its format is 'dino-xcit-vectors-9', expected one of"):
+        open_collection(tmp_path)
+
+
+def test_vectors_are_there_as_they_are_kept_and_never_copied_whole(tmp_path: Path) -> None:
+    collection = write(tmp_path, rows_of(7), dtype="fp16")
+    assert isinstance(collection.vectors, np.memmap)
+    assert collection.vectors.dtype == np.float16
+    assert collection.vectors == pytest.approx(unit(rows_of(7)), abs=1e-3)
+
+
+def test_numbers_too_large_for_half_precision_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    rows = 1e5 * rows_of(7)
+    with pytest.raises(InputError, match="float16 ends at 65,504: use --dtype fp32"):
+        write(tmp_path, rows, normalised=False, dtype="fp16")
+    assert list(tmp_path.iterdir()) == []
+    assert write(tmp_path, rows, dtype="fp16").vectors.dtype == np.float16
+    rows[3, 2] = np.nan
+    for normalised in (True, False):
+        with pytest.raises(InputError, match="not finite numbers"):
+            write(tmp_path / "nan", rows, normalised)
+
+
+def whitened(folder: Path, normalised: bool) -> tuple[Collection, Whitening]:
+    whitening = learn(unit(rows_of(40, seed=2)).astype(np.float32), 3, {}, {})
+    card = card_of(7, normalised, whitening={"hash": whitening.hash})
+    write_collection(folder, iter([rows_of(7)]), NAMES, (7, 3), card, whitening)
+    return open_collection(folder), whitening
+
+
+def test_whitened_vectors_are_normalised_before_and_after_and_so_are_queries(tmp_path: Path) -> None:
+    collection, whitening = whitened(tmp_path / "unit", True)
+    rows = unit(rows_of(7)).astype(np.float32)
+    assert collection.vectors == pytest.approx(unit((rows - whitening.mean) @ whitening.projection), abs=1e-5)
+    scores, found = collection.search(rows_of(7), 1)
+    assert (found[:, 0] == np.arange(7)).all()
+    assert scores == pytest.approx(np.ones((7, 1)), abs=1e-5)
+    plain, whitening = whitened(tmp_path / "plain", False)
+    assert plain.vectors == pytest.approx((rows_of(7) - whitening.mean) @ whitening.projection, rel=1e-4)
+
+
+def test_a_collection_keeps_its_own_whitening_and_refuses_another(tmp_path: Path) -> None:
+    whitened(tmp_path, True)
+    save(learn(rows_of(40, seed=3), 3, {}, {}), tmp_path / "whitening.npz")
+    with pytest.raises(InputError, match=r"whitening\.npz is another than the card names"):
+        open_collection(tmp_path)
+    (tmp_path / "whitening.npz").unlink()
+    with pytest.raises(InputError, match="is damaged"):
+        open_collection(tmp_path)
+    write(tmp_path, rows_of(7))
+    whitened(tmp_path, True)
+    assert write(tmp_path, rows_of(7)).whitening is None
+    assert not (tmp_path / "whitening.npz").exists(), "that of the collection before"
+
+
+def test_files_of_one_collection_under_the_card_of_another_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a", rows_of(7))
+    write(tmp_path / "b", rows_of(7, dim=6), dtype="fp16")
+    for name in ("vectors.npy", "index.faiss", "card.json"):
+        whole = (tmp_path / "a" / name).read_bytes()
+        (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+        with pytest.raises(InputError, match="is damaged"):
+            open_collection(tmp_path / "a")
+        (tmp_path / "a" / name).write_bytes(whole)
+    assert open_collection(tmp_path / "a").names == NAMES
+
+
+def test_files_that_a_killed_process_did_not_name_are_said_and_named_later(tmp_path: Path) -> None:
+    write(tmp_path / "old", rows_of(5, seed=4))
+    write(tmp_path / "whole", rows_of(7))
+    new = tmp_path / "old" / ".new"
+    new.mkdir()
+    for name in FILES:
+        (new / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (tmp_path / "old" / "card.json").unlink()
+    (new / "vectors.npy").rename(tmp_path / "old" / "vectors.npy")
+    with pytest.raises(InputError, match=r"run the run_extract\.py command that wrote it again"):
+        open_collection(tmp_path / "old")
+    finish_renaming(tmp_path / "old")
+    assert open_collection(tmp_path / "old").names == NAMES
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == sorted(FILES)
