@@ -1,0 +1,174 @@
+"""Every setting of a launch on a cluster, with its default: what run_slurm.py takes besides the runner's own flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dino_xcit.cli import Flags, build
+from dino_xcit.errors import InputError, near_matches
+
+RUNNERS = ("pretrain", "knn", "linear", "extract")
+
+_OURS = {
+    "nodes": "--nodes", "gpus-per-node": "--gpus-per-node", "ntasks-per-node": "--tasks-per-node",
+    "ntasks": "--tasks-per-node", "cpus-per-task": "--cpus-per-task", "time": "--time", "partition": "--partition",
+    "account": "--account", "constraint": "--constraint", "comment": "--comment", "job-name": "--job-name",
+    "signal": "--signal-delay", "output": "--job-dir", "error": "--job-dir", "requeue": "--requeues",
+    "open-mode": "--job-dir",
+}  # fmt: skip
+"""Slurm's options that the launcher sets itself, and the flag that decides them."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Settings of run_slurm.py; every other flag is the runner's, as it would be typed after torchrun."""
+
+    run: Literal["pretrain", "knn", "linear", "extract"] = "pretrain"
+    """What to start: run_pretrain.py, run_knn.py, run_linear.py or run_extract.py."""
+    cluster: Literal["slurm", "local"] = "slurm"
+    """slurm: queue a job; local: the same job on this machine, now, and wait for it."""
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int = 1
+    """GPUs a machine; 0: none."""
+    tasks_per_node: int = 0
+    """Processes a machine; 0: one a GPU, or one where there is none."""
+    cpus_per_task: int = 10
+    """Cores a process, for its loader processes; docs/scaling.md says how many an architecture needs."""
+    time: str = "1-00:00:00"
+    """Time limit, as Slurm writes it: MINUTES, H:MM:SS, DAYS-HOURS, DAYS-H:MM:SS ... The run is told before it ends,
+    saves, and is queued again."""
+    partition: str = ""
+    """Slurm's partition; empty: the cluster's default."""
+    account: str = ""
+    """Whom the time is charged to; empty: the cluster's default."""
+    constraint: str = ""
+    """Features that the machines must have, such as h100."""
+    comment: str = ""
+    """A word for whoever reads the queue."""
+    job_name: str = "dino-xcit"
+    """The job's name in the queue."""
+    slurm_additional: tuple[str, ...] = ()
+    """Other options of sbatch: KEY=VALUE, such as qos=high mem=200G, or KEY alone, such as exclusive."""
+    job_dir: str = "runs/slurm"
+    """Where jobs and their logs go, JOB_DIR/JOBID_PROCESS_log.out; every machine has to see it."""
+    signal_delay: int = 120
+    """Seconds before the time limit at which the run is told; a step, a save, and W&B's last words must fit in."""
+    requeues: int = 100
+    """So many times the job is queued again after its time limit."""
+
+    def check(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: naming the field, the value, and what would do.
+        """
+        if self.cluster == "local" and self.nodes != 1:
+            raise InputError(f"nodes is {self.nodes}, but --cluster local is this machine alone: expected 1")
+        least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 0, "cpus_per_task": 1, "signal_delay": 1}
+        for name, bound in (least | {"requeues": 0}).items():
+            if getattr(self, name) < bound:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least {bound}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and not text.isprintable():  # a line of its own in the batch script
+                    raise InputError(f"{field.name} is {text!r}, expected text of one line")
+        if not self.job_dir or "%" in self.job_dir:
+            raise InputError(f"job_dir is {self.job_dir!r}, expected a folder, such as runs/slurm")
+        if not self.seconds > self.signal_delay:
+            raise InputError(
+                f"time is {self.time}, which is not more than signal_delay, {self.signal_delay} s: nothing would be "
+                "left to train in"
+            )
+        self.additional()
+
+    @property
+    def processes_per_node(self) -> int:
+        """Ranks a machine."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def seconds(self) -> int:
+        """The time limit.
+
+        Raises:
+            InputError: it is not written as Slurm does.
+        """
+        forms = (
+            r"(?P<m>\d+)(:(?P<s>\d\d))?",
+            r"(?P<h>\d+):(?P<m>\d\d):(?P<s>\d\d)",
+            r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d\d)(:(?P<s>\d\d))?)?",
+        )
+        found = next((match for form in forms if (match := re.fullmatch(form, self.time, re.ASCII))), None)
+        if found is None or len(self.time) > 20:
+            raise InputError(
+                f"time is {self.time!r}, expected MINUTES, M:SS, H:MM:SS, DAYS-HOURS or DAYS-H:MM:SS, such as "
+                "2-00:00:00"
+            )
+        part = {name: int(value or 0) for name, value in found.groupdict().items()}
+        return ((part.get("d", 0) * 24 + part.get("h", 0)) * 60 + part.get("m", 0)) * 60 + part.get("s", 0)
+
+    def additional(self) -> dict[str, str | bool]:
+        """``slurm_additional`` by key; True for one without a value.
+
+        Raises:
+            InputError: one that is no option, or one that a flag of ours decides.
+        """
+        options: dict[str, str | bool] = {}
+        for entry in self.slurm_additional:
+            key, equals, value = entry.removeprefix("--").partition("=")
+            key = key.replace("_", "-")
+            if not re.fullmatch(r"[a-z][a-z-]*", key):
+                raise InputError(f"slurm_additional has {entry!r}, expected KEY=VALUE, such as qos=high")
+            if key in _OURS:
+                raise InputError(f"slurm_additional has {entry!r}, which {_OURS[key]} decides: use that")
+            options[key] = value if equals else True
+        return options
+
+
+def split(argv: Sequence[str], runner_flags: Collection[str]) -> tuple[Flags, list[str]]:
+    """The launch's flags, by field name, and the words that are left for the runner, in their order.
+
+    Args:
+        runner_flags: names that the runner knows, with underscores.
+
+    Raises:
+        InputError: a flag that the runner does not know and that looks like one of the launch's.
+    """
+    own = [field.name for field in dataclasses.fields(LaunchConfig)]
+    flags: Flags = {}
+    rest: list[str] = []
+    words = rest
+    for token in argv:
+        if not token.startswith("--"):
+            words.append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in own:
+            if name != "slurm_additional":  # each of them is wanted; of the others the last word counts
+                flags.pop(name, None)
+            words = flags.setdefault(name, [])
+            words += [value] if equals else []
+            continue
+        if name not in runner_flags and (close := near_matches(name, own, prefix="--")):
+            raise InputError(f"unknown flag --{name}{close} (--help lists all)")
+        words = rest
+        rest.append(token)
+    return flags, rest
+
+
+def launch_settings(flags: Flags) -> LaunchConfig:
+    """The launch's settings, checked.
+
+    Raises:
+        InputError: a value that cannot be.
+    """
+    config = build(LaunchConfig, flags, LaunchConfig(), "run_slurm.py")
+    config.check()
+    return config

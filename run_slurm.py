@@ -1,0 +1,122 @@
+"""Queue a run on a Slurm cluster, with the runner's own flags. Before its time ends it saves, and is queued again.
+
+    python run_slurm.py --nodes 2 --gpus-per-node 8 --partition gpu --data-path /data/imagenet/train
+    python run_slurm.py --run linear --gpus-per-node 8 --weights runs/s12/checkpoint.pth --data-path /data/imagenet
+    python run_slurm.py --cluster local --gpus-per-node 0 --tasks-per-node 2      the same job on this machine
+
+Read top to bottom: settings, what can be checked before the queue, the job, what to type next.
+"""
+
+from __future__ import annotations
+
+# Before torch: it decides how threads wait for each other.
+import dino_xcit  # noqa: F401  # isort: skip
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dino_xcit.cli import parse, parse_pretrain
+from dino_xcit.config import PretrainConfig
+from dino_xcit.console import printable
+from dino_xcit.errors import InputError, RunStopped, run_main
+from dino_xcit.launch_config import LaunchConfig, launch_settings, split
+from dino_xcit.slurm import import_submitit, submit
+from dino_xcit.wandb_mirror import require_package
+from eval.config import BackboneConfig, ExtractConfig, KnnConfig, LinearConfig, settings
+
+if TYPE_CHECKING:
+    import submitit
+
+ROOT = Path(__file__).resolve().parent
+EVALUATORS: dict[str, type[BackboneConfig]] = {"knn": KnnConfig, "linear": LinearConfig, "extract": ExtractConfig}
+
+
+def main() -> None:
+    """The whole launch."""
+    # ---- settings: ours, and the runner's, which are checked here rather than hours later
+    argv = sys.argv[1:]
+    if "-h" in argv or "--help" in argv:
+        print("Every flag of the runner, and these:\n")
+        parse(LaunchConfig, ["--help"], "run_slurm.py")
+    runner_flags = flags_of(PretrainConfig).union(*map(flags_of, EVALUATORS.values()))
+    flags, words = split(argv, runner_flags)
+    launch = launch_settings(flags)
+    check_runner(launch.run, words)
+    import_submitit()
+
+    # ---- the job
+    command = (sys.executable, "-u", str(ROOT / f"run_{launch.run}.py"), *words)
+    job = submit(launch, command, ROOT)
+    log = job.paths.stdout
+    processes = launch.nodes * launch.processes_per_node
+
+    # ---- what next
+    if launch.cluster == "slurm":
+        print(f"job {job.job_id} is queued: {processes} process(es); its log: {log}")
+        print(f"squeue -j {job.job_id} shows it, scancel {job.job_id} ends it; the same command carries on after it")
+        return
+    print(f"job {job.job_id} runs here: {processes} process(es); its log, of which this is a copy: {log}", flush=True)
+    follow(job, log)
+    ended_well = [job.task(number).paths.result_pickle.exists() for number in range(processes)]
+    if not all(ended_well):
+        raise RunStopped(1, f"the job ended early; its {processes} process(es) say why in {log.parent}/{job.job_id}_*")
+
+
+def flags_of(config: type) -> set[str]:
+    """The names of a runner's settings."""
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def check_runner(run: str, words: Sequence[str]) -> None:
+    """What can be known of a runner's flags without its data and its machines.
+
+    Raises:
+        InputError: as the runner itself would.
+    """
+    if run == "pretrain":
+        config, first_line = parse_pretrain(words)
+        require_package(config.wandb)
+        print(first_line)
+        _notice_absent("data_path", config.data_path)
+        return
+    evaluation = settings(EVALUATORS[run], words, f"run_{run}.py")
+    if not evaluation.weights:
+        raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth")
+    _notice_absent("weights", evaluation.weights)
+    _notice_absent("data_path", evaluation.data_path)
+
+
+def _notice_absent(name: str, place: str) -> None:
+    """Only a notice: the machines of the cluster may have disks that this one does not see."""
+    if place and ":" not in place and not Path(place).expanduser().exists():
+        print(f"notice: {name} is {printable(place)}, which is not there on this machine: the job's have to have it")
+
+
+def follow(job: submitit.Job[None], log: Path) -> None:
+    """Print what the first process says until the job has ended."""
+    place = 0
+    while True:
+        ended = job.done()
+        if log.exists():
+            with open(log, "rb") as file:
+                file.seek(place)
+                data = file.read()
+            place += len(data)
+            sys.stdout.write(data.decode(errors="replace"))
+            sys.stdout.flush()
+        if ended:
+            return
+        time.sleep(0.2)
+
+
+def command() -> None:
+    """The console entry."""
+    run_main(main)
+
+
+if __name__ == "__main__":
+    command()
