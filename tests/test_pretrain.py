@@ -409,6 +409,34 @@ def test_resume_changed_carries_on_and_resume_never_starts_anew(
     assert steps == [1, 2]
 
 
+def test_a_run_begins_from_weights_once_and_is_carried_on_without_them(
+    pretrain: Pretrain, stopped: Stopped, photos: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "weights.pth"
+    shutil.copy(stopped.folder / "checkpoint.pth", source)
+    flags = ["--data-path", photos, *SMALL, "--output-dir", tmp_path / "run", "--init-weights", source]
+    refused = pretrain(*flags, "--arch", "xcit_pico_4_p8")
+    refused.assert_refused("a xcit_pico_4_p4, but arch is xcit_pico_4_p8")
+    begun = pretrain(*flags, "--max-steps", "1")
+    assert begun.code == 0, begun.err
+    assert f"starting from teacher xcit_pico_4_p4 of {source}" in begun.out
+    assert "heads too" in begun.out
+    content, before = (safe_load.read(path) for path in (tmp_path / "run/checkpoint.pth", source))
+    assert (content["step"], content["args"]["init_weights"]) == (1, str(source))
+    # The first step's learning rate is 0: the student's weights are still the ones it began with.
+    weights = [key for key in content["student"] if not key.endswith(("running_mean", "running_var", "tracked"))]
+    assert len(weights) > 50
+    assert all(torch.equal(content["student"][key], before["teacher"][key]) for key in weights)
+
+    source.unlink()
+    carried_on = pretrain(*flags, "--max-steps", "2")
+    assert carried_on.code == 0, carried_on.err
+    assert f"after step 1 of 2; it began from {source}, which is not read again" in carried_on.out
+    pretrain(*flags[:-2], "--max-steps", "3").assert_refused(f"init_weights {source} -> ")
+    pretrain(*flags, "--resume", "never", "--max-steps", "3").assert_refused(f"there is no file {source}")
+    assert safe_load.read(tmp_path / "run/checkpoint.pth")["step"] == 2
+
+
 def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_they_are_kept(
     pretrain: Pretrain, stopped: Stopped, tmp_path: Path
 ) -> None:

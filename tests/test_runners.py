@@ -385,5 +385,6 @@ def test_a_mistake_has_exit_code_two_as_a_process_too(tmp_path: Path) -> None:
     done = process(tmp_path, "run_knn.py", "--weights", "none.pth")
     assert (done.code, done.out) == (2, "")
     assert (
-        done.err == "error: there is no file none.pth: --weights takes a checkpoint such as runs/.../checkpoint.pth\n"
+        done.err == "error: there is no file none.pth: expected weights such as runs/.../checkpoint.pth, "
+        "hf-hub:ORG/NAME or timm:NAME\n"
     )

@@ -78,8 +78,8 @@ def _of_timm(name: str) -> WeightsFile:
             else near_matches(name, timm.list_models(), prefix=TIMM)
         )
         raise InputError(
-            f"timm has no weights named {name!r}{near} (timm {timm.__version__}; timm.list_models(pretrained=True) prints "
-            "all)"
+            f"timm has no weights named {name!r}{near} (timm {timm.__version__}; timm.list_models(pretrained=True) "
+            "prints all)"
         )
     if not config.hf_hub_id:
         found = f"only at {config.url}: download that and give its path" if config.url else "nowhere: name another tag"
@@ -168,11 +168,10 @@ def _refuse_folder(path: Path) -> None:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
         raise InputError(
-            f"there is no file {path}: --weights takes a checkpoint such as runs/.../checkpoint.pth, hf-hub:ORG/NAME "
-            "or timm:NAME"
+            f"there is no file {path}: expected weights such as runs/.../checkpoint.pth, hf-hub:ORG/NAME or timm:NAME"
         ) from None
     except (OSError, ValueError):  # reading says why
         return
     if is_folder:
         inside = next((name for name in ("checkpoint.pth", *_NAMES) if (path / name).is_file()), "checkpoint.pth")
-        raise InputError(f"{path} is a folder: --weights takes a file, such as {path / inside}")
+        raise InputError(f"{path} is a folder: expected a file, such as {path / inside}")

@@ -1,0 +1,147 @@
+"""``--init-weights``: a new run begins from a file's weights, in both networks, and never from anything else of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import foreign_checkpoints as files
+import pytest
+import torch
+from tiny_run import CPU, differing_bits, learnt, run, tiny_config
+from torch import Tensor
+
+from dino_xcit import checkpoint
+from dino_xcit.errors import InputError
+from dino_xcit.init_weights import initialise
+from dino_xcit.train import TrainState, build_state
+
+SMALL_HEAD: dict[str, Any] = {"out_dim": 12, "head_hidden_dim": 8, "head_bottleneck_dim": 6}
+ARCH = "xcit_pico_4_p8"
+
+
+def begun(path: Path | str, **settings: Any) -> tuple[TrainState, str]:
+    """A fresh state that was initialised from ``path``, and what was said."""
+    config = tiny_config(**({"arch": ARCH, "init_weights": str(path)} | SMALL_HEAD | settings))
+    state = build_state(config, CPU)
+    return state, initialise(state, config)
+
+
+def dino_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A full DINO checkpoint at ``path``; its student's and its teacher's backbone."""
+    student, teacher = files.xcit(1), files.xcit(2)
+    torch.save(files.dino(student, teacher, 64, teacher_wrapped=True), path)
+    return dict(student.state_dict()), dict(teacher.state_dict())
+
+
+def parts(state: TrainState) -> list[dict[str, Tensor]]:
+    return [dict(network.backbone.state_dict()) for network in (state.student, state.teacher)]
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_student_and_teacher_both_begin_as_the_network_that_was_chosen(tmp_path: Path, network: str) -> None:
+    student, teacher = dino_file(tmp_path / "full.pth")
+    state, said = begun(tmp_path / "full.pth", init_network=network)
+    chosen, seed = (teacher, 2) if network == "teacher" else (student, 1)
+    for backbone in parts(state):
+        assert not differing_bits(backbone, chosen)
+    for part in (state.student, state.teacher):
+        assert not differing_bits(part.head.state_dict(), files.head(64, seed=seed))
+    assert said.startswith(f"starting from {network} {ARCH} of {tmp_path / 'full.pth'} (a DINO checkpoint)")
+    assert "heads too" in said
+    assert state.step == 0
+    assert not state.optimizer.state_dict()["state"]
+
+
+def test_a_file_without_a_head_leaves_the_heads_as_a_fresh_run_has_them(tmp_path: Path) -> None:
+    torch.save(files.xcit().state_dict(), tmp_path / "bare.pth")
+    state, said = begun(tmp_path / "bare.pth")
+    fresh = build_state(tiny_config(arch=ARCH, **SMALL_HEAD), CPU)
+    for part, other in ((state.student, fresh.student), (state.teacher, fresh.teacher)):
+        assert not differing_bits(part.head.state_dict(), other.head.state_dict())
+    assert "heads start fresh: the file has no DINO head" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"out_dim": 13}, "in the file last_layer.weight_g is 12 x 1, in this run 13 x 1"),
+        ({"head_hidden_dim": 9}, "in the file mlp.0.weight is 8 x 64, in this run 9 x 64"),
+        ({"use_bn_in_head": True}, "the file's has other layers"),
+    ],
+)
+def test_heads_of_other_shapes_start_fresh_and_the_first_difference_is_said(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    _, teacher = dino_file(tmp_path / "full.pth")
+    state, said = begun(tmp_path / "full.pth", **settings)
+    assert f"heads start fresh: {words}" in said
+    assert not differing_bits(parts(state)[0], teacher)
+
+
+def test_prototypes_whose_lengths_are_not_1_are_said_where_they_would_be_frozen(tmp_path: Path) -> None:
+    student = files.xcit(1)
+    content = files.dino(student, student, 64, teacher_wrapped=False)
+    content["teacher"]["head.last_layer.weight_g"] *= 2
+    torch.save(content, tmp_path / "full.pth")
+    assert "lengths are not 1 and stay frozen" in begun(tmp_path / "full.pth")[1]
+    assert "lengths are not 1" not in begun(tmp_path / "full.pth", norm_last_layer=False)[1]
+
+
+def test_every_layout_that_is_evaluated_can_be_trained_on(tmp_path: Path) -> None:
+    network = files.timm_xcit(classes=7)
+    path = files.timm_folder(tmp_path, network, files.XCIT_CONFIG)
+    state, said = begun(path, global_crops_size=32, local_crops_size=16, arch=ARCH)
+    assert "normalised with mean 0.5 0.5 0.5 and deviation 0.25 0.25 0.25, this run has" in said
+    images = torch.rand(2, 3, 32, 32)
+    network.reset_classifier(0)
+    with torch.no_grad():
+        torch.testing.assert_close(state.teacher.backbone.eval()(images).cls_token, network.eval()(images))
+    torch.save(files.vit().state_dict(), tmp_path / "vit.pth")
+    state, _ = begun(tmp_path / "vit.pth", arch="vit_tiny_2_p16_64", global_crops_size=32, local_crops_size=16)
+    before = learnt(state)
+    config = tiny_config(arch="vit_tiny_2_p16_64", global_crops_size=32, local_crops_size=16, **SMALL_HEAD)
+    _, results = run(config, 1, state)
+    assert bool(results[0].accepted)
+    assert differing_bits(before, learnt(state))
+
+
+def test_a_timm_backbone_begins_from_a_bare_file_of_timms_names(tmp_path: Path) -> None:
+    import timm
+
+    network = timm.create_model("test_vit", num_classes=5)
+    torch.save(network.state_dict(), tmp_path / "timm.pth")
+    state, _ = begun(tmp_path / "timm.pth", arch="timm:test_vit", global_crops_size=32, local_crops_size=16)
+    own = {key.removeprefix("model."): value for key, value in parts(state)[0].items()}
+    assert not differing_bits(own, {key: value for key, value in network.state_dict().items() if key in own})
+
+
+def test_another_architecture_is_refused_by_both_names(tmp_path: Path) -> None:
+    dino_file(tmp_path / "full.pth")
+    with pytest.raises(InputError, match=r"a xcit_pico_4_p8, but arch is xcit_pico_4_p4: give --arch xcit_pico_4_p8"):
+        begun(tmp_path / "full.pth", arch="xcit_pico_4_p4")
+    with pytest.raises(InputError, match=r"does not fit timm:test_vit, it looks like xcit_pico_4_p8"):
+        begun(tmp_path / "full.pth", arch="timm:test_vit", global_crops_size=32, local_crops_size=16)
+
+
+def test_gaps_are_refused_and_those_allowed_begin_alike_in_both_networks(tmp_path: Path) -> None:
+    state = dict(files.xcit().state_dict())
+    del state["blocks.0.gamma1"], state["blocks.1.mlp.fc1.weight"]
+    torch.save(state, tmp_path / "bare.pth")
+    with pytest.raises(InputError, match=r"lacks blocks\.1\.mlp\.fc1\.weight"):
+        begun(tmp_path / "bare.pth", allow_missing=("blocks.0.gamma1",))
+    state, said = begun(tmp_path / "bare.pth", allow_missing=("blocks.0.gamma1", "blocks.1.mlp.*"))
+    assert "missing blocks.0.gamma1, missing blocks.1.mlp.fc1.weight" in said
+    assert not differing_bits(*parts(state))
+
+
+def test_the_settings_are_checked_and_stored(tmp_path: Path) -> None:
+    dino_file(tmp_path / "full.pth")
+    config = tiny_config(arch=ARCH, init_weights=str(tmp_path / "full.pth"), allow_missing=("norm.bias",), **SMALL_HEAD)
+    stored = checkpoint.content_of(build_state(config, CPU), config, steps_per_epoch=6)["args"]
+    assert (stored["init_weights"], stored["init_network"]) == (str(tmp_path / "full.pth"), "teacher")
+    assert stored["allow_missing"] == ["norm.bias"]
+    with pytest.raises(InputError, match="init_network is 'ema'"):
+        tiny_config(init_network="ema")
+    with pytest.raises(InputError, match="expected names of keys"):
+        tiny_config(allow_unexpected=("*",))
