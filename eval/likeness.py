@@ -61,10 +61,11 @@ def _differences(first: Result, other: Result) -> list[Difference]:
     if first.measure != other.measure:
         return [Difference("measure", f"measure {first.measure} -> {other.measure}", allowable=False)]
     found = []
-    both_measured = not (first.source or other.source)
-    for key in sorted(first.protocol.keys() | other.protocol.keys()):
+    published = [result.protocol.keys() for result in (first, other) if result.source]
+    keys = published[0] if published else first.protocol.keys() | other.protocol.keys()
+    for key in sorted(keys):
         then, now = first.protocol.get(key), other.protocol.get(key)
-        if key in SWEPT or then == now or (not both_measured and (then is None or now is None)):
+        if key in SWEPT or then == now:
             continue
         name = "protocol" if key == "name" else key
         found.append(Difference(name, f"{name} {shown(then)} -> {shown(now)}"))

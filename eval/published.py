@@ -63,7 +63,7 @@ def published_result(word: str, measure: str) -> Result:
         # Published linear figures are those of the best epoch on the validation images.
         settings = {"classifier": "paper", "epoch": "best"}
         figure = Figure("paper, best epoch, top-1", settings, found.linear, None)
-        protocol = {"epochs": PAPER_EPOCHS, "lr": 0.001, "crop_scale": list(PAPER_CROP_SCALE)}
+        protocol = {"epochs": PAPER_EPOCHS, "lr": 0.001, "crop_scale": list(PAPER_CROP_SCALE), "cached": None}
     else:
         raise InputError(f"{word} has k-NN and linear figures, no {measure}")
     data = {

@@ -78,6 +78,8 @@ def test_the_linear_figure_is_held_against_the_best_epoch(tmp_path: Path, capsys
     assert "+0.2" in capsys.readouterr().out
     fewer = on_imagenet(tmp_path / "fewer.json", best, measure="linear", protocol=probe | {"epochs": 10})
     assert "epochs 100 -> 10" in refusal(NAME, fewer)
+    cached = on_imagenet(tmp_path / "c.json", best, measure="linear", protocol=probe | {"cached": "4 epochs"})
+    assert "cached None -> 4 epochs" in refusal(NAME, cached)
 
 
 def test_another_data_set_is_refused_with_the_reason(tmp_path: Path) -> None:
