@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from dino_xcit.reliability.run_lock import RunLock
 from eval import shards
 from eval.collection_card import data_of, differences, settings_of
 from eval.protocol import Card
-from eval.retrieval import existing, finish_renaming, is_half_renamed, open_collection
+from eval.retrieval import NEW, existing, finish_renaming, is_half_renamed, open_collection
 
 _MOST_NAMED = 3
 
@@ -33,32 +34,32 @@ def claim(folder: Path, card: Card, source: Source, add: bool, overwrite: bool, 
     Raises:
         InputError: the folder holds something else, is in use, or cannot be written to.
     """
-    found = existing(folder, card)
-    half_renamed = is_half_renamed(folder)
-    if not half_renamed:
-        answer = _answer(folder, found, card, source, add, overwrite)
+    existing(folder, card)  # refuses what is no folder
+    work = folder / shards.FOLDER
+    if not work.exists() and not (folder / NEW).exists():
+        # Nothing was begun that another process may be at: a folder that cannot be written to will do.
+        answer = _answer(folder, card, source, add, overwrite)
         if answer:
             return answer
-    work = folder / shards.FOLDER
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot create {folder}: {error.strerror}; choose another --output-dir") from error
     locks.enter_context(RunLock.take(work))
-    if half_renamed:
+    if is_half_renamed(folder):
         finish_renaming(folder)
-        answer = _answer(folder, existing(folder, card), card, source, add, overwrite)
-        if answer:
-            shards.remove(work)
-            return answer
-    return ""
+    answer = _answer(folder, card, source, add, overwrite)
+    if answer:  # of a process that was killed when all was done
+        shutil.rmtree(folder / NEW, ignore_errors=True)
+        shards.remove(work)
+    return answer
 
 
-def _answer(folder: Path, found: str | None, card: Card, source: Source, add: bool, overwrite: bool) -> str:
+def _answer(folder: Path, card: Card, source: Source, add: bool, overwrite: bool) -> str:
     if add:
         return _refuse_to_add(folder, card, source)
+    found = existing(folder, card)
     if found == "same" and not overwrite:
-        shards.remove(folder / shards.FOLDER)  # of a process that was killed when all was done
         return f"already complete: {folder} holds the vectors of these {len(source):,} images; nothing to do"
     if found and not overwrite:
         raise InputError(

@@ -37,7 +37,7 @@ FILES = (VECTORS, NAMES, INDEX, CARD)
 WHITENING = "whitening.npz"
 """Only there where the vectors are whitened."""
 
-_NEW = ".new"
+NEW = ".new"
 """Inside the folder: the files of a collection until all of them are there."""
 _ROWS_AT_ONCE = 8192
 
@@ -190,7 +190,7 @@ def _write(
     """``rows`` as they are kept; ``index``: one that holds the first of them."""
     half, stated = card.get("dtype", "fp32") == "fp16", card.get("index")
     kind: IndexType = stated["type"] if isinstance(stated, dict) else "flat"
-    new = folder / _NEW
+    new = folder / NEW
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -222,7 +222,7 @@ def _write(
 
 def is_half_renamed(folder: Path) -> bool:
     """Whether a process was killed when all files were written, before all had their names."""
-    return (folder / _NEW / CARD).is_file()
+    return (folder / NEW / CARD).is_file()
 
 
 def finish_renaming(folder: Path) -> None:
@@ -230,7 +230,7 @@ def finish_renaming(folder: Path) -> None:
 
     Nobody can open the folder meanwhile: it has no card.
     """
-    new = folder / _NEW
+    new = folder / NEW
     (folder / CARD).unlink(missing_ok=True)
     if json.loads((new / CARD).read_text(encoding="utf-8")).get("whitening") is None:
         (folder / WHITENING).unlink(missing_ok=True)

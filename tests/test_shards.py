@@ -156,12 +156,17 @@ def test_the_backbone_gets_its_mode_back(tmp_path: Path) -> None:
     assert not torch.is_inference_mode_enabled()
 
 
-def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
+def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card: dict[str, Any] = {"data": {"fingerprint": "d"}}
     with ExitStack() as first, ExitStack() as second:
         assert claim(tmp_path / "v", card, noise_source(3), False, False, first) == ""
         with pytest.raises(InputError, match="is in use by another run"):
             claim(tmp_path / "v", card, noise_source(3), False, False, second)
+        # A collection that is complete, and is being replaced: that run is not disturbed.
+        monkeypatch.setattr("eval.extraction_folder.existing", lambda *_: "same")
+        with pytest.raises(InputError, match="is in use by another run"):
+            claim(tmp_path / "v", card, noise_source(3), False, False, second)
+        monkeypatch.undo()
     with ExitStack() as third:
         assert claim(tmp_path / "v", card, noise_source(3), False, False, third) == ""
     shards.remove(tmp_path / "v" / shards.FOLDER)
