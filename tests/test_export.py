@@ -20,7 +20,7 @@ from dino_xcit.data import Subset, decode, open_source
 from dino_xcit.errors import InputError
 from dino_xcit.export import onnx_file, timm_folder
 from dino_xcit.export.__main__ import command, main
-from dino_xcit.export.comparison import differences, features_of
+from dino_xcit.export.comparison import Difference, differences, features_of, precise_features_of
 from dino_xcit.export.photographs import Photographs, photographs
 from dino_xcit.export.plain_network import Exported
 from dino_xcit.export.provenance import shown_place
@@ -355,7 +355,7 @@ def test_an_export_that_differs_is_removed_and_the_one_before_it_kept(
         export(weights, "timm", out)
         first = (out / "model.safetensors").read_bytes()
     monkeypatch.setattr(timm_folder, "to_timm", _keys_as_values)
-    with pytest.raises(InputError, match=r"the export differs from .*ckpt\.pth by .* and was removed"):
+    with pytest.raises(InputError, match=r"the export differs from .*ckpt\.pth at .* and was removed"):
         export(weights, "timm", out, "--overwrite")
     assert out.exists() == before
     assert not before or (out / "model.safetensors").read_bytes() == first
@@ -401,6 +401,23 @@ def test_another_shape_and_a_value_that_is_not_finite_are_differences_without_bo
     for wrong in (nan_at_one_place, lambda images: (original(images)[0][:, :-1],)):
         (found,) = differences(original, wrong, [(28, 28)], photographs(), SMALL)
         assert found.relative == math.inf
+
+
+def test_rounding_passes_and_nothing_beyond_it() -> None:
+    def difference(relative: float, rounding: float) -> bool:
+        return Difference((28, 28), 4, relative, rounding).passes(1e-5)
+
+    assert difference(9e-6, 0)
+    assert difference(4e-5, 1e-5)  # deep networks, sums in another order
+    assert not difference(4e-5, 1e-6)
+    assert not difference(4e-5, 0)
+    assert not difference(2e-3, 1e-2)  # a network whose rounding is as large has no features
+    assert not difference(math.inf, 1e-2)
+    backbone = scrambled("xcit_pico_4_p8")
+    original, precise = features_of(backbone, True), precise_features_of(backbone, True)
+    (found,) = differences(original, original, [(64, 48)], photographs(), SMALL, precise)
+    assert found.relative == 0
+    assert 1e-8 < found.rounding < 1e-5
 
 
 # ---- the images that are compared on

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from dino_xcit.transform import EvalTransform
 Features = Callable[[Tensor], tuple[Tensor, ...]]
 """Images [B, 3, height, width], normalised, to the class token [B, D] and perhaps the patch tokens [B, N, D]."""
 
+ROUNDINGS, MOST_ROUNDING = 10, 1e-3
+"""So many times the original's own rounding pass, but never more than that."""
 XCIT_SIZES_COMPARED = ((224, 224), (256, 192), (97, 131))
 """Height and width: square, not square, and of neither a multiple of any patch."""
 
@@ -29,9 +32,17 @@ class Difference:
     batch: int
     relative: float
     """The greatest difference of any value, over the greatest value of its output: 0 for the same bits."""
+    rounding: float = 0.0
+    """The same between the original in float32 and in float64; 0 where that was not computed."""
+
+    def passes(self, tolerance: float) -> bool:
+        """Whether this is rounding: two float32 programs that sum in other orders are as far apart as each of them is
+        from the truth, which in a deep network may be more than ``tolerance``."""
+        return self.relative <= max(tolerance, min(ROUNDINGS * self.rounding, MOST_ROUNDING))
 
     def __str__(self) -> str:
-        return f"{self.size[0]} x {self.size[1]} (batch {self.batch}) {self.relative:.1e}"
+        own = f" (float32 itself {self.rounding:.1e})" if self.rounding else ""
+        return f"{self.size[0]} x {self.size[1]}, batch {self.batch}: {self.relative:.1e}{own}"
 
 
 def features_of(backbone: nn.Module, patch_tokens: bool) -> Features:
@@ -42,6 +53,14 @@ def features_of(backbone: nn.Module, patch_tokens: bool) -> Features:
         return (out.cls_token, out.patch_tokens) if patch_tokens else (out.cls_token,)
 
     return features
+
+
+def precise_features_of(backbone: nn.Module, patch_tokens: bool) -> Features | None:
+    """What an XCiT of ours computes in float64; others may have constants in float32."""
+    if not isinstance(backbone, XCiT):
+        return None
+    features = features_of(copy.deepcopy(backbone).double(), patch_tokens)
+    return lambda images: features(images.double())
 
 
 def sizes_compared(backbone: nn.Module, transform: EvalTransform) -> list[tuple[int, int]]:
@@ -57,8 +76,12 @@ def differences(
     sizes: list[tuple[int, int]],
     photographs: Photographs,
     transform: EvalTransform,
+    precise: Features | None = None,
 ) -> list[Difference]:
     """One a size, with one image fewer each time.
+
+    Args:
+        precise: the original in float64, to know its rounding.
 
     Raises:
         InputError: the original's own features are not finite, or all zero: nothing can be compared with them.
@@ -69,9 +92,13 @@ def differences(
             count = max(1, len(photographs.images) - number)
             images = photographs.batch(count, size, transform)
             expected, given = original(images), exported(images)
-            relative = max(_relative(a, b) for a, b in zip(expected, given, strict=True))
-            found.append(Difference(size, count, relative))
+            rounding = _greatest(precise(images), expected) if precise else 0.0
+            found.append(Difference(size, count, _greatest(expected, given), rounding))
     return found
+
+
+def _greatest(expected: Sequence[Tensor], given: Sequence[Tensor]) -> float:
+    return max(_relative(a, b) for a, b in zip(expected, given, strict=True))
 
 
 def _relative(expected: Tensor, given: Tensor) -> float:
