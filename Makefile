@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread a process: tests start several at once, and OpenMP threads that wait for a core burn another one.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: setup demo test test-faults lint format clean
+.PHONY: setup demo test test-faults reproduce lint format clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,11 @@ test: $(INSTALLED)
 # All of them, those that kill and damage things included.
 test-faults: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m pytest
+
+# Are a published file's figures what was published?   make reproduce DATA=/imagenet WEIGHTS=FILE [LINEAR=FILE] [FLAGS='...']
+reproduce: $(INSTALLED)
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "expected DATA, ImageNet's folder, and WEIGHTS, a published file: make reproduce DATA=/imagenet WEIGHTS=dino_xcit_small_12_p16_pretrain.pth (docs/reproduce.md)" >&2; exit 2; }
+	$(BIN)/python -m eval.reproduce --data-path "$(DATA)" --weights "$(WEIGHTS)" $(if $(LINEAR),--linear "$(LINEAR)") $(FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
