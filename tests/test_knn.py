@@ -78,6 +78,28 @@ def test_equals_the_references_tensor_formulation(k: int) -> None:
     assert (ours == expected)[voted].all()
 
 
+@pytest.mark.parametrize("spread", [0.3, 1.5, 4.0])
+def test_top1_and_top5_are_the_references_for_every_k(spread: float) -> None:
+    """On one set of features, however few classes get a vote. The order of classes without a vote is chance there (its
+    sort is not stable), and the lower number first here: a stable sort of the same votes."""
+    train, labels, test, answers = clusters(train=1500, test=400, classes=40, spread=spread)
+    ks = [5, 10, 20, 100, 200]
+    found = knn_predict(train, labels, test, ks, [0.07])
+    similarity = torch.from_numpy(unit(test)) @ torch.from_numpy(unit(train)).t()
+    truth = torch.from_numpy(answers)[:, None]
+    for k in ks:
+        nearest, rows = similarity.topk(k)
+        one_hot = torch.zeros(rows.numel(), 40, dtype=torch.float64)
+        one_hot.scatter_(1, torch.from_numpy(labels)[rows].reshape(-1, 1), 1)
+        votes = (one_hot.view(len(test), k, 40) * (nearest / 0.07).exp().unsqueeze(2)).sum(1)
+        enough = ((votes > 0).sum(1) >= 5).numpy()
+        for top in (1, 5):
+            right = votes.sort(dim=1, descending=True, stable=True)[1][:, :top] == truth
+            assert (correct(found[k, 0.07], answers, top) == right.any(1).numpy()).all()
+            as_it_is = (votes.sort(1, True)[1][:, :top] == truth).any(1).numpy()
+            assert (correct(found[k, 0.07], answers, top) == as_it_is)[enough | (top == 1)].all()
+
+
 def test_equals_scikit_learn() -> None:
     train, labels, test, _ = clusters()
     peer = KNeighborsClassifier(15, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
