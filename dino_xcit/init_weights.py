@@ -14,6 +14,7 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.train import TrainState
 from dino_xcit.weights import Allowed, read_weights
+from dino_xcit.weights.layouts import first
 
 
 def initialise(state: TrainState, config: PretrainConfig) -> str:
@@ -46,7 +47,7 @@ def initialise(state: TrainState, config: PretrainConfig) -> str:
         + (f"heads start fresh: {why_fresh}" if why_fresh else f"heads too{_lengths(read.head, config)}")
     ]
     if read.allowed:
-        lines.append(f"notice: allowed, though the file does not fit: {', '.join(read.allowed)}")
+        lines.append(f"notice: allowed, though the file does not fit: {first(read.allowed, 8)}")
     said = read.transform if read.transform_from else None
     if said and (said.mean, said.std) != (config.mean, config.std):
         lines.append(

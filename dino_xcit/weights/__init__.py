@@ -26,7 +26,7 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights.architecture import architecture_of
 from dino_xcit.weights.files import WeightsFile, open_weights
 from dino_xcit.weights.fit import Allowed, fit
-from dino_xcit.weights.layouts import NETWORKS, ONLY, read_network, shown
+from dino_xcit.weights.layouts import NETWORKS, ONLY, first, read_network, shown
 
 __all__ = [
     "NETWORKS",
@@ -91,11 +91,9 @@ class LoadedBackbone:
         """One line for the screen, and one more for each thing that should not go unnoticed."""
         lines = [f"{self.network} {self.arch} from {self.spec or self.path} ({self.layout}; weights {self.hash[:12]})"]
         if self.left_aside:
-            lines.append(
-                f"left aside, not the backbone: {shown(self.left_aside[:8])}{' ...' * (len(self.left_aside) > 8)}"
-            )
+            lines.append(f"left aside, not the backbone: {first(self.left_aside, 8)}")
         if self.allowed:
-            lines.append(f"notice: allowed, though the file does not fit: {', '.join(self.allowed)}")
+            lines.append(f"notice: allowed, though the file does not fit: {first(self.allowed, 8)}")
         return "\n".join(lines)
 
 

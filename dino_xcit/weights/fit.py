@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.weights.layouts import shown
+from dino_xcit.weights.layouts import first, shown
 from dino_xcit.weights.names import with_batch_counts
 
 _CLASSIFIERS = ("head.", "fc.", "head_dist.", "classifier.")
@@ -77,7 +77,7 @@ def fit(
             key for key in both if wanted[key].is_floating_point() and not given[key].is_floating_point()
         ],
     }
-    sentences = [f"it {kind} {_first(keys)}" for kind, keys in problems.items() if keys]
+    sentences = [f"it {kind} {first(keys, 4)}" for kind, keys in problems.items() if keys]
     if sentences:
         looks = f", it looks like {like}" if like and like != arch else ""
         raise InputError(
@@ -93,7 +93,3 @@ def fit(
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
     return any(key.startswith(word[:-1]) if word.endswith("*") else key == word for word in patterns)
-
-
-def _first(keys: Sequence[str]) -> str:
-    return f"{shown(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"

@@ -7,7 +7,7 @@ VISSL (``classy_state_dict``), lightly and solo-learn (``state_dict`` of a modul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,11 @@ def _tensors(state: Mapping[Any, Any], holder: str) -> dict[str, Tensor]:
     if wrong:
         raise InputError(f"{holder} holds besides tensors {shown(wrong[:3])}: not a checkpoint of a known kind")
     return dict(state)
+
+
+def first(keys: Sequence[object], count: int) -> str:
+    """The first so many keys of a file, and how many more there are."""
+    return f"{shown(keys[:count])}{f' and {len(keys) - count} more' if len(keys) > count else ''}"
 
 
 def shown(keys: Iterable[object]) -> str:

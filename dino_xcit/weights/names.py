@@ -20,16 +20,18 @@ _WRAPPERS = (
     "_feature_blocks.",  # VISSL's trunks
     "vit.",  # lightly's masked transformers around timm's
 )
+_DEEPEST = 6
 _PARTS_OF_SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 """torchvision's ResNet as ``nn.Sequential(*list(resnet.children())[:-1])``; 2, 3 and 8 have no weights."""
 _TIMM_POSITION = "pos_embed.token_projection.weight"
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without prefixes that every key has: those of wrappers, each of which may be there more than once or not."""
+    """Without prefixes that every key has: those of wrappers, a few deep, in any order."""
     out = dict(state)
-    while out and (prefix := next((word for word in _WRAPPERS if all(key.startswith(word) for key in out)), "")):
-        out = {key.removeprefix(prefix): value for key, value in out.items()}
+    for _ in range(_DEEPEST):  # a key of a file may be a million wrappers long
+        prefix = next((word for word in _WRAPPERS if out and all(key.startswith(word) for key in out)), "")
+        out = {key.removeprefix(prefix): value for key, value in out.items()} if prefix else out
     return out
 
 
