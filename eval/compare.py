@@ -120,13 +120,15 @@ def refuse_unlike(
 
 
 def _only(result: Result, words: str) -> Result:
-    """The result with the figures whose name contains ``words``; a published one is as it is."""
+    """The result with the figures whose name has all these words (k=20 is no part of k=200); a published one has but
+    one."""
     if result.source:
         return result
-    kept = tuple(figure for figure in result.figures if words in figure.name)
+    wanted = set(words.split())
+    kept = tuple(figure for figure in result.figures if wanted <= set(figure.name.replace(",", " ").split()))
     if not kept:
-        names = ", ".join(figure.name for figure in result.figures[:8])
-        raise InputError(f"{result.label} has no figure with {words!r} in its name, only {names}")
+        names = "; ".join(figure.name for figure in result.figures[:8])
+        raise InputError(f"{result.label} has no figure with {words!r} in its name, only: {names}")
     return replace(result, figures=kept)
 
 

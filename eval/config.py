@@ -378,7 +378,7 @@ class CompareConfig:
     allow: tuple[str, ...] = ()
     """Differences to let pass, by the names that a refusal gives them: transform, train, val, order, k, T ..."""
     figure: str = ""
-    """Compare the figures with this in their names alone, such as "k=20"."""
+    """Compare only the figures with these words in their names, such as k=20, or "grid last"."""
     json: str = ""
     """Write the comparison to this file."""
 

@@ -104,6 +104,13 @@ def test_figures_that_only_one_result_has_are_named_and_left_out(tmp_path: Path,
     assert text.count("+2.5") == 1
 
 
+def test_figures_are_chosen_by_whole_words(tmp_path: Path, compared: Compared) -> None:
+    a, b = (write_result(tmp_path / f"{n}.json", *(knn_figure(k, hits(300)) for k in (20, 200))) for n in "ab")
+    text = compared(a, b, "--figure", "top-1 k=20")
+    assert "k=20 " in text
+    assert "k=200" not in text
+
+
 def test_figures_of_baselines_do_not_depend_on_the_weights_and_are_compared_on_request(
     tmp_path: Path, compared: Compared
 ) -> None:
@@ -235,7 +242,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
             "--allow tranform: no difference has that name; did you mean transform or",
         ),
         ((a, b, "--alow", "k"), "unknown flag --alow; did you mean --allow?"),
-        ((a, b, "--figure", "k=7"), "has no figure with 'k=7' in its name, only trained k=20 T=0.07 top-1"),
+        ((a, b, "--figure", "k=7"), "has no figure with 'k=7' in its name, only: trained k=20 T=0.07 top-1"),
         ((a, tmp_path / "c.json"), "c.json cannot be read: No such file or directory"),
     ]
     for words, sentence in cases:
