@@ -1,0 +1,85 @@
+"""What a linear head sees of a backbone's output, and of features that lie on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import CPU
+from torch import Tensor
+
+from dino_xcit.errors import InputError
+from dino_xcit.models import build_backbone
+from eval.linear import moments
+from eval.pooled import Labelled, PooledBackbone, Rows, blocks_of
+
+
+def images(size: int = 32) -> Tensor:
+    return torch.randn(2, 3, size, size)
+
+
+@torch.no_grad()
+def test_a_row_is_the_class_token_and_the_mean_patch_tokens_of_the_last_blocks_of_an_xcit() -> None:
+    backbone = build_backbone("xcit_pico_4_p4").eval()
+    pooled = PooledBackbone(backbone, ("cls+mean", "last3"), 32, CPU).eval()
+    assert pooled.widths == {"cls": 64, "cls+mean": 128, "last3": 256}
+    x = images()
+    out = backbone(x, layers=(-1, -2, -3))
+    wanted = torch.cat([out.cls_token, *(tokens.mean(dim=1) for tokens in out.layers)], dim=1)
+    assert torch.allclose(pooled(x).cls_token, wanted, atol=1e-6)
+    assert torch.allclose(pooled(x).cls_token[:, 64:128], out.patch_tokens.mean(dim=1), atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_vit_s_last_blocks_give_their_class_tokens_through_the_final_norm() -> None:
+    backbone = build_backbone("timm:vit_tiny_patch16_224").eval()
+    model = backbone.model
+    pooled = PooledBackbone(backbone, ("last3",), 32, CPU).eval()
+    x = images()
+    tokens, by_block = model.norm_pre(model._pos_embed(model.patch_embed(x))), []
+    for block in model.blocks:
+        tokens = block(tokens)
+        by_block.append(model.norm(tokens))
+    last = by_block[-1]
+    wanted = torch.cat([last[:, 0], last[:, 1:].mean(dim=1), by_block[-2][:, 0], by_block[-3][:, 0]], dim=1)
+    assert torch.allclose(pooled(x).cls_token, wanted, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_class_token_alone_is_the_backbones_own_to_the_last_bit() -> None:
+    backbone = build_backbone("xcit_pico_4_p4").eval()
+    pooled = PooledBackbone(backbone, ("cls",), 32, CPU)
+    x = images()
+    assert torch.equal(pooled(x).cls_token, backbone(x).cls_token)
+    assert pooled.identity == ""
+    assert (
+        PooledBackbone(backbone, ("last2",), 32, CPU).identity != PooledBackbone(backbone, ("last3",), 32, CPU).identity
+    )
+
+
+def test_a_choice_that_cannot_be_is_a_sentence() -> None:
+    assert [blocks_of(name) for name in ("cls", "cls+mean", "last1", "last12")] == [0, 1, 1, 12]
+    for wrong in ("mean", "last", "last0", "last100", "LAST4", "last4 "):
+        with pytest.raises(InputError, match=r"expected cls, cls\+mean, or lastN"):
+            blocks_of(wrong)
+    with pytest.raises(InputError, match="last5, which needs 5 blocks, but the backbone has 4"):
+        PooledBackbone(build_backbone("xcit_pico_4_p4"), ("last2", "last5"), 32, CPU)
+
+
+def test_rows_are_read_from_the_disk_when_asked_for(tmp_path: Path) -> None:
+    matrix = np.random.default_rng(0).normal(size=(40, 130)).astype(np.float32)
+    np.save(tmp_path / "m.npy", matrix)
+    chosen = np.array([3, 30, 7])
+    seen = Rows(np.load(tmp_path / "m.npy", mmap_mode="r"), 100, chosen)
+    assert len(seen) == 3
+    assert (seen[1:9] == matrix[[30, 7], :100]).all()
+    assert (seen.columns(90, 128) == matrix[chosen, 90:100]).all()
+    assert (seen.some(np.array([2]))[:] == matrix[[7], :100]).all()
+    mean, variance = moments(Rows(matrix, 130))
+    assert mean == pytest.approx(matrix.astype(np.float64).mean(axis=0), abs=1e-15)
+    assert variance == pytest.approx(matrix.astype(np.float64).var(axis=0), abs=1e-15)
+    both = Labelled.of(matrix, np.arange(40), {"cls": 10, "last4": 130}, chosen)
+    assert both.labels.tolist() == [3, 30, 7]
+    assert both.rows["cls"][:].shape == (3, 10)
