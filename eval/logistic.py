@@ -1,9 +1,9 @@
 """Multinomial logistic regression by L-BFGS, on features that are given once and may not fit in memory (``--logreg``).
 
 It minimises what scikit-learn's LogisticRegression does: C * sum of cross-entropies + |W|^2 / 2, the bias free (CLIP,
-arXiv 2103.00020, section 3.2; DINOv2, arXiv 2304.07193, appendix B). L-BFGS sees the problem in other coordinates: the
+arXiv 2103.00020, appendix A; DINOv2, arXiv 2304.07193). L-BFGS sees the problem in other coordinates: the
 features along their principal axes, each scaled so that the loss curves about alike in all of them. That moves no
-solution, but it is reached in tens of iterations where the features themselves would need thousands.
+solution, but it is reached in far fewer iterations.
 
 D features, K classes, n images.
 """
