@@ -79,9 +79,9 @@ def shaken(network: Any, seed: int) -> Any:
     with torch.no_grad():
         for value in (*network.parameters(), *network.buffers()):
             if value.is_floating_point():
-                value.mul_(1 + 0.2 * torch.rand(value.shape, generator=generator)).add_(
-                    0.01 * torch.rand(value.shape, generator=generator)
-                )
+                value.mul_(0.9 + 0.2 * torch.rand(value.shape, generator=generator))
+                if value.ndim == 1:  # biases and running means start at 0
+                    value.add_(0.1 * torch.rand(value.shape, generator=generator))
     return network.eval()
 
 
