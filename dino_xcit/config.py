@@ -331,8 +331,8 @@ class ExportConfig:
     """Images on which the export is compared with its original (a folder, or another form of docs/data.md). Default:
     scikit-image's photographs where it is installed, else the sample's."""
     tolerance: float = 1e-5
-    """The greatest relative difference between export and original that passes in any case; above it, ten times the
-    original's own rounding in float32 does."""
+    """The greatest relative difference between export and original that passes in any case; above it, thirty
+    times the original's own rounding in float32 does."""
     overwrite: bool = False
     """Replace an earlier export at --out."""
 
