@@ -67,12 +67,14 @@ def images_card(source: Source) -> Card:
     """Which images, whatever folder or archive they lie in: what two results must share to be compared in pairs.
 
     Returns:
-        ``order``: of classes and file names in their order; ``members``: of the same without their order;
-        ``contents``: of the bytes of :data:`LOOKED_AT` images, evenly spread.
+        ``contents``: of the bytes of :data:`LOOKED_AT` images, evenly spread; ``labels``: of all label numbers in their
+        order. Where these two are the same, the images are, whatever they are called. ``order``: of classes and file
+        names in their order; ``members``: of the same without their order. They tell what differs.
     """
-    order, members, contents = hashlib.sha256(), 0, hashlib.sha256()
+    labels, order, members, contents = hashlib.sha256(), hashlib.sha256(), 0, hashlib.sha256()
     for index in range(len(source)):
         label = None if source.labels is None else int(source.labels[index])
+        labels.update(f"{label}\n".encode())
         group = "" if label is None else (source.classes[label] if source.classes else str(label))
         line = f"{group}\t{source.name(index).rsplit('/', 1)[-1]}\n".encode("utf-8", "surrogateescape")
         order.update(line)
@@ -81,9 +83,10 @@ def images_card(source: Source) -> Card:
         item, _ = source.read(int(index))
         contents.update(item if isinstance(item, bytes) else item.tobytes())
     return {
+        "contents": contents.hexdigest(),
+        "labels": labels.hexdigest(),
         "order": order.hexdigest(),
         "members": f"{members % 2**256:064x}",
-        "contents": contents.hexdigest(),
     }
 
 

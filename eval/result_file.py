@@ -88,7 +88,7 @@ def _result(path: str, content: Mapping[str, Any]) -> Result:
     data = {name: _plain(_part(content, "data"), name) for name in ("train", "val") if name in content["data"]}
     for name, part in data.items():
         _count(part, "images")
-        for key in ("order", "members", "contents"):
+        for key in ("contents", "labels", "order", "members"):
             _word(part, key)
         if part["classes"] is not None:
             _count(part, "classes", f"data.{name}")

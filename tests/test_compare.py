@@ -197,6 +197,17 @@ def test_images_saved_anew_under_their_names_are_refused_too(tmp_path: Path) -> 
     assert "validation images of the same names, but other contents" in refusal(a, b)[0]
 
 
+def test_the_same_images_under_other_names_are_compared_in_pairs(tmp_path: Path, compared: Compared) -> None:
+    class Renamed(Subset):
+        def name(self, index: int) -> str:
+            return f"shard.tar/{index}_{super().name(index).replace('/', '%2F')}"
+
+    packed = Renamed(noise_source(IMAGES), np.arange(IMAGES))
+    a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
+    b = write_result(tmp_path / "b.json", knn_figure(20, hits(320)), val=packed)
+    assert "McNemar" in compared(a, b)
+
+
 def test_every_difference_of_every_file_has_a_sentence_of_its_own(tmp_path: Path) -> None:
     a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
     b = write_result(

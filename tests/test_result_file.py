@@ -15,6 +15,7 @@ from PIL import Image
 from result_fixtures import IMAGES, hits, knn_figure, write_result
 
 from dino_xcit.data import Subset, open_source
+from dino_xcit.data.packing import command as pack
 from dino_xcit.errors import InputError
 from eval.figures import figure, unpack
 from eval.protocol import images_card
@@ -57,6 +58,13 @@ def test_a_folder_that_was_moved_holds_the_same_images(tmp_path: Path) -> None:
     first, second = (open_source(str(tmp_path / name / "val")) for name in ("here", "there"))
     assert images_card(first) == images_card(second)
     assert first.fingerprint() != second.fingerprint(), "which is why the fingerprint cannot say it"
+
+
+def test_a_folder_that_was_packed_holds_the_same_images_under_other_names(tmp_path: Path) -> None:
+    folder = image_tree(tmp_path / "photos") / "val"
+    pack.main([str(folder), str(tmp_path / "shards")])
+    first, second = images_card(open_source(str(folder))), images_card(open_source(f"tar:{tmp_path}/shards/*.tar"))
+    assert {key for key in first if first[key] == second[key]} == {"contents", "labels"}
 
 
 def test_images_that_were_saved_anew_have_other_contents_and_the_same_names(tmp_path: Path) -> None:
