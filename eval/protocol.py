@@ -37,12 +37,14 @@ LOOKED_AT = 64
 
 
 def weights_card(loaded: LoadedBackbone) -> Card:
-    """Which network of which file."""
+    """Which network of which file, and what did not fit but was allowed."""
     return {
         "path": str(loaded.path.absolute()),
+        "asked_for": loaded.spec,
         "network": loaded.network,
         "arch": loaded.arch,
         "hash": loaded.hash,
+        "allowed": list(loaded.allowed),
     }
 
 
