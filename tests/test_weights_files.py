@@ -180,6 +180,16 @@ def test_a_file_that_is_no_safetensors_is_refused_in_one_sentence(tmp_path: Path
     assert len(sentence) < 500
 
 
+def test_a_header_over_the_limit_is_refused_before_the_library_reads_it(tmp_path: Path) -> None:
+    """The library's own limit is 100 MB, all of it JSON."""
+    header = json.dumps({"a": tensor([1], 0, 4)}).encode()
+    (tmp_path / "x.safetensors").write_bytes(container(header.ljust(HEADER_LIMIT), b"1234"))
+    assert read_safetensors(tmp_path / "x.safetensors")[0].keys() == {"a"}
+    (tmp_path / "x.safetensors").write_bytes(container(header.ljust(HEADER_LIMIT + 1), b"1234"))
+    with pytest.raises(InputError, match="its header would be 16,777,217 bytes long, expected at most 16,777,216"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
 def test_a_whole_file_of_that_kind_is_read_and_its_names_are_shown_when_it_is_no_network(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(container({"a\n\x1b": tensor([1], 0, 4)}, b"1234"))
     assert read_safetensors(tmp_path / "x.safetensors")[0].keys() == {"a\n\x1b"}

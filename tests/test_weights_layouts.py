@@ -135,6 +135,18 @@ def test_counts_of_batches_that_old_files_do_not_have_are_no_gap_but_one_lost_co
         load_backbone(saved(tmp_path, state))
 
 
+def test_a_head_under_the_names_of_pytorchs_newer_weight_norm_is_dinos(tmp_path: Path) -> None:
+    network, head = files.xcit(), files.head(64)
+    newer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 12, bias=False))
+    written = {key: value for key, value in head.items() if key.startswith("mlp.")}
+    written |= files.prefixed("last_layer.", newer.state_dict())
+    content = {"teacher": files.prefixed("backbone.", network.state_dict()) | files.prefixed("head.", written)}
+    read = read_weights(saved(tmp_path, content)).head
+    assert read.keys() == head.keys()
+    rows = read["last_layer.weight_g"] * nn.functional.normalize(read["last_layer.weight_v"], dim=1)
+    torch.testing.assert_close(rows, newer.weight)
+
+
 # ---- supervised XCiT, and wrappers
 
 
@@ -298,6 +310,16 @@ def test_a_key_that_is_allowed_to_be_missing_keeps_the_same_untrained_value_each
     assert "notice: allowed, though the file does not fit" in first.describe()
     with pytest.raises(InputError, match=r"lacks cls_attn_blocks\.1\.mlp\.fc2"):
         load_backbone(path, allowed=Allowed(missing=("cls_attn_blocks.1.mlp.fc1*",)))
+
+
+def test_a_name_without_a_star_allows_that_key_alone(tmp_path: Path) -> None:
+    state = dict(files.xcit().state_dict())
+    del state["norm.bias"]
+    path = saved(tmp_path, state)
+    for name in ("norm", "norm.", "norm.bia", "norm.bias.x"):
+        with pytest.raises(InputError, match=r"lacks norm\.bias"):
+            load_backbone(path, allowed=Allowed(missing=(name,)))
+    assert load_backbone(path, allowed=Allowed(missing=("norm.bias",))).allowed == ("missing norm.bias",)
 
 
 def test_a_shape_is_never_allowed_to_differ(tmp_path: Path) -> None:
