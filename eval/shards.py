@@ -26,7 +26,7 @@ from torch import nn
 
 from dino_xcit import distributed, durable
 from dino_xcit.console import progress_bar
-from dino_xcit.data import Source
+from dino_xcit.data import Source, UndecodableImage
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
 from eval.features import image_batches
@@ -225,7 +225,7 @@ def extract_parts(
         backbone: on ``device``; its mode (train or eval) is restored.
 
     Raises:
-        UndecodableImage: an image cannot be read, and shall be.
+        InputError: an image cannot be read, and shall be; or the vectors are not finite numbers.
     """
     run = next(_runs)
     taken, finished = _Counter(f"extract/{run}/parts"), _Counter(f"extract/{run}/images")
@@ -250,9 +250,10 @@ def extract_parts(
     try:
         with progress_bar(parts.plan.images, f"features of {source.url}", distributed.is_main(), done) as bar:
             for images, places, error in image_batches(source, transform, batches(), share, num_workers, device):
-                if error and unreadable == "refuse":
-                    raise InputError(f"{error} (--unreadable skip leaves such images out)") from error
                 number, batch = under_way.popleft()
+                if error and unreadable == "refuse":
+                    first = next(image for place, image in enumerate(batch) if place not in places)
+                    raise InputError(_unreadable(source.name(first), error)) from error
                 start, stop = parts.plan.bounds(number)
                 if batch[0] == start:
                     rows, missed = np.full((stop - start, parts.plan.width), np.nan, dtype=np.float32), []
@@ -260,6 +261,11 @@ def extract_parts(
                     with torch.inference_mode():
                         ready = normalise(images.to(device, non_blocking=True), transform.mean, transform.std)
                         found = descriptor(backbone, ready).cpu().numpy()
+                    if not np.isfinite(found).all():  # now, not when all is extracted
+                        raise InputError(
+                            "the vectors are not finite numbers (NaN or infinite): the weights are damaged, or their "
+                            "training diverged"
+                        )
                     rows[np.asarray(places) + batch[0] - start] = found
                 missed += sorted(set(batch) - {batch[place] for place in places})
                 if batch[-1] == stop - 1:
@@ -267,6 +273,16 @@ def extract_parts(
                 bar.update(done + finished.add(len(batch)) - bar.n)
     finally:
         backbone.train(was_training)
+
+
+def _unreadable(name: str, error: InputError) -> str:
+    """Advice of its own: who removes the image, as decoding advises, has other data, which no part is of."""
+    cause = error.cause if isinstance(error, UndecodableImage) else str(error)
+    found = str(error) if cause == str(error) else f"{name} cannot be read: {cause}"
+    return (
+        f"{found} (--unreadable skip leaves such images out); a folder that is changed, this image removed or saved "
+        "anew, is extracted from its start, with --overwrite"
+    )
 
 
 class _Counter:

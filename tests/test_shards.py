@@ -134,6 +134,37 @@ def test_an_unreadable_image_ends_the_work_or_is_left_out(tmp_path: Path) -> Non
     assert parts.missing("refuse") == [0, 2], "a part that lacks an image will not do then"
 
 
+def test_for_an_unreadable_image_skip_is_offered_first_and_what_a_changed_folder_costs(tmp_path: Path) -> None:
+    class Advised(Damaged):
+        def read(self, index: int) -> Any:
+            if index == 3:
+                raise UndecodableImage("picture 3 cannot be read: cut short; remove it", "cut short")
+            return super().read(index)
+
+    good = noise_source(10)
+    assert good.labels is not None
+    parts = begin(tmp_path, PLAN, False)
+    with pytest.raises(InputError) as refused:
+        make(parts, [0, 1, 2], Advised(good.url, good.images, good.labels, ()))
+    assert str(refused.value).startswith(f"{good.name(3)} cannot be read: cut short (--unreadable skip leaves")
+    assert "remove it" not in str(refused.value)
+    assert "a folder that is changed" in str(refused.value)
+    assert str(refused.value).endswith("is extracted from its start, with --overwrite")
+
+
+def test_vectors_that_are_no_numbers_end_the_work_before_a_part_is_kept(tmp_path: Path) -> None:
+    parts = begin(tmp_path, PLAN, False)
+
+    def diverged(backbone: Any, images: torch.Tensor) -> torch.Tensor:
+        rows = CLASS_TOKEN(backbone, images)
+        rows[-1, 0] = torch.inf
+        return rows
+
+    with pytest.raises(InputError, match="the vectors are not finite numbers"):
+        extract_parts(parts, [0, 1, 2], MeanColours(), noise_source(10), SMALL, diverged, CPU, 2, 0, "skip")  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("part-*"))
+
+
 def test_a_batch_of_nothing_but_unreadable_images_is_nothing_special(tmp_path: Path) -> None:
     class None_(Damaged):
         def read(self, index: int) -> Any:
