@@ -41,6 +41,10 @@ class Pairs:
         return len(self.similarity)
 
 
+_ROUNDING = 1e-6
+"""Of the products of two unit vectors in float32: an image and its copy may come to a little less than 1."""
+
+
 def find_pairs(
     first: NDArray[np.float32],
     second: NDArray[np.float32] | None,
@@ -69,7 +73,7 @@ def find_pairs(
     with progress_bar(len(first), "compare", shown=progress) as bar:
         for row, column, block in blocks_of_similarity(first, second):
             bar.update(row - bar.n)
-            rows, columns = np.nonzero(block >= threshold)
+            rows, columns = np.nonzero(block >= threshold - _ROUNDING)
             if second is None:
                 above = columns + column > rows + row
                 rows, columns = rows[above], columns[above]

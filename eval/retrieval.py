@@ -278,7 +278,11 @@ def open_collection(folder: Path) -> Collection:
             raise ValueError(f"its format is {card.get('format')!r:.40}, expected one of {', '.join(FORMATS)}")
         settings_of(card)
         names = read_names(folder / NAMES)
-        index = faiss.read_index(str(folder / INDEX))
+        stated = card.get("index")
+        vectors = np.load(folder / VECTORS, mmap_mode="r")
+        if vectors.ndim != 2:
+            raise ValueError(f"vectors of shape {vectors.shape}")
+        index = search_index.read_index(folder / INDEX, str(stated["type"]) if stated else "flat", vectors)
         whitening = whitening_file.load(folder / WHITENING) if card.get("whitening") else None
         collection = Collection(folder, card, names, index, whitening)
         counts = {

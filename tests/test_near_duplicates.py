@@ -138,3 +138,9 @@ def test_the_picture_shows_each_image_of_the_second_set_beside_what_it_resembles
     tile = (30 * (TILE // 30)) ** 2
     assert int((pixels == (255, 0, 0)).all(axis=-1).sum()) == 2 * tile, "two images of the second set"
     assert int((pixels == (0, 0, 255)).all(axis=-1).sum()) == 6 * tile, "five of seven beside one, and one"
+
+
+def test_copies_are_found_at_a_threshold_of_one() -> None:
+    features = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
+    pairs = find_pairs(features, features.copy(), 1.0, 1000)
+    assert sorted(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == [(i, i) for i in range(200)]

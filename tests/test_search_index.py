@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import eval.search_index
 from dino_xcit.errors import InputError
-from eval.search_index import LEAST_IVFPQ, add_rows, build_index, describe, exact_search, recall, search
+from eval.search_index import LEAST_IVFPQ, add_rows, build_index, describe, exact_search, read_index, recall, search
 
 
 def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
@@ -150,3 +150,63 @@ def test_few_vectors_have_no_product_codes_and_a_single_one_no_recall() -> None:
 
 def test_any_width_has_product_codes() -> None:
     assert [eval.search_index._codes(width) for width in (384, 64, 16, 7, 5, 3, 1)] == [192, 32, 8, 1, 1, 1, 1]
+
+
+def with_a_common_part(count: int, share: float) -> NDArray[np.float32]:
+    """Vectors of length 1 that differ by ``share`` only, as a network's features do: their cosines are all near 1."""
+    rng = np.random.default_rng(4)
+    return unit(rng.normal(size=32) / 32**0.5 + share * vectors_of(count, 32)).astype(np.float32)
+
+
+def test_product_codes_see_what_a_common_part_leaves_of_the_vectors() -> None:
+    vectors = with_a_common_part(2 * LEAST_IVFPQ, 0.03)
+    assert (vectors[:100] @ vectors[100:200].T).mean() > 0.998
+    assert describe(build_index("ivfpq", vectors), "ivfpq", vectors)["recall"]["percent"] > 80
+
+
+def test_neighbours_that_are_missed_count_as_missed_however_near_all_are() -> None:
+    vectors = with_a_common_part(600, 0.002)
+    wrong = build_index("flat", vectors[::-1].copy())  # finds the rows of other vectors
+    assert recall(wrong, vectors, np.arange(600), 10) < 10
+    assert recall(build_index("flat", vectors), vectors, np.arange(600), 10) > 95
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+def test_an_index_of_another_kind_metric_or_of_other_vectors_is_refused(
+    kind: Any, many: NDArray[np.float32], tmp_path: Path
+) -> None:
+    path = tmp_path / "i.faiss"
+
+    def refused(index: faiss.Index, why: str) -> None:
+        faiss.write_index(index, str(path))
+        with pytest.raises(ValueError, match=why):
+            read_index(path, kind, many)
+
+    faiss.write_index(build_index(kind, many), str(path))
+    assert read_index(path, kind, many).ntotal == len(many)
+    refused(faiss.IndexLSH(32, 8), "an IndexLSH, expected that of index type")
+    if kind != "ivfpq":
+        refused(build_index(kind, many[::-1].copy()), "holds other vectors")
+        other = faiss.IndexFlatL2(32) if kind == "flat" else faiss.IndexHNSWFlat(32, 8, faiss.METRIC_L2)
+        other.add(many)
+        refused(other, "IndexFlatL2|something else than inner products")
+
+
+def test_an_index_that_names_another_file_neither_reads_nor_writes_it(
+    many: NDArray[np.float32], tmp_path: Path
+) -> None:
+    victim = tmp_path / "elsewhere" / "victim.bin"
+    victim.parent.mkdir()
+    index: Any = faiss.index_factory(32, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(many)
+    lists = faiss.OnDiskInvertedLists(4, index.code_size, str(victim))
+    index.replace_invlists(lists)
+    index.add(many)
+    folder = tmp_path / "collection"
+    folder.mkdir()
+    faiss.write_index(index, str(folder / "i.faiss"))
+    del index, lists
+    victim.write_bytes(b"secret" * 100_000)
+    with pytest.raises(RuntimeError, match=r"collection/victim\.bin"):  # looked for beside the index, and nowhere else
+        read_index(folder / "i.faiss", "ivfpq", many)
+    assert victim.read_bytes() == b"secret" * 100_000
