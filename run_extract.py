@@ -36,10 +36,10 @@ from dino_xcit.transform import EvalTransform, normalise
 from dino_xcit.weights import LoadedBackbone
 from eval import shards
 from eval import whitening as whitening_file
-from eval.collection_card import FORMAT, data_of, differences, kind_of, rows_of
+from eval.collection_card import FORMAT, data_of, differences, kind_of
 from eval.config import ExtractConfig, settings
 from eval.contact_sheet import ImagesOf, Tile, draw_sheet
-from eval.extraction_folder import claim
+from eval.extraction_folder import claim, identity
 from eval.features import find_kept, width_of
 from eval.protocol import Card, data_card, now, versions, weights_card, write_json
 from eval.retrieval import Collection, add_to_collection, open_collection, write_collection
@@ -106,7 +106,9 @@ def extract(config: ExtractConfig) -> None:
 
     with contextlib.ExitStack() as locks:
         # ---- never over another extraction
-        nothing_to_do = _on_main(lambda: claim(folder, card, source, config.add, config.overwrite, locks))
+        nothing_to_do = _on_main(
+            lambda: claim(folder, card, source, config.add, config.overwrite, locks, config.unreadable)
+        )
         if nothing_to_do:
             distributed.say(nothing_to_do)
             return
@@ -119,7 +121,7 @@ def extract(config: ExtractConfig) -> None:
             batch = config.batch_size_per_gpu
             # Batches begin at the same images whatever --shard-images says.
             part_images = max(1, round(config.shard_images / batch)) * batch
-            plan = shards.Plan(rows_of(card) | {"data": fingerprint}, len(source), width, part_images)
+            plan = shards.Plan(identity(card), len(source), width, part_images)
             parts, missing = _on_main(lambda: _begin(folder / shards.FOLDER, plan, config))
             shards.extract_parts(
                 parts, missing, loaded.backbone, source, loaded.transform, descriptor, device, batch,

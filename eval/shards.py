@@ -140,6 +140,14 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def are_of(folder: Path, identity: dict[str, Any], images: int) -> bool:
+    """Whether a folder's parts belong to the extraction of these rows; true of a folder where nothing was begun."""
+    if not (folder / _PLAN).exists():
+        return True
+    there = _stored_plan(folder / _PLAN)
+    return there is not None and (there.identity, there.images) == (identity, images)
+
+
 def begin(folder: Path, plan: Plan, replace: bool) -> Parts:
     """The parts of an extraction: those that are there, or none yet. Call it on one process.
 

@@ -323,6 +323,19 @@ def test_added_pictures_that_are_no_files_are_drawn_from_their_own_source(tmp_pa
     assert (windows == middle).all(axis=-1).any(), "the picture is there, enlarged by whole pixels"
 
 
+def test_a_finished_collection_leaves_the_parts_of_images_that_are_being_added(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    first = words(place, "--output-dir", tmp_path / "v", data=place.data / "train" / "bars")
+    add = words(place, "--output-dir", tmp_path / "v", "--add", data=place.data / "train" / "dots")
+    done(command(*first))
+    assert in_a_child(add, tmp_path / "log", tmp_path / "v", die_after="part-000000.json")[0] == -9
+    assert "already complete" in done(command(*first)).out
+    assert "going on: 1 of 2 parts are there" in done(command(*add)).out
+    assert "already there" in done(command(*add)).out
+    assert not (tmp_path / "v" / ".parts").exists()
+
+
 # ---- images that cannot be read
 
 
@@ -337,9 +350,13 @@ def test_a_damaged_image_ends_the_run_and_is_left_out_on_request_without_losing_
     assert refused.code == 2
     assert "waves 03.png cannot be read" in refused.err
     assert "(--unreadable skip leaves such images out)" in refused.err
-    told = done(command(*given, "--unreadable", "skip")).out
+    skipping = (*given, "--unreadable", "skip")
+    told = done(command(*skipping)).out
     assert "going on: 4 of 6 parts are there" in told
     assert "notice: 1 images could not be read" in told
+    complete = f"{tmp_path / 'v'} holds the vectors of 23 of these 24 images; 1 could not be read and were left out"
+    assert f"already complete: {complete}, card.json names them; nothing" in done(command(*skipping)).out
+    assert "although --unreadable is refuse now: mend them" in done(command(*given)).out
     collection = open_collection(tmp_path / "v")
     assert len(collection.names) == COUNT - 1 == collection.card["count"]
     assert str(broken) not in collection.names
