@@ -51,6 +51,8 @@ CHUNK = 8192
 """Rows of kept features that are handed on at a time."""
 _NAMES_IN_CARD = 100
 """Of images that could not be read."""
+_MOST_DRAWN = 100
+"""Of the images that a query found: 12,000 would be a picture of gigabytes."""
 
 T = TypeVar("T")
 
@@ -159,7 +161,7 @@ def extract(config: ExtractConfig) -> None:
         )
     distributed.say(f"look images up with: python run_extract.py --query IMAGE --index {folder} --top 10")
     if config.json:
-        write_json(Path(config.json), {"measure": "extract", **written, "seconds": round(seconds, 2)})
+        write_json(Path(config.json).expanduser(), {"measure": "extract", **written, "seconds": round(seconds, 2)})
 
 
 def look_up(config: ExtractConfig) -> None:
@@ -207,11 +209,21 @@ def look_up(config: ExtractConfig) -> None:
             results.append({"query": query, "rank": place, "score": score, "row": row, "path": collection.names[row]})
     if not distributed.is_main():
         return
-    sheet = Path(config.sheet).expanduser() if config.sheet else collection.folder / "contact_sheet.png"
-    _draw(collection, list(zip(config.query, pictures, strict=True)), found, sheet)
-    distributed.say(f"contact sheet: {sheet}")
     if config.json:
-        write_json(Path(config.json), {"measure": "query", "results": results, "index": collection.card})
+        answer = {"measure": "query", "results": results, "index": collection.card}
+        write_json(Path(config.json).expanduser(), answer)
+    sheet = Path(config.sheet).expanduser() if config.sheet else collection.folder / "contact_sheet.png"
+    if max(map(len, found)) > _MOST_DRAWN:
+        distributed.say(f"notice: the contact sheet shows the first {_MOST_DRAWN} images of each query")
+    try:
+        _draw(collection, list(zip(config.query, pictures, strict=True)), found, sheet)
+    except InputError as error:
+        if config.sheet:
+            raise
+        # Nobody asked for it there: a collection may well lie where nothing can be written.
+        distributed.say(f"notice: {error} with --sheet")
+        return
+    distributed.say(f"contact sheet: {sheet}")
 
 
 def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
@@ -304,7 +316,7 @@ def _draw(
     blocks = []
     for (name, picture), ranked in zip(queries, found, strict=True):
         tiles = []
-        for place, (score, row) in enumerate(ranked, start=1):
+        for place, (score, row) in enumerate(ranked[:_MOST_DRAWN], start=1):
             first, images = next(one for one in reversed(sources) if one[0] <= row)
             near = collection.names[row]
             tiles.append(Tile(images.read(row - first, near), f"{place}    {score:.4f}", os.path.basename(near)))

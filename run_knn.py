@@ -122,7 +122,7 @@ def main() -> None:
             card["few_shot"] = {"draws": config.draws, "seed": config.seed, "results": found.few_shot}
         if found.approximate:
             card["approximate"] = found.approximate
-        write_json(Path(config.json), card)
+        write_json(Path(config.json).expanduser(), card)
         distributed.say(f"written: {config.json}")
 
 
@@ -190,10 +190,10 @@ def _by_class(predictions: Predictions, val: Source, config: KnnConfig, neighbou
     guesses, title = predictions[k, temperature][:, 0], f"k-NN, k = {k}, T = {temperature:g}"
     assert val.labels is not None  # labelled_parts sees to that
     if config.per_class:
-        write_per_class(Path(config.per_class), per_class(guesses, val.labels, val.classes))
+        write_per_class(Path(config.per_class).expanduser(), per_class(guesses, val.labels, val.classes))
         distributed.say(f"written: {config.per_class}, the classes ({title})")
     if config.confusion:
-        draw_confusion(Path(config.confusion), guesses, val.labels, val.classes, title)
+        draw_confusion(Path(config.confusion).expanduser(), guesses, val.labels, val.classes, title)
         distributed.say(f"written: {config.confusion}, which classes are taken for which ({title})")
 
 

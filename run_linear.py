@@ -145,7 +145,10 @@ def main() -> None:
         results["also"] = {"classifier": best.name, "features": best.features, **also}
     if config.json:
         seconds = sum(float(part["seconds"]) for part in (content, logreg or {}) if part)
-        write_json(Path(config.json), _card(probe, results, figures, seconds) | {"history": content.get("history", [])})
+        write_json(
+            Path(config.json).expanduser(),
+            _card(probe, results, figures, seconds) | {"history": content.get("history", [])},
+        )
         distributed.say(f"written: {config.json}")
     distributed.say(f"classifier: {folder / (LOGREG_NAME if best.name == 'logreg' else FILE_NAME)} ({best.name})")
 

@@ -100,5 +100,5 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write(path, lambda file: file.write(content))
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    except OSError as error:  # a full or read-only disk and a name that is too long, too
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another file") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def draw_sheet(rows: Sequence[tuple[Tile, Sequence[Tile]]], path: Path) -> None:
     """One block a query, below each other, as a PNG; written aside, then renamed.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError: it cannot be written there.
     """
     columns = min(COLUMNS, max(len(results) for _, results in rows))
     heights = [-(-len(results) // columns) * (TILE + _CAPTION + _GAP) - _GAP for _, results in rows]
@@ -60,10 +61,13 @@ def draw_sheet(rows: Sequence[tuple[Tile, Sequence[Tile]]], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(aside, format="PNG")
         os.replace(aside, path)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise InputError(f"cannot write the contact sheet {path}: {error.strerror}") from error
+    except OSError as error:  # a full or read-only disk and a name that is too long, too
+        raise InputError(
+            f"cannot write the contact sheet {path}: {error.strerror or error}; choose another file"
+        ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def _draw_tile(

@@ -94,7 +94,7 @@ def _how_many(data: dict[str, Any], unreadable: Unreadable) -> str:
     if not left_out:
         return f"these {data['images']:,} images; nothing to do"
     # Refusing is the default: nobody may have thought of it, so that what is there stays as it is.
-    refuse = "" if unreadable == "skip" else ", although --unreadable is refuse now: mend them and extract anew with --overwrite"
+    refuse = "" if unreadable == "skip" else ", although --unreadable is refuse now (mend them, then --overwrite)"
     return (
         f"{data['images'] - left_out:,} of these {data['images']:,} images; {left_out:,} could not be read and were "
         f"left out, {CARD} names them{refuse}; nothing to do"

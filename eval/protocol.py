@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -160,7 +161,7 @@ def write_json(path: Path, content: object) -> None:
     """Write JSON beside ``path``, flush it, then rename.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: it cannot be written there.
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
@@ -171,5 +172,7 @@ def write_json(path: Path, content: object) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    except OSError as error:  # a full or read-only disk and a name that is too long, too
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error

@@ -56,6 +56,8 @@ def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         write_per_class(tmp_path / "file" / "classes.csv", [])
+    with pytest.raises(InputError, match="File name too long; choose another file"):
+        write_per_class(tmp_path / f"{'c' * 260}.csv", [])
     with pytest.raises(InputError, match="cannot write"):
         draw_confusion(tmp_path / "file" / "x.png", PREDICTED, LABELS, NAMES, "k-NN")
 

@@ -252,6 +252,42 @@ def test_an_approximate_index_states_its_recall_on_the_screen_and_in_the_card(
     assert f"1  1.0000  {name}" in done(command("--query", name, "--index", tmp_path / "w", "--top", 2)).out
 
 
+# ---- what a query leaves
+
+
+def test_the_answer_is_written_before_the_sheet_which_only_those_who_named_it_must_have(
+    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done(command(*words(place, "--output-dir", tmp_path / "v", "--json=~/v.json", data=place.data / "val")))
+    assert json.loads((tmp_path / "v.json").read_text())["count"] == 9
+    (tmp_path / "v" / "contact_sheet.png").mkdir()
+    query = ("--query", next((place.data / "val" / "bars").iterdir()), "--index", tmp_path / "v")
+    told = done(command(*query, "--json=~/q.json")).out
+    assert "notice: cannot write the contact sheet" in told
+    assert "Is a directory; choose another file with --sheet" in told
+    assert len(json.loads((tmp_path / "q.json").read_text())["results"]) == 9
+    refused = command(*query, "--sheet", tmp_path / f"{'s' * 250}.png", "--json", tmp_path / "r.json")
+    assert refused.code == 2
+    assert refused.err.endswith("File name too long; choose another file\n")
+    assert (tmp_path / "r.json").exists()
+
+
+def test_a_sheet_shows_a_hundred_images_of_a_query_and_says_so(
+    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_extract._MOST_DRAWN == 100
+    monkeypatch.setattr(run_extract, "_MOST_DRAWN", 5)
+    done(command(*words(place, "--output-dir", tmp_path / "v", data=place.data / "val")))
+    query = ("--query", next((place.data / "val" / "bars").iterdir()), "--index", tmp_path / "v")
+    assert "notice" not in done(command(*query, "--top", 5)).out
+    sheet = (tmp_path / "v" / "contact_sheet.png").read_bytes()
+    told = done(command(*query, "--top", 9)).out
+    assert "notice: the contact sheet shows the first 5 images of each query" in told
+    assert "   9  " in told
+    assert (tmp_path / "v" / "contact_sheet.png").read_bytes() == sheet
+
+
 # ---- adding
 
 
@@ -356,7 +392,7 @@ def test_a_damaged_image_ends_the_run_and_is_left_out_on_request_without_losing_
     assert "notice: 1 images could not be read" in told
     complete = f"{tmp_path / 'v'} holds the vectors of 23 of these 24 images; 1 could not be read and were left out"
     assert f"already complete: {complete}, card.json names them; nothing" in done(command(*skipping)).out
-    assert "although --unreadable is refuse now: mend them" in done(command(*given)).out
+    assert "although --unreadable is refuse now (mend them, then --overwrite)" in done(command(*given)).out
     collection = open_collection(tmp_path / "v")
     assert len(collection.names) == COUNT - 1 == collection.card["count"]
     assert str(broken) not in collection.names

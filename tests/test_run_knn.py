@@ -74,6 +74,15 @@ def test_everything_at_once_is_printed_and_written(
         assert min(picture.size) > 300
 
 
+def test_files_may_be_named_from_the_home_folder(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--weights", weights, "--json=~/k.json", "--per-class=~/c.csv", "--confusion=~/c.png")
+    assert {path.name for path in tmp_path.iterdir()} - {".cache"} == {"k.json", "c.csv", "c.png"}
+
+
 def figures(card: dict[str, Any]) -> Any:
     return card["results"], card["few_shot"]
 
