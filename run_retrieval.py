@@ -173,6 +173,11 @@ def folder(config: RetrievalConfig) -> None:
     if not distributed.is_main():
         return
     assert images.source is not None
+    if too_large := sorted({k for k in config.ks if k > len(images.names) - 1}):
+        distributed.say(
+            f"notice: k = {', '.join(map(str, too_large))} exceeds the {len(images.names) - 1:,} other images: using "
+            "all of them"
+        )
     found = leave_one_out(images.vectors, _labels(images.source), config.ks, progress=True)
 
     # ---- figures
@@ -252,6 +257,9 @@ def duplicates(config: RetrievalConfig) -> None:
     if config.sheet and len(pairs):
         draw_pairs(pairs, kinds, first.tile, second.tile, Path(config.sheet).expanduser())
         distributed.say(f"contact sheet: {config.sheet}")
+    elif config.sheet:
+        old = ", and the file of that name is an older one" if Path(config.sheet).expanduser().exists() else ""
+        distributed.say(f"notice: there is no pair to draw: {config.sheet} is not written{old}")
     protocol: Card = {
         "name": "all pairs of cosine similarity of at least the threshold, exact; identical: the same bytes",
         "threshold": config.threshold,
@@ -303,7 +311,7 @@ def _write(
             card = {"measure": measure, "protocol": protocol | made, "results": results, "data": data}
             card |= {name: first.card[name] for name in ("weights", "transform")}
             card |= {"seconds": round(seconds, 2), "date": now(), "versions": versions()}
-        write_json(Path(config.json), card)
+        write_json(Path(config.json).expanduser(), card)
         distributed.say(f"written: {config.json}")
 
 

@@ -186,6 +186,11 @@ def test_a_folder_and_its_collection_have_the_same_figures(place: Place, here: H
     common = ("--weights", place.weights, "--no-cache")
     done = here("folder", *common, "--data-path", place.photos, "--json", tmp_path / "f.json")
     assert done.code == 0, done.err
+    assert "exceeds" not in done.out
+    assert (
+        "notice: k = 12, 50 exceeds the 11 other images: using all of them"
+        in here("folder", *common, "--data-path", place.photos, "--ks", 50, 11, 12).out
+    )
     assert f"{4 * len(CLASSES)} queries, each among the {4 * len(CLASSES) - 1} other images" in done.out
     assert [line.split()[0] for line in done.out.splitlines()[-7:-1]] == [
         "recall@1", "recall@2", "recall@4", "recall@8", "R-precision", "mAP@R",
@@ -324,6 +329,18 @@ def test_duplicates_within_one_set(place: Place, two_sets: tuple[Path, Path], he
     card = json.loads((tmp_path / "d.json").read_text())
     assert card["results"] == [{"pairs": 1, "identical": 1, "first_images": 9, "first_with_a_pair": 2}]
     assert card["protocol"]["within_one_set"] is True
+
+
+def test_without_a_pair_there_is_no_sheet_and_an_older_one_is_named_as_such(
+    place: Place, two_sets: tuple[Path, Path], here: Here, tmp_path: Path
+) -> None:
+    words = ("duplicates", "--weights", place.weights, "--first", two_sets[0], "--threshold", 1, "--no-cache")
+    sheet = tmp_path / "p.png"
+    told = here(*words, "--sheet", sheet).out
+    assert f"notice: there is no pair to draw: {sheet} is not written\n" in told
+    sheet.write_bytes(b"old")
+    assert "and the file of that name is an older one" in here(*words, "--sheet", sheet).out
+    assert sheet.read_bytes() == b"old"
 
 
 # ---- mistakes
