@@ -22,7 +22,8 @@ _TOP = 5
 
 
 def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of length 1 in float32; a zero row stays zero.
+    """Rows of length 1 in float32; a zero row stays zero. Besides what it returns it takes 20 bytes a number of
+    16,384 rows, so that the features may be memory-mapped.
 
     Args:
         features: [rows, D].
@@ -30,13 +31,17 @@ def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
     Raises:
         InputError: a feature is not a finite number.
     """
-    rows = np.ascontiguousarray(features, dtype=np.float32)
-    length = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
-    if not np.isfinite(length).all():
-        raise InputError(
-            "the features are not finite numbers (NaN or infinite): the weights are damaged, or their training diverged"
-        )
-    return (rows / np.maximum(length, 1e-12)).astype(np.float32)
+    found: NDArray[np.float32] = np.empty(features.shape, dtype=np.float32)
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        rows = np.ascontiguousarray(features[start : start + _ROWS_AT_ONCE], dtype=np.float32)
+        length = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+        if not np.isfinite(length).all():
+            raise InputError(
+                "the features are not finite numbers (NaN or infinite): the weights are damaged, or their training "
+                "diverged"
+            )
+        found[start : start + _ROWS_AT_ONCE] = rows / np.maximum(length, 1e-12)
+    return found
 
 
 def build_index(features: NDArray[np.float32]) -> faiss.IndexFlatIP:

@@ -24,6 +24,7 @@ from eval.knn import (
     knn_predict,
     unit_rows,
 )
+from eval.similarity import rows_of_similarity
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
@@ -217,6 +218,25 @@ def test_unit_rows_have_length_one_and_zero_stays_zero() -> None:
     rows = np.array([[3, 4], [0, 0], [1e-20, 0], [1e30, 1e30]], dtype=np.float32)
     assert np.linalg.norm(unit_rows(rows)[[0, 3]], axis=1) == pytest.approx([1, 1])
     assert (unit_rows(rows)[1] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16_383, 16_384, 16_385, 40_000])
+def test_unit_rows_takes_little_beside_its_result_and_has_the_bits_of_all_at_once(rows: int) -> None:
+    features = np.random.default_rng(rows).normal(size=(rows, 33)).astype(np.float32)
+    length = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    wanted = (features / np.maximum(length, 1e-12)).astype(np.float32)
+    tracemalloc.start()
+    found = unit_rows(features)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.dtype == np.float32
+    assert found.tobytes() == wanted.tobytes()
+    assert peak < found.nbytes + 22 * min(rows, 16_384) * 33 + 10_000
+    if rows == 40_000:
+        tracemalloc.start()
+        next(rows_of_similarity(features[:1], features))
+        assert tracemalloc.get_traced_memory()[1] < found.nbytes + 22 * 16_384 * 33 + 400_000
+        tracemalloc.stop()
 
 
 def test_accuracy_counts_the_label_among_the_first_guesses() -> None:
