@@ -168,7 +168,8 @@ def results_table(results: Record, lrs: Sequence[float], cs: Sequence[float] = (
     if logreg and not logreg["converged"]:
         notes.append(
             f"notice: the logistic regression has not converged after {logreg['iterations']} iterations (largest "
-            f"derivative {logreg['gradient']:.1g}): raise --logreg-iterations"
+            f"derivative {logreg['gradient']:.1g}; the objective may be {100 * logreg['gap']:.2g}% too large): raise "
+            "--logreg-iterations, or keep to smaller --logreg-cs"
         )
     if logreg and logreg["not_converged"]:
         count = len(logreg["not_converged"])

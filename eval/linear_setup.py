@@ -21,6 +21,7 @@ from dino_xcit.weights import LoadedBackbone
 from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, SMALL_CROP, SMALL_CROP_SCALE, SMALL_EPOCHS, LinearConfig
 from eval.linear import bytes_of_heads
 from eval.linear_report import Record
+from eval.logistic import GAP
 from eval.pooled import PooledBackbone
 from eval.probe_file import FILE_NAME, Settings, read_probe
 
@@ -102,7 +103,8 @@ def identity_of_logreg(probe: Probe) -> Settings:
     config = probe.config
     shared = {name: probe.identity[name] for name in ("weights", "train", "transform", "holdout", "seed")}
     cs, features = sorted(config.logreg_cs), list(config.features)
-    return shared | {"features": features, "cs": cs, "iterations": config.logreg_iterations}
+    # Those from before there was a bound on the gap called some converged that were not: they are told from these.
+    return shared | {"features": features, "cs": cs, "iterations": config.logreg_iterations, "gap": GAP}
 
 
 def stored_probe(folder: Path, identity: Settings, resume: str, name: str = FILE_NAME) -> Record | None:

@@ -18,7 +18,7 @@ from dino_xcit.errors import InputError
 from eval.knn import bootstrap_interval, correct
 from eval.linear import guesses
 from eval.linear_setup import Probe
-from eval.logistic import TOLERANCE, LogisticRegression, Solution
+from eval.logistic import LogisticRegression, Solution
 from eval.pooled import Labelled, Rows
 from eval.probe_file import LOGREG_NAME, Settings, write_probe
 
@@ -37,7 +37,7 @@ def search(train: Labelled, probe: Probe, identity: Settings, stored: Record | N
 
     Returns:
         ``tried``, a record each; ``chosen``, the best of them; ``weight`` [K, D] and ``bias`` [K] of its fit to all
-        training images, ``iterations`` and ``gradient`` of that; ``seconds``.
+        training images, ``iterations``, ``gradient`` and ``gap`` of that; ``seconds``.
     """
     started = time.perf_counter()
     content: Record = stored or {"tried": [], "last": None, "seconds": 0.0}
@@ -85,6 +85,8 @@ def search(train: Labelled, probe: Probe, identity: Settings, stored: Record | N
         "bias": final.bias,
         "iterations": final.iterations,
         "gradient": final.gradient,
+        "gap": final.gap,
+        "converged": final.converged,
         "seconds": spent + time.perf_counter() - started,
     }
     if distributed.is_main():
@@ -129,7 +131,8 @@ def logistic_results(content: Record, val: Labelled, device: torch.device) -> tu
         "top5": 100.0 * float(correct(found, val.labels, 5).mean()) if five else None,
         "iterations": content["iterations"],
         "gradient": content["gradient"],
-        "converged": content["gradient"] <= TOLERANCE,
+        "gap": content["gap"],
+        "converged": content["converged"],
         "not_converged": [[one["features"], one["c"]] for one in content["tried"] if not one["converged"]],
         "held_out_top1_by_c": by_features,
     }

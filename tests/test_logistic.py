@@ -40,6 +40,29 @@ def test_the_solution_is_scikit_learns(c: float) -> None:
     assert np.abs(found.weight.numpy() - peer.coef_).max() < 1e-3 * np.abs(peer.coef_).max()
 
 
+@pytest.mark.parametrize("c", [1.0, 1e3, 1e5])
+def test_classes_that_can_be_parted_are_solved_or_said_not_to_be(c: float) -> None:
+    """Small derivatives are no solution where the loss is flat: C = 1e5 once ended 220 times too high, "converged"."""
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    features, labels = problem(noise=0.1)
+    features /= features.std(axis=0)
+    whole = features.astype(np.float64)
+
+    def objective(weight: NDArray[np.float64], bias: NDArray[np.float64]) -> float:
+        logits = torch.from_numpy(whole @ weight.T + bias)
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels), reduction="sum")
+        return c * float(loss) + float(np.square(weight).sum()) / 2
+
+    peer = sklearn.LogisticRegression(C=c, tol=1e-9, max_iter=100_000, solver="newton-cholesky").fit(whole, labels)
+    least = objective(peer.coef_, peer.intercept_)
+    found = solve(features, labels, c)
+    ours = objective(found.weight.double().numpy(), found.bias.double().numpy())
+    assert not found.converged or ours < 1.01 * least
+    assert ours < (1 + found.gap) * 1.0001 * least
+    impatient = solve(features, labels, c, patience=4)
+    assert not impatient.converged
+
+
 def test_impatience_is_told() -> None:
     features, labels = problem()
     found = solve(features, labels, 1.0, patience=3)
