@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(ExportConfig, argv, "python -m dino_xcit.export")
     config.check()
     out = Path(config.out).expanduser()
-    output.check_free(out, config.to, config.overwrite)
+    output.check_free(out, config.to, config.overwrite, config.weights)
     if config.to == "onnx":
         onnx_file.require_packages()
     loaded = load_backbone(config.weights, config.network, config.arch or None)

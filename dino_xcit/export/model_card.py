@@ -23,6 +23,8 @@ from dino_xcit.weights import NETWORKS, LoadedBackbone
 Card = dict[str, Any]
 """A result file of the evaluators (eval/protocol.py)."""
 
+CARD, CURVES = "README.md", "curves.png"
+"""What it writes."""
 MOST_BYTES = 16 << 20
 """Of a result file (a megabyte where it says image by image what was right), and of curves.png."""
 MOST_RECORDS = 60
@@ -81,11 +83,11 @@ def write(
         cards: what :func:`read_card` gave.
         compared: how far timm's features are from ours, on the images of ``origin``.
     """
-    curves = loaded.path.parent / "curves.png"
+    curves = loaded.path.parent / CURVES
     has_curves = curves.is_file() and curves.stat().st_size <= MOST_BYTES
     if has_curves:
         with open(curves, "rb") as original:
-            durable.write(folder / "curves.png", lambda copy: shutil.copyfileobj(original, copy))
+            durable.write(folder / CURVES, lambda copy: shutil.copyfileobj(original, copy))
     sections = [
         _head(loaded),
         _training(loaded, has_curves),
@@ -94,7 +96,7 @@ def write(
         _use(loaded, compared, origin),
     ]
     content = "\n".join(sections).encode("utf-8", "backslashreplace")
-    durable.write(folder / "README.md", lambda file: file.write(content))
+    durable.write(folder / CARD, lambda file: file.write(content))
 
 
 def _head(loaded: LoadedBackbone) -> str:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from dino_xcit import durable
+from dino_xcit.console import printable
 from dino_xcit.errors import InputError
+from dino_xcit.export.model_card import CARD, CURVES
+from dino_xcit.export.provenance import is_export
 from dino_xcit.export.timm_folder import CONFIG, WEIGHTS
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 """How the files end, by which those who read them tell what they are; the other targets are folders."""
 
+_WRITTEN = {WEIGHTS, CONFIG, CARD, CURVES}
+"""All that an export's folder may hold."""
 
-def check_free(out: Path, target: str, overwrite: bool) -> None:
+
+def check_free(out: Path, target: str, overwrite: bool, weights: str = "") -> None:
     """Whether an export may appear at ``out``; before anything is computed.
+
+    Args:
+        weights: what is exported, as it was asked for: it is never replaced by its own export.
 
     Raises:
         InputError: a name that is none for this target, or something is there that may not be replaced.
@@ -27,13 +37,42 @@ def check_free(out: Path, target: str, overwrite: bool) -> None:
         raise InputError(f"out is {out}, expected a file that ends in {SUFFIXES[target]} for --to {target}")
     if not os.path.lexists(out):
         return
-    if not is_folder and not out.is_file():
-        raise InputError(f"{out} is no file: --out takes the path of the file to write")
-    # A folder goes with all that it holds: only one that an export made.
-    if is_folder and not (out.is_dir() and not out.is_symlink() and {WEIGHTS, CONFIG} <= set(os.listdir(out))):
-        raise InputError(f"{out} is there and is no earlier export: --out takes a folder that does not exist yet")
+    try:
+        if not is_folder and not out.is_file():
+            raise InputError(f"{out} is no file: --out takes the path of the file to write")
+        _refuse_own_input(out, Path(weights).expanduser())
+        found = _foreign_in(out) if is_folder else ("" if is_export(out) else "nothing in it says that it is one")
+    except OSError as error:
+        raise InputError(f"cannot read {out}: {error.strerror}; give another --out") from error
+    # What is replaced is gone, a folder with all that it holds: only what an export made.
+    if found:
+        raise InputError(
+            f"{out} is there and is no earlier export ({found}): --out takes a path that does not exist yet; give "
+            "another, or remove this one yourself"
+        )
     if not overwrite:
         raise InputError(f"{out} is there already: give another --out, or --overwrite to replace it")
+
+
+def _refuse_own_input(out: Path, weights: Path) -> None:
+    if not weights.exists():
+        return
+    if os.path.samefile(out, weights) or any(os.path.samefile(out, folder) for folder in weights.resolve().parents):
+        raise InputError(f"{out} is or holds the weights that are to be exported, {weights}: give another --out")
+
+
+def _foreign_in(folder: Path) -> str:
+    """Why a folder is no earlier export, or an empty string."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is no folder"
+    with os.scandir(folder) as entries:
+        names = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    strange = sorted(name for name, is_file in names.items() if name not in _WRITTEN or not is_file)
+    if strange:
+        return f"an export writes no {printable(strange[0])}"
+    if not {WEIGHTS, CONFIG} <= names.keys():
+        return f"it lacks {WEIGHTS} or {CONFIG}"
+    return "" if is_export(folder / WEIGHTS) else f"nothing in {WEIGHTS} says that it is one"
 
 
 @contextlib.contextmanager
@@ -57,8 +96,10 @@ def beside(out: Path) -> Iterator[Path]:
         else:
             os.replace(aside, out)
         durable.flush_folder(out.parent)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # run_main has a sentence for them
+            raise
+        raise InputError(f"cannot write {out}: {error.strerror or error}; give another --out") from error
     finally:
         with contextlib.suppress(OSError):  # what went wrong first is what matters
             _remove(aside)
