@@ -2,13 +2,15 @@
 
 Epoch e of the probe learns from kept epoch e mod E, in an order of its own. The views of a kept epoch are those that
 the full protocol sees in that epoch: what is given up is that after E epochs the views come again. Each epoch's file is
-whole or absent, so that an interrupted run goes on with the next one.
+whole or absent, so that an interrupted run goes on with the next one; beside it stands its digest, checked when a
+probe begins.
 
 B batch, W features of a row, E kept epochs, n images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -86,6 +88,23 @@ class AugmentedEpochs:
         """Of a kept epoch, 0-based."""
         return self.folder / f"epoch-{epoch:03d}.npy"
 
+    def digest_file(self, epoch: int) -> Path:
+        """What :meth:`file` must look like."""
+        return self.folder / f"epoch-{epoch:03d}.json"
+
+    def _intact(self, epoch: int) -> bool:
+        """Whether a kept epoch is there and holds what was written; says so where it does not."""
+        if not self.file(epoch).exists():
+            return False
+        try:
+            written = json.loads(self.digest_file(epoch).read_bytes())
+            if written == dataclasses.asdict(durable.digest_of(self.file(epoch))) and self.rows(epoch) is not None:
+                return True
+        except (OSError, ValueError):
+            pass
+        distributed.say(f"notice: {self.file(epoch)} is not what was written there: it is made anew")
+        return False
+
     def rows(self, epoch: int) -> NDArray[Any] | None:
         """[n, W] of a kept epoch, memory-mapped; None where it is not there, or damaged."""
         try:
@@ -108,7 +127,7 @@ class AugmentedEpochs:
             UndecodableImage: an image cannot be read; it is named.
         """
         # One process looks, and all do as it says: they must not disagree about whether there is work to share.
-        missing = [epoch for epoch in range(epochs) if self.rows(epoch) is None] if distributed.is_main() else []
+        missing = [epoch for epoch in range(epochs) if not self._intact(epoch)] if distributed.is_main() else []
         missing = distributed.main_decides(missing)
         size = self._shape[0] * self._shape[1] * self._type.itemsize
         if missing:
@@ -124,7 +143,8 @@ class AugmentedEpochs:
             for epoch in missing:
                 chunks = self._extract(epoch, backbone, device, batch_size, num_workers, bar)
                 if distributed.is_main():
-                    durable.write(self.file(epoch), partial(self._write, chunks))
+                    written = durable.write(self.file(epoch), partial(self._write, chunks))
+                    durable.write_json(self.digest_file(epoch), dataclasses.asdict(written))
                 else:
                     for _ in chunks:
                         pass

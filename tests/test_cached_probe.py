@@ -70,6 +70,23 @@ def test_what_is_whole_is_taken_and_what_is_damaged_is_made_anew(tmp_path: Path)
     assert backbone.seen == 2 * COUNT, "fewer of them are there too"
 
 
+def test_a_kept_epoch_that_was_overwritten_is_noticed_and_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The right shape is not enough: NaN in it would be blamed on the learning rate."""
+    epochs = epochs_in(tmp_path)
+    first = [np.array(rows) for rows in made(epochs, 3)]
+    np.save(epochs.file(1), np.full_like(first[1], np.nan))
+    epochs.digest_file(2).unlink()
+    backbone = MeanColours().eval()
+    capsys.readouterr()
+    again = made(epochs_in(tmp_path), 3, backbone)
+    said = capsys.readouterr().out
+    assert [f"epoch-00{epoch}.npy is not what was written there" in said for epoch in range(3)] == [False, True, True]
+    assert backbone.seen == 2 * COUNT
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize(
     "change",
     [{"fingerprint": "g"}, {"weights": "v"}, {"crop_scale": (0.2, 1.0)}, {"seed": 6}, {"precision": "float16"}],
