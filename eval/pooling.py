@@ -1,5 +1,9 @@
 """From an image to one vector: which tokens, how they are pooled, at which sizes.
 
+Several scales are not averaged as in DINO's ``eval_image_retrieval.py``: that sums the raw features of the scales and
+brings the sum to length 1 once; here each scale's vector is brought to length 1 before the mean, so that each has the
+same weight, and sides are rounded to whole patches.
+
 B batch, N patch tokens, D features of the backbone, E features of the vector.
 """
 
@@ -140,8 +144,8 @@ def gem(tokens: Tensor, p: float) -> Tensor:
 
 
 def rescaled(images: Tensor, scale: float, patch_size: int) -> Tensor:
-    """Images with both sides multiplied, bilinearly, as multi-scale descriptors of the field are made (DINO's and
-    cirtorch's code); the sides are rounded to whole patches, at least one. At scale 1 the images as they are.
+    """Images with both sides multiplied, bilinearly as in DINO's and cirtorch's code, but rounded to whole patches, at
+    least one. At scale 1 the images as they are.
 
     Args:
         images: [B, 3, height, width].
