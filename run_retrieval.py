@@ -218,6 +218,7 @@ def duplicates(config: RetrievalConfig) -> None:
             "the other with run_extract.py and the same weights and settings, or give both as images"
         )
     if all(finished):
+        config.check_for_collections()
         sets = [collected(path) for path in given]
     else:
         sources = [open_source(path) for path in given]

@@ -117,6 +117,15 @@ class KnnConfig(BackboneConfig):
         _at_least("draws", self.draws, 1)
         _at_least("seed", self.seed, 0)
         _at_least("probes", self.probes, 0)
+        for name, given, other in (
+            ("draws", self.few_shot, "--few-shot 1 2 5 10"),
+            ("probes", self.approximate != "no", "--approximate ivf"),
+        ):
+            if not given and _changed(self, (name,)):
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, which decides nothing without {other.split()[0]}: add {other}, "
+                    f"or leave --{name} out"
+                )
         for name, path, ending in (("per_class", self.per_class, ".csv"), ("confusion", self.confusion, ".png")):
             if path and not path.lower().endswith(ending):
                 raise InputError(f"{name} is {path}, expected a file that ends in {ending}")
@@ -281,8 +290,21 @@ class ExtractConfig(BackboneConfig):
                 f"scales is {_words(self.scales)}, whose vectors are averaged at length 1: leave out --no-normalise, "
                 "or give one scale"
             )
+        if self.query and not self.learn_whitening:
+            for name in _changed(self, _OF_THE_CARD):
+                raise InputError(
+                    f"{name} is {_shown(getattr(self, name))}, which decides nothing for --query: the collection is as "
+                    "its card says; leave it out"
+                )
         if self.add and self.overwrite:
             raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
+
+
+_OF_THE_CARD = (
+    "pooling", "gem_p", "scales", "whiten", "normalise", "dtype", "index_type", "eval_crop", "eval_resize", "add",
+    "overwrite",
+)  # fmt: skip
+"""run_extract.py's settings that mean nothing for --query: the collection's card says how vectors are made."""
 
 
 _OF_PROTOCOLS = {
@@ -293,6 +315,8 @@ _OF_PROTOCOLS = {
     **dict.fromkeys(("first", "second", "threshold", "most_pairs", "csv", "sheet"), ("duplicates",)),
 }
 """run_retrieval.py's settings that mean nothing for other protocols: given there, they are a mistake."""
+_OF_IMAGES = ("weights", "pooling", "gem_p", "scales", "whiten", "fit", "image_size", "eval_crop", "eval_resize")
+"""run_retrieval.py's settings that mean nothing where collections are measured."""
 
 
 @dataclass(frozen=True)
@@ -359,6 +383,8 @@ class RetrievalConfig(BackboneConfig):
                 raise InputError(f"{name} is a setting of {whose}, not of {self.protocol}: leave it out")
         if self.index and self.data_path:
             raise InputError("both index and data_path are given: --index measures a collection, --data-path images")
+        if self.index:
+            self.check_for_collections()
         _at_least("image_size", self.image_size, 0)
         _at_least("most_pairs", self.most_pairs, 1)
         self.descriptor().check()
@@ -366,6 +392,18 @@ class RetrievalConfig(BackboneConfig):
             raise InputError(f"ks is {_words(self.ks)}, expected whole numbers of at least 1, such as 1 2 4 8")
         if not -1 <= self.threshold <= 1:
             raise InputError(f"threshold is {self.threshold:g}, expected a cosine from -1 to 1, such as 0.95")
+
+    def check_for_collections(self) -> None:
+        """Refuse what decides how vectors are made, where finished ones are measured.
+
+        Raises:
+            InputError: naming the field and the value.
+        """
+        for name in _changed(self, _OF_IMAGES):
+            raise InputError(
+                f"{name} is {_shown(getattr(self, name))}, which decides nothing for a finished collection: its "
+                "vectors are as its card says; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -394,6 +432,17 @@ class CompareConfig:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise InputError(f"{name} is {value}, expected at least {least}")
+
+
+def _changed(config: BackboneConfig, names: Sequence[str]) -> list[str]:
+    """Those of the settings that are not as they are by default."""
+    return [name for name in names if getattr(config, name) != getattr(type(config), name)]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _words(values: Sequence[float]) -> str:

@@ -23,6 +23,8 @@ WRONG: dict[str, tuple[ModuleType, list[str], str]] = {
     "k of zero": (run_knn, [*W, "--ks", "0", "10"], "ks is 0 10, expected whole numbers"),
     "temperature of zero": (run_knn, [*W, "--temperatures", "0"], "temperatures is 0, expected"),
     "no image a class": (run_knn, [*W, "--few-shot", "0", "5"], "few_shot is 0 5, expected images a class"),
+    "draws of nothing": (run_knn, [*W, "--draws", "9"], "draws is 9, which decides nothing without --few-shot: add"),
+    "probes of nothing": (run_knn, [*W, "--probes", "9"], "probes is 9, which decides nothing without --approximate"),
     "no draw": (run_knn, [*W, "--draws", "0"], "draws is 0, expected at least 1"),
     "a table that is no table": (run_knn, [*W, "--per-class", "classes.png"], "expected a file that ends in .csv"),
     "a picture without an ending": (run_knn, [*W, "--confusion", "classes"], "expected a file that ends in .png"),

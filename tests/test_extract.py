@@ -431,6 +431,27 @@ def test_parts_serve_whatever_is_made_of_the_rows_later(place: Place, command: C
 
 
 @pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (("--pooling", "gem"), "pooling is gem"),
+        (("--scales", "1", "0.5"), "scales is 1.0 0.5"),
+        (("--whiten", "w.npz"), "whiten is w.npz"),
+        (("--dtype", "fp16"), "dtype is fp16"),
+        (("--no-normalise",), "normalise is off"),
+        (("--add",), "add is on"),
+        (("--eval-crop", "24"), "eval_crop is 24"),
+        (("--eval-resize", "32"), "eval_resize is 32"),
+    ],
+)
+def test_a_query_takes_no_settings_of_the_collection(flags: tuple[str, ...], found: str, command: Command) -> None:
+    refused = command("--query", "q.png", "--index", "v", *flags)
+    assert refused.code == 2
+    assert refused.err == (
+        f"error: {found}, which decides nothing for --query: the collection is as its card says; leave it out\n"
+    )
+
+
+@pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (("--pooling", "max"), "pooling"),

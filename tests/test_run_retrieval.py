@@ -307,6 +307,9 @@ def test_duplicates_of_finished_collections_need_no_weights(
     mixed = here("duplicates", "--first", first, "--second", tmp_path / "gem-test")
     assert mixed.code == 2
     assert "pooling is cls there and gem here" in mixed.err
+    pooled = here("duplicates", "--first", first, "--second", second, "--pooling", "gem")
+    assert pooled.code == 2
+    assert "pooling is gem, which decides nothing for a finished collection" in pooled.err
     half = here("duplicates", "--first", first, "--second", two_sets[1], "--weights", place.weights)
     assert half.code == 2
     assert "is a finished collection and" in half.err
@@ -367,6 +370,9 @@ def test_without_a_pair_there_is_no_sheet_and_an_older_one_is_named_as_such(
         (["copydays", "--queries", "whole"], "queries is a setting of oxford and paris, not of copydays"),
         (["duplicates", "--data-path", "{photos}"], "data_path is a setting of oxford and paris and"),
         (["folder", "--index", "{photos}", "--data-path", "{photos}"], "both index and data_path are given"),
+        (["folder", "--index", "v", "--weights", "{weights}"], "which decides nothing for a finished collection: its"),
+        (["folder", "--index", "v", "--scales", "1", "0.5"], "scales is 1.0 0.5, which decides nothing for a finished"),
+        (["folder", "--index", "v", "--whiten", "w.npz"], "whiten is w.npz, which decides nothing for a finished"),
         (["folder", "--whiten", "{photos}/none.npz", "--weights", "{weights}", "--data-path", "{photos}"], "none.npz"),
     ],
 )  # fmt: skip
