@@ -325,6 +325,27 @@ def test_a_place_where_nothing_can_be_written_is_one_sentence(tmp_path: Path) ->
         export(tmp_path / "ckpt.pth", "timm", tmp_path / ("x" * 300))
 
 
+@pytest.mark.parametrize(("target", "name"), [("safetensors", "a.safetensors"), ("hf", "a")])
+def test_a_transform_that_nobody_said_stays_a_guess(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, name: str
+) -> None:
+    torch.save(scrambled("xcit_pico_4_p8").state_dict(), tmp_path / "bare.pth")
+    export(tmp_path / "bare.pth", target, tmp_path / name)
+    said = capsys.readouterr().out
+    assert "notice: the file does not say how images are prepared; assumed: ImageNet's way" in said
+    assert ("config.json tells it to timm" in said) == (target == "hf")
+    file = tmp_path / name if target == "safetensors" else tmp_path / name / "model.safetensors"
+    with safetensors.safe_open(file, framework="pt") as read:
+        assert "eval_transform" not in read.metadata()
+    again = load_backbone(file)
+    assert (again.transform, again.transform_from) == (EvalTransform(), "")
+    if target == "hf":
+        assert "assumed here and in config.json is ImageNet's way" in (tmp_path / name / "README.md").read_text()
+        path = tmp_path / name / "config.json"  # somebody who knows corrects it
+        path.write_text(path.read_text().replace('"bicubic"', '"bilinear"'))
+        assert load_backbone(file).transform.interpolation == "bilinear"
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_features_that_say_nothing_are_not_compared(tmp_path: Path, value: float) -> None:
     backbone = scrambled("xcit_pico_4_p8")

@@ -111,6 +111,26 @@ def test_another_librarys_config_json_is_no_hindrance(tmp_path: Path) -> None:
     assert load_backbone(path).arch == "xcit_pico_4_p8"
 
 
+def test_what_a_file_says_of_itself_goes_before_the_config_json_beside_it(tmp_path: Path) -> None:
+    import timm
+
+    other = {"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 99, 99], "mean": [0] * 3, "std": [1] * 3}}
+    path = files.timm_folder(tmp_path, timm.create_model("test_vit", pretrained=False, num_classes=0), other)
+    state = safetensors.torch.load_file(path)
+    with pytest.raises(InputError, match=r"does not fit timm:resnet18.*it is .*config\.json that names timm:resnet18"):
+        load_backbone(path)
+    safetensors.torch.save_file(state, path, {"arch": "timm:test_vit"})
+    read = load_backbone(path)
+    assert (read.arch, read.transform.crop) == ("timm:test_vit", 99)  # the metadata do not say how images are prepared
+    bare = tmp_path / "own.safetensors"
+    safetensors.torch.save_file(files.xcit().state_dict(), bare, {"arch": "xcit_pico_4_p8"})
+    assert load_backbone(bare).arch == "xcit_pico_4_p8"
+    said = {"arch": "timm:test_vit", "eval_transform": json.dumps(CONFIG_TRANSFORM.to_dict())}
+    safetensors.torch.save_file(state, path, said)
+    (tmp_path / "config.json").write_text("{")
+    assert load_backbone(path).transform == CONFIG_TRANSFORM
+
+
 def test_what_an_export_says_about_itself_is_read(tmp_path: Path) -> None:
     said = {"arch": "timm:test_vit", "eval_transform": json.dumps(CONFIG_TRANSFORM.to_dict())}
     from dino_xcit.models import build_backbone

@@ -43,6 +43,11 @@ def main(argv: Sequence[str]) -> None:
         onnx_file.require_packages()
     loaded = load_backbone(config.weights, config.network, config.arch or None)
     print(loaded.describe(), flush=True)
+    if not loaded.transform_from:
+        told = ", and config.json tells it to timm" if config.to in ("timm", "hf") else ""
+        print(
+            f"notice: the file does not say how images are prepared; assumed: ImageNet's way, {loaded.transform}{told}"
+        )
     cards = [model_card.read_card(Path(path), loaded.hash) for path in config.card]
     pictures = photographs(config.images)
 

@@ -163,7 +163,11 @@ def _recipe(training: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]
 
 def _preparation(loaded: LoadedBackbone) -> str:
     transform = loaded.transform
-    unsaid = "" if loaded.transform_from else "The file does not say how images are prepared; this is ImageNet's way: "
+    unsaid = (
+        ""
+        if loaded.transform_from
+        else "The file does not say how images are prepared; assumed here and in config.json is ImageNet's way: "
+    )
     return (
         f"## Images\n\n{unsaid}"
         f"Shorter side to {transform.resize} pixels ({transform.interpolation}), centre crop of {transform.crop}, "

@@ -12,17 +12,22 @@ import safetensors
 import dino_xcit
 from dino_xcit.console import printable
 from dino_xcit.weights import LoadedBackbone
+from dino_xcit.weights.files import ASSUMED
 
 _WRITER = "dino_xcit "
 _LONGEST = 200
 
 
 def metadata(loaded: LoadedBackbone) -> dict[str, str]:
-    """``arch`` and ``eval_transform`` (JSON) are for :mod:`dino_xcit.weights`; the rest says where it is from."""
+    """``arch`` and ``eval_transform`` (JSON) are for :mod:`dino_xcit.weights`; the rest says where it is from.
+
+    A transform that nobody said is no ``eval_transform``: read back, it would be the checkpoint's word.
+    """
+    transform = "eval_transform" if loaded.transform_from else ASSUMED
     said = {
         "format": "pt",
         "arch": loaded.arch,
-        "eval_transform": json.dumps(loaded.transform.to_dict()),
+        transform: json.dumps(loaded.transform.to_dict()),
         "network": loaded.network,
         "weights_hash": loaded.hash,
         "source_file": loaded.path.name,

@@ -26,6 +26,7 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights.architecture import architecture_of
 from dino_xcit.weights.files import WeightsFile, open_weights
 from dino_xcit.weights.fit import Allowed, fit
+from dino_xcit.weights.hub import TIMM
 from dino_xcit.weights.layouts import NETWORKS, ONLY, first, read_network, shown
 
 __all__ = [
@@ -155,7 +156,14 @@ def read_weights(
         assert refusal is not None
         raise refusal
     # Without memory of its own first: a file of a few bytes may name or resemble a network of twenty gigabytes.
-    fitting = fit(stored.state, _without_memory(name).state_dict(), name, where, allowed, like)
+    try:
+        fitting = fit(stored.state, _without_memory(name).state_dict(), name, where, allowed, like)
+    except InputError as error:
+        if not file.named_by or arch or name != f"{TIMM}{file.timm_name}":
+            raise
+        raise InputError(
+            f"{error}; it is {file.named_by} that names {name}: move it away if it belongs to other weights"
+        ) from error
     transform, transform_from = _transform(file, name, where)
     return StoredWeights(
         state=fitting.state,
@@ -198,7 +206,7 @@ def _said(file: WeightsFile, training: Mapping[str, Any], where: str) -> str:
             raise InputError(f"{where} names an architecture that is none: {shown([named])}")
         return named
     # timm's XCiT is read as this project's, whose names its file was given.
-    return "" if not file.timm_name or file.timm_name.startswith("xcit_") else f"timm:{file.timm_name}"
+    return "" if not file.timm_name or file.timm_name.startswith("xcit_") else f"{TIMM}{file.timm_name}"
 
 
 def _transform(file: WeightsFile, arch: str, where: str) -> tuple[EvalTransform, str]:

@@ -6,6 +6,7 @@ that timm writes beside its files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import stat
@@ -16,6 +17,8 @@ from typing import Any
 
 from dino_xcit import safe_load
 from dino_xcit.errors import InputError, near_matches
+from dino_xcit.models.vit import vit_side
+from dino_xcit.models.xcit import XCIT_SIZES
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights.hub import HUB, TIMM, download
 from dino_xcit.weights.safetensors_file import is_safetensors, read_safetensors
@@ -23,6 +26,8 @@ from dino_xcit.weights.safetensors_file import is_safetensors, read_safetensors
 CONFIG_LIMIT = 2**20
 """Bytes of a config.json."""
 SIDE_LIMIT = 4096
+ASSUMED = "assumed_eval_transform"
+"""Under this name an export's metadata has a transform that its checkpoint did not say (a guess, JSON)."""
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -37,6 +42,8 @@ class WeightsFile:
     transform: EvalTransform | None = None
     transform_from: str = ""
     """Whose transform that is."""
+    named_by: str = ""
+    """The config.json that ``timm_name`` is of."""
 
 
 def open_weights(spec: str | Path) -> WeightsFile:
@@ -93,7 +100,8 @@ def _of_timm(name: str) -> WeightsFile:
 
 def _with_config(path: Path, config: Path | None, name: str) -> WeightsFile:
     content = _read(path)
-    if config is None:
+    named, prepared = "args" in content and is_safetensors(path), "eval_transform" in content
+    if config is None or (named and prepared):  # what the file says of itself goes before what lies beside it
         return WeightsFile(path, content)
     stored = _json(config)
     settings = stored.get("pretrained_cfg", stored)  # timm before 0.9 had them beside the architecture
@@ -103,7 +111,12 @@ def _with_config(path: Path, config: Path | None, name: str) -> WeightsFile:
     if len(architecture) > 100 or not architecture.isprintable():
         raise InputError(f"{config} names an architecture that is none")
     transform, exception = _transform_of(settings, str(config))
-    return WeightsFile(path, content, architecture, transform, f"config.json's of {name}{exception}")
+    if transform is not None and transform == content.get(ASSUMED):  # config.json repeats the export's guess
+        transform = None
+    origin = f"config.json's of {name}{exception}" if transform else ""
+    if named:
+        return WeightsFile(path, content, "", transform, origin)
+    return WeightsFile(path, content, architecture, transform, origin, str(config))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -112,14 +125,24 @@ def _read(path: Path) -> Mapping[str, Any]:
         return safe_load.read(path)
     tensors, said = read_safetensors(path)
     content: dict[str, Any] = {"state_dict": tensors}
-    if "arch" in said:  # as python -m dino_xcit.export writes them
+    if _named_here(said.get("arch", "")):  # as python -m dino_xcit.export writes them
         content["args"] = {"arch": said["arch"]}
     if "eval_transform" in said:
         try:
             content["eval_transform"] = json.loads(said["eval_transform"][:CONFIG_LIMIT])
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: the eval_transform in its metadata is no JSON") from error
+    if ASSUMED in said:
+        with contextlib.suppress(ValueError, RecursionError, InputError, OverflowError, RuntimeError):
+            content[ASSUMED] = EvalTransform.from_dict(json.loads(said[ASSUMED][:CONFIG_LIMIT]))
     return content
+
+
+def _named_here(architecture: str) -> bool:
+    """Whether a word is this project's name of an architecture, as an export's metadata has it."""
+    return (
+        architecture.startswith(TIMM) or architecture.rpartition("_p")[0] in XCIT_SIZES or bool(vit_side(architecture))
+    )
 
 
 def _json(path: Path) -> Mapping[str, Any]:
