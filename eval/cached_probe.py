@@ -2,17 +2,17 @@
 
 Epoch e of the probe learns from kept epoch e mod E, in an order of its own. The views of a kept epoch are those that
 the full protocol sees in that epoch: what is given up is that after E epochs the views come again. Each epoch's file is
-whole or absent, so that an interrupted run goes on with the next one; beside it stands its digest, checked when a
-probe begins.
+whole or absent, so that an interrupted run goes on with the next one; at its end, behind the array, stands
+its digest, checked when a probe begins.
 
 B batch, W features of a row, E kept epochs, n images.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -88,20 +88,18 @@ class AugmentedEpochs:
         """Of a kept epoch, 0-based."""
         return self.folder / f"epoch-{epoch:03d}.npy"
 
-    def digest_file(self, epoch: int) -> Path:
-        """What :meth:`file` must look like."""
-        return self.folder / f"epoch-{epoch:03d}.json"
-
     def _intact(self, epoch: int) -> bool:
         """Whether a kept epoch is there and holds what was written; says so where it does not."""
         if not self.file(epoch).exists():
             return False
-        try:
-            written = json.loads(self.digest_file(epoch).read_bytes())
-            if written == dataclasses.asdict(durable.digest_of(self.file(epoch))) and self.rows(epoch) is not None:
+        digest = hashlib.sha256()
+        with open(self.file(epoch), "rb") as file:
+            left = os.fstat(file.fileno()).st_size - digest.digest_size
+            while left > 0 and (part := file.read(min(left, 1 << 20))):
+                digest.update(part)
+                left -= len(part)
+            if file.read() == digest.digest() and self.rows(epoch) is not None:
                 return True
-        except (OSError, ValueError):
-            pass
         distributed.say(f"notice: {self.file(epoch)} is not what was written there: it is made anew")
         return False
 
@@ -143,8 +141,7 @@ class AugmentedEpochs:
             for epoch in missing:
                 chunks = self._extract(epoch, backbone, device, batch_size, num_workers, bar)
                 if distributed.is_main():
-                    written = durable.write(self.file(epoch), partial(self._write, chunks))
-                    durable.write_json(self.digest_file(epoch), dataclasses.asdict(written))
+                    durable.write(self.file(epoch), partial(self._write, chunks))
                 else:
                     for _ in chunks:
                         pass
@@ -200,6 +197,8 @@ class AugmentedEpochs:
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in chunks:
             file.write(chunk.tobytes())
+        # In the same file, so that there is never one without the other; numpy reads no further than the array.
+        file.write(bytes.fromhex(file.digest().sha256))
 
 
 def stored_features(
