@@ -31,18 +31,12 @@ from dino_xcit.console import progress_bar
 from dino_xcit.data.loader import StepSampler, choose_workers
 from dino_xcit.errors import InputError
 from eval.cached_probe import AugmentedEpochs, stored_features
-from eval.config import (
-    PAPER_CROP_SCALE,
-    PAPER_EPOCHS,
-    LinearConfig,
-    settings,
-)
+from eval.config import LinearConfig, settings
 from eval.figures import figure
 from eval.fixed_features import FixedFeatures
 from eval.imagenet_variants import measure, open_variant
 from eval.linear import LinearHeads, cosine_factor, scaled
 from eval.linear_report import (
-    PROTOCOL,
     Record,
     final_results,
     percentages,
@@ -56,6 +50,7 @@ from eval.linear_setup import (
     identity_of,
     identity_of_logreg,
     labels_of,
+    protocol_of,
     say_what_is_measured,
     stored_probe,
 )
@@ -250,17 +245,12 @@ def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _card(probe: Probe, results: Record, figures: list[dict[str, object]], seconds: float) -> dict[str, object]:
     """The result file's content, but for the history."""
-    not_protocol = ("weights", "train", "val", "transform")
-    protocol = {
-        "name": PROTOCOL,
-        "published": {"epochs": PAPER_EPOCHS, "crop_scale": list(PAPER_CROP_SCALE)},
-        **{name: value for name, value in probe.identity.items() if name not in not_protocol},
-    }
     data = {
         name: data_card(part, probe.identity[name]) | images_card(part)
         for name, part in (("train", probe.train), ("val", probe.val))
     }
     loaded = probe.loaded
+    protocol = protocol_of(probe)
     return result_card("linear", protocol, results, loaded, data, loaded.transform, probe.device, seconds, figures)
 
 

@@ -18,11 +18,12 @@ from eval.table import percent, table
 
 Record = dict[str, Any]
 
-PROTOCOL = (
+SGD = (
     "linear probe on the frozen class token, SGD with momentum 0.9, no weight decay, cosine by epoch, "
-    "RandomResizedCrop (bilinear) and flip (DINO, arXiv 2104.14294); beside it a grid of learning rates on "
-    "standardised features, chosen on held-out training images"
+    "RandomResizedCrop (bilinear) and flip (DINO, arXiv 2104.14294)"
 )
+GRID = "; beside it a grid of learning rates on standardised features, chosen on held-out training images"
+LOGREG = "multinomial logistic regression with an L2 penalty, by L-BFGS on features of unaugmented images"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def results_table(results: Record, lrs: Sequence[float], cs: Sequence[float] = (
     rows, notes = [], []
     if paper:
         last, best = paper["last_epoch"], paper["best_epoch"]
-        rate = f"{paper['lr']:g}"
+        rate = f"lr {paper['lr']:g}"
         rows += [
             ["paper's learning rate, last epoch", rate, "-", percent(last["top1"], last["top1_interval"]),
              percent(last["top5"])],
@@ -156,7 +157,7 @@ def results_table(results: Record, lrs: Sequence[float], cs: Sequence[float] = (
         if found:
             seen = found.get("features", "cls")
             label = name if seen == "cls" else f"{name}, {seen}"
-            value = f"{found['lr']:g}" if setting == "lr" else f"C {found['c']:g}"
+            value = f"{'C' if setting == 'c' else 'lr'} {found[setting]:g}"
             top1 = percent(found["top1"], found["top1_interval"])
             rows.append([label, value, percent(found["held_out_top1"]), top1, percent(found["top5"])])
     for found, key, values, flag in ((grid, "lr", lrs, "lrs"), (logreg, "c", cs, "logreg-cs")):
@@ -174,7 +175,9 @@ def results_table(results: Record, lrs: Sequence[float], cs: Sequence[float] = (
     if logreg and logreg["not_converged"]:
         count = len(logreg["not_converged"])
         notes.append(f"notice: {count} of the regressions tried on held-out images had not converged (see --json)")
-    header = ["classifier", "lr (of 256)", "held-out top-1 %", "top-1 % [95% interval]", "top-5 %"]
+    if paper or grid:
+        notes.insert(0, "lr: for a batch of 256")
+    header = ["classifier", "setting", "held-out top-1 %", "top-1 % [95% interval]", "top-5 %"]
     return "\n".join([table(header, rows), *notes])
 
 

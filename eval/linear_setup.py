@@ -20,7 +20,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.weights import LoadedBackbone
 from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, SMALL_CROP, SMALL_CROP_SCALE, SMALL_EPOCHS, LinearConfig
 from eval.linear import bytes_of_heads
-from eval.linear_report import Record
+from eval.linear_report import GRID, LOGREG, SGD, Record
 from eval.logistic import GAP
 from eval.pooled import PooledBackbone
 from eval.probe_file import FILE_NAME, Settings, read_probe
@@ -64,7 +64,7 @@ def for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
     epochs = config.epochs or (SMALL_EPOCHS if small else PAPER_EPOCHS)
     scale = config.crop_scale if any(config.crop_scale) else (SMALL_CROP_SCALE if small else PAPER_CROP_SCALE)
     chosen = dataclasses.replace(config, epochs=epochs, crop_scale=scale)
-    if chosen != config:
+    if chosen != config and config.sgd:
         why = f"suits images of {crop} pixels; published: {PAPER_EPOCHS}, 0.08 1" if small else "as published"
         distributed.say(f"epochs {epochs}, crop scale {scale[0]:g} {scale[1]:g} ({why}; --epochs, --crop-scale)")
     return chosen
@@ -107,6 +107,20 @@ def identity_of_logreg(probe: Probe) -> Settings:
     return shared | {"features": features, "cs": cs, "iterations": config.logreg_iterations, "gap": GAP}
 
 
+def protocol_of(probe: Probe) -> Settings:
+    """For the result file: name and settings of the classifiers that were trained, and of no others."""
+    config, identity = probe.config, probe.identity
+    shared = ["holdout", "seed", "features"]
+    of_sgd = ["epochs", "batch", "lr", "lrs", "crop_scale", "cached"]
+    regression = {"cs": sorted(config.logreg_cs), "iterations": config.logreg_iterations, "gap": GAP}
+    chosen = {name: identity[name] for name in (of_sgd if config.sgd else []) + shared if name in identity}
+    if not config.sgd:
+        return {"name": LOGREG, **chosen, **regression}
+    published = {"epochs": PAPER_EPOCHS, "crop_scale": list(PAPER_CROP_SCALE)}
+    protocol = {"name": SGD + (GRID if probe.lrs else ""), "published": published, **chosen}
+    return protocol | ({"logreg": {"name": LOGREG, **regression}} if config.logreg else {})
+
+
 def stored_probe(folder: Path, identity: Settings, resume: str, name: str = FILE_NAME) -> Record | None:
     """What ``folder`` holds of this probe, on every process alike.
 
@@ -129,8 +143,9 @@ def stored_probe(folder: Path, identity: Settings, resume: str, name: str = FILE
 def say_what_is_measured(probe: Probe) -> None:
     """On which images, by how many classifiers, and what those take."""
     config, widths, steps = probe.config, probe.pooled.widths, probe.sampler.steps_per_epoch
+    kind = "linear probe" if config.sgd else "logistic regression"
     text = (
-        f"linear probe: {len(probe.train):,} training images of {probe.train.url}, {len(probe.val):,} validation "
+        f"{kind}: {len(probe.train):,} training images of {probe.train.url}, {len(probe.val):,} validation "
         f"images of {probe.val.url}"
     )
     if config.sgd:

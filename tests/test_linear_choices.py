@@ -182,6 +182,23 @@ def test_a_regression_alone_needs_no_sgd(probe: Probe, tmp_path: Path) -> None:
     assert "has not converged after 1 iterations" in out
 
 
+def test_what_was_not_trained_is_neither_said_nor_in_the_result_file(probe: Probe) -> None:
+    code, out, card = probe("alone", "--no-sgd", "--logreg", "--epochs", 0, "--crop-scale", 0, 0)
+    assert code == 0, out
+    assert card["protocol"]["name"].startswith("multinomial logistic regression")
+    assert (card["protocol"]["cs"], card["protocol"]["iterations"]) == ([0.01, 1.0, 100.0], 1000)
+    assert not card["protocol"].keys() & {"published", "epochs", "batch", "lr", "lrs", "crop_scale"}
+    assert "logistic regression: 30 training images" in out
+    assert not [word for word in ("epochs", "crop scale", "lr", "linear probe") if f"{word} " in out]
+    code, out, card = probe("both", "--logreg", "--logreg-cs", 1, "--holdout", 0)
+    assert code == 0, out
+    assert card["protocol"]["name"].startswith("linear probe on the frozen class token, SGD")
+    assert "grid" not in card["protocol"]["name"], "nothing is held out to choose on"
+    assert card["protocol"]["logreg"]["cs"] == [1.0]
+    assert "lr 0.001" in out
+    assert "lr: for a batch of 256" in out
+
+
 def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tmp_path: Path, weights: Path) -> None:
     val = weights.parent.parent / "photos" / "val"
     v2, restricted = tmp_path / "v2", tmp_path / "a"
