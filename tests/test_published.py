@@ -82,6 +82,15 @@ def test_the_linear_figure_is_held_against_the_best_epoch(tmp_path: Path, capsys
     assert "cached None -> 4 epochs" in refusal(NAME, cached)
 
 
+def test_a_linear_figure_of_several_blocks_is_held_against_no_figure_of_one(tmp_path: Path) -> None:
+    best = Figure("paper, best epoch, top-1", {"classifier": "paper", "epoch": "best"}, 78.0, None)
+    probe = {"name": "linear", "epochs": 100, "lr": 0.001, "crop_scale": [0.08, 1.0], "batch": 1024, "seed": 0}
+    mine = on_imagenet(tmp_path / "mine.json", best, measure="linear", protocol=probe)
+    assert "cannot be compared with published:vit_small_p16_100ep: features last4 ->" in refusal(
+        "published:vit_small_p16_100ep", mine
+    )
+
+
 def test_another_data_set_is_refused_with_the_reason(tmp_path: Path) -> None:
     mine = write_result(tmp_path / "mine.json", knn_figure(20, np.ones(400, bool)), transform=EvalTransform())
     sentences = refusal(NAME, mine).split("\n")
