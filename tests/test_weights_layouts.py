@@ -116,6 +116,25 @@ def test_a_resnet_of_other_blocks_is_refused_with_its_blocks(tmp_path: Path) -> 
         load_backbone(saved(tmp_path, state))
 
 
+def test_heads_that_nobody_named_are_said_to_be_assumed(tmp_path: Path) -> None:
+    state = files.vit().state_dict()
+    said = "heads assumed: 3 (a family's; --arch names another)"
+    assert load_backbone(saved(tmp_path, state)).describe().count(said) == 1
+    assert said not in load_backbone(tmp_path / "file.pth", arch="vit_tiny_2_p16_64").describe()
+    for named in ("vit_tiny_2_p16_64", "vit_tiny"):  # this project's settings, and DINO's
+        content = {"teacher": files.prefixed("backbone.", state), "args": {"arch": named}}
+        assert said not in load_backbone(saved(tmp_path, content)).describe()
+    assert "heads assumed" not in load_backbone(saved(tmp_path, files.xcit().state_dict())).describe()
+
+
+@pytest.mark.parametrize(("word", "layout"), [("base_encoder", "MoCo v3"), ("encoder_q", "MoCo")])
+def test_the_layout_of_moco_is_named_as_one_that_is_not_read(tmp_path: Path, word: str, layout: str) -> None:
+    state = files.prefixed(f"module.{word}.", files.vit().state_dict()) | {"module.queue": torch.zeros(2)}
+    with pytest.raises(InputError, match=rf"has the layout of {layout} \({word}\. before") as caught:
+        load_backbone(saved(tmp_path, {"state_dict": state}))
+    assert "--arch" not in str(caught.value)
+
+
 def test_a_supervised_resnet_loses_its_classifier_and_says_so(tmp_path: Path) -> None:
     network = files.resnet("resnet18", classes=True)
     read = load_backbone(saved(tmp_path, network.state_dict()))

@@ -23,7 +23,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
 from dino_xcit.models.vit import vit_side
 from dino_xcit.transform import EvalTransform
-from dino_xcit.weights.architecture import architecture_of
+from dino_xcit.weights.architecture import architecture_of, family_heads
 from dino_xcit.weights.files import WeightsFile, open_weights
 from dino_xcit.weights.fit import Allowed, fit
 from dino_xcit.weights.hub import TIMM
@@ -59,6 +59,10 @@ class StoredWeights:
     transform_from: str
     data: str | None
     training: dict[str, Any]
+    classifiers: tuple[str, ...] = ()
+    """Classifiers on the backbone, which were left aside: such a file was trained with labels."""
+    heads_assumed: int = 0
+    """A transformer's heads where nobody named them; 0: they are known."""
 
 
 @dataclass
@@ -87,12 +91,18 @@ class LoadedBackbone:
     """``missing KEY`` and ``unexpected KEY`` for each exception that was made: such a backbone is not the file's."""
     transform_from: str = ""
     """Who says how its images are prepared; empty: nobody, and ``transform`` is ImageNet's way."""
+    classifiers: tuple[str, ...] = ()
+    """See :class:`StoredWeights`."""
+    heads_assumed: int = 0
+    """See :class:`StoredWeights`."""
 
     def describe(self) -> str:
         """One line for the screen, and one more for each thing that should not go unnoticed."""
         lines = [f"{self.network} {self.arch} from {self.spec or self.path} ({self.layout}; weights {self.hash[:12]})"]
         if self.left_aside:
             lines.append(f"left aside, not the backbone: {first(self.left_aside, 8)}")
+        if self.heads_assumed:
+            lines.append(f"heads assumed: {self.heads_assumed} (a family's; --arch names another)")
         if self.allowed:
             lines.append(f"notice: allowed, though the file does not fit: {first(self.allowed, 8)}")
         return "\n".join(lines)
@@ -133,6 +143,8 @@ def load_backbone(
         left_aside=read.left_aside,
         allowed=read.allowed,
         transform_from=read.transform_from,
+        classifiers=read.classifiers,
+        heads_assumed=read.heads_assumed,
     )
 
 
@@ -178,6 +190,8 @@ def read_weights(
         transform_from=transform_from,
         data=str(training["data_path"]) if training.get("data_path") else None,
         training=training,
+        classifiers=tuple(name for name in fitting.classifiers if f"{name}.weight" in stored.state),
+        heads_assumed=0 if arch or _named(training, name) else family_heads(name),
     )
 
 
@@ -207,6 +221,11 @@ def _said(file: WeightsFile, training: Mapping[str, Any], where: str) -> str:
         return named
     # timm's XCiT is read as this project's, whose names its file was given.
     return "" if not file.timm_name or file.timm_name.startswith("xcit_") else f"{TIMM}{file.timm_name}"
+
+
+def _named(training: Mapping[str, Any], name: str) -> bool:
+    """Whether the stored settings name this architecture, or, as DINO's do, its family (``vit_small``)."""
+    return f"{name}_".startswith(f"{training.get('arch')}_")
 
 
 def _transform(file: WeightsFile, arch: str, where: str) -> tuple[EvalTransform, str]:

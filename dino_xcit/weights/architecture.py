@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.models.vit import VIT_FAMILIES, vit_name
+from dino_xcit.models.vit import VIT_FAMILIES, vit_name, vit_side
 from dino_xcit.models.xcit import XCIT_SIZES
 from dino_xcit.weights.layouts import shown
 
@@ -38,6 +38,11 @@ def architecture_of(state: Mapping[str, Tensor], where: str) -> str:
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
         return _resnet(state, where)
     raise InputError(f"cannot tell the architecture of {where} (first keys: {shown(list(state)[:3])}): give --arch")
+
+
+def family_heads(name: str) -> int:
+    """The heads that a plain vision transformer's name stands for; 0 for another kind of name."""
+    return VIT_FAMILIES[name.split("_")[1]][1] if vit_side(name) else 0
 
 
 def _xcit(state: Mapping[str, Tensor], where: str) -> str:

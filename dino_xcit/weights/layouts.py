@@ -2,7 +2,7 @@
 
 Each layout is recognised by its keys, as its program writes them: DINO and this project (``student``, ``teacher``),
 VISSL (``classy_state_dict``), lightly and solo-learn (``state_dict`` of a module with several parts), supervised XCiT
-(``model``), and a backbone by itself.
+and others (``model``), and a backbone by itself.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ _MODULES = (
 )
 
 
+_UNREAD = {"base_encoder": "MoCo v3", "encoder_q": "MoCo"}
+"""First words of the keys of layouts that are known and not read."""
+
+
 def read_network(content: Mapping[str, Any], network: str, where: str) -> StoredNetwork:
     """The network asked for.
 
@@ -71,7 +75,7 @@ def read_network(content: Mapping[str, Any], network: str, where: str) -> Stored
         return _vissl(content, network, where)
     if any(isinstance(content.get(name), Mapping) for name in NETWORKS):
         return _dino(content, network, where)
-    for key, layout in (("state_dict", "a state_dict"), ("model", "supervised"), ("", "a backbone by itself")):
+    for key, layout in (("state_dict", "a state_dict"), ("model", "a model"), ("", "a backbone by itself")):
         inner = content.get(key) if key else content
         if isinstance(inner, Mapping) and inner and any(isinstance(value, Tensor) for value in inner.values()):
             state = _tensors(inner, f"{key} in {where}" if key else where)
@@ -155,6 +159,12 @@ def _module(state: dict[str, Tensor], network: str, where: str) -> StoredNetwork
     elif has("backbone."):
         layout, chosen, backbone = "a module's backbone", ONLY, "backbone"
         head = next((name for name in ("head", "projection_head") if head_names(parts.get(name, {}))), "head")
+    elif unread := parts.keys() & _UNREAD.keys():
+        word = min(unread)
+        raise InputError(
+            f"{where} has the layout of {_UNREAD[word]} ({word}. before the keys), which is not read here: save the "
+            "weights of the encoder that is meant by themselves, without the words before their names"
+        )
     else:
         return None
     return StoredNetwork(
