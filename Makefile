@@ -28,8 +28,9 @@ test-faults: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m pytest
 
 # Are a published file's figures what was published?   make reproduce DATA=/imagenet WEIGHTS=FILE [LINEAR=FILE] [FLAGS='...']
-reproduce: $(INSTALLED)
+reproduce:
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "expected DATA, ImageNet's folder, and WEIGHTS, a published file: make reproduce DATA=/imagenet WEIGHTS=dino_xcit_small_12_p16_pretrain.pth (docs/reproduce.md)" >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(INSTALLED)
 	$(BIN)/python -m eval.reproduce --data-path "$(DATA)" --weights "$(WEIGHTS)" $(if $(LINEAR),--linear "$(LINEAR)") $(FLAGS)
 
 lint: $(INSTALLED)

@@ -161,8 +161,11 @@ def _figures_of(loaded: LoadedBackbone, published: Mapping[str, Published]) -> P
     if loaded.arch not in published:
         known = ", ".join(name for name in published if name.startswith("xcit_"))
         raise InputError(f"{loaded.path} is {loaded.arch}, for which nothing was published; expected one of {known}")
-    if loaded.layout == "supervised":
-        raise InputError(f"{loaded.path} was trained with labels; expected a file of DINO's, dino_..._pretrain.pth")
+    if loaded.classifiers:
+        raise InputError(
+            f"{loaded.path} was trained with labels: it has a classifier ({', '.join(loaded.classifiers)}); expected a "
+            "file of DINO's, dino_..._pretrain.pth"
+        )
     return published[loaded.arch]
 
 

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -198,12 +199,31 @@ def test_a_network_without_a_published_figure_is_refused(imagenet: Path, full: P
         reproduce(config_of(full, imagenet))
 
 
-def test_weights_that_learnt_from_labels_are_refused(
-    imagenet: Path, backbone: dict[str, torch.Tensor], tmp_path: Path
+@pytest.mark.parametrize("layout", ["model", "state_dict", ""])
+def test_weights_that_learnt_from_labels_are_refused_in_whatever_layout(
+    imagenet: Path, backbone: dict[str, torch.Tensor], tmp_path: Path, layout: str
 ) -> None:
-    torch.save({"model": backbone}, tmp_path / "supervised.pth")
-    with pytest.raises(InputError, match="was trained with labels"):
+    state = backbone | {"head.weight": torch.zeros(3, 64), "head.bias": torch.zeros(3)}
+    torch.save({layout: state} if layout else state, tmp_path / "supervised.pth")
+    with pytest.raises(InputError, match=r"was trained with labels: it has a classifier \(head\)"):
         reproduce(config_of(tmp_path / "supervised.pth", imagenet), as_published(76, 77.8), STAND_IN)
+
+
+def test_the_name_model_of_a_files_weights_says_nothing_of_labels(
+    imagenet: Path, backbone: dict[str, torch.Tensor], measured: tuple[float, float], tmp_path: Path
+) -> None:
+    torch.save({"model": backbone}, tmp_path / "model.pth")
+    assert load_backbone(tmp_path / "model.pth").layout == "a model"
+    (verdict,) = reproduce(config_of(tmp_path / "model.pth", imagenet), as_published(*measured), STAND_IN)
+    assert verdict.passed
+
+
+def test_make_asks_for_what_is_missing_before_it_builds_an_environment(tmp_path: Path) -> None:
+    words = ["make", "reproduce", "DATA=/x", "PYTHON=false", f"VENV={tmp_path / 'venv'}"]
+    ended = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "expected DATA, ImageNet's folder, and WEIGHTS" in ended.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 def test_another_data_set_or_layout_is_refused(imagenet: Path, full: Path, tmp_path: Path) -> None:
