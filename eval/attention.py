@@ -36,7 +36,7 @@ from dino_xcit.models.class_attention import ClassAttention
 from dino_xcit.models.xcit import XCiT
 from eval.command_line import settings
 from eval.look_config import AttentionConfig
-from eval.photographs import Cell, Photograph, draw_rows, fit, photographs
+from eval.photographs import Cell, Photograph, draw_rows, fit, patch_of, photographs
 from eval.setup import open_weights
 
 
@@ -59,9 +59,10 @@ def main(argv: Sequence[str]) -> None:
     """
     config = settings(AttentionConfig, argv, "python -m eval.attention", positional="images")
     loaded, device = open_weights(config)
+    patch = patch_of(loaded.backbone)
     rows = []
     with progress_bar(len(config.images), "attention", shown=True) as bar:
-        for photograph in photographs(config.images, config.size, loaded.transform):
+        for photograph in photographs(config.images, config.size, loaded.transform, patch):
             maps = attention_maps(loaded.backbone, photograph.pixels(loaded.transform).to(device), config.block)
             rows.append(draw_row(photograph, maps))
             bar.update()

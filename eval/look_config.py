@@ -59,3 +59,8 @@ class PcaConfig(LookConfig):
         super().check()
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold is {self.threshold:g}, expected a number between 0 and 1, such as 0.5")
+        if self.foreground == "all" and self.threshold != PcaConfig.threshold:
+            raise InputError(
+                f"threshold is {self.threshold:g}, which parts nothing without a foreground: add --foreground above "
+                "(or below), or leave it out"
+            )

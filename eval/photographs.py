@@ -6,15 +6,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from dino_xcit.console import printable
 from dino_xcit.data import decode
 from dino_xcit.errors import InputError, one_line
+from dino_xcit.models.xcit import XCiT
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
 
 MOST_IMAGES = 100
@@ -43,8 +45,20 @@ class Photograph:
         return normalise(to_tensor(self.image)[None], transform.mean, transform.std)
 
 
-def photographs(paths: Sequence[str], size: int, transform: EvalTransform) -> Iterator[Photograph]:
+def patch_of(backbone: nn.Module) -> int:
+    """Pixels by which an image's sides must divide: of a patch's side; 1 where any size will do, as for an XCiT."""
+    if isinstance(backbone, XCiT):
+        return 1
+    size: Any = getattr(getattr(getattr(backbone, "model", None), "patch_embed", None), "patch_size", 1)
+    return max(map(int, size)) if isinstance(size, (tuple, list)) else int(size)
+
+
+def photographs(paths: Sequence[str], size: int, transform: EvalTransform, multiple: int = 1) -> Iterator[Photograph]:
     """The files one after another, whole, their shorter side resized to ``size`` pixels; 0: as they are.
+
+    Args:
+        multiple: both sides are rounded to multiples of so many pixels (:func:`patch_of`), for networks that take no
+            others.
 
     Raises:
         InputError: too many, or one that is no image, or cannot be read, or would be too large.
@@ -53,11 +67,20 @@ def photographs(paths: Sequence[str], size: int, transform: EvalTransform) -> It
         raise InputError(f"{len(paths)} images given, expected at most {MOST_IMAGES} for one picture: name fewer")
     for path in paths:
         image = decode(_read(path), path)
-        if size:
-            longer = round(size * max(image.size) / min(image.size))
-            if size * longer > MOST_PIXELS:
-                raise InputError(f"{path} would have {size} x {longer} pixels: lower --size, or cut the image")
-            image = TF.resize(image, [size], InterpolationMode(transform.interpolation))
+        shorter = size or min(image.size)
+        # The longer side as torchvision has it.
+        width, height = (
+            max(1, round(max(shorter, int(shorter * side / min(image.size))) / multiple)) * multiple
+            for side in image.size
+        )
+        if width * height > MOST_PIXELS:
+            wish = "lower --size" if size else "give --size, such as --size 480"
+            raise InputError(
+                f"{path} would have {min(width, height)} x {max(width, height)} pixels, expected at most "
+                f"{MOST_PIXELS:,} in all: {wish}, or cut the image"
+            )
+        if (width, height) != image.size:
+            image = TF.resize(image, [height, width], InterpolationMode(transform.interpolation))
         yield Photograph(os.path.basename(path), image)
 
 

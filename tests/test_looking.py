@@ -250,6 +250,7 @@ MISTAKES: list[tuple[types.ModuleType, list[str], str]] = [
     (attention, ["--weights", "W", "P", "--block", "5"], "block is 5"),
     (attention, ["--weights", "W", "P", "--json", "a.json"], "json is a.json, which decides nothing here"),
     (attention, ["--weights", "W", *["P"] * 101], "101 images given, expected at most 100"),
+    (pca, ["--weights", "W", "P", "--threshold", "0.4"], "which parts nothing without a foreground: add --foreground"),
     (pca, ["--weights", "W", "P", "--threshold", "1"], "threshold is 1, expected a number between 0 and 1"),
     (pca, ["--weights", "W", "P", "--size", "16", "--foreground", "above", "--threshold", "0.999"], "are too few"),
 ]
@@ -269,5 +270,25 @@ def test_mistakes_are_sentences(
 
 def test_a_very_long_image_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
     Image.new("RGB", (60_000, 2)).save(tmp_path / "line.png")
-    with pytest.raises(InputError, match=r"would have 480 x 14400000 pixels: lower --size"):
+    with pytest.raises(InputError, match=r"would have 480 x 14400000 pixels, .*: lower --size"):
         list(photographs([str(tmp_path / "line.png")], 480, EvalTransform()))
+
+
+def test_images_as_they_are_have_a_limit_too(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.photographs.MOST_PIXELS", 130 * 90 - 1)
+    with pytest.raises(InputError, match=r"would have 90 x 130 pixels, expected at most 11,699 in all: give --size"):
+        list(photographs([str(weights.parent / "wide.jpg")], 0, EvalTransform()))
+
+
+@pytest.mark.parametrize("words", [(), ("--size", "0")])
+def test_a_vision_transformer_takes_photographs_of_any_shape(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """It takes multiples of its patch only: 480 x 721 became 480 x 720."""
+    Image.effect_noise((451, 300), 60).convert("RGB").save(tmp_path / "odd.png")
+    backbone = build_backbone("timm:vit_tiny_patch16_224")
+    torch.save(backbone.model.state_dict(), tmp_path / "vit.pth")
+    for module in (attention, pca):
+        out = tmp_path / "out.png"
+        given = ["--weights", str(tmp_path / "vit.pth"), "--arch", "timm:vit_tiny_patch16_224"]
+        module.main([*given, str(tmp_path / "odd.png"), "--out", str(out), *words])
+        assert out.is_file()
+        out.unlink()
