@@ -130,7 +130,7 @@ def draw_rows(rows: Sequence[Sequence[Cell]], path: Path) -> None:
     top = _MARGIN
     for row, height in zip(rows, heights, strict=True):
         left = _MARGIN
-        for cell, width in zip(row, widths, strict=False):
+        for cell, width in zip(row, widths[: len(row)], strict=True):
             sheet.paste(cell.image, (left, top + height - cell.image.height))
             for text, size, ink, below in ((cell.title, _TITLE, _INK, 4), (cell.note, _NOTE, _GREY, 21)):
                 font = ImageFont.load_default(size)

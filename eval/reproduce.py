@@ -137,7 +137,7 @@ def reproduce(
         hits["linear"] = correct(classify(asked.features, *head, device)[:, None], asked.labels, 1)
     verdicts = [
         Verdict(measure, 100.0 * float(hit.mean()), bootstrap_interval(hit), getattr(figures, field), config.tolerance)
-        for (measure, hit), field in zip(hits.items(), ("knn", "linear"), strict=False)
+        for (measure, hit), field in zip(hits.items(), ("knn", "linear")[: len(hits)], strict=True)
     ]
     _report(verdicts, loaded.arch, figures, config.linear)
     if config.json:
