@@ -27,7 +27,6 @@ from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
 from eval.average_precision import mean_interval, percent_of
 from eval.command_line import settings
-from eval.config import RetrievalConfig
 from eval.copydays import DEPTH, ORIGINAL, STRONG, average_precisions, open_blocks
 from eval.instance_recall import leave_one_out
 from eval.landmarks import (
@@ -41,6 +40,7 @@ from eval.landmarks import (
 )
 from eval.near_duplicates import IDENTICAL, NEAR, UNKNOWN, draw_pairs, find_pairs, identical, write_pairs
 from eval.protocol import Card, now, result_card, versions, write_json
+from eval.retrieval_config import RetrievalConfig
 from eval.similarity import rows_of_similarity
 from eval.table import percent, table
 from eval.vector_set import VectorSet, check_comparable, collected, extracted, is_collection, open_fitted

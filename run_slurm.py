@@ -26,7 +26,8 @@ from dino_xcit.errors import InputError, RunStopped, run_main
 from dino_xcit.launch_config import LaunchConfig, launch_settings, split
 from dino_xcit.slurm import import_submitit, submit
 from dino_xcit.wandb_mirror import require_package
-from eval.config import BackboneConfig, ExtractConfig, KnnConfig, LinearConfig, settings
+from eval.config import BackboneConfig, KnnConfig, LinearConfig, settings
+from eval.retrieval_config import ExtractConfig
 
 if TYPE_CHECKING:
     import submitit

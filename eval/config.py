@@ -1,4 +1,4 @@
-"""Every setting of the runners that evaluate, with its default: the only place that has them."""
+"""Every setting of the runners that measure, with its default: the only place that has them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dino_xcit.errors import InputError
 from dino_xcit.weights.fit import Allowed
 from eval.command_line import settings as settings
 from eval.pooled import blocks_of
-from eval.pooling import Descriptor, Pooling
 
 PAPER_EPOCHS = 100
 """Epochs of the published linear probes."""
@@ -68,10 +67,10 @@ class BackboneConfig:
             InputError: naming the field, the value, and what would do.
         """
         Allowed(self.allow_missing, self.allow_unexpected).check()
-        _at_least("batch_size_per_gpu", self.batch_size_per_gpu, 1)
-        _at_least("num_workers", self.num_workers, -1)
-        _at_least("eval_resize", self.eval_resize, 0)
-        _at_least("eval_crop", self.eval_crop, 0)
+        at_least("batch_size_per_gpu", self.batch_size_per_gpu, 1)
+        at_least("num_workers", self.num_workers, -1)
+        at_least("eval_resize", self.eval_resize, 0)
+        at_least("eval_crop", self.eval_crop, 0)
 
 
 @dataclass(frozen=True)
@@ -109,19 +108,19 @@ class KnnConfig(BackboneConfig):
         """See :meth:`BackboneConfig.check`."""
         super().check()
         if not self.ks or min(self.ks) < 1:
-            raise InputError(f"ks is {_words(self.ks)}, expected whole numbers of at least 1, such as 10 20 100 200")
+            raise InputError(f"ks is {shown(self.ks)}, expected whole numbers of at least 1, such as 10 20 100 200")
         if not self.temperatures or not min(self.temperatures) > 0:
-            raise InputError(f"temperatures is {_words(self.temperatures)}, expected numbers above 0, such as 0.07")
+            raise InputError(f"temperatures is {shown(self.temperatures)}, expected numbers above 0, such as 0.07")
         if self.few_shot and min(self.few_shot) < 1:
-            raise InputError(f"few_shot is {_words(self.few_shot)}, expected images a class, such as 1 2 5 10")
-        _at_least("draws", self.draws, 1)
-        _at_least("seed", self.seed, 0)
-        _at_least("probes", self.probes, 0)
+            raise InputError(f"few_shot is {shown(self.few_shot)}, expected images a class, such as 1 2 5 10")
+        at_least("draws", self.draws, 1)
+        at_least("seed", self.seed, 0)
+        at_least("probes", self.probes, 0)
         for name, given, other in (
             ("draws", self.few_shot, "--few-shot 1 2 5 10"),
             ("probes", self.approximate != "no", "--approximate ivf"),
         ):
-            if not given and _changed(self, (name,)):
+            if not given and changed(self, (name,)):
                 raise InputError(
                     f"{name} is {getattr(self, name)}, which decides nothing without {other.split()[0]}: add {other}, "
                     f"or leave --{name} out"
@@ -186,11 +185,11 @@ class LinearConfig(BackboneConfig):
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
-        _at_least("epochs", self.epochs, 0)
-        _at_least("seed", self.seed, 0)
+        at_least("epochs", self.epochs, 0)
+        at_least("seed", self.seed, 0)
         for name, rates in (("lr", (self.lr,)), ("lrs", self.lrs)):
             if any(not 0 < rate < float("inf") for rate in rates):
-                raise InputError(f"{name} is {_words(rates)}, expected numbers above 0, such as 0.001")
+                raise InputError(f"{name} is {shown(rates)}, expected numbers above 0, such as 0.001")
         if not 0 <= self.holdout < 1:
             raise InputError(f"holdout is {self.holdout}, expected a share of 0 or more and below 1, such as 0.1")
         self._check_choices()
@@ -204,10 +203,10 @@ class LinearConfig(BackboneConfig):
         for name, words in (("features", self.features), ("also", tuple(word.split(":")[0] for word in self.also))):
             if len(set(words)) < len(words):
                 raise InputError(f"{name} is {' '.join(words)}, expected each once")
-        _at_least("cached_epochs", self.cached_epochs, 1)
-        _at_least("logreg_iterations", self.logreg_iterations, 1)
+        at_least("cached_epochs", self.cached_epochs, 1)
+        at_least("logreg_iterations", self.logreg_iterations, 1)
         if not self.logreg_cs or any(not 0 < c < float("inf") for c in self.logreg_cs):
-            raise InputError(f"logreg_cs is {_words(self.logreg_cs)}, expected numbers above 0, such as 0.1 1 10")
+            raise InputError(f"logreg_cs is {shown(self.logreg_cs)}, expected numbers above 0, such as 0.1 1 10")
         grid = self.sgd and self.holdout > 0 and len(self.lrs) > 0
         if not self.features or (self.features != ("cls",) and not grid and not self.logreg):
             raise InputError(
@@ -222,187 +221,6 @@ class LinearConfig(BackboneConfig):
             raise InputError(
                 "holdout is 0, but the logistic regression's C and features are chosen on held-out images: raise it, "
                 "or give one of --logreg-cs and one of --features"
-            )
-
-
-@dataclass(frozen=True)
-class ExtractConfig(BackboneConfig):
-    """Settings of run_extract.py: write vectors (--output-dir), look images up in some written before (--query), or
-    learn a whitening from some (--learn-whitening)."""
-
-    output_dir: str = ""
-    """Folder for vectors.npy, paths.txt, index.faiss and card.json."""
-    normalise: bool = True
-    """Scale each vector to length 1, so that inner products are cosine similarities."""
-    pooling: Pooling = "cls"
-    """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
-    token and mean one behind the other."""
-    gem_p: float = 3.0
-    """Exponent of the generalised mean: 1 is the mean, the greater the nearer to the maximum."""
-    scales: tuple[float, ...] = (1.0,)
-    """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 1.4142; the vectors of length 1
-    are averaged."""
-    whiten: str = ""
-    """Whitening to apply: a file that --learn-whitening wrote."""
-    dtype: Literal["fp32", "fp16"] = "fp32"
-    """Numbers in which vectors are kept; fp16 halves the folder."""
-    index_type: Literal["flat", "hnsw", "ivfpq"] = "flat"
-    """flat: exact search. hnsw (a graph) and ivfpq (codes, half a byte for two numbers) look at a part of the vectors;
-    their recall is measured and written into the card."""
-    shard_images: int = 2048
-    """About how many images make a part of the work: a kill costs at most the parts under way."""
-    unreadable: Literal["refuse", "skip"] = "refuse"
-    """What becomes of an image that cannot be read: the run ends and names it, or it is left out and listed."""
-    overwrite: bool = False
-    """Replace another extraction in output_dir."""
-    add: bool = False
-    """Add the images of data_path to the extraction in output_dir, which has to have the same weights and settings."""
-    learn_whitening: str = ""
-    """File to write: PCA whitening of the vectors in INDEX."""
-    whiten_dim: int = 0
-    """Dimensions that learned whitening keeps; 0: all that the vectors have."""
-    query: tuple[str, ...] = ()
-    """Image files to look up."""
-    index: str = ""
-    """Folder that an earlier run wrote, to look them up in. Default: OUTPUT_DIR."""
-    top: int = 10
-    """How many of the nearest images to show."""
-    sheet: str = ""
-    """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
-
-    def descriptor(self) -> Descriptor:
-        """How an image's vector is made."""
-        return Descriptor(self.pooling, self.gem_p, self.scales)
-
-    def check(self) -> None:
-        """See :meth:`BackboneConfig.check`."""
-        super().check()
-        self.descriptor().check()
-        _at_least("top", self.top, 1)
-        _at_least("shard_images", self.shard_images, 1)
-        _at_least("whiten_dim", self.whiten_dim, 0)
-        if self.whiten_dim and not self.learn_whitening:
-            raise InputError(
-                f"whiten_dim is {self.whiten_dim}, but nothing is learned: give it with --learn-whitening FILE"
-            )
-        if len(self.scales) > 1 and not self.normalise:
-            raise InputError(
-                f"scales is {_words(self.scales)}, whose vectors are averaged at length 1: leave out --no-normalise, "
-                "or give one scale"
-            )
-        if self.query and not self.learn_whitening:
-            for name in _changed(self, _OF_THE_CARD):
-                raise InputError(
-                    f"{name} is {_shown(getattr(self, name))}, which decides nothing for --query: the collection is as "
-                    "its card says; leave it out"
-                )
-        if self.add and self.overwrite:
-            raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
-
-
-_OF_THE_CARD = (
-    "pooling", "gem_p", "scales", "whiten", "normalise", "dtype", "index_type", "eval_crop", "eval_resize", "add",
-    "overwrite",
-)  # fmt: skip
-"""run_extract.py's settings that mean nothing for --query: the collection's card says how vectors are made."""
-
-
-_OF_PROTOCOLS = {
-    **dict.fromkeys(("ground_truth", "queries"), ("oxford", "paris")),
-    **dict.fromkeys(("distractors",), ("copydays",)),
-    **dict.fromkeys(("ks", "index"), ("folder",)),
-    **dict.fromkeys(("data_path",), ("oxford", "paris", "copydays", "folder")),
-    **dict.fromkeys(("first", "second", "threshold", "most_pairs", "csv", "sheet"), ("duplicates",)),
-}
-"""run_retrieval.py's settings that mean nothing for other protocols: given there, they are a mistake."""
-_OF_IMAGES = ("weights", "pooling", "gem_p", "scales", "whiten", "fit", "image_size", "eval_crop", "eval_resize")
-"""run_retrieval.py's settings that mean nothing where collections are measured."""
-
-
-@dataclass(frozen=True)
-class RetrievalConfig(BackboneConfig):
-    """Settings of run_retrieval.py. DATA_PATH is the folder of the benchmark (oxford, paris, copydays: as published)
-    or the labelled images (folder)."""
-
-    protocol: Literal["", "oxford", "paris", "copydays", "folder", "duplicates"] = ""
-    """What to measure; the first word of the command line does as well. oxford, paris: Revisited Oxford and Paris.
-    copydays: copies find their original. folder: leave-one-out among labelled images. duplicates: what two sets
-    share."""
-    fit: Literal["auto", "centre", "whole", "square"] = "auto"
-    """How an image is fitted. centre: as the checkpoint says. whole: in its proportions, the longer side reduced to
-    image_size. square: squeezed to image_size. auto: whole for oxford and paris, square for copydays, else centre."""
-    image_size: int = 0
-    """Pixels for whole and square (--imsize is the same); 0: 224 for whole, 320 for square, as in DINO's scripts."""
-    pooling: Pooling = "cls"
-    """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
-    token and mean one behind the other."""
-    gem_p: float = 3.0
-    """Exponent of the generalised mean."""
-    scales: tuple[float, ...] = (1.0,)
-    """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 0.5."""
-    whiten: str = ""
-    """Whitening to apply: a file that run_extract.py --learn-whitening wrote."""
-    ground_truth: str = ""
-    """For oxford and paris: the file that says what is right, where not DATA_PATH/gnd_roxford5k.pkl and the like."""
-    queries: Literal["box", "whole"] = "box"
-    """For oxford and paris: queries cut to their box, as the benchmark says, or whole, as DINO's script has them."""
-    distractors: str = ""
-    """For copydays: more images that belong to nothing, whatever --data-path takes."""
-    ks: tuple[int, ...] = (1, 2, 4, 8)
-    """For folder: recall at each of these."""
-    index: str = ""
-    """For folder: measure the vectors of this collection, which run_extract.py wrote, instead of extracting."""
-    first: str = ""
-    """For duplicates: one set, such as the training images; or a collection that run_extract.py wrote."""
-    second: str = ""
-    """For duplicates: the other set, such as the test images. Without it: pairs within FIRST."""
-    threshold: float = 0.95
-    """For duplicates: cosine similarity from which two images count as a pair."""
-    most_pairs: int = 1_000_000
-    """For duplicates: more pairs than this end the run."""
-    csv: str = ""
-    """For duplicates: write the pairs to this file."""
-    sheet: str = ""
-    """For duplicates: draw the most similar pairs into this PNG."""
-
-    def descriptor(self) -> Descriptor:
-        """How an image's vector is made."""
-        return Descriptor(self.pooling, self.gem_p, self.scales)
-
-    def check(self) -> None:
-        """See :meth:`BackboneConfig.check`."""
-        super().check()
-        if not self.protocol:
-            raise InputError(
-                "no protocol given: expected oxford, paris, copydays, folder or duplicates, such as python "
-                "run_retrieval.py oxford --weights FILE --data-path DIR"
-            )
-        for name, protocols in _OF_PROTOCOLS.items():
-            if self.protocol not in protocols and getattr(self, name) != getattr(RetrievalConfig, name):
-                whose = " and ".join(protocols)
-                raise InputError(f"{name} is a setting of {whose}, not of {self.protocol}: leave it out")
-        if self.index and self.data_path:
-            raise InputError("both index and data_path are given: --index measures a collection, --data-path images")
-        if self.index:
-            self.check_for_collections()
-        _at_least("image_size", self.image_size, 0)
-        _at_least("most_pairs", self.most_pairs, 1)
-        self.descriptor().check()
-        if not self.ks or min(self.ks) < 1:
-            raise InputError(f"ks is {_words(self.ks)}, expected whole numbers of at least 1, such as 1 2 4 8")
-        if not -1 <= self.threshold <= 1:
-            raise InputError(f"threshold is {self.threshold:g}, expected a cosine from -1 to 1, such as 0.95")
-
-    def check_for_collections(self) -> None:
-        """Refuse what decides how vectors are made, where finished ones are measured.
-
-        Raises:
-            InputError: naming the field and the value.
-        """
-        for name in _changed(self, _OF_IMAGES):
-            raise InputError(
-                f"{name} is {_shown(getattr(self, name))}, which decides nothing for a finished collection: its "
-                "vectors are as its card says; leave it out"
             )
 
 
@@ -429,21 +247,21 @@ class CompareConfig:
             )
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: int, least: int) -> None:
+    """Refuse a setting below ``least``."""
     if value < least:
         raise InputError(f"{name} is {value}, expected at least {least}")
 
 
-def _changed(config: BackboneConfig, names: Sequence[str]) -> list[str]:
+def changed(config: BackboneConfig, names: Sequence[str]) -> list[str]:
     """Those of the settings that are not as they are by default."""
     return [name for name in names if getattr(config, name) != getattr(type(config), name)]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A setting's value as it is typed."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _words(values: Sequence[float]) -> str:
-    return " ".join(f"{value:g}" for value in values) or "empty"
+    if isinstance(value, tuple):
+        return " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in value) or "empty"
+    return str(value)

@@ -24,11 +24,11 @@ from dino_xcit.weights import LoadedBackbone
 from eval import whitening as whitening_file
 from eval.collected_images import images_of
 from eval.collection_card import data_of, differences, kind_of, settings_of
-from eval.config import RetrievalConfig
 from eval.contact_sheet import Tile
 from eval.features import cached
 from eval.protocol import Card, data_card, weights_card
 from eval.retrieval import CARD, open_collection, prepared
+from eval.retrieval_config import RetrievalConfig
 from eval.setup import cache_folder, open_backbone, open_weights
 from eval.whole_image import LongerSide, longer_side, square
 

@@ -12,7 +12,8 @@ import pytest
 import dino_xcit
 from dino_xcit.cli import parse_flags
 from dino_xcit.config import PretrainConfig
-from eval.config import ExtractConfig, KnnConfig, LinearConfig, RetrievalConfig
+from eval.config import KnnConfig, LinearConfig
+from eval.retrieval_config import ExtractConfig, RetrievalConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

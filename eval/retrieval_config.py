@@ -1,0 +1,191 @@
+"""Every setting of run_extract.py and run_retrieval.py, with its default: the only place that has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dino_xcit.errors import InputError
+from eval.config import BackboneConfig, at_least, changed, shown
+from eval.pooling import Descriptor, Pooling
+
+
+@dataclass(frozen=True)
+class ExtractConfig(BackboneConfig):
+    """Settings of run_extract.py: write vectors (--output-dir), look images up in some written before (--query), or
+    learn a whitening from some (--learn-whitening)."""
+
+    output_dir: str = ""
+    """Folder for vectors.npy, paths.txt, index.faiss and card.json."""
+    normalise: bool = True
+    """Scale each vector to length 1, so that inner products are cosine similarities."""
+    pooling: Pooling = "cls"
+    """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
+    token and mean one behind the other."""
+    gem_p: float = 3.0
+    """Exponent of the generalised mean: 1 is the mean, the greater the nearer to the maximum."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 1.4142; the vectors of length 1
+    are averaged."""
+    whiten: str = ""
+    """Whitening to apply: a file that --learn-whitening wrote."""
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Numbers in which vectors are kept; fp16 halves the folder."""
+    index_type: Literal["flat", "hnsw", "ivfpq"] = "flat"
+    """flat: exact search. hnsw (a graph) and ivfpq (codes, half a byte for two numbers) look at a part of the vectors;
+    their recall is measured and written into the card."""
+    shard_images: int = 2048
+    """About how many images make a part of the work: a kill costs at most the parts under way."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """What becomes of an image that cannot be read: the run ends and names it, or it is left out and listed."""
+    overwrite: bool = False
+    """Replace another extraction in output_dir."""
+    add: bool = False
+    """Add the images of data_path to the extraction in output_dir, which has to have the same weights and settings."""
+    learn_whitening: str = ""
+    """File to write: PCA whitening of the vectors in INDEX."""
+    whiten_dim: int = 0
+    """Dimensions that learned whitening keeps; 0: all that the vectors have."""
+    query: tuple[str, ...] = ()
+    """Image files to look up."""
+    index: str = ""
+    """Folder that an earlier run wrote, to look them up in. Default: OUTPUT_DIR."""
+    top: int = 10
+    """How many of the nearest images to show."""
+    sheet: str = ""
+    """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
+
+    def descriptor(self) -> Descriptor:
+        """How an image's vector is made."""
+        return Descriptor(self.pooling, self.gem_p, self.scales)
+
+    def check(self) -> None:
+        """See :meth:`BackboneConfig.check`."""
+        super().check()
+        self.descriptor().check()
+        at_least("top", self.top, 1)
+        at_least("shard_images", self.shard_images, 1)
+        at_least("whiten_dim", self.whiten_dim, 0)
+        if self.whiten_dim and not self.learn_whitening:
+            raise InputError(
+                f"whiten_dim is {self.whiten_dim}, but nothing is learned: give it with --learn-whitening FILE"
+            )
+        if len(self.scales) > 1 and not self.normalise:
+            raise InputError(
+                f"scales is {shown(self.scales)}, whose vectors are averaged at length 1: leave out --no-normalise, "
+                "or give one scale"
+            )
+        if self.query and not self.learn_whitening:
+            for name in changed(self, _OF_THE_CARD):
+                raise InputError(
+                    f"{name} is {shown(getattr(self, name))}, which decides nothing for --query: the collection is as "
+                    "its card says; leave it out"
+                )
+        if self.add and self.overwrite:
+            raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
+
+
+_OF_THE_CARD = (
+    "pooling", "gem_p", "scales", "whiten", "normalise", "dtype", "index_type", "eval_crop", "eval_resize", "add",
+    "overwrite",
+)  # fmt: skip
+"""run_extract.py's settings that mean nothing for --query: the collection's card says how vectors are made."""
+
+
+_OF_PROTOCOLS = {
+    **dict.fromkeys(("ground_truth", "queries"), ("oxford", "paris")),
+    **dict.fromkeys(("distractors",), ("copydays",)),
+    **dict.fromkeys(("ks", "index"), ("folder",)),
+    **dict.fromkeys(("data_path",), ("oxford", "paris", "copydays", "folder")),
+    **dict.fromkeys(("first", "second", "threshold", "most_pairs", "csv", "sheet"), ("duplicates",)),
+}
+"""run_retrieval.py's settings that mean nothing for other protocols: given there, they are a mistake."""
+_OF_IMAGES = ("weights", "pooling", "gem_p", "scales", "whiten", "fit", "image_size", "eval_crop", "eval_resize")
+"""run_retrieval.py's settings that mean nothing where collections are measured."""
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(BackboneConfig):
+    """Settings of run_retrieval.py. DATA_PATH is the folder of the benchmark (oxford, paris, copydays: as published)
+    or the labelled images (folder)."""
+
+    protocol: Literal["", "oxford", "paris", "copydays", "folder", "duplicates"] = ""
+    """What to measure; the first word of the command line does as well. oxford, paris: Revisited Oxford and Paris.
+    copydays: copies find their original. folder: leave-one-out among labelled images. duplicates: what two sets
+    share."""
+    fit: Literal["auto", "centre", "whole", "square"] = "auto"
+    """How an image is fitted. centre: as the checkpoint says. whole: in its proportions, the longer side reduced to
+    image_size. square: squeezed to image_size. auto: whole for oxford and paris, square for copydays, else centre."""
+    image_size: int = 0
+    """Pixels for whole and square (--imsize is the same); 0: 224 for whole, 320 for square, as in DINO's scripts."""
+    pooling: Pooling = "cls"
+    """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
+    token and mean one behind the other."""
+    gem_p: float = 3.0
+    """Exponent of the generalised mean."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 0.5."""
+    whiten: str = ""
+    """Whitening to apply: a file that run_extract.py --learn-whitening wrote."""
+    ground_truth: str = ""
+    """For oxford and paris: the file that says what is right, where not DATA_PATH/gnd_roxford5k.pkl and the like."""
+    queries: Literal["box", "whole"] = "box"
+    """For oxford and paris: queries cut to their box, as the benchmark says, or whole, as DINO's script has them."""
+    distractors: str = ""
+    """For copydays: more images that belong to nothing, whatever --data-path takes."""
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+    """For folder: recall at each of these."""
+    index: str = ""
+    """For folder: measure the vectors of this collection, which run_extract.py wrote, instead of extracting."""
+    first: str = ""
+    """For duplicates: one set, such as the training images; or a collection that run_extract.py wrote."""
+    second: str = ""
+    """For duplicates: the other set, such as the test images. Without it: pairs within FIRST."""
+    threshold: float = 0.95
+    """For duplicates: cosine similarity from which two images count as a pair."""
+    most_pairs: int = 1_000_000
+    """For duplicates: more pairs than this end the run."""
+    csv: str = ""
+    """For duplicates: write the pairs to this file."""
+    sheet: str = ""
+    """For duplicates: draw the most similar pairs into this PNG."""
+
+    def descriptor(self) -> Descriptor:
+        """How an image's vector is made."""
+        return Descriptor(self.pooling, self.gem_p, self.scales)
+
+    def check(self) -> None:
+        """See :meth:`BackboneConfig.check`."""
+        super().check()
+        if not self.protocol:
+            raise InputError(
+                "no protocol given: expected oxford, paris, copydays, folder or duplicates, such as python "
+                "run_retrieval.py oxford --weights FILE --data-path DIR"
+            )
+        for name, protocols in _OF_PROTOCOLS.items():
+            if self.protocol not in protocols and getattr(self, name) != getattr(RetrievalConfig, name):
+                whose = " and ".join(protocols)
+                raise InputError(f"{name} is a setting of {whose}, not of {self.protocol}: leave it out")
+        if self.index and self.data_path:
+            raise InputError("both index and data_path are given: --index measures a collection, --data-path images")
+        if self.index:
+            self.check_for_collections()
+        at_least("image_size", self.image_size, 0)
+        at_least("most_pairs", self.most_pairs, 1)
+        self.descriptor().check()
+        if not self.ks or min(self.ks) < 1:
+            raise InputError(f"ks is {shown(self.ks)}, expected whole numbers of at least 1, such as 1 2 4 8")
+        if not -1 <= self.threshold <= 1:
+            raise InputError(f"threshold is {self.threshold:g}, expected a cosine from -1 to 1, such as 0.95")
+
+    def check_for_collections(self) -> None:
+        """Refuse what decides how vectors are made, where finished ones are measured.
+
+        Raises:
+            InputError: naming the field and the value.
+        """
+        for name in changed(self, _OF_IMAGES):
+            raise InputError(
+                f"{name} is {shown(getattr(self, name))}, which decides nothing for a finished collection: its "
+                "vectors are as its card says; leave it out"
+            )
