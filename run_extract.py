@@ -34,19 +34,19 @@ from dino_xcit.data import Source, decode, open_source
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
 from dino_xcit.weights import LoadedBackbone
-from eval import shards
-from eval import whitening as whitening_file
-from eval.collection_card import FORMAT, data_of, differences, kind_of
+from eval.collection import shards
+from eval.collection import whitening as whitening_file
+from eval.collection.card import FORMAT, data_of, differences, kind_of
+from eval.collection.contact_sheet import ImagesOf, Tile, draw_sheet
+from eval.collection.folder import claim, identity
+from eval.collection.index import LEAST_IVFPQ, too_few_for_ivfpq
+from eval.collection.store import Collection, add_to_collection, open_collection, write_collection
+from eval.collection.whitening import Whitening
 from eval.command_line import settings
-from eval.contact_sheet import ImagesOf, Tile, draw_sheet
-from eval.extraction_folder import claim, identity
 from eval.features import find_kept, width_of
 from eval.protocol import Card, data_card, now, versions, weights_card, write_json
-from eval.retrieval import Collection, add_to_collection, open_collection, write_collection
 from eval.retrieval_config import ExtractConfig
-from eval.search_index import LEAST_IVFPQ, too_few_for_ivfpq
 from eval.setup import beside_weights, open_backbone
-from eval.whitening import Whitening
 
 CHUNK = 8192
 """Rows of kept features that are handed on at a time."""

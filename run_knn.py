@@ -30,16 +30,17 @@ from dino_xcit.data import Source
 from dino_xcit.data.each_image import cores
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone, hash_state
-from eval.approximate import approximate_index, refuse_few
+from eval.accuracy import bootstrap_interval, correct
 from eval.baselines import Pixels, untrained
 from eval.config import KnnConfig, settings
-from eval.confusion import per_class, write_per_class
-from eval.confusion_figure import draw_confusion
 from eval.features import Features, cached, extract
-from eval.few_shot import few_shot
 from eval.figures import Figure, figure
-from eval.knn import Predictions, bootstrap_interval, clamp_ks, correct, knn_predict
-from eval.knn_report import few_shot_table, results_table, short_classes_notices
+from eval.knn.approximate import approximate_index, refuse_few
+from eval.knn.classify import Predictions, clamp_ks, knn_predict
+from eval.knn.confusion import per_class, write_per_class
+from eval.knn.confusion_figure import draw_confusion
+from eval.knn.few_shot import few_shot
+from eval.knn.report import few_shot_table, results_table, short_classes_notices
 from eval.protocol import KNN_PROTOCOL, Card, data_card, images_card, result_card, write_json
 from eval.setup import cache_folder, labelled_parts, open_backbone
 

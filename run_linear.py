@@ -30,13 +30,16 @@ from dino_xcit import distributed
 from dino_xcit.console import progress_bar
 from dino_xcit.data.loader import StepSampler, choose_workers
 from dino_xcit.errors import InputError
-from eval.cached_probe import AugmentedEpochs, stored_features
 from eval.config import LinearConfig, settings
 from eval.figures import figure
-from eval.fixed_features import FixedFeatures
-from eval.imagenet_variants import measure, open_variant
-from eval.linear import LinearHeads, cosine_factor, scaled
-from eval.linear_report import (
+from eval.linear.cached import AugmentedEpochs, stored_features
+from eval.linear.fixed_features import FixedFeatures
+from eval.linear.heads import LinearHeads, cosine_factor, scaled
+from eval.linear.imagenet_variants import measure, open_variant
+from eval.linear.logistic_search import logistic_results, search
+from eval.linear.pooled import Labelled, PooledBackbone, Rows
+from eval.linear.probe_file import FILE_NAME, LOGREG_NAME, write_probe
+from eval.linear.report import (
     Record,
     final_results,
     percentages,
@@ -44,7 +47,7 @@ from eval.linear_report import (
     results_table,
     variants_table,
 )
-from eval.linear_setup import (
+from eval.linear.setup import (
     Probe,
     for_image_size,
     identity_of,
@@ -54,10 +57,7 @@ from eval.linear_setup import (
     say_what_is_measured,
     stored_probe,
 )
-from eval.logistic_search import logistic_results, search
-from eval.pooled import Labelled, PooledBackbone, Rows
-from eval.probe_data import frozen_features, hold_out, probe_batches
-from eval.probe_file import FILE_NAME, LOGREG_NAME, write_probe
+from eval.linear.views import frozen_features, hold_out, probe_batches
 from eval.protocol import data_card, images_card, result_card, write_json
 from eval.setup import beside_weights, cache_folder, labelled_parts, open_backbone
 

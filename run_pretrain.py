@@ -46,7 +46,7 @@ from dino_xcit.reliability.saver import Saver
 from dino_xcit.reliability.watchdog import Watchdog, guarded
 from dino_xcit.train import Schedules, build_state, choose_precision, train_step
 from dino_xcit.wandb_mirror import WandbMirror, require_package
-from eval.online import online_knn
+from eval.knn.online import online_knn
 
 
 def main() -> None:

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from dino_xcit import distributed
 from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
-from eval.average_precision import mean_interval, percent_of
 from eval.command_line import settings
-from eval.copydays import DEPTH, ORIGINAL, STRONG, average_precisions, open_blocks
-from eval.instance_recall import leave_one_out
-from eval.landmarks import (
+from eval.protocol import Card, now, result_card, versions, write_json
+from eval.retrieval.average_precision import mean_interval, percent_of
+from eval.retrieval.copydays import DEPTH, ORIGINAL, STRONG, average_precisions, open_blocks
+from eval.retrieval.instance_recall import leave_one_out
+from eval.retrieval.landmarks import (
     DATASETS,
     KS,
     SETUPS,
@@ -38,12 +39,11 @@ from eval.landmarks import (
     read_ground_truth,
     score,
 )
-from eval.near_duplicates import IDENTICAL, NEAR, UNKNOWN, draw_pairs, find_pairs, identical, write_pairs
-from eval.protocol import Card, now, result_card, versions, write_json
+from eval.retrieval.near_duplicates import IDENTICAL, NEAR, UNKNOWN, draw_pairs, find_pairs, identical, write_pairs
+from eval.retrieval.similarity import rows_of_similarity
+from eval.retrieval.vector_set import VectorSet, check_comparable, collected, extracted, is_collection, open_fitted
 from eval.retrieval_config import RetrievalConfig
-from eval.similarity import rows_of_similarity
 from eval.table import percent, table
-from eval.vector_set import VectorSet, check_comparable, collected, extracted, is_collection, open_fitted
 
 INTERVAL = "95% percentile bootstrap over the queries"
 

@@ -33,7 +33,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from eval.knn import build_index, knn_predict, search, unit_rows  # noqa: E402
+from eval.knn import knn_predict  # noqa: E402
+from eval.search import build_index, search, unit_rows  # noqa: E402
 
 CLASSES = 1000
 TEMPERATURE = 0.07

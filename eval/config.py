@@ -9,7 +9,7 @@ from typing import Literal
 from dino_xcit.errors import InputError
 from dino_xcit.weights.fit import Allowed
 from eval.command_line import settings as settings
-from eval.pooled import blocks_of
+from eval.linear.pooled import blocks_of
 
 PAPER_EPOCHS = 100
 """Epochs of the published linear probes."""

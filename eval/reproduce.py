@@ -32,11 +32,12 @@ from dino_xcit.data import Source, open_parts
 from dino_xcit.errors import InputError, RunStopped
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
+from eval.accuracy import bootstrap_interval, correct
+from eval.compare.published import IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL, PUBLISHED, TEMPERATURE, K, Published
 from eval.config import BackboneConfig, settings
 from eval.features import cached, width_of
-from eval.knn import bootstrap_interval, correct, knn_predict
+from eval.knn import knn_predict
 from eval.protocol import KNN_PROTOCOL, data_card, result_card, write_json
-from eval.published import IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL, PUBLISHED, TEMPERATURE, K, Published
 from eval.setup import cache_folder, open_backbone
 from eval.table import percent, table
 

@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
-from eval.approximate import Kind, approximate_index, build_approximate
-from eval.knn import build_index, knn_predict, search, unit_rows
+from eval.knn import knn_predict
+from eval.knn.approximate import Kind, approximate_index, build_approximate
+from eval.search import build_index, search, unit_rows
 
 KINDS = get_args(Kind)
 ROWS, DIM = 3000, 20

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
-from eval.average_precision import mean_interval, percent_of, precision_at, ranks_of, trapezoidal_ap
+from eval.retrieval.average_precision import mean_interval, percent_of, precision_at, ranks_of, trapezoidal_ap
 
 
 def rows(*values: int) -> NDArray[np.int64]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
 from dino_xcit.models import BackboneOutput
-from eval.cached_probe import AugmentedEpochs, stored_features
-from eval.probe_data import EachOnce, frozen_features, probe_batches
+from eval.linear.cached import AugmentedEpochs, stored_features
+from eval.linear.views import EachOnce, frozen_features, probe_batches
 
 COUNT, SCALE = 22, (0.3, 1.0)
 
@@ -113,7 +113,7 @@ def test_float16_is_half_the_size_and_refuses_what_does_not_fit(tmp_path: Path) 
 
 
 def test_a_disk_without_room_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.cached_probe._SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr("eval.linear.cached._SPARE_BYTES", 1 << 60)
     with pytest.raises(InputError, match="lower --cached-epochs, or leave --cached out"):
         made(epochs_in(tmp_path), 1)
 

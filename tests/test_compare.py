@@ -16,11 +16,11 @@ import run_knn
 import run_linear
 from dino_xcit.data import Subset
 from dino_xcit.errors import InputError
-from eval.compare import command, main
+from eval.compare.__main__ import command, main
+from eval.compare.result_file import read_result
+from eval.compare.significance import mcnemar
 from eval.figures import Figure, figure
 from eval.protocol import KNN_PROTOCOL
-from eval.result_file import read_result
-from eval.significance import mcnemar
 
 Compared = Callable[..., str]
 

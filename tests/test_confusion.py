@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from dino_xcit.errors import InputError
-from eval.confusion import confusions, per_class, write_per_class
-from eval.confusion_figure import NAMED, cell_shares, draw_confusion, side_by_side
+from eval.knn.confusion import confusions, per_class, write_per_class
+from eval.knn.confusion_figure import NAMED, cell_shares, draw_confusion, side_by_side
 
 NAMES = ("cat", "dog", "red, fox", "wolf")
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 2, 7])

@@ -10,7 +10,7 @@ from eval_fixtures import unit
 from PIL import Image
 
 from dino_xcit.errors import InputError
-from eval.copydays import average_precisions, open_blocks, scene_of
+from eval.retrieval.copydays import average_precisions, open_blocks, scene_of
 
 
 def picture(path: Path) -> None:

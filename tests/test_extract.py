@@ -18,9 +18,9 @@ from ranks import two_ranks_run
 
 import run_extract
 from dino_xcit.data import open_source
-from eval import search_index
-from eval.contact_sheet import TILE
-from eval.retrieval import FILES, Collection, open_collection
+from eval.collection import index as search_index
+from eval.collection.contact_sheet import TILE
+from eval.collection.store import FILES, Collection, open_collection
 
 COUNT = 8 * len(CLASSES)
 

@@ -14,8 +14,8 @@ from tiny_run import CPU
 
 from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
-from eval.imagenet_variants import Variant, measure, open_variant
-from eval.pooled import Rows
+from eval.linear.imagenet_variants import Variant, measure, open_variant
+from eval.linear.pooled import Rows
 
 WNIDS = ("n01440764", "n01443537", "n01484850", "n01491361", "n01494475", "n01496331", "n01498041")
 

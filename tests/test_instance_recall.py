@@ -7,9 +7,9 @@ import pytest
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
-import eval.instance_recall
+import eval.retrieval.instance_recall
 from dino_xcit.errors import InputError
-from eval.instance_recall import leave_one_out
+from eval.retrieval.instance_recall import leave_one_out
 
 
 def on_a_circle(*degrees: float) -> NDArray[np.float32]:
@@ -57,7 +57,7 @@ def test_figures_by_hand() -> None:
 
 @pytest.mark.parametrize("cells", [4_000_000, 700, 1])
 def test_equals_the_definition_however_the_queries_are_cut(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
-    monkeypatch.setattr(eval.instance_recall, "_CELLS_AT_ONCE", cells)
+    monkeypatch.setattr(eval.retrieval.instance_recall, "_CELLS_AT_ONCE", cells)
     rng = np.random.default_rng(2)
     # Classes of 1, 2, 5, 20 and 90 images, in a random order, their clouds overlapping.
     labels = rng.permutation(np.repeat([4, 11, 5, 0, 8, 2], [1, 2, 5, 20, 90, 1]))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_xcit.errors import InputError
-from eval.landmarks import KS, SETUPS, find_ground_truth, open_images, read_ground_truth, score
+from eval.retrieval.landmarks import KS, SETUPS, find_ground_truth, open_images, read_ground_truth, score
 
 DATABASE = [f"all_souls_{number:06d}" for number in range(8)]
 

@@ -22,11 +22,11 @@ from torchvision.transforms import functional as TF
 from dino_xcit.data import UndecodableImage, open_source
 from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
-from eval.linear import LinearHeads, cosine_factor, linear, scaled
-from eval.linear_report import final_results, results_table
-from eval.pooled import Labelled, Rows
-from eval.probe_data import ProbeBatch, draw_crop, hold_out, probe_batches, random_view
-from eval.probe_file import read_probe, write_probe
+from eval.linear.heads import LinearHeads, cosine_factor, linear, scaled
+from eval.linear.pooled import Labelled, Rows
+from eval.linear.probe_file import read_probe, write_probe
+from eval.linear.report import final_results, results_table
+from eval.linear.views import ProbeBatch, draw_crop, hold_out, probe_batches, random_view
 
 CLASSES, DIM = 4, 6
 

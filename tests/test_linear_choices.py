@@ -17,7 +17,7 @@ from ranks import two_ranks_run
 
 import run_linear
 from dino_xcit import durable
-from eval import logistic_search, probe_file
+from eval.linear import logistic_search, probe_file
 
 WNIDS = {"bars": "n01440764", "dots": "n01443537", "waves": "n01484850"}
 Probe = Callable[..., tuple[int, str, dict[str, Any]]]

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from tiny_run import CPU
 
-from eval.linear import guesses
-from eval.logistic import TOLERANCE, LogisticRegression, Solution
-from eval.pooled import Rows
+from eval.linear.heads import guesses
+from eval.linear.logistic import TOLERANCE, LogisticRegression, Solution
+from eval.linear.pooled import Rows
 
 CLASSES = 4
 
@@ -94,9 +94,9 @@ def test_starting_elsewhere_ends_in_the_same_place() -> None:
 def test_features_that_are_read_again_and_again_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = problem()
     kept = solve(features, labels, 1.0)
-    monkeypatch.setattr("eval.logistic._KEPT_BYTES", 0)
+    monkeypatch.setattr("eval.linear.logistic._KEPT_BYTES", 0)
     assert torch.equal(solve(features, labels, 1.0).weight, kept.weight)
-    monkeypatch.setattr("eval.logistic._ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("eval.linear.logistic._ROWS_AT_ONCE", 64)
     assert torch.allclose(solve(features, labels, 1.0).weight, kept.weight, atol=1e-3)
 
 

@@ -12,12 +12,12 @@ from eval_fixtures import unit
 from numpy.typing import NDArray
 from PIL import Image
 
-import eval.similarity
+import eval.retrieval.similarity
 from dino_xcit.data import ArraySource, open_source
 from dino_xcit.errors import InputError
-from eval.contact_sheet import TILE, Tile
-from eval.near_duplicates import IDENTICAL, NEAR, Pairs, draw_pairs, find_pairs, identical, write_pairs
-from eval.similarity import blocks_of_similarity, rows_of_similarity
+from eval.collection.contact_sheet import TILE, Tile
+from eval.retrieval.near_duplicates import IDENTICAL, NEAR, Pairs, draw_pairs, find_pairs, identical, write_pairs
+from eval.retrieval.similarity import blocks_of_similarity, rows_of_similarity
 
 
 def points(count: int, seed: int) -> NDArray[np.float32]:
@@ -26,8 +26,8 @@ def points(count: int, seed: int) -> NDArray[np.float32]:
 
 @pytest.fixture(params=[(1024, 16_384), (7, 10), (10, 7)])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval.similarity, "_QUERIES_AT_ONCE", request.param[0])
-    monkeypatch.setattr(eval.similarity, "_ROWS_AT_ONCE", request.param[1])
+    monkeypatch.setattr(eval.retrieval.similarity, "_QUERIES_AT_ONCE", request.param[0])
+    monkeypatch.setattr(eval.retrieval.similarity, "_ROWS_AT_ONCE", request.param[1])
 
 
 @pytest.mark.usefixtures("_blocks")
@@ -67,8 +67,8 @@ def test_no_pair_is_no_error_and_too_many_are() -> None:
 
 def test_memory_does_not_grow_with_the_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of 5,000 x 5,000 cosines would be 100 MB; the sets have 0.6 MB each."""
-    monkeypatch.setattr(eval.similarity, "_QUERIES_AT_ONCE", 128)
-    monkeypatch.setattr(eval.similarity, "_ROWS_AT_ONCE", 1024)
+    monkeypatch.setattr(eval.retrieval.similarity, "_QUERIES_AT_ONCE", 128)
+    monkeypatch.setattr(eval.retrieval.similarity, "_ROWS_AT_ONCE", 1024)
     rows = np.random.default_rng(0).normal(size=(5_000, 32)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")

@@ -37,8 +37,9 @@ def test_requirements_file_is_the_package_s_dependencies_plus_pytest() -> None:
 
 
 def test_every_folder_with_code_is_in_the_package() -> None:
-    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "dino_xcit").rglob("*.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders | {"eval"}
+    modules = [*(ROOT / "dino_xcit").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]
+    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in modules}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
 
 
 def test_sample_and_its_licence_are_shipped() -> None:
@@ -75,4 +76,4 @@ def test_the_architecture_s_tree_names_every_module_and_no_other() -> None:
         for path in (ROOT / folder).rglob("*.py")
     ]
     assert named <= {path.name for path in [*ours, *ROOT.glob("*.py")]}
-    assert {path.name for path in (ROOT / "dino_xcit").rglob("*.py")} <= named
+    assert {path.name for folder in ("dino_xcit", "eval") for path in (ROOT / folder).rglob("*.py")} <= named

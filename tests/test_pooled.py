@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
-from eval.linear import moments
-from eval.pooled import Labelled, PooledBackbone, Rows, blocks_of
+from eval.linear.heads import moments
+from eval.linear.pooled import Labelled, PooledBackbone, Rows, blocks_of
 
 
 def images(size: int = 32) -> Tensor:

@@ -11,9 +11,9 @@ from result_fixtures import KNN, knn_figure, larger, write_result
 
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
-from eval.compare import main
+from eval.compare.__main__ import main
+from eval.compare.published import IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL, PUBLISHED, published_result
 from eval.figures import Figure
-from eval.published import IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL, PUBLISHED, published_result
 
 NAME = "published:xcit_small_12_p16"
 HITS = np.arange(IMAGENET_VAL) < 38_250  # 76.5%

@@ -29,8 +29,8 @@ from dino_xcit.errors import InputError, run_main
 from dino_xcit.models import build_backbone
 from dino_xcit.train import build_state
 from dino_xcit.weights import load_backbone
+from eval.compare.published import Published
 from eval.config import settings
-from eval.published import Published
 from eval.reproduce import DataSet, ReproduceConfig, Verdict, check_data, read_head, reproduce
 
 ARCH = "xcit_pico_4_p8"

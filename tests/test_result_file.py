@@ -17,9 +17,9 @@ from result_fixtures import IMAGES, hits, knn_figure, write_result
 from dino_xcit.data import Subset, open_source
 from dino_xcit.data.packing import command as pack
 from dino_xcit.errors import InputError
+from eval.compare.result_file import read_result
 from eval.figures import figure, unpack
 from eval.protocol import images_card
-from eval.result_file import read_result
 
 
 @pytest.mark.parametrize("images", [0, 1, 7, 8, 9, 50_000])
@@ -171,6 +171,6 @@ def test_a_file_too_large_for_a_result_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
-    monkeypatch.setattr("eval.result_file.MOST_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr("eval.compare.result_file.MOST_BYTES", path.stat().st_size - 1)
     with pytest.raises(InputError, match="is larger than"):
         read_result(str(path))

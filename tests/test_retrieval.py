@@ -15,11 +15,11 @@ from PIL import Image
 
 from dino_xcit.data import open_source
 from dino_xcit.errors import InputError
-from eval.contact_sheet import TILE, ImagesOf, Tile, draw_sheet
-from eval.paths_file import escape, read_names, unescape
+from eval.collection.contact_sheet import TILE, ImagesOf, Tile, draw_sheet
+from eval.collection.paths_file import escape, read_names, unescape
+from eval.collection.store import FILES, Collection, existing, finish_renaming, open_collection, write_collection
+from eval.collection.whitening import Whitening, learn, save
 from eval.pooling import CLASS_TOKEN, Descriptor
-from eval.retrieval import FILES, Collection, existing, finish_renaming, open_collection, write_collection
-from eval.whitening import Whitening, learn, save
 
 NAMES = ["a.jpg", "with space.jpg", "line\nfeed.png", "back\\slash\\n.png", "ümlaut\u2028.png", "raw\udcff.png", "\r"]
 

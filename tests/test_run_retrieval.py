@@ -18,8 +18,8 @@ from PIL import Image
 
 import run_extract
 import run_retrieval
-from eval.collected_images import images_of
-from eval.retrieval import open_collection
+from eval.collection.images import images_of
+from eval.collection.store import open_collection
 
 
 class Place(NamedTuple):

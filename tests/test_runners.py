@@ -27,8 +27,8 @@ import run_extract
 import run_knn
 import run_linear
 from dino_xcit.weights import load_backbone
-from eval import probe_file
 from eval.features import find_kept
+from eval.linear import probe_file
 
 ROOT = Path(run_knn.__file__).parent
 TRAIN, VAL = 8 * len(CLASSES), 3 * len(CLASSES)

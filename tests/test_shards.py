@@ -16,11 +16,11 @@ from tiny_run import CPU
 
 from dino_xcit.data import ArraySource, UndecodableImage
 from dino_xcit.errors import InputError
-from eval import shards
-from eval.extraction_folder import claim
+from eval.collection import shards
+from eval.collection.folder import claim
+from eval.collection.shards import Parts, Plan, begin, extract_parts
 from eval.features import extract
 from eval.pooling import CLASS_TOKEN
-from eval.shards import Parts, Plan, begin, extract_parts
 
 PLAN = Plan({"weights": "w", "pooling": "cls"}, images=10, width=5, part_images=4)
 
@@ -194,7 +194,7 @@ def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path, monkeypatch
         with pytest.raises(InputError, match="is in use by another run"):
             claim(tmp_path / "v", card, noise_source(3), False, False, second)
         # A collection that is complete, and is being replaced: that run is not disturbed.
-        monkeypatch.setattr("eval.extraction_folder.existing", lambda *_: "same")
+        monkeypatch.setattr("eval.collection.folder.existing", lambda *_: "same")
         with pytest.raises(InputError, match="is in use by another run"):
             claim(tmp_path / "v", card, noise_source(3), False, False, second)
         monkeypatch.undo()

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from eval.significance import discordant, holm, mcnemar, paired_interval, unpaired_interval
+from eval.compare.significance import discordant, holm, mcnemar, paired_interval, unpaired_interval
 
 
 def answers(both: int, only_first: int, only_second: int, neither: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-import eval.whitening
+import eval.collection.whitening
 from dino_xcit.errors import InputError
-from eval.whitening import FORMAT, Whitening, learn, load, save
+from eval.collection.whitening import FORMAT, Whitening, learn, load, save
 
 KIND = {"weights": "w", "pooling": "gem"}
 SET = {"data": [{"url": "photos"}]}
@@ -54,7 +54,7 @@ def test_vectors_may_be_mapped_and_in_half_precision_and_are_read_in_pieces(
     vectors = correlated().astype(np.float16)
     np.save(tmp_path / "v.npy", vectors)
     whole = learned(vectors)
-    monkeypatch.setattr(eval.whitening, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(eval.collection.whitening, "_ROWS_AT_ONCE", 64)
     pieces = learned(np.load(tmp_path / "v.npy", mmap_mode="r"))
     assert pieces.projection == pytest.approx(whole.projection, abs=1e-6)
     assert pieces.mean == pytest.approx(whole.mean, abs=1e-6)

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 
 from dino_xcit.transform import EvalTransform
-from eval.whole_image import longer_side, square
+from eval.retrieval.whole_image import longer_side, square
 
 STORED = EvalTransform(mean=(0.1, 0.2, 0.3))
 

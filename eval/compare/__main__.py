@@ -1,0 +1,175 @@
+"""Compare results, image by image, and refuse to compare what is unlike.
+
+    python -m eval.compare a.json b.json ...
+    python -m eval.compare published:xcit_small_12_p16 mine.json
+
+The first is what the others are held against. For each figure that both have: accuracies with their intervals, the
+difference with its paired bootstrap interval, on how many images only one of the two is right, and the p-value of
+McNemar's exact test.
+"""
+
+from __future__ import annotations
+
+# Before torch: it decides how threads wait for each other.
+import dino_xcit  # noqa: F401  # isort: skip
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dino_xcit.console import printable
+from dino_xcit.errors import InputError, near_matches, run_main
+from eval.compare.comparison import compare, report
+from eval.compare.likeness import FIGURE_SETTINGS, Likeness, liken
+from eval.compare.published import PREFIX, published_result
+from eval.compare.result_file import Result, read_result, shown
+from eval.config import CompareConfig, settings
+from eval.protocol import now, versions, write_json
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        InputError: a mistake in the command, a file that is no result, or results that are unlike: a line each.
+    """
+    # ---- the results
+    config = settings(CompareConfig, argv, "python -m eval.compare", positional="files")
+    results = open_results(config.files)
+    if config.figure:
+        results = [_only(result, config.figure) for result in results]
+    first, others = results[0], results[1:]
+
+    # ---- may they be compared?
+    overlooked = set(config.allow) & set(FIGURE_SETTINGS)
+    likenesses = [liken(first, other, overlooked) for other in others]
+    refuse_unlike(first, others, likenesses, config.allow)
+
+    # ---- what to know beside the figures
+    remarks = [
+        f"allowed, and unlike {first.label}: {other.label}: {one.clause}"
+        for other, likeness in zip(others, likenesses, strict=True)
+        for one in likeness.differences
+    ]
+    remarks += _same_weights(results)
+    for other, likeness in zip(others, likenesses, strict=True):
+        remarks += _left_out(first, other, likeness)
+    remarks += [f"{one.label}: published, not measured here; {one.source}" for one in results if one.source]
+
+    # ---- the figures
+    pairs = [(other, likeness.pairs) for other, likeness in zip(others, likenesses, strict=True)]
+    comparisons = compare(first, pairs, baselines=bool(config.figure))
+    head = f"{first.measure}, {first.images:,} validation images; the first file is {first.label}"
+    for line in [*remarks, head, *report(comparisons).split("\n")]:
+        print(printable(line))
+    if config.json:
+        content = {
+            "measure": "comparison",
+            "files": [{"file": one.label, "weights": one.weights, "published": one.source} for one in results],
+            "images": first.images,
+            "comparisons": [asdict(one) for one in comparisons],
+            "remarks": remarks,
+            "date": now(),
+            "versions": versions(),
+        }
+        write_json(Path(config.json).expanduser(), content)
+        print(printable(f"written: {config.json}"))
+
+
+def open_results(files: Sequence[str]) -> list[Result]:
+    """Result files and ``published:NAME``, in the order given.
+
+    Raises:
+        InputError: none that was measured, one twice, or one that cannot be read.
+    """
+    for word in files:
+        if list(files).count(word) > 1:
+            raise InputError(f"{word} is given more than once, expected different results")
+    measured = {word: read_result(word) for word in files if not word.startswith(PREFIX)}
+    if not measured:
+        raise InputError("only published figures given, expected a result file too, as it says which of them are meant")
+    measure = next(iter(measured.values())).measure
+    return [measured.get(word) or published_result(word, measure) for word in files]
+
+
+def refuse_unlike(
+    first: Result, others: Sequence[Result], likenesses: Sequence[Likeness], allow: Sequence[str]
+) -> None:
+    """Refuse what differs and was not allowed.
+
+    Raises:
+        InputError: a line a difference; or a word in ``allow`` that is the name of none.
+    """
+    known = {"protocol", "transform", "train", "val", "order", *FIGURE_SETTINGS}
+    known |= {one.name for likeness in likenesses for one in likeness.differences if one.allowable}
+    for word in allow:
+        if word not in known:
+            raise InputError(
+                f"--allow {word}: no difference has that name{near_matches(word, known)}; these results know "
+                f"{', '.join(sorted(known))}"
+            )
+    refusals = []
+    for other, likeness in zip(others, likenesses, strict=True):
+        for one in likeness.differences:
+            if not (one.allowable and one.name in allow):
+                way = f" (--allow {one.name} compares them all the same)" if one.allowable else ""
+                refusals.append(f"{other.label} cannot be compared with {first.label}: {one.clause}{way}")
+    if refusals:
+        raise InputError("\n".join(refusals))
+
+
+def _only(result: Result, words: str) -> Result:
+    """The result with the figures whose name has all these words (k=20 is no part of k=200); a published one has but
+    one."""
+    if result.source:
+        return result
+    wanted = set(words.split())
+    kept = tuple(figure for figure in result.figures if wanted <= set(figure.name.replace(",", " ").split()))
+    if not kept:
+        names = "; ".join(figure.name for figure in result.figures[:8])
+        raise InputError(f"{result.label} has no figure with {words!r} in its name, only: {names}")
+    return replace(result, figures=kept)
+
+
+def _same_weights(results: Sequence[Result]) -> list[str]:
+    """A remark for each file that measures weights which one before it measured."""
+    seen: dict[str, str] = {}
+    remarks = []
+    for result in results:
+        if result.weights in seen:
+            before = seen[result.weights]
+            remarks.append(f"notice: {result.label} measured the same weights as {before} ({result.weights[:12]})")
+        elif result.weights:
+            seen[result.weights] = result.label
+    return remarks
+
+
+def _left_out(first: Result, other: Result, likeness: Likeness) -> list[str]:
+    """Remarks about figures that one of the two alone has, and about other libraries."""
+    if first.source or other.source:
+        return []
+    remarks = []
+    both = {id(figure) for pair in likeness.pairs for figure in pair}
+    for result in (first, other):
+        alone = [one.name for one in result.figures if id(one) not in both and not one.baseline]
+        if alone:
+            more = " ..." if len(alone) > 6 else ""
+            remarks.append(f"notice: only {result.label} has {', '.join(alone[:6])}{more}")
+    changed = [
+        f"{name} {shown(first.versions[name])} -> {shown(other.versions[name])}"
+        for name in sorted(first.versions.keys() & other.versions.keys())
+        if first.versions[name] != other.versions[name]
+    ]
+    if changed:
+        remarks.append(f"notice: {other.label} was measured with other libraries: {', '.join(changed)}")
+    return remarks
+
+
+def command() -> None:
+    """The console entry."""
+    run_main(lambda: main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command()

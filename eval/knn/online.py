@@ -1,0 +1,70 @@
+"""The k-NN while training: a plain function that run_pretrain.py hands to its loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data import Source, Subset, open_parts
+from dino_xcit.errors import InputError
+from eval.accuracy import accuracy
+from eval.features import extract
+from eval.knn.classify import knn_predict
+
+K, TEMPERATURE = 20, 0.07
+
+
+OnlineKnn = Callable[[nn.Module, Callable[[], None]], dict[str, float]]
+"""The teacher's backbone, and what to call between two batches, to ``{"knn_top1": percent}``."""
+
+
+def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> OnlineKnn | None:
+    """The measurement that the run asked for; None where it asked for none.
+
+    With ``knn_holdout`` the queries are training images held out from the neighbours, so that settings can be chosen
+    without looking at the validation images. The backbone's mode (train or eval) is left as it was.
+
+    Raises:
+        InputError: labels or the validation part are missing.
+    """
+    if not config.knn_every:
+        return None
+    if config.knn_holdout:
+        train, val = _hold_out(source, config.knn_holdout, config.seed)
+    else:
+        train, val = open_parts(config.data_path, config.train_data or None, config.val_data or None)
+    if len(train) > config.knn_max_images:
+        train = Subset(train, np.linspace(0, len(train) - 1, config.knn_max_images).astype(np.int64))
+    transform = config.eval_transform()
+
+    def evaluate(backbone: nn.Module, between_batches: Callable[[], None]) -> dict[str, float]:
+        found = []
+        for part in (train, val):
+            features = extract(
+                backbone, part, transform, device, progress=False, unreadable="nan", between_batches=between_batches
+            )
+            assert features.labels is not None  # open_parts and _hold_out see to that
+            # Training goes on without the images that cannot be read, and so does this.
+            readable = np.isfinite(features.features).all(axis=1)
+            found.append((features.features[readable], features.labels[readable]))
+        (neighbours, labels), (queries, answers) = found
+        if not len(neighbours) or not len(queries):
+            return {"knn_top1": float("nan")}
+        predicted = knn_predict(neighbours, labels, queries, [K], [TEMPERATURE])
+        return {"knn_top1": accuracy(predicted[K, TEMPERATURE], answers, 1)}
+
+    return evaluate
+
+
+def _hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
+    """All but ``count`` images chosen by ``seed``, and those."""
+    if source.labels is None:
+        raise InputError(f"knn_holdout is {count}, but {source.url} has no labels to measure with: use --knn-every 0")
+    if count >= len(source):
+        raise InputError(f"knn_holdout is {count}, but {source.url} has only {len(source)} images")
+    order = np.random.default_rng([seed, 1]).permutation(len(source))
+    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))

@@ -1,0 +1,1 @@
+"""What vectors find: landmarks, copies, images of the same class, near duplicates."""

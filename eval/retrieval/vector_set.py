@@ -1,0 +1,158 @@
+"""A set of images as vectors, extracted now or read from a finished collection, with the images where they are at hand.
+
+N images, E features of a vector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dino_xcit import distributed
+from dino_xcit.data import Source, decode
+from dino_xcit.errors import InputError
+from dino_xcit.transform import EvalTransform
+from dino_xcit.weights import LoadedBackbone
+from eval.collection import whitening as whitening_file
+from eval.collection.card import data_of, differences, kind_of, settings_of
+from eval.collection.contact_sheet import Tile
+from eval.collection.images import images_of
+from eval.collection.store import CARD, open_collection, prepared
+from eval.features import cached
+from eval.protocol import Card, data_card, weights_card
+from eval.retrieval.whole_image import LongerSide, longer_side, square
+from eval.retrieval_config import RetrievalConfig
+from eval.setup import cache_folder, open_backbone, open_weights
+
+WHOLE_PIXELS, SQUARE_PIXELS = 224, 320
+"""What DINO's scripts for landmarks and Copydays do when nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class VectorSet:
+    """Vectors and what they are of."""
+
+    vectors: NDArray[np.float32]
+    """[N, E], not necessarily of length 1; perhaps memory-mapped and of float16."""
+    names: list[str]
+    """[N]."""
+    source: Source | None
+    """The images; None where a collection's are not where they were."""
+    card: Mapping[str, Any]
+    """What the vectors are, as a collection's card says it."""
+    computed_by: tuple[LoadedBackbone, EvalTransform, torch.device] | None
+    """What extracted them just now, or before into the cache; None for a finished collection."""
+
+    @property
+    def data(self) -> Card:
+        """Which images, for a result file."""
+        first, *added = data_of(self.card)
+        return first | {"added": added} if added else first
+
+    def tile(self, row: int) -> Tile:
+        """An image for a contact sheet, titled by its place in the set; empty where it cannot be read any more."""
+        image = None
+        if self.source is not None:
+            with contextlib.suppress(InputError):
+                image = decode(self.source.read(row)[0], self.names[row])
+        return Tile(image, f"image {row}", os.path.basename(self.names[row]))
+
+
+def extracted(
+    config: RetrievalConfig, loaded: LoadedBackbone, device: torch.device, source: Source, transform: EvalTransform
+) -> VectorSet:
+    """The vectors of a source's images, kept beside the weights or used from there; on every process.
+
+    Raises:
+        InputError: an image cannot be read, or the whitening was learned from other vectors.
+    """
+    descriptor, whitening = config.descriptor(), None
+    card: dict[str, Any] = {
+        "weights": weights_card(loaded),
+        "transform": transform.to_dict(),
+        "descriptor": descriptor.to_dict(),
+        "normalised": True,
+        "whitening": None,
+    }
+    if config.whiten:
+        whitening = whitening_file.load(Path(config.whiten).expanduser())
+        if changed := differences(whitening.made_for, kind_of(card)):
+            raise InputError(
+                f"the whitening {config.whiten} was learned from other vectors: {'; '.join(changed)}; learn one from "
+                "vectors like these with run_extract.py --learn-whitening"
+            )
+        card["whitening"] = {"hash": whitening.hash, "learned_on": whitening.learned_on}
+    # Pictures of many sizes cannot be in one batch.
+    batch = 1 if isinstance(transform, LongerSide) else config.batch_size_per_gpu
+    found = cached(
+        loaded.backbone, loaded.hash, source, transform, device, cache_folder(config), batch, config.num_workers,
+        descriptor,
+    )  # fmt: skip
+    card["data"] = data_card(source, found.fingerprint)
+    vectors = found.features if whitening is None else prepared(found.features, True, whitening)
+    names = [source.name(index) for index in range(len(source))]
+    return VectorSet(vectors, names, source, card, (loaded, transform, device))
+
+
+def open_fitted(config: RetrievalConfig, usual: str) -> tuple[LoadedBackbone, torch.device, EvalTransform]:
+    """The backbone, and how images are prepared for it: as was asked for, else in the protocol's usual way.
+
+    Args:
+        usual: ``centre`` (as the weights say), ``whole`` or ``square``.
+    """
+    fit = usual if config.fit == "auto" else config.fit
+    if fit == "centre":
+        loaded, device = open_backbone(config)
+        return loaded, device, loaded.transform
+    loaded, device = open_weights(config)
+    if fit == "whole":
+        transform: EvalTransform = longer_side(loaded.transform, config.image_size or WHOLE_PIXELS)
+        how = f"in their proportions, the longer side at most {transform.crop}"
+    else:
+        transform = square(loaded.transform, config.image_size or SQUARE_PIXELS)
+        how = f"squeezed to {transform.crop} x {transform.crop}"
+    distributed.say(f"images: whole, {how} (--fit, --image-size)")
+    return loaded, device, transform
+
+
+def is_collection(path: str) -> bool:
+    """Whether a folder holds what run_extract.py wrote, rather than images."""
+    return bool(path) and (Path(path).expanduser() / CARD).is_file()
+
+
+def collected(path: str) -> VectorSet:
+    """The vectors of a finished collection, memory-mapped, and its images if they still are where they were.
+
+    Raises:
+        InputError: it is not complete, or damaged.
+    """
+    collection = open_collection(Path(path).expanduser())
+    images = images_of(collection.card, collection.names)
+    return VectorSet(collection.vectors, collection.names, images, collection.card, None)  # type: ignore[arg-type]
+
+
+def check_comparable(first: VectorSet, second: VectorSet) -> None:
+    """Refuse to compare what different weights or settings made.
+
+    Raises:
+        InputError: naming the differences.
+    """
+    there, here = (_deciding(images.card) for images in (first, second))
+    if changed := differences(there, here):
+        raise InputError(
+            f"the second set's vectors cannot be compared with the first's: {'; '.join(changed)}; extract both alike"
+        )
+
+
+def _deciding(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides cosines: not how vectors are kept or indexed, nor, without whitening, whether they have length 1."""
+    ignored = {"dtype", "index_type"} | (set() if card.get("whitening") else {"normalised"})
+    return {name: value for name, value in settings_of(card).items() if name not in ignored}
