@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_xcit import distributed
@@ -166,12 +167,15 @@ def train_heads(probe: Probe, stored: Record | None, on_held: Labelled, on_val: 
         if rates
     }
     history: list[Record] = []
+    best: NDArray[np.bool_] | None = None  # [validation images]: was the paper's classifier right in its best epoch?
     done, spent = 0, 0.0
     if stored:
         paper.load_state_dict(stored["paper"])
         for name, heads in grids.items():
             heads.load_state_dict((stored["grid"] or {}).get(name, {}))
         done, history, spent = int(stored["epoch"]), list(stored["history"]), float(stored["seconds"])
+        kept = stored.get("best_hits")  # a probe of before they were kept has none
+        best = None if kept is None else kept.numpy()
         distributed.say(f"resuming {probe.folder} after epoch {done}")
 
     # ---- the loop
@@ -199,7 +203,10 @@ def train_heads(probe: Probe, stored: Record | None, on_held: Labelled, on_val: 
             mean = loss.item()
             if not math.isfinite(mean):
                 raise InputError(f"lr {config.lr:g} is too high: the loss is {mean} in epoch {epoch + 1}; lower it")
-            top1, top5 = percentages(paper.hits(on_val.rows["cls"], on_val.labels, [0]))[0]
+            hits = paper.hits(on_val.rows["cls"], on_val.labels, [0])
+            top1, top5 = percentages(hits)[0]
+            if top1 > max((float(record["top1"]) for record in history), default=-1.0):  # the first of equals stays
+                best = hits[0, 0]
             history.append(
                 {"epoch": epoch + 1, "loss": mean, "top1": top1, "top5": top5 if probe.classes > 5 else None}
             )
@@ -210,11 +217,12 @@ def train_heads(probe: Probe, stored: Record | None, on_held: Labelled, on_val: 
                 "paper": paper.state_dict(),
                 "grid": {name: heads.state_dict() for name, heads in grids.items()},
                 "history": history,
+                "best_hits": None if best is None else torch.from_numpy(best),
                 "classes": list(probe.train.classes) if probe.train.classes else None,
                 "seconds": spent + time.perf_counter() - probe.started,
             }
             if epoch + 1 == epochs:
-                content |= final_results(config.lr, paper, probe.lrs, grids, history, on_held, on_val)
+                content |= final_results(config.lr, paper, probe.lrs, grids, history, on_held, on_val, best)
             write_probe(probe.folder, content, probe.identity)
     return content
 

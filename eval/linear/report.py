@@ -55,6 +55,7 @@ def final_results(
     history: Sequence[Record],
     held: Labelled,
     val: Labelled,
+    best_hits: NDArray[np.bool_] | None = None,
 ) -> Record:
     """The figures at the end, and the classifier that they recommend.
 
@@ -64,6 +65,8 @@ def final_results(
         history: a record an epoch of the paper's classifier: ``epoch``, ``loss``, ``top1``, ``top5``.
         held: the training images on which the grid is chosen.
         val: the validation images; of the grid, only the chosen classifier ever sees them.
+        best_hits: [n], whether the paper's classifier was right in the best epoch; None where a part of the epochs was
+            trained before these were kept.
 
     Returns:
         ``results`` and ``figures`` (:meth:`Figure.to_card`) for the card, and ``classifier`` with weight [C, D] and
@@ -87,9 +90,8 @@ def final_results(
             "best_epoch": {**best, "chosen_on": "validation images, as published figures are"},
         }
     }
-    # Its hits were not kept: epochs are told apart by their accuracy alone.
     settings = {"classifier": "paper", "epoch": "best"}
-    figures.append(Figure("paper, best epoch, top-1", settings, float(best["top1"]), None))
+    figures.append(Figure("paper, best epoch, top-1", settings, float(best["top1"]), best_hits))
     features = "cls"
     weight, bias = paper.folded(0)
     if grids:
