@@ -34,7 +34,7 @@ from eval.accuracy import bootstrap_interval, correct
 from eval.baselines import Pixels, untrained
 from eval.config import KnnConfig, settings
 from eval.features import Features, cached, extract
-from eval.figures import Figure, figure
+from eval.figures import Figure, few_shot_figure, figure
 from eval.knn.approximate import approximate_index, refuse_few
 from eval.knn.classify import Predictions, clamp_ks, knn_predict
 from eval.knn.confusion import per_class, write_per_class
@@ -57,7 +57,7 @@ class Found:
     records: list[Record] = field(default_factory=list)
     """One for each model, k and T."""
     figures: list[Figure] = field(default_factory=list)
-    """The top-1 of each, image by image."""
+    """The top-1 of each, image by image; of few shots, draw by draw."""
     few_shot: list[Record] = field(default_factory=list)
     """One for each model, number of images a class, k and T."""
     approximate: dict[str, Card] = field(default_factory=dict)
@@ -199,7 +199,7 @@ def _by_class(predictions: Predictions, val: Source, config: KnnConfig, neighbou
 
 
 def _few_shot(model: str, parts: tuple[Features, Features], config: KnnConfig, found: Found) -> None:
-    """Records with a few images a class."""
+    """Records and figures with a few images a class."""
     train, val = parts
     records = few_shot(
         train.features, train.labels, val.features, val.labels, config.few_shot, config.draws, config.ks,
@@ -208,6 +208,7 @@ def _few_shot(model: str, parts: tuple[Features, Features], config: KnnConfig, f
     found.few_shot += [{"model": model, **record} for record in records]
 
 
+    found.figures += [few_shot_figure(model, record, config.draws, config.seed) for record in records]
 def _pixels(
     parts: tuple[Source, Source], transform: EvalTransform, normalised: bool, device: torch.device, config: KnnConfig
 ) -> tuple[Features, Features] | None:

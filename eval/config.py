@@ -229,12 +229,16 @@ class CompareConfig:
     """Settings of python -m eval.compare."""
 
     files: tuple[str, ...] = ()
-    """Result files (--json of run_knn.py, run_linear.py) and published:NAME; the others are held against the first.
-    --files may be left out before them."""
+    """Result files (--json of run_knn.py, run_linear.py, run_retrieval.py) and published:NAME; the others are held
+    against the first. --files may be left out before them."""
     allow: tuple[str, ...] = ()
-    """Differences to let pass, by the names that a refusal gives them: transform, train, val, order, k, T ..."""
-    figure: str = ""
-    """Compare only the figures with these words in their names, such as k=20, or "grid last"."""
+    """Differences to let pass, by the names that a refusal gives them: transform, train, val, names, order, k, T,
+    classifier ..."""
+    figure: tuple[str, ...] = ()
+    """Compare only the figures with these words in their names, such as k=20, or "grid last"; or one for each file,
+    such as grid logreg."""
+    table: Literal["text", "markdown", "latex"] = "text"
+    """How the table is printed: for the screen, for GitHub, or as a LaTeX tabular (package booktabs)."""
     json: str = ""
     """Write the comparison to this file."""
 
@@ -244,6 +248,11 @@ class CompareConfig:
             raise InputError(
                 f"{len(self.files) or 'no'} result file{'s' * (not self.files)} given, expected two or more: "
                 "python -m eval.compare a.json b.json"
+            )
+        if len(self.figure) not in (0, 1, len(self.files)):
+            raise InputError(
+                f"figure has {len(self.figure)} values, expected one for all files or one for each of the "
+                f"{len(self.files)}: quote words that belong together, such as --figure 'grid last'"
             )
 
 

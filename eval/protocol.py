@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import faiss
 import numpy
@@ -19,7 +20,7 @@ import torchvision
 
 import dino_xcit
 from dino_xcit import distributed
-from dino_xcit.data import Source
+from dino_xcit.data import ArraySource, Source
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
@@ -34,7 +35,8 @@ KNN_PROTOCOL = "weighted k-NN on the L2-normalised class token, exact search (DI
 """The name of the protocol of the published k-NN figures."""
 
 LOOKED_AT = 64
-"""Images of a source whose contents go into its card: enough to tell pictures that were resized or saved anew."""
+"""Images of a source whose contents go into its card: enough to tell pictures that were resized or saved anew. That
+one of the others is another picture, names and sizes have to tell."""
 
 
 def weights_card(loaded: LoadedBackbone) -> Card:
@@ -71,26 +73,57 @@ def images_card(source: Source) -> Card:
 
     Returns:
         ``contents``: of the bytes of :data:`LOOKED_AT` images, evenly spread; ``labels``: of all label numbers in their
-        order. Where these two are the same, the images are, whatever they are called. ``order``: of classes and file
-        names in their order; ``members``: of the same without their order. They tell what differs.
+        order; ``names``: of all images' names in their order, without folder and ending, and as they were before
+        packing; ``whole``: of the size of every file in their order, or of all pixels in memory, None where neither can
+        be had without reading every image. Where these four are the same, the images are. ``order``: of classes and
+        file names in their order; ``members``: of the same without their order. They tell what differs.
     """
-    labels, order, members, contents = hashlib.sha256(), hashlib.sha256(), 0, hashlib.sha256()
+    labels, order, names, members = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), 0
     for index in range(len(source)):
         label = None if source.labels is None else int(source.labels[index])
         labels.update(f"{label}\n".encode())
         group = "" if label is None else (source.classes[label] if source.classes else str(label))
-        line = f"{group}\t{source.name(index).rsplit('/', 1)[-1]}\n".encode("utf-8", "surrogateescape")
+        name = source.name(index)
+        line = f"{group}\t{name.rsplit('/', 1)[-1]}\n".encode("utf-8", "surrogateescape")
         order.update(line)
         members += int.from_bytes(hashlib.sha256(line).digest())  # a sum has no order, and takes no memory
+        names.update(f"{_own_name(name)}\n".encode("utf-8", "surrogateescape"))
+    contents = hashlib.sha256()
     for index in numpy.unique(numpy.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(numpy.int64)):
         item, _ = source.read(int(index))
         contents.update(item if isinstance(item, bytes) else item.tobytes())
     return {
         "contents": contents.hexdigest(),
         "labels": labels.hexdigest(),
+        "names": names.hexdigest(),
+        "whole": _whole(source),
         "order": order.hexdigest(),
         "members": f"{members % 2**256:064x}",
     }
+
+
+def _own_name(name: str) -> str:
+    """An image's name without folder and ending; of one that was packed, its name before
+    (:func:`dino_xcit.data.packing.image.key_of`)."""
+    while True:
+        base = name.rsplit("/", 1)[-1]
+        stem = base.rpartition(".")[0] or base
+        number, _, before = stem.partition("_")
+        if not (number.isdecimal() and "%" in before):
+            return stem
+        name = unquote(before, errors="surrogateescape")
+
+
+def _whole(source: Source) -> str | None:
+    if isinstance(source, ArraySource):
+        return hashlib.sha256(numpy.ascontiguousarray(source.images).data).hexdigest()
+    digest = hashlib.sha256()
+    try:
+        for index in range(len(source)):
+            digest.update(f"{os.stat(source.name(index)).st_size}\n".encode())
+    except (OSError, ValueError):  # in an archive or elsewhere: a name is no path
+        return None
+    return digest.hexdigest()
 
 
 def result_card(

@@ -61,8 +61,8 @@ def test_two_results_are_compared_image_by_image(tmp_path: Path, compared: Compa
     b = write_result(tmp_path / "b.json", knn_figure(20, flipped(base, lost=5, won=21)))
     text = compared(a, b, "--json", tmp_path / "out.json")
     first, second = json.loads((tmp_path / "out.json").read_text())["comparisons"]
-    assert (first["top1"], first["difference"]) == (75.0, None)
-    assert (second["top1"], second["difference"]) == (79.0, 4.0)
+    assert (first["percent"], first["difference"]) == (75.0, None)
+    assert (second["percent"], second["difference"]) == (79.0, 4.0)
     assert (second["only_first"], second["only_this"]) == (5, 21)
     assert second["p"] == second["p_holm"] == mcnemar(5, 21)
     low, high = second["difference_interval"]
@@ -306,7 +306,7 @@ def test_what_both_evaluators_write_is_compared(
     knn = [tmp_path / f"run_knn-{seed}.json" for seed in (0, 1)]
     for path in knn:
         by_k = {row["k"]: row["top1"] for row in json.loads(path.read_text())["results"]}
-        assert {one.settings["k"]: one.top1 for one in read_result(str(path)).figures} == by_k
+        assert {one.settings["k"]: one.percent for one in read_result(str(path)).figures} == by_k
     assert "trained k=5 T=0.07 top-1" in compared(*knn)
     probes = [tmp_path / f"run_linear-{seed}.json" for seed in (0, 1)]
     text = compared(*probes)

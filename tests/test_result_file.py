@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from eval_fixtures import image_tree, noise_source
 from PIL import Image
-from result_fixtures import IMAGES, hits, knn_figure, write_result
+from result_fixtures import hits, knn_figure, write_result
 
 from dino_xcit.data import Subset, open_source
 from dino_xcit.data.packing import command as pack
@@ -39,8 +39,8 @@ def test_bits_beyond_the_last_image_are_refused() -> None:
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), knn_figure(10, hits(280, seed=1)))
     result = read_result(str(path))
-    assert (result.measure, result.weights, result.images) == ("knn", "a", IMAGES)
-    assert [(one.name, one.top1) for one in result.figures] == [
+    assert (result.measure, result.weights, result.counts()) == ("knn", "a", "400 validation images")
+    assert [(one.name, one.percent) for one in result.figures] == [
         ("trained k=20 T=0.07 top-1", 75.0),
         ("trained k=10 T=0.07 top-1", 70.0),
     ]
@@ -64,7 +64,7 @@ def test_a_folder_that_was_packed_holds_the_same_images_under_other_names(tmp_pa
     folder = image_tree(tmp_path / "photos") / "val"
     pack.main([str(folder), str(tmp_path / "shards")])
     first, second = images_card(open_source(str(folder))), images_card(open_source(f"tar:{tmp_path}/shards/*.tar"))
-    assert {key for key in first if first[key] == second[key]} == {"contents", "labels"}
+    assert {key for key in first if first[key] == second[key]} == {"contents", "labels", "names"}
 
 
 def test_images_that_were_saved_anew_have_other_contents_and_the_same_names(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ WRONG: list[tuple[Callable[[Any, object], None], object, str]] = [
     (at("format"), 0, "has format 0, expected 1: it was written by another version"),
     (at("format"), "x" * 5000, "has format xxx"),
     (at("measure"), 3, "is no result"),
-    (at("figures"), [], "is a result of knn, which has no figures image by image"),
+    (at("figures"), [], "is a result of knn without figures image by image or query by query: either"),
     (at("figures"), {"a": 1}, "figures is no list"),
     (at("figures"), [3], "a figure is no mapping"),
     (at("figures", 0, "hits"), "AAAA", "3 bytes for 400 images"),
@@ -157,7 +157,7 @@ def test_a_damaged_result_is_refused_in_a_sentence(
 def test_a_file_that_is_no_result_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"expected a file that run_knn\.py or run_linear\.py wrote with --json"):
+    with pytest.raises(InputError, match=r"expected a file that run_knn\.py, .* wrote with --json"):
         read_result(str(path))
 
 

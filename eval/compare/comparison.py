@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 
 from eval.accuracy import bootstrap_interval
 from eval.compare.likeness import paired
+from eval.compare.means import draw_interval, draw_p, query_interval, randomisation_p, unpaired_query_interval
 from eval.compare.result_file import Result
 from eval.compare.significance import discordant, holm, mcnemar, paired_interval, unpaired_interval
-from eval.figures import Figure
-from eval.table import Interval, percent, signed, table
+from eval.compare.typeset import Columns
+from eval.figures import Figure, Unit
+from eval.retrieval.average_precision import mean_interval
+from eval.table import Interval, percent, signed
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,18 @@ class Comparison:
 
     figure: str
     file: str
-    top1: float
+    percent: float
     interval: Interval | None
-    """None: nobody has its hits."""
+    """None: nobody has what it is the mean of."""
+    unit: Unit
+    """What it is the mean over."""
+    units: int | None
+    """How many of these."""
     difference: float | None = None
     """Percentage points above the first file's; None for the first file itself."""
     difference_interval: Interval | None = None
     only_first: int | None = None
-    """Images that the first file alone has right; None where images are not paired."""
+    """Images or queries that the first file alone has right; None where they are not paired, or not right or wrong."""
     only_this: int | None = None
     p: float | None = None
     p_holm: float | None = None
@@ -47,7 +54,7 @@ def compare(
         partners = [(other, own) for other, pairs in others for mine, own in pairs if mine is figure]
         if not partners or (figure.baseline and not baselines):
             continue
-        rows.append(Comparison(figure.name, first.label, figure.top1, _interval(figure)))
+        rows.append(_row(first, figure))
         rows += [_against(first, figure, other, own) for other, own in partners]
     places = [place for place, row in enumerate(rows) if row.p is not None]
     corrected = holm([row.p for row in rows if row.p is not None])
@@ -56,53 +63,96 @@ def compare(
     return rows
 
 
-def report(comparisons: Sequence[Comparison]) -> str:
-    """The table, and what has to be known to read it."""
-    tests = sum(one.p is not None for one in comparisons)
-    header = ["figure", "file", "top-1 % [95%]", "difference [95%]", "only first right", "only this right", "p"]
+def columns(comparisons: Sequence[Comparison]) -> Columns:
+    """The table."""
+    several = sum(one.p is not None for one in comparisons) > 1
+    accuracies = all(one.unit == "image" for one in comparisons)
+    header = ["figure", "file", f"{'top-1 ' * accuracies}% [95%]", "difference [95%]"]
+    counted = any(one.only_first is not None for one in comparisons) or accuracies
+    header += ["only first right", "only this right"] * counted + ["p"] + ["p (Holm)"] * several
     rows = []
     named = ""
     for one in comparisons:
         new = one.difference is None or one.figure != named  # under --allow k, figures of other files have other names
         cells = [one.figure if new else "", one.file]
         named = one.figure
-        cells += [percent(one.top1, one.interval), signed(one.difference, one.difference_interval)]
-        cells += ["-" if count is None else f"{count:,}" for count in (one.only_first, one.only_this)]
-        cells += [_p(one.p), *([_p(one.p_holm)] if tests > 1 else [])]
-        rows.append(cells)
-    text = table(header + ["p (Holm)"] * (tests > 1), rows, left=2)
-    if tests:
-        text += (
-            "\ndifference: to the first file, in points, interval by paired bootstrap; p: McNemar's exact test, "
-            "two-sided, on the images that one of the two alone has right"
+        cells += [percent(one.percent, one.interval), signed(one.difference, one.difference_interval)]
+        if counted:
+            cells += ["-" if count is None else f"{count:,}" for count in (one.only_first, one.only_this)]
+        rows.append(cells + [_p(one.p)] + [_p(one.p_holm)] * several)
+    return Columns(header, rows, left=2)
+
+
+def notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """What has to be known to read the table."""
+    tests = [one for one in comparisons if one.p is not None]
+    lines = []
+    for unit, plural in (("image", "images"), ("query", "queries")):
+        if any(one.unit == unit and one.only_first is not None for one in tests):
+            lines.append(
+                "difference: to the first file, in points, interval by paired bootstrap; p: McNemar's exact test, "
+                f"two-sided, on the {plural} that one of the two alone has right"
+            )
+    if any(one.unit == "query" and one.only_first is None for one in tests):
+        lines.append(
+            "means over queries: interval of the difference by paired bootstrap over the queries; p: Fisher's "
+            "randomisation test, two-sided (each query's two values exchanged at random)"
         )
-    if tests > 1:
-        text += f"\np (Holm): corrected for the {tests} tests of this table; --figure WORDS leaves fewer"
-    if any(one.interval is None for one in comparisons):
-        text += "\nno interval: the figure comes without its hits image by image"
+    if any(one.unit == "draw" for one in comparisons):
+        lines.append(
+            "means over draws: intervals and p by Student's t over the draws, the same training images in both files; "
+            "they tell of other draws, not of other validation images"
+        )
+    if len(tests) > 1:
+        lines.append(f"p (Holm): corrected for the {len(tests)} tests of this table; --figure WORDS leaves fewer")
+    if any(one.units is None for one in comparisons):
+        lines.append("no interval: the figure comes without its hits image by image")
+    if any(one.unit == "draw" and one.units == 1 for one in comparisons):
+        lines.append("no interval: there is one draw; --draws 5 has five")
     if any(one.difference_interval is not None and one.p is None for one in comparisons):
-        text += "\nno p: the images are not paired; the interval of that difference resamples each file by itself"
-    return text
+        lines.append("no p: the images are not paired; the interval of that difference resamples each file by itself")
+    return lines
+
+
+def _row(result: Result, figure: Figure) -> Comparison:
+    found = figure.hits if figure.values is None else figure.values
+    units = None if found is None else len(found)
+    return Comparison(figure.name, result.label, figure.percent, _interval(figure), figure.unit, units)
 
 
 def _against(first: Result, figure: Figure, other: Result, own: Figure) -> Comparison:
-    row = Comparison(own.name, other.label, own.top1, _interval(own), own.top1 - figure.top1)
-    if figure.hits is None or own.hits is None:
+    row = replace(_row(other, own), difference=own.percent - figure.percent)
+    together = paired(first, other, figure, own)
+    if figure.hits is not None and own.hits is not None:
+        if not together:
+            return replace(row, difference_interval=unpaired_interval(figure.hits, own.hits))
+        only_first, only_this = discordant(figure.hits, own.hits)
+        return replace(
+            row,
+            difference_interval=paired_interval(figure.hits, own.hits),
+            only_first=only_first,
+            only_this=only_this,
+            p=mcnemar(only_first, only_this),
+        )
+    if figure.values is None or own.values is None:
         return row
-    if not paired(first, other):
-        return replace(row, difference_interval=unpaired_interval(figure.hits, own.hits))
-    only_first, only_this = discordant(figure.hits, own.hits)
-    return replace(
-        row,
-        difference_interval=paired_interval(figure.hits, own.hits),
-        only_first=only_first,
-        only_this=only_this,
-        p=mcnemar(only_first, only_this),
-    )
+    if figure.unit == own.unit == "query":
+        if not together:
+            return replace(row, difference_interval=unpaired_query_interval(figure.values, own.values))
+        interval = query_interval(figure.values, own.values)
+        return replace(row, difference_interval=interval, p=randomisation_p(figure.values, own.values))
+    if not together:  # other draws: too few of each to say how far they are from each other
+        return row
+    gains = own.values - figure.values
+    return replace(row, difference_interval=draw_interval(gains), p=draw_p(gains))
 
 
 def _interval(figure: Figure) -> Interval | None:
-    return None if figure.hits is None else bootstrap_interval(figure.hits)
+    if figure.hits is not None:
+        return bootstrap_interval(figure.hits)
+    if figure.values is None:
+        return None
+    return draw_interval(figure.values) if figure.unit == "draw" else mean_interval(figure.values)
 
 
 def _p(value: float | None) -> str:

@@ -6,6 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from dino_xcit.errors import InputError
+from eval.compare import images
+from eval.compare.classifiers import SETTING as CLASSIFIER
+from eval.compare.classifiers import other_classifier, protocol_of, shared_protocol
+from eval.compare.difference import Difference, changed
 from eval.compare.result_file import Result, shown
 from eval.figures import Figure, Setting
 
@@ -13,19 +17,8 @@ SWEPT = ("ks", "temperatures", "interval", "published")
 """Parts of a protocol that decide no single figure: which figures there are (each names its own k and T), how
 intervals are computed, and what was published."""
 
-FIGURE_SETTINGS = ("k", "T")
-"""What figures of one file may differ in, and a user may want to overlook between two."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Something that makes two figures unlike."""
-
-    name: str
-    """What ``--allow`` calls it."""
-    clause: str
-    """What differs: ``crop 224 -> 28``."""
-    allowable: bool = True
+OVERLOOKED = {"knn": ("k", "T"), "linear": (CLASSIFIER,)}
+"""What figures of one file may differ in, and a user may want to overlook between two, by measure."""
 
 
 @dataclass(frozen=True)
@@ -38,55 +31,76 @@ class Likeness:
     """The first's figures with the other's of equal settings."""
 
 
-def liken(first: Result, other: Result, overlooked: Collection[str] = ()) -> Likeness:
+def liken(first: Result, other: Result, allowed: Collection[str] = ()) -> Likeness:
     """Hold a result against the first.
 
     Args:
-        overlooked: settings of figures that need not be equal where no pair has all of them equal.
+        allowed: differences to let pass. Settings of figures among them need not be equal where no pair has all of
+            them equal.
 
     Raises:
-        InputError: without the overlooked settings, several figures of one file are the same.
+        InputError: without those settings, several figures of one file are the same.
     """
-    found = _differences(first, other)
-    if any(one.name == "measure" for one in found):
-        return Likeness(found, [])
-    pairs = _alike(first, other, overlooked)
+    if first.measure != other.measure:
+        clause = f"measure {first.measure} -> {other.measure}"
+        return Likeness([Difference("measure", clause, allowable=False)], [])
+    overlooked = set(allowed) & set(OVERLOOKED.get(first.measure, ()))
+    pairs = _alike(first, other, overlooked - {CLASSIFIER})
+    found = _images(first, other)
+    unlike = None if pairs else other_classifier(first, other)
+    if unlike:
+        found += [unlike, *_protocol(shared_protocol(first), shared_protocol(other))]
+        every = [(one, another) for one in first.figures for another in other.figures]
+        return Likeness(found, every if CLASSIFIER in overlooked else [])
+    protocols = [
+        protocol_of(result, [pair[place] for pair in pairs] or result.figures)
+        for place, result in enumerate((first, other))
+    ]
+    published = [result.protocol.keys() for result in (first, other) if result.source]
+    if published:  # of a published figure, only what was published can be compared
+        protocols = [{key: one[key] for key in published[0] if key in one} for one in protocols]
+    found = _protocol(*protocols) + found
     if not pairs or any(one.settings != another.settings for one, another in pairs):
         found += _unlike_settings(first, other)
     return Likeness(found, pairs)
 
 
-def _differences(first: Result, other: Result) -> list[Difference]:
-    """Besides the figures' own settings. Of a published figure, only what was published can be compared."""
-    if first.measure != other.measure:
-        return [Difference("measure", f"measure {first.measure} -> {other.measure}", allowable=False)]
+def _protocol(then: Mapping[str, object], now: Mapping[str, object]) -> list[Difference]:
     found = []
-    published = [result.protocol.keys() for result in (first, other) if result.source]
-    keys = published[0] if published else first.protocol.keys() | other.protocol.keys()
-    for key in sorted(keys):
-        then, now = first.protocol.get(key), other.protocol.get(key)
-        if key in SWEPT or then == now:
-            continue
-        name = "protocol" if key == "name" else key
-        found.append(Difference(name, f"{name} {shown(then)} -> {shown(now)}"))
-    changed = _changed(first.transform, other.transform)
-    if changed:
-        found.append(Difference("transform", f"transform: {', '.join(changed)}"))
-    for name in sorted(first.data.keys() | other.data.keys()):
-        found += _data(name, first, other)
+    for key in sorted(then.keys() | now.keys()):
+        values = [_deciding(key, protocol.get(key)) for protocol in (then, now)]
+        if key not in SWEPT and values[0] != values[1]:
+            name = "protocol" if key == "name" else key
+            found.append(Difference(name, f"{name} {shown(values[0])} -> {shown(values[1])}"))
     return found
 
 
-def paired(first: Result, other: Result) -> bool:
-    """Whether image i is the same image in both, by its name or by its contents."""
-    if first.source or other.source:
+def _deciding(key: str, value: object) -> object:
+    """A whitening belongs to its weights, which may differ: what has to be alike is what it was learned on."""
+    return value.get("learned_on") if key == "whitening" and isinstance(value, Mapping) else value
+
+
+def _images(first: Result, other: Result) -> list[Difference]:
+    """What differs in what was seen."""
+    found = []
+    unlike = changed(first.transform, other.transform)
+    if unlike:
+        found.append(Difference("transform", f"transform: {', '.join(unlike)}"))
+    for name in sorted(first.data.keys() | other.data.keys()):
+        found += images.differences(name, first, other)
+    return found
+
+
+def paired(first: Result, other: Result, mine: Figure, own: Figure) -> bool:
+    """Whether value i of the one figure and value i of the other are of the same image, query or draw."""
+    if first.source or other.source or mine.unit != own.unit or mine.which != own.which:
         return False
-    then, now = first.data["val"], other.data["val"]
-    return then["order"] == now["order"] or _same_images(then, now)
-
-
-def _same_images(then: Mapping[str, object], now: Mapping[str, object]) -> bool:
-    return all(then[key] == now[key] for key in ("images", "labels", "contents"))
+    # A draw is rows of the training images; its figure is a mean over validation images in any order.
+    names = {"image": ["val"], "draw": ["train"], "query": sorted(first.data.keys() | other.data.keys())}[mine.unit]
+    return all(
+        name in first.data and name in other.data and images.same_order(first.data[name], other.data[name])
+        for name in names
+    )
 
 
 def _alike(first: Result, other: Result, overlooked: Collection[str]) -> list[tuple[Figure, Figure]]:
@@ -113,38 +127,10 @@ def _unlike_settings(first: Result, other: Result) -> list[Difference]:
     for name in sorted({name for result in (first, other) for one in result.figures for name in one.settings}):
         then, now = (sorted({shown(one.settings.get(name)) for one in r.figures}) for r in (first, other))
         if not set(then) & set(now):
-            found.append(Difference(name, f"{name} {', '.join(then)} -> {', '.join(now)}", name in FIGURE_SETTINGS))
+            allowable = name in OVERLOOKED.get(first.measure, ())
+            found.append(Difference(name, f"{name} {', '.join(then)} -> {', '.join(now)}", allowable))
     return found or [Difference("figures", "no figure has the same settings in both", allowable=False)]
 
 
 def _key(one: Figure, overlooked: Collection[str] = ()) -> frozenset[tuple[str, Setting]]:
     return frozenset((name, value) for name, value in one.settings.items() if name not in overlooked)
-
-
-def _changed(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    return [
-        f"{key} {shown(then.get(key))} -> {shown(now.get(key))}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
-
-
-def _data(name: str, first: Result, other: Result) -> list[Difference]:
-    """What differs in the ``train`` or ``val`` images."""
-    meant = {"train": "training", "val": "validation"}[name]
-    if not (name in first.data and name in other.data):
-        return [Difference(name, f"{meant} images are named in one of the two only", allowable=False)]
-    then, now = first.data[name], other.data[name]
-    counts = [f"{int(str(part['images'])):,} of {part['classes']} classes" for part in (then, now)]
-    if first.source or other.source:  # only the data set's name was published
-        different = "" if counts[0] == counts[1] else f"{counts[0]} -> {counts[1]}"
-        return [Difference(name, f"other {meant} images: {different}", allowable=False)] if different else []
-    if _same_images(then, now):  # in a folder or in shards, under whatever names
-        return []
-    if then["members"] != now["members"]:
-        counted = f": {counts[0]} -> {counts[1]}" if counts[0] != counts[1] else " (other names or labels)"
-        return [Difference(name, f"other {meant} images{counted}")]
-    if then["order"] != now["order"]:
-        # No classifier here depends on the order of the training images, but a sample of contents does.
-        return [Difference("order", "the same validation images in another order")] if name == "val" else []
-    return [Difference(name, f"{meant} images of the same names, but other contents (resized or saved anew?)")]

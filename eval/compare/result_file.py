@@ -1,4 +1,4 @@
-"""Read a result file that run_knn.py or run_linear.py wrote (``--json``). Nothing that it says is believed."""
+"""Read a result file that one of the runners wrote (``--json``). Nothing that it says is believed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
+
+from numpy.typing import NDArray
 
 from dino_xcit.console import printable
 from dino_xcit.errors import InputError, one_line
-from eval.figures import MOST_IMAGES, Figure, unpack
+from eval.figures import MOST_IMAGES, Figure, Unit, unpack, unpack_values
 from eval.protocol import FORMAT
 
 MOST_BYTES = 256 << 20
@@ -19,6 +21,12 @@ MOST_BYTES = 256 << 20
 
 LONGEST_WORD = 500
 """Letters of a name or setting."""
+
+MOST_PARTS = 100
+"""Sets of images in one result; Copydays has 21."""
+
+_WORDS_OF_IMAGES = ("contents", "labels", "order", "members")
+_WORDS_OF_NEWER_CARDS = ("names", "whole", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -28,22 +36,24 @@ class Result:
     label: str
     """What it is called on the screen: the file's path as it was given."""
     measure: str
-    """``knn`` or ``linear``."""
+    """``knn``, ``linear``, ``retrieval folder`` ..."""
     protocol: Mapping[str, object]
     transform: Mapping[str, object]
     weights: str
     """Hash of the backbone's weights; empty for a published figure."""
     data: Mapping[str, Mapping[str, object]]
-    """``val`` and, where there is one, ``train``: which images, as :func:`eval.protocol.images_card` says."""
+    """``train`` and ``val``, or the sets of a retrieval benchmark: which images, as
+    :func:`eval.protocol.images_card` says."""
     figures: tuple[Figure, ...]
     versions: Mapping[str, object]
     source: str = ""
     """Where a published figure was published; empty for a measured one."""
 
-    @property
-    def images(self) -> int:
-        """How many validation images."""
-        return int(str(self.data["val"]["images"]))
+    def counts(self) -> str:
+        """``3,000 validation images``, or of each set of a retrieval benchmark how many."""
+        if "val" in self.data:
+            return f"{int(str(self.data['val']['images'])):,} validation images"
+        return ", ".join(f"{name} {int(str(part['images'])):,}" for name, part in self.data.items())
 
 
 def read_result(path: str) -> Result:
@@ -54,7 +64,9 @@ def read_result(path: str) -> Result:
     """
 
     def refuse(why: str) -> NoReturn:
-        raise InputError(f"{path} {why}; expected a file that run_knn.py or run_linear.py wrote with --json")
+        raise InputError(
+            f"{path} {why}; expected a file that run_knn.py, run_linear.py or run_retrieval.py wrote with --json"
+        )
 
     try:
         with open(Path(path).expanduser(), "rb") as file:
@@ -75,7 +87,10 @@ def read_result(path: str) -> Result:
             "version; measure again (kept features make that quick)"
         )
     if not content.get("figures"):
-        raise InputError(f"{path} is a result of {shown(content['measure'])}, which has no figures image by image")
+        raise InputError(
+            f"{path} is a result of {shown(content['measure'])} without figures image by image or query by query: "
+            "either there are none of these, or it is of before they were kept; then measure again"
+        )
     try:
         return _result(path, content)
     except (KeyError, TypeError, ValueError) as error:
@@ -85,18 +100,20 @@ def read_result(path: str) -> Result:
 def _result(path: str, content: Mapping[str, Any]) -> Result:
     protocol, transform = _plain(content, "protocol"), _plain(content, "transform")
     weights = _word(_part(content, "weights"), "hash")
-    data = {name: _plain(_part(content, "data"), name) for name in ("train", "val") if name in content["data"]}
+    parts = _plain(content, "data")
+    if not 0 < len(parts) <= MOST_PARTS:
+        raise ValueError(f"data has {len(parts)} sets of images, expected 1 to {MOST_PARTS}")
+    data = {name: _plain(parts, name) for name in parts}
     for name, part in data.items():
         _count(part, "images")
-        for key in ("contents", "labels", "order", "members"):
+        for key in (*_WORDS_OF_IMAGES, *(key for key in _WORDS_OF_NEWER_CARDS if part.get(key) is not None)):
             _word(part, key)
         if part["classes"] is not None:
             _count(part, "classes", f"data.{name}")
     found = content["figures"]
     if not isinstance(found, list):
         raise ValueError("figures is no list")
-    images = int(data["val"]["images"])
-    figures = tuple(_figure(one, images) for one in found)
+    figures = tuple(_figure(one, data) for one in found)
     if len({one.name for one in figures}) < len(figures):
         raise ValueError("two of its figures have one name")
     return Result(
@@ -104,23 +121,47 @@ def _result(path: str, content: Mapping[str, Any]) -> Result:
     )
 
 
-def _figure(content: object, images: int) -> Figure:
+def _figure(content: object, data: Mapping[str, Mapping[str, Any]]) -> Figure:
     if not isinstance(content, Mapping):
         raise ValueError("a figure is no mapping")
-    name, settings, top1 = _word(content, "name"), _part(content, "settings"), content["top1"]
-    if not isinstance(top1, (int, float)) or isinstance(top1, bool) or not 0 <= top1 <= 100:
-        raise ValueError(f"{name}: top1 is {shown(top1)}, expected percent")
-    for key, value in settings.items():
+    name, settings, unit = _word(content, "name"), _part(content, "settings"), content.get("unit", "image")
+    if unit not in get_args(Unit):
+        raise ValueError(f"{name}: unit is {shown(unit)}, expected {', '.join(get_args(Unit))}")
+    key = "top1" if unit == "image" else "percent"
+    percent = content[key]
+    if not isinstance(percent, (int, float)) or isinstance(percent, bool) or not 0 <= percent <= 100:
+        raise ValueError(f"{name}: {key} is {shown(percent)}, expected percent")
+    for setting, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or len(str(value)) > LONGEST_WORD:
-            raise ValueError(f"{name}: {shown(key)} is {shown(value)}, expected a word or a number")
-    hits = None
-    if content["hits"] is not None:
-        if content["images"] != images:
-            raise ValueError(f"{name}: hits of {shown(content['images'])} images, expected {images}")
-        hits = unpack(str(content["hits"]), images)
-        if images and not math.isclose(100.0 * float(hits.mean()), top1, abs_tol=1e-9):
-            raise ValueError(f"{name}: its hits make {100 * hits.mean():.4f}, but it says {top1:.4f}")
-    return Figure(name, dict(settings), float(top1), hits, content["baseline"] is True)
+            raise ValueError(f"{name}: {shown(setting)} is {shown(value)}, expected a word or a number")
+    hits, values = content["hits"], content.get("values")
+    baseline, which = content["baseline"] is True, "" if unit == "image" else _word(content, "which")
+    if hits is not None:
+        count = _units(content, name, unit, data)
+        right = unpack(str(hits), count)
+        _check_mean(name, right, percent, 1e-9)
+        return Figure(name, dict(settings), float(percent), right, baseline, None, unit, which)
+    if values is not None and unit != "image":
+        shares = unpack_values(str(values), _count(content, "count", name))
+        _check_mean(name, shares / 100, percent, 1e-4)  # kept with the seven digits of float32
+        return Figure(name, dict(settings), float(percent), None, baseline, shares, unit, which)
+    return Figure(name, dict(settings), float(percent), None, baseline, None, unit, which)
+
+
+def _units(content: Mapping[str, Any], name: str, unit: str, data: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many hits a figure has to have."""
+    if unit != "image":
+        return _count(content, "count", name)
+    images = int(data["val"]["images"])
+    if content["images"] != images:
+        raise ValueError(f"{name}: hits of {shown(content['images'])} images, expected {images}")
+    return images
+
+
+def _check_mean(name: str, shares: NDArray[Any], percent: float, tolerance: float) -> None:
+    mean = 100.0 * float(shares.mean())
+    if not math.isclose(mean, percent, abs_tol=tolerance):
+        raise ValueError(f"{name}: its hits make {mean:.4f}, but it says {percent:.4f}")
 
 
 def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:

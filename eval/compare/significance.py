@@ -46,14 +46,14 @@ def paired_interval(first: Hits, second: Hits, draws: int = DRAWS, level: float 
     images = len(first)
     shares = [only_first / images, only_second / images, (images - only_first - only_second) / images]
     counts = np.random.default_rng(SEED).multinomial(images, shares, size=draws)
-    return _percentiles(100.0 * (counts[:, 1] - counts[:, 0]) / images, level)
+    return percentiles(100.0 * (counts[:, 1] - counts[:, 0]) / images, level)
 
 
 def unpaired_interval(first: Hits, second: Hits, draws: int = DRAWS, level: float = LEVEL) -> tuple[float, float]:
     """The same for two results on different images, each resampled by itself."""
     random = np.random.default_rng(SEED)
     one, other = (random.binomial(len(hits), float(hits.mean()), size=draws) / len(hits) for hits in (first, second))
-    return _percentiles(100.0 * (other - one), level)
+    return percentiles(100.0 * (other - one), level)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -67,7 +67,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _percentiles(values: NDArray[np.float64], level: float) -> tuple[float, float]:
+def percentiles(values: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """The middle of a sample that holds the share ``level`` of it."""
     tail = 50 * (1 - level)
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

@@ -5,6 +5,7 @@ C classes, D features, n images a class ("shots").
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,7 +63,8 @@ def few_shot(
         ks: neighbours that vote; more than were drawn means all of them, and is reported once, as that number.
 
     Returns:
-        One record for each (n, k, T): ``shots``, ``k``, ``temperature``, ``classes_with_fewer`` images than n, and for
+        One record for each (n, k, T): ``shots``, ``k``, ``temperature``, ``classes_with_fewer`` images than n,
+        ``drawn`` (SHA-256 of the rows of all draws: where two networks' are equal, so are their images), and for
         ``top1`` and ``top5`` the mean over the draws, ``*_deviation`` (of a sample, n - 1 in its denominator; None for
         a single draw) and ``*_draws``, each draw's own. Top-5 is None where it would say nothing: up to five classes,
         or fewer than five neighbours.
@@ -77,8 +79,10 @@ def few_shot(
     with progress_bar(len(shots) * draws, "few-shot", shown=progress, unit="draw") as bar:
         for count in shots:
             figures: dict[tuple[int, float], list[tuple[float, float]]] = {}
+            drawn = hashlib.sha256()
             for number in range(draws):
                 rows = draw(train_labels, count, seed, number)
+                drawn.update(rows.astype("<i8").tobytes())
                 usable, _ = clamp_ks(ks, len(rows))
                 found = knn_predict(train_features[rows], train_labels[rows], test_features, usable, temperatures)
                 for pair, guesses in found.items():
@@ -89,6 +93,7 @@ def few_shot(
             for (k, temperature), measured in figures.items():
                 top1, top5 = zip(*measured, strict=True)
                 record: Record = {"shots": count, "k": k, "temperature": temperature, "classes_with_fewer": fewer}
+                record["drawn"] = drawn.hexdigest()
                 record |= _summary("top1", top1) | _summary("top5", top5 if classes > 5 and k >= 5 else None)
                 records.append(record)
     return records
