@@ -5,6 +5,7 @@ Optimizer, step, schedules and the teacher's centre start as in any new run.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
+from dino_xcit.models.vit import vit_shape
 from dino_xcit.train import TrainState
-from dino_xcit.weights import Allowed, read_weights
-from dino_xcit.weights.layouts import first
+from dino_xcit.weights import Allowed, StoredWeights, read_weights
+from dino_xcit.weights.printing import first
 
 
 def initialise(state: TrainState, config: PretrainConfig) -> str:
@@ -30,7 +32,7 @@ def initialise(state: TrainState, config: PretrainConfig) -> str:
     given = config.arch if config.arch.startswith("timm:") else None
     allowed = Allowed(config.allow_missing, config.allow_unexpected)
     read = read_weights(config.init_weights, config.init_network, given, allowed)
-    if read.arch != config.arch:
+    if read.arch != config.arch and not _differs_in_assumed_heads(read, config.arch):
         raise InputError(
             f"init_weights is {config.init_weights}, a {read.arch}, but arch is {config.arch}: give --arch "
             f"{read.arch}, or weights of that architecture"
@@ -43,18 +45,26 @@ def initialise(state: TrainState, config: PretrainConfig) -> str:
         for network in (state.student, state.teacher):
             network.head.load_state_dict(read.head)
     lines = [
-        f"starting from {read.network} {read.arch} of {config.init_weights} ({read.layout}), for student and teacher; "
-        + (f"heads start fresh: {why_fresh}" if why_fresh else f"heads too{_lengths(read.head, config)}")
+        f"starting from {read.network} {config.arch} of {config.init_weights} ({read.layout}), for student and "
+        "teacher; " + (f"heads start fresh: {why_fresh}" if why_fresh else f"heads too{_lengths(read.head, config)}")
     ]
     if read.allowed:
         lines.append(f"notice: allowed, though the file does not fit: {first(read.allowed, 8)}")
-    said = read.transform if read.transform_from else None
+    said = read.preparation.transform if read.preparation.said_by else None
     if said and (said.mean, said.std) != (config.mean, config.std):
         lines.append(
             f"notice: those weights are used to images normalised with mean {_rounded(said.mean)} and deviation "
             f"{_rounded(said.std)}, this run has {_rounded(config.mean)} and {_rounded(config.std)} (--mean, --std)"
         )
     return "\n".join(lines)
+
+
+def _differs_in_assumed_heads(read: StoredWeights, arch: str) -> bool:
+    """Whether the run's transformer is the file's but for its heads, of which the file says nothing."""
+    found, wanted = vit_shape(read.arch), vit_shape(arch)
+    if not read.heads_assumed or found is None or wanted is None:
+        return False
+    return dataclasses.replace(found, heads=wanted.heads) == wanted
 
 
 def _why_not(head: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

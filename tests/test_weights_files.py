@@ -238,6 +238,7 @@ def test_a_pipe_a_folder_and_nothing_are_refused_without_waiting(tmp_path: Path)
         with pytest.raises(InputError, match=words):
             load_backbone(tmp_path / f"{name}.safetensors")
     files.timm_folder(tmp_path / "export", files.timm_xcit(), {})
+    (tmp_path / "export" / "config.json").unlink()
     with pytest.raises(InputError, match=r"such as .*export/model\.safetensors"):
         load_backbone(tmp_path / "export")
 

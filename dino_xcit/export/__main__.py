@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
     if not loaded.transform_from:
         told = ", and config.json tells it to timm" if config.to in ("timm", "hf") else ""
         print(
-            f"notice: the file does not say how images are prepared; assumed: ImageNet's way, {loaded.transform}{told}"
+            f"notice: the file does not say how images are prepared; assumed: {loaded.transform_guess}, "
+            f"{loaded.transform}{told}"
         )
     cards = [model_card.read_card(Path(path), loaded.hash) for path in config.card]
     pictures = photographs(config.images)

@@ -166,7 +166,8 @@ def _preparation(loaded: LoadedBackbone) -> str:
     unsaid = (
         ""
         if loaded.transform_from
-        else "The file does not say how images are prepared; assumed here and in config.json is ImageNet's way: "
+        else "The file does not say how images are prepared; assumed here and in config.json is "
+        f"{loaded.transform_guess}: "
     )
     return (
         f"## Images\n\n{unsaid}"

@@ -1,13 +1,16 @@
-"""DINO's vision transformers (``vit_small_12_p16``): timm's, with sizes that follow from the name alone.
+"""Vision transformers by names that say all of their sizes (``vit_small_12_p16``): timm's code.
 
-The names are made as XCiT's are: family, depth, patch size, and the image side in pixels where it is not 224, which
-decides how many learnt positions there are. Width and heads are those of DeiT (arXiv 2012.12877, table 1) and ViT
-(arXiv 2010.11929, table 1); facebookresearch/dino has tiny, small and base.
+The names are made as XCiT's are: family, depth, patch size, and what is not as in DINO's: the image side in pixels
+where it is not 224 (it decides how many learnt positions there are), ``_hN`` heads where the family has another number,
+``_ls`` for LayerScale and ``_regN`` for N registers. So DINOv2's are ``vit_small_12_p14_518_ls`` and
+``vit_small_12_p14_518_ls_reg4``, MoCo v3's small one ``vit_small_12_p16_h12``. Width and heads are those of DeiT
+(arXiv 2012.12877, table 1) and ViT (arXiv 2010.11929, table 1); facebookresearch/dino has tiny, small and base.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
@@ -19,53 +22,112 @@ VIT_FAMILIES: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 """Width and heads. A state dict shows the width alone: heads have no shape of their own."""
 
-DEPTH_LIMIT, PATCH_LIMIT, SIDE_LIMIT = 99, 64, 4096
-_NAME = re.compile(r"vit_(tiny|small|base|large|huge)_(\d{1,2})_p(\d{1,2})(?:_(\d{2,4}))?")
+DEPTH_LIMIT, PATCH_LIMIT, SIDE_LIMIT, REGISTER_LIMIT = 99, 64, 4096, 99
+_LAYER_SCALE = 1e-5
+"""LayerScale before training, as in DINOv2 (its ssl_default_config.yaml) and in timm's networks of that name."""
+_NAME = re.compile(
+    r"vit_(tiny|small|base|large|huge)_(\d{1,2})_p(\d{1,2})(?:_(\d{2,4}))?(?:_h(\d{1,2}))?(_ls)?(?:_reg(\d{1,2}))?"
+)
 
 
-def vit_name(width: int, depth: int, patch: int, side: int) -> str | None:
-    """The name of a transformer of these sizes, or None where there is none."""
-    for family, (dim, _) in VIT_FAMILIES.items():
-        if dim == width and 1 <= depth <= DEPTH_LIMIT and 1 <= patch <= PATCH_LIMIT and patch <= side <= SIDE_LIMIT:
-            return f"vit_{family}_{depth}_p{patch}" + (f"_{side}" if side != 224 else "")
-    return None
+@dataclass(frozen=True)
+class VitShape:
+    """All that a transformer's name says."""
+
+    family: str
+    depth: int
+    patch: int
+    """Pixels a side."""
+    side: int
+    """Pixels a side of the images that the positions are for."""
+    heads: int
+    layer_scale: bool = False
+    registers: int = 0
+    """Tokens beside the class token that stand for nothing in the image (arXiv 2309.16588)."""
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return VIT_FAMILIES[self.family][0]
+
+    @property
+    def name(self) -> str:
+        """The name that :func:`vit_shape` reads as these sizes."""
+        return (
+            f"vit_{self.family}_{self.depth}_p{self.patch}"
+            + (f"_{self.side}" if self.side != 224 else "")
+            + (f"_h{self.heads}" if self.heads != VIT_FAMILIES[self.family][1] else "")
+            + ("_ls" if self.layer_scale else "")
+            + (f"_reg{self.registers}" if self.registers else "")
+        )
+
+    def can_be(self) -> bool:
+        """Whether there is such a network."""
+        return (
+            1 <= self.depth <= DEPTH_LIMIT
+            and 1 <= self.patch <= PATCH_LIMIT
+            and self.patch <= self.side <= SIDE_LIMIT
+            and self.side % self.patch == 0
+            and self.heads >= 1
+            and self.width % self.heads == 0
+            and 0 <= self.registers <= REGISTER_LIMIT
+        )
 
 
-def vit_side(name: str) -> int | None:
-    """Pixels a side of the images that the named transformer's positions are for; None for another kind of name."""
+def family_of(width: int) -> str | None:
+    """The family of transformers with so many features a token, or None."""
+    return next((family for family, (dim, _) in VIT_FAMILIES.items() if dim == width), None)
+
+
+def vit_shape(name: str) -> VitShape | None:
+    """The sizes that a name says; None for another kind of name, and where there is no such network."""
     found = _NAME.fullmatch(name)
-    return int(found[4] or 224) if found else None
+    if not found:
+        return None
+    family, depth, patch, side, heads, scaled, registers = found.groups()
+    shape = VitShape(
+        family=family,
+        depth=int(depth),
+        patch=int(patch),
+        side=int(side or 224),
+        heads=int(heads or VIT_FAMILIES[family][1]),
+        layer_scale=bool(scaled),
+        registers=int(registers or 0),
+    )
+    return shape if shape.can_be() else None
 
 
 def build_vit(name: str, drop_path_rate: float = 0.0) -> nn.Module:
     """A fresh transformer without a classifier; other image sizes than its own interpolate its positions.
 
     Args:
-        name: such as ``vit_small_12_p16`` or ``vit_base_12_p8_384``.
+        name: such as ``vit_small_12_p16``, ``vit_base_12_p8_384`` or ``vit_base_12_p14_518_ls_reg4``.
 
     Raises:
         InputError: no such name.
     """
-    found = _NAME.fullmatch(name)
-    depth, patch, side = (int(found[2]), int(found[3]), int(found[4] or 224)) if found else (0, 0, 0)
-    if not found or not (depth and 1 <= patch <= PATCH_LIMIT and patch <= side <= SIDE_LIMIT) or side % patch:
+    shape = vit_shape(name)
+    if shape is None:
         raise InputError(
             f"unknown arch {name!r}: expected vit_{{{'|'.join(VIT_FAMILIES)}}}_DEPTH_pPATCH, and _SIDE where images "
-            "are not 224 pixels wide, such as vit_small_12_p16 (the side a multiple of the patch)"
+            "are not 224 pixels wide, such as vit_small_12_p16 (the side a multiple of the patch); after that _hHEADS, "
+            "_ls (LayerScale) and _regN (registers), such as vit_small_12_p14_518_ls_reg4"
         )
     from timm.models.vision_transformer import VisionTransformer  # timm takes a second to import
 
     from dino_xcit.models.timm_backbone import TimmBackbone
 
-    width, heads = VIT_FAMILIES[found[1]]
     return TimmBackbone(
         VisionTransformer(
-            img_size=side,
-            patch_size=patch,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
+            img_size=shape.side,
+            patch_size=shape.patch,
+            embed_dim=shape.width,
+            depth=shape.depth,
+            num_heads=shape.heads,
             num_classes=0,
+            init_values=_LAYER_SCALE if shape.layer_scale else None,
+            reg_tokens=shape.registers,
+            no_embed_class=bool(shape.registers),  # as timm has DINOv2's: positions are of patches alone
             dynamic_img_size=True,
             drop_path_rate=drop_path_rate,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),

@@ -1,14 +1,13 @@
 """Where weights are read from: a path, the Hugging Face hub (``hf-hub:ORG/NAME``) or timm's list (``timm:NAME``).
 
 With a timm model come its name and the images it was measured on: from timm's own list, or from the ``config.json``
-that timm writes beside its files.
+that timm writes beside its files. Hugging Face transformers writes a ``config.json`` too, and another file for images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from typing import Any
 
 from dino_xcit import safe_load
 from dino_xcit.errors import InputError, near_matches
-from dino_xcit.models.vit import vit_side
+from dino_xcit.models.vit import vit_shape
 from dino_xcit.models.xcit import XCIT_SIZES
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights.hub import HUB, TIMM, download
+from dino_xcit.weights.json_file import CONFIG_LIMIT, read_settings
 from dino_xcit.weights.safetensors_file import is_safetensors, read_safetensors
+from dino_xcit.weights.timm_config import transform_of
+from dino_xcit.weights.transformers_config import CONFIG, PREPROCESSOR, TransformersFolder
 
-CONFIG_LIMIT = 2**20
-"""Bytes of a config.json."""
-SIDE_LIMIT = 4096
 ASSUMED = "assumed_eval_transform"
 """Under this name an export's metadata has a transform that its checkpoint did not say (a guess, JSON)."""
 _NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -44,13 +43,16 @@ class WeightsFile:
     """Whose transform that is."""
     named_by: str = ""
     """The config.json that ``timm_name`` is of."""
+    transformers: TransformersFolder | None = None
+    """What Hugging Face transformers says in the folder that the file lies in."""
 
 
 def open_weights(spec: str | Path) -> WeightsFile:
     """Find the file and read it.
 
     Args:
-        spec: a path; ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``; ``timm:NAME`` or ``timm:NAME.TAG``.
+        spec: a path, of a file or of a folder as the hub has them; ``hf-hub:ORG/NAME`` or
+            ``hf-hub:ORG/NAME@REVISION``; ``timm:NAME`` or ``timm:NAME.TAG``.
 
     Raises:
         InputError: no such file or name, no network, or a file that is not read safely.
@@ -60,14 +62,14 @@ def open_weights(spec: str | Path) -> WeightsFile:
         return _of_timm(text.removeprefix(TIMM))
     if text.startswith(HUB):
         repository = text.removeprefix(HUB)
-        config = download(repository, ("config.json",), optional=True)
+        config = download(repository, (CONFIG,), optional=True)
         path = download(repository, _NAMES)
         assert path is not None
-        return _with_config(path, config, text)
-    path = Path(text).expanduser()
-    _refuse_folder(path)
-    beside = path.with_name("config.json")
-    return _with_config(path, beside if is_safetensors(path) and beside.is_file() else None, path.name)
+        return _with_config(path, config, text, repository)
+    path = _in_folder(Path(text).expanduser())
+    beside = path.with_name(CONFIG)
+    told = (is_safetensors(path) or path.name in _NAMES) and beside.is_file()
+    return _with_config(path, beside if told else None, path.name)
 
 
 def _of_timm(name: str) -> WeightsFile:
@@ -94,29 +96,39 @@ def _of_timm(name: str) -> WeightsFile:
     tagged = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     path = download(config.hf_hub_id, (config.hf_hub_filename,) if config.hf_hub_filename else _NAMES)
     assert path is not None
-    transform, exception = _transform_of(config.to_dict(), f"timm's settings for {tagged}")
+    transform, exception = transform_of(config.to_dict(), f"timm's settings for {tagged}")
     return WeightsFile(path, _read(path), str(config.architecture), transform, f"timm's for {tagged}{exception}")
 
 
-def _with_config(path: Path, config: Path | None, name: str) -> WeightsFile:
+def _with_config(path: Path, config: Path | None, name: str, repository: str = "") -> WeightsFile:
+    """``repository``: of the hub, from where other settings are fetched when they are needed; empty: a folder."""
     content = _read(path)
     named, prepared = "args" in content and is_safetensors(path), "eval_transform" in content
     if config is None or (named and prepared):  # what the file says of itself goes before what lies beside it
         return WeightsFile(path, content)
-    stored = _json(config)
+    stored = read_settings(config)
     settings = stored.get("pretrained_cfg", stored)  # timm before 0.9 had them beside the architecture
     architecture = stored.get("architecture")
     if not isinstance(architecture, str) or not isinstance(settings, Mapping):
-        return WeightsFile(path, content)  # another library's
+        return WeightsFile(path, content, transformers=_of_transformers(stored, config, repository))
     if len(architecture) > 100 or not architecture.isprintable():
         raise InputError(f"{config} names an architecture that is none")
-    transform, exception = _transform_of(settings, str(config))
+    transform, exception = transform_of(settings, str(config))
     if transform is not None and transform == content.get(ASSUMED):  # config.json repeats the export's guess
         transform = None
     origin = f"config.json's of {name}{exception}" if transform else ""
     if named:
         return WeightsFile(path, content, "", transform, origin)
     return WeightsFile(path, content, architecture, transform, origin, str(config))
+
+
+def _of_transformers(stored: Mapping[str, Any], config: Path, repository: str) -> TransformersFolder | None:
+    if not isinstance(stored.get("model_type"), str):
+        return None  # another library's
+    beside: Path | None = config.with_name(PREPROCESSOR)
+    if beside is not None and not beside.is_file():
+        beside = download(repository, (PREPROCESSOR,), optional=True) if repository else None
+    return TransformersFolder(repository or str(config.parent), stored, read_settings(beside) if beside else None)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -141,52 +153,14 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _named_here(architecture: str) -> bool:
     """Whether a word is this project's name of an architecture, as an export's metadata has it."""
     return (
-        architecture.startswith(TIMM) or architecture.rpartition("_p")[0] in XCIT_SIZES or bool(vit_side(architecture))
+        architecture.startswith(TIMM)
+        or architecture.rpartition("_p")[0] in XCIT_SIZES
+        or vit_shape(architecture) is not None
     )
 
 
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(CONFIG_LIMIT + 1)
-        stored = json.loads(text) if len(text) <= CONFIG_LIMIT else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: it is damaged, or no JSON; mend it, or move it away") from error
-    if not isinstance(stored, Mapping):
-        raise InputError(f"{path} holds no settings, or more than {CONFIG_LIMIT >> 20} MiB: mend it, or move it away")
-    return stored
-
-
-def _transform_of(settings: Mapping[str, Any], where: str) -> tuple[EvalTransform | None, str]:
-    """timm's pretrained_cfg as a transform, and a clause on what it cannot express; None where it says too little.
-
-    timm resizes the shorter side to side / crop_pct, rounded down, and cuts the centre (timm.data.create_transform).
-    """
-    if not {"input_size", "mean", "std"} <= settings.keys():
-        return None, ""
-    try:
-        _, height, width = settings["input_size"]
-        share = float(settings.get("crop_pct") or 0.875)
-        side = int(width)
-        if height != width or not 1 <= side <= SIDE_LIMIT or not side / SIDE_LIMIT <= share <= 1:
-            raise ValueError("no square of a size that can be")
-        stored = {
-            "resize": math.floor(side / share),
-            "crop": side,
-            "interpolation": settings.get("interpolation") or "bicubic",
-            "mean": settings["mean"],
-            "std": settings["std"],
-        }
-        transform = EvalTransform.from_dict(stored)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{where}: the evaluation transform in it cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from error
-    mode = settings.get("crop_mode") or "center"
-    return transform, "" if mode == "center" else f", but for its crop_mode {str(mode)[:20]!r}: the centre is cut"
-
-
-def _refuse_folder(path: Path) -> None:
+def _in_folder(path: Path) -> Path:
+    """The file of weights in a folder as the hub has them, with config.json beside it; a file itself."""
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
@@ -194,7 +168,10 @@ def _refuse_folder(path: Path) -> None:
             f"there is no file {path}: expected weights such as runs/.../checkpoint.pth, hf-hub:ORG/NAME or timm:NAME"
         ) from None
     except (OSError, ValueError):  # reading says why
-        return
-    if is_folder:
-        inside = next((name for name in ("checkpoint.pth", *_NAMES) if (path / name).is_file()), "checkpoint.pth")
-        raise InputError(f"{path} is a folder: expected a file, such as {path / inside}")
+        return path
+    if not is_folder:
+        return path
+    inside = next((name for name in ("checkpoint.pth", *_NAMES) if (path / name).is_file()), "checkpoint.pth")
+    if inside in _NAMES and (path / CONFIG).is_file():
+        return path / inside
+    raise InputError(f"{path} is a folder: expected a file, such as {path / inside}")

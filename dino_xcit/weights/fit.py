@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.weights.layouts import first, shown
 from dino_xcit.weights.names import with_batch_counts
+from dino_xcit.weights.printing import first, shown
 
 _CLASSIFIERS = ("head.", "fc.", "head_dist.", "classifier.")
 """What stands on a supervised backbone: no part of it, where the architecture has nothing of that name."""
+_OF_TRAINING = (
+    "mask_token", "masked_embed",  # what stands for hidden patches: DINOv2, MAE; iBOT's students
+    "decoder_embed.", "decoder_pos_embed", "decoder_blocks.", "decoder_norm.", "decoder_pred.",  # MAE's decoder
+    "pooler.",  # transformers' layer on the class token, which no feature of DINO's has been through
+)  # fmt: skip
+"""What is used while training alone, or stands beside the features: no part of a backbone either."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Fit:
     state: dict[str, Tensor]
     classifiers: tuple[str, ...]
     """Classifiers that were left aside: ``head``, ``fc``."""
+    of_training: tuple[str, ...]
+    """Other parts of no use to a frozen backbone that were left aside: ``mask_token``, ``decoder_blocks``."""
     allowed: tuple[str, ...]
     """``missing KEY`` or ``unexpected KEY`` for each exception that was made."""
 
@@ -66,8 +74,9 @@ def fit(
     wanted = {key.removeprefix(wrapper): value for key, value in own.items()}
     given = with_batch_counts(state, wanted)
     on_top = {key for key in given.keys() - wanted.keys() if key.startswith(_CLASSIFIERS)}
+    of_training = {key for key in given.keys() - wanted.keys() if _of_training(key)}
     missing = sorted(wanted.keys() - given.keys())
-    left_over = sorted(given.keys() - wanted.keys() - on_top)
+    left_over = sorted(given.keys() - wanted.keys() - on_top - of_training)
     both = sorted(wanted.keys() & given.keys())
     problems = {
         "lacks": [key for key in missing if not _matches(key, allowed.missing)],
@@ -86,9 +95,18 @@ def fit(
         )
     return Fit(
         state={wrapper + key: given[key] for key in both},
-        classifiers=tuple(dict.fromkeys(key.partition(".")[0] for key in given if key in on_top)),
+        classifiers=_first_words(given, on_top),
+        of_training=_first_words(given, of_training),
         allowed=(*(f"missing {shown([key])}" for key in missing), *(f"unexpected {shown([key])}" for key in left_over)),
     )
+
+
+def _of_training(key: str) -> bool:
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in _OF_TRAINING)
+
+
+def _first_words(given: Mapping[str, Tensor], keys: set[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(key.partition(".")[0] for key in given if key in keys))
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:

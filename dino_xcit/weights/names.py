@@ -1,6 +1,6 @@
 """One network, several spellings: keys of a state dict as other programs write them, to the names used here.
 
-Only names change, and class attention's q, k and v are put together; no value does.
+Only names change, and q, k and v are put together; of values the class token's alone, with DINOv2's registers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dino_xcit.timm_names import from_timm
+from dino_xcit.weights.dinov2_names import from_dinov2
+from dino_xcit.weights.transformers_names import from_transformers
 
 _WRAPPERS = (
     "module.",  # DistributedDataParallel
@@ -36,11 +38,12 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def backbone_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's weights under the official names of XCiT, of DINO's ViT or of torchvision's ResNet.
+    """A backbone's weights under the official names of XCiT, timm's of a ViT (DINO's are the same), torchvision's of a
+    ResNet.
 
     A key that belongs to none of them keeps its name, so that whoever loads the result can name it.
     """
-    out = unwrapped(state)
+    out = from_dinov2(from_transformers(unwrapped(state)))
     if "vit.cls_token" in out:  # beside it lightly has a mask_token of its own
         out = _without_prefix(out, "vit.")
     if "0.weight" in out and out.keys() >= {"1.running_mean", "4.0.conv1.weight"}:
@@ -69,6 +72,8 @@ def head_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     for key, value in unwrapped(state).items():
+        if key.startswith("last_layer2."):  # iBOT's, for patches
+            continue
         name = re.sub(r"^layers\.", "mlp.", key)
         name = re.sub(r"^prototypes0\.", "last_layer.", name)
         name = name.replace("parametrizations.weight.original0", "weight_g")

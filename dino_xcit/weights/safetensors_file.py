@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.safe_load import ENTRY_LIMIT, PICKLE_LIMIT
+from dino_xcit.weights.printing import shown
 
 HEADER_LIMIT = PICKLE_LIMIT
 """Bytes of the header, which holds what a checkpoint's pickle holds: names and shapes."""
@@ -81,13 +82,8 @@ def _check(part: object, name: str, path: Path) -> None:
     kind, shape = part.get_dtype(), part.get_shape()  # type: ignore[attr-defined]
     if kind not in _TYPES:
         raise InputError(
-            f"{path} holds {printable_name(name)} as {kind}, expected one of {', '.join(_TYPES)}: convert it first"
+            f"{path} holds {shown([name])} as {kind}, expected one of {', '.join(_TYPES)}: convert it first"
         )
     # An empty tensor may claim any other lengths, and PyTorch multiplies them.
     if math.prod(length or 1 for length in shape) >= 2**62 or len(shape) > 64:
-        raise InputError(f"{path} holds {printable_name(name)} in a shape that cannot be: {str(list(shape))[:80]}")
-
-
-def printable_name(name: str) -> str:
-    """A name out of a file, which may be of any length and hold anything, as a few words of one line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name[:80])
+        raise InputError(f"{path} holds {shown([name])} in a shape that cannot be: {str(list(shape))[:80]}")

@@ -1,0 +1,58 @@
+"""How images are prepared for a file's weights, and who says so."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from dino_xcit.errors import InputError
+from dino_xcit.models.vit import vit_shape
+from dino_xcit.transform import EvalTransform
+from dino_xcit.weights.files import WeightsFile
+from dino_xcit.weights.printing import shown
+from dino_xcit.weights.transformers_config import TransformersFolder
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A transform, and either who says that it is the one or, where nobody does, why it was taken."""
+
+    transform: EvalTransform
+    said_by: str = ""
+    guess: str = ""
+
+
+def preparation(file: WeightsFile, arch: str, where: str, settings: TransformersFolder | None) -> Preparation:
+    """What the file says; else what lies beside it; else a guess by the architecture.
+
+    Args:
+        where: the file, for messages.
+        settings: of the folder that the file lies in, if it is one of transformers' and the weights are too.
+
+    Raises:
+        InputError: what is said cannot be read.
+    """
+    if "eval_transform" in file.content:
+        try:
+            return Preparation(EvalTransform.from_dict(file.content["eval_transform"]), "the checkpoint's")
+        except (InputError, OverflowError, RuntimeError) as error:
+            raise InputError(f"{where}: {shown([' '.join(str(error)[:1000].split())])}") from error
+    if file.transform:
+        return Preparation(file.transform, file.transform_from)
+    if settings is not None:
+        transform, exception = settings.transform()
+        if transform is not None:
+            return Preparation(transform, f"preprocessor_config.json's of {where}{exception}")
+    return _guess(arch)
+
+
+def _guess(arch: str) -> Preparation:
+    shape = vit_shape(arch)
+    if shape is not None and shape.layer_scale and shape.patch == 14:
+        # Its last weeks of training are at 518 pixels, its evaluations are not (arXiv 2304.07193, and
+        # facebookresearch/dinov2, dinov2/eval: resize 256, centre crop 224).
+        return Preparation(EvalTransform(), guess="ImageNet's way, as in DINOv2's evaluations")
+    if shape is not None and shape.side != 224:
+        transform = dataclasses.replace(EvalTransform(), resize=round(shape.side * 8 / 7), crop=shape.side)
+        return Preparation(transform, guess=f"ImageNet's way for {shape.side} pixels, as its positions")
+    return Preparation(EvalTransform(), guess="ImageNet's way")
