@@ -206,9 +206,9 @@ def _few_shot(model: str, parts: tuple[Features, Features], config: KnnConfig, f
         config.temperatures, config.seed, progress=True,
     )  # fmt: skip
     found.few_shot += [{"model": model, **record} for record in records]
-
-
     found.figures += [few_shot_figure(model, record, config.draws, config.seed) for record in records]
+
+
 def _pixels(
     parts: tuple[Source, Source], transform: EvalTransform, normalised: bool, device: torch.device, config: KnnConfig
 ) -> tuple[Features, Features] | None:
