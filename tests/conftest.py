@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from ranks import Server, rank_server
+from run_here import Here, run_here
 
 torch.set_num_threads(1)
 
@@ -29,6 +30,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Starts runs of real processes."""
     with rank_server(tmp_path_factory.mktemp("ranks")) as started:
         yield started
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Runs a runner's console entry in this process."""
+    return run_here(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

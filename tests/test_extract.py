@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from eval_fixtures import CLASSES, image_tree, tiny_checkpoint, unit
 from extract_process import in_a_child
 from PIL import Image
 from ranks import two_ranks_run
+from run_here import Command, Here, Outcome
 
 import run_extract
 from dino_xcit.data import open_source
@@ -30,12 +30,6 @@ class Place(NamedTuple):
     weights: Path
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("extract")
@@ -43,25 +37,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tree, tiny_checkpoint(folder / "run", tree))
 
 
-Command = Callable[..., Outcome]
-
-
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(here: Here) -> Command:
     """Runs run_extract.py in this process."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["run_extract.py", *map(str, arguments)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            run_extract.command()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return Outcome(int(str(code or 0)), captured.out, captured.err)
-
-    return run
+    return functools.partial(here, run_extract)
 
 
 def words(place: Place, *more: object, data: Path | None = None) -> tuple[object, ...]:
@@ -434,7 +413,7 @@ def test_parts_serve_whatever_is_made_of_the_rows_later(place: Place, command: C
     ("flags", "found"),
     [
         (("--pooling", "gem"), "pooling is gem"),
-        (("--scales", "1", "0.5"), "scales is 1.0 0.5"),
+        (("--scales", "1", "0.5"), "scales is 1 0.5"),
         (("--whiten", "w.npz"), "whiten is w.npz"),
         (("--dtype", "fp16"), "dtype is fp16"),
         (("--no-normalise",), "normalise is off"),

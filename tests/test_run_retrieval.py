@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
 from numpy.typing import NDArray
 from PIL import Image
+from run_here import Command, Here
 
 import run_extract
 import run_retrieval
@@ -28,15 +28,6 @@ class Place(NamedTuple):
     """``photos``/{train,val}/{bars,dots,waves}."""
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Here = Callable[..., Outcome]
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("retrieval")
@@ -45,21 +36,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    """Runs a console entry in this process."""
+def retrieve(here: Here) -> Command:
+    """Runs run_retrieval.py in this process."""
+    return functools.partial(here, run_retrieval)
 
-    def run(*words: object, runner: Any = run_retrieval) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [f"{runner.__name__}.py", *map(str, words)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            runner.command()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return Outcome(int(str(code or 0)), captured.out, captured.err)
 
-    return run
+@pytest.fixture
+def extract(here: Here) -> Command:
+    """Runs run_extract.py in this process."""
+    return functools.partial(here, run_extract)
 
 
 def noise(seed: int, width: int = 40, height: int = 32) -> NDArray[np.uint8]:
@@ -98,10 +83,10 @@ def oxford(tmp_path: Path) -> Path:
 
 
 def test_landmarks_cut_queries_to_their_box_and_write_a_figure_a_setup(
-    place: Place, oxford: Path, here: Here, tmp_path: Path
+    place: Place, oxford: Path, retrieve: Command, tmp_path: Path
 ) -> None:
     common = ("oxford", "--weights", place.weights, "--data-path", oxford, "--imsize", 32, "--no-cache")
-    done = here(*common, "--json", tmp_path / "o.json")
+    done = retrieve(*common, "--json", tmp_path / "o.json")
     assert done.code == 0, done.err
     assert "images: whole, in their proportions, the longer side at most 32" in done.out
     card = json.loads((tmp_path / "o.json").read_text())
@@ -120,7 +105,7 @@ def test_landmarks_cut_queries_to_their_box_and_write_a_figure_a_setup(
     assert "whole picture" in card["transform"]["shape"]
     assert {name: part["images"] for name, part in card["data"].items()} == {"database": 6, "queries": 2}
 
-    whole = here(*common, "--queries", "whole", "--json", tmp_path / "w.json")
+    whole = retrieve(*common, "--queries", "whole", "--json", tmp_path / "w.json")
     assert whole.code == 0, whole.err
     other = json.loads((tmp_path / "w.json").read_text())
     assert other["protocol"]["queries"] == "whole pictures"
@@ -128,17 +113,17 @@ def test_landmarks_cut_queries_to_their_box_and_write_a_figure_a_setup(
 
 
 def test_landmarks_take_pooling_scales_and_what_was_kept(
-    place: Place, oxford: Path, here: Here, tmp_path: Path
+    place: Place, oxford: Path, retrieve: Command, tmp_path: Path
 ) -> None:
     common = ("oxford", "--weights", place.weights, "--data-path", oxford, "--image-size", 32)
     common += ("--pooling", "gem", "--scales", 1, 0.5, "--cache-dir", tmp_path / "kept", "--json", tmp_path / "o.json")
-    first = here(*common)
+    first = retrieve(*common)
     assert first.code == 0, first.err
     card = json.loads((tmp_path / "o.json").read_text())
     assert card["protocol"]["descriptor"] == {"pooling": "gem", "gem_p": 3.0, "scales": [1.0, 0.5]}
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*")}
     assert len(list((tmp_path / "kept").iterdir())) == 2
-    again = here(*common)
+    again = retrieve(*common)
     assert again.out.splitlines()[-6:] == first.out.splitlines()[-6:]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*")} == kept
 
@@ -159,9 +144,9 @@ def copydays(tmp_path: Path) -> Path:
 
 
 def test_copydays_searches_originals_with_copies_and_the_other_way(
-    place: Place, copydays: Path, here: Here, tmp_path: Path
+    place: Place, copydays: Path, retrieve: Command, tmp_path: Path
 ) -> None:
-    done = here(
+    done = retrieve(
         "copydays", "--weights", place.weights, "--data-path", copydays, "--image-size", 32, "--no-cache",
         "--distractors", place.photos / "val", "--json", tmp_path / "c.json",
     )  # fmt: skip
@@ -182,14 +167,16 @@ def test_copydays_searches_originals_with_copies_and_the_other_way(
 # ---- any labelled folder
 
 
-def test_a_folder_and_its_collection_have_the_same_figures(place: Place, here: Here, tmp_path: Path) -> None:
+def test_a_folder_and_its_collection_have_the_same_figures(
+    place: Place, retrieve: Command, extract: Command, tmp_path: Path
+) -> None:
     common = ("--weights", place.weights, "--no-cache")
-    done = here("folder", *common, "--data-path", place.photos, "--json", tmp_path / "f.json")
+    done = retrieve("folder", *common, "--data-path", place.photos, "--json", tmp_path / "f.json")
     assert done.code == 0, done.err
     assert "exceeds" not in done.out
     assert (
         "notice: k = 12, 50 exceeds the 11 other images: using all of them"
-        in here("folder", *common, "--data-path", place.photos, "--ks", 50, 11, 12).out
+        in retrieve("folder", *common, "--data-path", place.photos, "--ks", 50, 11, 12).out
     )
     assert f"{4 * len(CLASSES)} queries, each among the {4 * len(CLASSES) - 1} other images" in done.out
     assert [line.split()[0] for line in done.out.splitlines()[-7:-1]] == [
@@ -206,9 +193,9 @@ def test_a_folder_and_its_collection_have_the_same_figures(place: Place, here: H
         half = tmp_path / name
         for one in CLASSES[:1] if name == "bars" else CLASSES[1:]:
             shutil.copytree(place.photos / "val" / one, half / one)
-        made = here(*common, "--data-path", half, "--output-dir", vectors, *added, runner=run_extract)
+        made = extract(*common, "--data-path", half, "--output-dir", vectors, *added)
         assert made.code == 0, made.err
-    collected = here("folder", "--index", vectors, "--json", tmp_path / "i.json")
+    collected = retrieve("folder", "--index", vectors, "--json", tmp_path / "i.json")
     assert collected.code == 0, collected.err
     other = json.loads((tmp_path / "i.json").read_text())
     figures = [name for name in row if not name.endswith("_interval")]
@@ -217,18 +204,17 @@ def test_a_folder_and_its_collection_have_the_same_figures(place: Place, here: H
     assert len(other["data"]["images"]["added"]) == 1
 
     shutil.rmtree(tmp_path / "more" / CLASSES[1])
-    gone = here("folder", "--index", vectors)
+    gone = retrieve("folder", "--index", vectors)
     assert gone.code == 2
     assert "are not where they were" in gone.err
 
 
 def test_images_of_a_collection_are_found_by_relative_names_too(
-    place: Place, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, extract: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place.photos)
-    made = here(
-        "--weights", place.weights, "--data-path", "val", "--output-dir", tmp_path / "v", "--no-cache",
-        runner=run_extract,
+    made = extract(
+        "--weights", place.weights, "--data-path", "val", "--output-dir", tmp_path / "v", "--no-cache"
     )  # fmt: skip
     assert made.code == 0, made.err
     monkeypatch.chdir(tmp_path)
@@ -242,10 +228,10 @@ def test_images_of_a_collection_are_found_by_relative_names_too(
     assert images.labels.tolist() == np.repeat(range(3), 4).tolist()
 
 
-def test_an_image_alone_in_its_class_is_left_out_and_said(place: Place, here: Here, tmp_path: Path) -> None:
+def test_an_image_alone_in_its_class_is_left_out_and_said(place: Place, retrieve: Command, tmp_path: Path) -> None:
     shutil.copytree(place.photos / "val", tmp_path / "birds")
     save(noise(1), tmp_path / "birds/alone/one.png")
-    done = here("folder", "--weights", place.weights, "--data-path", tmp_path / "birds", "--no-cache")
+    done = retrieve("folder", "--weights", place.weights, "--data-path", tmp_path / "birds", "--no-cache")
     assert done.code == 0, done.err
     assert "1 images are alone in their class: they are no queries" in done.out
 
@@ -267,10 +253,10 @@ def two_sets(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_duplicates_name_the_pairs_and_tell_identical_files(
-    place: Place, two_sets: tuple[Path, Path], here: Here, tmp_path: Path
+    place: Place, two_sets: tuple[Path, Path], retrieve: Command, tmp_path: Path
 ) -> None:
     train, test = two_sets
-    done = here(
+    done = retrieve(
         "duplicates", "--weights", place.weights, "--first", train, "--second", test, "--threshold", 0.9995,
         "--no-cache", "--csv", tmp_path / "p.csv", "--sheet", tmp_path / "p.png", "--json", tmp_path / "d.json",
     )  # fmt: skip
@@ -290,41 +276,53 @@ def test_duplicates_name_the_pairs_and_tell_identical_files(
 
 
 def test_duplicates_of_finished_collections_need_no_weights(
-    place: Place, two_sets: tuple[Path, Path], here: Here, tmp_path: Path
+    place: Place, two_sets: tuple[Path, Path], retrieve: Command, extract: Command, tmp_path: Path
 ) -> None:
     for part in two_sets:
         for kind, more in (("v", ()), ("gem", ("--pooling", "gem"))):
-            made = here(
+            made = extract(
                 "--weights", place.weights, "--data-path", part, "--output-dir", tmp_path / f"{kind}-{part.name}",
-                "--dtype", "fp16" if part.name == "test" else "fp32", "--no-cache", *more, runner=run_extract,
+                "--dtype", "fp16" if part.name == "test" else "fp32", "--no-cache", *more
             )  # fmt: skip
             assert made.code == 0, made.err
     first, second = tmp_path / "v-train", tmp_path / "v-test"
-    done = here("duplicates", "--first", first, "--second", second, "--threshold", 0.9995)
+    done = retrieve("duplicates", "--first", first, "--second", second, "--threshold", 0.9995)
     assert done.code == 0, done.err
     assert "1 of them identical files" in done.out
 
-    mixed = here("duplicates", "--first", first, "--second", tmp_path / "gem-test")
+    mixed = retrieve("duplicates", "--first", first, "--second", tmp_path / "gem-test")
     assert mixed.code == 2
     assert "pooling is cls there and gem here" in mixed.err
-    pooled = here("duplicates", "--first", first, "--second", second, "--pooling", "gem")
+    pooled = retrieve("duplicates", "--first", first, "--second", second, "--pooling", "gem")
     assert pooled.code == 2
     assert "pooling is gem, which decides nothing for a finished collection" in pooled.err
-    half = here("duplicates", "--first", first, "--second", two_sets[1], "--weights", place.weights)
+    half = retrieve("duplicates", "--first", first, "--second", two_sets[1], "--weights", place.weights)
     assert half.code == 2
     assert "is a finished collection and" in half.err
 
     shutil.rmtree(two_sets[0])
-    blind = here("duplicates", "--first", first, "--second", second, "--threshold", 0.9995, "--csv", tmp_path / "p.csv")
+    blind = retrieve(
+        "duplicates",
+        "--first",
+        first,
+        "--second",
+        second,
+        "--threshold",
+        0.9995,
+        "--csv",
+        tmp_path / "p.csv",
+    )
     assert blind.code == 0, blind.err
     assert "identical files cannot be told from near ones" in blind.out
     assert ",unknown" in (tmp_path / "p.csv").read_text()
 
 
-def test_duplicates_within_one_set(place: Place, two_sets: tuple[Path, Path], here: Here, tmp_path: Path) -> None:
+def test_duplicates_within_one_set(
+    place: Place, two_sets: tuple[Path, Path], retrieve: Command, tmp_path: Path
+) -> None:
     train, _ = two_sets
     shutil.copy(train / "3.png", train / "3 again.png")
-    done = here(
+    done = retrieve(
         "duplicates", "--weights", place.weights, "--first", train, "--threshold", 0.99999, "--no-cache", "--json",
         tmp_path / "d.json",
     )  # fmt: skip
@@ -335,14 +333,14 @@ def test_duplicates_within_one_set(place: Place, two_sets: tuple[Path, Path], he
 
 
 def test_without_a_pair_there_is_no_sheet_and_an_older_one_is_named_as_such(
-    place: Place, two_sets: tuple[Path, Path], here: Here, tmp_path: Path
+    place: Place, two_sets: tuple[Path, Path], retrieve: Command, tmp_path: Path
 ) -> None:
     words = ("duplicates", "--weights", place.weights, "--first", two_sets[0], "--threshold", 1, "--no-cache")
     sheet = tmp_path / "p.png"
-    told = here(*words, "--sheet", sheet).out
+    told = retrieve(*words, "--sheet", sheet).out
     assert f"notice: there is no pair to draw: {sheet} is not written\n" in told
     sheet.write_bytes(b"old")
-    assert "and the file of that name is an older one" in here(*words, "--sheet", sheet).out
+    assert "and the file of that name is an older one" in retrieve(*words, "--sheet", sheet).out
     assert sheet.read_bytes() == b"old"
 
 
@@ -371,13 +369,13 @@ def test_without_a_pair_there_is_no_sheet_and_an_older_one_is_named_as_such(
         (["duplicates", "--data-path", "{photos}"], "data_path is a setting of oxford and paris and"),
         (["folder", "--index", "{photos}", "--data-path", "{photos}"], "both index and data_path are given"),
         (["folder", "--index", "v", "--weights", "{weights}"], "which decides nothing for a finished collection: its"),
-        (["folder", "--index", "v", "--scales", "1", "0.5"], "scales is 1.0 0.5, which decides nothing for a finished"),
+        (["folder", "--index", "v", "--scales", "1", "0.5"], "scales is 1 0.5, which decides nothing for a finished"),
         (["folder", "--index", "v", "--whiten", "w.npz"], "whiten is w.npz, which decides nothing for a finished"),
         (["folder", "--whiten", "{photos}/none.npz", "--weights", "{weights}", "--data-path", "{photos}"], "none.npz"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_sentence(place: Place, here: Here, words: list[str], sentence: str) -> None:
-    done = here(*(word.format(weights=place.weights, photos=place.photos) for word in words))
+def test_a_mistake_is_one_sentence(place: Place, retrieve: Command, words: list[str], sentence: str) -> None:
+    done = retrieve(*(word.format(weights=place.weights, photos=place.photos) for word in words))
     assert done.code == 2
     assert done.err.startswith("error: ")
     assert len(done.err.splitlines()) == 1

@@ -11,9 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ import pytest
 import torch
 from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
 from PIL import Image
+from run_here import Here, Outcome
 from runner_mistakes import WRONG
 
 import run_extract
@@ -41,12 +40,6 @@ class Place(NamedTuple):
     weights: Path
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("runners")
@@ -60,27 +53,6 @@ def place(original: Place, tmp_path: Path) -> Place:
     weights = tmp_path / "run" / "checkpoint.pth"
     shutil.copytree(original.weights.parent, weights.parent, ignore=shutil.ignore_patterns("features", "linear"))
     return Place(original.data, weights)
-
-
-Here = Callable[..., Outcome]
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    """Runs a runner's console entry in this process."""
-
-    def run(runner: ModuleType, *arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [f"{runner.__name__}.py", *map(str, arguments)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            runner.command()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return Outcome(int(str(code or 0)), captured.out, captured.err)
-
-    return run
 
 
 def process(cwd: Path, *words: object) -> Outcome:
