@@ -26,7 +26,8 @@ from dino_xcit import distributed
 from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
 from eval.command_line import settings
-from eval.protocol import Card, now, result_card, versions, write_json
+from eval.figures import Figure, query_figure
+from eval.protocol import FORMAT, Card, images_card, now, result_card, versions, write_json
 from eval.retrieval.average_precision import mean_interval, percent_of
 from eval.retrieval.copydays import DEPTH, ORIGINAL, STRONG, average_precisions, open_blocks
 from eval.retrieval.instance_recall import leave_one_out
@@ -80,6 +81,7 @@ def landmarks(config: RetrievalConfig) -> None:
     # ---- figures
     scores = score(truth, rows_of_similarity(queries.vectors, database.vectors))
     results: list[Card] = []
+    kept: list[Figure] = []
     for setup in SETUPS:
         aps = percent_of(scores[setup].ap)
         row: Card = {"setup": setup, "queries": len(aps), "map": _mean(aps), "map_interval": mean_interval(aps)}
@@ -89,6 +91,8 @@ def landmarks(config: RetrievalConfig) -> None:
             for query, ap in zip(truth.queries, scores[setup].ap, strict=True)
         }
         results.append(row)
+        asked_here = np.flatnonzero(~np.isnan(scores[setup].ap))
+        kept.append(query_figure(f"{setup} mAP", {"setup": setup}, aps, asked_here))
 
     # ---- report
     figures = {"map": "mAP % [95% interval]"} | {f"mp@{k}": f"mP@{k} %" for k in KS}
@@ -99,7 +103,7 @@ def landmarks(config: RetrievalConfig) -> None:
         "queries": "cut to their box" if config.queries == "box" else "whole pictures",
         "interval": INTERVAL,
     }
-    _write(config, protocol, results, {"database": database, "queries": queries}, started)
+    _write(config, protocol, results, {"database": database, "queries": queries}, started, kept)
 
 
 def copydays(config: RetrievalConfig) -> None:
@@ -125,6 +129,7 @@ def copydays(config: RetrievalConfig) -> None:
     others = [sets["distractors"].vectors] if distractors else []
     nobody = np.full(sum(map(len, others)), -1, dtype=np.int64)
     results: list[Card] = []
+    kept: list[Figure] = []
     for database, asking in ((ORIGINAL, [name for name in blocks if name != ORIGINAL]), (STRONG, [ORIGINAL])):
         vectors = np.concatenate([sets[database].vectors, *others])
         scenes = np.concatenate([blocks[database].scenes, nobody])
@@ -140,6 +145,8 @@ def copydays(config: RetrievalConfig) -> None:
                 "depth": depth,
             }
             results.append(row | {"map": _mean(aps), "map_interval": mean_interval(aps)})
+            search = f"{name} -> {database}"
+            kept.append(query_figure(f"{search} mAP", {"search": search}, aps, np.flatnonzero(answered)))
 
     # ---- report
     left = {"search": "search", "queries": "queries", "database": "database", "depth": "looked at"}
@@ -150,7 +157,7 @@ def copydays(config: RetrievalConfig) -> None:
         "original -> strong": "originals search strong copies and distractors; all of the ranking counts",
         "interval": INTERVAL,
     }
-    _write(config, protocol, results, sets, started)
+    _write(config, protocol, results, sets, started, kept)
 
 
 def folder(config: RetrievalConfig) -> None:
@@ -183,6 +190,9 @@ def folder(config: RetrievalConfig) -> None:
     # ---- figures
     figures = {f"recall@{k}": 100.0 * found.hits[k] for k in config.ks}
     figures |= {"r_precision": 100.0 * found.r_precision, "map@r": 100.0 * found.map_at_r}
+    by_query: dict[str, NDArray[np.bool_] | NDArray[np.floating]] = {f"recall@{k}": found.hits[k] for k in config.ks}
+    by_query |= {"R-precision": figures["r_precision"], "mAP@R": figures["map@r"]}
+    kept = [query_figure(name, {"figure": name}, values, found.queries) for name, values in by_query.items()]
     row: Card = {"queries": len(found.queries), "left_out": found.alone}
     for name, values in figures.items():
         row |= {name: _mean(values), f"{name}_interval": mean_interval(values.astype(np.float64))}
@@ -201,7 +211,7 @@ def folder(config: RetrievalConfig) -> None:
         "ks": list(config.ks),
         "interval": INTERVAL,
     }
-    _write(config, protocol, [row], {"images": images}, started)
+    _write(config, protocol, [row], {"images": images}, started, kept)
 
 
 def duplicates(config: RetrievalConfig) -> None:
@@ -298,19 +308,29 @@ def _say_table(results: Sequence[Card], left: Mapping[str, str], figures: Mappin
 
 
 def _write(
-    config: RetrievalConfig, protocol: Card, results: Sequence[Card], sets: Mapping[str, VectorSet], started: float
+    config: RetrievalConfig,
+    protocol: Card,
+    results: Sequence[Card],
+    sets: Mapping[str, VectorSet],
+    started: float,
+    kept: Sequence[Figure] = (),
 ) -> None:
-    """The figures with everything that is needed to repeat them."""
+    """The figures with everything that is needed to repeat them, and to compare them query by query."""
     if config.json:
         seconds, measure = time.perf_counter() - started, f"retrieval {config.protocol}"
-        data, first = {name: images.data for name, images in sets.items()}, next(iter(sets.values()))
+        first, figures = next(iter(sets.values())), [one.to_card() for one in kept if one.units]
+        data = {
+            name: images.data | (images_card(images.source) if figures and images.source is not None else {})
+            for name, images in sets.items()
+        }
         made = {name: first.card.get(name) for name in ("descriptor", "whitening")}
         if first.computed_by:
             loaded, transform, device = first.computed_by
-            card = result_card(measure, protocol | made, results, loaded, data, transform, device, seconds)
+            card = result_card(measure, protocol | made, results, loaded, data, transform, device, seconds, figures)
         else:  # vectors that were there already: the collection's own card says what they are
-            card = {"measure": measure, "protocol": protocol | made, "results": results, "data": data}
-            card |= {name: first.card[name] for name in ("weights", "transform")}
+            card = {"format": FORMAT, "measure": measure, "protocol": protocol | made, "results": results, "data": data}
+            card |= {"weights": first.card["weights"], "figures": figures}
+            card["transform"] = first.card["transform"] | {"antialias": True}  # as Pillow's resize always is
             card |= {"seconds": round(seconds, 2), "date": now(), "versions": versions()}
         write_json(Path(config.json).expanduser(), card)
         distributed.say(f"written: {config.json}")

@@ -44,6 +44,12 @@ class Figure:
     """SHA-256 of the rows that were queries, or were drawn: figures are paired where these are equal. Empty for images,
     of which all count."""
 
+    @property
+    def units(self) -> int | None:
+        """How many images, queries or draws it is the mean of; None where nobody kept them."""
+        found = self.hits if self.values is None else self.values
+        return None if found is None else len(found)
+
     def to_card(self) -> dict[str, object]:
         """Plain values for JSON: hits eight a byte, values of four bytes each (little-endian float32), both base64."""
         packed = None if self.hits is None else _text(np.packbits(self.hits).tobytes())
@@ -51,15 +57,14 @@ class Figure:
         if self.unit == "image":
             return card | {
                 "top1": self.percent,
-                "images": None if self.hits is None else len(self.hits),
+                "images": self.units,
                 "hits": packed,
             }
-        units = self.hits if self.values is None else self.values
         return card | {
             "percent": self.percent,
             "unit": self.unit,
             "which": self.which,
-            "count": None if units is None else len(units),
+            "count": self.units,
             "hits": packed,
             "values": None if self.values is None else _text(self.values.astype("<f4").tobytes()),
         }
@@ -74,7 +79,7 @@ def figure(name: str, settings: Mapping[str, Setting], hits: NDArray[np.bool_], 
 
 
 def query_figure(
-    name: str, settings: Mapping[str, Setting], found: NDArray[np.bool_] | NDArray[np.float64], rows: NDArray[np.int64]
+    name: str, settings: Mapping[str, Setting], found: NDArray[np.bool_] | NDArray[np.floating], rows: NDArray[np.int64]
 ) -> Figure:
     """A figure of a search.
 

@@ -115,9 +115,7 @@ def notes(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _row(result: Result, figure: Figure) -> Comparison:
-    found = figure.hits if figure.values is None else figure.values
-    units = None if found is None else len(found)
-    return Comparison(figure.name, result.label, figure.percent, _interval(figure), figure.unit, units)
+    return Comparison(figure.name, result.label, figure.percent, _interval(figure), figure.unit, figure.units)
 
 
 def _against(first: Result, figure: Figure, other: Result, own: Figure) -> Comparison:

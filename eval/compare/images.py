@@ -28,7 +28,7 @@ def same_order(then: Part, now: Part) -> bool:
 
 def known_by(then: Part, now: Part) -> str:
     """By what the images are known to be the same where not by all their names and sizes; empty where they are."""
-    if then.get("fingerprint") == now.get("fingerprint") and then.get("fingerprint"):
+    if _agree("fingerprint", then, now) and then.get("added") == now.get("added"):
         return ""
     known = ["labels"]
     if then["order"] == now["order"] or _agree("names", then, now):
