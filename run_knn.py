@@ -161,10 +161,12 @@ def _sweep(model: str, parts: tuple[Features, Features], config: KnnConfig, ks: 
     approximate = None
     if config.approximate != "no":
         approximate = approximate_index(
-            train.features, val.features, config.approximate, ks, config.probes, config.seed, shown
+            train.features, val.features, config.approximate, ks, config.probes, config.seed
         )
         found.approximate[model] = approximate.to_card()
         distributed.say(approximate.describe(model))
+        for notice in approximate.notices(config.probes):
+            distributed.say(f"notice: {notice}")
     index = approximate.index if approximate else None
     predictions = knn_predict(train.features, train.labels, val.features, ks, config.temperatures, shown, index)
     # Of five classes every one is among the first five, and k < 5 neighbours name fewer.

@@ -102,7 +102,8 @@ class KnnConfig(BackboneConfig):
     """Search approximately: ivf (lists), hnsw (a graph), pq (lists of codes). The recall against exact search is
     measured and reported."""
     probes: int = 0
-    """How much an approximate search looks at: lists (ivf, pq) or candidates (hnsw); 0: by the number of images."""
+    """How much an approximate search looks at: lists (ivf, pq) or candidates (hnsw, never fewer than the largest of
+    --ks); 0: chosen by the number of images."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""

@@ -6,6 +6,7 @@ D features.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import faiss
 import numpy as np
@@ -15,6 +16,15 @@ from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError
 
 _ROWS_AT_ONCE = 16_384
+_DAMAGED = "the features are not finite numbers (NaN or infinite): the weights are damaged, or their training diverged"
+
+
+class Index(Protocol):
+    """What can be searched: faiss's indices by inner product, and :class:`eval.faiss_index.WithVectors`."""
+
+    def search(self, queries: NDArray[np.float32], top: int, /) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Inner products and row numbers, [queries, top] each, best first; row -1 where there is no more."""
+        ...
 
 
 def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -32,12 +42,39 @@ def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
         rows = np.ascontiguousarray(features[start : start + _ROWS_AT_ONCE], dtype=np.float32)
         length = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
         if not np.isfinite(length).all():
-            raise InputError(
-                "the features are not finite numbers (NaN or infinite): the weights are damaged, or their training "
-                "diverged"
-            )
+            raise InputError(_DAMAGED)
         found[start : start + _ROWS_AT_ONCE] = rows / np.maximum(length, 1e-12)
     return found
+
+
+class UnitRows:
+    """Features [N, D] as rows of length 1 in float32, made when they are asked for; a zero row stays zero.
+
+    Keeps 4 bytes a row: the features may be memory-mapped.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, features: NDArray[np.float32]) -> None:
+        """Raises:
+        InputError: a feature is not a finite number.
+        """
+        self._features, self.shape = features, (len(features), features.shape[1])
+        self._lengths: NDArray[np.float32] = np.empty(len(features), dtype=np.float32)
+        for start in range(0, len(features), _ROWS_AT_ONCE):
+            piece = slice(start, start + _ROWS_AT_ONCE)
+            length = np.linalg.norm(np.asarray(features[piece], dtype=np.float64), axis=1)
+            if not np.isfinite(length).all():
+                raise InputError(_DAMAGED)
+            self._lengths[piece] = np.maximum(length, 1e-12)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """[*rows, D]."""
+        chosen: NDArray[np.float32] = np.asarray(self._features[rows], dtype=np.float32)
+        return chosen / self._lengths[rows][..., None]
 
 
 def build_index(features: NDArray[np.float32]) -> faiss.IndexFlatIP:
@@ -50,7 +87,7 @@ def build_index(features: NDArray[np.float32]) -> faiss.IndexFlatIP:
 
 
 def search(
-    index: faiss.Index, queries: NDArray[np.float32], k: int, chunk: int = 1024, progress: bool = False
+    index: Index, queries: NDArray[np.float32], k: int, chunk: int = 1024, progress: bool = False
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
     """Cosine similarities and row numbers, [chunk, k] each, best first, a chunk of queries at a time.
 
@@ -60,7 +97,5 @@ def search(
         for start in range(0, len(queries), chunk):
             rows = unit_rows(queries[start : start + chunk])
             similarities, found = index.search(rows, k)
-            if index.metric_type == faiss.METRIC_L2:  # squared distances of vectors of length 1
-                similarities = 1 - similarities * np.float32(0.5)
             yield similarities, found
             bar.update(len(rows))

@@ -11,9 +11,10 @@ import pytest
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
-import eval.collection.index
+import eval.faiss_index
 from dino_xcit.errors import InputError
-from eval.collection.index import LEAST_IVFPQ, add_rows, build_index, describe, exact_search, read_index, recall, search
+from eval.collection.index import LEAST_IVFPQ, add_rows, build_index, describe, read_index, recall, search
+from eval.faiss_index import exact_search
 
 
 def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
@@ -61,7 +62,7 @@ def test_half_precision_halves_the_index(tmp_path: Path) -> None:
 
 def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
-    monkeypatch.setattr(eval.collection.index, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(eval.faiss_index, "_ROWS_AT_ONCE", 64)
     scores, rows = exact_search(vectors, queries, 9)
     products = truth(vectors, queries)
     assert (rows == np.argsort(-products, axis=1)[:, :9]).all()
@@ -103,7 +104,7 @@ def test_product_codes_find_candidates_and_the_vectors_put_them_in_order(
         "of the vectors, not the codes"
     )
     assert (np.diff(scores, axis=1) <= 0).all()
-    monkeypatch.setattr(eval.collection.index, "_QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(eval.faiss_index, "_NUMBERS_AT_ONCE", 7 * 140 * 32)
     assert (search(ivfpq, many, queries, 10)[1] == rows).all()
     assert search(ivfpq, many, queries[:0], 10)[1].shape == (0, 10)
     card = describe(ivfpq, "ivfpq", many)
@@ -149,7 +150,7 @@ def test_few_vectors_have_no_product_codes_and_a_single_one_no_recall() -> None:
 
 
 def test_any_width_has_product_codes() -> None:
-    assert [eval.collection.index._codes(width) for width in (384, 64, 16, 7, 5, 3, 1)] == [192, 32, 8, 1, 1, 1, 1]
+    assert [eval.faiss_index._codes(width) for width in (384, 64, 16, 7, 5, 3, 1)] == [192, 32, 8, 1, 1, 1, 1]
 
 
 def with_a_common_part(count: int, share: float) -> NDArray[np.float32]:

@@ -1,15 +1,7 @@
-"""Approximate nearest neighbours (faiss), and how many of the exact ones they find.
+"""Approximate search for k-NN, and how many of the exact neighbours it finds.
 
-N training images, D features, k neighbours.
-
-- ``ivf``: vectors in lists around centres of k-means; a query looks into some of the lists. Full vectors.
-- ``hnsw``: a graph of neighbours that a query walks along (Malkov and Yashunin, arXiv 1603.09320). Full vectors.
-- ``pq``: lists as above, vectors as codes of D/4 bytes, a sixteenth of their size (product quantisation, Jégou et al.,
-  TPAMI 2011). Similarities are those of the codes.
-
-All search by Euclidean distance, which orders vectors of length 1 as their inner product does. Not by the inner
-product itself: codes change the length of a vector too, and where features point nearly the same way (cosines of 0.999
-are common) that error is larger than the differences that are looked for (measured: recall@10 of 1 % instead of 87 %).
+N training images, D features, k neighbours. :mod:`eval.faiss_index` knows the indices; here they are held against the
+exact search on some of the validation images.
 """
 
 from __future__ import annotations
@@ -23,34 +15,33 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError
-from eval.search import build_index, search, unit_rows
+from eval import faiss_index
+from eval.faiss_index import WithVectors
+from eval.search import Index, UnitRows, build_index, search
 
 Kind = Literal["ivf", "hnsw", "pq"]
+_AS_FAISS_INDEX: dict[Kind, faiss_index.Kind] = {"ivf": "ivf", "hnsw": "hnsw", "pq": "ivfpq"}
 
 LEAST = 1000
 """Training images below which there is nothing to approximate: the exact search takes milliseconds."""
 SAMPLED = 1000
 """Queries that recall is measured on."""
 
-_ROWS_AT_ONCE = 16_384
-_ROWS_A_LIST = 64
-"""Vectors that k-means looks at for each of its centres; more cost time and hardly move them."""
-_GRAPH_LINKS = 32
-
 
 @dataclass(frozen=True)
 class Approximate:
     """An index, what it is, and what it finds."""
 
-    index: faiss.Index
+    index: WithVectors
     settings: dict[str, int | str]
     """``index`` in faiss's short form, ``probes``, ``vector_bytes`` (of memory; links and row numbers come on top)."""
     recall: dict[int, float]
     """Percent of the exact k nearest rows that it finds, for each k: the mean over the sampled queries."""
     queries: int
     """Queries that recall was measured on."""
+    short: int
+    """Those of them for which it found fewer neighbours than the largest k."""
     build_seconds: float
     speedup: float
     """Seconds that the exact search took for these queries, over those of this one."""
@@ -64,12 +55,34 @@ class Approximate:
             f"queries it finds {found}"
         )
 
+    def notices(self, asked_for: int) -> list[str]:
+        """What of this is not as it was asked for.
+
+        Args:
+            asked_for: probes; 0: chosen here.
+        """
+        said, probes, k = [], int(self.settings["probes"]), max(self.recall)
+        if probes > asked_for > 0:
+            said.append(
+                f"probes is {asked_for}, fewer candidates than the {k} neighbours that are looked for: {probes} are "
+                "looked at"
+            )
+        elif probes < asked_for:
+            said.append(f"probes is {asked_for:,}, but there are {probes:,} lists: all are looked into")
+        if self.short:
+            said.append(
+                f"for {self.short:,} of {self.queries:,} queries fewer than {k} neighbours were found, and those vote "
+                "alone: give more --probes, or smaller --ks"
+            )
+        return said
+
     def to_card(self) -> dict[str, object]:
         """Plain values for JSON."""
         return {
             **self.settings,
             "recall_percent": {str(k): percent for k, percent in self.recall.items()},
             "recall_queries": self.queries,
+            "queries_with_fewer_than_k": self.short,
             "build_seconds": round(self.build_seconds, 2),
             "speedup": round(self.speedup, 2),
         }
@@ -82,7 +95,6 @@ def approximate_index(
     ks: Sequence[int],
     probes: int = 0,
     seed: int = 0,
-    progress: bool = False,
 ) -> Approximate:
     """Build an index and measure it against the exact search on some of the queries.
 
@@ -92,22 +104,28 @@ def approximate_index(
         features: [N, D], not necessarily normalised; may be memory-mapped.
         queries: [test images, D], of which at most :data:`SAMPLED` are searched exactly.
         ks: neighbours to measure recall for, each from 1 to N.
-        probes: lists (``ivf``, ``pq``) or candidates (``hnsw``) a query looks at; 0: :func:`default_probes`.
+        probes: lists (``ivf``, ``pq``) or candidates (``hnsw``, at least the largest k) a query looks at; 0: chosen,
+            see :func:`eval.faiss_index.build`.
         seed: chooses the queries.
 
     Raises:
-        InputError: so few training images that there is nothing to approximate.
+        InputError: so few training images that there is nothing to approximate, or features that are not finite.
     """
     refuse_few(kind, len(features))
+    vectors, most = UnitRows(features), max(ks)
     sampled = np.random.default_rng([seed, 2]).permutation(len(queries))[:SAMPLED]
     sample = np.asarray(queries[np.sort(sampled)])
-    exact, exact_seconds = _neighbours(build_index(features), sample, max(ks))
+    exact, exact_seconds = _neighbours(build_index(features), sample, most)
     started = time.perf_counter()
-    index, settings = build_approximate(features, kind, probes, max(ks), progress)
-    built = time.perf_counter() - started
-    found, seconds = _neighbours(index, sample, max(ks))
-    recall = {k: 100.0 * _overlap(exact[:, :k], found[:, :k]) for k in ks}
-    return Approximate(index, settings, recall, len(sample), built, exact_seconds / seconds)
+    built = faiss_index.build(_AS_FAISS_INDEX[kind], vectors, probes, most)
+    build_seconds = time.perf_counter() - started
+    index = WithVectors(built, vectors)
+    found, seconds = _neighbours(index, sample, most)
+    unit = UnitRows(sample)[:]
+    recall = {k: faiss_index.percent_found(vectors, unit, exact[:, :k], found[:, :k]) for k in ks}
+    short = int((found < 0).any(axis=1).sum())
+    settings = _settings(kind, built, vectors.shape)
+    return Approximate(index, settings, recall, len(sample), short, build_seconds, exact_seconds / seconds)
 
 
 def refuse_few(kind: Kind, rows: int) -> None:
@@ -121,57 +139,18 @@ def refuse_few(kind: Kind, rows: int) -> None:
         )
 
 
-def build_approximate(
-    features: NDArray[np.float32], kind: Kind, probes: int, k: int, progress: bool = False
-) -> tuple[faiss.Index, dict[str, int | str]]:
-    """An index of the rows at length 1, by inner product, and what it is."""
-    rows, dim = features.shape
-    lists = max(1, round(2 * rows**0.5))
-    probes = probes or default_probes(kind, lists, k)
-    index: Any  # faiss's own types have none of these attributes in common
+def _settings(kind: Kind, index: Any, shape: tuple[int, int]) -> dict[str, int | str]:
+    rows, dim = shape
     if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, _GRAPH_LINKS)
-        index.hnsw.efSearch = probes
-        name = f"HNSW{_GRAPH_LINKS},Flat"
-    else:
-        centres = faiss.IndexFlatL2(dim)
-        if kind == "ivf":
-            index, name = faiss.IndexIVFFlat(centres, dim, lists), f"IVF{lists},Flat"
-        else:
-            index, name = faiss.IndexIVFPQ(centres, dim, lists, _codes(dim), 8), f"IVF{lists},PQ{_codes(dim)}"
-            codes = index.pq.cp
-            codes.niter, codes.max_points_per_centroid, codes.min_points_per_centroid = 10, _ROWS_A_LIST, 1
-        probes = index.nprobe = min(probes, lists)
-        index.cp.niter = 10
-        index.cp.min_points_per_centroid = 1  # no warning on a handful of rows: recall tells what came of it
-        chosen = np.linspace(0, rows - 1, min(rows, _ROWS_A_LIST * lists)).astype(np.int64)
-        index.train(unit_rows(features[chosen]))
-    with progress_bar(rows, f"index {name}", shown=progress) as bar:
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            piece = unit_rows(features[start : start + _ROWS_AT_ONCE])
-            index.add(piece)
-            bar.update(len(piece))
-    held = rows * (_codes(dim) if kind == "pq" else 4 * dim)
-    return index, {"index": name, "probes": probes, "vector_bytes": held}
+        return {
+            "index": f"HNSW{faiss_index.LINKS},Flat", "probes": index.hnsw.efSearch, "vector_bytes": 4 * rows * dim,
+        }  # fmt: skip
+    codes = f"PQ{index.pq.M}x{index.pq.nbits}" if kind == "pq" else "Flat"
+    held = rows * (index.pq.code_size if kind == "pq" else 4 * dim)
+    return {"index": f"IVF{index.nlist},{codes}", "probes": index.nprobe, "vector_bytes": held}
 
 
-def default_probes(kind: Kind, lists: int, k: int) -> int:
-    """Lists: 16, or a sixty-fourth where that is more; in the graph: twice as many candidates as neighbours wanted."""
-    return max(64, 2 * k) if kind == "hnsw" else max(16, lists // 64)
-
-
-def _codes(dim: int) -> int:
-    """Bytes a vector: the largest number that divides D, at most D/4."""
-    return max(parts for parts in range(1, max(1, dim // 4) + 1) if dim % parts == 0)
-
-
-def _neighbours(index: faiss.Index, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], float]:
+def _neighbours(index: Index | faiss.Index, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], float]:
     started = time.perf_counter()
     rows = np.concatenate([rows for _, rows in search(index, queries, k)])
     return rows, time.perf_counter() - started
-
-
-def _overlap(exact: NDArray[np.int64], found: NDArray[np.int64]) -> float:
-    """The share of each exact row that was found, in the mean."""
-    shares = [np.isin(wanted, got).mean() for wanted, got in zip(exact, found, strict=True)]
-    return float(np.mean(shares)) if shares else float("nan")

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
-from eval.search import build_index, search
+from eval.search import Index, build_index, search
 
 Predictions = dict[tuple[int, float], NDArray[np.int64]]
 """(k, T) to the predicted labels [test images, up to 5], best first."""
@@ -44,7 +43,7 @@ def knn_predict(
     ks: Sequence[int],
     temperatures: Sequence[float],
     progress: bool = False,
-    index: faiss.Index | None = None,
+    index: Index | None = None,
 ) -> Predictions:
     """Labels by the vote of the k nearest training images, each with weight exp(cosine similarity / T).
 
