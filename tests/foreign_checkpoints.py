@@ -1,7 +1,9 @@
-"""Files as other programs write them, with their real key names: DINO, VISSL, lightly, solo-learn, timm, torchvision.
+"""Files as other programs write them, with their real key names: DINO, DINOv2, iBOT, MoCo, MAE, VISSL, lightly,
+solo-learn, timm, torchvision. Those of Hugging Face transformers are in transformers_files.py.
 
 The networks are small, or torchvision's smallest; the names are those that the programs' own code gives (read in
-facebookresearch/dino, facebookresearch/vissl, lightly-ai/lightly, vturrisi/solo-learn and timm 1.0.31).
+facebookresearch/dino, dinov2, moco, moco-v3, mae and vissl, bytedance/ibot, lightly-ai/lightly, vturrisi/solo-learn and
+timm 1.0.31).
 """
 
 from __future__ import annotations
@@ -40,13 +42,15 @@ DINO_VIT_KEYS = {
 }
 
 
-def vit(seed: int = 0, side: int = 64, patch: int = 16, width: int = 192, heads: int = 3) -> VisionTransformer:
+def vit(
+    seed: int = 0, side: int = 64, patch: int = 16, width: int = 192, heads: int = 3, depth: int = 2, **more: Any
+) -> VisionTransformer:
     """Two blocks of DINO's vit_tiny."""
     torch.manual_seed(seed)
     return shaken(
         VisionTransformer(
-            img_size=side, patch_size=patch, embed_dim=width, depth=2, num_heads=heads, num_classes=0,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            img_size=side, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6), **more,
         ),
         seed,
     )  # fmt: skip
@@ -109,6 +113,84 @@ def dino(student: nn.Module, teacher: nn.Module, width: int, teacher_wrapped: bo
         "epoch": 3,
         "args": argparse.Namespace(arch="vit_tiny", patch_size=16, out_dim=12),
         "dino_loss": {"center": torch.zeros(1, 12)},
+    }
+
+
+def dinov2_vit(seed: int = 0, registers: int = 0, side: int = 56) -> tuple[VisionTransformer, State]:
+    """A transformer as DINOv2's, and its weights as a ``..._pretrain.pth`` has them."""
+    more: dict[str, Any] = {"reg_tokens": registers, "no_embed_class": True} if registers else {}
+    network = vit(seed, side=side, patch=14, depth=4, init_values=1.0, **more)
+    state = dict(network.state_dict())
+    if registers:  # DINOv2 has a position for the class token, timm's network has it in the token
+        position = torch.rand(1, 1, 192, generator=torch.Generator().manual_seed(seed))
+        state["pos_embed"] = torch.cat([position, state["pos_embed"]], dim=1)
+        state["register_tokens"] = state.pop("reg_token")
+        state["cls_token"] = state["cls_token"].clone()
+        with torch.no_grad():
+            network.cls_token.add_(position)  # type: ignore[union-attr]
+    return network, state | {"mask_token": torch.zeros(1, 192)}
+
+
+def chunked(state: State, blocks_a_chunk: int = 2) -> State:
+    """As DINOv2 trains: chunks of blocks, in which the numbers go on."""
+
+    def name(key: str) -> str:
+        _, number, rest = key.split(".", 2)
+        return f"blocks.{int(number) // blocks_a_chunk}.{number}.{rest}"
+
+    return {name(key) if key.startswith("blocks.") else key: value for key, value in state.items()}
+
+
+def dinov2_network(state: State, seed: int) -> State:
+    """Backbone, the head of whole images and that of patches, as in teacher_checkpoint.pth."""
+    heads = prefixed("dino_head.", head(192, seed=seed)) | prefixed("ibot_head.", head(192, seed=seed + 10))
+    return prefixed("backbone.", state) | heads
+
+
+def moco_v3(student: nn.Module, teacher: nn.Module, projector: str) -> dict[str, Any]:
+    """main_moco.py; ``projector``: the name that an encoder has for its classifier, ``head`` or ``fc``."""
+    layers = {"0.weight": torch.zeros(8, 4), "1.weight": torch.zeros(8), "1.running_mean": torch.zeros(8)}
+    state = prefixed("module.predictor.", layers)
+    for name, network in (("base_encoder", student), ("momentum_encoder", teacher)):
+        state |= prefixed(f"module.{name}.", dict(network.state_dict()) | prefixed(f"{projector}.", layers))
+    return {"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}, "scaler": {}}
+
+
+def moco(student: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
+    """facebookresearch/moco's; its published files have the student alone."""
+    layer = {"fc.0.weight": torch.zeros(4, 512), "fc.0.bias": torch.zeros(4)}
+    state = prefixed("module.encoder_q.", dict(student.state_dict()) | layer)
+    if teacher is not None:
+        state |= prefixed("module.encoder_k.", dict(teacher.state_dict()) | layer)
+        state |= {"module.queue": torch.zeros(4, 16), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    return {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}
+
+
+def mae(network: nn.Module) -> dict[str, Any]:
+    """A MAE with its decoder, as mae_visualize_... and checkpoint-N.pth have it."""
+    decoder = {
+        "mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8),
+        "decoder_embed.weight": torch.zeros(8, 192), "decoder_embed.bias": torch.zeros(8),
+        "decoder_blocks.0.norm1.weight": torch.zeros(8), "decoder_blocks.0.attn.qkv.weight": torch.zeros(24, 8),
+        "decoder_norm.weight": torch.zeros(8), "decoder_pred.weight": torch.zeros(768, 8),
+    }  # fmt: skip
+    return {"model": dict(network.state_dict()) | decoder, "epoch": 800, "args": argparse.Namespace(mask_ratio=0.75)}
+
+
+def ibot(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
+    """main_ibot.py: DINO's layout, with a second last layer for patches and the student's token for hidden patches."""
+
+    def network(backbone: State, seed: int, wrapper: str) -> State:
+        second = {"last_layer2.weight_g": torch.ones(9, 1), "last_layer2.weight_v": torch.zeros(9, 6)}
+        return prefixed(wrapper, prefixed("backbone.", backbone) | prefixed("head.", head(192, seed=seed) | second))
+
+    return {
+        "student": network(dict(student.state_dict()) | {"masked_embed": torch.zeros(1, 192)}, 1, "module."),
+        "teacher": network(dict(teacher.state_dict()), 2, ""),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 9,
+        "args": argparse.Namespace(arch="vit_tiny", patch_size=16),
+        "ibot_loss": {"center": torch.zeros(1, 12), "center2": torch.zeros(1, 1, 9)},
     }
 
 

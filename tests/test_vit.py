@@ -1,0 +1,60 @@
+"""Vision transformers by name: the name says every size, and every size has one name."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dino_xcit.errors import InputError
+from dino_xcit.models import build_backbone
+from dino_xcit.models.vit import VIT_FAMILIES, VitShape, vit_shape
+
+
+def test_a_name_and_its_sizes_are_each_others() -> None:
+    seen = set()
+    for family, side, heads, scaled, registers in itertools.product(
+        VIT_FAMILIES, (224, 448), (0, 2), (False, True), (0, 1, 4)
+    ):
+        shape = VitShape(family, 12, 14, side, heads or VIT_FAMILIES[family][1], scaled, registers)
+        assert vit_shape(shape.name) == shape
+        seen.add(shape.name)
+    assert len(seen) == 5 * 2 * 2 * 2 * 3
+    assert {"vit_small_12_p14", "vit_small_12_p14_448_h2_ls_reg4"} <= seen
+
+
+def test_the_networks_are_timms_dinov2() -> None:
+    import timm
+
+    for ours, theirs in (
+        ("vit_small_12_p14_518_ls", "vit_small_patch14_dinov2"),
+        ("vit_base_12_p14_518_ls_reg4", "vit_base_patch14_reg4_dinov2"),
+        ("vit_large_24_p14_518_ls", "vit_large_patch14_dinov2"),
+    ):
+        with torch.device("meta"):
+            own = build_backbone(ours)
+            model = timm.create_model(theirs, num_classes=0)
+        shapes = {key.removeprefix("model."): value.shape for key, value in own.state_dict().items()}
+        assert shapes == {key: value.shape for key, value in model.state_dict().items()}
+        assert own.model.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
+
+
+def test_heads_registers_and_layer_scale_are_those_of_the_name() -> None:
+    backbone = build_backbone("vit_tiny_1_p16_32_h6_ls_reg3").eval()
+    assert backbone.model.blocks[0].attn.num_heads == 6
+    assert float(backbone.model.blocks[0].ls1.gamma.detach().mean()) == pytest.approx(1e-5)
+    out = backbone(torch.rand(2, 3, 32, 48))
+    assert out.grid == (2, 3)
+    assert out.patch_tokens.shape == (2, 6, 192)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_12_p16_h7", "vit_small_12_p16_h0", "vit_small_0_p16", "vit_small_12_p15", "vit_small_12_p16_8",
+     "vit_small_12_p16_9999", "vit_giant_12_p16", "vit_small_12_p16_reg4_ls", "vit_small_12_p16_ls_ls", "vit_"],
+)  # fmt: skip
+def test_a_name_of_no_network_is_refused(name: str) -> None:
+    assert vit_shape(name) is None
+    with pytest.raises(InputError, match="unknown arch"):
+        build_backbone(name)
