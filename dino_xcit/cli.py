@@ -8,9 +8,9 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -34,10 +34,12 @@ def parse_flags(config: type, argv: Sequence[str]) -> Flags:
     set a yes-or-no field, as ``--flag true`` does.
 
     Raises:
-        InputError: an unknown flag (near matches are given), or a word that belongs to no flag.
+        InputError: an unknown flag (near matches are given), one that is given twice, a word that belongs to no flag,
+            or that cannot be the flag's.
     """
+    hints = get_type_hints(config)
     known = [field.name for field in dataclasses.fields(config)]
-    booleans = {name for name, hint in get_type_hints(config).items() if hint is bool}
+    booleans = {name for name, hint in hints.items() if hint is bool}
     flags: Flags = {}
     words: list[str] | None = None
     for token in argv:
@@ -49,48 +51,141 @@ def parse_flags(config: type, argv: Sequence[str]) -> Flags:
                 name, words = name[3:], ["False"]
             if name in _IGNORED:
                 print(f"--{name} is ignored: {_IGNORED[name]}", file=sys.stderr)
-            elif name not in (*known, "config", "use_fp16"):
+            elif name not in (*known, *_besides(known)):
                 raise InputError(f"unknown flag --{name}{near_matches(name, known, prefix='--')} (--help lists all)")
             else:
+                refuse_again(name, flags, several=_takes(hints.get(name, str)) is None)
                 flags[name] = words
         elif words is None:
             raise InputError(f"cannot place the word {token!r}: every setting is given as --name value (see --help)")
         else:
             words.append(token)
-    for name in booleans & flags.keys():
-        word = (flags[name] or ["true"])[0].lower()
-        if word not in _TRUE + _FALSE or len(flags[name]) > 1:
-            raise InputError(f"--{name} is {' '.join(flags[name])!r}, expected true or false")
-        flags[name] = [str(word in _TRUE)]
-    return flags
+    return fitting(config, flags)
+
+
+def _besides(known: Collection[str]) -> tuple[str, ...]:
+    """Flags that are no field: the file of settings, and DINO's name for a precision where there is one to choose."""
+    return ("config", "use_fp16") if "precision" in known else ("config",)
+
+
+def refuse_again(name: str, flags: Flags, several: bool = False) -> None:
+    """Raise InputError where a flag was given before: which of the two was meant, nobody knows.
+
+    ``several``: it takes any number of values.
+    """
+    if name in flags:
+        at_once = f", with all its values: --{name} FIRST SECOND ..." if several else ""
+        raise InputError(f"--{name} is given twice: give it once{at_once}")
+
+
+def fitting(config: type, flags: Flags) -> Flags:
+    """The flags, each with as many words as its field takes and of the field's type; true and false as Python has them.
+
+    Raises:
+        InputError: a word too many or too few, or one that is no value of the field.
+    """
+    hints = get_type_hints(config)
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    out: Flags = {}
+    for name, words in flags.items():
+        hint = hints.get(name, bool if name == "use_fp16" else str)
+        if hint is bool:
+            word = (words or ["true"])[0].lower()
+            if word not in _TRUE + _FALSE or len(words) > 1:
+                raise InputError(f"--{name} is {' '.join(words)!r}, expected true or false")
+            words = [str(word in _TRUE)]
+        wanted = _takes(hint)
+        if wanted is not None and len(words) != wanted:
+            default = defaults.get(name, "FILE.yaml")
+            example = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            found = f"is {' '.join(words)!r}" if words else "has no value"
+            count = "one value" if wanted == 1 else f"{wanted} values"
+            quoted = " (in quotes where it has spaces or stars)" if words and hint is str else ""
+            raise InputError(f"--{name} {found}, expected {count}, as in --{name} {example or '...'}{quoted}")
+        for word in words:
+            _refuse_another_type(name, word, hint)
+        out[name] = words
+    return out
+
+
+def _takes(hint: object) -> int | None:
+    """How many words are a value of this type; None: any number."""
+    if get_origin(hint) is not tuple:
+        return 1
+    return None if Ellipsis in get_args(hint) else len(get_args(hint))
+
+
+def _refuse_another_type(name: str, word: str, hint: object) -> None:
+    if get_origin(hint) is tuple:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        if word not in choices:
+            raise InputError(f"--{name} is {word!r}, expected {', '.join(filter(None, choices[:-1]))} or {choices[-1]}")
+    for kind, said in ((int, "a whole number"), (float, "a number")):
+        if hint is kind:
+            try:
+                kind(word)
+            except ValueError:
+                raise InputError(f"--{name} is {word!r}, expected {said}") from None
 
 
 def read_yaml(path: str, config: type) -> Flags:
     """The settings of a YAML file (``name: value`` a line), as flags.
 
     Raises:
-        InputError: no such file, no mapping, or an unknown setting.
+        InputError: no such file, no mapping, an unknown setting, one that is there twice, or with a value that cannot
+            be its.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"cannot read the config file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the config file {path} is no text: expected YAML, a line 'name: value' a setting") from error
     except yaml.YAMLError as error:
         raise InputError(f"the config file {path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
+    if not isinstance(values, Mapping) or node is None:
         raise InputError(f"the config file {path} holds {type(values).__name__}, expected lines of 'name: value'")
     known = [field.name for field in dataclasses.fields(config)]
+    lines = [str(key.value).replace("-", "_") for key, _ in node.value]  # of equal ones the mapping has the last
     flags: Flags = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in (*known, "use_fp16"):
+        if name == "config" or name not in (*known, *_besides(known)):
             raise InputError(f"unknown setting {name!r} in {path}{near_matches(name, known)}")
+        if lines.count(name) > 1:
+            raise InputError(f"{name} is given twice in {path}: leave one of the lines out")
         if value is None:
             raise InputError(f"{name} has no value in {path}: give it one, or leave the line out")
-        flags[name] = [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)]
-    return flags
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, (Mapping, list)) for part in parts):
+            raise InputError(
+                f"{name} has settings of its own in {path}, expected 'name: value' or 'name: [value, value]'"
+            )
+        flags[name] = [str(part) for part in parts]
+    try:
+        return fitting(config, flags)
+    except InputError as error:
+        raise InputError(f"in the config file {path}: {error}") from None
+
+
+def replace_flags(argv: Sequence[str], by: Sequence[str]) -> list[str]:
+    """A command line with other words for some of its flags: ``argv`` without those that ``by`` gives, then ``by``."""
+
+    def name_of(token: str) -> str:
+        return token.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+
+    theirs = {name_of(token) for token in by if token.startswith("--")}
+    kept: list[str] = []
+    keeping = True
+    for token in argv:
+        if token.startswith("--"):
+            keeping = name_of(token) not in theirs
+        if keeping:
+            kept.append(token)
+    return [*kept, *by]
 
 
 def build(config: type[Config], flags: Flags, defaults: Config, prog: str) -> Config:
@@ -129,8 +224,16 @@ def parse(config: type[Config], argv: Sequence[str], prog: str) -> Config:
         return tyro.cli(config, args=["--help"], prog=prog, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     flags = parse_flags(config, argv)
     if "config" in flags:
-        flags = read_yaml(" ".join(flags.pop("config")), config) | flags
+        flags = read_yaml(flags.pop("config")[0], config) | flags
     return build(config, flags, config(), prog)
+
+
+def _with_precision(flags: Flags) -> Flags:
+    """DINO's ``use_fp16`` as the precision that it means, unless that is given too."""
+    if "use_fp16" not in flags:
+        return flags
+    meant = {"precision": ["fp16" if flags["use_fp16"] == ["True"] else "fp32"]}
+    return meant | {name: words for name, words in flags.items() if name != "use_fp16"}
 
 
 def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
@@ -141,16 +244,11 @@ def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
     prog = "run_pretrain.py"
     if "-h" in argv or "--help" in argv:
         parse(PretrainConfig, ["--help"], prog)
-    flags = parse_flags(PretrainConfig, argv)
+    flags = _with_precision(parse_flags(PretrainConfig, argv))
     if "config" in flags:
-        flags = read_yaml(" ".join(flags.pop("config")), PretrainConfig) | flags
-    if "use_fp16" in flags:  # DINO's name
-        word = (flags.pop("use_fp16") or ["true"])[0].lower()
-        if word not in _TRUE + _FALSE:
-            raise InputError(f"--use_fp16 is {word!r}, expected true or false")
-        flags.setdefault("precision", ["fp16" if word in _TRUE else "fp32"])
-    data, arch = (" ".join(flags.get(name, [])) for name in ("data_path", "arch"))
-    recipe = " ".join(flags.get("recipe", [])) or ("dino" if data else "sample")
+        flags = _with_precision(read_yaml(flags.pop("config")[0], PretrainConfig)) | flags
+    data, arch, named = (flags.get(name, [""])[0] for name in ("data_path", "arch", "recipe"))
+    recipe = named or ("dino" if data else "sample")
     why = "" if "recipe" in flags else (" (--data-path is given)" if data else " (no --data-path)")
     settings = recipe_settings(recipe, arch or None)
     if not data and "data_path" not in settings:

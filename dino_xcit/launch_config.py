@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_xcit.cli import Flags, build
+from dino_xcit.cli import Flags, build, fitting, refuse_again
 from dino_xcit.errors import InputError, near_matches
 
 RUNNERS = ("pretrain", "knn", "linear", "extract")
@@ -138,7 +138,8 @@ def split(argv: Sequence[str], runner_flags: Collection[str]) -> tuple[Flags, li
         runner_flags: names that the runner knows, with underscores.
 
     Raises:
-        InputError: a flag that the runner does not know and that looks like one of the launch's.
+        InputError: a flag that the runner does not know and that looks like one of the launch's, or one of the launch's
+            that is given twice.
     """
     own = [field.name for field in dataclasses.fields(LaunchConfig)]
     flags: Flags = {}
@@ -151,8 +152,8 @@ def split(argv: Sequence[str], runner_flags: Collection[str]) -> tuple[Flags, li
         name, equals, value = token[2:].partition("=")
         name = name.replace("-", "_")
         if name in own:
-            if name != "slurm_additional":  # each of them is wanted; of the others the last word counts
-                flags.pop(name, None)
+            if name != "slurm_additional":  # each of them is wanted
+                refuse_again(name, flags)
             words = flags.setdefault(name, [])
             words += [value] if equals else []
             continue
@@ -169,6 +170,6 @@ def launch_settings(flags: Flags) -> LaunchConfig:
     Raises:
         InputError: a value that cannot be.
     """
-    config = build(LaunchConfig, flags, LaunchConfig(), "run_slurm.py")
+    config = build(LaunchConfig, fitting(LaunchConfig, flags), LaunchConfig(), "run_slurm.py")
     config.check()
     return config

@@ -41,7 +41,9 @@ def settings(config: type[Config], argv: Sequence[str], prog: str, positional: s
     words = _rename(argv, config)
     if positional:
         words = _name_loose_words(words, config, positional)
-    found = parse(config, _gather(words, "query"), prog)
+    for name in filter(None, ("query", positional)):
+        words = _gather(words, name)
+    found = parse(config, words, prog)
     found.check()
     return found
 
@@ -78,7 +80,7 @@ def _rename(argv: Sequence[str], config: type) -> list[str]:
 
 
 def _gather(argv: list[str], flag: str) -> list[str]:
-    """``--flag a --flag b`` as ``--flag a b``: elsewhere the last word wins, here every one is wanted."""
+    """``--flag a --flag b`` as ``--flag a b``: elsewhere giving a flag twice is a mistake, here every one is wanted."""
     words: list[str] = []
     rest: list[str] = []
     taking = False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from last_words import last_words
 from torch import Tensor
 
 from dino_xcit.metrics import read_metrics
@@ -158,7 +159,7 @@ class Server:
             for rank in range(ranks)
         ]
         shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        argv = [*SMALL, "--output-dir", str(output_dir), *map(str, flags)]
+        argv = last_words([*SMALL, "--output-dir", output_dir, *flags])
         requests = [
             {
                 "argv": argv,

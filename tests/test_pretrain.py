@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from last_words import last_words
 from PIL import Image
 from tiny_run import differing_bits, tensors_of, tiny_config
 
@@ -77,7 +78,7 @@ def pretrain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pretrain]:
 
     def run(*argv: str | Path) -> Ended:
         request = {
-            "argv": list(map(str, argv)),
+            "argv": last_words(argv),
             "cwd": str(folder),
             "out": str(folder / "out"),
             "err": str(folder / "err"),

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from eval_fixtures import CLASSES, image_tree
+from last_words import last_words
 from PIL import Image
 from tiny_run import CPU, tiny_config
 from torchvision import transforms
@@ -84,7 +85,7 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(weights: Path, data: Path, *flags: object) -> ReproduceConfig:
     words = ["--weights", weights, "--data-path", data, "--device", "cpu", "--num-workers", "0", "--no-cache", *flags]
-    return settings(ReproduceConfig, [str(word) for word in words], "reproduce")
+    return settings(ReproduceConfig, last_words(words), "reproduce")
 
 
 @pytest.fixture(scope="module")

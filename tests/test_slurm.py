@@ -17,6 +17,7 @@ from typing import Any
 
 import fake_slurm
 import pytest
+from last_words import last_words
 from ranks import ENVIRONMENT, HERE, SMALL, Server, state_in
 from tiny_run import differing_bits
 
@@ -36,7 +37,7 @@ ROOT = HERE.parent
 
 def test_flags_of_the_launch_and_of_the_runner_may_be_mixed() -> None:
     typed = (
-        "--nodes 2 --arch xcit_small_12_p16 --slurm-additional qos=high mem=20G --global_crops_scale 0.4 1 --nodes=4 "
+        "--nodes=4 --arch xcit_small_12_p16 --slurm-additional qos=high mem=20G --global_crops_scale 0.4 1 "
         "--gpus_per_node=8 --slurm_additional exclusive --use_fp16"
     )
     flags, words = split(typed.split(" "), {"arch", "global_crops_scale"})
@@ -306,9 +307,9 @@ def test_what_takes_a_job_s_place_is_the_same_command() -> None:
 
 def launch_here(folder: Path, *flags: object) -> subprocess.Popen[str]:
     launch = ["--cluster", "local", "--gpus-per-node", "0", "--tasks-per-node", "2", "--job-dir", folder / "jobs"]
-    words = [*launch, *SMALL, *flags, "--output-dir", folder / "run"]
+    words = last_words([*launch, *SMALL, *flags, "--output-dir", folder / "run"])
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "run_slurm.py"), *map(str, words)],
+        [sys.executable, str(ROOT / "run_slurm.py"), *words],
         env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from last_words import last_words
 from ranks import ENVIRONMENT, HERE, SMALL, Run, Server, state_in
 from tiny_run import differing_bits, tensors_of
 
@@ -92,8 +93,8 @@ def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Pope
     """Two processes under torchrun."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
-         str(restarts), "--monitor-interval", "0.1", str(HERE.parent / "run_pretrain.py"), *SMALL, *map(str, flags),
-         "--output-dir", str(folder)],
+         str(restarts), "--monitor-interval", "0.1", str(HERE.parent / "run_pretrain.py"),
+         *last_words([*SMALL, *flags, "--output-dir", folder])],
         env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from last_words import last_words
 from ranks import ENVIRONMENT, HERE, SMALL
 
 from dino_xcit.errors import InputError
@@ -151,7 +152,7 @@ def test_a_missing_package_is_said_before_the_run(monkeypatch: pytest.MonkeyPatc
 def pretrain(folder: Path, photos: Path, last: int, **environment: str) -> subprocess.CompletedProcess[str]:
     flags = ["--data-path", photos, "--batch-size-per-gpu", "2", "--output-dir", folder / "run", "--max-steps", last]
     return subprocess.run(
-        [sys.executable, str(HERE.parent / "run_pretrain.py"), *SMALL, *map(str, flags), "--wandb", "xcit"],
+        [sys.executable, str(HERE.parent / "run_pretrain.py"), *last_words([*SMALL, *flags, "--wandb", "xcit"])],
         env=os.environ | ENVIRONMENT | {"HOME": str(folder)} | environment,
         capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
     )  # fmt: skip

@@ -29,9 +29,14 @@ class CommandLine(argparse.ArgumentParser):
         """The values of a command line.
 
         Raises:
-            InputError: a word that has no place, or no value of its flag.
+            InputError: a word that has no place, or no value of its flag, or a flag that is given twice.
         """
-        return self.parse_args([_with_dashes(word) for word in argv])
+        words = [_with_dashes(word) for word in argv]
+        names = [word.partition("=")[0] for word in words if word.startswith("--")]
+        again = next((name for name in names if names.count(name) > 1), None)
+        if again:
+            raise InputError(f"{again} is given twice: give it once")
+        return self.parse_args(words)
 
 
 def _with_dashes(word: str) -> str:

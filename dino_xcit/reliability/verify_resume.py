@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dino_xcit import safe_load
 from dino_xcit.checkpoint import hash_content
-from dino_xcit.cli import parse_pretrain
+from dino_xcit.cli import parse_pretrain, replace_flags
 from dino_xcit.errors import InputError
 from dino_xcit.metrics import read_metrics
 from dino_xcit.reliability.checkpoint_folder import FOLDER, LATEST
@@ -83,9 +83,9 @@ def main(argv: Sequence[str], script: Path) -> None:
     beside.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=beside))
     try:
-        command = [sys.executable, str(script), *flags, "--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
-        command += ["--log-every", "1", "--knn-every", "0", "--deterministic", "--wandb="]
-        verdict = verify(command, processes, folder)
+        ours = ["--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--log-every", "1", "--knn-every", "0"]
+        ours += ["--deterministic", "--wandb="]
+        verdict = verify([sys.executable, str(script), *replace_flags(flags, ours)], processes, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(verdict.report())
@@ -121,7 +121,7 @@ def _run_until(
     """
     log = output_dir.with_suffix(".log")
     with open(log, "wb") as file:
-        ranks = _start([*command, "--output-dir", str(output_dir)], processes, file)
+        ranks = _start(replace_flags(command, ["--output-dir", str(output_dir)]), processes, file)
         try:
             shown = _step(output_dir)
             while any(rank.poll() is None for rank in ranks) and not then_kill():
