@@ -38,7 +38,7 @@ from eval.linear.fixed_features import FixedFeatures
 from eval.linear.heads import LinearHeads, cosine_factor, scaled
 from eval.linear.imagenet_variants import measure, open_variant
 from eval.linear.logistic_search import logistic_results, search
-from eval.linear.pooled import Labelled, PooledBackbone, Rows
+from eval.linear.pooled import Labelled, PooledBackbone
 from eval.linear.probe_file import FILE_NAME, LOGREG_NAME, write_probe
 from eval.linear.report import (
     Record,
@@ -128,7 +128,7 @@ def main() -> None:
     for variant in variants:
         found = fixed.rows(variant.source or val)
         if best:
-            rows = Rows(found.features, pooled.widths[best.features])
+            rows = pooled.seen_by(best.features, found.features)
             data = {"labels": variant.fingerprint} | data_card(variant.source or val, found.fingerprint)
             also[variant.name] = measure(variant, rows, best.weight, best.bias, device) | {"data": data}
 
@@ -157,7 +157,7 @@ def train_heads(probe: Probe, stored: Record | None, on_held: Labelled, on_val: 
     """
     # ---- classifiers, new or from where this probe stopped
     config, sampler, device, epochs = probe.config, probe.sampler, probe.device, probe.config.epochs
-    widths = probe.pooled.widths
+    widths, columns = probe.pooled.widths, probe.pooled.columns
     own = [scaled(config.lr, sampler.global_batch)]
     paper = LinearHeads(own, probe.classes, widths["cls"], config.seed, device)
     rates = [scaled(lr, sampler.global_batch) for lr in probe.lrs]
@@ -193,10 +193,10 @@ def train_heads(probe: Probe, stored: Record | None, on_held: Labelled, on_val: 
             factor = cosine_factor(epoch, epochs)
             for _ in range(sampler.steps_per_epoch):
                 features, chosen = next(batches)
-                own_loss = paper.step(features[:, : widths["cls"]], labels[chosen], everything, factor)
+                own_loss = paper.step(features[:, columns["cls"]], labels[chosen], everything, factor)
                 loss += own_loss / sampler.steps_per_epoch
                 for name, heads in grids.items():
-                    heads.step(features[:, : widths[name]], labels[chosen], for_grid[chosen], factor)
+                    heads.step(features[:, columns[name]], labels[chosen], for_grid[chosen], factor)
                 bar.update(sampler.global_batch)
             if not distributed.is_main():
                 continue

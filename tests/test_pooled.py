@@ -33,18 +33,53 @@ def test_a_row_is_the_class_token_and_the_mean_patch_tokens_of_the_last_blocks_o
 
 
 @torch.no_grad()
-def test_a_vit_s_last_blocks_give_their_class_tokens_through_the_final_norm() -> None:
-    backbone = build_backbone("timm:vit_tiny_patch16_224").eval()
-    model = backbone.model
-    pooled = PooledBackbone(backbone, ("last3",), 32, CPU).eval()
-    x = images()
+@pytest.mark.parametrize("arch", ["timm:vit_tiny_patch16_224", "vit_tiny_5_p8_ls_reg4"])
+def test_a_vit_s_choices_are_dinos_and_dinov2s(arch: str) -> None:
+    """By hand: the class tokens of the last blocks through the final norm, and the mean of the last patch tokens."""
+    backbone = build_backbone(arch).eval()
+    for name, value in backbone.named_parameters():
+        value.add_(0.3 * torch.rand_like(value) if "gamma" in name else 0.01)
+    model, x = backbone.model, images()
     tokens, by_block = model.norm_pre(model._pos_embed(model.patch_embed(x))), []
     for block in model.blocks:
         tokens = block(tokens)
         by_block.append(model.norm(tokens))
-    last = by_block[-1]
-    wanted = torch.cat([last[:, 0], last[:, 1:].mean(dim=1), by_block[-2][:, 0], by_block[-3][:, 0]], dim=1)
-    assert torch.allclose(pooled(x).cls_token, wanted, atol=1e-5)
+    mean = by_block[-1][:, model.num_prefix_tokens :].mean(dim=1)
+    classes = [normed[:, 0] for normed in reversed(by_block)]
+    wanted = {
+        "cls": classes[:1],
+        "last1": classes[:1],
+        "cls+mean": [mean, classes[0]],
+        "last4": classes[:4],
+        "last4+mean": [mean, *classes[:4]],
+        "last2+mean": [mean, *classes[:2]],
+    }
+    assert not torch.allclose(classes[0], classes[1], atol=1e-2)
+    for asked in (tuple(wanted), *((name,) for name in wanted), ("last2+mean", "last4")):
+        pooled = PooledBackbone(backbone, asked, 32, CPU).eval()
+        row = pooled(x).cls_token
+        for name in {"cls", *asked}:
+            expected = torch.cat(wanted[name], dim=1)
+            assert pooled.widths[name] == expected.shape[1]
+            torch.testing.assert_close(row[:, pooled.columns[name]], expected, rtol=1e-5, atol=1e-5)
+            kept = pooled.seen_by(name, row.numpy())
+            assert (kept[:] == row[:, pooled.columns[name]].numpy()).all()
+
+
+def test_rows_of_a_vit_with_and_without_the_mean_are_told_apart() -> None:
+    backbone = build_backbone("vit_tiny_5_p8").eval()
+    rows = [("last4",), ("last3",), ("last4+mean",), ("cls+mean",), ("last4", "cls+mean")]
+    said = [PooledBackbone(backbone, choices, 32, CPU).identity for choices in rows]
+    assert said[2] == said[4]
+    assert len(set(said)) == 4
+    assert all(said)
+
+
+def test_an_xcit_has_no_class_tokens_to_put_a_mean_beside() -> None:
+    with pytest.raises(
+        InputError, match=r"last2\+mean, but the blocks of this backbone have no class tokens: last2"
+    ):
+        PooledBackbone(build_backbone("xcit_pico_4_p4").eval(), ("last2+mean",), 32, CPU)
 
 
 @torch.no_grad()
@@ -61,7 +96,7 @@ def test_the_class_token_alone_is_the_backbones_own_to_the_last_bit() -> None:
 
 def test_a_choice_that_cannot_be_is_a_sentence() -> None:
     assert [blocks_of(name) for name in ("cls", "cls+mean", "last1", "last12")] == [0, 1, 1, 12]
-    for wrong in ("mean", "last", "last0", "last100", "LAST4", "last4 "):
+    for wrong in ("mean", "last", "last0", "last100", "LAST4", "last4 ", "last4+cls", "last4+mean+mean"):
         with pytest.raises(InputError, match=r"expected cls, cls\+mean, or lastN"):
             blocks_of(wrong)
     with pytest.raises(InputError, match="last5, which needs 5 blocks, but the backbone has 4"):
@@ -80,6 +115,7 @@ def test_rows_are_read_from_the_disk_when_asked_for(tmp_path: Path) -> None:
     mean, variance = moments(Rows(matrix, 130))
     assert mean == pytest.approx(matrix.astype(np.float64).mean(axis=0), abs=1e-15)
     assert variance == pytest.approx(matrix.astype(np.float64).var(axis=0), abs=1e-15)
-    both = Labelled.of(matrix, np.arange(40), {"cls": 10, "last4": 130}, chosen)
+    both = Labelled.of(matrix, np.arange(40), {"cls": slice(20, 30), "last4": slice(0, 130)}, chosen)
     assert both.labels.tolist() == [3, 30, 7]
-    assert both.rows["cls"][:].shape == (3, 10)
+    assert (both.rows["cls"][:] == matrix[chosen, 20:30]).all()
+    assert (both.rows["cls"].some(np.array([1])).columns(2, 99) == matrix[[30], 22:30]).all()

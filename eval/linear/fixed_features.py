@@ -49,7 +49,7 @@ class FixedFeatures:
     def labelled(self, source: Source) -> Labelled:
         """Every image of a source with labels, as each choice of features sees it."""
         assert source.labels is not None
-        return Labelled.of(self.rows(source).features, source.labels, self.pooled.widths)
+        return Labelled.of(self.rows(source).features, source.labels, self.pooled.columns)
 
     def some(self, source: Source, chosen: NDArray[np.int64], fingerprint: str) -> Labelled:
         """The ``chosen`` images of a source alone, from its kept features if there are such.
@@ -60,9 +60,9 @@ class FixedFeatures:
         assert source.labels is not None
         width = self.pooled.embed_dim
         if not len(chosen):
-            return Labelled.of(np.empty((0, width), dtype=np.float32), source.labels[:0], self.pooled.widths)
+            return Labelled.of(np.empty((0, width), dtype=np.float32), source.labels[:0], self.pooled.columns)
         whole = find_kept(self.weights, fingerprint, (len(source), width), self.transform, self.kept)
         # One process looks, and all do as it says: they must not disagree about whether there is work to share.
         if distributed.main_decides("no" if whole is None else None) or whole is None:
             return self.labelled(Subset(source, chosen))
-        return Labelled.of(whole, source.labels, self.pooled.widths, chosen)
+        return Labelled.of(whole, source.labels, self.pooled.columns, chosen)
