@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from dino_xcit.data.decode import UndecodableImage, decode
 
 WIDTH, HEIGHT = 96, 72
 """Of every decodable picture, upright."""
@@ -190,3 +193,12 @@ def mutate(whole: bytes, other: bytes, rng: np.random.Generator) -> bytes:
                 part = data[start : start + int(rng.integers(1, 64))]
                 data[place : place + len(part)] = part
     return bytes(data)
+
+
+def refusal(data: bytes) -> UndecodableImage:
+    """How decoding it fails, as it must."""
+    with pytest.raises(UndecodableImage) as caught:
+        decode(data, "holiday/1.jpg")
+    assert str(caught.value).startswith(f"holiday/1.jpg cannot be read: {caught.value.cause}; remove it")
+    assert "\n" not in caught.value.cause
+    return caught.value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino_xcit.export.__main__ import main
 from dino_xcit.models import build_backbone
@@ -37,3 +37,7 @@ def checkpoint(folder: Path, arch: str = "xcit_pico_4_p8", transform: EvalTransf
 
 def export(weights: Path, target: str, out: Path, *flags: str) -> None:
     main(["--weights", str(weights), "--to", target, "--out", str(out), *flags])
+
+
+def close(given: Tensor, expected: Tensor) -> bool:
+    return float((given - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

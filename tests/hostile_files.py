@@ -1,27 +1,38 @@
-"""Files that would run a program, exhaust the memory or lie about what they hold, each made by one function.
-
-Most are put together byte by byte: ``torch.save`` does not write them.
-"""
+"""Checkpoints that would run a program, exhaust the memory or lie about what they hold, each made by one function."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import os
 import pickle
 import struct
 import tarfile
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from hostile_parts import (
+    HONEST,
+    LAUGHS,
+    TAIL,
+    Entry,
+    Maker,
+    Runs,
+    archive,
+    called,
+    dictionary,
+    named,
+    number,
+    old_format,
+    pickled,
+    shape,
+    storage,
+    tensor,
+    text,
+    zeros_deflated,
+    zipped,
+)
 
-Maker = Callable[[Path, Path], None]
-"""Writes a file; the second path is the canary, which exists once the file's program has run."""
 PROGRAMS: dict[str, Maker] = {}
 """Files with a program that runs where the file is trusted."""
 OTHERS: dict[str, Maker] = {}
@@ -36,109 +47,6 @@ def other(maker: Maker) -> Maker:
     OTHERS[maker.__name__] = maker
     return maker
 
-
-class Runs:
-    """Runs a program where it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return os.system, (f"touch '{self.canary}'",)
-
-
-# ---- pickles of protocol 2, put together
-
-
-def pickled(body: bytes) -> bytes:
-    return b"\x80\x02" + body + b"."
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def number(value: int) -> bytes:
-    data = pickle.encode_long(value)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def named(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def called(function: bytes, *arguments: bytes) -> bytes:
-    return function + b"(" + b"".join(arguments) + b"tR"
-
-
-def dictionary(**values: bytes) -> bytes:
-    return b"}(" + b"".join(text(key) + value for key, value in values.items()) + b"u"
-
-
-def shape(*lengths: int) -> bytes:
-    return b"(" + b"".join(map(number, lengths)) + b"t"
-
-
-def storage(count: int, key: str = "0", legacy: bool = False) -> bytes:
-    kind = named("torch", "FloatStorage")
-    return b"(" + text("storage") + kind + text(key) + text("cpu") + number(count) + (b"N" if legacy else b"") + b"tQ"
-
-
-def tensor(stored: bytes, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
-    rebuild, hooks = named("torch._utils", "_rebuild_tensor_v2"), called(named("collections", "OrderedDict"))
-    return called(rebuild, stored, number(0), shape(*size), shape(*stride), b"\x89", hooks)
-
-
-# ---- zip archives, put together
-
-
-@dataclass
-class Entry:
-    name: str
-    data: bytes = b""
-    claims: int | None = None
-    """How long the archive says that it is when unpacked; as long as ``data`` if None."""
-    deflated: bool = False
-    at: int | None = None
-    """Where the archive says that it starts; where it does, if None."""
-
-
-def zipped(*entries: Entry, prefix: str = "archive/") -> bytes:
-    out, directory = bytearray(), bytearray()
-    for entry in entries:
-        name = (prefix + entry.name).encode()
-        claims = len(entry.data) if entry.claims is None else entry.claims
-        packed = len(entry.data) if entry.deflated else claims
-        method = 8 if entry.deflated else 0
-        fields = struct.pack("<HHHHHI", 45, 0, method, 0, 0, zlib.crc32(entry.data))
-        extra, short = b"", (packed, claims)
-        if claims >= 2**32 - 1:
-            extra = struct.pack("<HHQQ", 1, 16, claims, packed)
-            short = (2**32 - 1, 2**32 - 1)
-        at = len(out) if entry.at is None else entry.at
-        lengths = struct.pack("<IIHH", *short, len(name), len(extra))
-        out += b"PK\x03\x04" + fields + lengths + name + extra + entry.data
-        directory += b"PK\x01\x02" + struct.pack("<H", 45) + fields + lengths + struct.pack("<HHHII", 0, 0, 0, 0, at)
-        directory += name + extra
-    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, len(entries), len(entries), len(directory), len(out), 0)
-    return bytes(out + directory + end)
-
-
-def archive(path: Path, body: bytes, *entries: Entry) -> None:
-    """A checkpoint of today's format: the pickle, a storage of four numbers, and whatever comes besides."""
-    honest = [Entry("data.pkl", pickled(body)), Entry("version", b"3\n")]
-    path.write_bytes(zipped(*honest, *(entries or [Entry("data/0", bytes(16))])))
-
-
-def zeros_deflated(count: int) -> bytes:
-    """What unpacks to ``count`` times ten million zeros."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    block = packer.compress(bytes(10_000_000)) + packer.flush(zlib.Z_FULL_FLUSH)
-    return block * count + packer.flush()
-
-
-TAIL = (Entry("data/0", bytes(16)), Entry("version", b"3\n"))
-HONEST = dictionary(weight=tensor(storage(4), (4,), (1,)))
 
 # ---- that run a program
 
@@ -315,12 +223,6 @@ def tensor_without_data(path: Path, canary: Path) -> None:
     torch.save({"weight": torch.empty(10**6, 10**6, device="meta")}, path)
 
 
-def old_format(path: Path, body: bytes, keys: bytes, after: bytes) -> None:
-    torch.save(0, path, _use_new_zipfile_serialization=False)
-    start = path.read_bytes().partition(b"u.")[0] + b"u."
-    path.write_bytes(start + pickled(body) + pickled(keys) + after)
-
-
 @other
 def storage_of_forty_gigabytes_in_the_old_format(path: Path, canary: Path) -> None:
     body = dictionary(weight=tensor(storage(10**10, legacy=True), (10**10,), (1,)))
@@ -343,9 +245,6 @@ def tar_archive_in_the_old_format(path: Path, canary: Path) -> None:
 
 
 # ---- whose values explode
-
-LAUGHS = b"q\x00]h\x00ah\x00a\x86" * 40
-"""What is on the stack becomes a pair of itself and of a list of it twice, and that forty times."""
 
 
 @other
@@ -449,77 +348,3 @@ def resembles_an_xcit_large(path: Path, canary: Path) -> None:
     state = {"cls_token": torch.zeros(1, 1, 768), "pos_embeder.token_projection.weight": torch.zeros(1)}
     state |= {f"blocks.{block}.attn.temperature": torch.zeros(16, 1, 1) for block in range(24)}
     torch.save(state | {f"patch_embed.proj.{stage}.0.weight": torch.zeros(1) for stage in (0, 2, 4)}, path)
-
-
-# ---- ground truths
-
-
-GROUND_TRUTHS: dict[str, Maker] = {}
-
-
-def ground_truth(maker: Maker) -> Maker:
-    GROUND_TRUTHS[maker.__name__] = maker
-    return maker
-
-
-def _program_in_protocol(protocol: int) -> Maker:
-    def write(path: Path, canary: Path) -> None:
-        path.write_bytes(pickle.dumps({"gnd": [Runs(canary)]}, protocol))
-
-    return write
-
-
-for _protocol in range(6):
-    GROUND_TRUTHS[f"program_in_protocol_{_protocol}"] = _program_in_protocol(_protocol)
-
-
-@ground_truth
-def program_by_an_instance(path: Path, canary: Path) -> None:
-    path.write_bytes(b"(S'touch " + str(canary).encode() + b"'\nios\nsystem\n.")
-
-
-@ground_truth
-def array_of_objects_that_run(path: Path, canary: Path) -> None:
-    path.write_bytes(pickle.dumps({"gnd": np.array([Runs(canary)], dtype=object)}, 2))
-
-
-@ground_truth
-def array_longer_than_its_bytes(path: Path, canary: Path) -> None:
-    data = pickle.dumps(np.zeros(3, np.uint8), 2)
-    path.write_bytes(data.replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85", 1))
-
-
-@ground_truth
-def laughing_lists(path: Path, canary: Path) -> None:
-    path.write_bytes(pickled(b"]" + LAUGHS))
-
-
-@ground_truth
-def laughing_key(path: Path, canary: Path) -> None:
-    path.write_bytes(pickled(b"})" + b"q\x00h\x00\x86" * 40 + b"Ns"))
-
-
-@ground_truth
-def text_longer_than_the_file(path: Path, canary: Path) -> None:
-    path.write_bytes(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"abc.")
-
-
-@ground_truth
-def bytes_of_protocol_5(path: Path, canary: Path) -> None:
-    path.write_bytes(b"\x80\x05\x96" + struct.pack("<Q", 2**31) + b"abc.")
-
-
-@ground_truth
-def number_of_a_million_digits(path: Path, canary: Path) -> None:
-    path.write_bytes(b"L" + b"9" * 1_000_000 + b"L\n.")
-
-
-@ground_truth
-def module_reached_by_dots(path: Path, canary: Path) -> None:
-    path.write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x09os.system\x93.")
-
-
-@ground_truth
-def longer_than_any(path: Path, canary: Path) -> None:
-    with open(path, "wb") as file:
-        file.truncate(10**10)

@@ -1,4 +1,4 @@
-"""The command line of run_pretrain.py: spellings, precedence, refusals; and what the package may import."""
+"""The command line of run_pretrain.py: spellings, refusals, help; and what the package may import."""
 
 from __future__ import annotations
 
@@ -8,31 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretrain_command import DATA, last_line, parsed, refused
 
 import dino_xcit
 from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import FREE_TO_CHANGE, PretrainConfig, differences
-from dino_xcit.errors import InputError, run_main
-from dino_xcit.recipes import RECIPES, recipe_settings
-
-DATA = ["--data-path", "photos"]
-
-
-def parsed(*argv: str) -> PretrainConfig:
-    return parse_pretrain(argv)[0]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What a command line that cannot be used prints; exit code 2 is demanded."""
-    with pytest.raises(SystemExit) as caught:
-        run_main(lambda: parse_pretrain(argv) and None)
-    assert caught.value.code == 2
-    return capsys.readouterr().err
-
-
-def last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]
-
+from dino_xcit.errors import run_main
 
 # ---- spellings
 
@@ -165,134 +146,6 @@ def test_negative_numbers_are_values() -> None:
 
 def test_the_last_of_two_equal_flags_wins() -> None:
     assert parsed(*DATA, "--seed", "1", "--seed", "2").seed == 2
-
-
-# ---- recipes, files, precedence
-
-
-def test_without_flags_and_data_the_defaults_are_the_reference_s() -> None:
-    config = PretrainConfig()
-    expected = {
-        "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996, "use_bn_in_head": False,
-        "warmup_teacher_temp": 0.04, "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0, "weight_decay": 0.04,
-        "weight_decay_end": 0.4, "clip_grad": 3.0, "clip_mode": "per-parameter", "batch_size_per_gpu": 64,
-        "epochs": 100, "freeze_last_layer": 1, "lr": 5e-4, "lr_reference_batch": 256, "warmup_epochs": 10,
-        "min_lr": 1e-6, "optimizer": "adamw", "drop_path_rate": 0.1, "global_crops_scale": (0.4, 1.0),
-        "local_crops_number": 8, "local_crops_scale": (0.05, 0.4), "saveckp_freq": 20, "seed": 0,
-        "global_crops_size": 224, "local_crops_size": 96, "student_temp": 0.1, "center_momentum": 0.9, "jitter": 0.8,
-        "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray": 0.2, "global_blur": (1.0, 0.1),
-        "local_blur": 0.5, "blur_radius": (0.1, 2.0), "solarize": 0.2, "flip": 0.5,
-    }  # fmt: skip
-    assert {name: getattr(config, name) for name in expected} == expected
-
-
-def test_the_first_line_names_the_recipe_and_why() -> None:
-    config, line = parse_pretrain([])
-    assert "sample" in line
-    assert "no --data-path" in line
-    assert config.recipe == "sample"
-    assert config.data_path == "sample:fashion-mnist"
-    config, line = parse_pretrain(DATA)
-    assert "dino" in line
-    assert "photos" in line
-    assert config.recipe == "dino"
-    _, line = parse_pretrain([*DATA, "--recipe", "xcit-dino-300ep"])
-    assert "xcit-dino-300ep" in line
-
-
-def test_the_published_recipe_has_the_published_values() -> None:
-    config = parsed(*DATA, "--recipe", "xcit-dino-300ep")
-    expected = {
-        "epochs": 300, "lr": 1e-3, "lr_reference_batch": 0, "min_lr": 4e-5, "warmup_start_lr": 4e-5,
-        "warmup_epochs": 10, "weight_decay": 0.04, "weight_decay_end": 0.4, "drop_path_rate": 0.05,
-        "global_crops_scale": (0.3, 1.0), "local_crops_scale": (0.05, 0.3), "local_crops_number": 8,
-        "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30, "norm_last_layer": False,
-        "saturation": 0.4, "clip_grad": 0.0,
-    }  # fmt: skip
-    assert {name: getattr(config, name) for name in expected} == expected
-
-
-def test_explicit_flags_win_over_the_sample_recipe() -> None:
-    config = parsed("--arch", "xcit_small_12_p16", "--batch_size_per_gpu", "5", "--local-crops-size", "20")
-    assert (config.arch, config.batch_size_per_gpu, config.local_crops_size) == ("xcit_small_12_p16", 5, 20)
-    assert config.recipe == "sample"
-
-
-@pytest.mark.parametrize(
-    "arch", ["xcit_pico_4_p4", "xcit_small_12_p16", "xcit_small_12_p8", "timm:vit_tiny_patch16_224"]
-)
-def test_the_sample_s_crops_give_every_patch_size_a_grid(arch: str) -> None:
-    config = parsed("--arch", arch)
-    patch = 4 if arch.endswith("p4") else 8 if arch.endswith("p8") else 16
-    assert config.local_crops_size > patch  # two tokens a side or more, so that they can interact
-    assert config.global_crops_size > config.local_crops_size
-    if arch.startswith("timm:"):  # whose transformers refuse sizes that the patch does not divide
-        assert config.local_crops_size % patch == config.global_crops_size % patch == 0
-    assert config.global_crops_size <= 64  # not 224: the first command must finish on a CPU
-
-
-def test_flags_beat_the_file_which_beats_the_recipe_which_beats_the_defaults(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(
-        "recipe: xcit-dino-300ep\ndata_path: photos\nepochs: 50\nlocal-crops-scale: [0.1, 0.2]\nlr: 1e-4\n"
-        "norm_last_layer: yes\nuse_bn_in_head: true\n"
-    )
-    config = parsed("--config", str(file), "--lr", "0.3", "--no-use-bn-in-head")
-    assert config.lr == 0.3  # flag
-    assert config.use_bn_in_head is False
-    assert config.epochs == 50  # file
-    assert config.local_crops_scale == (0.1, 0.2)
-    assert config.norm_last_layer is True
-    assert config.teacher_temp == 0.07  # recipe
-    assert config.batch_size_per_gpu == 64  # default
-    assert parsed(f"--config={file}").lr == 1e-4
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("epochz: 3\n", "epochs"),
-        ("- epochs\n", "name: value"),
-        ("epochs: [3\n", "YAML"),
-        ("", "name: value"),
-        ("epochs: three\n", "epochs"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
-) -> None:
-    (tmp_path / "run.yaml").write_text(text)
-    assert named in refused(capsys, "--config", str(tmp_path / "run.yaml"))
-
-
-def test_files_that_are_missing_or_binary_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "absent.yaml" in refused(capsys, "--config", str(tmp_path / "absent.yaml"))
-    (tmp_path / "image.yaml").write_bytes(b"\xff\xfe\x00\x89PNG")
-    assert "image.yaml" in refused(capsys, "--config", str(tmp_path / "image.yaml"))
-
-
-def test_a_yaml_value_left_empty_is_not_the_word_none(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("data_path:\nseed: 3\n")
-    try:
-        config = parsed("--config", str(tmp_path / "run.yaml"))
-    except InputError:
-        return
-    assert config.data_path != "None"
-
-
-def test_the_output_directory_is_named_after_recipe_and_architecture() -> None:
-    assert parsed("--arch", "xcit_nano_12_p16").output_dir == "runs/sample-xcit_nano_12_p16"
-    assert parsed(*DATA, "--arch", "timm:vit_tiny_patch16_224").output_dir == "runs/dino-timm-vit_tiny_patch16_224"
-    assert parsed(*DATA, "--output-dir", "x/y").output_dir == "x/y"
-
-
-def test_every_recipe_is_a_valid_configuration_with_purpose_command_and_result() -> None:
-    assert {"dino", "xcit-dino-300ep", "sample", "sample-long"} <= set(RECIPES)
-    for name, recipe in RECIPES.items():
-        PretrainConfig(**recipe_settings(name, None))  # type: ignore[arg-type]
-        assert recipe.purpose
-        assert "run_pretrain.py" in recipe.command
-        assert recipe.result
 
 
 # ---- refusals

@@ -1,4 +1,4 @@
-"""Exports, re-loaded by the libraries they are for; files that differ from their original never appear."""
+"""Exports to safetensors, ONNX and torch programs; how they are compared with the original; the command."""
 
 from __future__ import annotations
 
@@ -11,129 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-import timm
-import timm.data
 import torch
-from export_fixtures import SMALL, checkpoint, export, scrambled
-from safetensors.torch import save_file
+from export_fixtures import SMALL, checkpoint, close, export, scrambled
 from torch import Tensor
 
-from dino_xcit.data import Subset, decode, open_source
 from dino_xcit.errors import InputError
-from dino_xcit.export import onnx_file, timm_folder
+from dino_xcit.export import onnx_file
 from dino_xcit.export.__main__ import command, main
 from dino_xcit.export.comparison import Difference, differences, features_of, precise_features_of
-from dino_xcit.export.output import SUFFIXES
 from dino_xcit.export.photographs import Photographs, photographs
 from dino_xcit.export.plain_network import Exported
-from dino_xcit.export.provenance import is_export, metadata
-from dino_xcit.models import build_backbone
-from dino_xcit.models.xcit import XCIT_SIZES
-from dino_xcit.timm_names import to_timm
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import load_backbone
-from eval.features import extract
-from eval.knn import knn_predict
-
-
-def sample(part: str, count: int) -> Any:
-    return Subset(open_source("sample:fashion-mnist", part), np.arange(count))
-
-
-def close(given: Tensor, expected: Tensor) -> bool:
-    return float((given - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-
-
-# ---- timm
-
-
-def test_timm_classifies_as_we_do(tmp_path: Path) -> None:
-    """Features by timm's network from images that timm prepared; neighbours vote the same for every image."""
-    weights = checkpoint(tmp_path)
-    export(weights, "timm", tmp_path / "out")
-    loaded = load_backbone(weights)
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    ours, theirs, labels = [], [], []
-    for part, count in (("train", 300), ("val", 100)):
-        source = sample(part, count)
-        found = extract(loaded.backbone, source, loaded.transform, torch.device("cpu"), 100, 0)
-        ours.append(found.features)
-        labels.append(found.labels)
-        with torch.no_grad():
-            images = torch.stack([prepare(_picture(source, index)) for index in range(count)])
-            theirs.append(model(images).numpy())
-        assert close(torch.from_numpy(theirs[-1]), torch.from_numpy(ours[-1]))
-    expected, found = (
-        knn_predict(train, labels[0], test, [1, 20], [0.07]) for train, test in ((ours[0], ours[1]), theirs)
-    )
-    assert all((expected[key] == found[key]).all() for key in expected)
-    assert len(np.unique(expected[20, 0.07][:, 0])) > 3  # (it does tell images apart)
-
-
-def _picture(source: Any, index: int) -> Any:
-    return decode(source.read(index)[0], source.name(index))
-
-
-def test_an_official_size_has_timms_own_name_and_loads_by_it(tmp_path: Path) -> None:
-    export(checkpoint(tmp_path, "xcit_nano_12_p16"), "timm", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architecture"] == "xcit_nano_12_p16_224"
-    assert "model_args" not in config
-    path = str(tmp_path / "out" / "model.safetensors")
-    model = timm.create_model("xcit_nano_12_p16_224", checkpoint_path=path, num_classes=0).eval()
-    images = torch.randn(2, 3, 96, 64)
-    with torch.no_grad():
-        assert close(model(images), scrambled("xcit_nano_12_p16")(images).cls_token)
-
-
-def test_timm_puts_a_fresh_classifier_on_it(tmp_path: Path) -> None:
-    export(checkpoint(tmp_path), "timm", tmp_path / "out")
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=7)
-    assert model(torch.randn(2, 3, 28, 28)).shape == (2, 7)
-    assert torch.equal(model.norm.weight, scrambled("xcit_pico_4_p8").norm.weight)  # type: ignore[union-attr]
-
-
-def test_timm_knows_every_official_size() -> None:
-    official = [name for name in XCIT_SIZES if "_12" in name or "_24" in name]
-    assert len(official) == 7
-    assert all(timm.is_model(f"{name}_p{patch}_224") for name in official for patch in (8, 16))
-
-
-def test_another_timm_model_exports_under_its_name(tmp_path: Path) -> None:
-    backbone = build_backbone("timm:resnet18")
-    path = tmp_path / "b.pth"
-    torch.save({"teacher": {f"backbone.{k}": v for k, v in backbone.state_dict().items()},
-                "args": {"arch": "timm:resnet18"}, "eval_transform": SMALL.to_dict()}, path)  # fmt: skip
-    export(path, "timm", tmp_path / "out")
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(model(images), backbone.eval()(images).cls_token)
-
-
-def test_a_patch_that_timm_lacks_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"patches of 8 and 16 pixels, xcit_pico_4_p4 has 4: --to safetensors"):
-        export(checkpoint(tmp_path, "xcit_pico_4_p4"), "timm", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_timm_resizes_to_the_same_number_of_pixels_for_every_size() -> None:
-    for crop in range(16, 520, 7):
-        for resize in {*range(crop, 2 * crop, 3), crop - 5}:
-            share = timm_folder.crop_share(EvalTransform(resize, crop))
-            assert math.floor(crop / share) == resize
-
-
-def test_a_folder_that_timm_would_prepare_images_otherwise_for_is_found_out(tmp_path: Path) -> None:
-    export(checkpoint(tmp_path), "timm", tmp_path / "out")
-    path = tmp_path / "out" / "config.json"
-    config = json.loads(path.read_text())
-    config["pretrained_cfg"]["interpolation"] = "bicubic"
-    path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="prepares an image"):
-        timm_folder.check_transform(timm_folder.reload(tmp_path / "out"), SMALL, photographs())
-
 
 # ---- safetensors
 
@@ -215,114 +104,7 @@ def test_a_package_that_is_missing_is_named_with_what_to_type(tmp_path: Path, mo
         export(checkpoint(tmp_path), "onnx", tmp_path / "out.onnx")
 
 
-# ---- what differs does not appear; what is there is not lost
-
-
-def _keys_as_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = to_timm(state)
-    first = "cls_attn_blocks.0.attn."
-    return out | {f"{first}v.weight": out[f"{first}k.weight"].clone()}
-
-
-@pytest.mark.parametrize("before", [False, True])
-def test_an_export_that_differs_is_removed_and_the_one_before_it_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
-) -> None:
-    weights = checkpoint(tmp_path)
-    out = tmp_path / "out"
-    if before:
-        export(weights, "timm", out)
-        first = (out / "model.safetensors").read_bytes()
-    monkeypatch.setattr(timm_folder, "to_timm", _keys_as_values)
-    with pytest.raises(InputError, match=r"the export differs from .*ckpt\.pth at .* and was removed"):
-        export(weights, "timm", out, "--overwrite")
-    assert out.exists() == before
-    assert not before or (out / "model.safetensors").read_bytes() == first
-    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pth"} | ({"out"} if before else set())
-
-
-def test_an_export_is_replaced_on_request_alone_and_nothing_else_ever(tmp_path: Path) -> None:
-    weights = checkpoint(tmp_path)
-    file, folder, mine = tmp_path / "a.safetensors", tmp_path / "a", tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.tex").write_text("years of work")
-    for target, out in (("safetensors", file), ("timm", folder)):
-        export(weights, target, out)
-        with pytest.raises(InputError, match="--overwrite"):
-            export(weights, target, out)
-        export(weights, target, out, "--overwrite")
-    with pytest.raises(InputError, match="no earlier export"):
-        export(weights, "timm", mine, "--overwrite")
-    assert (mine / "thesis.tex").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pth", file.name, folder.name, mine.name}
-
-
-def test_a_folder_with_anything_besides_an_export_is_not_replaced(tmp_path: Path) -> None:
-    weights, out = checkpoint(tmp_path), tmp_path / "clone"
-    export(weights, "timm", out)
-    (out / ".git").mkdir()
-    with pytest.raises(InputError, match=r"no earlier export \(an export writes no \.git\)"):
-        export(weights, "timm", out, "--overwrite")
-    (out / ".git").rmdir()
-    save_file({"a": torch.ones(1)}, out / "model.safetensors")  # a model of somebody else's, with a config.json
-    with pytest.raises(InputError, match=r"no earlier export \(nothing in model\.safetensors says"):
-        export(weights, "timm", out, "--overwrite")
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json"}
-
-
-@pytest.mark.parametrize("target", ["safetensors", "onnx", "torch-export"])
-def test_a_file_that_no_export_wrote_is_not_replaced(tmp_path: Path, target: str) -> None:
-    weights, out = checkpoint(tmp_path), tmp_path / f"mine{SUFFIXES[target]}"
-    if target == "safetensors":
-        save_file({"a": torch.ones(1)}, out)
-    else:
-        out.write_bytes(b"years of work")
-    before = out.read_bytes()
-    with pytest.raises(InputError, match=r"is no earlier export .*remove this one yourself"):
-        export(weights, target, out, "--overwrite")
-    assert out.read_bytes() == before
-
-
-def test_onnx_files_and_torch_programs_are_known_as_exports_by_their_own_word(tmp_path: Path) -> None:
-    def plus_one() -> torch.export.ExportedProgram:
-        class PlusOne(torch.nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x + 1
-
-        return torch.export.export(PlusOne(), (torch.zeros(2),))
-
-    onnx = pytest.importorskip("onnx")
-    said = metadata(load_backbone(checkpoint(tmp_path)))
-    for words in (said, {"written_by": "somebody"}):
-        with open(tmp_path / "a.pt2", "wb") as file:
-            torch.export.save(plus_one(), file, extra_files=dict(words))
-        model = onnx.ModelProto()
-        for key, value in words.items():
-            model.metadata_props.add(key=key, value=value)
-        (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
-        for name in ("a.pt2", "a.onnx"):
-            assert is_export(tmp_path / name) == (words is said)
-
-
-def test_an_export_does_not_replace_its_own_input(tmp_path: Path) -> None:
-    export(checkpoint(tmp_path), "safetensors", tmp_path / "a.safetensors")
-    export(tmp_path / "ckpt.pth", "timm", tmp_path / "a")
-    (tmp_path / "b.safetensors").symlink_to(tmp_path / "a.safetensors")
-    for weights, target, out in (
-        ("a.safetensors", "safetensors", "a.safetensors"),
-        ("b.safetensors", "safetensors", "a.safetensors"),
-        ("a/model.safetensors", "timm", "a"),
-    ):
-        with pytest.raises(InputError, match="is or holds the weights that are to be exported"):
-            export(tmp_path / weights, target, tmp_path / out, "--overwrite")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux has /proc")
-def test_a_place_where_nothing_can_be_written_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot write /proc/x\.safetensors: No such file or directory; give another"):
-        export(checkpoint(tmp_path), "safetensors", Path("/proc/x.safetensors"))
-    with pytest.raises(InputError, match=r"cannot write .*name too long"):
-        export(tmp_path / "ckpt.pth", "timm", tmp_path / ("x" * 300))
+# ---- what is compared, and when it is the same
 
 
 @pytest.mark.parametrize(("target", "name"), [("safetensors", "a.safetensors"), ("hf", "a")])

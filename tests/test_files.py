@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import errno
-import http.server
 import os
-import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
-from hostile_archives import packed
 
-from dino_xcit.data import files, open_source
+from dino_xcit.data import files
 from dino_xcit.data.patterns import expand
 from dino_xcit.errors import InputError
 
@@ -318,99 +313,3 @@ def test_what_may_pass_is_tried_three_times(
         with pytest.raises(InputError, match="s3://x"):
             files.read_range("s3://x", 0, 2)
     assert system.asked == asked
-
-
-# ---- a web server
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; knows ranges where the server does."""
-
-    def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None or not self.server.ranges or not path.is_file():  # type: ignore[attr-defined]
-            return super().do_GET()
-        data = path.read_bytes()
-        start, stop = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1) + 1
-        if start >= len(data):
-            return self.send_error(416)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-        self.send_header("Content-Length", str(stop - start))
-        self.end_headers()
-        self.wfile.write(data[start:stop])
-        return None
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]:
-    """The URL of ``tmp_path``."""
-    pytest.importorskip("aiohttp")
-
-    class Here(Handler):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, directory=str(tmp_path))
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here)
-    server.ranges = True  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", server
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_web_server_is_read_by_ranges(tmp_path: Path, web: tuple[str, Any]) -> None:
-    url, _ = web
-    names(tmp_path, "a-0.bin", "a-1.bin")
-    (tmp_path / "a-1.bin").write_bytes(b"0123456789")
-    assert expand(f"{url}/a-{{0..1}}.bin") == [f"{url}/a-0.bin", f"{url}/a-1.bin"]
-    assert files.stamp(f"{url}/a-1.bin")[0] == 10
-    assert files.read_range(f"{url}/a-1.bin", 3, 4) == b"3456"
-    assert files.read_file(f"{url}/a-1.bin", 10) == b"0123456789"
-    with files.open_file(f"{url}/a-1.bin") as file:
-        file.seek(5)
-        assert file.read(3) == b"567"
-    with pytest.raises(InputError, match=r"a-2\.bin"):
-        expand(f"{url}/a-{{0..2}}.bin")
-    with pytest.raises(InputError, match=r"there is no file .*absent"):
-        files.read_range(f"{url}/absent", 0, 1)
-
-
-def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, Any]) -> None:
-    url, server = web
-    server.ranges = False
-    (tmp_path / "a.bin").write_bytes(b"0123456789")
-    with pytest.raises(InputError, match="ignores ranges"):
-        files.read_range(f"{url}/a.bin", 3, 4)
-    assert files.read_file(f"{url}/a.bin", 10) == b"0123456789"
-
-
-def test_archives_and_folders_are_read_from_a_web_server(
-    tmp_path: Path, web: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url, server = web
-    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / ".cache"))
-    for shard in range(2):
-        images = {f"{number}.jpg": os.urandom(3000) for number in range(3)}
-        (tmp_path / f"s-{shard}.tar").write_bytes(
-            packed(images | {f"{number}.cls": b"%d" % number for number in range(3)})
-        )
-    here, there = (
-        open_source(f"tar:{tmp_path}/s-{{0..1}}.tar"),
-        open_source(f"tar:{url}/s-{{0..1}}.tar?signature=secret"),
-    )
-    assert [there.read(index) for index in (5, 0, 3)] == [here.read(index) for index in (5, 0, 3)]
-    assert there.name(4) == here.name(4) == "s-1.tar/1.jpg"
-    (tmp_path / "in" / "cat").mkdir(parents=True)
-    names(tmp_path / "in" / "cat", "a.png", "b.png")
-    folder = open_source(f"{url}/in/")
-    assert [folder.name(index) for index in range(len(folder))] == [f"{url}/in/cat/a.png", f"{url}/in/cat/b.png"]
-    assert (folder.read(1), folder.classes) == ((b"x", 0), ("cat",))
-    server.ranges = False
-    with pytest.raises(InputError, match="ignores ranges"):
-        there.read(0)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
-import os
-import pickle
 import random
-import shutil
 import subprocess
 import tarfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fsspec
-import numpy as np
 import pytest
-from hostile_archives import GOOD, PASSED_OVER, REFUSED, header, packed, pax, png, record
+from hostile_archives import GOOD, header, packed, pax, png, record
+from tar_fixtures import labels, names, three_shards
 
-from dino_xcit.data import Source, decode, open_parts, open_source
-from dino_xcit.data.tar import source as tar
+from dino_xcit.data import Source, open_parts, open_source
 from dino_xcit.data.tar.members import scan
 from dino_xcit.errors import InputError
 
@@ -33,27 +23,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-def names(source: Source) -> list[str]:
-    return [source.name(index) for index in range(len(source))]
-
-
-def labels(source: Source) -> list[int] | None:
-    return None if source.labels is None else source.labels.tolist()
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> tuple[str, dict[str, bytes]]:
-    """Three shards of ten images with labels; the pattern, and each image's bytes by its name."""
-    rng = np.random.default_rng(0)
-    contents: dict[str, bytes] = {}
-    for shard in range(3):
-        members: dict[str, bytes] = {}
-        for number in range(10):
-            data = rng.bytes(int(rng.integers(1, 3000)))
-            members |= {f"{number:04d}.cls": str((shard + number) % 4).encode(), f"{number:04d}.jpg": data}
-            contents[f"s-{shard}.tar/{number:04d}.jpg"] = data
-        (tmp_path / f"s-{shard}.tar").write_bytes(packed(members))
-    return f"tar:{tmp_path}/s-{{0..2}}.tar", contents
+    return three_shards(tmp_path)
 
 
 # ---- round trips
@@ -235,237 +207,3 @@ def test_each_part_of_an_evaluation_may_be_archives(tmp_path: Path) -> None:
         open_parts(train, None, None)
     with pytest.raises(InputError, match=r"no labels.*\.cls"):
         open_parts(None, written(tmp_path, {"1.jpg": b"a"}, "u.tar"), val)
-
-
-# ---- the index
-
-
-def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards that are looked through from now on."""
-    looked: list[str] = []
-    original = tar.look_through
-    monkeypatch.setattr(tar, "look_through", lambda path: (looked.append(path), original(path))[1])
-    return looked
-
-
-def test_shards_are_looked_through_once_and_again_when_one_changes(
-    shards: tuple[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pattern, contents = shards
-    looked = counting(monkeypatch)
-    first = open_source(pattern)
-    assert len(looked) == 3
-    second = open_source(pattern)
-    assert len(looked) == 3
-    assert names(second) == names(first)
-    assert [second.read(index)[0] for index in range(30)] == list(contents.values())
-    assert second.fingerprint() == first.fingerprint()
-    longer = {"other.jpg": b"new", "other.cls": b"1", "notes.txt": bytes(100_000)}  # all old offsets lie within it
-    (tmp_path / "s-1.tar").write_bytes(packed(longer))
-    third = open_source(pattern)
-    assert len(looked) == 6
-    assert len(third) == 21
-    assert third.read(10) == (b"new", 1)
-    assert third.fingerprint() != first.fingerprint()
-
-
-@pytest.mark.parametrize("column", ["offset", "shard", "size", "label"])
-def test_an_index_that_points_elsewhere_is_built_anew(
-    shards: tuple[str, dict[str, bytes]], cache: Path, monkeypatch: pytest.MonkeyPatch, column: str
-) -> None:
-    """Whoever can write to the cache can make an index whose hashes are right."""
-    pattern, contents = shards
-    looked = counting(monkeypatch)
-    open_source(pattern)
-    (meta,) = cache.glob("index/*/meta.json")
-    for value in (-1, 10**12):
-        file = meta.parent / f"numbers.{column}.npy"
-        values = np.load(file)
-        values[7] = value
-        np.save(file, values)
-        described = json.loads(meta.read_text())
-        described["arrays"][f"numbers.{column}"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        meta.write_text(json.dumps(described))
-        before = len(looked)
-        assert [open_source(pattern).read(index)[0] for index in range(30)] == list(contents.values())
-        assert len(looked) == before + 3
-        (meta,) = cache.glob("index/*/meta.json")
-
-
-def test_a_shard_that_is_replaced_while_it_is_in_use_is_an_error(
-    shards: tuple[str, dict[str, bytes]], tmp_path: Path
-) -> None:
-    source = open_source(shards[0])
-    (tmp_path / "s-0.tar").write_bytes(packed({f"{number}.jpg": bytes(2000) for number in range(40)}))
-    (tmp_path / "s-1.tar").write_bytes(GOOD)
-    (tmp_path / "s-2.tar").unlink()
-    for index in range(30):
-        with pytest.raises(InputError, match=r"s-\d\.tar"):
-            source.read(index)
-
-
-def test_a_shard_that_was_touched_alone_is_read_on(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
-    pattern, contents = shards
-    source = open_source(pattern)
-    copy = tmp_path / "copy"
-    shutil.copyfile(tmp_path / "s-0.tar", copy)
-    os.replace(copy, tmp_path / "s-0.tar")
-    assert source.read(3)[0] == list(contents.values())[3]
-
-
-# ---- other processes
-
-
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_other_processes_read_the_same(shards: tuple[str, dict[str, bytes]], method: str) -> None:
-    source = open_source(shards[0])
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.map(source.read, range(30)) == [source.read(index) for index in range(30)]
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
-    """100,000 empty images."""
-    folder = tmp_path_factory.mktemp("many")
-    members = b"".join(header(b"%08d.jpg" % number, 0) for number in range(100_000))
-    (folder / "a.tar").write_bytes(members + bytes(1024))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DINO_XCIT_CACHE", str(folder / "cache"))
-        yield open_source(f"tar:{folder}/a.tar")
-
-
-def test_a_source_travels_to_other_processes_as_a_path(many: Source) -> None:
-    source = many
-    assert len(source) == 100_000
-    travelling = pickle.dumps(source)
-    assert len(travelling) < 2000
-    again = pickle.loads(travelling)
-    assert again.name(99_999) == source.name(99_999) == "a.tar/00099999.jpg"
-    assert again.fingerprint() == source.fingerprint()
-
-
-def _own_memory() -> int:
-    """What this process has of memory that no other has too, in KiB: also what it copied of its parent's by writing."""
-    with open("/proc/self/smaps_rollup") as file:
-        return int(next(line.split()[1] for line in file if line.startswith("Private_Dirty:")))
-
-
-def _growth(read: Callable[[int], object], count: int) -> int:
-    """By how many KiB a forked process grows while it reads in random order, the first hundred left out."""
-    reading, writing = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-    def work() -> None:
-        order = np.random.default_rng(0).permutation(count).tolist()
-        start = 0
-        for step, index in enumerate(order):
-            if step == 100:
-                start = _own_memory()
-            read(index)
-        writing.send(_own_memory() - start)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    assert reading.poll()
-    return int(reading.recv())
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
-def test_processes_that_read_do_not_grow(many: Source) -> None:
-    assert _growth(many.read, len(many)) < 1000
-    listed = [(many.name(index), index) for index in range(len(many))]
-    assert _growth(listed.__getitem__, len(listed)) > 3000  # counting references copies the pages
-
-
-# ---- elsewhere
-
-
-def test_archives_elsewhere_are_read_as_those_here(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
-    _, contents = shards
-    memory = fsspec.filesystem("memory")
-    memory.store.clear()
-    for file in tmp_path.glob("*.tar"):
-        memory.pipe_file(f"/bucket/{file.name}", file.read_bytes())
-    memory.pipe_file("/bucket/classes.txt", b"ape\nbee\ncow\ndog\n")
-    for remote in ("tar:memory://bucket/s-{0..2}.tar", "tar:memory://bucket/s-*.tar"):
-        source = open_source(remote)
-        assert names(source) == list(contents)
-        assert [source.read(index)[0] for index in range(30)] == list(contents.values())
-        assert source.classes == ("ape", "bee", "cow", "dog")
-    memory.pipe_file("/bucket/s-0.tar", GOOD)
-    with pytest.raises(InputError, match=r"s-0\.tar"):
-        source.read(0)
-    assert len(open_source("tar:memory://bucket/s-*.tar")) == 21
-
-
-# ---- hostile archives
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Path, kind: str) -> None:
-    maker, pattern = REFUSED[kind]
-    maker(tmp_path / "bad.tar")
-    began = time.perf_counter()
-    with pytest.raises(InputError, match=pattern) as caught:
-        open_source(f"tar:{tmp_path}/bad.tar")
-    assert time.perf_counter() - began < 2
-    assert "bad.tar" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", PASSED_OVER)
-def test_what_is_no_regular_image_is_passed_over_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
-    maker, said = PASSED_OVER[kind]
-    maker(tmp_path / "odd.tar")
-    source = open_source(f"tar:{tmp_path}/odd.tar")
-    assert names(source) == ["odd.tar/a.png"]
-    assert decode(source.read(0)[0], "x").size == (3, 2)
-    told = capsys.readouterr().err
-    assert said in told
-    assert bool(told) == bool(said)
-
-
-def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    whole = packed(
-        {"a.png": png(), "a.cls": b"1", "n" * 150 + ".png": png(), "ü" * 60 + ".jpg": b"x"}, tarfile.PAX_FORMAT
-    )
-    whole = whole.rstrip(b"\0")
-    whole += bytes(-len(whole) % 512 + 1024)
-    path = tmp_path / "a.tar"
-    refused = 0
-    for _ in range(400):
-        data = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.2 else whole)
-        for place in rng.integers(0, max(1, len(data)), size=rng.integers(1, 6)):
-            if data:
-                data[place] = rng.integers(256)
-        if rng.random() < 0.7:  # with right checksums damage goes deeper
-            for place in range(0, len(data) - 511, 512):
-                if data[place + 257 : place + 262] == b"ustar":
-                    data[place + 148 : place + 156] = b" " * 8
-                    data[place + 148 : place + 156] = b"%06o\0 " % sum(data[place : place + 512])
-        path.write_bytes(data)
-        try:
-            for member in scan(str(path)):
-                assert 512 <= member.offset <= member.offset + member.size <= len(data)
-        except InputError:
-            refused += 1
-    assert 50 < refused < 400
-
-
-def test_an_archive_of_pax_headers_alone_costs_no_more_than_its_length(tmp_path: Path) -> None:
-    records = b"5 a=\n" * 200_000  # a megabyte: one header
-    path = tmp_path / "a.tar"
-    path.write_bytes(pax(records) * 8 + GOOD)
-    began = time.perf_counter()
-    assert [member.name for member in scan(str(path))] == ["a.png"]
-    assert time.perf_counter() - began < 5
-
-
-def test_more_members_than_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.tar").write_bytes(packed({f"{number}.jpg": b"" for number in range(11)}))
-    monkeypatch.setattr("dino_xcit.data.tar.members.MOST_MEMBERS", 10)
-    with pytest.raises(InputError, match="more than 10 members"):
-        open_source(f"tar:{tmp_path}/a.tar")

@@ -1,0 +1,31 @@
+"""Folders of pictures that the tests of data sets open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from dino_xcit.data import Source
+
+
+def write_image(path: Path, shade: int = 100, size: tuple[int, int] = (6, 4)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, 20, 200 - shade)).save(path)
+    return path
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
+def odd_tree(folder: Path) -> Path:
+    """Images of three classes in folders of theirs, and what has to be passed over."""
+    for path in ("dog/b.png", "dog/a.jpg", "cat/deep/er/c.PNG", "cat/d.jpeg", "ant/e.webp"):
+        write_image(folder / path)
+    (folder / "cat" / "notes.txt").write_text("no image")
+    (folder / "cat" / ".hidden.png").write_bytes(b"")
+    (folder / ".cache").mkdir()
+    write_image(folder / ".cache" / "f.png")
+    (folder / "empty").mkdir()
+    return folder

@@ -1,0 +1,124 @@
+"""Neither bombs nor damaged images cost much memory or time; measured in processes of their own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_images import encoded, files_of_all_formats, mutate, photograph, png, png_chunk, refusal, undecodable
+from PIL import Image
+
+from dino_xcit.data.decode import FORMATS, MAX_PIXELS, UndecodableImage, decode
+
+
+def in_a_process(function: Callable[[int], None], number: int) -> dict[str, float]:
+    """What ``function`` of this file prints as JSON in its last line; a crash or an error fails the test."""
+    here = Path(__file__)
+    code = f"import {here.stem}; {here.stem}.{function.__name__}({number})"
+    env = os.environ | {"PYTHONPATH": f"{here.parent.parent}{os.pathsep}{here.parent}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-3000:]}"
+    report: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(function.__name__, number, report)
+    return report
+
+
+def peak_mb() -> float:
+    """Of this process; getrusage's includes what the process that started it had, which would hide everything."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+
+
+def decode_bombs(_: int) -> None:
+    Image.MAX_IMAGE_PIXELS = None  # the limit of our own has to do
+    note = png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(300_000_000), 9))
+    webp = encoded(photograph(1), "WEBP", lossless=True)
+    bombs = [
+        *(data for kind, data in undecodable(photograph(1), 1).items() if "large" in kind or "bomb" in kind),
+        png(20_000, 20_000, bytes(20_000 * 2501), bits=1),
+        png(8, 8, bytes(72), note),
+        webp[:21] + struct.pack("<L", 16_382 | 16_382 << 14) + webp[25:],
+        b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\x08\x01\0\0;",
+        b"P6 60000 60000 255\n" + bytes(1000),
+        b"BM" + bytes(8) + b"\x36\0\0\0\x28\0\0\0\x60\xea\0\0\x60\xea\0\0\1\0\x18\0" + bytes(1000),
+    ]
+    jpeg = bytearray(encoded(photograph(1), "JPEG"))
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    bombs.append(bytes(jpeg))
+    before, slowest = peak_mb(), 0.0
+    for data in bombs:
+        started = time.perf_counter()
+        assert refusal(data).cause.startswith(("too many pixels", "Decompressed data too large"))
+        slowest = max(slowest, time.perf_counter() - started)
+    print(json.dumps({"bombs": len(bombs), "before_mb": before, "more_mb": peak_mb() - before, "slowest_s": slowest}))
+
+
+def test_bombs_are_refused_quickly_and_with_little_memory() -> None:
+    report = in_a_process(decode_bombs, 0)
+    assert report["bombs"] == 10
+    assert report["more_mb"] < 100
+    assert report["slowest_s"] < 2
+
+
+def decode_mutants(count: int) -> None:
+    rng = np.random.default_rng(11)
+    files = files_of_all_formats(11)
+    for whole in files:
+        decode(whole, "whole")
+    warnings.simplefilter("error")  # none may get out of the decoder
+    before, begin, slowest = peak_mb(), time.perf_counter(), 0.0
+    causes = Counter[str]()
+    for number in range(count):
+        data = mutate(files[number % len(files)], files[int(rng.integers(len(files)))], rng)
+        started = time.perf_counter()
+        try:
+            picture = decode(data, f"mutant {number}")
+        except UndecodableImage as error:
+            cause = error.cause
+        else:
+            cause = "decoded"
+            assert picture.mode == "RGB"
+            assert picture.width * picture.height <= MAX_PIXELS
+            picture.tobytes()
+        assert cause, number
+        assert cause.isprintable(), number
+        causes[cause[:20]] += 1
+        slowest = max(slowest, time.perf_counter() - started)
+    report: dict[str, float] = {"decoded": causes.pop("decoded", 0), "refused": causes.total(), "causes": len(causes)}
+    report |= {"before_mb": before, "peak_mb": peak_mb(), "seconds": time.perf_counter() - begin, "slowest_s": slowest}
+    print(json.dumps(report))
+
+
+# Of a hundred thousand some claim, and have, as many pixels as they may.
+@pytest.mark.parametrize(
+    ("count", "most_mb"), [(500, 1000), (10_000, 1000), pytest.param(100_000, 2500, marks=pytest.mark.slow)]
+)
+def test_mutated_images_end_in_a_picture_or_a_typed_error(count: int, most_mb: float) -> None:
+    report = in_a_process(decode_mutants, count)
+    assert report["decoded"] + report["refused"] == count
+    assert report["decoded"] > count / 20
+    assert report["refused"] > count / 2
+    assert report["causes"] > 10
+    assert report["peak_mb"] < most_mb
+    assert report["slowest_s"] < 10
+
+
+def test_every_allowed_format_is_among_the_mutated() -> None:
+    formats = {Image.open(io.BytesIO(data)).format for data in files_of_all_formats(11)}
+    assert formats == {*FORMATS, "MPO"}
