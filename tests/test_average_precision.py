@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
-from eval.retrieval.average_precision import mean_interval, percent_of, precision_at, ranks_of, trapezoidal_ap
+from eval.retrieval.average_precision import (
+    DRAWS,
+    _atoms,
+    mean_interval,
+    percent_of,
+    precision_at,
+    ranks_of,
+    trapezoidal_ap,
+)
 
 
 def rows(*values: int) -> NDArray[np.int64]:
@@ -94,6 +103,71 @@ def test_the_interval_of_a_mean_is_that_of_drawing_the_queries_anew() -> None:
     assert mean_interval(values) == interval
     assert mean_interval(np.full(5, 3.0)) == (3.0, 3.0)
     assert mean_interval(values[:0]) is None
+
+
+def drawn_anew(values: NDArray[np.float64], draws: int) -> tuple[float, float]:
+    """The interval by its definition: the queries themselves are drawn."""
+    rng = np.random.default_rng(5)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("count", [60, 5000])
+@pytest.mark.parametrize("shape", ["even", "hits", "mostly nothing"])
+def test_the_interval_agrees_with_drawing_every_query(count: int, shape: str) -> None:
+    rng = np.random.default_rng(2)
+    values = {
+        "even": rng.uniform(0, 100, count),
+        "hits": 100.0 * (rng.random(count) < 0.1),
+        "mostly nothing": 100 * rng.beta(0.05, 2, count),
+    }[shape]
+    # In deviations of the mean. 2,000 draws leave 0.06 of one where the density at 2.5 % is the normal's. Means of hits
+    # lie on a grid, to which either quantile goes up or down.
+    room = 0.25 * values.std() / math.sqrt(count) + (100 / count if shape == "hits" else 0)
+    assert mean_interval(values) == pytest.approx(drawn_anew(values, 2000), abs=room)
+
+
+def test_the_interval_of_many_queries_takes_no_more_draws_than_that_of_a_thousand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers: list[int] = []
+    generator = np.random.default_rng
+
+    class Counted:
+        """A generator that notes how many numbers are drawn."""
+
+        def __init__(self, seed: int) -> None:
+            self._rng = generator(seed)
+
+        def __getattr__(self, name: str) -> Any:
+            def draw(*arguments: Any) -> Any:
+                found = getattr(self._rng, name)(*arguments)
+                numbers.append(found.size)
+                return found
+
+            return draw
+
+    monkeypatch.setattr(np.random, "default_rng", Counted)
+    for values in (generator(0).uniform(0, 100, 300_000), 100.0 * (generator(0).random(300_000) < 0.3)):
+        numbers.clear()
+        interval = mean_interval(values)
+        assert interval is not None
+        spread = 1.96 * values.std() / math.sqrt(len(values))
+        assert interval == pytest.approx((values.mean() - spread, values.mean() + spread), abs=0.2 * spread)
+        assert 0 < sum(numbers) <= DRAWS * 1025
+
+
+def test_grouped_values_keep_the_mean_and_the_variance() -> None:
+    values = np.random.default_rng(4).exponential(1, 20_000)
+    mean, variance, counts = _atoms(values)
+    assert len(mean) <= 1024
+    assert counts.sum() == len(values)
+    assert counts @ mean == pytest.approx(values.sum())
+    assert counts @ (variance + (mean - values.mean()) ** 2) == pytest.approx(len(values) * values.var())
+    assert counts @ variance < 1e-3 * len(values) * values.var()
+    few, none, times = _atoms(np.array([2.0, 1.0, 2.0]))
+    assert (few.tolist(), none.tolist(), times.tolist()) == ([1.0, 2.0], [0.0, 0.0], [1, 2])
 
 
 def test_queries_without_a_figure_are_left_out_of_the_mean() -> None:

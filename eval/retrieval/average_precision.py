@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 DRAWS = 2000
 """Resamplings of the queries for an interval."""
+_MOST_ATOMS = 1024
+"""Different values that are drawn one by one; more are grouped."""
 
 
 def ranks_of(ranking: NDArray[np.int64], wanted: NDArray[np.int64], junk: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -59,14 +61,38 @@ def mean_interval(values: NDArray[np.float64], level: float = 0.95, seed: int = 
     """Percentile bootstrap interval of the mean over queries, in the values' unit; None for no value at all.
 
     The queries are drawn anew; the database stays. Queries of one class or one building are treated as independent.
+
+    How often each value is drawn follows a multinomial distribution over the different values, which is drawn from in
+    place of the queries: exact in distribution for up to 1,024 different values, and as quick for a million queries as
+    for a thousand. More values are grouped by equal steps of 1/1024 of their range; the sum of what is drawn within a
+    group is then taken as normal, with the group's own mean and variance. So the mean and the variance of the
+    distribution are exact here too, and no more than about a millionth of the variance is of the normal's shape.
     """
     if not len(values):
         return None
+    mean, variance, counts = _atoms(values)
     rng = np.random.default_rng(seed)
-    means = [float(values[rng.integers(0, len(values), len(values))].mean()) for _ in range(DRAWS)]
+    drawn = rng.multinomial(len(values), counts / len(values), DRAWS)
+    sums = drawn @ mean + np.sqrt(drawn @ variance) * rng.standard_normal(DRAWS)
     tail = 50 * (1 - level)
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.percentile(sums / len(values), [tail, 100 - tail])
     return float(low), float(high)
+
+
+def _atoms(
+    values: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """The different values, or groups of near ones if they are many: mean, variance and number of each, [atoms]."""
+    different, counts = np.unique(values, return_counts=True)
+    if len(different) <= _MOST_ATOMS:
+        return different, np.zeros(len(different)), counts
+    steps = (different - different[0]) / (different[-1] - different[0]) * _MOST_ATOMS
+    group = np.minimum(steps.astype(np.int64), _MOST_ATOMS - 1)
+    number = np.bincount(group, counts, _MOST_ATOMS)
+    mean = np.bincount(group, counts * different, _MOST_ATOMS) / np.maximum(number, 1)
+    variance = np.bincount(group, counts * (different - mean[group]) ** 2, _MOST_ATOMS) / np.maximum(number, 1)
+    there = number > 0
+    return mean[there], variance[there], number[there].astype(np.int64)
 
 
 def percent_of(values: Sequence[float]) -> NDArray[np.float64]:
