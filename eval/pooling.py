@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dino_xcit.errors import InputError
 
-Pooling = Literal["cls", "mean", "gem", "cls+mean"]
+Pooling = Literal["cls", "mean", "gem", "cls+mean", "cls+gem"]
 
 _LEAST = 1e-6
 """Tokens are clamped to this before GeM's power: the root of a negative number is none."""
@@ -36,7 +36,8 @@ class Descriptor:
 
     pooling: Pooling = "cls"
     """``cls``: the class token after the final norm. ``mean``: mean of the patch tokens. ``gem``: their generalised
-    mean, see :func:`gem`. ``cls+mean``: both, each of length 1, one behind the other."""
+    mean, see :func:`gem`. ``cls+mean``, ``cls+gem``: class token and that mean, each of length 1, one behind the
+    other."""
     gem_p: float = 3.0
     """Exponent of the generalised mean."""
     scales: tuple[float, ...] = (1.0,)
@@ -64,7 +65,7 @@ class Descriptor:
 
     def width(self, embed_dim: int) -> int:
         """E, for a backbone of ``embed_dim`` features."""
-        return 2 * embed_dim if self.pooling == "cls+mean" else embed_dim
+        return 2 * embed_dim if "+" in self.pooling else embed_dim
 
     def __call__(self, backbone: nn.Module, images: Tensor) -> Tensor:
         """Vectors [B, E] in float32.
@@ -83,11 +84,10 @@ class Descriptor:
         cls_token, tokens = out.cls_token.float(), out.patch_tokens.float()
         if self.pooling == "cls":
             return cls_token
-        if self.pooling == "mean":
-            return tokens.mean(dim=1)
-        if self.pooling == "gem":
-            return gem(tokens, self.gem_p)
-        return torch.cat([F.normalize(cls_token, dim=1), F.normalize(tokens.mean(dim=1), dim=1)], dim=1)
+        pooled = gem(tokens, self.gem_p) if "gem" in self.pooling else tokens.mean(dim=1)
+        if self.pooling in ("mean", "gem"):
+            return pooled
+        return torch.cat([F.normalize(cls_token, dim=1), F.normalize(pooled, dim=1)], dim=1)
 
     def describe(self) -> str:
         """For the screen and for cards."""
@@ -96,6 +96,7 @@ class Descriptor:
             "mean": "mean of the patch tokens",
             "gem": f"generalised mean (p = {self.gem_p:g}) of the patch tokens",
             "cls+mean": "class token and mean of the patch tokens, each of length 1",
+            "cls+gem": f"class token and generalised mean (p = {self.gem_p:g}) of the patch tokens, each of length 1",
         }[self.pooling]
         if self.scales == (1.0,):
             return what
@@ -104,7 +105,7 @@ class Descriptor:
 
     def to_dict(self) -> dict[str, object]:
         """What decides the vector, as plain values."""
-        exponent = {"gem_p": self.gem_p} if self.pooling == "gem" else {}
+        exponent = {"gem_p": self.gem_p} if "gem" in self.pooling else {}
         return {"pooling": self.pooling, **exponent, "scales": list(self.scales)}
 
     @classmethod
