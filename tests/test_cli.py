@@ -144,10 +144,6 @@ def test_negative_numbers_are_values() -> None:
     assert parsed(*DATA, "--num_workers", "-1").num_workers == -1
 
 
-def test_the_last_of_two_equal_flags_wins() -> None:
-    assert parsed(*DATA, "--seed", "1", "--seed", "2").seed == 2
-
-
 # ---- refusals
 
 
