@@ -96,15 +96,37 @@ def test_parts_of_another_extraction_are_refused_by_name_or_replaced(tmp_path: P
         begin(tmp_path, Plan(PLAN.identity, 11, 5, 4), False)
     assert begin(tmp_path, PLAN, False).missing("refuse") == [], "a refusal changes nothing"
     assert begin(tmp_path, other, True).missing("refuse") == [0, 1, 2]
-    for text in (
-        "{",
-        "[]",
-        "{}",
-        json.dumps({"version": 1, "identity": {}, "images": 10, "width": 5, "part_images": 0}),
-    ):
-        (tmp_path / "plan.json").write_text(text)
-        with pytest.raises(InputError, match="is not finished"):
-            begin(tmp_path, PLAN, False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", json.dumps({"version": 1, "identity": {}, "images": 10, "width": 5, "part_images": 0})],
+)
+def test_parts_whose_plan_is_damaged_are_said_and_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    make(begin(tmp_path, PLAN, False), [0, 1, 2])
+    assert capsys.readouterr().out == ""
+    (tmp_path / "plan.json").write_text(text)
+    assert shards.are_of(tmp_path, {"weights": "another"}, 3), "nobody's, so that a finished collection removes them"
+    parts = begin(tmp_path, PLAN, False)
+    assert f"notice: {tmp_path / 'plan.json'} is damaged" in capsys.readouterr().out
+    assert parts.missing("refuse") == [0, 1, 2]
+    assert make(parts, [0, 1, 2]).seen == 10
+    assert begin(tmp_path, PLAN, False).missing("refuse") == []
+
+
+def test_a_plan_that_is_not_for_this_version_or_cannot_be_read_is_left_alone(tmp_path: Path) -> None:
+    make(begin(tmp_path, PLAN, False), [0])
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"version": 2}))
+    with pytest.raises(InputError, match="is of another version of this program"):
+        begin(tmp_path, PLAN, False)
+    plan.unlink()
+    plan.mkdir()
+    with pytest.raises(InputError, match="cannot read"):
+        begin(tmp_path, PLAN, False)
+    assert (tmp_path / "part-000000.npy").exists()
 
 
 class Damaged(ArraySource):

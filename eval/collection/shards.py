@@ -27,7 +27,7 @@ from torch import nn
 from dino_xcit import distributed, durable
 from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, UndecodableImage
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 from dino_xcit.transform import EvalTransform, normalise
 from eval.features import image_batches
 from eval.pooling import Descriptor
@@ -141,31 +141,30 @@ def remove(folder: Path) -> None:
 
 
 def are_of(folder: Path, identity: dict[str, Any], images: int) -> bool:
-    """Whether a folder's parts belong to the extraction of these rows; true of a folder where nothing was begun."""
-    if not (folder / _PLAN).exists():
-        return True
+    """Whether a folder's parts belong to the extraction of these rows; true of a folder where nothing was begun, or
+    whose plan is damaged, so that its parts are of use to nobody."""
     there = _stored_plan(folder / _PLAN)
-    return there is not None and (there.identity, there.images) == (identity, images)
+    return there is None or (there.identity, there.images) == (identity, images)
 
 
 def begin(folder: Path, plan: Plan, replace: bool) -> Parts:
     """The parts of an extraction: those that are there, or none yet. Call it on one process.
+
+    Parts whose plan is damaged cannot be told from those of another extraction: it is said, and they are made anew.
 
     Args:
         folder: exists.
         replace: remove the parts of another extraction.
 
     Raises:
-        InputError: there are parts of another one.
+        InputError: there are parts of another one, or the plan cannot be read.
     """
     path = folder / _PLAN
-    if path.exists():
-        there = _stored_plan(path)
-        if there is not None and (there.identity, there.images, there.width) == (
-            plan.identity,
-            plan.images,
-            plan.width,
-        ):
+    there = _stored_plan(path)
+    if there is None and path.exists():
+        distributed.say(f"notice: {path} is damaged, so that the parts beside it are of no use: beginning anew")
+    elif there is not None:
+        if (there.identity, there.images, there.width) == (plan.identity, plan.images, plan.width):
             durable.remove_leftovers(folder)
             return Parts(folder, there)
         if not replace:
@@ -190,18 +189,32 @@ def begin(folder: Path, plan: Plan, replace: bool) -> Parts:
 
 
 def _stored_plan(path: Path) -> Plan | None:
+    """The plan of the parts that are there; None where there is none, or a damaged one.
+
+    Raises:
+        InputError: it cannot be read now, or another version of this project wrote it.
+    """
     try:
         found = _read(path)
+        if type(found["version"]) is int and found["version"] != _VERSION:
+            raise InputError(
+                f"{path} is of another version of this program ({found['version']!r:.20}, expected {_VERSION}): finish "
+                "the extraction with that one, choose another --output-dir, or remove that folder"
+            )
         plan = Plan(dict(found["identity"]), *(found[name] for name in ("images", "width", "part_images")))
         sound = all(type(value) is int and value > 0 for value in (plan.images, plan.width, plan.part_images))
         return plan if sound and found["version"] == _VERSION and plan.part_images < _MOST_IN_A_PART else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {one_line(error)}; choose another --output-dir") from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _changed(there: Plan | None, plan: Plan) -> str:
-    if there is None:
-        return ""
+def _changed(there: Plan, plan: Plan) -> str:
     names = [name for name, value in plan.identity.items() if there.identity.get(name) != value]
     return f", with another {' and another '.join(names[:3])}" if names else ""
 
