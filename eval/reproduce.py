@@ -32,6 +32,8 @@ from dino_xcit.data import Source, open_parts
 from dino_xcit.errors import InputError, RunStopped
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
+from dino_xcit.weights.printing import shown
+from dino_xcit.weights.safetensors_file import is_safetensors, read_safetensors
 from eval.accuracy import bootstrap_interval, correct
 from eval.compare.published import IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL, PUBLISHED, TEMPERATURE, K, Published
 from eval.config import BackboneConfig, settings
@@ -196,7 +198,7 @@ def check_data(train: Source, val: Source, expected: DataSet) -> list[str]:
 
 def read_head(path: Path, dim: int) -> tuple[Tensor, Tensor]:
     """The weight [C, D] and bias [C] of a linear classifier as DINO publishes it: ``state_dict`` with
-    ``module.linear.weight`` and ``module.linear.bias``.
+    ``module.linear.weight`` and ``module.linear.bias``; or a ``.safetensors`` file with these two.
 
     Args:
         dim: D of the network it has to belong to.
@@ -204,11 +206,13 @@ def read_head(path: Path, dim: int) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: no such file, not read safely, another layout, or another network's.
     """
-    content = safe_load.read(path)
-    state = content.get("state_dict")
+    state = read_safetensors(path)[0] if is_safetensors(path) else safe_load.read(path).get("state_dict")
     names = ("module.linear.weight", "module.linear.bias")
     if not isinstance(state, Mapping) or set(state) != set(names):
-        raise InputError(f"{path} is no linear head of DINO's: expected a state_dict with {' and '.join(names)} alone")
+        found = f", found {shown(list(state)[:3])}" if isinstance(state, Mapping) else ""
+        raise InputError(
+            f"{path} is no linear head of DINO's: expected a state_dict with {' and '.join(names)} alone{found}"
+        )
     weight, bias = (state[name] for name in names)
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or weight.ndim != 2 or not len(weight):
         raise InputError(f"{path} is no linear head of DINO's: {names[0]} is no matrix")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from eval_fixtures import CLASSES, image_tree
 from last_words import last_words
@@ -289,6 +290,22 @@ def test_a_head_of_another_kind_is_refused(tmp_path: Path, kind: str) -> None:
     torch.save(content, tmp_path / "head.pth")
     with pytest.raises(InputError, match=sentence):
         read_head(tmp_path / "head.pth", 64)
+
+
+def test_a_head_in_a_safetensors_file_is_the_same_head_and_another_file_of_that_kind_is_refused_by_its_keys(
+    linear: Path, backbone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    state = torch.load(linear, weights_only=True)["state_dict"]
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(state, path)
+    for found, stored in zip(read_head(path, 64), read_head(linear, 64), strict=True):
+        assert torch.equal(found, stored)
+    safetensors.torch.save_file({"backbone.norm.weight": backbone["norm.weight"]}, path)
+    with pytest.raises(InputError, match=r"is no linear head of DINO's: .* alone, found backbone\.norm\.weight"):
+        read_head(path, 64)
+    path.write_bytes(b"1234567")
+    with pytest.raises(InputError, match=r"is no \.safetensors file that can be read"):
+        read_head(path, 64)
 
 
 def test_a_head_of_other_classes_is_refused(imagenet: Path, full: Path, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ class Labelled:
         columns: Mapping[str, slice],
         rows: NDArray[np.int64] | None = None,
     ) -> Labelled:
-        """Every choice's ``columns`` of ``matrix`` [images, W], or of some ``rows`` of it; ``labels`` [images] of all."""
+        """Every choice's ``columns`` of ``matrix`` [images, W], or of some ``rows`` of it; all ``labels`` [images]."""
         labels = np.asarray(labels) if rows is None else np.asarray(labels)[rows]
         return cls(
             {name: Rows(matrix, seen.stop - seen.start, rows, seen.start) for name, seen in columns.items()}, labels
