@@ -26,6 +26,7 @@ import torch
 from dino_xcit import checkpoint, distributed
 from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig
+from dino_xcit.console import counted
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
 from dino_xcit.data.source import identity
@@ -113,17 +114,18 @@ def train(
     sampler.start_step = state.step
     sampler.stop_step = min(total_steps, config.max_steps or total_steps)
     distributed.say(
-        f"{len(source):,} images from {source.url}; {config.arch} "
+        f"{counted(len(source), 'image')} from {source.url}; {config.arch} "
         f"({sum(p.numel() for p in state.student.backbone.parameters()) / 1e6:.2f} M parameters); "
-        f"{distributed.world_size()} process(es) on {device.type} in "
+        f"{counted(distributed.world_size(), 'process')} on {device.type} in "
         f"{str(choose_precision(config.precision, device)).removeprefix('torch.')}; global batch "
-        f"{sampler.global_batch}; {config.epochs} epochs of {sampler.steps_per_epoch} steps; "
+        f"{sampler.global_batch}; {counted(config.epochs, 'epoch')} of "
+        f"{counted(sampler.steps_per_epoch, 'step')}; "
         f"writing {config.output_dir}"
     )
     if schedules.notice:
         distributed.say(f"notice: {schedules.notice}")
     if state.step >= sampler.stop_step:
-        distributed.say(f"already complete: {state.step} of {sampler.stop_step} steps are done in {config.output_dir}")
+        distributed.say(f"already complete: step {state.step} of {sampler.stop_step} is done in {config.output_dir}")
         return
     if state.step:
         began = f"; it began from {config.init_weights}, which is not read again" if config.init_weights else ""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from dino_xcit.cli import parse, parse_pretrain
 from dino_xcit.config import PretrainConfig
-from dino_xcit.console import printable
+from dino_xcit.console import counted, printable
 from dino_xcit.errors import InputError, RunStopped, run_main
 from dino_xcit.launch_config import LaunchConfig, launch_settings, split
 from dino_xcit.slurm import import_submitit, submit
@@ -57,14 +57,19 @@ def main() -> None:
 
     # ---- what next
     if launch.cluster == "slurm":
-        print(f"job {job.job_id} is queued: {processes} process(es); its log: {log}")
+        print(f"job {job.job_id} is queued: {counted(processes, 'process')}; its log: {log}")
         print(f"squeue -j {job.job_id} shows it, scancel {job.job_id} ends it; the same command carries on after it")
         return
-    print(f"job {job.job_id} runs here: {processes} process(es); its log, of which this is a copy: {log}", flush=True)
+    print(
+        f"job {job.job_id} runs here: {counted(processes, 'process')}; its log, of which this is a copy: {log}",
+        flush=True,
+    )
     follow(job, log)
     ended_well = [job.task(number).paths.result_pickle.exists() for number in range(processes)]
     if not all(ended_well):
-        raise RunStopped(1, f"the job ended early; its {processes} process(es) say why in {log.parent}/{job.job_id}_*")
+        raise RunStopped(
+            1, f"the job ended early; what its {counted(processes, 'process')} said is in {log.parent}/{job.job_id}_*"
+        )
 
 
 def flags_of(config: type) -> set[str]:

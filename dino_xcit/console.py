@@ -34,6 +34,15 @@ def printable(text: str) -> str:
     )
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 image``, ``2,000 images``, ``0 classes``, ``3 queries``."""
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{count:,} {noun[:-1]}ies"
+    return f"{count:,} {noun}{'es' if noun.endswith(('s', 'tch')) else 's'}"
+
+
 def progress_bar(total: int, description: str, shown: bool, done: int = 0, unit: str = "img") -> tqdm:
     """A bar over images, or whatever ``unit`` says, on stderr; on a terminal it vanishes when it is closed.
 

@@ -23,7 +23,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"expected an input of [B, C, ...], found {input.dim()} dimension(s)")
+            raise ValueError(f"expected an input of two or more dimensions, [B, C, ...], found {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

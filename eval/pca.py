@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_xcit.console import printable, progress_bar
+from dino_xcit.console import counted, printable, progress_bar
 from dino_xcit.errors import InputError, run_main
 from eval.command_line import settings
 from eval.look_config import PcaConfig
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     projected, shares = principal_components(features[kept])
     colours[kept] = as_colours(projected)
     said = ", ".join(f"{100 * share:.0f}%" for share in shares)
-    print(f"{kept.sum():,} of {len(kept):,} patches; the components have {said} of their variance")
+    print(f"{kept.sum():,} of {counted(len(kept), 'patch')}; the components have {said} of their variance")
 
     # ---- the picture: below each photograph its patches
     ends = np.cumsum([height * width for height, width in grids])

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
-from ranks import two_ranks_run
+from last_words import last_words
+from ranks import Server
 
 import run_linear
 from dino_xcit import durable
@@ -39,7 +40,7 @@ def probe(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     """Runs a probe in this process, with a folder and a result file of the name given."""
 
     def run(name: str, *flags: object) -> tuple[int, str, dict[str, Any]]:
-        words = [*words_of(weights, tmp_path / name), *map(str, flags)]
+        words = last_words([*words_of(weights, tmp_path / name), *flags])
         monkeypatch.setattr(sys, "argv", ["run_linear.py", *words])
         capsys.readouterr()
         code: object = 0
@@ -255,11 +256,13 @@ def test_mistakes_are_sentences(probe: Probe, flags: tuple[object, ...], said: s
     assert "Traceback" not in out
 
 
-def test_two_processes_measure_what_one_does(probe: Probe, tmp_path: Path, weights: Path) -> None:
+def test_two_processes_measure_what_one_does(
+    probe: Probe, server: Server, tmp_path: Path, weights: Path
+) -> None:
     _, _, one = probe("one", *ALL)
-    words = [*words_of(weights, tmp_path / "two", batch=2), *map(str, ALL)]
+    words = last_words([*words_of(weights, tmp_path / "two", batch=2), *ALL])
     (tmp_path / "two.json").write_text(json.dumps(words))
-    two_ranks_run("linear_process.py", tmp_path / "two", timeout=240)
+    server.two_ranks("linear_process.py", tmp_path / "two", timeout=240)
     two = json.loads((tmp_path / "two" / "card.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     ours, theirs = (tensors(tmp_path / name) for name in ("two", "one"))

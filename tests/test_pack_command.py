@@ -38,7 +38,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path, capsys: pytes
     good, bad = write_corpus(tmp_path / "in", good=30, seed=4)
     command = [str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
     assert main(command) == 0
-    assert f"{len(bad)} images cannot be read and are left out: " in capsys.readouterr().out
+    assert f"left out: {len(bad)} images that cannot be read" in capsys.readouterr().out
     assert main([*command, "--strict"]) == 1  # also where all is there already
     rows = [json.loads(line) for line in (tmp_path / "out" / "unreadable.jsonl").read_text().splitlines()]
     assert [Path(row["name"]) for row in rows] == bad

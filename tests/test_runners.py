@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
+from last_words import last_words
 from PIL import Image
 from run_here import Here, Outcome
 from runner_mistakes import WRONG
@@ -205,7 +206,8 @@ def test_linear_goes_on_after_an_interruption_as_if_there_had_been_none(
 
 def test_linear_without_a_grid_reports_the_papers_learning_rate_alone(place: Place, here: Here, tmp_path: Path) -> None:
     done = here(
-        run_linear, *linear_words(place, "--holdout", 0, "--json", tmp_path / "linear.json", "--crop-scale", 0.08, 1)
+        run_linear,
+        *last_words(linear_words(place, "--holdout", 0, "--json", tmp_path / "linear.json", "--crop-scale", 0.08, 1)),
     )
     assert done.code == 0, done.err
     card = json.loads((tmp_path / "linear.json").read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Server, state_in, two_ranks_run
+from ranks import Server, state_in
 from test_hanging_runs import alive
 from tiny_run import differing_bits
 from two_hosts import Host, two_hosts
@@ -24,10 +24,10 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def exchanged(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def exchanged(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw (exchange_process.py)."""
     out = tmp_path_factory.mktemp("exchange") / "rank"
-    two_ranks_run("exchange_process.py", out, timeout=300)
+    server.two_ranks("exchange_process.py", out, timeout=300)
     return [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -141,7 +141,7 @@ def test_two_hosts_meet_under_torchrun_and_train_what_one_host_trains(
     jobs = [host.torchrun(hosts[0].name, tmp_path / host.name, *flags) for host in hosts]
     ended = [job.communicate(timeout=150) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], ended
-    assert "2 process(es) on cpu in float32; global batch 8" in ended[0][0]
+    assert "2 processes on cpu in float32; global batch 8" in ended[0][0]
     assert ended[1][0] == ""
     kept = sorted(path.name for path in (tmp_path / hosts[0].name / "checkpoints").glob("*.pth"))
     assert kept == ["step00000003.pth", "step00000006.pth"]

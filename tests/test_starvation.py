@@ -29,7 +29,7 @@ def test_milliseconds_an_image_are_told_by_stage() -> None:
 @pytest.mark.parametrize(
     ("seconds", "workers", "words"),
     [
-        ((0.001, 0.002, 0.1), 2, ["most for augment", "2 loader process(es) a rank, 16 cores", "--num-workers"]),
+        ((0.001, 0.002, 0.1), 2, ["most for augment", "2 loader processes a rank, 16 cores", "--num-workers"]),
         ((0.001, 0.2, 0.1), 2, ["most for decode", "smaller files"]),
         ((0.3, 0.2, 0.1), 2, ["most for read", "a faster disk"]),
         ((0.001, 0.002, 0.1), 0, ["by the training process itself: give --num-workers"]),

@@ -188,7 +188,7 @@ def test_two_one_two_processes_see_the_same_images_and_lose_the_same(
     run("straight", 2, 50)
     run("elastic", 2, 17)
     alone = run("elastic", 1, 34)
-    assert "1 process(es) carry on what 2 began: 2 forward pass(es) a step keep the global batch of 8" in alone.out()
+    assert "from here on 1 process instead of 2, and 2 forward passes a step: the global batch stays 8" in alone.out()
     again = run("elastic", 2, 50)
     assert "carrying on after step 34 of 50" in again.out()
     straight = images_by_step([tmp_path / f"straight-50-{rank}" for rank in range(2)])
@@ -212,8 +212,8 @@ def test_processes_that_cannot_share_the_global_batch_are_told_what_could(
     assert server.start(tmp_path / "run", *flags, ranks=1).wait() == [0]
     refused = server.start(tmp_path / "run", *flags, ranks=2)
     assert refused.wait() == [2, 2]
-    assert "has a global batch of 3 (1 process(es) before), which 2 process(es) cannot share" in refused.err()
-    assert "start 1 process(es)" in refused.err()
+    assert "has a global batch of 3 (1 process before), which 2 processes cannot share" in refused.err()
+    assert "start 1 process" in refused.err()
 
 
 # ---- numbers that are not finite

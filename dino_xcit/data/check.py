@@ -18,7 +18,7 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import printable, progress_bar
+from dino_xcit.console import counted, printable, progress_bar
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
 from dino_xcit.data.command_line import CommandLine, whole_number
 from dino_xcit.data.each_image import cores, each_image
@@ -149,14 +149,14 @@ class Report:
     def lines(self) -> Iterator[str]:
         """For the screen."""
         speed = f"{self.images / max(self.seconds, 1e-9):,.0f} images/s"
-        yield f"{self.images:,} images of {self.url} in {self.seconds:.1f} s ({speed})"
+        yield f"{counted(self.images, 'image')} of {self.url} in {self.seconds:.1f} s ({speed})"
         per_image = f"{1e3 * self.read_seconds:.2f} ms reading and {1e3 * self.decode_seconds:.2f} ms decoding"
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items()) or "nothing"
         yield f"{formats}; {self.bytes / 1e9:,.3f} GB; an image takes a process {per_image}"
         if self.classes:
             least, most = (pick(self.classes, key=lambda name: self.classes[name]) for pick in (min, max))
             few, many = f"{self.classes[least]:,} ({least})", f"{self.classes[most]:,} ({most})"
-            yield f"{len(self.classes):,} classes of {few} to {many} images"
+            yield f"{counted(len(self.classes), 'class')} of {few} to {counted(many, 'image')}"
         else:
             yield "no labels"
         if self.sides:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from dino_xcit.console import counted
 from dino_xcit.data.loader import Batch
 
 TOO_LONG = 0.2
@@ -64,7 +65,8 @@ class Starvation:
         if self._workers == 0:
             way = "images are read by the training process itself: give --num-workers 2, or more"
         else:
-            way = f"{self._workers} loader process(es) a rank, {self._cores} cores here: try more --num-workers"
+            there = f"{counted(self._workers, 'loader process')} a rank, {counted(self._cores, 'core')} here"
+            way = f"{there}: try more --num-workers"
             if slowest == "read":
                 way += ", or a faster disk"
             if slowest == "decode":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dino_xcit import checkpoint, distributed, durable, safe_load
 from dino_xcit.config import PretrainConfig
+from dino_xcit.console import counted
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
 from dino_xcit.errors import DIVERGED, InputError, RunStopped
@@ -123,7 +124,7 @@ def repeat(path: Path) -> str:
     schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
     loader = build_loader(source, config.augmentation(), sampler, config.seed, 0, device)
     batches = list(islice(loader, config.accumulation_steps))
-    lines = [f"step {step} of {path}, {len(batches)} forward pass(es) on {device.type} in {config.precision}:"]
+    lines = [f"step {step} of {path}, {counted(len(batches), 'forward pass')} on {device.type} in {config.precision}:"]
     for number, batch in enumerate(batches):
         lines.append(f"  pass {number}: {_try(state, batch, schedules, config)}")
     if bool(train_step(state, batches, schedules, config).accepted):

@@ -12,6 +12,7 @@ from typing import Any
 
 from dino_xcit import checkpoint, distributed, durable, safe_load
 from dino_xcit.config import PretrainConfig, differences
+from dino_xcit.console import counted
 from dino_xcit.errors import InputError
 from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
 from dino_xcit.reliability.run_lock import RunLock
@@ -115,18 +116,19 @@ def keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> Pret
         return config
     if wanted % one_pass:
         fitting = [count for count in range(1, wanted + 1) if wanted % (config.batch_size_per_gpu * count) == 0]
-        ways = [f"start {' or '.join(map(str, fitting[:8]))} process(es)"] if fitting else []
+        numbers = " or ".join(map(str, fitting[:8]))
+        ways = [f"start {numbers} {'process' if fitting == [1] else 'processes'}"] if fitting else []
         if wanted % world == 0:
             share = max(b for b in range(1, config.batch_size_per_gpu + 1) if wanted // world % b == 0)
             ways.append(f"give --batch-size-per-gpu {share}")
         raise InputError(
-            f"this run has a global batch of {wanted} ({then} process(es) before), which {world} process(es) cannot "
-            f"share in passes of {config.batch_size_per_gpu}: {', or '.join(ways) or 'choose another --output-dir'}"
+            f"this run has a global batch of {wanted} ({counted(then, 'process')} before), which "
+            f"{counted(world, 'process')} cannot share in passes of {config.batch_size_per_gpu}: {', or '.join(ways) or 'choose another --output-dir'}"
         )
     config = dataclasses.replace(config, accumulation_steps=wanted // one_pass)
     distributed.say(
-        f"notice: {world} process(es) carry on what {then} began: {config.accumulation_steps} forward pass(es) a step "
-        f"keep the global batch of {wanted}"
+        f"notice: from here on {counted(world, 'process')} instead of {then}, and "
+        f"{counted(config.accumulation_steps, 'forward pass')} a step: the global batch stays {wanted}"
         + ("" if config.centering == "centering" else "; sinkhorn_knopp spreads over fewer images at a time than then")
     )
     return config

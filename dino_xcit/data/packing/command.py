@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_xcit import durable
-from dino_xcit.console import progress_bar
+from dino_xcit.console import counted, progress_bar
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.command_line import CommandLine, count
 from dino_xcit.data.each_image import cores, each_image
@@ -208,11 +208,12 @@ def _opened(url: str, part: str | None) -> Source:
 
 def _tell(folder: PackFolder, seen: int, seconds: float) -> None:
     images, size = (sum(getattr(shard, name) for shard in folder.shards) for name in ("images", "bytes"))
-    print(f"{folder.path}: {images:,} images in {len(folder.shards):,} shards, {size / 1e9:,.2f} GB")
+    print(f"{folder.path}: {counted(images, 'image')} in {counted(len(folder.shards), 'shard')}, {size / 1e9:,.2f} GB")
     if seen:
-        print(f"{seen:,} images in {seconds:.1f} s ({seen / max(seconds, 1e-9):,.0f} images/s)")
+        print(f"{counted(seen, 'image')} in {seconds:.1f} s ({seen / max(seconds, 1e-9):,.0f} images/s)")
     else:
         print("all of it was there already")
     if folder.unread:
-        print(f"{len(folder.unread):,} images cannot be read and are left out: {folder.path / UNREADABLE} lists them")
+        unread = counted(len(folder.unread), "image")
+        print(f"left out: {unread} that cannot be read, listed in {folder.path / UNREADABLE}")
     print(f"use it as --data-path {shlex.quote(f'tar:{folder.path}/shard-*.tar')}")
