@@ -156,7 +156,7 @@ class Report:
         if self.classes:
             least, most = (pick(self.classes, key=lambda name: self.classes[name]) for pick in (min, max))
             few, many = f"{self.classes[least]:,} ({least})", f"{self.classes[most]:,} ({most})"
-            yield f"{counted(len(self.classes), 'class')} of {few} to {counted(many, 'image')}"
+            yield f"{counted(len(self.classes), 'class')} of {few} to {many} images"
         else:
             yield "no labels"
         if self.sides:

@@ -123,7 +123,8 @@ def keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> Pret
             ways.append(f"give --batch-size-per-gpu {share}")
         raise InputError(
             f"this run has a global batch of {wanted} ({counted(then, 'process')} before), which "
-            f"{counted(world, 'process')} cannot share in passes of {config.batch_size_per_gpu}: {', or '.join(ways) or 'choose another --output-dir'}"
+            f"{counted(world, 'process')} cannot share in passes of {config.batch_size_per_gpu}: "
+            f"{', or '.join(ways) or 'choose another --output-dir'}"
         )
     config = dataclasses.replace(config, accumulation_steps=wanted // one_pass)
     distributed.say(
