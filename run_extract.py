@@ -17,7 +17,6 @@ from __future__ import annotations
 import dino_xcit  # noqa: F401  # isort: skip
 
 import contextlib
-import dataclasses
 import os
 import sys
 import time
@@ -31,15 +30,18 @@ from numpy.typing import NDArray
 
 from dino_xcit import distributed
 from dino_xcit.data import Source, decode, open_source
+from dino_xcit.data.files import is_remote
 from dino_xcit.errors import InputError
-from dino_xcit.transform import EvalTransform, normalise
+from dino_xcit.transform import normalise
 from dino_xcit.weights import LoadedBackbone
 from eval.collection import shards
 from eval.collection import whitening as whitening_file
-from eval.collection.card import FORMAT, data_of, differences, kind_of
-from eval.collection.contact_sheet import ImagesOf, Tile, draw_sheet
-from eval.collection.folder import claim, identity
+from eval.collection.card import FORMAT, data_of, differences, kind_of, url_of
+from eval.collection.contact_sheet import Tile, draw_sheet
+from eval.collection.folder import claim, identity, lies_among, refuse_among_images
+from eval.collection.images import pictures_of
 from eval.collection.index import LEAST_IVFPQ, too_few_for_ivfpq
+from eval.collection.made_with import check_width, open_backbone_of
 from eval.collection.store import Collection, add_to_collection, open_collection, write_collection
 from eval.collection.whitening import Whitening
 from eval.command_line import settings
@@ -61,6 +63,8 @@ T = TypeVar("T")
 def main() -> None:
     """Learn a whitening, look up, or extract."""
     config = settings(ExtractConfig, sys.argv[1:], "run_extract.py")
+    # To learn a whitening, too, several processes have to know that one of them writes.
+    distributed.start(distributed.choose_device(config.device))
     if config.learn_whitening:
         learn_whitening(config)
     elif config.query:
@@ -76,6 +80,8 @@ def learn_whitening(config: ExtractConfig) -> None:
     collection = open_collection(Path(config.index).expanduser())
     if collection.whitening is not None:
         raise InputError(f"the vectors in {collection.folder} are whitened already: learn from some that are not")
+    if not distributed.is_main():
+        return
     data = [{name: part.get(name) for name in ("url", "images", "fingerprint")} for part in data_of(collection.card)]
     found = whitening_file.learn(
         collection.vectors, config.whiten_dim, kind_of(collection.card), {"data": data, "date": now()}
@@ -100,6 +106,7 @@ def extract(config: ExtractConfig) -> None:
     folder = Path(config.output_dir).expanduser()
     loaded, device = open_backbone(config)
     source = _images(config, loaded)
+    refuse_among_images(folder, source)
     fingerprint = distributed.main_decides(source.fingerprint() if distributed.is_main() else None) or ""
     descriptor = config.descriptor()
     width = descriptor.width(width_of(loaded.backbone))
@@ -142,7 +149,9 @@ def extract(config: ExtractConfig) -> None:
         names = (source.name(index) for index in range(len(source)) if index not in unreadable)
         data = _data_with(card["data"], [source.name(index) for index in sorted(unreadable)])
         if config.add:
-            written = add_to_collection(open_collection(folder), rows, names, count, data)
+            collection = open_collection(folder)
+            check_width(collection, loaded)
+            written = add_to_collection(collection, rows, names, count, data)
         else:
             shape = (count, whitening.projection.shape[1] if whitening else width)
             written = write_collection(folder, rows, names, shape, card | {"count": count, "data": data}, whitening)
@@ -172,18 +181,7 @@ def look_up(config: ExtractConfig) -> None:
         raise InputError("no index given: use --index FOLDER, one that run_extract.py --output-dir wrote")
     collection = open_collection(Path(config.index or config.output_dir).expanduser())
     pictures = [decode(_read(query), query) for query in config.query]
-    made_by = collection.card["weights"]
-    network = config.network if made_by["network"] not in ("teacher", "student") else made_by["network"]
-    arch = config.arch or str(made_by["arch"])
-    loaded, device = open_backbone(
-        dataclasses.replace(config, weights=config.weights or str(made_by["path"]), network=network, arch=arch),
-        EvalTransform.from_dict(collection.card["transform"]),
-    )
-    if loaded.hash != made_by["hash"]:
-        raise InputError(
-            f"{loaded.path} (weights {loaded.hash[:12]}) did not make the vectors in {collection.folder} (weights "
-            f"{str(made_by['hash'])[:12]}): give the file that did with --weights, or extract anew"
-        )
+    loaded, device = open_backbone_of(collection, config)
     transform, descriptor = loaded.transform, collection.descriptor
 
     # ---- vectors, made as the collection's were, and search
@@ -214,6 +212,12 @@ def look_up(config: ExtractConfig) -> None:
         answer = {"measure": "query", "results": results, "index": collection.card}
         write_json(Path(config.json).expanduser(), answer)
     sheet = Path(config.sheet).expanduser() if config.sheet else collection.folder / "contact_sheet.png"
+    if not config.sheet and any(lies_among(sheet.parent, url_of(data)) for data in data_of(collection.card)):
+        distributed.say(
+            f"notice: {collection.folder} lies within the folder of its images, of which a contact sheet would become "
+            "one: name a file elsewhere with --sheet to see it"
+        )
+        return
     if max(map(len, found)) > _MOST_DRAWN:
         distributed.say(f"notice: the contact sheet shows the first {_MOST_DRAWN} images of each query")
     try:
@@ -308,19 +312,14 @@ def _on_main(work: Callable[[], T]) -> T:
 def _draw(
     collection: Collection, queries: list[tuple[str, Any]], found: list[list[tuple[float, int]]], path: Path
 ) -> None:
-    sources = []
-    start = 0
-    for data in data_of(collection.card):
-        url, base = str(data.get("absolute_url", data["url"])), str(data.get("names_start_from", "."))
-        sources.append((start, ImagesOf(url, base, data["images"])))
-        start += data["images"] - data.get("unreadable", {"count": 0})["count"]
+    drawn = [ranked[:_MOST_DRAWN] for ranked in found]
+    pictures = pictures_of(collection.card, collection.names, (row for ranked in drawn for _, row in ranked))
     blocks = []
-    for (name, picture), ranked in zip(queries, found, strict=True):
-        tiles = []
-        for place, (score, row) in enumerate(ranked[:_MOST_DRAWN], start=1):
-            first, images = next(one for one in reversed(sources) if one[0] <= row)
-            near = collection.names[row]
-            tiles.append(Tile(images.read(row - first, near), f"{place}    {score:.4f}", os.path.basename(near)))
+    for (name, picture), ranked in zip(queries, drawn, strict=True):
+        tiles = [
+            Tile(pictures[row], f"{place}    {score:.4f}", os.path.basename(collection.names[row]))
+            for place, (score, row) in enumerate(ranked, start=1)
+        ]
         blocks.append((Tile(picture, "query", os.path.basename(name)), tiles))
     draw_sheet(blocks, path)
 
@@ -332,6 +331,9 @@ def _pieces_of(rows: NDArray[np.float32] | None) -> Iterator[NDArray[np.float32]
 
 def _absolute(source: Source) -> str:
     """The source's URL, so that it can be found from another folder."""
+    scheme, colon, rest = source.url.partition(":")
+    if colon and scheme in ("tar", "parquet", "imagenet") and not is_remote(rest):
+        return f"{scheme}:{os.path.abspath(os.path.expanduser(rest))}"
     return os.path.abspath(source.url) if os.path.exists(source.url) else source.url
 
 

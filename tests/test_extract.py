@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def command(here: Here) -> Command:
     return functools.partial(here, run_extract)
 
 
-def words(place: Place, *more: object, data: Path | None = None) -> tuple[object, ...]:
+def words(place: Place, *more: object, data: object = None) -> tuple[object, ...]:
     return (
         "--weights", place.weights, "--data-path", data or place.data / "train", "--no-cache", "--batch-size", 2,
         "--shard-images", 4, "--num-workers", 0, *more,
@@ -338,6 +339,27 @@ def test_added_pictures_that_are_no_files_are_drawn_from_their_own_source(tmp_pa
     assert (windows == middle).all(axis=-1).any(), "the picture is there, enlarged by whole pixels"
 
 
+def test_a_sheet_shows_what_was_found_in_an_archive_of_which_an_image_was_left_out(
+    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colours = [(40 * number, 250 - 40 * number, 7) for number in range(6)]
+    (tmp_path / "made").mkdir()
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "made" / f"{number}.png")
+    (tmp_path / "made" / "2.png").write_bytes(b"not a picture")
+    with tarfile.open(tmp_path / "made" / "photos.tar", "w") as archive:
+        for number in range(6):
+            archive.add(tmp_path / "made" / f"{number}.png", f"{number}.png")
+    monkeypatch.chdir(tmp_path / "made")
+    done(command(*words(place, "--output-dir", tmp_path / "v", "--unreadable", "skip", data="tar:photos.tar")))
+    monkeypatch.chdir(tmp_path)  # from where the archive's own name leads nowhere
+    done(command("--query", tmp_path / "made" / "0.png", "--index", tmp_path / "v", "--top", 5))
+    with Image.open(tmp_path / "v" / "contact_sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    areas = [int((pixels == colour).all(axis=-1).sum()) for colour in colours]
+    assert [area > TILE**2 / 2 for area in areas] == [True, True, False, True, True, True]
+
+
 def test_a_finished_collection_leaves_the_parts_of_images_that_are_being_added(
     place: Place, command: Command, tmp_path: Path
 ) -> None:
@@ -389,7 +411,82 @@ def test_where_no_image_can_be_read_there_is_no_collection(place: Place, command
     assert (refused.code, "none of the 1 images of" in refused.err) == (2, True)
 
 
+# ---- where a collection may lie
+
+
+@pytest.mark.parametrize("inside", ["", "vectors", "bars/vectors"])
+def test_a_collection_among_its_images_is_refused_before_anything_is_written(
+    place: Place, command: Command, tmp_path: Path, inside: str
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(place.data / "val", images)
+    before = sorted(images.rglob("*"))
+    refused = command(*words(place, "--output-dir", images / inside, data=images))
+    assert refused.code == 2
+    assert refused.err.startswith(f"error: output_dir is {images / inside}, which lies within the folder of the images")
+    assert refused.err.endswith(f"choose another, such as --output-dir {images}-vectors\n")
+    (tmp_path / "link").symlink_to(images)
+    assert command(*words(place, "--output-dir", tmp_path / "link" / "v", data=images)).code == 2
+    assert sorted(images.rglob("*")) == before
+
+
+def test_a_collection_of_listed_images_may_lie_among_them(place: Place, command: Command, tmp_path: Path) -> None:
+    """The list names its images: nothing becomes one by lying beside them."""
+    images = tmp_path / "images"
+    shutil.copytree(place.data / "val" / "bars", images)
+    (images / "all.txt").write_text("\n".join(path.name for path in sorted(images.iterdir())))
+    given = words(place, "--output-dir", images / "v", data=images / "all.txt")
+    done(command(*given))
+    done(command("--query", images / "bars 00.jpg", "--index", images / "v"))
+    assert (images / "v" / "contact_sheet.png").exists()
+    assert "already complete" in done(command(*given)).out
+
+
+def test_a_query_draws_nothing_among_the_images_unless_told_where(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(place.data / "val", images)
+    given = words(place, "--output-dir", tmp_path / "v", data=images)
+    done(command(*given))
+    shutil.move(tmp_path / "v", images / "v")  # it may have been put there by hand, or by an earlier version
+    query = ("--query", next((images / "bars").iterdir()), "--index", images / "v")
+    told = done(command(*query)).out
+    assert f"notice: {images / 'v'} lies within the folder of its images" in told
+    assert not list(images.rglob("contact_sheet.png"))
+    assert f"contact sheet: {tmp_path / 's.png'}" in done(command(*query, "--sheet", tmp_path / "s.png")).out
+    shutil.move(images / "v", tmp_path / "v")
+    assert "already complete" in done(command(*given)).out, "the images are what they were"
+
+
 # ---- what is there already
+
+
+def test_a_damaged_plan_of_parts_is_said_and_nothing_has_to_be_removed_by_hand(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    first = words(place, "--output-dir", tmp_path / "v")
+    assert in_a_child(first, tmp_path / "log", tmp_path / "v", 25)[0] == -9
+    plan = tmp_path / "v" / ".parts" / "plan.json"
+    plan.write_bytes(plan.read_bytes()[:40])
+    told = done(command(*first)).out
+    assert f"notice: {plan} is damaged, so that the parts beside it are of no use: beginning anew" in told
+    assert len(open_collection(tmp_path / "v").names) == COUNT
+
+
+def test_a_card_that_contradicts_its_vectors_is_refused_by_queries_and_additions(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    val = place.data / "val"
+    done(command(*words(place, "--output-dir", tmp_path / "v", data=val / "bars")))
+    card = json.loads((tmp_path / "v" / "card.json").read_text())
+    card["descriptor"]["pooling"] = "cls+mean"
+    (tmp_path / "v" / "card.json").write_text(json.dumps(card))
+    add = words(place, "--output-dir", tmp_path / "v", "--add", "--pooling", "cls+mean", data=val / "dots")
+    query = ("--query", next((val / "bars").iterdir()), "--index", tmp_path / "v")
+    for refused in (command(*query), command(*add)):
+        assert refused.code == 2
+        assert "is damaged (its vectors were made of 64 numbers, and what its card.json says makes 128)" in refused.err
 
 
 def test_an_unfinished_extraction_is_not_mixed_with_another(place: Place, command: Command, tmp_path: Path) -> None:

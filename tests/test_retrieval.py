@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_fixtures import image_tree, unit
+from eval_fixtures import unit
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_xcit.data import open_source
 from dino_xcit.errors import InputError
-from eval.collection.contact_sheet import TILE, ImagesOf, Tile, draw_sheet
+from dino_xcit.transform import EvalTransform
+from eval.collection.contact_sheet import TILE, Tile, draw_sheet
 from eval.collection.paths_file import escape, read_names, unescape
 from eval.collection.store import FILES, Collection, existing, finish_renaming, open_collection, write_collection
 from eval.collection.whitening import Whitening, learn, save
@@ -30,8 +30,8 @@ def card_of(count: int, normalised: bool = True, **changes: Any) -> dict[str, An
         "count": count,
         "normalised": normalised,
         "weights": {"hash": "w", "path": "/weights.pth"},
-        "data": {"fingerprint": "d", "url": "photos"},
-        "transform": {"mean": (0.5, 0.5, 0.5)},
+        "data": {"fingerprint": "d", "url": "photos", "images": count},
+        "transform": EvalTransform().to_dict(),
         "date": "today",
     } | changes
 
@@ -88,7 +88,7 @@ def test_a_folder_is_the_same_extraction_only_if_weights_data_and_preparation_ar
     for other in (
         {"weights": {"hash": "x"}},
         {"data": {"fingerprint": "x"}},
-        {"transform": {"mean": (0.0, 0.0, 0.0)}},
+        {"transform": EvalTransform(crop=200).to_dict()},
         {"normalised": False},
     ):
         assert existing(tmp_path, card_of(7) | other) == "other"
@@ -143,27 +143,6 @@ def test_the_contact_sheet_shows_queries_beside_their_results(tmp_path: Path) ->
     assert count["red"] == 168 * 56, "the whole picture, in its own shape"
     assert count["blue"] == 4 * 168 * 168, "three results of the first query, and the second query"
     assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
-
-
-def test_pictures_of_a_collection_are_found_by_path_or_through_their_source(tmp_path: Path) -> None:
-    tree = image_tree(tmp_path / "data", train=2, val=1)
-    source = open_source(str(tree / "train"))
-    files = ImagesOf("nowhere", str(tree), len(source))
-    name = str(Path(source.name(1)).relative_to(tree))
-    found = files.read(1, name)
-    assert found is not None
-    assert found.size == (40, 32)
-    (tree / name).write_bytes(b"damaged")
-    assert files.read(1, name) is None
-
-    sample = open_source("sample:fashion-mnist", "val")
-    arrays = ImagesOf("sample:fashion-mnist/val", str(tmp_path), 3000)
-    picture = arrays.read(5, sample.name(5))
-    assert picture is not None
-    assert (np.asarray(picture)[..., 0] == sample.read(5)[0]).all()
-    assert arrays.read(5, sample.name(6)) is None, "the images are in another order than when they were extracted"
-    assert ImagesOf("sample:fashion-mnist/val", str(tmp_path), 9).read(5, sample.name(5)) is None
-    assert ImagesOf("nowhere", str(tmp_path), 9).read(5, "gone") is None
 
 
 # ---- what came with the second format

@@ -59,14 +59,21 @@ def _short(value: object) -> str:
 
 def data_of(card: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The data cards of the sources whose images a collection has, in the order of its rows."""
-    return [card["data"], *card.get("added", [])]
+    return [card["data"], *(card.get("added") or [])]
+
+
+def images_in(data: Mapping[str, Any]) -> int:
+    """How many rows a collection has of a source: its images without those that could not be read."""
+    unreadable = data.get("unreadable") or {"count": 0}
+    return int(data["images"]) - int(unreadable["count"])
+
+
+def url_of(data: Mapping[str, Any]) -> str:
+    """Where a source's images are, whichever folder one is in."""
+    return str(data.get("absolute_url") or data["url"])
 
 
 def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two cards describe the same vectors of the same images.
-
-    Raises:
-        KeyError, TypeError, AttributeError: one of them is no card.
-    """
+    """Whether two cards describe the same vectors of the same images."""
     prints = [[data["fingerprint"] for data in data_of(card)] for card in (one, other)]
     return settings_of(one) == settings_of(other) and prints[0] == prints[1]

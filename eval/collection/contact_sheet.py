@@ -10,7 +10,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dino_xcit.data import Source, decode, open_source
 from dino_xcit.errors import InputError
 
 TILE = 168
@@ -108,33 +107,3 @@ def _shorten(draw: ImageDraw.ImageDraw, name: str) -> str:
     while printable and draw.textlength(f"...{printable}", font=_font(12)) > TILE:
         printable = printable[1:]
     return f"...{printable}"
-
-
-class ImagesOf:
-    """The pictures of a collection, wherever they are: files by their path, others through their data source."""
-
-    def __init__(self, url: str, base: str, count: int) -> None:
-        """``url`` of the data, ``base``: the folder that relative names start from, ``count`` of images."""
-        self._url, self._base, self._count = url, Path(base), count
-        self._source: Source | None = None
-        self._looked = False
-
-    def read(self, row: int, name: str) -> Image.Image | None:
-        """Image ``row``, called ``name``; None where it is not there or cannot be read any more."""
-        try:
-            path = self._base / name
-            if path.is_file():
-                return decode(path.read_bytes(), name)
-            source = self._opened()
-            if source is None or source.name(row) != name:
-                return None
-            return decode(source.read(row)[0], name)
-        except (InputError, OSError, ValueError):
-            return None
-
-    def _opened(self) -> Source | None:
-        if not self._looked:
-            self._looked = True
-            source = open_source(self._url)
-            self._source = source if len(source) == self._count else None
-        return self._source

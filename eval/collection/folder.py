@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +13,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.reliability.run_lock import RunLock
 from eval.collection import shards
 from eval.collection.card import data_of, differences, rows_of, settings_of
+from eval.collection.card_file import read_card
 from eval.collection.store import CARD, NEW, existing, finish_renaming, is_half_renamed, open_collection
 from eval.protocol import Card
 
@@ -69,6 +70,31 @@ def claim(
     return answer
 
 
+def lies_among(folder: Path, url: str) -> bool:
+    """Whether a folder is within the folder of images at ``url``, or that folder itself.
+
+    Pictures that are written there later, such as a query's contact sheet, would be images of the next extraction.
+    """
+    return os.path.isdir(url) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(url))
+
+
+def refuse_among_images(folder: Path, source: Source) -> None:
+    """Refuse to put a collection into the folder whose images it is of.
+
+    Not leaving that folder out of the images instead: what belongs to a data set would then depend on what is read of
+    it, and k-NN, training and another extraction would each see another set.
+
+    Raises:
+        InputError: naming a folder beside it.
+    """
+    if lies_among(folder, source.url):
+        images = os.path.abspath(source.url)
+        raise InputError(
+            f"output_dir is {folder}, which lies within the folder of the images, {source.url}: the contact sheets of "
+            f"queries would be images of it at the next run; choose another, such as --output-dir {images}-vectors"
+        )
+
+
 def identity(card: dict[str, Any]) -> dict[str, Any]:
     """All that decides the rows of an extraction, as its plan has it."""
     return rows_of(card) | {"data": card["data"]["fingerprint"]}
@@ -79,7 +105,7 @@ def _answer(folder: Path, card: Card, source: Source, add: bool, overwrite: bool
         return _refuse_to_add(folder, card, source, unreadable)
     found = existing(folder, card)
     if found == "same" and not overwrite:
-        stored = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        stored = read_card(folder / CARD)
         return f"already complete: {folder} holds the vectors of {_how_many(stored['data'], unreadable)}"
     if found and not overwrite:
         raise InputError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,8 @@ from dino_xcit import durable
 from dino_xcit.errors import InputError, one_line
 from eval.collection import index as search_index
 from eval.collection import whitening as whitening_file
-from eval.collection.card import FORMAT, FORMATS, data_of, same, settings_of
+from eval.collection.card import FORMAT, same
+from eval.collection.card_file import read_card
 from eval.collection.index import IndexType
 from eval.collection.paths_file import read_names, write_names
 from eval.collection.whitening import Whitening
@@ -63,6 +63,11 @@ class Collection:
     def descriptor(self) -> Descriptor:
         """How the vector of an image is made, before whitening."""
         return Descriptor.from_dict(self.card.get("descriptor", CLASS_TOKEN.to_dict()))
+
+    @property
+    def width(self) -> int:
+        """E: numbers in an image's vector before whitening."""
+        return len(self.whitening.mean) if self.whitening else int(self.vectors.shape[1])
 
     def prepared(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """What became of the images' vectors on their way into the collection: [queries, E] to [queries, W]."""
@@ -112,9 +117,8 @@ def existing(folder: Path, card: Card) -> str | None:
     if there != set(FILES):
         return "other"
     try:
-        stored = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        return "same" if same(stored, card) else "other"
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return "same" if same(read_card(folder / CARD), card) else "other"
+    except (OSError, ValueError):
         return "other"
 
 
@@ -222,7 +226,11 @@ def _write(
 
 def is_half_renamed(folder: Path) -> bool:
     """Whether a process was killed when all files were written, before all had their names."""
-    return (folder / NEW / CARD).is_file()
+    try:
+        read_card(folder / NEW / CARD)
+    except (OSError, ValueError):  # damaged since, it is worth nothing
+        return False
+    return True
 
 
 def finish_renaming(folder: Path) -> None:
@@ -232,7 +240,7 @@ def finish_renaming(folder: Path) -> None:
     """
     new = folder / NEW
     (folder / CARD).unlink(missing_ok=True)
-    if json.loads((new / CARD).read_text(encoding="utf-8")).get("whitening") is None:
+    if read_card(new / CARD).get("whitening") is None:
         (folder / WHITENING).unlink(missing_ok=True)
     for name in (VECTORS, NAMES, INDEX, WHITENING, CARD):
         if (new / name).exists():
@@ -273,37 +281,47 @@ def open_collection(folder: Path) -> Collection:
             f"--weights ... --data-path ... --output-dir {folder}"
         )
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        if card.get("format") not in FORMATS:
-            raise ValueError(f"its format is {card.get('format')!r:.40}, expected one of {', '.join(FORMATS)}")
-        settings_of(card)
+        card = read_card(folder / CARD)
         names = read_names(folder / NAMES)
         stated = card.get("index")
-        vectors = np.load(folder / VECTORS, mmap_mode="r")
-        if vectors.ndim != 2:
-            raise ValueError(f"vectors of shape {vectors.shape}")
-        index = search_index.read_index(folder / INDEX, str(stated["type"]) if stated else "flat", vectors)
+        vectors = _map_vectors(folder / VECTORS, card.get("dtype", "fp32"))
+        index = search_index.read_index(folder / INDEX, stated["type"] if stated else "flat", vectors)
         whitening = whitening_file.load(folder / WHITENING) if card.get("whitening") else None
         collection = Collection(folder, card, names, index, whitening)
         counts = {
-            "card": int(card["count"]),
+            "card": card["count"],
             "paths": len(names),
             "index": int(index.ntotal),
-            "vectors": len(collection.vectors),
+            "vectors": len(vectors),
         }
-        shape = collection.vectors.shape
-        card["weights"]["path"], card["transform"], [data["url"] for data in data_of(card)]
-        kind = {"fp32": np.float32, "fp16": np.float16}[card.get("dtype", "fp32")]
-        if len(shape) != 2 or shape[1] != index.d or collection.vectors.dtype != kind:
-            raise ValueError(f"vectors {shape} of {collection.vectors.dtype}, an index of {index.d} numbers")
+        if vectors.shape[1] != index.d:
+            raise ValueError(f"vectors of {vectors.shape[1]} numbers, an index of {index.d}")
         if whitening and (whitening.hash != card["whitening"]["hash"] or whitening.projection.shape[1] != index.d):
             raise ValueError(f"{WHITENING} is another than the card names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, RecursionError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, MemoryError) as error:  # faiss's are RuntimeErrors
         raise InputError(f"{folder} is damaged ({one_line(error)[:150]}): extract it anew") from error
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} in the {name}" for name, count in counts.items())
         raise InputError(f"the files in {folder} do not belong together ({found} images): extract it anew")
     return collection
+
+
+def _map_vectors(path: Path, dtype: str) -> NDArray[np.float16] | NDArray[np.float32]:
+    """The array of a ``.npy`` file, memory-mapped, so that no more of it is believed than the file is long.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no table of the numbers that ``dtype`` (fp32, fp16) says.
+    """
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # NumPy reads the header as Python's literals, of which anything may be wrong
+        raise ValueError(f"{path.name} is no array: {one_line(error)}") from error
+    if found.ndim != 2 or found.dtype != {"fp32": np.float32, "fp16": np.float16}[dtype]:
+        raise ValueError(f"{path.name} is an array {found.shape} of {found.dtype}, expected a table of {dtype}")
+    return found
 
 
 def _write_index(path: Path, index: faiss.Index) -> None:
