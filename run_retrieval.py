@@ -2,6 +2,7 @@
 
     python run_retrieval.py oxford --weights ckpt.pth --data-path /data/roxford5k
     python run_retrieval.py paris --weights ckpt.pth --data-path /data/rparis6k --image-size 512 --scales 1 0.7071 0.5
+    python run_retrieval.py oxford --weights ckpt.pth --data-path /data/roxford5k --distractors /data/revisitop1m/jpg
     python run_retrieval.py copydays --weights ckpt.pth --data-path /data/copydays --distractors /data/photos
     python run_retrieval.py folder --weights ckpt.pth --data-path /data/birds/test
     python run_retrieval.py duplicates --weights ckpt.pth --first /data/train --second /data/test --csv pairs.csv
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 from dino_xcit import distributed
 from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
+from eval.collection.made_with import open_backbone_of, with_weights_of
+from eval.collection.store import open_collection
 from eval.command_line import settings
 from eval.figures import Figure, query_figure
 from eval.protocol import FORMAT, Card, images_card, now, result_card, versions, write_json
@@ -38,11 +41,20 @@ from eval.retrieval.landmarks import (
     find_ground_truth,
     open_images,
     read_ground_truth,
+    refuse_known,
     score,
 )
 from eval.retrieval.near_duplicates import IDENTICAL, NEAR, UNKNOWN, draw_pairs, find_pairs, identical, write_pairs
 from eval.retrieval.similarity import rows_of_similarity
-from eval.retrieval.vector_set import VectorSet, check_comparable, collected, extracted, is_collection, open_fitted
+from eval.retrieval.vector_set import (
+    VectorSet,
+    check_comparable,
+    collected,
+    collection_at,
+    extracted,
+    extracted_like,
+    open_fitted,
+)
 from eval.retrieval_config import RetrievalConfig
 from eval.table import percent, table
 
@@ -52,6 +64,8 @@ INTERVAL = "95% percentile bootstrap over the queries"
 def main() -> None:
     """Measure what the first word says."""
     config = settings(RetrievalConfig, sys.argv[1:], "run_retrieval.py", positional="protocol")
+    # Where there is nothing to extract, too, several processes have to know that one of them reports.
+    distributed.start(distributed.choose_device(config.device))
     protocols: dict[str, Callable[[RetrievalConfig], None]] = {
         "oxford": landmarks,
         "paris": landmarks,
@@ -69,22 +83,26 @@ def landmarks(config: RetrievalConfig) -> None:
     place, dataset = Path(_data_path(config)).expanduser(), DATASETS[config.protocol]
     given = Path(config.ground_truth).expanduser() if config.ground_truth else find_ground_truth(place, dataset)
     truth = read_ground_truth(given)
-    images, asked = open_images(truth, place, crop_queries=config.queries == "box")
+    sources = dict(zip(("database", "queries"), open_images(truth, place, config.queries == "box"), strict=True))
+    if config.distractors:
+        sources["distractors"] = open_source(config.distractors)
+        refuse_known(truth, sources["distractors"])
 
     # ---- vectors
     loaded, device, transform = open_fitted(config, "whole")
-    database = extracted(config, loaded, device, images, transform)
-    queries = extracted(config, loaded, device, asked, transform)
+    sets = {name: extracted(config, loaded, device, source, transform) for name, source in sources.items()}
     if not distributed.is_main():
         return
 
     # ---- figures
-    scores = score(truth, rows_of_similarity(queries.vectors, database.vectors))
+    searched = [sets[name].vectors for name in ("database", "distractors") if name in sets]
+    scores = score(truth, rows_of_similarity(sets["queries"].vectors, *searched))
     results: list[Card] = []
     kept: list[Figure] = []
     for setup in SETUPS:
         aps = percent_of(scores[setup].ap)
-        row: Card = {"setup": setup, "queries": len(aps), "map": _mean(aps), "map_interval": mean_interval(aps)}
+        row: Card = {"setup": setup, "queries": len(aps), "database": sum(map(len, searched))}
+        row |= {"map": _mean(aps), "map_interval": mean_interval(aps)}
         row |= {f"mp@{k}": _mean(percent_of(scores[setup].precision[k])) for k in KS}
         row["ap"] = {
             query.name: None if np.isnan(ap) else 100.0 * ap
@@ -96,14 +114,15 @@ def landmarks(config: RetrievalConfig) -> None:
 
     # ---- report
     figures = {"map": "mAP % [95% interval]"} | {f"mp@{k}": f"mP@{k} %" for k in KS}
-    _say_table(results, {"setup": "setup", "queries": "queries"}, figures)
+    _say_table(results, {"setup": "setup", "queries": "queries", "database": "database"}, figures)
     protocol: Card = {
         "name": f"Revisited {config.protocol.title()} (arXiv 1803.11285), mAP and mP@k as revisitop scores them",
         "ground_truth": {"file": truth.path.name, "sha256": truth.sha256},
         "queries": "cut to their box" if config.queries == "box" else "whole pictures",
+        "distractors": len(sources["distractors"]) if config.distractors else 0,
         "interval": INTERVAL,
     }
-    _write(config, protocol, results, {"database": database, "queries": queries}, started, kept)
+    _write(config, protocol, results, sets, started, kept)
 
 
 def copydays(config: RetrievalConfig) -> None:
@@ -166,7 +185,7 @@ def folder(config: RetrievalConfig) -> None:
     started = time.perf_counter()
     images: VectorSet
     if config.index:
-        images = collected(config.index)
+        images = collected(open_collection(Path(config.index).expanduser()))
         if images.source is None:
             raise InputError(
                 f"the images of {config.index} are not where they were ({images.data.get('url')}), and their classes "
@@ -221,19 +240,25 @@ def duplicates(config: RetrievalConfig) -> None:
     if not config.first:
         raise InputError("no images given: use --first DIR --second DIR, or --first DIR alone for pairs within it")
     given = [config.first, *([config.second] if config.second else [])]
-    finished = [is_collection(path) for path in given]
-    if any(finished) and not all(finished):
-        raise InputError(
-            f"{given[finished.index(True)]} is a finished collection and {given[finished.index(False)]} is not: write "
-            "the other with run_extract.py and the same weights and settings, or give both as images"
-        )
-    if all(finished):
-        config.check_for_collections()
-        sets = [collected(path) for path in given]
-    else:
+    collections = [collection_at(path) for path in given]
+    made = next((collection for collection in collections if collection is not None), None)
+    if made is None:
         sources = [open_source(path) for path in given]
         loaded, device, transform = open_fitted(config, "centre")
         sets = [extracted(config, loaded, device, source, transform) for source in sources]
+    elif all(collections):
+        config.check_for_collections()
+        sets = [collected(collection) for collection in collections if collection is not None]
+    else:  # the images' vectors are made as the collection's were
+        config.check_for_collections(weights_given=True)
+        source = open_source(given[collections.index(None)])
+        config = with_weights_of(made, config)
+        loaded, device = open_backbone_of(made, config)
+        distributed.say(f"vectors: as the card of {made.folder} says, {made.descriptor.describe()}")
+        sets = [
+            extracted_like(made, config, loaded, device, source) if collection is None else collected(collection)
+            for collection in collections
+        ]
     if not distributed.is_main():
         return
     first, second = sets[0], sets[-1]
@@ -324,8 +349,9 @@ def _write(
             for name, images in sets.items()
         }
         made = {name: first.card.get(name) for name in ("descriptor", "whitening")}
-        if first.computed_by:
-            loaded, transform, device = first.computed_by
+        computed = next((images.computed_by for images in sets.values() if images.computed_by), None)
+        if computed:
+            loaded, transform, device = computed
             card = result_card(measure, protocol | made, results, loaded, data, transform, device, seconds, figures)
         else:  # vectors that were there already: the collection's own card says what they are
             card = {"format": FORMAT, "measure": measure, "protocol": protocol | made, "results": results, "data": data}

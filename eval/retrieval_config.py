@@ -21,7 +21,7 @@ class ExtractConfig(BackboneConfig):
     """Scale each vector to length 1, so that inner products are cosine similarities."""
     pooling: Pooling = "cls"
     """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
-    token and mean one behind the other."""
+    token and one of these means one behind the other."""
     gem_p: float = 3.0
     """Exponent of the generalised mean: 1 is the mean, the greater the nearer to the maximum."""
     scales: tuple[float, ...] = (1.0,)
@@ -94,7 +94,7 @@ _OF_THE_CARD = (
 
 _OF_PROTOCOLS = {
     **dict.fromkeys(("ground_truth", "queries"), ("oxford", "paris")),
-    **dict.fromkeys(("distractors",), ("copydays",)),
+    **dict.fromkeys(("distractors",), ("oxford", "paris", "copydays")),
     **dict.fromkeys(("ks", "index"), ("folder",)),
     **dict.fromkeys(("data_path",), ("oxford", "paris", "copydays", "folder")),
     **dict.fromkeys(("first", "second", "threshold", "most_pairs", "csv", "sheet"), ("duplicates",)),
@@ -120,7 +120,7 @@ class RetrievalConfig(BackboneConfig):
     """Pixels for whole and square (--imsize is the same); 0: 224 for whole, 320 for square, as in DINO's scripts."""
     pooling: Pooling = "cls"
     """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
-    token and mean one behind the other."""
+    token and one of these means one behind the other."""
     gem_p: float = 3.0
     """Exponent of the generalised mean."""
     scales: tuple[float, ...] = (1.0,)
@@ -132,13 +132,15 @@ class RetrievalConfig(BackboneConfig):
     queries: Literal["box", "whole"] = "box"
     """For oxford and paris: queries cut to their box, as the benchmark says, or whole, as DINO's script has them."""
     distractors: str = ""
-    """For copydays: more images that belong to nothing, whatever --data-path takes."""
+    """For oxford, paris and copydays: more images that are right for no query, whatever --data-path takes; such as the
+    million of Revisited Oxford and Paris."""
     ks: tuple[int, ...] = (1, 2, 4, 8)
     """For folder: recall at each of these."""
     index: str = ""
     """For folder: measure the vectors of this collection, which run_extract.py wrote, instead of extracting."""
     first: str = ""
-    """For duplicates: one set, such as the training images; or a collection that run_extract.py wrote."""
+    """For duplicates: one set, such as the training images; or a collection that run_extract.py wrote. Images beside a
+    collection become vectors as its card says."""
     second: str = ""
     """For duplicates: the other set, such as the test images. Without it: pairs within FIRST."""
     threshold: float = 0.95
@@ -178,13 +180,18 @@ class RetrievalConfig(BackboneConfig):
         if not -1 <= self.threshold <= 1:
             raise InputError(f"threshold is {self.threshold:g}, expected a cosine from -1 to 1, such as 0.95")
 
-    def check_for_collections(self) -> None:
+    def check_for_collections(self, weights_given: bool = False) -> None:
         """Refuse what decides how vectors are made, where finished ones are measured.
+
+        Args:
+            weights_given: weights are of use, to make vectors like those of a collection.
 
         Raises:
             InputError: naming the field and the value.
         """
         for name in changed(self, _OF_IMAGES):
+            if name == "weights" and weights_given:
+                continue
             raise InputError(
                 f"{name} is {shown(getattr(self, name))}, which decides nothing for a finished collection: its "
                 "vectors are as its card says; leave it out"

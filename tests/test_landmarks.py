@@ -11,11 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from eval_fixtures import noise_source
 from numpy.typing import NDArray
 from PIL import Image
 
 from dino_xcit.errors import InputError
-from eval.retrieval.landmarks import KS, SETUPS, find_ground_truth, open_images, read_ground_truth, score
+from eval.retrieval.landmarks import (
+    KS,
+    SETUPS,
+    find_ground_truth,
+    open_images,
+    read_ground_truth,
+    refuse_known,
+    score,
+)
 
 DATABASE = [f"all_souls_{number:06d}" for number in range(8)]
 
@@ -188,6 +197,37 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert first["easy"] == pytest.approx([0, 2 / 5, 2 / 5])
     assert first["hard"] == pytest.approx([0, 1 / 2, 1 / 2])
     assert all(math.isnan(scores["hard"].precision[k][1]) for k in KS)
+
+
+def test_distractors_are_wrong_for_every_query_and_never_junk(tmp_path: Path) -> None:
+    """Rows 8 and 9 are no image of the ground truth. Query 1 ranks 8 3 0 5 1 2 4 9 6 7.
+
+    Medium, without 5: right at 2, 3 and 7 (from 0). Precision before and with each: 0 and 1/3, 1/3 and 2/4, 2/7 and
+        3/8; AP = (1/3 + 5/6 + 37/56) / 6. The last right one is 8th: of 5, 2 are right; 10 means 8: 3 of 8.
+    Hard, without 5, 0 and 6: 1 at 2: (0 + 1/3) / 2.
+    Query 2 has a distractor before its one right image: (0 + 1/2) / 2.
+    """
+    truth = read_ground_truth(written(tmp_path / "gnd.pkl", content()))
+    scores = score(truth, similarities([8, 3, 0, 5, 1, 2, 4, 9, 6, 7], [9, 2, 0, 1, 3, 4, 5, 6, 7, 8]))
+    assert scores["medium"].ap == pytest.approx(((1 / 3 + 5 / 6 + 37 / 56) / 6, 1 / 4))
+    assert scores["medium"].precision[5] == pytest.approx((2 / 5, 1 / 2))
+    assert scores["medium"].precision[10] == pytest.approx((3 / 8, 1 / 2))
+    assert scores["hard"].ap[0] == pytest.approx(1 / 6)
+
+
+def test_a_distractor_as_similar_as_an_image_of_the_benchmark_ranks_behind_it(tmp_path: Path) -> None:
+    truth = read_ground_truth(written(tmp_path / "gnd.pkl", content()))
+    level = np.zeros(10, dtype=np.float32)
+    assert score(truth, [level, level])["hard"].ap == score(truth, [level[:8], level[:8]])["hard"].ap
+
+
+def test_distractors_of_the_benchmark_itself_are_refused_by_name(place: Path) -> None:
+    truth = read_ground_truth(place / "gnd_roxford5k.pkl")
+    database, queries = open_images(truth, place, crop_queries=True)
+    for own, name in ((database, r"all_souls_000000"), (queries, "query_1")):
+        with pytest.raises(InputError, match=rf"{len(own)} of the {len(own)} distractors .*, such as {name}: give"):
+            refuse_known(truth, own)
+    refuse_known(truth, noise_source(4))
 
 
 def brute_force(ranking: list[int], right: list[int], junk: list[int]) -> tuple[float, list[float]]:

@@ -14,6 +14,7 @@ import pytest
 from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
 from numpy.typing import NDArray
 from PIL import Image
+from ranks import two_ranks_run
 from run_here import Command, Here
 
 import run_extract
@@ -128,6 +129,30 @@ def test_landmarks_take_pooling_scales_and_what_was_kept(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*")} == kept
 
 
+def test_distractors_are_searched_with_the_landmarks_and_are_never_right(
+    place: Place, oxford: Path, retrieve: Command, tmp_path: Path
+) -> None:
+    common = ("oxford", "--weights", place.weights, "--data-path", oxford, "--imsize", 32, "--no-cache")
+    common += ("--json", tmp_path / "o.json")
+    # What query 0 looks for, once more, and nearer to it: its very box.
+    with Image.open(oxford / "jpg/query_0.jpg") as scene:
+        save(np.asarray(scene.crop((16, 24, 56, 56))), tmp_path / "more/same.png")
+    save(noise(50), tmp_path / "more/other.jpg")
+    done = retrieve(*common, "--distractors", tmp_path / "more")
+    assert done.code == 0, done.err
+    card = json.loads((tmp_path / "o.json").read_text())
+    rows = {row["setup"]: row for row in card["results"]}
+    assert rows["easy"]["database"] == 8
+    assert rows["easy"]["ap"]["query_0"] == 25, "the one right image is the second of the ranking"
+    assert rows["hard"]["ap"]["query_1"] == 100
+    assert card["protocol"]["distractors"] == 2
+    assert card["data"]["distractors"]["images"] == 2
+
+    twice = retrieve(*common, "--distractors", oxford / "jpg")
+    assert twice.code == 2
+    assert "8 of the 8 distractors" in twice.err
+
+
 # ---- Copydays
 
 
@@ -236,6 +261,27 @@ def test_an_image_alone_in_its_class_is_left_out_and_said(place: Place, retrieve
     assert "1 images are alone in their class: they are no queries" in done.out
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_two_processes_have_the_figures_of_one_and_report_once(
+    place: Place, retrieve: Command, extract: Command, tmp_path: Path, finished: bool
+) -> None:
+    common: tuple[object, ...] = ("folder", "--device", "cpu")
+    if finished:
+        extract("--weights", place.weights, "--data-path", place.photos / "val", "--output-dir", tmp_path / "v")
+        common += ("--index", tmp_path / "v")
+    else:
+        common += ("--weights", place.weights, "--data-path", place.photos, "--no-cache")
+    assert retrieve(*common, "--json", tmp_path / "one.json").code == 0
+    words = [*common, "--json", tmp_path / "two.json"]
+    (tmp_path / "words.json").write_text(json.dumps([str(word) for word in words]))
+    two_ranks_run("retrieval_process.py", tmp_path, timeout=120)
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert "queries, each among the 11 other images" in said[0]
+    assert said[1] == ""
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["results"] == one["results"]
+
+
 # ---- near duplicates
 
 
@@ -296,9 +342,6 @@ def test_duplicates_of_finished_collections_need_no_weights(
     pooled = retrieve("duplicates", "--first", first, "--second", second, "--pooling", "gem")
     assert pooled.code == 2
     assert "pooling is gem, which decides nothing for a finished collection" in pooled.err
-    half = retrieve("duplicates", "--first", first, "--second", two_sets[1], "--weights", place.weights)
-    assert half.code == 2
-    assert "is a finished collection and" in half.err
 
     shutil.rmtree(two_sets[0])
     blind = retrieve(
@@ -315,6 +358,57 @@ def test_duplicates_of_finished_collections_need_no_weights(
     assert blind.code == 0, blind.err
     assert "identical files cannot be told from near ones" in blind.out
     assert ",unknown" in (tmp_path / "p.csv").read_text()
+
+
+@pytest.mark.parametrize("kind", [(), ("--pooling", "cls+gem", "--gem-p", 4, "--scales", 1, 0.5), ("--whiten",)])
+def test_images_beside_a_collection_are_extracted_as_its_card_says(
+    place: Place,
+    two_sets: tuple[Path, Path],
+    retrieve: Command,
+    extract: Command,
+    tmp_path: Path,
+    kind: tuple[object, ...],
+) -> None:
+    train, test = two_sets
+    made = ("--weights", place.weights, "--no-cache", "--eval-crop", 24)
+    if kind == ("--whiten",):
+        extract(*made, "--data-path", place.photos / "train", "--output-dir", tmp_path / "learn")
+        extract("--learn-whitening", tmp_path / "w.npz", "--index", tmp_path / "learn", "--whiten-dim", 6)
+        kind = ("--whiten", tmp_path / "w.npz")
+    for part in two_sets:
+        outcome = extract(*made, *kind, "--data-path", part, "--output-dir", tmp_path / f"v-{part.name}")
+        assert outcome.code == 0, outcome.err
+    if kind:
+        (tmp_path / "w.npz").unlink(missing_ok=True)  # the collection has its own copy
+
+    def pairs(*words: object) -> str:
+        outcome = retrieve("duplicates", *words, "--threshold", 0.99, "--csv", tmp_path / "p.csv", "--no-cache")
+        assert outcome.code == 0, outcome.err
+        return (tmp_path / "p.csv").read_text()
+
+    both = pairs("--first", tmp_path / "v-train", "--second", tmp_path / "v-test")
+    assert "identical file" in both
+    assert pairs("--first", tmp_path / "v-train", "--second", test) == both, "with the weights that the card names"
+    assert pairs("--first", train, "--second", tmp_path / "v-test", "--weights", place.weights) == both
+
+
+def test_images_beside_a_collection_take_its_weights_and_none_of_its_settings(
+    place: Place, two_sets: tuple[Path, Path], retrieve: Command, extract: Command, tmp_path: Path
+) -> None:
+    train, test = two_sets
+    extract("--weights", place.weights, "--data-path", train, "--output-dir", tmp_path / "v", "--no-cache")
+    common = ("duplicates", "--first", tmp_path / "v", "--second", test, "--no-cache")
+    other = retrieve(*common, "--weights", tiny_checkpoint(tmp_path / "other", place.photos, seed=1))
+    assert other.code == 2
+    assert f"did not make the vectors in {tmp_path / 'v'}" in other.err
+    pooled = retrieve(*common, "--pooling", "gem")
+    assert pooled.code == 2
+    assert "pooling is gem, which decides nothing for a finished collection" in pooled.err
+    done = retrieve(*common, "--weights", place.weights, "--json", tmp_path / "d.json")
+    assert done.code == 0, done.err
+    card = json.loads((tmp_path / "d.json").read_text())
+    assert {name: part["images"] for name, part in card["data"].items()} == {"first": 8, "second": 6}
+    assert card["weights"]["hash"] == open_collection(tmp_path / "v").card["weights"]["hash"]
 
 
 def test_duplicates_within_one_set(
@@ -364,6 +458,7 @@ def test_without_a_pair_there_is_no_sheet_and_an_older_one_is_named_as_such(
         (["duplicates", "--first", "{photos}/none", "--second", "{photos}/val"], "no data at"),
         (["duplicates", "--threshold", "2"], "threshold is 2, expected a cosine"),
         (["oxford", "--scales", "0"], "scales is 0, expected"),
+        (["folder", "--distractors", "v"], "distractors is a setting of oxford and paris and copydays, not of folder"),
         (["folder", "--csv", "p.csv"], "csv is a setting of duplicates, not of folder: leave it out"),
         (["copydays", "--queries", "whole"], "queries is a setting of oxford and paris, not of copydays"),
         (["duplicates", "--data-path", "{photos}"], "data_path is a setting of oxford and paris and"),

@@ -243,6 +243,21 @@ class Boxes:
         return hash_lines([self._source.fingerprint(), *map(repr, self._boxes)])
 
 
+def refuse_known(truth: GroundTruth, distractors: Source) -> None:
+    """Refuse distractors that are images of the benchmark, by their names: right ones among them would count as wrong.
+
+    Raises:
+        InputError: naming one.
+    """
+    known = {*truth.database, *(query.name for query in truth.queries)}
+    stems = (Path(distractors.name(index)).stem for index in range(len(distractors)))
+    if twice := [stem for stem in stems if stem in known]:
+        raise InputError(
+            f"{len(twice):,} of the {len(distractors):,} distractors in {distractors.url} are images that "
+            f"{truth.path.name} names, such as {printable(twice[0])}: give images that are not of the benchmark"
+        )
+
+
 # ---- scores
 
 
@@ -250,8 +265,9 @@ def score(truth: GroundTruth, similarities: Iterable[NDArray[np.float32]]) -> di
     """Average precision and precision at 1, 5 and 10 of every query, in every setup, as revisitop scores them.
 
     Args:
-        similarities: for each query its similarity to every database image, [N]; equal ones rank in the database's
-            order.
+        similarities: for each query its similarity to every database image, [N], and to any number of distractors
+            behind them, [N + distractors]: these are wrong for every query, in every setup, and never junk. Equal
+            similarities rank in this order.
     """
     ap: dict[str, list[float]] = {setup: [] for setup in SETUPS}
     precision: dict[str, dict[int, list[float]]] = {setup: {k: [] for k in KS} for setup in SETUPS}

@@ -14,17 +14,19 @@ _ROWS_AT_ONCE = 16_384
 
 
 def rows_of_similarity(
-    queries: NDArray[np.float32], database: NDArray[np.float32], queries_at_once: int = 64
+    queries: NDArray[np.float32], *database: NDArray[np.float32], queries_at_once: int = 64
 ) -> Iterator[NDArray[np.float32]]:
     """For each query its cosine with every row of the database, [rows].
 
     Args:
-        queries, database: [rows, D], not necessarily normalised. Takes one copy of the database, and
-            ``queries_at_once`` x rows numbers.
+        queries: [queries, D], not necessarily normalised.
+        database: [rows, D], likewise; perhaps in several sets, whose rows follow each other. Takes one copy of them,
+            and ``queries_at_once`` x rows numbers.
     """
-    others = unit_rows(database).T
+    others = [unit_rows(rows).T for rows in database]
     for start in range(0, len(queries), queries_at_once):
-        yield from unit_rows(queries[start : start + queries_at_once]) @ others
+        some = unit_rows(queries[start : start + queries_at_once])
+        yield from np.concatenate([some @ rows for rows in others], axis=1)
 
 
 def blocks_of_similarity(

@@ -25,8 +25,10 @@ from eval.collection import whitening as whitening_file
 from eval.collection.card import data_of, differences, kind_of, settings_of
 from eval.collection.contact_sheet import Tile
 from eval.collection.images import images_of
-from eval.collection.store import CARD, open_collection, prepared
+from eval.collection.store import CARD, Collection, open_collection, prepared
+from eval.collection.whitening import Whitening
 from eval.features import cached
+from eval.pooling import Descriptor
 from eval.protocol import Card, data_card, weights_card
 from eval.retrieval.whole_image import LongerSide, longer_side, square
 from eval.retrieval_config import RetrievalConfig
@@ -69,25 +71,56 @@ class VectorSet:
 def extracted(
     config: RetrievalConfig, loaded: LoadedBackbone, device: torch.device, source: Source, transform: EvalTransform
 ) -> VectorSet:
-    """The vectors of a source's images, kept beside the weights or used from there; on every process.
+    """The vectors of a source's images, as the settings say; kept beside the weights or used from there; on every
+    process.
 
     Raises:
         InputError: an image cannot be read, or the whitening was learned from other vectors.
     """
-    descriptor, whitening = config.descriptor(), None
+    whitening = whitening_file.load(Path(config.whiten).expanduser()) if config.whiten else None
+    return _extracted(config, loaded, device, source, transform, config.descriptor(), whitening, normalised=True)
+
+
+def extracted_like(
+    collection: Collection, config: RetrievalConfig, loaded: LoadedBackbone, device: torch.device, source: Source
+) -> VectorSet:
+    """The vectors of a source's images, made as those of a collection were: its descriptor, preparation, whitening.
+
+    Args:
+        config: where features are kept, and how large batches are.
+        loaded: what :func:`eval.collection.made_with.open_backbone_of` gave.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    return _extracted(
+        config, loaded, device, source, loaded.transform, collection.descriptor, collection.whitening,
+        collection.card["normalised"],
+    )  # fmt: skip
+
+
+def _extracted(
+    config: RetrievalConfig,
+    loaded: LoadedBackbone,
+    device: torch.device,
+    source: Source,
+    transform: EvalTransform,
+    descriptor: Descriptor,
+    whitening: Whitening | None,
+    normalised: bool,
+) -> VectorSet:
     card: dict[str, Any] = {
         "weights": weights_card(loaded),
         "transform": transform.to_dict(),
         "descriptor": descriptor.to_dict(),
-        "normalised": True,
+        "normalised": normalised,
         "whitening": None,
     }
-    if config.whiten:
-        whitening = whitening_file.load(Path(config.whiten).expanduser())
+    if whitening is not None:
         if changed := differences(whitening.made_for, kind_of(card)):
             raise InputError(
-                f"the whitening {config.whiten} was learned from other vectors: {'; '.join(changed)}; learn one from "
-                "vectors like these with run_extract.py --learn-whitening"
+                f"the whitening {config.whiten or 'of the collection'} was learned from other vectors: "
+                f"{'; '.join(changed)}; learn one from vectors like these with run_extract.py --learn-whitening"
             )
         card["whitening"] = {"hash": whitening.hash, "learned_on": whitening.learned_on}
     # Pictures of many sizes cannot be in one batch.
@@ -97,7 +130,7 @@ def extracted(
         descriptor,
     )  # fmt: skip
     card["data"] = data_card(source, found.fingerprint)
-    vectors = found.features if whitening is None else prepared(found.features, True, whitening)
+    vectors = found.features if whitening is None else prepared(found.features, normalised, whitening)
     names = [source.name(index) for index in range(len(source))]
     return VectorSet(vectors, names, source, card, (loaded, transform, device))
 
@@ -123,18 +156,18 @@ def open_fitted(config: RetrievalConfig, usual: str) -> tuple[LoadedBackbone, to
     return loaded, device, transform
 
 
-def is_collection(path: str) -> bool:
-    """Whether a folder holds what run_extract.py wrote, rather than images."""
-    return bool(path) and (Path(path).expanduser() / CARD).is_file()
-
-
-def collected(path: str) -> VectorSet:
-    """The vectors of a finished collection, memory-mapped, and its images if they still are where they were.
+def collection_at(path: str) -> Collection | None:
+    """What run_extract.py wrote into a folder; None where it holds images, or is another form of data.
 
     Raises:
-        InputError: it is not complete, or damaged.
+        InputError: the collection is not complete, or damaged.
     """
-    collection = open_collection(Path(path).expanduser())
+    folder = Path(path).expanduser()
+    return open_collection(folder) if (folder / CARD).is_file() else None
+
+
+def collected(collection: Collection) -> VectorSet:
+    """The vectors of a finished collection, memory-mapped, and its images if they still are where they were."""
     images = images_of(collection.card, collection.names)
     return VectorSet(collection.vectors, collection.names, images, collection.card, None)  # type: ignore[arg-type]
 
