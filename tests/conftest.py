@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from last_words import last_words
 from PIL import Image
-from ranks import Server, rank_server
+from pretrain_fixtures import SMALL, Ended, Pretrain, Stopped, two_classes
+from ranks import PRETRAIN, Server, rank_server
 from run_here import Here, run_here
 
 torch.set_num_threads(1)
@@ -30,6 +32,32 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Starts runs of real processes."""
     with rank_server(tmp_path_factory.mktemp("ranks")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def pretrain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Pretrain:
+    """``pretrain(*flags)`` runs run_pretrain.py in a process of its own, in a directory that was empty at first."""
+    folder = tmp_path_factory.mktemp("pretrain")
+
+    def run(*argv: str | Path) -> Ended:
+        done = server.python(PRETRAIN, *last_words(argv), cwd=folder)
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def labelled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIR/train and DIR/val with two classes: 16 and 4 pictures."""
+    return two_classes(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture(scope="session")
+def stopped(pretrain: Pretrain, labelled_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """A run that was stopped after two steps; ``copy`` it before it is carried on."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", folder]
+    return Stopped(folder, flags, pretrain("--max-steps", "2", *flags))
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-"""Starts the ranks of a run again and again without importing PyTorch anew each time.
+"""Starts Python programs again and again, as ``python WORDS`` would, without importing PyTorch anew each time.
 
 A line of JSON on stdin is a request, a line on stdout its answer:
 
-- ``{"start": [{"argv": [...], "env": {...}, "cwd": ..., "out": ..., "err": ..., "fault": [name, ...]}, ...]}`` forks a
-  process for each entry that runs run_pretrain.py as ``__main__``, after ``faults.name(...)``; answers their pids;
+- ``{"start": [{"words": [...], "env": {...}, "cwd": ..., "out": ..., "err": ..., "fault": [name, ...]}, ...]}`` forks a
+  process for each entry that runs, after ``faults.name(...)``, what ``python`` would be given: a script, ``-m MODULE``
+  or ``-c CODE``, each with its arguments; answers their pids;
 - ``{"poll": [pid, ...]}`` answers their exit codes, null for those that still run, minus the signal for killed ones.
 """
 
@@ -17,14 +18,52 @@ import runpy
 import signal
 import sys
 import threading
+import traceback
+from pathlib import Path
 from typing import Any
 
 import faults
-from forking_server import SCRIPT, run_as_main
+
+IMPORTED = ("run_pretrain", "run_linear", "run_extract", "matplotlib.pyplot")
+"""What takes seconds to import, and is only imported here."""
+
+
+def run_as_main(words: list[str], cwd: str, out: str, err: str) -> int:
+    """Redirect this process, run the program in it, and return the exit code that Python would end with."""
+    os.chdir(cwd)
+    for path, descriptor in (("/dev/null", 0), (out, 1), (err, 2)):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    try:
+        run_words(words)
+    except SystemExit as ending:
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def run_words(words: list[str]) -> None:
+    """A script, ``-m MODULE`` or ``-c CODE``, each with its arguments."""
+    first, *rest = words
+    if first == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(rest[0], {"__name__": "__main__"})
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(first).parent))
+        runpy.run_path(first, run_name="__main__")
 
 
 def start(request: dict[str, Any]) -> int:
-    """Fork one rank; its pid."""
+    """Fork one process; its pid."""
     child = os.fork()
     if child:
         return child
@@ -32,7 +71,7 @@ def start(request: dict[str, Any]) -> int:
     os.environ.update(request["env"])
     name, *arguments = request["fault"] or ["none"]
     getattr(faults, name)(*arguments)
-    code = run_as_main(request["argv"], request["cwd"], request["out"], request["err"])
+    code = run_as_main(request["words"], request["cwd"], request["out"], request["err"])
     for thread in threading.enumerate():  # as the interpreter does: a saver finishes what it has begun
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -44,8 +83,8 @@ def start(request: dict[str, Any]) -> int:
 
 def main() -> None:
     """Serve until stdin ends."""
-    runpy.run_path(SCRIPT, run_name="imported")  # the imports alone
-    importlib.import_module("matplotlib.pyplot")
+    for module in IMPORTED:
+        importlib.import_module(module)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     started: list[int] = []

@@ -22,6 +22,7 @@ from torch import Tensor
 from dino_xcit.metrics import read_metrics
 
 HERE = Path(__file__).parent
+PRETRAIN = str(HERE.parent / "run_pretrain.py")
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
     "OMP_NUM_THREADS": "1",
@@ -35,20 +36,26 @@ SMALL = [
 """A run whose steps take some hundredths of a second."""
 
 
-def two_ranks_run(script: str, out: Path, timeout: float) -> None:
-    """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
+def environments(ranks: int) -> list[dict[str, str]]:
+    """What tells each rank of a run where it is, as torchrun would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{name: str(value) for name, value in environment.items()} for environment in own]
+
+
+def two_ranks_run(script: str, out: Path, timeout: float) -> None:
+    """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), str(out)],
-            env=os.environ | ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | ENVIRONMENT | environment,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for environment in environments(2)
     ]
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]
@@ -124,7 +131,7 @@ class Run:
 
 
 class Server:
-    """tests/rank_server.py, and the ranks it has started."""
+    """tests/rank_server.py, and the processes it has started, which need not import PyTorch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -150,31 +157,51 @@ class Server:
         self, output_dir: Path, *flags: str | Path, ranks: int = 2, faults: Sequence[Sequence[Any] | None] = ()
     ) -> Run:
         """A run of ``ranks`` processes; ``faults[rank]`` is the name of a fault and its arguments."""
-        self._runs += 1
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        logs = [
-            (self.folder / f"{self._runs}-{rank}.out", self.folder / f"{self._runs}-{rank}.err")
-            for rank in range(ranks)
-        ]
-        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         argv = last_words([*SMALL, "--output-dir", output_dir, *flags])
+        return self._launch([PRETRAIN, *argv], environments(ranks), output_dir, self.folder, faults)
+
+    def launch(self, *words: object) -> Run:
+        """``python WORDS`` in a process of its own, which may be looked at and killed."""
+        return self._launch([*map(str, words)], [{}], self.folder, self.folder, ())
+
+    def python(self, *words: object, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """``python WORDS`` in a process of its own, when it has ended."""
+        run = self._launch([*map(str, words)], [{}], self.folder, cwd or self.folder, ())
+        (code,) = run.wait(timeout)
+        return subprocess.CompletedProcess(words, code, run.out(), run.err())
+
+    def two_ranks(self, script: str, out: Path, timeout: float) -> None:
+        """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
+        run = self._launch([str(HERE / script), str(out)], environments(2), self.folder, self.folder, ())
+        assert run.wait(timeout) == [0, 0], run.err()
+
+    def _launch(
+        self,
+        words: list[str],
+        told: list[dict[str, str]],
+        folder: Path,
+        cwd: Path,
+        faults: Sequence[Sequence[Any] | None],
+    ) -> Run:
+        """A process for each element of ``told``, what its environment has besides."""
+        self._runs += 1
+        names = [f"{self._runs}-{rank}" for rank in range(len(told))]
+        logs = [(self.folder / f"{name}.out", self.folder / f"{name}.err") for name in names]
         requests = [
             {
-                "argv": argv,
-                "env": {key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-                "cwd": str(self.folder),
+                "words": words,
+                "env": environment,
+                "cwd": str(cwd),
                 "out": str(logs[rank][0]),
                 "err": str(logs[rank][1]),
                 "fault": list(faults[rank] or []) if rank < len(faults) else [],
             }
-            for rank in range(ranks)
+            for rank, environment in enumerate(told)
         ]
         for out, err in logs:
             out.touch()
             err.touch()
-        return Run(self, self.ask({"start": requests}), logs, output_dir)
+        return Run(self, self.ask({"start": requests}), logs, folder)
 
     def close(self) -> None:
         """End it, and every rank that still runs."""
@@ -187,7 +214,7 @@ class Server:
 
 @contextmanager
 def rank_server(folder: Path) -> Iterator[Server]:
-    """A server for a module of tests."""
+    """A server, ended with all that it has started."""
     server = Server(folder)
     try:
         yield server

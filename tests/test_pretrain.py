@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from last_words import last_words
 from PIL import Image
+from pretrain_fixtures import SMALL, STEPS_AN_EPOCH, Ended, Pretrain, Stopped, files_of, learnt_in
+from ranks import ENVIRONMENT, HERE
 from tiny_run import differing_bits, tensors_of, tiny_config
 
 from dino_xcit import safe_load
-from dino_xcit.errors import InputError
 from dino_xcit.metrics import read_metrics
 from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
-from dino_xcit.reliability.resume import output_folder, starts_anew
-from pretrain_fixtures import SMALL, STEPS_AN_EPOCH, Ended, Pretrain, Stopped, files_of, learnt_in
-from ranks import ENVIRONMENT, HERE
-
+from dino_xcit.reliability.resume import starts_anew
 
 # ---- a run
 
@@ -220,9 +211,11 @@ def test_the_plain_command_works_from_another_directory(tmp_path: Path) -> None:
     assert "sample" in ended.stdout.splitlines()[0]
 
 
-def test_torchrun_with_two_processes_learns_what_one_learns(pretrain: Pretrain, labelled_photos: Path, tmp_path: Path) -> None:
-    flags = ["--data-path", labelled_photos, *SMALL, "--batch-size-per-gpu", "2", "--optimizer", "sgd", "--warmup-epochs", "0"]
-    flags += ["--max-steps", "3", "--save-every", "2"]
+def test_torchrun_with_two_processes_learns_what_one_learns(
+    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
+) -> None:
+    flags = ["--data-path", labelled_photos, *SMALL, "--batch-size-per-gpu", "2", "--optimizer", "sgd"]
+    flags += ["--warmup-epochs", "0", "--max-steps", "3", "--save-every", "2"]
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(HERE.parent / "run_pretrain.py"), *map(str, flags), "--output-dir", str(tmp_path / "two")],
@@ -237,5 +230,3 @@ def test_torchrun_with_two_processes_learns_what_one_learns(pretrain: Pretrain, 
     for path, value in networks[0].items():
         if path.startswith(("/student", "/teacher", "/dino_loss")) and "running_" not in path and "tracked" not in path:
             torch.testing.assert_close(networks[1][path], value, rtol=1e-4, atol=1e-6, msg=path)
-
-

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from batch_norm_process import SHAPES, batch_of, layer_of, run
-from ranks import two_ranks_run
+from ranks import Server
 from torch import nn
 
 from dino_xcit import distributed
@@ -16,10 +16,10 @@ from dino_xcit.sync_batch_norm import SharedBatchNorm, share_batch_norm
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def halves(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes computed (batch_norm_process.py)."""
     out = tmp_path_factory.mktemp("halves") / "rank"
-    two_ranks_run("batch_norm_process.py", out, timeout=120)
+    server.two_ranks("batch_norm_process.py", out, timeout=120)
     return [torch.load(f"{out}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 

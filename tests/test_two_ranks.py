@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rank_process import SCENARIOS, SCORES, train
-from ranks import two_ranks_run
+from ranks import Server
 from tiny_run import CPU, differing_bits, tiny_config
 from torch import nn
 
@@ -17,10 +17,10 @@ from dino_xcit.train import build_state
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
     out = tmp_path_factory.mktemp("ranks") / "rank"
-    two_ranks_run("rank_process.py", out, timeout=180)
+    server.two_ranks("rank_process.py", out, timeout=180)
     return [torch.load(f"{out}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 

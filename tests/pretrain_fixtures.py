@@ -1,0 +1,83 @@
+"""What the tests of run_pretrain.py run, and what they look at afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny_run import tensors_of
+
+SMALL = [
+    "--arch", "xcit_pico_4_p4", "--out-dim", "16", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
+    "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1", "--batch-size-per-gpu", "4",
+    "--epochs", "3", "--num-workers", "0", "--device", "cpu", "--knn-every", "0", "--log-every", "1",
+]  # fmt: skip
+STEPS_AN_EPOCH = 4
+
+
+@dataclass
+class Ended:
+    """A run that is over."""
+
+    code: int
+    out: str
+    err: str
+
+    def assert_refused(self, *words: str) -> None:
+        """Exit code 2, and one sentence with these words as the last line of stderr."""
+        assert "Traceback" not in self.err
+        last = self.err.strip().splitlines()[-1]
+        assert last.startswith("error: "), self.err
+        for word in words:
+            assert word in last
+        assert self.code == 2
+
+
+Pretrain = Callable[..., Ended]
+
+
+def two_classes(folder: Path) -> Path:
+    """DIR/train and DIR/val with two classes: 16 and 4 pictures."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 2)):
+        for number, name in enumerate(("dark", "bright")):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(120 * number, 120 * number + 120, (24, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{index}.png")
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, tuple[str, int]]:
+    """Content and time of every file below a folder; but for the lock, which says who was there last."""
+    return {
+        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def learnt_in(folder: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(folder / "checkpoint.pth", weights_only=True)
+    return tensors_of({name: content[name] for name in ("student", "teacher", "optimizer", "dino_loss", "step")})
+
+
+@dataclass
+class Stopped:
+    """A run that was stopped after two steps."""
+
+    folder: Path
+    flags: list[Any]
+    ended: Ended
+
+    def copy(self, to: Path) -> tuple[Path, list[Any]]:
+        """The same run in another directory, and the flags that continue it there."""
+        shutil.copytree(self.folder, to)
+        return to, [*self.flags[:-1], to]

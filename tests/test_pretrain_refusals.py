@@ -1,0 +1,185 @@
+"""What run_pretrain.py refuses, and what of a run it carries on: nothing that is there is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pretrain_fixtures import SMALL, Pretrain, Stopped, files_of, learnt_in
+from tiny_run import differing_bits
+
+from dino_xcit import safe_load
+from dino_xcit.errors import InputError
+from dino_xcit.metrics import read_metrics
+from dino_xcit.reliability.resume import output_folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        (["--lr", "0.3"], "lr 0.0005 -> 0.3"),
+        (["--out-dim", "17"], "out_dim 16 -> 17"),
+        (["--arch", "xcit_nano_12_p4"], "arch"),
+        (["--batch-size-per-gpu", "5"], "batch"),  # 3 steps an epoch, not 4
+    ],
+)
+def test_an_output_directory_of_another_run_is_refused_untouched(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path, changed: list[str], word: str
+) -> None:
+    folder, flags = stopped.copy(tmp_path / "run")
+    before = files_of(folder)
+    pretrain(*flags, *changed).assert_refused(word, "--output-dir", "--resume")
+    assert files_of(folder) == before
+
+
+def test_an_output_directory_that_cannot_be_written_to_is_refused_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written to
+    with pytest.raises(InputError, match="cannot write to the output directory"), output_folder(tmp_path):
+        pass
+
+
+def test_the_next_command_fits_the_data(pretrain: Pretrain, labelled_photos: Path, tmp_path: Path) -> None:
+    """Images without labels cannot be measured with k-NN: there the next thing is to extract."""
+    flags = [*SMALL, "--batch-size-per-gpu", "4", "--max-steps", "1"]
+    heap = pretrain("--data-path", labelled_photos / "train" / "dark", *flags, "--output-dir", tmp_path / "heap")
+    assert heap.code == 0
+    assert "next: python run_extract.py" in heap.out + heap.err
+    classes = pretrain("--data-path", labelled_photos, *flags, "--output-dir", tmp_path / "classes")
+    assert "next: python run_knn.py" in classes.out + classes.err
+
+
+def test_other_images_under_the_same_path_are_refused_and_named(
+    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
+) -> None:
+    """Another image shifts the numbers of those behind it, so that an epoch would see some twice and others never."""
+    images = tmp_path / "photos"
+    shutil.copytree(labelled_photos, images)
+    flags = ["--data-path", images, *SMALL, "--output-dir", tmp_path / "run"]
+    assert pretrain(*flags, "--max-steps", "1").code == 0
+    (images / "train" / "dark" / "0.png").rename(images / "train" / "dark" / "9.png")
+    before = files_of(tmp_path / "run")
+    pretrain(*flags, "--max-steps", "2").assert_refused("other images", "16 images", "--resume changed")
+    assert files_of(tmp_path / "run") == before
+    assert pretrain(*flags, "--max-steps", "2", "--resume", "changed").code == 0
+
+
+def test_another_global_batch_is_refused_even_where_an_epoch_has_as_many_steps(
+    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
+) -> None:
+    """16 images are 2 steps of 8 and 2 steps of 7; the learning rate and the images of each step differ."""
+    flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", tmp_path / "run"]
+    assert pretrain(*flags, "--batch-size-per-gpu", "8", "--max-steps", "1").code == 0
+    before = files_of(tmp_path / "run")
+    pretrain(*flags, "--batch-size-per-gpu", "7").assert_refused("batch")
+    assert files_of(tmp_path / "run") == before
+
+
+def test_the_same_global_batch_in_smaller_passes_is_the_same_run(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
+) -> None:
+    _, flags = stopped.copy(tmp_path / "run")
+    ended = pretrain(*flags, "--batch-size-per-gpu", "2", "--accumulation-steps", "2", "--max-steps", "3")
+    assert ended.code == 0, ended.err
+    assert "after step 2" in ended.out
+
+
+def test_resume_changed_carries_on_and_resume_never_starts_anew(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
+) -> None:
+    folder, flags = stopped.copy(tmp_path / "run")
+    changed = pretrain(*flags, "--lr", "0.3", "--resume", "changed", "--max-steps", "3")
+    assert changed.code == 0, changed.err
+    assert "after step 2" in changed.out
+    content = safe_load.read(folder / "checkpoint.pth")
+    assert (content["step"], content["args"]["lr"]) == (3, 0.3)
+
+    anew = pretrain(*flags, "--resume", "never", "--max-steps", "2")
+    assert anew.code == 0, anew.err
+    assert "after step" not in anew.out
+    assert differing_bits(learnt_in(folder), learnt_in(stopped.folder)) == []
+    steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "step"]
+    assert steps == [1, 2]
+
+
+def test_a_run_begins_from_weights_once_and_is_carried_on_without_them(
+    pretrain: Pretrain, stopped: Stopped, labelled_photos: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "weights.pth"
+    shutil.copy(stopped.folder / "checkpoint.pth", source)
+    flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", tmp_path / "run", "--init-weights", source]
+    refused = pretrain(*flags, "--arch", "xcit_pico_4_p8")
+    refused.assert_refused("a xcit_pico_4_p4, but arch is xcit_pico_4_p8")
+    begun = pretrain(*flags, "--max-steps", "1")
+    assert begun.code == 0, begun.err
+    assert f"starting from teacher xcit_pico_4_p4 of {source}" in begun.out
+    assert "heads too" in begun.out
+    content, before = (safe_load.read(path) for path in (tmp_path / "run/checkpoint.pth", source))
+    assert (content["step"], content["args"]["init_weights"]) == (1, str(source))
+    # The first step's learning rate is 0: the student's weights are still the ones it began with.
+    weights = [key for key in content["student"] if not key.endswith(("running_mean", "running_var", "tracked"))]
+    assert len(weights) > 50
+    assert all(torch.equal(content["student"][key], before["teacher"][key]) for key in weights)
+
+    source.unlink()
+    carried_on = pretrain(*flags, "--max-steps", "2")
+    assert carried_on.code == 0, carried_on.err
+    assert f"after step 1 of 2; it began from {source}, which is not read again" in carried_on.out
+    pretrain(*flags[:-2], "--max-steps", "3").assert_refused(f"init_weights {source} -> ")
+    pretrain(*flags, "--resume", "never", "--max-steps", "3").assert_refused(f"there is no file {source}")
+    assert safe_load.read(tmp_path / "run/checkpoint.pth")["step"] == 2
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_they_are_kept(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
+) -> None:
+    folder, flags = stopped.copy(tmp_path / "run")
+    for file in (folder / "checkpoints").glob("*.pth"):
+        file.write_bytes(file.read_bytes()[:-9])
+    before = files_of(folder)
+    pretrain(*flags).assert_refused("no checkpoint", "is whole", "--resume never")
+    assert files_of(folder) == before
+
+
+def test_a_foreign_checkpoint_is_refused_and_kept(pretrain: Pretrain, stopped: Stopped, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "run" / "checkpoint.pth")
+    before = files_of(tmp_path / "run")
+    pretrain(*stopped.flags[:-1], tmp_path / "run").assert_refused("not a checkpoint of run_pretrain.py")
+    assert files_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data-path", "absent"], ["absent"]),
+        (["--data-path", "EMPTY"], ["no image"]),
+        (["--data-path", "EMPTY/one.png"], ["no data"]),
+        (["--data-path", "PHOTOS", "--arch", "xcit_smal_12_p16"], ["xcit_smal_12_p16", "xcit_small_12_p16"]),
+        (["--data-path", "PHOTOS", "--arch", "timm:resnet81"], ["resnet18"]),
+        (["--data-path", "PHOTOS", "--recipe", "dinno"], ["dinno", "dino"]),
+        (["--data-path", "PHOTOS", "--epoch", "3"], ["--epoch", "epochs"]),
+        (["--data-path", "PHOTOS", "--batch-size-per-gpu", "17"], ["16 images", "17"]),
+        (["--data-path", "PHOTOS", "--out-dim", "1"], ["out_dim"]),
+        (["--data-path", "PHOTOS", "--global-crops-size", "0"], ["global_crops_size"]),
+        (["--data-path", "PHOTOS", "--global-crops-scale", "0.9", "0.1"], ["global_crops_scale"]),
+        (["--data-path", "PHOTOS", "--epochs", "many"], ["epochs"]),
+        (["--data-path", "PHOTOS", "--output-dir", "EMPTY/file/run"], ["output directory"]),
+        (["--data-path", "PHOTOS/val/dark", "--batch-size-per-gpu", "2", "--knn-every", "1"], ["--train-data"]),
+        (["--data-path", "PHOTOS", "--batch-size-per-gpu", "1", "--local-crops-size", "4"], ["crop"]),
+        (["--recipe", "dino", "--data-path", ""], ["--data-path"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(
+    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path, flags: list[str], words: list[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    places = {"PHOTOS": str(labelled_photos), "EMPTY": str(tmp_path)}
+    for word, place in places.items():
+        flags = [flag.replace(word, place) for flag in flags]
+    pretrain(*SMALL, "--output-dir", tmp_path / "run", *flags).assert_refused(*words)
+    assert not list(tmp_path.rglob("*.pth"))
