@@ -45,15 +45,16 @@ def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) ->
     """
     loaded, device = open_weights(config)
     transform = fixed or _transform(loaded.transform, config)
-    as_said = not fixed and transform == loaded.transform and loaded.transform_from
+    as_loaded = not fixed and transform == loaded.transform
     distributed.say(
         f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}"
-        + (f" ({loaded.transform_from})" if as_said else "")
+        + (f" ({loaded.transform_from})" if as_loaded and loaded.transform_from else "")
     )
-    if not fixed and transform == EvalTransform() and not loaded.training and not loaded.transform_from:
+    usual = transform == EvalTransform() and loaded.training  # DINO's files: ImageNet's way is theirs
+    if as_loaded and not loaded.transform_from and not usual:
         distributed.say(
-            f"notice: {loaded.path.name} does not say how its images are prepared, this is ImageNet's way "
-            "(--eval-resize and --eval-crop change it)"
+            f"notice: {loaded.path.name} does not say how its images are prepared, this is a guess: "
+            f"{loaded.transform_guess} (--eval-resize and --eval-crop change it)"
         )
     return dataclasses.replace(loaded, transform=transform), device
 

@@ -145,3 +145,24 @@ def test_the_settings_are_checked_and_stored(tmp_path: Path) -> None:
         tiny_config(init_network="ema")
     with pytest.raises(InputError, match="expected names of keys"):
         tiny_config(allow_unexpected=("*",))
+
+
+def test_heads_that_the_file_does_not_say_are_those_of_the_run(tmp_path: Path) -> None:
+    torch.save(files.vit().state_dict(), tmp_path / "bare.pth")
+    small = {"global_crops_size": 32, "local_crops_size": 16}
+    for arch in ("vit_tiny_2_p16_64", "vit_tiny_2_p16_64_h6"):
+        state, said = begun(tmp_path / "bare.pth", arch=arch, **small)
+        assert f"starting from the only network {arch} of" in said
+        assert state.student.backbone.model.blocks[0].attn.num_heads == (6 if arch.endswith("h6") else 3)
+    with pytest.raises(InputError, match=r"a vit_tiny_2_p16_64, but arch is vit_tiny_2_p16_64_ls"):
+        begun(tmp_path / "bare.pth", arch="vit_tiny_2_p16_64_ls", **small)
+
+
+def test_a_run_can_begin_from_moco_v3_with_the_heads_that_it_has(tmp_path: Path) -> None:
+    networks = [files.vit(seed, width=384, heads=12) for seed in (1, 2)]
+    torch.save(files.moco_v3(*networks, "head"), tmp_path / "moco.pth")
+    small = {"global_crops_size": 32, "local_crops_size": 16}
+    state, _ = begun(tmp_path / "moco.pth", arch="vit_small_2_p16_64_h12", **small)
+    assert state.student.backbone.model.blocks[0].attn.num_heads == 12
+    with pytest.raises(InputError, match="give --arch vit_small_2_p16_64_h12"):
+        begun(tmp_path / "moco.pth", arch="vit_small_2_p16_64", **small)

@@ -127,6 +127,14 @@ def test_heads_that_nobody_named_are_said_to_be_assumed(tmp_path: Path) -> None:
     assert "heads assumed" not in load_backbone(saved(tmp_path, files.xcit().state_dict())).describe()
 
 
+def test_heads_that_a_checkpoint_of_ours_names_are_kept(tmp_path: Path) -> None:
+    network = files.vit(heads=6)
+    content = {"teacher": files.prefixed("backbone.", network.state_dict()), "args": {"arch": "vit_tiny_2_p16_64_h6"}}
+    read = load_backbone(saved(tmp_path, content))
+    assert (read.arch, read.heads_assumed) == ("vit_tiny_2_p16_64_h6", 0)
+    assert_same_output(read, network)
+
+
 def test_a_supervised_resnet_loses_its_classifier_and_says_so(tmp_path: Path) -> None:
     network = files.resnet("resnet18", classes=True)
     read = load_backbone(saved(tmp_path, network.state_dict()))
