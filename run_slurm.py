@@ -27,13 +27,15 @@ from dino_xcit.launch_config import LaunchConfig, launch_settings, split
 from dino_xcit.slurm import import_submitit, submit
 from dino_xcit.wandb_mirror import require_package
 from eval.config import BackboneConfig, KnnConfig, LinearConfig, settings
-from eval.retrieval_config import ExtractConfig
+from eval.retrieval_config import ExtractConfig, RetrievalConfig
 
 if TYPE_CHECKING:
     import submitit
 
 ROOT = Path(__file__).resolve().parent
-EVALUATORS: dict[str, type[BackboneConfig]] = {"knn": KnnConfig, "linear": LinearConfig, "extract": ExtractConfig}
+EVALUATORS: dict[str, type[BackboneConfig]] = {
+    "knn": KnnConfig, "linear": LinearConfig, "extract": ExtractConfig, "retrieval": RetrievalConfig
+}  # fmt: skip
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
     runner_flags = flags_of(PretrainConfig).union(*map(flags_of, EVALUATORS.values()))
     flags, words = split(argv, runner_flags)
     launch = launch_settings(flags)
-    check_runner(launch.run, words)
+    check_runner(launch.run, words, here=launch.cluster == "local")
     import_submitit()
 
     # ---- the job
@@ -77,8 +79,8 @@ def flags_of(config: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 
-def check_runner(run: str, words: Sequence[str]) -> None:
-    """What can be known of a runner's flags without its data and its machines.
+def check_runner(run: str, words: Sequence[str], here: bool = False) -> None:
+    """What can be known of a runner's flags without its data and, unless it runs ``here``, its machines.
 
     Raises:
         InputError: as the runner itself would.
@@ -87,19 +89,25 @@ def check_runner(run: str, words: Sequence[str]) -> None:
         config, first_line = parse_pretrain(words)
         require_package(config.wandb)
         print(first_line)
-        _notice_absent("data_path", config.data_path)
+        _look_for("data_path", config.data_path, here)
         return
-    evaluation = settings(EVALUATORS[run], words, f"run_{run}.py")
-    if not evaluation.weights:
+    positional = "protocol" if run == "retrieval" else ""
+    evaluation = settings(EVALUATORS[run], words, f"run_{run}.py", positional)
+    # Finished collections are measured and searched without.
+    collections = [getattr(evaluation, name, "") for name in ("index", "first", "second")]
+    if not evaluation.weights and not any(collections):
         raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth")
-    _notice_absent("weights", evaluation.weights)
-    _notice_absent("data_path", evaluation.data_path)
+    _look_for("weights", evaluation.weights, here)
+    _look_for("data_path", evaluation.data_path, here)
 
 
-def _notice_absent(name: str, place: str) -> None:
-    """Only a notice: the machines of the cluster may have disks that this one does not see."""
-    if place and ":" not in place and not Path(place).expanduser().exists():
-        print(f"notice: {name} is {printable(place)}, which is not there on this machine: the job's have to have it")
+def _look_for(name: str, place: str, here: bool) -> None:
+    """Only a notice where the job runs elsewhere: the cluster's machines may have disks that this one does not see."""
+    if not place or ":" in place or Path(place).expanduser().exists():
+        return
+    if here:
+        raise InputError(f"{name} is {printable(place)}, which is not there: check the path")
+    print(f"notice: {name} is {printable(place)}, which is not there on this machine: the job's have to have it")
 
 
 def follow(job: submitit.Job[None], log: Path) -> None:

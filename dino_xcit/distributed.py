@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from dino_xcit.console import counted
 from dino_xcit.errors import LOST, InputError, RunStopped, run_main
-from dino_xcit.sync_batch_norm import share_batch_norm
+from dino_xcit.sync_batch_norm import not_shared, share_batch_norm
 
 
 def rank() -> int:
@@ -60,15 +62,20 @@ def choose_device(wanted: str) -> torch.device:
         InputError: a GPU was asked for, or more of them than there are.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    queued = "SUBMITIT_EXECUTOR" in os.environ  # by run_slurm.py
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError("device is cuda, but PyTorch sees no GPU: use --device cpu, or install a CUDA build")
+        asked = ", or give run_slurm.py --gpus-per-node" if queued else ""
+        raise InputError(f"device is cuda, but PyTorch sees no GPU: use --device cpu, or install a CUDA build{asked}")
     if local >= torch.cuda.device_count():
-        raise InputError(
-            f"process {local} on this machine has no GPU: PyTorch sees {torch.cuda.device_count()}; lower "
-            "--nproc-per-node to that"
+        there = torch.cuda.device_count()
+        remedy = (
+            f"give run_slurm.py --gpus-per-node {local + 1} or more, or leave --tasks-per-node out"
+            if queued
+            else f"lower torchrun's --nproc-per-node to {there}"
         )
+        raise InputError(f"process {local} on this machine has no GPU: PyTorch sees {there}; {remedy}")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
@@ -228,8 +235,20 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     Not on the CPU: there runs with other numbers of processes are promised to be the same at a fixed microbatch.
     """
     if device.type == "cuda" and world_size() > 1:
-        return share_batch_norm(module)
+        module = share_batch_norm(module)
+        if left := not_shared(module):
+            some = f"{', '.join(left[:3])}{' ...' * (len(left) > 3)}"
+            _say_once(
+                f"notice: {counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be shared: each GPU "
+                "normalises there by its own batch"
+            )
     return module
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """:func:`say`, but not again for the teacher what was said of the student."""
+    say(text)
 
 
 def share_gradients(module: nn.Module, device: torch.device) -> nn.Module:

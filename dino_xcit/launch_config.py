@@ -11,8 +11,6 @@ from typing import Literal
 from dino_xcit.cli import Flags, build, fitting, refuse_again
 from dino_xcit.errors import InputError, near_matches
 
-RUNNERS = ("pretrain", "knn", "linear", "extract")
-
 _OURS = {
     "nodes": "--nodes", "gpus-per-node": "--gpus-per-node", "ntasks-per-node": "--tasks-per-node",
     "ntasks": "--tasks-per-node", "cpus-per-task": "--cpus-per-task", "time": "--time", "partition": "--partition",
@@ -27,8 +25,8 @@ _OURS = {
 class LaunchConfig:
     """Settings of run_slurm.py; every other flag is the runner's, as it would be typed after torchrun."""
 
-    run: Literal["pretrain", "knn", "linear", "extract"] = "pretrain"
-    """What to start: run_pretrain.py, run_knn.py, run_linear.py or run_extract.py."""
+    run: Literal["pretrain", "knn", "linear", "extract", "retrieval"] = "pretrain"
+    """What to start: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""
     cluster: Literal["slurm", "local"] = "slurm"
     """slurm: queue a job; local: the same job on this machine, now, and wait for it."""
     nodes: int = 1
@@ -147,6 +145,8 @@ def split(argv: Sequence[str], runner_flags: Collection[str]) -> tuple[Flags, li
     words = rest
     for token in argv:
         if not token.startswith("--"):
+            if words is not rest and words is not flags.get("slurm_additional") and words:
+                words = rest  # as in --run retrieval oxford
             words.append(token)
             continue
         name, equals, value = token[2:].partition("=")

@@ -42,17 +42,31 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return output
 
 
+class SharedBatchNormAct(SharedBatchNorm):
+    """timm's BatchNormAct2d likewise: its drop layer and its activation come after the normalisation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+
 def share_batch_norm(module: nn.Module) -> nn.Module:
     """The module, each BatchNorm in it replaced by a :class:`SharedBatchNorm` with the same tensors and names.
 
-    Classes derived from BatchNorm stay as they are: timm's BatchNormAct2d, for one, has an activation in it, which
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` would leave out without a word. So do those that keep no averages.
+    timm's BatchNormAct2d keeps its activation, which ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` leaves out
+    without a word. Other classes derived from BatchNorm stay as they are, and those that keep no averages:
+    :func:`not_shared` names them.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        if not plain or not module.affine or not module.track_running_stats or module.momentum is None:
+        kind = _shared_kind(module)
+        if kind is None or module.momentum is None:
             return module
-        shared = SharedBatchNorm(module.num_features, module.eps, module.momentum, device="meta")
+        shared = kind(module.num_features, module.eps, module.momentum, device="meta")
+        if isinstance(shared, SharedBatchNormAct):
+            shared.drop, shared.act = module.drop, module.act  # type: ignore[assignment]
         shared.weight, shared.bias = module.weight, module.bias
         shared.running_mean, shared.running_var = module.running_mean, module.running_var
         shared.num_batches_tracked = module.num_batches_tracked
@@ -60,6 +74,25 @@ def share_batch_norm(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, share_batch_norm(child))
     return module
+
+
+def not_shared(module: nn.Module) -> list[str]:
+    """Names of the BatchNorm layers in a module that see their own process's batch alone."""
+    norm = nn.modules.batchnorm._BatchNorm
+    return [name for name, part in module.named_modules() if isinstance(part, norm) and type(part) not in _SHARED]
+
+
+_SHARED = (SharedBatchNorm, SharedBatchNormAct)
+
+
+def _shared_kind(module: nn.modules.batchnorm._BatchNorm) -> type[SharedBatchNorm] | None:
+    from timm.layers import BatchNormAct2d  # loaded already where a network has one
+
+    if not module.affine or not module.track_running_stats or module.momentum is None:
+        return None
+    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return SharedBatchNorm
+    return SharedBatchNormAct if type(module) is BatchNormAct2d else None
 
 
 def _count(x: Tensor) -> int:

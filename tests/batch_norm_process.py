@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from exchange_process import Messages
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from dino_xcit import distributed
 from dino_xcit.sync_batch_norm import share_batch_norm
 
-SHAPES = {"image": (6, 5, 4, 3), "channels last": (6, 5, 4, 3), "rows": (6, 5)}
+SHAPES = {"image": (6, 5, 4, 3), "channels last": (6, 5, 4, 3), "rows": (6, 5), "timm": (6, 5, 4, 3)}
 
 
 def batch_of(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -26,7 +27,8 @@ def batch_of(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def layer_of(name: str) -> nn.Module:
     """The same on every process, with a weight and bias that are not 1 and 0."""
-    layer = nn.BatchNorm1d(5) if name == "rows" else nn.BatchNorm2d(5)
+    kinds = {"rows": nn.BatchNorm1d, "timm": BatchNormAct2d}  # the latter with a ReLU, in place
+    layer = kinds.get(name, nn.BatchNorm2d)(5)
     with torch.no_grad():
         layer.weight.copy_(torch.linspace(0.5, 2, 5))
         layer.bias.copy_(torch.linspace(-1, 1, 5))

@@ -80,7 +80,14 @@ MISTAKES = {
     "--run knn": "no weights given",
     "--run knn --weights x --ks 0": "ks is 0",
     "--run linear --weights x --nodes 1 --lrs -1": "lrs is -1",
-    "--run sleep": "run",
+    "--run sleep": "--run is 'sleep', expected pretrain, knn, linear, extract or retrieval",
+    "--run retrieval": "no protocol given",
+    "--run retrieval oxfrd --weights x": "--protocol is 'oxfrd', expected oxford, paris",
+    "--run knn x --weights y": "cannot place the word 'x'",
+    "--nodes 2 3": "cannot place the word '3'",
+    "--nodes 1 --nodes 2": "--nodes is given twice",
+    "--cluster local --run knn --weights absent.pth": "weights is absent.pth, which is not there: check the path",
+    "--cluster local --data-path absent": "data_path is absent, which is not there: check the path",
     "--recipe dino": "recipe dino needs --data-path",
     "--wandb xcit": "pip install 'dino-xcit[wandb]'",
 }
@@ -122,6 +129,13 @@ def test_a_place_that_this_machine_does_not_see_is_noticed(
     run_slurm.check_runner("pretrain", ["--data-path", str(tmp_path)])
     run_slurm.check_runner("pretrain", ["--data-path", "tar:/data/{000..100}.tar"])
     assert "notice" not in capsys.readouterr().out
+
+
+def test_a_retrieval_protocol_may_stand_alone_as_in_its_own_runner(capsys: pytest.CaptureFixture[str]) -> None:
+    flags, words = split(["--nodes", "2", "--run", "retrieval", "oxford", "--weights", "w.pth", "--data-path", "d"], ())
+    assert (flags, words[0]) == ({"nodes": ["2"], "run": ["retrieval"]}, "oxford")
+    run_slurm.check_runner("retrieval", words)
+    assert "notice: weights is w.pth" in capsys.readouterr().out
 
 
 def test_a_process_is_told_its_place_as_torchrun_would() -> None:
