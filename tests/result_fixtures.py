@@ -47,7 +47,7 @@ def write_result(
     loaded = LoadedBackbone(
         nn.Identity(), "xcit_pico_4_p4", "teacher", path.with_suffix(".pth"), weights or path.stem, transform, None
     )
-    data = {name: data_card(part, "of the day") | images_card(part) for name, part in parts.items()}
+    data = {name: data_card(part, part.fingerprint()) | images_card(part) for name, part in parts.items()}
     cards = [one.to_card() for one in figures]
     cpu = torch.device("cpu")
     card = result_card(measure, protocol or KNN, [], loaded, data, transform, cpu, 1.0, cards)

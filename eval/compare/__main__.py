@@ -143,12 +143,17 @@ def _place(word: str) -> str:
 
 
 def _only(result: Result, words: str) -> Result:
-    """The result with the figures whose name has all these words (k=20 is no part of k=200); a published one has but
-    one."""
+    """The result with the figure of this name, else with those whose name has all these words (k=20 is no part of
+    k=200), baselines only where they are named; a published one has but one."""
     if result.source:
         return result
     wanted = set(words.split())
-    kept = tuple(figure for figure in result.figures if wanted <= set(figure.name.replace(",", " ").split()))
+    kept = tuple(figure for figure in result.figures if figure.name == words) or tuple(
+        figure
+        for figure in result.figures
+        if wanted <= set(figure.name.replace(",", " ").split())
+        and not (figure.baseline and figure.settings.get("model") not in wanted)
+    )
     if not kept:
         names = "; ".join(figure.name for figure in result.figures[:8])
         more = "; ..." if len(result.figures) > 8 else ""
