@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from dino_xcit import distributed
+from dino_xcit.console import counted
 from dino_xcit.data import Source, decode, open_source
 from dino_xcit.data.files import is_remote
 from dino_xcit.errors import InputError
@@ -161,9 +162,11 @@ def extract(config: ExtractConfig) -> None:
     seconds = time.perf_counter() - started
     total, dim = written["count"], written["dimension"]
     kind = "of length 1" if config.normalise else "as they are"
-    distributed.say(f"{total:,} vectors of {dim} numbers, {kind}, in {folder} ({seconds:.1f} s)")
+    distributed.say(f"{counted(total, 'vector')} of {dim} numbers, {kind}, in {folder} ({seconds:.1f} s)")
     if unreadable:
-        distributed.say(f"notice: {len(unreadable):,} images could not be read and are left out; card.json names them")
+        distributed.say(
+            f"notice: left out {counted(len(unreadable), 'image')} that could not be read; card.json has the names"
+        )
     if recall := written["index"].get("recall"):
         distributed.say(
             f"index {config.index_type}: recall@{recall['at']} {recall['percent']:.1f} % of exact search "

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit import distributed
+from dino_xcit.console import counted
 from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
 from eval.collection.made_with import open_backbone_of, with_weights_of
@@ -219,9 +220,9 @@ def folder(config: RetrievalConfig) -> None:
     # ---- report
     if found.alone:
         distributed.say(
-            f"notice: {found.alone:,} images are alone in their class: they are no queries, but among what is searched"
+            f"notice: {counted(found.alone, 'image')} alone in a class: no query, but among what is searched"
         )
-    distributed.say(f"{len(found.queries):,} queries, each among the {len(images.names) - 1:,} other images")
+    distributed.say(f"{counted(len(found.queries), 'query')}, each among the {len(images.names) - 1:,} other images")
     names = {"r_precision": "R-precision", "map@r": "mAP@R"} | {f"recall@{k}": f"recall@{k}" for k in config.ks}
     rows = [[names[name], percent(row[name], row[f"{name}_interval"])] for name in figures]  # type: ignore[arg-type]
     distributed.say(table(["figure", "% [95% interval]"], rows))
@@ -281,7 +282,7 @@ def duplicates(config: RetrievalConfig) -> None:
         paired = {"first": (first, np.concatenate([pairs.first, pairs.second]))}
 
     # ---- report
-    near = f"{len(pairs):,} pairs of at least {config.threshold:g}"
+    near = f"{counted(len(pairs), 'pair')} of at least {config.threshold:g}"
     distributed.say(near if UNKNOWN in kinds else f"{near}, {kinds.count(IDENTICAL):,} of them identical files")
     for name, (images, rows) in paired.items():
         count, total = len(np.unique(rows)), len(images.names)

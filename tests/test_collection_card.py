@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile_arrays import NO_ARRAYS
 
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
@@ -135,28 +136,9 @@ def test_what_is_no_card_is_said(folder: Path, text: str) -> None:
     assert not is_half_renamed(folder), "a damaged card is no collection that is whole"
 
 
-def header(text: str) -> bytes:
-    """A .npy file of version 1 with such a header, and no numbers."""
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"PK\x03\x04 a zip archive",
-        header("{'descr': '<f4', 'fortran_order': False, 'shape': (5, 1000000000000)}"),
-        header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': (5, {10**30})}}"),
-        header("{'descr': '<f4', 'fortran_order': False, 'shape': (-5, 3)}"),
-        header("{'descr': '|O', 'fortran_order': False, 'shape': (5, 3)}"),
-        header("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (0, 3)}"),
-        header("{1: 2, 'a': 3}"),
-        header("(" * 100),
-        header("'" * 3),
-    ],
-)
-def test_vectors_that_are_no_table_of_numbers_are_said(folder: Path, content: bytes) -> None:
-    (folder / "vectors.npy").write_bytes(content)
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_vectors_that_are_no_table_of_numbers_are_said(folder: Path, name: str) -> None:
+    (folder / "vectors.npy").write_bytes(NO_ARRAYS[name])
     with pytest.raises(InputError, match="is damaged"):
         open_collection(folder)
 

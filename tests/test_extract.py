@@ -390,7 +390,7 @@ def test_a_damaged_image_ends_the_run_and_is_left_out_on_request_without_losing_
     skipping = (*given, "--unreadable", "skip")
     told = done(command(*skipping)).out
     assert "going on: 4 of 6 parts are there" in told
-    assert "notice: 1 images could not be read" in told
+    assert "notice: left out 1 image that could not be read; card.json has the names" in told
     complete = f"{tmp_path / 'v'} holds the vectors of 23 of these 24 images; 1 could not be read and were left out"
     assert f"already complete: {complete}, card.json names them; nothing" in done(command(*skipping)).out
     assert "although --unreadable is refuse now (mend them, then --overwrite)" in done(command(*given)).out

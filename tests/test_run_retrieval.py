@@ -258,7 +258,7 @@ def test_an_image_alone_in_its_class_is_left_out_and_said(place: Place, retrieve
     save(noise(1), tmp_path / "birds/alone/one.png")
     done = retrieve("folder", "--weights", place.weights, "--data-path", tmp_path / "birds", "--no-cache")
     assert done.code == 0, done.err
-    assert "1 images are alone in their class: they are no queries" in done.out
+    assert "notice: 1 image alone in a class: no query, but among what is searched" in done.out
 
 
 @pytest.mark.parametrize("finished", [False, True])

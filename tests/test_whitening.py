@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile_arrays import NO_ARRAYS
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
@@ -143,6 +144,15 @@ def test_a_file_that_is_no_whitening_is_refused_with_a_sentence(name: str, tmp_p
         change(path)
     with pytest.raises(InputError, match=sentence):
         load(path)
+
+
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_a_member_that_is_no_array_is_refused_with_a_sentence(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
+        for member in ("mean", "projection", "card"):
+            archive.writestr(f"{member}.npy", NO_ARRAYS[name])
+    with pytest.raises(InputError, match="is no whitening"):
+        load(tmp_path / "w.npz")
 
 
 def test_a_good_file_is_not_among_those_refused(tmp_path: Path) -> None:

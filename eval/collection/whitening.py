@@ -42,7 +42,7 @@ class Whitening:
     projection: NDArray[np.float32]
     """[E, W], greatest variance first."""
     made_for: dict[str, Any]
-    """What vectors it fits: weights, descriptor, normalised, as :func:`eval.collection.store.kind_of` says them."""
+    """What vectors it fits: weights, descriptor, normalised, as :func:`eval.collection.card.kind_of` says them."""
     learned_on: dict[str, Any]
     """For people: url, images and fingerprint of the set."""
 
@@ -138,8 +138,7 @@ def load(path: Path) -> Whitening:
                 raise ValueError(f"it is larger than {_MOST_BYTES >> 30} GiB")
             if archive.getinfo("card.npy").file_size > _MOST_CARD:
                 raise ValueError("its card is too long")
-        with np.load(path) as arrays:
-            mean, projection, text = arrays["mean"], arrays["projection"], arrays["card"]
+            mean, projection, text = (_array(archive, member) for member in _MEMBERS)
         if text.dtype != np.uint8 or text.ndim != 1:
             raise ValueError("its card is no text")
         card = json.loads(text.tobytes())
@@ -162,6 +161,19 @@ def load(path: Path) -> Whitening:
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{path} is no whitening: {one_line(error)}") from error
     return Whitening(mean, projection, made_for, learned_on)
+
+
+def _array(archive: zipfile.ZipFile, member: str) -> NDArray[Any]:
+    try:
+        with archive.open(member) as file:
+            found = np.load(file)
+        if not isinstance(found, np.ndarray):
+            raise ValueError(f"its {member} is no array")
+        return found
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # NumPy reads a member's header as Python's literals, of which anything may be wrong
+        raise ValueError(one_line(error) or type(error).__name__) from error
 
 
 def _write_archive(file: Any, arrays: Mapping[str, NDArray[Any]]) -> None:
