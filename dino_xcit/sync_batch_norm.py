@@ -86,7 +86,7 @@ _SHARED = (SharedBatchNorm, SharedBatchNormAct)
 
 
 def _shared_kind(module: nn.modules.batchnorm._BatchNorm) -> type[SharedBatchNorm] | None:
-    from timm.layers import BatchNormAct2d  # loaded already where a network has one
+    from timm.layers.norm_act import BatchNormAct2d  # loaded already where a network has one
 
     if not module.affine or not module.track_running_stats or module.momentum is None:
         return None

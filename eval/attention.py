@@ -36,7 +36,7 @@ from dino_xcit.models.class_attention import ClassAttention
 from dino_xcit.models.xcit import XCiT
 from eval.command_line import settings
 from eval.look_config import AttentionConfig
-from eval.photographs import Cell, Photograph, draw_rows, fit, patch_of, photographs
+from eval.photographs import Cell, Photograph, draw_rows, enough_memory, fit, patch_of, photographs
 from eval.setup import open_weights
 
 
@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     rows = []
     with progress_bar(len(config.images), "attention", shown=True) as bar:
         for photograph in photographs(config.images, config.size, loaded.transform, patch):
-            maps = attention_maps(loaded.backbone, photograph.pixels(loaded.transform).to(device), config.block)
+            with enough_memory(photograph):
+                maps = attention_maps(loaded.backbone, photograph.pixels(loaded.transform).to(device), config.block)
             rows.append(draw_row(photograph, maps))
             bar.update()
     path = Path(config.out or "attention.png").expanduser()

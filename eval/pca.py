@@ -30,7 +30,7 @@ from dino_xcit.console import counted, printable, progress_bar
 from dino_xcit.errors import InputError, run_main
 from eval.command_line import settings
 from eval.look_config import PcaConfig
-from eval.photographs import Cell, draw_rows, fit, patch_of, photographs, stack
+from eval.photographs import Cell, draw_rows, enough_memory, fit, patch_of, photographs, stack
 from eval.setup import open_weights
 
 Rows = NDArray[np.float32]
@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> None:
     grids: list[tuple[int, int]] = []
     with progress_bar(len(config.images), "patch features", shown=True) as bar, torch.inference_mode():
         for photograph in photographs(config.images, config.size, loaded.transform, patch):
-            out = loaded.backbone(photograph.pixels(loaded.transform).to(device))
+            with enough_memory(photograph):
+                out = loaded.backbone(photograph.pixels(loaded.transform).to(device))
             found.append(out.patch_tokens[0].float().cpu().numpy())
             grids.append(out.grid)
             cells.append(Cell(fit(photograph.image), photograph.name, f"{out.grid[1]} x {out.grid[0]} patches"))

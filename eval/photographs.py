@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ MOST_IMAGES = 100
 
 MOST_PIXELS = 64_000_000
 """Of one image as the network sees it."""
+
+LEAST_SIZE = 16
+"""Of --size."""
 
 CELL = 224
 """Pixels of a cell's longer side."""
@@ -74,14 +79,42 @@ def photographs(paths: Sequence[str], size: int, transform: EvalTransform, multi
             for side in image.size
         )
         if width * height > MOST_PIXELS:
-            wish = "lower --size" if size else "give --size, such as --size 480"
             raise InputError(
                 f"{path} would have {min(width, height)} x {max(width, height)} pixels, expected at most "
-                f"{MOST_PIXELS:,} in all: {wish}, or cut the image"
+                f"{MOST_PIXELS:,} in all: {_remedy(image, multiple)}"
             )
         if (width, height) != image.size:
             image = TF.resize(image, [height, width], InterpolationMode(transform.interpolation))
         yield Photograph(os.path.basename(path), image)
+
+
+@contextmanager
+def enough_memory(photograph: Photograph) -> Iterator[None]:
+    """A context for what a network does with a photograph.
+
+    Raises:
+        InputError: the memory does not suffice.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch's own out-of-memory errors are RuntimeErrors, of several classes
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        width, height = photograph.image.size
+        smaller = max(LEAST_SIZE, min(width, height) // 2)
+        raise InputError(
+            f"out of memory for {printable(photograph.name)} of {width} x {height} pixels: give a smaller --size, such "
+            f"as --size {smaller}, or cut the image"
+        ) from error
+
+
+def _remedy(image: Image.Image, multiple: int) -> str:
+    """What makes an image small enough: the --size that does, where there is one."""
+    long, short = max(image.size), min(image.size)
+    fits = int(math.sqrt(MOST_PIXELS * short / long)) - multiple
+    if fits < LEAST_SIZE:
+        return f"cut the image, which is {long / short:,.0f} times as long as wide"
+    return f"give a smaller --size, such as --size {min(fits, 480)}, or cut the image"
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from exchange_process import Messages
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from dino_xcit import distributed

@@ -254,9 +254,24 @@ def sparse_map_without_end(path: Path) -> None:
     path.write_bytes(GOOD_MEMBER + bytes(block) + (bytes(504) + b"\x01" + bytes(7)) * 4)
 
 
-@refused("holds b'cat'")
-def class_in_words(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "a.cls": b"cat"}))
+@refused(r"holds b'cat\\ndog'")
+def class_in_two_lines(path: Path) -> None:
+    path.write_bytes(packed({"a.png": png(), "a.cls": b"cat\ndog"}))
+
+
+@refused(r"holds b'\\x00cat'")
+def class_in_bytes(path: Path) -> None:
+    path.write_bytes(packed({"a.png": png(), "a.cls": b"\x00cat"}))
+
+
+@refused("holds b'-7.5'")
+def class_between_numbers(path: Path) -> None:
+    path.write_bytes(packed({"a.png": png(), "a.cls": b"-7.5"}))
+
+
+@refused("a class's name, one line of at most 200 bytes")
+def class_in_a_novel(path: Path) -> None:
+    path.write_bytes(packed({"a.png": png(), "a.cls": b"cat " * 60}))
 
 
 @refused("holds b'99999999999")

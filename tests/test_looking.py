@@ -270,14 +270,37 @@ def test_mistakes_are_sentences(
 
 def test_a_very_long_image_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
     Image.new("RGB", (60_000, 2)).save(tmp_path / "line.png")
-    with pytest.raises(InputError, match=r"would have 480 x 14400000 pixels, .*: lower --size"):
+    with pytest.raises(
+        InputError, match=r"would have 480 x 14400000 pixels, .*: give a smaller --size, such as --size 45,"
+    ):
         list(photographs([str(tmp_path / "line.png")], 480, EvalTransform()))
+    Image.new("RGB", (300_000, 1)).save(tmp_path / "line.png")  # of no --size at all
+    with pytest.raises(InputError, match=r"in all: cut the image, which is 300,000 times as long as wide"):
+        list(photographs([str(tmp_path / "line.png")], 16, EvalTransform()))
+
+
+@pytest.mark.parametrize("module", [attention, pca])
+def test_too_little_memory_is_a_sentence_about_this_photograph(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, module: types.ModuleType
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("dino_xcit.models.xcit.XCiT.forward", full)
+    with pytest.raises(
+        InputError, match=r"out of memory for wide\.jpg of 92 x 64 pixels: give a smaller --size, such as --size 32"
+    ):
+        module.main(["--weights", str(weights), str(weights.parent / "wide.jpg"), "--size", "64"])
 
 
 def test_images_as_they_are_have_a_limit_too(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.photographs.MOST_PIXELS", 130 * 90 - 1)
-    with pytest.raises(InputError, match=r"would have 90 x 130 pixels, expected at most 11,699 in all: give --size"):
+    with pytest.raises(
+        InputError,
+        match=r"would have 90 x 130 pixels, expected at most 11,699 in all: give a smaller --size, such as --size 88",
+    ):
         list(photographs([str(weights.parent / "wide.jpg")], 0, EvalTransform()))
+    assert list(photographs([str(weights.parent / "wide.jpg")], 88, EvalTransform()))  # the advice helps
 
 
 @pytest.mark.parametrize("words", [(), ("--size", "0")])

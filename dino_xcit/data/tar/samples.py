@@ -26,7 +26,7 @@ Label = int | str | None
 MOST_IMAGE_BYTES = 1 << 30
 """Larger images are passed over."""
 
-_MOST_CLS, _MOST_JSON = 64, 1 << 20
+_MOST_CLS, _MOST_JSON = 200, 1 << 20
 _IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _NUMBER = re.compile(rb"-?\d{1,9}")
 
@@ -71,7 +71,7 @@ def look_through(path: str) -> Shard:
     names of photographs mean nothing. Of members with the same name the last is taken, as extracting them would.
 
     Raises:
-        InputError: what :func:`dino_xcit.data.tar.members.scan` says, or a ``.cls`` that is no number.
+        InputError: what :func:`dino_xcit.data.tar.members.scan` says, or a ``.cls`` that is neither number nor name.
     """
     passed_over: Counter[str] = Counter()
     samples: dict[str, _Sample] = {}
@@ -125,15 +125,22 @@ def _images_of(sample: _Sample, passed_over: Counter[str]) -> list[Member]:
 
 
 def _label_of_cls(member: Member, file: BinaryIO, path: str) -> Label:
+    """A number, or a class's name: one line of text that has something in it besides digits."""
     file.seek(member.offset)
     text = file.read(min(member.size, _MOST_CLS)).strip()
-    number = int(text) if member.size <= _MOST_CLS and _NUMBER.fullmatch(text) else None
-    if number is None or number >= MOST_CLASSES:
-        raise InputError(
-            f"{path}/{member.name} holds {text[:20]!r}: expected the number of a class, 0 to {MOST_CLASSES - 1:,}, in "
-            "ASCII digits, or -1 where it is not known; write them anew"
-        )
-    return number if number >= 0 else None  # -1 says that it is not known
+    if member.size <= _MOST_CLS and _NUMBER.fullmatch(text):
+        number = int(text)
+        if number < MOST_CLASSES:
+            return number if number >= 0 else None  # -1 says that it is not known
+    name = text.decode("utf-8", "replace")
+    is_name = name.isprintable() and "\ufffd" not in name and any(letter.isalpha() for letter in name)
+    if member.size <= _MOST_CLS and is_name:
+        return name
+    raise InputError(
+        f"{path}/{member.name} holds {text[:20]!r}: expected the number of a class, 0 to {MOST_CLASSES - 1:,}, in "
+        f"ASCII digits, or -1 where it is not known; or a class's name, one line of at most {_MOST_CLS} bytes; write "
+        "them anew"
+    )
 
 
 def _label_of_json(member: Member, file: BinaryIO) -> Label:

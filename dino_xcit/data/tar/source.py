@@ -80,10 +80,10 @@ class TarSource:
 def open_tar(pattern: str, url: str) -> TarSource:
     """The images of all archives that a pattern names (:func:`dino_xcit.data.patterns.expand`).
 
-    Samples are WebDataset's (:mod:`dino_xcit.data.tar.samples`). Labels are those of ``.cls`` members (a number in
-    ASCII) or of ``label`` in ``.json`` members (a number, or a class's name); where there are none and the images lie
-    in folders, each folder is a class, numbered in sorted order. ``classes.json`` or ``classes.txt`` beside the
-    shards names numbered classes; without it they are called "0", "1" ...
+    Samples are WebDataset's (:mod:`dino_xcit.data.tar.samples`). Labels are those of ``.cls`` members or of ``label``
+    in ``.json`` members: numbers, or names of classes, which are numbered in sorted order; where there are none and
+    the images lie in folders, each folder is a class, numbered likewise. ``classes.json`` or ``classes.txt`` beside
+    the shards names numbered classes; without it they are called "0", "1" ...
 
     Raises:
         InputError: no such archive, one that cannot be read, or no image in any.
@@ -175,8 +175,10 @@ def _labels(shards: Sequence[Shard], where: str) -> tuple[NDArray[np.int64] | No
     if all(isinstance(label, int) for label in labels):
         return np.array(labels, dtype=np.int64), None
     if any(isinstance(label, int) for label in labels):
+        number, name = (next(label for label in labels if isinstance(label, kind)) for kind in (int, str))
         raise InputError(
-            f"{where}: the labels of some images are numbers, of others names: expected one of the two; pack them anew"
+            f"{where}: the labels of some images are numbers, of others names (such as {number} and {name!r}, in .cls "
+            "or .json members): expected one of the two; pack them anew"
         )
     names = sorted({str(label) for label in labels})
     return _numbered([str(label) for label in labels], names), names
