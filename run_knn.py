@@ -23,24 +23,26 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dino_xcit import distributed
-from dino_xcit.data import Source
+from dino_xcit.data import Source, Subset, UndecodableImage
 from dino_xcit.data.each_image import cores
+from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone, hash_state
 from eval.accuracy import bootstrap_interval, correct
 from eval.baselines import Pixels, untrained
 from eval.config import KnnConfig, settings
-from eval.features import Features, cached, extract
+from eval.features import Features, cached, extract, unreadable_card
 from eval.figures import Figure, few_shot_figure, figure
 from eval.knn.approximate import approximate_index, refuse_few
 from eval.knn.classify import Predictions, clamp_ks, knn_predict
 from eval.knn.confusion import per_class, write_per_class
 from eval.knn.confusion_figure import draw_confusion
 from eval.knn.few_shot import few_shot
-from eval.knn.report import few_shot_table, results_table, short_classes_notices
+from eval.knn.report import few_shot_table, results_table, short_classes_notices, unreadable_notices
 from eval.protocol import KNN_PROTOCOL, Card, data_card, images_card, result_card, write_json
 from eval.setup import cache_folder, labelled_parts, open_backbone
 
@@ -83,10 +85,16 @@ def main() -> None:
     )
 
     # ---- features and votes: this backbone, then what it has to beat
-    found, fingerprints = Found(), ("", "")
+    found, data, lacking = Found(), dict[str, Card](), list[NDArray[np.int64]]()
     for model, parts in _models(config, loaded, train, val, device):
         if model == "trained":
-            fingerprints = parts[0].fingerprint, parts[1].fingerprint
+            lacking = [part.unreadable for part in parts]
+            (train, val), data = _measured((train, val), parts, config)
+            ks, notice = clamp_ks(ks, len(train))
+            if notice:
+                distributed.say(f"notice: {notice}")
+        elif not all(map(np.array_equal, lacking, (part.unreadable for part in parts))):
+            raise InputError(f"other images could be read for {model} than before: repeat the command with --no-cache")
         if distributed.is_main():  # all processes have every feature, but one search is enough
             predictions = _sweep(model, parts, config, ks, found)
             if model == "trained" and (config.per_class or config.confusion):
@@ -112,10 +120,7 @@ def main() -> None:
         if found.approximate:
             protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")
             protocol["search"] = {"approximate": config.approximate, "probes": config.probes}
-        data = {
-            name: data_card(part, fingerprint) | images_card(part)
-            for name, part, fingerprint in zip(("train", "val"), (train, val), fingerprints, strict=True)
-        }
+        data = {name: data[name] | images_card(part) for name, part in (("train", train), ("val", val))}
         seconds = time.perf_counter() - started
         cards = [one.to_card() for one in found.figures]
         card = result_card("knn", protocol, found.records, loaded, data, transform, device, seconds, cards)
@@ -135,10 +140,16 @@ def _models(
 
     def features(backbone: nn.Module, weights_hash: str) -> tuple[Features, Features]:
         batch, workers = config.batch_size_per_gpu, config.num_workers
-        first, second = (
-            cached(backbone, weights_hash, part, loaded.transform, device, folder, batch, workers)
-            for part in (train, val)
-        )
+        try:
+            first, second = (
+                cached(
+                    backbone, weights_hash, part, loaded.transform, device, folder, batch, workers,
+                    unreadable=config.unreadable,
+                )
+                for part in (train, val)
+            )  # fmt: skip
+        except UndecodableImage as error:
+            raise InputError(f"{error} (--unreadable skip leaves such images out)") from error
         return first, second
 
     yield "trained", features(loaded.backbone, loaded.hash)
@@ -149,6 +160,23 @@ def _models(
             pixels = _pixels((train, val), loaded.transform, normalised, device, config)
             if pixels:
                 yield name, pixels
+
+
+def _measured(
+    sources: tuple[Source, Source], parts: tuple[Features, Features], config: KnnConfig
+) -> tuple[tuple[Source, Source], dict[str, Card]]:
+    """The images that could be read, and the cards of the data; says how many could not."""
+    read, cards = list(sources), dict[str, Card]()
+    for place, (name, meant) in enumerate((("train", "training"), ("val", "validation"))):
+        source, part = sources[place], parts[place]
+        cards[name] = data_card(source, part.fingerprint)
+        if len(part.unreadable):
+            for notice in unreadable_notices(meant, source, part.unreadable):
+                distributed.say(f"notice: {notice}{f'; {config.json} names them' if config.json else ''}")
+            read[place] = Subset(source, np.delete(np.arange(len(source)), part.unreadable))
+            names = [source.name(int(number)) for number in part.unreadable]
+            cards[name] |= {"images": len(read[place]), "unreadable": unreadable_card(names)}
+    return (read[0], read[1]), cards
 
 
 def _sweep(model: str, parts: tuple[Features, Features], config: KnnConfig, ks: list[int], found: Found) -> Predictions:
@@ -222,7 +250,16 @@ def _pixels(
             distributed.say(f"notice: no raw-pixel row, its features would take {size / 2**30:.0f} GiB of memory")
         return None
     train, val = (
-        extract(pixels, part, transform, device, config.batch_size_per_gpu, config.num_workers) for part in parts
+        extract(
+            pixels,
+            part,
+            transform,
+            device,
+            config.batch_size_per_gpu,
+            config.num_workers,
+            unreadable=config.unreadable,
+        )
+        for part in parts
     )
     return train, val
 

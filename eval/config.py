@@ -93,6 +93,8 @@ class KnnConfig(BackboneConfig):
     """How many times --few-shot draws its images; the mean and the deviation over the draws are reported."""
     seed: int = 0
     """Seed of what is drawn: the few-shot images, and the queries that recall is measured on."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """What becomes of an image that cannot be read: the run ends and names it, or it is left out and counted."""
     per_class: str = ""
     """Write a table of the classes to this .csv file: images, top-1, most confused with; at the first of --ks and
     --temperatures."""

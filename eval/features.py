@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,20 +20,25 @@ from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.loader import choose_workers, loader_process_setup
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
+from eval.kept_rows import SKIPPED, Chunk, keep, kept_in, key_of, rows_in
+from eval.kept_rows import write_rows as write_rows
 from eval.pooling import CLASS_TOKEN, Descriptor
-from eval.protocol import write_json
 
 CACHE_VERSION = "1"
 
 _TOO_FEW_FOR_WORKERS = 256
 """So few images are read in this process: starting another takes longer."""
 
-_ABANDONED_SECONDS = 3600
+_NAMES_IN_CARD = 100
+"""Of images that could not be read."""
+
+Unreadable = Literal["refuse", "skip"]
+"""What becomes of an image that cannot be read: an error that names it, or it is left out and counted."""
 
 
 @dataclass
 class Features:
-    """Rows in the order of the source."""
+    """Rows in the order of the source, of the images that could be read."""
 
     features: NDArray[np.float32]
     """[images, D], not normalised; memory-mapped where they come from the cache."""
@@ -46,6 +46,8 @@ class Features:
     """[images], or None for a source without labels."""
     fingerprint: str = ""
     """Of the source, where it was asked for (:func:`cached`)."""
+    unreadable: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Numbers of the source's images that could not be read and are left out, ascending."""
 
 
 class TransformedImages(Dataset[Tensor | InputError]):
@@ -112,18 +114,21 @@ def feature_rows(
     batch_size: int = 128,
     num_workers: int = -1,
     progress: bool = True,
-    unreadable: Literal["refuse", "nan"] = "refuse",
+    unreadable: Unreadable = "refuse",
     descriptor: Descriptor = CLASS_TOKEN,
-) -> Iterator[NDArray[np.float32]]:
-    """Features in the order of the source, [some, D] float32 at a time, so that nobody need hold them all.
+) -> Iterator[Chunk]:
+    """Features in the order of the source, some at a time, so that nobody need hold them all; and which could be read.
 
     The backbone is in eval mode meanwhile; its mode is restored. Under torchrun the processes share the work and all
     get every row.
 
     Args:
         backbone: on ``device``, with the output of :class:`dino_xcit.models.BackboneOutput`.
-        unreadable: what becomes of an image that cannot be read: an error, or a row of NaN.
+        unreadable: an error, or a row of NaN.
         descriptor: how an image's vector is made.
+
+    Yields:
+        Rows [some, D] float32, and whether each image could be read, [some].
 
     Raises:
         UndecodableImage: an image cannot be read; it is named.
@@ -141,6 +146,7 @@ def feature_rows(
             for chunk, own in zip(rounds, mine, strict=True):
                 with torch.inference_mode():
                     rows = torch.full((len(own), width), torch.nan, device=device)
+                    read = torch.zeros(len(own), dtype=torch.uint8, device=device)
                     if own:
                         readable, places, error = next(images)
                         if error and unreadable == "refuse":
@@ -148,8 +154,11 @@ def feature_rows(
                         if places:
                             batch = normalise(readable.to(device, non_blocking=True), transform.mean, transform.std)
                             rows[places] = descriptor(backbone, batch)
+                            read[places] = 1
                     gathered = distributed.gather_rows(rows).cpu().numpy()
-                yield gathered
+                    # A row of NaN would not tell: a network that diverged has such for every image.
+                    all_read = distributed.gather_rows(read).cpu().numpy() > 0 if unreadable == "skip" else None
+                yield gathered, np.ones(len(gathered), dtype=np.bool_) if all_read is None else all_read
                 bar.update(len(chunk))
     finally:
         backbone.train(was_training)
@@ -163,25 +172,26 @@ def extract(
     batch_size: int = 128,
     num_workers: int = -1,
     progress: bool = True,
-    unreadable: Literal["refuse", "nan"] = "refuse",
+    unreadable: Unreadable = "refuse",
     between_batches: Callable[[], None] = lambda: None,
     descriptor: Descriptor = CLASS_TOKEN,
 ) -> Features:
-    """All of :func:`feature_rows` in one array, on every process.
+    """All of :func:`feature_rows` in one array, on every process, without the images that could not be read.
 
     Args:
         unreadable, descriptor: as there.
         between_batches: called after each batch, on all processes equally often; it may raise to end this.
     """
     rows = np.empty((len(source), descriptor.width(width_of(backbone))), dtype=np.float32)
+    readable = np.empty(len(source), dtype=np.bool_)
     start = 0
-    for chunk in feature_rows(
+    for chunk, read in feature_rows(
         backbone, source, transform, device, batch_size, num_workers, progress, unreadable, descriptor
     ):
-        rows[start : start + len(chunk)] = chunk
+        rows[start : start + len(chunk)], readable[start : start + len(chunk)] = chunk, read
         start += len(chunk)
         between_batches()
-    return Features(rows, source.labels)
+    return _features(rows if readable.all() else rows[readable], source, np.flatnonzero(~readable))
 
 
 def cached(
@@ -194,37 +204,73 @@ def cached(
     batch_size: int = 128,
     num_workers: int = -1,
     descriptor: Descriptor = CLASS_TOKEN,
+    unreadable: Unreadable = "refuse",
 ) -> Features:
     """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data, preprocessing and descriptor.
 
-    A file is complete or absent: it is written aside and renamed. With several processes, ``cache_dir`` is one that
-    all of them see.
+    A folder is complete or absent: it is written aside and renamed. With several processes, ``cache_dir`` is one that
+    all of them see. Rows without some of the images have a key of their own, which is not looked for where such images
+    are refused.
 
     Args:
         weights_hash: identifies the backbone's weights (:func:`dino_xcit.weights.hash_state`).
         cache_dir: None: extract anew and keep nothing.
+
+    Raises:
+        UndecodableImage: an image cannot be read, and such are refused.
+        InputError: no image can be read.
     """
     fingerprint = distributed.main_decides(source.fingerprint() if distributed.is_main() else None) or ""
     if cache_dir is None:
-        found = extract(backbone, source, transform, device, batch_size, num_workers, descriptor=descriptor)
-        return Features(found.features, found.labels, fingerprint)
+        found = extract(
+            backbone, source, transform, device, batch_size, num_workers, unreadable=unreadable, descriptor=descriptor
+        )
+        if len(found.unreadable) and not len(found.features):
+            raise none_readable(source)
+        return dataclasses.replace(found, fingerprint=fingerprint)
     shape = (len(source), descriptor.width(width_of(backbone)))
     card = cache_card(weights_hash, fingerprint, shape, transform, descriptor)
-    folder = cache_dir / _key(card)
+    names = [key_of(card), key_of(card | SKIPPED)][: 2 if unreadable == "skip" else 1]
     # One process looks, and all do as it says: they must not disagree about whether there is work to share.
-    there = distributed.main_decides("yes" if distributed.is_main() and _rows_in(folder, shape) is not None else None)
-    if not there:
-        rows = feature_rows(backbone, source, transform, device, batch_size, num_workers, descriptor=descriptor)
-        if distributed.is_main():
-            _keep(folder, rows, shape, card | {"source": source.url})
+    looking = distributed.is_main()
+    there = [name for name in names if kept_in(cache_dir / name, shape, name == names[0])] if looking else []
+    name = distributed.main_decides(there[0] if there else None)
+    if name is None:
+        rows = _unless_none(
+            feature_rows(
+                backbone, source, transform, device, batch_size, num_workers, unreadable=unreadable,
+                descriptor=descriptor,
+            ),
+            source,
+        )  # fmt: skip
+        if looking:
+            name = keep(cache_dir, rows, shape, card, source.url)
         else:
             for _ in rows:
                 pass
-        distributed.barrier()
-    kept = _rows_in(folder, shape)
+        name = distributed.main_decides(name)
+    assert name is not None
+    kept = kept_in(cache_dir / name, shape, name == names[0])
     if kept is None:
-        raise InputError(f"the features that were just kept in {folder} are gone: name a --cache-dir that all can see")
-    return Features(kept, source.labels, fingerprint)
+        raise InputError(
+            f"the features that were just kept in {cache_dir / name} are gone: name a --cache-dir that all can see"
+        )
+    return dataclasses.replace(_features(kept[0], source, kept[1]), fingerprint=fingerprint)
+
+
+def _features(rows: NDArray[np.float32], source: Source, unreadable: NDArray[np.int64]) -> Features:
+    labels = source.labels if source.labels is None or not len(unreadable) else np.delete(source.labels, unreadable)
+    return Features(rows, labels, unreadable=unreadable)
+
+
+def none_readable(source: Source) -> InputError:
+    """The sentence for it."""
+    return InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
+
+
+def unreadable_card(names: Sequence[str]) -> dict[str, object]:
+    """What a card says of the images that were left out: how many, and the names of the first."""
+    return {"count": len(names), "first": list(names[:_NAMES_IN_CARD])}
 
 
 def find_kept(
@@ -235,10 +281,13 @@ def find_kept(
     cache_dir: Path | None,
     descriptor: Descriptor = CLASS_TOKEN,
 ) -> NDArray[np.float32] | None:
-    """The features [images, D] = ``shape`` that :func:`cached` kept earlier, memory-mapped, or None."""
+    """The features [images, D] = ``shape`` that :func:`cached` kept earlier, memory-mapped, or None.
+
+    Never those that lack images.
+    """
     if cache_dir is None:
         return None
-    return _rows_in(cache_dir / _key(cache_card(weights_hash, fingerprint, shape, transform, descriptor)), shape)
+    return rows_in(cache_dir / key_of(cache_card(weights_hash, fingerprint, shape, transform, descriptor)), shape)
 
 
 def cache_card(
@@ -266,63 +315,11 @@ def width_of(backbone: nn.Module) -> int:
     return int(backbone.embed_dim)  # type: ignore[arg-type]
 
 
-def write_rows(
-    path: Path,
-    rows: Iterator[NDArray[np.float32]] | Iterator[NDArray[np.float16]],
-    shape: tuple[int, int],
-    half: bool = False,
-) -> None:
-    """A ``.npy`` file of ``shape`` from its rows, some at a time; float32, or float16 if ``half``; flushed to the disk.
-
-    Written in order rather than through a memory map: on a full disk that is an error, not a killed process.
-
-    Raises:
-        ValueError: ``rows`` were fewer or more than ``shape`` says.
-    """
-    count, kind = 0, "<f2" if half else "<f4"
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
-        for chunk in rows:
-            file.write(np.ascontiguousarray(chunk, dtype=kind).data)
-            count += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    if count != shape[0]:
-        raise ValueError(f"{path} got {count} rows, expected {shape[0]}")
-
-
-def _key(card: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _rows_in(folder: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
-    """The kept rows, or None where there are none, or where the file was damaged: then they are extracted anew."""
-    try:
-        rows: NDArray[np.float32] = np.load(folder / "features.npy", mmap_mode="r")
-    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
-        return None
-    return rows if rows.shape == shape and rows.dtype == np.float32 else None
-
-
-def _keep(folder: Path, rows: Iterator[NDArray[np.float32]], shape: tuple[int, int], card: dict[str, object]) -> None:
-    # The process number keeps two runners that want the same features at the same time out of each other's way.
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    _sweep(folder.parent)
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write_rows(aside / "features.npy", rows, shape)
-        write_json(aside / "card.json", card)
-        if _rows_in(folder, shape) is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sweep(cache_dir: Path) -> None:
-    """Remove what a killed process left half-written: a file that nobody has written to for an hour."""
-    for left in cache_dir.glob(".*.tmp/features.npy"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(left.parent, ignore_errors=True)
+def _unless_none(chunks: Iterator[Chunk], source: Source) -> Iterator[Chunk]:
+    """The same; an error at their end, on every process, where no image could be read."""
+    nothing = len(source) > 0
+    for rows, read in chunks:
+        nothing &= not read.any()
+        yield rows, read
+    if nothing:
+        raise none_readable(source)

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from dino_xcit import distributed
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset, open_parts
 from dino_xcit.errors import InputError
 from eval.accuracy import accuracy
 from eval.features import extract
 from eval.knn.classify import knn_predict
+from eval.knn.report import unreadable_notices
 
 K, TEMPERATURE = 20, 0.07
 
@@ -26,7 +28,8 @@ def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> 
     """The measurement that the run asked for; None where it asked for none.
 
     With ``knn_holdout`` the queries are training images held out from the neighbours, so that settings can be chosen
-    without looking at the validation images. The backbone's mode (train or eval) is left as it was.
+    without looking at the validation images. The backbone's mode (train or eval) is left as it was. Training goes on
+    without images that cannot be read, and so does this; the first measurement says how many there are, and which.
 
     Raises:
         InputError: labels or the validation part are missing.
@@ -41,16 +44,21 @@ def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> 
         train = Subset(train, np.linspace(0, len(train) - 1, config.knn_max_images).astype(np.int64))
     transform = config.eval_transform()
 
+    said: set[str] = set()
+
     def evaluate(backbone: nn.Module, between_batches: Callable[[], None]) -> dict[str, float]:
         found = []
-        for part in (train, val):
+        for meant, part in (("training", train), ("validation", val)):
             features = extract(
-                backbone, part, transform, device, progress=False, unreadable="nan", between_batches=between_batches
+                backbone, part, transform, device, progress=False, unreadable="skip", between_batches=between_batches
             )
             assert features.labels is not None  # open_parts and _hold_out see to that
-            # Training goes on without the images that cannot be read, and so does this.
-            readable = np.isfinite(features.features).all(axis=1)
-            found.append((features.features[readable], features.labels[readable]))
+            if meant not in said:
+                said.add(meant)
+                for notice in unreadable_notices(meant, part, features.unreadable):
+                    distributed.say(f"notice: k-NN while training: {notice}")
+            finite = np.isfinite(features.features).all(axis=1)  # of a teacher that diverged nothing can be said
+            found.append((features.features[finite], features.labels[finite]))
         (neighbours, labels), (queries, answers) = found
         if not len(neighbours) or not len(queries):
             return {"knn_top1": float("nan")}

@@ -9,11 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.console import printable
+from dino_xcit.data import Source
 from eval.knn.confusion import class_name
 from eval.knn.few_shot import short_classes
 from eval.table import percent, table
 
 Record = Mapping[str, Any]
+
+_NAMES_SHOWN = 5
+"""Of images that could not be read."""
 
 
 def results_table(records: Sequence[Record]) -> str:
@@ -67,6 +71,20 @@ def short_classes_notices(
                 f"{least}): all that there are were used"
             )
     return notices
+
+
+def unreadable_notices(meant: str, source: Source, numbers: NDArray[np.int64]) -> list[str]:
+    """A sentence, where images of a source could not be read.
+
+    Args:
+        meant: ``training`` or ``validation``.
+        numbers: of those images.
+    """
+    if not len(numbers):
+        return []
+    names = ", ".join(printable(source.name(int(number))) for number in numbers[:_NAMES_SHOWN])
+    more = " ..." if len(numbers) > _NAMES_SHOWN else ""
+    return [f"{len(numbers):,} of {len(source):,} {meant} images could not be read and are left out: {names}{more}"]
 
 
 def _spread(mean: float | None, deviation: float | None) -> str:
