@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import Server
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -233,9 +233,8 @@ def test_a_process_that_computes_while_it_waits_is_found_out() -> None:
         (["--only", "our-fp32"], "names no row; did you mean ours-fp32"),
     ],
 )
-def test_a_wrong_word_is_a_sentence(words: list[str], sentence: str) -> None:
-    command = [sys.executable, str(BENCHMARKS / "step.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def test_a_wrong_word_is_a_sentence(server: Server, words: list[str], sentence: str) -> None:
+    done = server.python(BENCHMARKS / "step.py", *words)
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from bad_images import encoded, photograph, write_corpus
 from eval_fixtures import image_tree
-from ranks import HERE
+from ranks import Server
 from tiny_run import tiny_source
 
 from dino_xcit.data import open_source
@@ -57,13 +56,10 @@ def test_sources_that_hold_pixels_are_checked_too() -> None:
     assert report.sides["median"] == (28, 28)
 
 
-def test_the_command_s_exit_code_says_whether_all_is_well(tmp_path: Path) -> None:
+def test_the_command_s_exit_code_says_whether_all_is_well(server: Server, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", good=20, seed=1)
     listed = tmp_path / "seen.jsonl"
-    ended = subprocess.run(
-        [sys.executable, "-m", "dino_xcit.data", "check", str(tmp_path / "corpus"), "--report", str(listed)],
-        cwd=HERE.parent, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    ended = server.python("-m", "dino_xcit.data", "check", tmp_path / "corpus", "--report", listed)
     assert ended.returncode == 1, ended.stderr
     assert "cannot be read:" in ended.stdout
     assert "images/s" in ended.stdout

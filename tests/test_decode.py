@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import pickle
+import multiprocessing
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -246,16 +244,10 @@ def test_an_interruption_is_none_of_the_images_faults(monkeypatch: pytest.Monkey
 
 
 def test_the_cause_survives_the_way_between_processes() -> None:
-    code = (
-        "import pickle, sys; from dino_xcit.data.decode import UndecodableImage, decode\n"
-        "try: decode(b'<html>', 'a b.jpg')\n"
-        "except UndecodableImage as error: sys.stdout.buffer.write(pickle.dumps(error))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    error = pickle.loads(done.stdout)
-    assert isinstance(error, UndecodableImage)
-    assert error.cause == "a web page, not an image"
-    assert str(error) == refusal(b"<html>").args[0].replace("holiday/1.jpg", "a b.jpg")
+    with multiprocessing.get_context("fork").Pool(1) as pool, pytest.raises(UndecodableImage) as caught:
+        pool.apply(decode, (b"<html>", "a b.jpg"))
+    assert caught.value.cause == "a web page, not an image"
+    assert str(caught.value) == refusal(b"<html>").args[0].replace("holiday/1.jpg", "a b.jpg")
     assert UndecodableImage("a sentence").cause == "a sentence"
 
 

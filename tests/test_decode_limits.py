@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import resource
 import struct
-import subprocess
 import sys
 import time
 import warnings
@@ -20,16 +18,15 @@ import numpy as np
 import pytest
 from bad_images import encoded, files_of_all_formats, mutate, photograph, png, png_chunk, refusal, undecodable
 from PIL import Image
+from ranks import Server
 
 from dino_xcit.data.decode import FORMATS, MAX_PIXELS, UndecodableImage, decode
 
 
-def in_a_process(function: Callable[[int], None], number: int) -> dict[str, float]:
+def in_a_process(server: Server, function: Callable[[int], None], number: int) -> dict[str, float]:
     """What ``function`` of this file prints as JSON in its last line; a crash or an error fails the test."""
-    here = Path(__file__)
-    code = f"import {here.stem}; {here.stem}.{function.__name__}({number})"
-    env = os.environ | {"PYTHONPATH": f"{here.parent.parent}{os.pathsep}{here.parent}"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    module = Path(__file__).stem
+    done = server.python("-c", f"import {module}; {module}.{function.__name__}({number})", timeout=300)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-3000:]}"
     report: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(function.__name__, number, report)
@@ -63,14 +60,14 @@ def decode_bombs(_: int) -> None:
     bombs.append(bytes(jpeg))
     before, slowest = peak_mb(), 0.0
     for data in bombs:
-        started = time.perf_counter()
+        started = time.process_time()
         assert refusal(data).cause.startswith(("too many pixels", "Decompressed data too large"))
-        slowest = max(slowest, time.perf_counter() - started)
+        slowest = max(slowest, time.process_time() - started)
     print(json.dumps({"bombs": len(bombs), "before_mb": before, "more_mb": peak_mb() - before, "slowest_s": slowest}))
 
 
-def test_bombs_are_refused_quickly_and_with_little_memory() -> None:
-    report = in_a_process(decode_bombs, 0)
+def test_bombs_are_refused_quickly_and_with_little_memory(server: Server) -> None:
+    report = in_a_process(server, decode_bombs, 0)
     assert report["bombs"] == 10
     assert report["more_mb"] < 100
     assert report["slowest_s"] < 2
@@ -82,11 +79,11 @@ def decode_mutants(count: int) -> None:
     for whole in files:
         decode(whole, "whole")
     warnings.simplefilter("error")  # none may get out of the decoder
-    before, begin, slowest = peak_mb(), time.perf_counter(), 0.0
+    before, begin, slowest = peak_mb(), time.process_time(), 0.0
     causes = Counter[str]()
     for number in range(count):
         data = mutate(files[number % len(files)], files[int(rng.integers(len(files)))], rng)
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             picture = decode(data, f"mutant {number}")
         except UndecodableImage as error:
@@ -99,23 +96,28 @@ def decode_mutants(count: int) -> None:
         assert cause, number
         assert cause.isprintable(), number
         causes[cause[:20]] += 1
-        slowest = max(slowest, time.perf_counter() - started)
+        slowest = max(slowest, time.process_time() - started)
     report: dict[str, float] = {"decoded": causes.pop("decoded", 0), "refused": causes.total(), "causes": len(causes)}
-    report |= {"before_mb": before, "peak_mb": peak_mb(), "seconds": time.perf_counter() - begin, "slowest_s": slowest}
+    report |= {
+        "before_mb": before,
+        "more_mb": peak_mb() - before,
+        "seconds": time.process_time() - begin,
+        "slowest_s": slowest,
+    }
     print(json.dumps(report))
 
 
 # Of a hundred thousand some claim, and have, as many pixels as they may.
 @pytest.mark.parametrize(
-    ("count", "most_mb"), [(500, 1000), (10_000, 1000), pytest.param(100_000, 2500, marks=pytest.mark.slow)]
+    ("count", "most_mb"), [(500, 450), (10_000, 450), pytest.param(100_000, 1950, marks=pytest.mark.slow)]
 )
-def test_mutated_images_end_in_a_picture_or_a_typed_error(count: int, most_mb: float) -> None:
-    report = in_a_process(decode_mutants, count)
+def test_mutated_images_end_in_a_picture_or_a_typed_error(server: Server, count: int, most_mb: float) -> None:
+    report = in_a_process(server, decode_mutants, count)
     assert report["decoded"] + report["refused"] == count
     assert report["decoded"] > count / 20
     assert report["refused"] > count / 2
     assert report["causes"] > 10
-    assert report["peak_mb"] < most_mb
+    assert report["more_mb"] < most_mb
     assert report["slowest_s"] < 10
 
 

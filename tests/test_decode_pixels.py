@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 from bad_images import ODDITIES, encoded, files_of_all_formats, mutate, photograph, undecodable
 from PIL import Image
+from ranks import Server
 
 from dino_xcit.data.decode import UndecodableImage, decode, decode_pixels
 from dino_xcit.data.source import Item
@@ -99,10 +96,8 @@ def compare_mutants(count: int) -> None:
     print(json.dumps({"pictures": pictures}))
 
 
-def test_mutated_jpegs_have_the_same_pixels_or_the_same_refusal() -> None:
-    here = Path(__file__)
-    env = os.environ | {"PYTHONPATH": f"{here.parent.parent}{os.pathsep}{here.parent}"}
+def test_mutated_jpegs_have_the_same_pixels_or_the_same_refusal(server: Server) -> None:
     code = "import test_decode_pixels; test_decode_pixels.compare_mutants(6000)"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    done = server.python("-c", code, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 500 < json.loads(done.stdout.splitlines()[-1])["pictures"] < 5500

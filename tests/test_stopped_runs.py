@@ -295,10 +295,7 @@ def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(
     assert f"python -m dino_xcit.reliability.nonfinite {folder}/nonfinite.pth" in run.err()
 
     def repeat() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "dino_xcit.reliability.nonfinite", str(folder / "nonfinite.pth")],
-            env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        return server.python("-m", "dino_xcit.reliability.nonfinite", folder / "nonfinite.pth")
 
     again = repeat()
     assert again.returncode == 0, again.stderr

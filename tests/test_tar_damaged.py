@@ -27,10 +27,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Path, kind: str) -> None:
     maker, pattern = REFUSED[kind]
     maker(tmp_path / "bad.tar")
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InputError, match=pattern) as caught:
         open_source(f"tar:{tmp_path}/bad.tar")
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert "bad.tar" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -81,9 +81,9 @@ def test_an_archive_of_pax_headers_alone_costs_no_more_than_its_length(tmp_path:
     records = b"5 a=\n" * 200_000  # a megabyte: one header
     path = tmp_path / "a.tar"
     path.write_bytes(pax(records) * 8 + GOOD)
-    began = time.perf_counter()
+    began = time.process_time()
     assert [member.name for member in scan(str(path))] == ["a.png"]
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_more_members_than_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from ranks import ENVIRONMENT, HERE, SMALL
+from ranks import PRETRAIN, SMALL, Server
 
 from dino_xcit.errors import InputError
 from dino_xcit.reliability import verify_resume
@@ -21,13 +18,13 @@ def without(words: list[str], *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_it_prints_two_hashes_that_are_the_same_and_leaves_nothing_behind(tmp_path: Path, processes: int) -> None:
+def test_it_prints_two_hashes_that_are_the_same_and_leaves_nothing_behind(
+    server: Server, tmp_path: Path, processes: int
+) -> None:
     flags = without(SMALL, "--knn-every", "--log-every")
-    ended = subprocess.run(
-        [sys.executable, str(HERE.parent / "run_pretrain.py"), "--verify-resume", str(processes), "--data-path",
-         "sample:fashion-mnist",
-         *flags, "--batch-size-per-gpu", "32", "--output-dir", str(tmp_path / "run")],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240,
+    ended = server.python(
+        PRETRAIN, "--verify-resume", processes, "--data-path", "sample:fashion-mnist", *flags,
+        "--batch-size-per-gpu", 32, "--output-dir", tmp_path / "run", timeout=240,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     hashes = re.findall(r"SHA-256 ([0-9a-f]{64})", ended.stdout)
@@ -74,5 +71,5 @@ def test_the_number_of_processes_is_optional(argv: list[str], expected: tuple[in
 )
 def test_mistakes_become_sentences(argv: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=words):
-        verify_resume.main([*argv, "--output-dir", str(tmp_path / "run")], HERE.parent / "run_pretrain.py")
+        verify_resume.main([*argv, "--output-dir", str(tmp_path / "run")], Path(PRETRAIN))
     assert list(tmp_path.iterdir()) == []

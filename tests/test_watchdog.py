@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from ranks import Server
 
 from dino_xcit.errors import LOST
 
@@ -23,11 +19,8 @@ print("went on")
 
 
 @pytest.mark.parametrize("patient", [False, True])
-def test_opening_a_million_images_is_no_standing_still(patient: bool) -> None:
-    here = Path(__file__).parent.parent
-    code = STAND_STILL.format(patient=patient)
-    env = os.environ | {"PYTHONPATH": str(here)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+def test_opening_a_million_images_is_no_standing_still(server: Server, patient: bool) -> None:
+    done = server.python("-c", STAND_STILL.format(patient=patient))
     if patient:
         assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
     else:
