@@ -12,6 +12,7 @@ import numpy as np
 
 from dino_xcit.data import files
 from dino_xcit.data.index import Index, Strings, cached
+from dino_xcit.data.passed_over import PassedOver
 from dino_xcit.data.source import Item, hash_lines
 from dino_xcit.errors import InputError, one_line
 
@@ -101,7 +102,10 @@ def open_folder(root: str, url: str) -> FileSource:
         listed = files.files_below(root)
         images = [path for path in listed if _is_image(path.rpartition("/")[2]) and not path.startswith(".")]
         version = hash_lines(f"{path} {listed[path]}" for path in sorted(images))
-        index = cached(f"folder:{root}", lambda: _arranged(root, images, version), lambda one: _is_sound(one, version))
+        others = PassedOver(path for path in listed if not _is_image(path.rpartition("/")[2]))
+        index = cached(
+            f"folder:{root}", lambda: _arranged(root, images, version, others), lambda one: _is_sound(one, version)
+        )
         return FileSource(url, root, index, version)
     return FileSource(url, root, cached(f"folder:{os.path.abspath(root)}", lambda: _walk(root), _is_unchanged(root)))
 
@@ -155,10 +159,11 @@ def _walk(root: str) -> Index:
     except OSError as error:
         raise _unlistable(root, root, error) from error
     images = [entry.name for entry in top if entry.is_file() and _is_image(entry.name)]
+    others = PassedOver(entry.name for entry in top if entry.is_file() and not _is_image(entry.name))
     for entry in top:
         if not entry.name.startswith(".") and entry.name != _RECOVERED and _leads_on(entry):
-            images += _images_below(root, entry.name, times)
-    index = _arranged(root, images, "")
+            images += _images_below(root, entry.name, times, others)
+    index = _arranged(root, images, "", others)
     settled = max(times.values()) < began - _SETTLED and min(times.values()) >= 0
     return Index(
         {**index.numbers, "folder_time": np.array(list(times.values()), dtype=np.int64)},
@@ -167,10 +172,10 @@ def _walk(root: str) -> Index:
     )
 
 
-def _images_below(root: str, name: str, times: dict[str, int]) -> list[str]:
+def _images_below(root: str, name: str, times: dict[str, int], others: PassedOver) -> list[str]:
     """Paths, relative to ``root``, of the images anywhere below ``root/name``; links are followed, but not in circles.
 
-    ``times`` takes each folder's time.
+    ``times`` takes each folder's time, ``others`` what is no image.
 
     Raises:
         InputError: a folder cannot be listed.
@@ -192,6 +197,8 @@ def _images_below(root: str, name: str, times: dict[str, int]) -> list[str]:
                         waiting.append((path, (*above, real)))
                     elif _is_image(entry.name):
                         found.append(path)
+                    else:
+                        others.note(entry.name)
         except OSError as error:  # passed over, it would be a class that is missing
             raise _unlistable(folder, root, error) from error
     return found
@@ -209,13 +216,15 @@ def _leads_on(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _arranged(root: str, images: list[str], version: str) -> Index:
-    """An index of images by their paths below ``root``: a heap, or a class a folder."""
+def _arranged(root: str, images: list[str], version: str, others: PassedOver) -> Index:
+    """An index of images by their paths below ``root``: a heap, or a class a folder. What is passed over is said."""
     if not images:
+        there = f" (there are {others})" if str(others) else ""
         raise InputError(
-            f"no image in {root}: expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ... in it or in one "
+            f"no image in {root}{there}: expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ... in it or in one "
             "sub-folder a class"
         )
+    others.say(root, " ".join(IMAGE_SUFFIXES))
     keep = len(images) >= KEPT_FROM
     about = {"version": Strings.pack([version])}
     tops = [path.replace(os.sep, "/").partition("/") for path in images]
