@@ -9,6 +9,7 @@ from typing import Literal
 from dino_xcit.errors import InputError
 from dino_xcit.weights.fit import Allowed
 from eval.command_line import settings as settings
+from eval.linear.imagenet_variants import split
 from eval.linear.pooled import blocks_of
 
 PAPER_EPOCHS = 100
@@ -23,6 +24,8 @@ SMALL_CROP_SCALE = (1.0, 1.0)
 shows nothing (xcit_micro_4_p16 on the sample, top-1 on held-out training images: 78.5 with least area 0.6, 81.0 with
 0.8, 82.5 with 0.95, 83.2 uncropped)."""
 SMALL_CROP = 64
+LARGEST_SEED = 2**63 - 1
+"""What all generators of random numbers take."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +193,15 @@ class LinearConfig(BackboneConfig):
         super().check()
         at_least("epochs", self.epochs, 0)
         at_least("seed", self.seed, 0)
+        if self.seed > LARGEST_SEED:
+            raise InputError(f"seed is {self.seed}, expected at most {LARGEST_SEED}")
         for name, rates in (("lr", (self.lr,)), ("lrs", self.lrs)):
             if any(not 0 < rate < float("inf") for rate in rates):
                 raise InputError(f"{name} is {shown(rates)}, expected numbers above 0, such as 0.001")
         if not 0 <= self.holdout < 1:
             raise InputError(f"holdout is {self.holdout}, expected a share of 0 or more and below 1, such as 0.1")
         self._check_choices()
+        self._refuse_what_decides_nothing()
         least, most = self.crop_scale
         if not (0 < least <= most <= 1 or least == most == 0):
             raise InputError(f"crop_scale is {least} {most}, expected 0 < least <= most <= 1, such as 0.08 1")
@@ -203,9 +209,11 @@ class LinearConfig(BackboneConfig):
     def _check_choices(self) -> None:
         for name in self.features:
             blocks_of(name)
-        for name, words in (("features", self.features), ("also", tuple(word.split(":")[0] for word in self.also))):
+        variants = tuple(split(word)[0] for word in self.also)
+        for name, words in (("features", self.features), ("also", variants), ("lrs", self.lrs),
+                            ("logreg_cs", self.logreg_cs)):  # fmt: skip
             if len(set(words)) < len(words):
-                raise InputError(f"{name} is {' '.join(words)}, expected each once")
+                raise InputError(f"{name} is {shown(words)}, expected each once")
         at_least("cached_epochs", self.cached_epochs, 1)
         at_least("logreg_iterations", self.logreg_iterations, 1)
         if not self.logreg_cs or any(not 0 < c < float("inf") for c in self.logreg_cs):
@@ -220,11 +228,25 @@ class LinearConfig(BackboneConfig):
             raise InputError(
                 "sgd is off, and so is logreg: there is nothing to do; add --logreg, or leave --no-sgd out"
             )
+        if self.cached and not self.cache:
+            raise InputError(
+                "cached needs a folder to keep features in: give --cache-dir DIR, and no --no-cache; or leave --cached "
+                "out"
+            )
         if self.logreg and not self.holdout and len(self.logreg_cs) * len(self.features) > 1:
             raise InputError(
                 "holdout is 0, but the logistic regression's C and features are chosen on held-out images: raise it, "
                 "or give one of --logreg-cs and one of --features"
             )
+
+    def _refuse_what_decides_nothing(self) -> None:
+        for names, meant, without in (
+            (("epochs", "lr", "lrs", "crop_scale", "cached"), self.sgd, "with --no-sgd: leave one of the two out"),
+            (("cached_epochs", "cached_precision"), self.cached, "without --cached: add it, or leave this out"),
+            (("logreg_cs", "logreg_iterations"), self.logreg, "without --logreg: add it, or leave this out"),
+        ):
+            for name in () if meant else changed(self, names):
+                raise InputError(f"{name} is {shown(getattr(self, name))}, which decides nothing {without}")
 
 
 @dataclass(frozen=True)

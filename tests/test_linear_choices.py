@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
-from last_words import last_words
 from ranks import Server
 
 import run_linear
 from dino_xcit import durable
-from eval.linear import logistic_search, probe_file
+from eval.linear import logistic_search, probe_file, sgd
 
 WNIDS = {"bars": "n01440764", "dots": "n01443537", "waves": "n01484850"}
 Probe = Callable[..., tuple[int, str, dict[str, Any]]]
@@ -40,7 +39,7 @@ def probe(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     """Runs a probe in this process, with a folder and a result file of the name given."""
 
     def run(name: str, *flags: object) -> tuple[int, str, dict[str, Any]]:
-        words = last_words([*words_of(weights, tmp_path / name), *flags])
+        words = words_of(weights, tmp_path / name, [*map(str, flags)])
         monkeypatch.setattr(sys, "argv", ["run_linear.py", *words])
         capsys.readouterr()
         code: object = 0
@@ -55,12 +54,19 @@ def probe(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     return run
 
 
-def words_of(weights: Path, folder: Path, batch: int = 4) -> list[str]:
-    return [
-        "--weights", str(weights), "--output-dir", str(folder), "--json", str(folder / "card.json"), "--epochs", "3",
-        "--batch-size", str(batch), "--num-workers", "0", "--holdout", "0.2", "--lrs", "0.5", "0.01", "--cache-dir",
-        str(folder / "features"), "--logreg-cs", "1", "0.01", "100", "--crop-scale", "0.5", "1",
-    ]  # fmt: skip
+def words_of(weights: Path, folder: Path, flags: Sequence[str], batch: int = 4) -> list[str]:
+    """Settings of a small probe, without those that ``flags`` give, or that decide nothing beside them."""
+    settings = {
+        "--weights": [str(weights)], "--output-dir": [str(folder)], "--json": [str(folder / "card.json")],
+        "--batch-size": [str(batch)], "--num-workers": ["0"], "--holdout": ["0.2"],
+        "--cache-dir": [str(folder / "features")],
+    }  # fmt: skip
+    if "--no-sgd" not in flags:
+        settings |= {"--epochs": ["3"], "--lrs": ["0.5", "0.01"], "--crop-scale": ["0.5", "1"]}
+    if "--logreg" in flags:
+        settings |= {"--logreg-cs": ["1", "0.01", "100"]}
+    given = {name: words for name, words in settings.items() if name not in flags}
+    return [*(word for name, words in given.items() for word in (name, *words)), *flags]
 
 
 ALL = ("--features", "cls", "cls+mean", "last3", "--cached", "--cached-epochs", 2, "--logreg")
@@ -131,7 +137,7 @@ def test_a_probe_that_is_interrupted_anywhere_ends_as_if_it_had_not_been(
     write = probe_file.write_probe
     for place, function, after, said in (
         (durable, "write", 1, "keeping the features of 1 of 2 augmented epochs"),
-        (run_linear, "write_probe", 2, "after epoch 2"),
+        (sgd, "write_probe", 2, "after epoch 2"),
         (logistic_search, "write_probe", 4, "after 4 of 9 regressions"),
     ):
         original = getattr(place, function)
@@ -184,7 +190,7 @@ def test_a_regression_alone_needs_no_sgd(probe: Probe, tmp_path: Path) -> None:
 
 
 def test_what_was_not_trained_is_neither_said_nor_in_the_result_file(probe: Probe) -> None:
-    code, out, card = probe("alone", "--no-sgd", "--logreg", "--epochs", 0, "--crop-scale", 0, 0)
+    code, out, card = probe("alone", "--no-sgd", "--logreg")
     assert code == 0, out
     assert card["protocol"]["name"].startswith("multinomial logistic regression")
     assert (card["protocol"]["cs"], card["protocol"]["iterations"]) == ([0.01, 1.0, 100.0], 1000)
@@ -247,6 +253,31 @@ def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tm
         (("--cached", "--cached-epochs", 0), "cached_epochs is 0, expected at least 1"),
         (("--also", "imagenet-c:x"), "also has 'imagenet-c:x', expected imagenet-v2:DIR"),
         (("--also", "sketch:a", "sketch:b"), "also is sketch sketch, expected each once"),
+        (("--also", "sketch:"), "also has 'sketch:', expected imagenet-v2:DIR"),
+        (("--also", "sketch:/none"), "no data at '/none'"),
+        (("--lrs", 0.1, 0.1), "lrs is 0.1 0.1, expected each once"),
+        (("--lrs", "nan"), "lrs is nan, expected numbers above 0"),
+        (("--lr", "inf"), "lr is inf, expected numbers above 0"),
+        (("--holdout", "nan"), "holdout is nan, expected a share"),
+        (("--logreg", "--logreg-cs", 1, 1), "logreg_cs is 1 1, expected each once"),
+        (("--logreg", "--logreg-cs", "inf"), "logreg_cs is inf, expected numbers above 0"),
+        (("--logreg", "--logreg-iterations", 0), "logreg_iterations is 0, expected at least 1"),
+        (("--logreg-cs", 1), "logreg_cs is 1, which decides nothing without --logreg: add it"),
+        (("--logreg-iterations", 9), "logreg_iterations is 9, which decides nothing without --logreg"),
+        (("--cached-epochs", 2), "cached_epochs is 2, which decides nothing without --cached: add it"),
+        (("--cached-precision", "float32"), "cached_precision is float32, which decides nothing without --cached"),
+        (("--no-sgd", "--logreg", "--cached"), "cached is on, which decides nothing with --no-sgd"),
+        (("--no-sgd", "--logreg", "--epochs", 3), "epochs is 3, which decides nothing with --no-sgd"),
+        (("--no-sgd", "--logreg", "--lr", 0.1), "lr is 0.1, which decides nothing with --no-sgd"),
+        (("--no-sgd", "--logreg", "--lrs", 0.1), "lrs is 0.1, which decides nothing with --no-sgd"),
+        (("--no-sgd", "--logreg", "--crop-scale", 0.5, 1), "crop_scale is 0.5 1, which decides nothing with --no-sgd"),
+        (("--no-sgd", "--resume", "never"), "there is nothing to do; add --logreg"),
+        (("--features", "last0"), "features has 'last0', expected"),
+        (("--seed", 2**63), "seed is 9223372036854775808, expected at most"),
+        (("--resume", "sometimes"), "sometimes"),
+        (("--cached", "--cached-precision", "int8"), "int8"),
+        (("--output-dir", "/proc/none/linear"), "output_dir is /proc/none/linear, which cannot be written to"),
+        (("--output-dir", "/dev/null"), "output_dir is /dev/null, which cannot be written to"),
     ],
 )
 def test_mistakes_are_sentences(probe: Probe, flags: tuple[object, ...], said: str) -> None:
@@ -256,11 +287,9 @@ def test_mistakes_are_sentences(probe: Probe, flags: tuple[object, ...], said: s
     assert "Traceback" not in out
 
 
-def test_two_processes_measure_what_one_does(
-    probe: Probe, server: Server, tmp_path: Path, weights: Path
-) -> None:
+def test_two_processes_measure_what_one_does(probe: Probe, server: Server, tmp_path: Path, weights: Path) -> None:
     _, _, one = probe("one", *ALL)
-    words = last_words([*words_of(weights, tmp_path / "two", batch=2), *ALL])
+    words = words_of(weights, tmp_path / "two", [*map(str, ALL)], batch=2)
     (tmp_path / "two.json").write_text(json.dumps(words))
     server.two_ranks("linear_process.py", tmp_path / "two", timeout=240)
     two = json.loads((tmp_path / "two" / "card.json").read_text())

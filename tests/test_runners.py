@@ -28,7 +28,7 @@ import run_knn
 import run_linear
 from dino_xcit.weights import load_backbone
 from eval.features import find_kept
-from eval.linear import probe_file
+from eval.linear import probe_file, sgd
 
 ROOT = Path(run_knn.__file__).parent
 TRAIN, VAL = 8 * len(CLASSES), 3 * len(CLASSES)
@@ -177,11 +177,11 @@ def test_linear_goes_on_after_an_interruption_as_if_there_had_been_none(
         if content["epoch"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_linear, "write_probe", write_then_stop)
+    monkeypatch.setattr(sgd, "write_probe", write_then_stop)
     stopped = here(run_linear, *probe("parts"))
     assert stopped.code == 130
     assert "carries on" in stopped.err
-    monkeypatch.setattr(run_linear, "write_probe", write)
+    monkeypatch.setattr(sgd, "write_probe", write)
     resumed = here(run_linear, *probe("parts"))
     assert resumed.code == 0, resumed.err
     assert "after epoch 2" in resumed.out

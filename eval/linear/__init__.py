@@ -1,1 +1,1 @@
-"""Linear classifiers on frozen features: trained by SGD on views (heads), on kept epochs (cached), or by L-BFGS."""
+"""Linear classifiers on frozen features: by SGD on views or kept epochs (sgd, heads), or by L-BFGS (logistic)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,21 @@ def write_probe(folder: Path, content: Mapping[str, Any], settings: Settings, na
         durable.write_torch(folder / name, {"format": FORMAT, "settings": settings, **content})
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {folder / name}: {error.strerror}; choose another --output-dir") from error
+
+
+def demand_folder(folder: Path) -> None:
+    """Make the folder of a probe: before the first epoch, which may take hours, rather than after it.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise InputError(f"output_dir is {folder}, which cannot be written to: {problem}; choose another")
 
 
 def differences(then: Mapping[str, Any], now: Settings) -> list[str]:

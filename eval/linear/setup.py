@@ -1,4 +1,4 @@
-"""What one linear probe measures, and how it is told from others.
+"""What one linear probe measures, on what, and what there is of it already: everything before the first image.
 
 W features of a row (:mod:`eval.linear.pooled`).
 """
@@ -6,6 +6,7 @@ W features of a row (:mod:`eval.linear.pooled`).
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,13 @@ from dino_xcit.errors import InputError
 from dino_xcit.weights import LoadedBackbone
 from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, SMALL_CROP, SMALL_CROP_SCALE, SMALL_EPOCHS, LinearConfig
 from eval.linear.heads import bytes_of_heads
-from eval.linear.logistic import GAP
+from eval.linear.identity import identity_of
+from eval.linear.imagenet_variants import Variant, open_variant
 from eval.linear.pooled import PooledBackbone
-from eval.linear.probe_file import FILE_NAME, Settings, read_probe
-from eval.linear.report import GRID, LOGREG, SGD, Record
+from eval.linear.probe_file import Settings, demand_folder, read_probe
+from eval.linear.report import Record
+from eval.linear.views import hold_out
+from eval.setup import beside_weights, cache_folder, labelled_parts, open_backbone
 
 
 @dataclass(frozen=True)
@@ -31,19 +35,23 @@ class Probe:
     """What is measured, on what, and where it is kept."""
 
     config: LinearConfig
+    """With nothing left open."""
     loaded: LoadedBackbone
     pooled: PooledBackbone
     """``loaded``'s backbone, giving a row of all that the choices of features need."""
     device: torch.device
     train: Source
     val: Source
+    variants: list[Variant]
+    """Of ImageNet's validation images, on which the recommended classifier is measured too."""
     held: NDArray[np.int64]
     """Indices of the training images on which classifiers are chosen."""
     sampler: StepSampler
     folder: Path
+    """Of linear.pth and logreg.pth."""
     identity: Settings
     kept: Path | None
-    """Where features are kept."""
+    """Where features are kept; None: nowhere."""
     started: float
     """When, by time.perf_counter."""
 
@@ -56,6 +64,36 @@ class Probe:
     def lrs(self) -> list[float]:
         """The grid, ascending; empty where nothing is held out to choose on."""
         return sorted(self.config.lrs) if len(self.held) else []
+
+    @property
+    def row(self) -> str:
+        """Identifies what makes a row of an image."""
+        return self.loaded.hash + self.pooled.identity
+
+
+def open_probe(config: LinearConfig) -> Probe:
+    """Open the backbone and all images, and see that they fit each other.
+
+    Raises:
+        InputError: something that was given cannot be used; before any image is looked at.
+    """
+    started = time.perf_counter()
+    loaded, device = open_backbone(config)
+    train, val = labelled_parts(config, loaded)
+    variants = [open_variant(word, train, val) for word in config.also]
+    config = for_image_size(config, loaded.transform.crop)
+    rank, world = distributed.rank(), distributed.world_size()
+    sampler = StepSampler(len(train), config.batch_size_per_gpu, rank=rank, world_size=world, seed=config.seed)
+    held = _held_out(config, train)
+    pooled = PooledBackbone(loaded.backbone, config.features, loaded.transform.crop, device).eval()
+    folder = beside_weights(config, config.output_dir, "linear")
+    kept = cache_folder(config)
+    if config.cached and kept is None:
+        raise InputError("cached needs a folder to keep features in: give --cache-dir DIR")
+    identity = identity_of(config, loaded, (train, val), sampler.global_batch)
+    return Probe(
+        config, loaded, pooled, device, train, val, variants, held, sampler, folder, identity, kept, started
+    )  # fmt: skip
 
 
 def for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
@@ -70,74 +108,17 @@ def for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
     return chosen
 
 
-def identity_of(
-    config: LinearConfig, loaded: LoadedBackbone, parts: tuple[Source, Source], global_batch: int
-) -> Settings:
-    """All that decides what the classifiers learn."""
-    # Only one process looks at every file.
-    train, val = (distributed.main_decides(p.fingerprint() if distributed.is_main() else None) or "" for p in parts)
-    transform = {name: list(v) if isinstance(v, tuple) else v for name, v in loaded.transform.to_dict().items()}
-    identity = {
-        "weights": loaded.hash,
-        "train": train,
-        "val": val,
-        "transform": transform,
-        "epochs": config.epochs,
-        "batch": global_batch,
-        "lr": config.lr,
-        "lrs": sorted(config.lrs),
-        "holdout": config.holdout,
-        "crop_scale": list(config.crop_scale),
-        "seed": config.seed,
-    }
-    # Not named where they are as they were before there was a choice: what was measured then stays comparable.
-    if config.features != ("cls",):
-        identity["features"] = list(config.features)
-    if config.cached:
-        identity["cached"] = f"{min(config.cached_epochs, config.epochs)} epochs, {config.cached_precision}"
-    return identity
-
-
-def identity_of_logreg(probe: Probe) -> Settings:
-    """All that decides a logistic regression: neither augmentation nor validation images."""
-    config = probe.config
-    shared = {name: probe.identity[name] for name in ("weights", "train", "transform", "holdout", "seed")}
-    cs, features = sorted(config.logreg_cs), list(config.features)
-    # Those from before there was a bound on the gap called some converged that were not: they are told from these.
-    return shared | {"features": features, "cs": cs, "iterations": config.logreg_iterations, "gap": GAP}
-
-
-def protocol_of(probe: Probe) -> Settings:
-    """For the result file: name and settings of the classifiers that were trained, and of no others."""
-    config, identity = probe.config, probe.identity
-    shared = ["holdout", "seed", "features"]
-    of_sgd = ["epochs", "batch", "lr", "lrs", "crop_scale", "cached"]
-    regression = {"cs": sorted(config.logreg_cs), "iterations": config.logreg_iterations, "gap": GAP}
-    chosen = {name: identity[name] for name in (of_sgd if config.sgd else []) + shared if name in identity}
-    if not config.sgd:
-        return {"name": LOGREG, **chosen, **regression}
-    published = {"epochs": PAPER_EPOCHS, "crop_scale": list(PAPER_CROP_SCALE)}
-    protocol = {"name": SGD + (GRID if probe.lrs else ""), "published": published, **chosen}
-    return protocol | ({"logreg": {"name": LOGREG, **regression}} if config.logreg else {})
-
-
-def stored_probe(folder: Path, identity: Settings, resume: str, name: str = FILE_NAME) -> Record | None:
-    """What ``folder`` holds of this probe, on every process alike.
-
-    Raises:
-        InputError: it holds another one.
-    """
-    if resume == "never":
-        return None
-    refusal, content = None, None
-    try:
-        content = read_probe(folder, identity, name)
-    except InputError as error:
-        refusal = str(error)
-    refusal = distributed.main_decides(refusal)
-    if refusal:
-        raise InputError(refusal)
-    return content
+def _held_out(config: LinearConfig, train: Source) -> NDArray[np.int64]:
+    """Indices of the training images on which classifiers are chosen; none where there is no choice."""
+    if not config.holdout or not (config.lrs or config.logreg):
+        return np.empty(0, dtype=np.int64)
+    held = hold_out(labels_of(train), config.holdout, config.seed)
+    if not len(held):
+        raise InputError(
+            f"holdout is {config.holdout:g}, which is less than one image of any class of {train.url}: raise it, "
+            "or --holdout 0 for the paper's learning rate alone"
+        )
+    return held
 
 
 def say_what_is_measured(probe: Probe) -> None:
@@ -158,6 +139,35 @@ def say_what_is_measured(probe: Probe) -> None:
         text += " x {" + ", ".join(f"{name} ({widths[name]:,} features)" for name in config.features) + "}"
         text += f", {sum(sizes) / 2**20:,.1f} MiB while they learn" if config.sgd else ""
     distributed.say(text)
+    for variant in probe.variants:
+        if notice := variant.notice():
+            distributed.say(f"notice: {notice}")
+
+
+def stored_probe(probe: Probe, identity: Settings, name: str) -> Record | None:
+    """What the probe's folder holds of it, on every process alike; and where that is nothing, a folder to write to.
+
+    Args:
+        identity: of what is kept under ``name``.
+
+    Raises:
+        InputError: it holds another one, it cannot be written to, or not all processes see the same.
+    """
+    refusal, content = None, None
+    try:
+        if probe.config.resume == "auto":
+            content = read_probe(probe.folder, identity, name)
+        if content is None and distributed.is_main():
+            demand_folder(probe.folder)
+    except InputError as error:
+        refusal = str(error)
+    refusal = distributed.main_decides(refusal)
+    if refusal:
+        raise InputError(refusal)
+    # One that starts anew beside one that goes on would wait for it for ever.
+    if len(set(distributed.gather_objects(content is None))) > 1:
+        raise InputError(f"not all processes see {probe.folder / name}: name an --output-dir that all can see")
+    return content
 
 
 def labels_of(source: Source) -> NDArray[np.int64]:
