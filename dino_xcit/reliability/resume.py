@@ -16,6 +16,7 @@ from dino_xcit.console import counted
 from dino_xcit.errors import InputError
 from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
 from dino_xcit.reliability.run_lock import RunLock
+from dino_xcit.reliability.shared_folder import blind, some, who_does_not_see
 
 
 @contextmanager
@@ -39,6 +40,12 @@ def output_folder(folder: Path) -> Iterator[None]:
         before = "process {process} on {host}, started {started}".format_map(lock.took_over)
         distributed.say(f"notice: the run before in {folder} ended without a word ({before})")
     try:
+        if unseeing := who_does_not_see(folder):
+            # Only the main process writes; the others read a checkpoint when the run carries on.
+            distributed.say(
+                f"notice: the output directory {folder} of process 0 is not that of {some(unseeing)}: this run goes "
+                "on, but to carry on later all have to see it; name an --output-dir on a disk that all machines share"
+            )
         yield
     finally:
         if lock:
@@ -68,6 +75,11 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[
         distributed.say(f"notice: {notice}")
     if path is None:
         return {}, checkpoints.latest
+    if unseeing := blind(path):
+        raise InputError(
+            f"this run would carry on from {path}, which {some(unseeing)} cannot see: name an --output-dir on a disk "
+            "that all machines share, copy it to the same place on each, or start anew with --resume never"
+        )
     try:
         content = safe_load.read(path)
     except InputError as error:

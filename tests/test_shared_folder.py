@@ -1,0 +1,43 @@
+"""An output directory that is another one on every machine: said at the start, refused where it would be missed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import two_ranks_run
+
+from dino_xcit.reliability.shared_folder import some, who_does_not_see
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes said (shared_folder_process.py)."""
+    out = tmp_path_factory.mktemp("machines")
+    two_ranks_run("shared_folder_process.py", out, timeout=120)
+    return [json.loads((out / f"said-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_a_fresh_run_goes_on_with_a_notice(said: list[dict[str, Any]]) -> None:
+    assert "notice: the output directory run of process 0 is not that of process 1 on " in said[0]["apart"][0]
+    assert "would carry on" not in said[0]["apart"][0]
+    assert said[1]["apart"][0] == ""
+
+
+def test_a_run_that_would_carry_on_is_refused_by_every_process(said: list[dict[str, Any]]) -> None:
+    for one in said:
+        assert "this run would carry on from run/checkpoint.pth, which process 1 on " in one["apart"][1]
+        assert "--resume never" in one["apart"][1]
+
+
+def test_nothing_is_said_where_all_see_it_and_nothing_is_left_there(said: list[dict[str, Any]]) -> None:
+    assert [one["together"][0] for one in said] == ["", ""]
+    assert "cannot see" not in said[0]["together"][1]  # that checkpoint has another flaw
+    assert said[0]["together files"] == said[0]["apart files"] == [".lock", "checkpoint.pth"]
+
+
+def test_one_process_need_not_ask(tmp_path: Path) -> None:
+    assert who_does_not_see(tmp_path / "absent") == []
+    assert some(["process 1 on a", "process 2 on a", "process 3 on b"]) == "process 1 on a and 2 more"
