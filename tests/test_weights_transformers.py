@@ -98,6 +98,12 @@ def test_the_tokens_of_an_installed_transformers_are_ours(tmp_path: Path) -> Non
         assert_computes(tmp_path / kind, expected, prefix=expected.shape[1] - 16)
 
 
+def test_queries_beside_a_joined_weight_of_their_new_name_are_named(tmp_path: Path) -> None:
+    state = hf.weights("vit") | {"blocks.0.attn.qkv.weight": torch.zeros(3 * hf.WIDTH, hf.WIDTH)}
+    with pytest.raises(InputError, match=r"has besides encoder\.layer\.0\.attention\.attention\.key\.weight"):
+        load_backbone(hf.folder(tmp_path, state, hf.VIT_CONFIG))
+
+
 def test_a_key_that_is_lost_is_named(tmp_path: Path) -> None:
     state = hf.weights("vit")
     del state["encoder.layer.1.attention.attention.key.bias"]
@@ -186,6 +192,24 @@ def test_a_repository_of_the_hub_is_read_with_both_settings(tmp_path: Path, monk
     assert (read.arch, read.transform, read.heads_assumed) == (NAMES["vit"], EvalTransform(resize=224), 0)
     assert read.transform_from.startswith("preprocessor_config.json's of hf-hub:someone/dino")
     assert_computes("hf-hub:someone/dino", hf.forward(state, 3, IMAGES, eps=1e-6), prefix=1)
+
+
+def test_settings_that_a_repository_is_known_to_lack_are_no_hindrance_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    root = tmp_path / "models--someone--dino"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    hf.folder(root / "snapshots" / ("0" * 40), hf.weights("vit"), hf.VIT_CONFIG)
+    with pytest.raises(InputError, match=r"cannot fetch preprocessor_config\.json of someone/dino"):
+        load_backbone("hf-hub:someone/dino")
+    absent = root / ".no_exist" / ("0" * 40)  # where huggingface_hub notes it
+    absent.mkdir(parents=True)
+    (absent / "preprocessor_config.json").touch()
+    read = load_backbone("hf-hub:someone/dino")
+    assert (read.arch, read.transform_from) == (NAMES["vit"], "")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])

@@ -27,7 +27,7 @@ def download(repository: str, names: Sequence[str], optional: bool = False) -> P
     Raises:
         InputError: no network, no such repository, or none of the files.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -46,6 +46,9 @@ def download(repository: str, names: Sequence[str], optional: bool = False) -> P
             try:
                 return Path(hf_hub_download(where, name, revision=revision or None))
             except LocalEntryNotFoundError as error:
+                # Without a network, what an earlier look found to be absent is known to be.
+                if optional and try_to_load_from_cache(where, name, revision=revision or None) is _CACHED_NO_EXIST:
+                    continue
                 raise InputError(
                     f"cannot fetch {name} of {where} from the Hugging Face hub, and it is not on this machine: "
                     f"{one_line(error.__cause__ or error)}; mend the network (or unset HF_HUB_OFFLINE), or download "

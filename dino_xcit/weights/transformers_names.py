@@ -74,7 +74,8 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out[key if name in out or (name != key and name in state) else name] = value
     for whole, keys in joined.items():
         parts = [state[keys[index]] for index in range(3) if index in keys]
-        if len(parts) == 3 and parts[0].ndim and len({(part.shape, part.dtype) for part in parts}) == 1:
+        alike = len(parts) == 3 and parts[0].ndim and len({(part.shape, part.dtype) for part in parts}) == 1
+        if alike and whole not in state:
             out[whole] = torch.cat(parts)
         else:
             out |= {key: state[key] for key in keys.values()}
