@@ -34,7 +34,7 @@ _EF_CONSTRUCTION = 80
 _PASSES_OF_K_MEANS = 10
 _VECTORS_A_LIST_TO_LEARN, _LEAST_TO_LEARN = 64, 10_000
 _ROWS_AT_ONCE = 16_384
-_NUMBERS_AT_ONCE = 1 << 24
+_NUMBERS_AT_ONCE = 1 << 22
 """Of vectors that are gathered for some queries."""
 _CANDIDATES, _CANDIDATES_A_NEIGHBOUR = 100, 4
 """Of product codes, which the vectors put in order."""
@@ -133,7 +133,7 @@ def _search_codes(index: faiss.Index, vectors: Rows, queries: NDArray[np.float32
     nearest = np.empty(best.shape, dtype=np.int64)
     for part in _parts(len(queries), candidates * vectors.shape[1]):
         _, rows = index.search(queries[part], candidates)
-        found = vectors[np.maximum(rows, 0)].astype(np.float32)  # [Q, candidates, D]
+        found = vectors[np.maximum(rows, 0)].astype(np.float32, copy=False)  # [Q, candidates, D]
         scores = np.matmul(found, queries[part, :, None])[:, :, 0]
         scores[rows < 0] = np.finfo(np.float32).min  # as faiss scores what it did not find
         order = np.argsort(-scores, axis=1, kind="stable")[:, :top]

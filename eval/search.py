@@ -73,8 +73,11 @@ class UnitRows:
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """[*rows, D]."""
-        chosen: NDArray[np.float32] = np.asarray(self._features[rows], dtype=np.float32)
-        return chosen / self._lengths[rows][..., None]
+        chosen = self._features[rows]
+        # Rows by their numbers are a copy already.
+        found: NDArray[np.float32] = (np.array if isinstance(rows, slice) else np.asarray)(chosen, dtype=np.float32)
+        found /= self._lengths[rows][..., None]
+        return found
 
 
 def build_index(features: NDArray[np.float32]) -> faiss.IndexFlatIP:
