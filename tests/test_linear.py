@@ -309,3 +309,9 @@ def test_a_probe_file_is_refused_to_another_probe(tmp_path: Path) -> None:
         read_probe(tmp_path, settings)
     with pytest.raises(InputError, match="cannot write"):
         write_probe(tmp_path / "linear.pth", {"epoch": 1}, settings)
+    (tmp_path / "linear.pth").write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"damaged.*--resume never to overwrite it"):
+        read_probe(tmp_path, settings)
+    (tmp_path / "folder" / "linear.pth").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"cannot write .*: Is a directory"):
+        write_probe(tmp_path / "folder", {"epoch": 1}, settings)

@@ -27,7 +27,10 @@ def read_probe(folder: Path, settings: Settings, name: str = FILE_NAME) -> dict[
     path = folder / name
     if not path.exists():
         return None
-    content = safe_load.read(path)
+    try:
+        content = safe_load.read(path)
+    except InputError as error:
+        raise InputError(f"{error}; choose another --output-dir, or --resume never to overwrite it") from error
     if content.get("format") != FORMAT or not isinstance(content.get("settings"), Mapping):
         raise InputError(f"{path} is no linear probe: choose another --output-dir, or --resume never to overwrite it")
     changed = differences(content["settings"], settings)
@@ -49,7 +52,7 @@ def write_probe(folder: Path, content: Mapping[str, Any], settings: Settings, na
     try:
         folder.mkdir(parents=True, exist_ok=True)
         durable.write_torch(folder / name, {"format": FORMAT, "settings": settings, **content})
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {folder / name}: {error.strerror}; choose another --output-dir") from error
 
 
