@@ -1,0 +1,206 @@
+"""run_extract.py: killed, shared by processes, with images missing, over what is there already."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from extract_fixtures import COUNT, Place, content, done, new_place, words
+from extract_process import in_a_child
+from ranks import two_ranks_run
+from run_here import Command, Here
+
+import run_extract
+from eval.collection.store import FILES, open_collection
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return new_place(tmp_path_factory.mktemp("extract"))
+
+
+@pytest.fixture
+def command(here: Here) -> Command:
+    """Runs run_extract.py in this process."""
+    return functools.partial(here, run_extract)
+
+
+# ---- kills
+
+
+def test_killed_between_two_parts_the_same_command_goes_on_and_ends_with_the_same_bytes(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    done(command(*words(place, "--output-dir", tmp_path / "straight")))
+    killed = words(place, "--output-dir", tmp_path / "killed")
+    made: dict[str, int] = {}
+    for last in (0, 2, 3):
+        child = in_a_child(killed, tmp_path / "log", tmp_path / "killed", die_after=f"part-{last:06d}.json")
+        assert child[0] == -9
+        there = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed" / ".parts").glob("part-*")}
+        assert len(there) == 2 * (last + 1), "each part and its hash"
+        assert made.items() <= there.items(), "finished parts are kept as they are"
+        made = there
+    told = done(command(*killed)).out
+    assert "going on: 4 of 6 parts are there" in told
+    assert content(tmp_path / "killed") == content(tmp_path / "straight")
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(FILES)
+
+
+def kill_at_each(place: Place, command: Command, tmp_path: Path, step: int, *more: object) -> int:
+    """Kill at every ``step``-th operation on a file, go on, compare. How many were killed."""
+    done(command(*words(place, "--output-dir", tmp_path / "straight", *more)))
+    wanted = content(tmp_path / "straight")
+    folder = tmp_path / "counted"
+    code, log = in_a_child(words(place, "--output-dir", folder, *more), tmp_path / "log", folder)
+    assert code == 0, log
+    operations = int(log.splitlines()[-1])
+    kills = 0
+    for number in range(1, operations + 1, step):
+        folder = tmp_path / str(number)
+        again = words(place, "--output-dir", folder, *more)
+        assert in_a_child(again, tmp_path / "log", folder, number)[0] == -9
+        kills += 1
+        outcome = command(*again)
+        assert outcome.code == 0, (number, outcome.err)
+        assert content(folder) == wanted, number
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], number
+        shutil.rmtree(folder)
+    return kills
+
+
+def test_killed_at_some_file_operation_the_same_command_ends_with_the_same_bytes(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    assert kill_at_each(place, command, tmp_path, 17, "--dtype", "fp16") >= 5
+
+
+@pytest.mark.slow
+def test_killed_at_any_file_operation_the_same_command_ends_with_the_same_bytes(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    assert kill_at_each(place, command, tmp_path, 1) >= 60
+
+
+def test_killed_while_adding_nothing_is_lost_and_the_same_command_ends_it(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    first = words(place, "--output-dir", tmp_path / "first", data=place.data / "train" / "bars")
+    done(command(*first))
+
+    def adding(folder: Path) -> tuple[object, ...]:
+        return words(place, "--output-dir", folder, "--add", data=place.data / "train" / "dots")
+
+    shutil.copytree(tmp_path / "first", tmp_path / "straight")
+    code, log = in_a_child(adding(tmp_path / "straight"), tmp_path / "log", tmp_path / "straight")
+    assert code == 0, log
+    wanted, operations = content(tmp_path / "straight"), int(log.splitlines()[-1])
+    for number in [*range(1, operations - 20, 20), *range(operations - 20, operations + 1, 3)]:
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "first", folder)
+        assert in_a_child(adding(folder), tmp_path / "log", folder, number)[0] == -9
+        done(command(*adding(folder)))
+        assert content(folder) == wanted, number
+
+
+# ---- processes
+
+
+def test_two_processes_share_the_parts_and_leave_the_bytes_of_one(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    shared = ("--pooling", "gem", "--scales", "1", "0.5", "--device", "cpu")
+    done(command(*words(place, "--output-dir", tmp_path / "one", *shared)))
+    two = words(place, "--output-dir", tmp_path / "two", *shared)
+    (tmp_path / "words.json").write_text(json.dumps([str(word) for word in two]))
+    two_ranks_run("extract_process.py", tmp_path, timeout=120)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(FILES)
+
+
+# ---- images that cannot be read
+
+
+def test_a_damaged_image_ends_the_run_and_is_left_out_on_request_without_losing_the_parts(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(place.data / "train", tmp_path / "train")
+    broken = tmp_path / "train" / "waves" / "waves 03.png"
+    broken.write_bytes(b"not a picture")
+    given = words(place, "--output-dir", tmp_path / "v", data=tmp_path / "train")
+    refused = command(*given)
+    assert refused.code == 2
+    assert "waves 03.png cannot be read" in refused.err
+    assert "(--unreadable skip leaves such images out)" in refused.err
+    skipping = (*given, "--unreadable", "skip")
+    told = done(command(*skipping)).out
+    assert "going on: 4 of 6 parts are there" in told
+    assert "notice: left out 1 image that could not be read; card.json has the names" in told
+    complete = f"{tmp_path / 'v'} holds the vectors of 23 of these 24 images; 1 could not be read and were left out"
+    assert f"already complete: {complete}, card.json names them; nothing" in done(command(*skipping)).out
+    assert "although --unreadable is refuse now (mend them, then --overwrite)" in done(command(*given)).out
+    collection = open_collection(tmp_path / "v")
+    assert len(collection.names) == COUNT - 1 == collection.card["count"]
+    assert str(broken) not in collection.names
+    assert collection.card["data"]["unreadable"] == {"count": 1, "first": [str(broken)]}
+    assert (
+        f"1  1.0000  {collection.names[-1]}"
+        in done(command("--query", collection.names[-1], "--index", tmp_path / "v", "--top", 1)).out
+    )
+
+
+def test_where_no_image_can_be_read_there_is_no_collection(place: Place, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "bad.png").write_bytes(b"not a picture")
+    refused = command(*words(place, "--output-dir", tmp_path / "v", "--unreadable", "skip", data=tmp_path / "bad"))
+    assert (refused.code, "none of the 1 images of" in refused.err) == (2, True)
+
+
+# ---- what is there already
+
+
+def test_a_damaged_plan_of_parts_is_said_and_nothing_has_to_be_removed_by_hand(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    first = words(place, "--output-dir", tmp_path / "v")
+    assert in_a_child(first, tmp_path / "log", tmp_path / "v", 25)[0] == -9
+    plan = tmp_path / "v" / ".parts" / "plan.json"
+    plan.write_bytes(plan.read_bytes()[:40])
+    told = done(command(*first)).out
+    assert f"notice: {plan} is damaged, so that the parts beside it are of no use: beginning anew" in told
+    assert len(open_collection(tmp_path / "v").names) == COUNT
+
+
+def test_a_card_that_contradicts_its_vectors_is_refused_by_queries_and_additions(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    val = place.data / "val"
+    done(command(*words(place, "--output-dir", tmp_path / "v", data=val / "bars")))
+    card = json.loads((tmp_path / "v" / "card.json").read_text())
+    card["descriptor"]["pooling"] = "cls+mean"
+    (tmp_path / "v" / "card.json").write_text(json.dumps(card))
+    add = words(place, "--output-dir", tmp_path / "v", "--add", "--pooling", "cls+mean", data=val / "dots")
+    query = ("--query", next((val / "bars").iterdir()), "--index", tmp_path / "v")
+    for refused in (command(*query), command(*add)):
+        assert refused.code == 2
+        assert "is damaged (its vectors were made of 64 numbers, and what its card.json says makes 128)" in refused.err
+
+
+def test_an_unfinished_extraction_is_not_mixed_with_another(place: Place, command: Command, tmp_path: Path) -> None:
+    first = words(place, "--output-dir", tmp_path / "v")
+    assert in_a_child(first, tmp_path / "log", tmp_path / "v", 25)[0] == -9
+    refused = command(*first, "--pooling", "gem")
+    assert refused.code == 2
+    assert "parts of an extraction that is not finished, with another pooling" in refused.err
+    done(command(*first, "--pooling", "gem", "--overwrite"))
+    assert open_collection(tmp_path / "v").card["descriptor"]["pooling"] == "gem"
+
+
+def test_parts_serve_whatever_is_made_of_the_rows_later(place: Place, command: Command, tmp_path: Path) -> None:
+    first = words(place, "--output-dir", tmp_path / "v")
+    assert in_a_child(first, tmp_path / "log", tmp_path / "v", 40)[0] == -9
+    told = done(command(*first, "--dtype", "fp16", "--no-normalise", "--index-type", "hnsw")).out
+    assert "going on" in told
