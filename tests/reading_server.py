@@ -57,7 +57,8 @@ def main() -> None:
         out, into = os.pipe()
         child = os.fork()
         if child == 0:
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing, whatever else the machine does
+            signal.alarm(20 * SECONDS)
             os.write(into, json.dumps(measured(**json.loads(line))).encode()[:60_000])
             os._exit(0)
         os.close(into)
@@ -66,6 +67,7 @@ def main() -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         ended = {"seconds": float(SECONDS), "megabytes": 0.0, "error": f"ended with {code}", "sentence": ""}
         print(answer.decode() if code == 0 else json.dumps(ended), flush=True)
+    os._exit(0)  # taking PyTorch apart takes seconds, and has nothing to show
 
 
 if __name__ == "__main__":
