@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data.loader import be_a_loader_process
+from dino_xcit.data.socket_folder import share_socket_folder
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
 
@@ -59,6 +60,7 @@ def each_image(
     if workers <= 1 or len(indices) <= AT_ONCE:
         yield from (work(source, index) for index in indices)
         return
+    share_socket_folder()
     pieces = _Pieces(source, indices, work)
     loader: DataLoader[list[Result]] = DataLoader(
         pieces,

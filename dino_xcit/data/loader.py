@@ -24,6 +24,7 @@ from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
 from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
+from dino_xcit.data.socket_folder import share_socket_folder
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
 from dino_xcit.memory import keep_freed_memory
@@ -98,9 +99,6 @@ class MultiCropDataset(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.source)
-
-    def __getitem__(self, key: Key) -> Batch | UndecodableImage:  # type: ignore[override]
-        return self.__getitems__([key])
 
     def __getitems__(self, keys: list[Key]) -> Batch | UndecodableImage:
         """What the loader calls: the views are made in their place in the batch."""
@@ -318,10 +316,11 @@ atexit.register(_end_deaf_processes)  # after multiprocessing's own, so that it 
 
 
 def loader_process_setup() -> Callable[[int], None]:
-    """What a DataLoader's ``worker_init_fn`` shall be: :func:`be_a_loader_process`.
+    """What a DataLoader's ``worker_init_fn`` shall be: :func:`be_a_loader_process`. Call it before they begin.
 
     Its parent is this process, or, as of Python 3.14 by default, a server that ends when this process does.
     """
+    share_socket_folder()
     return partial(be_a_loader_process, os.getpid() if multiprocessing.get_start_method() == "fork" else None)
 
 
