@@ -84,8 +84,9 @@ def test_names_of_version_5s_memory_are_read_from_a_plain_state_dict(tmp_path: P
     assert_computes(tmp_path / "state.pth", hf.forward(state, 3, IMAGES, eps=1e-6), prefix=1)
 
 
-def test_the_tokens_of_an_installed_transformers_are_ours(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_the_tokens_of_transformers_itself_are_ours(tmp_path: Path) -> None:
+    import transformers  # seconds of imports that no other test needs
+
     for kind in ("ViT", "Dinov2", "Dinov2WithRegisters"):
         settings = getattr(transformers, f"{kind}Config")(
             hidden_size=hf.WIDTH, num_hidden_layers=2, num_attention_heads=6, intermediate_size=4 * hf.WIDTH,
