@@ -237,6 +237,8 @@ class PretrainConfig:
             value = getattr(self, name)
             if not value >= least:
                 raise InputError(f"{name} is {value}, expected at least {least:g}")
+        if self.seed >= 1 << 63:  # as PyTorch's generators take it
+            raise InputError(f"seed is {self.seed}, expected less than 2^63, such as 0")
         if self.koleo_weight > 0 and self.batch_size_per_gpu < 2:
             raise InputError(
                 "koleo_weight needs other images to compare with: batch_size_per_gpu is 1, expected 2 or more"

@@ -31,6 +31,7 @@ MISTAKES = {
     "--epochs 1.5": "--epochs is '1.5', expected a whole number",
     "--lr fast": "--lr is 'fast', expected a number",
     "--std 1 1 one": "--std is 'one', expected a number",
+    "--seed 9223372036854775808": "seed is 9223372036854775808, expected less than 2^63",
     "--precision fp8": "--precision is 'fp8', expected auto, fp32, bf16 or fp16",
 }
 
