@@ -76,9 +76,7 @@ def test_rows_of_a_vit_with_and_without_the_mean_are_told_apart() -> None:
 
 
 def test_an_xcit_has_no_class_tokens_to_put_a_mean_beside() -> None:
-    with pytest.raises(
-        InputError, match=r"last2\+mean, but the blocks of this backbone have no class tokens: last2"
-    ):
+    with pytest.raises(InputError, match=r"last2\+mean, but the blocks of this backbone have no class tokens: last2"):
         PooledBackbone(build_backbone("xcit_pico_4_p4").eval(), ("last2+mean",), 32, CPU)
 
 
