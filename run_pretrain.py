@@ -292,7 +292,11 @@ def command() -> None:
     if verify_resume.asked(sys.argv[1:]):
         distributed.run_command(lambda: verify_resume.main(sys.argv[1:], Path(__file__).resolve()))
     else:
-        distributed.run_command(guarded(main))
+        less_memory = (
+            "lower --batch-size-per-gpu (--accumulation-steps makes up for it), the crop sizes or --out-dim, or give "
+            "--activation-checkpointing"
+        )
+        distributed.run_command(guarded(main), less_memory)
 
 
 if __name__ == "__main__":

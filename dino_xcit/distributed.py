@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dino_xcit.console import counted
-from dino_xcit.errors import LOST, InputError, RunStopped, run_main
+from dino_xcit.errors import LESS_MEMORY, LOST, InputError, RunStopped, run_main
 from dino_xcit.sync_batch_norm import not_shared, share_batch_norm
 
 
@@ -146,11 +146,11 @@ def stop() -> None:
     _store = None
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a console command's ``main``: the user's mistakes become one sentence and exit code 2, and the process group
-    is left however it ends."""
+def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
+    """Run a console command's ``main`` as :func:`dino_xcit.errors.run_main` does; the process group is left however it
+    ends."""
     try:
-        run_main(main)
+        run_main(main, less_memory)
     except BaseException as ending:
         code = ending.code if isinstance(ending, SystemExit) else 1
         if code and world_size() > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -51,11 +52,34 @@ def one_line(error: BaseException) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:200].rstrip(".")
 
 
-def run_main(main: Callable[[], None]) -> None:
+LESS_MEMORY = "give it smaller batches or images (--help lists its flags), or a machine with more memory"
+"""What helps a command that knows nothing better."""
+
+_AMOUNT = re.compile(r"(?:tried to allocate|unable to allocate) ([\d.]+) ?(bytes|[KMGTPE]?i?B)", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice. PyTorch's own are RuntimeErrors, of several classes."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
+def _out_of_memory(error: BaseException, advice: str) -> str:
+    asked = _AMOUNT.search(str(error))
+    amount = " ".join(asked.groups()) if asked else ""
+    if asked and asked[2] == "bytes":
+        amount = f"{float(asked[1]) / 1e9:,.1f} GB"
+    return f"out of memory{f' ({amount} more were asked for)' if amount else ''}: {advice}"
+
+
+def run_main(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
     """Run a command's ``main`` and turn the user's mistakes into one sentence and exit code 2.
 
-    Only mistakes that a user can mend are caught: :class:`InputError`, and a full disk; and :class:`RunStopped`, with
-    its own exit code. Anything else is a fault of ours and keeps its traceback.
+    Only what a user can mend is caught: :class:`InputError`, a full disk, too little memory; and :class:`RunStopped`,
+    with its own exit code. Anything else is a fault of ours and keeps its traceback.
+
+    Args:
+        less_memory: what to type where the memory does not suffice.
     """
     try:
         main()
@@ -70,13 +94,10 @@ def run_main(main: Callable[[], None]) -> None:
         sentence = (
             f"no space left on the disk{where}: free some, or choose another directory, then run the same command"
         )
-    except RuntimeError as error:  # PyTorch's own out-of-memory errors are RuntimeErrors, of several classes
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        sentence = (
-            f"out of memory ({str(error).strip().splitlines()[0][:160]}): lower --batch-size-per-gpu "
-            "(--accumulation-steps makes up for it when training), the crop sizes or --out-dim"
-        )
+        sentence = _out_of_memory(error, less_memory)
     except KeyboardInterrupt:
         print("interrupted: the same command carries on from the last checkpoint or cache", file=sys.stderr)
         sys.exit(130)

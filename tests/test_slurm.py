@@ -359,9 +359,10 @@ def test_a_job_that_is_preempted_carries_on_and_ends_with_the_same_bits(
 
 @pytest.mark.slow
 def test_a_run_that_fails_here_ends_with_its_sentence_and_an_error(tmp_path: Path) -> None:
-    job = launch_here(tmp_path, "--data-path", tmp_path / "absent")
+    (tmp_path / "empty").mkdir()  # what is not there at all, the launcher itself refuses
+    job = launch_here(tmp_path, "--data-path", tmp_path / "empty")
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 1
-    assert "error: no data at" in said
+    assert "error: no image in" in said
     assert "the job ended early" in said
     assert "Traceback" not in said
