@@ -228,11 +228,19 @@ def parse(config: type[Config], argv: Sequence[str], prog: str) -> Config:
     return build(config, flags, config(), prog)
 
 
-def _with_precision(flags: Flags) -> Flags:
-    """DINO's ``use_fp16`` as the precision that it means, unless that is given too."""
+def _with_precision(flags: Flags, where: str = "") -> Flags:
+    """DINO's ``use_fp16`` as the precision that it means; false, where a precision is given too, means not fp16.
+
+    Raises:
+        InputError: both are given, and one says fp16, the other not.
+    """
     if "use_fp16" not in flags:
         return flags
-    meant = {"precision": ["fp16" if flags["use_fp16"] == ["True"] else "fp32"]}
+    fp16 = flags["use_fp16"] == ["True"]
+    if "precision" in flags and fp16 is not (flags["precision"] == ["fp16"]):
+        given = f"--use_fp16 {str(fp16).lower()} with --precision {flags['precision'][0]}"
+        raise InputError(f"{where}{given}: expected one of the two; leave --use_fp16 out")
+    meant = {"precision": ["fp16" if fp16 else "fp32"]}
     return meant | {name: words for name, words in flags.items() if name != "use_fp16"}
 
 
@@ -246,7 +254,8 @@ def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
         parse(PretrainConfig, ["--help"], prog)
     flags = _with_precision(parse_flags(PretrainConfig, argv))
     if "config" in flags:
-        flags = _with_precision(read_yaml(flags.pop("config")[0], PretrainConfig)) | flags
+        file = flags.pop("config")[0]
+        flags = _with_precision(read_yaml(file, PretrainConfig), f"in the config file {file}: ") | flags
     data, arch, named = (flags.get(name, [""])[0] for name in ("data_path", "arch", "recipe"))
     recipe = named or ("dino" if data else "sample")
     why = "" if "recipe" in flags else (" (--data-path is given)" if data else " (no --data-path)")

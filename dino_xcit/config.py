@@ -155,7 +155,7 @@ class PretrainConfig:
     """Where to train; auto: a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks; auto: bf16 on a GPU that has it, else fp16 there, fp32 on a CPU.
-    --use_fp16 true|false of DINO means fp16 or fp32."""
+    --use_fp16 true|false of DINO means fp16 or fp32, and is refused beside a --precision that says otherwise."""
     activation_checkpointing: bool = False
     """Compute stem and XCA blocks again in the backward pass instead of keeping what they computed: less memory, more
     time, the same result (to the last bit where kernels are repeatable, as on the CPU). For this project's XCiT."""

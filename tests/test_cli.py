@@ -58,6 +58,7 @@ def test_a_switch_alone_is_true_and_no_makes_it_false() -> None:
         (["--use_fp16", "true"], "fp16"),
         (["--use_fp16", "True"], "fp16"),
         (["--use-fp16"], "fp16"),
+        (["--use-fp16", "--precision", "fp16"], "fp16"),
         (["--use_fp16", "false"], "fp32"),
         (["--use_fp16", "false", "--precision", "bf16"], "bf16"),
         ([], "auto"),
@@ -65,6 +66,27 @@ def test_a_switch_alone_is_true_and_no_makes_it_false() -> None:
 )
 def test_dinos_use_fp16_means_a_precision(argv: list[str], precision: str) -> None:
     assert parsed(*DATA, *argv).precision == precision
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--use_fp16", "true", "--precision", "bf16"],
+        ["--precision", "auto", "--use_fp16"],
+        ["--use_fp16", "false", "--precision", "fp16"],
+    ],
+)
+def test_two_words_on_the_precision_that_contradict_each_other_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str]
+) -> None:
+    assert "expected one of the two; leave --use_fp16 out" in refused(capsys, *DATA, *argv)
+    file = tmp_path / "run.yaml"
+    precision = argv[argv.index("--precision") + 1]
+    file.write_text(f"precision: {precision}\nuse_fp16: {precision != 'fp16'}\n")
+    assert f"in the config file {file}: " in refused(capsys, *DATA, "--config", str(file))
+    # A flag wins over the file, in either's words.
+    file.write_text(f"precision: {precision}\n")
+    assert parsed(*DATA, "--config", str(file), "--use_fp16").precision == "fp16"
 
 
 def test_all_of_dinos_flags_are_known() -> None:
