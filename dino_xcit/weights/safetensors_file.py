@@ -21,6 +21,9 @@ from dino_xcit.weights.printing import shown
 HEADER_LIMIT = PICKLE_LIMIT
 """Bytes of the header, which holds what a checkpoint's pickle holds: names and shapes."""
 
+_LFS = b"version https://git-lfs"
+"""How git-lfs's notes begin (git-lfs, docs/spec.md), which a clone without git-lfs has in place of files."""
+
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -52,9 +55,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
             raise InputError(f"{path} is a pipe or a device: expected a .safetensors file")
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(len(_LFS))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {one_line(error)}") from error
+    if start == _LFS:
+        raise InputError(f"{path} is git-lfs's note of where the file is, not the file: fetch it with git lfs pull")
+    if len(start) < 8:
+        raise InputError(
+            f"{path} is no .safetensors file: it has {len(start)} bytes, expected a length of 8 bytes, a header and "
+            "tensors; fetch or export it again"
+        )
+    length = int.from_bytes(start[:8], "little")
     if length > HEADER_LIMIT:
         raise InputError(
             f"{path} is no .safetensors file that is read here: its header would be {length:,} bytes long, expected at "
