@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from last_words import last_words
 from PIL import Image
 from pretrain_fixtures import SMALL, STEPS_AN_EPOCH, Ended, Pretrain, Stopped, files_of, learnt_in
 from ranks import ENVIRONMENT, HERE
@@ -215,10 +216,10 @@ def test_torchrun_with_two_processes_learns_what_one_learns(
     pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
 ) -> None:
     flags = ["--data-path", labelled_photos, *SMALL, "--batch-size-per-gpu", "2", "--optimizer", "sgd"]
-    flags += ["--warmup-epochs", "0", "--max-steps", "3", "--save-every", "2"]
+    flags = last_words([*flags, "--warmup-epochs", "0", "--max-steps", "3", "--save-every", "2"])
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(HERE.parent / "run_pretrain.py"), *map(str, flags), "--output-dir", str(tmp_path / "two")],
+         str(HERE.parent / "run_pretrain.py"), *flags, "--output-dir", str(tmp_path / "two")],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
