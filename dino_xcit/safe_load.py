@@ -36,6 +36,8 @@ GROUND_TRUTH_LIMIT = 64 * 2**20
 ENTRY_LIMIT = 50_000
 """Entries of a checkpoint's archive, one a tensor."""
 DEPTH_LIMIT = 100
+GIT_LFS_NOTE = b"version https://git-lfs"
+"""How the notes begin (git-lfs, docs/spec.md) that a clone without git-lfs has in place of files."""
 
 UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError,
@@ -120,6 +122,8 @@ def _check_container(file: BinaryIO, size: int) -> None:
         _check_archive(file, size)
     elif start.startswith(_LEGACY_START):
         _check_legacy(file, size)
+    elif start.startswith(GIT_LFS_NOTE):
+        raise RefusedError("it is git-lfs's note of where the file is; fetch the file itself with git lfs pull")
     elif _is_tar(start):
         raise RefusedError("it is a tar archive, which only PyTorch before 0.4 wrote")
     else:

@@ -217,6 +217,12 @@ def test_what_is_no_file_of_that_kind_at_all_is_not_told_as_one_with_an_immense_
     assert "header would be" not in str(caught.value)
 
 
+def test_git_lfs_notes_are_told_as_such_whatever_file_they_stand_for(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(HOSTILE["a git-lfs pointer"])
+    with pytest.raises(InputError, match="git lfs pull"):
+        load_backbone(tmp_path / "x.pth")
+
+
 def test_a_header_over_the_limit_is_refused_before_the_library_reads_it(tmp_path: Path) -> None:
     """The library's own limit is 100 MB, all of it JSON."""
     header = json.dumps({"a": tensor([1], 0, 4)}).encode()

@@ -15,14 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dino_xcit.errors import InputError, one_line
-from dino_xcit.safe_load import ENTRY_LIMIT, PICKLE_LIMIT
+from dino_xcit.safe_load import ENTRY_LIMIT, GIT_LFS_NOTE, PICKLE_LIMIT
 from dino_xcit.weights.printing import shown
 
 HEADER_LIMIT = PICKLE_LIMIT
 """Bytes of the header, which holds what a checkpoint's pickle holds: names and shapes."""
-
-_LFS = b"version https://git-lfs"
-"""How git-lfs's notes begin (git-lfs, docs/spec.md), which a clone without git-lfs has in place of files."""
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -55,10 +52,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
             raise InputError(f"{path} is a pipe or a device: expected a .safetensors file")
         with open(path, "rb") as file:
-            start = file.read(len(_LFS))
+            start = file.read(len(GIT_LFS_NOTE))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {one_line(error)}") from error
-    if start == _LFS:
+    if start == GIT_LFS_NOTE:
         raise InputError(f"{path} is git-lfs's note of where the file is, not the file: fetch it with git lfs pull")
     if len(start) < 8:
         raise InputError(
