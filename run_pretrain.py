@@ -125,7 +125,11 @@ def train(
     if schedules.notice:
         distributed.say(f"notice: {schedules.notice}")
     if state.step >= sampler.stop_step:
-        distributed.say(f"already complete: step {state.step} of {sampler.stop_step} is done in {config.output_dir}")
+        end = f"--max-steps {config.max_steps}" if sampler.stop_step < total_steps else f"--epochs {config.epochs}"
+        distributed.say(
+            f"already complete: {config.output_dir} holds step {state.step}, and this run ends after step "
+            f"{sampler.stop_step} ({end}); next: {_what_is_next(config, source.labels is not None, checkpoints)}"
+        )
         return
     if state.step:
         began = f"; it began from {config.init_weights}, which is not read again" if config.init_weights else ""
@@ -262,14 +266,24 @@ def train(
     progress.close()
     watchdog.now("leaving", state.step)
     distributed.barrier()
-    measurable = source.labels is not None and not config.data_path.startswith(("tar:", "parquet:"))  # with both parts
-    then = (
-        f"python run_knn.py --weights {checkpoints.latest}"
-        if measurable
-        else f"python run_extract.py --weights {checkpoints.latest} --data-path '{config.data_path}' "
-        f"--output-dir {folder / 'vectors'}"
-    )
+    if rejected := int(state.rejected):
+        last = int(state.rejected_in_a_row)
+        distributed.say(
+            f"notice: {counted(rejected, 'step')} of {state.step} were not finite and changed nothing"
+            + (f", the last {last} among them: lower --lr, or --clip-grad" if last else "")
+        )
+    then = _what_is_next(config, source.labels is not None, checkpoints)
     distributed.say(f"done: {checkpoints.latest} (curves: {folder / 'curves.png'}); next: {then}")
+
+
+def _what_is_next(config: PretrainConfig, labelled: bool, checkpoints: CheckpointFolder) -> str:
+    """The command that a finished run is made for."""
+    if labelled and not config.data_path.startswith(("tar:", "parquet:")):  # the others have both parts
+        return f"python run_knn.py --weights {checkpoints.latest}"
+    return (
+        f"python run_extract.py --weights {checkpoints.latest} --data-path '{config.data_path}' "
+        f"--output-dir {checkpoints.output_dir / 'vectors'}"
+    )
 
 
 def _stays(epoch: int, config: PretrainConfig) -> bool:

@@ -259,6 +259,15 @@ class PretrainConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name in ("train_data", "val_data"):
+            value = getattr(self, name)
+            if value and not self.knn_every:
+                raise InputError(f"{name} is {value}, but knn_every is 0: expected --knn-every 1, or no {name}")
+            if value and self.knn_holdout:
+                raise InputError(
+                    f"{name} is {value}, but knn_holdout is {self.knn_holdout}, which measures on images of data_path: "
+                    f"expected --knn-holdout 0, or no {name}"
+                )
         for name in ("activation_checkpointing", "compile"):
             if getattr(self, name) and self.arch.startswith(("timm:", "vit_")):
                 raise InputError(f"{name} is for this project's XCiT, but arch is {self.arch}: expected {name} false")
@@ -292,6 +301,14 @@ FREE_TO_CHANGE = frozenset(
 )  # fmt: skip
 """Settings that may differ when a run is carried on: they do not change what is learnt (of batch_size_per_gpu and
 accumulation_steps, only the product with the number of processes does, which the steps an epoch show)."""
+
+
+OF_THE_STATE = frozenset(
+    {
+        "arch", "out_dim", "norm_last_layer", "use_bn_in_head", "head_hidden_dim", "head_bottleneck_dim", "optimizer",
+    }
+)  # fmt: skip
+"""Settings that decide what a checkpoint holds: no run carries on with others, not with ``--resume changed`` either."""
 
 
 def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pretrain_fixtures import SMALL, Pretrain, Stopped, files_of, learnt_in
-from tiny_run import differing_bits
+from tiny_run import CPU, differing_bits, tiny_config
 
 from dino_xcit import safe_load
+from dino_xcit.checkpoint import content_of, restore
+from dino_xcit.config import OF_THE_STATE
 from dino_xcit.errors import InputError
 from dino_xcit.metrics import read_metrics
 from dino_xcit.reliability.resume import output_folder
+from dino_xcit.train import build_state
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,62 @@ def test_resume_changed_carries_on_and_resume_never_starts_anew(
     assert steps == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--optimizer", "sgd"], "optimizer adamw -> sgd"),
+        (["--out-dim", "17"], "out_dim 16 -> 17"),
+        (["--arch", "xcit_pico_4_p8"], "arch xcit_pico_4_p4 -> xcit_pico_4_p8"),
+        (["--norm-last-layer", "false"], "norm_last_layer True -> False"),
+    ],
+)
+def test_other_networks_or_another_optimizer_are_refused_by_name_under_resume_changed_too(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path, flags: list[str], word: str
+) -> None:
+    folder, own = stopped.copy(tmp_path / "run")
+    before = files_of(folder)
+    refused = pretrain(*own, *flags, "--resume", "changed", "--max-steps", "3")
+    refused.assert_refused(f"({word})", "choose another --output-dir", "--init-weights")
+    assert files_of(folder) == before
+
+
+def test_every_setting_of_the_state_makes_a_checkpoint_that_does_not_load() -> None:
+    """So that nothing is refused which would have worked."""
+    other: dict[str, Any] = {
+        "arch": "xcit_pico_4_p8", "out_dim": 17, "norm_last_layer": False, "use_bn_in_head": True,
+        "head_hidden_dim": 24, "head_bottleneck_dim": 12, "optimizer": "sgd",
+    }  # fmt: skip
+    assert other.keys() == OF_THE_STATE
+    config = tiny_config(optimizer="adamw", norm_last_layer=True)
+    content = content_of(build_state(config, CPU), config, 1)
+    kinds = {"sgd": "momentum", "lars": "eta"}
+    for name, value in other.items():
+        state = build_state(dataclasses.replace(config, **{name: value}), CPU)
+        try:
+            restore(state, content, Path("x.pth"))
+        except InputError:
+            continue
+        # It loads, but the optimizer's groups then lack what its step wants.
+        assert any(kinds[str(value)] not in group for group in state.optimizer.param_groups), name
+
+
+def test_a_run_that_is_complete_says_why_and_what_is_next(pretrain: Pretrain, stopped: Stopped, tmp_path: Path) -> None:
+    folder, flags = stopped.copy(tmp_path / "run")
+    ended = pretrain(*flags, "--max-steps", "1")
+    assert ended.code == 0
+    assert f"already complete: {folder} holds step 2, and this run ends after step 1 (--max-steps 1); " in ended.out
+    assert f"next: python run_knn.py --weights {folder / 'checkpoint.pth'}" in ended.out
+
+
+def test_steps_that_were_rejected_are_counted_at_the_end(
+    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
+) -> None:
+    flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", tmp_path / "run", "--warmup-epochs", "0"]
+    ended = pretrain(*flags, "--lr", "1e30", "--max-steps", "3", "--saveckp-freq", "0")
+    assert ended.code == 0, ended.err
+    assert "notice: 2 steps of 3 were not finite and changed nothing, the last 2 among them: lower --lr" in ended.out
+
+
 def test_a_run_begins_from_weights_once_and_is_carried_on_without_them(
     pretrain: Pretrain, stopped: Stopped, labelled_photos: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +233,11 @@ def test_a_foreign_checkpoint_is_refused_and_kept(pretrain: Pretrain, stopped: S
         (["--data-path", "PHOTOS/val/dark", "--batch-size-per-gpu", "2", "--knn-every", "1"], ["--train-data"]),
         (["--data-path", "PHOTOS", "--batch-size-per-gpu", "1", "--local-crops-size", "4"], ["crop"]),
         (["--recipe", "dino", "--data-path", ""], ["--data-path"]),
+        (["--data-path", "PHOTOS", "--val-data", "PHOTOS/val"], ["knn_every is 0", "expected --knn-every 1"]),
+        (
+            ["--data-path", "PHOTOS", "--train-data", "absent", "--knn-every", "1", "--knn-holdout", "4"],
+            ["knn_holdout is 4", "expected --knn-holdout 0"],
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_xcit import checkpoint, distributed, durable, safe_load
-from dino_xcit.config import PretrainConfig, differences
+from dino_xcit.config import OF_THE_STATE, PretrainConfig, differences
 from dino_xcit.console import counted
 from dino_xcit.errors import InputError
 from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
@@ -150,7 +150,8 @@ def keep_global_batch(config: PretrainConfig, stored: Mapping[str, Any]) -> Pret
 def refuse_another_run(
     stored: Mapping[str, Any], path: Path, config: PretrainConfig, steps_per_epoch: int, images: str = ""
 ) -> None:
-    """Raise InputError where the checkpoint is of a run with other settings or images, and that was not allowed."""
+    """Raise InputError where the checkpoint is of a run with other settings or images, and that was not allowed; or of
+    other networks or another optimizer, which no word makes fit."""
     changed = differences(dict(stored["args"]), config)
     if images and stored.get("images", images) not in ("", images):
         changed.insert(0, f"other images in {config.data_path}: {stored['images']} -> {images}")
@@ -162,4 +163,10 @@ def refuse_another_run(
         raise InputError(
             f"{config.output_dir} holds another run ({listed}): choose another --output-dir, or --resume changed to "
             "carry on with the new settings, or --resume never to overwrite it"
+        )
+    unfit = [change for change in differences(dict(stored["args"]), config) if change.partition(" ")[0] in OF_THE_STATE]
+    if unfit:
+        raise InputError(
+            f"{path} does not fit these networks or their optimizer ({'; '.join(unfit)}), and cannot carry on with "
+            f"them: choose another --output-dir, to which --init-weights {path} brings the weights that fit"
         )
