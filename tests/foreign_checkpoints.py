@@ -260,6 +260,18 @@ def lightly_benchmark(student: nn.Module, teacher: nn.Module, width: int) -> dic
     )
 
 
+def lightly_moco(query: nn.Module, key: nn.Module) -> dict[str, Any]:
+    """lightly's MoCo v2 benchmark: what encodes the keys, and follows the other, is the "backbone"."""
+    layer = {"layers.0.weight": torch.zeros(4, 512), "layers.0.bias": torch.zeros(4)}
+    return lightning(
+        prefixed("backbone.", key.state_dict())
+        | prefixed("projection_head.", layer)
+        | prefixed("query_backbone.", query.state_dict())
+        | prefixed("query_projection_head.", layer)
+        | {"criterion.memory_bank.bank": torch.zeros(4, 16), "online_classifier.linear.weight": torch.zeros(9, 512)}
+    )
+
+
 def solo_learn(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
     return lightning(
         prefixed("backbone.", student.state_dict())

@@ -236,6 +236,24 @@ def test_lightlys_benchmark_is_read_though_its_teacher_is_called_backbone(tmp_pa
     assert set(load_backbone(path).left_aside) >= {"student_backbone", "criterion", "online_classifier"}
 
 
+def test_lightlys_moco_gives_the_encoder_of_queries_as_the_student(tmp_path: Path) -> None:
+    query, key = files.resnet(seed=1), files.resnet(seed=2)
+    path = saved(tmp_path, files.lightly_moco(query, key))
+    read = load_backbone(path)
+    assert_same_output(read, key)
+    assert (read.network, read.layout) == ("teacher", "a checkpoint of lightly")
+    assert_same_output(load_backbone(path, "student"), query)
+
+
+def test_of_two_backbones_under_unknown_names_none_is_taken_for_the_student(tmp_path: Path) -> None:
+    first, second = files.resnet(seed=1), files.resnet(seed=2)
+    both = files.prefixed("backbone.", first.state_dict()) | files.prefixed("target_backbone.", second.state_dict())
+    path = saved(tmp_path, files.lightning(both))
+    assert_same_output(load_backbone(path), first)
+    with pytest.raises(InputError, match=r"holds backbone and target_backbone, .* leave out --network student"):
+        load_backbone(path, "student")
+
+
 def test_lightlys_mask_token_is_left_aside_and_another_key_is_named_and_can_be_allowed(tmp_path: Path) -> None:
     content = files.lightly_benchmark(files.vit(1), files.vit(2), 192)
     content["state_dict"]["backbone.mask_token"] = torch.zeros(1, 1, 192)

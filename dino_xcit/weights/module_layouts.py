@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dino_xcit.errors import InputError
 from dino_xcit.weights.names import backbone_names, head_names, unwrapped
+from dino_xcit.weights.printing import first
 from dino_xcit.weights.stored_network import NETWORKS, ONLY, Layout, StoredNetwork, by_part, refuse_absent
 
 
@@ -29,8 +31,10 @@ class _Module:
 
 _MODULES = (
     _Module(Layout.LIGHTLY, ("teacher_backbone", "teacher_head"), ("student_backbone", "student_head"), True),
-    # lightly's benchmarks call the teacher "backbone", its momentum methods the student.
+    # lightly's benchmarks call the teacher "backbone", its momentum methods the student. In its MoCo v2 (benchmarks of
+    # ImageNet, mocov2.py) the "backbone" encodes the keys and follows the query_backbone's average.
     _Module(Layout.LIGHTLY, ("backbone", "projection_head"), ("student_backbone", "student_projection_head")),
+    _Module(Layout.LIGHTLY, ("backbone", "projection_head"), ("query_backbone", "query_projection_head")),
     _Module(Layout.LIGHTLY, ("backbone_momentum", "projection_head_momentum"), ("backbone", "projection_head")),
     _Module(Layout.SOLO_LEARN, ("momentum_backbone", "momentum_head"), ("backbone", "head")),
     # Its projector takes the place of the encoder's own head or fc. Of its transformers (facebookresearch/moco-v3,
@@ -46,7 +50,7 @@ def read_module(state: Mapping[str, Tensor], network: str, where: str) -> Stored
     """The network asked for; None where the state dict is of no such module.
 
     Raises:
-        InputError: the module does not hold that network.
+        InputError: the module does not hold that network, or holds several of which none is known to be the student.
     """
     parts = by_part(unwrapped(state))
 
@@ -63,6 +67,12 @@ def read_module(state: Mapping[str, Tensor], network: str, where: str) -> Stored
         layout, chosen, heads = row.layout, network, row.heads
     elif has("backbone"):
         # Without its partner a plain "backbone" is the only network, not a student or a teacher.
+        others = [word for word in parts if word != "backbone" and "backbone" in word and has(word)]
+        if others and network == "student":
+            raise InputError(
+                f"{where} holds backbone and {first(others, 3)}, and no program known here names them so: leave out "
+                "--network student to take backbone, or save the other by itself"
+            )
         layout, chosen, backbone, heads = Layout.MODULE, ONLY, "backbone", {}
         head = next((name for name in ("head", "projection_head") if head_names(parts.get(name, {}))), "head")
     else:
