@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretrain_fixtures import SMALL, Pretrain
 from tiny_run import CPU, tiny_source
 
 from dino_xcit.augment import MultiCropAugmentation
@@ -301,3 +302,20 @@ def test_the_number_of_workers_is_the_one_wanted_or_this_process_s_share_of_the_
     assert 1 <= cores <= 10
     assert choose_workers(-1, 1000) == 1
     assert all(choose_workers(-1, n) <= cores for n in range(1, 9))
+
+
+def test_more_workers_than_anybody_means_are_refused() -> None:
+    assert choose_workers(64, 1) == 64
+    with pytest.raises(
+        InputError, match=r"num_workers is 100000 loader .* the 2 processes here.*such as --num-workers"
+    ):
+        choose_workers(100_000, 2)
+
+
+def test_more_workers_than_cores_are_nothing_to_complain_of(pretrain: Pretrain, tmp_path: Path) -> None:
+    """Whether training waits for images is measured, and said with what to do."""
+    workers = min(64, len(os.sched_getaffinity(0)) + 1)
+    flags = [*SMALL, "--max-steps", "1", "--output-dir", tmp_path / "run", "--num-workers", str(workers)]
+    ended = pretrain("--data-path", "sample:fashion-mnist", *flags)
+    assert ended.code == 0, ended.err
+    assert "Warning" not in ended.err

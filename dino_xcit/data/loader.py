@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
 from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
+from dino_xcit.console import counted
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.socket_folder import share_socket_folder
 from dino_xcit.data.source import Source
@@ -34,6 +36,13 @@ Key = tuple[int, int]
 
 Seconds = tuple[float, float, float]
 """Time for reading, decoding and augmenting, in the process that does it."""
+
+# PyTorch's advice, said twice, where there are more loader processes than cores: dino_xcit.data.starvation measures
+# whether they are too few, and many wait for a slow disk better than few.
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+
+MOST_WORKERS = 64
+"""Loader processes on one machine that are believed to be meant, or sixteen a core if that is more."""
 
 SUBSTITUTES = 20
 """So many other images are tried in the place of one that cannot be read."""
@@ -218,11 +227,22 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def choose_workers(wanted: int, processes_here: int) -> int:
-    """Loader processes for one rank: ``wanted``, or this machine's cores shared among its ranks, ten at most."""
-    if wanted >= 0:
-        return wanted
+    """Loader processes for one rank: ``wanted``, or this machine's cores shared among its ranks, ten at most.
+
+    Raises:
+        InputError: so many are wanted that starting them would take the machine's memory and an hour.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(10, cores // max(1, processes_here)))
+    chosen = max(1, min(10, cores // max(1, processes_here)))
+    if wanted < 0:
+        return chosen
+    most = max(MOST_WORKERS, 16 * cores) // max(1, processes_here)
+    if wanted > max(most, chosen):
+        raise InputError(
+            f"num_workers is {wanted} ({counted(processes_here, 'rank')}, {counted(cores, 'core')} here), expected at "
+            f"most {max(most, chosen)}, such as --num-workers {chosen}"
+        )
+    return wanted
 
 
 class Loader:
