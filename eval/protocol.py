@@ -87,7 +87,7 @@ def images_card(source: Source) -> Card:
         line = f"{group}\t{name.rsplit('/', 1)[-1]}\n".encode("utf-8", "surrogateescape")
         order.update(line)
         members += int.from_bytes(hashlib.sha256(line).digest())  # a sum has no order, and takes no memory
-        names.update(f"{_own_name(name)}\n".encode("utf-8", "surrogateescape"))
+        names.update(f"{own_name(name)}\n".encode("utf-8", "surrogateescape"))
     contents = hashlib.sha256()
     for index in numpy.unique(numpy.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(numpy.int64)):
         item, _ = source.read(int(index))
@@ -102,7 +102,7 @@ def images_card(source: Source) -> Card:
     }
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """An image's name without folder and ending; of one that was packed, its name before
     (:func:`dino_xcit.data.packing.image.key_of`)."""
     while True:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow.parquet import write_table
 from tiny_run import CPU
 
 from dino_xcit.data import Source, open_source
+from dino_xcit.data.__main__ import main as data_command
 from dino_xcit.errors import InputError
 from eval.linear.imagenet_variants import Variant, measure, open_variant
 from eval.linear.pooled import Rows
@@ -111,6 +114,30 @@ def test_real_counts_any_of_an_images_labels_in_the_order_of_the_file_names(
         "top5": pytest.approx(100.0),
         "top5_interval": [100.0, 100.0],
     }
+
+
+def test_reals_labels_reach_the_right_images_of_packed_shards(tmp_path: Path, parts: tuple[Source, Source]) -> None:
+    """Packing puts a number before each name: the order of the names before it counts."""
+    train, val = parts
+    assert data_command(["pack", val.url, str(tmp_path / "packed")]) == 0
+    packed = open_source(f"tar:{tmp_path / 'packed'}/*.tar")
+    (tmp_path / "real.json").write_text(json.dumps([[6 - number] for number in range(7)]))
+    for source in (val, packed):
+        variant = open_variant(f"real:{tmp_path / 'real.json'}", train, source)
+        assert source.labels is not None
+        assert variant.labels[:, 0].tolist() == source.labels.tolist()
+
+
+def test_real_is_refused_where_the_order_of_the_images_is_unknown(tmp_path: Path, parts: tuple[Source, Source]) -> None:
+    train, val = parts
+    rows = [{"image": val.read(number)[0], "label": number} for number in range(7)]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "val.parquet")
+    nameless = open_source(f"parquet:{tmp_path}/val.parquet")
+    (tmp_path / "real.json").write_text(json.dumps([[6 - number] for number in range(7)]))
+    with pytest.raises(
+        InputError, match=r"own label for 1 of 7 images of parquet:.*, expected most: its labels are in"
+    ):
+        open_variant(f"real:{tmp_path / 'real.json'}", train, nameless)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@
   classifier chooses among those alone.
 - ``sketch:DIR`` (arXiv 1905.13549): a folder a wnid.
 - ``real:FILE`` (arXiv 2006.07159): no images but labels, a JSON list with a list of labels for each validation image in
-  the order of the file names; images without a label do not count, and any of its labels is right.
+  the order of the file names (of packed images: their names before); images without a label do not count, and any of
+  its labels is right.
 
 K classes, n images, M labels of an image at most.
 """
@@ -30,6 +31,7 @@ from dino_xcit.errors import InputError
 from eval.accuracy import bootstrap_interval
 from eval.linear.heads import guesses
 from eval.linear.pooled import Rows
+from eval.protocol import own_name
 
 FORMS = "imagenet-v2:DIR, imagenet-a:DIR, imagenet-r:DIR, sketch:DIR or real:FILE.json"
 PUBLISHED = {
@@ -45,6 +47,8 @@ _RESTRICTED = ("imagenet-a", "imagenet-r")
 _MOST_BYTES = 64 << 20
 _MOST_LABELS = 100
 """Of one image."""
+_LEAST_AGREEMENT = 0.5
+"""Share of the images whose own label must be among ReaL's. Of labels that are another image's it is about 0."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _open_real(file: str, wnids: Sequence[str], classes: Sequence[str], val: Sou
     wrong = next((label for one in lists for label in one if type(label) is not int or label not in known), None)
     if wrong is not None:
         raise InputError(f"{file} has the label {str(wrong)[:40]}: expected numbers of classes from 0 to {known[-1]}")
-    names = [val.name(index).replace("\\", "/").rpartition("/")[2] for index in range(len(val))]
+    names = [own_name(val.name(index).replace("\\", "/")) for index in range(len(val))]
     order = sorted(range(len(val)), key=lambda index: names[index])
     if len(set(names)) < len(names):
         raise InputError(f"{val.url} has files of the same name: ReaL's labels are in the order of the file names")
@@ -164,6 +168,15 @@ def _open_real(file: str, wnids: Sequence[str], classes: Sequence[str], val: Sou
     counted = np.flatnonzero(labels[:, 0] >= 0)
     if not len(counted):
         raise InputError(f"{file} has no label at all")
+    if val.labels is not None:
+        own = val.labels[counted, None]
+        agreeing = int((labels[counted] == own).any(axis=1).sum())
+        if agreeing < _LEAST_AGREEMENT * len(counted):
+            raise InputError(
+                f"{file} has an image's own label for {agreeing:,} of {len(counted):,} images of {val.url}, expected "
+                "most: its labels are in the order of ImageNet's file names, which these images do not have: use the "
+                "validation images in folders, or imagenet:DIR"
+            )
     return Variant("real", None, hashlib.sha256(data).hexdigest(), counted, labels[counted], None)
 
 
