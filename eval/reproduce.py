@@ -34,6 +34,7 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from dino_xcit.weights.printing import shown
 from dino_xcit.weights.safetensors_file import is_safetensors, read_safetensors
+from dino_xcit.weights.stored_network import Layout
 from eval.accuracy import bootstrap_interval, correct
 from eval.compare.published import IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL, PUBLISHED, TEMPERATURE, K, Published
 from eval.config import BackboneConfig, settings
@@ -44,6 +45,7 @@ from eval.setup import cache_folder, open_backbone
 from eval.table import percent, table
 
 _ROWS_AT_ONCE = 4096
+_OTHER_METHODS = (Layout.DINOV2, Layout.MOCO, Layout.MOCO_V3, Layout.MAE)
 _LACKING = 0.001
 """Share of the training images that may be missing: some copies of ImageNet lack a few, which no figure notices."""
 
@@ -159,7 +161,7 @@ def _figures_of(loaded: LoadedBackbone, published: Mapping[str, Published]) -> P
     """What was published for this network.
 
     Raises:
-        InputError: nothing was, or the file is one of labelled training.
+        InputError: nothing was, or the file is one of labelled training, or of another method's.
     """
     if loaded.arch not in published:
         known = ", ".join(name for name in published if name.startswith("xcit_"))
@@ -168,6 +170,11 @@ def _figures_of(loaded: LoadedBackbone, published: Mapping[str, Published]) -> P
         raise InputError(
             f"{loaded.path} was trained with labels: it has a classifier ({', '.join(loaded.classifiers)}); expected a "
             "file of DINO's, dino_..._pretrain.pth"
+        )
+    if loaded.layout in _OTHER_METHODS:
+        raise InputError(
+            f"{loaded.path} is {loaded.layout}, and what was published is of DINO's weights; expected a file of "
+            "DINO's, dino_..._pretrain.pth"
         )
     return published[loaded.arch]
 

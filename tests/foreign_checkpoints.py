@@ -156,9 +156,10 @@ def moco_v3(student: nn.Module, teacher: nn.Module, projector: str) -> dict[str,
     return {"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}, "scaler": {}}
 
 
-def moco(student: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
-    """facebookresearch/moco's; its published files have the student alone."""
-    layer = {"fc.0.weight": torch.zeros(4, 512), "fc.0.bias": torch.zeros(4)}
+def moco(student: nn.Module, teacher: nn.Module | None, version: int = 2) -> dict[str, Any]:
+    """facebookresearch/moco's; its published files have the student alone. Version 1 projects with one layer."""
+    before = "fc." if version == 1 else "fc.0."
+    layer = {f"{before}weight": torch.zeros(4, 512), f"{before}bias": torch.zeros(4)}
     state = prefixed("module.encoder_q.", dict(student.state_dict()) | layer)
     if teacher is not None:
         state |= prefixed("module.encoder_k.", dict(teacher.state_dict()) | layer)

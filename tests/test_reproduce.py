@@ -201,6 +201,16 @@ def test_a_network_without_a_published_figure_is_refused(imagenet: Path, full: P
         reproduce(config_of(full, imagenet))
 
 
+def test_another_methods_weights_are_refused_as_such_and_not_as_trained_with_labels(
+    imagenet: Path, backbone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    state = backbone | {"head.weight": torch.zeros(4, 64), "head.bias": torch.zeros(4)}  # a projector of one layer
+    encoders = {f"module.{name}.{key}": v for name in ("encoder_q", "encoder_k") for key, v in state.items()}
+    torch.save({"state_dict": encoders}, tmp_path / "moco.pth")
+    with pytest.raises(InputError, match=r"is a checkpoint of MoCo, and what was published is of DINO's weights"):
+        reproduce(config_of(tmp_path / "moco.pth", imagenet), as_published(76, 77.8), STAND_IN)
+
+
 @pytest.mark.parametrize("layout", ["model", "state_dict", ""])
 def test_weights_that_learnt_from_labels_are_refused_in_whatever_layout(
     imagenet: Path, backbone: dict[str, torch.Tensor], tmp_path: Path, layout: str

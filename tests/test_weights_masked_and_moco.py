@@ -60,6 +60,12 @@ def test_moco_gives_both_encoders_and_a_published_file_the_student(tmp_path: Pat
     assert_same_output(load_backbone(path, "student"), student)
 
 
+def test_moco_1s_projector_is_no_classifier(tmp_path: Path) -> None:
+    network = files.resnet()
+    read = load_backbone(saved(tmp_path, files.moco(network, network, version=1)))
+    assert (read.left_aside[0], read.classifiers) == ("fc", ())
+
+
 def test_mae_leaves_its_decoder_aside_by_name(tmp_path: Path) -> None:
     network = files.vit()
     read = load_backbone(saved(tmp_path, files.mae(network)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dino_xcit.weights.hub import TIMM
 from dino_xcit.weights.layouts import read_network
 from dino_xcit.weights.preparation import Preparation, preparation
 from dino_xcit.weights.printing import shown
-from dino_xcit.weights.stored_network import Layout
+from dino_xcit.weights.stored_network import Layout, StoredNetwork
 
 
 @dataclass
@@ -89,9 +89,17 @@ def read_weights(
         preparation=preparation(file, name, where, settings),
         data=str(training["data_path"]) if training.get("data_path") else None,
         training=training,
-        classifiers=tuple(name for name in fitting.classifiers if f"{name}.weight" in stored.state),
+        classifiers=_classifiers(stored, fitting.classifiers),
         heads_assumed=0 if arch or heads or _named(training, name) else _heads(name),
     )
+
+
+def _classifiers(stored: StoredNetwork, left_aside: Sequence[str]) -> tuple[str, ...]:
+    """Those of one linear layer that stood on the backbone. MoCo, which uses no labels, puts its projector there: that
+    of version 1 is one linear layer too."""
+    if stored.layout in (Layout.MOCO, Layout.MOCO_V3):
+        return ()
+    return tuple(name for name in left_aside if f"{name}.weight" in stored.state)
 
 
 def _training(content: Mapping[str, Any]) -> dict[str, Any]:
