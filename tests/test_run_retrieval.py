@@ -14,9 +14,11 @@ from PIL import Image
 from ranks import two_ranks_run
 from retrieval_fixtures import Place, new_place, noise, save
 from run_here import Command, Here
+from safetensors.torch import save_file
 
 import run_extract
 import run_retrieval
+from dino_xcit.models import build_backbone
 from eval.collection.images import images_of
 from eval.collection.store import open_collection
 
@@ -90,6 +92,28 @@ def test_landmarks_cut_queries_to_their_box_and_write_a_figure_a_setup(
     other = json.loads((tmp_path / "w.json").read_text())
     assert other["protocol"]["queries"] == "whole pictures"
     assert other["results"] != card["results"], "the box was of use"
+
+
+@pytest.mark.parametrize("scales", [(1,), (1, 0.7071)])
+def test_landmarks_of_any_proportions_can_be_shown_to_a_transformer_of_patches(
+    oxford: Path, retrieve: Command, tmp_path: Path, scales: tuple[float, ...]
+) -> None:
+    weights = tmp_path / "vit.safetensors"
+    backbone = build_backbone("vit_tiny_1_p16_32")
+    state = {key.removeprefix("model."): value for key, value in backbone.state_dict().items()}
+    save_file(state, weights, {"arch": "vit_tiny_1_p16_32"})
+    # 40 x 32 pixels: two and a half patches of 16 by two. The second query's box is narrower than one.
+    truth = json.loads((oxford / "gnd_roxford5k.json").read_text())
+    truth["gnd"][1]["bbx"] = [16, 24, 56, 34]
+    (oxford / "gnd_roxford5k.json").write_text(json.dumps(truth))
+    done = retrieve(
+        "oxford", "--weights", weights, "--data-path", oxford, "--imsize", 40, "--no-cache", "--scales", *scales,
+        "--json", tmp_path / "o.json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = {row["setup"]: row for row in json.loads((tmp_path / "o.json").read_text())["results"]}
+    assert rows["easy"]["map"] == 100, "within its box the query is its building's very picture"
+    assert 0 < rows["medium"]["ap"]["query_1"] <= 100
 
 
 def test_landmarks_take_pooling_scales_and_what_was_kept(

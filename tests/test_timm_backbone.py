@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_run import run, tiny_config
 
+from dino_xcit.errors import InputError
 from dino_xcit.models import DINOHead, ViewNetwork, build_backbone
 
 # Class token, distilled pair of tokens, pooled map, map kept as [B, h, w, D], and maps that are widened after pooling.
@@ -49,6 +50,26 @@ def test_layers_come_in_the_order_asked_for(name: str) -> None:
 def test_non_square_images_give_a_non_square_grid() -> None:
     model = build_backbone("timm:vit_tiny_patch16_224").eval()
     assert model(torch.randn(1, 3, 64, 112)).grid == (4, 7)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_1_p16_32", "timm:test_vit"])
+def test_a_transformer_sees_the_whole_patches_of_an_image_as_a_convolution_of_that_stride_does(name: str) -> None:
+    model = build_backbone(name).eval()
+    images = torch.randn(1, 3, 79, 50)
+    with torch.no_grad():
+        found, cut, narrow = model(images), model(images[:, :, :64, :48]), model(images[:, :, :64, :5])
+        stem = torch.nn.functional.conv2d(images, model.model.patch_embed.proj.weight, stride=16)  # type: ignore[union-attr,arg-type]
+    assert found.grid == tuple(stem.shape[2:]) == (4, 3)
+    assert torch.equal(found.cls_token, cut.cls_token)
+    assert torch.equal(found.patch_tokens, cut.patch_tokens)
+    assert narrow.grid == (4, 1)
+    assert bool(narrow.cls_token.isfinite().all())
+
+
+def test_images_that_a_model_of_one_size_cannot_take_are_refused_in_one_sentence() -> None:
+    model = build_backbone("timm:resmlp_12_224")
+    with pytest.raises(InputError, match=r"cannot take images of 65 x 64 pixels .*--eval-crop .*--fit centre"):
+        model(torch.rand(1, 3, 65, 64))
 
 
 def test_patch_tokens_lie_row_by_row_without_the_class_token() -> None:

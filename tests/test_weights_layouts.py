@@ -316,13 +316,6 @@ def test_in_every_layout_gaps_leftovers_and_other_shapes_are_named(tmp_path: Pat
     assert load_backbone(saved(tmp_path, LAYOUTS[layout](state))).allowed == ()
 
 
-def test_images_that_a_transformer_cannot_take_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    read = load_backbone(saved(tmp_path, files.vit().state_dict()))
-    with pytest.raises(InputError, match=r"cannot take images of 65 x 64 pixels .*--eval-crop"):
-        read.backbone(torch.rand(1, 3, 65, 64))
-    assert read.backbone(torch.rand(1, 3, 32, 96)).grid == (2, 6)
-
-
 def test_names_that_are_a_million_wrappers_long_cost_nothing(tmp_path: Path) -> None:
     path = saved(tmp_path, {"module." * 1_000_000 + "x": torch.zeros(1)})
     started = time.process_time()

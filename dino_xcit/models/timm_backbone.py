@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dino_xcit.errors import InputError, near_matches, one_line
 from dino_xcit.models.output import BackboneOutput
@@ -60,16 +62,27 @@ class TimmBackbone(nn.Module):
     ) -> BackboneOutput:
         """See :meth:`dino_xcit.models.xcit.XCiT.forward`; ``drop_path_keys`` is not used: timm draws its own coins.
 
+        Of images that are no whole number of patches a plain transformer sees the whole ones, see
+        :func:`whole_patches`.
+
         Raises:
-            InputError: images of a size that the model cannot take, such as no multiple of its patch.
+            InputError: images of a size that the model cannot take, such as any but one.
         """
         try:
-            return self._features(images, layers)
+            return self._features(self._fitted(images), layers)
         except AssertionError as error:  # how timm's models say it
             raise InputError(
                 f"this model cannot take images of {images.shape[2]} x {images.shape[3]} pixels ({one_line(error)}): "
-                "choose another --eval-crop, or other crop sizes when training"
+                "choose another --eval-crop (run_retrieval.py: --fit centre, or --fit square with --image-size), or "
+                "other crop sizes when training"
             ) from error
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        embed = getattr(self.model, "patch_embed", None)
+        # Exactly where timm's embedding would refuse: it neither wants one size nor pads.
+        if isinstance(embed, PatchEmbed) and not embed.strict_img_size and not embed.dynamic_img_pad:
+            return whole_patches(images, embed.patch_size)
+        return images
 
     def _features(self, images: Tensor, layers: Sequence[int]) -> BackboneOutput:
         kept: tuple[Tensor, ...] = ()
@@ -110,3 +123,24 @@ class TimmBackbone(nn.Module):
         while tokens % height:
             height -= 1
         return patches, (height, tokens // height)
+
+
+def whole_patches(images: Tensor, patch: Sequence[int]) -> Tensor:
+    """Images without the last rows and columns that fill no patch, as the patch embedding of DINO's transformers (a
+    convolution of stride and kernel one patch) leaves them out. timm's refuses such images, so that no picture in its
+    own proportions could be shown to one. It is done here, and not where pictures are prepared, because it belongs to
+    the network: an XCiT's stem pads instead.
+
+    Args:
+        images: [B, 3, height, width], normalised.
+        patch: height and width of a patch.
+
+    Returns:
+        [B, 3, h, w], multiples of the patch. A side shorter than one patch is filled up to one with zeros, the mean
+        colour.
+    """
+    height, width = images.shape[2:]
+    if height % patch[0] == 0 and width % patch[1] == 0:
+        return images
+    rows, columns = (max(1, side // of) * of for side, of in zip((height, width), patch, strict=True))
+    return F.pad(images, (0, columns - width, 0, rows - height))  # a negative number cuts
