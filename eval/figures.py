@@ -18,6 +18,9 @@ Setting = str | int | float
 MOST_IMAGES = 100_000_000
 """A count beyond is a mistake."""
 
+ALL = "all"
+"""The setting ``draws`` of a figure whose only draw took every training image."""
+
 
 Unit = Literal["image", "query", "draw"]
 """What a figure is a mean over: validation images, queries of a search, draws of a few training images."""
@@ -97,19 +100,20 @@ def query_figure(
 
 
 def few_shot_figure(model: str, record: Mapping[str, object], draws: int, seed: int) -> Figure:
-    """The mean top-1 over the draws of a few images a class.
+    """The mean top-1 over the draws of a few images a class; of all images there is one draw, whatever the seed.
 
     Args:
         model: ``trained``, or the name of a baseline.
         record: one of :func:`eval.knn.few_shot.few_shot`.
+        draws, seed: as they were asked for.
     """
     shots, k, temperature = int(str(record["shots"])), int(str(record["k"])), float(str(record["temperature"]))
     found = record["top1_draws"]
     assert isinstance(found, list)
-    name = f"{model} {shots} a class, {draws} draws of seed {seed}, k={k} T={temperature:g} top-1"
-    settings: dict[str, Setting] = {
-        "model": model, "shots": shots, "draws": draws, "seed": seed, "k": k, "T": temperature,
-    }  # fmt: skip
+    how: dict[str, Setting] = {"draws": ALL} if record["takes_all"] else {"draws": draws, "seed": seed}
+    drawn = "all images" if record["takes_all"] else f"{draws} draws of seed {seed}"
+    name = f"{model} {shots} a class, {drawn}, k={k} T={temperature:g} top-1"
+    settings: dict[str, Setting] = {"model": model, "shots": shots, **how, "k": k, "T": temperature}
     values = np.array(found, dtype=np.float64)
     return Figure(name, settings, float(values.mean()), None, model != "trained", values, "draw", str(record["drawn"]))
 

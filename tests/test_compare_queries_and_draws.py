@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -42,8 +43,8 @@ def refusal(*words: object) -> str:
 # ---- few shots
 
 
-def few(top1: list[float], drawn: str = "d", seed: int = 0) -> Figure:
-    record = {"shots": 5, "k": 20, "temperature": 0.07, "top1_draws": top1, "drawn": drawn}
+def few(top1: list[float], drawn: str = "d", seed: int = 0, takes_all: bool = False) -> Figure:
+    record = {"shots": 5, "k": 20, "temperature": 0.07, "top1_draws": top1, "drawn": drawn, "takes_all": takes_all}
     return few_shot_figure("trained", record, len(top1), seed)
 
 
@@ -74,6 +75,41 @@ def test_draws_of_other_images_are_not_compared_in_pairs(tmp_path: Path, capsys:
     for path in others.values():
         _, (_, second) = compared(tmp_path, capsys, a, path)
         assert (second["difference"], second["difference_interval"], second["p"]) == (2.0, None, None)
+        assert second["unknown"] == "the two files drew other images, so that they are not paired"
+
+
+def test_draws_that_are_all_the_same_tell_nothing_and_are_no_test_to_correct_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shots(number: int, top1: list[float]) -> Figure:
+        one = few(top1)
+        return dataclasses.replace(one, name=f"{number} a class", settings={**one.settings, "shots": number})
+
+    third = 100 / 3
+    a = write_result(tmp_path / "a.json", shots(1, [50.0, 54.0]), shots(2, [third, 40.0]), shots(9, [third] * 5))
+    b = write_result(tmp_path / "b.json", shots(1, [51.0, 56.0]), shots(2, [35.1, 35.1 + 20 / 3]), shots(9, [60.1] * 5))
+    text, rows = compared(tmp_path, capsys, a, b)
+    varied, shifted, same = rows[1::2]
+    assert varied["p"] == varied["p_holm"], "the others are no tests"
+    for row in (shifted, same):
+        assert (row["difference_interval"], row["p"], row["p_holm"]) == (None, None, None)
+    assert shifted["interval"] is not None
+    assert same["interval"] is None
+    assert "Holm" not in text
+    assert "no interval: all draws have the same accuracy, which does not tell how far others would be" in text
+    assert "no interval: all draws differ by the same" in text
+
+
+def test_where_all_images_were_taken_there_are_no_other_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (
+        write_result(tmp_path / f"{name}.json", few([value], takes_all=True)) for name, value in zip("ab", (50.0, 60.0))
+    )
+    text, (_, second) = compared(tmp_path, capsys, a, b)
+    assert (second["difference"], second["difference_interval"], second["p"]) == (10.0, None, None)
+    assert "all training images were taken: there are no other draws" in text
+    assert "--draws 5" not in text
 
 
 def test_draws_of_another_seed_are_other_figures(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from dino_xcit.errors import InputError
 from eval.accuracy import accuracy
+from eval.figures import few_shot_figure
 from eval.knn import knn_predict
 from eval.knn.few_shot import draw, few_shot, short_classes
 from eval.knn.report import few_shot_table, short_classes_notices
@@ -83,18 +84,26 @@ def test_one_draw_has_no_deviation() -> None:
     assert "±" not in few_shot_table([{"model": "trained", **record}], 1)
 
 
-def test_more_images_a_class_than_there_are_is_the_whole_training_set_and_said() -> None:
+def test_more_images_a_class_than_there_are_is_the_whole_training_set_once_and_said() -> None:
     train, labels = clouds(60, 3, seed=1)
     labels[labels == 2] = 700  # a gap in the numbers
     kept = np.concatenate([np.flatnonzero(labels != 700), np.flatnonzero(labels == 700)[:4]])
     train, labels = train[kept], labels[kept]
     (record,) = few_shot(train, labels, train[::3], labels[::3], [500], 3, [5], [0.07])
     whole = accuracy(knn_predict(train, labels, train[::3], [5], [0.07])[5, 0.07], labels[::3], 1)
-    assert record["top1_draws"] == [whole] * 3
-    assert record["classes_with_fewer"] == 3
+    assert record["top1_draws"] == [whole], "every draw is the same"
+    assert (record["top1_deviation"], record["takes_all"], record["classes_with_fewer"]) == (None, True, 3)
+    figures = [few_shot_figure("trained", record, 3, seed) for seed in (0, 1)]
+    assert figures[0].name == "trained 500 a class, all images, k=5 T=0.07 top-1"
+    assert figures[0].settings == figures[1].settings, "the seed decides nothing"
     assert short_classes(labels, 5) == [(700, 4)]
-    assert short_classes_notices(labels, ("a", "b", "c"), [4, 5]) == [
-        "1 class has fewer than 5 training images (the least: 700 with 4): all that there are were used"
+    most = int(np.unique(labels, return_counts=True)[1].max())
+    records = few_shot(train, labels, train[::3], labels[::3], [most - 1, most], 3, [5], [0.07])
+    assert [len(record["top1_draws"]) for record in records] == [3, 1]  # type: ignore[arg-type]
+    assert short_classes_notices(labels, ("a", "b", "c"), [4, 5, most]) == [
+        "1 class has fewer than 5 training images (the least: 700 with 4): all that there are were used",
+        f"few-shot {most} takes all {len(labels)} training images, as no class has more: every draw is the same, so it "
+        "was measured once, and has no deviation",
     ]
 
 

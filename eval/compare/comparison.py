@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 
 from eval.accuracy import bootstrap_interval
 from eval.compare.likeness import paired
-from eval.compare.means import draw_interval, draw_p, query_interval, randomisation_p, unpaired_query_interval
+from eval.compare.means import (
+    draw_interval,
+    draw_p,
+    query_interval,
+    randomisation_p,
+    spread_is_unknown,
+    unpaired_query_interval,
+)
 from eval.compare.result_file import Result
 from eval.compare.significance import discordant, holm, mcnemar, paired_interval, unpaired_interval
 from eval.compare.typeset import Columns
-from eval.figures import Figure, Unit
+from eval.figures import ALL, Figure, Unit
 from eval.retrieval.average_precision import mean_interval
 from eval.table import Interval, percent, signed
 
@@ -38,6 +45,8 @@ class Comparison:
     p: float | None = None
     p_holm: float | None = None
     """Corrected for the number of tests among these comparisons."""
+    unknown: str = ""
+    """Of a mean over draws: why it, or its difference, has no interval."""
 
 
 def compare(
@@ -107,15 +116,17 @@ def notes(comparisons: Sequence[Comparison]) -> list[str]:
         lines.append(f"p (Holm): corrected for the {len(tests)} tests of this table; --figure WORDS leaves fewer")
     if any(one.units is None for one in comparisons):
         lines.append("no interval: the figure comes without its hits image by image")
-    if any(one.unit == "draw" and one.units == 1 for one in comparisons):
-        lines.append("no interval: there is one draw; --draws 5 has five")
+    lines += [f"no interval: {why}" for why in dict.fromkeys(one.unknown for one in comparisons) if why]
     if any(one.difference_interval is not None and one.p is None for one in comparisons):
         lines.append("no p: the images are not paired; the interval of that difference resamples each file by itself")
     return lines
 
 
 def _row(result: Result, figure: Figure) -> Comparison:
-    return Comparison(figure.name, result.label, figure.percent, _interval(figure), figure.unit, figure.units)
+    row = Comparison(figure.name, result.label, figure.percent, _interval(figure), figure.unit, figure.units)
+    if figure.unit == "draw" and figure.values is not None and spread_is_unknown(figure.values):
+        return replace(row, unknown=_why_unknown(figure))
+    return row
 
 
 def _against(first: Result, figure: Figure, other: Result, own: Figure) -> Comparison:
@@ -140,9 +151,20 @@ def _against(first: Result, figure: Figure, other: Result, own: Figure) -> Compa
         interval = query_interval(figure.values, own.values)
         return replace(row, difference_interval=interval, p=randomisation_p(figure.values, own.values))
     if not together:  # other draws: too few of each to say how far they are from each other
-        return row
+        return replace(row, unknown=row.unknown or "the two files drew other images, so that they are not paired")
     gains = own.values - figure.values
+    if spread_is_unknown(gains):
+        why = "all draws differ by the same, which does not tell by how much others would (more --draws may)"
+        return replace(row, unknown=row.unknown or why)
     return replace(row, difference_interval=draw_interval(gains), p=draw_p(gains))
+
+
+def _why_unknown(figure: Figure) -> str:
+    if figure.settings.get("draws") == ALL:
+        return 'all training images were taken: there are no other draws (--figure "trained k=20" has images for units)'
+    if figure.units == 1:
+        return "there is one draw; --draws 5 has five"
+    return "all draws have the same accuracy, which does not tell how far others would be (more --draws may)"
 
 
 def _interval(figure: Figure) -> Interval | None:

@@ -19,6 +19,8 @@ _CELLS = 200_000_000
 """Values drawn for one interval or p: seconds. Beyond 20,000 queries that means fewer resamplings, at least 1,000."""
 _LEAST = 1000
 _AT_ONCE = 2_000_000
+_ROUNDING = 2e-5
+"""Percentage points that differences of equal size may be apart, as a result file keeps values as float32."""
 
 
 # ---- queries
@@ -74,8 +76,8 @@ def _portions(size: int) -> list[int]:
 
 
 def draw_interval(values: Values) -> Interval | None:
-    """Student's t interval of a mean; None for a single value."""
-    if len(values) < 2:
+    """Student's t interval of a mean; None where :func:`spread_is_unknown`."""
+    if spread_is_unknown(values):
         return None
     mean, error = float(values.mean()), _error(values)
     half = student_quantile(LEVEL, len(values) - 1) * error
@@ -83,13 +85,20 @@ def draw_interval(values: Values) -> Interval | None:
 
 
 def draw_p(differences: Values) -> float | None:
-    """The two-sided p-value of Student's t-test that the mean is 0; None for a single value."""
-    if len(differences) < 2:
+    """The two-sided p-value of Student's t-test that the mean is 0; None where :func:`spread_is_unknown`."""
+    if spread_is_unknown(differences):
         return None
     mean, error = float(differences.mean()), _error(differences)
-    if error == 0:
-        return 1.0 if mean == 0 else 0.0
     return 1 - student_within(abs(mean) / error, len(differences) - 1)
+
+
+def spread_is_unknown(values: Values) -> bool:
+    """Whether they do not tell how far others would be: a single value, or several that are all the same.
+
+    Accuracies are multiples of one image's share, so that a few draws may agree by chance: an interval of no width, and
+    a p of 0, would be false.
+    """
+    return len(values) < 2 or float(np.ptp(values)) <= _ROUNDING
 
 
 def student_within(t: float, freedom: int) -> float:

@@ -42,6 +42,11 @@ def short_classes(labels: NDArray[np.int64], shots: int) -> list[tuple[int, int]
     return [(int(number), int(count)) for number, count in zip(classes, counts, strict=True) if count < shots]
 
 
+def takes_all(labels: NDArray[np.int64], shots: int) -> bool:
+    """Whether a draw has every image, as no class has more than ``shots``: then all draws are the same."""
+    return int(np.unique(labels, return_counts=True)[1].max(initial=0)) <= shots
+
+
 def few_shot(
     train_features: NDArray[np.float32],
     train_labels: NDArray[np.int64] | None,
@@ -59,12 +64,12 @@ def few_shot(
     Args:
         train_features: [train images, D], which the images are drawn from; may be memory-mapped.
         shots: the n to measure, each at least 1.
-        draws: how many times images are drawn for each n.
+        draws: how many times images are drawn for each n; once where a draw has them all (:func:`takes_all`).
         ks: neighbours that vote; more than were drawn means all of them, and is reported once, as that number.
 
     Returns:
         One record for each (n, k, T): ``shots``, ``k``, ``temperature``, ``classes_with_fewer`` images than n,
-        ``drawn`` (SHA-256 of the rows of all draws: where two networks' are equal, so are their images), and for
+        ``takes_all`` (images of every class, in the only draw), ``drawn`` (SHA-256 of the rows of all draws: where two networks' are equal, so are their images), and for
         ``top1`` and ``top5`` the mean over the draws, ``*_deviation`` (of a sample, n - 1 in its denominator; None for
         a single draw) and ``*_draws``, each draw's own. Top-5 is None where it would say nothing: up to five classes,
         or fewer than five neighbours.
@@ -76,11 +81,12 @@ def few_shot(
         raise InputError("the training images have no labels: nothing can be drawn from each class")
     classes = len(np.unique(train_labels))
     records: list[Record] = []
-    with progress_bar(len(shots) * draws, "few-shot", shown=progress, unit="draw") as bar:
+    times = {count: 1 if takes_all(train_labels, count) else draws for count in shots}
+    with progress_bar(sum(times.values()), "few-shot", shown=progress, unit="draw") as bar:
         for count in shots:
             figures: dict[tuple[int, float], list[tuple[float, float]]] = {}
             drawn = hashlib.sha256()
-            for number in range(draws):
+            for number in range(times[count]):
                 rows = draw(train_labels, count, seed, number)
                 drawn.update(rows.astype("<i8").tobytes())
                 usable, _ = clamp_ks(ks, len(rows))
@@ -93,7 +99,7 @@ def few_shot(
             for (k, temperature), measured in figures.items():
                 top1, top5 = zip(*measured, strict=True)
                 record: Record = {"shots": count, "k": k, "temperature": temperature, "classes_with_fewer": fewer}
-                record["drawn"] = drawn.hexdigest()
+                record |= {"takes_all": takes_all(train_labels, count), "drawn": drawn.hexdigest()}
                 record |= _summary("top1", top1) | _summary("top5", top5 if classes > 5 and k >= 5 else None)
                 records.append(record)
     return records

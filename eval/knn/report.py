@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dino_xcit.console import printable
 from dino_xcit.data import Source
 from eval.knn.confusion import class_name
-from eval.knn.few_shot import short_classes
+from eval.knn.few_shot import short_classes, takes_all
 from eval.table import percent, table
 
 Record = Mapping[str, Any]
@@ -59,11 +59,17 @@ def few_shot_table(records: Sequence[Record], draws: int) -> str:
 def short_classes_notices(
     labels: NDArray[np.int64] | None, names: Sequence[str] | None, shots: Sequence[int]
 ) -> list[str]:
-    """A sentence for each number of images a class that some class has fewer of."""
+    """A sentence for each number of images a class that some class has fewer of, or that no class has more of."""
     notices = []
     for count in shots:
-        short = [] if labels is None else short_classes(labels, count)
-        if short:
+        if labels is None:
+            continue
+        if takes_all(labels, count):
+            notices.append(
+                f"few-shot {count} takes all {len(labels):,} training images, as no class has more: every draw is the "
+                "same, so it was measured once, and has no deviation"
+            )
+        elif short := short_classes(labels, count):
             number, least = min(short, key=lambda pair: pair[1])
             which = f"{len(short)} classes have" if len(short) > 1 else "1 class has"
             notices.append(
