@@ -103,9 +103,8 @@ def test_draws_that_are_all_the_same_tell_nothing_and_are_no_test_to_correct_for
 def test_where_all_images_were_taken_there_are_no_other_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a, b = (
-        write_result(tmp_path / f"{name}.json", few([value], takes_all=True)) for name, value in zip("ab", (50.0, 60.0))
-    )
+    a = write_result(tmp_path / "a.json", few([50.0], takes_all=True))
+    b = write_result(tmp_path / "b.json", few([60.0], takes_all=True))
     text, (_, second) = compared(tmp_path, capsys, a, b)
     assert (second["difference"], second["difference_interval"], second["p"]) == (10.0, None, None)
     assert "all training images were taken: there are no other draws" in text

@@ -161,7 +161,7 @@ def _against(first: Result, figure: Figure, other: Result, own: Figure) -> Compa
 
 def _why_unknown(figure: Figure) -> str:
     if figure.settings.get("draws") == ALL:
-        return 'all training images were taken: there are no other draws (--figure "trained k=20" has images for units)'
+        return "all training images were taken: there are no other draws; k-NN without few shots is compared by images"
     if figure.units == 1:
         return "there is one draw; --draws 5 has five"
     return "all draws have the same accuracy, which does not tell how far others would be (more --draws may)"

@@ -69,10 +69,10 @@ def few_shot(
 
     Returns:
         One record for each (n, k, T): ``shots``, ``k``, ``temperature``, ``classes_with_fewer`` images than n,
-        ``takes_all`` (images of every class, in the only draw), ``drawn`` (SHA-256 of the rows of all draws: where two networks' are equal, so are their images), and for
-        ``top1`` and ``top5`` the mean over the draws, ``*_deviation`` (of a sample, n - 1 in its denominator; None for
-        a single draw) and ``*_draws``, each draw's own. Top-5 is None where it would say nothing: up to five classes,
-        or fewer than five neighbours.
+        ``takes_all`` (whether the only draw has all images), ``drawn`` (SHA-256 of the rows of all draws: where two
+        networks' are equal, so are their images), and for ``top1`` and ``top5`` the mean over the draws,
+        ``*_deviation`` (of a sample, n - 1 in its denominator; None for a single draw) and ``*_draws``, each draw's
+        own. Top-5 is None where it would say nothing: up to five classes, or fewer than five neighbours.
 
     Raises:
         InputError: no labels, or no image to draw from.
