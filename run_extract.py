@@ -76,8 +76,6 @@ def main() -> None:
 
 def learn_whitening(config: ExtractConfig) -> None:
     """Write the PCA whitening of a collection's vectors."""
-    if not config.index:
-        raise InputError("no index given: use --index FOLDER, a collection to learn the whitening from")
     collection = open_collection(Path(config.index).expanduser())
     if collection.whitening is not None:
         raise InputError(f"the vectors in {collection.folder} are whitened already: learn from some that are not")
@@ -100,10 +98,6 @@ def extract(config: ExtractConfig) -> None:
     """Write a collection of all images of a data source, or add them to one."""
     # ---- backbone, images, how vectors are made of them, where to
     started = time.perf_counter()
-    if not config.output_dir:
-        raise InputError(
-            "no output_dir given: use --output-dir FOLDER for the vectors, or --query IMAGE --index FOLDER"
-        )
     folder = Path(config.output_dir).expanduser()
     loaded, device = open_backbone(config)
     source = _images(config, loaded)
@@ -180,8 +174,6 @@ def extract(config: ExtractConfig) -> None:
 def look_up(config: ExtractConfig) -> None:
     """Print the nearest images of each query, and draw them."""
     # ---- the collection, and the very weights that made it
-    if not (config.index or config.output_dir):
-        raise InputError("no index given: use --index FOLDER, one that run_extract.py --output-dir wrote")
     collection = open_collection(Path(config.index or config.output_dir).expanduser())
     pictures = [decode(_read(query), query) for query in config.query]
     loaded, device = open_backbone_of(collection, config)

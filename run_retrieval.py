@@ -81,7 +81,7 @@ def landmarks(config: RetrievalConfig) -> None:
     """Revisited Oxford or Paris."""
     # ---- what is right, and the images
     started = time.perf_counter()
-    place, dataset = Path(_data_path(config)).expanduser(), DATASETS[config.protocol]
+    place, dataset = Path(config.data_path).expanduser(), DATASETS[config.protocol]
     given = Path(config.ground_truth).expanduser() if config.ground_truth else find_ground_truth(place, dataset)
     truth = read_ground_truth(given)
     sources = dict(zip(("database", "queries"), open_images(truth, place, config.queries == "box"), strict=True))
@@ -130,7 +130,7 @@ def copydays(config: RetrievalConfig) -> None:
     """Copies that find their original, as DINO's script has it; and originals that find their strong copies."""
     # ---- images
     started = time.perf_counter()
-    blocks = open_blocks(Path(_data_path(config)).expanduser())
+    blocks = open_blocks(Path(config.data_path).expanduser())
     distractors = open_source(config.distractors) if config.distractors else None
 
     # ---- vectors
@@ -194,7 +194,10 @@ def folder(config: RetrievalConfig) -> None:
             )
     else:
         loaded, device, transform = open_fitted(config, "centre")
-        source = open_source(config.data_path or loaded.data or _data_path(config), "val")
+        place = config.data_path or loaded.data
+        if not place:
+            raise InputError("no data_path given: folder needs --data-path DIR, the folder of its images")
+        source = open_source(place, "val")
         _labels(source)
         images = extracted(config, loaded, device, source, transform)
     if not distributed.is_main():
@@ -238,8 +241,6 @@ def duplicates(config: RetrievalConfig) -> None:
     """What two sets share, or what one has twice."""
     # ---- images and vectors
     started = time.perf_counter()
-    if not config.first:
-        raise InputError("no images given: use --first DIR --second DIR, or --first DIR alone for pairs within it")
     given = [config.first, *([config.second] if config.second else [])]
     collections = [collection_at(path) for path in given]
     made = next((collection for collection in collections if collection is not None), None)
@@ -306,12 +307,6 @@ def duplicates(config: RetrievalConfig) -> None:
 
 
 # ---- what they share
-
-
-def _data_path(config: RetrievalConfig) -> str:
-    if not config.data_path:
-        raise InputError(f"no data_path given: {config.protocol} needs --data-path DIR, the folder of its images")
-    return config.data_path
 
 
 def _labels(source: Source) -> NDArray[np.int64]:

@@ -37,6 +37,12 @@ EVALUATORS: dict[str, type[BackboneConfig]] = {
     "knn": KnnConfig, "linear": LinearConfig, "extract": ExtractConfig, "retrieval": RetrievalConfig
 }  # fmt: skip
 
+READ = (
+    "weights", "data_path", "train_data", "val_data", "distractors", "ground_truth", "index", "first", "second",
+    "whiten", "query",
+)  # fmt: skip
+"""Settings of the evaluators that name something to read."""
+
 
 def main() -> None:
     """The whole launch."""
@@ -93,12 +99,22 @@ def check_runner(run: str, words: Sequence[str], here: bool = False) -> None:
         return
     positional = "protocol" if run == "retrieval" else ""
     evaluation = settings(EVALUATORS[run], words, f"run_{run}.py", positional)
-    # Finished collections are measured and searched without.
-    collections = [getattr(evaluation, name, "") for name in ("index", "first", "second")]
-    if not evaluation.weights and not any(collections):
+    if not evaluation.weights and _needs_weights(evaluation):
         raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth")
-    _look_for("weights", evaluation.weights, here)
-    _look_for("data_path", evaluation.data_path, here)
+    for name in READ:
+        given = getattr(evaluation, name, "")
+        for place in given if isinstance(given, tuple) else (given,):
+            _look_for(name, place, here)
+
+
+def _needs_weights(evaluation: BackboneConfig) -> bool:
+    """Finished collections are measured without, and their cards name those that a query is looked up with."""
+    if isinstance(evaluation, ExtractConfig):
+        return not (evaluation.learn_whitening or evaluation.query)
+    if isinstance(evaluation, RetrievalConfig):
+        # Only the machine that opens them knows whether --first and --second hold images or vectors.
+        return not (evaluation.index or evaluation.first)
+    return True
 
 
 def _look_for(name: str, place: str, here: bool) -> None:

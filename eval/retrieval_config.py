@@ -83,6 +83,19 @@ class ExtractConfig(BackboneConfig):
                 )
         if self.add and self.overwrite:
             raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
+        self._check_there_is_something_to_do()
+
+    def _check_there_is_something_to_do(self) -> None:
+        if self.learn_whitening:
+            if not self.index:
+                raise InputError("no index given: use --index FOLDER, a collection to learn the whitening from")
+        elif self.query:
+            if not (self.index or self.output_dir):
+                raise InputError("no index given: use --index FOLDER, one that run_extract.py --output-dir wrote")
+        elif not self.output_dir:
+            raise InputError(
+                "no output_dir given: use --output-dir FOLDER for the vectors, or --query IMAGE --index FOLDER"
+            )
 
 
 _OF_THE_CARD = (
@@ -179,6 +192,10 @@ class RetrievalConfig(BackboneConfig):
             raise InputError(f"ks is {shown(self.ks)}, expected whole numbers of at least 1, such as 1 2 4 8")
         if not -1 <= self.threshold <= 1:
             raise InputError(f"threshold is {self.threshold:g}, expected a cosine from -1 to 1, such as 0.95")
+        if self.protocol in ("oxford", "paris", "copydays") and not self.data_path:
+            raise InputError(f"no data_path given: {self.protocol} needs --data-path DIR, the folder of its images")
+        if self.protocol == "duplicates" and not self.first:
+            raise InputError("no images given: use --first DIR --second DIR, or --first DIR alone for pairs within it")
 
     def check_for_collections(self, weights_given: bool = False) -> None:
         """Refuse what decides how vectors are made, where finished ones are measured.
