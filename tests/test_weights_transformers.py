@@ -15,6 +15,7 @@ from torch import Tensor
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import load_backbone
+from dino_xcit.weights.transformers_config import _PROCESSORS
 
 IMAGES = torch.rand(3, 3, hf.SIDE, hf.SIDE, generator=torch.Generator().manual_seed(5))
 NAMES = {"vit": "vit_tiny_2_p16_64", "dinov2": "vit_tiny_2_p16_64_ls", "registers": "vit_tiny_2_p16_64_ls_reg4"}
@@ -120,6 +121,7 @@ def test_a_key_that_is_lost_is_named(tmp_path: Path) -> None:
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05, expected at most 1e-06"),
         ({"layer_norm_eps": "0"}, "layer_norm_eps 0, expected"),
         ({"num_attention_heads": 10**9}, "num_attention_heads 1000000000, expected 1 to 99"),
+        ({"num_attention_heads": True}, "num_attention_heads True, expected 1 to 99"),
         ({"num_attention_heads": 7}, "7 heads, which have no name here"),
     ],
 )
@@ -166,6 +168,7 @@ def test_preprocessor_config_json_says_how_images_are_prepared(tmp_path: Path) -
     [
         {"size": {"height": 224, "width": 256}}, {"size": {}}, {"size": 10**9}, {"size": True, "crop_size": 0},
         {"size": "224"}, {"resample": 99}, {"image_mean": [0.5]}, {"do_resize": False}, {"rescale_factor": 1.0},
+        {"do_rescale": False}, {"do_center_crop": "false"}, {"crop_size": None}, {"size": {"shortest_edge": True}},
         {"rescale_factor": 0}, {"crop_size": {"shortest_edge": -1}}, {"image_std": "x"}, {"resample": [1]},
     ],
 )  # fmt: skip
@@ -173,6 +176,37 @@ def test_settings_of_images_that_cannot_be_are_refused(tmp_path: Path, changes: 
     with pytest.raises(InputError, match=r"the evaluation transform in preprocessor_config\.json cannot be read") as it:
         prepared(tmp_path, hf.DINOV2_PREPROCESSOR | changes)
     assert "\n" not in str(it.value)
+
+
+def test_what_settings_do_not_say_is_the_default_of_their_class(tmp_path: Path) -> None:
+    unsaid = {
+        name: value for name, value in hf.DINOV2_PREPROCESSOR.items() if name not in ("do_center_crop", "resample")
+    }
+    assert prepared(tmp_path, unsaid)[0] == EvalTransform()
+    assert prepared(tmp_path, unsaid | {"do_center_crop": None, "do_rescale": None})[0] == EvalTransform()
+    fast = prepared(tmp_path, unsaid | {"image_processor_type": "ViTImageProcessorFast"})
+    assert fast[:2] == (
+        EvalTransform(resize=256, crop=256, interpolation="bilinear"),
+        f"preprocessor_config.json's of {tmp_path}, and the centre is cut",
+    )
+    squashed = hf.DINO_PREPROCESSOR | {"size": 256, "crop_size": 224, "feature_extractor_type": "DeiTFeatureExtractor"}
+    transform, origin, _ = prepared(tmp_path, squashed)
+    assert (transform, "squashing" in origin) == (EvalTransform(), True)
+
+
+@pytest.mark.parametrize("name", ["", "LevitImageProcessor", ["ViTImageProcessor"]])
+def test_a_crop_of_which_nothing_says_whether_it_is_made_is_refused(tmp_path: Path, name: object) -> None:
+    unsaid = hf.DINOV2_PREPROCESSOR | {"image_processor_type": name, "do_center_crop": None}
+    with pytest.raises(InputError, match="a crop_size, and nothing says whether do_center_crop is true"):
+        prepared(tmp_path, unsaid)
+
+
+def test_the_defaults_of_classes_are_those_of_transformers_itself() -> None:
+    import transformers
+
+    for name, ours in _PROCESSORS.items():
+        theirs = getattr(transformers, f"{name}ImageProcessor")(size=100)
+        assert ours == (bool(getattr(theirs, "do_center_crop", False)), theirs.resample, "height" in theirs.size), name
 
 
 def test_settings_beside_weights_of_another_layout_do_not_count(tmp_path: Path) -> None:

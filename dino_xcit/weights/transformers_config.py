@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
@@ -14,6 +15,23 @@ from dino_xcit.weights.timm_config import SIDE_LIMIT
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Pillow's numbers of its filters (PIL.Image.Resampling)."""
+
+
+class _Processor(NamedTuple):
+    """What a class of transformers' image processors does where its settings do not say it."""
+
+    crops: bool
+    resample: int
+    squares: bool
+    """Whether a size that is one number is both sides of a square, not the shorter side."""
+
+
+_PROCESSORS = {
+    "ViT": _Processor(crops=False, resample=2, squares=True),
+    "DeiT": _Processor(crops=True, resample=3, squares=True),
+    "Bit": _Processor(crops=True, resample=3, squares=False),
+    "CLIP": _Processor(crops=True, resample=3, squares=False),
+}
 _LARGEST_EPSILON = 1e-6
 """Of LayerNorm, and ours. ViTConfig has 1e-12: the same to a millionth where the variance of features is 1 or more."""
 
@@ -47,7 +65,7 @@ class TransformersFolder:
                 "networks with another are not read here"
             )
         heads = self.config.get("num_attention_heads", 0)
-        if not isinstance(heads, int) or not 0 <= heads <= 99:
+        if type(heads) is not int or not 0 <= heads <= 99:  # JSON's true is an int too
             raise InputError(f"{self.where}: {CONFIG} has num_attention_heads {shown([heads])}, expected 1 to 99")
         return heads
 
@@ -66,18 +84,25 @@ class TransformersFolder:
             return None, ""
         try:
             divisor = 1 / float(said.get("rescale_factor", 1 / 255))
-            if said.get("do_resize", True) is not True or abs(divisor - 255) > 0.1:
+            rescales = _whether(said, "do_rescale", True)
+            if not _whether(said, "do_resize", True) or not rescales or abs(divisor - 255) > 0.1:
                 raise ValueError("images that keep their size, or pixels that are not divided by 255")
-            crops = said.get("do_center_crop") is True
+            processor = _processor(said)
+            if processor is None and said.get("do_center_crop") is None and said.get("crop_size") is not None:
+                raise ValueError("a crop_size, and nothing says whether do_center_crop is true")
+            crops = _whether(said, "do_center_crop", processor is not None and processor.crops)
+            if crops and said.get("crop_size") is None:
+                raise ValueError("a centre crop without its crop_size")
             size = said["size"]
-            squashes = not crops if isinstance(size, int) else "shortest_edge" not in size
+            squares = processor.squares if processor else not crops
+            squashes = squares if isinstance(size, int) else "shortest_edge" not in size
             resize = _side(size)
-            normalises = said.get("do_normalize", True) is True
+            normalises = _whether(said, "do_normalize", True)
             transform = EvalTransform.from_dict(
                 {
                     "resize": resize,
                     "crop": _side(said["crop_size"]) if crops else resize,
-                    "interpolation": _FILTERS[said.get("resample", 2)],
+                    "interpolation": _FILTERS[said.get("resample", processor.resample if processor else 2)],
                     "mean": said["image_mean"] if normalises else (0.0, 0.0, 0.0),
                     "std": said["image_std"] if normalises else (1.0, 1.0, 1.0),
                 }
@@ -92,6 +117,21 @@ class TransformersFolder:
         return transform, "" if crops else ", and the centre is cut"
 
 
+def _processor(said: Mapping[str, Any]) -> _Processor | None:
+    """The class that the settings were written by; None: not named, or not known here."""
+    name = said.get("image_processor_type") or said.get("feature_extractor_type")
+    found = re.fullmatch(r"(\w{1,20}?)(ImageProcessor|FeatureExtractor)(Fast|Pil)?", name if type(name) is str else "")
+    return _PROCESSORS.get(found[1]) if found else None
+
+
+def _whether(said: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A setting that is true or false; without it, or null, the class's default counts."""
+    value = said.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} is {shown([value])}, expected true or false")
+    return default if value is None else value
+
+
 def _side(size: Any) -> int:
     """Pixels: of a number, of ``{"shortest_edge": 256}``, of ``{"height": 224, "width": 224}``."""
     if isinstance(size, Mapping):
@@ -99,6 +139,6 @@ def _side(size: Any) -> int:
         if len(sides) != 1:
             raise ValueError(f"{shown([dict(size)])} is no square")
         (size,) = sides
-    if not isinstance(size, int) or not 1 <= size <= SIDE_LIMIT:
+    if type(size) is not int or not 1 <= size <= SIDE_LIMIT:
         raise ValueError(f"a side of {shown([size])}, expected 1 to {SIDE_LIMIT} pixels")
     return size
