@@ -17,7 +17,7 @@ from result_fixtures import hits, knn_figure, write_result
 from dino_xcit.data import Subset, open_source
 from dino_xcit.data.packing import command as pack
 from dino_xcit.errors import InputError
-from eval.compare.result_file import read_result
+from eval.compare.result_file import read_result, shown
 from eval.figures import figure, unpack
 from eval.protocol import images_card
 
@@ -106,6 +106,13 @@ def at(*keys: str | int) -> Callable[[Any, object], None]:
     return put
 
 
+def nested(times: int) -> object:
+    value: object = 1
+    for number in range(times):
+        value = [value] if number % 2 else {"a": value}
+    return value
+
+
 WRONG: list[tuple[Callable[[Any, object], None], object, str]] = [
     (at("format"), 0, "has format 0, expected 1: it was written by another version"),
     (at("format"), "x" * 5000, "has format xxx"),
@@ -131,6 +138,11 @@ WRONG: list[tuple[Callable[[Any, object], None], object, str]] = [
     (at("data", "val", "classes"), "ten", "classes is ten, expected a count"),
     (at("data", "val", "order"), 7, "order is 7, expected a word"),
     (at("weights"), "hash", "weights is no mapping"),
+    (at("protocol", "x"), nested(19), "more than 20 within each other"),
+    (at("results"), nested(900), "more than 20 within each other"),
+    (at("protocol"), {str(number): 1 for number in range(201)}, "protocol has 201 names, expected at most 200"),
+    (at("figures"), [{}] * 10_001, "10,001 figures, expected at most 10,000"),
+    (at("figures", 0, "settings", "a\nb"), 1, "settings has a name that cannot be shown"),
     (at("protocol", "bad\nname"), 1, "a name that cannot be shown"),
     (at("transform"), None, "transform is no mapping"),
 ]
@@ -152,7 +164,18 @@ def test_a_damaged_result_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[" * 100_000, '{"measure": NaN}', "[1, 2]", "\x00", '"knn"', '{"format": ' + "9" * 5000 + "}"]
+    "text",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        '{"measure": NaN}',
+        "[1, 2]",
+        "\x00",
+        '"knn"',
+        '{"format": ' + "9" * 5000 + "}",
+        '{"T": -1e999}',
+    ],
 )
 def test_a_file_that_is_no_result_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
@@ -174,3 +197,27 @@ def test_a_file_too_large_for_a_result_is_refused_before_it_is_read(
     monkeypatch.setattr("eval.compare.result_file.MOST_BYTES", path.stat().st_size - 1)
     with pytest.raises(InputError, match="is larger than"):
         read_result(str(path))
+
+
+def test_settings_within_each_other_are_read_up_to_the_limit(tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
+    card = json.loads(path.read_text())
+    card["protocol"]["x"] = nested(18)  # in the protocol, in the file: 20
+    path.write_text(json.dumps(card))
+    assert read_result(str(path)).protocol["x"] == nested(18)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"approximate": "ivf", "probes": 16}, "approximate ivf, probes 16"),
+        ({"name": "L-BFGS", "cs": [0.1, 10.0]}, "name L-BFGS, cs 0.1 10"),
+        ([[0.5, 1.0], [0.2]], "0.5 1 0.2"),
+        ({"a": {"b": {"c": 1}}, "d": [[[2]]], "e": []}, "a b ..., d ..., e "),
+        ({"\x1b[2J": 1}, "\\x1b[2J 1"),
+        ({str(number): number for number in range(1000)}, ", ".join(f"{n} {n}" for n in range(20))),
+        ("x" * 500, "x" * 157 + "..."),
+    ],
+)
+def test_values_of_a_file_are_shown_as_words_two_levels_deep(value: object, text: str) -> None:
+    assert shown(value) == text

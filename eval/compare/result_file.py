@@ -16,8 +16,17 @@ from dino_xcit.errors import InputError, one_line
 from eval.figures import MOST_IMAGES, Figure, Unit, unpack, unpack_values
 from eval.protocol import FORMAT
 
-MOST_BYTES = 256 << 20
+MOST_BYTES = 64 << 20
 """A larger file is no result: a thousand figures of 50,000 images are 8 MB."""
+
+DEEPEST = 20
+"""Lists and mappings within each other; a linear probe's results have 6."""
+
+MOST_FIGURES = 10_000
+"""In one result; a sweep over 20 pairs of k and T with 5 numbers of shots has 120."""
+
+MOST_SETTINGS = 200
+"""Names in a mapping that is compared name by name; a protocol has a dozen."""
 
 LONGEST_WORD = 500
 """Letters of a name or setting."""
@@ -76,9 +85,11 @@ def read_result(path: str) -> Result:
     if len(raw) > MOST_BYTES:
         refuse(f"is larger than {MOST_BYTES >> 20} MB")
     try:
-        content = json.loads(raw, parse_constant=_no_constant)
+        content = json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         refuse(f"is no JSON ({one_line(error)})")
+    if _deeper_than(content, DEEPEST):
+        refuse(f"has lists or mappings more than {DEEPEST} within each other")
     if not isinstance(content, dict) or not isinstance(content.get("measure"), str):
         refuse("is no result")
     if content.get("format") != FORMAT:
@@ -113,6 +124,8 @@ def _result(path: str, content: Mapping[str, Any]) -> Result:
     found = content["figures"]
     if not isinstance(found, list):
         raise ValueError("figures is no list")
+    if len(found) > MOST_FIGURES:
+        raise ValueError(f"{len(found):,} figures, expected at most {MOST_FIGURES:,}")
     figures = tuple(_figure(one, data) for one in found)
     if len({one.name for one in figures}) < len(figures):
         raise ValueError("two of its figures have one name")
@@ -124,7 +137,7 @@ def _result(path: str, content: Mapping[str, Any]) -> Result:
 def _figure(content: object, data: Mapping[str, Mapping[str, Any]]) -> Figure:
     if not isinstance(content, Mapping):
         raise ValueError("a figure is no mapping")
-    name, settings, unit = _word(content, "name"), _part(content, "settings"), content.get("unit", "image")
+    name, settings, unit = _word(content, "name"), _plain(content, "settings"), content.get("unit", "image")
     if unit not in get_args(Unit):
         raise ValueError(f"{name}: unit is {shown(unit)}, expected {', '.join(get_args(Unit))}")
     key = "top1" if unit == "image" else "percent"
@@ -174,6 +187,8 @@ def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _plain(content: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A mapping whose keys can be shown on a screen; its values are shown by :func:`shown` alone."""
     part = _part(content, key)
+    if len(part) > MOST_SETTINGS:
+        raise ValueError(f"{key} has {len(part):,} names, expected at most {MOST_SETTINGS}")
     if any(not name.isprintable() or len(name) > LONGEST_WORD for name in part):
         raise ValueError(f"{key} has a name that cannot be shown")
     return dict(part)
@@ -197,10 +212,39 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def shown(value: object) -> str:
-    """A value of a file, which may be of any length and hold anything, for a sentence."""
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return number
+
+
+def _deeper_than(value: object, most: int) -> bool:
+    """Whether there are more than so many lists and mappings within each other; looked at level by level, as a
+    function that calls itself is what such a value would bring down."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            part
+            for one in level
+            if isinstance(one, (list, dict))
+            for part in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, (list, dict)) for one in level)
+
+
+def shown(value: object, within: int = 0) -> str:
+    """A value of a file, which may be of any length and hold anything, for a sentence: a list as its first values, a
+    mapping as its first names with their values; of what lies deeper, that there is something."""
     if isinstance(value, float):
         return f"{value:g}"
-    text = " ".join(map(shown, value[:20])) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple, Mapping)) and value and within > 1:
+        return "..."
+    if isinstance(value, Mapping):
+        text = ", ".join(f"{name} {shown(value[name], within + 1)}" for name in list(value)[:20])
+    elif isinstance(value, (list, tuple)):
+        text = " ".join(shown(one, within + 1) for one in value[:20])
+    else:
+        text = str(value)
     text = printable(text)
     return text if len(text) <= 160 else f"{text[:157]}..."
