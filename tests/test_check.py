@@ -18,7 +18,7 @@ from ranks import Server
 from tiny_run import tiny_source
 
 from dino_xcit.data import open_source
-from dino_xcit.data.check import Seen, check, main
+from dino_xcit.data.check import Report, Seen, check, main
 from dino_xcit.errors import InputError
 
 
@@ -47,13 +47,24 @@ def test_duplicates_sizes_and_classes_are_counted(tmp_path: Path) -> None:
     assert report.across_classes >= 1
     smallest, largest = report.sides["smallest"], report.sides["largest"]
     assert 0 < smallest[0] <= report.sides["median"][0] <= largest[0]
-    assert any("are there already, byte for byte" in line for line in report.lines())
+    extra = sum(len(group) - 1 for group in report.duplicates)
+    assert any(line.startswith(f"{extra} are copies of others, byte for byte, ") for line in report.lines())
 
 
 def test_sources_that_hold_pixels_are_checked_too() -> None:
     report, _ = check(tiny_source(10), 0)
     assert (report.broken, report.duplicates) == ([], [])
     assert report.sides["median"] == (28, 28)
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [({"a": 3, "b": 3}, "2 classes of 3 images each"), ({"a": 3, "b": 5}, "2 classes of 3 (a) to 5 (b) images")],
+)
+def test_classes_are_told_by_their_sizes(classes: dict[str, int], words: str) -> None:
+    lines = list(Report("x", 8, classes=classes, duplicates=[["p", "q"]]).lines())
+    assert words in lines
+    assert "1 is a copy of another, byte for byte:" in lines
 
 
 def test_the_command_s_exit_code_says_whether_all_is_well(server: Server, tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_the_command(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture
     assert "the views of 2 of 160 images" in capsys.readouterr().out
 
 
+def test_flags_have_spaces_or_equals_and_help_helps(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["preview", str(photos), f"--out={tmp_path / 'views.png'}", "--images=1", "--local-crops-number=1"])
+    assert Image.open(tmp_path / "views.png").format == "PNG"
+    main(["preview", "--help"])
+    assert "python -m dino_xcit.augment preview SRC --out grid.png [--images N]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -59,7 +68,11 @@ def test_the_command(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture
         (["preview"], "expected: python -m"),
         (["draw", "SRC"], "expected: python -m"),
         (["preview", "SRC", "--images", "many"], "--images is 'many'"),
+        (["preview", "SRC", "--images", "101"], "--images is '101', expected a number from 1 to 100"),
         (["preview", "SRC", "--out"], "--out has no value"),
+        (["preview", "SRC", "--out", "--images", "2"], "--out has no value"),
+        (["preview", "SRC", "--out", "a.png", "--out=b.png"], "--out is given twice"),
+        (["prevew", "SRC"], "found 'prevew "),
         (["preview", "absent"], "absent"),
         (["preview", "SRC", "--out", "absent/grid.png"], "cannot write absent/grid.png: No such file"),
         (["preview", "SRC", "--out", "grid.doc"], "cannot write grid.doc"),

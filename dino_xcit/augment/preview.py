@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-USAGE = "python -m dino_xcit.augment preview SRC --out grid.png"
+USAGE = "python -m dino_xcit.augment preview SRC --out grid.png [--images N] [flags of run_pretrain.py]"
+
+MOST_IMAGES = 100
+"""Rows of the picture."""
 
 
 def draw_preview(
@@ -102,25 +105,41 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a mistake in the command, or in the data.
     """
-    words = list(argv)
-    if len(words) < 2 or words[0] != "preview" or words[1].startswith("-"):
-        raise InputError(f"expected: {USAGE}")
-    own = {"--out": "grid.png", "--images": "4"}
-    for name in own:
-        if name in words:
-            place = words.index(name)
-            if place + 1 == len(words):
-                raise InputError(f"{name} has no value, expected: {USAGE}")
-            own[name] = words[place + 1]
-            del words[place : place + 2]
-    if not own["--images"].isdigit() or int(own["--images"]) < 1:
-        raise InputError(f"--images is {own['--images']!r}, expected a number of at least 1")
-    config, _ = parse_pretrain(["--data-path", words[1], *words[2:]])
+    if "-h" in argv or "--help" in argv:
+        print(
+            f"{USAGE}\n\nDraws the views that a run with these flags sees (python run_pretrain.py --help lists them)."
+        )
+        return
+    if len(argv) < 2 or argv[0] != "preview" or argv[1].startswith("-"):
+        raise InputError(f"found {' '.join(argv[:2]) or 'no command'!r}, expected: {USAGE}")
+    own, others = _own_flags(argv[2:])
+    wanted = own.get("--images", "4")
+    if not wanted.isdecimal() or not 1 <= int(wanted) <= MOST_IMAGES:
+        raise InputError(f"--images is {wanted!r}, expected a number from 1 to {MOST_IMAGES}")
+    config, _ = parse_pretrain(["--data-path", argv[1], *others])
     source = open_source(config.data_path, "train")
-    picture = Path(own["--out"])
-    chosen = draw_preview(source, config.augmentation(), picture, int(own["--images"]), config.seed)
+    picture = Path(own.get("--out", "grid.png"))
+    chosen = draw_preview(source, config.augmentation(), picture, int(wanted), config.seed)
     names = ", ".join(Path(source.name(index)).name for index in chosen[:4])
     print(f"{picture}: the views of {len(chosen)} of {len(source):,} images ({names}{' ...' * (len(chosen) > 4)})")
+
+
+def _own_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of ``--out`` and ``--images``, and the words that are left for run_pretrain.py's settings."""
+    own: dict[str, str] = {}
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--out", "--images"):
+            others.append(word)
+            continue
+        if name in own:
+            raise InputError(f"{name} is given twice: give it once")
+        own[name] = value if equals else next(words, "")
+        if not own[name] or own[name].startswith("--"):
+            raise InputError(f"{name} has no value, expected: {USAGE}")
+    return own, others
 
 
 def command() -> None:

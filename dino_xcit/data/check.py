@@ -156,7 +156,9 @@ class Report:
         if self.classes:
             least, most = (pick(self.classes, key=lambda name: self.classes[name]) for pick in (min, max))
             few, many = f"{self.classes[least]:,} ({least})", f"{self.classes[most]:,} ({most})"
-            yield f"{counted(len(self.classes), 'class')} of {few} to {many} images"
+            alike = self.classes[least] == self.classes[most]
+            sizes = counted(self.classes[least], "image") + " each" if alike else f"{few} to {many} images"
+            yield f"{counted(len(self.classes), 'class')} of {sizes}"
         else:
             yield "no labels"
         if self.sides:
@@ -167,7 +169,8 @@ class Report:
             yield f"  ... and {len(self.broken) - 10:,} more"
         extra = sum(len(group) - 1 for group in self.duplicates)
         tail = f", {self.across_classes:,} of the groups under different labels" if self.across_classes else ""
-        yield f"{extra:,} are there already, byte for byte{tail}" + (":" if self.duplicates else "")
+        copies = "is a copy of another" if extra == 1 else "are copies of others"
+        yield f"{extra:,} {copies}, byte for byte{tail}" + (":" if self.duplicates else "")
         yield from (f"  {' = '.join(group[:4])}{' ...' * (len(group) > 4)}" for group in self.duplicates[:10])
         if len(self.duplicates) > 10:
             yield f"  ... and {len(self.duplicates) - 10:,} more groups"

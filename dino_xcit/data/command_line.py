@@ -52,7 +52,7 @@ def count(text: str) -> int:
 
 
 def whole_number(text: str) -> int:
-    """A whole number, as ``type=`` of a flag."""
+    """A whole number from 0, as ``type=`` of a flag."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
     return int(text)
