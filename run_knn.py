@@ -119,7 +119,8 @@ def main() -> None:
         }
         if found.approximate:
             protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")
-            protocol["search"] = {"approximate": config.approximate, "probes": config.probes}
+            probes = found.approximate["trained"]["probes"]  # as they were used; chosen, where the setting is 0
+            protocol["search"] = {"approximate": config.approximate, "probes": probes}
         data = {name: data[name] | images_card(part) for name, part in (("train", train), ("val", val))}
         seconds = time.perf_counter() - started
         cards = [one.to_card() for one in found.figures]

@@ -154,6 +154,10 @@ UNLIKE = {
         {"protocol": KNN | {"name": "approximate"}},
         f"protocol {KNN_PROTOCOL} -> approximate",
     ),
+    "search": (
+        {"protocol": KNN | {"search": {"approximate": "ivf", "probes": 16}}},
+        "search None -> approximate ivf, probes 16",
+    ),
     "feature": ({"protocol": KNN | {"feature": "mean"}}, "feature None -> mean"),
     "train": (
         {"train": noise_source(31, seed=1)},

@@ -52,7 +52,7 @@ def test_everything_at_once_is_printed_and_written(
         assert row["recall"] == measured["recall_percent"][str(row["k"])] > 50
         assert measured["recall_queries"] == 15
     assert "approximate search" in card["protocol"]["name"]
-    assert card["protocol"]["search"] == {"approximate": "ivf", "probes": 0}
+    assert card["protocol"]["search"] == {"approximate": "ivf", "probes": 16}, "as they were used, none was asked for"
 
     few = card["few_shot"]
     assert (few["draws"], few["seed"]) == (3, 2)
