@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import foreign_checkpoints as files
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 import transformers_files as hf
+from export_fixtures import export
 from torch import Tensor
 
 from dino_xcit.errors import InputError
+from dino_xcit.export.model_card import _preparation
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import load_backbone
+from dino_xcit.weights.files import EXCEPTION
 from dino_xcit.weights.transformers_config import _PROCESSORS
 
 IMAGES = torch.rand(3, 3, hf.SIDE, hf.SIDE, generator=torch.Generator().manual_seed(5))
@@ -207,6 +212,30 @@ def test_the_defaults_of_classes_are_those_of_transformers_itself() -> None:
     for name, ours in _PROCESSORS.items():
         theirs = getattr(transformers, f"{name}ImageProcessor")(size=100)
         assert ours == (bool(getattr(theirs, "do_center_crop", False)), theirs.resample, "height" in theirs.size), name
+
+
+def test_an_export_keeps_what_the_transform_cannot_express(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = {"size": {"height": 64, "width": 64}}
+    place = hf.folder(tmp_path / "hf", hf.weights("vit"), hf.VIT_CONFIG, hf.DINO_PREPROCESSOR | half)
+    clause = ", but for its squashing of images to squares: the centre is cut"
+    for number, source in enumerate((place, tmp_path / "0.safetensors")):  # an export of an export too
+        export(source, "safetensors", tmp_path / f"{number}.safetensors")
+        assert f"{clause}\n" in capsys.readouterr().out
+        again = load_backbone(tmp_path / f"{number}.safetensors")
+        assert (again.transform_from, again.transform_exception) == (f"the checkpoint's{clause}", clause)
+    assert f"The weights' own way{clause}. Shorter side to 64 pixels" in _preparation(again)
+    export(hf.folder(tmp_path / "crop", hf.weights("vit"), hf.VIT_CONFIG, hf.DINOV2_PREPROCESSOR | {
+        "size": {"shortest_edge": 73}, "crop_size": 64}), "safetensors", tmp_path / "crop.safetensors")  # fmt: skip
+    assert load_backbone(tmp_path / "crop.safetensors").transform_from == "the checkpoint's"
+
+
+@pytest.mark.parametrize("said", ["\x1b[31m" + "x" * 9999, "\n\n"])
+def test_a_clause_of_an_exports_metadata_is_words_of_one_line(tmp_path: Path, said: str) -> None:
+    metadata = {"arch": NAMES["vit"], "eval_transform": json.dumps(EvalTransform(64, 64).to_dict()), EXCEPTION: said}
+    safetensors.torch.save_file(dict(files.vit().state_dict()), tmp_path / "a.safetensors", metadata)
+    found = load_backbone(tmp_path / "a.safetensors").transform_from
+    assert found.isprintable()
+    assert len(found) < 999
 
 
 def test_settings_beside_weights_of_another_layout_do_not_count(tmp_path: Path) -> None:

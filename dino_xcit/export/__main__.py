@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
             f"notice: the file does not say how images are prepared; assumed: {loaded.transform_guess}, "
             f"{loaded.transform}{told}"
         )
+    elif loaded.transform_exception:
+        print(f"notice: images are prepared in a way that is {loaded.transform_from}")
     cards = [model_card.read_card(Path(path), loaded.hash) for path in config.card]
     pictures = photographs(config.images)
 

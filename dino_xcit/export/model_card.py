@@ -163,14 +163,16 @@ def _recipe(training: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]
 
 def _preparation(loaded: LoadedBackbone) -> str:
     transform = loaded.transform
-    unsaid = (
-        ""
-        if loaded.transform_from
-        else "The file does not say how images are prepared; assumed here and in config.json is "
-        f"{loaded.transform_guess}: "
-    )
+    before = ""
+    if not loaded.transform_from:
+        before = (
+            "The file does not say how images are prepared; assumed here and in config.json is "
+            f"{loaded.transform_guess}: "
+        )
+    elif loaded.transform_exception:
+        before = f"The weights' own way{_text(loaded.transform_exception)}. "
     return (
-        f"## Images\n\n{unsaid}"
+        f"## Images\n\n{before}"
         f"Shorter side to {transform.resize} pixels ({transform.interpolation}), centre crop of {transform.crop}, "
         f"mean {_shown(transform.mean)}, deviation {_shown(transform.std)}. config.json says the same to timm.\n"
     )

@@ -12,7 +12,7 @@ import safetensors
 import dino_xcit
 from dino_xcit.console import printable
 from dino_xcit.weights import LoadedBackbone
-from dino_xcit.weights.files import ASSUMED
+from dino_xcit.weights.files import ASSUMED, EXCEPTION
 
 _WRITER = "dino_xcit "
 _LONGEST = 200
@@ -21,7 +21,8 @@ _LONGEST = 200
 def metadata(loaded: LoadedBackbone) -> dict[str, str]:
     """``arch`` and ``eval_transform`` (JSON) are for :mod:`dino_xcit.weights`; the rest says where it is from.
 
-    A transform that nobody said is no ``eval_transform``: read back, it would be the checkpoint's word.
+    A transform that nobody said is no ``eval_transform``: read back, it would be the checkpoint's word. What it
+    leaves out of what was said (``squashing of images to squares``) is stored beside it.
     """
     transform = "eval_transform" if loaded.transform_from else ASSUMED
     said = {
@@ -33,6 +34,8 @@ def metadata(loaded: LoadedBackbone) -> dict[str, str]:
         "source_file": loaded.path.name,
         "written_by": f"{_WRITER}{dino_xcit.__version__}",
     }
+    if loaded.transform_exception:
+        said[EXCEPTION] = loaded.transform_exception
     if loaded.data:
         said["data"] = shown_place(loaded.data)
     return {name: printable(value) for name, value in said.items()}

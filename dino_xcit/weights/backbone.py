@@ -43,7 +43,10 @@ class LoadedBackbone:
     allowed: tuple[str, ...] = ()
     """``missing KEY`` and ``unexpected KEY`` for each exception that was made: such a backbone is not the file's."""
     transform_from: str = ""
-    """Who says how its images are prepared; empty: nobody."""
+    """Who says how its images are prepared, and ``transform_exception``; empty: nobody."""
+    transform_exception: str = ""
+    """A clause on what ``transform`` cannot express of what they say: ``, but for its squashing of images to squares:
+    the centre is cut``."""
     transform_guess: str = ""
     """Where nobody says it, what ``transform`` is and why: ``ImageNet's way for 384 pixels, as its positions``."""
     classifiers: tuple[str, ...] = ()
@@ -98,7 +101,8 @@ def load_backbone(
         layout=read.layout,
         left_aside=read.left_aside,
         allowed=read.allowed,
-        transform_from=read.preparation.said_by,
+        transform_from=read.preparation.said_by + read.preparation.exception,
+        transform_exception=read.preparation.exception,
         transform_guess=read.preparation.guess,
         classifiers=read.classifiers,
         heads_assumed=read.heads_assumed,

@@ -27,6 +27,8 @@ from dino_xcit.weights.transformers_config import CONFIG, PREPROCESSOR, Transfor
 
 ASSUMED = "assumed_eval_transform"
 """Under this name an export's metadata has a transform that its checkpoint did not say (a guess, JSON)."""
+EXCEPTION = "eval_transform_exception"
+"""Under this name an export's metadata has a clause on what its transform cannot express of what was said of images."""
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -41,6 +43,8 @@ class WeightsFile:
     transform: EvalTransform | None = None
     transform_from: str = ""
     """Whose transform that is."""
+    transform_exception: str = ""
+    """A clause on what that transform cannot express: ``, but for its crop_mode 'squash': the centre is cut``."""
     named_by: str = ""
     """The config.json that ``timm_name`` is of."""
     transformers: TransformersFolder | None = None
@@ -97,7 +101,7 @@ def _of_timm(name: str) -> WeightsFile:
     path = download(config.hf_hub_id, (config.hf_hub_filename,) if config.hf_hub_filename else _NAMES)
     assert path is not None
     transform, exception = transform_of(config.to_dict(), f"timm's settings for {tagged}")
-    return WeightsFile(path, _read(path), str(config.architecture), transform, f"timm's for {tagged}{exception}")
+    return WeightsFile(path, _read(path), str(config.architecture), transform, f"timm's for {tagged}", exception)
 
 
 def _with_config(path: Path, config: Path | None, name: str, repository: str = "") -> WeightsFile:
@@ -116,10 +120,10 @@ def _with_config(path: Path, config: Path | None, name: str, repository: str = "
     transform, exception = transform_of(settings, str(config))
     if transform is not None and transform == content.get(ASSUMED):  # config.json repeats the export's guess
         transform = None
-    origin = f"config.json's of {name}{exception}" if transform else ""
+    origin = f"config.json's of {name}" if transform else ""
     if named:
-        return WeightsFile(path, content, "", transform, origin)
-    return WeightsFile(path, content, architecture, transform, origin, str(config))
+        return WeightsFile(path, content, "", transform, origin, exception)
+    return WeightsFile(path, content, architecture, transform, origin, exception, str(config))
 
 
 def _of_transformers(stored: Mapping[str, Any], config: Path, repository: str) -> TransformersFolder | None:
@@ -144,6 +148,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             content["eval_transform"] = json.loads(said["eval_transform"][:CONFIG_LIMIT])
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: the eval_transform in its metadata is no JSON") from error
+        content[EXCEPTION] = said.get(EXCEPTION, "")
     if ASSUMED in said:
         with contextlib.suppress(ValueError, RecursionError, InputError, OverflowError, RuntimeError):
             content[ASSUMED] = EvalTransform.from_dict(json.loads(said[ASSUMED][:CONFIG_LIMIT]))

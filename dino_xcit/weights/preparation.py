@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from dino_xcit.console import printable
 from dino_xcit.errors import InputError
 from dino_xcit.models.vit import vit_shape
 from dino_xcit.transform import EvalTransform
-from dino_xcit.weights.files import WeightsFile
+from dino_xcit.weights.files import EXCEPTION, WeightsFile
 from dino_xcit.weights.printing import shown
 from dino_xcit.weights.transformers_config import TransformersFolder
+
+_LONGEST_CLAUSE = 200
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Preparation:
 
     transform: EvalTransform
     said_by: str = ""
+    exception: str = ""
+    """A clause that belongs after ``said_by``, on what of their word the transform cannot express."""
     guess: str = ""
 
 
@@ -34,16 +39,22 @@ def preparation(file: WeightsFile, arch: str, where: str, settings: Transformers
     """
     if "eval_transform" in file.content:
         try:
-            return Preparation(EvalTransform.from_dict(file.content["eval_transform"]), "the checkpoint's")
+            transform = EvalTransform.from_dict(file.content["eval_transform"])
         except (InputError, OverflowError, RuntimeError) as error:
             raise InputError(f"{where}: {shown([' '.join(str(error)[:1000].split())])}") from error
+        return Preparation(transform, "the checkpoint's", _clause(file.content.get(EXCEPTION)))
     if file.transform:
-        return Preparation(file.transform, file.transform_from)
+        return Preparation(file.transform, file.transform_from, file.transform_exception)
     if settings is not None:
-        transform, exception = settings.transform()
-        if transform is not None:
-            return Preparation(transform, f"preprocessor_config.json's of {where}{exception}")
+        found, exception = settings.transform()
+        if found is not None:
+            return Preparation(found, f"preprocessor_config.json's of {where}", exception)
     return _guess(arch)
+
+
+def _clause(stored: object) -> str:
+    """The words of an export's metadata, of which nothing is believed but that they are some."""
+    return printable(stored[:_LONGEST_CLAUSE]) if isinstance(stored, str) else ""
 
 
 def _guess(arch: str) -> Preparation:
