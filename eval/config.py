@@ -115,21 +115,27 @@ class KnnConfig(BackboneConfig):
         super().check()
         if not self.ks or min(self.ks) < 1:
             raise InputError(f"ks is {shown(self.ks)}, expected whole numbers of at least 1, such as 10 20 100 200")
-        if not self.temperatures or not min(self.temperatures) > 0:
+        if not self.temperatures or any(not 0 < one < float("inf") for one in self.temperatures):
             raise InputError(f"temperatures is {shown(self.temperatures)}, expected numbers above 0, such as 0.07")
         if self.few_shot and min(self.few_shot) < 1:
             raise InputError(f"few_shot is {shown(self.few_shot)}, expected images a class, such as 1 2 5 10")
+        for name in ("ks", "temperatures", "few_shot"):
+            values = shown(getattr(self, name))
+            if len(set(values.split())) < len(getattr(self, name)):  # as shown: figures are known by their names
+                raise InputError(f"{name} is {values}, expected each once")
         at_least("draws", self.draws, 1)
-        at_least("seed", self.seed, 0)
+        check_seed(self.seed)
         at_least("probes", self.probes, 0)
-        for name, given, other in (
-            ("draws", self.few_shot, "--few-shot 1 2 5 10"),
-            ("probes", self.approximate != "no", "--approximate ivf"),
+        few_shot, approximate = bool(self.few_shot), self.approximate != "no"
+        for name, given, without, add in (
+            ("draws", few_shot, "--few-shot", "--few-shot 1 2 5 10"),
+            ("probes", approximate, "--approximate", "--approximate ivf"),
+            ("seed", few_shot or approximate, "--few-shot or --approximate", "one of them"),
         ):
             if not given and changed(self, (name,)):
                 raise InputError(
-                    f"{name} is {getattr(self, name)}, which decides nothing without {other.split()[0]}: add {other}, "
-                    f"or leave --{name} out"
+                    f"{name} is {getattr(self, name)}, which decides nothing without {without}: add {add}, or leave "
+                    f"--{name} out"
                 )
         for name, path, ending in (("per_class", self.per_class, ".csv"), ("confusion", self.confusion, ".png")):
             if path and not path.lower().endswith(ending):
@@ -192,9 +198,7 @@ class LinearConfig(BackboneConfig):
         """See :meth:`BackboneConfig.check`."""
         super().check()
         at_least("epochs", self.epochs, 0)
-        at_least("seed", self.seed, 0)
-        if self.seed > LARGEST_SEED:
-            raise InputError(f"seed is {self.seed}, expected at most {LARGEST_SEED}")
+        check_seed(self.seed)
         for name, rates in (("lr", (self.lr,)), ("lrs", self.lrs)):
             if any(not 0 < rate < float("inf") for rate in rates):
                 raise InputError(f"{name} is {shown(rates)}, expected numbers above 0, such as 0.001")
@@ -285,6 +289,13 @@ def at_least(name: str, value: int, least: int) -> None:
     """Refuse a setting below ``least``."""
     if value < least:
         raise InputError(f"{name} is {value}, expected at least {least}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that some generator of random numbers would not take."""
+    at_least("seed", seed, 0)
+    if seed > LARGEST_SEED:
+        raise InputError(f"seed is {seed}, expected at most {LARGEST_SEED}")
 
 
 def changed(config: BackboneConfig, names: Sequence[str]) -> list[str]:

@@ -148,6 +148,8 @@ def result_card(
         figures: the accuracies that ``python -m eval.compare`` may compare, image by image
             (:meth:`eval.figures.Figure.to_card`).
     """
+    names = [one["name"] for one in figures]
+    assert len(set(names)) == len(names), f"two figures of one name, which no reader takes: {names}"
     return {
         "format": FORMAT,
         "measure": measure,
@@ -191,21 +193,23 @@ def now() -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON beside ``path``, flush it, then rename.
+    """Write JSON beside ``path``, flush it, then rename; whatever happens, nothing is left beside it.
 
     Raises:
         InputError: it cannot be written there.
+        ValueError: ``content`` has a number that JSON has no word for, such as NaN. Nothing has been written then.
     """
+    text = json.dumps(content, indent=1, allow_nan=False)
     aside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:  # a full or read-only disk and a name that is too long, too
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error

@@ -159,6 +159,19 @@ def test_a_very_low_temperature_neither_overflows_nor_changes_the_nearest() -> N
     assert (cold == nearest).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_lowest_of_all_temperatures_does_not_warn() -> None:
+    train, labels, test, _ = clusters()
+    assert knn_predict(train, labels, test, [20], [1e-320])[20, 1e-320].shape == (80, 5)
+
+
+def test_a_temperature_given_twice_counts_once() -> None:
+    train, labels, test, _ = clusters()
+    twice = knn_predict(train, labels, test, [20, 20], [0.07, 0.07])
+    assert (twice[20, 0.07] == knn_predict(train, labels, test, [20], [0.07])[20, 0.07]).all()
+    assert len(twice[20, 0.07]) == len(test)
+
+
 def test_k_beyond_the_training_set_means_all_of_it() -> None:
     train, labels, test, _ = clusters(train=30)
     found = knn_predict(train, labels, test, [10, 200], [0.07])
@@ -179,6 +192,7 @@ def test_what_cannot_be_is_refused_with_a_sentence() -> None:
         ((train, labels, test, [0, 10], [0.07]), "k is 0, expected 1 or more"),
         ((train, labels, test, [], [0.07]), "k is missing"),
         ((train, labels, test, [10], [0.0]), "temperature is 0.0, expected more than 0"),
+        ((train, labels, test, [10], [math.inf]), "temperature is inf, expected more than 0"),
         ((train[:0], labels[:0], test, [10], [0.07]), "no training image"),
         ((broken, labels, test, [10], [0.07]), "not finite numbers"),
         ((train, labels, broken, [10], [0.07]), "not finite numbers"),

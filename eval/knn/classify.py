@@ -54,7 +54,7 @@ def knn_predict(
         train_labels: [train images], whole numbers.
         test_features: [test images, D]; may be memory-mapped.
         ks: how many neighbours vote; larger than the training set means all of it.
-        temperatures: T > 0; 0.07 is the field's.
+        temperatures: 0 < T < infinity; 0.07 is the field's. One that is given twice counts once.
         progress: draw a bar with the time that is left.
         index: of the rows of ``train_features`` at length 1, such as :mod:`eval.knn.approximate` builds. Default:
             exact.
@@ -73,8 +73,9 @@ def knn_predict(
     if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
         raise InputError(f"features of shapes {train_features.shape} and {test_features.shape} cannot be compared")
     for temperature in temperatures:
-        if not temperature > 0:
+        if not 0 < temperature < float("inf"):
             raise InputError(f"temperature is {temperature}, expected more than 0, such as 0.07")
+    temperatures = list(dict.fromkeys(temperatures))
     usable, _ = clamp_ks(ks, len(train_features))
     # Votes are counted by position among the classes that occur: numbers may have gaps.
     classes, position = np.unique(np.asarray(train_labels, dtype=np.int64), return_inverse=True)
@@ -84,7 +85,8 @@ def knn_predict(
         voters = position[rows]
         for temperature in temperatures:
             # A factor common to a query's votes changes no order; taking out the largest keeps exp from overflowing.
-            weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
+            with np.errstate(over="ignore"):  # at the least of all T only the nearest has a vote, exp(-inf) is 0
+                weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
             weights[rows < 0] = 0.0
             tally = np.zeros((len(rows), len(classes)))
             for start, k in zip([0, *usable[:-1]], usable, strict=True):
