@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from dino_xcit.console import printable
 
@@ -20,6 +22,9 @@ class InputError(ValueError):
     traceback, and exit with code 2.
     """
 
+
+UNREAD = 141
+"""Exit code of a command whose reader went away (``... | head``): the shell's for SIGPIPE."""
 
 DIVERGED, LOST, PREEMPTED = 3, 4, 75
 """Exit codes of a run that stopped by itself: steps were not finite many times in a row; another process was lost or
@@ -76,18 +81,21 @@ def run_main(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
     """Run a command's ``main`` and turn the user's mistakes into one sentence and exit code 2.
 
     Only what a user can mend is caught: :class:`InputError`, a full disk, too little memory; and :class:`RunStopped`,
-    with its own exit code. Anything else is a fault of ours and keeps its traceback.
+    with its own exit code. Where nobody reads any longer what is printed, it ends without words, with code 141.
+    Anything else is a fault of ours and keeps its traceback.
 
     Args:
         less_memory: what to type where the memory does not suffice.
     """
     try:
-        main()
+        _to_the_last_word(main)
     except InputError as error:
         sentence = str(error)
     except RunStopped as stopped:
         _end(str(stopped), stopped.code)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and (_is_unread(sys.stdout) or _is_unread(sys.stderr)):
+            _end("", UNREAD)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
@@ -99,16 +107,55 @@ def run_main(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
             raise
         sentence = _out_of_memory(error, less_memory)
     except KeyboardInterrupt:
-        print("interrupted: the same command carries on from the last checkpoint or cache", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted: the same command carries on from the last checkpoint or cache", 130)
     else:
         return
     _end(f"error: {sentence}", 2)
 
 
+def _to_the_last_word(main: Callable[[], None]) -> None:
+    """What ``main`` printed is out when it ends: else Python, at its own end, would find that it cannot be."""
+    try:
+        main()
+    except SystemExit:  # of --help, too
+        _flush(sys.stdout)
+        raise
+    _flush(sys.stdout)
+
+
 def _end(sentence: str, code: int) -> NoReturn:
+    _write_out(sys.stdout)
     with contextlib.suppress(OSError):  # on a full disk the code still says what the sentence cannot
-        sys.stdout.flush()
         if sentence:
             print("\n".join(map(printable, sentence.split("\n"))), file=sys.stderr, flush=True)
+    _write_out(sys.stderr)
     sys.exit(code)
+
+
+def _flush(stream: TextIO | None) -> None:
+    if stream is not None:  # as it is where a process is started without
+        stream.flush()
+
+
+def _write_out(stream: TextIO | None) -> None:
+    """What was printed and cannot be written goes nowhere: Python would try once more at its end, complain, and change
+    the exit code."""
+    try:
+        _flush(stream)
+    except OSError:
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]  # without a stream nothing is raised
+            os.close(nowhere)
+
+
+def _is_unread(stream: TextIO | None) -> bool:
+    """Whether this is the pipe that broke. Other pipes lead to processes of ours, and are no matter of the user's."""
+    if stream is None:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # what broke is told unasked
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, AttributeError):  # not a file at all; no poll on Windows
+        return False

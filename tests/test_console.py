@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 
 import pytest
@@ -35,3 +37,58 @@ def test_names_cannot_steer_a_terminal_nor_be_more_than_it_can_show() -> None:
     shown = printable("a\x1b[2J\n\udcff\u202egpj.jpg")
     assert shown == r"a\x1b[2J\n\udcff\u202egpj.jpg"
     shown.encode("utf-8")
+
+
+# ---- what nobody reads
+
+SAYS_MORE = """
+import sys
+from dino_xcit.errors import InputError, run_main
+def main():
+    {0}
+run_main(main)
+"""
+PRINT = "print('much' * 100_000)"
+
+
+@pytest.mark.parametrize(("stream", "does", "code", "options"), [
+    ("stdout", PRINT, 141, []),
+    ("stdout", PRINT, 141, ["-u"]),  # as run_slurm.py starts a run
+    ("stdout", "print('a word')", 141, []),  # too little to be written before the end
+    ("stdout", "print('a word'); sys.exit(0)", 141, []),  # as --help does
+    ("stdout", "print('a word'); raise InputError('a mistake')", 2, []),
+    ("stdout", "print('a word'); raise KeyboardInterrupt", 130, []),
+    ("stderr", "print('a word', file=sys.stderr)", 141, []),
+    ("stderr", "raise InputError('a mistake')", 2, []),
+])  # fmt: skip
+def test_a_command_whose_reader_went_away_ends_without_a_traceback(
+    stream: str, does: str, code: int, options: list[str]
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, *options, "-c", SAYS_MORE.format(does)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""},
+    ) as process:  # fmt: skip
+        getattr(process, stream).close()
+        other = process.stderr if stream == "stdout" else process.stdout
+        assert other is not None
+        said = other.read()
+        assert process.wait(60) == code
+    mistakes = {
+        2: "error: a mistake\n",
+        130: "interrupted: the same command carries on from the last checkpoint or cache\n",
+    }
+    assert said == (mistakes.get(code, "") if stream == "stdout" else "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_fault_of_ours() -> None:
+    def main() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        run_main(main)
+
+
+def test_a_command_without_a_screen_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    run_main(lambda: print("a word"))
+    monkeypatch.undo()
