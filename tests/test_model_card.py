@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import foreign_checkpoints as files
 import pytest
 import timm
 import torch
 from export_fixtures import SMALL, checkpoint, export, scrambled
 
 from dino_xcit.errors import InputError
+from dino_xcit.export import model_card
 from dino_xcit.export.provenance import shown_place
 from dino_xcit.weights import load_backbone
 
@@ -62,6 +64,29 @@ def test_a_card_claims_nothing_that_the_file_does_not_say(tmp_path: Path) -> Non
     assert "Evaluation" not in text
     assert "license" not in text
     assert "curves" not in text
+
+
+def test_the_card_names_dino_for_dinos_files_alone(tmp_path: Path) -> None:
+    student, teacher = files.vit(1), files.vit(2)
+    resnet = files.resnet()
+    full = files.dino(student, teacher, 192, teacher_wrapped=False)
+    ibot = files.ibot(student, teacher)
+    ibot["args"].pred_ratio = [0.0, 0.3]
+    state = teacher.state_dict()
+    tags = {
+        "full": (full, "dino self-supervised-learning"),
+        "ours alone": ({"state_dict": state, "args": {"teacher_temp": 0.04}}, "dino self-supervised-learning"),
+        "MoCo 1": (files.moco(resnet, resnet, version=1), "self-supervised-learning"),
+        "MoCo 3": (files.moco_v3(student, teacher, "head"), "self-supervised-learning"),
+        "iBOT": (ibot, "self-supervised-learning"),
+        "one network": (state, ""),
+    }
+    for name, (content, expected) in tags.items():
+        torch.save(content, tmp_path / "file.pth")
+        head = model_card._head(load_backbone(tmp_path / "file.pth"))
+        found = [line.removeprefix("- ") for line in head.split("---")[1].splitlines() if line.startswith("- ")]
+        assert found == ["image-feature-extraction", "timm", *expected.split()], name
+        assert ("https://arxiv.org/abs/2104.14294" in head) == ("dino" in found), name
 
 
 def test_a_result_of_other_weights_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dino_xcit.export.comparison import Difference
 from dino_xcit.export.provenance import shown_place
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
 from dino_xcit.weights import NETWORKS, LoadedBackbone
+from dino_xcit.weights.stored_network import Layout
 
 Card = dict[str, Any]
 """A result file of the evaluators (eval/protocol.py)."""
@@ -120,9 +121,11 @@ def _head(loaded: LoadedBackbone) -> str:
     if isinstance(loaded.backbone, XCiT):
         papers.append("[XCiT](https://arxiv.org/abs/2106.09681)")
         tags += "- xcit\n"
-    if loaded.network in NETWORKS or "teacher_temp" in loaded.training:  # of a file with one network nobody knows
+    if _is_dinos(loaded):
         papers.append("[DINO](https://arxiv.org/abs/2104.14294)")
-        tags += "- dino\n- self-supervised-learning\n"
+        tags += "- dino\n"
+    if loaded.network in NETWORKS or _is_dinos(loaded):  # of a file with one network nobody knows
+        tags += "- self-supervised-learning\n"
     named = f" ({', '.join(papers)})" if papers else ""
     lines = [
         _FRONT_MATTER.format(tags=tags),
@@ -131,6 +134,16 @@ def _head(loaded: LoadedBackbone) -> str:
         *_table(("", ""), [(name, value) for name, value in facts]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _is_dinos(loaded: LoadedBackbone) -> bool:
+    """Whether the file shows that DINO trained it: by its layout, or by the settings of a backbone alone.
+
+    Others have a student and a teacher too: MoCo, BYOL in lightly's or solo-learn's files, DINOv2; and iBOT has DINO's
+    layout and settings, and a share of patches to hide.
+    """
+    is_ibot = "pred_ratio" in loaded.training or "masked_embed" in loaded.left_aside
+    return (loaded.layout == Layout.DINO or "teacher_temp" in loaded.training) and not is_ibot
 
 
 def _training(loaded: LoadedBackbone, has_curves: bool) -> str:
