@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -18,6 +19,11 @@ RGB = tuple[float, float, float]
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """torchvision's words."""
+
+SIDE_LIMIT = 1 << 14
+"""Pixels a side that stored values may ask for: 800 MB of a picture are somebody's mistake."""
+_LARGEST = 1e6
+"""Of a stored mean or deviation, and 1 over it the least deviation: beyond, float32 keeps nothing of the pixels."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +58,42 @@ class EvalTransform:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> EvalTransform:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`. Nothing of it is believed: it comes from files.
 
         Raises:
-            InputError: a value that cannot be.
+            InputError: a value that is missing, or cannot be.
         """
+        if not isinstance(values, Mapping):
+            raise InputError(f"the stored evaluation transform is of type {type(values).__name__}, expected names")
         try:
             resize, crop = int(str(values["resize"])), int(str(values["crop"]))
+            for name, side in (("resize", resize), ("crop", crop)):
+                if not 1 <= side <= SIDE_LIMIT:
+                    raise ValueError(f"{name} is not from 1 to {SIDE_LIMIT:,} pixels")
             interpolation = str(values["interpolation"])
             if interpolation not in INTERPOLATIONS:
-                raise ValueError(f"interpolation is {interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
-            mean, std = _rgb(values["mean"]), _rgb(values["std"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"the stored evaluation transform {values!r} cannot be read: {error}") from error
+                raise ValueError(f"interpolation is {interpolation!r:.40}, expected one of {', '.join(INTERPOLATIONS)}")
+            mean, std = _rgb("mean", values["mean"]), _rgb("std", values["std"])
+            if not all(value >= 1 / _LARGEST for value in std):
+                raise ValueError(f"std is {_shown(std)}, expected more than 0")
+        except KeyError as error:
+            raise InputError(f"the stored evaluation transform lacks {error.args[0]}") from error
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: of a tensor among the values
+            raise InputError(f"the stored evaluation transform: {one_line(error)}") from error
         return cls(resize, crop, interpolation, mean, std)
 
 
-def _rgb(values: object) -> RGB:
+def _rgb(name: str, values: object) -> RGB:
     if not isinstance(values, (list, tuple)) or len(values) != 3:
-        raise ValueError(f"expected three numbers, found {values!r}")
+        raise ValueError(f"{name} is no list, expected three numbers")
     red, green, blue = (float(value) for value in values)
+    if not all(abs(value) <= _LARGEST for value in (red, green, blue)):  # NaN is not, either
+        raise ValueError(f"{name} is {_shown((red, green, blue))}, expected numbers such as 0.5")
     return red, green, blue
+
+
+def _shown(values: RGB) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -108,11 +108,11 @@ DAMAGE = [
     ("added.0.url", None, r"its added\[0\].url is nothing"),
     ("transform", "none", "its transform is a text"),
     ("transform.mean", MISSING, "stored evaluation transform"),
-    ("transform.crop", 10**9, "sides that are not from 1 to"),
-    ("transform.resize", 0, "sides that are not from 1 to"),
-    ("transform.std", [1.0, 0.0, 1.0], "cannot normalise"),
-    ("transform.mean", [1.0, float("nan"), 1.0], "cannot normalise"),
-    ("transform.mean", [1.0, 10**400, 1.0], "beyond all bounds"),
+    ("transform.crop", 10**9, "crop is not from 1 to"),
+    ("transform.resize", 0, "resize is not from 1 to"),
+    ("transform.std", [1.0, 0.0, 1.0], "std is 1, 0, 1"),
+    ("transform.mean", [1.0, float("nan"), 1.0], "mean is 1, nan, 1"),
+    ("transform.mean", [1.0, 10**400, 1.0], "stored evaluation transform: int too large"),
 ]
 
 

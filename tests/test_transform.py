@@ -53,13 +53,19 @@ def test_it_survives_being_stored_as_plain_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [{"resize": "large"}, {"interpolation": "cubist"}, {"mean": [1.0]}, {"std": None}, {"crop": None}]
-)
+    "broken",
+    [
+        {"resize": "large"}, {"resize": 0}, {"crop": 10**9}, {"crop": None}, {"crop": 10**5000},
+        {"interpolation": "cubist"}, {"mean": [1.0]}, {"mean": [0.5, float("inf"), 0.5]}, {"mean": [10**400] * 3},
+        {"std": None}, {"std": [0, 0, 0]}, {"std": [0.2, -1, 0.2]}, {"std": [float("nan")] * 3}, {"std": [1e-320] * 3},
+    ],
+)  # fmt: skip
 def test_stored_values_that_cannot_be_are_refused(broken: dict[str, object]) -> None:
     with pytest.raises(InputError, match="evaluation transform"):
         EvalTransform.from_dict(EvalTransform().to_dict() | broken)
-    with pytest.raises(InputError, match="evaluation transform"):
-        EvalTransform.from_dict({})
+    for nothing in ({}, [], 3):
+        with pytest.raises(InputError, match="evaluation transform"):
+            EvalTransform.from_dict(nothing)  # type: ignore[arg-type]
 
 
 def test_a_picture_becomes_channels_first() -> None:

@@ -6,11 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from dino_xcit.console import printable
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 from dino_xcit.models.vit import vit_shape
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights.files import EXCEPTION, WeightsFile
-from dino_xcit.weights.printing import shown
 from dino_xcit.weights.transformers_config import TransformersFolder
 
 _LONGEST_CLAUSE = 200
@@ -40,8 +39,8 @@ def preparation(file: WeightsFile, arch: str, where: str, settings: Transformers
     if "eval_transform" in file.content:
         try:
             transform = EvalTransform.from_dict(file.content["eval_transform"])
-        except (InputError, OverflowError, RuntimeError) as error:
-            raise InputError(f"{where}: {shown([' '.join(str(error)[:1000].split())])}") from error
+        except InputError as error:
+            raise InputError(f"{where}: {one_line(error)}") from error
         return Preparation(transform, "the checkpoint's", _clause(file.content.get(EXCEPTION)))
     if file.transform:
         return Preparation(file.transform, file.transform_from, file.transform_exception)

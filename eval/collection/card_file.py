@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -18,8 +17,6 @@ _MOST_BYTES = 64 << 20
 _MOST_IMAGES = 1 << 40
 _MOST_NUMBERS = 1 << 24
 """In a vector."""
-_MOST_PIXELS = 1 << 14
-"""A side of a prepared image."""
 _INDEX_TYPES = get_args(IndexType)
 
 _TYPES: dict[type, str] = {
@@ -61,7 +58,7 @@ def _check_making(card: dict[str, Any]) -> None:
         _field(weights, name, str, "weights.")
     for name in ("network", "arch"):
         _optional(weights, name, str, "weights.")
-    _check_preparation(_field(card, "transform", dict))
+    EvalTransform.from_dict(_field(card, "transform", dict))
     if "dimension" in card:
         _whole(card, "dimension", _MOST_NUMBERS)
     if "dtype" in card and _field(card, "dtype", str) not in ("fp32", "fp16"):
@@ -76,17 +73,6 @@ def _check_making(card: dict[str, Any]) -> None:
             Descriptor.from_dict(_field(card, "descriptor", dict))
         except OverflowError as error:  # a whole number of hundreds of digits
             raise ValueError("its descriptor has a number beyond all bounds") from error
-
-
-def _check_preparation(values: dict[str, Any]) -> None:
-    try:
-        transform = EvalTransform.from_dict(values)
-    except OverflowError as error:
-        raise ValueError("its transform has a number beyond all bounds") from error
-    if not all(1 <= side <= _MOST_PIXELS for side in (transform.resize, transform.crop)):
-        raise ValueError(f"its transform has sides that are not from 1 to {_MOST_PIXELS:,} pixels")
-    if not all(map(math.isfinite, transform.mean)) or not all(0 < std < math.inf for std in transform.std):
-        raise ValueError("its transform cannot normalise: mean or std is not finite, or a std is not above 0")
 
 
 def _check_images(card: dict[str, Any]) -> None:
