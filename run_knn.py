@@ -35,7 +35,7 @@ from dino_xcit.weights import LoadedBackbone, hash_state
 from eval.accuracy import bootstrap_interval, correct
 from eval.baselines import Pixels, untrained
 from eval.config import KnnConfig, settings
-from eval.features import Features, cached, extract, unreadable_card
+from eval.features import Features, cached, extract, fingerprint_without, unreadable_card
 from eval.figures import Figure, few_shot_figure, figure
 from eval.knn.approximate import approximate_index, refuse_few
 from eval.knn.classify import Predictions, clamp_ks, knn_predict
@@ -170,7 +170,7 @@ def _measured(
     read, cards = list(sources), dict[str, Card]()
     for place, (name, meant) in enumerate((("train", "training"), ("val", "validation"))):
         source, part = sources[place], parts[place]
-        cards[name] = data_card(source, part.fingerprint)
+        cards[name] = data_card(source, fingerprint_without(part.fingerprint, part.unreadable))
         if len(part.unreadable):
             for notice in unreadable_notices(meant, source, part.unreadable):
                 distributed.say(f"notice: {notice}{f'; {config.json} names them' if config.json else ''}")

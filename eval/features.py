@@ -18,6 +18,7 @@ from dino_xcit import distributed
 from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.loader import choose_workers, loader_process_setup
+from dino_xcit.data.source import hash_lines
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
 from eval.kept_rows import SKIPPED, Chunk, keep, kept_in, key_of, rows_in
@@ -266,6 +267,13 @@ def _features(rows: NDArray[np.float32], source: Source, unreadable: NDArray[np.
 def none_readable(source: Source) -> InputError:
     """The sentence for it."""
     return InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
+
+
+def fingerprint_without(fingerprint: str, unreadable: NDArray[np.int64]) -> str:
+    """Of a source without some of its images: another than that of all of them, or than without others."""
+    if not len(unreadable):
+        return fingerprint
+    return hash_lines([fingerprint, *(f"without {number}" for number in unreadable.tolist())])
 
 
 def unreadable_card(names: Sequence[str]) -> dict[str, object]:

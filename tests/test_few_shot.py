@@ -102,6 +102,7 @@ def test_more_images_a_class_than_there_are_is_the_whole_training_set_once_and_s
     assert [len(record["top1_draws"]) for record in records] == [3, 1]  # type: ignore[arg-type]
     assert short_classes_notices(labels, ("a", "b", "c"), [4, 5, most]) == [
         "1 class has fewer than 5 training images (the least: 700 with 4): all that there are were used",
+        f"2 classes have fewer than {most} training images (the least: 700 with 4): all that there are were used",
         f"few-shot {most} takes all {len(labels)} training images, as no class has more: every draw is the same, so it "
         "was measured once, and has no deviation",
     ]

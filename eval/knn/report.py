@@ -64,17 +64,18 @@ def short_classes_notices(
     for count in shots:
         if labels is None:
             continue
-        if takes_all(labels, count):
-            notices.append(
-                f"few-shot {count} takes all {len(labels):,} training images, as no class has more: every draw is the "
-                "same, so it was measured once, and has no deviation"
-            )
-        elif short := short_classes(labels, count):
+        short = short_classes(labels, count)
+        if short:
             number, least = min(short, key=lambda pair: pair[1])
             which = f"{len(short)} classes have" if len(short) > 1 else "1 class has"
             notices.append(
                 f"{which} fewer than {count} training images (the least: {printable(class_name(number, names))} with "
                 f"{least}): all that there are were used"
+            )
+        if takes_all(labels, count):
+            notices.append(
+                f"few-shot {count} takes all {len(labels):,} training images, as no class has more: every draw is the "
+                "same, so it was measured once, and has no deviation"
             )
     return notices
 
