@@ -100,7 +100,7 @@ class ExtractConfig(BackboneConfig):
 
 _OF_THE_CARD = (
     "pooling", "gem_p", "scales", "whiten", "normalise", "dtype", "index_type", "eval_crop", "eval_resize", "add",
-    "overwrite",
+    "overwrite", "data_path", "shard_images", "unreadable",
 )  # fmt: skip
 """run_extract.py's settings that mean nothing for --query: the collection's card says how vectors are made."""
 

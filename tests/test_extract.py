@@ -226,6 +226,9 @@ def test_a_query_draws_nothing_among_the_images_unless_told_where(
         (("--add",), "add is on"),
         (("--eval-crop", "24"), "eval_crop is 24"),
         (("--eval-resize", "32"), "eval_resize is 32"),
+        (("--data-path", "photos"), "data_path is photos"),
+        (("--shard-images", "64"), "shard_images is 64"),
+        (("--unreadable", "skip"), "unreadable is skip"),
     ],
 )
 def test_a_query_takes_no_settings_of_the_collection(flags: tuple[str, ...], found: str, command: Command) -> None:
