@@ -51,6 +51,11 @@ def test_duplicates_sizes_and_classes_are_counted(tmp_path: Path) -> None:
     assert any(line.startswith(f"{extra} are copies of others, byte for byte, ") for line in report.lines())
 
 
+def test_more_processes_than_anybody_means_are_refused() -> None:
+    with pytest.raises(InputError, match=r"workers is 100000 \(1 rank, .* such as --workers \d"):
+        check(tiny_source(10), 100_000)
+
+
 def test_sources_that_hold_pixels_are_checked_too() -> None:
     report, _ = check(tiny_source(10), 0)
     assert (report.broken, report.duplicates) == ([], [])

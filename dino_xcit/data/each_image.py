@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from dino_xcit.data.loader import be_a_loader_process
+from dino_xcit.data.loader import be_a_loader_process, choose_workers
 from dino_xcit.data.socket_folder import share_socket_folder
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
@@ -55,8 +55,9 @@ def each_image(
         workers: processes; 0 or 1: this one.
 
     Raises:
-        InputError: a process was killed.
+        InputError: a process was killed, or more are wanted than anybody means.
     """
+    choose_workers(workers, 1, "workers")
     if workers <= 1 or len(indices) <= AT_ONCE:
         yield from (work(source, index) for index in indices)
         return

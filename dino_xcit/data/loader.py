@@ -226,8 +226,10 @@ class StepSampler(Sampler[list[Key]]):
                 yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
-def choose_workers(wanted: int, processes_here: int) -> int:
+def choose_workers(wanted: int, processes_here: int, name: str = "num_workers") -> int:
     """Loader processes for one rank: ``wanted``, or this machine's cores shared among its ranks, ten at most.
+
+    ``name``: of the setting.
 
     Raises:
         InputError: so many are wanted that starting them would take the machine's memory and an hour.
@@ -239,8 +241,8 @@ def choose_workers(wanted: int, processes_here: int) -> int:
     most = max(MOST_WORKERS, 16 * cores) // max(1, processes_here)
     if wanted > max(most, chosen):
         raise InputError(
-            f"num_workers is {wanted} ({counted(processes_here, 'rank')}, {counted(cores, 'core')} here), expected at "
-            f"most {max(most, chosen)}, such as --num-workers {chosen}"
+            f"{name} is {wanted} ({counted(processes_here, 'rank')}, {counted(cores, 'core')} here), expected at "
+            f"most {max(most, chosen)}, such as --{name.replace('_', '-')} {chosen}"
         )
     return wanted
 
