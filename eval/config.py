@@ -75,6 +75,10 @@ class BackboneConfig:
         at_least("eval_resize", self.eval_resize, 0)
         at_least("eval_crop", self.eval_crop, 0)
 
+    def written(self) -> dict[str, str]:
+        """The files that are written at the end, by the names of their settings; those not asked for are empty."""
+        return {"json": self.json}
+
 
 @dataclass(frozen=True)
 class KnnConfig(BackboneConfig):
@@ -140,6 +144,10 @@ class KnnConfig(BackboneConfig):
         for name, path, ending in (("per_class", self.per_class, ".csv"), ("confusion", self.confusion, ".png")):
             if path and not path.lower().endswith(ending):
                 raise InputError(f"{name} is {path}, expected a file that ends in {ending}")
+
+    def written(self) -> dict[str, str]:
+        """See :meth:`BackboneConfig.written`."""
+        return super().written() | {"per_class": self.per_class, "confusion": self.confusion}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
     """Join the other processes if there are any, and put the frozen backbone on this one's device.
 
     Raises:
-        InputError: no weights given, or weights that cannot be used.
+        InputError: no weights given, weights that cannot be used, or a file to write that cannot be.
     """
     if not config.weights:
         raise InputError(
@@ -30,6 +32,7 @@ def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
         )
     device = distributed.choose_device(config.device)
     distributed.start(device)
+    _demand_writable(config.written())
     allowed = Allowed(config.allow_missing, config.allow_unexpected)
     loaded = load_backbone(config.weights, config.network, config.arch or None, allowed)
     loaded.backbone.to(device)
@@ -110,6 +113,42 @@ def beside_weights(config: BackboneConfig, given: str, name: str) -> Path:
     if is_remote(config.weights):
         return Path("runs") / re.sub(r"[^\w.]+", "-", config.weights) / name
     return Path(config.weights).expanduser().parent / name
+
+
+def _demand_writable(files: Mapping[str, str]) -> None:
+    """Make the folders of files that are written at the end: before what may take hours, rather than after it.
+
+    Args:
+        files: by the names of their settings; empty: none.
+
+    Raises:
+        InputError: one of them cannot be written.
+    """
+    for name, file in files.items():
+        problem = _why_not_replaceable(Path(file).expanduser()) if file and distributed.is_main() else None
+        problem = distributed.main_decides(problem)
+        if problem:
+            raise InputError(f"{name} is {file}, which cannot be written: {problem}; choose another place")
+
+
+def _why_not_replaceable(file: Path) -> str | None:
+    """None where a file can be written beside ``file`` and take its place, as :func:`eval.protocol.write_json` does."""
+    try:
+        if file.is_dir():
+            return "it is a folder"
+        if file.exists() and not file.is_file():
+            return "it is no regular file"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+        aside = f".{file.name}.tmp"
+        if len(os.fsencode(aside)) > os.pathconf(file.parent, "PC_NAME_MAX"):
+            return "its name is too long"
+    except (FileExistsError, NotADirectoryError):
+        return "a part of its path is no folder"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _why_not_writable(folder: Path) -> str | None:

@@ -37,7 +37,7 @@ WRONG: dict[str, tuple[ModuleType, list[str], str]] = {
     "a picture without an ending": (run_knn, [*W, "--confusion", "classes"], "expected a file that ends in .png"),
     "too few to approximate": (run_knn, [*W, "--approximate", "ivf"], "are searched exactly in no time: leave"),
     "unknown search": (run_knn, [*W, "--approximate", "lsh"], "approximate"),
-    "nowhere for the table": (run_knn, [*W, "--per-class", "{image}/classes.csv"], "cannot write"),
+    "nowhere for the table": (run_knn, [*W, "--per-class", "{image}/classes.csv"], "written: a part of its path is no folder"),
     "batch of zero": (run_extract, ["--batch-size", "0"], "batch_size_per_gpu is 0, expected at least 1"),
     "rate of zero": (run_linear, ["--lrs", "0.1", "0"], "lrs is 0.1 0, expected numbers above 0"),
     "holdout of one": (run_linear, ["--holdout", "1"], "holdout is 1.0, expected a share"),
@@ -70,5 +70,8 @@ WRONG: dict[str, tuple[ModuleType, list[str], str]] = {
     "query without index": (run_extract, ["--query", "{image}"], "no index given"),
     "index is none": (run_extract, ["--query", "{image}", "--index", "{tmp}/empty"], "is no complete collection"),
     "cache is a file": (run_knn, [*W, "--cache-dir", "{image}"], "which cannot be written to"),
-    "json is a folder": (run_knn, [*W, "--json", "{tmp}"], "cannot write"),
+    "json is a folder": (run_knn, [*W, "--json", "{tmp}"], "which cannot be written: it is a folder; choose another"),
+    "json is a device": (run_linear, [*W, "--json", "/dev/null"], "cannot be written: it is no regular file; choose"),
+    "nowhere for the picture": (run_knn, [*W, "--confusion", "/proc/none/c.png"], "confusion is /proc/none/c.png, w"),
+    "json's name is too long": (run_linear, [*W, "--json", f"{'x' * 251}"], "cannot be written: its name is too long;"),
 }  # fmt: skip
