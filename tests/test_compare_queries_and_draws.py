@@ -1,4 +1,4 @@
-"""python -m eval.compare on few shots, on searches, and on one kind of classifier against another."""
+"""python -m eval.compare on few shots and on searches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dino_xcit.data import Subset
 from dino_xcit.errors import InputError
 from eval.compare.__main__ import main
 from eval.compare.result_file import read_result
-from eval.figures import Figure, few_shot_figure, figure, query_figure
+from eval.figures import Figure, few_shot_figure, query_figure
 
 
 def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, list[dict[str, Any]]]:
@@ -235,61 +235,6 @@ def test_what_run_retrieval_writes_is_compared(
     assert "measure retrieval folder -> retrieval copydays" in refusal(
         tmp_path / "folder-0.json", tmp_path / "copydays-1.json"
     )
-
-
-# ---- classifiers
-
-
-PROBE = {"name": "SGD", "epochs": 8, "holdout": 0.1, "seed": 0}
-REGRESSION = {"name": "L-BFGS", "cs": [1.0], "iterations": 100}
-
-
-def classifier(name: str, right: int) -> Figure:
-    return figure(f"{name}, top-1", {"classifier": name}, hits(right))
-
-
-def test_a_grid_is_held_against_a_logistic_regression_only_when_that_is_allowed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a = write_result(tmp_path / "a.json", classifier("grid", 300), measure="linear", protocol=PROBE)
-    alone = {**REGRESSION, "holdout": 0.1, "seed": 0}
-    b = write_result(tmp_path / "b.json", classifier("logreg", 320), measure="linear", protocol=alone)
-    clause = f"{b} cannot be compared with {a}: classifier grid -> logreg, each trained by its own rules"
-    assert refusal(a, b) == f"{clause} (--allow classifier compares them all the same)", "and of no setting of either"
-    text, (_, second) = compared(tmp_path, capsys, a, b, "--allow", "classifier")
-    assert text.startswith(f"allowed, and unlike {a}: {b}: classifier grid -> logreg")
-    assert second["difference"] == 5.0
-    assert second["p"] is not None
-    c = write_result(
-        tmp_path / "c.json", classifier("logreg", 320), measure="linear", protocol={**alone, "holdout": 0.2}
-    )
-    assert "holdout 0.1 -> 0.2" in refusal(a, c, "--allow", "classifier"), "which both have"
-
-
-def test_two_classifiers_of_one_file_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = classifier("paper", 290), classifier("grid", 300), classifier("logreg", 320)
-    a = write_result(tmp_path / "a.json", *figures, measure="linear", protocol=PROBE | {"logreg": REGRESSION})
-    words = (a, a, "--figure", "grid", "logreg", "--allow", "classifier")
-    text, rows = compared(tmp_path, capsys, *words)
-    assert [(row["figure"], row["difference"]) for row in rows] == [("grid, top-1", None), ("logreg, top-1", 5.0)]
-    assert "same weights" not in text
-    assert "given more than once" in refusal(a, a)
-    assert "given more than once" in refusal(a, a, "--figure", "grid", "grid")
-
-
-def test_a_regression_beside_a_probe_does_not_make_the_probes_unlike(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a = write_result(tmp_path / "a.json", classifier("grid", 300), measure="linear", protocol=PROBE)
-    both = PROBE | {"logreg": REGRESSION}
-    grid, regression = classifier("grid", 310), classifier("logreg", 320)
-    b = write_result(tmp_path / "b.json", grid, regression, measure="linear", protocol=both)
-    text, (_, second) = compared(tmp_path, capsys, a, b)
-    assert second["difference"] == 2.5
-    assert f"only {b} has logreg, top-1" in text
-    alone = {**REGRESSION, "holdout": 0.1, "seed": 0}
-    c = write_result(tmp_path / "c.json", classifier("logreg", 330), measure="linear", protocol=alone)
-    assert compared(tmp_path, capsys, b, c)[1][1]["difference"] == 2.5
 
 
 # ---- what the evaluators write

@@ -71,7 +71,11 @@ def _protocol(then: Mapping[str, object], now: Mapping[str, object]) -> list[Dif
         values = [_deciding(key, protocol.get(key)) for protocol in (then, now)]
         if key not in SWEPT and values[0] != values[1]:
             name = "protocol" if key == "name" else key
-            found.append(Difference(name, f"{name} {shown(values[0])} -> {shown(values[1])}"))
+            one, other = values
+            if isinstance(one, Mapping) and isinstance(other, Mapping):
+                found.append(Difference(name, f"{name}: {', '.join(changed(one, other))}"))
+            else:
+                found.append(Difference(name, f"{name} {shown(one)} -> {shown(other)}"))
     return found
 
 
