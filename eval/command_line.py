@@ -55,7 +55,7 @@ def _name_loose_words(argv: Sequence[str], config: type, positional: str) -> lis
     rest: list[str] = []
     room = 0
     for token in argv:
-        if token.startswith("-"):
+        if token.startswith("--") or token == "-h":  # not -1: that is a value
             name, equals, _ = token.lstrip("-").partition("=")
             hint = hints.get(name.replace("-", "_"), str)
             several = len(argv) if get_origin(hint) is tuple else 1

@@ -15,6 +15,7 @@ from dino_xcit.launch_config import split
 from eval.command_line import settings
 from eval.config import KnnConfig
 from eval.look_config import PcaConfig
+from eval.retrieval_config import RetrievalConfig
 
 MISTAKES = {
     "--lr 1 --lr 2": "--lr is given twice: give it once",
@@ -60,6 +61,12 @@ def test_a_stray_word_after_an_evaluator_s_flag_is_our_sentence() -> None:
 def test_images_may_be_named_in_several_places() -> None:
     typed = "a.jpg --images b.jpg --size 64 --images=c.jpg"
     assert sorted(settings(PcaConfig, typed.split(" "), "pca", "images").images) == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_a_word_after_a_number_below_zero_is_told_from_it() -> None:
+    typed = ["--threshold", "-1", "duplicates", "--first", "photos"]
+    config = settings(RetrievalConfig, typed, "run_retrieval.py", "protocol")
+    assert (config.protocol, config.threshold, config.first) == ("duplicates", -1, "photos")
 
 
 def test_the_data_commands_refuse_a_flag_that_is_given_twice() -> None:
