@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dino_xcit.data import open_source
-from eval.collection.images import images_of, pictures_of
+from eval.collection.images import changed_since, images_of, pictures_of
 
 COUNT, LEFT_OUT = 6, (1, 4)
 
@@ -115,3 +116,34 @@ def test_relative_names_start_from_where_their_own_part_was_extracted(tmp_path: 
     images = images_of(card, names)
     assert images is not None
     assert [images.read(row)[0] for row in range(2)] == [png(9), png(1)]
+
+
+def test_a_source_whose_files_were_written_anew_under_their_names_is_told(source_url: str, tmp_path: Path) -> None:
+    data, names = collected(source_url, LEFT_OUT)
+    card = {"data": data}
+    images = images_of(card, names)
+    assert images is not None
+    assert changed_since(card, images) == []
+    file = Path(source_url.partition(":")[2] or tmp_path / "photos" / "3.png")
+    os.utime(file, (1, 1))
+    again = images_of(card, names)
+    assert again is not None
+    assert changed_since(card, again) == [source_url]
+
+
+def test_of_a_source_with_a_relative_path_nothing_is_told_wrongly_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "x.png").write_bytes(png(1))
+    monkeypatch.chdir(tmp_path)
+    data, names = collected("photos", ())
+    card = {"data": data | {"absolute_url": str(tmp_path / "photos"), "names_start_from": str(tmp_path)}}
+    for replaced, told_here in ((False, []), (True, ["photos"])):
+        if replaced:
+            (tmp_path / "photos" / "x.png").write_bytes(png(2) + b"more")
+        for place, told in ((tmp_path, told_here), (tmp_path.parent, [])):
+            monkeypatch.chdir(place)
+            images = images_of(card, names)
+            assert images is not None
+            assert changed_since(card, images) == told

@@ -28,7 +28,7 @@ class CollectedImages:
 
     def __init__(self, parts: Sequence[Source], places: NDArray[np.int64]) -> None:
         """``places`` [N, 2]: which part, and which image of it."""
-        self._parts, self._places = parts, places
+        self.parts, self._places = parts, places
         self.url = ", ".join(part.url for part in parts)
         self.classes: tuple[str, ...] | None = None
         self.labels: NDArray[np.int64] | None = None
@@ -47,18 +47,20 @@ class CollectedImages:
 
     def read(self, index: int) -> tuple[Item, int | None]:
         part, row = self._places[index].tolist()
-        return self._parts[part].read(row)[0], None if self.labels is None else int(self.labels[index])
+        return self.parts[part].read(row)[0], None if self.labels is None else int(self.labels[index])
 
     def name(self, index: int) -> str:
         part, row = self._places[index].tolist()
-        return self._parts[part].name(row)
+        return self.parts[part].name(row)
 
     def fingerprint(self) -> str:
-        return hash_lines([*(part.fingerprint() for part in self._parts), repr(self._places.tolist())])
+        return hash_lines([*(part.fingerprint() for part in self.parts), repr(self._places.tolist())])
 
 
 def images_of(card: Mapping[str, Any], names: Sequence[str]) -> CollectedImages | None:
     """The images of a collection, if every one is still there under its name; else None.
+
+    They are found by their names, so that one that was replaced since goes unseen here: see :func:`changed_since`.
 
     Args:
         card: the collection's.
@@ -76,6 +78,23 @@ def images_of(card: Mapping[str, Any], names: Sequence[str]) -> CollectedImages 
         parts.append(source)
         places += [(number, place) for place in found]
     return CollectedImages(parts, np.array(places, dtype=np.int64).reshape(-1, 2))
+
+
+def changed_since(card: Mapping[str, Any], images: CollectedImages) -> list[str]:
+    """URLs of the sources that are not as they were when their vectors were made: images came, went or were replaced.
+
+    It looks at every file's size and time. A fingerprint is of a place as it was typed: of a relative one nothing can
+    be told from another folder, and it is passed over.
+
+    Args:
+        card: the collection's.
+        images: what :func:`images_of` found for it.
+    """
+    return [
+        str(data["url"])
+        for data, part in zip(data_of(card), images.parts, strict=True)
+        if _opened_from(data) == data["url"] and part.fingerprint() != data["fingerprint"]
+    ]
 
 
 def pictures_of(card: Mapping[str, Any], names: Sequence[str], rows: Iterable[int]) -> dict[int, Image.Image | None]:
@@ -131,9 +150,14 @@ def _find(source: Source, data: Mapping[str, Any], names: Sequence[str]) -> list
 
 def _opened(data: Mapping[str, Any]) -> Source | None:
     try:
-        return open_source(url_of(data))
+        return open_source(_opened_from(data))
     except InputError:
         return None
+
+
+def _opened_from(data: Mapping[str, Any]) -> str:
+    """As it was typed where that leads to the same place."""
+    return str(data["url"]) if data.get("names_start_from") == os.getcwd() else url_of(data)
 
 
 def _base(data: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from dino_xcit.weights import LoadedBackbone
 from eval.collection import whitening as whitening_file
 from eval.collection.card import data_of, differences, kind_of, settings_of
 from eval.collection.contact_sheet import Tile
-from eval.collection.images import images_of
+from eval.collection.images import changed_since, images_of
 from eval.collection.store import CARD, Collection, open_collection, prepared
 from eval.collection.whitening import Whitening
 from eval.features import cached
@@ -167,8 +167,15 @@ def collection_at(path: str) -> Collection | None:
 
 
 def collected(collection: Collection) -> VectorSet:
-    """The vectors of a finished collection, memory-mapped, and its images if they still are where they were."""
+    """The vectors of a finished collection, memory-mapped, and its images if they still are where they were; a notice
+    where other images are there now."""
     images = images_of(collection.card, collection.names)
+    if images is not None and distributed.is_main():
+        for url in changed_since(collection.card, images):
+            distributed.say(
+                f"notice: {url} is not as it was when the vectors in {collection.folder} were made of it: files came, "
+                "went or were written anew; images and classes are taken as they are now, vectors as they were"
+            )
     return VectorSet(collection.vectors, collection.names, images, collection.card, None)  # type: ignore[arg-type]
 
 
