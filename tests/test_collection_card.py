@@ -93,6 +93,8 @@ DAMAGE = [
     ("weights.path", 7, "its weights.path is a whole number"),
     ("weights.network", [], "its weights.network is a list"),
     ("weights.arch", 3.5, "its weights.arch is a number"),
+    ("weights.allowed", "missing norm.bias", "its weights.allowed is a text, expected a list"),
+    ("weights.allowed", [7], "its weights.allowed holds something other than texts"),
     ("data", None, "its data is nothing, expected an object"),
     ("data.url", MISSING, "lacks data.url"),
     ("data.fingerprint", None, "its data.fingerprint is nothing"),

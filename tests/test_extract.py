@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from eval_fixtures import unit
 from extract_fixtures import COUNT, Place, done, new_place, words
 from PIL import Image
 from run_here import Command, Here
 
 import run_extract
+from dino_xcit.weights import load_backbone
 from eval.collection import index as search_index
 from eval.collection.contact_sheet import TILE
 from eval.collection.store import open_collection
@@ -56,6 +58,32 @@ def test_a_query_is_pooled_scaled_and_whitened_as_the_collection_was(
     first = json.loads((tmp_path / "found.json").read_text())["results"][0]
     assert (first["path"], first["row"]) == (wanted, 5)
     assert first["score"] == pytest.approx(1, abs=1e-4), "the query's vector is the stored one"
+
+
+def test_a_query_allows_the_keys_that_its_collection_was_made_without_and_no_other(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    backbone = load_backbone(place.weights).backbone
+    state = dict(backbone.state_dict())
+    lost = {key: value for key, value in state.items() if key not in ("norm.bias", "norm.weight")}
+    weights = tmp_path / "lost.pth"
+    torch.save(lost | {"extra": torch.zeros(2)}, weights)
+    allowed = ("--allow-missing", "norm.*", "--allow-unexpected", "extra")
+    made = Place(place.data, weights)
+    done(command(*words(made, "--output-dir", tmp_path / "v", *allowed)))
+    card = json.loads((tmp_path / "v/card.json").read_text())
+    assert card["weights"]["allowed"] == ["missing norm.bias", "missing norm.weight", "unexpected extra"]
+    query = ("--query", open_collection(tmp_path / "v").names[3], "--index", tmp_path / "v", "--top", 1)
+    assert "1.0000" in done(command(*query)).out
+
+    for words_there, still in (
+        (["missing norm.bias", "unexpected extra"], "lacks norm.weight"), (["missing *", "unexpected extra"], "norm."),
+    ):  # fmt: skip
+        card["weights"]["allowed"] = words_there
+        (tmp_path / "v/card.json").write_text(json.dumps(card))
+        refused = command(*query)
+        assert refused.code == 2
+        assert still in refused.err
 
 
 def test_a_whitening_of_other_vectors_is_refused_with_the_difference(

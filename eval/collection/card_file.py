@@ -58,6 +58,8 @@ def _check_making(card: dict[str, Any]) -> None:
         _field(weights, name, str, "weights.")
     for name in ("network", "arch"):
         _optional(weights, name, str, "weights.")
+    if not all(isinstance(word, str) for word in _optional(weights, "allowed", list, "weights.") or []):
+        raise ValueError("its weights.allowed holds something other than texts")
     EvalTransform.from_dict(_field(card, "transform", dict))
     if "dimension" in card:
         _whole(card, "dimension", _MOST_NUMBERS)

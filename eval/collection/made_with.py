@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -19,15 +20,26 @@ Config = TypeVar("Config", bound=BackboneConfig)
 
 
 def with_weights_of(collection: Collection, config: Config) -> Config:
-    """Settings with the collection's weights where none are given, and with the network of theirs that made it."""
+    """Settings with the collection's weights where none are given, and with the network of theirs that made it; keys
+    that were allowed to be missing or left over then may be so again."""
     made_by = collection.card["weights"]
     network = made_by.get("network")
+    allowed = made_by.get("allowed") or []
     return dataclasses.replace(
         config,
         weights=config.weights or made_by["path"],
         network=network if network in ("teacher", "student") else config.network,
         arch=config.arch or made_by.get("arch") or "",
+        allow_missing=(*config.allow_missing, *_keys(allowed, "missing ")),
+        allow_unexpected=(*config.allow_unexpected, *_keys(allowed, "unexpected ")),
     )
+
+
+def _keys(allowed: Sequence[str], kind: str) -> list[str]:
+    """Of the exceptions that a card names; a beginning and ``*`` is no key, and would allow more than was."""
+    return [
+        word.removeprefix(kind) for word in allowed if word.startswith(kind) and word != kind and not word.endswith("*")
+    ]
 
 
 def open_backbone_of(collection: Collection, config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
