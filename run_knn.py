@@ -115,7 +115,7 @@ def main() -> None:
             "name": KNN_PROTOCOL,
             "ks": ks,
             "temperatures": list(config.temperatures),
-            "interval": "95% percentile bootstrap over the validation images",
+            "interval": "95% percentile bootstrap over the validation images; of all or no hits Clopper-Pearson",
         }
         if found.approximate:
             protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")
@@ -150,7 +150,7 @@ def _models(
                 for part in (train, val)
             )  # fmt: skip
         except UndecodableImage as error:
-            raise InputError(f"{error} (--unreadable skip leaves such images out)") from error
+            raise InputError(f"{error}; or add --unreadable skip to measure without such images") from error
         return first, second
 
     yield "trained", features(loaded.backbone, loaded.hash)

@@ -2,8 +2,8 @@
 
     python benchmarks/evaluate.py --weights runs/demo/checkpoint.pth [--limit 120]
 
-The checkpoint is copied to an empty folder, so that nothing was kept from before: the three runners, with their
-defaults on the images that it was trained on (the embedded sample of a demo: 12,000 and 3,000), share only what they
+What they write goes to an empty folder, so that nothing was kept from before: the three runners, with their defaults on
+the images that the checkpoint was trained on (the embedded sample of a demo: 12,000 and 3,000), share only what they
 keep for each other. Seconds are of the clock; beside them those of the processor, of all processes, which other work
 on the machine changes little. The last line is one JSON object. Exit code 1: all of it took longer than the limit.
 """
@@ -15,7 +15,6 @@ import json
 import os
 import resource
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,14 +33,15 @@ K = 10
 """Neighbours of the figure in the table, as in benchmarks/demo.py."""
 
 
-def run(script: str, folder: Path, *flags: str) -> tuple[dict[str, Any], float, float]:
+def run(script: str, weights: Path, folder: Path, *flags: str) -> tuple[dict[str, Any], float, float]:
     """Type a command, and end as it ends if it fails.
 
     Returns:
         Its result file, seconds of the clock, seconds of the processor.
     """
     file = folder / f"{Path(script).stem}.json"
-    words = [script, "--weights", str(folder / "checkpoint.pth"), *flags, "--json", str(file)]
+    words = [script, "--weights", str(weights.absolute()), "--cache-dir", str(folder / "features"), *flags]
+    words += ["--json", str(file)]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     clock, processor = time.perf_counter(), _processor_seconds()
     done = subprocess.run([sys.executable, str(ROOT / script), *words[1:]], cwd=ROOT, check=False)
@@ -67,10 +67,9 @@ def main() -> None:
         parser.error(f"{given.weights} is no file: make demo leaves one in runs/demo/checkpoint.pth")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copyfile(given.weights, folder / "checkpoint.pth")
-        extract = run("run_extract.py", folder, "--output-dir", str(folder / "vectors"))
-        knn = run("run_knn.py", folder)
-        linear = run("run_linear.py", folder)
+        extract = run("run_extract.py", given.weights, folder, "--output-dir", str(folder / "vectors"))
+        knn = run("run_knn.py", given.weights, folder)
+        linear = run("run_linear.py", given.weights, folder, "--output-dir", str(folder / "linear"))
 
     votes = next(row for row in knn[0]["results"] if row["k"] == K)
     grid, epochs = linear[0]["results"]["grid"], linear[0]["protocol"]["epochs"]

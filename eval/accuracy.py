@@ -33,10 +33,15 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval, in percent, of a share of hits; NaN for no image at all.
 
-    Resampling n images with replacement makes the number of hits binomial(n, share), which is drawn directly.
+    Resampling n images with replacement makes the number of hits binomial(n, share), which is drawn directly. Where all
+    of them are hits, or none, every draw is the same, which is no certainty: Clopper and Pearson's exact interval then
+    (Biometrika 26, 1934), whose open end is tail^(1/n).
     """
     if not len(hits):
         return float("nan"), float("nan")
+    if hits.all() or not hits.any():
+        open_end = 100.0 * float(((1 - level) / 2) ** (1 / len(hits)))
+        return (open_end, 100.0) if hits.all() else (0.0, 100.0 - open_end)
     counts = np.random.default_rng(seed).binomial(len(hits), float(hits.mean()), size=draws)
     tail = 50 * (1 - level)
     low, high = np.percentile(100.0 * counts / len(hits), [tail, 100 - tail])

@@ -37,7 +37,7 @@ WRONG: dict[str, tuple[ModuleType, list[str], str]] = {
     "a picture without an ending": (run_knn, [*W, "--confusion", "classes"], "expected a file that ends in .png"),
     "too few to approximate": (run_knn, [*W, "--approximate", "ivf"], "are searched exactly in no time: leave"),
     "unknown search": (run_knn, [*W, "--approximate", "lsh"], "approximate"),
-    "nowhere for the table": (run_knn, [*W, "--per-class", "{image}/classes.csv"], "written: a part of its path is no folder"),
+    "nowhere for the table": (run_knn, [*W, "--per-class", "{image}/classes.csv"], "its path is no folder; choose"),
     "batch of zero": (run_extract, ["--batch-size", "0"], "batch_size_per_gpu is 0, expected at least 1"),
     "rate of zero": (run_linear, ["--lrs", "0.1", "0"], "lrs is 0.1 0, expected numbers above 0"),
     "holdout of one": (run_linear, ["--holdout", "1"], "holdout is 1.0, expected a share"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from sklearn.neighbors import KNeighborsClassifier
 
 import eval.knn.classify
@@ -268,4 +269,11 @@ def test_bootstrap_interval_is_that_of_resampling_the_images() -> None:
     assert bootstrap_interval(hits) == bootstrap_interval(hits)
     low, high = bootstrap_interval(hits, level=0.5)
     assert bootstrap_interval(hits)[0] < low < 100 * hits.mean() < high < bootstrap_interval(hits)[1]
-    assert bootstrap_interval(np.ones(50, dtype=bool)) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 50, 3000])
+def test_the_interval_of_all_or_no_hits_is_clopper_pearsons(count: int) -> None:
+    exact = binomtest(count, count).proportion_ci(0.95, method="exact")
+    assert bootstrap_interval(np.ones(count, dtype=bool)) == pytest.approx((100 * exact.low, 100.0))
+    assert bootstrap_interval(np.zeros(count, dtype=bool)) == pytest.approx((0.0, 100 - 100 * exact.low))
+    assert exact.low < 1

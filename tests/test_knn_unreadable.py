@@ -45,7 +45,7 @@ def test_a_broken_image_ends_the_run_by_name_unless_such_are_left_out(place: Pla
     refused = knn(here, place, "--no-cache")
     assert refused.code == 2
     assert "dots 01.png cannot be read" in refused.err
-    assert "(--unreadable skip leaves such images out)" in refused.err
+    assert "pack leaves such images out; or add --unreadable skip to measure without such images" in refused.err
     done = knn(here, place, "--unreadable", "skip", "--no-cache", "--json", tmp_path / "k.json", "--few-shot", 6)
     assert done.code == 0, done.err
     told = f"{tmp_path / 'k.json'} names them"
