@@ -199,6 +199,15 @@ def test_a_file_too_large_for_a_result_is_refused_before_it_is_read(
         read_result(str(path))
 
 
+def test_a_number_too_large_to_be_one_is_refused(tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
+    text = path.read_text()
+    assert text.count('"k": 20') == 1
+    path.write_text(text.replace('"k": 20', '"k": 1e999'))
+    with pytest.raises(InputError, match="1e999 is too large a number"):
+        read_result(str(path))
+
+
 def test_settings_within_each_other_are_read_up_to_the_limit(tmp_path: Path) -> None:
     path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
     card = json.loads(path.read_text())
