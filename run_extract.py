@@ -49,7 +49,7 @@ from eval.command_line import settings
 from eval.features import find_kept, width_of
 from eval.protocol import Card, data_card, now, versions, weights_card, write_json
 from eval.retrieval_config import ExtractConfig
-from eval.setup import beside_weights, open_backbone
+from eval.setup import beside_weights, demand_writable, open_backbone
 
 CHUNK = 8192
 """Rows of kept features that are handed on at a time."""
@@ -66,6 +66,7 @@ def main() -> None:
     config = settings(ExtractConfig, sys.argv[1:], "run_extract.py")
     # To learn a whitening, too, several processes have to know that one of them writes.
     distributed.start(distributed.choose_device(config.device))
+    demand_writable(config.written())
     if config.learn_whitening:
         learn_whitening(config)
     elif config.query:

@@ -57,6 +57,7 @@ from eval.retrieval.vector_set import (
     open_fitted,
 )
 from eval.retrieval_config import RetrievalConfig
+from eval.setup import demand_writable
 from eval.table import percent, table
 
 INTERVAL = "95% percentile bootstrap over the queries"
@@ -67,6 +68,7 @@ def main() -> None:
     config = settings(RetrievalConfig, sys.argv[1:], "run_retrieval.py", positional="protocol")
     # Where there is nothing to extract, too, several processes have to know that one of them reports.
     distributed.start(distributed.choose_device(config.device))
+    demand_writable(config.written())
     protocols: dict[str, Callable[[RetrievalConfig], None]] = {
         "oxford": landmarks,
         "paris": landmarks,

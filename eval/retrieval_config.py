@@ -85,6 +85,10 @@ class ExtractConfig(BackboneConfig):
             raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
         self._check_there_is_something_to_do()
 
+    def written(self) -> dict[str, str]:
+        """See :meth:`BackboneConfig.written`. A sheet is drawn when the answer is out, and refused then."""
+        return super().written() | {"learn_whitening": self.learn_whitening}
+
     def _check_there_is_something_to_do(self) -> None:
         if self.learn_whitening:
             if not self.index:
@@ -196,6 +200,10 @@ class RetrievalConfig(BackboneConfig):
             raise InputError(f"no data_path given: {self.protocol} needs --data-path DIR, the folder of its images")
         if self.protocol == "duplicates" and not self.first:
             raise InputError("no images given: use --first DIR --second DIR, or --first DIR alone for pairs within it")
+
+    def written(self) -> dict[str, str]:
+        """See :meth:`BackboneConfig.written`."""
+        return super().written() | {"csv": self.csv, "sheet": self.sheet}
 
     def check_for_collections(self, weights_given: bool = False) -> None:
         """Refuse what decides how vectors are made, where finished ones are measured.

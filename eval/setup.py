@@ -32,7 +32,7 @@ def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
         )
     device = distributed.choose_device(config.device)
     distributed.start(device)
-    _demand_writable(config.written())
+    demand_writable(config.written())
     allowed = Allowed(config.allow_missing, config.allow_unexpected)
     loaded = load_backbone(config.weights, config.network, config.arch or None, allowed)
     loaded.backbone.to(device)
@@ -115,7 +115,7 @@ def beside_weights(config: BackboneConfig, given: str, name: str) -> Path:
     return Path(config.weights).expanduser().parent / name
 
 
-def _demand_writable(files: Mapping[str, str]) -> None:
+def demand_writable(files: Mapping[str, str]) -> None:
     """Make the folders of files that are written at the end: before what may take hours, rather than after it.
 
     Args:

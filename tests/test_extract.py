@@ -267,6 +267,17 @@ def test_a_query_takes_no_settings_of_the_collection(flags: tuple[str, ...], fou
     )
 
 
+@pytest.mark.parametrize("words", [
+    ("--query", "q.png", "--index", "v", "--json"), ("--index", "v", "--learn-whitening"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_read(
+    words: tuple[str, ...], command: Command, tmp_path: Path
+) -> None:
+    refused = command(*words, tmp_path)
+    assert refused.code == 2
+    assert f" is {tmp_path}, which cannot be written: it is a folder; choose another place\n" in refused.err
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

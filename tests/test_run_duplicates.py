@@ -187,3 +187,16 @@ def test_without_a_pair_there_is_no_sheet_and_an_older_one_is_named_as_such(
     sheet.write_bytes(b"old")
     assert "and the file of that name is an older one" in retrieve(*words, "--sheet", sheet).out
     assert sheet.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("flag", ["--json", "--csv", "--sheet"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_searched(
+    two_sets: tuple[Path, Path], retrieve: Command, tmp_path: Path, flag: str
+) -> None:
+    refused = retrieve("duplicates", "--first", two_sets[0], flag, tmp_path)
+    assert refused.code == 2
+    name = flag.removeprefix("--")
+    # Before it is found, too, that there are no weights.
+    assert (
+        refused.err == f"error: {name} is {tmp_path}, which cannot be written: it is a folder; choose another place\n"
+    )
