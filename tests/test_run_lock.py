@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,7 +59,7 @@ def start(server: Server, tmp_path: Path) -> Iterator[Start]:
     def begin(*acts: str) -> tuple[Run, dict[str, int]]:
         owner = server.launch("-c", OWNER, tmp_path, *acts)
         owners.append(owner)
-        owner.until(lambda: "held" in owner.out())
+        owner.until(lambda: re.search(r"held \d+\n", owner.out()) is not None)  # the whole line: it comes in pieces
         printed = {word: int(number) for word, number in map(str.split, owner.out().splitlines())}
         if "child" in printed:
             children.append(printed["child"])
