@@ -40,9 +40,18 @@ def bootstrap_interval(
     if not len(hits):
         return float("nan"), float("nan")
     if hits.all() or not hits.any():
-        open_end = 100.0 * float(((1 - level) / 2) ** (1 / len(hits)))
-        return (open_end, 100.0) if hits.all() else (0.0, 100.0 - open_end)
+        return all_or_nothing(bool(hits.all()), len(hits), level)
     counts = np.random.default_rng(seed).binomial(len(hits), float(hits.mean()), size=draws)
     tail = 50 * (1 - level)
     low, high = np.percentile(100.0 * counts / len(hits), [tail, 100 - tail])
     return float(low), float(high)
+
+
+def all_or_nothing(hit: bool, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's interval, in percent, of a share of which ``count`` of ``count``, or none, are hits.
+
+    It holds for the mean of any values from 0 to 100% as well: to see only the greatest is then no likelier than for
+    hits of the same mean.
+    """
+    open_end = 100.0 * float(((1 - level) / 2) ** (1 / count))
+    return (open_end, 100.0) if hit else (0.0, 100.0 - open_end)

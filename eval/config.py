@@ -33,8 +33,9 @@ class BackboneConfig:
     """Which backbone is measured, and on what machine: the settings that all three runners share."""
 
     weights: str = ""
-    """What to measure: a checkpoint of this project, DINO, XCiT, VISSL, lightly or solo-learn, a .safetensors file,
-    hf-hub:ORG/NAME, or timm:NAME with timm's pretrained tag or without; docs/checkpoints.md."""
+    """What to measure: a checkpoint of this project, DINO, DINOv2, iBOT, MoCo, MAE, XCiT, VISSL, lightly, solo-learn,
+    timm or torchvision, a .safetensors file, a folder or hf-hub:ORG/NAME of timm or transformers, or timm:NAME with
+    timm's pretrained tag or without; docs/checkpoints.md."""
     network: Literal["teacher", "student"] = "teacher"
     """Which network of a checkpoint that holds both."""
     arch: str = ""

@@ -105,6 +105,12 @@ def test_the_interval_of_a_mean_is_that_of_drawing_the_queries_anew() -> None:
     assert mean_interval(values[:0]) is None
 
 
+def test_queries_that_all_find_everything_leave_room_for_others_that_do_not() -> None:
+    # Of a share p, 12 of 12 are hits with probability p^12: 2.5% at the lower end.
+    assert mean_interval(np.full(12, 100.0)) == pytest.approx((100 * 0.025 ** (1 / 12), 100))
+    assert mean_interval(np.zeros(12)) == pytest.approx((0, 100 - 100 * 0.025 ** (1 / 12)))
+
+
 def drawn_anew(values: NDArray[np.float64], draws: int) -> tuple[float, float]:
     """The interval by its definition: the queries themselves are drawn."""
     rng = np.random.default_rng(5)

@@ -156,9 +156,9 @@ UNLIKE = {
     ),
     "search": (
         {"protocol": KNN | {"search": {"approximate": "ivf", "probes": 16}}},
-        "search None -> approximate ivf, probes 16",
+        "search not set -> approximate ivf, probes 16",
     ),
-    "feature": ({"protocol": KNN | {"feature": "mean"}}, "feature None -> mean"),
+    "feature": ({"protocol": KNN | {"feature": "mean"}}, "feature not set -> mean"),
     "train": (
         {"train": noise_source(31, seed=1)},
         "other training images: 30 of 3 classes -> 31 of 3 classes",

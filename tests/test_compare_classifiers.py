@@ -127,7 +127,7 @@ def test_regressions_of_other_c_are_compared_when_that_is_allowed(
         words += ["--batch-size-per-gpu", "4"]
         monkeypatch.setattr(sys, "argv", ["run_linear.py", *map(str, words)])
         run_linear.main()
-    unlike = ("cs", "cs 1 -> 10"), ("features", "features None -> cls+mean")
+    unlike = ("cs", "cs 1 -> 10"), ("features", "features not set -> cls+mean")
     for other, (name, clause) in zip(written[1:], unlike, strict=True):
         sentence = f"{other} cannot be compared with {written[0]}: {clause} (--allow {name} compares them all the same)"
         assert refusal(written[0], other) == sentence

@@ -79,7 +79,7 @@ def test_the_linear_figure_is_held_against_the_best_epoch(tmp_path: Path, capsys
     fewer = on_imagenet(tmp_path / "fewer.json", best, measure="linear", protocol=probe | {"epochs": 10})
     assert "epochs 100 -> 10" in refusal(NAME, fewer)
     cached = on_imagenet(tmp_path / "c.json", best, measure="linear", protocol=probe | {"cached": "4 epochs"})
-    assert "cached None -> 4 epochs" in refusal(NAME, cached)
+    assert "cached not set -> 4 epochs" in refusal(NAME, cached)
 
 
 def test_a_linear_figure_of_several_blocks_is_held_against_no_figure_of_one(tmp_path: Path) -> None:

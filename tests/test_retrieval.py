@@ -172,6 +172,17 @@ def test_vectors_are_there_as_they_are_kept_and_never_copied_whole(tmp_path: Pat
     assert collection.vectors == pytest.approx(unit(rows_of(7)), abs=1e-3)
 
 
+def test_an_image_is_as_near_to_itself_as_a_cosine_can_be_in_half_precision_too(tmp_path: Path) -> None:
+    # Rounded to half precision some of these rows are longer than 1: their product with themselves was 1.00002.
+    rows = rows_of(7, seed=3)
+    collection = write(tmp_path, rows, dtype="fp16")
+    lengths = np.linalg.norm(collection.vectors.astype(np.float64), axis=1)
+    assert lengths.max() > 1 + 1e-5
+    scores, found = collection.search(rows, 1)
+    assert found[:, 0].tolist() == list(range(7))
+    assert scores.max() == 1
+
+
 def test_numbers_too_large_for_half_precision_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     rows = 1e5 * rows_of(7)
     with pytest.raises(InputError, match="float16 ends at 65,504: use --dtype fp32"):

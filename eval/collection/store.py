@@ -80,7 +80,10 @@ class Collection:
             queries: [queries, E], as the collection's descriptor gives them; whitened and normalised here if the
                 collection's vectors are.
         """
-        return search_index.search(self.index, self.vectors, self.prepared(queries), min(top, len(self.names)))
+        scores, rows = search_index.search(self.index, self.vectors, self.prepared(queries), min(top, len(self.names)))
+        if self.card["normalised"]:  # cosines: the half precision of kept vectors can make 1.0001
+            scores = np.clip(scores, -1, 1)
+        return scores, rows
 
 
 def prepared(rows: NDArray[np.float32], normalised: bool, whitening: Whitening | None) -> NDArray[np.float32]:

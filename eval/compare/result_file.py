@@ -236,6 +236,8 @@ def _deeper_than(value: object, most: int) -> bool:
 def shown(value: object, within: int = 0) -> str:
     """A value of a file, which may be of any length and hold anything, for a sentence: a list as its first values, a
     mapping as its first names with their values; of what lies deeper, that there is something."""
+    if value is None:
+        return "not set"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple, Mapping)) and value and within > 1:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.accuracy import all_or_nothing
+
 DRAWS = 2000
 """Resamplings of the queries for an interval."""
 _MOST_ATOMS = 1024
@@ -58,7 +60,7 @@ def precision_at(ranks: NDArray[np.int64], k: int) -> float:
 
 
 def mean_interval(values: NDArray[np.float64], level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the mean over queries, in the values' unit; None for no value at all.
+    """Percentile bootstrap interval of the mean over queries, in percent as the values are; None for no value at all.
 
     The queries are drawn anew; the database stays. Queries of one class or one building are treated as independent.
 
@@ -67,9 +69,14 @@ def mean_interval(values: NDArray[np.float64], level: float = 0.95, seed: int = 
     for a thousand. More values are grouped by equal steps of 1/1024 of their range; the sum of what is drawn within a
     group is then taken as normal, with the group's own mean and variance. So the mean and the variance of the
     distribution are exact here too, and no more than about a millionth of the variance is of the normal's shape.
+
+    Where all values are 100, or all 0, every draw is the same, which is no certainty: Clopper and Pearson's interval
+    then.
     """
     if not len(values):
         return None
+    if (values == values[0]).all() and values[0] in (0, 100):
+        return all_or_nothing(bool(values[0]), len(values), level)
     mean, variance, counts = _atoms(values)
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(values), counts / len(values), DRAWS)
