@@ -46,15 +46,13 @@ from eval.collection.made_with import check_width, open_backbone_of
 from eval.collection.store import Collection, add_to_collection, open_collection, write_collection
 from eval.collection.whitening import Whitening
 from eval.command_line import settings
-from eval.features import find_kept, width_of
-from eval.protocol import Card, data_card, now, versions, weights_card, write_json
+from eval.features import find_kept, unreadable_card, width_of
+from eval.protocol import data_card, now, versions, weights_card, write_json
 from eval.retrieval_config import ExtractConfig
 from eval.setup import beside_weights, demand_writable, open_backbone
 
 CHUNK = 8192
 """Rows of kept features that are handed on at a time."""
-_NAMES_IN_CARD = 100
-"""Of images that could not be read."""
 _MOST_DRAWN = 100
 """Of the images that a query found: 12,000 would be a picture of gigabytes."""
 
@@ -143,7 +141,8 @@ def extract(config: ExtractConfig) -> None:
         if not count:
             raise InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
         names = (source.name(index) for index in range(len(source)) if index not in unreadable)
-        data = _data_with(card["data"], [source.name(index) for index in sorted(unreadable)])
+        left_out = {"unreadable": unreadable_card([source.name(index) for index in sorted(unreadable)])}
+        data = card["data"] | (left_out if unreadable else {})
         if config.add:
             collection = open_collection(folder)
             check_width(collection, loaded)
@@ -282,12 +281,6 @@ def _begin(work: Path, plan: shards.Plan, config: ExtractConfig) -> tuple[shards
     if len(missing) < len(parts.plan):
         print(f"going on: {len(parts.plan) - len(missing):,} of {len(parts.plan):,} parts are there", flush=True)
     return parts, missing
-
-
-def _data_with(data: Card, unreadable: list[str]) -> Card:
-    if not unreadable:
-        return data
-    return data | {"unreadable": {"count": len(unreadable), "first": unreadable[:_NAMES_IN_CARD]}}
 
 
 def _on_main(work: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from torchvision.transforms import functional as TF
 
 from dino_xcit.console import printable
 from dino_xcit.data import decode
-from dino_xcit.errors import InputError, one_line
+from dino_xcit.errors import InputError, is_out_of_memory, one_line
 from dino_xcit.models.xcit import XCiT
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
 
@@ -97,8 +97,8 @@ def enough_memory(photograph: Photograph) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # PyTorch's own out-of-memory errors are RuntimeErrors, of several classes
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         width, height = photograph.image.size
         smaller = max(LEAST_SIZE, min(width, height) // 2)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from eval_fixtures import SMALL, noise_source
 from numpy.typing import NDArray
 from torch import nn
 
 from dino_xcit.data import Source
+from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
+from eval.compare.__main__ import main
 from eval.figures import Figure, figure
 from eval.protocol import KNN_PROTOCOL, data_card, images_card, result_card, write_json
 
@@ -57,3 +62,17 @@ def write_result(
 
 def larger(transform: EvalTransform) -> EvalTransform:
     return dataclasses.replace(transform, resize=32, crop=28)
+
+
+def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, list[dict[str, Any]]]:
+    """What python -m eval.compare prints, and its comparisons."""
+    capsys.readouterr()
+    main([*map(str, words), "--json", str(tmp_path / "out.json")])
+    return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["comparisons"]
+
+
+def refusal(*words: object) -> str:
+    """The sentences with which python -m eval.compare refuses."""
+    with pytest.raises(InputError) as error:
+        main([str(word) for word in words])
+    return str(error.value)

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from eval_fixtures import image_tree, tiny_checkpoint
-from result_fixtures import hits, write_result
+from result_fixtures import compared, hits, refusal, write_result
 
 import run_linear
-from dino_xcit.errors import InputError
-from eval.compare.__main__ import main
 from eval.figures import Figure, figure
 from eval.linear.report import GRID, SGD
-
-
-def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, list[dict[str, Any]]]:
-    """What the command prints, and its comparisons."""
-    capsys.readouterr()
-    main([*map(str, words), "--json", str(tmp_path / "out.json")])
-    return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["comparisons"]
-
-
-def refusal(*words: object) -> str:
-    with pytest.raises(InputError) as error:
-        main([str(word) for word in words])
-    return str(error.value)
-
 
 PROBE = {"name": "SGD", "epochs": 8, "holdout": 0.1, "seed": 0}
 REGRESSION = {"name": "L-BFGS", "cs": [1.0], "iterations": 100}

@@ -15,30 +15,15 @@ import pytest
 from eval_fixtures import image_tree, noise_source, tiny_checkpoint
 from numpy.typing import NDArray
 from PIL import Image
-from result_fixtures import KNN, hits, knn_figure, write_result
+from result_fixtures import KNN, compared, hits, knn_figure, refusal, write_result
 
 import run_knn
 import run_linear
 import run_retrieval
 from dino_xcit.data import Subset
 from dino_xcit.errors import InputError
-from eval.compare.__main__ import main
 from eval.compare.result_file import read_result
 from eval.figures import Figure, few_shot_figure, query_figure
-
-
-def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, list[dict[str, Any]]]:
-    """What the command prints, and its comparisons."""
-    capsys.readouterr()
-    main([*map(str, words), "--json", str(tmp_path / "out.json")])
-    return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["comparisons"]
-
-
-def refusal(*words: object) -> str:
-    with pytest.raises(InputError) as error:
-        main([str(word) for word in words])
-    return str(error.value)
-
 
 # ---- few shots
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from result_fixtures import KNN, knn_figure, larger, write_result
+from result_fixtures import KNN, knn_figure, larger, refusal, write_result
 
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
@@ -27,12 +27,6 @@ def on_imagenet(path: Path, *figures: Figure, transform: EvalTransform | None = 
         card["data"][part] |= {"images": images, "classes": IMAGENET_CLASSES}
     path.write_text(json.dumps(card | changed))
     return path
-
-
-def refusal(*words: object) -> str:
-    with pytest.raises(InputError) as error:
-        main([str(word) for word in words])
-    return str(error.value)
 
 
 def test_the_figures_are_those_of_the_papers() -> None:

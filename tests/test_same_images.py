@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from result_fixtures import hits, knn_figure, write_result
+from result_fixtures import hits, knn_figure, refusal, write_result
 
 from dino_xcit.data import Source, Subset, open_source
 from dino_xcit.data.packing import command as pack
-from dino_xcit.errors import InputError
 from eval.compare.__main__ import main
 from eval.protocol import LOOKED_AT, images_card
 
@@ -47,12 +46,6 @@ def compared(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
     main([str(word) for word in words])
     return capsys.readouterr().out
-
-
-def refusal(*words: object) -> str:
-    with pytest.raises(InputError) as error:
-        main([str(word) for word in words])
-    return str(error.value)
 
 
 def test_an_image_that_is_not_looked_into_and_changes_its_size_is_told(photos: Path, tmp_path: Path) -> None:
