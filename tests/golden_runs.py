@@ -1,0 +1,261 @@
+"""The commands behind the golden files: ``python tests/golden_runs.py`` writes tests/golden/ anew.
+
+The files come from the code of 0.1 and prove that later code computes the same numbers (test_golden.py). Write them
+anew only where a number is meant to change. Code is reached as a user reaches it: by the runners' command lines, and by
+``load_backbone`` and ``extract``.
+"""
+
+from __future__ import annotations
+
+import dino_xcit  # noqa: F401  # isort: skip  # before torch
+
+import contextlib
+import json
+import lzma
+import runpy
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dino_xcit.weights import load_backbone
+from eval.features import extract
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+# ---- the commands; all paths are relative to the folder in which they run
+
+HERE = ("--device", "cpu", "--num-workers", "0")
+TINY = (
+    *HERE, "--arch", "xcit_pico_4_p4", "--out-dim", "32", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
+    "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "2", "--batch-size-per-gpu", "4",
+    "--epochs", "4", "--lr", "0.002", "--lr-reference-batch", "0", "--warmup-epochs", "0", "--log-every", "1",
+)  # fmt: skip
+"""A run of 12 steps an epoch on the 48 training images."""
+
+LOSSES = tuple(
+    flags.split()
+    for flags in (
+        "--precision fp32 --drop-path-rate 0.1 --warmup-epochs 1 --teacher-temp 0.07 --warmup-teacher-temp-epochs 2",
+        "--precision fp32 --centering sinkhorn_knopp --koleo-weight 0.1 --norm-last-layer false",
+        "--precision fp32 --accumulation-steps 2 --clip-mode global --clip-grad 0.5",
+        "--precision fp32 --optimizer lars --use-bn-in-head true --clip-grad 0",
+        "--precision fp32 --optimizer sgd --data-path sample:fashion-mnist --knn-every 0",
+        "--precision bf16 --knn-every 0",
+    )
+)
+"""Runs whose losses are kept. bf16 has no k-NN: a neighbour more or less is a large step for a small error."""
+
+STEP_FIGURES = ("loss", "gradient_norm", "teacher_entropy", "kl", "feature_std")
+
+WEIGHTS = "run/checkpoint.pth"
+MEASURE = ("--weights", WEIGHTS, *HERE, "--no-cache")
+TWO_STEPS = ("run_pretrain.py", "--data-path", "photos", *TINY, "--max-steps", "2", "--precision", "fp32")
+"""Ends in the flags ``--output-dir FOLDER``."""
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "knn": (
+        "run_knn.py", *MEASURE, "--data-path", "photos", "--ks", "1", "3", "10", "--temperatures", "0.07", "0.5",
+        "--few-shot", "2", "4", "--draws", "3", "--baselines",
+    ),
+    "linear": (
+        "run_linear.py", *MEASURE, "--data-path", "photos", "--batch-size", "8", "--epochs", "3", "--lr", "3",
+        "--lrs", "1", "10", "--holdout", "0.25", "--features", "cls", "last2",
+        "--logreg", "--logreg-cs", "0.1", "10", "--output-dir", "probe",
+    ),
+    "extract": ("run_extract.py", *MEASURE, "--data-path", "photos/val", "--output-dir", "collection"),
+    "query": (
+        "run_extract.py", "--query", "photos/train/3/4.png", "--index", "collection", "--top", "5", "--weights",
+        WEIGHTS, *HERE, "--sheet", "sheet.png",
+    ),
+    "retrieval": (
+        "run_retrieval.py", "folder", *MEASURE, "--data-path", "photos/val", "--pooling", "gem",
+        "--scales", "1", "0.7071",
+    ),
+}  # fmt: skip
+"""The commands that measure, in order; each writes NAME.json."""
+COLLECTION = ("vectors.npy", "paths.txt", "card.json", "index.faiss")
+PROBE = ("linear.pth", "logreg.pth")
+
+
+def run(script: str, *words: str) -> None:
+    """``python SCRIPT WORDS``, in this process and the current folder."""
+    before = sys.argv, torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    sys.argv = [script, *words]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{script} ended with code {end.code}") from end
+    finally:
+        sys.argv, precision, torch.backends.cudnn.benchmark = before
+        torch.set_float32_matmul_precision(precision)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One of :data:`COMMANDS`, and the result file that it writes."""
+    run(*COMMANDS[name], "--json", f"{name}.json")
+    return read_json(Path(f"{name}.json"))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# ---- the images
+
+
+def picture(group: int, number: int) -> NDArray[np.uint8]:
+    """24 x 20 pixels, of which the group decides the pattern; all else is noise."""
+    pattern = np.random.default_rng(group).uniform(60, 200, (6, 5, 3)).repeat(4, axis=0).repeat(4, axis=1)
+    rng = np.random.default_rng([group, number])
+    pixels = np.roll(pattern, rng.integers(0, 6, 2), axis=(0, 1)) + rng.normal(rng.uniform(-40, 40), 50, (24, 20, 3))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def write_photos(folder: Path) -> None:
+    """``folder``/train and /val with six classes: 48 and 24 pictures."""
+    for part, numbers in (("train", range(8)), ("val", range(8, 12))):
+        for group in range(6):
+            (folder / part / str(group)).mkdir(parents=True)
+            for number in numbers:
+                Image.fromarray(picture(group, number)).save(folder / part / str(group) / f"{number}.png")
+
+
+class TenImages:
+    """A source without files."""
+
+    url, classes, labels = "ten images", None, None
+
+    def __len__(self) -> int:
+        return 10
+
+    def read(self, index: int) -> tuple[NDArray[np.uint8], None]:
+        return picture(index % 6, 100 + index), None
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def fingerprint(self) -> str:
+        return self.url
+
+
+def ten_features(weights: str | Path) -> NDArray[np.float32]:
+    """Of the teacher [10, D]; the images are prepared as checkpoint.pth says, for backbone.pth says nothing."""
+    backbone, transform, cpu = load_backbone(weights).backbone, load_backbone(WEIGHTS).transform, torch.device("cpu")
+    return extract(backbone, TenImages(), transform, cpu, num_workers=0, progress=False).features
+
+
+# ---- what is kept of a run
+
+
+def losses(flags: list[str], folder: str) -> dict[str, list[float]]:
+    """The figures of 20 steps, and the k-NN after each epoch."""
+    photos = ("--data-path", "photos") if "--data-path" not in flags else ()
+    knn = ("--knn-every", "1") if "--knn-every" not in flags else ()
+    words = (*photos, *_without(TINY, flags), *knn, *flags)
+    run("run_pretrain.py", *words, "--max-steps", "20", "--output-dir", folder)
+    records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    found = {name: [row[name] for row in records if row["kind"] == "step"] for name in STEP_FIGURES}
+    return found | {"knn_top1": [row["knn_top1"] for row in records if "knn_top1" in row]}
+
+
+def _without(words: tuple[str, ...], flags: list[str]) -> list[str]:
+    """Pairs of flag and value, but for those that are given anew."""
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for flag, value in pairs if flag not in flags for word in (flag, value)]
+
+
+def parameters(path: Path) -> dict[str, list[float]]:
+    """Of each tensor in a checkpoint: length, mean, first and last value."""
+    content = torch.load(path, weights_only=True)
+    return {
+        name: [float(tensor.norm()), float(tensor.mean()), float(tensor.flatten()[0]), float(tensor.flatten()[-1])]
+        for part in ("student", "teacher", "optimizer", "dino_loss")
+        for name, tensor in tensors(content[part], part)
+        if tensor.numel()
+    }
+
+
+def tensors(value: object, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """All that are nested in mappings and lists."""
+    if isinstance(value, torch.Tensor):
+        yield path, value.detach().double()
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from tensors(inner, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from tensors(inner, f"{path}/{number}")
+
+
+def unpack_weights(folder: Path) -> None:
+    """The golden checkpoint.pth and backbone.pth."""
+    with tarfile.open(GOLDEN / "weights.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+
+
+def pack_weights(folder: Path) -> None:
+    """One archive, for most of backbone.pth is in checkpoint.pth too.
+
+    Of checkpoint.pth, 5 MB, the teacher stays, and all that is no tensor; parameters.json has figures of the others.
+    """
+    content = torch.load(folder / "checkpoint.pth", weights_only=True)
+    torch.save({key: content[key] for key in content if key not in ("student", "optimizer")}, folder / "checkpoint.pth")
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 2}]  # floats: four bytes each
+    with lzma.open(GOLDEN / "weights.tar.xz", "wb", filters=filters) as file, tarfile.open(fileobj=file, mode="w") as t:
+        for name in ("checkpoint.pth", "backbone.pth"):
+            t.add(folder / name, name, filter=_nobodys)
+
+
+def _nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    return member
+
+
+# ---- writing them
+
+
+def main() -> None:
+    """Write tests/golden/."""
+    torch.set_num_threads(1)
+    shutil.rmtree(GOLDEN, ignore_errors=True)
+    GOLDEN.mkdir()
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        here = str(Path.cwd())
+        write_photos(Path("photos"))
+        run(*TWO_STEPS, "--output-dir", "run")
+        _write_json("parameters.json", parameters(Path(WEIGHTS)))
+        pack_weights(Path("run"))
+        np.save(GOLDEN / "features.npy", ten_features(WEIGHTS))
+        _write_json("losses.json", {" ".join(flags): losses(flags, f"run{n}") for n, flags in enumerate(LOSSES)})
+        for name in COMMANDS:
+            _write_json(f"{name}.json", measure(name), here)
+        for folder, files in (("collection", COLLECTION), ("probe", PROBE)):
+            (GOLDEN / folder).mkdir()
+            for file in files:
+                shutil.copyfile(Path(folder, file), GOLDEN / folder / file)
+        _write_json("collection/card.json", read_json(Path("collection/card.json")), here)
+
+
+def _write_json(name: str, content: object, here: str = "/nowhere") -> None:
+    """Without the path of the folder that the commands ran in."""
+    text = json.dumps(content, indent=1)
+    (GOLDEN / name).write_text(text.replace(f"{here}/", "").replace(here, ".") + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Today's code computes what the code of 0.1 computed: the golden files, and what wrote them (golden_runs.py).
+
+Written on a CPU with one thread. On another kind of processor the last digits differ, and 20 steps magnify them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden_runs import (
+    GOLDEN,
+    LOSSES,
+    TWO_STEPS,
+    WEIGHTS,
+    losses,
+    measure,
+    parameters,
+    read_json,
+    run,
+    ten_features,
+    tensors,
+    unpack_weights,
+    write_photos,
+)
+
+Figures = dict[tuple[object, ...], Any]
+
+# ---- where a result file has its figures: where keys are renamed, these read both names
+
+
+def knn_figures(card: dict[str, Any]) -> Figures:
+    figures: Figures = {}
+    for row in card["results"]:
+        of = row["model"], row["k"], row["temperature"]
+        figures |= {(*of, name): row[name] for name in ("top1", "top1_interval", "top5", "top5_interval")}
+    for row in card["few_shot"]["results"]:
+        of = row["model"], row["shots"], row["k"], row["temperature"]
+        figures |= {(*of, number): top1 for number, top1 in enumerate(row["top1_draws"])}
+    return figures
+
+
+def linear_figures(card: dict[str, Any]) -> Figures:
+    found = card["results"]
+    paper, grid, logreg = found["paper"], found["grid"], found["logreg"]
+    figures: Figures = {("last", name): paper["last_epoch"][name] for name in ("top1", "top1_interval", "top5")}
+    figures |= {("best", name): paper["best_epoch"][name] for name in ("epoch", "loss", "top1", "top5")}
+    chosen = ("features", "held_out_top1", "top1", "top1_interval", "top5")
+    figures |= {("grid", name): grid[name] for name in ("lr", *chosen)}
+    return figures | {("logreg", name): logreg[name] for name in ("c", *chosen)}
+
+
+def extract_figures(card: dict[str, Any]) -> Figures:
+    return {(name,): card[name] for name in ("count", "dimension")}
+
+
+def query_figures(card: dict[str, Any]) -> Figures:
+    return {(row["rank"], name): row[name] for row in card["results"] for name in ("row", "path", "score")}
+
+
+def retrieval_figures(card: dict[str, Any]) -> Figures:
+    [row] = card["results"]
+    return {(name,): value for name, value in row.items()}
+
+
+FIGURES: dict[str, Callable[[dict[str, Any]], Figures]] = {
+    "knn": knn_figures,
+    "linear": linear_figures,
+    "extract": extract_figures,
+    "query": query_figures,
+    "retrieval": retrieval_figures,
+}
+
+
+def probe_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Of linear.pth or logreg.pth: what its classifiers have learnt."""
+    content = torch.load(file, weights_only=True)
+    learnt = {path: tensor for path, tensor in tensors(content, "") if path.endswith(("/weight", "/bias"))}
+    assert len(learnt) >= 2
+    return learnt
+
+
+def networks(file: Path) -> dict[str, torch.Tensor]:
+    """Of checkpoint.pth: what is kept of it."""
+    content = torch.load(file, weights_only=True)
+    return dict(tensors({"teacher": content["teacher"], "dino_loss": content["dino_loss"]}, ""))
+
+
+# ---- the comparisons
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_golden_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs where the images are, and run/ with the weights of 0.1."""
+    monkeypatch.chdir(tmp_path)
+    write_photos(Path("photos"))
+    unpack_weights(Path("run"))
+
+
+def assert_close(new: Figures, old: Figures, tolerance: float = 1e-5) -> None:
+    assert new.keys() == old.keys()
+    for name in old:
+        number = old[name] is not None and not isinstance(old[name], str)
+        assert new[name] == (pytest.approx(old[name], rel=tolerance, abs=tolerance) if number else old[name]), name
+
+
+@pytest.mark.parametrize("flags", LOSSES, ids=" ".join)
+def test_twenty_steps_have_the_same_losses(flags: list[str]) -> None:
+    golden = read_json(GOLDEN / "losses.json")[" ".join(flags)]
+    assert len(golden["loss"]) == 20
+    assert_close(losses(flags, "new"), golden, 1e-3 if "bf16" in flags else 1e-5)
+
+
+def test_two_steps_give_the_same_checkpoint() -> None:
+    run(*TWO_STEPS, "--output-dir", "new")
+    assert_close(parameters(Path("new/checkpoint.pth")), read_json(GOLDEN / "parameters.json"), 1e-6)
+    assert_tensors(networks(Path("new/checkpoint.pth")), networks(Path(WEIGHTS)), 1e-6)
+    np.testing.assert_allclose(ten_features("new/backbone.pth"), np.load(GOLDEN / "features.npy"), 1e-5, 1e-5)
+
+
+def assert_tensors(new: dict[str, torch.Tensor], old: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert new.keys() == old.keys()
+    for name in old:
+        torch.testing.assert_close(new[name], old[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "backbone.pth"])
+def test_stored_weights_have_the_same_features(name: str) -> None:
+    np.testing.assert_allclose(ten_features(f"run/{name}"), np.load(GOLDEN / "features.npy"), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_runner_finds_the_same_figures(name: str) -> None:
+    if name == "query":  # in a collection of 0.1
+        shutil.copytree(GOLDEN / "collection", "collection")
+    figures = FIGURES[name]
+    assert_close(figures(measure(name)), figures(read_json(GOLDEN / f"{name}.json")))
+    if name == "linear":
+        for file in ("linear.pth", "logreg.pth"):
+            assert_tensors(probe_weights(Path("probe", file)), probe_weights(GOLDEN / "probe" / file), 1e-5)
+    if name == "extract":
+        assert Path("collection/paths.txt").read_bytes() == (GOLDEN / "collection/paths.txt").read_bytes()
+        new, old = (np.load(folder / "vectors.npy") for folder in (Path("collection"), GOLDEN / "collection"))
+        np.testing.assert_allclose(new, old, 1e-5, 1e-5)
+
+
+def test_golden_files_name_no_folder_of_the_machine_that_wrote_them() -> None:
+    files = [path for path in (*GOLDEN.rglob("*"), *Path("run").iterdir()) if path.is_file()]
+    assert len(files) > 10
+    for file in files:
+        content = file.read_bytes()
+        assert not any(root in content for root in (b"/tmp/", b"/work/", b"/home/", b"/root/")), file
