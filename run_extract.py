@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dino_xcit import distributed
-from dino_xcit.console import counted
 from dino_xcit.data import Source, decode, open_source
 from dino_xcit.data.files import is_remote
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.logging import counted
 from dino_xcit.transform import normalise
 from dino_xcit.weights import LoadedBackbone
 from eval.collection import shards

@@ -22,9 +22,9 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from dino_xcit import distributed
 from dino_xcit.data import Source
 from dino_xcit.data.each_image import cores
+from dino_xcit.runtime import distributed
 from eval.accuracy import bootstrap_interval, correct
 from eval.config import KnnConfig, settings
 from eval.features import Features

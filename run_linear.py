@@ -20,7 +20,7 @@ import dino_xcit  # noqa: F401  # isort: skip
 import sys
 from pathlib import Path
 
-from dino_xcit import distributed
+from dino_xcit.runtime import distributed
 from eval.config import LinearConfig, settings
 from eval.figures import figure
 from eval.linear.card import probe_card

@@ -23,28 +23,29 @@ from typing import Any
 
 import torch
 
-from dino_xcit import checkpoint, distributed
+from dino_xcit import verify_resume
+from dino_xcit.checkpoint import state as checkpoint
+from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.resume import find_stored, keep_global_batch, output_folder, prepare, refuse_another_run
+from dino_xcit.checkpoint.saver import Saver
 from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig
-from dino_xcit.console import counted
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
 from dino_xcit.data.source import identity
 from dino_xcit.data.starvation import Starvation
 from dino_xcit.errors import PREEMPTED, InputError, RunStopped
 from dino_xcit.init_weights import initialise
-from dino_xcit.memory import keep_freed_memory
-from dino_xcit.metrics import EpochAverages, MetricsWriter, Progress
-from dino_xcit.reliability import verify_resume
-from dino_xcit.reliability.agreement import Agreement
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
-from dino_xcit.reliability.ledger import Ledger
-from dino_xcit.reliability.nonfinite import HostCopy
-from dino_xcit.reliability.nonfinite import keep as keep_rejected_step
-from dino_xcit.reliability.preemption import Preemption
-from dino_xcit.reliability.resume import find_stored, keep_global_batch, output_folder, prepare, refuse_another_run
-from dino_xcit.reliability.saver import Saver
-from dino_xcit.reliability.watchdog import Watchdog, guarded
+from dino_xcit.nonfinite import HostCopy
+from dino_xcit.nonfinite import keep as keep_rejected_step
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.agreement import Agreement
+from dino_xcit.runtime.ledger import Ledger
+from dino_xcit.runtime.logging import counted
+from dino_xcit.runtime.memory import keep_freed_memory
+from dino_xcit.runtime.metrics import EpochAverages, MetricsWriter, Progress
+from dino_xcit.runtime.preemption import Preemption
+from dino_xcit.runtime.watchdog import Watchdog, guarded
 from dino_xcit.train import Schedules, build_state, choose_precision, train_step
 from dino_xcit.wandb_mirror import WandbMirror, require_package
 from eval.knn.online import online_knn

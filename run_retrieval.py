@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import distributed
-from dino_xcit.console import counted
 from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.logging import counted
 from eval.collection.made_with import open_backbone_of, with_weights_of
 from eval.collection.store import open_collection
 from eval.command_line import settings

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from dino_xcit.cli import parse, parse_pretrain
 from dino_xcit.config import PretrainConfig
-from dino_xcit.console import counted, printable
 from dino_xcit.errors import InputError, RunStopped, run_main
 from dino_xcit.launch_config import LaunchConfig, launch_settings, split
+from dino_xcit.runtime.logging import counted, printable
 from dino_xcit.slurm import import_submitit, submit
 from dino_xcit.wandb_mirror import require_package
 from eval.config import BackboneConfig, KnnConfig, LinearConfig, settings

@@ -44,7 +44,7 @@ from dino_xcit.data import Source, open_source  # noqa: E402
 from dino_xcit.data.decode import decode, decode_pixels  # noqa: E402
 from dino_xcit.data.loader import Batch, MultiCropDataset, StepSampler, build_loader  # noqa: E402
 from dino_xcit.errors import InputError, run_main  # noqa: E402
-from dino_xcit.memory import keep_freed_memory  # noqa: E402
+from dino_xcit.runtime.memory import keep_freed_memory  # noqa: E402
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, normalise  # noqa: E402
 
 BATCH = 16

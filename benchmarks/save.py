@@ -23,13 +23,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.multiprocessing.spawn import spawn  # noqa: E402
 
-from dino_xcit import checkpoint, distributed, durable  # noqa: E402
+from dino_xcit.checkpoint import state as checkpoint  # noqa: E402
+from dino_xcit.checkpoint.folder import CheckpointFolder, why_damaged  # noqa: E402
+from dino_xcit.checkpoint.saver import Saver, on_cpu  # noqa: E402
 from dino_xcit.config import PretrainConfig  # noqa: E402
-from dino_xcit.reliability.agreement import Agreement  # noqa: E402
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder, why_damaged  # noqa: E402
-from dino_xcit.reliability.nonfinite import HostCopy  # noqa: E402
-from dino_xcit.reliability.saver import Saver, on_cpu  # noqa: E402
-from dino_xcit.reliability.watchdog import Watchdog  # noqa: E402
+from dino_xcit.nonfinite import HostCopy  # noqa: E402
+from dino_xcit.runtime import atomic, distributed  # noqa: E402
+from dino_xcit.runtime.agreement import Agreement  # noqa: E402
+from dino_xcit.runtime.watchdog import Watchdog  # noqa: E402
 from dino_xcit.train import TrainState, build_state  # noqa: E402
 
 EXCHANGES = 2000
@@ -69,7 +70,7 @@ def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -
     manifest = checkpoints.write(copy)
     writing = time.perf_counter() - began
     began = time.perf_counter()
-    durable.digest_of(folder / "checkpoints" / manifest.name)
+    atomic.digest_of(folder / "checkpoints" / manifest.name)
     hashing = time.perf_counter() - began
     began = time.perf_counter()
     if why_damaged(folder / "checkpoints" / manifest.name, manifest) or checkpoints.newest()[0] is None:

@@ -33,11 +33,11 @@ from scaling_projected import Counted, Projected, count, scaled_buckets  # noqa:
 from torch import nn  # noqa: E402
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
 
-from dino_xcit import distributed  # noqa: E402
 from dino_xcit.config import PretrainConfig  # noqa: E402
 from dino_xcit.data.loader import Batch  # noqa: E402
 from dino_xcit.errors import run_main  # noqa: E402
-from dino_xcit.memory import keep_freed_memory  # noqa: E402
+from dino_xcit.runtime import distributed  # noqa: E402
+from dino_xcit.runtime.memory import keep_freed_memory  # noqa: E402
 from dino_xcit.train import Schedules, build_state, train_step  # noqa: E402
 
 CPU = torch.device("cpu")

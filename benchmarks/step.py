@@ -9,7 +9,7 @@ and gradients are compared: if they differ, the run ends with a sentence and exi
 of its own, so that its peak memory is its own, and in each round each has one turn, so that a ratio is of one moment.
 The work is counted once, on the plain step, for all rows. A second table has a small network on small images.
 
-On a CPU all processes keep freed memory as run_pretrain.py does (dino_xcit.memory); the reference's peak memory is
+On a CPU all processes keep freed memory as run_pretrain.py does (runtime.memory); the reference's peak memory is
 also taken without it, and the less of the two is what the others are held against. On a GPU ``--batch 0`` looks for
 the largest batch of each row. ``--loader`` adds a row that the loader feeds. The last line is one JSON object:
 ``ratio_*`` is ours over the reference (bigger is better), ``memory_ratio_*`` likewise (smaller is better),

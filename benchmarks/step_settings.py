@@ -90,7 +90,7 @@ class Row:
     checkpointing: bool = False
     """Activation checkpointing."""
     keep_freed_memory: bool = True
-    """Whether glibc keeps what is freed (dino_xcit.memory), as run_pretrain.py sets it on a CPU."""
+    """Whether glibc keeps what is freed (dino_xcit.runtime.memory), as run_pretrain.py sets it on a CPU."""
     data: str = ""
     """Where the loader reads images from; empty: crops that are there already."""
 

@@ -28,7 +28,7 @@ from step_settings import Row, Task  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from dino_xcit.errors import InputError  # noqa: E402
-from dino_xcit.memory import keep_freed_memory  # noqa: E402
+from dino_xcit.runtime.memory import keep_freed_memory  # noqa: E402
 
 PEAK_SIDE = 2048
 BATCHES = 2

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn, TextIO
 
-from dino_xcit.console import printable
+from dino_xcit.runtime.logging import printable
 
 
 class InputError(ValueError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dino_xcit import distributed
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 
 CENTERINGS = ("centering", "sinkhorn_knopp")
 """DINOv2's words for the two ways in which the prototypes are kept in use."""

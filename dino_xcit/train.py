@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dino_xcit import distributed
 from dino_xcit.augment import group_by_size
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
@@ -21,6 +20,7 @@ from dino_xcit.loss import DINOLoss, entropy, feature_deviation, koleo
 from dino_xcit.models import DINOHead, ViewNetwork, XCiT, build_backbone
 from dino_xcit.models.droppath import hash_bits
 from dino_xcit.optim import build_optimizer, clip_gradients, set_rates
+from dino_xcit.runtime import distributed
 from dino_xcit.schedule import CosineSchedule, LinearByEpoch
 from dino_xcit.teacher import start_as_copy, update_teacher
 from dino_xcit.transform import normalise

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dino_xcit import durable
 from dino_xcit.errors import InputError, one_line
+from dino_xcit.runtime import atomic
 
 FILE_NAME = "wandb.json"
 """In the output directory: the project, and the id under which a resumed run goes on there."""
@@ -63,7 +63,7 @@ class WandbMirror:
             known = None if from_step == 0 else _read_id(folder, project)
             run_id = known or uuid.uuid4().hex[:12]
             if known is None:
-                durable.write_json(folder / FILE_NAME, {"project": project, "id": run_id})
+                atomic.write_json(folder / FILE_NAME, {"project": project, "id": run_id})
             self._run = wandb.init(
                 project=project,
                 id=run_id,
@@ -84,7 +84,7 @@ class WandbMirror:
             self._give_up(error)
 
     def write(self, kind: str, step: int, values: Mapping[str, float | int]) -> None:
-        """One record; see :meth:`dino_xcit.metrics.MetricsWriter.write`."""
+        """One record; see :meth:`dino_xcit.runtime.metrics.MetricsWriter.write`."""
         if self._run is None:
             return
         try:

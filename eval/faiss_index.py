@@ -19,7 +19,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import progress_bar
+from dino_xcit.runtime.logging import progress_bar
 from eval.search import UnitRows
 
 Kind = Literal["flat", "ivf", "hnsw", "ivfpq"]

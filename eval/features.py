@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dino_xcit import distributed
-from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.loader import choose_workers, loader_process_setup
 from dino_xcit.data.source import hash_lines
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise
 from eval.kept_rows import SKIPPED, Chunk, keep, kept_in, key_of, rows_in
 from eval.kept_rows import write_rows as write_rows

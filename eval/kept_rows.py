@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import durable
+from dino_xcit.runtime import atomic
 from eval.protocol import write_json
 
 Chunk = tuple[NDArray[np.float32], NDArray[np.bool_]]
@@ -125,12 +125,12 @@ def keep(
             card = card | SKIPPED
             more["unreadable"] = np.flatnonzero(~read).tolist()
         write_json(aside / "card.json", card | more)
-        durable.flush_folder(aside)
+        atomic.flush_folder(aside)
         folder = cache_dir / key_of(card)
         if kept_in(folder, shape, bool(read.all())) is None:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
-            durable.flush_folder(cache_dir)
+            atomic.flush_folder(cache_dir)
         return folder.name
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -19,9 +19,9 @@ import torch
 import torchvision
 
 import dino_xcit
-from dino_xcit import distributed
 from dino_xcit.data import ArraySource, Source
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 

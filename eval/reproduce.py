@@ -27,9 +27,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_xcit import distributed, safe_load
+from dino_xcit import safe_load
 from dino_xcit.data import Source, open_parts
 from dino_xcit.errors import InputError, RunStopped
+from dino_xcit.runtime import distributed
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from dino_xcit.weights.printing import shown

@@ -12,8 +12,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError
+from dino_xcit.runtime.logging import progress_bar
 
 _ROWS_AT_ONCE = 16_384
 _DAMAGED = "the features are not finite numbers (NaN or infinite): the weights are damaged, or their training diverged"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from dino_xcit import distributed
 from dino_xcit.data import Source, open_parts
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, LoadedBackbone, load_backbone
 from dino_xcit.weights.hub import is_remote

@@ -10,7 +10,7 @@ from exchange_process import Messages
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from dino_xcit import distributed
+from dino_xcit.runtime import distributed
 from dino_xcit.sync_batch_norm import share_batch_norm
 
 SHAPES = {"image": (6, 5, 4, 3), "channels last": (6, 5, 4, 3), "rows": (6, 5), "timm": (6, 5, 4, 3)}

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_run import CPU, tiny_config
 from torch import Tensor, nn
 
-from dino_xcit import checkpoint
+from dino_xcit.checkpoint import state as checkpoint
 from dino_xcit.data import ArraySource
 from dino_xcit.models import BackboneOutput
 from dino_xcit.train import build_state

@@ -17,7 +17,7 @@ from tiny_run import CPU, sampler_of, steps, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dino_xcit import distributed
+from dino_xcit.runtime import distributed
 from dino_xcit.train import Schedules, build_state, train_step
 
 CONFIG = tiny_config(

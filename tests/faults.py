@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dino_xcit import durable
+from dino_xcit.runtime import atomic
 
 
 def none() -> None:
@@ -91,7 +91,7 @@ def full_disk_while(flag: str) -> None:
 
 def slow_saves(seconds: float) -> None:
     """Half of it in the middle of the file, half of it before it is flushed: so that a test has the time to hit one."""
-    write = durable.write
+    write = atomic.write
 
     class Halting:
         def __init__(self, file: Any) -> None:
@@ -106,7 +106,7 @@ def slow_saves(seconds: float) -> None:
         def flush(self) -> None:
             self.file.flush()
 
-    def slowly(path: Path, fill: Any) -> durable.Digest:
+    def slowly(path: Path, fill: Any) -> atomic.Digest:
         def fill_with_halts(file: Any) -> None:
             fill(Halting(file))
             file.flush()
@@ -114,7 +114,7 @@ def slow_saves(seconds: float) -> None:
 
         return write(path, fill_with_halts if path.name.startswith("step") and path.suffix == ".pth" else fill)
 
-    durable.write = slowly
+    atomic.write = slowly
 
 
 # ---- numbers that are not finite

@@ -10,10 +10,10 @@ import torch
 from test_train import Poison, poisoned_batch
 from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
 
-from dino_xcit import distributed
 from dino_xcit.config import PretrainConfig
 from dino_xcit.loss import sinkhorn_knopp
-from dino_xcit.reliability.agreement import Agreement
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.agreement import Agreement
 from dino_xcit.train import Schedules, build_state, train_step
 
 STEPS = 3

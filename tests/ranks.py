@@ -19,7 +19,7 @@ import torch
 from last_words import last_words
 from torch import Tensor
 
-from dino_xcit.metrics import read_metrics
+from dino_xcit.runtime.metrics import read_metrics
 
 HERE = Path(__file__).parent
 PRETRAIN = str(HERE.parent / "run_pretrain.py")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tiny_run import CPU, tiny_config
 
-from dino_xcit import distributed
+from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.resume import find_stored, output_folder
 from dino_xcit.errors import InputError
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
-from dino_xcit.reliability.resume import find_stored, output_folder
+from dino_xcit.runtime import distributed
 
 
 def main() -> None:

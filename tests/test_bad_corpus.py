@@ -9,7 +9,7 @@ from bad_images import write_corpus
 from ranks import Server, state_in
 from tiny_run import differing_bits
 
-from dino_xcit.reliability.ledger import read_ledger
+from dino_xcit.runtime.ledger import read_ledger
 
 FLAGS = ["--batch-size-per-gpu", "4", "--epochs", "1", "--save-every", "10", "--hang-timeout", "60"]
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_run import CPU, differing_bits, learnt, run, schedules_of, steps, tensors_of, tiny_config
 
-from dino_xcit import checkpoint, safe_load
+from dino_xcit import safe_load
+from dino_xcit.checkpoint import state as checkpoint
 from dino_xcit.errors import InputError
 from dino_xcit.train import build_state, train_step
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from dino_xcit import safe_load
+from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.saver import Saver, on_cpu
 from dino_xcit.errors import InputError
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
-from dino_xcit.reliability.saver import Saver, on_cpu
 
 
 def content(step: int) -> dict[str, Any]:

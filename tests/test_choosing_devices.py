@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dino_xcit import distributed
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 
 
 @pytest.fixture

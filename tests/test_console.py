@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from dino_xcit.console import printable, progress_bar
 from dino_xcit.errors import InputError, run_main
+from dino_xcit.runtime.logging import printable, progress_bar
 
 
 def test_a_bar_says_what_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:

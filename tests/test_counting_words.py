@@ -6,7 +6,7 @@ import re
 import tokenize
 from pathlib import Path
 
-from dino_xcit.console import counted
+from dino_xcit.runtime.logging import counted
 
 ROOT = Path(__file__).parents[1]
 

@@ -27,7 +27,7 @@ from dino_xcit.data import Source, decode, open_parts, open_source
 from dino_xcit.data.check import main as check
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
 from dino_xcit.errors import InputError
-from dino_xcit.reliability.ledger import Ledger, read_ledger
+from dino_xcit.runtime.ledger import Ledger, read_ledger
 from dino_xcit.train import Schedules, build_state, train_step
 
 CLASSES = ("n01440764", "n01443537", "n01484850")

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dino_xcit import durable
 from dino_xcit.data.index import Index, Strings, cache_folder, cached
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
 
 TEXTS = ["a", "", "ü/ß.png", "new\nline", "zero\udcff", "日本"]
 
@@ -185,10 +185,10 @@ def test_a_cache_that_cannot_be_written_is_done_without_and_said_once(
 def test_a_full_disk_leaves_nothing_half_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, fill: object) -> durable.Digest:
+    def full(path: Path, fill: object) -> atomic.Digest:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable, "write", full)
+    monkeypatch.setattr(atomic, "write", full)
     assert_is(cached("x", Built(), accept_all, tmp_path), Built())
     assert [entry.suffix for entry in (tmp_path / "index").iterdir()] == [".lock"]
     assert "No space left" in capsys.readouterr().err

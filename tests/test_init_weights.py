@@ -11,7 +11,7 @@ import torch
 from tiny_run import CPU, differing_bits, learnt, run, tiny_config
 from torch import Tensor
 
-from dino_xcit import checkpoint
+from dino_xcit.checkpoint import state as checkpoint
 from dino_xcit.errors import InputError
 from dino_xcit.init_weights import initialise
 from dino_xcit.train import TrainState, build_state

@@ -11,7 +11,7 @@ from ranks import Run, Server, state_in
 from tiny_run import differing_bits
 
 from dino_xcit import safe_load
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+from dino_xcit.checkpoint.folder import CheckpointFolder
 
 BATCH, STEPS, INTERVAL = 2, 200, 7
 """Two processes and 160 photos: 40 steps an epoch, so that saves, epochs and kills fall on different steps."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dino_xcit.data.loader import Batch, Unreadable
-from dino_xcit.reliability.ledger import Ledger, read_ledger
+from dino_xcit.runtime.ledger import Ledger, read_ledger
 
 
 def batch(*bad: int, epoch: int = 0) -> Batch:

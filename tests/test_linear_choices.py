@@ -16,7 +16,7 @@ from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
 from ranks import Server
 
 import run_linear
-from dino_xcit import durable
+from dino_xcit.runtime import atomic
 from eval.linear import logistic_search, probe_file, sgd
 
 WNIDS = {"bars": "n01440764", "dots": "n01443537", "waves": "n01484850"}
@@ -136,7 +136,7 @@ def test_a_probe_that_is_interrupted_anywhere_ends_as_if_it_had_not_been(
     _, _, whole = probe("whole", *ALL)
     write = probe_file.write_probe
     for place, function, after, said in (
-        (durable, "write", 1, "keeping the features of 1 of 2 augmented epochs"),
+        (atomic, "write", 1, "keeping the features of 1 of 2 augmented epochs"),
         (sgd, "write_probe", 2, "after epoch 2"),
         (logistic_search, "write_probe", 4, "after 4 of 9 regressions"),
     ):
@@ -145,7 +145,7 @@ def test_a_probe_that_is_interrupted_anywhere_ends_as_if_it_had_not_been(
         assert probe("parts", *ALL)[0] == 130
         monkeypatch.setattr(place, function, original)
         # What comes next is looked at by another interruption, at the very next file.
-        monkeypatch.setattr(durable, "write", Stop(durable.write, 1))
+        monkeypatch.setattr(atomic, "write", Stop(atomic.write, 1))
         code, out, _ = probe("parts", *ALL)
         monkeypatch.undo()
         assert code == 130

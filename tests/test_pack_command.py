@@ -15,13 +15,13 @@ import pytest
 from bad_images import encoded, photograph, write_corpus
 from pack_fixtures import FIVE, class_tree, content, items, pixels
 
-from dino_xcit import durable
 from dino_xcit.data import Source, each_image, open_source
 from dino_xcit.data.__main__ import main as data_command
 from dino_xcit.data.packing import command
 from dino_xcit.data.packing.command import main, pack
 from dino_xcit.data.packing.folder import Options, PackFolder
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
 
 SHARD = {"end": 9, "images": 4, "bytes": 1, "sha256": ""}
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_a_sentence_leaves_nothing_half_named_and_is_made_good_la
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = open_source(str(tree)), tmp_path / "out"
-    writes = durable._HashingFile.write
+    writes = atomic._HashingFile.write
     written = 0
 
     def until_full(self: Any, data: bytes) -> int:
@@ -110,7 +110,7 @@ def test_a_full_disk_is_a_sentence_leaves_nothing_half_named_and_is_made_good_la
         return writes(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable._HashingFile, "write", until_full)
+        patch.setattr(atomic._HashingFile, "write", until_full)
         with pytest.raises(InputError, match=r"no space left on the disk for .*free some space, then run the same"):
             pack(source, out, FIVE, 1)
     assert sorted(content(out)) == ["classes.json", "pack.json", "shard-000000.tar"]

@@ -17,9 +17,9 @@ from ranks import ENVIRONMENT, HERE
 from tiny_run import differing_bits, tensors_of, tiny_config
 
 from dino_xcit import safe_load
-from dino_xcit.metrics import read_metrics
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
-from dino_xcit.reliability.resume import starts_anew
+from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.resume import starts_anew
+from dino_xcit.runtime.metrics import read_metrics
 
 # ---- a run
 

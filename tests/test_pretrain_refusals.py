@@ -14,11 +14,11 @@ from pretrain_fixtures import SMALL, Pretrain, Stopped, files_of, learnt_in
 from tiny_run import CPU, differing_bits, tiny_config
 
 from dino_xcit import safe_load
-from dino_xcit.checkpoint import content_of, restore
+from dino_xcit.checkpoint.resume import output_folder
+from dino_xcit.checkpoint.state import content_of, restore
 from dino_xcit.config import OF_THE_STATE
 from dino_xcit.errors import InputError
-from dino_xcit.metrics import read_metrics
-from dino_xcit.reliability.resume import output_folder
+from dino_xcit.runtime.metrics import read_metrics
 from dino_xcit.train import build_state
 
 

@@ -15,7 +15,7 @@ from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
 from PIL import Image
 
 import run_knn
-from dino_xcit import distributed
+from dino_xcit.runtime import distributed
 
 ROOT = Path(run_knn.__file__).parent
 

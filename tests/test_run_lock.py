@@ -20,13 +20,13 @@ import pytest
 from ranks import Run, Server
 
 from dino_xcit.errors import InputError
-from dino_xcit.reliability import run_lock
-from dino_xcit.reliability.run_lock import RunLock
+from dino_xcit.runtime import run_lock
+from dino_xcit.runtime.run_lock import RunLock
 
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from dino_xcit.reliability.run_lock import RunLock
+from dino_xcit.runtime.run_lock import RunLock
 
 lock = RunLock.take(Path(sys.argv[1]), refresh_seconds=0.1, watch_seconds=0.5)
 for act in sys.argv[2:]:
@@ -92,7 +92,7 @@ def other_hosts(folder: Path, **changes: object) -> dict[str, Any]:
 TAKE = """
 import sys
 from pathlib import Path
-from dino_xcit.reliability.run_lock import RunLock
+from dino_xcit.runtime.run_lock import RunLock
 
 with RunLock.take(Path(sys.argv[1]), watch_seconds=0.5) as lock:
     print(lock.took_over)

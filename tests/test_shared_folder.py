@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ranks import two_ranks_run
 
-from dino_xcit.reliability.shared_folder import some, who_does_not_see
+from dino_xcit.runtime.shared_folder import some, who_does_not_see
 
 
 @pytest.fixture(scope="module")

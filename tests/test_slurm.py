@@ -24,7 +24,7 @@ from tiny_run import differing_bits
 import run_slurm
 from dino_xcit.errors import PREEMPTED, InputError
 from dino_xcit.launch_config import LaunchConfig, launch_settings, split
-from dino_xcit.metrics import read_metrics
+from dino_xcit.runtime.metrics import read_metrics
 from dino_xcit.slurm import Rank, import_submitit, rank_environment, submit
 
 if importlib.util.find_spec("submitit") is None:  # not imported here: it reads the signal's name when it is

@@ -17,9 +17,9 @@ from last_words import last_words
 from ranks import ENVIRONMENT, HERE, SMALL, Run, Server, state_in
 from tiny_run import differing_bits, tensors_of
 
+from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.errors import DIVERGED, PREEMPTED
-from dino_xcit.metrics import read_metrics
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+from dino_xcit.runtime.metrics import read_metrics
 
 SHORT = ["--batch-size-per-gpu", "2", "--epochs", "5", "--max-steps", "12", "--hang-timeout", "60"]
 
@@ -292,10 +292,10 @@ def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(
     ]
     run = server.start(folder, *flags, "--lr-reference-batch", "0", "--max-rejected", "3", "--max-steps", "20")
     assert run.wait() == [DIVERGED, DIVERGED], run.out() + run.err()
-    assert f"python -m dino_xcit.reliability.nonfinite {folder}/nonfinite.pth" in run.err()
+    assert f"python -m dino_xcit.nonfinite {folder}/nonfinite.pth" in run.err()
 
     def repeat() -> subprocess.CompletedProcess[str]:
-        return server.python("-m", "dino_xcit.reliability.nonfinite", folder / "nonfinite.pth")
+        return server.python("-m", "dino_xcit.nonfinite", folder / "nonfinite.pth")
 
     again = repeat()
     assert again.returncode == 0, again.stderr

@@ -10,8 +10,8 @@ from batch_norm_process import SHAPES, batch_of, layer_of, run
 from ranks import Server
 from torch import nn
 
-from dino_xcit import distributed
 from dino_xcit.models import build_backbone
+from dino_xcit.runtime import distributed
 from dino_xcit.sync_batch_norm import SharedBatchNorm, share_batch_norm
 
 

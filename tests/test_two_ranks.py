@@ -11,8 +11,8 @@ from ranks import Server
 from tiny_run import CPU, differing_bits, tiny_config
 from torch import nn
 
-from dino_xcit import distributed
 from dino_xcit.loss import sinkhorn_knopp
+from dino_xcit.runtime import distributed
 from dino_xcit.train import build_state
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ranks import PRETRAIN, SMALL, Server
 
+from dino_xcit import verify_resume
 from dino_xcit.errors import InputError
-from dino_xcit.reliability import verify_resume
-from dino_xcit.reliability.verify_resume import Verdict
+from dino_xcit.verify_resume import Verdict
 
 
 def without(words: list[str], *names: str) -> list[str]:

@@ -19,7 +19,7 @@ from last_words import last_words
 from ranks import ENVIRONMENT, HERE, SMALL
 
 from dino_xcit.errors import InputError
-from dino_xcit.metrics import MetricsWriter, read_metrics
+from dino_xcit.runtime.metrics import MetricsWriter, read_metrics
 from dino_xcit.wandb_mirror import FILE_NAME, WandbMirror, require_package
 
 

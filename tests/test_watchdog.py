@@ -9,7 +9,7 @@ from dino_xcit.errors import LOST
 
 STAND_STILL = """
 import time
-from dino_xcit.reliability.watchdog import Watchdog
+from dino_xcit.runtime.watchdog import Watchdog
 with Watchdog(1.0) as watchdog:
     watchdog.now("opening the data", 0, patient={patient})
     time.sleep(4)

@@ -15,7 +15,7 @@ import torch
 from tiny_run import differing_bits, run, tensors_of, tiny_config
 from torch import Tensor
 
-from dino_xcit import checkpoint
+from dino_xcit.checkpoint import state as checkpoint
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
 from dino_xcit.models.xcit import XCIT_SIZES

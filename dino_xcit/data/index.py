@@ -23,8 +23,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import durable
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
 
 try:
     import fcntl
@@ -186,7 +186,7 @@ def _load(place: Path, digest: str | None = None) -> Index:
         if not _ARRAY.fullmatch(name):
             raise ValueError("a name that is none of ours")
         file = place / f"{name}.npy"
-        if digest is None and durable.digest_of(file).sha256 != expected["sha256"]:
+        if digest is None and atomic.digest_of(file).sha256 != expected["sha256"]:
             raise ValueError("damaged")
         array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
         if array.shape != (expected["length"],) or array.dtype != (np.uint8 if name.startswith("text.") else np.int64):
@@ -230,9 +230,9 @@ def _store(index: Index, folder: Path, prefix: str) -> Path:
             arrays |= {f"text.{name}": texts.text, f"ends.{name}": texts.ends}
         meta: dict[str, Any] = {"version": VERSION, "arrays": {}}
         for name, array in arrays.items():
-            written = durable.write(aside / f"{name}.npy", _saving(array))
+            written = atomic.write(aside / f"{name}.npy", _saving(array))
             meta["arrays"][name] = {"length": len(array), "sha256": written.sha256}
-        digest = durable.write_json(aside / "meta.json", meta).sha256
+        digest = atomic.write_json(aside / "meta.json", meta).sha256
         place = folder / f"{prefix}-{digest[:20]}"
         if place.exists():  # damaged, or it would have been found
             _remove(place)
@@ -241,7 +241,7 @@ def _store(index: Index, folder: Path, prefix: str) -> Path:
         except OSError as error:  # another process was quicker with the very same index
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-        durable.flush_folder(folder)
+        atomic.flush_folder(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return place

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
 from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
-from dino_xcit.console import counted
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.socket_folder import share_socket_folder
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
-from dino_xcit.memory import keep_freed_memory
+from dino_xcit.runtime.logging import counted
+from dino_xcit.runtime.memory import keep_freed_memory
 
 Key = tuple[int, int]
 """(epoch, index in the source)."""

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from dino_xcit import distributed
-from dino_xcit.console import counted, printable
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.logging import counted, printable
 
 _NEVER_IMAGES = frozenset({
     ".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".html", ".htm", ".css",

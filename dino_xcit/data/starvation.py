@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from dino_xcit.console import counted
 from dino_xcit.data.loader import Batch
+from dino_xcit.runtime.logging import counted
 
 TOO_LONG = 0.2
 """Share of the time that training may wait for images."""

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import dino_xcit
-from dino_xcit import durable
 from dino_xcit.config import FREE_TO_CHANGE, PretrainConfig
-from dino_xcit.console import printable
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.export.comparison import Difference
 from dino_xcit.export.provenance import shown_place
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
+from dino_xcit.runtime import atomic
+from dino_xcit.runtime.logging import printable
 from dino_xcit.weights import NETWORKS, LoadedBackbone
 from dino_xcit.weights.stored_network import Layout
 
@@ -88,7 +88,7 @@ def write(
     has_curves = curves.is_file() and curves.stat().st_size <= MOST_BYTES
     if has_curves:
         with open(curves, "rb") as original:
-            durable.write(folder / CURVES, lambda copy: shutil.copyfileobj(original, copy))
+            atomic.write(folder / CURVES, lambda copy: shutil.copyfileobj(original, copy))
     sections = [
         _head(loaded),
         _training(loaded, has_curves),
@@ -97,7 +97,7 @@ def write(
         _use(loaded, compared, origin),
     ]
     content = "\n".join(sections).encode("utf-8", "backslashreplace")
-    durable.write(folder / CARD, lambda file: file.write(content))
+    atomic.write(folder / CARD, lambda file: file.write(content))
 
 
 def _head(loaded: LoadedBackbone) -> str:

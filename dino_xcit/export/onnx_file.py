@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dino_xcit import durable
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.export.comparison import Features
 from dino_xcit.export.plain_network import traced
 from dino_xcit.export.provenance import metadata
+from dino_xcit.runtime import atomic
 from dino_xcit.weights import LoadedBackbone
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -61,7 +61,7 @@ def write(loaded: LoadedBackbone, path: Path, patch_tokens: bool) -> None:
     for name, value in metadata(loaded).items():
         proto.metadata_props.add(key=name, value=value)
     content = proto.SerializeToString()
-    durable.write(path, lambda file: file.write(content))
+    atomic.write(path, lambda file: file.write(content))
 
 
 def reload(path: Path) -> Features:

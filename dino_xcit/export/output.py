@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dino_xcit import durable
-from dino_xcit.console import printable
 from dino_xcit.errors import InputError
 from dino_xcit.export.model_card import CARD, CURVES
 from dino_xcit.export.provenance import is_export
 from dino_xcit.export.timm_folder import CONFIG, WEIGHTS
+from dino_xcit.runtime import atomic
+from dino_xcit.runtime.logging import printable
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 """How the files end, by which those who read them tell what they are; the other targets are folders."""
@@ -82,7 +82,7 @@ def beside(out: Path) -> Iterator[Path]:
     Raises:
         InputError: nothing can be written there.
     """
-    aside = durable.aside_of(out)
+    aside = atomic.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove(aside)
@@ -95,7 +95,7 @@ def beside(out: Path) -> Iterator[Path]:
             _remove(replaced)
         else:
             os.replace(aside, out)
-        durable.flush_folder(out.parent)
+        atomic.flush_folder(out.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # run_main has a sentence for them
             raise

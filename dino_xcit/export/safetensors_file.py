@@ -6,10 +6,10 @@ from pathlib import Path
 
 import safetensors.torch
 
-from dino_xcit import durable
 from dino_xcit.export.comparison import Features, features_of
 from dino_xcit.export.provenance import metadata
 from dino_xcit.models import build_backbone
+from dino_xcit.runtime import atomic
 from dino_xcit.weights import LoadedBackbone
 
 
@@ -17,7 +17,7 @@ def write(loaded: LoadedBackbone, path: Path) -> None:
     """The weights, and :func:`metadata` beside them."""
     tensors = {key: value.contiguous() for key, value in loaded.backbone.state_dict().items()}
     content = safetensors.torch.save(tensors, metadata(loaded))
-    durable.write(path, lambda file: file.write(content))
+    atomic.write(path, lambda file: file.write(content))
 
 
 def reload(path: Path, arch: str) -> Features:

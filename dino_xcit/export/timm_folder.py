@@ -12,12 +12,12 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from dino_xcit import durable
 from dino_xcit.errors import InputError
 from dino_xcit.export.comparison import Features
 from dino_xcit.export.photographs import Photographs
 from dino_xcit.export.provenance import metadata
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
+from dino_xcit.runtime import atomic
 from dino_xcit.timm_names import to_timm
 from dino_xcit.transform import EvalTransform, normalise
 from dino_xcit.weights import LoadedBackbone
@@ -45,8 +45,8 @@ def write(loaded: LoadedBackbone, folder: Path) -> None:
     tensors = {key: value.contiguous() for key, value in state.items()}
     folder.mkdir(parents=True)
     content = safetensors.torch.save(tensors, metadata(loaded))
-    durable.write(folder / WEIGHTS, lambda file: file.write(content))
-    durable.write(folder / CONFIG, lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+    atomic.write(folder / WEIGHTS, lambda file: file.write(content))
+    atomic.write(folder / CONFIG, lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
 
 
 def reload(folder: Path) -> nn.Module:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from dino_xcit import durable
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.export.comparison import Features
 from dino_xcit.export.plain_network import traced
 from dino_xcit.export.provenance import metadata
+from dino_xcit.runtime import atomic
 from dino_xcit.weights import LoadedBackbone
 
 
@@ -27,7 +27,7 @@ def write(loaded: LoadedBackbone, path: Path, patch_tokens: bool) -> None:
         raise InputError(f"PyTorch cannot trace {loaded.arch} ({one_line(error)}): --to timm or safetensors") from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files=dict(metadata(loaded)))
-    durable.write(path, lambda file: file.write(buffer.getbuffer()))
+    atomic.write(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def reload(path: Path) -> Features:

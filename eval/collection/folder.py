@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dino_xcit.data import Source
 from dino_xcit.errors import InputError
-from dino_xcit.reliability.run_lock import RunLock
+from dino_xcit.runtime.run_lock import RunLock
 from eval.collection import shards
 from eval.collection.card import data_of, differences, rows_of, settings_of
 from eval.collection.card_file import read_card

@@ -24,10 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dino_xcit import distributed, durable
-from dino_xcit.console import progress_bar
 from dino_xcit.data import Source, UndecodableImage
 from dino_xcit.errors import InputError, one_line
+from dino_xcit.runtime import atomic, distributed
+from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise
 from eval.features import image_batches
 from eval.pooling import Descriptor
@@ -88,11 +88,11 @@ class Parts:
     def write(self, number: int, rows: NDArray[np.float32], unreadable: list[int]) -> None:
         """Keep a part: rows [images of the part, D], NaN for ``unreadable`` ones (their numbers in the source)."""
         self._record(number).unlink(missing_ok=True)
-        digest = durable.write(
+        digest = atomic.write(
             self._file(number), lambda file: np.lib.format.write_array(file, rows, (1, 0), allow_pickle=False)
         )
         record = {"size": digest.size, "sha256": digest.sha256, "unreadable": unreadable}
-        durable.write_json(self._record(number), record)
+        atomic.write_json(self._record(number), record)
 
     def unreadable(self) -> list[int]:
         """The images of all parts that could not be read, ascending."""
@@ -122,7 +122,7 @@ class Parts:
             missed = record["unreadable"]
             if not all(type(image) is int and start <= image < stop for image in missed):
                 return None
-            if look and durable.digest_of(self._file(number)) != durable.Digest(record["size"], record["sha256"]):
+            if look and atomic.digest_of(self._file(number)) != atomic.Digest(record["size"], record["sha256"]):
                 return None
             return sorted(missed)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -165,7 +165,7 @@ def begin(folder: Path, plan: Plan, replace: bool) -> Parts:
         distributed.say(f"notice: {path} is damaged, so that the parts beside it are of no use: beginning anew")
     elif there is not None:
         if (there.identity, there.images, there.width) == (plan.identity, plan.images, plan.width):
-            durable.remove_leftovers(folder)
+            atomic.remove_leftovers(folder)
             return Parts(folder, there)
         if not replace:
             raise InputError(
@@ -174,8 +174,8 @@ def begin(folder: Path, plan: Plan, replace: bool) -> Parts:
             )
     for left in folder.glob("part-*"):
         left.unlink()
-    durable.remove_leftovers(folder)
-    durable.write_json(
+    atomic.remove_leftovers(folder)
+    atomic.write_json(
         path,
         {
             "version": _VERSION,

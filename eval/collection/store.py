@@ -18,8 +18,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import durable
 from dino_xcit.errors import InputError, one_line
+from dino_xcit.runtime import atomic
 from eval.collection import index as search_index
 from eval.collection import whitening as whitening_file
 from eval.collection.card import FORMAT, same
@@ -217,7 +217,7 @@ def _write(
             whitening_file.save(whitening, new / WHITENING)
         whole = dict(card) | {"index": search_index.describe(index, kind, vectors)}
         write_json(new / CARD, whole)
-        durable.flush_folder(new)
+        atomic.flush_folder(new)
         finish_renaming(folder)
     except PermissionError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --output-dir") from error
@@ -248,7 +248,7 @@ def finish_renaming(folder: Path) -> None:
     for name in (VECTORS, NAMES, INDEX, WHITENING, CARD):
         if (new / name).exists():
             os.replace(new / name, folder / name)
-    durable.flush_folder(folder)
+    atomic.flush_folder(folder)
     shutil.rmtree(new, ignore_errors=True)
 
 

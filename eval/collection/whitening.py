@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import durable
-from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError, one_line
+from dino_xcit.runtime import atomic
+from dino_xcit.runtime.logging import progress_bar
 
 Rows = NDArray[np.float16] | NDArray[np.float32]
 
@@ -115,7 +115,7 @@ def save(whitening: Whitening, path: Path) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(path, lambda file: _write_archive(file, arrays))
+        atomic.write(path, lambda file: _write_archive(file, arrays))
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write the whitening {path}: {error.strerror}") from error
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import durable
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
 
 Labels = NDArray[np.int64]
 
@@ -99,6 +99,6 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(path, lambda file: file.write(content))
+        atomic.write(path, lambda file: file.write(content))
     except OSError as error:  # a full or read-only disk and a name that is too long, too
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another file") from error

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError
+from dino_xcit.runtime.logging import progress_bar
 from eval.accuracy import accuracy
 from eval.knn.classify import clamp_ks, knn_predict
 

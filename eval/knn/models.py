@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dino_xcit import distributed
 from dino_xcit.data import Source, UndecodableImage
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone, hash_state
 from eval.baselines import Pixels, untrained

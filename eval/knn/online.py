@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dino_xcit import distributed
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset, open_parts
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 from eval.accuracy import accuracy
 from eval.features import extract
 from eval.knn.classify import knn_predict

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dino_xcit import distributed
 from dino_xcit.data import Source, Subset
+from dino_xcit.runtime import distributed
 from eval.config import KnnConfig
 from eval.features import Features, fingerprint_without, unreadable_card
 from eval.knn.report import unreadable_notices

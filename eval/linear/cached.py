@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dino_xcit import distributed, durable
-from dino_xcit.console import progress_bar
 from dino_xcit.data import Source
 from dino_xcit.data.loader import StepSampler, choose_workers
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic, distributed
+from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform
 from eval.features import width_of
 from eval.linear.views import EachOnce, frozen_features, probe_batches
@@ -141,7 +141,7 @@ class AugmentedEpochs:
             for epoch in missing:
                 chunks = self._extract(epoch, backbone, device, batch_size, num_workers, bar)
                 if distributed.is_main():
-                    durable.write(self.file(epoch), partial(self._write, chunks))
+                    atomic.write(self.file(epoch), partial(self._write, chunks))
                 else:
                     for _ in chunks:
                         pass
@@ -155,7 +155,7 @@ class AugmentedEpochs:
         """A sentence if so many bytes cannot be kept."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            durable.remove_leftovers(self.folder)
+            atomic.remove_leftovers(self.folder)
             write_json(self.folder / "card.json", self.card | {"source": self._train.url})
             free = shutil.disk_usage(self.folder).free
         except (OSError, InputError) as error:

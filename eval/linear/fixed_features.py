@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import distributed
 from dino_xcit.data import Source, Subset
+from dino_xcit.runtime import distributed
 from eval.features import Features, cached, find_kept
 from eval.linear.pooled import Labelled
 from eval.linear.setup import Probe, labels_of

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino_xcit import distributed
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 from eval.linear.pooled import Rows
 
 MOMENTUM = 0.9

@@ -5,8 +5,8 @@ linear.pth and logreg.pth are kept with it (:mod:`eval.linear.probe_file`), and 
 
 from __future__ import annotations
 
-from dino_xcit import distributed
 from dino_xcit.data import Source
+from dino_xcit.runtime import distributed
 from dino_xcit.weights import LoadedBackbone
 from eval.config import LinearConfig
 from eval.linear.logistic import GAP

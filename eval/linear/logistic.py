@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_xcit import distributed
+from dino_xcit.runtime import distributed
 from eval.linear.pooled import Rows
 
 TOLERANCE = 1e-4

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dino_xcit import distributed
-from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.logging import progress_bar
 from eval.accuracy import bootstrap_interval, correct
 from eval.linear.heads import guesses
 from eval.linear.logistic import LogisticRegression, Solution

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dino_xcit import durable, safe_load
+from dino_xcit import safe_load
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
 
 FORMAT = "dino-xcit-linear-1"
 FILE_NAME = "linear.pth"
@@ -51,7 +52,7 @@ def write_probe(folder: Path, content: Mapping[str, Any], settings: Settings, na
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        durable.write_torch(folder / name, {"format": FORMAT, "settings": settings, **content})
+        atomic.write_torch(folder / name, {"format": FORMAT, "settings": settings, **content})
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {folder / name}: {error.strerror}; choose another --output-dir") from error
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dino_xcit import distributed
 from dino_xcit.data import Source
 from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 from dino_xcit.weights import LoadedBackbone
 from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, SMALL_CROP, SMALL_CROP_SCALE, SMALL_EPOCHS, LinearConfig
 from eval.linear.heads import bytes_of_heads

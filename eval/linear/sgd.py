@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_xcit import distributed
-from dino_xcit.console import progress_bar
 from dino_xcit.data.loader import choose_workers
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.logging import progress_bar
 from eval.linear.cached import AugmentedEpochs, stored_features
 from eval.linear.heads import LinearHeads, cosine_factor, scaled
 from eval.linear.pooled import Labelled

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import progress_bar
 from dino_xcit.errors import InputError
+from dino_xcit.runtime.logging import progress_bar
 from eval.search import build_index, unit_rows
 
 KS = (1, 2, 4, 8)

@@ -12,10 +12,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import durable
-from dino_xcit.console import progress_bar
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
+from dino_xcit.runtime.logging import progress_bar
 from eval.collection.contact_sheet import Tile, draw_sheet
 from eval.retrieval.similarity import blocks_of_similarity
 
@@ -143,7 +143,7 @@ def write_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Sequence[
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(path, fill)
+        atomic.write(path, fill)
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another --csv") from error
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dino_xcit import distributed
 from dino_xcit.data import Source, decode
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from eval.collection import whitening as whitening_file

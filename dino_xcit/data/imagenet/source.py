@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.folder import FileSource, open_folder
 from dino_xcit.data.imagenet.truth import SITE, Truth, known_classes, read_truth
@@ -30,6 +29,7 @@ from dino_xcit.data.source import Source, hash_lines
 from dino_xcit.data.tar.members import Member, scan
 from dino_xcit.data.tar.source import TarSource, is_sound
 from dino_xcit.errors import InputError
+from dino_xcit.runtime.logging import progress_bar
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 KAGGLE = "ILSVRC/Data/CLS-LOC"

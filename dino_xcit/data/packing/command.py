@@ -20,14 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dino_xcit import durable
-from dino_xcit.console import counted, progress_bar
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.command_line import CommandLine, count
 from dino_xcit.data.each_image import cores, each_image
 from dino_xcit.data.packing.folder import UNREADABLE, Options, PackFolder, Shard, Unread, explained, shard_name
 from dino_xcit.data.packing.image import Packed, key_of, pack_image, relative_name
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
+from dino_xcit.runtime.logging import counted, progress_bar
 
 USAGE = (
     "python -m dino_xcit.data pack SRC DST [--part train|val] [--max-side N] [--quality Q] "
@@ -163,7 +163,7 @@ def _write_shards(
             return
         path = folder.path / shard_name(number)
         with explained(path):
-            digest = durable.write(path, partial(shard.fill, image, packed))
+            digest = atomic.write(path, partial(shard.fill, image, packed))
         folder.add(number, Shard(first, shard.end, shard.images, digest.size, digest.sha256), shard.unread)
         number, first = number + 1, shard.end
 

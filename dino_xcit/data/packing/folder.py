@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dino_xcit import durable
-from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.source import Source
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
+from dino_xcit.runtime.logging import progress_bar
 
 try:
     import fcntl
@@ -145,9 +145,9 @@ class PackFolder:
             self.unread = [row for row in _read_unreadable(self.path / UNREADABLE) if row.index < covered]
         else:
             self._refuse_foreign()
-        durable.remove_leftovers(self.path)
+        atomic.remove_leftovers(self.path)
         if self._source.classes is not None and not (self.path / CLASSES).exists():
-            durable.write_json(self.path / CLASSES, list(self._source.classes))
+            atomic.write_json(self.path / CLASSES, list(self._source.classes))
         if not (self.path / MANIFEST).exists():
             self._write_manifest()
 
@@ -211,7 +211,7 @@ class PackFolder:
         self.unread = rows
         lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
         with explained(self.path / UNREADABLE):
-            durable.write(self.path / UNREADABLE, lambda file: file.write(lines))
+            atomic.write(self.path / UNREADABLE, lambda file: file.write(lines))
 
     def finish(self) -> None:
         """Say in the manifest that all is there.
@@ -231,7 +231,7 @@ class PackFolder:
     def _write_manifest(self, complete: bool = False) -> None:
         images = sum(shard.images for shard in self.shards)
         shards = [{"name": shard_name(number)} | asdict(shard) for number, shard in enumerate(self.shards)]
-        durable.write_json(
+        atomic.write_json(
             self.path / MANIFEST,
             {
                 "version": _VERSION,
@@ -280,7 +280,7 @@ def _locked(folder: Path) -> int | None:
 
 def _is_there(file: Path, shard: Shard) -> bool:
     try:
-        return file.stat().st_size == shard.bytes and durable.digest_of(file).sha256 == shard.sha256
+        return file.stat().st_size == shard.bytes and atomic.digest_of(file).sha256 == shard.sha256
     except OSError:
         return False
 

@@ -19,8 +19,6 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit import distributed
-from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.index import Index, Strings, cached
@@ -32,6 +30,8 @@ from dino_xcit.data.parquet.values import COLUMNS
 from dino_xcit.data.patterns import expand
 from dino_xcit.data.source import Item, hash_lines
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.logging import progress_bar
 
 _AT_ONCE = 4
 """Files that are looked through at once."""

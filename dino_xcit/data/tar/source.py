@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.console import progress_bar
 from dino_xcit.data import files
 from dino_xcit.data.index import Index, Strings, cached
 from dino_xcit.data.patterns import expand
@@ -22,6 +21,7 @@ from dino_xcit.data.source import MOST_CLASSES, Item, hash_lines
 from dino_xcit.data.tar.members import BLOCK
 from dino_xcit.data.tar.samples import MOST_IMAGE_BYTES, Label, Shard, look_through
 from dino_xcit.errors import InputError
+from dino_xcit.runtime.logging import progress_bar
 
 _AT_ONCE = 8
 """Local shards that are looked through together: Python is busy with one at a time, disks are not."""

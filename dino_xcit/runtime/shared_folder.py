@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
-from dino_xcit import distributed
+from dino_xcit.runtime import distributed
 
 PATIENCE = 5.0
 """Seconds in which a network file system shows to all what one has written."""
@@ -28,7 +28,7 @@ def who_does_not_see(folder: Path) -> list[str]:
     """
     if distributed.world_size() == 1:
         return []
-    token = distributed.main_decides(f".seen-{uuid.uuid4().hex}.tmp")  # durable.remove_leftovers knows such names
+    token = distributed.main_decides(f".seen-{uuid.uuid4().hex}.tmp")  # atomic.remove_leftovers knows such names
     if distributed.is_main():
         (folder / token).touch()
     distributed.barrier()

@@ -12,9 +12,9 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from dino_xcit import distributed
 from dino_xcit.errors import LOST, InputError, RunStopped
-from dino_xcit.reliability.heartbeats import BEAT, SILENT, Heartbeats, Process, Sign
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.heartbeats import BEAT, SILENT, Heartbeats, Process, Sign
 
 WAITING = ("training step", "agreeing with the others", "leaving")
 """What a process may be doing while it merely waits for others."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dino_xcit.console import counted
 from dino_xcit.errors import LESS_MEMORY, LOST, InputError, RunStopped, run_main
+from dino_xcit.runtime.logging import counted
 from dino_xcit.sync_batch_norm import not_shared, share_batch_norm
 
 

@@ -1,6 +1,6 @@
 """When steps are not finite many times in a row: what is kept of them, and how to see one again.
 
-    python -m dino_xcit.reliability.nonfinite RUN/nonfinite.pth
+    python -m dino_xcit.nonfinite RUN/nonfinite.pth
 
 repeats the last rejected step in one process, with the weights it met (rejected steps leave them alone), the same
 images and the same crops, and names the forward pass and the first module in which something is not finite.
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_xcit import checkpoint, distributed, durable, safe_load
+from dino_xcit import safe_load
+from dino_xcit.checkpoint import state as checkpoint
 from dino_xcit.config import PretrainConfig
-from dino_xcit.console import counted
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
 from dino_xcit.errors import DIVERGED, InputError, RunStopped
+from dino_xcit.runtime import atomic, distributed
+from dino_xcit.runtime.logging import counted
 from dino_xcit.train import Schedules, TrainState, build_state, choose_precision, train_step
 
 STATE, SUMMARY = "nonfinite.pth", "nonfinite.json"
@@ -75,9 +77,9 @@ def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, devic
     }
     content = checkpoint.content_of(state, config, sampler.steps_per_epoch) | {"nonfinite": summary}
     try:
-        durable.write_torch(folder / STATE, content)
-        durable.write_json(folder / SUMMARY, summary)
-        kept = f"python -m dino_xcit.reliability.nonfinite {folder / STATE} repeats the last one and says where"
+        atomic.write_torch(folder / STATE, content)
+        atomic.write_json(folder / SUMMARY, summary)
+        kept = f"python -m dino_xcit.nonfinite {folder / STATE} repeats the last one and says where"
     except OSError as error:
         kept = f"what they met could not be kept ({error.strerror})"
     return RunStopped(
@@ -180,7 +182,7 @@ def _config_of(stored: Mapping[str, Any], content: Mapping[str, Any], summary: M
 def main() -> None:
     """The command."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise InputError(f"expected one file: python -m dino_xcit.reliability.nonfinite RUN/{STATE}")
+        raise InputError(f"expected one file: python -m dino_xcit.nonfinite RUN/{STATE}")
     print(repeat(Path(sys.argv[1])))
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dino_xcit import durable
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
 
 FOLDER, LATEST, BEST, BACKBONE = "checkpoints", "checkpoint.pth", "best.pth", "backbone.pth"
 
@@ -78,7 +78,7 @@ class CheckpointFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         step, epoch = int(content["step"]), int(content["epoch"])
         path = self.folder / f"step{step:08d}.pth"
-        written = durable.write_torch(path, dict(content))
+        written = atomic.write_torch(path, dict(content))
         manifest = Manifest(
             step, epoch, written.size, written.sha256, int(content["global_batch"]), int(content["world_size"]), keep,
             written=time.time(),
@@ -95,15 +95,15 @@ class CheckpointFolder:
             self._give_names(path, content)
         best = _best(self.manifests())
         if best and not (self.output_dir / BEST).exists():
-            durable.give_name(self.folder / best.name, self.output_dir / BEST)
+            atomic.give_name(self.folder / best.name, self.output_dir / BEST)
 
     def _give_names(self, path: Path, content: Mapping[str, Any]) -> None:
         prefix = "backbone."
         backbone = {
             key.removeprefix(prefix): value for key, value in content["teacher"].items() if key.startswith(prefix)
         }
-        durable.write_torch(self.output_dir / BACKBONE, backbone)
-        durable.give_name(path, self.latest)
+        atomic.write_torch(self.output_dir / BACKBONE, backbone)
+        atomic.give_name(path, self.latest)
 
     def note_knn(self, step: int, knn_top1: float) -> None:
         """Add a measured k-NN accuracy (percent) to a checkpoint's manifest; the best becomes ``best.pth``."""
@@ -114,7 +114,7 @@ class CheckpointFolder:
         self._write_manifest(manifests[step])
         best = _best(list(manifests.values()))
         if best is not None and best.step == step:
-            durable.give_name(self.folder / best.name, self.output_dir / BEST)
+            atomic.give_name(self.folder / best.name, self.output_dir / BEST)
         self.prune()
 
     def prune(self) -> None:
@@ -148,7 +148,7 @@ class CheckpointFolder:
 
     def _write_manifest(self, manifest: Manifest) -> None:
         values = dataclasses.asdict(manifest)
-        durable.write_json((self.folder / manifest.name).with_suffix(".json"), values | {"checksum": _checksum(values)})
+        atomic.write_json((self.folder / manifest.name).with_suffix(".json"), values | {"checksum": _checksum(values)})
 
     def _is_whole(self, manifest: Manifest) -> bool:
         if manifest.step not in self._verified and why_damaged(self.folder / manifest.name, manifest) is None:
@@ -199,7 +199,7 @@ class CheckpointFolder:
         try:
             if not self.latest.exists() or os.path.samefile(self.latest, newest):
                 return []
-            digest = durable.digest_of(self.latest)
+            digest = atomic.digest_of(self.latest)
         except OSError as error:
             return [f"{self.latest} cannot be read ({error.strerror}): using {newest}"]
         if any((m.size, m.sha256) == (digest.size, digest.sha256) for m in self.manifests()):
@@ -209,7 +209,7 @@ class CheckpointFolder:
 
 def _same_bytes(file: Path, other: Path) -> bool:
     """Whether both hold the same; a copied directory has two files where the original has two names of one."""
-    return os.path.samefile(file, other) or durable.digest_of(file) == durable.digest_of(other)
+    return os.path.samefile(file, other) or atomic.digest_of(file) == atomic.digest_of(other)
 
 
 def why_damaged(file: Path, manifest: Manifest) -> str | None:
@@ -218,7 +218,7 @@ def why_damaged(file: Path, manifest: Manifest) -> str | None:
         size = file.stat().st_size
         if size != manifest.size:
             return f"it has {size:,} bytes, {manifest.size:,} were written"
-        if durable.digest_of(file).sha256 != manifest.sha256:
+        if atomic.digest_of(file).sha256 != manifest.sha256:
             return "its SHA-256 is not that of its manifest"
     except OSError as error:
         return error.strerror or str(error)

@@ -1,6 +1,6 @@
 """What a checkpoint holds, and how a run is put back to where it was.
 
-How it gets to the disk and back: :mod:`dino_xcit.reliability.checkpoint_folder`. The keys are DINO's (``student``,
+How it gets to the disk and back: :mod:`dino_xcit.checkpoint.folder`. The keys are DINO's (``student``,
 ``teacher``, ``optimizer``, ``epoch``, ``args``, ``dino_loss``), so that tools which read DINO's files read these; all
 values are tensors and plain Python values.
 """
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from dino_xcit import distributed
+from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+from dino_xcit.runtime import distributed
 from dino_xcit.train import TrainState
 
 FORMAT = "dino-xcit-1"
@@ -58,7 +58,7 @@ def _plain(value: object) -> object:
 def save(state: TrainState, config: PretrainConfig, steps_per_epoch: int, keep: bool = False) -> Path:
     """Write the state into the output directory and wait for it; where ``checkpoint.pth`` is. For the main process.
 
-    A run writes beside its training instead: :class:`dino_xcit.reliability.saver.Saver`.
+    A run writes beside its training instead: :class:`dino_xcit.checkpoint.saver.Saver`.
     """
     folder = CheckpointFolder(Path(config.output_dir), config.keep_last)
     folder.write(content_of(state, config, steps_per_epoch), keep)

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dino_xcit import checkpoint, distributed, durable, safe_load
+from dino_xcit import safe_load
+from dino_xcit.checkpoint import state as checkpoint
+from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.config import OF_THE_STATE, PretrainConfig, differences
-from dino_xcit.console import counted
 from dino_xcit.errors import InputError
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
-from dino_xcit.reliability.run_lock import RunLock
-from dino_xcit.reliability.shared_folder import blind, some, who_does_not_see
+from dino_xcit.runtime import atomic, distributed
+from dino_xcit.runtime.logging import counted
+from dino_xcit.runtime.run_lock import RunLock
+from dino_xcit.runtime.shared_folder import blind, some, who_does_not_see
 
 
 @contextmanager
@@ -58,8 +60,8 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[
     refusal = None
     if distributed.is_main():
         try:
-            durable.remove_leftovers(checkpoints.output_dir)
-            durable.remove_leftovers(checkpoints.folder)
+            atomic.remove_leftovers(checkpoints.output_dir)
+            atomic.remove_leftovers(checkpoints.folder)
             if not starts_anew(config):
                 found = checkpoints.newest()
         except InputError as error:

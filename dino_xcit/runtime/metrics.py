@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dino_xcit.console import Lines
+from dino_xcit.runtime.logging import Lines
 
 Record = Mapping[str, float | int]
 

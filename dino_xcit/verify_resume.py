@@ -22,11 +22,11 @@ from typing import IO
 from tqdm import tqdm
 
 from dino_xcit import safe_load
-from dino_xcit.checkpoint import hash_content
+from dino_xcit.checkpoint.folder import FOLDER, LATEST
+from dino_xcit.checkpoint.state import hash_content
 from dino_xcit.cli import parse_pretrain, replace_flags
 from dino_xcit.errors import InputError
-from dino_xcit.metrics import read_metrics
-from dino_xcit.reliability.checkpoint_folder import FOLDER, LATEST
+from dino_xcit.runtime.metrics import read_metrics
 
 FLAG = "--verify-resume"
 STEPS, SAVE_EVERY = 12, 4

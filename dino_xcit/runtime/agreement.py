@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dino_xcit import distributed
+from dino_xcit.runtime import distributed
 
 TOPICS = ("stop", "unreadable", "diverged", "cannot_save", "too_many_unreadable")
 """stop: a signal came; unreadable: images were replaced; the others end the run."""

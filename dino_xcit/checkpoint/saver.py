@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dino_xcit import distributed
+from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.errors import InputError
-from dino_xcit.reliability.checkpoint_folder import CheckpointFolder
+from dino_xcit.runtime import distributed
 
 
 @dataclass

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dino_xcit import distributed
 from dino_xcit.data.loader import Batch, Unreadable
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 
 FILE_NAME = "unreadable_images.jsonl"
 
