@@ -84,7 +84,7 @@ def train(
     config = keep_global_batch(config, stored)
 
     # ---- data: which process sees which images in which step follows from the seed alone
-    watchdog.now("opening the data", 0, patient=True)  # a million images are indexed the first time
+    watchdog.phase("opening the data", 0, limit=False)  # a million images are indexed the first time
     source = open_source(config.data_path, "train")
     images = identity(source)
     sampler = StepSampler(
@@ -101,7 +101,7 @@ def train(
 
     # ---- student and teacher
     # With several processes, kernels are compiled in there already.
-    watchdog.now("building the networks", 0, patient=config.compile)
+    watchdog.phase("building the networks", 0, limit=not config.compile)
     state = build_state(config, device)
     if stored:
         refuse_another_run(stored, stored_in, config, sampler.steps_per_epoch, images)
@@ -139,9 +139,9 @@ def train(
     # ---- what a run needs besides
     folder, main_process = checkpoints.output_dir, distributed.is_main()
     workers = choose_workers(config.num_workers, distributed.processes_here())
-    watchdog.now("compiling the augmentation", state.step, patient=True)
+    watchdog.phase("compiling the augmentation", state.step, limit=False)
     loader = build_loader(source, config.augmentation(), sampler, config.seed, workers, device)
-    watchdog.now("getting ready", state.step)
+    watchdog.phase("getting ready", state.step)
     if config.augment_device == "cuda":
         loader.finish_on_device()
     if loader.compile_seconds > 2:
@@ -171,7 +171,7 @@ def train(
 
     def together(**values: int) -> None:
         """Tell the other processes, and stop if one of them, or this one, has to."""
-        watchdog.now("agreeing with the others", state.step)
+        watchdog.phase("agreeing with the others", state.step)
         agreed = agreement.exchange(stop=preemption.signal_name is not None, **values)
         if agreed["unreadable"]:
             ledger.write()
@@ -190,7 +190,7 @@ def train(
 
     def save_last() -> None:
         """The state is on the disk before any process leaves, and takes the run along."""
-        watchdog.now("saving", state.step)
+        watchdog.phase("saving", state.step)
         refusal = None
         try:
             if saver:
@@ -203,13 +203,13 @@ def train(
 
     def while_measuring() -> None:
         together()
-        watchdog.now("measuring k-NN", state.step)
+        watchdog.phase("measuring k-NN", state.step)
 
     # ---- the loop
     preemption.watch()  # before it there is nothing to save
     while state.step < sampler.stop_step:
         epoch = state.step // sampler.steps_per_epoch
-        watchdog.now("waiting for images", state.step)
+        watchdog.phase("waiting for images", state.step)
         asked = time.perf_counter()
         batches = list(itertools.islice(loader, config.accumulation_steps))
         waited = time.perf_counter() - asked
@@ -221,7 +221,7 @@ def train(
             cannot_save=saver is not None and saver.gave_up,
         )
         compiling = config.compile and state.step == sampler.start_step
-        watchdog.now("compiling the networks" if compiling else "training step", state.step, patient=compiling)
+        watchdog.phase("compiling the networks" if compiling else "training step", state.step, limit=not compiling)
         result = train_step(state, batches, schedules, config)
         progress.step(waited)
         epoch_ends = state.step % sampler.steps_per_epoch == 0
@@ -241,7 +241,7 @@ def train(
             saver.look()
         # While steps are rejected nothing changes, and what came before them should not be pruned.
         if save_now and saver and not int(state.rejected_in_a_row):
-            watchdog.now("saving", state.step)
+            watchdog.phase("saving", state.step)
             saver.save(content(), keep=_stays(epoch + 1, config) and epoch_ends)
 
         if epoch_ends or run_ends:
@@ -265,7 +265,7 @@ def train(
     if metrics:
         metrics.close()
     progress.close()
-    watchdog.now("leaving", state.step)
+    watchdog.phase("leaving", state.step)
     distributed.barrier()
     if rejected := int(state.rejected):
         last = int(state.rejected_in_a_row)

@@ -108,9 +108,9 @@ def exchange(rank: int, port: int, result: str) -> None:
 
         def once() -> float:
             began = time.perf_counter()
-            watchdog.now("agreeing with the others", 1)
+            watchdog.phase("agreeing with the others", 1)
             agreement.exchange(stop=0, diverged=copy.read(number) > 3)
-            watchdog.now("training step", 1)
+            watchdog.phase("training step", 1)
             return time.perf_counter() - began
 
         for _ in range(200):

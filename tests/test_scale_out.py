@@ -174,11 +174,7 @@ def test_a_host_that_vanishes_ends_the_ranks_of_both_in_time(
     while any(map(alive, ranks)):
         assert time.monotonic() - began < timeout + 10
         time.sleep(0.1)
-    sentences = [[line for line in path.read_text().splitlines() if line.startswith("error: ")] for path in said]
-    assert [len(lines) for lines in sentences] == [1, 1], sentences
-    (of_0,), (of_1,) = sentences
-    assert "rank 0 has stood still for" in of_0
-    assert f"on {hosts[1].name}) was killed or stands still" in of_0
-    assert "rank 1 has stood still for" in of_1
-    assert "the torchrun of rank 0 was killed or stands still" in of_1
+    for rank, path in enumerate(said):
+        (sentence,) = [line for line in path.read_text().splitlines() if line.startswith("error: ")]
+        assert f"error: rank {rank}, step " in sentence
     assert jobs[0].wait(timeout=30) == 1  # torchrun's; the other one's torchrun looks for the first for minutes

@@ -1,28 +1,72 @@
-"""The watchdog ends what stands still, and leaves alone what has said that it takes long."""
+"""The watchdog ends a phase that takes too long, unless the phase has no limit."""
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
+import torch.distributed as dist
 from ranks import Server
 
-from dino_xcit.errors import LOST
+from dino_xcit.errors import LOST, RunStopped
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.watchdog import Watchdog
 
-STAND_STILL = """
+HANG = """
 import time
 from dino_xcit.runtime.watchdog import Watchdog
 with Watchdog(1.0) as watchdog:
-    watchdog.now("opening the data", 0, patient={patient})
+    watchdog.phase("indexing", 3, limit={limit})
     time.sleep(4)
-    watchdog.now("building the networks", 0)
-print("went on")
+    watchdog.phase("building the networks", 3)
+print("finished")
 """
 
 
-@pytest.mark.parametrize("patient", [False, True])
-def test_opening_a_million_images_is_no_standing_still(server: Server, patient: bool) -> None:
-    done = server.python("-c", STAND_STILL.format(patient=patient))
-    if patient:
-        assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
-    else:
-        assert (done.returncode, done.stdout) == (LOST, "")
-        assert "opening the data" in done.stderr
+@pytest.mark.parametrize("limit", [False, True])
+def test_only_a_phase_with_a_limit_is_ended(server: Server, limit: bool) -> None:
+    done = server.python("-c", HANG.format(limit=limit))
+    if not limit:
+        assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
+        return
+    assert (done.returncode, done.stdout) == (LOST, "")
+    assert "Current thread" in done.stderr  # faulthandler's
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "rank 0, step 3 (indexing)" in sentence
+
+
+def test_phases_that_change_are_never_too_long() -> None:
+    with Watchdog(0.5) as watchdog:
+        for step in range(15):
+            watchdog.phase("training step", step)
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        EOFError(),
+        dist.DistNetworkError("gone"),
+    ],
+)
+def test_lost_processes_stop_the_run_with_the_phase(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+
+    def lose() -> None:
+        with Watchdog(60) as watchdog:
+            watchdog.phase("saving", 5)
+            raise error
+
+    with pytest.raises(RunStopped, match=r"rank 0, step 5 \(saving\)") as caught:
+        lose()
+    assert caught.value.code == LOST
+    assert caught.value.__cause__ is error
+
+
+def test_other_errors_pass_and_the_thread_ends() -> None:
+    with pytest.raises(ZeroDivisionError), Watchdog(60):
+        _ = 1 / 0
+    assert "watchdog" not in {thread.name for thread in threading.enumerate()}
