@@ -55,7 +55,7 @@ class Manifest:
 
 
 class CheckpointFolder:
-    """Writes, finds and prunes the checkpoints of a run. One process uses it for writing, see RunLock."""
+    """Writes, finds and prunes the checkpoints of a run. One process writes, see run_lock."""
 
     def __init__(self, output_dir: Path, keep_last: int = 2) -> None:
         self.output_dir = output_dir

@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ from dino_xcit.config import OF_THE_STATE, PretrainConfig, differences
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime.logging import counted
-from dino_xcit.runtime.run_lock import RunLock
+from dino_xcit.runtime.run_lock import locked
 from dino_xcit.runtime.shared_folder import blind, some, who_does_not_see
 
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
     """The output directory, made if need be, locked against other runs while this context lasts."""
-    lock, refusal = None, None
+    lock, refusal = ExitStack(), None
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            lock = RunLock.take(folder)
+            lock.enter_context(locked(folder))
         except OSError as error:
             refusal = f"cannot write to the output directory {folder}: {error.strerror}; choose another --output-dir"
         except InputError as error:
@@ -38,9 +38,6 @@ def output_folder(folder: Path) -> Iterator[None]:
     refusal = distributed.main_decides(refusal)
     if refusal:
         raise InputError(refusal)
-    if lock and lock.took_over:
-        before = "process {process} on {host}, started {started}".format_map(lock.took_over)
-        distributed.say(f"notice: the run before in {folder} ended without a word ({before})")
     try:
         if unseeing := who_does_not_see(folder):
             # Only the main process writes; the others read a checkpoint when the run carries on.
@@ -50,8 +47,7 @@ def output_folder(folder: Path) -> Iterator[None]:
             )
         yield
     finally:
-        if lock:
-            lock.release()
+        lock.close()
 
 
 def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[dict[str, Any], Path]:

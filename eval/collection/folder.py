@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dino_xcit.data import Source
 from dino_xcit.errors import InputError
-from dino_xcit.runtime.run_lock import RunLock
+from dino_xcit.runtime.run_lock import locked
 from eval.collection import shards
 from eval.collection.card import data_of, differences, rows_of, settings_of
 from eval.collection.card_file import read_card
@@ -59,7 +59,7 @@ def claim(
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot create {folder}: {error.strerror}; choose another --output-dir") from error
-    locks.enter_context(RunLock.take(work))
+    locks.enter_context(locked(work))
     if is_half_renamed(folder):
         finish_renaming(folder)
     answer = _answer(folder, card, source, add, overwrite, unreadable)
