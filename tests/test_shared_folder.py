@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import two_ranks_run
-
-from dino_xcit.runtime.shared_folder import some, who_does_not_see
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +33,3 @@ def test_nothing_is_said_where_all_see_it_and_nothing_is_left_there(said: list[d
     assert [one["together"][0] for one in said] == ["", ""]
     assert "cannot see" not in said[0]["together"][1]  # that checkpoint has another flaw
     assert said[0]["together files"] == said[0]["apart files"] == [".lock", "checkpoint.pth"]
-
-
-def test_one_process_need_not_ask(tmp_path: Path) -> None:
-    assert who_does_not_see(tmp_path / "absent") == []
-    assert some(["process 1 on a", "process 2 on a", "process 3 on b"]) == "process 1 on a and 2 more"

@@ -17,8 +17,7 @@ from dino_xcit.config import OF_THE_STATE, PretrainConfig, differences
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime.logging import counted
-from dino_xcit.runtime.run_lock import locked
-from dino_xcit.runtime.shared_folder import blind, some, who_does_not_see
+from dino_xcit.runtime.run_lock import OWNER, locked
 
 
 @contextmanager
@@ -39,10 +38,10 @@ def output_folder(folder: Path) -> Iterator[None]:
     if refusal:
         raise InputError(refusal)
     try:
-        if unseeing := who_does_not_see(folder):
+        if unseeing := distributed.ranks_without(folder / OWNER):
             # Only the main process writes; the others read a checkpoint when the run carries on.
             distributed.say(
-                f"notice: the output directory {folder} of process 0 is not that of {some(unseeing)}: this run goes "
+                f"notice: the output directory {folder} of process 0 is not that of {unseeing}: this run goes "
                 "on, but to carry on later all have to see it; name an --output-dir on a disk that all machines share"
             )
         yield
@@ -73,9 +72,9 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> tuple[
         distributed.say(f"notice: {notice}")
     if path is None:
         return {}, checkpoints.latest
-    if unseeing := blind(path):
+    if unseeing := distributed.ranks_without(path):
         raise InputError(
-            f"this run would carry on from {path}, which {some(unseeing)} cannot see: name an --output-dir on a disk "
+            f"this run would carry on from {path}, which {unseeing} cannot see: name an --output-dir on a disk "
             "that all machines share, copy it to the same place on each, or start anew with --resume never"
         )
     try:

@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -227,6 +229,33 @@ def gather_objects(own: T) -> list[T]:
     box: list[T] = [own] * world_size()
     dist.all_gather_object(box, own)
     return box
+
+
+def ranks_without(path: Path) -> str:
+    """The processes that do not see a file as the main process does: ``process 8 on node2 and 3 more``, or nothing.
+
+    All processes call it, and get the same answer. The file's first 4 KB decide. A network file system has five seconds
+    to show it.
+    """
+    if world_size() == 1:
+        return ""
+    expected, until = main_decides(_first_bytes(path)), time.monotonic() + 5
+    while (found := _first_bytes(path)) != expected and time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # makes a network file system ask its server
+        time.sleep(0.1)
+    own = f"process {rank()} on {socket.gethostname()}" if found != expected else ""
+    missing = [name for name in gather_objects(own) if name]
+    more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+    return missing[0] + more if missing else ""
+
+
+def _first_bytes(path: Path) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096)
+    except OSError:
+        return None
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
