@@ -14,6 +14,8 @@ Read top to bottom: learn a whitening, extract, look up.
 from __future__ import annotations
 
 # Before torch: it decides how threads wait for each other.
+from dino_xcit.runtime import logging as log
+
 import dino_xcit  # noqa: F401  # isort: skip
 
 import contextlib
@@ -87,7 +89,7 @@ def learn_whitening(config: ExtractConfig) -> None:
     path = Path(config.learn_whitening).expanduser()
     whitening_file.save(found, path)
     before, after = found.projection.shape
-    distributed.say(
+    log.info(
         f"whitening of {before} numbers to {after}, learned from {len(collection.names):,} vectors, in {path}; use it "
         f"with: python run_extract.py --whiten {path} ..."
     )
@@ -106,7 +108,7 @@ def extract(config: ExtractConfig) -> None:
     width = descriptor.width(width_of(loaded.backbone))
     whitening = whitening_file.load(Path(config.whiten).expanduser()) if config.whiten else None
     card = _card(config, loaded, source, fingerprint, whitening)
-    distributed.say(f"vectors: {card['feature']}")
+    log.info(f"vectors: {card['feature']}")
 
     with contextlib.ExitStack() as locks:
         # ---- never over another extraction
@@ -114,7 +116,7 @@ def extract(config: ExtractConfig) -> None:
             lambda: claim(folder, card, source, config.add, config.overwrite, locks, config.unreadable)
         )
         if nothing_to_do:
-            distributed.say(nothing_to_do)
+            log.info(nothing_to_do)
             return
 
         # ---- rows: those that k-NN or probe kept; others are made part by part, each by one process
@@ -156,17 +158,15 @@ def extract(config: ExtractConfig) -> None:
     seconds = time.perf_counter() - started
     total, dim = written["count"], written["dimension"]
     kind = "of length 1" if config.normalise else "as they are"
-    distributed.say(f"{counted(total, 'vector')} of {dim} numbers, {kind}, in {folder} ({seconds:.1f} s)")
+    log.info(f"{counted(total, 'vector')} of {dim} numbers, {kind}, in {folder} ({seconds:.1f} s)")
     if unreadable:
-        distributed.say(
-            f"notice: left out {counted(len(unreadable), 'image')} that could not be read; card.json has the names"
-        )
+        log.warning(f"left out {counted(len(unreadable), 'image')} that could not be read; card.json has the names")
     if recall := written["index"].get("recall"):
-        distributed.say(
+        log.info(
             f"index {config.index_type}: recall@{recall['at']} {recall['percent']:.1f} % of exact search "
             f"({recall['queries']:,} vectors of the collection)"
         )
-    distributed.say(f"look images up with: python run_extract.py --query IMAGE --index {folder} --top 10")
+    log.info(f"look images up with: python run_extract.py --query IMAGE --index {folder} --top 10")
     if config.json:
         write_json(Path(config.json).expanduser(), {"measure": "extract", **written, "seconds": round(seconds, 2)})
 
@@ -186,7 +186,7 @@ def look_up(config: ExtractConfig) -> None:
         with torch.inference_mode():
             queries.append(descriptor(loaded.backbone, pixels).cpu().numpy())
     if config.top > len(collection.names):
-        distributed.say(f"notice: top = {config.top} exceeds the {len(collection.names)} images: using all of them")
+        log.warning(f"top = {config.top} exceeds the {len(collection.names)} images: using all of them")
     scores, rows = collection.search(np.concatenate(queries), config.top)
 
     # ---- ranked paths, and the picture
@@ -197,9 +197,9 @@ def look_up(config: ExtractConfig) -> None:
     ]
     results: list[dict[str, Any]] = []
     for query, ranked in zip(config.query, found, strict=True):
-        distributed.say(f"query {query}")
+        log.info(f"query {query}")
         for place, (score, row) in enumerate(ranked, start=1):
-            distributed.say(f"{place:4d}  {score:.4f}  {collection.names[row]}")
+            log.info(f"{place:4d}  {score:.4f}  {collection.names[row]}")
             results.append({"query": query, "rank": place, "score": score, "row": row, "path": collection.names[row]})
     if not distributed.is_main():
         return
@@ -208,22 +208,22 @@ def look_up(config: ExtractConfig) -> None:
         write_json(Path(config.json).expanduser(), answer)
     sheet = Path(config.sheet).expanduser() if config.sheet else collection.folder / "contact_sheet.png"
     if not config.sheet and any(lies_among(sheet.parent, url_of(data)) for data in data_of(collection.card)):
-        distributed.say(
-            f"notice: {collection.folder} lies within the folder of its images, of which a contact sheet would become "
+        log.warning(
+            f"{collection.folder} lies within the folder of its images, of which a contact sheet would become "
             "one: name a file elsewhere with --sheet to see it"
         )
         return
     if max(map(len, found)) > _MOST_DRAWN:
-        distributed.say(f"notice: the contact sheet shows the first {_MOST_DRAWN} images of each query")
+        log.info(f"the contact sheet shows the first {_MOST_DRAWN} images of each query")
     try:
         _draw(collection, list(zip(config.query, pictures, strict=True)), found, sheet)
     except InputError as error:
         if config.sheet:
             raise
         # Nobody asked for it there: a collection may well lie where nothing can be written.
-        distributed.say(f"notice: {error} with --sheet")
+        log.warning(f"{error} with --sheet")
         return
-    distributed.say(f"contact sheet: {sheet}")
+    log.info(f"contact sheet: {sheet}")
 
 
 def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
@@ -231,7 +231,7 @@ def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
         source = open_source(config.data_path)
     elif loaded.data:
         source = open_source(loaded.data, "train")
-        distributed.say(f"data: {source.url}, on which it was trained (--data-path names other)")
+        log.info(f"data: {source.url}, on which it was trained (--data-path names other)")
     else:
         raise InputError(f"{loaded.path} does not say what it was trained on: give --data-path, such as photos/")
     if config.index_type == "ivfpq" and len(source) < LEAST_IVFPQ and not config.add:

@@ -12,6 +12,8 @@ Read top to bottom: settings, backbone, data, features, votes, report.
 from __future__ import annotations
 
 # Before torch: it decides how threads wait for each other.
+from dino_xcit.runtime import logging as log
+
 import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
@@ -52,7 +54,7 @@ def main() -> None:
     ks = _possible(config.ks, train)
     if config.approximate != "no":
         refuse_few(config.approximate, len(train))
-    distributed.say(
+    log.info(
         f"k-NN: {len(train):,} training images of {train.url}, {len(val):,} validation images of {val.url}; "
         "features of length 1, vote weight exp(cosine / T)"
     )
@@ -73,23 +75,23 @@ def main() -> None:
         return
 
     # ---- report
-    distributed.say(results_table(found.records))
+    log.info(results_table(found.records))
     if found.few_shot:
         for notice in short_classes_notices(train.labels, train.classes, config.few_shot):
-            distributed.say(f"notice: {notice}")
-        distributed.say(few_shot_table(found.few_shot, config.draws))
+            log.warning(notice)
+        log.info(few_shot_table(found.few_shot, config.draws))
     if config.json:
         sources, seconds = {"train": train, "val": val}, time.perf_counter() - started
         card = knn_card(found, config, ks, loaded, data, sources, device, seconds)
         write_json(Path(config.json).expanduser(), card)
-        distributed.say(f"written: {config.json}")
+        log.info(f"written: {config.json}")
 
 
 def _possible(ks: Sequence[int], train: Source) -> list[int]:
     """Those that the training images allow; says so if they are others."""
     possible, notice = clamp_ks(ks, len(train))
     if notice:
-        distributed.say(f"notice: {notice}")
+        log.warning(notice)
     return possible
 
 
@@ -106,9 +108,9 @@ def _sweep(model: str, parts: tuple[Features, Features], config: KnnConfig, ks: 
             train.features, val.features, config.approximate, ks, config.probes, config.seed
         )
         found.approximate[model] = approximate.to_card()
-        distributed.say(approximate.describe(model))
+        log.info(approximate.describe(model))
         for notice in approximate.notices(config.probes):
-            distributed.say(f"notice: {notice}")
+            log.warning(notice)
     index = approximate.index if approximate else None
     predictions = knn_predict(train.features, train.labels, val.features, ks, config.temperatures, shown, index)
     # Of five classes every one is among the first five, and k < 5 neighbours name fewer.
@@ -136,10 +138,10 @@ def _by_class(predictions: Predictions, val: Source, config: KnnConfig, neighbou
     assert val.labels is not None  # labelled_parts sees to that
     if config.per_class:
         write_per_class(Path(config.per_class).expanduser(), per_class(guesses, val.labels, val.classes))
-        distributed.say(f"written: {config.per_class}, the classes ({title})")
+        log.info(f"written: {config.per_class}, the classes ({title})")
     if config.confusion:
         draw_confusion(Path(config.confusion).expanduser(), guesses, val.labels, val.classes, title)
-        distributed.say(f"written: {config.confusion}, which classes are taken for which ({title})")
+        log.info(f"written: {config.confusion}, which classes are taken for which ({title})")
 
 
 def _few_shot(model: str, parts: tuple[Features, Features], config: KnnConfig, found: Found) -> None:

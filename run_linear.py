@@ -15,6 +15,8 @@ the SGD is in eval/linear/sgd.py, that of the regressions in eval/linear/logisti
 from __future__ import annotations
 
 # Before torch: it decides how threads wait for each other.
+from dino_xcit.runtime import logging as log
+
 import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
@@ -52,7 +54,7 @@ def main() -> None:
     # ---- the paper's classifier and the grid, by SGD on augmented images
     heads: Record = stored or {}
     if heads.get("results"):
-        distributed.say(f"already complete: {probe.folder / FILE_NAME} holds this probe (--resume never repeats it)")
+        log.info(f"already complete: {probe.folder / FILE_NAME} holds this probe (--resume never repeats it)")
     elif config.sgd:
         heads = train_heads(probe, stored, fixed.held_out(), fixed.labelled(probe.val))
     results |= heads.get("results", {})
@@ -74,17 +76,17 @@ def main() -> None:
     also = _on_variants(probe, fixed, best)
 
     # ---- report
-    distributed.say(results_table(results, config.lrs, config.logreg_cs))
+    log.info(results_table(results, config.lrs, config.logreg_cs))
     if also:
-        distributed.say(variants_table(also, best))
+        log.info(variants_table(also, best))
         results["also"] = {"classifier": best.name, "features": best.features, **also}
     if config.json:
         seconds = sum(float(part.get("seconds", 0.0)) for part in (heads, logreg))
         card = probe_card(probe, results, figures, heads.get("history", []), seconds)
         write_json(Path(config.json).expanduser(), card)
-        distributed.say(f"written: {config.json}")
+        log.info(f"written: {config.json}")
     file = LOGREG_NAME if best.name == "logreg" else FILE_NAME
-    distributed.say(f"classifier: {probe.folder / file} ({best.name})")
+    log.info(f"classifier: {probe.folder / file} ({best.name})")
 
 
 def _on_variants(probe: Probe, fixed: FixedFeatures, classifier: Classifier) -> Record:

@@ -43,11 +43,10 @@ from dino_xcit.runtime.agreement import Agreement
 from dino_xcit.runtime.ledger import Ledger
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.memory import keep_freed_memory
-from dino_xcit.runtime.metrics import EpochAverages, MetricsWriter, Progress
+from dino_xcit.runtime.metrics import EpochAverages, MetricsWriter, Progress, WandB, require_wandb
 from dino_xcit.runtime.preemption import Preemption
 from dino_xcit.runtime.watchdog import Watchdog, guarded
 from dino_xcit.train import Schedules, build_state, choose_precision, train_step
-from dino_xcit.wandb_mirror import WandbMirror, require_package
 from eval.knn.online import online_knn
 
 
@@ -55,7 +54,7 @@ def main() -> None:
     """The whole run."""
     # ---- settings and processes
     config, first_line = parse_pretrain(sys.argv[1:])
-    require_package(config.wandb)
+    require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
     if config.augment_device == "cuda" and device.type != "cuda":
         raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device auto or cpu")
@@ -152,8 +151,8 @@ def train(
     metrics = None
     if main_process:
         settings = dataclasses.asdict(config)
-        besides = [WandbMirror(config.wandb, folder, state.step, settings, progress.say)] if config.wandb else []
-        metrics = MetricsWriter(folder, state.step, progress.say, besides)
+        besides = [WandB(config.wandb, folder, state.step, settings)] if config.wandb else []
+        metrics = MetricsWriter(folder, state.step, besides)
     averages = EpochAverages()
     can_move = config.augment_device == "auto" and device.type == "cuda"
     starvation = Starvation(

@@ -13,6 +13,8 @@ Each protocol is told from top to bottom: images, vectors, figures, report. docs
 from __future__ import annotations
 
 # Before torch: it decides how threads wait for each other.
+from dino_xcit.runtime import logging as log
+
 import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
@@ -206,8 +208,8 @@ def folder(config: RetrievalConfig) -> None:
         return
     assert images.source is not None
     if too_large := sorted({k for k in config.ks if k > len(images.names) - 1}):
-        distributed.say(
-            f"notice: k = {', '.join(map(str, too_large))} exceeds the {len(images.names) - 1:,} other images: using "
+        log.warning(
+            f"k = {', '.join(map(str, too_large))} exceeds the {len(images.names) - 1:,} other images: using "
             "all of them"
         )
     found = leave_one_out(images.vectors, _labels(images.source), config.ks, progress=True)
@@ -224,13 +226,11 @@ def folder(config: RetrievalConfig) -> None:
 
     # ---- report
     if found.alone:
-        distributed.say(
-            f"notice: {counted(found.alone, 'image')} alone in a class: no query, but among what is searched"
-        )
-    distributed.say(f"{counted(len(found.queries), 'query')}, each among the {len(images.names) - 1:,} other images")
+        log.info(f"{counted(found.alone, 'image')} alone in a class: no query, but among what is searched")
+    log.info(f"{counted(len(found.queries), 'query')}, each among the {len(images.names) - 1:,} other images")
     names = {"r_precision": "R-precision", "map@r": "mAP@R"} | {f"recall@{k}": f"recall@{k}" for k in config.ks}
     rows = [[names[name], percent(row[name], row[f"{name}_interval"])] for name in figures]  # type: ignore[arg-type]
-    distributed.say(table(["figure", "% [95% interval]"], rows))
+    log.info(table(["figure", "% [95% interval]"], rows))
     protocol: Card = {
         "name": "leave-one-out by cosine, exact; recall@k, R-precision, mAP@R (arXiv 2003.08505), means over queries",
         "ks": list(config.ks),
@@ -258,7 +258,7 @@ def duplicates(config: RetrievalConfig) -> None:
         source = open_source(given[collections.index(None)])
         config = with_weights_of(made, config)
         loaded, device = open_backbone_of(made, config)
-        distributed.say(f"vectors: as the card of {made.folder} says, {made.descriptor.describe()}")
+        log.info(f"vectors: as the card of {made.folder} says, {made.descriptor.describe()}")
         sets = [
             extracted_like(made, config, loaded, device, source) if collection is None else collected(collection)
             for collection in collections
@@ -272,9 +272,7 @@ def duplicates(config: RetrievalConfig) -> None:
     others = second.vectors if config.second else None
     pairs = find_pairs(first.vectors, others, config.threshold, config.most_pairs, progress=True)
     if first.source is None or second.source is None:
-        distributed.say(
-            "notice: the images are not where they were, so that identical files cannot be told from near ones"
-        )
+        log.warning("the images are not where they were, so that identical files cannot be told from near ones")
         kinds = [UNKNOWN] * len(pairs)
     else:
         kinds = [IDENTICAL if same else NEAR for same in identical(pairs, first.source, second.source, progress=True)]
@@ -286,20 +284,20 @@ def duplicates(config: RetrievalConfig) -> None:
 
     # ---- report
     near = f"{counted(len(pairs), 'pair')} of at least {config.threshold:g}"
-    distributed.say(near if UNKNOWN in kinds else f"{near}, {kinds.count(IDENTICAL):,} of them identical files")
+    log.info(near if UNKNOWN in kinds else f"{near}, {kinds.count(IDENTICAL):,} of them identical files")
     for name, (images, rows) in paired.items():
         count, total = len(np.unique(rows)), len(images.names)
-        distributed.say(f"{name} set: {count:,} of {total:,} images ({100 * count / total:.2f} %) are in a pair")
+        log.info(f"{name} set: {count:,} of {total:,} images ({100 * count / total:.2f} %) are in a pair")
         row |= {f"{name}_images": total, f"{name}_with_a_pair": count}
     if config.csv:
         write_pairs(Path(config.csv).expanduser(), pairs, kinds, first.names, second.names)
-        distributed.say(f"pairs: {config.csv}")
+        log.info(f"pairs: {config.csv}")
     if config.sheet and len(pairs):
         draw_pairs(pairs, kinds, first.tile, second.tile, Path(config.sheet).expanduser())
-        distributed.say(f"contact sheet: {config.sheet}")
+        log.info(f"contact sheet: {config.sheet}")
     elif config.sheet:
         old = ", and the file of that name is an older one" if Path(config.sheet).expanduser().exists() else ""
-        distributed.say(f"notice: there is no pair to draw: {config.sheet} is not written{old}")
+        log.warning(f"there is no pair to draw: {config.sheet} is not written{old}")
     protocol: Card = {
         "name": "all pairs of cosine similarity of at least the threshold, exact; identical: the same bytes",
         "threshold": config.threshold,
@@ -327,7 +325,7 @@ def _say_table(results: Sequence[Card], left: Mapping[str, str], figures: Mappin
         [str(row[key]) for key in left] + [percent(row[key], row.get(f"{key}_interval")) for key in figures]  # type: ignore[arg-type]
         for row in results
     ]
-    distributed.say(table([*left.values(), *figures.values()], rows))
+    log.info(table([*left.values(), *figures.values()], rows))
 
 
 def _write(
@@ -357,7 +355,7 @@ def _write(
             card["transform"] = first.card["transform"] | {"antialias": True}  # as Pillow's resize always is
             card |= {"seconds": round(seconds, 2), "date": now(), "versions": versions()}
         write_json(Path(config.json).expanduser(), card)
-        distributed.say(f"written: {config.json}")
+        log.info(f"written: {config.json}")
 
 
 def command() -> None:

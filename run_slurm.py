@@ -10,6 +10,8 @@ Read top to bottom: settings, what can be checked before the queue, the job, wha
 from __future__ import annotations
 
 # Before torch: it decides how threads wait for each other.
+from dino_xcit.runtime import logging as log
+
 import dino_xcit  # noqa: F401  # isort: skip
 
 import dataclasses
@@ -24,8 +26,8 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError, RunStopped, run_main
 from dino_xcit.launch_config import LaunchConfig, launch_settings, split
 from dino_xcit.runtime.logging import counted, printable
+from dino_xcit.runtime.metrics import require_wandb
 from dino_xcit.slurm import import_submitit, submit
-from dino_xcit.wandb_mirror import require_package
 from eval.config import BackboneConfig, KnnConfig, LinearConfig, settings
 from eval.retrieval_config import ExtractConfig, RetrievalConfig
 
@@ -93,7 +95,7 @@ def check_runner(run: str, words: Sequence[str], here: bool = False) -> None:
     """
     if run == "pretrain":
         config, first_line = parse_pretrain(words)
-        require_package(config.wandb)
+        require_wandb(config.wandb)
         print(first_line)
         _look_for("data_path", config.data_path, here)
         return
@@ -123,7 +125,7 @@ def _look_for(name: str, place: str, here: bool) -> None:
         return
     if here:
         raise InputError(f"{name} is {printable(place)}, which is not there: check the path")
-    print(f"notice: {name} is {printable(place)}, which is not there on this machine: the job's have to have it")
+    log.warning(f"{name} is {printable(place)}, which is not there on this machine: the job's have to have it")
 
 
 def follow(job: submitit.Job[None], log: Path) -> None:

@@ -49,11 +49,11 @@ def initialise(state: TrainState, config: PretrainConfig) -> str:
         "teacher; " + (f"heads start fresh: {why_fresh}" if why_fresh else f"heads too{_lengths(read.head, config)}")
     ]
     if read.allowed:
-        lines.append(f"notice: allowed, though the file does not fit: {first(read.allowed, 8)}")
+        lines.append(f"warning: allowed, though the file does not fit: {first(read.allowed, 8)}")
     said = read.preparation.transform if read.preparation.said_by else None
     if said and (said.mean, said.std) != (config.mean, config.std):
         lines.append(
-            f"notice: those weights are used to images normalised with mean {_rounded(said.mean)} and deviation "
+            f"warning: those weights are used to images normalised with mean {_rounded(said.mean)} and deviation "
             f"{_rounded(said.std)}, this run has {_rounded(config.mean)} and {_rounded(config.std)} (--mean, --std)"
         )
     return "\n".join(lines)

@@ -86,7 +86,7 @@ def _queue_again(submitits_answer: Callable[[int, FrameType | None], Any], too_o
         submitits_answer(signal.SIGUSR1, None)
     except (too_often, OSError, subprocess.SubprocessError) as error:
         print(
-            f"notice: the run is saved, but not queued again ({one_line(error)}); the same command carries on",
+            f"warning: the run is saved, but not queued again ({one_line(error)}); the same command carries on",
             file=sys.stderr,
             flush=True,
         )

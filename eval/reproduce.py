@@ -13,6 +13,8 @@ C classes, D features.
 from __future__ import annotations
 
 # Before torch: it decides how threads wait for each other.
+from dino_xcit.runtime import logging as log
+
 import dino_xcit  # noqa: F401  # isort: skip
 
 import re
@@ -123,7 +125,7 @@ def reproduce(
     head = read_head(Path(config.linear).expanduser(), width_of(loaded.backbone)) if config.linear else None
     train, val = open_parts(config.data_path or None, config.train_data or None, config.val_data or None)
     for notice in check_data(train, val, data_set or DataSet()):
-        distributed.say(f"notice: {notice}")
+        log.warning(notice)
     classes = len(train.classes or ())
     if head and len(head[1]) != classes:
         raise InputError(f"{config.linear} knows {len(head[1])} classes, but {train.url} has {classes}")
@@ -154,7 +156,7 @@ def reproduce(
         write_json(
             Path(config.json), result_card("reproduce", protocol, records, loaded, data, transform, device, seconds)
         )
-        distributed.say(f"written: {config.json}")
+        log.info(f"written: {config.json}")
     return verdicts
 
 
@@ -254,10 +256,10 @@ def _report(verdicts: Sequence[Verdict], arch: str, figures: Published, linear: 
         ]
         for verdict in verdicts
     ]
-    distributed.say(f"{arch}, recognised by its shapes; published: {figures.source}")
-    distributed.say(table(["", "top-1 % [95% interval]", "published", "difference", "tolerance", ""], rows))
+    log.info(f"{arch}, recognised by its shapes; published: {figures.source}")
+    log.info(table(["", "top-1 % [95% interval]", "published", "difference", "tolerance", ""], rows))
     if not linear:
-        distributed.say("linear: not measured (--linear FILE, the published head)")
+        log.info("linear: not measured (--linear FILE, the published head)")
 
 
 def main() -> None:
@@ -270,7 +272,7 @@ def main() -> None:
     failed = [verdict.measure for verdict in reproduce(config) if not verdict.passed]
     if failed:
         raise RunStopped(1, f"fail: {' and '.join(failed)} of {config.weights} differ by more than the tolerance")
-    distributed.say("pass")
+    log.info("pass")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from dino_xcit.data import Source, open_parts
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, LoadedBackbone, load_backbone
 from dino_xcit.weights.hub import is_remote
@@ -36,7 +37,7 @@ def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
     allowed = Allowed(config.allow_missing, config.allow_unexpected)
     loaded = load_backbone(config.weights, config.network, config.arch or None, allowed)
     loaded.backbone.to(device)
-    distributed.say(loaded.describe())
+    log.info(loaded.describe())
     return loaded, device
 
 
@@ -49,14 +50,14 @@ def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) ->
     loaded, device = open_weights(config)
     transform = fixed or _transform(loaded.transform, config)
     as_loaded = not fixed and transform == loaded.transform
-    distributed.say(
+    log.info(
         f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}"
         + (f" ({loaded.transform_from})" if as_loaded and loaded.transform_from else "")
     )
     usual = transform == EvalTransform() and loaded.training  # DINO's files: ImageNet's way is theirs
     if as_loaded and not loaded.transform_from and not usual:
-        distributed.say(
-            f"notice: {loaded.path.name} does not say how its images are prepared, this is a guess: "
+        log.warning(
+            f"{loaded.path.name} does not say how its images are prepared, this is a guess: "
             f"{loaded.transform_guess} (--eval-resize and --eval-crop change it)"
         )
     return dataclasses.replace(loaded, transform=transform), device
@@ -82,7 +83,7 @@ def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> 
             raise InputError(
                 f"{loaded.path} does not say what it was trained on: give --data-path DIR with DIR/train and DIR/val"
             )
-        distributed.say(f"data: {data}, on which it was trained (--data-path names other)")
+        log.info(f"data: {data}, on which it was trained (--data-path names other)")
     return open_parts(data, config.train_data or None, config.val_data or None)
 
 
@@ -100,9 +101,7 @@ def cache_folder(config: BackboneConfig) -> Path | None:
         return folder
     if config.cache_dir:
         raise InputError(f"cache_dir is {folder}, which cannot be written to: {problem}")
-    distributed.say(
-        f"notice: features are not kept, {folder} cannot be written to: {problem} (--cache-dir names another folder)"
-    )
+    log.warning(f"features are not kept, {folder} cannot be written to: {problem} (--cache-dir names another folder)")
     return None
 
 

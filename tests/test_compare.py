@@ -99,8 +99,8 @@ def test_figures_that_only_one_result_has_are_named_and_left_out(tmp_path: Path,
     a = write_result(tmp_path / "a.json", *(knn_figure(k, hits(300)) for k in (10, 20)))
     b = write_result(tmp_path / "b.json", *(knn_figure(k, hits(310)) for k in (20, 100)))
     text = compared(a, b)
-    assert f"notice: only {a} has trained k=10 T=0.07 top-1" in text
-    assert f"notice: only {b} has trained k=100 T=0.07 top-1" in text
+    assert f"warning: only {a} has trained k=10 T=0.07 top-1" in text
+    assert f"warning: only {b} has trained k=100 T=0.07 top-1" in text
     assert text.count("+2.5") == 1
 
 
@@ -124,7 +124,7 @@ def test_figures_of_baselines_do_not_depend_on_the_weights_and_are_compared_on_r
 
 def test_the_same_weights_twice_are_told(tmp_path: Path, compared: Compared) -> None:
     a, b = (write_result(tmp_path / f"{name}.json", knn_figure(20, hits(300)), weights="f00") for name in "ab")
-    assert f"notice: {b} measured the same weights as {a} (f00)" in compared(a, b)
+    assert f"warning: {b} measured the same weights as {a} (f00)" in compared(a, b)
     c = write_result(tmp_path / "c.json", knn_figure(20, hits(300)), weights="ba4")
     assert "same weights" not in compared(a, c)
 

@@ -114,7 +114,7 @@ def test_a_transform_that_nobody_said_stays_a_guess(
     torch.save(scrambled("xcit_pico_4_p8").state_dict(), tmp_path / "bare.pth")
     export(tmp_path / "bare.pth", target, tmp_path / name)
     said = capsys.readouterr().out
-    assert "notice: the file does not say how images are prepared; assumed: ImageNet's way" in said
+    assert "warning: the file does not say how images are prepared; assumed: ImageNet's way" in said
     assert ("config.json tells it to timm" in said) == (target == "hf")
     file = tmp_path / name if target == "safetensors" else tmp_path / name / "model.safetensors"
     with safetensors.safe_open(file, framework="pt") as read:

@@ -147,7 +147,7 @@ def test_the_answer_is_written_before_the_sheet_which_only_those_who_named_it_mu
     (tmp_path / "v" / "contact_sheet.png").mkdir()
     query = ("--query", next((place.data / "val" / "bars").iterdir()), "--index", tmp_path / "v")
     told = done(command(*query, "--json=~/q.json")).out
-    assert "notice: cannot write the contact sheet" in told
+    assert "warning: cannot write the contact sheet" in told
     assert "Is a directory; choose another file with --sheet" in told
     assert len(json.loads((tmp_path / "q.json").read_text())["results"]) == 9
     refused = command(*query, "--sheet", tmp_path / f"{'s' * 250}.png", "--json", tmp_path / "r.json")
@@ -166,7 +166,7 @@ def test_a_sheet_shows_a_hundred_images_of_a_query_and_says_so(
     assert "notice" not in done(command(*query, "--top", 5)).out
     sheet = (tmp_path / "v" / "contact_sheet.png").read_bytes()
     told = done(command(*query, "--top", 9)).out
-    assert "notice: the contact sheet shows the first 5 images of each query" in told
+    assert "the contact sheet shows the first 5 images of each query" in told
     assert "   9  " in told
     assert (tmp_path / "v" / "contact_sheet.png").read_bytes() == sheet
 
@@ -233,7 +233,7 @@ def test_a_query_draws_nothing_among_the_images_unless_told_where(
     shutil.move(tmp_path / "v", images / "v")  # it may have been put there by hand, or by an earlier version
     query = ("--query", next((images / "bars").iterdir()), "--index", images / "v")
     told = done(command(*query)).out
-    assert f"notice: {images / 'v'} lies within the folder of its images" in told
+    assert f"warning: {images / 'v'} lies within the folder of its images" in told
     assert not list(images.rglob("contact_sheet.png"))
     assert f"contact sheet: {tmp_path / 's.png'}" in done(command(*query, "--sheet", tmp_path / "s.png")).out
     shutil.move(images / "v", tmp_path / "v")

@@ -138,7 +138,7 @@ def test_a_damaged_image_ends_the_run_and_is_left_out_on_request_without_losing_
     skipping = (*given, "--unreadable", "skip")
     told = done(command(*skipping)).out
     assert "going on: 4 of 6 parts are there" in told
-    assert "notice: left out 1 image that could not be read; card.json has the names" in told
+    assert "warning: left out 1 image that could not be read; card.json has the names" in told
     complete = f"{tmp_path / 'v'} holds the vectors of 23 of these 24 images; 1 could not be read and were left out"
     assert f"already complete: {complete}, card.json names them; nothing" in done(command(*skipping)).out
     assert "although --unreadable is refuse now (mend them, then --overwrite)" in done(command(*given)).out
@@ -170,7 +170,7 @@ def test_a_damaged_plan_of_parts_is_said_and_nothing_has_to_be_removed_by_hand(
     plan = tmp_path / "v" / ".parts" / "plan.json"
     plan.write_bytes(plan.read_bytes()[:40])
     told = done(command(*first)).out
-    assert f"notice: {plan} is damaged, so that the parts beside it are of no use: beginning anew" in told
+    assert f"warning: {plan} is damaged, so that the parts beside it are of no use: beginning anew" in told
     assert len(open_collection(tmp_path / "v").names) == COUNT
 
 

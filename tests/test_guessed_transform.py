@@ -38,7 +38,7 @@ def test_an_export_does_not_store_it_as_the_checkpoints(
 ) -> None:
     export(bare, "safetensors", tmp_path / "out.safetensors")
     said = capsys.readouterr().out
-    assert f"notice: the file does not say how images are prepared; assumed: {OF_POSITIONS}, EvalTransform(" in said
+    assert f"warning: the file does not say how images are prepared; assumed: {OF_POSITIONS}, EvalTransform(" in said
     with safetensors.safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert "eval_transform" not in metadata
@@ -68,7 +68,9 @@ def test_an_evaluator_tells_the_guess(tmp_path: Path, capsys: pytest.CaptureFixt
     words = ["--weights", str(tmp_path / "bare.pth"), "--device", "cpu"]
     open_backbone(settings(KnnConfig, words, "run_knn.py"))
     said = capsys.readouterr().out
-    assert f"notice: bare.pth does not say how its images are prepared, this is a guess: {guess} (--eval-resize" in said
+    assert (
+        f"warning: bare.pth does not say how its images are prepared, this is a guess: {guess} (--eval-resize" in said
+    )
     open_backbone(settings(KnnConfig, [*words, "--eval-crop", "56"], "run_knn.py"))
     assert "guess" not in capsys.readouterr().out
 

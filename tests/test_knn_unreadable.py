@@ -50,10 +50,10 @@ def test_a_broken_image_ends_the_run_by_name_unless_such_are_left_out(place: Pla
     assert done.code == 0, done.err
     told = f"{tmp_path / 'k.json'} names them"
     train, val = (str(path) for path in place.broken)
-    assert f"notice: 1 of 18 training images could not be read and are left out: {train}; {told}" in done.out
-    assert f"notice: 1 of 15 validation images could not be read and are left out: {val}; {told}" in done.out
+    assert f"warning: 1 of 18 training images could not be read and are left out: {train}; {told}" in done.out
+    assert f"warning: 1 of 15 validation images could not be read and are left out: {val}; {told}" in done.out
     assert "k = 18 exceeds the 17 training images: using 17" in done.out
-    assert "notice: 1 class has fewer than 6 training images (the least: dots with 5)" in done.out
+    assert "warning: 1 class has fewer than 6 training images (the least: dots with 5)" in done.out
     card = json.loads((tmp_path / "k.json").read_text())
     assert card["data"]["train"]["unreadable"] == {"count": 1, "first": [train]}
     assert card["data"]["val"]["unreadable"] == {"count": 1, "first": [val]}
@@ -185,6 +185,6 @@ def test_the_k_nn_while_training_says_once_which_images_it_leaves_out(
     assert 0 <= figures[0]["knn_top1"] <= 100
     said = capsys.readouterr().out
     for number, path in zip(("1 of 18 training", "1 of 15 validation"), place.broken, strict=True):
-        line = f"notice: k-NN while training: {number} images could not be read and are left out: {path}\n"
+        line = f"warning: k-NN while training: {number} images could not be read and are left out: {path}\n"
         assert said.count(line) == 1
     assert np.isnan(evaluate(Diverged(), lambda: None)["knn_top1"])

@@ -183,7 +183,7 @@ def test_without_a_pair_there_is_no_sheet_and_an_older_one_is_named_as_such(
     words = ("duplicates", "--weights", place.weights, "--first", two_sets[0], "--threshold", 1, "--no-cache")
     sheet = tmp_path / "p.png"
     told = retrieve(*words, "--sheet", sheet).out
-    assert f"notice: there is no pair to draw: {sheet} is not written\n" in told
+    assert f"warning: there is no pair to draw: {sheet} is not written\n" in told
     sheet.write_bytes(b"old")
     assert "and the file of that name is an older one" in retrieve(*words, "--sheet", sheet).out
     assert sheet.read_bytes() == b"old"

@@ -60,7 +60,7 @@ def test_everything_at_once_is_printed_and_written(
     assert list(trained) == [(1, 3), (5, 3), (5, 15), (900, 3), (900, 20)]
     assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "900 are all"
     assert "3 draws, mean ± deviation" in out
-    assert "notice: 3 classes have fewer than 900 training images (the least: bars with 340)" in out
+    assert "warning: 3 classes have fewer than 900 training images (the least: bars with 340)" in out
     assert len({row["model"] for row in few["results"]}) == 4
 
     with open(tmp_path / "classes.csv", newline="") as file:

@@ -203,7 +203,7 @@ def test_a_folder_and_its_collection_have_the_same_figures(
     assert done.code == 0, done.err
     assert "exceeds" not in done.out
     assert (
-        "notice: k = 12, 50 exceeds the 11 other images: using all of them"
+        "warning: k = 12, 50 exceeds the 11 other images: using all of them"
         in retrieve("folder", *common, "--data-path", place.photos, "--ks", 50, 11, 12).out
     )
     assert f"{4 * len(CLASSES)} queries, each among the {4 * len(CLASSES) - 1} other images" in done.out
@@ -232,7 +232,7 @@ def test_a_folder_and_its_collection_have_the_same_figures(
     assert "notice" not in collected.out
     replaced = next((tmp_path / "more" / CLASSES[1]).iterdir())
     save(noise(7), replaced)
-    assert f"notice: {tmp_path / 'more'} is not as it was" in retrieve("folder", "--index", vectors).out
+    assert f"warning: {tmp_path / 'more'} is not as it was" in retrieve("folder", "--index", vectors).out
     assert len(other["data"]["images"]["added"]) == 1
 
     shutil.rmtree(tmp_path / "more" / CLASSES[1])
@@ -265,7 +265,7 @@ def test_an_image_alone_in_its_class_is_left_out_and_said(place: Place, retrieve
     save(noise(1), tmp_path / "birds/alone/one.png")
     done = retrieve("folder", "--weights", place.weights, "--data-path", tmp_path / "birds", "--no-cache")
     assert done.code == 0, done.err
-    assert "notice: 1 image alone in a class: no query, but among what is searched" in done.out
+    assert "1 image alone in a class: no query, but among what is searched" in done.out
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -95,7 +95,7 @@ def test_a_folder_that_was_packed_is_the_same_by_its_names_and_64_images_and_tha
     pack.main([str(photos), str(tmp_path / "shards")])
     b = result(tmp_path / "b.json", open_source(f"tar:{tmp_path}/shards/*.tar"))
     text = compared(capsys, a, b)
-    assert f"notice: validation images of {b} are {a}'s by 64 images, and by the labels and names of all" in text
+    assert f"warning: validation images of {b} are {a}'s by 64 images, and by the labels and names of all" in text
     assert "McNemar" in text
 
 
@@ -112,7 +112,7 @@ def test_results_of_before_there_were_names_and_sizes_are_compared_and_that_is_s
             part["fingerprint"] = place
         path.write_text(json.dumps(card))
     text = compared(capsys, a, b)
-    assert f"notice: validation images of {b} are {a}'s by 64 images, and by the labels and names of all" in text
+    assert f"warning: validation images of {b} are {a}'s by 64 images, and by the labels and names of all" in text
     assert "training" not in text, "whose fingerprint is the same"
     assert "McNemar" in text
 

@@ -110,7 +110,7 @@ def test_parts_whose_plan_is_damaged_are_said_and_made_anew(
     (tmp_path / "plan.json").write_text(text)
     assert shards.are_of(tmp_path, {"weights": "another"}, 3), "nobody's, so that a finished collection removes them"
     parts = begin(tmp_path, PLAN, False)
-    assert f"notice: {tmp_path / 'plan.json'} is damaged" in capsys.readouterr().out
+    assert f"warning: {tmp_path / 'plan.json'} is damaged" in capsys.readouterr().out
     assert parts.missing("refuse") == [0, 1, 2]
     assert make(parts, [0, 1, 2]).seen == 10
     assert begin(tmp_path, PLAN, False).missing("refuse") == []

@@ -138,7 +138,7 @@ def test_a_place_that_this_machine_does_not_see_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_slurm.check_runner("pretrain", ["--data-path", str(tmp_path / "absent")])
-    assert f"notice: data_path is {tmp_path / 'absent'}, which is not there on this machine" in capsys.readouterr().out
+    assert f"warning: data_path is {tmp_path / 'absent'}, which is not there on this machine" in capsys.readouterr().out
     run_slurm.check_runner("pretrain", ["--data-path", str(tmp_path)])
     run_slurm.check_runner("pretrain", ["--data-path", "tar:/data/{000..100}.tar"])
     assert "notice" not in capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_a_retrieval_protocol_may_stand_alone_as_in_its_own_runner(capsys: pytes
     flags, words = split(["--nodes", "2", "--run", "retrieval", "oxford", "--weights", "w.pth", "--data-path", "d"], ())
     assert (flags, words[0]) == ({"nodes": ["2"], "run": ["retrieval"]}, "oxford")
     run_slurm.check_runner("retrieval", words)
-    assert "notice: weights is w.pth" in capsys.readouterr().out
+    assert "warning: weights is w.pth" in capsys.readouterr().out
 
 
 def test_a_process_is_told_its_place_as_torchrun_would() -> None:
@@ -309,7 +309,7 @@ def test_a_job_is_queued_again_only_so_often(slurm: Callable[..., Job]) -> None:
     assert job.end() == [PREEMPTED] * 2
     assert job.asked() == []
     log = (job.folder / "jobs" / "4711_0_log.out").read_text()
-    assert "notice: the run is saved, but not queued again (Job not requeued because: timed-out too many times)" in log
+    assert "warning: the run is saved, but not queued again (Job not requeued because: timed-out too many times)" in log
     assert "Traceback" not in log
 
 
@@ -319,7 +319,7 @@ def test_where_slurm_refuses_to_queue_it_again_that_is_said(slurm: Callable[...,
     job.signal(signal.SIGUSR1)
     assert job.end() == [PREEMPTED] * 2
     log = (job.folder / "jobs" / "4711_0_log.out").read_text()
-    assert "notice: the run is saved, but not queued again" in log
+    assert "warning: the run is saved, but not queued again" in log
     assert "Traceback" not in log
 
 

@@ -339,7 +339,7 @@ def test_a_key_that_is_allowed_to_be_missing_keeps_the_same_untrained_value_each
     second = load_backbone(path, allowed=allowed)
     assert first.allowed == tuple(f"missing {key}" for key in sorted(lost))
     assert first.hash == second.hash
-    assert "notice: allowed, though the file does not fit" in first.describe()
+    assert "warning: allowed, though the file does not fit" in first.describe()
     with pytest.raises(InputError, match=r"lacks cls_attn_blocks\.1\.mlp\.fc2"):
         load_backbone(path, allowed=Allowed(missing=("cls_attn_blocks.1.mlp.fc1*",)))
 

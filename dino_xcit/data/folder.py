@@ -224,7 +224,7 @@ def _arranged(root: str, images: list[str], version: str, others: PassedOver) ->
             f"no image in {root}{there}: expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ... in it or in one "
             "sub-folder a class"
         )
-    others.say(root, " ".join(IMAGE_SUFFIXES))
+    others.warn(root, " ".join(IMAGE_SUFFIXES))
     keep = len(images) >= KEPT_FROM
     about = {"version": Strings.pack([version])}
     tops = [path.replace(os.sep, "/").partition("/") for path in images]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted, printable
 
 _NEVER_IMAGES = frozenset({
@@ -47,11 +46,7 @@ class PassedOver:
         others = sum(self._endings.values()) - sum(count for _, count in self._endings.most_common(_NAMED))
         return ", ".join([*shown, *([f"{others:,} others"] if others else [])])
 
-    def say(self, root: str, read: str) -> None:
-        """One line on stderr, once a run, if there was anything. ``read``: the endings that are read."""
-        total = sum(self._endings.values())
-        if total and distributed.is_main():
-            print(
-                f"notice: {printable(root)}: {counted(total, 'file')} passed over ({self}): images end in {read}",
-                file=sys.stderr,
-            )
+    def warn(self, root: str, read: str) -> None:
+        """Warn once a run, if there was anything. ``read``: the endings that are read."""
+        if total := sum(self._endings.values()):
+            log.warning(f"{printable(root)}: {counted(total, 'file')} passed over ({self}): images end in {read}")

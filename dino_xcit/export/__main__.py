@@ -6,6 +6,8 @@ python -m dino_xcit.export --weights ckpt.pth --to timm|safetensors|hf|onnx|torc
 from __future__ import annotations
 
 # Before torch: it decides how threads wait for each other.
+from dino_xcit.runtime import logging as log
+
 import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
@@ -45,12 +47,12 @@ def main(argv: Sequence[str]) -> None:
     print(loaded.describe(), flush=True)
     if not loaded.transform_from:
         told = ", and config.json tells it to timm" if config.to in ("timm", "hf") else ""
-        print(
-            f"notice: the file does not say how images are prepared; assumed: {loaded.transform_guess}, "
+        log.warning(
+            f"the file does not say how images are prepared; assumed: {loaded.transform_guess}, "
             f"{loaded.transform}{told}"
         )
     elif loaded.transform_exception:
-        print(f"notice: images are prepared in a way that is {loaded.transform_from}")
+        log.warning(f"images are prepared in a way that is {loaded.transform_from}")
     cards = [model_card.read_card(Path(path), loaded.hash) for path in config.card]
     pictures = photographs(config.images)
 

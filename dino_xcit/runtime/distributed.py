@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dino_xcit.errors import LESS_MEMORY, LOST, InputError, RunStopped, run_main
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.sync_batch_norm import not_shared, share_batch_norm
 
@@ -52,9 +53,8 @@ def processes_here() -> int:
 
 
 def say(text: str) -> None:
-    """Print a line, once a run."""
-    if is_main():
-        print(text, flush=True)
+    """:func:`dino_xcit.runtime.logging.info`."""
+    log.info(text)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -267,17 +267,15 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
         module = share_batch_norm(module)
         if left := not_shared(module):
             some = f"{', '.join(left[:3])}{' ...' * (len(left) > 3)}"
-            _say_once(
-                f"notice: {counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be shared: each GPU "
+            _warn_once(
+                f"{counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be shared: each GPU "
                 "normalises there by its own batch"
             )
     return module
 
 
-@functools.cache
-def _say_once(text: str) -> None:
-    """:func:`say`, but not again for the teacher what was said of the student."""
-    say(text)
+_warn_once = functools.cache(log.warning)
+"""Does not repeat for the teacher what it said of the student."""
 
 
 def share_gradients(module: nn.Module, device: torch.device) -> nn.Module:

@@ -1,13 +1,36 @@
-"""Progress, on a terminal and where there is none."""
+"""What a command prints: lines of the main process, and progress bars that they do not tear.
+
+from dino_xcit.runtime import logging as log
+log.info("resuming after step 12")
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import sys
 from typing import TextIO
 
+import torch.distributed as dist
 from tqdm import tqdm
+
+
+def info(text: str) -> None:
+    """Print a line to stdout, on the main process only. A full disk does not end the run; a closed pipe raises."""
+    if (dist.is_initialized() and dist.get_rank() > 0) or sys.stdout is None:
+        return
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+
+
+def warning(text: str) -> None:
+    """:func:`info` of something that the user may want to change."""
+    info(f"warning: {text}")
 
 
 class Lines(io.TextIOBase):

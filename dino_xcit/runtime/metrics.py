@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dino_xcit.errors import InputError, one_line
+from dino_xcit.runtime import atomic
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import Lines
 
 Record = Mapping[str, float | int]
@@ -47,15 +52,74 @@ class TensorBoard:
         self._board.close()
 
 
+class WandB:
+    """A Weights & Biases run with ``trainer_step`` as the x axis. Its failures cost one warning, never the run.
+
+    W&B's environment variables configure the rest (WANDB_MODE=offline, WANDB_ENTITY, WANDB_NAME ...). A resumed run
+    continues there; the steps that it repeats after its checkpoint appear twice.
+    """
+
+    def __init__(self, project: str, folder: Path, from_step: int, config: Mapping[str, Any]) -> None:
+        """``folder`` keeps the W&B run's id in ``wandb.json``; ``from_step`` 0 begins a new one."""
+        self._run: Any = None
+        with self._tolerated():
+            import wandb
+
+            path = folder / "wandb.json"
+            run_id = json.loads(path.read_bytes())["id"] if from_step and path.exists() else uuid.uuid4().hex[:12]
+            atomic.write_json(path, {"id": run_id})
+            settings = wandb.Settings(
+                run_name=None if "WANDB_NAME" in os.environ else folder.absolute().name,
+                console="off",
+                init_timeout=20,  # shorter than a scheduler waits for a run that it stops
+                finish_timeout=20,
+                finish_timeout_raises=True,
+            )
+            self._run = wandb.init(
+                project=project, id=run_id, resume="allow", dir=str(folder), config=dict(config), settings=settings
+            )
+            self._run.define_metric("trainer_step")
+            self._run.define_metric("*", step_metric="trainer_step")
+
+    def write(self, kind: str, step: int, values: Record) -> None:
+        if self._run:
+            with self._tolerated():
+                self._run.log({f"{kind}/{name}": value for name, value in values.items()} | {"trainer_step": step})
+
+    def close(self) -> None:
+        if self._run:
+            with self._tolerated():
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            log.warning(
+                f"nothing more goes to Weights & Biases ({type(error).__name__}: {one_line(error)}); the run continues "
+                "and metrics.jsonl is complete (WANDB_MODE=offline needs no network)"
+            )
+
+
+def require_wandb(project: str) -> None:
+    """Raise InputError where a project is named and the package wandb is missing."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"wandb is {project}, but the package wandb is not installed: pip install 'dino-xcit[wandb]', or leave "
+            "--wandb out"
+        )
+
+
 class MetricsWriter:
     """Appends records to ``metrics.jsonl``, and hands them to TensorBoard and to other mirrors."""
 
-    def __init__(
-        self, folder: Path, from_step: int, say: Callable[[str], None] = print, mirrors: Sequence[Mirror] = ()
-    ) -> None:
-        """Records of steps after ``from_step``, and of an epoch that was cut short, are dropped: a resumed run writes
-        them anew. ``say`` is told once where the disk is full: a run that can train does not end for want of a log."""
-        self._say = say
+    def __init__(self, folder: Path, from_step: int, mirrors: Sequence[Mirror] = ()) -> None:
+        """Drop the records after ``from_step`` and of an epoch that was cut short: a resumed run writes them anew.
+
+        A full disk costs one warning: a run that can train does not end for want of a log.
+        """
         self._disk_was_full = False
         self.path = folder / "metrics.jsonl"
         self._file: TextIO | None = None
@@ -101,9 +165,7 @@ class MetricsWriter:
             yield
         except OSError as error:
             if not self._disk_was_full:
-                self._say(
-                    f"warning: metrics are incomplete from here on: {self.path.parent}: {error.strerror or error}"
-                )
+                log.warning(f"metrics are incomplete from here on: {self.path.parent}: {error.strerror or error}")
             self._disk_was_full = True
 
 
@@ -192,11 +254,9 @@ class Progress:
         )
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """:func:`dino_xcit.runtime.logging.info`, where the bar is shown."""
         if not self._bar.disable:
-            with contextlib.suppress(OSError):  # a log on a full disk does not end a run
-                self._bar.clear()
-                print(text, flush=True)
+            log.info(text)
 
     def close(self) -> None:
         """End the bar."""

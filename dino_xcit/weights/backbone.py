@@ -62,7 +62,7 @@ class LoadedBackbone:
         if self.heads_assumed:
             lines.append(f"heads assumed: {self.heads_assumed} (a family's; --arch names another)")
         if self.allowed:
-            lines.append(f"notice: allowed, though the file does not fit: {first(self.allowed, 8)}")
+            lines.append(f"warning: allowed, though the file does not fit: {first(self.allowed, 8)}")
         return "\n".join(lines)
 
 

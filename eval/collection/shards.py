@@ -27,6 +27,7 @@ from torch import nn
 from dino_xcit.data import Source, UndecodableImage
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import atomic, distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise
 from eval.features import image_batches
@@ -162,7 +163,7 @@ def begin(folder: Path, plan: Plan, replace: bool) -> Parts:
     path = folder / _PLAN
     there = _stored_plan(path)
     if there is None and path.exists():
-        distributed.say(f"notice: {path} is damaged, so that the parts beside it are of no use: beginning anew")
+        log.warning(f"{path} is damaged, so that the parts beside it are of no use: beginning anew")
     elif there is not None:
         if (there.identity, there.images, there.width) == (plan.identity, plan.images, plan.width):
             atomic.remove_leftovers(folder)

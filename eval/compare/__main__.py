@@ -170,7 +170,7 @@ def _same_weights(results: Sequence[Result]) -> list[str]:
             continue
         if result.weights in seen:
             before = seen[result.weights]
-            remarks.append(f"notice: {result.label} measured the same weights as {before} ({result.weights[:12]})")
+            remarks.append(f"warning: {result.label} measured the same weights as {before} ({result.weights[:12]})")
         elif result.weights:
             seen[result.weights] = result.label
     return remarks
@@ -186,14 +186,14 @@ def _left_out(first: Result, other: Result, likeness: Likeness) -> list[str]:
         alone = [one.name for one in result.figures if id(one) not in both and not one.baseline]
         if alone:
             more = " ..." if len(alone) > 6 else ""
-            remarks.append(f"notice: only {result.label} has {', '.join(alone[:6])}{more}")
+            remarks.append(f"warning: only {result.label} has {', '.join(alone[:6])}{more}")
     changed = [
         f"{name} {shown(first.versions[name])} -> {shown(other.versions[name])}"
         for name in sorted(first.versions.keys() & other.versions.keys())
         if first.versions[name] != other.versions[name]
     ]
     if changed:
-        remarks.append(f"notice: {other.label} was measured with other libraries: {', '.join(changed)}")
+        remarks.append(f"warning: {other.label} was measured with other libraries: {', '.join(changed)}")
     return remarks
 
 
@@ -207,7 +207,7 @@ def _images_by_sample(first: Result, other: Result) -> list[str]:
         if same_order(then, now) and (how := known_by(then, now)):
             known.setdefault(how, []).append(name)
     return [
-        f"notice: {' and '.join(called(name) for name in sorted(names))} of {other.label} are {first.label}'s {how}"
+        f"warning: {' and '.join(called(name) for name in sorted(names))} of {other.label} are {first.label}'s {how}"
         for how, names in sorted(known.items())
     ]
 

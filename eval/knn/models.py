@@ -10,7 +10,7 @@ from torch import nn
 
 from dino_xcit.data import Source, UndecodableImage
 from dino_xcit.errors import InputError
-from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone, hash_state
 from eval.baselines import Pixels, untrained
@@ -77,7 +77,7 @@ def _pixels(
     size = 4 * pixels.embed_dim * sum(map(len, parts))
     if size > _PIXELS_AT_MOST:
         if not normalised:
-            distributed.say(f"notice: no raw-pixel row, its features would take {size / 2**30:.0f} GiB of memory")
+            log.warning(f"no raw-pixel row, its features would take {size / 2**30:.0f} GiB of memory")
         return None
     train, val = (
         extract(

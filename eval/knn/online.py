@@ -11,7 +11,7 @@ from torch import nn
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset, open_parts
 from dino_xcit.errors import InputError
-from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from eval.accuracy import accuracy
 from eval.features import extract
 from eval.knn.classify import knn_predict
@@ -56,7 +56,7 @@ def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> 
             if meant not in said:
                 said.add(meant)
                 for notice in unreadable_notices(meant, part, features.unreadable):
-                    distributed.say(f"notice: k-NN while training: {notice}")
+                    log.warning(f"k-NN while training: {notice}")
             finite = np.isfinite(features.features).all(axis=1)  # of a teacher that diverged nothing can be said
             found.append((features.features[finite], features.labels[finite]))
         (neighbours, labels), (queries, answers) = found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dino_xcit.data import Source, Subset
-from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from eval.config import KnnConfig
 from eval.features import Features, fingerprint_without, unreadable_card
 from eval.knn.report import unreadable_notices
@@ -22,7 +22,7 @@ def measured(
         cards[name] = data_card(source, fingerprint_without(part.fingerprint, part.unreadable))
         if len(part.unreadable):
             for notice in unreadable_notices(meant, source, part.unreadable):
-                distributed.say(f"notice: {notice}{f'; {config.json} names them' if config.json else ''}")
+                log.warning(f"{notice}{f'; {config.json} names them' if config.json else ''}")
             read[place] = Subset(source, np.delete(np.arange(len(source)), part.unreadable))
             names = [source.name(int(number)) for number in part.unreadable]
             cards[name] |= {"images": len(read[place]), "unreadable": unreadable_card(names)}

@@ -28,6 +28,7 @@ from dino_xcit.data import Source
 from dino_xcit.data.loader import StepSampler, choose_workers
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic, distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform
 from eval.features import width_of
@@ -100,7 +101,7 @@ class AugmentedEpochs:
                 left -= len(part)
             if file.read() == digest.digest() and self.rows(epoch) is not None:
                 return True
-        distributed.say(f"notice: {self.file(epoch)} is not what was written there: it is made anew")
+        log.warning(f"{self.file(epoch)} is not what was written there: it is made anew")
         return False
 
     def rows(self, epoch: int) -> NDArray[Any] | None:
@@ -129,7 +130,7 @@ class AugmentedEpochs:
         missing = distributed.main_decides(missing)
         size = self._shape[0] * self._shape[1] * self._type.itemsize
         if missing:
-            distributed.say(
+            log.info(
                 f"keeping the features of {len(missing)} of {epochs} augmented epochs in {self.folder} "
                 f"({size * len(missing) / 2**30:.2f} GiB)"
             )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
 from eval.accuracy import bootstrap_interval, correct
 from eval.linear.heads import guesses
@@ -45,13 +46,13 @@ def search(train: Labelled, probe: Probe, identity: Settings, stored: Record | N
     choices, cs, patience = probe.config.features, probe.config.logreg_cs, probe.config.logreg_iterations
     held, classes, device, folder = probe.held, probe.classes, probe.device, probe.folder
     if "weight" in content:
-        distributed.say(f"already complete: {folder / LOGREG_NAME} holds this regression (--resume never repeats it)")
+        log.info(f"already complete: {folder / LOGREG_NAME} holds this regression (--resume never repeats it)")
         return content
     learnt = np.setdiff1d(np.arange(len(train.labels)), held)
     plan = [(choice, c) for choice in choices for c in sorted(cs)] if len(held) else []
     done = len(content["tried"])
     if done:
-        distributed.say(f"resuming {folder / LOGREG_NAME} after {done} of {len(plan)} regressions")
+        log.info(f"resuming {folder / LOGREG_NAME} after {done} of {len(plan)} regressions")
     at_hand, regression = "", None
     with progress_bar(len(plan) + 1, "logistic regression", distributed.is_main(), done, unit="fit") as bar:
         for number in range(done, len(plan)):

@@ -166,17 +166,17 @@ def results_table(results: Record, lrs: Sequence[float], cs: Sequence[float] = (
         if found and len(values) > 1 and found[key] in (min(values), max(values)):
             word = "C" if key == "c" else key
             notes.append(
-                f"notice: {word} {found[key]:g} is the end of the grid: --{flag} with values beyond it may do better"
+                f"warning: {word} {found[key]:g} is the end of the grid: --{flag} with values beyond it may do better"
             )
     if logreg and not logreg["converged"]:
         notes.append(
-            f"notice: the logistic regression has not converged after {logreg['iterations']} iterations (largest "
+            f"warning: the logistic regression has not converged after {logreg['iterations']} iterations (largest "
             f"derivative {logreg['gradient']:.1g}; the objective may be {100 * logreg['gap']:.2g}% too large): raise "
             "--logreg-iterations, or keep to smaller --logreg-cs"
         )
     if logreg and logreg["not_converged"]:
         count = len(logreg["not_converged"])
-        notes.append(f"notice: {count} of the regressions tried on held-out images had not converged (see --json)")
+        notes.append(f"warning: {count} of the regressions tried on held-out images had not converged (see --json)")
     if paper or grid:
         notes.insert(0, "lr: for a batch of 256")
     header = ["classifier", "setting", "held-out top-1 %", "top-1 % [95% interval]", "top-5 %"]

@@ -18,6 +18,7 @@ from dino_xcit.data import Source
 from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.weights import LoadedBackbone
 from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, SMALL_CROP, SMALL_CROP_SCALE, SMALL_EPOCHS, LinearConfig
 from eval.linear.heads import bytes_of_heads
@@ -104,7 +105,7 @@ def for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
     chosen = dataclasses.replace(config, epochs=epochs, crop_scale=scale)
     if chosen != config and config.sgd:
         why = f"suits images of {crop} pixels; published: {PAPER_EPOCHS}, 0.08 1" if small else "as published"
-        distributed.say(f"epochs {epochs}, crop scale {scale[0]:g} {scale[1]:g} ({why}; --epochs, --crop-scale)")
+        log.info(f"epochs {epochs}, crop scale {scale[0]:g} {scale[1]:g} ({why}; --epochs, --crop-scale)")
     return chosen
 
 
@@ -138,10 +139,10 @@ def say_what_is_measured(probe: Probe) -> None:
         sizes = [bytes_of_heads(len(probe.lrs), probe.classes, widths[name]) for name in config.features]
         text += " x {" + ", ".join(f"{name} ({widths[name]:,} features)" for name in config.features) + "}"
         text += f", {sum(sizes) / 2**20:,.1f} MiB while they learn" if config.sgd else ""
-    distributed.say(text)
+    log.info(text)
     for variant in probe.variants:
         if notice := variant.notice():
-            distributed.say(f"notice: {notice}")
+            log.warning(notice)
 
 
 def stored_probe(probe: Probe, identity: Settings, name: str) -> Record | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dino_xcit.data.loader import choose_workers
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
 from eval.linear.cached import AugmentedEpochs, stored_features
 from eval.linear.heads import LinearHeads, cosine_factor, scaled
@@ -48,7 +49,7 @@ def train_heads(probe: Probe, stored: Record | None, held: Labelled, val: Labell
         heads.load(stored)
         progress.load(stored)
         done = int(stored["epoch"])
-        distributed.say(f"resuming {probe.folder} after epoch {done}")
+        log.info(f"resuming {probe.folder} after epoch {done}")
     sampler.start_step, sampler.stop_step = done * sampler.steps_per_epoch, epochs * sampler.steps_per_epoch
     batches = _batches(probe)
     images = sampler.steps_per_epoch * sampler.global_batch
@@ -144,7 +145,7 @@ class _Progress:
         if top1 > max((float(record["top1"]) for record in self.history), default=-1.0):  # the first of equals stays
             self.best_hits = hits[0, 0]
         self.history.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "top5": top5 if five else None})
-        distributed.say(f"epoch {epoch + 1}/{config.epochs}: loss {loss:.4f}, top-1 {top1:.2f} with the paper's lr")
+        log.info(f"epoch {epoch + 1}/{config.epochs}: loss {loss:.4f}, top-1 {top1:.2f} with the paper's lr")
 
     def to_record(self, epoch: int) -> Record:
         """For linear.pth, after a 0-based epoch."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dino_xcit.data import Source, decode
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from eval.collection import whitening as whitening_file
@@ -152,7 +153,7 @@ def open_fitted(config: RetrievalConfig, usual: str) -> tuple[LoadedBackbone, to
     else:
         transform = square(loaded.transform, config.image_size or SQUARE_PIXELS)
         how = f"squeezed to {transform.crop} x {transform.crop}"
-    distributed.say(f"images: whole, {how} (--fit, --image-size)")
+    log.info(f"images: whole, {how} (--fit, --image-size)")
     return loaded, device, transform
 
 
@@ -172,8 +173,8 @@ def collected(collection: Collection) -> VectorSet:
     images = images_of(collection.card, collection.names)
     if images is not None and distributed.is_main():
         for url in changed_since(collection.card, images):
-            distributed.say(
-                f"notice: {url} is not as it was when the vectors in {collection.folder} were made of it: files came, "
+            log.warning(
+                f"{url} is not as it was when the vectors in {collection.folder} were made of it: files came, "
                 "went or were written anew; images and classes are taken as they are now, vectors as they were"
             )
     return VectorSet(collection.vectors, collection.names, images, collection.card, None)  # type: ignore[arg-type]

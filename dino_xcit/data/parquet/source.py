@@ -30,7 +30,7 @@ from dino_xcit.data.parquet.values import COLUMNS
 from dino_xcit.data.patterns import expand
 from dino_xcit.data.source import Item, hash_lines
 from dino_xcit.errors import InputError
-from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
 
 _AT_ONCE = 4
@@ -163,8 +163,8 @@ def open_parquet(pattern: str, part: str | None = None) -> ParquetSource:
         lambda index: _is_sound(index, paths, stamps),
     )
     for reason in index.strings["slow"]:
-        distributed.say(
-            f"notice: {url} can only be read by decoding whole row groups ({reason}), which is slow where images are "
+        log.warning(
+            f"{url} can only be read by decoding whole row groups ({reason}), which is slow where images are "
             "shuffled: python -m dino_xcit.data pack SRC DST makes shards that are not"
         )
     return ParquetSource(url, index)

@@ -19,12 +19,11 @@ from last_words import last_words
 from ranks import ENVIRONMENT, HERE, SMALL
 
 from dino_xcit.errors import InputError
-from dino_xcit.runtime.metrics import MetricsWriter, read_metrics
-from dino_xcit.wandb_mirror import FILE_NAME, WandbMirror, require_package
+from dino_xcit.runtime.metrics import MetricsWriter, WandB, read_metrics, require_wandb
 
 
 class FakeWandb(types.ModuleType):
-    """What the mirror uses of the package; remembers what it was given, and fails where it is told to."""
+    """A stand-in that records its arguments, and fails in the method that it is told."""
 
     def __init__(self, fails: str = "") -> None:
         super().__init__("wandb")
@@ -65,85 +64,60 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     return module
 
 
-def mirror(folder: Path, from_step: int = 0, project: str = "xcit", said: list[str] | None = None) -> WandbMirror:
-    return WandbMirror(project, folder, from_step, {"lr": 0.1}, (said if said is not None else []).append)
-
-
-def test_records_arrive_under_the_names_of_tensorboard_with_the_step_as_axis(tmp_path: Path, fake: FakeWandb) -> None:
-    writer = MetricsWriter(tmp_path, 0, mirrors=[mirror(tmp_path)])
-    writer.write("step", 3, {"epoch": 0, "loss": 2.5})
-    writer.write("epoch", 4, {"knn_top1": 50.0})
+def finished(folder: Path, from_step: int = 0) -> None:
+    writer = MetricsWriter(folder, from_step, [WandB("xcit", folder, from_step, {"lr": 0.1})])
+    writer.write("step", from_step + 1, {"epoch": 0, "loss": 2.5})
+    writer.write("epoch", from_step + 2, {"knn_top1": 50.0})
     writer.close()
+
+
+def test_records_arrive_with_the_step_as_axis(tmp_path: Path, fake: FakeWandb) -> None:
+    finished(tmp_path)
     assert fake.rows == [
-        {"step/epoch": 0, "step/loss": 2.5, "trainer_step": 3},
-        {"epoch/knn_top1": 50.0, "trainer_step": 4},
+        {"step/epoch": 0, "step/loss": 2.5, "trainer_step": 1},
+        {"epoch/knn_top1": 50.0, "trainer_step": 2},
     ]
     assert fake.axes == [("trainer_step", None), ("*", "trainer_step")]
     assert fake.finished == 1
-    assert fake.begun[0]["project"] == "xcit"
-    assert fake.begun[0]["config"] == {"lr": 0.1}
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [3, 4]
+    assert (fake.begun[0]["project"], fake.begun[0]["config"]) == ("xcit", {"lr": 0.1})
 
 
-def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_gets_another(tmp_path: Path, fake: FakeWandb) -> None:
+def test_a_resumed_run_continues_under_its_id_and_a_new_one_gets_another(tmp_path: Path, fake: FakeWandb) -> None:
     for from_step in (0, 10, 20, 0, 5):
-        mirror(tmp_path, from_step).close()
+        finished(tmp_path, from_step)
     first, second, third, anew, last = (begun["id"] for begun in fake.begun)
     assert first == second == third
     assert anew == last != first
     assert {begun["resume"] for begun in fake.begun} == {"allow"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"project": "xcit"}', '{"project": "xcit", "id": "../../x"}',
-                                     '{"project": "another", "id": "0123456789ab"}'])  # fmt: skip
-def test_an_id_that_is_damaged_or_of_another_project_is_not_used(tmp_path: Path, fake: FakeWandb, content: str) -> None:
-    (tmp_path / FILE_NAME).write_text(content)
-    mirror(tmp_path, 10).close()
-    assert fake.begun[0]["id"].isalnum()
-    assert fake.begun[0]["id"] != "0123456789ab"
-    assert json.loads((tmp_path / FILE_NAME).read_text()) == {"project": "xcit", "id": fake.begun[0]["id"]}
-
-
 @pytest.mark.parametrize("what", ["init", "log", "finish"])
-def test_a_failure_is_one_warning_and_the_metrics_are_complete(tmp_path: Path, fake: FakeWandb, what: str) -> None:
+def test_a_failure_is_one_warning_and_the_other_metrics_are_complete(
+    tmp_path: Path, fake: FakeWandb, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.fails = what
-    said: list[str] = []
-    writer = MetricsWriter(tmp_path, 0, said.append, [mirror(tmp_path, said=said)])
-    for step in (1, 2, 3):
-        writer.write("step", step, {"loss": 1.0})
-    writer.close()
-    assert len(said) == 1
-    assert "warning: nothing goes to Weights & Biases from here on (RuntimeError: the server said no)" in said[0]
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    finished(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: ")
+    assert "RuntimeError: the server said no" in line
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_failure_leaves_tensorboard_alone(tmp_path: Path, fake: FakeWandb) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    fake.fails = "log"
-    writer = MetricsWriter(tmp_path, 0, mirrors=[mirror(tmp_path)])
-    writer.write("step", 1, {"loss": 2.5})
-    writer.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [event.value for event in board.Scalars("step/loss")] == [2.5]
-
-
-def test_an_output_directory_s_name_is_the_run_s_unless_the_environment_says_another(
+def test_the_folder_names_the_run_unless_the_environment_does(
     tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_NAME", raising=False)
-    mirror(tmp_path)
+    finished(tmp_path)
     monkeypatch.setenv("WANDB_NAME", "mine")
-    mirror(tmp_path)
+    finished(tmp_path)
     assert [begun["settings"]["run_name"] for begun in fake.begun] == [tmp_path.name, None]
 
 
 def test_a_missing_package_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    require_package("")
-    with pytest.raises(InputError, match=r"pip install 'dino-xcit\[wandb\]'"):
-        require_package("xcit")
+    require_wandb("")
+    with pytest.raises(InputError):
+        require_wandb("xcit")
 
 
 # ---- the real package
@@ -168,7 +142,7 @@ def test_offline_a_run_and_its_continuation_are_one_run_there(tmp_path: Path, ph
         ended = pretrain(tmp_path, photos, last, WANDB_MODE="offline")
         assert ended.returncode == 0, ended.stderr
         assert "warning" not in ended.stdout
-    run_id = json.loads((tmp_path / "run" / FILE_NAME).read_text())["id"]
+    run_id = json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
     kept = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(kept) == 2
     assert all(b"step/loss" in path.read_bytes() for path in kept)
@@ -181,5 +155,5 @@ def test_without_a_network_or_a_key_the_run_ends_well_with_one_warning(tmp_path:
         tmp_path, photos, 3, WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9"
     )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("warning: nothing goes to Weights & Biases from here on") == 1
+    assert ended.stdout.count("warning: ") == 1
     assert max(record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
