@@ -25,7 +25,7 @@ def telephone(tmp_path: Path) -> Path:
 
 def test_one_line_says_how_many_of_which_endings(telephone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(open_source(str(telephone))) == 2
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert f"{telephone}: 5 files passed over (2 .heic, 2 without an ending, 1 .avif): images end in .jpg .jpeg" in said
 
@@ -37,7 +37,7 @@ def test_nothing_is_said_of_what_is_obviously_no_image(telephone: Path, capsys: 
     (telephone / "b" / "scan").unlink()
     (telephone / "a" / "IMG 2.10").unlink()
     open_source(str(telephone))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_without_images_says_what_there_is(telephone: Path) -> None:
@@ -52,4 +52,4 @@ def test_a_folder_without_images_says_what_there_is(telephone: Path) -> None:
 def test_the_same_holds_for_a_remote_folder(telephone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(telephone / "b" / "deeper")
     open_source(f"file://{telephone}")
-    assert "4 files passed over (2 .heic, 2 without an ending)" in capsys.readouterr().err
+    assert "4 files passed over (2 .heic, 2 without an ending)" in capsys.readouterr().out

@@ -35,13 +35,6 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock)
-            owner = {
-                "host": socket.gethostname(),
-                "process": os.getpid(),
-                "started": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-                "command": shlex.join(sys.argv),
-            }
-            atomic.write_json(folder / OWNER, owner)
         except Timeout as error:
             raise InputError(
                 f"{folder} is in use by another run: {_owner(folder)}; choose another --output-dir or wait until it "
@@ -52,6 +45,17 @@ def locked(folder: Path) -> Iterator[None]:
                 f"cannot lock {folder / LOCK} ({one_line(error)}); choose an --output-dir on a disk that can be "
                 "written to and supports flock"
             ) from error
+        with contextlib.suppress(OSError):  # a full disk leaves the owner unnamed
+            (folder / OWNER).unlink(missing_ok=True)
+            atomic.write_json(
+                folder / OWNER,
+                {
+                    "host": socket.gethostname(),
+                    "process": os.getpid(),
+                    "started": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+                    "command": shlex.join(sys.argv),
+                },
+            )
         try:
             yield
         finally:
