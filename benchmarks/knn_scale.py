@@ -32,6 +32,7 @@ import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
+from process_group import clean_up_on_sigterm, process_group  # noqa: E402
 
 from eval.knn import knn_predict  # noqa: E402
 from eval.search import build_index, search, unit_rows  # noqa: E402
@@ -157,7 +158,8 @@ def peak_gib() -> float:
 def worker(way: str, folder: Path, ks: list[int]) -> dict[str, float]:
     """One way in a process of its own."""
     words = [sys.executable, __file__, "--worker", way, "--folder", str(folder), "--k", *map(str, ks)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    with process_group() as group:
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, process_group=group)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=["ours", "reference"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    clean_up_on_sigterm()
     ks = sorted(given.k)
     if given.worker:
         print(json.dumps({"ours": ours, "reference": reference}[given.worker](Path(given.folder), ks)))

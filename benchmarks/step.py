@@ -30,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from process_group import clean_up_on_sigterm  # noqa: E402
 from step_settings import (  # noqa: E402
     CHECKS,
     QUICK,
@@ -274,6 +275,7 @@ def small_table(settings: Settings, rows: Sequence[Row], arguments: argparse.Nam
 
 def main() -> None:
     """The command; a pipeline that fails is a sentence and exit code 1."""
+    clean_up_on_sigterm()
     try:
         run()
     except PipelineFailed as failed:

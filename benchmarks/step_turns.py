@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from process_group import process_group
 from step_settings import Row, Settings, Task
 
 from dino_xcit.errors import InputError
@@ -36,7 +37,7 @@ class OutOfMemory(PipelineFailed):
 class Child:
     """A pipeline's process (benchmarks/step_worker.py)."""
 
-    def __init__(self, task: Task, cache: Path | None = None) -> None:
+    def __init__(self, task: Task, group: int, cache: Path | None = None) -> None:
         self.row = task.row
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         environment.setdefault("KMP_BLOCKTIME", "0")  # Intel's OpenMP; dino_xcit sets GNU's
@@ -50,6 +51,7 @@ class Child:
             stderr=self._errors,
             text=True,
             env=environment,
+            process_group=group,
         )
         self._about: dict[str, Any] | None = None
 
@@ -159,15 +161,16 @@ def take_turns(tasks: Sequence[Task], rounds: int, say: Callable[[str], None]) -
 @contextlib.contextmanager
 def _processes(tasks: Sequence[Task], caches: Mapping[str, Path]) -> Iterator[list[Child]]:
     """A process for each pipeline; they load their code at the same time, and are gone at the end."""
-    children = [Child(task, caches.get(task.row.key)) for task in tasks]
-    try:
-        yield children
-        for child in children:
-            child.end()
-    except BaseException:
-        for child in children:
-            child.kill()
-        raise
+    with process_group() as group:
+        children = [Child(task, group, caches.get(task.row.key)) for task in tasks]
+        try:
+            yield children
+            for child in children:
+                child.end()
+        except BaseException:
+            for child in children:
+                child.kill()
+            raise
 
 
 def _cold_starts(tasks: Sequence[Task], caches: Mapping[str, Path], say: Callable[[str], None]) -> dict[str, float]:
