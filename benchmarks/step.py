@@ -1,7 +1,8 @@
 """The training step: images a second, work a second and peak memory of the reference, of a plain step with timm's XCiT,
 and of this project; in one run, taking turns.
 
-    python benchmarks/step.py [--reference DIR] [--device cuda] [--batch N] [--rounds 7] [--only ours,small] [--quick]
+    python benchmarks/step.py [--reference DIR] [--device cuda] [--batch N] [--rounds 7] [--only ours-fp32,ours-bf16]
+        [--quick]
 
 ``--reference`` names a folder with checkouts of facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as
 ``xcit/``; without it that row is left out. First all of them are given the same weights and crops, and their losses
@@ -69,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--global-size", type=int)
     parser.add_argument("--local-size", type=int)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", help="rows or their beginnings: reference,timm,ours-bf16,small ...")
+    parser.add_argument("--only", help="rows by their names: reference,timm-fp32,ours-bf16,small-ours-fp32 ...")
     parser.add_argument("--loader", action="store_true", help="also ours in bf16 with the loader feeding it")
     parser.add_argument("--photos", default="sample:fashion-mnist", help="what it reads: anything --data-path takes")
     parser.add_argument("--quick", action="store_true", help="a try with tiny networks; its figures say nothing")
@@ -96,8 +97,21 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def chosen(rows: Sequence[Row], only: str | None) -> list[Row]:
-    """Those rows that --only names, by their keys or the beginnings of them."""
-    return [row for row in rows if only is None or row.key.startswith(tuple(only.split(",")))]
+    """Those rows that --only names."""
+    return [row for row in rows if only is None or row.key in only.split(",")]
+
+
+def refuse_unknown(only: str, rows: Sequence[Row]) -> None:
+    """See that --only names nothing but rows.
+
+    Raises:
+        InputError: it does.
+    """
+    known = [row.key for row in rows]
+    for name in only.split(","):
+        if name not in known:
+            near = near_matches(name, known)
+            raise InputError(f"--only names no row by {name!r}{near} (known: {', '.join(known)})")
 
 
 def checked(settings: Settings, rows: Sequence[Row], reference: str) -> tuple[dict[str, Any], list[Row]]:
@@ -191,12 +205,10 @@ def run() -> None:
     """The command."""
     arguments = parse()
     settings = settings_of(arguments)
-    main_rows, small = chosen(rows_for(settings.device), arguments.only), chosen(small_rows(), arguments.only)
-    if not main_rows and not small:
-        known = [row.key for row in (*rows_for(settings.device), *small_rows())]
-        raise InputError(
-            f"--only {arguments.only} names no row{near_matches(arguments.only, known)} (known: {', '.join(known)})"
-        )
+    main_rows, small = rows_for(settings.device), small_rows()
+    if arguments.only is not None:
+        refuse_unknown(arguments.only, (*main_rows, *small))
+    main_rows, small = chosen(main_rows, arguments.only), chosen(small, arguments.only)
     if not arguments.reference:
         if any(row.project == "reference" for row in main_rows):
             say("the reference is not measured: --reference DIR names a folder with its checkouts")
