@@ -1,13 +1,14 @@
 """What an image costs one core from the file to normalised views, beside others' pipelines; how equal views are.
 
     OMP_NUM_THREADS=1 python benchmarks/augment.py --photos DIR [--reference DIR] [--rounds 7] [--workers 2] \
-        [--device cuda]
+        [--device cuda] [--against DIR]
 
 DIR holds JPEGs of usual size in any folders. ``--reference`` names a folder with a checkout of facebookresearch/dino as
 ``dino/``. torchvision v2 is written as its documentation suggests, and so is kornia, which is measured where it is
 installed. Each round measures all of them once, one after another on one thread; a ratio is the median of the rounds'
 ratios, and its range is the least and the greatest. With ``--device cuda`` the views are finished there too, their bits
-compared, and the device's share is timed. The last line is one JSON object.
+compared, and the device's share is timed. The last line is one JSON object. ``--against`` instead runs this script and
+that of an earlier commit's checkout in turn, with the same arguments (against.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import dino_xcit  # noqa: E402, F401  # isort: skip
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torchvision.io  # noqa: E402
+from against import Figures, add_arguments, compare_commits  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from PIL import Image, ImageFilter, ImageOps  # noqa: E402
 from torchvision.transforms import functional as TF  # noqa: E402
@@ -49,6 +51,14 @@ from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, normalise  # noqa: 
 
 BATCH = 16
 AUGMENTATION = MultiCropAugmentation()
+AGAINST: Figures = {
+    "ours, ms": (("ms_ours",), "less"),
+    "worker's share, ms": (("ms_ours_workers_share",), "less"),
+    "device's share, ms": (("ms_device_share",), "less"),
+    "loader, images/s": (("loader_images_per_s",), "more"),
+    "torchvision v2, ms": (("ms_torchvision_v2",), "less"),
+}
+"""What --against looks at. torchvision's tells how much the machine varies."""
 
 
 # ---- the pipelines: each takes all files once
@@ -323,7 +333,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=0, help="also measure the loader with so many processes")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    add_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.against:
+        compare_commits("augment.py", AGAINST, arguments)
+        return
     torch.set_num_threads(1)
     keep_freed_memory()  # as the loader's processes do; for all of them alike
     source = open_source(str(arguments.photos))

@@ -1,6 +1,6 @@
 """k-NN at ImageNet's size beside the way of facebookresearch/dino's eval_knn.py: time, memory, the same neighbours.
 
-    python benchmarks/knn_scale.py [--rows 1281167] [--queries 50000] [--rounds 1] [--only ours]
+    python benchmarks/knn_scale.py [--rows 1281167] [--queries 50000] [--rounds 1] [--only ours] [--against DIR]
 
 Features of 384 numbers around 1,000 class centres, read from a file. Ours is one search that serves every k; the
 reference's way, written down here from what it computes, is a matrix product, ``topk`` and a one-hot table of votes for
@@ -9,7 +9,8 @@ both, making the file; for the reference's way, reading it and scaling to length
 ``cpu_`` is the processor's time, which other work on the machine changes little; waiting threads spend it too.
 
 Neighbours are compared for the first queries; where two differ, their similarities in float64 tell whether more than
-float32's rounding lies between them. The last line is one JSON object.
+float32's rounding lies between them. The last line is one JSON object. ``--against`` instead runs this script
+and that of an earlier commit's checkout in turn, with the same arguments (against.py).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ sys.path.insert(0, str(ROOT))
 import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from against import Figures, add_arguments, compare_commits  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from process_group import clean_up_on_sigterm, process_group  # noqa: E402
 
+from dino_xcit.errors import run_main  # noqa: E402
 from eval.knn import knn_predict  # noqa: E402
 from eval.search import build_index, search, unit_rows  # noqa: E402
 
@@ -46,6 +49,15 @@ CHUNK = 500
 CENTRES = 0.35
 """How far the class centres lie from zero, in lengths of the noise: the right class is found now and then."""
 ROWS_AT_ONCE = 65_536
+AGAINST: Figures = {
+    "build, s": (("ours_build",), "less"),
+    "build, processor's s": (("ours_cpu_build",), "less"),
+    "every k, s": (("ours_every_k",), "less"),
+    "every k, processor's s": (("ours_cpu_every_k",), "less"),
+    "peak GiB": (("ours_peak_gib",), "less"),
+    "reference's peak GiB": (("reference_peak_gib",), "less"),
+}
+"""What --against looks at."""
 
 
 def write_features(path: Path, labels: NDArray[np.int64], dim: int, seed: int) -> None:
@@ -175,7 +187,11 @@ def main() -> None:
     parser.add_argument("--only", choices=["ours", "reference"])
     parser.add_argument("--worker", choices=["ours", "reference"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    add_arguments(parser)
     given = parser.parse_args()
+    if given.against:
+        compare_commits("knn_scale.py", AGAINST, given)
+        return
     clean_up_on_sigterm()
     ks = sorted(given.k)
     if given.worker:
@@ -216,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -2,7 +2,7 @@
 and of this project; in one run, taking turns.
 
     python benchmarks/step.py [--reference DIR] [--device cuda] [--batch N] [--rounds 7] [--only ours-fp32,ours-bf16]
-        [--quick]
+        [--quick] [--against DIR]
 
 ``--reference`` names a folder with checkouts of facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as
 ``xcit/``; without it that row is left out. First all of them are given the same weights and crops, and their losses
@@ -14,7 +14,8 @@ On a CPU all processes keep freed memory as run_pretrain.py does (runtime.memory
 also taken without it, and the less of the two is what the others are held against. On a GPU ``--batch 0`` looks for
 the largest batch of each row. ``--loader`` adds a row that the loader feeds. The last line is one JSON object:
 ``ratio_*`` is ours over the reference (bigger is better), ``memory_ratio_*`` likewise (smaller is better),
-``ratio_small`` ours over timm's plain step for the small network, all medians over the rounds.
+``ratio_small`` ours over timm's plain step for the small network, all medians over the rounds. ``--against`` instead
+runs this script and that of an earlier commit's checkout in turn, with the same arguments (against.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from against import Figures, add_arguments, commit_of, compare_commits  # noqa: E402
 from process_group import clean_up_on_sigterm  # noqa: E402
 from step_settings import (  # noqa: E402
     CHECKS,
@@ -74,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loader", action="store_true", help="also ours in bf16 with the loader feeding it")
     parser.add_argument("--photos", default="sample:fashion-mnist", help="what it reads: anything --data-path takes")
     parser.add_argument("--quick", action="store_true", help="a try with tiny networks; its figures say nothing")
+    add_arguments(parser)
     return parser.parse_args()
 
 
@@ -112,6 +114,15 @@ def refuse_unknown(only: str, rows: Sequence[Row]) -> None:
         if name not in known:
             near = near_matches(name, known)
             raise InputError(f"--only names no row by {name!r}{near} (known: {', '.join(known)})")
+
+
+def compared(rows: Sequence[Row], within: Sequence[str] = ("rows",)) -> Figures:
+    """What --against looks at in the rows of a table. Those of other projects tell how much the machine varies."""
+    figures: Figures = {}
+    for row in rows:
+        figures |= {f"{row.key} img/s": ((*within, row.key, "img_per_s"), "more")}
+        figures |= {f"{row.key} peak MB": ((*within, row.key, "peak_MB"), "less")}
+    return figures
 
 
 def checked(settings: Settings, rows: Sequence[Row], reference: str) -> tuple[dict[str, Any], list[Row]]:
@@ -194,13 +205,6 @@ def hardware() -> str:
     return next((line.split(":")[1].strip() for line in lines_ if line.startswith("model name")), "")
 
 
-def commit() -> str:
-    """The version of the code, with a plus if files differ from it; nothing where git does not know."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
-
-
 def run() -> None:
     """The command."""
     arguments = parse()
@@ -208,12 +212,15 @@ def run() -> None:
     main_rows, small = rows_for(settings.device), small_rows()
     if arguments.only is not None:
         refuse_unknown(arguments.only, (*main_rows, *small))
+    if arguments.against:
+        compare_commits("step.py", compared(main_rows) | compared(small, ("small", "rows")), arguments)
+        return
     main_rows, small = chosen(main_rows, arguments.only), chosen(small, arguments.only)
     if not arguments.reference:
         if any(row.project == "reference" for row in main_rows):
             say("the reference is not measured: --reference DIR names a folder with its checkouts")
         main_rows = [row for row in main_rows if row.project != "reference"]
-    result: dict[str, Any] = {"commit": commit(), "cpu": hardware(), "rounds": arguments.rounds}
+    result: dict[str, Any] = {"commit": commit_of(ROOT), "cpu": hardware(), "rounds": arguments.rounds}
     if main_rows:
         result |= first_table(settings, main_rows, arguments)
     if small:
