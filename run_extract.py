@@ -22,7 +22,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +103,7 @@ def extract(config: ExtractConfig) -> None:
     loaded, device = open_backbone(config)
     source = _images(config, loaded)
     refuse_among_images(folder, source)
-    fingerprint = distributed.main_decides(source.fingerprint() if distributed.is_main() else None) or ""
+    fingerprint = distributed.on_main(source.fingerprint)
     descriptor = config.descriptor()
     width = descriptor.width(width_of(loaded.backbone))
     whitening = whitening_file.load(Path(config.whiten).expanduser()) if config.whiten else None
@@ -112,7 +112,7 @@ def extract(config: ExtractConfig) -> None:
 
     with contextlib.ExitStack() as locks:
         # ---- never over another extraction
-        nothing_to_do = _on_main(
+        nothing_to_do = distributed.on_main(
             lambda: claim(folder, card, source, config.add, config.overwrite, locks, config.unreadable)
         )
         if nothing_to_do:
@@ -123,12 +123,12 @@ def extract(config: ExtractConfig) -> None:
         kept_in = beside_weights(config, config.cache_dir, "features") if config.cache else None
         kept = find_kept(loaded.hash, fingerprint, (len(source), width), loaded.transform, kept_in, descriptor)
         rows, unreadable = _pieces_of(kept), set[int]()
-        if distributed.main_decides(kept is None):
+        if distributed.broadcast_from_main(kept is None):
             batch = config.batch_size_per_gpu
             # Batches begin at the same images whatever --shard-images says.
             part_images = max(1, round(config.shard_images / batch)) * batch
             plan = shards.Plan(identity(card), len(source), width, part_images)
-            parts, missing = _on_main(lambda: _begin(folder / shards.FOLDER, plan, config))
+            parts, missing = distributed.on_main(lambda: _begin(folder / shards.FOLDER, plan, config))
             shards.extract_parts(
                 parts, missing, loaded.backbone, source, loaded.transform, descriptor, device, batch,
                 config.num_workers, config.unreadable,
@@ -281,21 +281,6 @@ def _begin(work: Path, plan: shards.Plan, config: ExtractConfig) -> tuple[shards
     if len(missing) < len(parts.plan):
         print(f"going on: {len(parts.plan) - len(missing):,} of {len(parts.plan):,} parts are there", flush=True)
     return parts, missing
-
-
-def _on_main(work: Callable[[], T]) -> T:
-    """What the main process finds, on every process; its refusal too."""
-    found: T | None = None
-    refusal = None
-    if distributed.is_main():
-        try:
-            found = work()
-        except InputError as error:
-            refusal = str(error)
-    refusal = distributed.main_decides(refusal)
-    if refusal:
-        raise InputError(refusal)
-    return distributed.main_decides(found)  # type: ignore[return-value]
 
 
 def _draw(

@@ -23,13 +23,12 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.multiprocessing.spawn import spawn  # noqa: E402
 
-from dino_xcit.checkpoint import state as checkpoint  # noqa: E402
 from dino_xcit.checkpoint.folder import CheckpointFolder, why_damaged  # noqa: E402
 from dino_xcit.checkpoint.saver import Saver, on_cpu  # noqa: E402
+from dino_xcit.checkpoint.state import Run, content_of  # noqa: E402
 from dino_xcit.config import PretrainConfig  # noqa: E402
-from dino_xcit.nonfinite import HostCopy  # noqa: E402
 from dino_xcit.runtime import atomic, distributed  # noqa: E402
-from dino_xcit.runtime.agreement import Agreement  # noqa: E402
+from dino_xcit.runtime.health import HostCopy, StopFlags  # noqa: E402
 from dino_xcit.runtime.watchdog import Watchdog  # noqa: E402
 from dino_xcit.train import TrainState, build_state  # noqa: E402
 
@@ -39,7 +38,7 @@ EXCHANGES = 2000
 def state_after_a_step(config: PretrainConfig, device: torch.device) -> TrainState:
     """A state whose optimizer has its moments."""
     state = build_state(config, device)
-    for parameter in state.student.parameters():
+    for parameter in state.method.trained.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, 1e-3)
     state.optimizer.step()
@@ -60,7 +59,7 @@ def work(seconds: float) -> float:
 
 def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -> dict[str, float]:
     """Seconds of each part of a save."""
-    content = checkpoint.content_of(state_after_a_step(config, device), config, 1000)
+    content = content_of(state_after_a_step(config, device), Run(config, 1000))
     on_cpu(content)  # the first copy of a process also fetches its memory from the system
     began = time.perf_counter()
     copy = on_cpu(content)
@@ -104,12 +103,12 @@ def exchange(rank: int, port: int, result: str) -> None:
     device = torch.device("cpu")
     distributed.start(device)
     with Watchdog(600) as watchdog:
-        agreement, copy, number = Agreement(device, 60), HostCopy(device), torch.zeros((), dtype=torch.int64)
+        flags, copy, number = StopFlags(device, 60), HostCopy(device), torch.zeros((), dtype=torch.int64)
 
         def once() -> float:
             began = time.perf_counter()
             watchdog.phase("agreeing with the others", 1)
-            agreement.exchange(stop=0, diverged=copy.read(number) > 3)
+            flags.exchange(stop=0, diverged=copy.read(number) > 3)
             watchdog.phase("training step", 1)
             return time.perf_counter() - began
 

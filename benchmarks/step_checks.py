@@ -49,7 +49,7 @@ class Common:
         _without_tf32()
         generator = torch.Generator().manual_seed(draw)
         # Fresh biases are zero and fresh LayerScales may be 1e-5: with noise on top nothing hides behind them.
-        self.student = _with_noise(state.student.state_dict(), generator)
+        self.student = _with_noise(state.method.state_dict()["student"], generator)
         self.teacher = _with_noise(self.student, generator)
         self.crops = draw_crops(self.settings, draw)
 
@@ -68,10 +68,10 @@ class Common:
         """The project's own training step, as it is timed."""
         step = OurStep(self.settings, row)
         _without_tf32()
-        step.state.student.load_state_dict(self.student)
-        step.state.teacher.load_state_dict(self.teacher)
+        method = step.state.method
+        method.load_state_dict(method.state_dict() | {"student": self.student, "teacher": self.teacher})
         found: State = {}
-        for name, parameter in step.state.student.named_parameters():
+        for name, parameter in method.trained.named_parameters():
             if parameter.requires_grad:
                 # Before the step clips them, or lets them go.
                 parameter.register_post_accumulate_grad_hook(

@@ -8,12 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.errors import InputError
-from dino_xcit.loss import CENTERINGS
-from dino_xcit.optim import CLIP_MODES, OPTIMIZERS
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 from dino_xcit.weights.fit import Allowed
 
@@ -48,6 +46,8 @@ class PretrainConfig:
     """Keys of init_weights that the backbone may lack, likewise: they are left aside."""
 
     # ---- head and loss
+    method: str = "dino"
+    """How the network learns: dino, simdino, or a method registered with dino_xcit.methods.register_method."""
     out_dim: int = 65536
     """Prototypes K of the DINO head."""
     norm_last_layer: bool = True
@@ -75,6 +75,10 @@ class PretrainConfig:
     """Share of the centre kept at each step; without effect under sinkhorn_knopp."""
     koleo_weight: float = 0.0
     """Weight of DINOv2's KoLeo regulariser, which spreads the student's features of the global crops; 0 as in DINO."""
+    coding_rate_weight: float = 1.0
+    """Weight of SimDINO's coding rate, times (p + m) / (p m) for m images in p dimensions."""
+    coding_rate_eps: float = 0.5
+    """Precision at which SimDINO measures the coding rate; smaller values spread the features more."""
 
     # ---- optimisation
     epochs: int = 100
@@ -183,9 +187,9 @@ class PretrainConfig:
     the next start, so 1 is a risk."""
     max_failed_saves: int = 3
     """So many saves in a row may fail (a full disk) before the run ends."""
-    max_rejected: int = 30
-    """So many steps in a row may be rejected, because something in them is not finite, before the run ends. Mixed
-    precision with fp16 rejects some in the beginning while it looks for its scale."""
+    max_skipped_steps: int = 30
+    """So many steps in a row may be skipped, because something in them is not finite, before the run ends. Mixed
+    precision with fp16 skips some in the beginning while it looks for its scale."""
     max_unreadable: float = 0.05
     """Share of images that may be unreadable before the run ends; up to there others stand in for them."""
     hang_timeout: float = 600.0
@@ -198,6 +202,8 @@ class PretrainConfig:
     wandb: str = ""
     """Project of Weights & Biases that the metrics go to as well (pip install 'dino-xcit[wandb]', then wandb login, or
     WANDB_MODE=offline in the environment); empty: none."""
+    best_metric: str = "knn_top1"
+    """The evaluators' metric by which best.pth is chosen; higher is better."""
     knn_every: int = 0
     """Epochs between two k-NN measurements while training (needs labels); 0: none."""
     knn_holdout: int = 0
@@ -228,10 +234,12 @@ class PretrainConfig:
         at_least: dict[str, float] = {
             "out_dim": 2, "head_hidden_dim": 1, "head_bottleneck_dim": 1, "epochs": 1, "batch_size_per_gpu": 1,
             "accumulation_steps": 1, "lr_reference_batch": 0, "lr": 0, "min_lr": 0, "warmup_epochs": 0,
-            "warmup_start_lr": 0, "weight_decay": 0, "weight_decay_end": 0, "koleo_weight": 0, "freeze_last_layer": 0,
+            "warmup_start_lr": 0, "weight_decay": 0, "weight_decay_end": 0, "koleo_weight": 0, "coding_rate_weight": 0,
+            "freeze_last_layer": 0,
             "warmup_teacher_temp_epochs": 0, "num_workers": -1, "saveckp_freq": 0, "save_every": 0, "max_steps": 0,
             "log_every": 1, "knn_every": 0, "knn_holdout": 0, "knn_max_images": 1, "eval_resize": 0, "eval_crop": 0,
-            "seed": 0, "keep_last": 1, "max_failed_saves": 1, "max_rejected": 1, "max_unreadable": 0, "hang_timeout": 1,
+            "seed": 0, "keep_last": 1, "max_failed_saves": 1, "max_skipped_steps": 1, "max_unreadable": 0,
+            "hang_timeout": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -243,7 +251,13 @@ class PretrainConfig:
             raise InputError(
                 "koleo_weight needs other images to compare with: batch_size_per_gpu is 1, expected 2 or more"
             )
-        for name in ("student_temp", "warmup_teacher_temp", "teacher_temp", *(f"std[{i}]" for i in range(3))):
+        for name in (
+            "student_temp",
+            "coding_rate_eps",
+            "warmup_teacher_temp",
+            "teacher_temp",
+            *(f"std[{i}]" for i in range(3)),
+        ):
             value = self.std[int(name[4])] if name.startswith("std[") else getattr(self, name)
             if not value > 0:
                 raise InputError(f"{name} is {value}, expected more than 0")
@@ -252,13 +266,9 @@ class PretrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, expected between 0 and 1, such as 0.996")
         if not 0 <= self.drop_path_rate < 1:
             raise InputError(f"drop_path_rate is {self.drop_path_rate}, expected 0 or more and below 1, such as 0.1")
-        choices = {"optimizer": OPTIMIZERS, "clip_mode": CLIP_MODES, "centering": CENTERINGS}
-        choices |= {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16", "fp16")}
-        choices |= {"resume": ("auto", "changed", "never"), "augment_device": ("auto", "cpu", "cuda")}
-        choices |= {"init_network": ("teacher", "student")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(get_args(hint))}")
         for name in ("train_data", "val_data"):
             value = getattr(self, name)
             if value and not self.knn_every:
@@ -295,8 +305,8 @@ FREE_TO_CHANGE = frozenset(
         "num_workers", "augment_device", "resume", "saveckp_freq", "save_every", "max_steps",
         "log_every", "wandb",
         "knn_every", "knn_holdout", "knn_max_images", "train_data", "val_data", "eval_resize", "eval_crop", "recipe",
-        "deterministic", "batch_size_per_gpu", "accumulation_steps", "keep_last", "max_failed_saves", "max_rejected",
-        "max_unreadable", "hang_timeout",
+        "deterministic", "batch_size_per_gpu", "accumulation_steps", "keep_last", "max_failed_saves",
+        "max_skipped_steps",        "max_unreadable", "hang_timeout", "best_metric",
     }
 )  # fmt: skip
 """Settings that may differ when a run is carried on: they do not change what is learnt (of batch_size_per_gpu and
@@ -305,7 +315,8 @@ accumulation_steps, only the product with the number of processes does, which th
 
 OF_THE_STATE = frozenset(
     {
-        "arch", "out_dim", "norm_last_layer", "use_bn_in_head", "head_hidden_dim", "head_bottleneck_dim", "optimizer",
+        "arch", "method", "out_dim", "norm_last_layer", "use_bn_in_head", "head_hidden_dim", "head_bottleneck_dim",
+        "optimizer",
     }
 )  # fmt: skip
 """Settings that decide what a checkpoint holds: no run carries on with others, not with ``--resume changed`` either."""

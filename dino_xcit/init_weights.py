@@ -13,13 +13,14 @@ from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
+from dino_xcit.methods import Method
+from dino_xcit.methods.student_teacher import StudentTeacher
 from dino_xcit.models.vit import vit_shape
-from dino_xcit.train import TrainState
 from dino_xcit.weights import Allowed, StoredWeights, read_weights
 from dino_xcit.weights.printing import first
 
 
-def initialise(state: TrainState, config: PretrainConfig) -> str:
+def initialise(method: Method, config: PretrainConfig) -> str:
     """Give student and teacher the weights that ``config.init_weights`` names; what was done, in words for the screen.
 
     Both get those of one network of the file, ``config.init_network``. Keys that are allowed to be missing keep the
@@ -28,6 +29,8 @@ def initialise(state: TrainState, config: PretrainConfig) -> str:
     Raises:
         InputError: the file cannot be used, or is of another architecture; both are named.
     """
+    if not isinstance(method, StudentTeacher):
+        raise InputError(f"init_weights is for methods with a student and a teacher, but method is {config.method}")
     # The names of timm's models are not read off shapes, so there the settings are believed and the keys checked.
     given = config.arch if config.arch.startswith("timm:") else None
     allowed = Allowed(config.allow_missing, config.allow_unexpected)
@@ -38,11 +41,11 @@ def initialise(state: TrainState, config: PretrainConfig) -> str:
             f"{read.arch}, or weights of that architecture"
         )
     whole = not read.allowed
-    for network in (state.student, state.teacher):
+    for network in (method.student, method.teacher):
         network.backbone.load_state_dict(read.state, strict=whole)
-    why_fresh = _why_not(read.head, state.student.head.state_dict())
+    why_fresh = _why_not(read.head, method.student.head.state_dict())
     if not why_fresh:
-        for network in (state.student, state.teacher):
+        for network in (method.student, method.teacher):
             network.head.load_state_dict(read.head)
     lines = [
         f"starting from {read.network} {config.arch} of {config.init_weights} ({read.layout}), for student and "

@@ -2,7 +2,7 @@
 
     python -m dino_xcit.nonfinite RUN/nonfinite.pth
 
-repeats the last rejected step in one process, with the weights it met (rejected steps leave them alone), the same
+repeats the last skipped step in one process, with the weights it met (skipped steps leave them alone), the same
 images and the same crops, and names the forward pass and the first module in which something is not finite.
 """
 
@@ -21,41 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from dino_xcit import safe_load
-from dino_xcit.checkpoint import state as checkpoint
+from dino_xcit.checkpoint.state import Run, content_of, restore
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
 from dino_xcit.errors import DIVERGED, InputError, RunStopped
+from dino_xcit.methods.student_teacher import choose_precision
+from dino_xcit.optim import Schedules
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime.logging import counted
-from dino_xcit.train import Schedules, TrainState, build_state, choose_precision, train_step
+from dino_xcit.train import TrainState, build_state, train_step
 
 STATE, SUMMARY = "nonfinite.pth", "nonfinite.json"
 
 
-class HostCopy:
-    """A number on the device, as the host last knew it: reading never waits for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._known = 0
-        self._copy = torch.zeros((), dtype=torch.int64, pin_memory=True) if device.type == "cuda" else None
-        self._arrives: torch.cuda.Event | None = None
-
-    def read(self, number: Tensor) -> int:
-        """On the CPU the number; on CUDA its value some steps ago."""
-        if self._copy is None:
-            return int(number)
-        if self._arrives is None or self._arrives.query():
-            if self._arrives is not None:
-                self._known = int(self._copy)
-            self._copy.copy_(number, non_blocking=True)
-            self._arrives = torch.cuda.Event()
-            self._arrives.record()
-        return self._known
-
-
 def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
-    """Save the state and what the rejected steps saw; the exception to end the run with. All processes call it."""
+    """Save the state and what the skipped steps saw; the exception to end the run with. All processes call it."""
     stopped = RunStopped(DIVERGED, "")
     if distributed.is_main():
         stopped = _keep(state, config, sampler, device)
@@ -65,17 +46,17 @@ def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device
 
 def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
     folder = Path(config.output_dir)
-    in_a_row = int(state.rejected_in_a_row)
+    in_a_row = int(state.skipped_in_a_row)
     step = state.step - 1  # the last one done, counted from 0
     summary = {
         "step": step,
         "epoch": step // sampler.steps_per_epoch,
-        "rejected_in_a_row": in_a_row,
+        "skipped_in_a_row": in_a_row,
         "seed": config.seed,
         "precision": str(choose_precision(config.precision, device)).removeprefix("torch."),
         "images_by_forward_pass": passes_of(sampler, step),
     }
-    content = checkpoint.content_of(state, config, sampler.steps_per_epoch) | {"nonfinite": summary}
+    content = content_of(state, Run(config, sampler.steps_per_epoch)) | {"nonfinite": summary}
     try:
         atomic.write_torch(folder / STATE, content)
         atomic.write_json(folder / SUMMARY, summary)
@@ -84,9 +65,9 @@ def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, devic
         kept = f"what they met could not be kept ({error.strerror})"
     return RunStopped(
         DIVERGED,
-        f"error: {in_a_row} steps in a row up to step {state.step} were not finite (--max-rejected is "
-        f"{config.max_rejected}); nothing was learnt from them. {kept}. A lower --lr or --clip-grad, or "
-        "--precision fp32, with --resume changed, carries on from the last checkpoint with that; if its weights are "
+        f"error: {in_a_row} steps in a row up to step {state.step} were not finite (--max-skipped-steps is "
+        f"{config.max_skipped_steps}); nothing was learnt from them. {kept}. A lower --lr or --clip-grad, or "
+        "--precision fp32, with --resume changed, resumes from the last checkpoint with that; if its weights are "
         "beyond help, --resume never starts anew",
     )
 
@@ -109,7 +90,7 @@ def repeat(path: Path) -> str:
     content = safe_load.read(path)
     summary, stored = content.get("nonfinite"), content.get("args")
     if not isinstance(summary, Mapping) or not isinstance(stored, Mapping):
-        raise InputError(f"{path} holds no rejected step: expected the {STATE} that a run leaves when it ends so")
+        raise InputError(f"{path} holds no skipped step: expected the {STATE} that a run leaves when it ends so")
     config = _config_of(stored, content, summary)
     device = distributed.choose_device(config.device)
     source = open_source(config.data_path, "train")
@@ -121,7 +102,7 @@ def repeat(path: Path) -> str:
     if passes_of(sampler, step) != summary["images_by_forward_pass"]:
         raise InputError(f"{config.data_path} is not what it was: step {step} would see other images")
     state = build_state(config, device)
-    checkpoint.restore(state, content, path)
+    restore(state, content, path)
     state.step = step
     schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
     loader = build_loader(source, config.augmentation(), sampler, config.seed, 0, device)
@@ -131,7 +112,7 @@ def repeat(path: Path) -> str:
         lines.append(f"  pass {number}: {_try(state, batch, schedules, config)}")
     if bool(train_step(state, batches, schedules, config).accepted):
         raise InputError("\n".join([*lines, "the step is finite here: another device, precision or version?"]))
-    return "\n".join([*lines, "the step is rejected, as it was then"])
+    return "\n".join([*lines, "the step is skipped, as it was then"])
 
 
 def _try(state: TrainState, batch: Batch, schedules: Schedules, config: PretrainConfig) -> str:
@@ -150,8 +131,8 @@ def _names_of_what_is_not_finite(state: TrainState) -> Iterator[list[str]]:
     """In this context, the names of the modules whose output is not finite, in the order in which they run."""
     names: list[str] = []
     handles = []
-    for network_name, network in (("teacher", state.teacher), ("student", state.student)):
-        for name, module in network.named_modules():
+    for network_name, network in (("teacher", state.method.teacher), ("student", state.method.trained)):
+        for name, module in network.named_modules() if network is not None else ():
             if any(True for _ in module.children()):
                 continue  # its parts say it more exactly
 

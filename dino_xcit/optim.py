@@ -1,14 +1,126 @@
-"""Parameter groups, optimizers and gradient clipping, none of which waits for the device."""
+"""Schedules, parameter groups, optimizers and gradient clipping. Nothing here waits for the device."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Linear from ``warmup_start`` to ``base`` over ``warmup_steps``, then half a cosine to ``final``.
+
+    As the reference numbers its steps: the last warm-up step already has ``base``, the first cosine step has it
+    again, and the last step of the run is one short of ``final``.
+    """
+
+    base: float
+    final: float
+    total_steps: int
+    warmup_steps: int = 0
+    warmup_start: float = 0.0
+
+    def at(self, step: int) -> float:
+        """The value for the 0-based ``step``; past the end it stays at ``final``."""
+        if step < self.warmup_steps:
+            span = max(1, self.warmup_steps - 1)
+            return self.warmup_start + (self.base - self.warmup_start) * step / span
+        if step >= self.total_steps:
+            return self.final
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return self.final + 0.5 * (self.base - self.final) * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class LinearByEpoch:
+    """Linear from ``start`` to ``end`` over the first ``ramp_epochs`` epochs (both ends included), then ``end``."""
+
+    start: float
+    end: float
+    ramp_epochs: int
+
+    def at(self, epoch: int) -> float:
+        """The value for the 0-based ``epoch``."""
+        if epoch >= self.ramp_epochs:
+            return self.end
+        if self.ramp_epochs == 1:
+            return self.start
+        return self.start + (self.end - self.start) * epoch / (self.ramp_epochs - 1)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The scheduled values of one step."""
+
+    step: int
+    """From 0."""
+    epoch: int
+    """From 0."""
+    lr: float
+    weight_decay: float
+    momentum: float
+    """Share of the teacher that the EMA keeps."""
+    teacher_temp: float
+    """Softmax temperature of the teacher."""
+    loss_scale: float | Tensor = 1.0
+    """Multiply the loss by this before ``backward()``: 1 / accumulation_steps, times the loss scale of fp16."""
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Every scheduled value of a run, as a function of the step or the epoch."""
+
+    lr: CosineSchedule
+    weight_decay: CosineSchedule
+    momentum: CosineSchedule
+    teacher_temp: LinearByEpoch
+    steps_per_epoch: int
+    warning: str = ""
+    """What was changed to fit the run's length; empty if nothing."""
+
+    @classmethod
+    def of(cls, config: PretrainConfig, steps_per_epoch: int, global_batch: int) -> Schedules:
+        """The schedules of a run; a warm-up that is not shorter than the run is cut to a tenth of it."""
+        total = config.epochs * steps_per_epoch
+        warmup, warning = round(config.warmup_epochs * steps_per_epoch), ""
+        if warmup >= total:
+            warmup = total // 10
+            warning = (
+                f"warmup_epochs {config.warmup_epochs:g} is not shorter than the run ({config.epochs} epochs): "
+                f"shortened to {warmup / steps_per_epoch:g} epochs"
+            )
+        scale = global_batch / config.lr_reference_batch if config.lr_reference_batch else 1.0
+        return cls(
+            lr=CosineSchedule(config.lr * scale, config.min_lr, total, warmup, config.warmup_start_lr),
+            weight_decay=CosineSchedule(config.weight_decay, config.weight_decay_end, total),
+            momentum=CosineSchedule(config.momentum_teacher, 1.0, total),
+            teacher_temp=LinearByEpoch(
+                config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
+            ),
+            steps_per_epoch=steps_per_epoch,
+            warning=warning,
+        )
+
+    def at(self, step: int, loss_scale: float | Tensor = 1.0) -> Rates:
+        """The values of the 0-based ``step``."""
+        epoch = step // self.steps_per_epoch
+        return Rates(
+            step=step,
+            epoch=epoch,
+            lr=self.lr.at(step),
+            weight_decay=self.weight_decay.at(step),
+            momentum=self.momentum.at(step),
+            teacher_temp=self.teacher_temp.at(epoch),
+            loss_scale=loss_scale,
+        )
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
+from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError, near_matches
 
 
@@ -112,6 +114,21 @@ SAMPLE_LONG = Recipe(
 )
 
 RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG)}
+
+
+def register(recipe: Recipe) -> None:
+    """Make ``--recipe recipe.name`` apply its settings.
+
+    Raises:
+        ValueError: the name is taken, or a setting does not exist.
+    """
+    if recipe.name in RECIPES:
+        raise ValueError(f"recipe {recipe.name!r} is taken: choose another name")
+    known = {field.name for field in dataclasses.fields(PretrainConfig)}
+    if unknown := recipe.settings.keys() - known:
+        raise ValueError(f"recipe {recipe.name!r} has unknown settings: {', '.join(sorted(unknown))}")
+    RECIPES[recipe.name] = recipe
+
 
 # Larger architectures than these two see the sample once on a CPU. Their local crops are two tokens a side
 # at patch 16 too, so that the tokens have something to say to each other.

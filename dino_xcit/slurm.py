@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 # Nothing here needs PyTorch: it would take seconds and memory in a process that only waits for another.
 from dino_xcit.errors import PREEMPTED, InputError, one_line
-from dino_xcit.runtime.preemption import SIGNALS
+from dino_xcit.runtime.health import SIGNALS
 
 if TYPE_CHECKING:
     import submitit

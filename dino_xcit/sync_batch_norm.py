@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose mean and variance in training are those of all processes' inputs together: [B, C, ...].
 
     Every process must call it with an input of the same shape. One message forward, one backward.
@@ -42,7 +42,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return output
 
 
-class SharedBatchNormAct(SharedBatchNorm):
+class SyncBatchNormAct(SyncBatchNorm):
     """timm's BatchNormAct2d likewise: its drop layer and its activation come after the normalisation."""
 
     drop: nn.Module
@@ -53,46 +53,46 @@ class SharedBatchNormAct(SharedBatchNorm):
         return output
 
 
-def share_batch_norm(module: nn.Module) -> nn.Module:
-    """The module, each BatchNorm in it replaced by a :class:`SharedBatchNorm` with the same tensors and names.
+def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
+    """The module, each BatchNorm in it replaced by a :class:`SyncBatchNorm` with the same tensors and names.
 
     timm's BatchNormAct2d keeps its activation, which ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` leaves out
     without a word. Other classes derived from BatchNorm stay as they are, and those that keep no averages:
-    :func:`not_shared` names them.
+    :func:`not_synchronised` names them.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         kind = _shared_kind(module)
         if kind is None or module.momentum is None:
             return module
         shared = kind(module.num_features, module.eps, module.momentum, device="meta")
-        if isinstance(shared, SharedBatchNormAct):
+        if isinstance(shared, SyncBatchNormAct):
             shared.drop, shared.act = module.drop, module.act  # type: ignore[assignment]
         shared.weight, shared.bias = module.weight, module.bias
         shared.running_mean, shared.running_var = module.running_mean, module.running_var
         shared.num_batches_tracked = module.num_batches_tracked
         return shared.train(module.training)
     for name, child in module.named_children():
-        setattr(module, name, share_batch_norm(child))
+        setattr(module, name, convert_sync_batch_norm(child))
     return module
 
 
-def not_shared(module: nn.Module) -> list[str]:
+def not_synchronised(module: nn.Module) -> list[str]:
     """Names of the BatchNorm layers in a module that see their own process's batch alone."""
     norm = nn.modules.batchnorm._BatchNorm
     return [name for name, part in module.named_modules() if isinstance(part, norm) and type(part) not in _SHARED]
 
 
-_SHARED = (SharedBatchNorm, SharedBatchNormAct)
+_SHARED = (SyncBatchNorm, SyncBatchNormAct)
 
 
-def _shared_kind(module: nn.modules.batchnorm._BatchNorm) -> type[SharedBatchNorm] | None:
+def _shared_kind(module: nn.modules.batchnorm._BatchNorm) -> type[SyncBatchNorm] | None:
     from timm.layers.norm_act import BatchNormAct2d  # loaded already where a network has one
 
     if not module.affine or not module.track_running_stats or module.momentum is None:
         return None
     if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        return SharedBatchNorm
-    return SharedBatchNormAct if type(module) is BatchNormAct2d else None
+        return SyncBatchNorm
+    return SyncBatchNormAct if type(module) is BatchNormAct2d else None
 
 
 def _count(x: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data import Source, UndecodableImage, decode
-from dino_xcit.data.loader import choose_workers, loader_process_setup
+from dino_xcit.data.loader import choose_workers
 from dino_xcit.data.source import hash_lines
+from dino_xcit.data.worker import worker_init
 from dino_xcit.errors import InputError
-from dino_xcit.runtime import distributed
+from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise
 from eval.kept_rows import SKIPPED, Chunk, keep, kept_in, key_of, rows_in
@@ -101,7 +102,7 @@ def image_batches(
         batch_sampler=indices,  # type: ignore[arg-type]  # anything that can be iterated over once will do
         num_workers=workers,
         collate_fn=_stack,
-        worker_init_fn=loader_process_setup() if workers else None,
+        worker_init_fn=worker_init() if workers else None,
         pin_memory=device.type == "cuda",
     )
     yield from loader
@@ -174,14 +175,12 @@ def extract(
     num_workers: int = -1,
     progress: bool = True,
     unreadable: Unreadable = "refuse",
-    between_batches: Callable[[], None] = lambda: None,
     descriptor: Descriptor = CLASS_TOKEN,
 ) -> Features:
     """All of :func:`feature_rows` in one array, on every process, without the images that could not be read.
 
     Args:
         unreadable, descriptor: as there.
-        between_batches: called after each batch, on all processes equally often; it may raise to end this.
     """
     rows = np.empty((len(source), descriptor.width(width_of(backbone))), dtype=np.float32)
     readable = np.empty(len(source), dtype=np.bool_)
@@ -191,7 +190,7 @@ def extract(
     ):
         rows[start : start + len(chunk)], readable[start : start + len(chunk)] = chunk, read
         start += len(chunk)
-        between_batches()
+        watchdog.progress()
     return _features(rows if readable.all() else rows[readable], source, np.flatnonzero(~readable))
 
 
@@ -221,7 +220,7 @@ def cached(
         UndecodableImage: an image cannot be read, and such are refused.
         InputError: no image can be read.
     """
-    fingerprint = distributed.main_decides(source.fingerprint() if distributed.is_main() else None) or ""
+    fingerprint = distributed.on_main(source.fingerprint)
     if cache_dir is None:
         found = extract(
             backbone, source, transform, device, batch_size, num_workers, unreadable=unreadable, descriptor=descriptor
@@ -235,7 +234,7 @@ def cached(
     # One process looks, and all do as it says: they must not disagree about whether there is work to share.
     looking = distributed.is_main()
     there = [name for name in names if kept_in(cache_dir / name, shape, name == names[0])] if looking else []
-    name = distributed.main_decides(there[0] if there else None)
+    name = distributed.broadcast_from_main(there[0] if there else None)
     if name is None:
         rows = _unless_none(
             feature_rows(
@@ -249,7 +248,7 @@ def cached(
         else:
             for _ in rows:
                 pass
-        name = distributed.main_decides(name)
+        name = distributed.broadcast_from_main(name)
     assert name is not None
     kept = kept_in(cache_dir / name, shape, name == names[0])
     if kept is None:

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def cache_folder(config: BackboneConfig) -> Path | None:
     if not config.cache:
         return None
     folder = beside_weights(config, config.cache_dir, "features")
-    problem = distributed.main_decides(_why_not_writable(folder) if distributed.is_main() else None)
+    problem = distributed.on_main(lambda: _why_not_writable(folder))
     if problem is None:
         return folder
     if config.cache_dir:
@@ -124,9 +125,8 @@ def demand_writable(files: Mapping[str, str]) -> None:
         InputError: one of them cannot be written.
     """
     for name, file in files.items():
-        problem = _why_not_replaceable(Path(file).expanduser()) if file and distributed.is_main() else None
-        problem = distributed.main_decides(problem)
-        if problem:
+        path = Path(file).expanduser()
+        if file and (problem := distributed.on_main(partial(_why_not_replaceable, path))):
             raise InputError(f"{name} is {file}, which cannot be written: {problem}; choose another place")
 
 

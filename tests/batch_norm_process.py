@@ -11,7 +11,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from dino_xcit.runtime import distributed
-from dino_xcit.sync_batch_norm import share_batch_norm
+from dino_xcit.sync_batch_norm import convert_sync_batch_norm
 
 SHAPES = {"image": (6, 5, 4, 3), "channels last": (6, 5, 4, 3), "rows": (6, 5), "timm": (6, 5, 4, 3)}
 
@@ -58,13 +58,13 @@ def main() -> None:
     distributed.start(torch.device("cpu"))
     rank = distributed.rank()
     found: dict[str, Any] = {
-        name: run(share_batch_norm(layer_of(name)), batch_of(name).chunk(2)[rank]) for name in SHAPES
+        name: run(convert_sync_batch_norm(layer_of(name)), batch_of(name).chunk(2)[rank]) for name in SHAPES
     }
-    low = share_batch_norm(layer_of("image")).float()
+    low = convert_sync_batch_norm(layer_of("image")).float()
     found["bfloat16"] = run(low, batch_of("image").chunk(2)[rank].bfloat16())
     messages = Messages(0)
     x = batch_of("image").chunk(2)[rank].requires_grad_()
-    layer = share_batch_norm(layer_of("image"))
+    layer = convert_sync_batch_norm(layer_of("image"))
     with messages:
         layer(x).sum().backward()
     found["messages"] = [message["kind"] for message in messages.seen]

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tiny_run import CPU, tiny_config
+from tiny_run import CPU, save, tiny_config
 from torch import Tensor, nn
 
-from dino_xcit.checkpoint import state as checkpoint
 from dino_xcit.data import ArraySource
 from dino_xcit.models import BackboneOutput
 from dino_xcit.train import build_state
@@ -84,4 +83,4 @@ def tiny_checkpoint(folder: Path, data: Path | str, seed: int = 0) -> Path:
     """A checkpoint.pth, with its backbone.pth beside it, as a run that has not taken a step would leave it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(data_path=str(data), output_dir=str(folder), out_dim=16, seed=seed)
-    return checkpoint.save(build_state(config, CPU), config, steps_per_epoch=1)
+    return save(build_state(config, CPU), config, steps_per_epoch=1)

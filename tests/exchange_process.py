@@ -17,8 +17,9 @@ from tiny_run import CPU, sampler_of, steps, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
-from dino_xcit.train import Schedules, build_state, train_step
+from dino_xcit.train import build_state, train_step
 
 CONFIG = tiny_config(
     arch="xcit_small_12_p16", out_dim=65536, head_hidden_dim=2048, head_bottleneck_dim=256, batch_size_per_gpu=2,
@@ -66,7 +67,7 @@ def main() -> None:
     state = build_state(CONFIG, CPU)
     sampler = sampler_of(CONFIG, rank, world)
     schedules = Schedules.of(CONFIG, sampler.steps_per_epoch, sampler.global_batch)
-    trained = {name: p for name, p in state.student.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in state.method.student.named_parameters() if p.requires_grad}
     messages = Messages(len(trained))
     order: list[str] = []
 
@@ -87,14 +88,16 @@ def main() -> None:
         })  # fmt: skip
     messages.clear()
     with messages:
-        result.figures(state, schedules)
+        result.metrics(state.method)
     logged = {"messages": messages.seen, "host_waits": messages.host_waits}
-    running = sum(b.nbytes for b in [*state.student.buffers(), *state.teacher.buffers()] if b.is_floating_point())
+    running = sum(
+        b.nbytes for b in [*state.method.student.buffers(), *state.method.teacher.buffers()] if b.is_floating_point()
+    )
     found = {
         "gradients": len(trained),
         "gradient_bytes": sum(parameter.nbytes for parameter in trained.values()),
-        "prototype_bytes": state.student.head.last_layer.weight_v.nbytes,
-        "own_bytes": state.loss.center.nbytes + running + 3 * 4,  # and failure flag, loss, number of rows
+        "prototype_bytes": state.method.student.head.last_layer.weight_v.nbytes,
+        "own_bytes": state.method.loss.center.nbytes + running + 7 * 4,  # and flag, loss, rows, passes, 3 metrics
         "steps": seen,
         "logged": logged,
     }

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,19 @@ def slow_saves(seconds: float) -> None:
 # ---- numbers that are not finite
 
 
+class Replaced:
+    """A method of one object gives ``change(what it gave)``, until :meth:`remove`."""
+
+    def __init__(self, owner: object, name: str, change: Callable[[Any], Any]) -> None:
+        self._owner, self._name = owner, name
+        method = getattr(owner, name)
+        setattr(owner, name, lambda *arguments: change(method(*arguments)))
+
+    def remove(self) -> None:
+        """As it was."""
+        delattr(self._owner, self._name)
+
+
 def spoil(what: str, first_step: int, last_step: int) -> None:
     """From step ``first_step`` to ``last_step`` (from 0) something of this rank is not finite: the ``loss``, the
     ``gradients`` or the ``activations``."""
@@ -134,12 +148,12 @@ def spoil(what: str, first_step: int, last_step: int) -> None:
         if not wrong(state):
             return step(state, *arguments)
         if what == "loss":
-            handle: Any = state.loss.register_forward_hook(lambda _, __, loss: loss * torch.nan)
+            handle: Any = Replaced(state.method.loss, "cross_entropy", lambda loss: loss * torch.nan)
         elif what == "activations":
-            block = state.student.backbone.blocks[1]  # type: ignore[index, union-attr]
+            block = state.method.student.backbone.blocks[1]  # type: ignore[index, union-attr]
             handle = block.register_forward_hook(lambda _, __, out: out + torch.inf)
         else:
-            parameter = next(iter(state.student.parameters()))
+            parameter = next(iter(state.method.student.parameters()))
             handle = parameter.register_hook(lambda gradient: gradient * torch.nan)
         try:
             return step(state, *arguments)
@@ -163,6 +177,19 @@ def slow_steps(seconds: float) -> None:
         return step(*arguments)
 
     train.train_step = slowly
+
+
+def slow_evaluation(seconds: float) -> None:
+    """Each evaluation takes so much longer: a test can act within one."""
+    from dino_xcit import observers
+
+    evaluate = observers.evaluate
+
+    def slowly(*arguments: Any) -> dict[str, float]:
+        time.sleep(seconds)
+        return evaluate(*arguments)
+
+    observers.evaluate = slowly
 
 
 def together(*several: list[Any]) -> None:

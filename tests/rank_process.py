@@ -11,10 +11,11 @@ from test_train import Poison, poisoned_batch
 from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.loss import sinkhorn_knopp
+from dino_xcit.methods.dino import sinkhorn_knopp
+from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
-from dino_xcit.runtime.agreement import Agreement
-from dino_xcit.train import Schedules, build_state, train_step
+from dino_xcit.runtime.health import StopFlags
+from dino_xcit.train import build_state, train_step
 
 STEPS = 3
 SCORES = 3 * torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
@@ -36,7 +37,7 @@ def train(config: PretrainConfig, rank: int, world_size: int) -> dict[str, Any]:
     for batches in steps(config, 0, STEPS, rank, world_size):
         indices.append([batch.indices.tolist() for batch in batches])
         losses.append(float(train_step(state, batches, schedules, config).loss))
-    return {"learnt": learnt(state), "losses": losses, "indices": indices, "rejected": int(state.rejected)}
+    return {"learnt": learnt(state), "losses": losses, "indices": indices, "skipped": int(state.skipped_steps)}
 
 
 def train_with_a_fault_on_the_second_process(config: PretrainConfig, rank: int, fault: str) -> list[dict[str, Any]]:
@@ -58,16 +59,16 @@ def train_with_a_fault_on_the_second_process(config: PretrainConfig, rank: int, 
         accepted = bool(train_step(state, batches, schedules, config).accepted)
         if hook:
             hook.remove()
-        seen.append({"learnt": learnt(state), "accepted": accepted, "rejected": int(state.rejected)})
+        seen.append({"learnt": learnt(state), "accepted": accepted, "skipped": int(state.skipped_steps)})
     return seen
 
 
 def late_sums(rank: int) -> list[dict[str, int]]:
     """As on a GPU: each process says something else, some of it in the last call, which nobody hears."""
-    agreement = Agreement(CPU, timeout=30)
-    agreement._late = True
+    flags = StopFlags(CPU, timeout=30)
+    flags._late = True
     said = [{"stop": rank}, {}, {"unreadable": 2 + rank, "diverged": 1 - rank}, {"stop": 1}, {"stop": 1}]
-    return [agreement.exchange(**values) for values in said]
+    return [flags.exchange(**values) for values in said]
 
 
 def main() -> None:
@@ -90,7 +91,10 @@ def main() -> None:
     results["summed"] = tensors
     results["sinkhorn"] = sinkhorn_knopp(SCORES.chunk(2)[rank])
     results["late sums"] = late_sums(rank)
-    results["decided"] = [distributed.main_decides("no data" if rank == 0 else None), distributed.main_decides(None)]
+    results["decided"] = [
+        distributed.broadcast_from_main("no data" if rank == 0 else None),
+        distributed.broadcast_from_main(None),
+    ]
     torch.save(results, f"{sys.argv[1]}-{rank}.pt")
     distributed.barrier()
     distributed.stop()

@@ -227,5 +227,5 @@ def state_in(output_dir: Path) -> dict[str, Tensor]:
     from tiny_run import tensors_of
 
     content = torch.load(output_dir / "checkpoint.pth", weights_only=True)
-    learnt = ("student", "teacher", "optimizer", "dino_loss", "rejected", "rejected_in_a_row", "step")
+    learnt = ("student", "teacher", "optimizer", "dino_loss", "skipped_steps", "skipped_in_a_row", "step")
     return tensors_of({key: content[key] for key in learnt})

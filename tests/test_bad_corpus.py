@@ -9,7 +9,7 @@ from bad_images import write_corpus
 from ranks import Server, state_in
 from tiny_run import differing_bits
 
-from dino_xcit.runtime.ledger import read_ledger
+from dino_xcit.runtime.health import read_unreadable
 
 FLAGS = ["--batch-size-per-gpu", "4", "--epochs", "1", "--save-every", "10", "--hang-timeout", "60"]
 
@@ -30,12 +30,12 @@ def whole(server: Server, corpus: tuple[Path, set[Path]], tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("corpus-run") / "run"
     run = server.start(folder, "--data-path", corpus[0], *FLAGS)
     assert run.wait() == [0, 0], run.err()
-    assert run.out().count("another image stands in for it") == 1
+    assert run.out().count("another image replaces it") == 1
     return folder
 
 
 def listed(folder: Path) -> set[str]:
-    return {Path(row["name"]).name for row in read_ledger(folder / "unreadable_images.jsonl")}
+    return {Path(row["name"]).name for row in read_unreadable(folder / "unreadable_images.jsonl")}
 
 
 def test_exactly_the_files_that_cannot_be_read_are_listed_each_with_its_cause(
@@ -44,7 +44,7 @@ def test_exactly_the_files_that_cannot_be_read_are_listed_each_with_its_cause(
     """100 steps of 8 are all 800 files."""
     assert int(state_in(whole)["/step"]) == 100
     assert listed(whole) == {path.name for path in corpus[1]}
-    rows = read_ledger(whole / "unreadable_images.jsonl")
+    rows = read_unreadable(whole / "unreadable_images.jsonl")
     assert len(rows) == len(corpus[1])
     assert all(row["cause"] for row in rows)
     assert len({row["cause"] for row in rows}) >= 4  # empty, cut short, a web page, too large ...

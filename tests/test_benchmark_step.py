@@ -76,7 +76,7 @@ def test_the_timed_steps_do_train() -> None:
     plain, ours = PlainStep(TINY, "fp32", torch.device("cpu")), OurStep(TINY, OURS)
     for step, student, teacher, floats in (
         (plain, plain.student, plain.teacher, True),
-        (ours, ours.state.student, ours.state.teacher, False),
+        (ours, ours.state.method.student, ours.state.method.teacher, False),
     ):
         before = [parameter.detach().clone() for net in (student, teacher) for parameter in net.parameters()]
         for number in range(3):
@@ -146,7 +146,7 @@ def test_the_work_of_a_step_follows_from_its_forward_passes() -> None:
 
 def test_our_backbone_does_the_work_that_is_counted_or_less() -> None:
     """Less where products that nobody uses are left out; so GFLOP/s in the table is work of the plain step done."""
-    ours = OurStep(TINY, OURS).state.student.backbone
+    ours = OurStep(TINY, OURS).state.method.student.backbone
     images = torch.randn(2, 3, 28, 28)
     counted = []
     for backbone in (ours, timm_backbone(TINY.arch, 0.0)):

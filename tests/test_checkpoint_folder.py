@@ -27,10 +27,10 @@ def content(step: int) -> dict[str, Any]:
         "epoch": step // 10,
         "global_batch": 8,
         "world_size": 1,
-        "teacher": {
-            "backbone.cls_token": torch.randn(1, 1, 16, generator=generator),
-            "head.weight": torch.randn(40, 16, generator=generator),
+        "backbone": {
+            "cls_token": torch.randn(1, 1, 16, generator=generator),
         },
+        "teacher": {"head.weight": torch.randn(40, 16, generator=generator)},
     }
 
 
@@ -63,7 +63,7 @@ def test_the_newest_is_found_and_named_and_its_backbone_lies_beside_it(tmp_path:
     assert os.path.samefile(path, tmp_path / "checkpoint.pth")
     backbone = torch.load(tmp_path / "backbone.pth", weights_only=True)
     assert backbone.keys() == {"cls_token"}
-    assert torch.equal(backbone["cls_token"], content(3)["teacher"]["backbone.cls_token"])
+    assert torch.equal(backbone["cls_token"], content(3)["backbone"]["cls_token"])
     assert [manifest.step for manifest in checkpoints.manifests()] == [3, 2]
 
 
@@ -143,10 +143,10 @@ def test_the_last_n_every_kth_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path, keep_last=2)
     for step in range(1, 10):
         checkpoints.write(content(step), keep=step % 4 == 0)
-        checkpoints.note_knn(step, {3: 55.0, 5: 50.0}.get(step, 10.0 + step))
+        checkpoints.note_metric(step, {3: 55.0, 5: 50.0}.get(step, 10.0 + step))
     assert steps_in(tmp_path) == [3, 4, 8, 9]
     assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000003.pth")
-    knn = {manifest.step: manifest.knn_top1 for manifest in checkpoints.manifests()}
+    knn = {manifest.step: manifest.metric for manifest in checkpoints.manifests()}
     assert knn == {9: 19.0, 8: 18.0, 4: 14.0, 3: 55.0}
 
 
@@ -154,7 +154,7 @@ def test_a_new_best_replaces_the_old_one(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path, keep_last=1)
     for step, accuracy in ((1, 40.0), (2, 30.0), (3, 41.0), (4, 20.0)):
         checkpoints.write(content(step))
-        checkpoints.note_knn(step, accuracy)
+        checkpoints.note_metric(step, accuracy)
     assert steps_in(tmp_path) == [3, 4]
     assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000003.pth")
 
@@ -188,7 +188,7 @@ def test_pruning_leaves_alone_what_it_cannot_read(tmp_path: Path, monkeypatch: p
 
 def test_the_rest_of_a_save_that_was_cut_short_is_done_at_the_next_start(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
-    checkpoints.note_knn(3, 50.0)
+    checkpoints.note_metric(3, 50.0)
     (tmp_path / "best.pth").unlink()
     (tmp_path / "checkpoint.pth").unlink()
     (tmp_path / "checkpoint.pth").write_bytes((tmp_path / "checkpoints" / "step00000002.pth").read_bytes())
@@ -201,7 +201,7 @@ def test_the_rest_of_a_save_that_was_cut_short_is_done_at_the_next_start(tmp_pat
 
 def test_starting_anew_forgets_them_all(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
-    checkpoints.note_knn(3, 50.0)
+    checkpoints.note_metric(3, 50.0)
     checkpoints.clear()
     assert CheckpointFolder(tmp_path).newest() == (None, [])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["backbone.pth", "checkpoints"]
@@ -211,14 +211,13 @@ def test_starting_anew_forgets_them_all(tmp_path: Path) -> None:
 
 
 def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
     saver = Saver(CheckpointFolder(tmp_path), tolerated=3)
-    saver.begin(0, said.append)
+    saver.begin(0)
     saver.save(content(1))
     saver.ensure(1, lambda: content(1))
-    assert said == []
+    assert capsys.readouterr().out == ""
 
     fsync, full = os.fsync, threading.Event()
 
@@ -231,8 +230,9 @@ def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     full.set()
     for step in (2, 3):
         saver.save(content(step))
-    with pytest.raises(InputError, match=r"cannot be written to .*No space left.*carries on after step 1"):
+    with pytest.raises(InputError, match=r"cannot be written to .*No space left.*resumes after step 1"):
         saver.ensure(3, lambda: content(3))
+    said = capsys.readouterr().out.splitlines()
     assert [line.split(" could")[0] for line in said] == [f"warning: the checkpoint of step {n}" for n in (2, 3, 3)]
     assert "No space left on device" in said[0]
     assert "failure 2 in a row of 3" in said[1]
@@ -247,11 +247,12 @@ def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     assert [p.name for p in (tmp_path / "checkpoints").glob(".*")] == []
 
 
-def test_a_note_of_the_knn_is_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_of_the_metric_is_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The save of step 2 fails; that the note on it does nothing, without an error, does not make it saved."""
-    said: list[str] = []
     saver = Saver(CheckpointFolder(tmp_path), tolerated=2)
-    saver.begin(0, said.append)
+    saver.begin(0)
     saver.ensure(1, lambda: content(1))
 
     def full(_descriptor: int) -> None:
@@ -260,14 +261,15 @@ def test_a_note_of_the_knn_is_no_save(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "fsync", full)
     for step in (2, 3):
         saver.save(content(step))
-        saver.note_knn(step, 50.0)
-    with pytest.raises(InputError, match="carries on after step 1"):
+        saver.note_metric(step, 50.0)
+    with pytest.raises(InputError, match="resumes after step 1"):
         saver.ensure(3, lambda: content(3))
     assert saver.gave_up
     assert newest_step(tmp_path) == 1
-    saver.note_knn(1, 40.0)
-    saver._wait()
-    assert said[-1].startswith("warning: the k-NN of step 1 could not be written beside its checkpoint")
+    saver.note_metric(1, 40.0)
+    saver.wait()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("warning: the metric of step 1 could not be written beside its checkpoint")
 
 
 def test_the_saver_does_not_leave_its_context_before_the_disk_is_done(
@@ -312,13 +314,15 @@ def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path, monkey
     saver = Saver(CheckpointFolder(tmp_path), tolerated=1)
     saver.save(state)
     assert not (tmp_path / "checkpoint.pth").exists()  # it came back before the disk was done
-    for tensor in state["teacher"].values():
-        tensor.zero_()
+    for part in ("backbone", "teacher"):
+        for tensor in state[part].values():
+            tensor.zero_()
     may_write.set()
     saver.ensure(1, lambda: state)
     stored = safe_load.read(tmp_path / "checkpoint.pth")
-    for name, tensor in content(1)["teacher"].items():
-        assert torch.equal(stored["teacher"][name], tensor)
+    for part in ("backbone", "teacher"):
+        for name, tensor in content(1)[part].items():
+            assert torch.equal(stored[part][name], tensor)
 
 
 def test_a_copy_shares_nothing() -> None:
@@ -335,5 +339,5 @@ def test_manifests_are_plain_json(tmp_path: Path) -> None:
     filled(tmp_path, steps=1)
     values: dict[str, Callable[..., Any]] = json.loads((tmp_path / "checkpoints" / "step00000001.json").read_text())
     assert values.keys() == {
-        "step", "epoch", "size", "sha256", "global_batch", "world_size", "keep", "knn_top1", "written", "checksum",
+        "step", "epoch", "size", "sha256", "global_batch", "world_size", "keep", "metric", "written", "checksum",
     }  # fmt: skip

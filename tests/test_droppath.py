@@ -10,9 +10,10 @@ from tiny_run import CPU, steps, tiny_config
 from torch import Tensor, nn
 
 from dino_xcit.data.loader import Batch
+from dino_xcit.methods.student_teacher import drop_path_keys
 from dino_xcit.models import build_backbone
 from dino_xcit.models.droppath import hash_bits, residual_scales
-from dino_xcit.train import build_state, drop_path_keys
+from dino_xcit.train import build_state
 
 
 def batch_of(indices: list[int], epoch: int = 0, views: tuple[int, ...] = (2, 4)) -> Batch:
@@ -166,10 +167,11 @@ def test_without_keys_the_coins_come_from_torchs_generator() -> None:
 def test_the_teacher_has_no_drop_path() -> None:
     config = tiny_config(drop_path_rate=0.9)
     state = build_state(config, CPU)
-    assert state.student.backbone.drop_path_rate == 0.9
-    assert state.teacher.backbone.drop_path_rate == 0.0
+    assert state.method.student.backbone.drop_path_rate == 0.9
+    assert state.method.teacher.backbone.drop_path_rate == 0.0
     (batch,) = next(steps(config, 0, 1))
     crops = [crop.float() / 255 for crop in batch.crops]
     keys = drop_path_keys(batch, 0)
-    assert torch.equal(state.teacher(crops, keys).logits, state.teacher(crops).logits)
-    assert not torch.equal(state.student(crops, keys).logits, state.teacher(crops).logits)
+    student, teacher = state.method.student, state.method.teacher
+    assert torch.equal(teacher(crops, keys).logits, teacher(crops).logits)
+    assert not torch.equal(student(crops, keys).logits, teacher(crops).logits)

@@ -27,8 +27,9 @@ from dino_xcit.data import Source, decode, open_parts, open_source
 from dino_xcit.data.check import main as check
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
 from dino_xcit.errors import InputError
-from dino_xcit.runtime.ledger import Ledger, read_ledger
-from dino_xcit.train import Schedules, build_state, train_step
+from dino_xcit.optim import Schedules
+from dino_xcit.runtime.health import UnreadableLog, read_unreadable
+from dino_xcit.train import build_state, train_step
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 BROKEN = 17
@@ -304,10 +305,10 @@ def test_a_broken_image_is_replaced_by_the_same_one_and_listed_in_every_form(
         assert all(torch.equal(a, b) for a, b in zip(ours.crops, theirs.crops, strict=True))
     bad = [one for batch in found for one in batch.unreadable]
     assert {(one.index, one.epoch) for one in bad} == {(BROKEN, 0), (BROKEN, 1)}
-    ledger = Ledger(tmp_path, len(source), 1.0, True, lambda text: None)
-    ledger.note(found)
-    ledger.write()
-    (row,) = read_ledger(ledger.path)
+    log = UnreadableLog(tmp_path, len(source), 1.0, start_anew=True)
+    log.note(found)
+    log.write()
+    (row,) = read_unreadable(log.path)
     assert row["name"] == source.name(BROKEN)
     assert row["cause"] == next(one for batch in expected for one in batch.unreadable).cause
 

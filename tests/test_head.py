@@ -96,7 +96,7 @@ def test_prototype_lengths_start_at_one_and_are_frozen_or_trained(norm_last_laye
     assert head.last_layer.weight_g.requires_grad is not norm_last_layer
     assert head.last_layer.weight_v.requires_grad
     state = build_state(tiny_config(norm_last_layer=norm_last_layer), CPU)
-    names = {id(p): name for name, p in state.student.named_parameters()}
+    names = {id(p): name for name, p in state.method.student.named_parameters()}
     optimised = {names[id(p)] for group in state.optimizer.param_groups for p in group["params"]}
     assert ("head.last_layer.weight_g" in optimised) is not norm_last_layer
 
@@ -105,7 +105,7 @@ def test_trained_prototype_lengths_move_and_frozen_ones_do_not() -> None:
     for norm_last_layer in (True, False):
         config = tiny_config(norm_last_layer=norm_last_layer, freeze_last_layer=0)
         state, _ = run(config, 2)
-        moved = not bool((state.student.head.last_layer.weight_g == 1).all())
+        moved = not bool((state.method.student.head.last_layer.weight_g == 1).all())
         assert moved is not norm_last_layer
 
 

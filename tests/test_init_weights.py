@@ -11,7 +11,7 @@ import torch
 from tiny_run import CPU, differing_bits, learnt, run, tiny_config
 from torch import Tensor
 
-from dino_xcit.checkpoint import state as checkpoint
+from dino_xcit.checkpoint.state import Run, content_of
 from dino_xcit.errors import InputError
 from dino_xcit.init_weights import initialise
 from dino_xcit.train import TrainState, build_state
@@ -24,7 +24,7 @@ def begun(path: Path | str, **settings: Any) -> tuple[TrainState, str]:
     """A fresh state that was initialised from ``path``, and what was said."""
     config = tiny_config(**({"arch": ARCH, "init_weights": str(path)} | SMALL_HEAD | settings))
     state = build_state(config, CPU)
-    return state, initialise(state, config)
+    return state, initialise(state.method, config)
 
 
 def dino_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -35,7 +35,7 @@ def dino_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def parts(state: TrainState) -> list[dict[str, Tensor]]:
-    return [dict(network.backbone.state_dict()) for network in (state.student, state.teacher)]
+    return [dict(network.backbone.state_dict()) for network in (state.method.student, state.method.teacher)]
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
@@ -45,7 +45,7 @@ def test_student_and_teacher_both_begin_as_the_network_that_was_chosen(tmp_path:
     chosen, seed = (teacher, 2) if network == "teacher" else (student, 1)
     for backbone in parts(state):
         assert not differing_bits(backbone, chosen)
-    for part in (state.student, state.teacher):
+    for part in (state.method.student, state.method.teacher):
         assert not differing_bits(part.head.state_dict(), files.head(64, seed=seed))
     assert said.startswith(f"starting from {network} {ARCH} of {tmp_path / 'full.pth'} (a DINO checkpoint)")
     assert "heads too" in said
@@ -57,7 +57,7 @@ def test_a_file_without_a_head_leaves_the_heads_as_a_fresh_run_has_them(tmp_path
     torch.save(files.xcit().state_dict(), tmp_path / "bare.pth")
     state, said = begun(tmp_path / "bare.pth")
     fresh = build_state(tiny_config(arch=ARCH, **SMALL_HEAD), CPU)
-    for part, other in ((state.student, fresh.student), (state.teacher, fresh.teacher)):
+    for part, other in ((state.method.student, fresh.method.student), (state.method.teacher, fresh.method.teacher)):
         assert not differing_bits(part.head.state_dict(), other.head.state_dict())
     assert "heads start fresh: the file has no DINO head" in said
 
@@ -96,7 +96,7 @@ def test_every_layout_that_is_evaluated_can_be_trained_on(tmp_path: Path) -> Non
     images = torch.rand(2, 3, 32, 32)
     network.reset_classifier(0)
     with torch.no_grad():
-        torch.testing.assert_close(state.teacher.backbone.eval()(images).cls_token, network.eval()(images))
+        torch.testing.assert_close(state.method.teacher.backbone.eval()(images).cls_token, network.eval()(images))
     torch.save(files.vit().state_dict(), tmp_path / "vit.pth")
     state, _ = begun(tmp_path / "vit.pth", arch="vit_tiny_2_p16_64", global_crops_size=32, local_crops_size=16)
     before = learnt(state)
@@ -138,7 +138,7 @@ def test_gaps_are_refused_and_those_allowed_begin_alike_in_both_networks(tmp_pat
 def test_the_settings_are_checked_and_stored(tmp_path: Path) -> None:
     dino_file(tmp_path / "full.pth")
     config = tiny_config(arch=ARCH, init_weights=str(tmp_path / "full.pth"), allow_missing=("norm.bias",), **SMALL_HEAD)
-    stored = checkpoint.content_of(build_state(config, CPU), config, steps_per_epoch=6)["args"]
+    stored = content_of(build_state(config, CPU), Run(config, 6))["args"]
     assert (stored["init_weights"], stored["init_network"]) == (str(tmp_path / "full.pth"), "teacher")
     assert stored["allow_missing"] == ["norm.bias"]
     with pytest.raises(InputError, match="init_network is 'ema'"):
@@ -153,7 +153,7 @@ def test_heads_that_the_file_does_not_say_are_those_of_the_run(tmp_path: Path) -
     for arch in ("vit_tiny_2_p16_64", "vit_tiny_2_p16_64_h6"):
         state, said = begun(tmp_path / "bare.pth", arch=arch, **small)
         assert f"starting from the only network {arch} of" in said
-        assert state.student.backbone.model.blocks[0].attn.num_heads == (6 if arch.endswith("h6") else 3)
+        assert state.method.student.backbone.model.blocks[0].attn.num_heads == (6 if arch.endswith("h6") else 3)
     with pytest.raises(InputError, match=r"a vit_tiny_2_p16_64, but arch is vit_tiny_2_p16_64_ls"):
         begun(tmp_path / "bare.pth", arch="vit_tiny_2_p16_64_ls", **small)
 
@@ -163,6 +163,6 @@ def test_a_run_can_begin_from_moco_v3_with_the_heads_that_it_has(tmp_path: Path)
     torch.save(files.moco_v3(*networks, "head"), tmp_path / "moco.pth")
     small = {"global_crops_size": 32, "local_crops_size": 16}
     state, _ = begun(tmp_path / "moco.pth", arch="vit_small_2_p16_64_h12", **small)
-    assert state.student.backbone.model.blocks[0].attn.num_heads == 12
+    assert state.method.student.backbone.model.blocks[0].attn.num_heads == 12
     with pytest.raises(InputError, match="give --arch vit_small_2_p16_64_h12"):
         begun(tmp_path / "moco.pth", arch="vit_small_2_p16_64", **small)

@@ -196,9 +196,10 @@ def test_a_disk_that_is_full_for_a_while_costs_a_warning(
     server: Server, photos: Path, tmp_path: Path, left_alone: Path
 ) -> None:
     folder, full = tmp_path / "run", tmp_path / "full"
-    full.touch()
     fault = ["together", ["full_disk_while", str(full)], ["slow_steps", 0.3]]
     run = server.start(folder, "--data-path", photos, *ALONE, ranks=1, faults=[fault])
+    run.until_step(1)
+    full.touch()
     run.until_step(3)
     full.unlink()
     assert run.wait() == [0], run.err()
@@ -225,10 +226,10 @@ def test_a_disk_that_stays_full_ends_all_processes_and_leaves_the_last_checkpoin
     assert "No space left on device" in sentence
     before = newest_step(folder)
     assert 2 <= before <= 8
-    assert f"carries on after step {before}" in sentence
+    assert f"resumes after step {before}" in sentence
     again = server.start(folder, *flags, "--max-steps", "12")
     assert again.wait() == [0, 0], again.err()
-    assert f"carrying on after step {before} of 12" in again.out()
+    assert f"resuming after step {before} of 12" in again.out()
 
 
 def test_an_error_of_the_file_system_leaves_the_checkpoint_before(
@@ -249,7 +250,7 @@ def test_an_error_of_the_file_system_leaves_the_checkpoint_before(
 # ---- damage, as the next start meets it
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_carries_on(
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_resumed(
     server: Server, photos: Path, tmp_path: Path, left_alone: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -260,9 +261,9 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_carries_on(
     newest.write_bytes(data)
     again = server.start(folder, "--data-path", photos, *ALONE, ranks=1)
     assert again.wait() == [0], again.err()
-    assert f"notice: {newest} is damaged: its SHA-256 is not that of its manifest" in again.out()
-    assert "notice: going back to the checkpoint of step 4" in again.out()
-    assert "carrying on after step 4 of 6" in again.out()
+    assert f"warning: {newest} is damaged: its SHA-256 is not that of its manifest" in again.out()
+    assert "warning: going back to the checkpoint of step 4" in again.out()
+    assert "resuming after step 4 of 6" in again.out()
     assert differing_bits(state_in(folder), state_in(left_alone)) == []
 
 

@@ -17,8 +17,9 @@ from tiny_run import CPU, tiny_config
 import run_knn
 from dino_xcit.data import ArraySource, Source, open_source
 from dino_xcit.errors import InputError
+from dino_xcit.methods import Method
 from eval.features import Features, cached, extract, find_kept
-from eval.knn.online import online_knn
+from eval.knn.online import build_evaluators
 
 
 class Place:
@@ -174,17 +175,24 @@ def test_a_network_that_diverged_is_no_unreadable_image(tmp_path: Path) -> None:
     assert np.isnan(found.features).all()
 
 
+class Frozen(Method):
+    """A method of which only the backbone is asked for."""
+
+    def __init__(self, backbone: MeanColours) -> None:
+        self.eval_backbone = backbone
+
+
 def test_the_k_nn_while_training_says_once_which_images_it_leaves_out(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(data_path=str(place.photos), knn_every=1, output_dir="unused")
-    evaluate = online_knn(config, open_source(str(place.photos / "train")), CPU)
-    assert evaluate is not None
-    figures = [evaluate(MeanColours(), lambda: None) for _ in range(2)]
+    ((name, every, measure),) = build_evaluators(config, open_source(str(place.photos / "train")), CPU)
+    assert (name, every) == ("knn", 1)
+    figures = [measure(Frozen(MeanColours())) for _ in range(2)]
     assert figures[0] == figures[1]
     assert 0 <= figures[0]["knn_top1"] <= 100
     said = capsys.readouterr().out
     for number, path in zip(("1 of 18 training", "1 of 15 validation"), place.broken, strict=True):
         line = f"warning: k-NN while training: {number} images could not be read and are left out: {path}\n"
         assert said.count(line) == 1
-    assert np.isnan(evaluate(Diverged(), lambda: None)["knn_top1"])
+    assert np.isnan(measure(Frozen(Diverged()))["knn_top1"])

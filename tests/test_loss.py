@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.loss import DINOLoss, entropy, feature_deviation, koleo, sinkhorn_knopp
+from dino_xcit.methods.dino import DINOLoss, entropy, koleo, sinkhorn_knopp
+from dino_xcit.methods.student_teacher import feature_std
 
 B, K = 3, 7
 
@@ -255,13 +256,13 @@ def test_a_student_that_equals_its_teachers_has_no_divergence() -> None:
     assert float(loss(logits, logits, 0.1)) == pytest.approx(float(entropy(loss.teacher_probabilities(logits, 0.1))))
 
 
-def test_feature_deviation_is_one_when_spread_and_zero_when_collapsed() -> None:
-    assert float(feature_deviation(torch.randn(20_000, 32))) == pytest.approx(1.0, abs=0.01)
-    assert float(feature_deviation(torch.ones(100, 32))) == pytest.approx(0.0, abs=1e-5)
+def test_feature_std_is_one_when_spread_and_zero_when_collapsed() -> None:
+    assert float(feature_std(torch.randn(20_000, 32))) == pytest.approx(1.0, abs=0.01)
+    assert float(feature_std(torch.ones(100, 32))) == pytest.approx(0.0, abs=1e-5)
     # lengths do not matter
     spread = torch.randn(500, 16)
-    assert float(feature_deviation(spread * torch.rand(500, 1).add(0.1))) == pytest.approx(
-        float(feature_deviation(spread)), rel=1e-5
+    assert float(feature_std(spread * torch.rand(500, 1).add(0.1))) == pytest.approx(
+        float(feature_std(spread)), rel=1e-5
     )
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.metrics import MetricsWriter, Progress, draw_curves, read_metrics
 
 
@@ -133,7 +135,7 @@ def test_a_log_file_gets_lines_with_speed_loss_and_time_left(capsys: pytest.Capt
     progress.step(waited=0.0)
     progress.show(0, {"images_per_s": 123.4, "data_wait": 0.07, "loss": 3.14159})
     progress.step(waited=0.0)
-    progress.say("epoch 1/2: loss 3")
+    log.info("epoch 1/2: loss 3")
     progress.close()
     out, err = capsys.readouterr()
     assert out == "epoch 1/2: loss 3\n"
@@ -144,10 +146,13 @@ def test_a_log_file_gets_lines_with_speed_loss_and_time_left(capsys: pytest.Capt
         assert words in lines[-1]
 
 
-def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     progress = Progress(total_steps=4, done=0, images_a_step=8, shown=False)
     progress.step(waited=0.0)
-    progress.say("hello")
+    log.info("hello")
+    log.warning("hello")
     progress.close()
     assert capsys.readouterr() == ("", "")
 
@@ -201,7 +206,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", FullDisk())
     monkeypatch.setattr(sys, "stderr", FullDisk())
     progress = Progress(total_steps=2, done=0, images_a_step=1, shown=True)
-    progress.say("something to say")
+    log.info("something to say")
     progress.step(0.0)
     progress.close()
     with pytest.raises(OSError, match="No space left"):

@@ -11,13 +11,13 @@ from tiny_run import differing_bits, tensors_of
 from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
-from dino_xcit.models import DINOHead, ViewNetwork, build_backbone
+from dino_xcit.models import DINOHead, MultiCropWrapper, build_backbone
 from dino_xcit.optim import LARS, OPTIMIZERS, build_optimizer, clip_gradients, parameter_groups, set_rates
 
 
-def network(norm_last_layer: bool = False) -> ViewNetwork:
+def network(norm_last_layer: bool = False) -> MultiCropWrapper:
     head = DINOHead(64, 20, use_bn=True, norm_last_layer=norm_last_layer, hidden_dim=8, bottleneck_dim=8)
-    return ViewNetwork(build_backbone("xcit_pico_4_p4"), head)
+    return MultiCropWrapper(build_backbone("xcit_pico_4_p4"), head)
 
 
 def grouped_names(module: nn.Module) -> tuple[set[str], set[str]]:

@@ -197,12 +197,12 @@ def test_a_slow_file_says_so_once_and_how_to_be_rid_of_it(tmp_path: Path, capsys
     pq.write_table(hub_table(noise(10)), tmp_path / "x.parquet", compression="zstd")
     opened(tmp_path / "x.parquet")
     out = capsys.readouterr().out
-    assert out.count("notice:") == 1
+    assert out.count("warning:") == 1
     assert "compressed with Zstandard" in out
     assert "python -m dino_xcit.data pack" in out
     pq.write_table(hub_table(noise(10)), tmp_path / "x.parquet")
     opened(tmp_path / "x.parquet")
-    assert "notice:" not in capsys.readouterr().out
+    assert "warning:" not in capsys.readouterr().out
 
 
 def test_decoded_row_groups_are_kept_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

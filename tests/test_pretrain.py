@@ -44,7 +44,7 @@ def test_a_run_of_two_steps_ends_with_a_complete_checkpoint(stopped: Stopped, la
 def test_a_run_writes_metrics_tensorboard_and_curves(stopped: Stopped) -> None:
     records = read_metrics(stopped.folder / "metrics.jsonl")
     assert [(record["kind"], record["step"]) for record in records] == [("step", 1), ("step", 2), ("end", 2)]
-    for name in ("loss", "teacher_entropy", "kl", "feature_std", "images_per_s", "data_wait", "lr", "rejected_steps"):
+    for name in ("loss", "teacher_entropy", "kl", "feature_std", "images_per_s", "data_wait", "lr", "skipped_steps"):
         assert name in records[0]
     assert {"loss", "teacher_entropy", "kl", "feature_std"} <= records[2].keys()
     assert list((stopped.folder / "tensorboard").iterdir())
@@ -98,7 +98,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_that_was_measured_on_the_way(
     assert {8, 12} <= manifests.keys() <= {4, 8, 12}  # 8 of --saveckp-freq, 12 as the newest, 4 if it is the best
     assert manifests[8].keep
     measured = {record["step"]: record["knn_top1"] for record in epochs}
-    assert all(manifest.knn_top1 == measured[step] for step, manifest in manifests.items())
+    assert all(manifest.metric == measured[step] for step, manifest in manifests.items())
     best = safe_load.read(straight / "best.pth")["step"]
     assert measured[best] == max(measured.values())
 

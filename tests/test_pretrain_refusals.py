@@ -1,4 +1,4 @@
-"""What run_pretrain.py refuses, and what of a run it carries on: nothing that is there is lost."""
+"""What run_pretrain.py refuses, and what of a run it resumes: nothing that is there is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny_run import CPU, differing_bits, tiny_config
 
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.resume import output_folder
-from dino_xcit.checkpoint.state import content_of, restore
+from dino_xcit.checkpoint.state import Run, content_of, restore
 from dino_xcit.config import OF_THE_STATE
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.metrics import read_metrics
@@ -93,7 +93,7 @@ def test_the_same_global_batch_in_smaller_passes_is_the_same_run(
     assert "after step 2" in ended.out
 
 
-def test_resume_changed_carries_on_and_resume_never_starts_anew(
+def test_resume_changed_resumes_and_resume_never_starts_anew(
     pretrain: Pretrain, stopped: Stopped, tmp_path: Path
 ) -> None:
     folder, flags = stopped.copy(tmp_path / "run")
@@ -135,10 +135,11 @@ def test_every_setting_of_the_state_makes_a_checkpoint_that_does_not_load() -> N
     other: dict[str, Any] = {
         "arch": "xcit_pico_4_p8", "out_dim": 17, "norm_last_layer": False, "use_bn_in_head": True,
         "head_hidden_dim": 24, "head_bottleneck_dim": 12, "optimizer": "sgd",
+        "method": "simdino",
     }  # fmt: skip
     assert other.keys() == OF_THE_STATE
     config = tiny_config(optimizer="adamw", norm_last_layer=True)
-    content = content_of(build_state(config, CPU), config, 1)
+    content = content_of(build_state(config, CPU), Run(config, 1))
     kinds = {"sgd": "momentum", "lars": "eta"}
     for name, value in other.items():
         state = build_state(dataclasses.replace(config, **{name: value}), CPU)
@@ -154,20 +155,20 @@ def test_a_run_that_is_complete_says_why_and_what_is_next(pretrain: Pretrain, st
     folder, flags = stopped.copy(tmp_path / "run")
     ended = pretrain(*flags, "--max-steps", "1")
     assert ended.code == 0
-    assert f"already complete: {folder} holds step 2, and this run ends after step 1 (--max-steps 1); " in ended.out
-    assert f"next: python run_knn.py --weights {folder / 'checkpoint.pth'}" in ended.out
+    assert "after step 2 of 1" in ended.out
+    assert f"already complete; next: python run_knn.py --weights {folder / 'checkpoint.pth'}" in ended.out
 
 
-def test_steps_that_were_rejected_are_counted_at_the_end(
+def test_steps_that_were_skipped_are_counted_at_the_end(
     pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
 ) -> None:
     flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", tmp_path / "run", "--warmup-epochs", "0"]
     ended = pretrain(*flags, "--lr", "1e30", "--max-steps", "3", "--saveckp-freq", "0")
     assert ended.code == 0, ended.err
-    assert "notice: 2 steps of 3 were not finite and changed nothing, the last 2 among them: lower --lr" in ended.out
+    assert "warning: 2 steps of 3 were not finite and changed nothing, the last 2 among them: lower --lr" in ended.out
 
 
-def test_a_run_begins_from_weights_once_and_is_carried_on_without_them(
+def test_a_run_begins_from_weights_once_and_resumes_without_them(
     pretrain: Pretrain, stopped: Stopped, labelled_photos: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "weights.pth"
@@ -187,9 +188,9 @@ def test_a_run_begins_from_weights_once_and_is_carried_on_without_them(
     assert all(torch.equal(content["student"][key], before["teacher"][key]) for key in weights)
 
     source.unlink()
-    carried_on = pretrain(*flags, "--max-steps", "2")
-    assert carried_on.code == 0, carried_on.err
-    assert f"after step 1 of 2; it began from {source}, which is not read again" in carried_on.out
+    resumed = pretrain(*flags, "--max-steps", "2")
+    assert resumed.code == 0, resumed.err
+    assert f"after step 1 of 2; it began from {source}, which is not read again" in resumed.out
     pretrain(*flags[:-2], "--max-steps", "3").assert_refused(f"init_weights {source} -> ")
     pretrain(*flags, "--resume", "never", "--max-steps", "3").assert_refused(f"there is no file {source}")
     assert safe_load.read(tmp_path / "run/checkpoint.pth")["step"] == 2
@@ -210,7 +211,7 @@ def test_a_foreign_checkpoint_is_refused_and_kept(pretrain: Pretrain, stopped: S
     (tmp_path / "run").mkdir()
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "run" / "checkpoint.pth")
     before = files_of(tmp_path / "run")
-    pretrain(*stopped.flags[:-1], tmp_path / "run").assert_refused("not a checkpoint of run_pretrain.py")
+    pretrain(*stopped.flags[:-1], tmp_path / "run").assert_refused("no checkpoint of this version")
     assert files_of(tmp_path / "run") == before
 
 

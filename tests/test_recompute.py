@@ -16,7 +16,7 @@ from dino_xcit.train import TrainState, build_state
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
-    networks = {"student": state.student, "teacher": state.teacher, "loss": state.loss}
+    networks = {"student": state.method.student, "teacher": state.method.teacher, "loss": state.method.loss}
     return {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
 
 
@@ -86,7 +86,7 @@ def graphs(config: PretrainConfig, steps: int) -> tuple[TrainState, list[nn.Modu
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     state = build_state(config, CPU)
-    for network in (state.student, state.teacher):
+    for network in (state.method.student, state.method.teacher):
         network.backbone.compile_blocks(backend=backend)  # type: ignore[operator]
     run(config, steps, state)
     return state, made
@@ -101,7 +101,7 @@ def test_a_compiled_run_trains_alike_and_compiles_once_a_shape() -> None:
     for name, value in everything(state).items():
         reference = everything(plain)[name]
         torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-4, msg=name)
-    backbone = state.teacher.backbone.eval()
+    backbone = state.method.teacher.backbone.eval()
     with torch.no_grad():
         backbone(torch.randn(3, 3, 36, 28))
     assert len(made) == 3  # evaluation, of any size, runs as it is
@@ -110,18 +110,22 @@ def test_a_compiled_run_trains_alike_and_compiles_once_a_shape() -> None:
 
 def test_compile_in_the_settings_compiles_both_networks() -> None:
     state = build_state(tiny_config(compile=True), CPU)  # nothing is compiled before the first step
-    assert state.student.backbone.compiled
-    assert state.teacher.backbone.compiled
-    assert not build_state(tiny_config(), CPU).student.backbone.compiled
+    assert state.method.student.backbone.compiled
+    assert state.method.teacher.backbone.compiled
+    assert not build_state(tiny_config(), CPU).method.student.backbone.compiled
 
 
 @pytest.mark.slow
 def test_a_step_in_bf16_with_compiled_kernels_and_recomputation() -> None:
-    """The whole way through the C++ compiler: about a minute."""
+    """The whole way through the C++ compiler: about a minute.
+
+    SGD, because AdamW's first update is the gradient's sign, which rounding turns where the gradient is near 0.
+    """
     torch._dynamo.reset()
-    config = tiny_config(precision="bf16", compile=True, activation_checkpointing=True)
+    config = tiny_config(precision="bf16", compile=True, activation_checkpointing=True, optimizer="sgd", lr=0.1)
     _, found = run(config, 2)
     _, expected = run(dataclasses.replace(config, compile=False), 2)
+    assert float(found[1].loss) < 0.8 * float(found[0].loss)
     for a, b in zip(found, expected, strict=True):
         assert bool(a.accepted)
         assert float(a.loss) == pytest.approx(float(b.loss), rel=0.02)

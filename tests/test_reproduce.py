@@ -59,7 +59,7 @@ def backbone() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, backbone: dict[str, torch.Tensor]) -> Path:
     """A file as DINO's trainer leaves it, with the backbone as teacher and another as student."""
-    heads = build_state(tiny_config(arch=ARCH, out_dim=16), CPU).student.head.state_dict()
+    heads = build_state(tiny_config(arch=ARCH, out_dim=16), CPU).method.student.head.state_dict()
     networks = {
         name: {f"module.backbone.{key}": value for key, value in state.items()}
         | {f"module.head.{key}": value for key, value in heads.items()}

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from tiny_run import tiny_config
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.schedule import CosineSchedule, LinearByEpoch
-from dino_xcit.train import Schedules
+from dino_xcit.optim import CosineSchedule, LinearByEpoch, Schedules
 
 
 def cosine_oracle(base: float, final: float, total: int, warmup: int, start: float) -> NDArray[np.float64]:
@@ -60,7 +59,7 @@ def test_a_run_has_the_reference_s_schedules() -> None:
     config = PretrainConfig(epochs=100, warmup_epochs=10, warmup_teacher_temp_epochs=30, teacher_temp=0.07)
     schedules = Schedules.of(config, steps_per_epoch=20, global_batch=1024)
     steps = range(2000)
-    assert schedules.notice == ""
+    assert schedules.warning == ""
     expected = {
         "lr": cosine_oracle(5e-4 * 1024 / 256, 1e-6, 2000, 200, 0.0),
         "weight_decay": cosine_oracle(0.04, 0.4, 2000, 0, 0.0),
@@ -82,7 +81,7 @@ def test_a_learning_rate_without_reference_batch_is_taken_as_it_is() -> None:
 def test_a_fraction_of_an_epoch_can_be_warmup() -> None:
     schedules = Schedules.of(tiny_config(epochs=2, warmup_epochs=0.5), steps_per_epoch=10, global_batch=8)
     assert schedules.lr.warmup_steps == 5
-    assert schedules.notice == ""
+    assert schedules.warning == ""
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 10.0), (3, 10.0), (10, 10.5), (10, 10.0)])
@@ -90,8 +89,8 @@ def test_a_warmup_that_leaves_no_run_is_shortened_with_a_notice(epochs: int, war
     schedules = Schedules.of(tiny_config(epochs=epochs, warmup_epochs=warmup), steps_per_epoch=20, global_batch=8)
     total = epochs * 20
     assert 0 < schedules.lr.warmup_steps <= total // 5
-    assert "warmup_epochs" in schedules.notice
-    assert "shortened" in schedules.notice
+    assert "warmup_epochs" in schedules.warning
+    assert "shortened" in schedules.warning
     values = [schedules.lr.at(step) for step in range(total)]
     assert max(values) == pytest.approx(2e-3)
     assert values[-1] < 2e-4

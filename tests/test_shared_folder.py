@@ -17,15 +17,15 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((out / f"said-{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_a_fresh_run_goes_on_with_a_notice(said: list[dict[str, Any]]) -> None:
-    assert "notice: the output directory run of process 0 is not that of process 1 on " in said[0]["apart"][0]
-    assert "would carry on" not in said[0]["apart"][0]
+def test_a_fresh_run_goes_on_with_a_warning(said: list[dict[str, Any]]) -> None:
+    assert "warning: the output directory run of process 0 is not that of process 1 on " in said[0]["apart"][0]
+    assert "would resume" not in said[0]["apart"][0]
     assert said[1]["apart"][0] == ""
 
 
-def test_a_run_that_would_carry_on_is_refused_by_every_process(said: list[dict[str, Any]]) -> None:
+def test_a_run_that_would_resume_is_refused_by_every_process(said: list[dict[str, Any]]) -> None:
     for one in said:
-        assert "this run would carry on from run/checkpoint.pth, which process 1 on " in one["apart"][1]
+        assert "this run would resume from run/checkpoint.pth, which process 1 on " in one["apart"][1]
         assert "--resume never" in one["apart"][1]
 
 

@@ -366,7 +366,7 @@ def test_a_job_that_is_preempted_carries_on_and_ends_with_the_same_bits(
     assert "asked to stop by SIGUSR1: step " in said
     step = int(said.split("asked to stop by SIGUSR1: step ")[1].split()[0])
     assert 3 <= step < 60
-    assert f"carrying on after step {step} of 60" in said
+    assert f"resuming after step {step} of 60" in said
     assert differing_bits(state_in(tmp_path / "run"), state_in(tmp_path / "alone")) == []
 
 

@@ -1,4 +1,4 @@
-"""Runs of real processes that are asked to stop, that carry on with other numbers of processes, that diverge."""
+"""Runs of real processes that are asked to stop, that resume with other numbers of processes, that diverge."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_a_signal_to_any_process_saves_the_same_step_on_all_and_loses_none(
     step = int(state_in(folder)["/step"])
     done = max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
     assert step == done  # the last step that was done is the one that is saved
-    assert f"step {step} is saved, and the same command carries on after it" in run.err()
+    assert f"step {step} is saved, and the same command resumes after it" in run.err()
     assert ("asked to stop by " + number.name in run.err()) == (rank == 0)
     again = server.start(folder, "--data-path", photos, *SHORT)
     assert again.wait() == [0, 0], again.err()
-    assert f"carrying on after step {step} of 12" in again.out()
+    assert f"resuming after step {step} of 12" in again.out()
     assert differing_bits(state_in(folder), state_in(left_alone)) == []
 
 
@@ -74,19 +74,26 @@ def test_a_signal_to_the_whole_job_reaches_loader_processes_too_and_does_no_harm
     assert differing_bits(state_in(folder), state_in(left_alone)) == []
 
 
-def test_a_signal_while_the_knn_is_measured_is_answered_too(server: Server, tmp_path: Path) -> None:
-    """12,000 images, which takes some seconds."""
+def test_a_signal_while_the_knn_is_measured_is_answered_after_it(
+    server: Server, labelled_photos: Path, tmp_path: Path
+) -> None:
+    """The step is on the disk before the measurement begins, whatever happens in it."""
     folder = tmp_path / "run"
-    flags = ["--data-path", "sample:fashion-mnist", "--knn-every", "1", "--knn-holdout", "4000", "--max-steps", "2"]
-    run = server.start(folder, *flags, "--batch-size-per-gpu", "2", ranks=2)
-    run.until(lambda: (folder / "checkpoint.pth").exists())
-    time.sleep(0.3)
+    flags = ["--data-path", labelled_photos, "--batch-size-per-gpu", "2", "--knn-every", "1", "--hang-timeout", "60"]
+    run = server.start(folder, *flags, faults=[["slow_evaluation", 3.0]] * 2)  # four steps an epoch
+    run.until(lambda: CheckpointFolder(folder).newest()[0] is not None)
     asked = time.monotonic()
     run.send(signal.SIGTERM, 1)
+    assert "knn top1" not in run.out()
     assert run.wait(30) == [PREEMPTED, PREEMPTED], run.out() + run.err()
     assert time.monotonic() - asked < 10
-    assert int(state_in(folder)["/step"]) == 2
-    assert "knn top1" not in run.out()
+    assert int(state_in(folder)["/step"]) == 4
+    assert run.out().count("knn top1") == 1
+    (manifest,) = CheckpointFolder(folder).manifests()
+    assert manifest.metric is not None
+    again = server.start(folder, *flags, "--max-steps", "5")
+    assert again.wait() == [0, 0], again.err()
+    assert "resuming after step 4 of 5" in again.out()
 
 
 def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Popen[str]:
@@ -112,7 +119,7 @@ def wait_for_step(folder: Path, step: int, timeout: float = 90) -> None:
         time.sleep(0.02)
 
 
-def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_carries_on(
+def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_resumes(
     photos: Path, tmp_path: Path, left_alone: Path
 ) -> None:
     """One run meets both: SIGKILL to one rank (torchrun starts both anew), later SIGTERM to torchrun itself."""
@@ -133,7 +140,7 @@ def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_carries_on(
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=60)
     assert time.monotonic() - asked < 30
-    assert "carrying on after step" in out
+    assert "resuming after step" in out
     step = int(state_in(folder)["/step"])
     done = max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
     assert step == done, err
@@ -190,7 +197,7 @@ def test_two_one_two_processes_see_the_same_images_and_lose_the_same(
     alone = run("elastic", 1, 34)
     assert "from here on 1 process instead of 2, and 2 forward passes a step: the global batch stays 8" in alone.out()
     again = run("elastic", 2, 50)
-    assert "carrying on after step 34 of 50" in again.out()
+    assert "resuming after step 34 of 50" in again.out()
     straight = images_by_step([tmp_path / f"straight-50-{rank}" for rank in range(2)])
     elastic = images_by_step([tmp_path / f"elastic-17-{rank}" for rank in range(2)])
     elastic |= images_by_step([tmp_path / "elastic-34-0"])
@@ -241,7 +248,7 @@ def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any_and_is_
     again = server.start(folder, "--data-path", photos, *SPOILT, "--max-steps", "6")
     assert again.wait() == [0, 0], again.err()
     assert differing_bits(learnt_at(folder, 5), learnt_at(folder, 6)) != []  # and it goes on
-    counted = {record["step"]: record["rejected_steps"] for record in read_metrics(folder / "metrics.jsonl")
+    counted = {record["step"]: record["skipped_steps"] for record in read_metrics(folder / "metrics.jsonl")
                if record["kind"] == "step"}  # fmt: skip
     assert counted == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2, 6: 2}
 
@@ -250,7 +257,7 @@ def test_after_so_many_in_a_row_all_processes_end_with_a_code_and_the_batch_is_k
     server: Server, photos: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    flags = ["--data-path", photos, *SPOILT, "--max-rejected", "4", "--max-steps", "100"]
+    flags = ["--data-path", photos, *SPOILT, "--max-skipped-steps", "4", "--max-steps", "100"]
     run = server.start(folder, *flags, faults=[["record_images", str(tmp_path / "0")],
                                                ["together", ["record_images", str(tmp_path / "1")],
                                                 ["spoil", "loss", 3, 1000]]])  # fmt: skip
@@ -261,7 +268,7 @@ def test_after_so_many_in_a_row_all_processes_end_with_a_code_and_the_batch_is_k
     assert "Traceback" not in run.err()
     assert "4 steps in a row up to step 7 were not finite" in run.err()
     kept = json.loads((folder / "nonfinite.json").read_text())
-    assert (kept["step"], kept["epoch"], kept["seed"], kept["rejected_in_a_row"]) == (6, 0, 0, 4)
+    assert (kept["step"], kept["epoch"], kept["seed"], kept["skipped_in_a_row"]) == (6, 0, 0, 4)
     seen = images_by_step([tmp_path / "0", tmp_path / "1"])[6]
     assert [image for part in kept["images_by_forward_pass"] for image in part] == seen
     newest, _ = CheckpointFolder(folder).newest()
@@ -270,7 +277,7 @@ def test_after_so_many_in_a_row_all_processes_end_with_a_code_and_the_batch_is_k
     # Other settings get their whole patience again.
     changed = server.start(folder, *flags, "--max-steps", "8", "--lr", "1e-4", "--resume", "changed")
     assert changed.wait() == [0, 0], changed.err()
-    assert "carrying on after step 3 of 8" in changed.out()
+    assert "resuming after step 3 of 8" in changed.out()
 
 
 def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(
@@ -290,7 +297,7 @@ def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(
         "--clip-grad",
         "0",
     ]
-    run = server.start(folder, *flags, "--lr-reference-batch", "0", "--max-rejected", "3", "--max-steps", "20")
+    run = server.start(folder, *flags, "--lr-reference-batch", "0", "--max-skipped-steps", "3", "--max-steps", "20")
     assert run.wait() == [DIVERGED, DIVERGED], run.out() + run.err()
     assert f"python -m dino_xcit.nonfinite {folder}/nonfinite.pth" in run.err()
 
@@ -305,7 +312,7 @@ def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(
         assert "NOT FINITE" in line
         assert "first in " in line
         assert line.endswith("images " + ", ".join(map(str, images)))
-    assert "the step is rejected, as it was then" in again.stdout
+    assert "the step is skipped, as it was then" in again.stdout
 
     # A control: with weights that are well the same command says that it is not so.
     content = torch.load(folder / "nonfinite.pth", weights_only=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from dino_xcit.models import build_backbone
 from dino_xcit.runtime import distributed
-from dino_xcit.sync_batch_norm import SharedBatchNorm, share_batch_norm
+from dino_xcit.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,11 @@ def test_a_backbone_keeps_its_names_and_tensors_and_every_batchnorm_is_shared() 
     backbone = build_backbone("xcit_nano_12_p16")
     before = backbone.state_dict(keep_vars=True)
     norms = sum(isinstance(part, nn.BatchNorm2d) for part in backbone.modules())
-    shared = share_batch_norm(backbone)
+    shared = convert_sync_batch_norm(backbone)
     after = shared.state_dict(keep_vars=True)
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert sum(isinstance(part, SharedBatchNorm) for part in shared.modules()) == norms == 16
+    assert sum(isinstance(part, SyncBatchNorm) for part in shared.modules()) == norms == 16
     assert not any(isinstance(part, nn.BatchNorm2d) for part in shared.modules())
 
 
@@ -83,10 +83,10 @@ class WithActivation(nn.BatchNorm2d):
 
 def test_a_class_derived_from_batchnorm_keeps_what_it_does_besides() -> None:
     module = nn.Sequential(WithActivation(3), nn.BatchNorm2d(3, affine=False))
-    assert [type(part) for part in share_batch_norm(module)] == [WithActivation, nn.BatchNorm2d]
+    assert [type(part) for part in convert_sync_batch_norm(module)] == [WithActivation, nn.BatchNorm2d]
 
 
 def test_gpus_share_it_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     module = distributed.synchronise_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cuda"))
-    assert [type(part) for part in module.children()] == [SharedBatchNorm]
+    assert [type(part) for part in module.children()] == [SyncBatchNorm]

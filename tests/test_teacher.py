@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_run import CPU, differing_bits, run, steps, tensors_of, tiny_config
-from torch import nn
 
-from dino_xcit.teacher import start_as_copy, update_teacher
+from dino_xcit.methods.student_teacher import update_ema
 from dino_xcit.train import build_state
 
 
@@ -21,7 +20,7 @@ def tensors(seed: int) -> list[torch.Tensor]:
 def test_is_the_exponential_moving_average(momentum: float, accepted: bool | None) -> None:
     teacher, student = tensors(1), tensors(2)
     expected = [momentum * t.double() + (1 - momentum) * s.double() for t, s in zip(teacher, student, strict=True)]
-    update_teacher(teacher, student, momentum, None if accepted is None else torch.tensor(accepted))
+    update_ema(teacher, student, momentum, None if accepted is None else torch.tensor(accepted))
     for got, want in zip(teacher, expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
 
@@ -29,44 +28,33 @@ def test_is_the_exponential_moving_average(momentum: float, accepted: bool | Non
 def test_many_steps_follow_the_closed_form() -> None:
     teacher, student = [torch.zeros(3)], [torch.ones(3)]
     for _ in range(200):
-        update_teacher(teacher, student, 0.99)
+        update_ema(teacher, student, 0.99)
     torch.testing.assert_close(teacher[0].double(), torch.full((3,), 1 - 0.99**200, dtype=torch.float64))
 
 
 def test_a_rejected_step_leaves_the_bits() -> None:
     teacher, student = tensors(1), tensors(2)
     before = tensors_of(teacher)
-    update_teacher(teacher, student, 0.9, torch.tensor(False))
+    update_ema(teacher, student, 0.9, torch.tensor(False))
     assert differing_bits(before, tensors_of(teacher)) == []
 
 
 def test_the_student_is_not_touched() -> None:
     teacher, student = tensors(1), tensors(2)
-    update_teacher(teacher, student, 0.9, torch.tensor(True))
+    update_ema(teacher, student, 0.9, torch.tensor(True))
     assert differing_bits(tensors_of(tensors(2)), tensors_of(student)) == []
-
-
-def test_it_starts_as_a_copy_in_train_mode_without_gradients() -> None:
-    teacher, student = nn.BatchNorm1d(3).eval(), nn.BatchNorm1d(3)
-    with torch.no_grad():
-        student.weight.copy_(torch.randn(3))
-    student(torch.randn(8, 3))
-    start_as_copy(teacher, student)
-    assert differing_bits(tensors_of(dict(student.state_dict())), tensors_of(dict(teacher.state_dict()))) == []
-    assert teacher.training
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    with torch.no_grad():
-        student.weight.add_(1)
-    assert not torch.equal(teacher.weight, student.weight)  # a copy, not the same memory
 
 
 def test_a_run_starts_with_equal_networks_and_a_teacher_that_trains_only_by_the_average() -> None:
     state = build_state(tiny_config(), CPU)
     assert (
-        differing_bits(tensors_of(dict(state.student.state_dict())), tensors_of(dict(state.teacher.state_dict()))) == []
+        differing_bits(
+            tensors_of(dict(state.method.student.state_dict())), tensors_of(dict(state.method.teacher.state_dict()))
+        )
+        == []
     )
-    assert state.teacher.training
-    assert not any(parameter.requires_grad for parameter in state.teacher.parameters())
+    assert state.method.teacher.training
+    assert not any(parameter.requires_grad for parameter in state.method.teacher.parameters())
 
 
 def test_the_average_covers_parameters_and_the_statistics_are_the_teachers_own() -> None:
@@ -74,18 +62,18 @@ def test_the_average_covers_parameters_and_the_statistics_are_the_teachers_own()
     own global views, not an average with the student's."""
     config = tiny_config(momentum_teacher=0.9)
     state, _ = run(config, 0)
-    old = {name: value.double() for name, value in state.teacher.named_parameters()}
+    old = {name: value.double() for name, value in state.method.teacher.named_parameters()}
     (batch,) = next(steps(config, 0, 1))
     with torch.no_grad():
-        own = build_state(config, CPU).teacher
+        own = build_state(config, CPU).method.teacher
         own([(batch.crops[0] / 255 - 0.286) / 0.353])
     run(config, 1, state)
-    student = dict(state.student.named_parameters())
-    for name, value in state.teacher.named_parameters():
+    student = dict(state.method.student.named_parameters())
+    for name, value in state.method.teacher.named_parameters():
         expected = 0.9 * old[name] + 0.1 * student[name].detach().double()
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
-    student_buffers, own_buffers = dict(state.student.named_buffers()), dict(own.named_buffers())
-    for name, buffer in state.teacher.named_buffers():
+    student_buffers, own_buffers = dict(state.method.student.named_buffers()), dict(own.named_buffers())
+    for name, buffer in state.method.teacher.named_buffers():
         torch.testing.assert_close(buffer, own_buffers[name], rtol=1e-4, atol=1e-5, msg=name)
         if name.endswith("running_mean"):
             assert not torch.allclose(buffer, student_buffers[name], rtol=1e-4, atol=1e-5), name
@@ -95,6 +83,6 @@ def test_the_student_counts_a_batch_for_each_crop_size_and_the_teacher_one() -> 
     state, _ = run(tiny_config(), 3)
     counts = [
         {int(value) for name, value in network.named_buffers() if name.endswith("num_batches_tracked")}
-        for network in (state.student, state.teacher)
+        for network in (state.method.student, state.method.teacher)
     ]
     assert counts == [{6}, {3}]

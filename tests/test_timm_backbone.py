@@ -7,7 +7,7 @@ import torch
 from tiny_run import run, tiny_config
 
 from dino_xcit.errors import InputError
-from dino_xcit.models import DINOHead, ViewNetwork, build_backbone
+from dino_xcit.models import DINOHead, MultiCropWrapper, build_backbone
 
 # Class token, distilled pair of tokens, pooled map, map kept as [B, h, w, D], and maps that are widened after pooling.
 NAMES = [
@@ -29,7 +29,7 @@ def test_output_has_the_promised_shapes_at_both_crop_sizes(name: str) -> None:
         assert output.cls_token.shape == (2, model.embed_dim)
         assert output.patch_tokens.shape[:2] == (2, output.grid[0] * output.grid[1])
         assert output.grid == ((side + 31) // 32,) * 2 or output.grid == (side // 16,) * 2
-    features = ViewNetwork(model, DINOHead(int(model.embed_dim), 8, hidden_dim=4, bottleneck_dim=4))  # type: ignore[arg-type]
+    features = MultiCropWrapper(model, DINOHead(int(model.embed_dim), 8, hidden_dim=4, bottleneck_dim=4))  # type: ignore[arg-type]
     assert features([torch.randn(2, 3, 96, 96)]).logits.shape == (2, 8)
 
 
@@ -97,9 +97,8 @@ def test_a_timm_student_trains() -> None:
     state, results = run(config, 2)
     assert all(bool(result.accepted) for result in results)
     assert float(results[0].loss) > 0
-    assert not torch.equal(
-        state.student.backbone.state_dict()["model.cls_token"], state.teacher.backbone.state_dict()["model.cls_token"]
-    )
+    student, teacher = (net.backbone.state_dict() for net in (state.method.student, state.method.teacher))
+    assert not torch.equal(student["model.cls_token"], teacher["model.cls_token"])
 
 
 def test_an_unknown_timm_name_is_refused_with_near_matches() -> None:

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import differing_bits, run, tensors_of, tiny_config
+from tiny_run import differing_bits, run, save, tensors_of, tiny_config
 from torch import Tensor
 
-from dino_xcit.checkpoint import state as checkpoint
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
 from dino_xcit.models.xcit import XCIT_SIZES
@@ -72,10 +71,10 @@ def same(a: Any, b: Any) -> bool:
 def test_our_checkpoint_gives_the_network_asked_for(tmp_path: Path) -> None:
     config = tiny_config(output_dir=str(tmp_path), momentum_teacher=0.5, eval_crop=28, eval_resize=30)
     state, _ = run(config, 2)
-    path = checkpoint.save(state, config, steps_per_epoch=6)
+    path = save(state, config)
     teacher = load_backbone(path)
-    assert same(teacher.backbone.state_dict(), state.teacher.backbone.state_dict())
-    assert same(loaded(path, network="student"), state.student.backbone.state_dict())
+    assert same(teacher.backbone.state_dict(), state.method.teacher.backbone.state_dict())
+    assert same(loaded(path, network="student"), state.method.student.backbone.state_dict())
     assert teacher.network == "teacher"
     assert teacher.arch == ARCH
     assert teacher.data == "sample:fashion-mnist"
@@ -95,7 +94,7 @@ def test_the_backbone_is_frozen_and_in_eval_mode(tmp_path: Path) -> None:
 
 def test_checkpoint_and_backbone_file_of_a_run_have_the_same_hash(tmp_path: Path) -> None:
     config = tiny_config(output_dir=str(tmp_path))
-    path = checkpoint.save(run(config, 1)[0], config, steps_per_epoch=6)
+    path = save(run(config, 1)[0], config)
     whole, bare = load_backbone(path), load_backbone(tmp_path / "backbone.pth")
     assert whole.hash == bare.hash
     assert bare.network == "the only network"

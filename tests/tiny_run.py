@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.saver import on_cpu
+from dino_xcit.checkpoint.state import Run, content_of
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset, open_source
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
-from dino_xcit.train import Schedules, StepResult, TrainState, build_state, train_step
+from dino_xcit.optim import Schedules
+from dino_xcit.train import StepResult, TrainState, build_state, train_step
 
 CPU = torch.device("cpu")
 IMAGES = 48
@@ -78,6 +83,13 @@ def schedules_of(config: PretrainConfig) -> Schedules:
     return Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
 
 
+def save(state: TrainState, config: PretrainConfig, steps_per_epoch: int = 6) -> Path:
+    """Write the checkpoint of a state into ``config.output_dir``, as a run does; its ``checkpoint.pth``."""
+    folder = CheckpointFolder(Path(config.output_dir))
+    folder.write(on_cpu(content_of(state, Run(config, steps_per_epoch))))
+    return folder.latest
+
+
 def tensors_of(value: object, prefix: str = "") -> dict[str, Tensor]:
     """Every tensor (a copy) and number in nested mappings and sequences, by its path."""
     if isinstance(value, Tensor):
@@ -96,9 +108,7 @@ def learnt(state: TrainState) -> dict[str, Tensor]:
     """All that a step may change, but not the step's number, the count of rejections and the rates it was given."""
     return tensors_of(
         {
-            "student": state.student.state_dict(),
-            "teacher": state.teacher.state_dict(),
-            "loss": state.loss.state_dict(),
+            "method": state.method.state_dict(),
             "optimizer": state.optimizer.state_dict()["state"],
         }
     )

@@ -1,10 +1,11 @@
 """The checkpoints of one run on disk: each with a manifest, the newest that is whole, which of them are kept.
 
 OUTPUT_DIR/checkpoints/step00001200.pth    the state after that step
-OUTPUT_DIR/checkpoints/step00001200.json   its manifest: size, SHA-256, epoch, k-NN; written after it, so a
+OUTPUT_DIR/checkpoints/step00001200.json   its manifest: size, SHA-256, epoch, metric; written after it, so a
                                            checkpoint with a manifest is complete
-OUTPUT_DIR/checkpoint.pth                  another name of the newest     OUTPUT_DIR/best.pth   of the best by k-NN
-OUTPUT_DIR/backbone.pth                    the teacher's backbone alone, of the newest
+OUTPUT_DIR/checkpoint.pth                  another name of the newest
+OUTPUT_DIR/best.pth                        another name of the best by --best-metric
+OUTPUT_DIR/backbone.pth                    the evaluated backbone alone, of the newest
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Manifest:
     """Processes that trained it."""
     keep: bool = False
     """Whether it stays however old it is."""
-    knn_top1: float | None = None
-    """Percent, where it was measured."""
+    metric: float | None = None
+    """Value of --best-metric, where it was measured; higher is better."""
     written: float = 0.0
     """Seconds since 1970."""
 
@@ -68,7 +69,7 @@ class CheckpointFolder:
     # ---- writing
 
     def write(self, content: Mapping[str, Any], keep: bool = False) -> Manifest:
-        """Write a checkpoint (:func:`dino_xcit.checkpoint.content_of`), its manifest and its other names; then prune.
+        """Write :func:`dino_xcit.checkpoint.state.content_of`, its manifest and its other names; then prune.
 
         A crash at any moment leaves the checkpoint before this one, or this one, whole and found by :meth:`newest`.
 
@@ -98,19 +99,15 @@ class CheckpointFolder:
             atomic.give_name(self.folder / best.name, self.output_dir / BEST)
 
     def _give_names(self, path: Path, content: Mapping[str, Any]) -> None:
-        prefix = "backbone."
-        backbone = {
-            key.removeprefix(prefix): value for key, value in content["teacher"].items() if key.startswith(prefix)
-        }
-        atomic.write_torch(self.output_dir / BACKBONE, backbone)
+        atomic.write_torch(self.output_dir / BACKBONE, dict(content["backbone"]))
         atomic.give_name(path, self.latest)
 
-    def note_knn(self, step: int, knn_top1: float) -> None:
-        """Add a measured k-NN accuracy (percent) to a checkpoint's manifest; the best becomes ``best.pth``."""
+    def note_metric(self, step: int, value: float) -> None:
+        """Add the measured --best-metric to a checkpoint's manifest; the best becomes ``best.pth``."""
         manifests = {manifest.step: manifest for manifest in self.manifests()}
         if step not in manifests:
             return
-        manifests[step] = dataclasses.replace(manifests[step], knn_top1=knn_top1)
+        manifests[step] = dataclasses.replace(manifests[step], metric=value)
         self._write_manifest(manifests[step])
         best = _best(list(manifests.values()))
         if best is not None and best.step == step:
@@ -241,6 +238,6 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _best(manifests: list[Manifest]) -> Manifest | None:
-    """By k-NN accuracy; the later one of equals."""
-    measured = [manifest for manifest in manifests if manifest.knn_top1 is not None]
-    return max(measured, key=lambda m: (m.knn_top1 or 0.0, m.step), default=None)
+    """By --best-metric; the later one of equals."""
+    measured = [manifest for manifest in manifests if manifest.metric is not None]
+    return max(measured, key=lambda m: (m.metric, m.step), default=None)

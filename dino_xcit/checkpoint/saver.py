@@ -13,6 +13,7 @@ from torch import Tensor
 from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 
 
 @dataclass
@@ -35,16 +36,15 @@ class Saver:
     def __init__(self, folder: CheckpointFolder, tolerated: int) -> None:
         self.folder = folder
         self._tolerated = tolerated
-        self._say: Callable[[str], None] = print
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._under_way: list[_Job] = []
         self._saved_step = 0
         self._failed_in_a_row = 0
         self._why = ""
 
-    def begin(self, at_step: int, say: Callable[[str], None]) -> None:
+    def begin(self, at_step: int) -> None:
         """``at_step``: the step whose state is on the disk already; 0 for a fresh run, which has nothing to lose."""
-        self._saved_step, self._say = at_step, say
+        self._saved_step = at_step
 
     def __enter__(self) -> Saver:
         return self
@@ -57,13 +57,13 @@ class Saver:
 
     def save(self, content: Mapping[str, Any], keep: bool = False) -> None:
         """Copy ``content`` to the CPU and write it later. Waits for the save before this one: one copy at a time."""
-        self._wait()
+        self.wait()
         copy = on_cpu(content)
         self._under_way.append(_Job(int(content["step"]), self._thread.submit(self.folder.write, copy, keep), True))
 
-    def note_knn(self, step: int, knn_top1: float) -> None:
-        """As :meth:`CheckpointFolder.note_knn`, after that checkpoint is written."""
-        self._under_way.append(_Job(step, self._thread.submit(self.folder.note_knn, step, knn_top1), False))
+    def note_metric(self, step: int, value: float) -> None:
+        """As :meth:`CheckpointFolder.note_metric`, after that checkpoint is written."""
+        self._under_way.append(_Job(step, self._thread.submit(self.folder.note_metric, step, value), False))
 
     def look(self) -> None:
         """Say what came of the saves that have ended, without waiting for others."""
@@ -78,12 +78,12 @@ class Saver:
                 raise error  # a fault of ours
             why = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
             if not job.is_save:
-                self._say(f"warning: the k-NN of step {job.step} could not be written beside its checkpoint ({why})")
+                log.warning(f"the metric of step {job.step} could not be written beside its checkpoint ({why})")
                 continue
             self._failed_in_a_row += 1
             self._why = why
-            self._say(
-                f"warning: the checkpoint of step {job.step} could not be written ({self._why}); that is failure "
+            log.warning(
+                f"the checkpoint of step {job.step} could not be written ({self._why}); that is failure "
                 f"{self._failed_in_a_row} in a row of {self._tolerated} that end the run; the last one on the disk is "
                 f"that of step {self._saved_step}"
             )
@@ -94,10 +94,10 @@ class Saver:
         Raises:
             InputError: it cannot be written.
         """
-        self._wait()
+        self.wait()
         if self._saved_step != step:
             self.save(content(), keep)
-            self._wait()
+            self.wait()
         if self._saved_step != step:
             raise self.refusal()
 
@@ -110,21 +110,26 @@ class Saver:
         """What the run ends with where it cannot save."""
         return InputError(
             f"checkpoints cannot be written to {self.folder.output_dir} ({self._why}): mend that, "
-            f"then run the same command; it carries on after step {self._saved_step}"
+            f"then run the same command; it resumes after step {self._saved_step}"
         )
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until everything that was handed over is on the disk, or has failed."""
         for job in self._under_way:
             job.future.exception()
         self.look()
 
 
-def on_cpu(value: Any) -> Any:
-    """A copy of nested dictionaries, lists and tuples with every tensor copied to the CPU."""
+def on_cpu(value: Any, copies: dict[tuple[Any, ...], Tensor] | None = None) -> Any:
+    """A copy of nested dictionaries, lists and tuples with every tensor copied to the CPU, once each."""
+    copies = {} if copies is None else copies
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        same = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() == 0 or same not in copies:
+            copies[same] = value.detach().to("cpu", copy=True)
+        return copies[same]
     if isinstance(value, Mapping):
-        return {key: on_cpu(inner) for key, inner in value.items()}
+        return {key: on_cpu(inner, copies) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(on_cpu(inner) for inner in value)
+        return type(value)(on_cpu(inner, copies) for inner in value)
     return value

@@ -1,8 +1,8 @@
-"""What a checkpoint holds, and how a run is put back to where it was.
+"""What a checkpoint holds, and how a run is restored from it.
 
-How it gets to the disk and back: :mod:`dino_xcit.checkpoint.folder`. The keys are DINO's (``student``,
-``teacher``, ``optimizer``, ``epoch``, ``args``, ``dino_loss``), so that tools which read DINO's files read these; all
-values are tensors and plain Python values.
+How it gets to the disk and back: :mod:`dino_xcit.checkpoint.folder`. The keys of a DINO run are the reference's
+(``student``, ``teacher``, ``optimizer``, ``epoch``, ``args``, ``dino_loss``), so that tools which read its files read
+these; all values are tensors and plain Python values.
 """
 
 from __future__ import annotations
@@ -10,87 +10,93 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
+from dino_xcit.observers import Observers
 from dino_xcit.runtime import distributed
 from dino_xcit.train import TrainState
 
-FORMAT = "dino-xcit-1"
+FORMAT = "dino-xcit-2"
 
 
-def global_batch(config: PretrainConfig) -> int:
-    """Images a step, over all processes and accumulated forward passes."""
-    return config.batch_size_per_gpu * config.accumulation_steps * distributed.world_size()
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step of a run to its last."""
+
+    config: PretrainConfig
+    steps_per_epoch: int
+    images: str = ""
+    """:func:`dino_xcit.data.source.identity` of the training images."""
+
+    @property
+    def global_batch(self) -> int:
+        """Images a step, over all ranks and forward passes."""
+        return self.config.batch_size_per_gpu * self.config.accumulation_steps * distributed.world_size()
 
 
-def content_of(state: TrainState, config: PretrainConfig, steps_per_epoch: int, images: str = "") -> dict[str, Any]:
-    """What a checkpoint holds; ``images``: :func:`dino_xcit.data.source.identity` of what is learnt from."""
-    return {
+def content_of(state: TrainState, run: Run, observers: Observers | None = None) -> dict[str, Any]:
+    """What a checkpoint holds. The tensors are the state's own: copy them before the next step.
+
+    Raises:
+        ValueError: the method's ``state_dict`` has one of the other keys.
+    """
+    method = state.method.state_dict()
+    content = {
         "format": FORMAT,
-        "student": state.student.state_dict(),
-        "teacher": state.teacher.state_dict(),
+        "backbone": state.method.eval_backbone.state_dict(),
         "optimizer": state.optimizer.state_dict(),
-        "dino_loss": state.loss.state_dict(),
         "fp16_scaler": state.scaler.state_dict(),
-        "rejected": state.rejected,
-        "rejected_in_a_row": state.rejected_in_a_row,
+        "skipped_steps": state.skipped_steps,
+        "skipped_in_a_row": state.skipped_in_a_row,
         "step": state.step,
-        "epoch": state.step // steps_per_epoch,
-        "steps_per_epoch": steps_per_epoch,
-        "global_batch": global_batch(config),
+        "epoch": state.step // run.steps_per_epoch,
+        "steps_per_epoch": run.steps_per_epoch,
+        "global_batch": run.global_batch,
         "world_size": distributed.world_size(),
-        "images": images,
-        "args": {name: _plain(value) for name, value in dataclasses.asdict(config).items()},
-        "eval_transform": {name: _plain(value) for name, value in config.eval_transform().to_dict().items()},
+        "images": run.images,
+        "observers": observers.state_dict() if observers else {},
+        "args": {name: _plain(value) for name, value in dataclasses.asdict(run.config).items()},
+        "eval_transform": {name: _plain(value) for name, value in run.config.eval_transform().to_dict().items()},
+        "method_keys": sorted(method),
     }
+    if taken := method.keys() & content.keys():
+        raise ValueError(f"the method's state_dict has the keys {', '.join(sorted(taken))}, which checkpoints need")
+    return method | content
 
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def save(state: TrainState, config: PretrainConfig, steps_per_epoch: int, keep: bool = False) -> Path:
-    """Write the state into the output directory and wait for it; where ``checkpoint.pth`` is. For the main process.
-
-    A run writes beside its training instead: :class:`dino_xcit.checkpoint.saver.Saver`.
-    """
-    folder = CheckpointFolder(Path(config.output_dir), config.keep_last)
-    folder.write(content_of(state, config, steps_per_epoch), keep)
-    return folder.latest
-
-
-def restore(state: TrainState, content: Mapping[str, Any], path: Path) -> None:
+def restore(state: TrainState, content: Mapping[str, Any], path: Path, observers: Observers | None = None) -> None:
     """Load a checkpoint into a state built with the same settings.
 
     Raises:
         InputError: parts are missing, or shapes differ.
     """
-    missing = [key for key in ("student", "teacher", "optimizer", "dino_loss", "step") if key not in content]
-    if missing:
-        raise InputError(f"{path} is not a checkpoint of run_pretrain.py: it lacks {', '.join(missing)}")
     try:
-        state.student.load_state_dict(content["student"])
-        state.teacher.load_state_dict(content["teacher"])
-        state.loss.load_state_dict(content["dino_loss"])
+        state.method.load_state_dict({key: content[key] for key in content["method_keys"]})
         state.optimizer.load_state_dict(content["optimizer"])
-        if state.scaler.is_enabled() and content.get("fp16_scaler"):  # empty: written in another precision
+        if state.scaler.is_enabled() and content["fp16_scaler"]:  # empty: written in another precision
             state.scaler.load_state_dict(content["fp16_scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        state.step = int(content["step"])
+        state.skipped_steps.copy_(content["skipped_steps"])
+        state.skipped_in_a_row.copy_(content["skipped_in_a_row"])
+        if observers:
+            observers.load_state_dict(content["observers"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         lines = " ".join(str(error).split())
         raise InputError(f"{path} does not fit this run: {lines[:300]}") from error
-    state.step = int(content["step"])
-    state.rejected.copy_(torch.as_tensor(content.get("rejected", 0)))
-    state.rejected_in_a_row.copy_(torch.as_tensor(content.get("rejected_in_a_row", 0)))
 
 
 def hash_content(content: Mapping[str, Any]) -> str:
-    """SHA-256 over all that training changes: networks, optimizer, centre, scale, counts and step; not the settings."""
+    """SHA-256 over all that training changes: networks, optimizer, loss, scale, counts and step; not the settings."""
     digest = hashlib.sha256()
 
     def add(path: str, value: object) -> None:
@@ -107,6 +113,6 @@ def hash_content(content: Mapping[str, Any]) -> str:
         else:
             digest.update(f"{path} {value!r}\n".encode())
 
-    learnt = ("student", "teacher", "optimizer", "dino_loss", "fp16_scaler", "rejected", "rejected_in_a_row", "step")
-    add("", {key: content[key] for key in learnt})
+    learnt = ("optimizer", "fp16_scaler", "skipped_steps", "skipped_in_a_row", "step", "observers")
+    add("", {key: content[key] for key in (*content["method_keys"], *learnt)})
     return digest.hexdigest()

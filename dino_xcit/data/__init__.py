@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 
 from dino_xcit.data import files
@@ -15,7 +17,7 @@ from dino_xcit.data.folder import open_folder, open_list
 from dino_xcit.data.imagenet import open_imagenet
 from dino_xcit.data.parquet import is_folder_of_parquet, open_parquet
 from dino_xcit.data.sample import ArraySource, open_sample
-from dino_xcit.data.source import Source, Subset
+from dino_xcit.data.source import MinimalSource, Source, Subset, completed
 from dino_xcit.data.tar import open_tar
 from dino_xcit.errors import InputError
 
@@ -27,6 +29,7 @@ __all__ = [
     "decode",
     "open_parts",
     "open_source",
+    "register_source",
 ]
 
 FORMS = (
@@ -37,6 +40,25 @@ NAMED = ("sample:", "torchvision:", "imagenet:")
 """Sets by their names, which have a training and a validation part."""
 FILES = ("tar:", "parquet:")
 """Sets by a pattern of the files of one part."""
+
+Open = Callable[[str, str | None], MinimalSource]
+_REGISTERED: dict[str, Open] = {}
+
+
+def register_source(scheme: str, open: Open) -> None:
+    """Make ``--data-path scheme:REST`` call ``open(REST, part)``, with ``train``, ``val`` or None for the part.
+
+    Args:
+        open: returns an object with ``len``, ``read(index) -> (bytes or pixels, label or None)`` and ``name(index)``;
+            the other attributes of :class:`Source` where it has them. Loader processes share it, so it holds no open
+            files.
+
+    Raises:
+        ValueError: the scheme is taken.
+    """
+    if f"{scheme}:" in (*NAMED, *FILES) or scheme in _REGISTERED or scheme in fsspec.available_protocols():
+        raise ValueError(f"scheme {scheme!r} is taken: choose another name")
+    _REGISTERED[scheme] = open
 
 
 def open_source(url: str, part: str | None = None) -> Source:
@@ -60,6 +82,8 @@ def open_source(url: str, part: str | None = None) -> Source:
     if not url.strip():  # an unset variable of a shell; as a path it would be the folder one is in
         raise InputError(f"no data given: expected {FORMS}")
     scheme, colon, rest = url.partition(":")
+    if colon and scheme in _REGISTERED:
+        return completed(_REGISTERED[scheme](rest, part), url)
     if colon and scheme in ("sample", "torchvision"):
         name, _, named_part = rest.partition("/")
         chosen = named_part or part or "train"
@@ -83,7 +107,8 @@ def open_source(url: str, part: str | None = None) -> Source:
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = f"known forms: {FORMS}" if colon and "/" not in scheme else "check the path"
+        forms = ", ".join([FORMS, *(f"{name}:..." for name in _REGISTERED)])
+        hint = f"known forms: {forms}" if colon and "/" not in scheme else "check the path"
         raise InputError(f"no data at {url!r}: there is no such file or folder; {hint}") from error
     except (OSError, ValueError) as error:  # no permission; a zero byte
         raise files.explained(str(path), error) from error
@@ -122,7 +147,7 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         InputError: a part is missing, has no labels, or the two disagree about their classes.
     """
     if data is not None:
-        if data.startswith(NAMED):
+        if _has_parts(data):
             data = data.removesuffix("/train").removesuffix("/val")
         elif not data.startswith(FILES):
             data = _above_its_parts(data)
@@ -166,7 +191,7 @@ def _has_parts(url: str) -> bool:
     """Whether a set that is no folder of images holds both parts."""
     if url.startswith("parquet:"):
         return is_folder_of_parquet(url.removeprefix("parquet:"))
-    return url.startswith(NAMED)
+    return url.startswith(NAMED) or url.partition(":")[0] in _REGISTERED
 
 
 def _above_its_parts(data: str) -> str:

@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from dino_xcit.data.loader import be_a_loader_process, choose_workers
+from dino_xcit.data.loader import choose_workers
 from dino_xcit.data.socket_folder import share_socket_folder
 from dino_xcit.data.source import Source
+from dino_xcit.data.worker import set_up_worker
 from dino_xcit.errors import InputError
 
 Result = TypeVar("Result")
@@ -70,7 +71,7 @@ def each_image(
         prefetch_factor=_PIECES_A_WORKER,
         # Starts at once, and shares the million names of a source with its children.
         multiprocessing_context="fork" if sys.platform == "linux" else None,
-        worker_init_fn=partial(be_a_loader_process, os.getpid()),
+        worker_init_fn=partial(set_up_worker, os.getpid()),
     )
     done = 0
     try:

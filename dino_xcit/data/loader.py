@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import ctypes
+import itertools
 import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,11 +20,12 @@ from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
 from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
-from dino_xcit.data.socket_folder import share_socket_folder
 from dino_xcit.data.source import Source
+from dino_xcit.data.worker import worker_init
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime import watchdog
 from dino_xcit.runtime.logging import counted
-from dino_xcit.runtime.memory import keep_freed_memory
 
 Key = tuple[int, int]
 """(epoch, index in the source)."""
@@ -37,7 +33,7 @@ Key = tuple[int, int]
 Seconds = tuple[float, float, float]
 """Time for reading, decoding and augmenting, in the process that does it."""
 
-# PyTorch's advice, said twice, where there are more loader processes than cores: dino_xcit.data.starvation measures
+# PyTorch's advice, said twice, where there are more loader processes than cores: dino_xcit.data.load_monitor measures
 # whether they are too few, and many wait for a slow disk better than few.
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
@@ -70,6 +66,8 @@ class Batch:
     epoch: int
     indices: Tensor
     """[B] int64, which images of the source these are."""
+    labels: Tensor | None = None
+    """[B] int64, where the source has labels. Methods do not read them; observers may."""
     unreadable: list[Unreadable] = field(default_factory=list)
     """Images that should have been in this batch, and that others stand in for."""
     seconds: Seconds = (0.0, 0.0, 0.0)
@@ -80,14 +78,18 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by the loader where batches go to a GPU."""
-        return replace(self, crops=[crop.pin_memory() for crop in self.crops], indices=self.indices.pin_memory())
+        labels = None if self.labels is None else self.labels.pin_memory()
+        crops = [crop.pin_memory() for crop in self.crops]
+        return replace(self, crops=crops, indices=self.indices.pin_memory(), labels=labels)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device, its views finished; from pinned memory without waiting."""
         crops = [crop.to(device, non_blocking=True) for crop in self.crops]
         if self.unfinished is not None:
             crops = [finish_views(crop, rows) for crop, rows in zip(crops, self.unfinished, strict=True)]
-        return replace(self, crops=crops, indices=self.indices.to(device, non_blocking=True), unfinished=None)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        indices = self.indices.to(device, non_blocking=True)
+        return replace(self, crops=crops, indices=indices, labels=labels, unfinished=None)
 
 
 class MultiCropDataset(Dataset[Batch]):
@@ -121,13 +123,14 @@ class MultiCropDataset(Dataset[Batch]):
         places = [group.numpy() for group in crops]
         leave = bool(self.finish_on_device)
         indices: list[int] = []
+        labels: list[int | None] = []
         unreadable: list[Unreadable] = []
         spent = np.zeros(3)
         for place, (epoch, index) in enumerate(keys):
             found = self._read(epoch, index, unreadable, spent)
             if isinstance(found, UndecodableImage):
                 return found
-            candidate, picture = found
+            candidate, label, picture = found
             began = time.perf_counter()
             self._maker.load(picture)
             # Keyed by the place in the order, not by the image: a substitute's own turn gives it other views.
@@ -140,12 +143,14 @@ class MultiCropDataset(Dataset[Batch]):
             self._maker.release()
             del picture, found  # before the next one is decoded: they may be large
             indices.append(candidate)
+            labels.append(label)
             spent[2] += time.perf_counter() - began
         return Batch(
             [group.flatten(0, 1) for group in crops],
             [len(group) for group in self.groups],
             keys[0][0],
             torch.tensor(indices),
+            None if None in labels else torch.tensor(labels),
             unreadable,
             (float(spent[0]), float(spent[1]), float(spent[2])),
             [group.flatten(0, 1) for group in rows] if leave else None,
@@ -153,13 +158,13 @@ class MultiCropDataset(Dataset[Batch]):
 
     def _read(
         self, epoch: int, index: int, unreadable: list[Unreadable], spent: NDArray[np.float64]
-    ) -> tuple[int, NDArray[np.uint8]] | UndecodableImage:
-        """An image, or what stands in for it, decoded; and which one it is."""
+    ) -> tuple[int, int | None, NDArray[np.uint8]] | UndecodableImage:
+        """Which image, or which one in its place, its label, and its pixels."""
         bad: list[Unreadable] = []
         for candidate in self._candidates(epoch, index):
             began = time.perf_counter()
             try:
-                item, _ = self.source.read(candidate)
+                item, label = self.source.read(candidate)
                 read = time.perf_counter()
                 picture = decode_pixels(item, self.source.name(candidate))
             except InputError as error:
@@ -168,7 +173,7 @@ class MultiCropDataset(Dataset[Batch]):
                 continue
             spent[:2] += (read - began, time.perf_counter() - read)
             unreadable += bad
-            return candidate, picture
+            return candidate, label, picture
         # Handed over rather than raised: a loader process would bury the sentence in a traceback.
         return UndecodableImage(
             f"{bad[0].name} cannot be read ({bad[0].cause}), and neither can {SUBSTITUTES} other images "
@@ -211,6 +216,18 @@ class StepSampler(Sampler[list[Key]]):
                 f"{length} images are fewer than one global batch of {self.global_batch}: lower --batch-size-per-gpu "
                 f"to at most {max(1, length // (accumulation_steps * world_size))}"
             )
+
+    def epochs(self, step: int) -> int:
+        """The 0-based epoch of the last of ``step`` steps done."""
+        return (step - 1) // self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch is over after ``step`` steps."""
+        return step % self.steps_per_epoch == 0
+
+    def ends_run(self, step: int) -> bool:
+        """Whether the run is over after ``step`` steps."""
+        return step >= self.stop_step
 
     def __len__(self) -> int:
         return max(0, self.stop_step - self.start_step) * self.accumulation_steps
@@ -256,10 +273,14 @@ class Loader:
 
     def __init__(self, dataset: MultiCropDataset, sampler: StepSampler, num_workers: int, device: torch.device) -> None:
         self._dataset, self._device = dataset, device
+        self.waited = 0.0
+        """Seconds that the last step waited for its images."""
         began = time.perf_counter()
         dataset.augmentation.compile()  # here, rather than in every process
-        self.compile_seconds = time.perf_counter() - began
-        """What compiling, or loading what an earlier run compiled, took."""
+        if (took := time.perf_counter() - began) > 2:
+            log.info(f"compiled the augmentation in {took:.0f} s (kept for later runs where it can be)")
+        self.relieve: Callable[[], None] | None = None
+        """Moves work of the loader's processes to the device, where that is possible."""
         others = multiprocessing.active_children()
         self._batches: Iterator[Batch | UndecodableImage] = iter(
             DataLoader(
@@ -268,7 +289,7 @@ class Loader:
                 num_workers=num_workers,
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
                 pin_memory=device.type == "cuda",
-                worker_init_fn=loader_process_setup() if num_workers else None,
+                worker_init_fn=worker_init() if num_workers else None,
             )
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -283,6 +304,17 @@ class Loader:
         self._batches = iter(())  # PyTorch asks them to end, and waits some seconds
         for process in self._processes:
             process.kill()  # one that waits for a disk does not hear, and Python would wait for it
+
+    def steps(self, passes: int) -> Iterator[list[Batch]]:
+        """The forward passes of each step, ``passes`` at a time; :attr:`waited` is the time that a step waited."""
+        while True:
+            watchdog.phase("waiting for images")
+            began = time.perf_counter()
+            batches = list(itertools.islice(self, passes))
+            self.waited = time.perf_counter() - began
+            if not batches:
+                return
+            yield batches
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -303,7 +335,7 @@ class Loader:
             batch = batch.to(self._device)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        for tensor in (*batch.crops, batch.indices):
+        for tensor in (*batch.crops, batch.indices, *([] if batch.labels is None else [batch.labels])):
             tensor.record_stream(current)  # its memory is not for the other stream while this one reads it
         return batch
 
@@ -315,50 +347,23 @@ def build_loader(
     seed: int,
     num_workers: int,
     device: torch.device,
+    augment_device: str = "cpu",
 ) -> Loader:
-    """A loader of ``source``'s views."""
-    return Loader(MultiCropDataset(source, augmentation, seed), sampler, num_workers, device)
+    """A loader of ``source``'s views; ``augment_device`` as in :class:`dino_xcit.config.PretrainConfig`.
+
+    Raises:
+        InputError: views are to be finished on a GPU, but training is on the CPU.
+    """
+    if augment_device == "cuda" and device.type != "cuda":
+        raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device auto or cpu")
+    loader = Loader(MultiCropDataset(source, augmentation, seed), sampler, num_workers, device)
+    if augment_device == "cuda":
+        loader.finish_on_device()
+    elif augment_device == "auto" and device.type == "cuda":
+        loader.relieve = loader.finish_on_device
+    return loader
 
 
 def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:
     """The dataset makes whole batches: nothing to collate."""
     return batch
-
-
-def _end_deaf_processes() -> None:
-    """At the program's end multiprocessing sends SIGTERM to what it has started, and waits: for ever, for ours."""
-    deaf = [process for process in multiprocessing.active_children() if process.daemon]
-    if deaf and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with it PyTorch's loader would raise their deaths, here
-    for process in deaf:
-        process.kill()
-
-
-atexit.register(_end_deaf_processes)  # after multiprocessing's own, so that it comes first
-
-
-def loader_process_setup() -> Callable[[int], None]:
-    """What a DataLoader's ``worker_init_fn`` shall be: :func:`be_a_loader_process`. Call it before they begin.
-
-    Its parent is this process, or, as of Python 3.14 by default, a server that ends when this process does.
-    """
-    share_socket_folder()
-    return partial(be_a_loader_process, os.getpid() if multiprocessing.get_start_method() == "fork" else None)
-
-
-def be_a_loader_process(parent: int | None, _: int) -> None:
-    """Set up a process that reads images: one thread, deaf to signals that are meant for the run, gone with its parent.
-
-    Gone with the thread that started it, to be exact: where that ends early, so does this process. Slurm and terminals
-    send their signals to every process of a job; one that dies of it takes the run along before that could save.
-    """
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if sys.platform == "linux":
-        die_with_parent = 1  # PR_SET_PDEATHSIG, of prctl(2): a parent killed by SIGKILL cannot clean up
-        ctypes.CDLL(None, use_errno=True).prctl(die_with_parent, signal.SIGKILL)
-        if parent is not None and os.getppid() != parent:  # it died just before that
-            os._exit(1)

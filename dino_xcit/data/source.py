@@ -42,6 +42,43 @@ class Source(Protocol):
         ...
 
 
+class MinimalSource(Protocol):
+    """What a source cannot do without."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Item, int | None]:
+        """See :meth:`Source.read`."""
+        ...
+
+    def name(self, index: int) -> str:
+        """See :meth:`Source.name`."""
+        ...
+
+
+def completed(source: MinimalSource, url: str) -> Source:
+    """A source with every attribute of :class:`Source`; without ``labels`` it has none for evaluators."""
+    return source if isinstance(source, Source) else _Completed(source, url)
+
+
+class _Completed:
+    def __init__(self, source: MinimalSource, url: str) -> None:
+        self._source, self.url = source, getattr(source, "url", url)
+        labels = getattr(source, "labels", None)
+        self.labels: NDArray[np.int64] | None = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.classes: tuple[str, ...] | None = getattr(source, "classes", None)
+        if self.labels is not None and self.classes is None:
+            self.classes = tuple(map(str, range(int(self.labels.max(initial=-1)) + 1)))
+        self.read, self.name = source.read, source.name
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def fingerprint(self) -> str:
+        names = (self.name(index) for index in range(len(self)))
+        return hash_lines((*names, *(map(str, self.labels.tolist()) if self.labels is not None else ())))
+
+
 def hash_lines(lines: Iterable[str]) -> str:
     """SHA-256 over text lines, in hexadecimal."""
     digest = hashlib.sha256()

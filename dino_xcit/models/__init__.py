@@ -2,59 +2,95 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from dino_xcit.errors import InputError, near_matches
 from dino_xcit.models.head import DINOHead
-from dino_xcit.models.multicrop import StudentOutput, ViewNetwork
+from dino_xcit.models.multicrop import MultiCropOutput, MultiCropWrapper
 from dino_xcit.models.output import BackboneOutput
 from dino_xcit.models.xcit import PATCH_SIZES, XCIT_SIZES, XCiT
 
 __all__ = [
     "BackboneOutput",
     "DINOHead",
-    "StudentOutput",
-    "ViewNetwork",
+    "MultiCropOutput",
+    "MultiCropWrapper",
     "XCiT",
     "backbone_names",
     "build_backbone",
+    "is_registered",
+    "register_backbone",
 ]
 
 
 def backbone_names() -> list[str]:
-    """Every name of an XCiT that :func:`build_backbone` knows; the others are ``vit_...`` and ``timm:NAME``."""
+    """Every name of an XCiT that :func:`build_backbone` knows."""
     return [f"{size}_p{patch}" for size in XCIT_SIZES for patch in PATCH_SIZES]
 
 
-def build_backbone(name: str, drop_path_rate: float = 0.0) -> nn.Module:
+_REGISTERED: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_backbone(name: str, build: Callable[..., nn.Module]) -> None:
+    """Make ``--arch name`` call ``build(**kw)``.
+
+    Args:
+        build: returns a module with ``embed_dim`` and ``forward(images: [B, 3, H, W], layers=()) -> BackboneOutput``,
+            the same in train and eval mode. It takes ``drop_path_rate`` if it is to be trained with one. If its
+            ``forward`` takes ``drop_path_keys`` ([B] int64), it gets keys that follow from (seed, epoch, image, view).
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _REGISTERED or name in backbone_names() or name.startswith(("timm:", "vit_")):
+        raise ValueError(f"backbone {name!r} is taken: choose another name")
+    _REGISTERED[name] = build
+
+
+def is_registered(name: object) -> bool:
+    """Whether :func:`register_backbone` was given this name."""
+    return name in _REGISTERED
+
+
+def build_backbone(name: str, **kw: Any) -> nn.Module:
     """A fresh backbone.
 
     Args:
         name: an official XCiT name such as ``xcit_small_12_p16`` (nano_12, tiny_12, tiny_24, small_12, small_24,
             medium_24, large_24, with p8, p16 and here also p4), this project's ``xcit_pico_4`` and ``xcit_micro_4``
-            for small images; a vision transformer such as ``vit_small_12_p16`` (:mod:`dino_xcit.models.vit`); or
-            ``timm:NAME``.
-        drop_path_rate: stochastic depth while training, 0 <= rate < 1.
-
-    Returns:
-        A module with ``embed_dim`` and ``forward(images, layers=(), drop_path_keys=None) -> BackboneOutput``.
+            for small images; a vision transformer such as ``vit_small_12_p16`` (:mod:`dino_xcit.models.vit`);
+            ``timm:NAME``; or a name given to :func:`register_backbone`.
+        kw: ``drop_path_rate``, stochastic depth while training, 0 <= rate < 1; a registered backbone may take others.
 
     Raises:
-        InputError: the name is not known; near matches are given.
+        InputError: the name is not known (near matches are given), or a registered backbone takes no drop_path_rate.
     """
+    if name in _REGISTERED:
+        if kw.get("drop_path_rate") and not _takes(_REGISTERED[name], "drop_path_rate"):
+            raise InputError(f"backbone {name} has no stochastic depth: give --drop-path-rate 0")
+        return _REGISTERED[name](**kw)
     if name.startswith("timm:"):
         from dino_xcit.models.timm_backbone import build_timm  # timm takes a second to import
 
-        return build_timm(name.removeprefix("timm:"), drop_path_rate)
+        return build_timm(name.removeprefix("timm:"), **kw)
     if name.startswith("vit_"):
         from dino_xcit.models.vit import build_vit
 
-        return build_vit(name, drop_path_rate)
+        return build_vit(name, **kw)
     size, _, patch = name.rpartition("_p")
     if size not in XCIT_SIZES or patch not in {str(p) for p in PATCH_SIZES}:
         raise InputError(
-            f"unknown arch {name!r}{near_matches(name, backbone_names())} "
-            f"(known: {', '.join(XCIT_SIZES)}, each with _p4, _p8 or _p16; vit_small_12_p16 and the like; or "
-            "timm:NAME)"
+            f"unknown arch {name!r}{near_matches(name, [*backbone_names(), *_REGISTERED])} "
+            f"(known: {', '.join([*XCIT_SIZES, *_REGISTERED])}, the first with _p4, _p8 or _p16; vit_small_12_p16 "
+            "and the like; or timm:NAME)"
         )
-    return XCiT(XCIT_SIZES[size], int(patch), drop_path_rate)
+    return XCiT(XCIT_SIZES[size], int(patch), **kw)
+
+
+def _takes(build: Callable[..., nn.Module], name: str) -> bool:
+    parameters = inspect.signature(build).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)

@@ -65,26 +65,16 @@ class Prototypes(nn.Module):
         return logits
 
 
-class DINOHead(nn.Module):
-    """Backbone features [B, D] to logits over prototypes [B, K].
+class ProjectionHead(nn.Module):
+    """Backbone features [B, D] to unit vectors [B, bottleneck_dim].
 
     Args:
         in_dim: D, the backbone's ``embed_dim``.
-        out_dim: K.
         use_bn: BatchNorm after the hidden layers (``--use_bn_in_head``).
-        norm_last_layer: freeze the prototypes' lengths at 1.
         hidden_dim, bottleneck_dim: 2048 and 256 in every published model.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        use_bn: bool = False,
-        norm_last_layer: bool = True,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-    ) -> None:
+    def __init__(self, in_dim: int, use_bn: bool = False, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for width in (in_dim, hidden_dim):
@@ -98,10 +88,34 @@ class DINOHead(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.last_layer = Prototypes(bottleneck_dim, out_dim, train_length=not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mlp(x)
         # Unit length is a sum over 256 products: float32 at least, also under autocast.
-        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-        return self.last_layer(x)
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+class DINOHead(ProjectionHead):
+    """Backbone features [B, D] to logits over prototypes [B, K].
+
+    Args:
+        out_dim: K.
+        norm_last_layer: freeze the prototypes' lengths at 1.
+        in_dim, use_bn, hidden_dim, bottleneck_dim: of :class:`ProjectionHead`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__(in_dim, use_bn, hidden_dim, bottleneck_dim)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim, train_length=not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last_layer(super().forward(x))
+        return logits

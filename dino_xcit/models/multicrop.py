@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,39 +10,41 @@ import torch
 from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
-from dino_xcit.models.head import DINOHead
 
 
-class StudentOutput(NamedTuple):
-    """What :class:`ViewNetwork` returns; rows are view-major: all samples of view 0, then of view 1, ..."""
+class MultiCropOutput(NamedTuple):
+    """What :class:`MultiCropWrapper` returns; rows are view-major: all samples of view 0, then of view 1, ..."""
 
     logits: Tensor
-    """[V * B, K]."""
+    """[V * B, K], of the head."""
     features: Tensor
     """[V * B, D], the backbone's class tokens."""
 
 
-class ViewNetwork(nn.Module):
+class MultiCropWrapper(nn.Module):
     """Backbone and head: student and teacher are one of these each.
 
     The backbone runs once for each crop size, so that BatchNorm sees each size apart; the head runs once over all.
     """
 
-    def __init__(self, backbone: nn.Module, head: DINOHead) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
+        self._takes_keys = "drop_path_keys" in inspect.signature(backbone.forward).parameters
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: Sequence[Tensor], drop_path_keys: Sequence[Tensor | None] | None = None) -> StudentOutput:
+    def forward(
+        self, crops: Sequence[Tensor], drop_path_keys: Sequence[Tensor | None] | None = None
+    ) -> MultiCropOutput:
         """``crops``: one tensor a crop size, [views of that size * B, 3, size, size]; keys to match, or None."""
         if drop_path_keys is None:
             drop_path_keys = [None] * len(crops)
         features = torch.cat([self._features(crop, keys) for crop, keys in zip(crops, drop_path_keys, strict=True)])
-        return StudentOutput(self.head(features), features)
+        return MultiCropOutput(self.head(features), features)
 
     def _features(self, crops: Tensor, keys: Tensor | None) -> Tensor:
         try:
-            cls_token: Tensor = self.backbone(crops, drop_path_keys=keys).cls_token
+            output = self.backbone(crops, drop_path_keys=keys) if self._takes_keys else self.backbone(crops)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -49,4 +52,4 @@ class ViewNetwork(nn.Module):
                 f"BatchNorm needs more than one value: a single crop of {crops.shape[-1]} px makes one token; raise "
                 "--batch-size-per-gpu, or the size or number of the crops"
             ) from error
-        return cls_token
+        return output.cls_token

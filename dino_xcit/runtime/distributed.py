@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from dino_xcit.errors import LESS_MEMORY, LOST, InputError, RunStopped, run_main
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
-from dino_xcit.sync_batch_norm import not_shared, share_batch_norm
+from dino_xcit.sync_batch_norm import convert_sync_batch_norm, not_synchronised
 
 
 def rank() -> int:
@@ -40,6 +40,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes the run has; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    return rank(), world_size()
 
 
 def is_main() -> bool:
@@ -213,13 +218,39 @@ def gather_rows(rows: Tensor) -> Tensor:
 T = TypeVar("T")
 
 
-def main_decides(found: T) -> T:
+def broadcast_from_main(found: T) -> T:
     """What the main process found (an error's sentence, a path, None), on every process."""
     if world_size() == 1:
         return found
     box = [found]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T], cannot: str = "", remedy: str = "") -> T:
+    """What ``work`` returns on the main process, on every process. Every process calls it.
+
+    Args:
+        cannot, remedy: the beginning and the end of the sentence that an OSError becomes; empty: it is raised as it is.
+
+    Raises:
+        InputError: of ``work``, on every process.
+    """
+    found: T | None = None
+    refusal = None
+    if is_main():
+        try:
+            found = work()
+        except InputError as error:
+            refusal = str(error)
+        except OSError as error:
+            if not cannot:
+                raise
+            refusal = f"{cannot}: {error.strerror or error}; {remedy}"
+    refusal, found = broadcast_from_main((refusal, found))
+    if refusal:
+        raise InputError(refusal)
+    return found  # type: ignore[return-value]
 
 
 def gather_objects(own: T) -> list[T]:
@@ -239,7 +270,7 @@ def ranks_without(path: Path) -> str:
     """
     if world_size() == 1:
         return ""
-    expected, until = main_decides(_first_bytes(path)), time.monotonic() + 5
+    expected, until = broadcast_from_main(_first_bytes(path)), time.monotonic() + 5
     while (found := _first_bytes(path)) != expected and time.monotonic() < until:
         with contextlib.suppress(OSError):
             os.listdir(path.parent)  # makes a network file system ask its server
@@ -264,8 +295,8 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     Not on the CPU: there runs with other numbers of processes are promised to be the same at a fixed microbatch.
     """
     if device.type == "cuda" and world_size() > 1:
-        module = share_batch_norm(module)
-        if left := not_shared(module):
+        module = convert_sync_batch_norm(module)
+        if left := not_synchronised(module):
             some = f"{', '.join(left[:3])}{' ...' * (len(left) > 3)}"
             _warn_once(
                 f"{counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be shared: each GPU "
@@ -278,7 +309,7 @@ _warn_once = functools.cache(log.warning)
 """Does not repeat for the teacher what it said of the student."""
 
 
-def share_gradients(module: nn.Module, device: torch.device) -> nn.Module:
+def wrap_ddp(module: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a module in DistributedDataParallel where there is more than one process.
 
     Buffers are not broadcast: the training step averages the BatchNorm statistics itself, with the centre.
@@ -298,9 +329,9 @@ def share_gradients(module: nn.Module, device: torch.device) -> nn.Module:
         )
 
 
-def without_sharing(module: nn.Module, skip: bool) -> AbstractContextManager[None]:
-    """A context in which a wrapped module keeps its gradients to itself, if ``skip`` (all but the last of a step's
-    forward passes)."""
+def no_sync(module: nn.Module | None, skip: bool) -> AbstractContextManager[None]:
+    """A context in which a module wrapped in DDP keeps its gradients local if ``skip``: all but the last forward pass
+    of a step."""
     if skip and isinstance(module, nn.parallel.DistributedDataParallel):
         return module.no_sync()
     return nullcontext()

@@ -12,14 +12,13 @@ import io
 import sys
 from typing import TextIO
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 
 def info(text: str) -> None:
     """Print a line to stdout, on the main process only. A full disk does not end the run; a closed pipe raises."""
-    from dino_xcit.runtime import distributed  # which imports this module
-
-    if not distributed.is_main() or sys.stdout is None:
+    if (dist.is_initialized() and dist.get_rank() > 0) or sys.stdout is None:
         return
     try:
         tqdm.write(text, file=sys.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import math
@@ -10,19 +11,25 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data.load_monitor import DataLoadMonitor
+from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError, one_line
-from dino_xcit.runtime import atomic
+from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import Lines
 
 Record = Mapping[str, float | int]
+
+NOT_AVERAGED = ("gradient_norm", "skipped_steps", "lr", "weight_decay", "momentum", "teacher_temp")
+"""Metrics of single steps, of which an epoch's mean says little."""
 
 
 class Mirror(Protocol):
@@ -253,14 +260,72 @@ class Progress:
             refresh=False,
         )
 
-    def say(self, text: str) -> None:
-        """:func:`dino_xcit.runtime.logging.info`, where the bar is shown."""
-        if not self._bar.disable:
-            log.info(text)
-
     def close(self) -> None:
         """End the bar."""
         self._bar.close()
+
+
+class MetricLogger:
+    """All that a run writes about itself: the bar, ``metrics.jsonl`` and its mirrors, means over epochs, curves.
+
+    A context: however the run ends, what was logged is written, and W&B gets the rest.
+    """
+
+    def __init__(self, config: PretrainConfig, sampler: StepSampler, monitor: DataLoadMonitor) -> None:
+        """Begins where the sampler does; ``monitor`` adds what the data loader spends its time with."""
+        self._config, self._sampler, self._monitor = config, sampler, monitor
+        self._folder, start_step = Path(config.output_dir), sampler.start_step
+        self._progress = Progress(sampler.stop_step, start_step, sampler.global_batch, shown=distributed.is_main())
+        self._averages = EpochAverages()
+        self._writer: MetricsWriter | None = None
+        if distributed.is_main():
+            mirrors = []
+            if config.wandb:
+                settings = dataclasses.asdict(config)
+                mirrors.append(WandB(config.wandb, self._folder, start_step, settings))
+            self._writer = MetricsWriter(self._folder, start_step, mirrors=mirrors)
+
+    def step(self, step: int, waited: float, read: Callable[[], Record]) -> None:
+        """One step is done.
+
+        Args:
+            step: steps done.
+            waited: seconds that it waited for images.
+            read: gives the step's metrics; it is called on logged steps only, because it waits for the device.
+        """
+        self._progress.step(waited)
+        ends = self._sampler.ends_epoch(step) or self._sampler.ends_run(step)
+        if not (step % self._config.log_every == 0 or step == 1 or ends):
+            return
+        metrics = dict(read())  # this is a CPU-GPU sync point
+        self._averages.add({name: value for name, value in metrics.items() if name not in NOT_AVERAGED})
+        metrics |= self._progress.rates()
+        metrics |= self._monitor.metrics(metrics["data_wait"])
+        epoch = self._sampler.epochs(step)
+        self._progress.show(epoch, metrics)
+        if self._writer:
+            self._writer.write("step", step, {"epoch": epoch, **metrics})
+
+    def epoch(self, step: int, evaluated: Record) -> None:
+        """An epoch is over, or the run within one: its means, and what was evaluated."""
+        means = self._averages.take() | dict(evaluated)
+        epoch_ends = self._sampler.ends_epoch(step)
+        epoch = self._sampler.epochs(step)
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in means.items())
+        cut_short = "" if epoch_ends else f", up to step {step}"
+        log.info(f"epoch {epoch + 1}/{self._config.epochs}{cut_short}: {shown}")
+        if self._writer:
+            self._writer.write("epoch" if epoch_ends else "end", step, {"epoch": epoch, **means})
+            self._writer.draw(self._folder / "curves.png")
+        self._progress.restart_clock()  # evaluation is no training time
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer:
+            self._writer.close()
+        self._progress.close()
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

@@ -48,19 +48,28 @@ class Watchdog:
         self._over = threading.Event()
         self._parent = os.getppid()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self.phase("starting", 0)
+        self._current = ("starting", 0, False)
 
-    def phase(self, name: str, step: int, *, limit: bool = True) -> None:
-        """The main thread enters a phase. Without ``limit`` it may take any time."""
-        self._current = (name, step, limit)
+    def phase(self, name: str, step: int | None = None, *, limit: bool = True) -> None:
+        """The main thread enters a phase, in the same step if none is given. Without ``limit`` it may take any time."""
+        self._current = (name, self._current[1] if step is None else step, limit)
+
+    def progress(self) -> None:
+        """The current phase makes progress: its time starts anew."""
+        name, step, limit = self._current
+        self._current = (name, step, limit)  # a new tuple: the thread compares identities
 
     def __enter__(self) -> Watchdog:
+        global _active
+        _active = self
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        global _active
+        _active = None
         self._over.set()
         distributed.end_children()
         self._thread.join(timeout=10)  # a thread inside the store while Python shuts down would crash the process
@@ -125,6 +134,21 @@ class Watchdog:
         reader.join(STORE_TIMEOUT)  # a store on a stopped process never answers, whatever its own timeout is
         messages = [message.partition(" ")[2] for message in sorted(found)[:8]]
         return f"; last phases of the others: {', '.join(messages)}" if messages else "; the store does not answer"
+
+
+_active: Watchdog | None = None
+
+
+def phase(name: str, step: int | None = None, *, limit: bool = True) -> None:
+    """:meth:`Watchdog.phase` of the watchdog whose context this is; nothing outside one."""
+    if _active:
+        _active.phase(name, step, limit=limit)
+
+
+def progress() -> None:
+    """:meth:`Watchdog.progress`, likewise."""
+    if _active:
+        _active.progress()
 
 
 def is_lost_worker(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from dino_xcit.weights.stored_network import (
 from dino_xcit.weights.transformers_names import is_transformers
 from dino_xcit.weights.vissl_layout import read_vissl
 
-_PLAIN = (("state_dict", Layout.STATE_DICT), ("model", Layout.MODEL), ("", Layout.BARE))
+_PLAIN = (("backbone", Layout.BARE), ("state_dict", Layout.STATE_DICT), ("model", Layout.MODEL), ("", Layout.BARE))
 """Under which key of a file a state dict lies; the last: none, the file is one."""
 
 

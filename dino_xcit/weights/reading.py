@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
-from dino_xcit.models import build_backbone
+from dino_xcit.models import build_backbone, is_registered
 from dino_xcit.models.vit import vit_shape
 from dino_xcit.weights.architecture import architecture_of
 from dino_xcit.weights.files import WeightsFile, open_weights
@@ -110,8 +110,10 @@ def _training(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(file: WeightsFile, training: Mapping[str, Any], where: str) -> str:
-    """The architecture by the file's own word, where that is one of timm's; empty where the shapes must tell."""
+    """The architecture by the file's own word, where that is timm's or registered; empty where the shapes must tell."""
     named = training.get("arch")
+    if is_registered(named):
+        return str(named)
     if isinstance(named, str) and named.startswith("timm:"):
         if len(named) > 100 or not named.isprintable():
             raise InputError(f"{where} names an architecture that is none: {shown([named])}")

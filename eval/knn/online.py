@@ -1,16 +1,15 @@
-"""The k-NN while training: a plain function that run_pretrain.py hands to its loop."""
+"""k-NN while training: an evaluator for run_pretrain.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from torch import nn
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset, open_parts
 from dino_xcit.errors import InputError
+from dino_xcit.methods import Method
+from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import logging as log
 from eval.accuracy import accuracy
 from eval.features import extract
@@ -20,12 +19,8 @@ from eval.knn.report import unreadable_notices
 K, TEMPERATURE = 20, 0.07
 
 
-OnlineKnn = Callable[[nn.Module, Callable[[], None]], dict[str, float]]
-"""The teacher's backbone, and what to call between two batches, to ``{"knn_top1": percent}``."""
-
-
-def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> OnlineKnn | None:
-    """The measurement that the run asked for; None where it asked for none.
+def build_evaluators(config: PretrainConfig, source: Source, device: torch.device) -> list[Evaluator]:
+    """The k-NN of the run, which measures ``{"knn_top1": percent}``; none where ``knn_every`` is 0.
 
     With ``knn_holdout`` the queries are training images held out from the neighbours, so that settings can be chosen
     without looking at the validation images. The backbone's mode (train or eval) is left as it was. Training goes on
@@ -35,7 +30,7 @@ def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> 
         InputError: labels or the validation part are missing.
     """
     if not config.knn_every:
-        return None
+        return []
     if config.knn_holdout:
         train, val = _hold_out(source, config.knn_holdout, config.seed)
     else:
@@ -46,12 +41,10 @@ def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> 
 
     said: set[str] = set()
 
-    def evaluate(backbone: nn.Module, between_batches: Callable[[], None]) -> dict[str, float]:
+    def measure(method: Method) -> dict[str, float]:
         found = []
         for meant, part in (("training", train), ("validation", val)):
-            features = extract(
-                backbone, part, transform, device, progress=False, unreadable="skip", between_batches=between_batches
-            )
+            features = extract(method.eval_backbone, part, transform, device, progress=False, unreadable="skip")
             assert features.labels is not None  # open_parts and _hold_out see to that
             if meant not in said:
                 said.add(meant)
@@ -65,7 +58,7 @@ def online_knn(config: PretrainConfig, source: Source, device: torch.device) -> 
         predicted = knn_predict(neighbours, labels, queries, [K], [TEMPERATURE])
         return {"knn_top1": accuracy(predicted[K, TEMPERATURE], answers, 1)}
 
-    return evaluate
+    return [Evaluator("knn", config.knn_every, measure)]
 
 
 def _hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:

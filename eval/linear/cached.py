@@ -126,16 +126,14 @@ class AugmentedEpochs:
             UndecodableImage: an image cannot be read; it is named.
         """
         # One process looks, and all do as it says: they must not disagree about whether there is work to share.
-        missing = [epoch for epoch in range(epochs) if not self._intact(epoch)] if distributed.is_main() else []
-        missing = distributed.main_decides(missing)
+        missing = distributed.on_main(lambda: [epoch for epoch in range(epochs) if not self._intact(epoch)])
         size = self._shape[0] * self._shape[1] * self._type.itemsize
         if missing:
             log.info(
                 f"keeping the features of {len(missing)} of {epochs} augmented epochs in {self.folder} "
                 f"({size * len(missing) / 2**30:.2f} GiB)"
             )
-            refusal = distributed.main_decides(self._why_not(size * len(missing)) if distributed.is_main() else None)
-            if refusal:
+            if refusal := distributed.on_main(lambda: self._why_not(size * len(missing))):
                 raise InputError(refusal)
         images = self._shape[0]
         with progress_bar(epochs * images, "augmented", distributed.is_main(), (epochs - len(missing)) * images) as bar:

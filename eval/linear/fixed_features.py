@@ -63,4 +63,4 @@ class FixedFeatures:
         shape = (len(probe.train), probe.pooled.embed_dim)
         found = find_kept(probe.row, probe.identity["train"], shape, probe.loaded.transform, probe.kept)
         # One process looks, and all do as it says: they must not disagree about whether there is work to share.
-        return None if distributed.main_decides("no" if found is None else None) else found
+        return None if distributed.broadcast_from_main("no" if found is None else None) else found

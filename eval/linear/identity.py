@@ -24,7 +24,7 @@ def identity_of(
         global_batch: images of a step, over all processes.
     """
     # Only one process looks at every file.
-    train, val = (distributed.main_decides(p.fingerprint() if distributed.is_main() else None) or "" for p in parts)
+    train, val = (distributed.on_main(part.fingerprint) for part in parts)
     transform = {name: list(v) if isinstance(v, tuple) else v for name, v in loaded.transform.to_dict().items()}
     identity = {
         "weights": loaded.hash,

@@ -76,7 +76,7 @@ class LogisticRegression:
         self._mean = self._mean_over_images(lambda rows: rows.sum(dim=0))
         spread = self._mean_over_images(lambda rows: rows.t() @ rows).cpu().double()
         # Axes are found once: on other processors they might come out with other signs.
-        variance, axes = distributed.main_decides(torch.linalg.eigh(spread))
+        variance, axes = distributed.broadcast_from_main(torch.linalg.eigh(spread))
         floor = max(_LEAST_SPREAD * float(variance[-1]), float(torch.finfo(torch.float32).tiny))
         self._variance, self._axes = variance.clamp(min=floor).float().to(device), axes.float().to(device)
         small = 4 * len(self._share) * features.width <= _KEPT_BYTES

@@ -162,7 +162,7 @@ def stored_probe(probe: Probe, identity: Settings, name: str) -> Record | None:
             demand_folder(probe.folder)
     except InputError as error:
         refusal = str(error)
-    refusal = distributed.main_decides(refusal)
+    refusal = distributed.broadcast_from_main(refusal)
     if refusal:
         raise InputError(refusal)
     # One that starts anew beside one that goes on would wait for it for ever.

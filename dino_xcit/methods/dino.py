@@ -1,12 +1,87 @@
-"""The DINO loss (arXiv 2104.14294, section 3.1, algorithm 1). B batch, V views, G global views, K prototypes."""
+"""DINO (arXiv 2104.14294): self-distillation over prototypes. B batch, V views, G global views, K prototypes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data.loader import Batch
 from dino_xcit.errors import InputError
+from dino_xcit.methods.method import Stats
+from dino_xcit.methods.student_teacher import GLOBAL_VIEWS, StudentTeacher, feature_std
+from dino_xcit.models import DINOHead
+from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed
+
+
+class DINO(StudentTeacher):
+    """Student and teacher agree on the prototypes that each view of an image belongs to."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        def build_head(embed_dim: int) -> DINOHead:
+            return DINOHead(
+                embed_dim,
+                config.out_dim,
+                use_bn=config.use_bn_in_head,
+                norm_last_layer=config.norm_last_layer,
+                hidden_dim=config.head_hidden_dim,
+                bottleneck_dim=config.head_bottleneck_dim,
+            )
+
+        super().__init__(config, device, build_head)
+        self.loss = DINOLoss(
+            config.out_dim, config.student_temp, config.center_momentum, GLOBAL_VIEWS, config.centering
+        ).to(device)
+
+    def forward_backward(self, batch: Batch, rates: Rates) -> tuple[Tensor, Stats]:
+        student, teacher = self.forward(batch)
+        targets = self.loss.teacher_probabilities(teacher.logits, rates.teacher_temp)
+        teacher_entropy = entropy(targets)
+        loss = self.loss.cross_entropy(student.logits, targets)
+        del targets  # [2 * B, K], not needed in the backward pass
+        total = loss
+        if self.config.koleo_weight > 0:
+            global_features = student.features[: len(teacher.features)]  # the global views come first
+            total = loss + self.config.koleo_weight * koleo(global_features, GLOBAL_VIEWS)
+        (total * rates.loss_scale).backward()
+        loss = loss.detach()
+        return loss, {
+            "teacher_logits": teacher.logits.detach().to(torch.float32).sum(dim=0, keepdim=True),
+            "rows": loss.new_full((), len(teacher.logits)),
+            "passes": loss.new_ones(()),
+            "teacher_entropy": teacher_entropy,
+            "kl": loss - teacher_entropy,
+            "feature_std": feature_std(teacher.features),
+        }
+
+    def after_step(self, stats: Stats, rates: Rates, accepted: Tensor) -> None:
+        super().after_step(stats, rates, accepted)
+        self.loss.update_center(stats["teacher_logits"] / stats["rows"], accepted)
+
+    def metrics(self, stats: Stats) -> dict[str, Tensor | float]:
+        """What shows a collapse.
+
+        ``teacher_entropy``: 0 when one prototype takes all, ln K when uniform. ``kl`` of the student from the teacher:
+        0 when nothing is left to learn. ``feature_std``: 0 when all images have the same feature.
+        """
+        return {name: stats[name] / stats["passes"] for name in ("teacher_entropy", "kl", "feature_std")}
+
+    def frozen_parameters(self, rates: Rates) -> Iterable[nn.Parameter]:
+        if rates.epoch >= self.config.freeze_last_layer:
+            return ()
+        return self.student.get_submodule("head.last_layer").parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"dino_loss": self.loss.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.loss.load_state_dict(state["dino_loss"])
+
 
 CENTERINGS = ("centering", "sinkhorn_knopp")
 """DINOv2's words for the two ways in which the prototypes are kept in use."""
@@ -85,8 +160,14 @@ class DINOLoss(nn.Module):
                 f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} are "
                 f"not both over the {self.center.shape[1]} prototypes of the centre"
             )
+        return self.cross_entropy(student_logits, self.teacher_probabilities(teacher_logits, teacher_temp))
+
+    def cross_entropy(self, student_logits: Tensor, teacher_probabilities: Tensor) -> Tensor:
+        """:meth:`forward` from the teacher's probabilities [G * B, K]."""
+        batch = len(teacher_probabilities) // self.global_views
+        views = len(student_logits) // batch
         wide = torch.promote_types(student_logits.dtype, torch.float32)
-        targets = self.teacher_probabilities(teacher_logits, teacher_temp).unflatten(0, (self.global_views, batch))
+        targets = teacher_probabilities.unflatten(0, (self.global_views, batch))
         total = targets.sum(dim=0)
         # The pair sum is linear in the teacher, so a view's log-probabilities meet all its teachers at once:
         # views v >= G meet every teacher, a global view all but its own. One log-softmax a view, K-wide tensors few.
@@ -162,15 +243,3 @@ def koleo(features: Tensor, views: int) -> Tensor:
 def entropy(probabilities: Tensor) -> Tensor:
     """Mean entropy in nats of the rows of [rows, K]: ln K when uniform, 0 when one prototype takes all."""
     return torch.special.entr(probabilities).sum(dim=-1).mean()
-
-
-def feature_deviation(features: Tensor) -> Tensor:
-    """Mean standard deviation, over a batch, of the coordinates of L2-normalised features, times sqrt(D).
-
-    1 for features spread evenly over the sphere, 0 when all samples have the same feature: a collapse.
-
-    Args:
-        features: [rows, D].
-    """
-    unit = nn.functional.normalize(features.to(torch.float32), dim=-1)
-    return unit.std(dim=0, unbiased=False).mean() * features.shape[1] ** 0.5

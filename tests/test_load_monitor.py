@@ -11,19 +11,19 @@ from PIL import Image
 from tiny_run import CPU, tiny_config
 
 from dino_xcit.data import Source, open_source
+from dino_xcit.data.load_monitor import DataLoadMonitor
 from dino_xcit.data.loader import Batch, Seconds, StepSampler, build_loader
-from dino_xcit.data.starvation import Starvation
 
 
 def batch(seconds: Seconds, images: int = 4) -> Batch:
-    return Batch([], [], 0, torch.zeros(images, dtype=torch.int64), [], seconds)
+    return Batch([], [], 0, torch.zeros(images, dtype=torch.int64), seconds=seconds)
 
 
 def test_milliseconds_an_image_are_told_by_stage() -> None:
-    starvation = Starvation(2, 16, print)
-    starvation.note([batch((0.004, 0.04, 0.4)), batch((0.004, 0.0, 0.0))])
-    assert starvation.figures(0.0) == pytest.approx({"read_ms": 1.0, "decode_ms": 5.0, "augment_ms": 50.0})
-    assert starvation.figures(0.0) == {"read_ms": 0.0, "decode_ms": 0.0, "augment_ms": 0.0}
+    monitor = DataLoadMonitor(2, cores=16)
+    monitor.note([batch((0.004, 0.04, 0.4)), batch((0.004, 0.0, 0.0))])
+    assert monitor.metrics(0.0) == pytest.approx({"read_ms": 1.0, "decode_ms": 5.0, "augment_ms": 50.0})
+    assert monitor.metrics(0.0) == {"read_ms": 0.0, "decode_ms": 0.0, "augment_ms": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -36,39 +36,40 @@ def test_milliseconds_an_image_are_told_by_stage() -> None:
     ],
 )
 def test_it_is_said_once_after_a_while_and_says_which_stage_is_slow(
-    seconds: Seconds, workers: int, words: list[str]
+    seconds: Seconds, workers: int, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
-    starvation = Starvation(workers, 16, said.append)
+    monitor = DataLoadMonitor(workers, cores=16)
     for data_wait in (0.9, 0.9, 0.1, 0.9, 0.9):  # a slow start is no starvation
-        starvation.figures(data_wait)
-    assert said == []
+        monitor.metrics(data_wait)
+    assert capsys.readouterr().out == ""
     for _ in range(3):
-        starvation.note([batch(seconds)])
-        starvation.figures(0.45)
-    (sentence,) = said
-    assert sentence.startswith("notice: 45% of the time goes by waiting for images")
+        monitor.note([batch(seconds)])
+        monitor.metrics(0.45)
+    (sentence,) = capsys.readouterr().out.splitlines()
+    assert sentence.startswith("warning: 45% of the time goes by waiting for images")
     for word in words:
         assert word in sentence
 
 
-def test_work_moves_to_the_gpu_before_anything_is_complained_of() -> None:
-    said: list[str] = []
+def test_work_moves_to_the_gpu_before_anything_is_complained_of(capsys: pytest.CaptureFixture[str]) -> None:
     moved: list[str] = []
-    starvation = Starvation(2, 16, said.append, relieve=lambda: moved.append("moved"))
+    monitor = DataLoadMonitor(2, lambda: moved.append("moved"), cores=16)
     for _ in range(3):
         assert moved == []
-        starvation.figures(0.45)
+        monitor.metrics(0.45)
     assert moved == ["moved"]
-    assert "move to the GPU" in said[0]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "move to the GPU" in said
+    assert not said.startswith("warning")
     for _ in range(2):
-        starvation.figures(0.45)
-    assert len(said) == 1  # it has time to work
+        monitor.metrics(0.45)
+    assert capsys.readouterr().out == ""  # it has time to work
     for _ in range(3):
-        starvation.figures(0.45)
+        monitor.metrics(0.45)
     assert moved == ["moved"]
-    assert "--num-workers" in said[1]
-    assert len(said) == 2
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("warning")
+    assert "--num-workers" in said
 
 
 class SlowDisk:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 from dino_xcit.data.loader import Batch
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 
 TOO_LONG = 0.2
@@ -15,17 +17,15 @@ IN_A_ROW = 3
 STAGES = ("read", "decode", "augment")
 
 
-class Starvation:
+class DataLoadMonitor:
     """Adds up what the loader's processes spend, and says once, in a plain sentence, that they are too slow."""
 
-    def __init__(
-        self, workers: int, cores: int, say: Callable[[str], None], relieve: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, workers: int, relieve: Callable[[], None] | None = None, cores: int | None = None) -> None:
         """``workers``: this rank's loader processes; ``cores``: this machine's, for all of its ranks.
 
         ``relieve``: moves a part of their work to the device; called before anything is complained of.
         """
-        self._workers, self._cores, self._say, self._relieve = workers, cores, say, relieve
+        self._workers, self._cores, self._relieve = workers, cores or os.cpu_count() or 1, relieve
         self._seconds, self._images = [0.0, 0.0, 0.0], 0
         self._hungry, self._said = 0, False
 
@@ -35,7 +35,7 @@ class Starvation:
             self._seconds = [total + part for total, part in zip(self._seconds, batch.seconds, strict=True)]
             self._images += len(batch.indices)
 
-    def figures(self, data_wait: float) -> dict[str, float]:
+    def metrics(self, data_wait: float) -> dict[str, float]:
         """Milliseconds an image and stage since the last call, of one loader process.
 
         Args:
@@ -50,13 +50,13 @@ class Starvation:
         if self._hungry >= IN_A_ROW and self._relieve:
             self._relieve()
             self._relieve, self._hungry = None, 0
-            self._say(
-                f"notice: {100 * data_wait:.0f}% of the time goes by waiting for images: jitter, blur and solarisation "
+            log.info(
+                f"{100 * data_wait:.0f}% of the time goes by waiting for images: jitter, blur and solarisation "
                 "move to the GPU, where they give the same bits (--augment-device cpu keeps them)"
             )
         elif self._hungry >= IN_A_ROW and not self._said:
             self._said = True
-            self._say(self._sentence(data_wait, spent))
+            log.warning(self._sentence(data_wait, spent))
         return spent
 
     def _sentence(self, data_wait: float, spent: dict[str, float]) -> str:
@@ -72,6 +72,6 @@ class Starvation:
             if slowest == "decode":
                 way += ", or smaller files"
         return (
-            f"notice: {100 * data_wait:.0f}% of the time goes by waiting for images; ms an image: {parts}; most for "
+            f"{100 * data_wait:.0f}% of the time goes by waiting for images; ms an image: {parts}; most for "
             f"{slowest}; {way}"
         )

@@ -1,4 +1,4 @@
-"""The ledger of images that could not be read."""
+"""The list of images that could not be read."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ import pytest
 import torch
 
 from dino_xcit.data.loader import Batch, Unreadable
-from dino_xcit.runtime.ledger import Ledger, read_ledger
+from dino_xcit.runtime.health import UnreadableLog, read_unreadable
 
 
 def batch(*bad: int, epoch: int = 0) -> Batch:
     unreadable = [Unreadable(index, f"/photos/{index}.jpg", "empty file", epoch) for index in bad]
-    return Batch([], [], epoch, torch.zeros(0, dtype=torch.int64), unreadable)
+    return Batch([], [], epoch, torch.zeros(0, dtype=torch.int64), unreadable=unreadable)
 
 
-def ledger(folder: Path, said: list[str] | None = None, images: int = 1000, anew: bool = False) -> Ledger:
-    return Ledger(folder, images, 0.05, anew, (said if said is not None else []).append)
+def log_in(folder: Path, images: int = 1000, anew: bool = False) -> UnreadableLog:
+    return UnreadableLog(folder, images, 0.05, anew)
 
 
-def test_each_image_is_listed_once_with_its_path_and_the_cause(tmp_path: Path) -> None:
-    said: list[str] = []
-    book = ledger(tmp_path, said)
-    assert book.note([batch(5), batch()]) == 1
-    assert book.note([batch(2, 9)]) == 2
-    book.write()
-    assert book.note([batch(5, 11, epoch=1)]) == 2
-    book.write()
-    rows = read_ledger(tmp_path / "unreadable_images.jsonl")
+def test_each_image_is_listed_once_with_its_path_and_the_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = log_in(tmp_path)
+    assert log.note([batch(5), batch()]) == 1
+    assert log.note([batch(2, 9)]) == 2
+    log.write()
+    assert log.note([batch(5, 11, epoch=1)]) == 2
+    log.write()
+    rows = read_unreadable(tmp_path / "unreadable_images.jsonl")
     assert [(row["index"], row["epoch"]) for row in rows] == [(2, 0), (5, 0), (9, 0), (11, 1)]
     assert rows[0] == {"index": 2, "name": "/photos/2.jpg", "cause": "empty file", "epoch": 0}
-    assert len(book) == 4
-    assert len(said) == 1  # once, not for each
-    assert "/photos/2.jpg cannot be read (empty file)" in said[0]
+    assert len(log) == 4
+    (said,) = capsys.readouterr().out.splitlines()  # once, not for each
+    assert said.startswith("warning: /photos/2.jpg cannot be read (empty file)")
 
 
 def test_a_resumed_run_goes_on_with_its_list_and_a_new_one_starts_another(tmp_path: Path) -> None:
-    first = ledger(tmp_path)
+    first = log_in(tmp_path)
     first.note([batch(1, 2)])
     first.write()
     path = tmp_path / "unreadable_images.jsonl"
     with open(path, "a") as file:
         file.write('{"index": 3, "na')  # killed while writing
-    second = ledger(tmp_path)
+    second = log_in(tmp_path)
     second.note([batch(2, 4)])
     second.write()
-    assert [row["index"] for row in read_ledger(path)] == [1, 2, 4]
-    assert len(ledger(tmp_path, anew=True)) == 0
+    assert [row["index"] for row in read_unreadable(path)] == [1, 2, 4]
+    assert len(log_in(tmp_path, anew=True)) == 0
     assert not path.exists()
 
 
@@ -68,31 +69,31 @@ def test_a_resumed_run_goes_on_with_its_list_and_a_new_one_starts_another(tmp_pa
 def test_too_many_is_a_share_of_the_images_seen(
     tmp_path: Path, images: int, bad: int, seen: int, too_many: bool
 ) -> None:
-    book = ledger(tmp_path, images=images)
-    book.note([batch(*range(bad))])
-    book.write()
-    assert book.too_many(seen) is too_many
-    sentence = str(book.refusal(seen))
+    log = log_in(tmp_path, images=images)
+    log.note([batch(*range(bad))])
+    log.write()
+    assert log.too_many(seen) is too_many
+    sentence = str(log.refusal(seen))
     assert f"{bad:,} of the first {min(seen, images):,} images cannot be read" in sentence
     assert "--max-unreadable 0.05" in sentence
     assert "unreadable_images.jsonl" in sentence
 
 
-def test_a_disk_that_is_full_does_not_end_the_run(tmp_path: Path) -> None:
-    said: list[str] = []
-    book = ledger(tmp_path, said)
+def test_a_disk_that_is_full_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = log_in(tmp_path)
     (tmp_path / "unreadable_images.jsonl").mkdir()
-    book.note([batch(1)])
-    book.write()
-    assert "cannot be written" in said[-1]
-    assert len(book) == 1
+    log.note([batch(1)])
+    log.write()
+    assert "cannot be written" in capsys.readouterr().out.splitlines()[-1]
+    assert len(log) == 1
 
 
 def test_names_with_any_bytes_are_kept(tmp_path: Path) -> None:
-    book = ledger(tmp_path)
+    log = log_in(tmp_path)
     name = b"caf\xe9 \n.jpg".decode("utf-8", "surrogateescape")
-    book.note([Batch([], [], 0, torch.zeros(0, dtype=torch.int64), [Unreadable(0, name, "cut short", 0)])])
-    book.write()
-    (row,) = read_ledger(tmp_path / "unreadable_images.jsonl")
+    bad = [Unreadable(0, name, "cut short", 0)]
+    log.note([Batch([], [], 0, torch.zeros(0, dtype=torch.int64), unreadable=bad)])
+    log.write()
+    (row,) = read_unreadable(tmp_path / "unreadable_images.jsonl")
     assert row["name"] == name
     assert json.loads((tmp_path / "unreadable_images.jsonl").read_text())["index"] == 0

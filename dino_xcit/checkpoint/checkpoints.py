@@ -1,0 +1,116 @@
+"""The checkpoints of a run, as all of its ranks use them: rank 0 writes, every rank reads, and all decide alike."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dino_xcit.checkpoint import resume
+from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.resume import Stored
+from dino_xcit.checkpoint.saver import Saver
+from dino_xcit.checkpoint.state import Run, content_of, restore
+from dino_xcit.config import PretrainConfig
+from dino_xcit.errors import InputError
+from dino_xcit.observers import Observers
+from dino_xcit.runtime import distributed, watchdog
+from dino_xcit.train import TrainState
+
+
+class Checkpoints:
+    """A context that holds the output directory's lock and ends after the last save.
+
+    Raises:
+        InputError: (on entering) the directory cannot be written, or another run uses it.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self._config = config
+        self.folder = CheckpointFolder(Path(config.output_dir), config.keep_last)
+        self._saver = Saver(self.folder, config.max_failed_saves) if distributed.is_main() else None
+        self._context = ExitStack()
+
+    def __enter__(self) -> Checkpoints:
+        self._context.enter_context(resume.output_folder(self.folder.output_dir))
+        if self._saver:
+            self._context.enter_context(self._saver)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def find(self) -> Stored:
+        """The newest complete checkpoint, or an empty one for a fresh start."""
+        return resume.find_stored(self._config, self.folder)
+
+    def begin(self, stored: Stored, state: TrainState, observers: Observers, run: Run) -> None:
+        """Restore the state from ``stored`` if there is any; later saves are of this state.
+
+        Raises:
+            InputError: the checkpoint is of another run, or does not fit.
+        """
+        if stored:
+            resume.refuse_another_run(stored, run)
+            restore(state, stored.content, stored.path, observers)
+            if run.config.resume == "changed":  # other settings deserve their own patience
+                state.skipped_in_a_row.zero_()
+        resume.prepare(run.config, self.folder, stored)
+        self._state, self._observers, self._run = state, observers, run
+        if self._saver:
+            self._saver.begin(state.step)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether so many saves in a row failed that the run shall stop."""
+        return self._saver is not None and self._saver.gave_up
+
+    def refusal(self) -> InputError:
+        """What the run ends with where it cannot save."""
+        assert self._saver is not None
+        return self._saver.refusal()
+
+    def maybe_save(self, run_ends: bool) -> None:
+        """Save at the end of each epoch and of the run, and every ``save_every`` steps."""
+        step, config = self._state.step, self._run.config
+        epoch_ends = step % self._run.steps_per_epoch == 0
+        if self._saver:
+            self._saver.look()
+        if not (epoch_ends or run_ends or (config.save_every and step % config.save_every == 0)):
+            return
+        # While steps are skipped nothing changes, and the checkpoints before them must not be pruned.
+        if self._saver and not int(self._state.skipped_in_a_row):
+            watchdog.phase("saving")
+            epoch = step // self._run.steps_per_epoch
+            keep = epoch_ends and config.saveckp_freq > 0 and epoch % config.saveckp_freq == 0
+            self._saver.save(self._content(), keep=keep)
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk."""
+        if self._saver:
+            watchdog.phase("saving")
+            self._saver.wait()
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Metrics of the step that was just saved; the best by ``--best-metric`` becomes ``best.pth``."""
+        value = metrics.get(self._run.config.best_metric, math.nan)
+        if self._saver and math.isfinite(value):
+            self._saver.note_metric(self._state.step, value)
+
+    def finish(self) -> None:
+        """Have the state on the disk before any rank leaves.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        watchdog.phase("saving")
+
+        def save() -> None:
+            assert self._saver is not None
+            self._saver.ensure(self._state.step, self._content)
+
+        distributed.on_main(save)
+
+    def _content(self) -> dict[str, Any]:
+        return content_of(self._state, self._run, self._observers)

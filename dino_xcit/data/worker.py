@@ -1,0 +1,57 @@
+"""Processes that read images: how they are set up, and how they end."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from dino_xcit.data.socket_folder import share_socket_folder
+from dino_xcit.runtime.memory import keep_freed_memory
+
+
+def _kill_workers() -> None:
+    """Kill the workers that ignore SIGTERM: at exit multiprocessing would send it to them and wait for ever."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with it PyTorch's loader would raise their deaths, here
+    for process in workers:
+        process.kill()
+
+
+atexit.register(_kill_workers)  # after multiprocessing's own, so that it comes first
+
+
+def worker_init() -> Callable[[int], None]:
+    """A DataLoader's ``worker_init_fn``. Call it before the workers start.
+
+    Their parent is this process, or, as of Python 3.14 by default, a server that ends when this process does.
+    """
+    share_socket_folder()
+    return partial(set_up_worker, os.getpid() if multiprocessing.get_start_method() == "fork" else None)
+
+
+def set_up_worker(parent: int | None, _: int) -> None:
+    """Set up a process that reads images: single-threaded, ignores SIGINT and SIGTERM, exits with its parent.
+
+    It exits with the thread that started it. Slurm and terminals signal every process of a job; a worker that died of
+    the signal would end the run before it could save.
+    """
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if sys.platform == "linux":
+        die_with_parent = 1  # PR_SET_PDEATHSIG, of prctl(2): a parent killed by SIGKILL cannot clean up
+        ctypes.CDLL(None, use_errno=True).prctl(die_with_parent, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:  # it died just before that
+            os._exit(1)

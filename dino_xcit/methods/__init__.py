@@ -1,0 +1,49 @@
+"""What is trained, and how it learns from one batch: DINO, SimDINO, or a method registered from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.errors import InputError, near_matches
+from dino_xcit.methods.dino import DINO
+from dino_xcit.methods.method import Method, Stats
+from dino_xcit.methods.simdino import SimDINO
+from dino_xcit.runtime import distributed
+
+__all__ = ["Method", "Stats", "build_method", "register_method"]
+
+Build = Callable[[PretrainConfig, torch.device], Method]
+_METHODS: dict[str, Build] = {"dino": DINO, "simdino": SimDINO}
+
+
+def register_method(name: str, build: Build) -> None:
+    """Make ``--method name`` call ``build(config, device)``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _METHODS:
+        raise ValueError(f"method {name!r} is registered already: choose another name")
+    _METHODS[name] = build
+
+
+def build_method(config: PretrainConfig, device: torch.device) -> Method:
+    """A fresh ``config.method``: the same weights on every rank.
+
+    Raises:
+        InputError: no such method, or it cannot train on several ranks.
+    """
+    if config.method not in _METHODS:
+        known = ", ".join(_METHODS)
+        raise InputError(f"unknown method {config.method!r}{near_matches(config.method, _METHODS)} (known: {known})")
+    torch.manual_seed(config.seed)
+    method = _METHODS[config.method](config, device)
+    if distributed.world_size() > 1 and getattr(method, "ddp_student", None) is None:
+        raise InputError(
+            f"method {config.method} has no ddp_student, so its {distributed.world_size()} ranks would train apart: "
+            "set it to distributed.wrap_ddp(trained, device), or train on one rank"
+        )
+    return method

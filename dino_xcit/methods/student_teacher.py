@@ -1,0 +1,156 @@
+"""A student and its momentum teacher over multi-crop views. B batch, V views, D features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_xcit.augment import group_by_size
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data.loader import Batch
+from dino_xcit.methods.method import Method, Stats
+from dino_xcit.models import MultiCropOutput, MultiCropWrapper, XCiT, build_backbone
+from dino_xcit.models.droppath import hash_bits
+from dino_xcit.optim import Rates
+from dino_xcit.runtime import distributed
+from dino_xcit.transform import normalise
+
+GLOBAL_VIEWS = 2
+
+
+class StudentTeacher(Method):
+    """The networks that DINO and its relatives share; a subclass adds the loss in ``forward_backward``.
+
+    The teacher starts as a copy of the student, gets no gradients and stays in train mode: the statistics of its
+    BatchNorm layers come from its own global crops.
+    """
+
+    def __init__(self, config: PretrainConfig, device: torch.device, build_head: Callable[[int], nn.Module]) -> None:
+        """``build_head``: the backbone's ``embed_dim`` to the head of one network."""
+        self.config, self.device = config, device
+        self.student = self._network(config.drop_path_rate, build_head)
+        self.teacher: MultiCropWrapper = self._network(0.0, build_head)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.trained, self.eval_backbone = self.student, self.teacher.backbone
+        self.ddp_student = distributed.wrap_ddp(self.student, device)
+        if distributed.world_size() > 1:
+            self._settle_gradient_buckets()
+
+    def _network(self, drop_path_rate: float, build_head: Callable[[int], nn.Module]) -> MultiCropWrapper:
+        backbone = build_backbone(self.config.arch, **({"drop_path_rate": drop_path_rate} if drop_path_rate else {}))
+        network = MultiCropWrapper(backbone, build_head(int(backbone.embed_dim)))  # type: ignore[arg-type]
+        network = distributed.synchronise_batch_norm(network, self.device).to(self.device)  # type: ignore[assignment]
+        if isinstance(network.backbone, XCiT):
+            network.backbone.activation_checkpointing = self.config.activation_checkpointing
+            if self.config.compile:
+                network.backbone.compile_blocks()
+        return network.train()
+
+    def forward(self, batch: Batch) -> tuple[MultiCropOutput, MultiCropOutput]:
+        """The student's output over all views and the teacher's over the global ones, view-major."""
+        config = self.config
+        crops = [normalise(crop, config.mean, config.std) for crop in batch.crops]
+        # Local crops of the same size share the first tensor; the global ones come first in it.
+        global_crops = crops[0][: GLOBAL_VIEWS * len(batch.indices)]
+        keys = drop_path_keys(batch, config.seed) if config.drop_path_rate > 0 else None
+        with self._autocast():
+            with torch.no_grad():
+                teacher = self.teacher([global_crops])
+            student = self.ddp_student(crops, keys)
+        self.features = teacher.features.detach()
+        return student, teacher
+
+    def after_step(self, stats: Stats, rates: Rates, accepted: Tensor) -> None:
+        """The teacher follows the student."""
+        update_ema(list(self.teacher.parameters()), list(self.student.parameters()), rates.momentum, accepted)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"student": self.student.state_dict(), "teacher": self.teacher.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = choose_precision(self.config.precision, self.device)
+        return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype)
+
+    def _settle_gradient_buckets(self) -> None:
+        """One pass over noise whose gradients are discarded.
+
+        DistributedDataParallel rebuilds its buckets after the first pass, in the order in which gradients arrived, and
+        a sum over more than two ranks depends on the buckets. Without this pass the first step of a resumed run would
+        sum in another order than the same step of an uninterrupted run.
+        """
+        generator = torch.Generator().manual_seed(0)
+        sizes = [view.size for view in self.config.augmentation().views]
+        # torch.compile specialises on shapes, so it sees the training's own batch size.
+        images = self.config.batch_size_per_gpu if self.config.compile else 2
+        crops = [
+            torch.randn(images * len(group), 3, sizes[group[0]], sizes[group[0]], generator=generator).to(self.device)
+            for group in group_by_size(sizes)
+        ]
+        buffers = list(self.student.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with self._autocast():
+            self.ddp_student(crops).logits.sum().backward()
+        self.student.zero_grad(set_to_none=True)
+        if buffers:
+            torch._foreach_copy_(buffers, before)
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """``auto``, ``fp32``, ``bf16`` or ``fp16`` to the dtype of autocast."""
+    if wanted == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+
+
+@torch.no_grad()
+def update_ema(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, accepted: Tensor | None = None
+) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, in place, or no change where ``accepted`` is false.
+
+    Args:
+        teacher, student: parameters in the same order.
+        momentum: the share of the teacher that stays.
+        accepted: boolean scalar on the device; None: accepted. The decision needs no host synchronisation.
+    """
+    student = [parameter.detach() for parameter in student]
+    if accepted is None:
+        torch._foreach_lerp_(list(teacher), student, 1.0 - momentum)
+        return
+    # A skipped step leaves the student as it was, finite: a weight of 0 leaves the teacher's bits as they are.
+    weight = accepted.to(torch.float32) * (1.0 - momentum)
+    torch._foreach_lerp_(list(teacher), student, [weight] * len(teacher))
+
+
+def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:
+    """Keys for drop-path, one a view of each image, from (seed, epoch, image, view) alone; shaped like the crops."""
+    start, keys = 0, []
+    image = hash_bits(batch.indices + (batch.epoch << 32)) ^ (seed & 0xFFFFFFFF)
+    for views in batch.views:
+        view = torch.arange(start, start + views, device=image.device, dtype=torch.int64)
+        keys.append(hash_bits(image[None, :] + (view[:, None] + 1) * 0x9E3779B1).flatten())
+        start += views
+    return keys
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """Mean standard deviation, over a batch, of the coordinates of L2-normalised features, times sqrt(D).
+
+    1 for features spread evenly over the sphere, 0 when all samples have the same feature: a collapse.
+
+    Args:
+        features: [rows, D].
+    """
+    unit = nn.functional.normalize(features.to(torch.float32), dim=-1)
+    return unit.std(dim=0, unbiased=False).mean() * features.shape[1] ** 0.5

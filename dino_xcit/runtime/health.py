@@ -1,0 +1,306 @@
+"""Whether a run may go on: preemption, skipped steps, unreadable images, failed saves. Every rank decides alike.
+
+Collective operations hang where one rank leaves the loop a step before the others. So no rank acts on what it alone
+knows: it raises a flag, and all ranks act on the sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data.load_monitor import DataLoadMonitor
+from dino_xcit.data.loader import Batch, StepSampler, Unreadable
+from dino_xcit.errors import PREEMPTED, InputError, RunStopped
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
+from dino_xcit.runtime.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from dino_xcit.checkpoint.checkpoints import Checkpoints
+
+
+class Progress(Protocol):
+    """The part of a training state that decides whether the run goes on."""
+
+    step: int
+    skipped_steps: Tensor
+    skipped_in_a_row: Tensor
+
+
+class Health:
+    """Watches a run from before its first step; a context in which signals, hangs and lost ranks are handled.
+
+    Raises:
+        RunStopped: (from the context) a rank or a loader process was lost.
+    """
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        self._config = config
+        self._watchdog = Watchdog(config.hang_timeout)
+        self._stop = StopFlags(device, config.hang_timeout + 30)
+        self._skipped = HostCopy(device)
+        self._signals = Preemption()
+        self._context = ExitStack()
+
+    def __enter__(self) -> Health:
+        self._context.enter_context(self._watchdog)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def start(self, sampler: StepSampler, monitor: DataLoadMonitor, on_divergence: Callable[[], RunStopped]) -> None:
+        """The loop begins: from here on a signal ends the run after a save.
+
+        Args:
+            sampler: the steps that are to come.
+            monitor: is told of every batch.
+            on_divergence: all ranks call it when too many steps in a row were skipped; it keeps the evidence.
+        """
+        self._sampler, self._monitor, self._on_divergence = sampler, monitor, on_divergence
+        folder, max_share = Path(self._config.output_dir), self._config.max_unreadable
+        self._unreadable = UnreadableLog(folder, sampler.length, max_share, start_anew=sampler.start_step == 0)
+        self._signals.watch()
+
+    def check(self, state: Progress, batches: Sequence[Batch], checkpoints: Checkpoints) -> None:
+        """Exchange flags with the other ranks before a step.
+
+        Raises:
+            RunStopped: every rank leaves here, after what has to be saved is saved.
+            InputError: too many images cannot be read, or checkpoints cannot be written.
+        """
+        self._watchdog.phase("exchanging stop flags", state.step)
+        self._monitor.note(batches)
+        seen = state.step * self._sampler.global_batch
+        flags = self._stop.exchange(
+            stop=self._signals.signal_name is not None,
+            unreadable=self._unreadable.note(batches),
+            too_many_unreadable=self._unreadable.too_many(seen),
+            diverged=self._skipped.read(state.skipped_in_a_row) >= self._config.max_skipped_steps,
+            cannot_save=checkpoints.gave_up,
+        )
+        if flags["unreadable"]:
+            self._unreadable.write()
+        if flags["too_many_unreadable"]:
+            raise self._unreadable.refusal(seen) if distributed.is_main() else RunStopped(2, "")
+        if flags["cannot_save"]:
+            raise checkpoints.refusal() if distributed.is_main() else RunStopped(2, "")
+        # On a GPU the count is some steps old, and the run may have recovered since.
+        if flags["diverged"] and int(state.skipped_in_a_row) >= self._config.max_skipped_steps:
+            raise self._on_divergence()
+        if flags["stop"]:
+            checkpoints.finish()
+            raise RunStopped(PREEMPTED, self._signals.sentence(state.step) if distributed.is_main() else "")
+        compiles = self._config.compile and state.step == self._sampler.start_step
+        self._watchdog.phase("compiling the networks" if compiles else "training step", state.step, limit=not compiles)
+
+    def finish(self, state: Progress) -> None:
+        """The loop is over: list the last unreadable images, count the skipped steps, and wait for the other ranks."""
+        self._unreadable.write()
+        if skipped := int(state.skipped_steps):
+            last = int(state.skipped_in_a_row)
+            log.warning(
+                f"{counted(skipped, 'step')} of {state.step} were not finite and changed nothing"
+                + (f", the last {last} among them: lower --lr, or --clip-grad" if last else "")
+            )
+        self._watchdog.phase("leaving", state.step)
+        distributed.barrier()
+
+
+TOPICS = ("stop", "unreadable", "diverged", "cannot_save", "too_many_unreadable")
+"""stop: a signal arrived; unreadable: images were replaced; the others end the run."""
+
+
+class StopFlags:
+    """Sums a few small numbers over all ranks on the CPU (gloo), in one all-reduce.
+
+    Where the device works asynchronously (CUDA) the sum is that of the call before, so that no rank waits for the
+    current step of another; on the CPU it is the sum of this call.
+    """
+
+    def __init__(self, device: torch.device, timeout: float) -> None:
+        """``timeout``: seconds after which waiting for another rank is an error."""
+        self._late = device.type != "cpu"
+        self._group: dist.ProcessGroup | None = None
+        if distributed.world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))  # type: ignore[assignment]
+        self._posted: tuple[Tensor, dist.Work] | None = None
+
+    def exchange(self, **values: int) -> dict[str, int]:
+        """This rank's values by topic to the sums over all ranks. Every rank calls it equally often.
+
+        Topics that are not given count as 0. The first call on CUDA returns zeros.
+        """
+        if unknown := values.keys() - set(TOPICS):
+            raise ValueError(f"unknown topics {', '.join(sorted(unknown))}, expected some of {', '.join(TOPICS)}")
+        own = torch.tensor([int(values.get(topic, 0)) for topic in TOPICS])
+        if self._group is None:
+            return dict(zip(TOPICS, own.tolist(), strict=True))
+        before = self._posted
+        work = dist.all_reduce(own, group=self._group, async_op=True)
+        assert work is not None
+        self._posted = (own, work)
+        if self._late and before is None:
+            return dict.fromkeys(TOPICS, 0)
+        sums, work = before if self._late and before is not None else self._posted
+        work.wait()
+        return dict(zip(TOPICS, sums.tolist(), strict=True))
+
+
+class HostCopy:
+    """A number on the device, as the host last knew it: reading never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._known = 0
+        self._copy = torch.zeros((), dtype=torch.int64, pin_memory=True) if device.type == "cuda" else None
+        self._arrives: torch.cuda.Event | None = None
+
+    def read(self, number: Tensor) -> int:
+        """On the CPU the number; on CUDA its value some steps ago."""
+        if self._copy is None:
+            return int(number)
+        if self._arrives is None or self._arrives.query():
+            if self._arrives is not None:
+                self._known = int(self._copy)
+            self._copy.copy_(number, non_blocking=True)
+            self._arrives = torch.cuda.Event()
+            self._arrives.record()
+        return self._known
+
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # Windows has no SIGUSR1
+
+
+class Preemption:
+    """Whether this process was asked to stop: by Slurm before it takes the machine, by torchrun, or by a person.
+
+    Slurm: ``--signal=USR1@120`` sends SIGUSR1 two minutes before the time limit; a preempted job gets SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        """The last signal; None: none so far."""
+
+    def watch(self) -> None:
+        """Take over both signals for the rest of this process's life. Call it from the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
+
+    def sentence(self, step: int) -> str:
+        """The run's last line."""
+        asked = f"asked to stop by {self.signal_name}" if self.signal_name else "another rank was asked to stop"
+        return f"{asked}: step {step} is saved, and the same command resumes after it"
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+
+UNREADABLE_FILE = "unreadable_images.jsonl"
+
+_MIN_COUNTED = 10_000
+"""A share of fewer images says little: they count as so many."""
+
+
+class UnreadableLog:
+    """Keeps ``unreadable_images.jsonl``: one line for each image that was replaced, with its path and the cause.
+
+    Every rank notes what it met; the main one writes. An image is listed once, however often its turn comes.
+    """
+
+    def __init__(self, folder: Path, images: int, max_share: float, start_anew: bool) -> None:
+        """``max_share``: the share of the ``images`` that may be unreadable."""
+        self.path = folder / UNREADABLE_FILE
+        self._images, self._max_share = images, max_share
+        self._noted: list[Unreadable] = []
+        self._listed: set[int] = set()
+        if distributed.is_main():
+            try:
+                self._take_up(start_anew)
+            except OSError as error:
+                log.warning(f"{self.path} cannot be used ({error.strerror})")
+
+    def _take_up(self, start_anew: bool) -> None:
+        if start_anew:
+            self.path.unlink(missing_ok=True)
+        self._listed = {row["index"] for row in read_unreadable(self.path)}
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n")  # a crash cut the last line short; the next one starts on a line of its own
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    def note(self, batches: Iterable[Batch]) -> int:
+        """Remember what could not be read in these; how many there were."""
+        before = len(self._noted)
+        for batch in batches:
+            self._noted += batch.unreadable
+        return len(self._noted) - before
+
+    def write(self) -> None:
+        """Gather what all ranks noted, and list what is new. Every rank calls it."""
+        noted, self._noted = self._noted, []
+        gathered = [bad for part in distributed.gather_objects(noted) for bad in part]
+        if not distributed.is_main():
+            return
+        new = []
+        for bad in sorted(gathered, key=lambda bad: (bad.epoch, bad.index)):
+            if bad.index not in self._listed:
+                self._listed.add(bad.index)
+                new.append(bad)
+        if not new:
+            return
+        if len(new) == len(self._listed):
+            log.warning(
+                f"{new[0].name} cannot be read ({new[0].cause}); another image replaces it, and each further one that "
+                f"{self.path} lists"
+            )
+        try:
+            with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(json.dumps(dataclasses.asdict(bad)) + "\n" for bad in new)
+        except OSError as error:
+            log.warning(f"{self.path} cannot be written ({error.strerror})")
+
+    def too_many(self, seen: int) -> bool:
+        """Whether more than the allowed share of the first ``seen`` images could not be read."""
+        counted = min(max(seen, _MIN_COUNTED), self._images)
+        return len(self._listed) > self._max_share * counted
+
+    def refusal(self, seen: int) -> InputError:
+        """What the run ends with where there are too many."""
+        return InputError(
+            f"{len(self._listed):,} of the first {min(seen, self._images):,} images cannot be read, more than "
+            f"--max-unreadable {self._max_share:g} of them allows: {self.path} lists paths and causes; repair or "
+            "remove them, or allow more"
+        )
+
+
+def read_unreadable(path: Path) -> list[dict[str, Any]]:
+    """The lines of an ``unreadable_images.jsonl``; one cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("index"), int):
+            rows.append(row)
+    return rows
