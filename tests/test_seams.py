@@ -1,0 +1,269 @@
+"""Each seam: something registered from outside trains three steps, and no other file is touched."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import SMALL
+from torch import Tensor, nn
+
+import run_knn
+import run_pretrain
+from dino_xcit import recipes
+from dino_xcit.cli import parse_pretrain
+from dino_xcit.data import register_source
+from dino_xcit.data.loader import Batch
+from dino_xcit.errors import InputError
+from dino_xcit.methods import Method, Stats, register_method
+from dino_xcit.models import BackboneOutput, register_backbone
+from dino_xcit.optim import Rates
+from dino_xcit.recipes import Recipe
+from dino_xcit.runtime.metrics import read_metrics
+from dino_xcit.train import StepResult
+
+CPU = torch.device("cpu")
+
+
+def train(folder: Path, *flags: str, steps: int = 3, **seams: Any) -> list[dict[str, Any]]:
+    """Three steps of a small run; its metrics."""
+    argv = [*SMALL, "--data-path", "sample:fashion-mnist", "--batch-size-per-gpu", "4", "--max-steps", str(steps)]
+    names = {flag for flag in flags if flag.startswith("--")}
+    pairs = [pair for pair in zip(argv[::2], argv[1::2], strict=True) if pair[0] not in names]
+    words = [word for pair in pairs for word in pair] + [*flags, "--output-dir", str(folder)]
+    run_pretrain.train(parse_pretrain(words)[0], CPU, **seams)
+    return read_metrics(folder / "metrics.jsonl")
+
+
+# ---- backbone
+
+
+class MeanColour(nn.Module):
+    """A backbone: the mean colour of each quarter, and of the image."""
+
+    embed_dim = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colour = nn.Linear(3, self.embed_dim)
+
+    def forward(self, images: Tensor, layers: tuple[int, ...] = ()) -> BackboneOutput:
+        """[B, 3, H, W] to features."""
+        tokens = self.colour(nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).mT)
+        return BackboneOutput(tokens.mean(dim=1), tokens, (2, 2), tuple(tokens for _ in layers))
+
+
+register_backbone("mean-colour", MeanColour)
+
+
+def test_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = train(tmp_path, "--arch", "mean-colour", "--drop-path-rate", "0")
+    assert [row["step"] for row in metrics if row["kind"] == "step"] == [1, 2, 3]
+    monkeypatch.setattr("sys.argv", ["run_knn.py", "--weights", str(tmp_path / "checkpoint.pth"), "--ks", "5",
+                                     "--json", str(tmp_path / "knn.json"), "--device", "cpu"])  # fmt: skip
+    run_knn.command()
+    assert 0 < json.loads((tmp_path / "knn.json").read_text())["results"][0]["top1"] <= 100
+
+
+def test_a_backbone_without_stochastic_depth_is_refused_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="drop-path-rate 0"):
+        train(tmp_path, "--arch", "mean-colour", "--drop-path-rate", "0.1")
+
+
+# ---- data source
+
+
+class Squares:
+    """A source: grey squares, encoded as PNG."""
+
+    def __init__(self, count: str, part: str | None) -> None:
+        self.count = int(count) if part == "train" else 4
+        self.labels = [index % 2 for index in range(self.count)]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> tuple[bytes, int | None]:
+        file = io.BytesIO()
+        Image.fromarray(np.full((20, 20), 100 * (index % 2) + index, dtype=np.uint8)).save(file, "png")
+        return file.getvalue(), index % 2
+
+    def name(self, index: int) -> str:
+        return f"square {index}"
+
+
+register_source("squares", Squares)
+
+
+def test_a_data_source_with_labels(tmp_path: Path) -> None:
+    metrics = train(tmp_path, "--data-path", "squares:24", "--knn-every", "1")
+    assert 0 <= metrics[-1]["knn_top1"] <= 100
+
+
+# ---- evaluator
+
+
+def test_evaluators(tmp_path: Path) -> None:
+    def spread(method: Method) -> Mapping[str, float]:
+        assert (tmp_path / "checkpoint.pth").exists()  # the step that is measured is on the disk
+        return {"spread": float(sum(p.std() for p in method.eval_backbone.parameters() if p.numel() > 1))}
+
+    evaluators = [("spread", 1, spread), ("seldom", 5, lambda method: {"last": 1.0}), ("never", 0, lambda method: {})]
+    flags = ["--data-path", "squares:8", "--best-metric", "spread", "--epochs", "2"]
+    metrics = train(tmp_path, *flags, steps=4, evaluators=evaluators)
+    epochs = [row for row in metrics if row["kind"] == "epoch"]
+    assert [row["step"] for row in epochs] == [2, 4]
+    assert ["last" in row for row in epochs] == [False, True]
+    best = max(epochs, key=lambda row: row["spread"])
+    assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == best["step"]
+
+
+def test_two_evaluators_of_one_metric_are_refused(tmp_path: Path) -> None:
+    twice = [("a", 1, lambda method: {"x": 1.0}), ("b", 1, lambda method: {"x": 2.0})]
+    with pytest.raises(ValueError, match="x"):
+        train(tmp_path, evaluators=twice)
+
+
+# ---- observer
+
+
+class Labels:
+    """An observer: how many images of each label were seen."""
+
+    def __init__(self) -> None:
+        self.seen = torch.zeros(10, dtype=torch.int64)
+
+    def on_step(self, result: StepResult, batch: Batch) -> None:
+        assert batch.labels is not None
+        assert result.features is not None
+        self.seen += torch.bincount(batch.labels, minlength=10)
+
+    def metrics(self) -> Mapping[str, float]:
+        return {"labels_seen": float(self.seen.sum())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = state["seen"].clone()
+
+
+def test_an_observer_is_stored_with_the_checkpoint(tmp_path: Path) -> None:
+    metrics = train(tmp_path, observers=[Labels()])
+    assert [row["labels_seen"] for row in metrics if row["kind"] == "step"] == [4, 8, 12]
+    resumed = Labels()
+    metrics = train(tmp_path, steps=5, observers=[resumed])
+    assert [row["labels_seen"] for row in metrics if row["kind"] == "step"] == [4, 8, 12, 16, 20]
+    whole = Labels()
+    train(tmp_path / "whole", steps=5, observers=[whole])
+    assert torch.equal(resumed.seen, whole.seen)
+
+
+# ---- method
+
+
+class Autoencoder(Method):
+    """A method: the mean grey of each quarter of the first view from its features."""
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        self.eval_backbone = MeanColour().to(device)
+        self.decoder = nn.Linear(MeanColour.embed_dim, 4).to(device)
+        self.trained = nn.ModuleDict({"backbone": self.eval_backbone, "decoder": self.decoder})
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    def forward_backward(self, batch: Batch, rates: Rates) -> tuple[Tensor, Stats]:
+        images = batch.crops[0][: len(batch.indices)].float() / 255
+        wanted = nn.functional.adaptive_avg_pool2d(images, 2).mean(dim=1).flatten(1)
+        error = (self.decoder(self.eval_backbone(images).cls_token) - wanted).square()
+        (error.mean() * rates.loss_scale).backward()
+        return error.mean().detach(), {"error": error.detach().sum(), "count": torch.tensor(float(error.numel()))}
+
+    def after_step(self, stats: Stats, rates: Rates, accepted: Tensor) -> None:
+        self.steps += accepted
+
+    def metrics(self, stats: Stats) -> dict[str, Tensor | float]:
+        return {"squared_error": stats["error"] / stats["count"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trained": self.trained.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.trained.load_state_dict(state["trained"])
+        self.steps.copy_(state["steps"])
+
+
+register_method("autoencoder", Autoencoder)
+
+
+def test_a_method(tmp_path: Path) -> None:
+    flags = [
+        "--method",
+        "autoencoder",
+        "--arch",
+        "mean-colour",
+        "--lr",
+        "2",
+        "--data-path",
+        "squares:4",
+        "--epochs",
+        "9",
+    ]
+    metrics = train(tmp_path, *flags)
+    losses = [row["loss"] for row in metrics if row["kind"] == "step"]
+    assert losses == [row["squared_error"] for row in metrics if row["kind"] == "step"]
+    assert losses[-1] < losses[0]
+    train(tmp_path, *flags, steps=6)
+    content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert int(content["steps"]) == 6
+    train(tmp_path / "whole", *flags, steps=6)
+    whole = torch.load(tmp_path / "whole/checkpoint.pth", weights_only=True)
+    assert all(torch.equal(value, content["trained"][name]) for name, value in whole["trained"].items())
+
+
+def test_the_checkpoint_of_a_method_without_student_and_teacher_is_read(tmp_path: Path) -> None:
+    from dino_xcit.weights import load_backbone
+
+    train(tmp_path, "--method", "autoencoder", "--arch", "mean-colour")
+    loaded = load_backbone(tmp_path / "checkpoint.pth")
+    assert loaded.arch == "mean-colour"
+    stored = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert all(torch.equal(value, stored[name]) for name, value in loaded.backbone.state_dict().items())
+
+
+# ---- recipe
+
+
+def test_a_recipe(tmp_path: Path) -> None:
+    settings: dict[str, object] = {"koleo_weight": 0.5}
+    recipes.register(Recipe("tiny", "a test", "--recipe tiny", "not measured", settings))
+    config, first_line = parse_pretrain(["--recipe", "tiny", "--data-path", "sample:fashion-mnist"])
+    assert config.koleo_weight == 0.5
+    assert "tiny" in first_line
+    train(tmp_path, "--recipe", "tiny")
+    with pytest.raises(ValueError, match="no_such_setting"):
+        recipes.register(Recipe("other", "a test", "", "", {"no_such_setting": 1}))
+
+
+# ---- names that are taken
+
+
+@pytest.fixture(params=["backbone", "method", "source", "recipe"])
+def twice(request: pytest.FixtureRequest) -> Any:
+    return {
+        "backbone": lambda: register_backbone("xcit_small_12_p16", MeanColour),
+        "method": lambda: register_method("dino", Autoencoder),
+        "source": lambda: register_source("tar", Squares),
+        "recipe": lambda: recipes.register(Recipe("dino", "", "", "")),
+    }[request.param]
+
+
+def test_a_name_is_given_once(twice: Any) -> None:
+    with pytest.raises(ValueError, match=r"taken|registered"):
+        twice()
