@@ -1,13 +1,16 @@
-"""``python run_pretrain.py --verify-resume [PROCESSES] ...``: is a resumed run the same run on this machine and data?
+"""Is a resumed run the same run, on this machine and with this data?
 
-It trains some steps twice, with the user's own settings: once in one go, and once with two SIGKILLs, the second of them
-while a checkpoint is being written. Both end with a SHA-256 over all that training changes.
+    python -m dino_xcit.verify_resume [--processes N] FLAGS OF run_pretrain.py
+
+trains 12 steps with these flags twice: once in one go, and once with two SIGKILLs, the second of them while a
+checkpoint is being written. It prints a SHA-256 of both, over all that training changes, and ends with code 2 where
+they differ.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,168 +20,151 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-from tqdm import tqdm
 
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import FOLDER, LATEST
 from dino_xcit.checkpoint.state import hash_content
 from dino_xcit.cli import parse_pretrain, replace_flags
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, run_main
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.metrics import read_metrics
 
-FLAG = "--verify-resume"
 STEPS, SAVE_EVERY = 12, 4
+OWN = {"--max-steps": str(STEPS), "--save-every": str(SAVE_EVERY), "--log-every": "1", "--knn-every": "0"}
+"""Flags that are not the user's here."""
+SCRIPT = Path(__file__).parent.parent / "run_pretrain.py"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What came of it."""
+class Trial:
+    """A run that is started until it is complete."""
 
-    straight: str
-    """Hash of the run in one go."""
-    resumed: str
-    """Hash of the run that was killed."""
-    killed_after: tuple[int, ...]
-    """The last step in the metrics at each kill."""
-    killed_while_saving: bool
-    """Whether the second kill left a half-written file."""
+    flags: Sequence[str]
+    processes: int
+    folder: Path
 
-    def report(self) -> str:
-        """For the screen."""
-        where = ", then ".join(f"after step {step}" for step in self.killed_after)
-        saving = (
-            "the second time while saving" if self.killed_while_saving else "never while saving: saves are too fast"
-        )
-        equal = self.straight == self.resumed
-        return (
-            f"{STEPS} steps in one go          SHA-256 {self.straight}\n"
-            f"{STEPS} steps, killed and resumed  SHA-256 {self.resumed}\n"
-            f"(SIGKILL {where}; {saving})\n"
-            + (
-                "resuming is exact here: both are the same, bit for bit"
-                if equal
-                else "NOT the same: see --deterministic"
-            )
-        )
+    def train(self, until: Callable[[], bool] = lambda: False) -> bool:
+        """Start it, or resume it. Returns whether it was killed: as soon as ``until`` holds, with all its processes.
+
+        Raises:
+            InputError: it ended with an error; its own words.
+        """
+        printed = self.folder.with_suffix(".log")
+        ranks = self._start(printed)
+        try:
+            while any(rank.poll() is None for rank in ranks) and not until():
+                time.sleep(0.001)
+        finally:
+            alive = [rank for rank in ranks if rank.poll() is None]
+            for rank in alive:
+                os.killpg(rank.pid, signal.SIGKILL)
+            codes = [rank.wait() for rank in ranks]
+        if not alive and any(codes):
+            lines = printed.read_text(errors="replace").strip().splitlines() or [""]
+            sentence = next((line for line in lines if line.startswith("error: ")), lines[-1])
+            raise InputError(f"the run ended with code {max(codes)}: {sentence.removeprefix('error: ')}")
+        return bool(alive)
+
+    def step(self) -> int:
+        """The last step in its metrics."""
+        return max((int(record["step"]) for record in read_metrics(self.folder / "metrics.jsonl")), default=0)
+
+    def is_saving(self) -> bool:
+        """Whether there is half a checkpoint."""
+        return any((self.folder / FOLDER).glob(".step*.tmp"))
+
+    def hash(self) -> str:
+        """Of all that it has learnt."""
+        return hash_content(safe_load.read(self.folder / LATEST))
+
+    def _start(self, printed: Path) -> list[subprocess.Popen[bytes]]:
+        """Its ranks, as torchrun would start them: torchrun itself lets them live when it is killed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = str(self.processes)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        command = [sys.executable, str(SCRIPT), *replace_flags(self.flags, ["--output-dir", str(self.folder)])]
+        with open(printed, "wb") as file:
+            return [
+                subprocess.Popen(
+                    command,
+                    env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,
+                )
+                for rank in range(self.processes)
+            ]
 
 
-def asked(argv: Sequence[str]) -> bool:
-    """Whether a command line asks for this."""
-    return any(word.replace("_", "-").split("=")[0] == FLAG for word in argv)
-
-
-def main(argv: Sequence[str], script: Path) -> None:
+def main(argv: Sequence[str]) -> None:
     """The command: both runs below a temporary folder beside the output directory, which is removed.
 
     Raises:
-        InputError: a mistake in the other flags, a run that ended early, or two different hashes.
+        InputError: a mistake in the flags, a run that ended early, or two different hashes.
     """
-    processes, flags = _split(argv)
+    processes, flags = split(argv)
     config, _ = parse_pretrain(flags)
     if "WORLD_SIZE" in os.environ:
-        raise InputError(f"{FLAG} starts processes itself: python run_pretrain.py {FLAG} PROCESSES, without torchrun")
+        raise InputError("verify_resume starts the processes itself: give it --processes N, without torchrun")
+    flags = replace_flags(flags, [*(word for pair in OWN.items() for word in pair), "--deterministic", "--wandb="])
     beside = Path(config.output_dir).parent
     beside.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=beside))
-    try:
-        ours = ["--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--log-every", "1", "--knn-every", "0"]
-        ours += ["--deterministic", "--wandb="]
-        verdict = verify([sys.executable, str(script), *replace_flags(flags, ours)], processes, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(verdict.report())
-    if verdict.straight != verdict.resumed:
-        raise InputError("a resumed run is not the same run here")
+    with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=beside, ignore_cleanup_errors=True) as folder:
+        straight, resumed = (Trial(flags, processes, Path(folder, name)) for name in ("straight", "resumed"))
+        straight.train()
+        log.info(f"{STEPS} steps in one go          SHA-256 {straight.hash()}")
+        kill_twice(resumed)
+        resumed.train()
+        log.info(f"{STEPS} steps, killed and resumed  SHA-256 {resumed.hash()}")
+        log.info(compare(straight.hash(), resumed.hash()))
 
 
-def verify(command: Sequence[str], processes: int, folder: Path) -> Verdict:
-    """Both runs, with ``--output-dir`` below ``folder``."""
-    with tqdm(total=2 * STEPS, unit="step", desc="verifying", disable=not sys.stderr.isatty()) as bar:
-        _run_until(command, processes, folder / "straight", lambda: False, bar)
-        killed = folder / "killed"
-        after = [_run_until(command, processes, killed, lambda: _step(killed) >= SAVE_EVERY + 2, bar)]
+def kill_twice(trial: Trial) -> None:
+    """Between two saves, then inside one; where saves are too fast for that, near the end."""
 
-        def second_save_begins() -> bool:
-            return _step(killed) >= 2 * SAVE_EVERY - 1 and _half_written(killed)
+    def a_save_begins() -> bool:
+        return trial.step() >= 2 * SAVE_EVERY - 1 and trial.is_saving()
 
-        until = lambda: second_save_begins() or _step(killed) >= STEPS - 2  # noqa: E731
-        after.append(_run_until(command, processes, killed, until, bar))
-        while_saving = _half_written(killed)
-        _run_until(command, processes, killed, lambda: False, bar)
-    hashes = [hash_content(safe_load.read(path / LATEST)) for path in (folder / "straight", killed)]
-    return Verdict(hashes[0], hashes[1], tuple(after), while_saving)
+    def it_nearly_ends() -> bool:
+        return trial.step() >= STEPS - 2
+
+    for until in (lambda: trial.step() >= SAVE_EVERY + 2, lambda: a_save_begins() or it_nearly_ends()):
+        if trial.train(until):
+            log.info(f"SIGKILL after step {trial.step()}{', while saving' if trial.is_saving() else ''}")
 
 
-def _run_until(
-    command: Sequence[str], processes: int, output_dir: Path, then_kill: Callable[[], bool], bar: tqdm
-) -> int:
-    """Run to the end, or until SIGKILL becomes due for all its processes; the last step that was logged.
+def compare(straight: str, resumed: str) -> str:
+    """The verdict on two hashes.
 
     Raises:
-        InputError: the run ended with an error; its own words.
+        InputError: they differ.
     """
-    log = output_dir.with_suffix(".log")
-    with open(log, "wb") as file:
-        ranks = _start(replace_flags(command, ["--output-dir", str(output_dir)]), processes, file)
-        try:
-            shown = _step(output_dir)
-            while any(rank.poll() is None for rank in ranks) and not then_kill():
-                now = _step(output_dir)
-                bar.update(max(0, now - shown))
-                shown = now
-                time.sleep(0.001)
-        finally:
-            step = _step(output_dir)
-            killed = [rank for rank in ranks if rank.poll() is None]
-            for rank in killed:
-                os.killpg(rank.pid, signal.SIGKILL)
-            codes = [rank.wait() for rank in ranks]
-    if not killed and any(codes):
-        lines = log.read_text(errors="replace").strip().splitlines()
-        last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
-        raise InputError(f"the run ended with code {max(codes)}: {last.removeprefix('error: ')}")
-    return step
+    if straight != resumed:
+        raise InputError("a resumed run is NOT the same run here")
+    return "resuming is exact here: both are the same, bit for bit"
 
 
-def _start(command: Sequence[str], processes: int, log: IO[bytes]) -> list[subprocess.Popen[bytes]]:
-    """The ranks of a run, as torchrun would start them: torchrun itself would let them live when it is killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | {key: str(value) for key, value in (shared | {"RANK": r, "LOCAL_RANK": r}).items()},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        for r in range(processes)
-    ]
+def split(argv: Sequence[str]) -> tuple[int, list[str]]:
+    """How many processes the runs have, and the flags of run_pretrain.py."""
+    parser = argparse.ArgumentParser(
+        "python -m dino_xcit.verify_resume", description=__doc__, allow_abbrev=False, exit_on_error=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--processes", type=int, default=1, help="of each run (default: 1)")
+    try:
+        known, flags = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from error
+    if known.processes < 1:
+        raise InputError(f"--processes is {known.processes}, expected at least 1")
+    for word in flags:
+        name = word.partition("=")[0].replace("_", "-").replace("--no-", "--")
+        if name in {*OWN, "--deterministic"}:
+            raise InputError(f"{name} is set by verify_resume itself: leave it out")
+    return known.processes, flags
 
 
-def _step(output_dir: Path) -> int:
-    return max((int(record["step"]) for record in read_metrics(output_dir / "metrics.jsonl")), default=0)
-
-
-def _half_written(output_dir: Path) -> bool:
-    return any((output_dir / FOLDER).glob(".step*.tmp"))
-
-
-def _split(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """How many processes were asked for, and the other flags."""
-    words = list(argv)
-    place = next(i for i, word in enumerate(words) if word.replace("_", "-").split("=")[0] == FLAG)
-    _, equals, value = words.pop(place).partition("=")
-    if not equals and place < len(words) and not words[place].startswith("--"):
-        value = words.pop(place)
-    if value and not (value.isdigit() and int(value) > 0):
-        raise InputError(f"{FLAG} is {value!r}, expected a number of processes, or nothing for one")
-    own = ("max-steps", "save-every", "log-every", "knn-every", "deterministic")
-    for word in words:
-        if word.removeprefix("--").split("=")[0].replace("_", "-") in own and word.startswith("--"):
-            raise InputError(f"{word.split('=')[0]} is set by {FLAG} itself: leave it out")
-    return int(value or 1), words
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))
