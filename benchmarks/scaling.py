@@ -1,12 +1,11 @@
-"""What a step costs with more images, larger images, more prototypes and more processes; what more GPUs would give.
+"""What a step costs with more images, larger images, more prototypes and more processes.
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rounds 5] [--projected-only]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--rounds 5]
 
 Measured on this CPU, one thread a process: a small network, images already in memory, all settings in turn in each
 round, medians. Two ranks are measured beside one process alone and beside two that have nothing to do with each other,
 since two busy cores slow each other down without any exchange. Then, when each of S12/16's gradient messages starts
-within the backward pass. Projected from that and from counted operations (scaling_projected.py): 8 and 64 GPUs. The
-last line is one JSON object.
+within the backward pass. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,18 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dino_xcit  # noqa: E402, F401  # isort: skip
-import scaling_projected as projected  # noqa: E402
 import torch  # noqa: E402
-from scaling_projected import Counted, Projected, count, scaled_buckets  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
 
 from dino_xcit.config import PretrainConfig  # noqa: E402
 from dino_xcit.data.loader import Batch  # noqa: E402
 from dino_xcit.errors import run_main  # noqa: E402
+from dino_xcit.optim import Schedules  # noqa: E402
 from dino_xcit.runtime import distributed  # noqa: E402
 from dino_xcit.runtime.memory import keep_freed_memory  # noqa: E402
-from dino_xcit.train import Schedules, build_state, train_step  # noqa: E402
+from dino_xcit.train import build_state, train_step  # noqa: E402
 
 CPU = torch.device("cpu")
 BASE: dict[str, Any] = {
@@ -55,7 +53,6 @@ FULL: dict[str, Any] = {
     "arch": "xcit_small_12_p16", "out_dim": 65536, "global_crops_size": 224, "local_crops_size": 96,
     "batch_size_per_gpu": 1,
 }  # fmt: skip
-ARCHS = ("xcit_small_12_p16", "xcit_small_12_p8", "xcit_medium_24_p16", "xcit_medium_24_p8")
 
 
 # ---- one process
@@ -92,7 +89,7 @@ def message_starts(stepper: Stepper) -> list[tuple[float, float]]:
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
     note.__annotations__ = {}  # PyTorch compares them with classes; here they are words
-    shared = stepper.state.shared
+    shared = stepper.state.method.ddp_student
     assert isinstance(shared, nn.parallel.DistributedDataParallel)
     shared.register_comm_hook(None, note)
     crops = [crop.float() / 128 - 1 for crop in stepper.batch.crops]
@@ -196,8 +193,8 @@ def by_ranks(rounds: int) -> tuple[dict[str, float], list[tuple[float, float]]]:
     return {name: median(found) for name, found in times.items()}, starts
 
 
-def report_measured(rounds: int) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-    """Print what was measured; it for the last line, and when messages start."""
+def report_measured(rounds: int) -> dict[str, Any]:
+    """Print what was measured; it for the last line."""
     settings = by_setting(rounds)
     base = ", ".join(f"{name} {BASE[name]}" for name in ("arch", "out_dim", "batch_size_per_gpu", "global_crops_size"))
     print(f"measured, one thread, {base}; local crops half as large")
@@ -214,93 +211,20 @@ def report_measured(rounds: int) -> tuple[dict[str, Any], list[tuple[float, floa
         print(f"    {name:18s} {1e3 * seconds:8.1f} ms a step  {number / seconds:6.1f} images/s")
     print("  S12/16, 2 x 224 + 8 x 96, 2 ranks: share of the backward pass done when a message starts, and its MB")
     print("    " + ", ".join(f"{100 * share:.0f}%: {size / 1e6:.1f}" for share, size in starts))
-    return {"settings_s": settings, "ranks_s": ranks, "message_starts": starts}, starts
-
-
-# ---- projected
-
-
-UTILISATIONS = (0.3, 0.4, 0.5)
-
-
-def report_projected(starts: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Print what follows from the counted operations; it for the last line."""
-    out: dict[str, Any] = {}
-    print(
-        f"\nprojected, not measured: {projected.BATCH} images a GPU and step, 2 x 224 + 8 x 96, K = 65536, "
-        f"{projected.PEAK / 1e12:.0f} TFLOP/s; three figures: at 30, 40 and 50% of them"
-    )
-    networks = [count(arch) for arch in ARCHS]
-    for counted in networks:
-        kept = counted.kept_a_token * counted.tokens_an_image
-        print(
-            f"  {counted.arch}: {counted.forward_gmac:.2f} GMAC forward at 224; {counted.gflop_an_image:.0f} GFLOP an "
-            f"image and step, {100 * counted.backward_share:.0f}% backward; {counted.trained / 1e6:.1f} M parameters, "
-            f"gradients {4 * counted.trained / 1e6:.0f} MB; {counted.kept_a_token / 1e3:.0f} kB kept a token, "
-            f"{kept / 1e6:.0f} MB an image ({counted.tokens_an_image} tokens); {counted.sync_messages} messages of "
-            "BatchNorm"
-        )
-        found = {
-            ranks: [
-                Projected.of(counted, share, ranks, scaled_buckets(starts, counted.trained)) for share in UTILISATIONS
-            ]
-            for ranks in (1, 8, 64)
-        }
-        for ranks, row in found.items():
-            print(f"    {ranks:3d} GPUs: {_line(row, ranks)}")
-        out[counted.arch] = vars(counted) | {str(ranks): [vars(each) for each in row] for ranks, row in found.items()}
-    out["slow network"] = _slow(networks[0], starts)
-    return out
-
-
-def _line(row: Sequence[Projected], ranks: int) -> str:
-    def three(values: Iterable[float], digits: int = 1) -> str:
-        return " / ".join(f"{value:,.{digits}f}" for value in values)
-
-    speeds = [found.images_a_second for found in row]
-    at_40 = row[1]
-    return (
-        f"{three(speeds, 0)} images/s; {three(speed * 86400 / projected.IMAGENET for speed in speeds)} epochs a day; "
-        f"step {three(found.step_ms for found in row)} ms; gradients {at_40.all_reduce_ms:.2f} ms, not hidden "
-        f"{at_40.exposed_ms:.2f}, BatchNorm {at_40.sync_ms:.2f}: {three(100 * found.efficiency for found in row)}%; "
-        f"cores a GPU {three(speed * projected.ALL_WORK_MS / 1e3 / ranks for speed in speeds)}, with its help "
-        f"{three(speed * projected.WORKERS_SHARE_MS / 1e3 / ranks for speed in speeds)}; "
-        f"reads {three((speed * projected.JPEG_BYTES / 1e6 for speed in speeds), 0)} MB/s"
-    )
-
-
-def _slow(counted: Counted, starts: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Efficiency of 64 GPUs by the network's speed and the number of passes a step."""
-    print(
-        "  xcit_small_12_p16, 40%, 64 GPUs: share of the speed that is left, by Gbit/s of a machine and passes a step"
-    )
-    buckets, out = scaled_buckets(starts, counted.trained), {}
-    for gigabits in (3200, 400, 100, 25, 10):
-        for passes in (1, 4, 16):
-            found = Projected.of(counted, 0.4, 64, buckets, bandwidth=gigabits * 1e9 / 8, passes=passes)
-            out[f"{gigabits} Gbit/s, {passes}"] = found.efficiency
-        shown = ", ".join(f"{passes}: {100 * out[f'{gigabits} Gbit/s, {passes}']:.0f}%" for passes in (1, 4, 16))
-        print(f"    {gigabits:5d}: {shown}")
-    return out
-
-
-STARTS = [(0.05, 67.1e6), (0.46, 26.8e6), (0.58, 28.5e6), (0.72, 28.6e6), (0.89, 28.6e6), (1.0, 13.1e6)]
-"""S12/16's as measured once by this script, on a busy machine: for --projected-only."""
+    return {"settings_s": settings, "ranks_s": ranks, "message_starts": starts}
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--projected-only", action="store_true", help="arithmetic alone, seconds")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return worker()
     torch.set_num_threads(1)
     keep_freed_memory()
-    measured, starts = ({}, STARTS) if arguments.projected_only else report_measured(arguments.rounds)
-    print(json.dumps({"measured": measured, "projected": report_projected(starts)}))
+    print(json.dumps(report_measured(arguments.rounds)))
     return None
 
 
