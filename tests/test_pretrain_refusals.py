@@ -155,8 +155,9 @@ def test_a_run_that_is_complete_says_why_and_what_is_next(pretrain: Pretrain, st
     folder, flags = stopped.copy(tmp_path / "run")
     ended = pretrain(*flags, "--max-steps", "1")
     assert ended.code == 0
-    assert "after step 2 of 1" in ended.out
-    assert f"already complete; next: python run_knn.py --weights {folder / 'checkpoint.pth'}" in ended.out
+    assert f"already complete: {folder} holds step 2, and this run ends after step 1" in ended.out
+    assert "resuming" not in ended.out
+    assert f"next: python run_knn.py --weights {folder / 'checkpoint.pth'}" in ended.out
 
 
 def test_steps_that_were_skipped_are_counted_at_the_end(
