@@ -57,11 +57,6 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def say(text: str) -> None:
-    """:func:`dino_xcit.runtime.logging.info`."""
-    log.info(text)
-
-
 def choose_device(wanted: str) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` to this process's device; on a GPU, the one that torchrun's LOCAL_RANK names.
 
