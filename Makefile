@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # One thread a process: tests start several at once, and OpenMP threads that wait for a core burn another one.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Two workers; tests/conftest.py keeps all tests that start processes on one of them.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: setup demo test test-faults reproduce lint format clean
 
@@ -21,11 +22,11 @@ demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 # All of them, those that kill and damage things included.
 test-faults: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(PYTEST)
 
 # Are a published file's figures what was published?   make reproduce DATA=/imagenet WEIGHTS=FILE [LINEAR=FILE] [FLAGS='...']
 reproduce:

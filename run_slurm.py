@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 from dino_xcit.cli import parse, parse_pretrain
 from dino_xcit.config import PretrainConfig
-from dino_xcit.errors import InputError, RunStopped, run_main
+from dino_xcit.errors import InputError, RunStopped, printable, run_main
 from dino_xcit.launch_config import LaunchConfig, launch_settings, split
-from dino_xcit.runtime.logging import counted, printable
+from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.metrics import require_wandb
 from dino_xcit.slurm import import_submitit, submit
 from eval.config import BackboneConfig, KnnConfig, LinearConfig, settings
@@ -68,7 +68,7 @@ def main() -> None:
     # ---- what next
     if launch.cluster == "slurm":
         print(f"job {job.job_id} is queued: {counted(processes, 'process')}; its log: {log}")
-        print(f"squeue -j {job.job_id} shows it, scancel {job.job_id} ends it; the same command carries on after it")
+        print(f"squeue -j {job.job_id} shows it, scancel {job.job_id} ends it; the same command resumes it")
         return
     print(
         f"job {job.job_id} runs here: {counted(processes, 'process')}; its log, of which this is a copy: {log}",

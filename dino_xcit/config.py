@@ -37,7 +37,7 @@ class PretrainConfig:
     init_weights: str = ""
     """Start student and teacher from these weights instead of random ones: any file that run_knn.py reads,
     hf-hub:ORG/NAME or timm:NAME; docs/checkpoints.md. The heads too, where the file has them in this run's shapes;
-    never optimizer or epoch. A run that is carried on does not look at it again."""
+    never optimizer or epoch. A resumed run does not read it again."""
     init_network: Literal["teacher", "student"] = "teacher"
     """Which network of init_weights, for files that hold both."""
     allow_missing: tuple[str, ...] = ()
@@ -176,7 +176,7 @@ class PretrainConfig:
 
     # ---- checkpoints and measuring
     resume: Literal["auto", "changed", "never"] = "auto"
-    """auto: carry on if output_dir holds this run, refuse if it holds another; changed: carry on with other settings;
+    """auto: resume if output_dir holds this run, refuse if it holds another; changed: resume with other settings;
     never: start anew and overwrite."""
     saveckp_freq: int = 20
     """Every so many epochs a checkpoint is kept for good (one is written every epoch); 0: none."""
@@ -309,7 +309,7 @@ FREE_TO_CHANGE = frozenset(
         "max_skipped_steps",        "max_unreadable", "hang_timeout", "best_metric",
     }
 )  # fmt: skip
-"""Settings that may differ when a run is carried on: they do not change what is learnt (of batch_size_per_gpu and
+"""Settings that may differ when a run resumes: they do not change what is learnt (of batch_size_per_gpu and
 accumulation_steps, only the product with the number of processes does, which the steps an epoch show)."""
 
 
@@ -319,7 +319,7 @@ OF_THE_STATE = frozenset(
         "optimizer",
     }
 )  # fmt: skip
-"""Settings that decide what a checkpoint holds: no run carries on with others, not with ``--resume changed`` either."""
+"""Settings that decide what a checkpoint holds: no run resumes with others, not even with ``--resume changed``."""
 
 
 def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]:

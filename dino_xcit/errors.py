@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn, TextIO
 
-from dino_xcit.runtime.logging import printable
-
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -55,6 +53,13 @@ def one_line(error: BaseException) -> str:
     """What another library's error says, in 200 letters of one line, without a full stop; perhaps nothing."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:200].rstrip(".")
+
+
+def printable(text: str) -> str:
+    """The text with what could steer a terminal, or what no terminal can show, as escapes: names come from others."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
 
 
 LESS_MEMORY = "give it smaller batches or images (--help lists its flags), or a machine with more memory"
@@ -107,7 +112,7 @@ def run_main(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
             raise
         sentence = _out_of_memory(error, less_memory)
     except KeyboardInterrupt:
-        _end("interrupted: the same command carries on from the last checkpoint or cache", 130)
+        _end("interrupted: the same command resumes from the last checkpoint or cache", 130)
     else:
         return
     _end(f"error: {sentence}", 2)

@@ -76,7 +76,7 @@ class Rank:
         sys.exit(code if code > 0 else 128 - code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What runs when the job begins anew: the same command, which carries on."""
+        """What runs when the job begins anew: the same command, which resumes the run."""
         return import_submitit().helpers.DelayedSubmission(Rank(self.command, self.restarts + 1))
 
 
@@ -86,7 +86,7 @@ def _queue_again(submitits_answer: Callable[[int, FrameType | None], Any], too_o
         submitits_answer(signal.SIGUSR1, None)
     except (too_often, OSError, subprocess.SubprocessError) as error:
         print(
-            f"warning: the run is saved, but not queued again ({one_line(error)}); the same command carries on",
+            f"warning: the run is saved, but not queued again ({one_line(error)}); the same command resumes it",
             file=sys.stderr,
             flush=True,
         )

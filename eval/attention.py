@@ -30,10 +30,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_xcit.errors import InputError, run_main
+from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.models.class_attention import ClassAttention
 from dino_xcit.models.xcit import XCiT
-from dino_xcit.runtime.logging import printable, progress_bar
+from dino_xcit.runtime.logging import progress_bar
 from eval.command_line import settings
 from eval.look_config import AttentionConfig
 from eval.photographs import Cell, Photograph, draw_rows, enough_memory, fit, patch_of, photographs

@@ -201,7 +201,7 @@ class LinearConfig(BackboneConfig):
     output_dir: str = ""
     """Where linear.pth goes. Default: linear/ beside the weights."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: carry on if output_dir holds this probe, refuse if it holds another; never: start anew and overwrite."""
+    """auto: resume if output_dir holds this probe, refuse if it holds another; never: start anew and overwrite."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""

@@ -26,8 +26,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_xcit.errors import InputError, run_main
-from dino_xcit.runtime.logging import counted, printable, progress_bar
+from dino_xcit.errors import InputError, printable, run_main
+from dino_xcit.runtime.logging import counted, progress_bar
 from eval.command_line import settings
 from eval.look_config import PcaConfig
 from eval.photographs import Cell, draw_rows, enough_memory, fit, patch_of, photographs, stack

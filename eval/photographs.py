@@ -16,9 +16,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from dino_xcit.data import decode
-from dino_xcit.errors import InputError, is_out_of_memory, one_line
+from dino_xcit.errors import InputError, is_out_of_memory, one_line, printable
 from dino_xcit.models.xcit import XCiT
-from dino_xcit.runtime.logging import printable
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
 
 MOST_IMAGES = 100

@@ -11,7 +11,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from dino_xcit.runtime import distributed
-from dino_xcit.sync_batch_norm import convert_sync_batch_norm
+from dino_xcit.runtime.sync_batch_norm import convert_sync_batch_norm
 
 SHAPES = {"image": (6, 5, 4, 3), "channels last": (6, 5, 4, 3), "rows": (6, 5), "timm": (6, 5, 4, 3)}
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from dino_xcit.errors import InputError, run_main
-from dino_xcit.runtime.logging import printable, progress_bar
+from dino_xcit.errors import InputError, printable, run_main
+from dino_xcit.runtime.logging import progress_bar
 
 
 def test_a_bar_says_what_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_names_cannot_steer_a_terminal_nor_be_more_than_it_can_show() -> None:
 
 SAYS_MORE = """
 import sys
-from dino_xcit.errors import InputError, run_main
+from dino_xcit.errors import InputError, run_main, printable
 def main():
     {0}
 run_main(main)
@@ -75,7 +75,7 @@ def test_a_command_whose_reader_went_away_ends_without_a_traceback(
         assert process.wait(60) == code
     mistakes = {
         2: "error: a mistake\n",
-        130: "interrupted: the same command carries on from the last checkpoint or cache\n",
+        130: "interrupted: the same command resumes from the last checkpoint or cache\n",
     }
     assert said == (mistakes.get(code, "") if stream == "stdout" else "")
 

@@ -180,7 +180,7 @@ def test_linear_goes_on_after_an_interruption_as_if_there_had_been_none(
     monkeypatch.setattr(sgd, "write_probe", write_then_stop)
     stopped = here(run_linear, *probe("parts"))
     assert stopped.code == 130
-    assert "carries on" in stopped.err
+    assert "resumes" in stopped.err
     monkeypatch.setattr(sgd, "write_probe", write)
     resumed = here(run_linear, *probe("parts"))
     assert resumed.code == 0, resumed.err

@@ -1,4 +1,4 @@
-"""run_slurm.py: its flags, what a job is told on a (made-up) Slurm, and a run that is stopped and carries on."""
+"""run_slurm.py: its flags, what a job is told on a (made-up) Slurm, and a run that is stopped and resumed."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ from ranks import Server
 from torch import nn
 
 from dino_xcit.models import build_backbone
-from dino_xcit.runtime import distributed
-from dino_xcit.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
+from dino_xcit.runtime.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm, synchronise_batch_norm
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +86,7 @@ def test_a_class_derived_from_batchnorm_keeps_what_it_does_besides() -> None:
 
 
 def test_gpus_share_it_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    module = distributed.synchronise_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cuda"))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    module = synchronise_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cuda"))
     assert [type(part) for part in module.children()] == [SyncBatchNorm]

@@ -22,8 +22,8 @@ from dino_xcit.data import Source, UndecodableImage, decode, open_source
 from dino_xcit.data.command_line import CommandLine, whole_number
 from dino_xcit.data.each_image import cores, each_image
 from dino_xcit.data.header import read_header
-from dino_xcit.errors import InputError
-from dino_xcit.runtime.logging import counted, printable, progress_bar
+from dino_xcit.errors import InputError, printable
+from dino_xcit.runtime.logging import counted, progress_bar
 
 USAGE = "python -m dino_xcit.data check SRC [--part train|val] [--report FILE.jsonl] [--workers N]"
 _HELP = """\

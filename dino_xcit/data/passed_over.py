@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from dino_xcit.errors import printable
 from dino_xcit.runtime import logging as log
-from dino_xcit.runtime.logging import counted, printable
+from dino_xcit.runtime.logging import counted
 
 _NEVER_IMAGES = frozenset({
     ".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".html", ".htm", ".css",

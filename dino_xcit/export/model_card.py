@@ -12,12 +12,11 @@ from typing import Any
 
 import dino_xcit
 from dino_xcit.config import FREE_TO_CHANGE, PretrainConfig
-from dino_xcit.errors import InputError, one_line
+from dino_xcit.errors import InputError, one_line, printable
 from dino_xcit.export.comparison import Difference
 from dino_xcit.export.provenance import shown_place
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
 from dino_xcit.runtime import atomic
-from dino_xcit.runtime.logging import printable
 from dino_xcit.weights import NETWORKS, LoadedBackbone
 from dino_xcit.weights.stored_network import Layout
 

@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, printable
 from dino_xcit.export.model_card import CARD, CURVES
 from dino_xcit.export.provenance import is_export
 from dino_xcit.export.timm_folder import CONFIG, WEIGHTS
 from dino_xcit.runtime import atomic
-from dino_xcit.runtime.logging import printable
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 """How the files end, by which those who read them tell what they are; the other targets are folders."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors
 
 import dino_xcit
-from dino_xcit.runtime.logging import printable
+from dino_xcit.errors import printable
 from dino_xcit.weights import LoadedBackbone
 from dino_xcit.weights.files import ASSUMED, EXCEPTION
 

@@ -17,6 +17,7 @@ from dino_xcit.models import MultiCropOutput, MultiCropWrapper, XCiT, build_back
 from dino_xcit.models.droppath import hash_bits
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime.sync_batch_norm import synchronise_batch_norm
 from dino_xcit.transform import normalise
 
 GLOBAL_VIEWS = 2
@@ -44,7 +45,7 @@ class StudentTeacher(Method):
     def _network(self, drop_path_rate: float, build_head: Callable[[int], nn.Module]) -> MultiCropWrapper:
         backbone = build_backbone(self.config.arch, **({"drop_path_rate": drop_path_rate} if drop_path_rate else {}))
         network = MultiCropWrapper(backbone, build_head(int(backbone.embed_dim)))  # type: ignore[arg-type]
-        network = distributed.synchronise_batch_norm(network, self.device).to(self.device)  # type: ignore[assignment]
+        network = synchronise_batch_norm(network, self.device).to(self.device)  # type: ignore[assignment]
         if isinstance(network.backbone, XCiT):
             network.backbone.activation_checkpointing = self.config.activation_checkpointing
             if self.config.compile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
@@ -27,9 +26,6 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dino_xcit.errors import LESS_MEMORY, LOST, InputError, RunStopped, run_main
-from dino_xcit.runtime import logging as log
-from dino_xcit.runtime.logging import counted
-from dino_xcit.sync_batch_norm import convert_sync_batch_norm, not_synchronised
 
 
 def rank() -> int:
@@ -282,26 +278,6 @@ def _first_bytes(path: Path) -> bytes | None:
             return file.read(4096)
     except OSError:
         return None
-
-
-def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """BatchNorm over all processes' batches on several GPUs; elsewhere the module as it is.
-
-    Not on the CPU: there runs with other numbers of processes are promised to be the same at a fixed microbatch.
-    """
-    if device.type == "cuda" and world_size() > 1:
-        module = convert_sync_batch_norm(module)
-        if left := not_synchronised(module):
-            some = f"{', '.join(left[:3])}{' ...' * (len(left) > 3)}"
-            _warn_once(
-                f"{counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be shared: each GPU "
-                "normalises there by its own batch"
-            )
-    return module
-
-
-_warn_once = functools.cache(log.warning)
-"""Does not repeat for the teacher what it said of the student."""
 
 
 def wrap_ddp(module: nn.Module, device: torch.device) -> nn.Module:

@@ -12,13 +12,14 @@ import io
 import sys
 from typing import TextIO
 
-import torch.distributed as dist
 from tqdm import tqdm
+
+from dino_xcit.runtime import distributed
 
 
 def info(text: str) -> None:
     """Print a line to stdout, on the main process only. A full disk does not end the run; a closed pipe raises."""
-    if (dist.is_initialized() and dist.get_rank() > 0) or sys.stdout is None:
+    if not distributed.is_main() or sys.stdout is None:
         return
     try:
         tqdm.write(text, file=sys.stdout)
@@ -46,15 +47,6 @@ class Lines(io.TextIOBase):
                 self._stream.write(line + "\n")
                 self._stream.flush()
         return len(text)
-
-
-def printable(text: str) -> str:
-    """A text that others chose, such as a file's name, for the screen: letters that could steer a terminal, or that
-    no terminal can show (bytes that are no UTF-8), are written as escapes.
-    """
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
-    )
 
 
 def counted(count: int, noun: str) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from dino_xcit.errors import InputError, one_line
+from dino_xcit.errors import InputError, one_line, printable
 from dino_xcit.models.vit import vit_shape
-from dino_xcit.runtime.logging import printable
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights.files import EXCEPTION, WeightsFile
 from dino_xcit.weights.transformers_config import TransformersFolder

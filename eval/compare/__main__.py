@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dino_xcit.errors import InputError, near_matches, run_main
-from dino_xcit.runtime.logging import printable
+from dino_xcit.errors import InputError, near_matches, printable, run_main
 from eval.compare.comparison import columns, compare, notes
 from eval.compare.images import called, known_by, same_order
 from eval.compare.likeness import OVERLOOKED, Likeness, liken

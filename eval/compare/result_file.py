@@ -11,8 +11,7 @@ from typing import Any, NoReturn, get_args
 
 from numpy.typing import NDArray
 
-from dino_xcit.errors import InputError, one_line
-from dino_xcit.runtime.logging import printable
+from dino_xcit.errors import InputError, one_line, printable
 from eval.figures import MOST_IMAGES, Figure, Unit, unpack, unpack_values
 from eval.protocol import FORMAT
 

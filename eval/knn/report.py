@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.data import Source
-from dino_xcit.runtime.logging import printable
+from dino_xcit.errors import printable
 from eval.knn.confusion import class_name
 from eval.knn.few_shot import short_classes, takes_all
 from eval.table import percent, table

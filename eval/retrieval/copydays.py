@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from dino_xcit.data.folder import IMAGE_SUFFIXES, FileSource
 from dino_xcit.data.index import Index, Strings
 from dino_xcit.data.source import Source
-from dino_xcit.errors import InputError
-from dino_xcit.runtime.logging import printable
+from dino_xcit.errors import InputError, printable
 from eval.retrieval.average_precision import ranks_of, trapezoidal_ap
 from eval.retrieval.similarity import rows_of_similarity
 

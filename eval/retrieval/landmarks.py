@@ -22,8 +22,7 @@ from dino_xcit.data import decode
 from dino_xcit.data.folder import FileSource
 from dino_xcit.data.index import Index, Strings
 from dino_xcit.data.source import Item, Source, hash_lines
-from dino_xcit.errors import InputError
-from dino_xcit.runtime.logging import printable
+from dino_xcit.errors import InputError, printable
 from eval.retrieval.average_precision import precision_at, ranks_of, trapezoidal_ap
 
 DATASETS = {"oxford": "roxford5k", "paris": "rparis6k"}

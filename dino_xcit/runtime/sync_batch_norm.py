@@ -7,15 +7,20 @@ all processes have batches of one size, as the loader deals them, so nothing nee
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """BatchNorm whose mean and variance in training are those of all processes' inputs together: [B, C, ...].
 
     Every process must call it with an input of the same shape. One message forward, one backward.
@@ -54,45 +59,43 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
-    """The module, each BatchNorm in it replaced by a :class:`SyncBatchNorm` with the same tensors and names.
+    """Turn each BatchNorm in the module into a :class:`SyncBatchNorm`, in place: its tensors, names and hooks stay.
 
-    timm's BatchNormAct2d keeps its activation, which ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` leaves out
-    without a word. Other classes derived from BatchNorm stay as they are, and those that keep no averages:
-    :func:`not_synchronised` names them.
+    timm's BatchNormAct2d keeps its activation, which ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` drops. Other
+    subclasses of BatchNorm stay as they are, and so do layers without running statistics.
     """
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        kind = _shared_kind(module)
-        if kind is None or module.momentum is None:
-            return module
-        shared = kind(module.num_features, module.eps, module.momentum, device="meta")
-        if isinstance(shared, SyncBatchNormAct):
-            shared.drop, shared.act = module.drop, module.act  # type: ignore[assignment]
-        shared.weight, shared.bias = module.weight, module.bias
-        shared.running_mean, shared.running_var = module.running_mean, module.running_var
-        shared.num_batches_tracked = module.num_batches_tracked
-        return shared.train(module.training)
-    for name, child in module.named_children():
-        setattr(module, name, convert_sync_batch_norm(child))
+    from timm.layers.norm_act import BatchNormAct2d  # loaded already if a network has one
+
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for part in module.modules():
+        if isinstance(part, _BatchNorm) and part.affine and part.track_running_stats and part.momentum is not None:
+            if type(part) in plain:
+                part.__class__ = SyncBatchNorm
+            elif type(part) is BatchNormAct2d:
+                part.__class__ = SyncBatchNormAct  # type: ignore[assignment]
     return module
 
 
-def not_synchronised(module: nn.Module) -> list[str]:
-    """Names of the BatchNorm layers in a module that see their own process's batch alone."""
-    norm = nn.modules.batchnorm._BatchNorm
-    return [name for name, part in module.named_modules() if isinstance(part, norm) and type(part) not in _SHARED]
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with :class:`SyncBatchNorm` on several GPUs, and as it is elsewhere.
+
+    Not on the CPU: there, runs with different numbers of processes give the same result at a fixed microbatch.
+    """
+    if device.type != "cuda" or not dist.is_initialized() or dist.get_world_size() == 1:
+        return module
+    module = convert_sync_batch_norm(module)
+    parts = module.named_modules()
+    if left := [name for name, part in parts if isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm)]:
+        some = ", ".join(left[:3]) + " ..." * (len(left) > 3)
+        _warn_once(
+            f"{counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be synchronised: each GPU "
+            "normalises by its own batch there"
+        )
+    return module
 
 
-_SHARED = (SyncBatchNorm, SyncBatchNormAct)
-
-
-def _shared_kind(module: nn.modules.batchnorm._BatchNorm) -> type[SyncBatchNorm] | None:
-    from timm.layers.norm_act import BatchNormAct2d  # loaded already where a network has one
-
-    if not module.affine or not module.track_running_stats or module.momentum is None:
-        return None
-    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        return SyncBatchNorm
-    return SyncBatchNormAct if type(module) is BatchNormAct2d else None
+_warn_once = functools.cache(log.warning)
+"""Student and teacher have the same layers: one warning is enough."""
 
 
 def _count(x: Tensor) -> int:
