@@ -8,7 +8,7 @@ Read it from top to bottom: settings, data, networks, loop.
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
+# Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
 import os
@@ -48,7 +48,7 @@ def main() -> None:
     config, first_line = parse_pretrain(sys.argv[1:])
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
-    distributed.start(device, config.hang_timeout + 30)  # the watchdog, which says more, comes first
+    distributed.start(device, config.hang_timeout + 30)  # later than the watchdog, which reports more
     log.info(first_line)
     choose_kernels(config, device)
     train(config, device)
@@ -63,8 +63,8 @@ def train(
     """One run, new or resumed, into ``config.output_dir``.
 
     Args:
-        evaluators: what is measured at the ends of epochs; None: the k-NN that the settings ask for.
-        observers: what watches each step.
+        evaluators: run at the ends of epochs; None: k-NN if ``knn_every`` is set.
+        observers: called after each accepted step.
     """
     with Health(config, device) as health, Checkpoints(config) as checkpoints:
         stored = checkpoints.find()  # empty where the run is new
@@ -74,8 +74,9 @@ def train(
             evaluators = build_evaluators(config, source, device)
 
         # The seed alone decides which image is in which step.
+        rank, world = distributed.rank(), distributed.world_size()
         sampler = StepSampler(
-            len(source), config.batch_size_per_gpu, config.accumulation_steps, *distributed.place(), config.seed
+            len(source), config.batch_size_per_gpu, config.accumulation_steps, rank, world, config.seed
         )
         schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
         state = build_state(config, device)
@@ -89,7 +90,7 @@ def train(
         describe(config, source, sampler, schedules, state)
         if state.step >= sampler.stop_step:
             log.info(
-                f"already complete: {config.output_dir} holds step {state.step}, and this run ends after step "
+                f"already complete: {config.output_dir} is at step {state.step}, and this run ends after step "
                 f"{sampler.stop_step}; next: {next_command(config, source, checkpoints)}"
             )
             return
@@ -109,7 +110,7 @@ def train(
                 run_ends = sampler.ends_run(state.step)
                 checkpoints.maybe_save(run_ends)
                 if run_ends or sampler.ends_epoch(state.step):
-                    checkpoints.wait()  # whatever happens during the evaluation, this step is on the disk
+                    checkpoints.wait()  # the step is on disk before the evaluation starts
                     evaluated = evaluate(evaluators, sampler.epochs(state.step), run_ends, state.method)
                     checkpoints.note(evaluated)
                     metrics.epoch(state.step, evaluated)
@@ -123,7 +124,7 @@ def train(
 def describe(
     config: PretrainConfig, source: Source, sampler: StepSampler, schedules: Schedules, state: TrainState
 ) -> None:
-    """One line on what this run is, and where it begins."""
+    """Log what is trained, on what, and from which step."""
     parameters = sum(p.numel() for p in state.method.eval_backbone.parameters()) / 1e6
     device = state.skipped_steps.device
     precision = str(choose_precision(config.precision, device)).removeprefix("torch.")
@@ -136,25 +137,25 @@ def describe(
     if schedules.warning:
         log.warning(schedules.warning)
     if 0 < state.step < sampler.stop_step:
-        began = f"; it began from {config.init_weights}, which is not read again" if config.init_weights else ""
+        began = f"; --init-weights {config.init_weights} is not read again" if config.init_weights else ""
         log.info(f"resuming after step {state.step} of {sampler.stop_step}{began}")
 
 
 def next_command(config: PretrainConfig, source: Source, checkpoints: Checkpoints) -> str:
     """What a user types after a finished run."""
     weights = checkpoints.folder.latest
-    if source.labels is not None and not config.data_path.startswith(("tar:", "parquet:")):  # these lack a val part
+    if source.labels is not None and not config.data_path.startswith(("tar:", "parquet:")):  # no validation part
         return f"python run_knn.py --weights {weights}"
     vectors = checkpoints.folder.output_dir / "vectors"
     return f"python run_extract.py --weights {weights} --data-path '{config.data_path}' --output-dir {vectors}"
 
 
 def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
-    """Repeatable kernels where asked for; else the fast ones."""
+    """Deterministic kernels with ``--deterministic``, else the fastest ones."""
     if device.type == "cpu":
         keep_freed_memory()
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS needs it
         torch.use_deterministic_algorithms(True)
     else:
         torch.backends.cudnn.benchmark = True

@@ -78,7 +78,7 @@ def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -
     del copy
 
     alone = work(2.0)
-    saver = Saver(checkpoints, tolerated=1)
+    saver = Saver(checkpoints, max_failures=1)
     content["step"] = 2
     began = time.perf_counter()
     saver.save(content)

@@ -148,9 +148,9 @@ class PretrainConfig:
     solarize: float = 0.2
     """Probability of solarisation in the second global crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean that normalisation subtracts, a channel."""
+    """Mean of each channel, for normalisation."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Deviation that normalisation divides by, a channel."""
+    """Standard deviation of each channel, for normalisation."""
 
     # ---- machine
     seed: int = 0
@@ -183,27 +183,27 @@ class PretrainConfig:
     save_every: int = 0
     """Also save every so many steps within an epoch; 0: only at its end."""
     keep_last: int = 2
-    """So many of the newest checkpoints are kept, and the best by k-NN while training. A damaged one is passed over at
-    the next start, so 1 is a risk."""
+    """Number of newest checkpoints to keep, besides the best by best_metric. Keep at least 2: resuming falls back to an
+    older checkpoint if the newest is damaged."""
     max_failed_saves: int = 3
-    """So many saves in a row may fail (a full disk) before the run ends."""
+    """Consecutive failed saves (a full disk, say) before the run ends."""
     max_skipped_steps: int = 30
-    """So many steps in a row may be skipped, because something in them is not finite, before the run ends. Mixed
-    precision with fp16 skips some in the beginning while it looks for its scale."""
+    """Consecutive non-finite steps before the run ends with code 3. fp16 skips a few at the start, until its loss scale
+    settles."""
     max_unreadable: float = 0.05
     """Share of images that may be unreadable before the run ends; up to there others stand in for them."""
     hang_timeout: float = 600.0
-    """Seconds without any progress after which the run ends and says which process it waited for; more than the
-    longest single thing that it does, such as the k-NN's search."""
+    """Seconds that one phase may take without progress before the run ends with code 4. Set it above the longest
+    phase, such as the k-NN search."""
     max_steps: int = 0
     """Stop after so many steps, with a complete checkpoint; 0: after the last epoch. Schedules do not change."""
     log_every: int = 10
     """Steps between two lines of metrics; between them the device is never waited for."""
     wandb: str = ""
-    """Project of Weights & Biases that the metrics go to as well (pip install 'dino-xcit[wandb]', then wandb login, or
+    """Weights & Biases project for the metrics (pip install 'dino-xcit[wandb]', then wandb login, or
     WANDB_MODE=offline in the environment); empty: none."""
     best_metric: str = "knn_top1"
-    """The evaluators' metric by which best.pth is chosen; higher is better."""
+    """Evaluator metric that selects best.pth; higher is better."""
     knn_every: int = 0
     """Epochs between two k-NN measurements while training (needs labels); 0: none."""
     knn_holdout: int = 0
@@ -224,7 +224,7 @@ class PretrainConfig:
         """Check every value.
 
         Raises:
-            InputError: naming the field, the value, and what would do.
+            InputError: names the field, its value and what is expected.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -241,10 +241,10 @@ class PretrainConfig:
             "seed": 0, "keep_last": 1, "max_failed_saves": 1, "max_skipped_steps": 1, "max_unreadable": 0,
             "hang_timeout": 1,
         }  # fmt: skip
-        for name, least in at_least.items():
+        for name, minimum in at_least.items():
             value = getattr(self, name)
-            if not value >= least:
-                raise InputError(f"{name} is {value}, expected at least {least:g}")
+            if value < minimum:
+                raise InputError(f"{name} is {value}, expected at least {minimum:g}")
         if self.seed >= 1 << 63:  # as PyTorch's generators take it
             raise InputError(f"seed is {self.seed}, expected less than 2^63, such as 0")
         if self.koleo_weight > 0 and self.batch_size_per_gpu < 2:
@@ -299,36 +299,36 @@ class PretrainConfig:
         return EvalTransform(resize=self.eval_resize or round(crop * 8 / 7), crop=crop, mean=self.mean, std=self.std)
 
 
-FREE_TO_CHANGE = frozenset(
+RESUME_SAFE_FIELDS = frozenset(
     {
         "output_dir", "device", "activation_checkpointing", "compile",
         "num_workers", "augment_device", "resume", "saveckp_freq", "save_every", "max_steps",
         "log_every", "wandb",
         "knn_every", "knn_holdout", "knn_max_images", "train_data", "val_data", "eval_resize", "eval_crop", "recipe",
         "deterministic", "batch_size_per_gpu", "accumulation_steps", "keep_last", "max_failed_saves",
-        "max_skipped_steps",        "max_unreadable", "hang_timeout", "best_metric",
+        "max_skipped_steps", "max_unreadable", "hang_timeout", "best_metric",
     }
 )  # fmt: skip
-"""Settings that may differ when a run resumes: they do not change what is learnt (of batch_size_per_gpu and
-accumulation_steps, only the product with the number of processes does, which the steps an epoch show)."""
+"""Fields that may change on resume: they do not affect what is learned. Of batch_size_per_gpu and accumulation_steps
+only the product with the number of ranks matters."""
 
 
-OF_THE_STATE = frozenset(
+STATE_FIELDS = frozenset(
     {
         "arch", "method", "out_dim", "norm_last_layer", "use_bn_in_head", "head_hidden_dim", "head_bottleneck_dim",
         "optimizer",
     }
 )  # fmt: skip
-"""Settings that decide what a checkpoint holds: no run resumes with others, not even with ``--resume changed``."""
+"""Fields that determine the tensors of a checkpoint: a run never resumes with other values."""
 
 
 def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]:
-    """``name stored -> current`` for each setting in which a stored run is another run than ``current``."""
+    """The fields that differ, as ``name stored -> current``, without :data:`RESUME_SAFE_FIELDS`."""
     out = []
     for field in dataclasses.fields(PretrainConfig):
-        if field.name in FREE_TO_CHANGE:
+        if field.name in RESUME_SAFE_FIELDS:
             continue
-        # A setting that an earlier version did not have was then as its default is now.
+        # A field that an older checkpoint lacks had the value of today's default.
         then, now = stored.get(field.name, field.default), getattr(current, field.name)
         if (list(then) if isinstance(then, (list, tuple)) else then) != (list(now) if isinstance(now, tuple) else now):
             out.append(f"{field.name} {then} -> {now}")
@@ -370,7 +370,7 @@ class ExportConfig:
         """Check every value.
 
         Raises:
-            InputError: naming the field, the value, and what would do.
+            InputError: names the field, its value and what is expected.
         """
         for name, hint in (("weights", "a checkpoint such as runs/.../checkpoint.pth"), ("out", "a path to write to")):
             if not getattr(self, name):

@@ -25,14 +25,15 @@ UNREAD = 141
 """Exit code of a command whose reader went away (``... | head``): the shell's for SIGPIPE."""
 
 DIVERGED, LOST, PREEMPTED = 3, 4, 75
-"""Exit codes of a run that stopped by itself: steps were not finite many times in a row; another process was lost or
-stands still; it was asked to stop and has saved (75 is sysexits.h's "temporary failure: try again")."""
+"""Exit codes of a run that ends itself. DIVERGED: too many consecutive steps were not finite. LOST: a phase exceeded
+--hang-timeout, or a rank or a loader process died. PREEMPTED: it received a signal and has saved (75 is sysexits.h's
+"temporary failure: try again")."""
 
 
 class RunStopped(Exception):
     """The run ends here, on every process, with an exit code that scripts can tell from others.
 
-    An empty sentence: another process says it.
+    An empty sentence: another rank prints it.
     """
 
     def __init__(self, code: int, sentence: str) -> None:
@@ -112,7 +113,7 @@ def run_main(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
             raise
         sentence = _out_of_memory(error, less_memory)
     except KeyboardInterrupt:
-        _end("interrupted: the same command resumes from the last checkpoint or cache", 130)
+        _end("interrupted: run the same command to resume from the last checkpoint or cache", 130)
     else:
         return
     _end(f"error: {sentence}", 2)

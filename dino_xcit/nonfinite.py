@@ -1,9 +1,9 @@
-"""When steps are not finite many times in a row: what is kept of them, and how to see one again.
+"""Saves the state of a run that ends after too many non-finite steps, and repeats its last step.
 
     python -m dino_xcit.nonfinite RUN/nonfinite.pth
 
-repeats the last skipped step in one process, with the weights it met (skipped steps leave them alone), the same
-images and the same crops, and names the forward pass and the first module in which something is not finite.
+repeats the last skipped step in one process, with the same weights (skipped steps do not change them),
+images and crops, and names the forward pass and the first module in which something is not finite.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device
     stopped = RunStopped(DIVERGED, "")
     if distributed.is_main():
         stopped = _keep(state, config, sampler, device)
-    distributed.barrier()  # who leaves first takes the others along, and the main process is to finish writing
+    distributed.barrier()  # wait until rank 0 has written the files: the first to leave ends the others
     return stopped
 
 
@@ -60,15 +60,14 @@ def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, devic
     try:
         atomic.write_torch(folder / STATE, content)
         atomic.write_json(folder / SUMMARY, summary)
-        kept = f"python -m dino_xcit.nonfinite {folder / STATE} repeats the last one and says where"
+        hint = f"run python -m dino_xcit.nonfinite {folder / STATE} to find the first module that is not finite"
     except OSError as error:
-        kept = f"what they met could not be kept ({error.strerror})"
+        hint = f"their state could not be written ({error.strerror})"
     return RunStopped(
         DIVERGED,
-        f"error: {in_a_row} steps in a row up to step {state.step} were not finite (--max-skipped-steps is "
-        f"{config.max_skipped_steps}); nothing was learnt from them. {kept}. A lower --lr or --clip-grad, or "
-        "--precision fp32, with --resume changed, resumes from the last checkpoint with that; if its weights are "
-        "beyond help, --resume never starts anew",
+        f"error: {in_a_row} consecutive steps up to step {state.step} were not finite (--max-skipped-steps "
+        f"{config.max_skipped_steps}) and did not change the weights; {hint}; then resume with --resume changed and a "
+        "lower --lr, a lower --clip-grad or --precision fp32, or start anew with --resume never",
     )
 
 
@@ -90,7 +89,7 @@ def repeat(path: Path) -> str:
     content = safe_load.read(path)
     summary, stored = content.get("nonfinite"), content.get("args")
     if not isinstance(summary, Mapping) or not isinstance(stored, Mapping):
-        raise InputError(f"{path} holds no skipped step: expected the {STATE} that a run leaves when it ends so")
+        raise InputError(f"{path} holds no skipped step: expected the {STATE} of a run that ended with code {DIVERGED}")
     config = _config_of(stored, content, summary)
     device = distributed.choose_device(config.device)
     source = open_source(config.data_path, "train")
@@ -100,7 +99,7 @@ def repeat(path: Path) -> str:
         start_step=step, stop_step=step + 1,
     )  # fmt: skip
     if passes_of(sampler, step) != summary["images_by_forward_pass"]:
-        raise InputError(f"{config.data_path} is not what it was: step {step} would see other images")
+        raise InputError(f"{config.data_path} changed: step {step} would see other images; restore the original data")
     state = build_state(config, device)
     restore(state, content, path)
     state.step = step
@@ -111,7 +110,11 @@ def repeat(path: Path) -> str:
     for number, batch in enumerate(batches):
         lines.append(f"  pass {number}: {_try(state, batch, schedules, config)}")
     if bool(train_step(state, batches, schedules, config).accepted):
-        raise InputError("\n".join([*lines, "the step is finite here: another device, precision or version?"]))
+        raise InputError(
+            "\n".join(
+                [*lines, "the step is finite here: repeat it on the original device with the original PyTorch version"]
+            )
+        )
     return "\n".join([*lines, "the step is skipped, as it was then"])
 
 
@@ -122,8 +125,8 @@ def _try(state: TrainState, batch: Batch, schedules: Schedules, config: Pretrain
         result = train_step(trial, [batch], schedules, config)
     images = ", ".join(map(str, batch.indices.tolist()[:8])) + (" ..." if len(batch.indices) > 8 else "")
     where = f"first in {names[0]}" if names else "every module's output is finite"
-    figures = f"loss {float(result.loss):g}, gradient norm {float(result.gradient_norm):g}"
-    return f"{'finite' if bool(result.accepted) else 'NOT FINITE'}; {figures}; {where}; images {images}"
+    metrics = f"loss {float(result.loss):g}, gradient norm {float(result.gradient_norm):g}"
+    return f"{'finite' if bool(result.accepted) else 'NOT FINITE'}; {metrics}; {where}; images {images}"
 
 
 @contextmanager
@@ -134,7 +137,7 @@ def _names_of_what_is_not_finite(state: TrainState) -> Iterator[list[str]]:
     for network_name, network in (("teacher", state.method.teacher), ("student", state.method.trained)):
         for name, module in network.named_modules() if network is not None else ():
             if any(True for _ in module.children()):
-                continue  # its parts say it more exactly
+                continue  # report leaf modules only
 
             def look(_: nn.Module, __: Any, output: object, name: str = f"{network_name}.{name}") -> None:
                 if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):

@@ -1,4 +1,4 @@
-"""What watches a run without changing it: evaluators at the ends of epochs, observers after each step."""
+"""Evaluators run at the ends of epochs, observers after each step; neither changes the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dino_xcit.train import StepResult
 
 
 class Evaluator(NamedTuple):
-    """A measurement at the ends of epochs; any triple of these will do."""
+    """A measurement at the ends of epochs; a plain tuple of the three works too."""
 
     name: str
     """For messages."""
@@ -42,7 +42,7 @@ def evaluate(
             watchdog.phase(f"evaluating {name}")
             found = measure(method)
             if twice := metrics.keys() & found.keys():
-                raise ValueError(f"evaluator {name} gives {', '.join(sorted(twice))} again: rename the metric")
+                raise ValueError(f"evaluator {name} repeats {', '.join(sorted(twice))}: rename the metric")
             metrics |= found
     return metrics
 
@@ -50,7 +50,7 @@ def evaluate(
 class Observer(Protocol):
     """Sees every accepted step, in order, and is stored with the checkpoint. It never changes the method.
 
-    Every rank has its own; rank 0's state and metrics count. Whatever communicates does so on every rank.
+    Every rank has its own; rank 0's state and metrics count. Collectives must be called on every rank.
     """
 
     def on_step(self, result: StepResult, batch: Batch) -> None:
@@ -73,8 +73,8 @@ class Observer(Protocol):
 class Observers:
     """Delivers steps to observers without making the host wait for the device.
 
-    Whether a step was accepted is known on the device alone. So on CUDA a step is delivered while the next one runs,
-    and the rest before anything is read or stored.
+    Only the device knows whether a step was accepted. So on CUDA a step is delivered while the next one runs, and all
+    of them before metrics are read or states are stored.
     """
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
@@ -82,11 +82,11 @@ class Observers:
         observers = list(observers)
         self._observers = {type(observer).__name__: observer for observer in observers}
         if len(self._observers) < len(observers):
-            raise ValueError("two observers are of the same class: give each its own, or merge them")
+            raise ValueError("two observers have the same class name, which keys their state: rename or merge them")
         self._pending: deque[tuple[StepResult, Batch, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def on_step(self, result: StepResult, batch: Batch) -> None:
-        """One step is done, or on its way."""
+        """Queue one step, which may still be running."""
         if not self._observers:
             return
         arrives = None
@@ -99,7 +99,7 @@ class Observers:
         self._deliver(leave=1 if arrives else 0)
 
     def metrics(self, result: StepResult, method: Method) -> dict[str, float]:
-        """Of a step, and of all observers. Reading them waits for the device."""
+        """Metrics of the step and of all observers; waits for the device."""
         self._deliver()
         observed = {name: float(value) for one in self._observers.values() for name, value in one.metrics().items()}
         return result.metrics(method) | observed

@@ -196,7 +196,7 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
         for group in groups:
             for parameter in group["params"]:
-                # A first step that is rejected would leave the buffer unset; zero gives the same first update.
+                # Skipping the first step would leave the buffer unset; zero gives the same first update.
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     if name == "lars":

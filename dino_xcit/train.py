@@ -1,6 +1,6 @@
 """The state of a run, and one optimizer step.
 
-Nothing in a step waits for the device: whether the step is accepted is decided, and acted on, there.
+A step does not wait for the device: whether it is accepted is computed and applied there.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     skipped_steps: Tensor
-    """Steps that were skipped because something in them was not finite; on the device."""
+    """Steps skipped because something in them was not finite; int64 scalar on the device."""
     skipped_in_a_row: Tensor
-    """Of them, those since the last accepted step; on the device."""
+    """Consecutive ones, since the last accepted step; int64 scalar on the device."""
     step: int = 0
     """Steps done."""
 
@@ -54,9 +54,9 @@ class StepResult:
 
     rates: Rates
     loss: Tensor
-    """Mean over all forward passes and ranks."""
+    """Float32 scalar: mean over all forward passes and ranks."""
     gradient_norm: Tensor
-    """Of all gradients together, before clipping."""
+    """Scalar: of all gradients together, before clipping."""
     accepted: Tensor
     """Boolean scalar: false where the step was skipped."""
     skipped_steps: Tensor
@@ -83,8 +83,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     """
     method, optimizer = state.method, state.optimizer
     device = state.skipped_steps.device
-    # Nothing of ours draws from PyTorch's generators, but a timm backbone's dropout does. Seeding each step makes a
-    # resumed run draw the same masks.
+    # Only a timm backbone's dropout draws from PyTorch's generators; seeding each step makes a resumed run draw the
+    # same masks.
     torch.manual_seed(_generator_seed(config.seed, state.step, distributed.rank()))
     loss_scale = state.scaler.scale(torch.ones((), device=device)) / len(batches)
     rates = schedules.at(state.step, loss_scale)
@@ -99,7 +99,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     optimizer.zero_grad(set_to_none=True)
     loss, stats = torch.zeros((), device=device), Stats()
     for number, batch in enumerate(batches):
-        if number > 0 and buffers:  # each pass starts from the same statistics, as it would on a rank of its own
+        if number > 0 and buffers:  # each pass starts from the same statistics, as on separate ranks
             torch._foreach_copy_(buffers, before)
         with distributed.no_sync(getattr(method, "ddp_student", None), skip=number + 1 < len(batches)):
             pass_loss, pass_stats = method.forward_backward(batch.to(device), rates)

@@ -142,8 +142,8 @@ def compare(straight: str, resumed: str) -> str:
         InputError: they differ.
     """
     if straight != resumed:
-        raise InputError("a resumed run is NOT the same run here")
-    return "resuming is exact here: both are the same, bit for bit"
+        raise InputError("the resumed run DIFFERS from the uninterrupted one")
+    return "resuming is exact: both runs are equal, bit for bit"
 
 
 def split(argv: Sequence[str]) -> tuple[int, list[str]]:

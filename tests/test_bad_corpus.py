@@ -30,7 +30,7 @@ def whole(server: Server, corpus: tuple[Path, set[Path]], tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("corpus-run") / "run"
     run = server.start(folder, "--data-path", corpus[0], *FLAGS)
     assert run.wait() == [0, 0], run.err()
-    assert run.out().count("another image replaces it") == 1
+    assert run.out().count("replaced by another image") == 1
     return folder
 
 
@@ -70,7 +70,7 @@ def test_above_the_threshold_the_run_ends_and_says_what_to_do(
     run = server.start(tmp_path / "run", "--data-path", corpus[0], *FLAGS, "--max-unreadable", "0.005")
     assert run.wait() == [2, 2], run.err()
     (sentence,) = [line for line in run.err().splitlines() if line.startswith("error: ")]
-    assert "images cannot be read, more than --max-unreadable 0.005" in sentence
+    assert "images cannot be read, expected at most 0.5% (--max-unreadable 0.005)" in sentence
     assert str(tmp_path / "run" / "unreadable_images.jsonl") in sentence
     assert len(listed(tmp_path / "run")) == 5  # one more than 0.5% of 800
     assert listed(tmp_path / "run") <= {path.name for path in corpus[1]}

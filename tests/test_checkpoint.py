@@ -95,7 +95,7 @@ def test_backbone_pth_is_the_teachers_backbone_under_official_names(tmp_path: Pa
         assert torch.equal(value, content["teacher"][f"backbone.{name}"])
 
 
-def test_a_run_carries_on_in_another_precision(tmp_path: Path) -> None:
+def test_a_run_resumes_in_another_precision(tmp_path: Path) -> None:
     """A checkpoint of an fp32 run holds no loss scale; an fp16 run starts with its own."""
     config = settings_in(tmp_path)
     state, _ = run(config, 1)

@@ -213,7 +213,7 @@ def test_starting_anew_forgets_them_all(tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saver = Saver(CheckpointFolder(tmp_path), tolerated=3)
+    saver = Saver(CheckpointFolder(tmp_path), max_failures=3)
     saver.begin(0)
     saver.save(content(1))
     saver.ensure(1, lambda: content(1))
@@ -230,13 +230,15 @@ def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     full.set()
     for step in (2, 3):
         saver.save(content(step))
-    with pytest.raises(InputError, match=r"cannot be written to .*No space left.*resumes after step 1"):
+    with pytest.raises(InputError, match=r"cannot write checkpoints to .*No space left.*resumes after step 1"):
         saver.ensure(3, lambda: content(3))
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(" could")[0] for line in said] == [f"warning: the checkpoint of step {n}" for n in (2, 3, 3)]
+    assert [line.split(" (")[0] for line in said] == [
+        f"warning: cannot write the checkpoint of step {n}" for n in (2, 3, 3)
+    ]
     assert "No space left on device" in said[0]
-    assert "failure 2 in a row of 3" in said[1]
-    assert "the last one on the disk is that of step 1" in said[1]
+    assert "failure 2 of 3 in a row" in said[1]
+    assert "the last saved step is 1" in said[1]
     assert saver.gave_up
     assert newest_step(tmp_path) == 1
 
@@ -251,7 +253,7 @@ def test_a_note_of_the_metric_is_no_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The save of step 2 fails; that the note on it does nothing, without an error, does not make it saved."""
-    saver = Saver(CheckpointFolder(tmp_path), tolerated=2)
+    saver = Saver(CheckpointFolder(tmp_path), max_failures=2)
     saver.begin(0)
     saver.ensure(1, lambda: content(1))
 
@@ -269,7 +271,7 @@ def test_a_note_of_the_metric_is_no_save(
     saver.note_metric(1, 40.0)
     saver.wait()
     said = capsys.readouterr().out.splitlines()
-    assert said[-1].startswith("warning: the metric of step 1 could not be written beside its checkpoint")
+    assert said[-1].startswith("warning: cannot write the metric of step 1 beside its checkpoint")
 
 
 def test_the_saver_does_not_leave_its_context_before_the_disk_is_done(
@@ -282,14 +284,14 @@ def test_the_saver_does_not_leave_its_context_before_the_disk_is_done(
         return write(self, *arguments)
 
     monkeypatch.setattr(CheckpointFolder, "write", slowly)
-    with Saver(CheckpointFolder(tmp_path), tolerated=1) as saver:
+    with Saver(CheckpointFolder(tmp_path), max_failures=1) as saver:
         saver.save(content(1))
     assert newest_step(tmp_path) == 1
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
 def test_a_fault_of_ours_in_a_save_is_not_taken_for_the_disks(tmp_path: Path) -> None:
-    saver = Saver(CheckpointFolder(tmp_path), tolerated=3)
+    saver = Saver(CheckpointFolder(tmp_path), max_failures=3)
     broken = content(1)
     del broken["epoch"]
     saver.save(broken)
@@ -311,7 +313,7 @@ def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path, monkey
 
     monkeypatch.setattr(CheckpointFolder, "write", slowly)
     state = content(1)
-    saver = Saver(CheckpointFolder(tmp_path), tolerated=1)
+    saver = Saver(CheckpointFolder(tmp_path), max_failures=1)
     saver.save(state)
     assert not (tmp_path / "checkpoint.pth").exists()  # it came back before the disk was done
     for part in ("backbone", "teacher"):

@@ -12,7 +12,7 @@ from pretrain_command import DATA, last_line, parsed, refused
 
 import dino_xcit
 from dino_xcit.cli import parse_pretrain
-from dino_xcit.config import FREE_TO_CHANGE, PretrainConfig, differences
+from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig, differences
 from dino_xcit.errors import run_main
 
 # ---- spellings
@@ -258,13 +258,13 @@ def test_differences_name_what_changes_the_result_and_nothing_else() -> None:
     for field in dataclasses.fields(PretrainConfig):
         other = {**stored, field.name: "something else"}
         found = differences(other, config)
-        assert bool(found) is (field.name not in FREE_TO_CHANGE), field.name
+        assert bool(found) is (field.name not in RESUME_SAFE_FIELDS), field.name
         if found:
             assert found[0].startswith(f"{field.name} something else -> ")
-    assert FREE_TO_CHANGE.isdisjoint(
+    assert RESUME_SAFE_FIELDS.isdisjoint(
         {"lr", "arch", "data_path", "seed", "epochs", "out_dim", "local_crops_size", "mean"}
     )
-    assert {"max_steps", "output_dir", "num_workers"} <= FREE_TO_CHANGE
+    assert {"max_steps", "output_dir", "num_workers"} <= RESUME_SAFE_FIELDS
 
 
 # ---- the sentence and the exit code

@@ -75,7 +75,7 @@ def test_a_command_whose_reader_went_away_ends_without_a_traceback(
         assert process.wait(60) == code
     mistakes = {
         2: "error: a mistake\n",
-        130: "interrupted: the same command resumes from the last checkpoint or cache\n",
+        130: "interrupted: run the same command to resume from the last checkpoint or cache\n",
     }
     assert said == (mistakes.get(code, "") if stream == "stdout" else "")
 

@@ -203,8 +203,8 @@ def test_a_disk_that_is_full_for_a_while_costs_a_warning(
     run.until_step(3)
     full.unlink()
     assert run.wait() == [0], run.err()
-    assert "warning: the checkpoint of step 2 could not be written (No space left on device)" in run.out()
-    assert "failure 1 in a row of 3" in run.out()
+    assert "warning: cannot write the checkpoint of step 2 (No space left on device)" in run.out()
+    assert "failure 1 of 3 in a row" in run.out()
     assert differing_bits(state_in(folder), state_in(left_alone)) == []
 
 

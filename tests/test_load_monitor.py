@@ -29,10 +29,10 @@ def test_milliseconds_an_image_are_told_by_stage() -> None:
 @pytest.mark.parametrize(
     ("seconds", "workers", "words"),
     [
-        ((0.001, 0.002, 0.1), 2, ["most for augment", "2 loader processes a rank, 16 cores", "--num-workers"]),
-        ((0.001, 0.2, 0.1), 2, ["most for decode", "smaller files"]),
-        ((0.3, 0.2, 0.1), 2, ["most for read", "a faster disk"]),
-        ((0.001, 0.002, 0.1), 0, ["by the training process itself: give --num-workers"]),
+        ((0.001, 0.002, 0.1), 2, ["slowest: augment", "2 loader processes a rank, 16 cores", "--num-workers"]),
+        ((0.001, 0.2, 0.1), 2, ["slowest: decode", "files smaller"]),
+        ((0.3, 0.2, 0.1), 2, ["slowest: read", "a faster disk"]),
+        ((0.001, 0.002, 0.1), 0, ["the training process itself loads them: raise --num-workers"]),
     ],
 )
 def test_it_is_said_once_after_a_while_and_says_which_stage_is_slow(
@@ -46,7 +46,7 @@ def test_it_is_said_once_after_a_while_and_says_which_stage_is_slow(
         monitor.note([batch(seconds)])
         monitor.metrics(0.45)
     (sentence,) = capsys.readouterr().out.splitlines()
-    assert sentence.startswith("warning: 45% of the time goes by waiting for images")
+    assert sentence.startswith("warning: training waits for images 45% of the time")
     for word in words:
         assert word in sentence
 
@@ -59,7 +59,7 @@ def test_work_moves_to_the_gpu_before_anything_is_complained_of(capsys: pytest.C
         monitor.metrics(0.45)
     assert moved == ["moved"]
     (said,) = capsys.readouterr().out.splitlines()
-    assert "move to the GPU" in said
+    assert "to the GPU" in said
     assert not said.startswith("warning")
     for _ in range(2):
         monitor.metrics(0.45)

@@ -16,7 +16,7 @@ from tiny_run import CPU, differing_bits, tiny_config
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.resume import output_folder
 from dino_xcit.checkpoint.state import Run, content_of, restore
-from dino_xcit.config import OF_THE_STATE
+from dino_xcit.config import STATE_FIELDS
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.metrics import read_metrics
 from dino_xcit.train import build_state
@@ -126,7 +126,7 @@ def test_other_networks_or_another_optimizer_are_refused_by_name_under_resume_ch
     folder, own = stopped.copy(tmp_path / "run")
     before = files_of(folder)
     refused = pretrain(*own, *flags, "--resume", "changed", "--max-steps", "3")
-    refused.assert_refused(f"({word})", "choose another --output-dir", "--init-weights")
+    refused.assert_refused(f"({word})", "another --output-dir", "--init-weights")
     assert files_of(folder) == before
 
 
@@ -137,7 +137,7 @@ def test_every_setting_of_the_state_makes_a_checkpoint_that_does_not_load() -> N
         "head_hidden_dim": 24, "head_bottleneck_dim": 12, "optimizer": "sgd",
         "method": "simdino",
     }  # fmt: skip
-    assert other.keys() == OF_THE_STATE
+    assert other.keys() == STATE_FIELDS
     config = tiny_config(optimizer="adamw", norm_last_layer=True)
     content = content_of(build_state(config, CPU), Run(config, 1))
     kinds = {"sgd": "momentum", "lars": "eta"}
@@ -155,7 +155,7 @@ def test_a_run_that_is_complete_says_why_and_what_is_next(pretrain: Pretrain, st
     folder, flags = stopped.copy(tmp_path / "run")
     ended = pretrain(*flags, "--max-steps", "1")
     assert ended.code == 0
-    assert f"already complete: {folder} holds step 2, and this run ends after step 1" in ended.out
+    assert f"already complete: {folder} is at step 2, and this run ends after step 1" in ended.out
     assert "resuming" not in ended.out
     assert f"next: python run_knn.py --weights {folder / 'checkpoint.pth'}" in ended.out
 
@@ -166,7 +166,7 @@ def test_steps_that_were_skipped_are_counted_at_the_end(
     flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", tmp_path / "run", "--warmup-epochs", "0"]
     ended = pretrain(*flags, "--lr", "1e30", "--max-steps", "3", "--saveckp-freq", "0")
     assert ended.code == 0, ended.err
-    assert "warning: 2 steps of 3 were not finite and changed nothing, the last 2 among them: lower --lr" in ended.out
+    assert "warning: 2 steps of 3 were not finite and were skipped, including the last 2: lower --lr" in ended.out
 
 
 def test_a_run_begins_from_weights_once_and_resumes_without_them(
@@ -191,7 +191,7 @@ def test_a_run_begins_from_weights_once_and_resumes_without_them(
     source.unlink()
     resumed = pretrain(*flags, "--max-steps", "2")
     assert resumed.code == 0, resumed.err
-    assert f"after step 1 of 2; it began from {source}, which is not read again" in resumed.out
+    assert f"after step 1 of 2; --init-weights {source} is not read again" in resumed.out
     pretrain(*flags[:-2], "--max-steps", "3").assert_refused(f"init_weights {source} -> ")
     pretrain(*flags, "--resume", "never", "--max-steps", "3").assert_refused(f"there is no file {source}")
     assert safe_load.read(tmp_path / "run/checkpoint.pth")["step"] == 2

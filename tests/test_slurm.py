@@ -346,7 +346,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_job_that_is_preempted_carries_on_and_ends_with_the_same_bits(
+def test_a_job_that_is_preempted_resumes_and_ends_with_the_same_bits(
     server: Server, photos: Path, tmp_path: Path
 ) -> None:
     flags = ["--data-path", photos, "--batch-size-per-gpu", "2", "--epochs", "5", "--max-steps", "60"]
@@ -363,8 +363,8 @@ def test_a_job_that_is_preempted_carries_on_and_ends_with_the_same_bits(
         os.kill(task, signal.SIGUSR1)
     said, _ = job.communicate(timeout=240)
     assert job.returncode == 0, said
-    assert "asked to stop by SIGUSR1: step " in said
-    step = int(said.split("asked to stop by SIGUSR1: step ")[1].split()[0])
+    assert "stopped by SIGUSR1 after saving step " in said
+    step = int(said.split("stopped by SIGUSR1 after saving step ")[1].split()[0])
     assert 3 <= step < 60
     assert f"resuming after step {step} of 60" in said
     assert differing_bits(state_in(tmp_path / "run"), state_in(tmp_path / "alone")) == []

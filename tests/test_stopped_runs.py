@@ -52,7 +52,7 @@ def test_a_signal_to_any_process_saves_the_same_step_on_all_and_loses_none(
     done = max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
     assert step == done  # the last step that was done is the one that is saved
     assert f"step {step} is saved, and the same command resumes after it" in run.err()
-    assert ("asked to stop by " + number.name in run.err()) == (rank == 0)
+    assert ("stopped by " + number.name in run.err()) == (rank == 0)
     again = server.start(folder, "--data-path", photos, *SHORT)
     assert again.wait() == [0, 0], again.err()
     assert f"resuming after step {step} of 12" in again.out()
@@ -195,7 +195,7 @@ def test_two_one_two_processes_see_the_same_images_and_lose_the_same(
     run("straight", 2, 50)
     run("elastic", 2, 17)
     alone = run("elastic", 1, 34)
-    assert "from here on 1 process instead of 2, and 2 forward passes a step: the global batch stays 8" in alone.out()
+    assert "resuming on 1 process instead of 2 with 2 forward passes a step: the global batch stays 8" in alone.out()
     again = run("elastic", 2, 50)
     assert "resuming after step 34 of 50" in again.out()
     straight = images_by_step([tmp_path / f"straight-50-{rank}" for rank in range(2)])
@@ -266,7 +266,7 @@ def test_after_so_many_in_a_row_all_processes_end_with_a_code_and_the_batch_is_k
     assert run.wait(10) == [DIVERGED, DIVERGED], run.err()
     assert time.monotonic() - ended < 10
     assert "Traceback" not in run.err()
-    assert "4 steps in a row up to step 7 were not finite" in run.err()
+    assert "4 consecutive steps up to step 7 were not finite" in run.err()
     kept = json.loads((folder / "nonfinite.json").read_text())
     assert (kept["step"], kept["epoch"], kept["seed"], kept["skipped_in_a_row"]) == (6, 0, 0, 4)
     seen = images_by_step([tmp_path / "0", tmp_path / "1"])[6]

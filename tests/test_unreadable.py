@@ -35,7 +35,7 @@ def test_each_image_is_listed_once_with_its_path_and_the_cause(
     assert rows[0] == {"index": 2, "name": "/photos/2.jpg", "cause": "empty file", "epoch": 0}
     assert len(log) == 4
     (said,) = capsys.readouterr().out.splitlines()  # once, not for each
-    assert said.startswith("warning: /photos/2.jpg cannot be read (empty file)")
+    assert said.startswith("warning: cannot read /photos/2.jpg (empty file)")
 
 
 def test_a_resumed_run_goes_on_with_its_list_and_a_new_one_starts_another(tmp_path: Path) -> None:

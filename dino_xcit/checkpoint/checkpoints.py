@@ -1,4 +1,4 @@
-"""The checkpoints of a run, as all of its ranks use them: rank 0 writes, every rank reads, and all decide alike."""
+"""The checkpoints of a run, for all ranks: rank 0 writes, every rank reads, and all act alike."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Checkpoints:
         return resume.find_stored(self._config, self.folder)
 
     def begin(self, stored: Stored, state: TrainState, observers: Observers, run: Run) -> None:
-        """Restore the state from ``stored`` if there is any; later saves are of this state.
+        """Restore the state from ``stored`` if there is any, and register it for later saves.
 
         Raises:
             InputError: the checkpoint is of another run, or does not fit.
@@ -54,7 +54,7 @@ class Checkpoints:
         if stored:
             resume.refuse_another_run(stored, run)
             restore(state, stored.content, stored.path, observers)
-            if run.config.resume == "changed":  # other settings deserve their own patience
+            if run.config.resume == "changed":  # new settings get a new limit
                 state.skipped_in_a_row.zero_()
         resume.prepare(run.config, self.folder, stored)
         self._state, self._observers, self._run = state, observers, run
@@ -67,7 +67,7 @@ class Checkpoints:
         return self._saver is not None and self._saver.gave_up
 
     def refusal(self) -> InputError:
-        """What the run ends with where it cannot save."""
+        """The error for failed saves. Rank 0 only."""
         assert self._saver is not None
         return self._saver.refusal()
 
@@ -79,7 +79,7 @@ class Checkpoints:
             self._saver.look()
         if not (epoch_ends or run_ends or (config.save_every and step % config.save_every == 0)):
             return
-        # While steps are skipped nothing changes, and the checkpoints before them must not be pruned.
+        # Do not save while steps are skipped: it would prune good checkpoints.
         if self._saver and not int(self._state.skipped_in_a_row):
             watchdog.phase("saving")
             epoch = step // self._run.steps_per_epoch
@@ -99,7 +99,7 @@ class Checkpoints:
             self._saver.note_metric(self._state.step, value)
 
     def finish(self) -> None:
-        """Have the state on the disk before any rank leaves.
+        """Save the final state on rank 0; every rank waits for it.
 
         Raises:
             InputError: it cannot be written.

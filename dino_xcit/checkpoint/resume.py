@@ -1,4 +1,4 @@
-"""Where a run starts: the output directory, what an earlier start left there, and whether it may go on."""
+"""Where a run starts: its output directory, the checkpoint there, and whether the run may resume from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.checkpoint.state import FORMAT, Run
-from dino_xcit.config import OF_THE_STATE, PretrainConfig, differences
+from dino_xcit.config import STATE_FIELDS, PretrainConfig, differences
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
@@ -38,8 +38,8 @@ def output_folder(folder: Path) -> Iterator[None]:
         if unseeing := distributed.ranks_without(folder / OWNER):
             # Only the main process writes; the others read a checkpoint when the run resumes.
             log.warning(
-                f"the output directory {folder} of process 0 is not that of {unseeing}: this run goes "
-                "on, but to resume later all have to see it; name an --output-dir on a disk that all machines share"
+                f"{unseeing} cannot see the output directory of rank 0, {folder}: this run trains, but resuming it "
+                "needs an --output-dir on a disk that all machines share"
             )
         yield
     finally:
@@ -69,19 +69,19 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored
         return path
 
     path = distributed.on_main(
-        look, f"cannot look into {checkpoints.folder}", "mend it, or choose another --output-dir"
+        look, f"cannot read {checkpoints.folder}", "fix its permissions, or choose another --output-dir"
     )
     if path is None:
         return Stored({}, checkpoints.latest)
     if unseeing := distributed.ranks_without(path):
         raise InputError(
-            f"this run would resume from {path}, which {unseeing} cannot see: name an --output-dir on a disk "
-            "that all machines share, copy it to the same place on each, or start anew with --resume never"
+            f"cannot resume from {path}: {unseeing} cannot see it; name an --output-dir on a disk that all machines "
+            "share, copy it to the same place on each, or start anew with --resume never"
         )
     try:
         content = safe_load.read(path)
     except InputError as error:
-        raise InputError(f"{error}: bring it back from a copy, or start anew with --resume never") from error
+        raise InputError(f"{error}: restore it from a backup, or start anew with --resume never") from error
     if content.get("format") != FORMAT:
         raise InputError(
             f"{path} is no checkpoint of this version (format {content.get('format')!r}, expected {FORMAT!r}), so the "
@@ -92,16 +92,13 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored
 
 
 def starts_anew(config: PretrainConfig) -> bool:
-    """Whether earlier checkpoints are to be forgotten: ``--resume never``, the first time it is said.
-
-    torchrun and Slurm start a run that died with the same words again; that is no wish to lose it.
-    """
+    """Whether to discard earlier checkpoints: ``--resume never``, except where torchrun or Slurm restarts the run."""
     again = any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return config.resume == "never" and not again
 
 
 def prepare(config: PretrainConfig, checkpoints: CheckpointFolder, stored: Stored) -> None:
-    """Now that the run is sure to begin: forget what ``--resume never`` overwrites, or end a save that was cut short.
+    """Delete what ``--resume never`` overwrites, or complete an interrupted save, before the run begins.
 
     Raises:
         InputError: the output directory cannot be written to.
@@ -113,11 +110,15 @@ def prepare(config: PretrainConfig, checkpoints: CheckpointFolder, stored: Store
         elif stored:
             checkpoints.finish(stored.path, stored.content)
 
-    distributed.on_main(tidy, f"cannot write to {checkpoints.output_dir}", "mend that, then run the same command")
+    distributed.on_main(
+        tidy,
+        f"cannot write to {checkpoints.output_dir}",
+        "free disk space or fix permissions, then run the same command",
+    )
 
 
 def keep_global_batch(config: PretrainConfig, stored: Stored) -> PretrainConfig:
-    """Where a run resumes with another number of ranks, accumulation makes up for it."""
+    """Adjust accumulation_steps to a changed number of ranks."""
     then, world = stored.content.get("world_size"), distributed.world_size()
     wanted, one_pass = int(stored.content.get("global_batch", 0)), config.batch_size_per_gpu * world
     if not then or then == world or wanted == one_pass * config.accumulation_steps or config.resume == "changed":
@@ -130,22 +131,22 @@ def keep_global_batch(config: PretrainConfig, stored: Stored) -> PretrainConfig:
             share = max(b for b in range(1, config.batch_size_per_gpu + 1) if wanted // world % b == 0)
             ways.append(f"give --batch-size-per-gpu {share}")
         raise InputError(
-            f"this run has a global batch of {wanted} ({counted(then, 'process')} before), which "
-            f"{counted(world, 'process')} cannot share in passes of {config.batch_size_per_gpu}: "
+            f"cannot keep the global batch of {wanted} (from {counted(then, 'process')}) on "
+            f"{counted(world, 'process')} with --batch-size-per-gpu {config.batch_size_per_gpu}: "
             f"{', or '.join(ways) or 'choose another --output-dir'}"
         )
     config = dataclasses.replace(config, accumulation_steps=wanted // one_pass)
     log.info(
-        f"from here on {counted(world, 'process')} instead of {then}, and "
+        f"resuming on {counted(world, 'process')} instead of {then} with "
         f"{counted(config.accumulation_steps, 'forward pass')} a step: the global batch stays {wanted}"
-        + ("" if config.centering == "centering" else "; sinkhorn_knopp spreads over fewer images at a time than then")
+        + ("" if config.centering == "centering" else "; Sinkhorn-Knopp normalises over another number of images now")
     )
     return config
 
 
 def refuse_another_run(stored: Stored, run: Run) -> None:
-    """Raise InputError where the checkpoint is of a run with other settings or images, and that was not allowed; or of
-    other networks or another optimizer, which no word makes fit."""
+    """Raise InputError if settings or images differ and ``--resume changed`` is not given, or if the networks or the
+    optimizer differ."""
     content, path, config, images = stored.content, stored.path, run.config, run.images
     changed = differences(dict(content["args"]), config)
     if images and content.get("images", images) not in ("", images):
@@ -160,10 +161,10 @@ def refuse_another_run(stored: Stored, run: Run) -> None:
             "resume with the new settings, or --resume never to overwrite it"
         )
     unfit = [
-        change for change in differences(dict(content["args"]), config) if change.partition(" ")[0] in OF_THE_STATE
+        change for change in differences(dict(content["args"]), config) if change.partition(" ")[0] in STATE_FIELDS
     ]
     if unfit:
         raise InputError(
-            f"{path} does not fit these networks or their optimizer ({'; '.join(unfit)}), and cannot resume with "
-            f"them: choose another --output-dir, to which --init-weights {path} brings the weights that fit"
+            f"cannot resume {path}: the networks or the optimizer differ ({'; '.join(unfit)}); start in another "
+            f"--output-dir, with --init-weights {path} for the weights that fit"
         )

@@ -1,4 +1,4 @@
-"""Saving beside the training: a step waits for a copy of the state, and the disk has the rest of the time."""
+"""Asynchronous saving: a step waits for a copy of the state, and a thread writes it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Saver:
     """Writes the checkpoints of a run in a thread, in a context that does not end before they are written.
 
     Used on the main process alone. A save that fails leaves the older checkpoints as they are; training goes on until
-    ``tolerated`` of them failed in a row.
+    ``max_failures`` of them failed in a row.
     """
 
-    def __init__(self, folder: CheckpointFolder, tolerated: int) -> None:
+    def __init__(self, folder: CheckpointFolder, max_failures: int) -> None:
         self.folder = folder
-        self._tolerated = tolerated
+        self._max_failures = max_failures
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._under_way: list[_Job] = []
         self._saved_step = 0
@@ -50,8 +50,8 @@ class Saver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A process of several ends by os._exit, which would cut a save short: it may have this long. One that is alone
-        # gives its lock back after this, and must not go on writing then.
+        # With several ranks the process ends by os._exit: wait at most 5 s for a save. A single process waits for all
+        # writes, because it releases the lock after this.
         futures.wait([job.future for job in self._under_way], timeout=None if distributed.world_size() == 1 else 5)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -66,7 +66,7 @@ class Saver:
         self._under_way.append(_Job(step, self._thread.submit(self.folder.note_metric, step, value), False))
 
     def look(self) -> None:
-        """Say what came of the saves that have ended, without waiting for others."""
+        """Process finished saves without waiting for the others."""
         while self._under_way and self._under_way[0].future.done():
             job = self._under_way.pop(0)
             error = job.future.exception()
@@ -75,17 +75,16 @@ class Saver:
                     self._failed_in_a_row, self._saved_step = 0, job.step
                 continue
             if not isinstance(error, OSError):
-                raise error  # a fault of ours
+                raise error  # a programming error
             why = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
             if not job.is_save:
-                log.warning(f"the metric of step {job.step} could not be written beside its checkpoint ({why})")
+                log.warning(f"cannot write the metric of step {job.step} beside its checkpoint ({why})")
                 continue
             self._failed_in_a_row += 1
             self._why = why
             log.warning(
-                f"the checkpoint of step {job.step} could not be written ({self._why}); that is failure "
-                f"{self._failed_in_a_row} in a row of {self._tolerated} that end the run; the last one on the disk is "
-                f"that of step {self._saved_step}"
+                f"cannot write the checkpoint of step {job.step} ({self._why}): failure {self._failed_in_a_row} of "
+                f"{self._max_failures} in a row that end the run; the last saved step is {self._saved_step}"
             )
 
     def ensure(self, step: int, content: Callable[[], Mapping[str, Any]], keep: bool = False) -> None:
@@ -104,12 +103,12 @@ class Saver:
     @property
     def gave_up(self) -> bool:
         """Whether so many saves in a row failed that the run shall stop."""
-        return self._failed_in_a_row >= self._tolerated
+        return self._failed_in_a_row >= self._max_failures
 
     def refusal(self) -> InputError:
-        """What the run ends with where it cannot save."""
+        """The error for failed saves."""
         return InputError(
-            f"checkpoints cannot be written to {self.folder.output_dir} ({self._why}): mend that, "
+            f"cannot write checkpoints to {self.folder.output_dir} ({self._why}): free disk space or fix permissions, "
             f"then run the same command; it resumes after step {self._saved_step}"
         )
 

@@ -66,7 +66,7 @@ def content_of(state: TrainState, run: Run, observers: Observers | None = None) 
         "method_keys": sorted(method),
     }
     if taken := method.keys() & content.keys():
-        raise ValueError(f"the method's state_dict has the keys {', '.join(sorted(taken))}, which checkpoints need")
+        raise ValueError(f"the method's state_dict has the reserved keys {', '.join(sorted(taken))}: rename them")
     return method | content
 
 

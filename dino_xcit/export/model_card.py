@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dino_xcit
-from dino_xcit.config import FREE_TO_CHANGE, PretrainConfig
+from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig
 from dino_xcit.errors import InputError, one_line, printable
 from dino_xcit.export.comparison import Difference
 from dino_xcit.export.provenance import shown_place
@@ -32,7 +32,7 @@ MOST_RECORDS = 60
 MOST_DEEP = 6
 """Names within names in a result file."""
 
-_NOT_THE_RECIPE = (FREE_TO_CHANGE - {"batch_size_per_gpu", "accumulation_steps"}) | {"arch", "data_path"}
+_NOT_THE_RECIPE = (RESUME_SAFE_FIELDS - {"batch_size_per_gpu", "accumulation_steps"}) | {"arch", "data_path"}
 _FRONT_MATTER = """\
 ---
 library_name: timm

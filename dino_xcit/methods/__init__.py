@@ -43,7 +43,7 @@ def build_method(config: PretrainConfig, device: torch.device) -> Method:
     method = _METHODS[config.method](config, device)
     if distributed.world_size() > 1 and getattr(method, "ddp_student", None) is None:
         raise InputError(
-            f"method {config.method} has no ddp_student, so its {distributed.world_size()} ranks would train apart: "
-            "set it to distributed.wrap_ddp(trained, device), or train on one rank"
+            f"method {config.method} has no ddp_student, so the gradients of {distributed.world_size()} ranks "
+            "would not be averaged: set it to distributed.wrap_ddp(trained, device), or train on one rank"
         )
     return method

@@ -84,14 +84,13 @@ class DINO(StudentTeacher):
 
 
 CENTERINGS = ("centering", "sinkhorn_knopp")
-"""DINOv2's words for the two ways in which the prototypes are kept in use."""
+"""DINOv2's names for the two ways to keep all prototypes in use."""
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between the centred, sharpened teacher and the student, over pairs of different views.
+    """Cross-entropy between the centered, sharpened teacher and the student, over pairs of different views.
 
-    ``forward`` is pure; the centre changes only in :meth:`update_center`, which the training step calls by name after
-    the loss has used the old one.
+    ``forward`` does not change the center; :meth:`DINO.after_step` calls :meth:`update_center` after the loss.
 
     Args:
         out_dim: K.
@@ -99,7 +98,7 @@ class DINOLoss(nn.Module):
         center_momentum: 0.9 in every published run.
         global_views: G, the number of views that the teacher sees.
         centering: ``centering`` subtracts the moving average of the teacher's logits (DINO); ``sinkhorn_knopp``
-            spreads the batch over the prototypes (:func:`sinkhorn_knopp`) and leaves the centre out of account.
+            spreads the batch over the prototypes (:func:`sinkhorn_knopp`) and ignores the center.
 
     Raises:
         InputError: another centering.
@@ -125,7 +124,7 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def teacher_probabilities(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """softmax((t - centre) / T), or its Sinkhorn-Knopp counterpart: [G * B, K] float32 at least, without gradient.
+        """softmax((t - center) / T), or its Sinkhorn-Knopp counterpart: [G * B, K] float32 at least, without gradient.
 
         Sinkhorn-Knopp is over one forward pass of all processes, so all of them must call this together.
         """
@@ -158,7 +157,7 @@ class DINOLoss(nn.Module):
         if not student_logits.shape[1:] == teacher_logits.shape[1:] == self.center.shape[1:]:
             raise InputError(
                 f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} are "
-                f"not both over the {self.center.shape[1]} prototypes of the centre"
+                f"not both over the {self.center.shape[1]} prototypes of the center"
             )
         return self.cross_entropy(student_logits, self.teacher_probabilities(teacher_logits, teacher_temp))
 
@@ -166,21 +165,21 @@ class DINOLoss(nn.Module):
         """:meth:`forward` from the teacher's probabilities [G * B, K]."""
         batch = len(teacher_probabilities) // self.global_views
         views = len(student_logits) // batch
-        wide = torch.promote_types(student_logits.dtype, torch.float32)
+        accum_dtype = torch.promote_types(student_logits.dtype, torch.float32)
         targets = teacher_probabilities.unflatten(0, (self.global_views, batch))
         total = targets.sum(dim=0)
-        # The pair sum is linear in the teacher, so a view's log-probabilities meet all its teachers at once:
-        # views v >= G meet every teacher, a global view all but its own. One log-softmax a view, K-wide tensors few.
-        loss = student_logits.new_zeros((), dtype=wide)
+        # The pair sum is linear in the teacher: each view needs one log-softmax, against the sum of its teachers.
+        # A local view has all teachers, a global view all but its own.
+        loss = student_logits.new_zeros((), dtype=accum_dtype)
         for view, logits in enumerate(student_logits.unflatten(0, (views, batch)).unbind(0)):
             target = total - targets[view] if view < self.global_views else total
-            log_p = (logits.to(wide) / self.student_temp).log_softmax(dim=-1)
+            log_p = (logits.to(accum_dtype) / self.student_temp).log_softmax(dim=-1)
             loss = loss - (target * log_p).sum(dim=-1).mean()
         return loss / (self.global_views * (views - 1))
 
     @torch.no_grad()
     def update_center(self, batch_mean: Tensor, accepted: Tensor | None = None) -> None:
-        """centre <- m * centre + (1 - m) * batch_mean, or no change where ``accepted`` is false.
+        """center <- m * center + (1 - m) * batch_mean, or no change where ``accepted`` is false.
 
         Args:
             batch_mean: [1, K], the mean of the teacher's logits over all its views of the global batch, all ranks.
@@ -193,10 +192,9 @@ class DINOLoss(nn.Module):
 @torch.no_grad()
 def sinkhorn_knopp(scores: Tensor, iterations: int = 3) -> Tensor:
     """The rows' softmax, rescaled in turn so that every prototype is used equally over the rows of all processes and
-    every row sums to 1 (SwAV, arXiv 2006.09882, section 3.1; DINOv2 puts it in the place of DINO's centring).
+    every row sums to 1 (SwAV, arXiv 2006.09882, section 3.1; DINOv2 replaces DINO's centering with it).
 
-    It starts from rows that sum to 1, where SwAV's code starts from exponentials on one common scale: no row can
-    underflow, and both go to the same limit.
+    It starts from normalised rows, so that no row underflows; the limit is that of SwAV's code.
 
     Args:
         scores: [rows, K], logits over temperature.
@@ -208,12 +206,12 @@ def sinkhorn_knopp(scores: Tensor, iterations: int = 3) -> Tensor:
     start = scores.softmax(dim=-1)
     row_scale = scores.new_ones(scores.shape[0])
     column_scale = scores.new_ones(scores.shape[1])
-    least = torch.finfo(scores.dtype).tiny
+    tiny = torch.finfo(scores.dtype).tiny
     for _ in range(iterations):
         # Scaling vectors instead of scaled matrices: two products a round, and one K-vector on the wire.
         column_sum = row_scale @ start
         distributed.all_reduce_sum([column_sum])
-        column_scale = 1 / column_sum.clamp_min(least)
+        column_scale = 1 / column_sum.clamp_min(tiny)
         row_scale = 1 / (start @ column_scale)
     return start * row_scale[:, None] * column_scale
 
@@ -229,8 +227,8 @@ def koleo(features: Tensor, views: int) -> Tensor:
     Returns:
         A scalar, float32 at least.
     """
-    wide = torch.promote_types(features.dtype, torch.float32)
-    unit = nn.functional.normalize(features.to(wide), dim=-1).unflatten(0, (views, -1))
+    accum_dtype = torch.promote_types(features.dtype, torch.float32)
+    unit = nn.functional.normalize(features.to(accum_dtype), dim=-1).unflatten(0, (views, -1))
     with torch.no_grad():
         similarity = unit @ unit.transpose(1, 2)
         similarity.diagonal(dim1=1, dim2=2).fill_(-2.0)

@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, what do we share. One process needs none of it, and every call still works."""
+"""Ranks, collectives and process start-up. Every function also works in a single process."""
 
 from __future__ import annotations
 
@@ -38,13 +38,8 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def place() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    return rank(), world_size()
-
-
 def is_main() -> bool:
-    """Whether this process writes files and speaks."""
+    """Whether this process writes files and logs."""
     return rank() == 0
 
 
@@ -283,11 +278,11 @@ def _first_bytes(path: Path) -> bytes | None:
 def wrap_ddp(module: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a module in DistributedDataParallel where there is more than one process.
 
-    Buffers are not broadcast: the training step averages the BatchNorm statistics itself, with the centre.
+    Buffers are not broadcast: train_step averages the BatchNorm statistics in its own all-reduce.
     """
     if world_size() == 1:
         return module
-    # A depthwise kernel's gradient comes with other strides for its dimension of length 1: the same memory.
+    # Depthwise gradients have other strides in a dimension of size 1: the same memory.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides", category=UserWarning)
     with warnings.catch_warnings():
         # PyTorch 2.15 would rather have it called forward_sync_buffers, which 2.11 does not know.

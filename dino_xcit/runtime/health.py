@@ -42,7 +42,7 @@ class Progress(Protocol):
 
 
 class Health:
-    """Watches a run from before its first step; a context in which signals, hangs and lost ranks are handled.
+    """A context that handles signals, hangs and lost ranks, and decides when the run stops.
 
     Raises:
         RunStopped: (from the context) a rank or a loader process was lost.
@@ -67,9 +67,9 @@ class Health:
         """The loop begins: from here on a signal ends the run after a save.
 
         Args:
-            sampler: the steps that are to come.
-            monitor: is told of every batch.
-            on_divergence: all ranks call it when too many steps in a row were skipped; it keeps the evidence.
+            sampler: the remaining steps.
+            monitor: receives every batch.
+            on_divergence: every rank calls it after too many consecutive skipped steps; it saves the failing step.
         """
         self._sampler, self._monitor, self._on_divergence = sampler, monitor, on_divergence
         folder, max_share = Path(self._config.output_dir), self._config.max_unreadable
@@ -80,7 +80,7 @@ class Health:
         """Exchange flags with the other ranks before a step.
 
         Raises:
-            RunStopped: every rank leaves here, after what has to be saved is saved.
+            RunStopped: on every rank; the state is saved if need be.
             InputError: too many images cannot be read, or checkpoints cannot be written.
         """
         self._watchdog.phase("exchanging stop flags", state.step)
@@ -114,8 +114,8 @@ class Health:
         if skipped := int(state.skipped_steps):
             last = int(state.skipped_in_a_row)
             log.warning(
-                f"{counted(skipped, 'step')} of {state.step} were not finite and changed nothing"
-                + (f", the last {last} among them: lower --lr, or --clip-grad" if last else "")
+                f"{counted(skipped, 'step')} of {state.step} were not finite and were skipped"
+                + (f", including the last {last}: lower --lr or --clip-grad" if last else "")
             )
         self._watchdog.phase("leaving", state.step)
         distributed.barrier()
@@ -204,8 +204,8 @@ class Preemption:
 
     def sentence(self, step: int) -> str:
         """The run's last line."""
-        asked = f"asked to stop by {self.signal_name}" if self.signal_name else "another rank was asked to stop"
-        return f"{asked}: step {step} is saved, and the same command resumes after it"
+        by = self.signal_name or "a signal to another rank"
+        return f"stopped by {by} after saving step {step}: run the same command to resume"
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
@@ -214,13 +214,13 @@ class Preemption:
 UNREADABLE_FILE = "unreadable_images.jsonl"
 
 _MIN_COUNTED = 10_000
-"""A share of fewer images says little: they count as so many."""
+"""The share is computed over at least so many images."""
 
 
 class UnreadableLog:
     """Keeps ``unreadable_images.jsonl``: one line for each image that was replaced, with its path and the cause.
 
-    Every rank notes what it met; the main one writes. An image is listed once, however often its turn comes.
+    Every rank records its own; the main one writes. Each image is listed once.
     """
 
     def __init__(self, folder: Path, images: int, max_share: float, start_anew: bool) -> None:
@@ -247,7 +247,7 @@ class UnreadableLog:
         return len(self._listed)
 
     def note(self, batches: Iterable[Batch]) -> int:
-        """Remember what could not be read in these; how many there were."""
+        """Record the unreadable images of these batches; return how many."""
         before = len(self._noted)
         for batch in batches:
             self._noted += batch.unreadable
@@ -268,8 +268,7 @@ class UnreadableLog:
             return
         if len(new) == len(self._listed):
             log.warning(
-                f"{new[0].name} cannot be read ({new[0].cause}); another image replaces it, and each further one that "
-                f"{self.path} lists"
+                f"cannot read {new[0].name} ({new[0].cause}): replaced by another image; {self.path} lists all of them"
             )
         try:
             with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
@@ -279,15 +278,15 @@ class UnreadableLog:
 
     def too_many(self, seen: int) -> bool:
         """Whether more than the allowed share of the first ``seen`` images could not be read."""
-        counted = min(max(seen, _MIN_COUNTED), self._images)
-        return len(self._listed) > self._max_share * counted
+        denominator = min(max(seen, _MIN_COUNTED), self._images)
+        return len(self._listed) > self._max_share * denominator
 
     def refusal(self, seen: int) -> InputError:
-        """What the run ends with where there are too many."""
+        """The error for too many unreadable images."""
         return InputError(
-            f"{len(self._listed):,} of the first {min(seen, self._images):,} images cannot be read, more than "
-            f"--max-unreadable {self._max_share:g} of them allows: {self.path} lists paths and causes; repair or "
-            "remove them, or allow more"
+            f"{len(self._listed):,} of the first {min(seen, self._images):,} images cannot be read, expected at most "
+            f"{100 * self._max_share:g}% (--max-unreadable {self._max_share:g}): {self.path} lists them with their "
+            "causes; repair or remove them, or raise --max-unreadable"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar, JSON lines (the truth), mirrors of them, and curves."""
+"""Metric logging: progress bar, metrics.jsonl (authoritative), TensorBoard, Weights & Biases, curves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dino_xcit.runtime.logging import Lines
 Record = Mapping[str, float | int]
 
 NOT_AVERAGED = ("gradient_norm", "skipped_steps", "lr", "weight_decay", "momentum", "teacher_temp")
-"""Metrics of single steps, of which an epoch's mean says little."""
+"""Per-step metrics that are not averaged over an epoch."""
 
 
 class Mirror(Protocol):
@@ -60,7 +60,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run with ``trainer_step`` as the x axis. Its failures cost one warning, never the run.
+    """A Weights & Biases run with ``trainer_step`` as the x axis. An error disables it with one warning.
 
     W&B's environment variables configure the rest (WANDB_MODE=offline, WANDB_ENTITY, WANDB_NAME ...). A resumed run
     continues there; the steps that it repeats after its checkpoint appear twice.
@@ -105,8 +105,8 @@ class WandB:
         except Exception as error:
             self._run = None
             log.warning(
-                f"nothing more goes to Weights & Biases ({type(error).__name__}: {one_line(error)}); the run continues "
-                "and metrics.jsonl is complete (WANDB_MODE=offline needs no network)"
+                f"Weights & Biases logging stopped ({type(error).__name__}: {one_line(error)}); the run continues and "
+                "metrics.jsonl is complete (WANDB_MODE=offline needs no network)"
             )
 
 
@@ -125,13 +125,13 @@ class MetricsWriter:
     def __init__(self, folder: Path, from_step: int, mirrors: Sequence[Mirror] = ()) -> None:
         """Drop the records after ``from_step`` and of an epoch that was cut short: a resumed run writes them anew.
 
-        A full disk costs one warning: a run that can train does not end for want of a log.
+        An OSError (such as a full disk) is logged once and does not end the run.
         """
-        self._disk_was_full = False
+        self._write_failed = False
         self.path = folder / "metrics.jsonl"
         self._file: TextIO | None = None
         self._mirrors = list(mirrors)
-        with self._bearing_a_full_disk():
+        with self._warn_once_on_os_error():
             kept = [row for row in read_metrics(self.path) if row["step"] <= from_step and row["kind"] != "end"]
             aside = self.path.with_name(".metrics.jsonl.tmp")
             aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -142,38 +142,39 @@ class MetricsWriter:
     def write(self, kind: str, step: int, values: Record) -> None:
         """One record: ``kind`` is ``step``, ``epoch``, or ``end`` for an epoch cut short by --max-steps.
 
-        JSON has no NaN, so such a value is written as a word.
+        JSON has no NaN, so such a value is written as a string.
         """
         words = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        with self._bearing_a_full_disk():
+        with self._warn_once_on_os_error():
             if self._file:
                 self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
         for mirror in self._mirrors:
-            with self._bearing_a_full_disk():
+            with self._warn_once_on_os_error():
                 mirror.write(kind, step, values)
 
     def draw(self, picture: Path) -> None:
         """The curves so far (:func:`draw_curves`)."""
-        with self._bearing_a_full_disk():
+        with self._warn_once_on_os_error():
             draw_curves(self.path, picture)
 
     def close(self) -> None:
         """Flush and close all of them."""
-        with self._bearing_a_full_disk():
+        with self._warn_once_on_os_error():
             if self._file:
                 self._file.close()
         for mirror in self._mirrors:
-            with self._bearing_a_full_disk():
+            with self._warn_once_on_os_error():
                 mirror.close()
 
     @contextlib.contextmanager
-    def _bearing_a_full_disk(self) -> Iterator[None]:
+    def _warn_once_on_os_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if not self._disk_was_full:
-                log.warning(f"metrics are incomplete from here on: {self.path.parent}: {error.strerror or error}")
-            self._disk_was_full = True
+            if not self._write_failed:
+                why = error.strerror or error
+                log.warning(f"cannot write metrics to {self.path.parent} ({why}): they are incomplete from here on")
+            self._write_failed = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -190,17 +191,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class EpochAverages:
-    """Means of the logged figures of an epoch."""
+    """Means of the logged metrics of an epoch."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._count = 0
 
-    def add(self, figures: Mapping[str, float]) -> None:
-        """One logged step; a step that is not finite was rejected, and does not count."""
-        if not all(map(math.isfinite, figures.values())):
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Add one logged step; a step with a non-finite metric does not count."""
+        if not all(map(math.isfinite, metrics.values())):
             return
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
 
@@ -235,7 +236,7 @@ class Progress:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What came before this call does not count in the next rates."""
+        """The next rates count from here."""
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def step(self, waited: float) -> None:
@@ -251,12 +252,12 @@ class Progress:
         self.restart_clock()
         return rates
 
-    def show(self, epoch: int, figures: Mapping[str, float]) -> None:
-        """Put figures on the bar."""
+    def show(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Show metrics on the bar."""
         self._bar.set_description_str(f"epoch {epoch + 1} ", refresh=False)
         self._bar.set_postfix_str(
-            f"{figures['images_per_s']:.0f} img/s, data wait {100 * figures['data_wait']:.0f}%, "
-            f"loss {figures['loss']:.3f}",
+            f"{metrics['images_per_s']:.0f} img/s, data wait {100 * metrics['data_wait']:.0f}%, "
+            f"loss {metrics['loss']:.3f}",
             refresh=False,
         )
 
@@ -268,7 +269,7 @@ class Progress:
 class MetricLogger:
     """All that a run writes about itself: the bar, ``metrics.jsonl`` and its mirrors, means over epochs, curves.
 
-    A context: however the run ends, what was logged is written, and W&B gets the rest.
+    A context; leaving it closes all of them, however the run ends.
     """
 
     def __init__(self, config: PretrainConfig, sampler: StepSampler, monitor: DataLoadMonitor) -> None:
@@ -307,7 +308,7 @@ class MetricLogger:
             self._writer.write("step", step, {"epoch": epoch, **metrics})
 
     def epoch(self, step: int, evaluated: Record) -> None:
-        """An epoch is over, or the run within one: its means, and what was evaluated."""
+        """Log the means and the evaluations of a finished epoch, or of one cut short by the end of the run."""
         means = self._averages.take() | dict(evaluated)
         epoch_ends = self._sampler.ends_epoch(step)
         epoch = self._sampler.epochs(step)
@@ -317,7 +318,7 @@ class MetricLogger:
         if self._writer:
             self._writer.write("epoch" if epoch_ends else "end", step, {"epoch": epoch, **means})
             self._writer.draw(self._folder / "curves.png")
-        self._progress.restart_clock()  # evaluation is no training time
+        self._progress.restart_clock()  # exclude the evaluation from images/s
 
     def __enter__(self) -> MetricLogger:
         return self
@@ -329,7 +330,7 @@ class MetricLogger:
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Loss, entropy and KL, feature spread, learning rate and k-NN of a run, as one PNG."""
+    """Plot loss with entropy and KL, feature spread, k-NN top-1 and images/s as one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

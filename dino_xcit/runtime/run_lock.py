@@ -1,4 +1,4 @@
-"""One run per folder: a lock that ends with its process, and a file that names the owner."""
+"""One run per output directory: a file lock, and run.json with its owner."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def locked(folder: Path) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise InputError(
-                f"cannot lock {folder / LOCK} ({one_line(error)}); choose an --output-dir on a disk that can be "
-                "written to and supports flock"
+                f"cannot lock {folder / LOCK} ({one_line(error)}); choose an --output-dir on a writable file "
+                "system with flock"
             ) from error
         with contextlib.suppress(OSError):  # a full disk leaves the owner unnamed
             (folder / OWNER).unlink(missing_ok=True)
@@ -67,4 +67,4 @@ def _owner(folder: Path) -> str:
     try:
         return "process {process} on {host} since {started}".format_map(json.loads((folder / OWNER).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):  # it has not written the file yet
-        return f"a process that is not named in {OWNER}"
+        return f"owner unknown ({OWNER} is missing)"

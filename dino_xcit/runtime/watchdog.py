@@ -1,4 +1,4 @@
-"""The watchdog ends a process whose main thread stays in one phase for too long, and says where it was."""
+"""The watchdog ends a process whose main thread stays in one phase for too long, and reports the phase."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Watchdog:
         self._timeout = timeout
         self._rank, self._world = distributed.rank(), distributed.world_size()
         store = distributed.store()
-        # A connection of its own: an operation that hangs would block every other one on the same connection.
+        # A separate connection: an operation that hangs blocks its connection.
         self._store = store.clone() if store is not None else None
         self._over = threading.Event()
         self._parent = os.getppid()
@@ -55,7 +55,7 @@ class Watchdog:
         self._current = (name, self._current[1] if step is None else step, limit)
 
     def progress(self) -> None:
-        """The current phase makes progress: its time starts anew."""
+        """Reset the timer of the current phase."""
         name, step, limit = self._current
         self._current = (name, step, limit)  # a new tuple: the thread compares identities
 
@@ -76,19 +76,19 @@ class Watchdog:
         name, step, _ = self._current
         where = f"error: rank {self._rank}, step {step} ({name})"
         if error and is_lost_worker(error):
-            why = f"{one_line(error) or type(error).__name__}; perhaps out of memory: fewer --num-workers need less"
+            why = f"{one_line(error) or type(error).__name__}; if it ran out of memory, lower --num-workers"
             raise RunStopped(LOST, f"{where}: lost a loader process ({why}); {_RESUMES}") from error
         if error and self._world > 1 and is_lost_connection(error):
             raise RunStopped(LOST, f"{where}: lost another rank ({one_line(error)}); {_RESUMES}") from error
 
     def _watch(self) -> None:
-        # The age is counted in ticks, not by the clock: while the whole machine is suspended no phase grows older.
+        # Count ticks, not wall time, so that suspending the machine does not count.
         watched, ticks = self._current, 0
         while not self._over.wait(TICK):
             watched, ticks = self._current, (ticks + 1 if self._current is watched else 0)
             self._tell(ticks * TICK)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
-                # torchrun is dead, so nobody forwards signals: behave as if asked to stop.
+                # torchrun died and can no longer forward signals: treat it as SIGTERM.
                 self._parent = os.getppid()
                 os.kill(os.getpid(), signal.SIGTERM)
             if watched[2] and ticks * TICK > self._timeout:
@@ -119,7 +119,7 @@ class Watchdog:
                 self._store.set(f"phase/{self._rank}", message)
 
     def _others(self) -> str:
-        """The last phases of the other ranks, the longest silent first."""
+        """The last phases of the other ranks, the oldest report first."""
         store, found = self._store, list[str]()
         if store is None:
             return ""
@@ -133,14 +133,14 @@ class Watchdog:
         reader.start()
         reader.join(STORE_TIMEOUT)  # a store on a stopped process never answers, whatever its own timeout is
         messages = [message.partition(" ")[2] for message in sorted(found)[:8]]
-        return f"; last phases of the others: {', '.join(messages)}" if messages else "; the store does not answer"
+        return f"; last phases of the other ranks: {', '.join(messages)}" if messages else "; the store does not answer"
 
 
 _active: Watchdog | None = None
 
 
 def phase(name: str, step: int | None = None, *, limit: bool = True) -> None:
-    """:meth:`Watchdog.phase` of the watchdog whose context this is; nothing outside one."""
+    """:meth:`Watchdog.phase` of the active watchdog; no-op without one."""
     if _active:
         _active.phase(name, step, limit=limit)
 
@@ -152,7 +152,7 @@ def progress() -> None:
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether an error says that a loader process is gone. One that dies while it sends an image ends its pipe."""
+    """Whether a loader process died. EOFError and ConnectionError: it died while it sent a batch."""
     named = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
     return named or isinstance(error, EOFError | ConnectionError)
 
