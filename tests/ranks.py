@@ -46,25 +46,6 @@ def environments(ranks: int) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in environment.items()} for environment in own]
 
 
-def two_ranks_run(script: str, out: Path, timeout: float) -> None:
-    """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), str(out)],
-            env=os.environ | ENVIRONMENT | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-
-
 @dataclass
 class Run:
     """Processes of one run, rank by rank."""
@@ -174,6 +155,11 @@ class Server:
         """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
         run = self._launch([str(HERE / script), str(out)], environments(2), self.folder, self.folder, ())
         assert run.wait(timeout) == [0, 0], run.err()
+
+    def runner_on_two_ranks(self, runner: str, words: Sequence[object], out: Path, timeout: float) -> None:
+        """Run a runner's command (``run_knn``) as two ranks; what each says is in ``out/said-RANK``."""
+        (out / "words.json").write_text(json.dumps([runner, *map(str, words)]))
+        self.two_ranks("runner_process.py", out, timeout)
 
     def _launch(
         self,

@@ -290,8 +290,7 @@ def test_mistakes_are_sentences(probe: Probe, flags: tuple[object, ...], said: s
 def test_two_processes_measure_what_one_does(probe: Probe, server: Server, tmp_path: Path, weights: Path) -> None:
     _, _, one = probe("one", *ALL)
     words = words_of(weights, tmp_path / "two", [*map(str, ALL)], batch=2)
-    (tmp_path / "two.json").write_text(json.dumps(words))
-    server.two_ranks("linear_process.py", tmp_path / "two", timeout=240)
+    server.runner_on_two_ranks("run_linear", words, tmp_path, timeout=240)
     two = json.loads((tmp_path / "two" / "card.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     ours, theirs = (tensors(tmp_path / name) for name in ("two", "one"))
