@@ -274,13 +274,6 @@ def test_every_form_has_the_same_bytes_labels_and_classes_in_the_same_order(
     assert open_source(source.url, part).fingerprint() == source.fingerprint()
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_part_given_alone_is_opened_under_its_url(name: str, urls: Urls, damaged: Parts) -> None:
-    for part, pictures in damaged.items():
-        source = open_source(open_source(urls[name][part], part).url)
-        assert len(source) == len(pictures)
-
-
 def batches_of(source: Source, workers: int, steps: int) -> list[Batch]:
     sampler = StepSampler(len(source), 8, seed=3, start_step=0, stop_step=steps)
     return list(build_loader(source, tiny_config().augmentation(), sampler, 3, workers, CPU))

@@ -140,28 +140,6 @@ def test_the_sample_is_used_without_a_data_path_and_the_first_line_says_so(pretr
     assert safe_load.read(folder / "checkpoint.pth")["args"]["data_path"] == "sample:fashion-mnist"
 
 
-def test_an_official_architecture_runs_on_the_sample(pretrain: Pretrain, tmp_path: Path) -> None:
-    ended = pretrain(
-        "--arch", "xcit_nano_12_p16", "--max-steps", "1", "--batch-size-per-gpu", "4", "--knn-every", "0",
-        "--output-dir", tmp_path / "run",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
-
-
-def test_flat_folders_and_lists_need_no_labels(pretrain: Pretrain, labelled_photos: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "list.txt"
-    listed.write_text("\n".join(str(path) for path in sorted(labelled_photos.rglob("*.png"))))
-    ended = pretrain("--data-path", listed, *SMALL, "--max-steps", "1", "--output-dir", tmp_path / "run")
-    assert ended.code == 0, ended.err
-    assert "20 images" in ended.out
-
-
-def test_help_ends_well(pretrain: Pretrain) -> None:
-    ended = pretrain("--help")
-    assert ended.code == 0
-    assert "--global" in ended.out
-
-
 def test_the_knn_while_training_leaves_out_what_cannot_be_read(
     pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from dino_xcit.checkpoint.state import Run, content_of, restore
 from dino_xcit.config import OF_THE_STATE
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.metrics import read_metrics
+from dino_xcit.runtime.run_lock import locked
 from dino_xcit.train import build_state
 
 
@@ -37,6 +38,16 @@ def test_an_output_directory_of_another_run_is_refused_untouched(
     folder, flags = stopped.copy(tmp_path / "run")
     before = files_of(folder)
     pretrain(*flags, *changed).assert_refused(word, "--output-dir", "--resume")
+    assert files_of(folder) == before
+
+
+def test_an_output_directory_that_another_run_holds_is_refused_untouched(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
+) -> None:
+    folder, flags = stopped.copy(tmp_path / "run")
+    before = files_of(folder)
+    with locked(folder):
+        pretrain(*flags).assert_refused(f"process {os.getpid()} ", "--output-dir")
     assert files_of(folder) == before
 
 

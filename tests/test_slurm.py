@@ -368,14 +368,3 @@ def test_a_job_that_is_preempted_carries_on_and_ends_with_the_same_bits(
     assert 3 <= step < 60
     assert f"resuming after step {step} of 60" in said
     assert differing_bits(state_in(tmp_path / "run"), state_in(tmp_path / "alone")) == []
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_here_ends_with_its_sentence_and_an_error(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()  # what is not there at all, the launcher itself refuses
-    job = launch_here(tmp_path, "--data-path", tmp_path / "empty")
-    said, _ = job.communicate(timeout=120)
-    assert job.returncode == 1
-    assert "error: no image in" in said
-    assert "the job ended early" in said
-    assert "Traceback" not in said

@@ -200,23 +200,6 @@ def test_a_file_that_is_no_safetensors_is_refused_in_one_sentence(tmp_path: Path
     assert len(sentence) < 500
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nothing", "it has 0 bytes, expected a length of 8 bytes, a header and tensors"),
-        ("seven bytes", "it has 7 bytes"),
-        ("a git-lfs pointer", "git lfs pull"),
-    ],
-)
-def test_what_is_no_file_of_that_kind_at_all_is_not_told_as_one_with_an_immense_header(
-    tmp_path: Path, name: str, words: str
-) -> None:
-    (tmp_path / "x.safetensors").write_bytes(HOSTILE[name])
-    with pytest.raises(InputError, match=words) as caught:
-        load_backbone(tmp_path / "x.safetensors")
-    assert "header would be" not in str(caught.value)
-
-
 def test_git_lfs_notes_are_told_as_such_whatever_file_they_stand_for(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(HOSTILE["a git-lfs pointer"])
     with pytest.raises(InputError, match="git lfs pull"):
