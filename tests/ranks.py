@@ -46,6 +46,20 @@ def environments(ranks: int) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in environment.items()} for environment in own]
 
 
+def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two processes of run_pretrain.py under torchrun."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
+         str(restarts), "--monitor-interval", "0.1", PRETRAIN,
+         *last_words([*SMALL, *flags, "--output-dir", folder])],
+        env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @dataclass
 class Run:
     """Processes of one run, rank by rank."""

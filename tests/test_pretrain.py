@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from last_words import last_words
 from PIL import Image
 from pretrain_fixtures import SMALL, STEPS_AN_EPOCH, Ended, Pretrain, Stopped, files_of, learnt_in
-from ranks import ENVIRONMENT, HERE
+from ranks import ENVIRONMENT, PRETRAIN, torchrun
 from tiny_run import differing_bits, tensors_of, tiny_config
 
 from dino_xcit import safe_load
@@ -179,7 +178,7 @@ def test_a_mistake_beside_resume_never_costs_nothing(pretrain: Pretrain, stopped
 
 def test_the_plain_command_works_from_another_directory(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, str(HERE.parent / "run_pretrain.py"), "--arch", "xcit_smal_12_p16"],
+        [sys.executable, PRETRAIN, "--arch", "xcit_smal_12_p16"],
         cwd=tmp_path,
         env={key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"},
         capture_output=True,
@@ -194,15 +193,12 @@ def test_torchrun_with_two_processes_learns_what_one_learns(
     pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
 ) -> None:
     flags = ["--data-path", labelled_photos, *SMALL, "--batch-size-per-gpu", "2", "--optimizer", "sgd"]
-    flags = last_words([*flags, "--warmup-epochs", "0", "--max-steps", "3", "--save-every", "2"])
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(HERE.parent / "run_pretrain.py"), *flags, "--output-dir", str(tmp_path / "two")],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert "2 processes" in ended.stdout
-    assert ended.stdout.count("16 images") == 1  # one of them speaks
+    flags += ["--warmup-epochs", "0", "--max-steps", "3", "--save-every", "2"]
+    job = torchrun(tmp_path / "two", *flags)
+    out, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err
+    assert "2 processes" in out
+    assert out.count("16 images") == 1  # one of them speaks
     one = pretrain(*flags, "--accumulation-steps", "2", "--output-dir", tmp_path / "one")
     assert one.code == 0, one.err
     networks = [learnt_in(tmp_path / name) for name in ("one", "two")]
