@@ -307,9 +307,7 @@ def test_what_both_evaluators_write_is_compared(
     assert best[1]["p"] is not None
     history = json.loads(probes[0].read_text())["history"]
     assert best[0]["percent"] == max(record["top1"] for record in history)
-    assert refusal(knn[0], probes[0]) == [
-        f"{probes[0]} cannot be compared with {knn[0]}: measure knn -> linear",
-    ]
+    assert refusal(knn[0], probes[0]) == [f"{probes[0]} cannot be compared with {knn[0]}: measure knn -> linear"]
     changed = json.loads(probes[1].read_text())
     changed["protocol"]["epochs"] = 3
     probes[1].write_text(json.dumps(changed))

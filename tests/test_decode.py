@@ -13,17 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_images import (
-    HEIGHT,
-    ODDITIES,
-    WIDTH,
-    encoded,
-    photograph,
-    png,
-    refusal,
-    undecodable,
-    write_corpus,
-)
+from bad_images import HEIGHT, ODDITIES, WIDTH, encoded, photograph, png, refusal, undecodable, write_corpus
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 

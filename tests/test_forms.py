@@ -349,8 +349,7 @@ def test_evaluators_take_both_parts_of_every_form_with_labels(name: str, whole_u
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["class folders", "parquet of the hub", "imagenet as downloaded", "remote class folders", "remote parquet"],
+    "name", ["class folders", "parquet of the hub", "imagenet as downloaded", "remote class folders", "remote parquet"]
 )
 def test_forms_that_hold_both_parts_are_given_to_evaluators_at_once(name: str, whole_urls: Urls) -> None:
     url = whole_urls[name]["train"].removesuffix("/train")

@@ -75,11 +75,8 @@ def test_landmarks_cut_queries_to_their_box_and_write_a_figure_a_setup(
     assert card["measure"] == "retrieval oxford"
     rows = {row["setup"]: row for row in card["results"]}
     # Within its box each query is its building's very picture, a JPEG away: found first.
-    assert [(rows[setup]["map"], rows[setup]["queries"]) for setup in ("easy", "medium", "hard")] == [
-        (100, 1),
-        (100, 2),
-        (100, 1),
-    ]
+    found = {setup: (row["map"], row["queries"]) for setup, row in rows.items()}
+    assert found == {"easy": (100, 1), "medium": (100, 2), "hard": (100, 1)}
     assert rows["hard"]["ap"] == {"query_0": None, "query_1": 100}
     assert rows["medium"]["mp@10"] == 100
     assert card["protocol"]["ground_truth"]["file"] == "gnd_roxford5k.json"
