@@ -39,14 +39,16 @@ class MeanColours(nn.Module):
         return BackboneOutput(features, images.flatten(2).transpose(1, 2), (images.shape[2], images.shape[3]))
 
 
-def noise_source(count: int, seed: int = 0, size: int = 8, classes: int = 3) -> ArraySource:
+def noise_source(
+    count: int, seed: int = 0, size: int = 8, classes: int = 3, kind: type[ArraySource] = ArraySource
+) -> ArraySource:
     """Random colour pictures whose brightness tells the class, in a random order of classes."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % classes).astype(np.int64)
     base = (40 + 170 * labels / max(1, classes - 1))[:, None, None, None]
     pixels = base + rng.normal(0, 12, (count, size, size, 3))
     names = tuple(f"class {number}" for number in range(classes))
-    return ArraySource(f"made-up:{count}/{seed}", pixels.clip(0, 255).astype(np.uint8), labels, names)
+    return kind(f"made-up:{count}/{seed}", pixels.clip(0, 255).astype(np.uint8), labels, names)
 
 
 def unit(rows: NDArray[np.floating]) -> NDArray[np.float64]:

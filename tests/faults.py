@@ -73,11 +73,6 @@ def die_in_the_middle_of_a_file(bytes_of_a_file: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, resource.RLIM_INFINITY))
 
 
-def no_file_longer_than(bytes_of_a_file: int) -> None:
-    """Writing more to a file is an error of the operating system (EFBIG), as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, resource.RLIM_INFINITY))
-
-
 def full_disk_while(flag: str) -> None:
     """Every flush to the disk fails with ENOSPC as long as the file ``flag`` exists."""
     fsync = os.fsync

@@ -13,27 +13,15 @@ from pathlib import Path
 
 from PIL import Image
 
-Maker = Callable[[Path], None]
-REFUSED: dict[str, tuple[Maker, str]] = {}
-"""Archives that cannot be used: their maker, and what the sentence must match."""
-PASSED_OVER: dict[str, tuple[Maker, str]] = {}
-"""Archives with one good image, a.png: their maker, and what is said of the rest."""
+Content = bytes | Callable[[Path], None]
+"""An archive, or what writes one that is too large to be held."""
 
 
-def refused(pattern: str) -> Callable[[Maker], Maker]:
-    def add(maker: Maker) -> Maker:
-        REFUSED[maker.__name__] = (maker, pattern)
-        return maker
-
-    return add
-
-
-def passed_over(pattern: str) -> Callable[[Maker], Maker]:
-    def add(maker: Maker) -> Maker:
-        PASSED_OVER[maker.__name__] = (maker, pattern)
-        return maker
-
-    return add
+def write(content: Content, path: Path) -> None:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
 
 
 def png(shade: int = 0) -> bytes:
@@ -87,249 +75,111 @@ def wrong_checksum(block: bytes) -> bytes:
     return block[:120] + bytes([block[120] ^ 1]) + block[121:]
 
 
-# ---- refused
-
-
-@refused("is empty")
-def nothing(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@refused("no image in")
-def only_the_end(path: Path) -> None:
-    path.write_bytes(END * 10)
-
-
-@refused("no image in")
-def no_image(path: Path) -> None:
-    path.write_bytes(packed({"a.txt": b"words", "b.cls": b"1"}))
-
-
-@refused("is a web page")
-def web_page(path: Path) -> None:
-    path.write_bytes(b"<!DOCTYPE html><html><body>Sign in to download" + b" " * 1000)
-
-
-@refused("is no tar archive")
-def short_text(path: Path) -> None:
-    path.write_bytes(b"hello")
-
-
-@refused("is no tar archive")
-def noise(path: Path) -> None:
-    path.write_bytes(bytes(range(256)) * 40)
-
-
-@refused("is compressed.*decompress it with gzip -d")
-def gzipped(path: Path) -> None:
-    path.write_bytes(gzip.compress(GOOD))
-
-
-@refused("is compressed")
-def gzipped_and_tiny(path: Path) -> None:
-    path.write_bytes(gzip.compress(b"")[:30])
-
-
-@refused("is compressed")
-def bzipped(path: Path) -> None:
-    path.write_bytes(bz2.compress(GOOD))
-
-
-@refused("is compressed")
-def xzipped(path: Path) -> None:
-    path.write_bytes(lzma.compress(GOOD))
-
-
-@refused("is no tar archive")
-def zipped(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a.png", png())
-
-
-@refused("is cut short within 'b.png'")
-def cut_within_an_image(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "b.png": bytes(5000)})[: 1024 + 512 + 3000])
-
-
-@refused("is cut short without the mark of its end")
-def cut_within_a_header(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "b.png": png()})[: 1024 + 300])
-
-
-@refused("is cut short without the mark of its end")
-def cut_between_two_images(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER)
-
-
-@refused("wrong checksum")
-def second_header_damaged(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER + wrong_checksum(header(b"b.png", 0)) + END)
-
-
-@refused("is no tar archive")
-def first_header_damaged(path: Path) -> None:
-    path.write_bytes(wrong_checksum(header(b"b.png", 0)) + END)
-
-
-@refused("cut short within 'b.png'")
-def image_of_eight_exabytes(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER + header(b"b.png", b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7) + END)
-
-
-@refused("is cut short without the mark of its end")
-def common_header_beyond_any_file(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER + header(b"pax_global_header", b"\x80" + b"\xff" * 11, b"g") + END)
-
-
-@refused("is cut short without the mark of its end")
-def link_s_name_beyond_any_file(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER + header(b"././@LongLink", b"\x80" + b"\x7f" * 11, b"K") + END)
-
-
-@refused("a size that is no number")
-def negative_size(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER + header(b"b.png", b"\xff" * 12) + END)
-
-
-@refused("a size that is no number")
-def size_in_words(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER + header(b"b.png", b"-0000000512") + END)
-
-
-@refused("an extended header of 1,073,741,824 bytes")
-def pax_header_of_a_gigabyte(path: Path) -> None:
-    with open(path, "wb") as file:
-        file.write(header(b"x", 1 << 30, b"x"))
-        file.truncate((1 << 30) + 2048)
-
-
-@refused("an extended header of 1,073,741,824 bytes")
-def long_name_of_a_gigabyte(path: Path) -> None:
-    with open(path, "wb") as file:
-        file.write(header(b"././@LongLink", 1 << 30, b"L"))
-        file.truncate((1 << 30) + 2048)
-
-
-@refused("a name of 5,000 bytes")
-def pax_path_beyond_any(path: Path) -> None:
-    path.write_bytes(pax(record("path", "d/" * 2498 + ".png")) + GOOD)
-
-
-@refused("extended header that cannot be read")
-def pax_record_of_no_length(path: Path) -> None:
-    path.write_bytes(pax(b"0 path=b.png\n") + GOOD)
-
-
-@refused("extended header that cannot be read")
-def pax_record_longer_than_its_header(path: Path) -> None:
-    path.write_bytes(pax(b"999 path=b.png\n") + GOOD)
-
-
-@refused("extended header that cannot be read")
-def pax_record_without_an_equals_sign(path: Path) -> None:
-    path.write_bytes(pax(b"9 pathpat\n") + GOOD)
-
-
-@refused("extended header that cannot be read")
-def pax_size_of_a_million_digits(path: Path) -> None:
-    path.write_bytes(pax(record("size", "9" * 1_000_000)) + GOOD)
-
-
-@refused("cut short")
-def pax_header_beyond_the_end(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER + header(b"x", 5000, b"x"))
-
-
-@refused("cut short")
-def global_header_beyond_the_end(path: Path) -> None:
-    path.write_bytes(GOOD_MEMBER + header(b"x", 1 << 32, b"g") + END)
-
-
-@refused("cut short")
-def sparse_map_without_end(path: Path) -> None:
-    block = bytearray(header(b"b.png", 0, b"S"))
+def sparse(size: int) -> bytes:
+    """The header of a sparse file of GNU tar's whose map goes on in the next block."""
+    block = bytearray(header(b"b.png", size, b"S"))
     block[482] = 1
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
-    path.write_bytes(GOOD_MEMBER + bytes(block) + (bytes(504) + b"\x01" + bytes(7)) * 4)
+    return bytes(block)
 
 
-@refused(r"holds b'cat\\ndog'")
-def class_in_two_lines(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "a.cls": b"cat\ndog"}))
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.png", png())
+    return buffer.getvalue()
 
 
-@refused(r"holds b'\\x00cat'")
-def class_in_bytes(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "a.cls": b"\x00cat"}))
+def of_a_gigabyte(begin: bytes) -> Content:
+    """Nothing but zeros after its beginning; sparse on the disk."""
+
+    def make(path: Path) -> None:
+        with open(path, "wb") as file:
+            file.write(begin)
+            file.truncate((1 << 30) + 2048)
+
+    return make
 
 
-@refused("holds b'-7.5'")
-def class_between_numbers(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "a.cls": b"-7.5"}))
+# ---- refused
 
-
-@refused("a class's name, one line of at most 200 bytes")
-def class_in_a_novel(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "a.cls": b"cat " * 60}))
-
-
-@refused("holds b'99999999999")
-def class_number_beyond_any(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "a.cls": b"9" * 60}))
-
-
-@refused("holds b'1000000'")
-def class_number_that_would_need_a_million_names(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "a.cls": b"1000000"}))
-
-
-@refused("of some images are numbers, of others names")
-def labels_of_two_kinds(path: Path) -> None:
-    path.write_bytes(packed({"a.png": png(), "a.json": b'{"label": 1}', "b.png": png(), "b.json": b'{"label": "x"}'}))
+REFUSED: dict[str, tuple[Content, str]] = {
+    "nothing": (b"", "is empty"),
+    "only the end": (END * 10, "no image in"),
+    "no image": (packed({"a.txt": b"words", "b.cls": b"1"}), "no image in"),
+    "web page": (b"<!DOCTYPE html><html><body>Sign in to download" + b" " * 1000, "is a web page"),
+    "short text": (b"hello", "is no tar archive"),
+    "noise": (bytes(range(256)) * 40, "is no tar archive"),
+    "gzipped": (gzip.compress(GOOD), "is compressed.*decompress it with gzip -d"),
+    "gzipped and tiny": (gzip.compress(b"")[:30], "is compressed"),
+    "bzipped": (bz2.compress(GOOD), "is compressed"),
+    "xzipped": (lzma.compress(GOOD), "is compressed"),
+    "zipped": (zipped(), "is no tar archive"),
+    "cut within an image": (
+        packed({"a.png": png(), "b.png": bytes(5000)})[: 1024 + 512 + 3000],
+        "is cut short within 'b.png'",
+    ),
+    "cut within a header": (
+        packed({"a.png": png(), "b.png": png()})[: 1024 + 300],
+        "is cut short without the mark of its end",
+    ),
+    "cut between two images": (GOOD_MEMBER, "is cut short without the mark of its end"),
+    "second header damaged": (GOOD_MEMBER + wrong_checksum(header(b"b.png", 0)) + END, "wrong checksum"),
+    "first header damaged": (wrong_checksum(header(b"b.png", 0)) + END, "is no tar archive"),
+    "image of eight exabytes": (
+        GOOD_MEMBER + header(b"b.png", b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7) + END,
+        "cut short within 'b.png'",
+    ),
+    "common header beyond any file": (
+        GOOD_MEMBER + header(b"pax_global_header", b"\x80" + b"\xff" * 11, b"g") + END,
+        "is cut short without the mark of its end",
+    ),
+    "link's name beyond any file": (
+        GOOD_MEMBER + header(b"././@LongLink", b"\x80" + b"\x7f" * 11, b"K") + END,
+        "is cut short without the mark of its end",
+    ),
+    "negative size": (GOOD_MEMBER + header(b"b.png", b"\xff" * 12) + END, "a size that is no number"),
+    "size in words": (GOOD_MEMBER + header(b"b.png", b"-0000000512") + END, "a size that is no number"),
+    "pax header of a gigabyte": (
+        of_a_gigabyte(header(b"x", 1 << 30, b"x")),
+        "an extended header of 1,073,741,824 bytes",
+    ),
+    "long name of a gigabyte": (
+        of_a_gigabyte(header(b"././@LongLink", 1 << 30, b"L")),
+        "an extended header of 1,073,741,824 bytes",
+    ),
+    "pax path beyond any": (pax(record("path", "d/" * 2498 + ".png")) + GOOD, "a name of 5,000 bytes"),
+    "pax record of no length": (pax(b"0 path=b.png\n") + GOOD, "extended header that cannot be read"),
+    "pax record longer than its header": (pax(b"999 path=b.png\n") + GOOD, "extended header that cannot be read"),
+    "pax record without an equals sign": (pax(b"9 pathpat\n") + GOOD, "extended header that cannot be read"),
+    "pax size of a million digits": (
+        pax(record("size", "9" * 1_000_000)) + GOOD,
+        "extended header that cannot be read",
+    ),
+    "pax header beyond the end": (GOOD_MEMBER + header(b"x", 5000, b"x"), "cut short"),
+    "global header beyond the end": (GOOD_MEMBER + header(b"x", 1 << 32, b"g") + END, "cut short"),
+    "sparse map without end": (GOOD_MEMBER + sparse(0) + (bytes(504) + b"\x01" + bytes(7)) * 4, "cut short"),
+    "class in two lines": (packed({"a.png": png(), "a.cls": b"cat\ndog"}), r"holds b'cat\\ndog'"),
+    "class in bytes": (packed({"a.png": png(), "a.cls": b"\x00cat"}), r"holds b'\\x00cat'"),
+    "class between numbers": (packed({"a.png": png(), "a.cls": b"-7.5"}), "holds b'-7.5'"),
+    "class in a novel": (
+        packed({"a.png": png(), "a.cls": b"cat " * 60}),
+        "a class's name, one line of at most 200 bytes",
+    ),
+    "class number beyond any": (packed({"a.png": png(), "a.cls": b"9" * 60}), "holds b'99999999999"),
+    "class number that would need a million names": (packed({"a.png": png(), "a.cls": b"1000000"}), "holds b'1000000'"),
+    "labels of two kinds": (
+        packed({"a.png": png(), "a.json": b'{"label": 1}', "b.png": png(), "b.json": b'{"label": "x"}'}),
+        "of some images are numbers, of others names",
+    ),
+}
+"""Archives that cannot be used, and what the sentence must match."""
 
 
 # ---- passed over
 
 
-@passed_over("2 links")
-def links(path: Path) -> None:
-    path.write_bytes(header(b"b.png", 0, b"2", b"/etc/passwd") + header(b"c.png", 700, b"1", b"a.png") + GOOD)
-
-
-@passed_over("2 devices, 1 pipes")
-def devices(path: Path) -> None:
-    path.write_bytes(header(b"b.png", 0, b"3") + header(b"c.png", 0, b"4") + header(b"d.png", 0, b"6") + GOOD)
-
-
-@passed_over("1 sparse files")
-def sparse_of_gnu(path: Path) -> None:
-    block = bytearray(header(b"b.png", 512, b"S"))
-    block[482] = 1
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    path.write_bytes(bytes(block) + bytes(512) + bytes(512) + GOOD)
-
-
-@passed_over("1 sparse files")
-def sparse_of_pax(path: Path) -> None:
-    records = record("GNU.sparse.major", "1") + record("GNU.sparse.name", "b.png")
-    path.write_bytes(pax(records) + header(b"b.png", 512) + bytes(512) + GOOD)
-
-
-@passed_over("5 names that lead out")
-def names_that_lead_out(path: Path) -> None:
-    names = (b"/etc/b.png", b"../b.png", b"x/../../b.png", b"./../b.png")
-    nul = pax(record("path", "b\0.png")) + header(b"b.png", 0)
-    path.write_bytes(b"".join(header(name, 0) for name in names) + nul + GOOD)
-
-
-@passed_over("1 members of an unknown kind")
-def unknown_kind(path: Path) -> None:
-    path.write_bytes(header(b"b.png", 600, b"Q") + bytes(1024) + GOOD)
-
-
-@passed_over("1 images of more than 1 GiB")
 def image_of_two_gigabytes(path: Path) -> None:
     with open(path, "wb") as file:  # sparse on the disk
         file.write(header(b"b.png", 2 << 30))
@@ -337,12 +187,32 @@ def image_of_two_gigabytes(path: Path) -> None:
         file.write(GOOD)
 
 
-@passed_over("")
-def odd_but_harmless(path: Path) -> None:
+def odd_but_harmless() -> bytes:
     """A global header, a long link name, folders, a hidden file, nested JSON, an old header without a magic."""
     comment = record("comment", "from git archive")
     link = header(b"././@LongLink", 600, b"K") + bytes(1024)
     folders = header(b"d/", 0, b"5") + header(b"old/", 0, b"\0", magic=b"")
     hidden = header(b".b.png", 0) + header(b"d/._c.png", 0)
     nested = padded(header(b"a.json", 100_000) + b"[" * 100_000)
-    path.write_bytes(header(b"g", len(comment), b"g") + padded(comment) + link + folders + hidden + nested + GOOD)
+    return header(b"g", len(comment), b"g") + padded(comment) + link + folders + hidden + nested + GOOD
+
+
+LEAD_OUT = b"".join(header(name, 0) for name in (b"/etc/b.png", b"../b.png", b"x/../../b.png", b"./../b.png"))
+SPARSE_RECORDS = record("GNU.sparse.major", "1") + record("GNU.sparse.name", "b.png")
+PASSED_OVER: dict[str, tuple[Content, str]] = {
+    "links": (header(b"b.png", 0, b"2", b"/etc/passwd") + header(b"c.png", 700, b"1", b"a.png") + GOOD, "2 links"),
+    "devices": (
+        header(b"b.png", 0, b"3") + header(b"c.png", 0, b"4") + header(b"d.png", 0, b"6") + GOOD,
+        "2 devices, 1 pipes",
+    ),
+    "sparse of GNU": (sparse(512) + bytes(1024) + GOOD, "1 sparse files"),
+    "sparse of pax": (pax(SPARSE_RECORDS) + header(b"b.png", 512) + bytes(512) + GOOD, "1 sparse files"),
+    "names that lead out": (
+        LEAD_OUT + pax(record("path", "b\0.png")) + header(b"b.png", 0) + GOOD,
+        "5 names that lead out",
+    ),
+    "unknown kind": (header(b"b.png", 600, b"Q") + bytes(1024) + GOOD, "1 members of an unknown kind"),
+    "image of two gigabytes": (image_of_two_gigabytes, "1 images of more than 1 GiB"),
+    "odd but harmless": (odd_but_harmless(), ""),
+}
+"""Archives with one good image, a.png, and what is said of the rest."""

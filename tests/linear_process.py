@@ -1,9 +1,8 @@
-"""run_linear.py as one of two ranks (``python linear_process.py OUT``, flags in ``OUT.json``), or forked and killed."""
+"""run_linear.py, forked and killed."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dying_child import end_of, fork
 from ranks import environments
 
 import run_linear
@@ -27,40 +27,24 @@ class Death(NamedTuple):
 def forked(words: Sequence[str], log: Path, death: Death | None = None, ranks: int = 1) -> list[int]:
     """Fork the ranks of a run, of which the first dies if there is a ``death``; the others are then killed, as torchrun
     does it. Their exit codes, minus the signal that ended them; what they printed is in ``log``."""
-    children = []
-    for rank, told in enumerate(environments(ranks)):
-        child = os.fork()
-        if child == 0:
-            os.environ.update(told)
-            _run(words, log.with_suffix(f".{rank}"), death if rank == 0 else None)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])]
+
+    def run(told: dict[str, str], death: Death | None) -> None:
+        os.environ.update(told)
+        if death:
+            setattr(death.owner, death.name, _deadly(getattr(death.owner, death.name), death.call))
+        sys.argv = ["run_linear.py", *words]
+        run_linear.command()
+
+    children = [
+        fork(functools.partial(run, told, None if rank else death), log.with_suffix(f".{rank}"))
+        for rank, told in enumerate(environments(ranks))
+    ]
+    codes = [end_of(children[0])]
     for child in children[1:]:
         if codes[0]:
             os.kill(child, signal.SIGKILL)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        codes.append(end_of(child))
     return codes
-
-
-def _run(words: Sequence[str], log: Path, death: Death | None) -> None:
-    """In the forked process: the command, and no way back."""
-    descriptor = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    if death:
-        setattr(death.owner, death.name, _deadly(getattr(death.owner, death.name), death.call))
-    code: Any = 1
-    try:
-        sys.argv = ["run_linear.py", *words]
-        run_linear.command()
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
 
 
 def _deadly(function: Any, call: int) -> Any:
@@ -74,8 +58,3 @@ def _deadly(function: Any, call: int) -> Any:
         return function(*arguments, **named)
 
     return dies
-
-
-if __name__ == "__main__":
-    sys.argv = ["run_linear.py", *json.loads(Path(f"{sys.argv[1]}.json").read_text())]
-    run_linear.command()

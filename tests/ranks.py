@@ -46,23 +46,18 @@ def environments(ranks: int) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in environment.items()} for environment in own]
 
 
-def two_ranks_run(script: str, out: Path, timeout: float) -> None:
-    """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), str(out)],
-            env=os.environ | ENVIRONMENT | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two processes of run_pretrain.py under torchrun."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
+         str(restarts), "--monitor-interval", "0.1", PRETRAIN,
+         *last_words([*SMALL, *flags, "--output-dir", folder])],
+        env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @dataclass
@@ -174,6 +169,11 @@ class Server:
         """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
         run = self._launch([str(HERE / script), str(out)], environments(2), self.folder, self.folder, ())
         assert run.wait(timeout) == [0, 0], run.err()
+
+    def runner_on_two_ranks(self, runner: str, words: Sequence[object], out: Path, timeout: float) -> None:
+        """Run a runner's command (``run_knn``) as two ranks; what each says is in ``out/said-RANK``."""
+        (out / "words.json").write_text(json.dumps([runner, *map(str, words)]))
+        self.two_ranks("runner_process.py", out, timeout)
 
     def _launch(
         self,

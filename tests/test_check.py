@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -143,17 +142,6 @@ def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(source, "read", lambda index: asked.append(index) or read(index))
     check(source, 0)
     assert asked == list(range(30))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_archives_are_checked_like_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
-    _, bad = write_corpus(tmp_path / "in", good=30, seed=3)
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for path in sorted((tmp_path / "in").iterdir()):
-            archive.add(path, path.name)
-    report, _ = check(open_source(f"tar:{tmp_path}/a.tar"), workers)
-    assert [Path(name).name for name, _ in report.broken] == [path.name for path in bad]
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,3 @@ def test_names_are_classes_in_sorted_order(tmp_path: Path) -> None:
 def test_numbers_among_names_are_refused_with_one_of_each(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"some images are numbers, of others names \(such as 3 and 'crane', in \.cls"):
         open_source(shard(tmp_path, a=b"crane", b=b"3"))
-
-
-def test_a_name_that_is_not_known_leaves_all_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert open_source(shard(tmp_path, a=b"crane", b=b"-1")).labels is None
-    assert "1 of 2 images have no label" in capsys.readouterr().err

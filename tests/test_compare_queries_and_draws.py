@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from result_fixtures import KNN, compared, hits, knn_figure, refusal, write_result
 
-import run_knn
-import run_linear
 import run_retrieval
 from dino_xcit.data import Subset
 from dino_xcit.errors import InputError
@@ -220,35 +218,6 @@ def test_what_run_retrieval_writes_is_compared(
     assert "measure retrieval folder -> retrieval copydays" in refusal(
         tmp_path / "folder-0.json", tmp_path / "copydays-1.json"
     )
-
-
-# ---- what the evaluators write
-
-
-def test_what_the_evaluators_write_of_few_shots_and_best_epochs_is_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tree = image_tree(tmp_path / "photos")
-    probe = ["--epochs", "2", "--batch-size", "4", "--holdout", "0.25", "--lrs", "0.5", "--num-workers", "0"]
-    for seed in (0, 1):
-        weights = tiny_checkpoint(tmp_path / str(seed), tree, seed)
-        for runner, words in ((run_knn, ["--few-shot", "1", "2", "--ks", "3", "--draws", "3"]), (run_linear, probe)):
-            written = tmp_path / f"{runner.__name__}-{seed}.json"
-            words = ["--weights", str(weights), "--json", str(written), *words]
-            monkeypatch.setattr(sys, "argv", [f"{runner.__name__}.py", *words])
-            runner.main()
-    _, rows = compared(tmp_path, capsys, *(tmp_path / f"run_knn-{seed}.json" for seed in (0, 1)))
-    drawn = [row for row in rows if row["unit"] == "draw"]
-    assert [row["units"] for row in drawn] == [3] * 4
-    assert all(row["p"] is not None for row in drawn[1::2])
-    of_knn = read_result(str(tmp_path / "run_knn-0.json"))
-    stated = json.loads((tmp_path / "run_knn-0.json").read_text())["few_shot"]["results"]
-    assert [one.percent for one in of_knn.figures if one.unit == "draw"] == [row["top1"] for row in stated]
-    _, rows = compared(tmp_path, capsys, *(tmp_path / f"run_linear-{seed}.json" for seed in (0, 1)))
-    best = [row for row in rows if row["figure"].startswith("paper, best")]
-    assert best[1]["p"] is not None
-    history = json.loads((tmp_path / "run_linear-0.json").read_text())["history"]
-    assert best[0]["percent"] == max(record["top1"] for record in history)
 
 
 # ---- nothing is believed

@@ -13,17 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_images import (
-    HEIGHT,
-    ODDITIES,
-    WIDTH,
-    encoded,
-    photograph,
-    png,
-    refusal,
-    undecodable,
-    write_corpus,
-)
+from bad_images import HEIGHT, ODDITIES, WIDTH, encoded, photograph, png, refusal, undecodable, write_corpus
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
@@ -83,6 +73,31 @@ def test_channels_of_which_white_is_not_known_are_refused() -> None:
         assert "32 bits a channel" in refusal(encoded(Image.new(mode, (4, 4), 1), "TIFF")).cause
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_the_picture_upright(photo: Image.Image, orientation: int) -> None:
+    turned_by = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,  # stored turned to the left: tag 6 says "turn to the right"
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = photo.transpose(turned_by[orientation]) if orientation in turned_by else photo
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(np.asarray(decode(encoded(stored, "PNG", exif=exif), "x")), np.asarray(photo))
+    assert decode(encoded(stored, "JPEG", exif=exif), "x").size == photo.size
+
+
+def test_arrays_are_pictures_already() -> None:
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert np.asarray(decode(grey, "x")).tolist() == np.stack([grey] * 3, axis=-1).tolist()
+    colour = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    np.testing.assert_array_equal(np.asarray(decode(colour, "x")), colour)
+
+
 def test_the_picture_does_not_hold_its_file() -> None:
     assert type(decode(encoded(photograph(1), "PNG"), "x")) is Image.Image
 
@@ -109,6 +124,13 @@ def test_bad_files_are_refused_with_their_cause(kind: str) -> None:
         raise UndecodableImage(error.cause)
 
 
+def test_what_is_in_no_format_of_the_list_is_refused() -> None:
+    whole = encoded(photograph(1), "PNG")
+    foreign = (encoded(photograph(1), name) for name in ("PDF", "ICO"))
+    for data in (b"hello", bytes(1000), whole[:60], whole[:16] + b"\x7f" + whole[17:], *foreign):
+        assert isinstance(refusal(data), InputError)
+
+
 def test_the_corpus_is_what_it_says_and_the_same_for_the_same_seed(tmp_path: Path) -> None:
     good, bad = write_corpus(tmp_path / "a", 30, seed=3)
     assert (len(good), len(bad)) == (30, len(CAUSES))
@@ -126,13 +148,7 @@ def test_the_corpus_is_what_it_says_and_the_same_for_the_same_seed(tmp_path: Pat
 
 
 WHOLE: dict[str, dict[str, Any]] = {
-    "JPEG": {},
-    "PNG": {},
-    "WEBP": {},
-    "BMP": {},
-    "GIF": {},
-    "TIFF": {},
-    "PPM": {},
+    **{name: {} for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")},
     "progressive JPEG": {"progressive": True},
     "packed TIFF": {"compression": "tiff_lzw"},
 }

@@ -281,8 +281,6 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_read(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--pooling", "max"), "pooling"),
-        (("--gem-p", "0"), "gem_p is 0, expected more than 0"),
         (("--scales", "1", "0"), "scales is 1 0, expected 1 to 16 numbers"),
         (("--scales", "1", "0.5", "--no-normalise"), "scales is 1 0.5, whose vectors are averaged at length 1"),
         (("--shard-images", "0"), "shard_images is 0, expected at least 1"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dying_child import run_in_a_child
 from eval_fixtures import tiny_checkpoint
 from extract_fixtures import Place, content, done, new_place, words
-from extract_process import in_a_child
 from PIL import Image
 from run_here import Command, Here
 
@@ -104,7 +104,7 @@ def test_a_finished_collection_leaves_the_parts_of_images_that_are_being_added(
     first = words(place, "--output-dir", tmp_path / "v", data=place.data / "train" / "bars")
     add = words(place, "--output-dir", tmp_path / "v", "--add", data=place.data / "train" / "dots")
     done(command(*first))
-    assert in_a_child(add, tmp_path / "log", tmp_path / "v", die_after="part-000000.json")[0] == -9
+    assert run_in_a_child(run_extract, add, tmp_path / "log", tmp_path / "v", die_after="part-000000.json")[0] == -9
     assert "already complete" in done(command(*first)).out
     assert "going on: 1 of 2 parts are there" in done(command(*add)).out
     assert "already there" in done(command(*add)).out

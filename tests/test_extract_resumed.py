@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dying_child import run_in_a_child
 from extract_fixtures import COUNT, Place, content, done, new_place, words
-from extract_process import in_a_child
-from ranks import two_ranks_run
+from ranks import Server
 from run_here import Command, Here
 
 import run_extract
@@ -38,8 +38,8 @@ def test_killed_between_two_parts_the_same_command_goes_on_and_ends_with_the_sam
     killed = words(place, "--output-dir", tmp_path / "killed")
     made: dict[str, int] = {}
     for last in (0, 2, 3):
-        child = in_a_child(killed, tmp_path / "log", tmp_path / "killed", die_after=f"part-{last:06d}.json")
-        assert child[0] == -9
+        part = f"part-{last:06d}.json"
+        assert run_in_a_child(run_extract, killed, tmp_path / "log", tmp_path / "killed", die_after=part)[0] == -9
         there = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed" / ".parts").glob("part-*")}
         assert len(there) == 2 * (last + 1), "each part and its hash"
         assert made.items() <= there.items(), "finished parts are kept as they are"
@@ -55,14 +55,14 @@ def kill_at_each(place: Place, command: Command, tmp_path: Path, step: int, *mor
     done(command(*words(place, "--output-dir", tmp_path / "straight", *more)))
     wanted = content(tmp_path / "straight")
     folder = tmp_path / "counted"
-    code, log = in_a_child(words(place, "--output-dir", folder, *more), tmp_path / "log", folder)
+    code, log = run_in_a_child(run_extract, words(place, "--output-dir", folder, *more), tmp_path / "log", folder)
     assert code == 0, log
     operations = int(log.splitlines()[-1])
     kills = 0
     for number in range(1, operations + 1, step):
         folder = tmp_path / str(number)
         again = words(place, "--output-dir", folder, *more)
-        assert in_a_child(again, tmp_path / "log", folder, number)[0] == -9
+        assert run_in_a_child(run_extract, again, tmp_path / "log", folder, number)[0] == -9
         kills += 1
         outcome = command(*again)
         assert outcome.code == 0, (number, outcome.err)
@@ -95,13 +95,13 @@ def test_killed_while_adding_nothing_is_lost_and_the_same_command_ends_it(
         return words(place, "--output-dir", folder, "--add", data=place.data / "train" / "dots")
 
     shutil.copytree(tmp_path / "first", tmp_path / "straight")
-    code, log = in_a_child(adding(tmp_path / "straight"), tmp_path / "log", tmp_path / "straight")
+    code, log = run_in_a_child(run_extract, adding(tmp_path / "straight"), tmp_path / "log", tmp_path / "straight")
     assert code == 0, log
     wanted, operations = content(tmp_path / "straight"), int(log.splitlines()[-1])
     for number in [*range(1, operations - 20, 20), *range(operations - 20, operations + 1, 3)]:
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "first", folder)
-        assert in_a_child(adding(folder), tmp_path / "log", folder, number)[0] == -9
+        assert run_in_a_child(run_extract, adding(folder), tmp_path / "log", folder, number)[0] == -9
         done(command(*adding(folder)))
         assert content(folder) == wanted, number
 
@@ -110,13 +110,12 @@ def test_killed_while_adding_nothing_is_lost_and_the_same_command_ends_it(
 
 
 def test_two_processes_share_the_parts_and_leave_the_bytes_of_one(
-    place: Place, command: Command, tmp_path: Path
+    place: Place, command: Command, server: Server, tmp_path: Path
 ) -> None:
     shared = ("--pooling", "gem", "--scales", "1", "0.5", "--device", "cpu")
     done(command(*words(place, "--output-dir", tmp_path / "one", *shared)))
     two = words(place, "--output-dir", tmp_path / "two", *shared)
-    (tmp_path / "words.json").write_text(json.dumps([str(word) for word in two]))
-    two_ranks_run("extract_process.py", tmp_path, timeout=120)
+    server.runner_on_two_ranks("run_extract", two, tmp_path, timeout=120)
     assert content(tmp_path / "two") == content(tmp_path / "one")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(FILES)
 
@@ -166,7 +165,7 @@ def test_a_damaged_plan_of_parts_is_said_and_nothing_has_to_be_removed_by_hand(
     place: Place, command: Command, tmp_path: Path
 ) -> None:
     first = words(place, "--output-dir", tmp_path / "v")
-    assert in_a_child(first, tmp_path / "log", tmp_path / "v", 25)[0] == -9
+    assert run_in_a_child(run_extract, first, tmp_path / "log", tmp_path / "v", 25)[0] == -9
     plan = tmp_path / "v" / ".parts" / "plan.json"
     plan.write_bytes(plan.read_bytes()[:40])
     told = done(command(*first)).out
@@ -191,7 +190,7 @@ def test_a_card_that_contradicts_its_vectors_is_refused_by_queries_and_additions
 
 def test_an_unfinished_extraction_is_not_mixed_with_another(place: Place, command: Command, tmp_path: Path) -> None:
     first = words(place, "--output-dir", tmp_path / "v")
-    assert in_a_child(first, tmp_path / "log", tmp_path / "v", 25)[0] == -9
+    assert run_in_a_child(run_extract, first, tmp_path / "log", tmp_path / "v", 25)[0] == -9
     refused = command(*first, "--pooling", "gem")
     assert refused.code == 2
     assert "parts of an extraction that is not finished, with another pooling" in refused.err
@@ -201,6 +200,6 @@ def test_an_unfinished_extraction_is_not_mixed_with_another(place: Place, comman
 
 def test_parts_serve_whatever_is_made_of_the_rows_later(place: Place, command: Command, tmp_path: Path) -> None:
     first = words(place, "--output-dir", tmp_path / "v")
-    assert in_a_child(first, tmp_path / "log", tmp_path / "v", 40)[0] == -9
+    assert run_in_a_child(run_extract, first, tmp_path / "log", tmp_path / "v", 40)[0] == -9
     told = done(command(*first, "--dtype", "fp16", "--no-normalise", "--index-type", "hnsw")).out
     assert "going on" in told

@@ -274,13 +274,6 @@ def test_every_form_has_the_same_bytes_labels_and_classes_in_the_same_order(
     assert open_source(source.url, part).fingerprint() == source.fingerprint()
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_part_given_alone_is_opened_under_its_url(name: str, urls: Urls, damaged: Parts) -> None:
-    for part, pictures in damaged.items():
-        source = open_source(open_source(urls[name][part], part).url)
-        assert len(source) == len(pictures)
-
-
 def batches_of(source: Source, workers: int, steps: int) -> list[Batch]:
     sampler = StepSampler(len(source), 8, seed=3, start_step=0, stop_step=steps)
     return list(build_loader(source, tiny_config().augmentation(), sampler, 3, workers, CPU))
@@ -356,8 +349,7 @@ def test_evaluators_take_both_parts_of_every_form_with_labels(name: str, whole_u
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["class folders", "parquet of the hub", "imagenet as downloaded", "remote class folders", "remote parquet"],
+    "name", ["class folders", "parquet of the hub", "imagenet as downloaded", "remote class folders", "remote parquet"]
 )
 def test_forms_that_hold_both_parts_are_given_to_evaluators_at_once(name: str, whole_urls: Urls) -> None:
     url = whole_urls[name]["train"].removesuffix("/train")

@@ -48,15 +48,6 @@ def test_an_export_does_not_store_it_as_the_checkpoints(
     assert again.transform == load_backbone(bare).transform
 
 
-def test_the_model_card_says_that_it_is_assumed_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dino_xcit.export import model_card
-
-    torch.save(files.vit().state_dict(), tmp_path / "bare.pth")
-    text = model_card._preparation(load_backbone(tmp_path / "bare.pth"))
-    assert f"does not say how images are prepared; assumed here and in config.json is {OF_POSITIONS}: " in text
-    assert "Shorter side to 73 pixels (bicubic), centre crop of 64" in text
-
-
 @pytest.mark.parametrize("kind", ["positions", "dinov2", "xcit"])
 def test_an_evaluator_tells_the_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     state, guess = {

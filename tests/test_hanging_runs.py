@@ -9,17 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import Run, Server
+from ranks import Run, Server, children_of
 
 from dino_xcit.errors import LOST
 
 TIMEOUT = 5.0
 FLAGS = ["--batch-size-per-gpu", "2", "--max-steps", "400", "--epochs", "20", "--save-every", "2"]
 FLAGS += ["--hang-timeout", str(TIMEOUT)]
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def shared_memory() -> set[str]:

@@ -137,15 +137,6 @@ def test_every_layout_gives_the_same_images_labels_and_classes(tmp_path: Path, l
     }
 
 
-def test_parts_by_argument_and_by_url(shipped: Path) -> None:
-    assert len(open_source(f"imagenet:{shipped}")) == 9
-    assert len(open_source(f"imagenet:{shipped}", "val")) == 6
-    assert len(open_source(f"imagenet:{shipped}/val")) == 6
-    assert open_source(f"imagenet:{shipped}/val").url == f"imagenet:{shipped}/val"
-    train, val = open_parts(f"imagenet:{shipped}/train", None, None)
-    assert (len(train), len(val)) == (9, 6)
-
-
 def test_a_kit_that_a_browser_unpacked_on_the_way_is_read(shipped: Path) -> None:
     labels = open_source(f"imagenet:{shipped}/val").labels
     (shipped / f"{KIT}.tar.gz").write_bytes(gzip.decompress((shipped / f"{KIT}.tar.gz").read_bytes()))

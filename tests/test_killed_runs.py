@@ -232,21 +232,6 @@ def test_a_disk_that_stays_full_ends_all_processes_and_leaves_the_last_checkpoin
     assert f"resuming after step {before} of 12" in again.out()
 
 
-def test_an_error_of_the_file_system_leaves_the_checkpoint_before(
-    server: Server, photos: Path, tmp_path: Path, left_alone: Path
-) -> None:
-    """EFBIG from write(2) itself, half-way through the file."""
-    folder, size = tmp_path / "run", (left_alone / "checkpoint.pth").stat().st_size
-    assert server.start(folder, "--data-path", photos, *ALONE, "--max-steps", "4", ranks=1).wait() == [0]
-    fault = ["no_file_longer_than", size // 2]
-    run = server.start(folder, "--data-path", photos, *ALONE, ranks=1, faults=[fault])
-    assert run.wait() == [2], run.err()
-    assert "checkpoints cannot be written" in run.err()
-    assert "File too large" in run.err()
-    assert newest_step(folder) == 4
-    assert_the_checkpoint_before_or_this_one(folder, server, photos, left_alone)
-
-
 # ---- damage, as the next start meets it
 
 
@@ -265,21 +250,3 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_resumed(
     assert "warning: going back to the checkpoint of step 4" in again.out()
     assert "resuming after step 4 of 6" in again.out()
     assert differing_bits(state_in(folder), state_in(left_alone)) == []
-
-
-# ---- two runs in one directory
-
-
-def test_a_second_run_in_the_same_directory_is_refused_and_harms_nothing(
-    server: Server, photos: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    first = server.start(folder, "--data-path", photos, *ALONE, ranks=1, faults=[["slow_steps", 0.5]])
-    first.until_step(1)
-    second = server.start(folder, "--data-path", photos, *ALONE, ranks=2)
-    assert second.wait() == [2, 2]
-    (sentence,) = {line for line in second.err().splitlines() if line.startswith("error: ")}
-    assert str(first.pids[0]) in sentence
-    assert "--output-dir" in sentence
-    assert first.wait() == [0], first.err()
-    assert newest_step(folder) == 6

@@ -120,9 +120,7 @@ class Torn(ArraySource):
 
 
 def torn() -> Source:
-    good = noise_source(10)
-    assert good.labels is not None
-    return Torn(good.url, good.images, good.labels, good.classes or ())
+    return noise_source(10, kind=Torn)
 
 
 def kept(source: Source, cache: Path | None, backbone: MeanColours, **more: Any) -> Features:

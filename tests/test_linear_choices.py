@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
 from ranks import Server
+from run_here import Here
 
 import run_linear
 from dino_xcit.runtime import atomic
@@ -35,21 +35,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def probe(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Probe:
+def probe(weights: Path, tmp_path: Path, here: Here) -> Probe:
     """Runs a probe in this process, with a folder and a result file of the name given."""
 
     def run(name: str, *flags: object) -> tuple[int, str, dict[str, Any]]:
-        words = words_of(weights, tmp_path / name, [*map(str, flags)])
-        monkeypatch.setattr(sys, "argv", ["run_linear.py", *words])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            run_linear.command()
-        except SystemExit as end:
-            code = end.code
-        printed = capsys.readouterr()
+        done = here(run_linear, *words_of(weights, tmp_path / name, [*map(str, flags)]))
         file = tmp_path / name / "card.json"
-        return int(str(code or 0)), printed.out + printed.err, json.loads(file.read_text()) if file.exists() else {}
+        return done.code, done.out + done.err, json.loads(file.read_text()) if file.exists() else {}
 
     return run
 
@@ -253,14 +245,11 @@ def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tm
         (("--cached", "--cached-epochs", 0), "cached_epochs is 0, expected at least 1"),
         (("--also", "imagenet-c:x"), "also has 'imagenet-c:x', expected imagenet-v2:DIR"),
         (("--also", "sketch:a", "sketch:b"), "also is sketch sketch, expected each once"),
-        (("--also", "sketch:"), "also has 'sketch:', expected imagenet-v2:DIR"),
         (("--also", "sketch:/none"), "no data at '/none'"),
         (("--lrs", 0.1, 0.1), "lrs is 0.1 0.1, expected each once"),
-        (("--lrs", "nan"), "lrs is nan, expected numbers above 0"),
         (("--lr", "inf"), "lr is inf, expected numbers above 0"),
         (("--holdout", "nan"), "holdout is nan, expected a share"),
         (("--logreg", "--logreg-cs", 1, 1), "logreg_cs is 1 1, expected each once"),
-        (("--logreg", "--logreg-cs", "inf"), "logreg_cs is inf, expected numbers above 0"),
         (("--logreg", "--logreg-iterations", 0), "logreg_iterations is 0, expected at least 1"),
         (("--logreg-cs", 1), "logreg_cs is 1, which decides nothing without --logreg: add it"),
         (("--logreg-iterations", 9), "logreg_iterations is 9, which decides nothing without --logreg"),
@@ -268,16 +257,10 @@ def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tm
         (("--cached-precision", "float32"), "cached_precision is float32, which decides nothing without --cached"),
         (("--no-sgd", "--logreg", "--cached"), "cached is on, which decides nothing with --no-sgd"),
         (("--no-sgd", "--logreg", "--epochs", 3), "epochs is 3, which decides nothing with --no-sgd"),
-        (("--no-sgd", "--logreg", "--lr", 0.1), "lr is 0.1, which decides nothing with --no-sgd"),
         (("--no-sgd", "--logreg", "--lrs", 0.1), "lrs is 0.1, which decides nothing with --no-sgd"),
         (("--no-sgd", "--logreg", "--crop-scale", 0.5, 1), "crop_scale is 0.5 1, which decides nothing with --no-sgd"),
-        (("--no-sgd", "--resume", "never"), "there is nothing to do; add --logreg"),
-        (("--features", "last0"), "features has 'last0', expected"),
         (("--seed", 2**63), "seed is 9223372036854775808, expected at most"),
-        (("--resume", "sometimes"), "sometimes"),
-        (("--cached", "--cached-precision", "int8"), "int8"),
         (("--output-dir", "/proc/none/linear"), "output_dir is /proc/none/linear, which cannot be written to"),
-        (("--output-dir", "/dev/null"), "output_dir is /dev/null, which cannot be written to"),
     ],
 )
 def test_mistakes_are_sentences(probe: Probe, flags: tuple[object, ...], said: str) -> None:
@@ -290,8 +273,7 @@ def test_mistakes_are_sentences(probe: Probe, flags: tuple[object, ...], said: s
 def test_two_processes_measure_what_one_does(probe: Probe, server: Server, tmp_path: Path, weights: Path) -> None:
     _, _, one = probe("one", *ALL)
     words = words_of(weights, tmp_path / "two", [*map(str, ALL)], batch=2)
-    (tmp_path / "two.json").write_text(json.dumps(words))
-    server.two_ranks("linear_process.py", tmp_path / "two", timeout=240)
+    server.runner_on_two_ranks("run_linear", words, tmp_path, timeout=240)
     two = json.loads((tmp_path / "two" / "card.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     ours, theirs = (tensors(tmp_path / name) for name in ("two", "one"))

@@ -158,44 +158,31 @@ def test_what_finishes_the_views_can_change_while_batches_are_under_way(workers:
     assert_same_batches(batches, list(load(tiny_source(10), 0, stop=12)))
 
 
-@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
-def test_a_program_that_leaves_a_loader_behind_ends(tmp_path: Path, start_method: str) -> None:
-    """Its processes are deaf to SIGTERM, by which multiprocessing ends what it waits for."""
+LEAVES = """
+import multiprocessing, sys, time, torch
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data import open_source
+from dino_xcit.data.loader import StepSampler, build_loader
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    source = open_source("sample:fashion-mnist", "train")
+    if sys.argv[2] == "stuck":
+        source.read = lambda index: time.sleep(300)
+    views = PretrainConfig(global_crops_size=16, local_crops_size=8).augmentation()
+    sampler = StepSampler(len(source), 4, start_step=0, stop_step=100)
+    loader = build_loader(source, views, sampler, 0, 1, torch.device("cpu"))
+    kept = sys.modules["kept"] = [loader, time.sleep(1) if sys.argv[2] == "stuck" else next(loader)]
+"""
+
+
+@pytest.mark.parametrize(("start_method", "disk"), [("fork", "well"), ("forkserver", "well"), ("fork", "stuck")])
+def test_a_program_that_leaves_a_loader_behind_ends(tmp_path: Path, start_method: str, disk: str) -> None:
+    """Its processes are deaf to SIGTERM, by which multiprocessing ends what it waits for; a disk may not answer."""
     script = tmp_path / "leave.py"
-    script.write_text(
-        "import multiprocessing, sys, torch\n"
-        "from dino_xcit.config import PretrainConfig\n"
-        "from dino_xcit.data import open_source\n"
-        "from dino_xcit.data.loader import StepSampler, build_loader\n"
-        "if __name__ == '__main__':\n"
-        f"    multiprocessing.set_start_method({start_method!r})\n"
-        "    source = open_source('sample:fashion-mnist', 'train')\n"
-        "    views = PretrainConfig(global_crops_size=16, local_crops_size=8).augmentation()\n"
-        "    sampler = StepSampler(len(source), 4, start_step=0, stop_step=100)\n"
-        "    loader = build_loader(source, views, sampler, 0, 1, torch.device('cpu'))\n"
-        "    kept = sys.modules['kept'] = [loader, next(loader)]\n"
-    )
+    script.write_text(LEAVES)
     here = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, script], cwd=here, env=os.environ | {"PYTHONPATH": str(here)}, timeout=60)
-    assert done.returncode == 0
-
-
-def test_a_program_ends_although_its_disk_does_not_answer(tmp_path: Path) -> None:
-    script = tmp_path / "stuck.py"
-    script.write_text(
-        "import time, torch\n"
-        "from dino_xcit.config import PretrainConfig\n"
-        "from dino_xcit.data import open_source\n"
-        "from dino_xcit.data.loader import StepSampler, build_loader\n"
-        "source = open_source('sample:fashion-mnist', 'train')\n"
-        "source.read = lambda index: time.sleep(300)\n"
-        "views = PretrainConfig(global_crops_size=16, local_crops_size=8).augmentation()\n"
-        "sampler = StepSampler(len(source), 4, start_step=0, stop_step=100)\n"
-        "loader = build_loader(source, views, sampler, 0, 1, torch.device('cpu'))\n"
-        "time.sleep(1)\n"
-    )
-    here = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, script], cwd=here, env=os.environ | {"PYTHONPATH": str(here)}, timeout=60)
+    environment = os.environ | {"PYTHONPATH": str(here)}
+    done = subprocess.run([sys.executable, script, start_method, disk], cwd=here, env=environment, timeout=60)
     assert done.returncode == 0
 
 

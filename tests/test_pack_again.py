@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bad_images import encoded, photograph, write_corpus
+from dying_child import in_a_child
 from pack_fixtures import FIVE, class_tree, content, members
 from ranks import ENVIRONMENT, HERE
 
@@ -37,46 +36,14 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
     assert len(members(tmp_path / "1")) == 40
 
 
-def in_a_child(act: Callable[[], object]) -> int:
-    """How a forked process ended that does this: its exit code, or minus the signal."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            act()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed_before(number: int, act: Callable[[], object]) -> None:
-    """Do this, and die before its ``number``-th operation that makes something durable."""
-    seen = 0
-
-    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def count(*arguments: Any) -> Any:
-            nonlocal seen
-            seen += 1
-            if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return operation(*arguments)
-
-        return count
-
-    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
-    act()
-
-
 def test_killed_before_any_operation_on_a_file_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
     source = open_source(str(class_tree(tmp_path / "in")))
     (tmp_path / "in" / "n01" / "n01_3.v1.JPEG").write_bytes(b"broken")
     pack(source, tmp_path / "whole", FIVE, 1)
     expected = content(tmp_path / "whole")
-    for number in range(1, 100):
+    for number in range(1, 200):
         broken = tmp_path / f"killed{number}"
-        ended = in_a_child(lambda n=number, b=broken: killed_before(n, lambda: pack(source, b, FIVE, 1)))
+        ended, _ = in_a_child(lambda b=broken: pack(source, b, FIVE, 1), tmp_path / "log", broken, number)
         if ended == 0:
             break
         assert ended == -signal.SIGKILL
@@ -96,7 +63,7 @@ def test_killed_in_the_middle_of_a_shard_nothing_has_its_name(tree: Path, tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         pack(source, tmp_path / "out", FIVE, 1)
 
-    assert in_a_child(act) == -signal.SIGXFSZ
+    assert in_a_child(act, tmp_path / "log", tmp_path / "out")[0] == -signal.SIGXFSZ
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".shard-000000.tar.tmp",
         "classes.json",

@@ -157,19 +157,3 @@ def test_a_pickled_source_is_small_and_reads(tmp_path: Path) -> None:
     data = pickle.dumps(opened(tmp_path / "x.parquet"))
     assert len(data) < 2000
     assert read_all(pickle.loads(data)) == images
-
-
-# ---- remote
-
-
-def test_files_that_fsspec_reads_are_read_alike(tmp_path: Path) -> None:
-    import fsspec
-
-    images = noise(40)
-    labels = [number % 2 for number in range(40)]
-    pq.write_table(hub_table(images, labels), tmp_path / "x.parquet", row_group_size=10)
-    fsspec.filesystem("memory").pipe_file("/set/x.parquet", (tmp_path / "x.parquet").read_bytes())
-    source = opened("memory://set/*.parquet?label=label")
-    assert read_all(source) == images
-    assert source.classes == ("a", "b")
-    assert source.name(3) == "x.parquet/000003/n003.JPEG"

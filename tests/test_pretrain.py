@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from last_words import last_words
 from PIL import Image
 from pretrain_fixtures import SMALL, STEPS_AN_EPOCH, Ended, Pretrain, Stopped, files_of, learnt_in
-from ranks import ENVIRONMENT, HERE
+from ranks import ENVIRONMENT, PRETRAIN, torchrun
 from tiny_run import differing_bits, tensors_of, tiny_config
 
 from dino_xcit import safe_load
@@ -140,28 +139,6 @@ def test_the_sample_is_used_without_a_data_path_and_the_first_line_says_so(pretr
     assert safe_load.read(folder / "checkpoint.pth")["args"]["data_path"] == "sample:fashion-mnist"
 
 
-def test_an_official_architecture_runs_on_the_sample(pretrain: Pretrain, tmp_path: Path) -> None:
-    ended = pretrain(
-        "--arch", "xcit_nano_12_p16", "--max-steps", "1", "--batch-size-per-gpu", "4", "--knn-every", "0",
-        "--output-dir", tmp_path / "run",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
-
-
-def test_flat_folders_and_lists_need_no_labels(pretrain: Pretrain, labelled_photos: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "list.txt"
-    listed.write_text("\n".join(str(path) for path in sorted(labelled_photos.rglob("*.png"))))
-    ended = pretrain("--data-path", listed, *SMALL, "--max-steps", "1", "--output-dir", tmp_path / "run")
-    assert ended.code == 0, ended.err
-    assert "20 images" in ended.out
-
-
-def test_help_ends_well(pretrain: Pretrain) -> None:
-    ended = pretrain("--help")
-    assert ended.code == 0
-    assert "--global" in ended.out
-
-
 def test_the_knn_while_training_leaves_out_what_cannot_be_read(
     pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
 ) -> None:
@@ -201,7 +178,7 @@ def test_a_mistake_beside_resume_never_costs_nothing(pretrain: Pretrain, stopped
 
 def test_the_plain_command_works_from_another_directory(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, str(HERE.parent / "run_pretrain.py"), "--arch", "xcit_smal_12_p16"],
+        [sys.executable, PRETRAIN, "--arch", "xcit_smal_12_p16"],
         cwd=tmp_path,
         env={key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"},
         capture_output=True,
@@ -216,15 +193,12 @@ def test_torchrun_with_two_processes_learns_what_one_learns(
     pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
 ) -> None:
     flags = ["--data-path", labelled_photos, *SMALL, "--batch-size-per-gpu", "2", "--optimizer", "sgd"]
-    flags = last_words([*flags, "--warmup-epochs", "0", "--max-steps", "3", "--save-every", "2"])
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(HERE.parent / "run_pretrain.py"), *flags, "--output-dir", str(tmp_path / "two")],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert "2 processes" in ended.stdout
-    assert ended.stdout.count("16 images") == 1  # one of them speaks
+    flags += ["--warmup-epochs", "0", "--max-steps", "3", "--save-every", "2"]
+    job = torchrun(tmp_path / "two", *flags)
+    out, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err
+    assert "2 processes" in out
+    assert out.count("16 images") == 1  # one of them speaks
     one = pretrain(*flags, "--accumulation-steps", "2", "--output-dir", tmp_path / "one")
     assert one.code == 0, one.err
     networks = [learnt_in(tmp_path / name) for name in ("one", "two")]

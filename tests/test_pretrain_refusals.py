@@ -19,6 +19,7 @@ from dino_xcit.checkpoint.state import Run, content_of, restore
 from dino_xcit.config import STATE_FIELDS
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.metrics import read_metrics
+from dino_xcit.runtime.run_lock import locked
 from dino_xcit.train import build_state
 
 
@@ -28,7 +29,6 @@ from dino_xcit.train import build_state
         (["--lr", "0.3"], "lr 0.0005 -> 0.3"),
         (["--out-dim", "17"], "out_dim 16 -> 17"),
         (["--arch", "xcit_nano_12_p4"], "arch"),
-        (["--batch-size-per-gpu", "5"], "batch"),  # 3 steps an epoch, not 4
     ],
 )
 def test_an_output_directory_of_another_run_is_refused_untouched(
@@ -37,6 +37,16 @@ def test_an_output_directory_of_another_run_is_refused_untouched(
     folder, flags = stopped.copy(tmp_path / "run")
     before = files_of(folder)
     pretrain(*flags, *changed).assert_refused(word, "--output-dir", "--resume")
+    assert files_of(folder) == before
+
+
+def test_an_output_directory_that_another_run_holds_is_refused_untouched(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
+) -> None:
+    folder, flags = stopped.copy(tmp_path / "run")
+    before = files_of(folder)
+    with locked(folder):
+        pretrain(*flags).assert_refused(f"process {os.getpid()} ", "--output-dir")
     assert files_of(folder) == before
 
 
@@ -224,17 +234,10 @@ def test_a_foreign_checkpoint_is_refused_and_kept(pretrain: Pretrain, stopped: S
         (["--data-path", "EMPTY/one.png"], ["no data"]),
         (["--data-path", "PHOTOS", "--arch", "xcit_smal_12_p16"], ["xcit_smal_12_p16", "xcit_small_12_p16"]),
         (["--data-path", "PHOTOS", "--arch", "timm:resnet81"], ["resnet18"]),
-        (["--data-path", "PHOTOS", "--recipe", "dinno"], ["dinno", "dino"]),
-        (["--data-path", "PHOTOS", "--epoch", "3"], ["--epoch", "epochs"]),
         (["--data-path", "PHOTOS", "--batch-size-per-gpu", "17"], ["16 images", "17"]),
-        (["--data-path", "PHOTOS", "--out-dim", "1"], ["out_dim"]),
-        (["--data-path", "PHOTOS", "--global-crops-size", "0"], ["global_crops_size"]),
-        (["--data-path", "PHOTOS", "--global-crops-scale", "0.9", "0.1"], ["global_crops_scale"]),
-        (["--data-path", "PHOTOS", "--epochs", "many"], ["epochs"]),
         (["--data-path", "PHOTOS", "--output-dir", "EMPTY/file/run"], ["output directory"]),
         (["--data-path", "PHOTOS/val/dark", "--batch-size-per-gpu", "2", "--knn-every", "1"], ["--train-data"]),
         (["--data-path", "PHOTOS", "--batch-size-per-gpu", "1", "--local-crops-size", "4"], ["crop"]),
-        (["--recipe", "dino", "--data-path", ""], ["--data-path"]),
         (["--data-path", "PHOTOS", "--val-data", "PHOTOS/val"], ["knn_every is 0", "expected --knn-every 1"]),
         (
             ["--data-path", "PHOTOS", "--train-data", "absent", "--knn-every", "1", "--knn-holdout", "4"],

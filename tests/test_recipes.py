@@ -55,12 +55,6 @@ def test_the_published_recipe_has_the_published_values() -> None:
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_explicit_flags_win_over_the_sample_recipe() -> None:
-    config = parsed("--arch", "xcit_small_12_p16", "--batch_size_per_gpu", "5", "--local-crops-size", "20")
-    assert (config.arch, config.batch_size_per_gpu, config.local_crops_size) == ("xcit_small_12_p16", 5, 20)
-    assert config.recipe == "sample"
-
-
 @pytest.mark.parametrize(
     "arch", ["xcit_pico_4_p4", "xcit_small_12_p16", "xcit_small_12_p8", "timm:vit_tiny_patch16_224"]
 )

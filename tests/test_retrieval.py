@@ -120,13 +120,9 @@ def test_files_that_are_missing_damaged_or_of_two_extractions_are_refused(tmp_pa
     with pytest.raises(InputError, match="7 in the card, 1 in the paths, 7 in the index"):
         open_collection(tmp_path)
     write(tmp_path, rows_of(7))
-    for name, content in (("index.faiss", b"IxF"), ("card.json", b"{"), ("card.json", b"[]"), ("card.json", b"{}")):
-        whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match="is damaged"):
-            open_collection(tmp_path)
-        (tmp_path / name).write_bytes(whole)
-    assert json.loads((tmp_path / "card.json").read_text())["count"] == 7
+    (tmp_path / "index.faiss").write_bytes(b"IxF")
+    with pytest.raises(InputError, match="is damaged"):
+        open_collection(tmp_path)
 
 
 def test_the_contact_sheet_shows_queries_beside_their_results(tmp_path: Path) -> None:

@@ -90,22 +90,10 @@ def test_duplicates_of_finished_collections_need_no_weights(
     mixed = retrieve("duplicates", "--first", first, "--second", tmp_path / "gem-test")
     assert mixed.code == 2
     assert "pooling is cls there and gem here" in mixed.err
-    pooled = retrieve("duplicates", "--first", first, "--second", second, "--pooling", "gem")
-    assert pooled.code == 2
-    assert "pooling is gem, which decides nothing for a finished collection" in pooled.err
 
     shutil.rmtree(two_sets[0])
-    blind = retrieve(
-        "duplicates",
-        "--first",
-        first,
-        "--second",
-        second,
-        "--threshold",
-        0.9995,
-        "--csv",
-        tmp_path / "p.csv",
-    )
+    both = ("--first", first, "--second", second, "--threshold", 0.9995)
+    blind = retrieve("duplicates", *both, "--csv", tmp_path / "p.csv")
     assert blind.code == 0, blind.err
     assert "identical files cannot be told from near ones" in blind.out
     assert ",unknown" in (tmp_path / "p.csv").read_text()

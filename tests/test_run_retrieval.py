@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from eval_fixtures import CLASSES
 from PIL import Image
-from ranks import two_ranks_run
+from ranks import Server
 from retrieval_fixtures import Place, new_place, noise, save
 from run_here import Command, Here
 from safetensors.torch import save_file
@@ -75,11 +75,8 @@ def test_landmarks_cut_queries_to_their_box_and_write_a_figure_a_setup(
     assert card["measure"] == "retrieval oxford"
     rows = {row["setup"]: row for row in card["results"]}
     # Within its box each query is its building's very picture, a JPEG away: found first.
-    assert [(rows[setup]["map"], rows[setup]["queries"]) for setup in ("easy", "medium", "hard")] == [
-        (100, 1),
-        (100, 2),
-        (100, 1),
-    ]
+    found = {setup: (row["map"], row["queries"]) for setup, row in rows.items()}
+    assert found == {"easy": (100, 1), "medium": (100, 2), "hard": (100, 1)}
     assert rows["hard"]["ap"] == {"query_0": None, "query_1": 100}
     assert rows["medium"]["mp@10"] == 100
     assert card["protocol"]["ground_truth"]["file"] == "gnd_roxford5k.json"
@@ -270,7 +267,7 @@ def test_an_image_alone_in_its_class_is_left_out_and_said(place: Place, retrieve
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_two_processes_have_the_figures_of_one_and_report_once(
-    place: Place, retrieve: Command, extract: Command, tmp_path: Path, finished: bool
+    place: Place, retrieve: Command, extract: Command, server: Server, tmp_path: Path, finished: bool
 ) -> None:
     common: tuple[object, ...] = ("folder", "--device", "cpu")
     if finished:
@@ -280,8 +277,7 @@ def test_two_processes_have_the_figures_of_one_and_report_once(
         common += ("--weights", place.weights, "--data-path", place.photos, "--no-cache")
     assert retrieve(*common, "--json", tmp_path / "one.json").code == 0
     words = [*common, "--json", tmp_path / "two.json"]
-    (tmp_path / "words.json").write_text(json.dumps([str(word) for word in words]))
-    two_ranks_run("retrieval_process.py", tmp_path, timeout=300)
+    server.runner_on_two_ranks("run_retrieval", words, tmp_path, timeout=300)
     said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
     assert "queries, each among the 11 other images" in said[0]
     assert said[1] == ""

@@ -12,12 +12,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
+from eval_fixtures import CLASSES, tiny_checkpoint
+from extract_fixtures import COUNT as TRAIN
+from extract_fixtures import Place, new_place
 from last_words import last_words
 from PIL import Image
 from run_here import Here, Outcome
@@ -28,24 +29,14 @@ import run_knn
 import run_linear
 from dino_xcit.weights import load_backbone
 from eval.features import find_kept
-from eval.linear import probe_file, sgd
 
 ROOT = Path(run_knn.__file__).parent
-TRAIN, VAL = 8 * len(CLASSES), 3 * len(CLASSES)
-
-
-class Place(NamedTuple):
-    """A copy of the data and of the checkpoint that was trained on it, for one test alone."""
-
-    data: Path
-    weights: Path
+VAL = 3 * len(CLASSES)
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("runners")
-    tree = image_tree(folder / "photos")
-    return Place(tree, tiny_checkpoint(folder / "run", tree))
+    return new_place(tmp_path_factory.mktemp("runners"))
 
 
 @pytest.fixture
@@ -163,45 +154,13 @@ def test_linear_probes_reports_and_saves_a_classifier_that_gives_the_figure_agai
     assert stored["classes"] == list(CLASSES)
 
 
-def test_linear_goes_on_after_an_interruption_as_if_there_had_been_none(
-    place: Place, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def probe(folder: str) -> tuple[object, ...]:
-        return linear_words(place, "--output-dir", tmp_path / folder, "--json", tmp_path / f"{folder}.json")
-
-    assert here(run_linear, *probe("whole")).code == 0
-    write = probe_file.write_probe
-
-    def write_then_stop(folder: Path, content: Any, settings: Any) -> None:
-        write(folder, content, settings)
-        if content["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(sgd, "write_probe", write_then_stop)
-    stopped = here(run_linear, *probe("parts"))
-    assert stopped.code == 130
-    assert "resumes" in stopped.err
-    monkeypatch.setattr(sgd, "write_probe", write)
-    resumed = here(run_linear, *probe("parts"))
-    assert resumed.code == 0, resumed.err
-    assert "after epoch 2" in resumed.out
-    whole, parts = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "parts"))
-    assert parts["results"] == whole["results"]
-    assert parts["history"] == whole["history"]
-    states = [torch.load(tmp_path / name / "linear.pth", weights_only=True) for name in ("whole", "parts")]
-    for whole_heads, parts_heads in (
-        (states[0]["paper"], states[1]["paper"]),
-        (states[0]["grid"]["cls"], states[1]["grid"]["cls"]),
-    ):
-        assert all(torch.equal(whole_heads[name], parts_heads[name]) for name in whole_heads)
-
-    again = here(run_linear, *probe("whole"))
-    assert again.code == 0
-    assert "already complete" in again.out
-    other = here(run_linear, *probe("whole"), "--lr", 0.1)
+def test_linear_takes_the_place_of_another_probe_only_if_told_to(place: Place, here: Here, tmp_path: Path) -> None:
+    probe = linear_words(place, "--output-dir", tmp_path / "probe")
+    assert here(run_linear, *probe).code == 0
+    other = here(run_linear, *probe, "--lr", 0.1)
     assert other.code == 2
-    assert other.err.startswith(f"error: {tmp_path / 'whole'} holds another probe (lr 0.001 -> 0.1): choose another")
-    assert here(run_linear, *probe("whole"), "--lr", 0.1, "--resume", "never").code == 0
+    assert f"{tmp_path / 'probe'} holds another probe (lr 0.001 -> 0.1)" in other.err
+    assert here(run_linear, *probe, "--lr", 0.1, "--resume", "never").code == 0
 
 
 def test_linear_without_a_grid_reports_the_papers_learning_rate_alone(place: Place, here: Here, tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from result_fixtures import hits, knn_figure, refusal, write_result
+from result_fixtures import compared, hits, knn_figure, refusal, write_result
 
 from dino_xcit.data import Source, Subset, open_source
 from dino_xcit.data.packing import command as pack
-from eval.compare.__main__ import main
 from eval.protocol import LOOKED_AT, images_card
 
 COUNT = 130
@@ -42,12 +41,6 @@ def result(path: Path, val: Source) -> Path:
     return write_result(path, knn_figure(20, hits(90, images=COUNT)), val=val)
 
 
-def compared(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    capsys.readouterr()
-    main([str(word) for word in words])
-    return capsys.readouterr().out
-
-
 def test_an_image_that_is_not_looked_into_and_changes_its_size_is_told(photos: Path, tmp_path: Path) -> None:
     a = result(tmp_path / "a.json", open_source(str(photos)))
     path = Path(open_source(str(photos)).name(unseen()))
@@ -66,7 +59,7 @@ def test_an_image_that_is_not_looked_into_and_changes_its_name_is_told_and_may_b
     path.rename(path.with_stem(f"{path.stem}b"))
     b = result(tmp_path / "b.json", open_source(str(photos)))
     assert "validation images of other names; the same by 64 images, and by the labels and sizes" in refusal(a, b)
-    assert "McNemar" in compared(capsys, a, b, "--allow", "names")
+    assert "McNemar" in compared(tmp_path, capsys, a, b, "--allow", "names")[0]
 
 
 def test_an_image_that_is_not_looked_into_and_changes_its_label_is_told(photos: Path, tmp_path: Path) -> None:
@@ -85,7 +78,7 @@ def test_a_folder_that_was_moved_needs_no_remark(
     a = result(tmp_path / "a.json", open_source(str(photos)))
     shutil.copytree(photos, tmp_path / "elsewhere")
     b = result(tmp_path / "b.json", open_source(str(tmp_path / "elsewhere")))
-    assert "by 64 images" not in compared(capsys, a, b)
+    assert "by 64 images" not in compared(tmp_path, capsys, a, b)[0]
 
 
 def test_a_folder_that_was_packed_is_the_same_by_its_names_and_64_images_and_that_is_said(
@@ -94,7 +87,7 @@ def test_a_folder_that_was_packed_is_the_same_by_its_names_and_64_images_and_tha
     a = result(tmp_path / "a.json", open_source(str(photos)))
     pack.main([str(photos), str(tmp_path / "shards")])
     b = result(tmp_path / "b.json", open_source(f"tar:{tmp_path}/shards/*.tar"))
-    text = compared(capsys, a, b)
+    text = compared(tmp_path, capsys, a, b)[0]
     assert f"warning: validation images of {b} are {a}'s by 64 images, and by the labels and names of all" in text
     assert "McNemar" in text
 
@@ -111,7 +104,7 @@ def test_results_of_before_there_were_names_and_sizes_are_compared_and_that_is_s
             del part["names"], part["whole"]
             part["fingerprint"] = place
         path.write_text(json.dumps(card))
-    text = compared(capsys, a, b)
+    text = compared(tmp_path, capsys, a, b)[0]
     assert f"warning: validation images of {b} are {a}'s by 64 images, and by the labels and names of all" in text
     assert "training" not in text, "whose fingerprint is the same"
     assert "McNemar" in text

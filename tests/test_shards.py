@@ -138,17 +138,11 @@ class Damaged(ArraySource):
         return super().read(index)
 
 
-def damaged() -> Damaged:
-    good = noise_source(10)
-    assert good.labels is not None
-    return Damaged(good.url, good.images, good.labels, good.classes or ())
-
-
 def test_an_unreadable_image_ends_the_work_or_is_left_out(tmp_path: Path) -> None:
     parts = begin(tmp_path, PLAN, False)
     with pytest.raises(InputError, match=r"picture 3 is cut short \(--unreadable skip leaves such images out\)"):
-        make(parts, [0, 1, 2], damaged())
-    assert make(parts, parts.missing("skip"), damaged(), unreadable="skip").seen == 8
+        make(parts, [0, 1, 2], noise_source(10, kind=Damaged))
+    assert make(parts, parts.missing("skip"), noise_source(10, kind=Damaged), unreadable="skip").seen == 8
     assert parts.unreadable() == [3, 9]
     plain = extract(MeanColours(), noise_source(10), SMALL, CPU, 2, 0, progress=False).features
     assert rows_of(parts) == pytest.approx(np.delete(plain, [3, 9], axis=0), abs=1e-6)
@@ -163,12 +157,10 @@ def test_for_an_unreadable_image_skip_is_offered_first_and_what_a_changed_folder
                 raise UndecodableImage("picture 3 cannot be read: cut short; remove it", "cut short")
             return super().read(index)
 
-    good = noise_source(10)
-    assert good.labels is not None
-    parts = begin(tmp_path, PLAN, False)
+    source = noise_source(10, kind=Advised)
     with pytest.raises(InputError) as refused:
-        make(parts, [0, 1, 2], Advised(good.url, good.images, good.labels, ()))
-    assert str(refused.value).startswith(f"{good.name(3)} cannot be read: cut short (--unreadable skip leaves")
+        make(begin(tmp_path, PLAN, False), [0, 1, 2], source)
+    assert str(refused.value).startswith(f"{source.name(3)} cannot be read: cut short (--unreadable skip leaves")
     assert "remove it" not in str(refused.value)
     assert "a folder that is changed" in str(refused.value)
     assert str(refused.value).endswith("is extracted from its start, with --overwrite")
@@ -192,10 +184,8 @@ def test_a_batch_of_nothing_but_unreadable_images_is_nothing_special(tmp_path: P
         def read(self, index: int) -> Any:
             raise UndecodableImage("gone")
 
-    good = noise_source(10)
-    assert good.labels is not None
     parts = begin(tmp_path, PLAN, False)
-    make(parts, [0, 1, 2], None_(good.url, good.images, good.labels, ()), unreadable="skip")
+    make(parts, [0, 1, 2], noise_source(10, kind=None_), unreadable="skip")
     assert parts.unreadable() == list(range(10))
     assert rows_of(parts).shape == (0, 5)
 

@@ -7,14 +7,14 @@ import re
 from typing import Any
 
 import pytest
-from ranks import two_ranks_run
+from ranks import Server
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def said(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes said (shared_folder_process.py)."""
     out = tmp_path_factory.mktemp("machines")
-    two_ranks_run("shared_folder_process.py", out, timeout=120)
+    server.two_ranks("shared_folder_process.py", out, timeout=120)
     return [json.loads((out / f"said-{rank}.json").read_text()) for rank in range(2)]
 
 

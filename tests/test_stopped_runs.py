@@ -6,15 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from last_words import last_words
-from ranks import ENVIRONMENT, HERE, SMALL, Run, Server, state_in
+from ranks import Run, Server, children_of, state_in, torchrun
 from tiny_run import differing_bits, tensors_of
 
 from dino_xcit.checkpoint.folder import CheckpointFolder
@@ -96,20 +94,9 @@ def test_a_signal_while_the_knn_is_measured_is_answered_after_it(
     assert "resuming after step 4 of 5" in again.out()
 
 
-def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Popen[str]:
-    """Two processes under torchrun."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
-         str(restarts), "--monitor-interval", "0.1", str(HERE.parent / "run_pretrain.py"),
-         *last_words([*SMALL, *flags, "--output-dir", folder])],
-        env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def ranks_below(pid: int) -> list[int]:
     """The processes that torchrun has started."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if "run_pretrain.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    return [child for child in children_of(pid) if "run_pretrain.py" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def wait_for_step(folder: Path, step: int, timeout: float = 90) -> None:
@@ -285,18 +272,8 @@ def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(
 ) -> None:
     """Two processes whose weights have grown beyond all numbers; one process sees it again."""
     folder = tmp_path / "run"
-    flags = [
-        "--data-path",
-        photos,
-        "--batch-size-per-gpu",
-        "2",
-        "--optimizer",
-        "sgd",
-        "--lr",
-        "1e22",
-        "--clip-grad",
-        "0",
-    ]
+    flags = ["--data-path", photos, "--batch-size-per-gpu", "2", "--optimizer", "sgd"]
+    flags += ["--lr", "1e22", "--clip-grad", "0"]
     run = server.start(folder, *flags, "--lr-reference-batch", "0", "--max-skipped-steps", "3", "--max-steps", "20")
     assert run.wait() == [DIVERGED, DIVERGED], run.out() + run.err()
     assert f"python -m dino_xcit.nonfinite {folder}/nonfinite.pth" in run.err()

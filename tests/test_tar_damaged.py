@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile_archives import GOOD, PASSED_OVER, REFUSED, packed, pax, png
+from hostile_archives import GOOD, PASSED_OVER, REFUSED, packed, pax, png, write
 from tar_fixtures import names
 
 from dino_xcit.data import decode, open_source
@@ -25,8 +25,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Path, kind: str) -> None:
-    maker, pattern = REFUSED[kind]
-    maker(tmp_path / "bad.tar")
+    content, pattern = REFUSED[kind]
+    write(content, tmp_path / "bad.tar")
     began = time.process_time()
     with pytest.raises(InputError, match=pattern) as caught:
         open_source(f"tar:{tmp_path}/bad.tar")
@@ -39,8 +39,8 @@ def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Pat
 def test_what_is_no_regular_image_is_passed_over_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    maker, said = PASSED_OVER[kind]
-    maker(tmp_path / "odd.tar")
+    content, said = PASSED_OVER[kind]
+    write(content, tmp_path / "odd.tar")
     source = open_source(f"tar:{tmp_path}/odd.tar")
     assert names(source) == ["odd.tar/a.png"]
     assert decode(source.read(0)[0], "x").size == (3, 2)

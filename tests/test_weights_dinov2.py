@@ -7,6 +7,7 @@ from pathlib import Path
 import foreign_checkpoints as files
 import pytest
 import torch
+from test_weights_layouts import saved
 from tiny_run import differing_bits
 from torch import Tensor, nn
 
@@ -15,11 +16,6 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import load_backbone, read_weights
 
 IMAGES = torch.rand(3, 3, 56, 56, generator=torch.Generator().manual_seed(5))
-
-
-def saved(folder: Path, content: object) -> Path:
-    torch.save(content, folder / "file.pth")
-    return folder / "file.pth"
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from tiny_run import differing_bits
 from torch import Tensor
 
 from dino_xcit.errors import InputError
@@ -128,21 +127,11 @@ def test_what_a_file_says_of_itself_goes_before_the_config_json_beside_it(tmp_pa
     said = {"arch": "timm:test_vit", "eval_transform": json.dumps(CONFIG_TRANSFORM.to_dict())}
     safetensors.torch.save_file(state, path, said)
     (tmp_path / "config.json").write_text("{")
-    assert load_backbone(path).transform == CONFIG_TRANSFORM
-
-
-def test_what_an_export_says_about_itself_is_read(tmp_path: Path) -> None:
-    said = {"arch": "timm:test_vit", "eval_transform": json.dumps(CONFIG_TRANSFORM.to_dict())}
-    from dino_xcit.models import build_backbone
-
-    network = build_backbone("timm:test_vit")
-    safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors", said)
-    read = load_backbone(tmp_path / "model.safetensors")
-    assert (read.arch, read.transform, read.transform_from) == ("timm:test_vit", CONFIG_TRANSFORM, "the checkpoint's")
-    assert not differing_bits(read.backbone.state_dict(), network.state_dict())
-    safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors", said | {"eval_transform": "{"})
+    read = load_backbone(path)
+    assert (read.transform, read.transform_from) == (CONFIG_TRANSFORM, "the checkpoint's")
+    safetensors.torch.save_file(state, path, said | {"eval_transform": "{"})
     with pytest.raises(InputError, match="eval_transform in its metadata is no JSON"):
-        load_backbone(tmp_path / "model.safetensors")
+        load_backbone(path)
 
 
 def test_half_precision_weights_are_widened_without_loss(tmp_path: Path) -> None:
@@ -198,23 +187,6 @@ def test_a_file_that_is_no_safetensors_is_refused_in_one_sentence(tmp_path: Path
     assert str(tmp_path / "x.safetensors") in sentence
     assert "\n" not in sentence
     assert len(sentence) < 500
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nothing", "it has 0 bytes, expected a length of 8 bytes, a header and tensors"),
-        ("seven bytes", "it has 7 bytes"),
-        ("a git-lfs pointer", "git lfs pull"),
-    ],
-)
-def test_what_is_no_file_of_that_kind_at_all_is_not_told_as_one_with_an_immense_header(
-    tmp_path: Path, name: str, words: str
-) -> None:
-    (tmp_path / "x.safetensors").write_bytes(HOSTILE[name])
-    with pytest.raises(InputError, match=words) as caught:
-        load_backbone(tmp_path / "x.safetensors")
-    assert "header would be" not in str(caught.value)
 
 
 def test_git_lfs_notes_are_told_as_such_whatever_file_they_stand_for(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dino_xcit.weights import stored_network
 from dino_xcit.weights.stored_network import Layout
 
 TEXT = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
@@ -23,14 +22,6 @@ def said_as() -> list[str]:
 
 def test_the_table_names_every_layout_and_no_other() -> None:
     assert set(said_as()) == set(Layout)
-
-
-def test_every_layout_is_one_that_a_reader_gives() -> None:
-    code = "".join(
-        (Path(stored_network.__file__).parent / f"{name}.py").read_text()
-        for name in ("layouts", "module_layouts", "vissl_layout")
-    )
-    assert set(re.findall(r"Layout\.([A-Z0-9_]+)", code)) == {layout.name for layout in Layout}
 
 
 def test_what_is_said_to_be_left_aside_is_what_the_code_leaves_aside() -> None:

@@ -244,32 +244,31 @@ def test_settings_beside_weights_of_another_layout_do_not_count(tmp_path: Path) 
     assert (read.arch, read.transform, read.transform_from) == ("xcit_pico_4_p8", EvalTransform(), "")
 
 
-def test_a_repository_of_the_hub_is_read_with_both_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """someone/dino in the cache of huggingface_hub, which has no network."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     root = tmp_path / "models--someone--dino"
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text("0" * 40)
+    return root
+
+
+def test_a_repository_of_the_hub_is_read_with_both_settings(repository: Path) -> None:
     state = hf.weights("vit")
-    hf.folder(root / "snapshots" / ("0" * 40), state, hf.VIT_CONFIG, hf.DINO_PREPROCESSOR)
+    hf.folder(repository / "snapshots" / ("0" * 40), state, hf.VIT_CONFIG, hf.DINO_PREPROCESSOR)
     read = load_backbone("hf-hub:someone/dino")
     assert (read.arch, read.transform, read.heads_assumed) == (NAMES["vit"], EvalTransform(resize=224), 0)
     assert read.transform_from.startswith("preprocessor_config.json's of hf-hub:someone/dino")
     assert_computes("hf-hub:someone/dino", hf.forward(state, 3, IMAGES, eps=1e-6), prefix=1)
 
 
-def test_settings_that_a_repository_is_known_to_lack_are_no_hindrance_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    root = tmp_path / "models--someone--dino"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text("0" * 40)
-    hf.folder(root / "snapshots" / ("0" * 40), hf.weights("vit"), hf.VIT_CONFIG)
+def test_settings_that_a_repository_is_known_to_lack_are_no_hindrance_without_a_network(repository: Path) -> None:
+    hf.folder(repository / "snapshots" / ("0" * 40), hf.weights("vit"), hf.VIT_CONFIG)
     with pytest.raises(InputError, match=r"cannot fetch preprocessor_config\.json of someone/dino"):
         load_backbone("hf-hub:someone/dino")
-    absent = root / ".no_exist" / ("0" * 40)  # where huggingface_hub notes it
+    absent = repository / ".no_exist" / ("0" * 40)  # where huggingface_hub notes it
     absent.mkdir(parents=True)
     (absent / "preprocessor_config.json").touch()
     read = load_backbone("hf-hub:someone/dino")

@@ -1,4 +1,4 @@
-"""One process of run_retrieval.py over two, started by test_run_retrieval.py with the flags in ``OUT/words.json``.
+"""A runner as one of several ranks: ``python runner_process.py OUT``, with its module and flags in ``OUT/words.json``.
 
 What it says goes to ``OUT/said-RANK``.
 """
@@ -6,15 +6,15 @@ What it says goes to ``OUT/said-RANK``.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
 
-import run_retrieval
-
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    sys.argv = ["run_retrieval.py", *json.loads((out / "words.json").read_text())]
+    name, *words = json.loads((out / "words.json").read_text())
+    sys.argv = [f"{name}.py", *words]
     with open(out / f"said-{os.environ['RANK']}", "w") as said, contextlib.redirect_stdout(said):
-        run_retrieval.command()
+        importlib.import_module(name).command()

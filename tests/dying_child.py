@@ -1,0 +1,87 @@
+"""Forked processes that a test may kill at a chosen operation on files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+
+
+def fork(act: Callable[[], object], log: Path) -> int:
+    """A process that does this, with what it prints in ``log``, and ends; its id."""
+    child = os.fork()
+    if child:
+        return child
+    descriptor = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    code: Any = 1
+    try:
+        act()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def end_of(child: int) -> int:
+    """Its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_a_child(
+    act: Callable[[], object], log: Path, folder: Path, die_at: int = 0, die_after: str = ""
+) -> tuple[int, str]:
+    """How a forked process ended that does this, and what it printed.
+
+    Args:
+        die_at: SIGKILL just before the operation of that number (from 1) on a file or folder below ``folder``.
+        die_after: SIGKILL just before the next operation when a file has got this name.
+            With neither it lives, and prints the count of operations last.
+    """
+
+    def watched() -> None:
+        seen = _watch(str(folder), die_at, die_after)
+        act()
+        print(seen[0])
+
+    return end_of(fork(watched, log)), log.read_text()
+
+
+def run_in_a_child(
+    runner: ModuleType, words: Sequence[object], log: Path, folder: Path, die_at: int = 0, die_after: str = ""
+) -> tuple[int, str]:
+    """The same of a runner's command."""
+
+    def command() -> None:
+        sys.argv = [f"{runner.__name__}.py", *map(str, words)]
+        runner.command()
+
+    return in_a_child(command, log, folder, die_at, die_after)
+
+
+def _watch(folder: str, die_at: int, die_after: str) -> list[int]:
+    """Count the operations on files below ``folder`` that Python reports to audit hooks."""
+    seen, named = [0], [False]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _WATCHED and any(
+            isinstance(a, (str, bytes, os.PathLike)) and os.fsdecode(a).startswith(folder) for a in arguments
+        ):
+            seen[0] += 1
+            if seen[0] == die_at or named[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            named[0] = event == "os.rename" and bool(die_after) and str(arguments[1]).endswith(die_after)
+
+    sys.addaudithook(hook)
+    return seen
