@@ -13,9 +13,7 @@ Read top to bottom: learn a whitening, extract, look up.
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
-from dino_xcit.runtime import logging as log
-
+# Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
 import contextlib
@@ -34,6 +32,7 @@ from dino_xcit.data import Source, decode, open_source
 from dino_xcit.data.files import is_remote
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.transform import normalise
 from dino_xcit.weights import LoadedBackbone

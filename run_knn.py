@@ -11,9 +11,7 @@ Read top to bottom: settings, backbone, data, features, votes, report.
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
-from dino_xcit.runtime import logging as log
-
+# Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
@@ -25,8 +23,9 @@ import faiss
 import numpy as np
 
 from dino_xcit.data import Source
-from dino_xcit.data.each_image import cores
+from dino_xcit.data.worker import usable_cores
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from eval.accuracy import bootstrap_interval, correct
 from eval.config import KnnConfig, settings
 from eval.features import Features
@@ -99,7 +98,7 @@ def _sweep(model: str, parts: tuple[Features, Features], config: KnnConfig, ks: 
     """One search; a record, and a figure to compare image by image, for each pair of k and T."""
     if distributed.world_size() > 1:
         # torchrun leaves a process one thread; the others of this machine are waiting, or have ended.
-        faiss.omp_set_num_threads(cores())
+        faiss.omp_set_num_threads(usable_cores())
     train, val = parts
     shown = len(val.features) > 4096
     approximate = None

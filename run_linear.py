@@ -14,15 +14,14 @@ the SGD is in eval/linear/sgd.py, that of the regressions in eval/linear/logisti
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
-from dino_xcit.runtime import logging as log
-
+# Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
 from pathlib import Path
 
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from eval.config import LinearConfig, settings
 from eval.figures import figure
 from eval.linear.card import probe_card

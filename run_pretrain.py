@@ -26,7 +26,7 @@ from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.load_monitor import DataLoadMonitor
-from dino_xcit.data.loader import StepSampler, build_loader, choose_workers
+from dino_xcit.data.loader import StepSampler, build_loader, check_augment_device, choose_workers
 from dino_xcit.data.source import identity
 from dino_xcit.init_weights import initialise
 from dino_xcit.methods.student_teacher import choose_precision
@@ -38,7 +38,6 @@ from dino_xcit.runtime.health import Health
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.memory import keep_freed_memory
 from dino_xcit.runtime.metrics import MetricLogger, require_wandb
-from dino_xcit.runtime.watchdog import guarded
 from dino_xcit.train import TrainState, build_state, train_step
 from eval.knn.online import build_evaluators
 
@@ -48,6 +47,7 @@ def main() -> None:
     config, first_line = parse_pretrain(sys.argv[1:])
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
+    check_augment_device(config.augment_device, device)
     distributed.start(device, config.hang_timeout + 30)  # later than the watchdog, which reports more
     log.info(first_line)
     choose_kernels(config, device)
@@ -70,6 +70,7 @@ def train(
         stored = checkpoints.find()  # empty where the run is new
         config = keep_global_batch(config, stored)
         source = open_source(config.data_path, "train")
+        workers = choose_workers(config.num_workers, distributed.processes_here())
         if evaluators is None:
             evaluators = build_evaluators(config, source, device)
 
@@ -85,6 +86,7 @@ def train(
         watching = Observers(observers or ())
         run = Run(config, sampler.steps_per_epoch, identity(source))
         checkpoints.begin(stored, state, watching, run)
+        del stored  # a whole checkpoint in memory
         total_steps = config.epochs * sampler.steps_per_epoch
         sampler.start_step, sampler.stop_step = state.step, min(total_steps, config.max_steps or total_steps)
         describe(config, source, sampler, schedules, state)
@@ -95,7 +97,6 @@ def train(
             )
             return
 
-        workers = choose_workers(config.num_workers, distributed.processes_here())
         loader = build_loader(
             source, config.augmentation(), sampler, config.seed, workers, device, config.augment_device
         )
@@ -108,7 +109,8 @@ def train(
                 watching.on_step(result, batches[-1])
                 metrics.step(state.step, loader.waited, partial(watching.metrics, result, state.method))
                 run_ends = sampler.ends_run(state.step)
-                checkpoints.maybe_save(run_ends)
+                if checkpoints.maybe_save(run_ends):
+                    metrics.restart_clock()
                 if run_ends or sampler.ends_epoch(state.step):
                     checkpoints.wait()  # the step is on disk before the evaluation starts
                     evaluated = evaluate(evaluators, sampler.epochs(state.step), run_ends, state.method)
@@ -168,7 +170,7 @@ def command() -> None:
         "lower --batch-size-per-gpu (--accumulation-steps makes up for it), the crop sizes or --out-dim, or give "
         "--activation-checkpointing"
     )
-    distributed.run_command(guarded(main), less_memory)
+    distributed.run_command(main, less_memory)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ Each protocol is told from top to bottom: images, vectors, figures, report. docs
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
-from dino_xcit.runtime import logging as log
-
+# Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
@@ -28,6 +26,7 @@ from numpy.typing import NDArray
 from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from eval.collection.made_with import open_backbone_of, with_weights_of
 from eval.collection.store import open_collection

@@ -27,9 +27,12 @@ from dino_xcit.checkpoint.folder import CheckpointFolder, why_damaged  # noqa: E
 from dino_xcit.checkpoint.saver import Saver, on_cpu  # noqa: E402
 from dino_xcit.checkpoint.state import Run, content_of  # noqa: E402
 from dino_xcit.config import PretrainConfig  # noqa: E402
-from dino_xcit.runtime import atomic, distributed  # noqa: E402
+from dino_xcit.runtime import (  # noqa: E402
+    atomic,
+    distributed,
+    watchdog,
+)
 from dino_xcit.runtime.health import HostCopy, StopFlags  # noqa: E402
-from dino_xcit.runtime.watchdog import Watchdog  # noqa: E402
 from dino_xcit.train import TrainState, build_state  # noqa: E402
 
 EXCHANGES = 2000
@@ -102,7 +105,7 @@ def exchange(rank: int, port: int, result: str) -> None:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     distributed.start(device)
-    with Watchdog(600) as watchdog:
+    with watchdog.watched(600):
         flags, copy, number = StopFlags(device, 60), HostCopy(device), torch.zeros((), dtype=torch.int64)
 
         def once() -> float:

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn, TextIO
@@ -28,6 +29,12 @@ DIVERGED, LOST, PREEMPTED = 3, 4, 75
 """Exit codes of a run that ends itself. DIVERGED: too many consecutive steps were not finite. LOST: a phase exceeded
 --hang-timeout, or a rank or a loader process died. PREEMPTED: it received a signal and has saved (75 is sysexits.h's
 "temporary failure: try again")."""
+
+
+STOP_SIGNALS = tuple(  # Windows has no SIGUSR1
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+"""Signals that ask a run to save and end with code PREEMPTED."""
 
 
 class RunStopped(Exception):

@@ -90,7 +90,7 @@ def repeat(path: Path) -> str:
     summary, stored = content.get("nonfinite"), content.get("args")
     if not isinstance(summary, Mapping) or not isinstance(stored, Mapping):
         raise InputError(f"{path} holds no skipped step: expected the {STATE} of a run that ended with code {DIVERGED}")
-    config = _config_of(stored, content, summary)
+    config = _config_of(stored, summary)
     device = distributed.choose_device(config.device)
     source = open_source(config.data_path, "train")
     step = int(summary["step"])
@@ -151,7 +151,7 @@ def _names_of_what_is_not_finite(state: TrainState) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _config_of(stored: Mapping[str, Any], content: Mapping[str, Any], summary: Mapping[str, Any]) -> PretrainConfig:
+def _config_of(stored: Mapping[str, Any], summary: Mapping[str, Any]) -> PretrainConfig:
     """The run's settings for one process that does all its forward passes."""
     values = {
         field.name: tuple(stored[field.name]) if isinstance(stored[field.name], list) else stored[field.name]

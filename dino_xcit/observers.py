@@ -96,17 +96,21 @@ class Observers:
             arrives = torch.cuda.Event()
             arrives.record()
         self._pending.append((result, batch, accepted, arrives))
-        self._deliver(leave=1 if arrives else 0)
+        self.deliver(leave=1 if arrives else 0)
 
     def metrics(self, result: StepResult, method: Method) -> dict[str, float]:
         """Metrics of the step and of all observers; waits for the device."""
-        self._deliver()
-        observed = {name: float(value) for one in self._observers.values() for name, value in one.metrics().items()}
-        return result.metrics(method) | observed
+        self.deliver()
+        metrics = result.metrics(method)
+        for name, observer in self._observers.items():
+            found = {key: float(value) for key, value in observer.metrics().items()}
+            if twice := metrics.keys() & found.keys():
+                raise ValueError(f"observer {name} repeats {', '.join(sorted(twice))}: rename the metric")
+            metrics |= found
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """By class name."""
-        self._deliver()
+        """By class name, after :meth:`deliver`."""
         return {name: observer.state_dict() for name, observer in self._observers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -115,7 +119,8 @@ class Observers:
             if name in state:
                 observer.load_state_dict(state[name])
 
-    def _deliver(self, leave: int = 0) -> None:
+    def deliver(self, leave: int = 0) -> None:
+        """Deliver all but the last ``leave`` steps. Every rank calls it, because observers may call collectives."""
         while len(self._pending) > leave:
             result, batch, accepted, arrives = self._pending.popleft()
             if arrives is not None:

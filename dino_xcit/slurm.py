@@ -20,8 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 # Nothing here needs PyTorch: it would take seconds and memory in a process that only waits for another.
-from dino_xcit.errors import PREEMPTED, InputError, one_line
-from dino_xcit.runtime.health import SIGNALS
+from dino_xcit.errors import PREEMPTED, STOP_SIGNALS, InputError, one_line
 
 if TYPE_CHECKING:
     import submitit
@@ -56,7 +55,7 @@ class Rank:
             if child:
                 child.send_signal(number)
 
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, pass_on)
         child = subprocess.Popen(self.command, env=os.environ | rank_environment(job, os.environ, self.restarts))
         for number in asked:  # what came before there was anybody to pass it on to

@@ -89,8 +89,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     loss_scale = state.scaler.scale(torch.ones((), device=device)) / len(batches)
     rates = schedules.at(state.step, loss_scale)
     set_rates(optimizer, rates.lr, rates.weight_decay)
-    teacher = getattr(method, "teacher", None)
-    buffers = [*method.trained.buffers(), *(teacher.buffers() if teacher is not None else ())]
+    buffers = [*method.trained.buffers(), *(method.teacher.buffers() if method.teacher is not None else ())]
     before = [buffer.clone() for buffer in buffers]
     running = [buffer for buffer in buffers if buffer.is_floating_point()]
     running_sum = [torch.zeros_like(buffer) for buffer in running]
@@ -101,7 +100,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     for number, batch in enumerate(batches):
         if number > 0 and buffers:  # each pass starts from the same statistics, as on separate ranks
             torch._foreach_copy_(buffers, before)
-        with distributed.no_sync(getattr(method, "ddp_student", None), skip=number + 1 < len(batches)):
+        with distributed.no_sync(method.ddp_student, skip=number + 1 < len(batches)):
             pass_loss, pass_stats = method.forward_backward(batch.to(device), rates)
         if running:
             torch._foreach_add_(running_sum, running)
@@ -127,7 +126,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
 
     # ---- update, or leave everything as it was
     clip_gradients(gradients, norms, config.clip_grad, config.clip_mode)
-    for parameter in method.frozen_parameters(rates) if hasattr(method, "frozen_parameters") else ():
+    for parameter in method.frozen_parameters(rates):
         parameter.grad = None
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = (~accepted).to(torch.float32)  # type: ignore[attr-defined]
@@ -140,8 +139,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     state.skipped_steps += ~accepted
     state.skipped_in_a_row.copy_(torch.where(accepted, 0, state.skipped_in_a_row + 1))
     state.step += 1
-    features = getattr(method, "features", None)
-    return StepResult(rates, loss, gradient_norm, accepted, state.skipped_steps.clone(), stats, features)
+    return StepResult(rates, loss, gradient_norm, accepted, state.skipped_steps.clone(), stats, method.features)
 
 
 def _generator_seed(seed: int, step: int, rank: int) -> int:

@@ -30,8 +30,14 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.metrics import read_metrics
 
 STEPS, SAVE_EVERY = 12, 4
-OWN = {"--max-steps": str(STEPS), "--save-every": str(SAVE_EVERY), "--log-every": "1", "--knn-every": "0"}
-"""Flags that are not the user's here."""
+OWN = {
+    "--max-steps": str(STEPS),
+    "--save-every": str(SAVE_EVERY),
+    "--log-every": "1",
+    "--knn-every": "0",
+    "--resume": "auto",
+}
+"""Flags that this command sets itself."""
 SCRIPT = Path(__file__).parent.parent / "run_pretrain.py"
 
 
@@ -62,7 +68,7 @@ class Trial:
         if not alive and any(codes):
             lines = printed.read_text(errors="replace").strip().splitlines() or [""]
             sentence = next((line for line in lines if line.startswith("error: ")), lines[-1])
-            raise InputError(f"the run ended with code {max(codes)}: {sentence.removeprefix('error: ')}")
+            raise InputError(f"the run ended with code {max(codes, key=abs)}: {sentence.removeprefix('error: ')}")
         return bool(alive)
 
     def step(self) -> int:

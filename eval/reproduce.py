@@ -12,9 +12,7 @@ C classes, D features.
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
-from dino_xcit.runtime import logging as log
-
+# Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
 import re
@@ -33,6 +31,7 @@ from dino_xcit import safe_load
 from dino_xcit.data import Source, open_parts
 from dino_xcit.errors import InputError, RunStopped
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from dino_xcit.weights.printing import shown

@@ -143,7 +143,7 @@ def test_the_last_n_every_kth_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path, keep_last=2)
     for step in range(1, 10):
         checkpoints.write(content(step), keep=step % 4 == 0)
-        checkpoints.note_metric(step, {3: 55.0, 5: 50.0}.get(step, 10.0 + step))
+        checkpoints.note_metric(step, "knn_top1", {3: 55.0, 5: 50.0}.get(step, 10.0 + step))
     assert steps_in(tmp_path) == [3, 4, 8, 9]
     assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000003.pth")
     knn = {manifest.step: manifest.metric for manifest in checkpoints.manifests()}
@@ -154,7 +154,7 @@ def test_a_new_best_replaces_the_old_one(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path, keep_last=1)
     for step, accuracy in ((1, 40.0), (2, 30.0), (3, 41.0), (4, 20.0)):
         checkpoints.write(content(step))
-        checkpoints.note_metric(step, accuracy)
+        checkpoints.note_metric(step, "knn_top1", accuracy)
     assert steps_in(tmp_path) == [3, 4]
     assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000003.pth")
 
@@ -188,7 +188,7 @@ def test_pruning_leaves_alone_what_it_cannot_read(tmp_path: Path, monkeypatch: p
 
 def test_the_rest_of_a_save_that_was_cut_short_is_done_at_the_next_start(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
-    checkpoints.note_metric(3, 50.0)
+    checkpoints.note_metric(3, "knn_top1", 50.0)
     (tmp_path / "best.pth").unlink()
     (tmp_path / "checkpoint.pth").unlink()
     (tmp_path / "checkpoint.pth").write_bytes((tmp_path / "checkpoints" / "step00000002.pth").read_bytes())
@@ -201,7 +201,7 @@ def test_the_rest_of_a_save_that_was_cut_short_is_done_at_the_next_start(tmp_pat
 
 def test_starting_anew_forgets_them_all(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
-    checkpoints.note_metric(3, 50.0)
+    checkpoints.note_metric(3, "knn_top1", 50.0)
     checkpoints.clear()
     assert CheckpointFolder(tmp_path).newest() == (None, [])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["backbone.pth", "checkpoints"]
@@ -263,12 +263,12 @@ def test_a_note_of_the_metric_is_no_save(
     monkeypatch.setattr(os, "fsync", full)
     for step in (2, 3):
         saver.save(content(step))
-        saver.note_metric(step, 50.0)
+        saver.note_metric(step, "knn_top1", 50.0)
     with pytest.raises(InputError, match="resumes after step 1"):
         saver.ensure(3, lambda: content(3))
     assert saver.gave_up
     assert newest_step(tmp_path) == 1
-    saver.note_metric(1, 40.0)
+    saver.note_metric(1, "knn_top1", 40.0)
     saver.wait()
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith("warning: cannot write the metric of step 1 beside its checkpoint")
@@ -341,5 +341,14 @@ def test_manifests_are_plain_json(tmp_path: Path) -> None:
     filled(tmp_path, steps=1)
     values: dict[str, Callable[..., Any]] = json.loads((tmp_path / "checkpoints" / "step00000001.json").read_text())
     assert values.keys() == {
-        "step", "epoch", "size", "sha256", "global_batch", "world_size", "keep", "metric", "written", "checksum",
+        "step", "epoch", "size", "sha256", "global_batch", "world_size", "keep", "metric_name", "metric",
+        "written", "checksum",
     }  # fmt: skip
+
+
+def test_values_of_another_metric_are_not_compared(tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(tmp_path)
+    for step, name, value in ((1, "knn_top1", 60.0), (2, "spread", 0.4), (3, "spread", 0.3)):
+        checkpoints.write(content(step))
+        checkpoints.note_metric(step, name, value)
+    assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000002.pth")

@@ -68,4 +68,5 @@ def test_a_step_is_delivered_while_the_next_one_runs_and_a_skipped_one_never(mon
     assert observers.metrics(last, None) == {"steps_seen": 2.0}
     assert recorder.seen == [0, 2]
     step(3, accepted=True)
+    observers.deliver()
     assert observers.state_dict() == {"Recorder": {"seen": [0, 2, 3]}}

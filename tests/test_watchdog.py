@@ -10,13 +10,12 @@ import torch.distributed as dist
 from ranks import Server
 
 from dino_xcit.errors import LOST, RunStopped
-from dino_xcit.runtime import distributed
-from dino_xcit.runtime.watchdog import Watchdog
+from dino_xcit.runtime import distributed, watchdog
 
 HANG = """
 import time
-from dino_xcit.runtime.watchdog import Watchdog
-with Watchdog(1.0) as watchdog:
+from dino_xcit.runtime import watchdog
+with watchdog.watched(1.0):
     watchdog.phase("indexing", 3, limit={limit})
     time.sleep(4)
     watchdog.phase("building the networks", 3)
@@ -37,7 +36,7 @@ def test_only_a_phase_with_a_limit_is_ended(server: Server, limit: bool) -> None
 
 
 def test_phases_that_change_are_never_too_long() -> None:
-    with Watchdog(0.5) as watchdog:
+    with watchdog.watched(0.5):
         for step in range(15):
             watchdog.phase("training step", step)
             time.sleep(0.2)
@@ -56,7 +55,7 @@ def test_lost_processes_stop_the_run_with_the_phase(error: Exception, monkeypatc
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
 
     def lose() -> None:
-        with Watchdog(60) as watchdog:
+        with watchdog.watched(60):
             watchdog.phase("saving", 5)
             raise error
 
@@ -67,6 +66,11 @@ def test_lost_processes_stop_the_run_with_the_phase(error: Exception, monkeypatc
 
 
 def test_other_errors_pass_and_the_thread_ends() -> None:
-    with pytest.raises(ZeroDivisionError), Watchdog(60):
+    with pytest.raises(ZeroDivisionError), watchdog.watched(60):
         _ = 1 / 0
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_closed_pipe_is_no_lost_process() -> None:
+    with pytest.raises(BrokenPipeError), watchdog.watched(60):
+        raise BrokenPipeError

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dino_xcit.checkpoint import resume
 from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.checkpoint.resume import Stored
 from dino_xcit.checkpoint.saver import Saver
-from dino_xcit.checkpoint.state import Run, content_of, restore
+from dino_xcit.checkpoint.state import Run, check_method_keys, content_of, restore
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
-from dino_xcit.observers import Observers
 from dino_xcit.runtime import distributed, watchdog
-from dino_xcit.train import TrainState
+from dino_xcit.runtime import logging as log
+
+if TYPE_CHECKING:
+    from dino_xcit.observers import Observers
+    from dino_xcit.train import TrainState
 
 
 class Checkpoints:
@@ -56,6 +60,7 @@ class Checkpoints:
             restore(state, stored.content, stored.path, observers)
             if run.config.resume == "changed":  # new settings get a new limit
                 state.skipped_in_a_row.zero_()
+        check_method_keys(state.method)
         resume.prepare(run.config, self.folder, stored)
         self._state, self._observers, self._run = state, observers, run
         if self._saver:
@@ -71,32 +76,38 @@ class Checkpoints:
         assert self._saver is not None
         return self._saver.refusal()
 
-    def maybe_save(self, run_ends: bool) -> None:
-        """Save at the end of each epoch and of the run, and every ``save_every`` steps."""
+    def maybe_save(self, run_ends: bool) -> bool:
+        """Save at the end of each epoch and of the run, and every ``save_every`` steps; whether a save was due."""
         step, config = self._state.step, self._run.config
         epoch_ends = step % self._run.steps_per_epoch == 0
         if self._saver:
             self._saver.look()
         if not (epoch_ends or run_ends or (config.save_every and step % config.save_every == 0)):
-            return
+            return False
+        self._observers.deliver()
         # Do not save while steps are skipped: it would prune good checkpoints.
         if self._saver and not int(self._state.skipped_in_a_row):
-            watchdog.phase("saving")
-            epoch = step // self._run.steps_per_epoch
-            keep = epoch_ends and config.saveckp_freq > 0 and epoch % config.saveckp_freq == 0
-            self._saver.save(self._content(), keep=keep)
+            watchdog.phase("saving", step)
+            self._saver.save(self._content(), keep=self._keeps(step))
+        return True
 
     def wait(self) -> None:
         """Until what was saved is on the disk."""
         if self._saver:
-            watchdog.phase("saving")
+            watchdog.phase("saving", self._state.step)
             self._saver.wait()
 
     def note(self, metrics: dict[str, float]) -> None:
         """Metrics of the step that was just saved; the best by ``--best-metric`` becomes ``best.pth``."""
-        value = metrics.get(self._run.config.best_metric, math.nan)
-        if self._saver and math.isfinite(value):
-            self._saver.note_metric(self._state.step, value)
+        name = self._run.config.best_metric
+        if not self._saver or not metrics:
+            return
+        if name not in metrics:
+            _warn_once(
+                f"no evaluator returns --best-metric {name}, so there is no best.pth: found {', '.join(metrics)}"
+            )
+        elif math.isfinite(metrics[name]):
+            self._saver.note_metric(self._state.step, name, metrics[name])
 
     def finish(self) -> None:
         """Save the final state on rank 0; every rank waits for it.
@@ -104,13 +115,24 @@ class Checkpoints:
         Raises:
             InputError: it cannot be written.
         """
-        watchdog.phase("saving")
+        step = self._state.step
+        watchdog.phase("saving", step)
+        self._observers.deliver()
 
         def save() -> None:
             assert self._saver is not None
-            self._saver.ensure(self._state.step, self._content)
+            self._saver.ensure(step, self._content, keep=self._keeps(step))
 
         distributed.on_main(save)
 
+    def _keeps(self, step: int) -> bool:
+        """Whether ``saveckp_freq`` keeps the checkpoint of this step for good."""
+        epoch, within = divmod(step, self._run.steps_per_epoch)
+        every = self._run.config.saveckp_freq
+        return within == 0 and every > 0 and epoch % every == 0
+
     def _content(self) -> dict[str, Any]:
         return content_of(self._state, self._run, self._observers)
+
+
+_warn_once = functools.cache(log.warning)

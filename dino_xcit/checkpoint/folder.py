@@ -44,8 +44,10 @@ class Manifest:
     """Processes that trained it."""
     keep: bool = False
     """Whether it stays however old it is."""
+    metric_name: str = ""
+    """--best-metric, where it was measured."""
     metric: float | None = None
-    """Value of --best-metric, where it was measured; higher is better."""
+    """Its value; higher is better."""
     written: float = 0.0
     """Seconds since 1970."""
 
@@ -102,12 +104,12 @@ class CheckpointFolder:
         atomic.write_torch(self.output_dir / BACKBONE, dict(content["backbone"]))
         atomic.give_name(path, self.latest)
 
-    def note_metric(self, step: int, value: float) -> None:
+    def note_metric(self, step: int, name: str, value: float) -> None:
         """Add the measured --best-metric to a checkpoint's manifest; the best becomes ``best.pth``."""
         manifests = {manifest.step: manifest for manifest in self.manifests()}
         if step not in manifests:
             return
-        manifests[step] = dataclasses.replace(manifests[step], metric=value)
+        manifests[step] = dataclasses.replace(manifests[step], metric_name=name, metric=value)
         self._write_manifest(manifests[step])
         best = _best(list(manifests.values()))
         if best is not None and best.step == step:
@@ -226,8 +228,11 @@ def _read_manifest(path: Path) -> Manifest | str:
     """The manifest, or a sentence on why it cannot be used."""
     try:
         values = json.loads(path.read_bytes())
-        if values.pop("checksum") == _checksum(values) and path.stem == Path(Manifest(**values).name).stem:
-            return Manifest(**values)
+        if values.pop("checksum") == _checksum(values):
+            known = {field.name for field in dataclasses.fields(Manifest)}  # an earlier version had others
+            manifest = Manifest(**{name: value for name, value in values.items() if name in known})
+            if path.stem == Path(manifest.name).stem:
+                return manifest
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         pass
     return f"{path} is damaged: it is not the manifest that was written"
@@ -238,6 +243,8 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _best(manifests: list[Manifest]) -> Manifest | None:
-    """By --best-metric; the later one of equals."""
+    """By the metric that was measured last; the later one of equals."""
     measured = [manifest for manifest in manifests if manifest.metric is not None]
+    last = max((manifest.step, manifest.metric_name) for manifest in measured)[1] if measured else ""
+    measured = [manifest for manifest in measured if manifest.metric_name == last]
     return max(measured, key=lambda m: (m.metric, m.step), default=None)

@@ -139,7 +139,6 @@ def keep_global_batch(config: PretrainConfig, stored: Stored) -> PretrainConfig:
     log.info(
         f"resuming on {counted(world, 'process')} instead of {then} with "
         f"{counted(config.accumulation_steps, 'forward pass')} a step: the global batch stays {wanted}"
-        + ("" if config.centering == "centering" else "; Sinkhorn-Knopp normalises over another number of images now")
     )
     return config
 

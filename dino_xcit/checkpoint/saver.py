@@ -61,9 +61,9 @@ class Saver:
         copy = on_cpu(content)
         self._under_way.append(_Job(int(content["step"]), self._thread.submit(self.folder.write, copy, keep), True))
 
-    def note_metric(self, step: int, value: float) -> None:
+    def note_metric(self, step: int, name: str, value: float) -> None:
         """As :meth:`CheckpointFolder.note_metric`, after that checkpoint is written."""
-        self._under_way.append(_Job(step, self._thread.submit(self.folder.note_metric, step, value), False))
+        self._under_way.append(_Job(step, self._thread.submit(self.folder.note_metric, step, name, value), False))
 
     def look(self) -> None:
         """Process finished saves without waiting for the others."""

@@ -12,15 +12,18 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
-from dino_xcit.observers import Observers
 from dino_xcit.runtime import distributed
-from dino_xcit.train import TrainState
+
+if TYPE_CHECKING:
+    from dino_xcit.methods import Method
+    from dino_xcit.observers import Observers
+    from dino_xcit.train import TrainState
 
 FORMAT = "dino-xcit-2"
 
@@ -41,11 +44,7 @@ class Run:
 
 
 def content_of(state: TrainState, run: Run, observers: Observers | None = None) -> dict[str, Any]:
-    """What a checkpoint holds. The tensors are the state's own: copy them before the next step.
-
-    Raises:
-        ValueError: the method's ``state_dict`` has one of the other keys.
-    """
+    """What a checkpoint holds. The tensors are the state's own: copy them before the next step."""
     method = state.method.state_dict()
     content = {
         "format": FORMAT,
@@ -65,9 +64,22 @@ def content_of(state: TrainState, run: Run, observers: Observers | None = None) 
         "eval_transform": {name: _plain(value) for name, value in run.config.eval_transform().to_dict().items()},
         "method_keys": sorted(method),
     }
-    if taken := method.keys() & content.keys():
-        raise ValueError(f"the method's state_dict has the reserved keys {', '.join(sorted(taken))}: rename them")
+    assert content.keys() == RESERVED_KEYS
     return method | content
+
+
+RESERVED_KEYS = frozenset(
+    {
+        "format", "backbone", "optimizer", "fp16_scaler", "skipped_steps", "skipped_in_a_row", "step", "epoch",
+        "steps_per_epoch", "global_batch", "world_size", "images", "observers", "args", "eval_transform", "method_keys",
+    }
+)  # fmt: skip
+
+
+def check_method_keys(method: Method) -> None:
+    """Raise ValueError if the method's ``state_dict`` has one of a checkpoint's own keys."""
+    if taken := method.state_dict().keys() & RESERVED_KEYS:
+        raise ValueError(f"the method's state_dict has the reserved keys {', '.join(sorted(taken))}: rename them")
 
 
 def _plain(value: object) -> object:

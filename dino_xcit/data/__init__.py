@@ -147,7 +147,7 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         InputError: a part is missing, has no labels, or the two disagree about their classes.
     """
     if data is not None:
-        if _has_parts(data):
+        if _has_parts(data) and not data.startswith(FILES):
             data = data.removesuffix("/train").removesuffix("/val")
         elif not data.startswith(FILES):
             data = _above_its_parts(data)

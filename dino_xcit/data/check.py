@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
 from dino_xcit.data.command_line import CommandLine, whole_number
-from dino_xcit.data.each_image import cores, each_image
+from dino_xcit.data.each_image import each_image
 from dino_xcit.data.header import read_header
+from dino_xcit.data.worker import usable_cores
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime.logging import counted, progress_bar
 
@@ -202,7 +203,7 @@ def check(source: Source, workers: int = -1) -> tuple[Report, Seen]:
     """
     began = time.perf_counter()
     seen = Seen(len(source))
-    looked = each_image(source, range(len(source)), look, cores() if workers < 0 else workers)
+    looked = each_image(source, range(len(source)), look, usable_cores() if workers < 0 else workers)
     with closing(looked), progress_bar(len(source), f"checking {source.url}", shown=True) as bar:
         for one in looked:
             seen.add(one)

@@ -23,11 +23,6 @@ AT_ONCE = 4
 _PIECES_A_WORKER = 3
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Pieces(Dataset[list[Result]]):
     """What the processes work off: piece ``n`` to its results."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 
 from dino_xcit.data.loader import Batch
+from dino_xcit.data.worker import usable_cores
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 
@@ -25,7 +25,7 @@ class DataLoadMonitor:
 
         ``relieve``: moves a part of their work to the device; called before the first warning.
         """
-        self._workers, self._cores, self._relieve = workers, cores or os.cpu_count() or 1, relieve
+        self._workers, self._cores, self._relieve = workers, cores or usable_cores(), relieve
         self._seconds, self._images = [0.0, 0.0, 0.0], 0
         self._slow_reports, self._warned = 0, False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.source import Source
-from dino_xcit.data.worker import worker_init
+from dino_xcit.data.worker import usable_cores, worker_init
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime import watchdog
@@ -251,7 +250,7 @@ def choose_workers(wanted: int, processes_here: int, name: str = "num_workers") 
     Raises:
         InputError: so many are wanted that starting them would take the machine's memory and an hour.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     chosen = max(1, min(10, cores // max(1, processes_here)))
     if wanted < 0:
         return chosen
@@ -272,7 +271,7 @@ class Loader:
     """
 
     def __init__(self, dataset: MultiCropDataset, sampler: StepSampler, num_workers: int, device: torch.device) -> None:
-        self._dataset, self._device = dataset, device
+        self._dataset, self._device, self._start_step = dataset, device, sampler.start_step
         self.waited = 0.0
         """Seconds that the last step waited for its images."""
         began = time.perf_counter()
@@ -307,8 +306,8 @@ class Loader:
 
     def steps(self, passes: int) -> Iterator[list[Batch]]:
         """The forward passes of each step, ``passes`` at a time; :attr:`waited` is the time that a step waited."""
-        while True:
-            watchdog.phase("waiting for images")
+        for step in itertools.count(self._start_step):
+            watchdog.phase("waiting for images", step)
             began = time.perf_counter()
             batches = list(itertools.islice(self, passes))
             self.waited = time.perf_counter() - began
@@ -349,19 +348,20 @@ def build_loader(
     device: torch.device,
     augment_device: str = "cpu",
 ) -> Loader:
-    """A loader of ``source``'s views; ``augment_device`` as in :class:`dino_xcit.config.PretrainConfig`.
-
-    Raises:
-        InputError: views are to be finished on a GPU, but training is on the CPU.
-    """
-    if augment_device == "cuda" and device.type != "cuda":
-        raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device auto or cpu")
+    """A loader of ``source``'s views; ``augment_device`` as in :class:`dino_xcit.config.PretrainConfig`."""
+    check_augment_device(augment_device, device)
     loader = Loader(MultiCropDataset(source, augmentation, seed), sampler, num_workers, device)
     if augment_device == "cuda":
         loader.finish_on_device()
     elif augment_device == "auto" and device.type == "cuda":
         loader.relieve = loader.finish_on_device
     return loader
+
+
+def check_augment_device(augment_device: str, device: torch.device) -> None:
+    """Raise InputError if views are to be finished on a GPU, but training is on the CPU."""
+    if augment_device == "cuda" and device.type != "cuda":
+        raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device auto or cpu")
 
 
 def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:

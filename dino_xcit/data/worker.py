@@ -30,6 +30,11 @@ def _kill_workers() -> None:
 atexit.register(_kill_workers)  # after multiprocessing's own, so that it comes first
 
 
+def usable_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_init() -> Callable[[int], None]:
     """A DataLoader's ``worker_init_fn``. Call it before the workers start.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError, near_matches
 from dino_xcit.methods.dino import DINO
 from dino_xcit.methods.method import Method, Stats
 from dino_xcit.methods.simdino import SimDINO
+from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed
 
 __all__ = ["Method", "Stats", "build_method", "register_method"]
@@ -41,9 +43,16 @@ def build_method(config: PretrainConfig, device: torch.device) -> Method:
         raise InputError(f"unknown method {config.method!r}{near_matches(config.method, _METHODS)} (known: {known})")
     torch.manual_seed(config.seed)
     method = _METHODS[config.method](config, device)
-    if distributed.world_size() > 1 and getattr(method, "ddp_student", None) is None:
+    for name, default in (("teacher", None), ("ddp_student", None), ("features", None), ("frozen_parameters", _none)):
+        if not hasattr(method, name):  # a class that does not derive from Method
+            setattr(method, name, default)
+    if distributed.world_size() > 1 and method.ddp_student is None:
         raise InputError(
             f"method {config.method} has no ddp_student, so the gradients of {distributed.world_size()} ranks "
             "would not be averaged: set it to distributed.wrap_ddp(trained, device), or train on one rank"
         )
     return method
+
+
+def _none(rates: Rates) -> tuple[nn.Parameter, ...]:
+    return ()

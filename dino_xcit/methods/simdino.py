@@ -1,6 +1,6 @@
 """SimDINO (arXiv 2502.10385): DINO without prototypes. B batch, V views, G global views, p dimensions, m rows.
 
-A coding-rate term keeps the features apart, so there is no centring, no temperature and no last layer to freeze.
+A coding-rate term keeps the features apart, so there is no centering, no temperature and no last layer to freeze.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
+from dino_xcit.errors import InputError
 from dino_xcit.methods.method import Stats
 from dino_xcit.methods.student_teacher import GLOBAL_VIEWS, StudentTeacher, feature_std
 from dino_xcit.models.head import ProjectionHead
@@ -18,12 +19,14 @@ from dino_xcit.runtime import distributed
 
 
 class SimDINO(StudentTeacher):
-    """The student's unit vectors point where the teacher's do, and spread over all dimensions."""
+    """Aligns the unit vectors of student and teacher, and maximises the coding rate of the student's."""
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         def build_head(embed_dim: int) -> ProjectionHead:
             return ProjectionHead(embed_dim, config.use_bn_in_head, config.head_hidden_dim, config.head_bottleneck_dim)
 
+        if config.koleo_weight or config.centering != "centering":
+            raise InputError("method is simdino, which has neither --koleo-weight nor --centering: leave both out")
         super().__init__(config, device, build_head)
 
     def forward_backward(self, batch: Batch, rates: Rates) -> tuple[Tensor, Stats]:
@@ -69,7 +72,7 @@ def coding_rate(features: Tensor, eps: float) -> Tensor:
 
     Args:
         features: [G, B, p] unit vectors of this rank.
-        eps: the precision at which the rate is measured; 0.5 in the paper's code.
+        eps: the squared precision of the coding (epsilon^2 in the paper); 0.5 in its code.
 
     Returns:
         A scalar, float32 at least.
@@ -81,7 +84,7 @@ def coding_rate(features: Tensor, eps: float) -> Tensor:
         if ranks > 1:
             total = covariance.detach().clone()
             distributed.all_reduce_sum([total])
-            covariance = ranks * covariance + (total - ranks * covariance.detach())
+            covariance = total + ranks * (covariance - covariance.detach())
         identity = torch.eye(dim, dtype=z.dtype, device=z.device)
         # cholesky_ex does not wait for the device to report an error; features that are not finite skip the step.
         factor = torch.linalg.cholesky_ex(identity + dim / (z.shape[1] * ranks * eps) * covariance).L

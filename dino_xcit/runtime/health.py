@@ -14,31 +14,23 @@ from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.data.load_monitor import DataLoadMonitor
-from dino_xcit.data.loader import Batch, StepSampler, Unreadable
-from dino_xcit.errors import PREEMPTED, InputError, RunStopped
-from dino_xcit.runtime import distributed
+from dino_xcit.errors import PREEMPTED, STOP_SIGNALS, InputError, RunStopped
+from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
-from dino_xcit.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from dino_xcit.checkpoint.checkpoints import Checkpoints
-
-
-class Progress(Protocol):
-    """The part of a training state that decides whether the run goes on."""
-
-    step: int
-    skipped_steps: Tensor
-    skipped_in_a_row: Tensor
+    from dino_xcit.data.load_monitor import DataLoadMonitor
+    from dino_xcit.data.loader import Batch, StepSampler, Unreadable
+    from dino_xcit.train import TrainState
 
 
 class Health:
@@ -50,14 +42,14 @@ class Health:
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self._config = config
-        self._watchdog = Watchdog(config.hang_timeout)
         self._stop = StopFlags(device, config.hang_timeout + 30)
         self._skipped = HostCopy(device)
         self._signals = Preemption()
         self._context = ExitStack()
 
     def __enter__(self) -> Health:
-        self._context.enter_context(self._watchdog)
+        self._context.enter_context(watchdog.watched(self._config.hang_timeout))
+        self._context.callback(self._signals.restore)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -76,14 +68,14 @@ class Health:
         self._unreadable = UnreadableLog(folder, sampler.length, max_share, start_anew=sampler.start_step == 0)
         self._signals.watch()
 
-    def check(self, state: Progress, batches: Sequence[Batch], checkpoints: Checkpoints) -> None:
+    def check(self, state: TrainState, batches: Sequence[Batch], checkpoints: Checkpoints) -> None:
         """Exchange flags with the other ranks before a step.
 
         Raises:
             RunStopped: on every rank; the state is saved if need be.
             InputError: too many images cannot be read, or checkpoints cannot be written.
         """
-        self._watchdog.phase("exchanging stop flags", state.step)
+        watchdog.phase("exchanging stop flags", state.step)
         self._monitor.note(batches)
         seen = state.step * self._sampler.global_batch
         flags = self._stop.exchange(
@@ -106,9 +98,9 @@ class Health:
             checkpoints.finish()
             raise RunStopped(PREEMPTED, self._signals.sentence(state.step) if distributed.is_main() else "")
         compiles = self._config.compile and state.step == self._sampler.start_step
-        self._watchdog.phase("compiling the networks" if compiles else "training step", state.step, limit=not compiles)
+        watchdog.phase("compiling the networks" if compiles else "training step", state.step, limit=not compiles)
 
-    def finish(self, state: Progress) -> None:
+    def finish(self, state: TrainState) -> None:
         """The loop is over: list the last unreadable images, count the skipped steps, and wait for the other ranks."""
         self._unreadable.write()
         if skipped := int(state.skipped_steps):
@@ -117,7 +109,7 @@ class Health:
                 f"{counted(skipped, 'step')} of {state.step} were not finite and were skipped"
                 + (f", including the last {last}: lower --lr or --clip-grad" if last else "")
             )
-        self._watchdog.phase("leaving", state.step)
+        watchdog.phase("leaving", state.step)
         distributed.barrier()
 
 
@@ -182,11 +174,6 @@ class HostCopy:
         return self._known
 
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
-
-
 class Preemption:
     """Whether this process was asked to stop: by Slurm before it takes the machine, by torchrun, or by a person.
 
@@ -196,11 +183,16 @@ class Preemption:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         """The last signal; None: none so far."""
+        self._before: dict[signal.Signals, Any] = {}
 
     def watch(self) -> None:
-        """Take over both signals for the rest of this process's life. Call it from the main thread."""
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
+        """Take over both signals until :meth:`restore`. Call it from the main thread."""
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+
+    def restore(self) -> None:
+        """Give the signals back to the handlers before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def sentence(self, step: int) -> str:
         """The run's last line."""

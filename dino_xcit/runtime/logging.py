@@ -18,14 +18,15 @@ from dino_xcit.runtime import distributed
 
 
 def info(text: str) -> None:
-    """Print a line to stdout, on the main process only. A full disk does not end the run; a closed pipe raises."""
+    """Print a line to stdout, on the main process only. A full disk or a closed terminal does not end the run; a closed
+    pipe raises."""
     if not distributed.is_main() or sys.stdout is None:
         return
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
 
 

@@ -13,18 +13,20 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.data.load_monitor import DataLoadMonitor
-from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import Lines
+
+if TYPE_CHECKING:
+    from dino_xcit.data.load_monitor import DataLoadMonitor
+    from dino_xcit.data.loader import StepSampler
 
 Record = Mapping[str, float | int]
 
@@ -73,7 +75,10 @@ class WandB:
             import wandb
 
             path = folder / "wandb.json"
-            run_id = json.loads(path.read_bytes())["id"] if from_step and path.exists() else uuid.uuid4().hex[:12]
+            run_id = uuid.uuid4().hex[:12]
+            if from_step:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: a new W&B run
+                    run_id = json.loads(path.read_bytes())["id"]
             atomic.write_json(path, {"id": run_id})
             settings = wandb.Settings(
                 run_name=None if "WANDB_NAME" in os.environ else folder.absolute().name,
@@ -194,21 +199,19 @@ class EpochAverages:
     """Means of the logged metrics of an epoch."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._values: dict[str, list[float]] = {}
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Add one logged step; a step with a non-finite metric does not count."""
-        if not all(map(math.isfinite, metrics.values())):
-            return
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._count += 1
+        """Add one logged step. A step with a loss that is not finite was skipped, and does not count."""
+        if math.isfinite(metrics["loss"]):
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    self._values.setdefault(name, []).append(value)
 
     def take(self) -> dict[str, float]:
         """The means so far; counting starts anew."""
-        means = {name: total / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        self._values = {}
         return means
 
 
@@ -318,7 +321,11 @@ class MetricLogger:
         if self._writer:
             self._writer.write("epoch" if epoch_ends else "end", step, {"epoch": epoch, **means})
             self._writer.draw(self._folder / "curves.png")
-        self._progress.restart_clock()  # exclude the evaluation from images/s
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Exclude what happened since the last step, a save or an evaluation, from images/s."""
+        self._progress.restart_clock()
 
     def __enter__(self) -> MetricLogger:
         return self
@@ -340,7 +347,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     steps = [record for record in records if record["kind"] == "step"]
     epochs = [record for record in records if record["kind"] in ("epoch", "end")]
     panels = [
-        ("Cross-entropy = entropy + KL (nats)", steps, ["loss", "teacher_entropy", "kl"]),
+        ("Loss and its parts", steps, ["loss", "teacher_entropy", "kl", "cosine", "coding_rate"]),
         ("Feature spread (1: even, 0: collapsed)", steps, ["feature_std"]),
         ("k-NN top-1 while training (%)", epochs, ["knn_top1"]),
         ("Images a second", steps, ["images_per_s"]),

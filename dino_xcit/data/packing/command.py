@@ -22,9 +22,10 @@ from typing import Any
 
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.command_line import CommandLine, count
-from dino_xcit.data.each_image import cores, each_image
+from dino_xcit.data.each_image import each_image
 from dino_xcit.data.packing.folder import UNREADABLE, Options, PackFolder, Shard, Unread, explained, shard_name
 from dino_xcit.data.packing.image import Packed, key_of, pack_image, relative_name
+from dino_xcit.data.worker import usable_cores
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
 from dino_xcit.runtime.logging import counted, progress_bar
@@ -183,7 +184,9 @@ def main(argv: Sequence[str]) -> int:
     limit = line.add_mutually_exclusive_group()
     limit.add_argument("--shard-mb", type=count, metavar="N", help=f"million bytes a shard (default: {_SHARD_MB})")
     limit.add_argument("--shard-images", type=count, metavar="N", help="images a shard")
-    line.add_argument("--workers", type=count, metavar="N", default=cores(), help="processes (default: the cores)")
+    line.add_argument(
+        "--workers", type=count, metavar="N", default=usable_cores(), help="processes (default: the cores)"
+    )
     line.add_argument("--strict", action="store_true", help="exit code 1 if an image was left out")
     words = line.read(argv)
     if words.quality > 100:
