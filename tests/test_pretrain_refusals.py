@@ -140,6 +140,16 @@ def test_other_networks_or_another_optimizer_are_refused_by_name_under_resume_ch
     assert files_of(folder) == before
 
 
+def test_what_is_refused_later_leaves_the_run_that_resume_never_would_replace(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
+) -> None:
+    folder, own = stopped.copy(tmp_path / "run")
+    before = files_of(folder)
+    pretrain(*own, "--resume", "never", "--augment-device", "cuda").assert_refused("augment_device is cuda")
+    pretrain(*own, "--resume", "never", "--num-workers", "5000").assert_refused("num_workers is 5000")
+    assert files_of(folder) == before
+
+
 def test_every_setting_of_the_state_makes_a_checkpoint_that_does_not_load() -> None:
     """So that nothing is refused which would have worked."""
     other: dict[str, Any] = {

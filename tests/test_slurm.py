@@ -32,6 +32,11 @@ if importlib.util.find_spec("submitit") is None:  # not imported here: it reads 
 ROOT = HERE.parent
 
 
+def test_a_process_that_waits_for_a_run_does_not_import_pytorch() -> None:
+    code = "import sys, dino_xcit.slurm; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 # ---- flags
 
 
