@@ -22,15 +22,6 @@ from run_here import Here, run_here
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, a file's tests run on one of them, and all tests that start processes on one too."""
-    for item in items:
-        if "server" in getattr(item, "fixturenames", ()):
-            item.add_marker("process")
-        starts_processes = item.get_closest_marker("process") is not None
-        item.add_marker(pytest.mark.xdist_group("process" if starts_processes else item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def _same_seed_for_every_test() -> None:
     torch.manual_seed(0)

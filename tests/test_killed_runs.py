@@ -222,7 +222,7 @@ def test_a_disk_that_stays_full_ends_all_processes_and_leaves_the_last_checkpoin
     assert run.wait(60) == [2, 2], run.out() + run.err()
     assert "Traceback" not in run.err()
     (sentence,) = [line for line in run.err().splitlines() if line.startswith("error: ")]
-    assert "checkpoints cannot be written" in sentence
+    assert "cannot write checkpoints" in sentence
     assert "No space left on device" in sentence
     before = newest_step(folder)
     assert 2 <= before <= 8

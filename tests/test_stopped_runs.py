@@ -49,7 +49,7 @@ def test_a_signal_to_any_process_saves_the_same_step_on_all_and_loses_none(
     step = int(state_in(folder)["/step"])
     done = max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
     assert step == done  # the last step that was done is the one that is saved
-    assert f"step {step} is saved, and the same command resumes after it" in run.err()
+    assert f"after saving step {step}: run the same command to resume" in run.err()
     assert ("stopped by " + number.name in run.err()) == (rank == 0)
     again = server.start(folder, "--data-path", photos, *SHORT)
     assert again.wait() == [0, 0], again.err()
@@ -131,7 +131,7 @@ def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_resumes(
     step = int(state_in(folder)["/step"])
     done = max(record["step"] for record in read_metrics(folder / "metrics.jsonl"))
     assert step == done, err
-    assert f"step {step} is saved" in err
+    assert f"after saving step {step}" in err
 
 
 def test_ranks_whose_torchrun_was_killed_save_and_end(photos: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_processes_that_cannot_share_the_global_batch_are_told_what_could(
     assert server.start(tmp_path / "run", *flags, ranks=1).wait() == [0]
     refused = server.start(tmp_path / "run", *flags, ranks=2)
     assert refused.wait() == [2, 2]
-    assert "has a global batch of 3 (1 process before), which 2 processes cannot share" in refused.err()
+    assert "cannot keep the global batch of 3 (from 1 process) on 2 processes" in refused.err()
     assert "start 1 process" in refused.err()
 
 
