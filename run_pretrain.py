@@ -118,8 +118,7 @@ def train(
                     metrics.epoch(state.step, evaluated)
             checkpoints.finish()
         health.finish(state)
-        curves = checkpoints.folder.output_dir / "curves.png"
-        then = next_command(config, source, checkpoints)
+        curves, then = checkpoints.folder.output_dir / "curves.png", next_command(config, source, checkpoints)
         log.info(f"done: {checkpoints.folder.latest} (curves: {curves}); next: {then}")
 
 

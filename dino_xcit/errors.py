@@ -31,10 +31,8 @@ DIVERGED, LOST, PREEMPTED = 3, 4, 75
 "temporary failure: try again")."""
 
 
-STOP_SIGNALS = tuple(  # Windows has no SIGUSR1
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)
-"""Signals that ask a run to save and end with code PREEMPTED."""
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Signals that ask a run to save and end with code PREEMPTED. Windows has no SIGUSR1."""
 
 
 class RunStopped(Exception):

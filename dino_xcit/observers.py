@@ -40,11 +40,14 @@ def evaluate(
     for name, every, measure in evaluators:
         if every > 0 and (run_ends or (epoch + 1) % every == 0):
             watchdog.phase(f"evaluating {name}")
-            found = measure(method)
-            if twice := metrics.keys() & found.keys():
-                raise ValueError(f"evaluator {name} repeats {', '.join(sorted(twice))}: rename the metric")
-            metrics |= found
+            _add(metrics, measure(method), f"evaluator {name}")
     return metrics
+
+
+def _add(metrics: dict[str, float], found: Mapping[str, float], giver: str) -> None:
+    if twice := metrics.keys() & found.keys():
+        raise ValueError(f"{giver} repeats {', '.join(sorted(twice))}: rename the metric")
+    metrics |= {name: float(value) for name, value in found.items()}
 
 
 class Observer(Protocol):
@@ -103,10 +106,7 @@ class Observers:
         self.deliver()
         metrics = result.metrics(method)
         for name, observer in self._observers.items():
-            found = {key: float(value) for key, value in observer.metrics().items()}
-            if twice := metrics.keys() & found.keys():
-                raise ValueError(f"observer {name} repeats {', '.join(sorted(twice))}: rename the metric")
-            metrics |= found
+            _add(metrics, observer.metrics(), f"observer {name}")
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,12 +31,9 @@ from dino_xcit.runtime.metrics import read_metrics
 
 STEPS, SAVE_EVERY = 12, 4
 OWN = {
-    "--max-steps": str(STEPS),
-    "--save-every": str(SAVE_EVERY),
-    "--log-every": "1",
-    "--knn-every": "0",
+    "--max-steps": str(STEPS), "--save-every": str(SAVE_EVERY), "--log-every": "1", "--knn-every": "0",
     "--resume": "auto",
-}
+}  # fmt: skip
 """Flags that this command sets itself."""
 SCRIPT = Path(__file__).parent.parent / "run_pretrain.py"
 

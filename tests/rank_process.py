@@ -68,7 +68,8 @@ def late_sums(rank: int) -> list[dict[str, int]]:
     flags = StopFlags(CPU, timeout=30)
     flags._late = True
     said = [{"stop": rank}, {}, {"unreadable": 2 + rank, "diverged": 1 - rank}, {"stop": 1}, {"stop": 1}]
-    return [flags.exchange(**values) for values in said]
+    none = {"stop": 0, "unreadable": 0, "diverged": 0}
+    return [flags.exchange(**none | values) for values in said]
 
 
 def main() -> None:

@@ -239,12 +239,12 @@ def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     assert "No space left on device" in said[0]
     assert "failure 2 of 3 in a row" in said[1]
     assert "the last saved step is 1" in said[1]
-    assert saver.gave_up
+    assert saver.save_error
     assert newest_step(tmp_path) == 1
 
     full.clear()
     saver.ensure(4, lambda: content(4))
-    assert not saver.gave_up
+    assert not saver.save_error
     assert newest_step(tmp_path) == 4
     assert [p.name for p in (tmp_path / "checkpoints").glob(".*")] == []
 
@@ -266,7 +266,7 @@ def test_a_note_of_the_metric_is_no_save(
         saver.note_metric(step, "knn_top1", 50.0)
     with pytest.raises(InputError, match="resumes after step 1"):
         saver.ensure(3, lambda: content(3))
-    assert saver.gave_up
+    assert saver.save_error
     assert newest_step(tmp_path) == 1
     saver.note_metric(1, "knn_top1", 40.0)
     saver.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ from dino_xcit.checkpoint import resume
 from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.checkpoint.resume import Stored
 from dino_xcit.checkpoint.saver import Saver
-from dino_xcit.checkpoint.state import Run, check_method_keys, content_of, restore
+from dino_xcit.checkpoint.state import Run, content_of, restore
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed, watchdog
@@ -60,21 +59,16 @@ class Checkpoints:
             restore(state, stored.content, stored.path, observers)
             if run.config.resume == "changed":  # new settings get a new limit
                 state.skipped_in_a_row.zero_()
-        check_method_keys(state.method)
+        content_of(state, run)  # raises on every rank if the method takes a reserved key
         resume.prepare(run.config, self.folder, stored)
         self._state, self._observers, self._run = state, observers, run
         if self._saver:
             self._saver.begin(state.step)
 
     @property
-    def gave_up(self) -> bool:
-        """Whether so many saves in a row failed that the run shall stop."""
-        return self._saver is not None and self._saver.gave_up
-
-    def refusal(self) -> InputError:
-        """The error for failed saves. Rank 0 only."""
-        assert self._saver is not None
-        return self._saver.refusal()
+    def save_error(self) -> InputError | None:
+        """The error that ends the run, after so many failed saves in a row; on rank 0 alone."""
+        return self._saver.save_error if self._saver else None
 
     def maybe_save(self, run_ends: bool) -> bool:
         """Save at the end of each epoch and of the run, and every ``save_every`` steps; whether a save was due."""
@@ -103,7 +97,7 @@ class Checkpoints:
         if not self._saver or not metrics:
             return
         if name not in metrics:
-            _warn_once(
+            log.warn_once(
                 f"no evaluator returns --best-metric {name}, so there is no best.pth: found {', '.join(metrics)}"
             )
         elif math.isfinite(metrics[name]):
@@ -133,6 +127,3 @@ class Checkpoints:
 
     def _content(self) -> dict[str, Any]:
         return content_of(self._state, self._run, self._observers)
-
-
-_warn_once = functools.cache(log.warning)

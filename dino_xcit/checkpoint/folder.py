@@ -243,8 +243,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _best(manifests: list[Manifest]) -> Manifest | None:
-    """By the metric that was measured last; the later one of equals."""
+    """Of manifests, newest first, the best by the metric that was measured last; the later one of equals."""
     measured = [manifest for manifest in manifests if manifest.metric is not None]
-    last = max((manifest.step, manifest.metric_name) for manifest in measured)[1] if measured else ""
-    measured = [manifest for manifest in measured if manifest.metric_name == last]
+    measured = [manifest for manifest in measured if manifest.metric_name == measured[0].metric_name]
     return max(measured, key=lambda m: (m.metric, m.step), default=None)

@@ -98,15 +98,14 @@ class Saver:
             self.save(content(), keep)
             self.wait()
         if self._saved_step != step:
-            raise self.refusal()
+            raise self._error()
 
     @property
-    def gave_up(self) -> bool:
-        """Whether so many saves in a row failed that the run shall stop."""
-        return self._failed_in_a_row >= self._max_failures
+    def save_error(self) -> InputError | None:
+        """The error that ends the run, after so many failed saves in a row."""
+        return self._error() if self._failed_in_a_row >= self._max_failures else None
 
-    def refusal(self) -> InputError:
-        """The error for failed saves."""
+    def _error(self) -> InputError:
         return InputError(
             f"cannot write checkpoints to {self.folder.output_dir} ({self._why}): free disk space or fix permissions, "
             f"then run the same command; it resumes after step {self._saved_step}"

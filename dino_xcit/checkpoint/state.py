@@ -21,7 +21,6 @@ from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 
 if TYPE_CHECKING:
-    from dino_xcit.methods import Method
     from dino_xcit.observers import Observers
     from dino_xcit.train import TrainState
 
@@ -44,7 +43,11 @@ class Run:
 
 
 def content_of(state: TrainState, run: Run, observers: Observers | None = None) -> dict[str, Any]:
-    """What a checkpoint holds. The tensors are the state's own: copy them before the next step."""
+    """What a checkpoint holds. The tensors are the state's own: copy them before the next step.
+
+    Raises:
+        ValueError: the method's ``state_dict`` has one of the other keys.
+    """
     method = state.method.state_dict()
     content = {
         "format": FORMAT,
@@ -64,22 +67,9 @@ def content_of(state: TrainState, run: Run, observers: Observers | None = None) 
         "eval_transform": {name: _plain(value) for name, value in run.config.eval_transform().to_dict().items()},
         "method_keys": sorted(method),
     }
-    assert content.keys() == RESERVED_KEYS
-    return method | content
-
-
-RESERVED_KEYS = frozenset(
-    {
-        "format", "backbone", "optimizer", "fp16_scaler", "skipped_steps", "skipped_in_a_row", "step", "epoch",
-        "steps_per_epoch", "global_batch", "world_size", "images", "observers", "args", "eval_transform", "method_keys",
-    }
-)  # fmt: skip
-
-
-def check_method_keys(method: Method) -> None:
-    """Raise ValueError if the method's ``state_dict`` has one of a checkpoint's own keys."""
-    if taken := method.state_dict().keys() & RESERVED_KEYS:
+    if taken := method.keys() & content.keys():
         raise ValueError(f"the method's state_dict has the reserved keys {', '.join(sorted(taken))}: rename them")
+    return method | content
 
 
 def _plain(value: object) -> object:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.errors import InputError, near_matches
+from dino_xcit.errors import InputError
 from dino_xcit.methods.dino import DINO
 from dino_xcit.methods.method import Method, Stats
 from dino_xcit.methods.simdino import SimDINO
-from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed
 
 __all__ = ["Method", "Stats", "build_method", "register_method"]
@@ -39,20 +37,15 @@ def build_method(config: PretrainConfig, device: torch.device) -> Method:
         InputError: no such method, or it cannot train on several ranks.
     """
     if config.method not in _METHODS:
-        known = ", ".join(_METHODS)
-        raise InputError(f"unknown method {config.method!r}{near_matches(config.method, _METHODS)} (known: {known})")
+        raise InputError(f"unknown method {config.method!r}, expected one of {', '.join(_METHODS)}")
     torch.manual_seed(config.seed)
     method = _METHODS[config.method](config, device)
-    for name, default in (("teacher", None), ("ddp_student", None), ("features", None), ("frozen_parameters", _none)):
-        if not hasattr(method, name):  # a class that does not derive from Method
-            setattr(method, name, default)
+    optional = {"teacher": None, "ddp_student": None, "features": None, "frozen_parameters": lambda rates: ()}
+    for name in optional.keys() - set(dir(method)):  # a class that does not derive from Method
+        setattr(method, name, optional[name])
     if distributed.world_size() > 1 and method.ddp_student is None:
         raise InputError(
             f"method {config.method} has no ddp_student, so the gradients of {distributed.world_size()} ranks "
             "would not be averaged: set it to distributed.wrap_ddp(trained, device), or train on one rank"
         )
     return method
-
-
-def _none(rates: Rates) -> tuple[nn.Parameter, ...]:
-    return ()

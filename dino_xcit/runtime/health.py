@@ -83,14 +83,14 @@ class Health:
             unreadable=self._unreadable.note(batches),
             too_many_unreadable=self._unreadable.too_many(seen),
             diverged=self._skipped.read(state.skipped_in_a_row) >= self._config.max_skipped_steps,
-            cannot_save=checkpoints.gave_up,
+            cannot_save=checkpoints.save_error is not None,
         )
         if flags["unreadable"]:
             self._unreadable.write()
         if flags["too_many_unreadable"]:
             raise self._unreadable.refusal(seen) if distributed.is_main() else RunStopped(2, "")
         if flags["cannot_save"]:
-            raise checkpoints.refusal() if distributed.is_main() else RunStopped(2, "")
+            raise checkpoints.save_error or RunStopped(2, "")
         # On a GPU the count is some steps old, and the run may have recovered since.
         if flags["diverged"] and int(state.skipped_in_a_row) >= self._config.max_skipped_steps:
             raise self._on_divergence()
@@ -113,10 +113,6 @@ class Health:
         distributed.barrier()
 
 
-TOPICS = ("stop", "unreadable", "diverged", "cannot_save", "too_many_unreadable")
-"""stop: a signal arrived; unreadable: images were replaced; the others end the run."""
-
-
 class StopFlags:
     """Sums a few small numbers over all ranks on the CPU (gloo), in one all-reduce.
 
@@ -133,24 +129,22 @@ class StopFlags:
         self._posted: tuple[Tensor, dist.Work] | None = None
 
     def exchange(self, **values: int) -> dict[str, int]:
-        """This rank's values by topic to the sums over all ranks. Every rank calls it equally often.
+        """This rank's values to the sums over all ranks, by name. The first call on CUDA returns zeros.
 
-        Topics that are not given count as 0. The first call on CUDA returns zeros.
+        Every rank calls it equally often, with the same names.
         """
-        if unknown := values.keys() - set(TOPICS):
-            raise ValueError(f"unknown topics {', '.join(sorted(unknown))}, expected some of {', '.join(TOPICS)}")
-        own = torch.tensor([int(values.get(topic, 0)) for topic in TOPICS])
+        own = torch.tensor([int(value) for value in values.values()])
         if self._group is None:
-            return dict(zip(TOPICS, own.tolist(), strict=True))
+            return dict(zip(values, own.tolist(), strict=True))
         before = self._posted
         work = dist.all_reduce(own, group=self._group, async_op=True)
         assert work is not None
         self._posted = (own, work)
         if self._late and before is None:
-            return dict.fromkeys(TOPICS, 0)
+            return dict.fromkeys(values, 0)
         sums, work = before if self._late and before is not None else self._posted
         work.wait()
-        return dict(zip(TOPICS, sums.tolist(), strict=True))
+        return dict(zip(values, sums.tolist(), strict=True))
 
 
 class HostCopy:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import sys
 from typing import TextIO
@@ -33,6 +34,9 @@ def info(text: str) -> None:
 def warning(text: str) -> None:
     """:func:`info` of something that the user may want to change."""
     info(f"warning: {text}")
+
+
+warn_once = functools.cache(warning)
 
 
 class Lines(io.TextIOBase):

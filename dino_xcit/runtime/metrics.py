@@ -283,10 +283,8 @@ class MetricLogger:
         self._averages = EpochAverages()
         self._writer: MetricsWriter | None = None
         if distributed.is_main():
-            mirrors = []
-            if config.wandb:
-                settings = dataclasses.asdict(config)
-                mirrors.append(WandB(config.wandb, self._folder, start_step, settings))
+            settings = dataclasses.asdict(config)
+            mirrors = [WandB(config.wandb, self._folder, start_step, settings)] if config.wandb else []
             self._writer = MetricsWriter(self._folder, start_step, mirrors=mirrors)
 
     def step(self, step: int, waited: float, read: Callable[[], Record]) -> None:

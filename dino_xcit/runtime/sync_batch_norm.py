@@ -7,7 +7,6 @@ all processes have batches of one size, as the loader deals them, so nothing nee
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -87,15 +86,11 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     parts = module.named_modules()
     if left := [name for name, part in parts if isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm)]:
         some = ", ".join(left[:3]) + " ..." * (len(left) > 3)
-        _warn_once(
+        log.warn_once(  # student and teacher have the same layers
             f"{counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be synchronised: each GPU "
             "normalises by its own batch there"
         )
     return module
-
-
-_warn_once = functools.cache(log.warning)
-"""Student and teacher have the same layers: one warning is enough."""
 
 
 def _count(x: Tensor) -> int:

@@ -34,8 +34,7 @@ def phase(name: str, step: int | None = None, *, limit: bool = True) -> None:
 def progress() -> None:
     """Reset the timer of the current phase."""
     global _current
-    name, step, limit = _current
-    _current = (name, step, limit)  # a new tuple: the thread compares identities
+    _current = (*_current,)  # a new tuple: the thread compares identities
 
 
 @contextlib.contextmanager
