@@ -114,7 +114,7 @@ def train(
                 if run_ends or sampler.ends_epoch(state.step):
                     checkpoints.wait()  # the step is on disk before the evaluation starts
                     evaluated = evaluate(evaluators, sampler.epochs(state.step), run_ends, state.method)
-                    checkpoints.note(evaluated)
+                    checkpoints.note(evaluated, run_ends)
                     metrics.epoch(state.step, evaluated)
             checkpoints.finish()
         health.finish(state)

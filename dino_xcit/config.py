@@ -69,10 +69,10 @@ class PretrainConfig:
     warmup_teacher_temp_epochs: int = 0
     """Epochs over which the teacher's temperature rises."""
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"
-    """What keeps all prototypes in use: DINO's moving centre, or DINOv2's Sinkhorn-Knopp, which spreads each batch
+    """What keeps all prototypes in use: DINO's moving center, or DINOv2's Sinkhorn-Knopp, which spreads each batch
     evenly over them: better in short runs."""
     center_momentum: float = 0.9
-    """Share of the centre kept at each step; without effect under sinkhorn_knopp."""
+    """Share of the center kept at each step; without effect under sinkhorn_knopp."""
     koleo_weight: float = 0.0
     """Weight of DINOv2's KoLeo regulariser, which spreads the student's features of the global crops; 0 as in DINO."""
     coding_rate_weight: float = 1.0
@@ -96,7 +96,7 @@ class PretrainConfig:
     min_lr: float = 1e-6
     """Learning rate at the end of the run."""
     warmup_epochs: float = 10.0
-    """Epochs of linear learning-rate warm-up; shortened, with a notice, where the run is not longer than it."""
+    """Epochs of linear learning-rate warm-up; shortened, with a warning, if the run is not longer."""
     warmup_start_lr: float = 0.0
     """Learning rate of the first step."""
     weight_decay: float = 0.04
@@ -247,6 +247,8 @@ class PretrainConfig:
                 raise InputError(f"{name} is {value}, expected at least {minimum:g}")
         if self.seed >= 1 << 63:  # as PyTorch's generators take it
             raise InputError(f"seed is {self.seed}, expected less than 2^63, such as 0")
+        if self.method == "simdino" and (self.koleo_weight or self.centering != "centering"):
+            raise InputError("method is simdino, which has neither koleo_weight nor centering: leave both out")
         if self.koleo_weight > 0 and self.batch_size_per_gpu < 2:
             raise InputError(
                 "koleo_weight needs other images to compare with: batch_size_per_gpu is 1, expected 2 or more"

@@ -1,6 +1,6 @@
 """A run that starts from a file's weights (``--init-weights``): backbones, and heads where they fit; nothing else.
 
-Optimizer, step, schedules and the teacher's centre start as in any new run.
+Optimizer, step, schedules and the center start as in any new run.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_a_sheet_shows_a_hundred_images_of_a_query_and_says_so(
     monkeypatch.setattr(run_extract, "_MOST_DRAWN", 5)
     done(command(*words(place, "--output-dir", tmp_path / "v", data=place.data / "val")))
     query = ("--query", next((place.data / "val" / "bars").iterdir()), "--index", tmp_path / "v")
-    assert "notice" not in done(command(*query, "--top", 5)).out
+    assert "warning" not in done(command(*query, "--top", 5)).out
     sheet = (tmp_path / "v" / "contact_sheet.png").read_bytes()
     told = done(command(*query, "--top", 9)).out
     assert "the contact sheet shows the first 5 images of each query" in told

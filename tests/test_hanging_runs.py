@@ -31,7 +31,7 @@ def alive(pid: int) -> bool:
 
 def assert_nothing_is_left(run: Run, family: set[int], shared_before: set[str]) -> None:
     until = time.monotonic() + 3
-    while any(map(alive, family)) and time.monotonic() < until:
+    while (any(map(alive, family)) or not shared_memory() <= shared_before) and time.monotonic() < until:
         time.sleep(0.05)
     assert not [pid for pid in family if alive(pid)]
     assert shared_memory() <= shared_before

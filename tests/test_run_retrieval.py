@@ -226,7 +226,7 @@ def test_a_folder_and_its_collection_have_the_same_figures(
     figures = [name for name in row if not name.endswith("_interval")]
     assert [other["results"][0][name] for name in figures] == pytest.approx([row[name] for name in figures])
     assert other["weights"]["hash"] == card["weights"]["hash"]
-    assert "notice" not in collected.out
+    assert "warning" not in collected.out
     replaced = next((tmp_path / "more" / CLASSES[1]).iterdir())
     save(noise(7), replaced)
     assert f"warning: {tmp_path / 'more'} is not as it was" in retrieve("folder", "--index", vectors).out

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from dino_xcit.cli import parse_pretrain
 from dino_xcit.data import register_source
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import InputError
-from dino_xcit.methods import Method, Stats, register_method
+from dino_xcit.methods import Method, Stats, build_method, register_method
 from dino_xcit.models import BackboneOutput, register_backbone
 from dino_xcit.optim import Rates
 from dino_xcit.recipes import Recipe
@@ -125,10 +126,25 @@ def test_evaluators(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == best["step"]
 
 
+def test_a_best_metric_that_no_evaluator_returns_is_warned_of_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, "--best-metric", "spraed", evaluators=[("spread", 1, lambda method: {"spread": 1.0})])
+    assert "warning: no best.pth: no evaluator returns --best-metric spraed (found spread)" in capsys.readouterr().out
+    assert not (tmp_path / "best.pth").exists()
+
+
 def test_two_evaluators_of_one_metric_are_refused(tmp_path: Path) -> None:
     twice = [("a", 1, lambda method: {"x": 1.0}), ("b", 1, lambda method: {"x": 2.0})]
     with pytest.raises(ValueError, match="x"):
         train(tmp_path, evaluators=twice)
+
+
+def test_a_method_that_does_not_derive_from_method_gets_the_optional_attributes() -> None:
+    register_method("bare", lambda config, device: SimpleNamespace())
+    bare = build_method(parse_pretrain(["--method", "bare"])[0], CPU)
+    assert bare.teacher is bare.ddp_student is bare.features is None
+    assert bare.frozen_parameters(None) == ()
 
 
 # ---- observer

@@ -136,7 +136,7 @@ def test_a_place_that_this_machine_does_not_see_is_noticed(
     assert f"warning: data_path is {tmp_path / 'absent'}, which is not there on this machine" in capsys.readouterr().out
     run_slurm.check_runner("pretrain", ["--data-path", str(tmp_path)])
     run_slurm.check_runner("pretrain", ["--data-path", "tar:/data/{000..100}.tar"])
-    assert "notice" not in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_retrieval_protocol_may_stand_alone_as_in_its_own_runner(capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,3 +355,14 @@ def test_a_job_that_is_preempted_resumes_and_ends_with_the_same_bits(
     assert 3 <= step < 60
     assert f"resuming after step {step} of 60" in said
     assert differing_bits(state_in(tmp_path / "run"), state_in(tmp_path / "alone")) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_here_ends_with_its_sentence_and_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()  # what is not there at all, the launcher itself refuses
+    job = launch_here(tmp_path, "--data-path", tmp_path / "empty")
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert "error: no image in" in said
+    assert "the job ended early" in said
+    assert "Traceback" not in said

@@ -13,7 +13,7 @@ from torch import nn
 
 from dino_xcit.methods.dino import sinkhorn_knopp
 from dino_xcit.runtime import distributed
-from dino_xcit.runtime.sync_batch_norm import synchronise_batch_norm
+from dino_xcit.runtime.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from dino_xcit.train import build_state
 
 
@@ -122,7 +122,7 @@ def test_one_process_needs_none_of_it() -> None:
 def test_batchnorm_is_synchronised_only_where_that_can_run() -> None:
     module = nn.Sequential(nn.BatchNorm2d(3))
     assert synchronise_batch_norm(module, CPU) is module
-    assert not any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+    assert not any(isinstance(part, SyncBatchNorm) for part in module.modules())
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

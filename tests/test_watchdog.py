@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch.distributed as dist
@@ -35,10 +36,12 @@ def test_only_a_phase_with_a_limit_is_ended(server: Server, limit: bool) -> None
     assert "rank 0, step 3 (indexing)" in sentence
 
 
-def test_phases_that_change_are_never_too_long() -> None:
+@pytest.mark.parametrize("renew", [lambda step: watchdog.phase("training step", step), lambda _: watchdog.progress()])
+def test_phases_that_change_or_make_progress_are_never_too_long(renew: Callable[[int], None]) -> None:
     with watchdog.watched(0.5):
+        watchdog.phase("evaluating", 3)
         for step in range(15):
-            watchdog.phase("training step", step)
+            renew(step)
             time.sleep(0.2)
 
 
@@ -71,6 +74,7 @@ def test_other_errors_pass_and_the_thread_ends() -> None:
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_closed_pipe_is_no_lost_process() -> None:
-    with pytest.raises(BrokenPipeError), watchdog.watched(60):
-        raise BrokenPipeError
+@pytest.mark.parametrize("error", [BrokenPipeError(), RuntimeError("Caught KeyError in DataLoader worker process 0.")])
+def test_a_closed_pipe_and_an_error_in_a_loader_process_are_no_lost_process(error: Exception) -> None:
+    with pytest.raises(type(error)), watchdog.watched(60):
+        raise error

@@ -21,7 +21,7 @@ class DataLoadMonitor:
     """Sums the time of the loader's stages, and warns once if training waits too long for images."""
 
     def __init__(self, workers: int, relieve: Callable[[], None] | None = None, cores: int | None = None) -> None:
-        """``workers``: this rank's loader processes; ``cores``: this machine's, for all of its ranks.
+        """``workers``: this rank's loader processes; ``cores``: those that this process may use.
 
         ``relieve``: moves a part of their work to the device; called before the first warning.
         """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, near_matches
 from dino_xcit.methods.dino import DINO
 from dino_xcit.methods.method import Method, Stats
 from dino_xcit.methods.simdino import SimDINO
@@ -37,12 +37,14 @@ def build_method(config: PretrainConfig, device: torch.device) -> Method:
         InputError: no such method, or it cannot train on several ranks.
     """
     if config.method not in _METHODS:
-        raise InputError(f"unknown method {config.method!r}, expected one of {', '.join(_METHODS)}")
+        hint = near_matches(config.method, _METHODS)
+        raise InputError(f"unknown method {config.method!r}{hint} (known: {', '.join(_METHODS)})")
     torch.manual_seed(config.seed)
     method = _METHODS[config.method](config, device)
     optional = {"teacher": None, "ddp_student": None, "features": None, "frozen_parameters": lambda rates: ()}
-    for name in optional.keys() - set(dir(method)):  # a class that does not derive from Method
-        setattr(method, name, optional[name])
+    for name, default in optional.items():
+        if not hasattr(method, name):  # a class that does not derive from Method
+            setattr(method, name, default)
     if distributed.world_size() > 1 and method.ddp_student is None:
         raise InputError(
             f"method {config.method} has no ddp_student, so the gradients of {distributed.world_size()} ranks "

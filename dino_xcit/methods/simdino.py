@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
-from dino_xcit.errors import InputError
 from dino_xcit.methods.method import Stats
 from dino_xcit.methods.student_teacher import GLOBAL_VIEWS, StudentTeacher, feature_std
 from dino_xcit.models.head import ProjectionHead
@@ -25,8 +24,6 @@ class SimDINO(StudentTeacher):
         def build_head(embed_dim: int) -> ProjectionHead:
             return ProjectionHead(embed_dim, config.use_bn_in_head, config.head_hidden_dim, config.head_bottleneck_dim)
 
-        if config.koleo_weight or config.centering != "centering":
-            raise InputError("method is simdino, which has neither --koleo-weight nor --centering: leave both out")
         super().__init__(config, device, build_head)
 
     def forward_backward(self, batch: Batch, rates: Rates) -> tuple[Tensor, Stats]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dino_xcit.errors import LESS_MEMORY, LOST, InputError, RunStopped, one_line, run_main
+from dino_xcit.errors import LESS_MEMORY, LOST, STOP_SIGNALS, InputError, RunStopped, one_line, run_main
 
 
 def rank() -> int:
@@ -139,27 +139,24 @@ def stop() -> None:
     _store = None
 
 
-RESUMES = "run the same command again to resume"
-
-
-def raise_if_lost(error: Exception, where: str = "") -> None:
+def raise_if_lost(error: Exception, where: str = "", remedy: str = "run the same command again") -> None:
     """Raise RunStopped with code LOST if the error says that a loader process or another rank is gone.
 
     Args:
         where: added to the rank in the message, such as ``, step 7 (training step)``.
+        remedy: the end of the message.
     """
     text = str(error).lower()
     # EOFError and ConnectionError: a worker died while it sent a batch. BrokenPipeError: nothing reads stdout.
-    lost_worker = isinstance(error, RuntimeError) and "dataloader worker" in text
+    lost_worker = isinstance(error, RuntimeError) and "dataloader worker (pid" in text
     if lost_worker or (isinstance(error, EOFError | ConnectionError) and not isinstance(error, BrokenPipeError)):
         why = f"{one_line(error) or type(error).__name__}; if it ran out of memory, lower --num-workers"
-        raise RunStopped(LOST, f"error: rank {rank()}{where}: lost a loader process ({why}); {RESUMES}") from error
+        raise RunStopped(LOST, f"error: rank {rank()}{where}: lost a loader process ({why}); {remedy}") from error
     words = ("gloo", "nccl error", "connection closed by peer", "connection reset by peer", "broken pipe")
     lost_rank = isinstance(error, RuntimeError) and any(word in text for word in words)
     if "WORLD_SIZE" in os.environ and (lost_rank or isinstance(error, dist.DistError)):
-        raise RunStopped(
-            LOST, f"error: rank {rank()}{where}: lost another rank ({one_line(error)}); {RESUMES}"
-        ) from error
+        found = f"error: rank {rank()}{where}: lost another rank ({one_line(error)})"
+        raise RunStopped(LOST, f"{found}; {remedy}") from error
 
 
 def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
@@ -177,6 +174,8 @@ def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> Non
     except BaseException as ending:
         code = ending.code if isinstance(ending, SystemExit) else 1
         if code and world_size() > 1:
+            for number in STOP_SIGNALS:  # one more would replace the exit code
+                signal.signal(number, signal.SIG_IGN)
             # Leaving the group in good order would wait for processes that may be gone.
             if not isinstance(ending, SystemExit):
                 traceback.print_exc()

@@ -45,11 +45,12 @@ class Health:
         self._stop = StopFlags(device, config.hang_timeout + 30)
         self._skipped = HostCopy(device)
         self._signals = Preemption()
+        self._save_error: InputError | None = None
         self._context = ExitStack()
 
     def __enter__(self) -> Health:
-        self._context.enter_context(watchdog.watched(self._config.hang_timeout))
         self._context.callback(self._signals.restore)
+        self._context.enter_context(watchdog.watched(self._config.hang_timeout))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -78,19 +79,20 @@ class Health:
         watchdog.phase("exchanging stop flags", state.step)
         self._monitor.note(batches)
         seen = state.step * self._sampler.global_batch
+        self._save_error = self._save_error or checkpoints.save_error  # on CUDA it is acted on a step later
         flags = self._stop.exchange(
             stop=self._signals.signal_name is not None,
             unreadable=self._unreadable.note(batches),
             too_many_unreadable=self._unreadable.too_many(seen),
             diverged=self._skipped.read(state.skipped_in_a_row) >= self._config.max_skipped_steps,
-            cannot_save=checkpoints.save_error is not None,
+            cannot_save=self._save_error is not None,
         )
         if flags["unreadable"]:
             self._unreadable.write()
         if flags["too_many_unreadable"]:
             raise self._unreadable.refusal(seen) if distributed.is_main() else RunStopped(2, "")
         if flags["cannot_save"]:
-            raise checkpoints.save_error or RunStopped(2, "")
+            raise self._save_error or RunStopped(2, "")
         # On a GPU the count is some steps old, and the run may have recovered since.
         if flags["diverged"] and int(state.skipped_in_a_row) >= self._config.max_skipped_steps:
             raise self._on_divergence()

@@ -21,6 +21,8 @@ TICK = 1.0
 STORE_TIMEOUT = 3.0
 """Seconds that the other ranks' phases may take to arrive."""
 
+RESUMES = "run the same command to resume"
+
 _current: tuple[str, int, bool] = ("starting", 0, False)
 """Phase, step, and whether the phase has a time limit."""
 
@@ -48,13 +50,15 @@ def watched(timeout: float) -> Iterator[None]:
         RunStopped: a loader process died, or the connection to another rank broke.
     """
     phase("starting", 0, limit=False)
-    over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(timeout, over), name="watchdog", daemon=True)
+    over, store = threading.Event(), distributed.store()
+    # A separate connection: an operation that hangs blocks its connection.
+    arguments = (timeout, over, os.getppid(), None if store is None else store.clone())
+    thread = threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True)
     thread.start()
     try:
         yield
     except Exception as error:
-        distributed.raise_if_lost(error, f", step {_current[1]} ({_current[0]})")
+        distributed.raise_if_lost(error, f", step {_current[1]} ({_current[0]})", RESUMES)
         raise
     finally:
         over.set()
@@ -62,35 +66,36 @@ def watched(timeout: float) -> Iterator[None]:
         thread.join(timeout=10)  # a thread inside the store while Python shuts down would crash the process
 
 
-def _watch(timeout: float, over: threading.Event) -> None:
-    rank, parent, shared = distributed.rank(), os.getppid(), distributed.store()
-    # A separate connection: an operation that hangs blocks its connection.
-    store = shared.clone() if shared is not None else None
-    seen, ticks = _current, 0
+def _watch(timeout: float, over: threading.Event, parent: int, store: Store | None) -> None:
+    rank, seen, ticks = distributed.rank(), _current, 0
     while not over.wait(TICK):
         # Count ticks, not wall time, so that suspending the machine does not count.
         seen, ticks = _current, ticks + 1 if _current is seen else 0
         where = f"step {seen[1]} ({seen[0]})"
         if store is not None:
             with contextlib.suppress(RuntimeError):  # the store's host is gone
-                store.set(f"phase/{rank}", f"rank {rank} at {time.strftime('%X')}: {where}")
+                report = f"rank {rank} at {time.strftime('%X')}: {where}, {ticks * TICK:.0f} s"
+                store.set(f"phase/{rank}", f"{time.time():.0f} {report}")
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
             # torchrun died and can no longer forward signals: treat it as SIGTERM.
             parent = os.getppid()
             os.kill(os.getpid(), signal.SIGTERM)
         if seen[2] and ticks * TICK > timeout:
+            others = _other_phases(store, rank)
+            if _current is not seen or over.is_set():
+                continue
             try:
-                others = _other_phases(store, rank)
                 with contextlib.suppress(Exception):  # stderr may be no file
                     faulthandler.dump_traceback(all_threads=True)
                 found = f"error: rank {rank}, {where}: no progress within --hang-timeout {timeout:g} s{others}"
-                print(f"{found}; {distributed.RESUMES}", file=sys.stderr, flush=True)
+                print(f"{found}; {RESUMES}", file=sys.stderr, flush=True)
                 distributed.end_children()
             finally:
                 os._exit(LOST)
 
 
 def _other_phases(store: Store | None, rank: int) -> str:
+    """The phases of the eight ranks whose last reports are the oldest."""
     if store is None:
         return ""
     found: list[str] = []
@@ -98,9 +103,10 @@ def _other_phases(store: Store | None, rank: int) -> str:
     def read() -> None:
         with contextlib.suppress(RuntimeError):
             keys = [f"phase/{other}" for other in range(distributed.world_size()) if other != rank]
-            found.extend(store.get(key).decode() for key in keys[:8] if store.check([key]))
+            found.extend(store.get(key).decode() for key in keys if store.check([key]))
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     reader.join(STORE_TIMEOUT)  # a store on a stopped process never answers, whatever its own timeout is
-    return f"; last phases of the other ranks: {', '.join(found)}" if found else "; the store does not answer"
+    oldest = ", ".join(report.partition(" ")[2] for report in sorted(found)[:8])
+    return f"; last phases of the other ranks: {oldest}" if found else "; the store does not answer"
