@@ -94,14 +94,10 @@ class Checkpoints:
     def note(self, metrics: dict[str, float], run_ends: bool) -> None:
         """Metrics of the step that was just saved; the best by ``--best-metric`` becomes ``best.pth``."""
         name = self._run.config.best_metric
-        if not self._saver or not metrics:
-            return
-        if name not in metrics and run_ends:  # every evaluator has run
-            log.warn_once(
-                f"no evaluator returns --best-metric {name}, so there is no best.pth: found {', '.join(metrics)}"
-            )
-        elif math.isfinite(metrics.get(name, math.nan)):
+        if self._saver and math.isfinite(metrics.get(name, math.nan)):
             self._saver.note_metric(self._state.step, name, metrics[name])
+        elif metrics and name not in metrics and run_ends:  # every evaluator has run
+            log.warn_once(f"no best.pth: no evaluator returns --best-metric {name} (found {', '.join(metrics)})")
 
     def finish(self) -> None:
         """Save the final state on rank 0; every rank waits for it.

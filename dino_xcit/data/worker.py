@@ -8,26 +8,17 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from dino_xcit.data.socket_folder import share_socket_folder
+from dino_xcit.runtime.distributed import end_children
 from dino_xcit.runtime.memory import keep_freed_memory
 
-
-def _kill_workers() -> None:
-    """Kill the workers that ignore SIGTERM: at exit multiprocessing would send it to them and wait for ever."""
-    workers = [process for process in multiprocessing.active_children() if process.daemon]
-    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with it PyTorch's loader would raise their deaths, here
-    for process in workers:
-        process.kill()
-
-
-atexit.register(_kill_workers)  # after multiprocessing's own, so that it comes first
+# Registered after multiprocessing's own handler, so that it runs first.
+atexit.register(end_children, only_daemons=True)
 
 
 def usable_cores() -> int:

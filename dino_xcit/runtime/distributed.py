@@ -190,14 +190,13 @@ def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> Non
         stop()
 
 
-def end_children() -> None:
-    """Loader processes do not outlive what they read for. They do not hear SIGTERM, and Python waits for them."""
-    if multiprocessing.active_children():
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            # With it PyTorch's loader would raise their deaths, here.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
-            child.kill()
+def end_children(only_daemons: bool = False) -> None:
+    """Kill child processes: loader processes ignore SIGTERM, and Python would wait for them when it exits."""
+    children = [child for child in multiprocessing.active_children() if child.daemon or not only_daemons]
+    if children and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise here
+    for child in children:
+        child.kill()
 
 
 def barrier() -> None:
