@@ -305,6 +305,8 @@ def _pieces_of(rows: NDArray[np.float32] | None) -> Iterator[NDArray[np.float32]
 def _absolute(source: Source) -> str:
     """The source's URL, so that it can be found from another folder."""
     scheme, colon, rest = source.url.partition(":")
+    if scheme == "hf" and os.path.isdir(os.path.expanduser(rest)):
+        return f"hf:{os.path.abspath(os.path.expanduser(rest))}"
     if colon and scheme in ("tar", "parquet", "imagenet") and not is_remote(rest):
         return f"{scheme}:{os.path.abspath(os.path.expanduser(rest))}"
     return os.path.abspath(source.url) if os.path.exists(source.url) else source.url

@@ -29,7 +29,7 @@ class PretrainConfig:
     and sample-long (the embedded sample). Default: sample without --data-path, else dino."""
     data_path: str = ""
     """Images to learn from: a folder (class sub-folders or not), a .txt list of paths, tar:PATTERN (WebDataset),
-    parquet:PATTERN or parquet:DIR (Hugging Face), imagenet:DIR (as downloaded), sample:fashion-mnist,
+    parquet:PATTERN, hf:NAME_OR_DIR (Hugging Face datasets), imagenet:DIR (as downloaded), sample:fashion-mnist,
     sample:fashion-mnist-full or torchvision:NAME; docs/data.md.
     Labels are never used for training."""
     output_dir: str = ""

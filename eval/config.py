@@ -45,7 +45,7 @@ class BackboneConfig:
     allow_unexpected: tuple[str, ...] = ()
     """Keys of the file that the backbone may lack, likewise: they are left aside."""
     data_path: str = ""
-    """Images: a folder, a .txt list, tar:PATTERN, parquet:PATTERN, imagenet:DIR, sample:fashion-mnist,
+    """Images: a folder, a .txt list, tar:PATTERN, parquet:PATTERN, hf:NAME_OR_DIR, imagenet:DIR, sample:fashion-mnist,
     torchvision:NAME; see docs/data.md. Default: what the checkpoint was trained on."""
     eval_resize: int = 0
     """Shorter side that images are resized to; 0: as the checkpoint says, else 8/7 of the crop."""

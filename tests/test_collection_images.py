@@ -125,7 +125,11 @@ def test_a_source_whose_files_were_written_anew_under_their_names_is_told(source
     assert images is not None
     assert changed_since(card, images) == []
     file = Path(source_url.partition(":")[2] or tmp_path / "photos" / "3.png")
-    os.utime(file, (1, 1))
+    if source_url.startswith("parquet:"):
+        rows = [{"bytes": png(number + 1), "path": f"{number}.png"} for number in range(COUNT)]
+        pyarrow.parquet.write_table(pyarrow.table({"image": rows}), file)
+    else:
+        os.utime(file, (1, 1))
     again = images_of(card, names)
     assert again is not None
     assert changed_since(card, again) == [source_url]

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -152,13 +153,11 @@ def parquet_of_the_hub(folder: Path, parts: Parts) -> dict[str, str]:
 
 
 @form
-def parquet_without_compression(folder: Path, parts: Parts) -> dict[str, str]:
-    return write_parquet(folder, parts, compression="none", use_dictionary=False)
-
-
-@form
-def parquet_by_row_groups(folder: Path, parts: Parts) -> dict[str, str]:
-    return write_parquet(folder, parts, compression="zstd")
+def saved_by_datasets(folder: Path, parts: Parts) -> dict[str, str]:
+    write_parquet(folder, parts)
+    files = {part: f"{folder}/data/{'validation' if part == 'val' else part}-*.parquet" for part in parts}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(folder / "cache")).save_to_disk(folder / "saved")
+    return dict.fromkeys(parts, f"hf:{folder / 'saved'}")
 
 
 @form
@@ -349,7 +348,15 @@ def test_evaluators_take_both_parts_of_every_form_with_labels(name: str, whole_u
 
 
 @pytest.mark.parametrize(
-    "name", ["class folders", "parquet of the hub", "imagenet as downloaded", "remote class folders", "remote parquet"]
+    "name",
+    [
+        "class folders",
+        "parquet of the hub",
+        "imagenet as downloaded",
+        "saved by datasets",
+        "remote class folders",
+        "remote parquet",
+    ],
 )
 def test_forms_that_hold_both_parts_are_given_to_evaluators_at_once(name: str, whole_urls: Urls) -> None:
     url = whole_urls[name]["train"].removesuffix("/train")

@@ -14,8 +14,8 @@ import numpy as np
 from dino_xcit.data import files
 from dino_xcit.data.decode import UndecodableImage, decode
 from dino_xcit.data.folder import open_folder, open_list
+from dino_xcit.data.hf import is_folder_of_parquet, open_hf, open_parquet
 from dino_xcit.data.imagenet import open_imagenet
-from dino_xcit.data.parquet import is_folder_of_parquet, open_parquet
 from dino_xcit.data.sample import ArraySource, open_sample
 from dino_xcit.data.source import MinimalSource, Source, Subset, completed
 from dino_xcit.data.tar import open_tar
@@ -33,10 +33,11 @@ __all__ = [
 ]
 
 FORMS = (
-    "a folder, a .txt list of paths, tar:PATTERN, parquet:PATTERN, imagenet:DIR, sample:fashion-mnist, "
+    "a folder, a .txt list of paths, tar:PATTERN, parquet:PATTERN, hf:NAME_OR_DIR, imagenet:DIR, "
+    "sample:fashion-mnist, "
     "sample:fashion-mnist-full or torchvision:NAME"
 )
-NAMED = ("sample:", "torchvision:", "imagenet:")
+NAMED = ("sample:", "torchvision:", "imagenet:", "hf:")
 """Sets by their names, which have a training and a validation part."""
 FILES = ("tar:", "parquet:")
 """Sets by a pattern of the files of one part."""
@@ -67,7 +68,8 @@ def open_source(url: str, part: str | None = None) -> Source:
     Args:
         url: a folder of images (one sub-folder a class, or a heap without labels); a ``.txt`` file with one path a
             line; ``tar:PATTERN``, archives such as WebDataset's shards (``tar:/data/train-{000..146}.tar``);
-            ``parquet:PATTERN``, files as the Hugging Face hub ships them, or a folder of theirs;
+            ``parquet:PATTERN``, Parquet files, or a folder of theirs; ``hf:NAME_OR_DIR``, a data set of the Hugging
+            Face hub, or what ``save_to_disk`` wrote;
             ``imagenet:DIR``, ImageNet-1k as it is downloaded; ``sample:fashion-mnist``,
             ``sample:fashion-mnist-full`` or ``torchvision:NAME``. Folders, lists, archives
             and Parquet files may be remote (``s3://``, ``gs://``, ``hf://``, ``https://`` ...). A trailing
@@ -101,6 +103,8 @@ def open_source(url: str, part: str | None = None) -> Source:
         return open_tar(rest, url)
     if colon and scheme == "parquet":
         return open_parquet(rest, part)
+    if colon and scheme == "hf" and not rest.startswith("//"):
+        return open_hf(rest, part)
     if files.is_remote(url):
         return _open_remote(url, part)
     path = Path(os.path.expanduser(url))
@@ -191,7 +195,7 @@ def _has_parts(url: str) -> bool:
     """Whether a set that is no folder of images holds both parts."""
     if url.startswith("parquet:"):
         return is_folder_of_parquet(url.removeprefix("parquet:"))
-    return url.startswith(NAMED) or url.partition(":")[0] in _REGISTERED
+    return (url.startswith(NAMED) and not url.startswith("hf://")) or url.partition(":")[0] in _REGISTERED
 
 
 def _above_its_parts(data: str) -> str:

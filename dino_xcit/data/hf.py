@@ -1,0 +1,337 @@
+"""Images in Hugging Face datasets: ``hf:NAME_OR_DIR`` and ``parquet:PATTERN``.
+
+The datasets library keeps an Arrow copy of the data and maps it into memory; images stay encoded. Reading one costs its
+own bytes, in any order. A file lock makes one process write the copy while the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import fsspec
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from dino_xcit.data import files
+from dino_xcit.data.decode import UndecodableImage
+from dino_xcit.data.index import cache_folder
+from dino_xcit.data.patterns import expand
+from dino_xcit.data.source import MOST_CLASSES, Item, hash_lines
+from dino_xcit.errors import InputError, near_matches, one_line
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "picture", "photo")
+"""Columns of bytes that hold images, where no column has the type Image."""
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "cls")
+"""Columns of whole numbers or strings that hold labels, where no column has the type ClassLabel."""
+VAL = ("val", "validation", "test")
+"""Names of a validation part, the first that is there."""
+
+_QUERY = re.compile(r"\?((?:image|label)=[^&?]*(?:&(?:image|label)=[^&?]*)*)$")
+
+
+class HFSource:
+    """The rows of a :class:`datasets.Dataset`."""
+
+    def __init__(self, url: str, dataset: datasets.Dataset, image: str, label: str | None) -> None:
+        """``image`` and ``label`` are columns.
+
+        Raises:
+            InputError: only some rows have a label, or the labels are no class numbers.
+        """
+        import datasets
+
+        self.url, self._image = url, image
+        self.labels, self.classes = (None, None) if label is None else _labels(dataset, label, url)
+        if isinstance(dataset.features[image], datasets.Image):
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
+        self._dataset = dataset.select_columns(image)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def name(self, index: int) -> str:
+        """Such as ``00000017/cat.jpg``: the row, and the last part of the image's own path."""
+        row = range(len(self))[index]
+        path = self._part("path")
+        own = None if path is None else path[row].as_py()
+        return f"{row:08d}/{os.path.basename(own)}" if own else f"{row:08d}"
+
+    def read(self, index: int) -> tuple[Item, int | None]:
+        """Item ``index``.
+
+        Raises:
+            UndecodableImage: the row holds no image.
+        """
+        value = self._dataset[range(len(self))[index]][self._image]
+        if isinstance(value, dict):
+            value = value["bytes"]
+        if value is None:
+            cause = "the row holds no image"
+            raise UndecodableImage(f"{self.name(index)} cannot be read: {cause}; leave the row out", cause)
+        return value, None if self.labels is None else int(self.labels[index])
+
+    def fingerprint(self) -> str:
+        """Of sizes, names and labels, and of the bytes of 64 images."""
+        import pyarrow.compute as pc
+
+        lengths, names = pc.binary_length(self._part("bytes")), self._part("path")
+        sizes = [np.asarray(pc.fill_null(lengths, -1), dtype=np.int64)]
+        if self.labels is not None:
+            sizes.append(self.labels)
+        some = np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64)).tolist()
+        images = (self._dataset[row][self._image] for row in some)
+        contents = (image["bytes"] if isinstance(image, dict) else image for image in images)
+        digests = [hashlib.sha256(content or b"").hexdigest() for content in (*(s.tobytes() for s in sizes), *contents)]
+        return hash_lines([*digests, *(() if names is None else (name or "" for name in names.to_pylist()))])
+
+    def _part(self, field: str) -> pa.ChunkedArray | None:
+        """A field of the image column, or the column itself where it holds bytes alone."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self._dataset.data.column(self._image)
+        if not pa.types.is_struct(column.type):
+            return column if field == "bytes" else None
+        return pc.struct_field(column, field) if column.type.get_field_index(field) >= 0 else None
+
+
+def open_hf(name: str, part: str | None = None) -> HFSource:
+    """Open a data set of the Hugging Face hub, or what ``save_to_disk`` wrote.
+
+    Args:
+        name: ``ORG/NAME``, ``ORG/NAME/CONFIG``, or a folder; ``/train`` or ``/val`` after it chooses the part, and
+            ``?image=COLUMN&label=COLUMN`` the columns (``label=none``: no labels). What the library has in its cache is
+            read without a network.
+        part: ``train`` or ``val`` (``validation``, ``test``); None: ``train``.
+
+    Raises:
+        InputError: the package is missing; no such data set or part; it is not clear which columns are meant.
+    """
+    datasets = _import_datasets()
+    name, image, label = _columns_asked_for(name)
+    place, _, named_part = name.rstrip("/").rpartition("/")
+    if place and named_part in ("train", "val"):
+        name, part = place, named_part
+    url = f"hf:{name}"
+    folder = Path(name).expanduser()
+
+    def load() -> Any:
+        if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            return datasets.load_from_disk(str(folder))
+        if folder.is_dir():
+            return datasets.load_dataset(str(folder))
+        return datasets.load_dataset(*([name] if name.count("/") < 2 else name.rsplit("/", 1)))
+
+    found = _explaining(url, "check the name, and whether it is in the library's cache or the network is up", load)
+    if isinstance(found, datasets.Dataset):
+        found = {"train": found}
+    wanted = VAL if part == "val" else ("train",)
+    split = next((name for name in wanted if name in found), None)
+    if split is None:
+        raise InputError(f"{url} has the parts {', '.join(found)}, expected {' or '.join(wanted)}")
+    return _source(f"{url}/{'val' if part == 'val' else 'train'}", found[split], image, label)
+
+
+def open_parquet(pattern: str, part: str | None = None) -> HFSource:
+    """Open Parquet files, copied to Arrow the first time.
+
+    Args:
+        pattern: files, as :func:`dino_xcit.data.patterns.expand` takes them; or a folder in which, or in whose folder
+            ``data``, the files' names begin with their part, as in the hub's repositories. ``?image=COLUMN`` and
+            ``?label=COLUMN`` as for :func:`open_hf`.
+        part: ``train`` or ``val``, for folders; None: ``train``.
+
+    Raises:
+        InputError: the package is missing; no such file, or a damaged one; no room for the copy; it is not clear which
+            columns are meant.
+    """
+    datasets = _import_datasets()
+    pattern, image, label = _columns_asked_for(pattern)
+    pattern = _of_part(pattern, part)
+    url, paths = f"parquet:{pattern}", expand(pattern)
+    cache = cache_folder() / "arrow"
+
+    def load() -> Any:
+        local = _downloaded(paths, cache) if files.is_remote(pattern) else paths
+        builder = datasets.load_dataset_builder("parquet", data_files={"train": local}, cache_dir=str(cache))
+        if not os.path.isdir(builder.cache_dir):
+            _announce_copy(url, paths, Path(builder.cache_dir))
+        builder.download_and_prepare(verification_mode="no_checks")
+        return builder.as_dataset(split="train")
+
+    return _source(url, _explaining(url, "expected Parquet files of one data set", load), image, label)
+
+
+def is_folder_of_parquet(pattern: str) -> bool:
+    """Whether a pattern is a folder, which may hold several parts."""
+    pattern = _columns_asked_for(pattern)[0]
+    return not any(letter in pattern for letter in "*?[{") and files.is_folder(pattern)
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"hf: and parquet: need the package datasets ({error}): pip install 'dino-xcit[hf]'"
+        ) from error
+    if not distributed.is_main():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _columns_asked_for(address: str) -> tuple[str, str, str]:
+    """An address without its ``?image=...&label=...``, and the two columns or empty strings."""
+    query = _QUERY.search(address)
+    if query is None:
+        return address, "", ""
+    chosen = dict(pair.partition("=")[::2] for pair in query[1].split("&"))
+    return address[: query.start()], unquote(chosen.get("image", "")), unquote(chosen.get("label", ""))
+
+
+def _of_part(pattern: str, part: str | None) -> str:
+    """The pattern itself; of a folder that of the part's files, or of all where their names tell no part."""
+    if not is_folder_of_parquet(pattern):
+        return pattern
+    wanted = VAL if part == "val" else ("train",)
+    for prefix in wanted if part == "val" else (*wanted, ""):
+        for place in (pattern.rstrip("/"), f"{pattern.rstrip('/')}/data"):
+            try:
+                found = expand(f"{place}/{prefix}*.parquet")
+            except InputError:
+                continue
+            if prefix or not any(path.rpartition("/")[2].startswith(("train", *VAL)) for path in found):
+                return f"{place}/{prefix}*.parquet"
+    raise InputError(
+        f"no Parquet file in {pattern} or its folder 'data' has a name that begins with {' or '.join(wanted)}: give a "
+        f"pattern of files, such as parquet:{pattern.rstrip('/')}/NAME-*.parquet"
+    )
+
+
+def _downloaded(paths: list[str], cache: Path) -> list[str]:
+    """Copies of remote files; those that changed since are downloaded anew."""
+    folder = cache / "downloads"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"cache_storage": str(folder), "check_files": True}
+    with FileLock(folder / ".lock"):  # one process downloads, the others find its files
+        return fsspec.open_local([f"filecache::{path}" for path in paths], filecache=options)
+
+
+def _announce_copy(url: str, paths: list[str], place: Path) -> None:
+    size = sum(size for size, _ in files.stamps(paths))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place.parent).free
+    if size > free:
+        raise InputError(
+            f"copying {url} to Arrow takes about {size / 1e9:.1f} GB, but {place.parent} has {free / 1e9:.1f} GB free: "
+            "set DINO_XCIT_CACHE to a folder on a larger disk"
+        )
+    log.info(f"copying {counted(len(paths), 'file')} of {size / 1e9:.2g} GB to Arrow in {place}, once")
+
+
+def _explaining(url: str, remedy: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` returns; whatever the library raises becomes an InputError."""
+    try:
+        return load()
+    except InputError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error  # the library's own errors say what it was doing, not what is wrong
+        raise InputError(f"cannot read {url}: {one_line(cause) or type(cause).__name__}; {remedy}") from error
+
+
+def _source(url: str, dataset: Any, image: str, label: str) -> HFSource:
+    if not len(dataset):
+        raise InputError(f"no image in {url}: it has no rows")
+    return HFSource(url, dataset, _image_column(dataset, image, url), _label_column(dataset, label, url))
+
+
+def _image_column(dataset: Any, wanted: str, url: str) -> str:
+    import datasets
+
+    def holds_bytes(feature: Any) -> bool:
+        kind = feature.get("bytes") if isinstance(feature, dict) else feature
+        return getattr(kind, "dtype", "") in ("binary", "large_binary")
+
+    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    binary = [name for name, feature in dataset.features.items() if holds_bytes(feature)]
+    known = binary if len(binary) == 1 else [name for name in binary if name.lower() in IMAGE_NAMES]
+    return _only(dataset, wanted, typed + binary, typed or known, "image", url) or ""
+
+
+def _label_column(dataset: Any, wanted: str, url: str) -> str | None:
+    import datasets
+
+    if wanted == "none":
+        return None
+    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    plain = [
+        name
+        for name, feature in dataset.features.items()
+        if isinstance(feature, datasets.Value) and re.fullmatch(r"u?int\d+|(large_)?string", feature.dtype)
+    ]
+    known = [name for name in plain if name.lower() in LABEL_NAMES]
+    return _only(dataset, wanted, typed + plain, typed or known, "label", url)
+
+
+def _only(dataset: Any, wanted: str, possible: list[str], candidates: list[str], kind: str, url: str) -> str | None:
+    """The column that was asked for, or the only candidate; None where there is no label."""
+    columns = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in list(dataset.features.items())[:20])
+    if wanted:
+        if wanted not in possible:
+            raise InputError(
+                f"column {wanted!r} of {url} holds no {kind}s{near_matches(wanted, possible)}; it has the "
+                f"columns {columns}"
+            )
+        return wanted
+    if len(candidates) == 1 or (not candidates and kind == "label"):
+        return candidates[0] if candidates else None
+    found = (
+        f"{' and '.join(candidates)} may be the {kind}s of {url}" if candidates else f"{url} has no column of images"
+    )
+    remedy = f"say which by ?{kind}={candidates[0] if candidates else 'NAME'}" + ", or ?label=none" * (kind == "label")
+    raise InputError(f"{found}; it has the columns {columns}: {remedy}")
+
+
+def _type_name(feature: Any) -> str:
+    return str(getattr(feature, "dtype", None) or type(feature).__name__)[:60]
+
+
+def _labels(dataset: Any, column: str, url: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """[rows] labels and class names; neither where no row has a label."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values, feature = dataset.data.column(column), dataset.features[column]
+    if feature.dtype.endswith("string"):
+        classes = sorted(set(values.to_pylist()) - {None})
+        values = pc.index_in(values, pa.array(classes, values.type))
+    labels = np.asarray(pc.fill_null(values, -1), dtype=np.int64)
+    missing, last = int((labels < 0).sum()), int(labels.max())
+    if missing == len(labels):  # the hub's way to publish a test part without its labels
+        return None, None
+    if missing:
+        raise InputError(
+            f"{missing:,} of the {len(labels):,} rows of {url} have no label in column {column!r}: expected one for "
+            "each, or none; to read without labels add ?label=none"
+        )
+    if last > MOST_CLASSES:
+        raise InputError(f"column {column!r} of {url} has the label {last}, expected at most {MOST_CLASSES:,}")
+    if not feature.dtype.endswith("string"):
+        classes = getattr(feature, "names", None) or list(map(str, range(last + 1)))
+    return labels, tuple(classes)

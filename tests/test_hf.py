@@ -1,0 +1,198 @@
+"""Hugging Face datasets: Parquet files and saved data sets, their columns, labels and parts."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dino_xcit.data import UndecodableImage, open_parts, open_source
+from dino_xcit.errors import InputError
+
+IMAGES = [bytes([number]) * (number + 1) for number in range(6)]
+CLASSES = ("tench", "goldfish", "shark")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
+
+
+def hub_table(images: Sequence[bytes | None] = IMAGES, labels: Sequence[int] | None = (0, 1, 2, 0, 1, 2)) -> pa.Table:
+    """As the hub's files are: a structure of bytes and path, and numbers whose names are in the metadata."""
+    rows = [{"bytes": image, "path": f"folder/n{number}.JPEG"} for number, image in enumerate(images)]
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    columns = {"image": pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
+    if labels is not None:
+        columns["label"] = pa.array(labels, pa.int64())
+        features["label"] = {"_type": "ClassLabel", "names": CLASSES}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def write(folder: Path, **columns: Any) -> str:
+    """A Parquet file without the hub's metadata."""
+    pq.write_table(pa.table(columns), folder / "x.parquet")
+    return f"parquet:{folder}/x.parquet"
+
+
+def test_a_file_of_the_hub_is_read_with_its_names_labels_and_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        pq.write_table(hub_table(), tmp_path / f"train-{number}.parquet")
+    source = open_source(f"parquet:{tmp_path}/train-*.parquet")
+    copied = f"copying 2 files of {sum(p.stat().st_size for p in tmp_path.glob('*.parquet')) / 1e9:.2g} GB to Arrow in "
+    assert copied + str(tmp_path / "cache") in capsys.readouterr().out
+    assert [source.read(index) for index in (7, 0, -1)] == [(IMAGES[1], 1), (IMAGES[0], 0), (IMAGES[5], 2)]
+    assert source.classes == CLASSES
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 1, 2] * 4
+    assert [source.name(index) for index in (7, -1)] == ["00000007/n1.JPEG", "00000011/n5.JPEG"]
+    with pytest.raises(IndexError):
+        source.read(12)
+    again = pickle.loads(pickle.dumps(source))  # as a loader process gets it
+    assert again.read(3) == source.read(3)
+    assert again.fingerprint() == source.fingerprint() == open_source(source.url).fingerprint()
+    assert "copying" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", [
+    {"images": IMAGES[::-1]}, {"labels": (1, 1, 2, 0, 1, 2)}, {"images": [b"\1", *IMAGES[1:]]},
+])  # fmt: skip
+def test_the_fingerprint_follows_images_order_and_labels(tmp_path: Path, changed: dict[str, Any]) -> None:
+    found = []
+    for options in ({}, changed):
+        pq.write_table(hub_table(**options), tmp_path / "x.parquet")
+        found.append(open_source(f"parquet:{tmp_path}/x.parquet").fingerprint())
+    assert found[0] != found[1]
+
+
+def test_parts_are_found_by_the_names_of_a_folders_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for part, labels in (("train", (0,) * 6), ("validation", (1,) * 6), ("test", (-1,) * 6)):
+        pq.write_table(hub_table(labels=labels), tmp_path / "data" / f"{part}-00000-of-00001.parquet")
+    train, val = open_parts(f"parquet:{tmp_path}", None, None)
+    assert (train.read(0)[1], val.read(0)[1]) == (0, 1)
+    (tmp_path / "data" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(InputError, match="begins with train"):
+        open_source(f"parquet:{tmp_path}")
+
+
+@pytest.mark.parametrize("url", ["hf:{}", "hf:{}/val"])
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path, url: str) -> None:
+    pq.write_table(hub_table(), tmp_path / "x.parquet")
+    whole = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "hf"))
+    datasets.DatasetDict({"train": whole["train"], "test": whole["train"].select([4, 2])}).save_to_disk(tmp_path / "d")
+    source = open_source(url.format(tmp_path / "d"))
+    expected = [0, 1, 2, 3, 4, 5] if url == "hf:{}" else [4, 2]
+    assert [source.read(index)[0] for index in range(len(source))] == [IMAGES[index] for index in expected]
+    assert [len(part) for part in open_parts(f"hf:{tmp_path / 'd'}", None, None)] == [6, 2]
+    shutil.rmtree(tmp_path / "d" / "test")
+    (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(InputError, match="has the parts train, expected val or validation or test"):
+        open_source(f"hf:{tmp_path / 'd'}", "val")
+
+
+@pytest.mark.parametrize(("url", "asked"), [
+    ("hf:org/name", ("org/name",)), ("hf:org/name/config", ("org/name", "config")),
+    ("hf:org/name/train?label=none", ("org/name",)),
+])  # fmt: skip
+def test_a_name_of_the_hub_is_handed_to_the_library(
+    url: str, asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(hub_table(), tmp_path / "x.parquet")
+    found = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "hf"))
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: (calls.append(name), found)[1])
+    source = open_source(url)
+    assert calls == [asked]
+    assert source.url == f"hf:{'/'.join(asked)}/train"
+    assert (source.labels is None) == url.endswith("none")
+
+
+def test_images_are_undecoded_whatever_their_column(tmp_path: Path) -> None:
+    for column in (IMAGES, [{"bytes": image} for image in IMAGES]):
+        source = open_source(write(tmp_path, photo=column, species=list("bacbac")) + "?label=species")
+        assert (source.read(2), source.classes, source.name(2)) == ((IMAGES[2], 2), ("a", "b", "c"), "00000002")
+
+
+def test_a_row_without_an_image_is_unreadable_and_no_other(tmp_path: Path) -> None:
+    pq.write_table(hub_table([IMAGES[0], None, IMAGES[2]], None), tmp_path / "x.parquet")
+    source = open_source(f"parquet:{tmp_path}/x.parquet")
+    assert (source.read(0), source.read(2)) == ((IMAGES[0], None), (IMAGES[2], None))
+    with pytest.raises(UndecodableImage, match="the row holds no image"):
+        source.read(1)
+    assert source.fingerprint()
+
+
+TWO = {"jpg": IMAGES, "png": IMAGES}
+
+
+@pytest.mark.parametrize(("columns", "query", "words"), [
+    (TWO, "", "jpg and png may be the images"),
+    ({"a": IMAGES, "b": IMAGES}, "", "has no column of images"),
+    ({"label": [0] * 6}, "", "has no column of images"),
+    (TWO, "?image=jgp", "column 'jgp' .* holds no images; did you mean jpg"),
+    ({"jpg": IMAGES, "label": [0] * 6, "target": [0] * 6}, "", "label and target may be the labels .*label=none"),
+    ({"jpg": IMAGES, "label": [0.5] * 6}, "?label=label", "column 'label' .* holds no labels"),
+    ({"jpg": IMAGES, "label": [0, 1, None, 1, 0, 1]}, "", "1 of the 6 rows .* have no label in column 'label'"),
+    ({"jpg": IMAGES, "label": ["a", None, "b"] * 2}, "", "2 of the 6 rows .* have no label"),
+    ({"jpg": IMAGES, "label": [0, 10**9] * 3}, "", "has the label 1000000000, expected at most 1,000,000"),
+])  # fmt: skip
+def test_what_is_unclear_is_refused_by_name(tmp_path: Path, columns: dict[str, Any], query: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        open_source(write(tmp_path, **columns) + query)
+
+
+@pytest.mark.parametrize("labels", [None, (-1,) * 6])
+def test_there_may_be_no_labels(tmp_path: Path, labels: tuple[int, ...] | None) -> None:
+    pq.write_table(hub_table(labels=labels), tmp_path / "x.parquet")
+    source = open_source(f"parquet:{tmp_path}/x.parquet")
+    assert source.labels is source.classes is source.read(0)[1] is None
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    pq.write_table(hub_table(), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
+    pq.write_table(pa.table({"other": [1]}), tmp_path / "c.parquet")
+    for pattern in ("b.parquet", "{a,c}.parquet"):
+        with pytest.raises(InputError, match=r"cannot read parquet:.*; expected Parquet files of one data set"):
+            open_source(f"parquet:{tmp_path}/{pattern}")
+    with pytest.raises(InputError, match="there is no file"):
+        open_source(f"parquet:{tmp_path}/d.parquet")
+    with pytest.raises(InputError, match="cannot read hf:nobody/nothing"):
+        open_source("hf:nobody/nothing")
+
+
+def test_a_copy_for_which_there_is_no_room_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(hub_table(), tmp_path / "x.parquet")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(InputError, match=r"0\.0 GB free: set DINO_XCIT_CACHE to a folder on a larger disk"):
+        open_source(f"parquet:{tmp_path}/x.parquet")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_a_remote_file_is_downloaded_once_and_anew_when_it_changed(tmp_path: Path) -> None:
+    far = fsspec.filesystem("memory")
+    for images in (IMAGES, IMAGES[::-1]):
+        pq.write_table(hub_table(images), tmp_path / "x.parquet")
+        far.pipe_file("/hf/x.parquet", (tmp_path / "x.parquet").read_bytes())
+        assert open_source("parquet:memory://hf/x.parquet").read(0)[0] == images[0]
+
+
+def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'dino-xcit\[hf\]'"):
+        open_source(f"parquet:{tmp_path}/x.parquet")
