@@ -1,15 +1,12 @@
-"""The one place where files that others wrote are opened: checkpoints, and ground truths that come as pickles.
+"""The one place where files that others wrote are opened: checkpoints, and retrieval ground truths that are pickles.
 
-Nothing in a file is executed, and what reading it costs is bounded by its length. A checkpoint is looked at three
-times: its container (no compression, no two entries in one place), then its pickle, replayed without making anything
-(names, shapes, and the length of every storage against the bytes that are there), and, once PyTorch has read it with
-``weights_only=True``, the content itself.
+Nothing in a file is executed. PyTorch reads checkpoints with ``weights_only=True``, after their container was checked
+(PyTorch's reader and Python's may see different entries in a crafted archive), and the content is checked after it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import re
 import stat
@@ -17,7 +14,7 @@ import struct
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,17 +24,23 @@ import torch
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.pickle_names import ALLOWED, GROUND_TRUTH_NAMES, NAMES, Storages, check_shape
-from dino_xcit.pickle_replay import RefusedError, Replay
 
-PICKLE_LIMIT = 16 * 2**20
-"""Bytes of a checkpoint's pickle, which holds names and shapes; some 200 a tensor."""
+HEADER_LIMIT = 16 * 2**20
+"""Bytes of a checkpoint's pickle or a safetensors header, which hold names and shapes; some 200 a tensor."""
 GROUND_TRUTH_LIMIT = 64 * 2**20
 ENTRY_LIMIT = 50_000
 """Entries of a checkpoint's archive, one a tensor."""
 DEPTH_LIMIT = 100
 GIT_LFS_NOTE = b"version https://git-lfs"
 """How the notes begin (git-lfs, docs/spec.md) that a clone without git-lfs has in place of files."""
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+"""Magic number and version, pickled, with which the format before PyTorch 1.6 starts."""
+_ENTRY = re.compile(r"data\.pkl|data/[0-9]{1,9}|version|byteorder|\.data/serialization_id|\.[a-z_]+")
+
+
+class RefusedError(Exception):
+    """A clause on what makes a file unsafe or unreadable."""
+
 
 UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError,
@@ -54,23 +57,24 @@ def why_unreadable(error: Exception) -> str:
         return error.strerror
     unsafe = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and unsafe:
-        return f"it holds {unsafe[1]}, and reading that could run a program"
+        shown = "".join(letter if letter.isprintable() else "?" for letter in unsafe[1][:80])
+        return f"it holds {shown}, and reading that could run a program"
     return "it is damaged, cut short, or of another kind"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU.
+    """A checkpoint's content, on the CPU: containers, tensors, numbers, text, and ``argparse.Namespace``.
 
     Raises:
         InputError: no such file, a folder, or a file that is damaged, unsafe or no checkpoint.
     """
     with _refusing(path, "checkpoint"), _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = path.stat().st_size
         _check_container(file, size)
         file.seek(0)
-        with torch.serialization.safe_globals(ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED):
             content = torch.load(file, map_location="cpu", weights_only=True)
-        check_content(content, room=4 * size + 2**24)
+        check_content(content, room=4 * size + 2**24, stored=size)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary of tensors)")
     return content
@@ -79,23 +83,22 @@ def read(path: Path) -> dict[str, Any]:
 def read_ground_truth(path: Path) -> object:
     """A pickle of dictionaries, lists, text, numbers and arrays of numbers, as retrieval ground truths are published.
 
-    Protocols 0 to 4 are read, Python 2's files too (their text as Latin 1). Arrays come back read-only.
+    Python 2's files too, with their text as Latin 1.
 
     Raises:
         InputError: no such file, a folder, or a file that is damaged, or holds anything else.
     """
     with _refusing(path, "ground truth"), _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = path.stat().st_size
         if size > GROUND_TRUTH_LIMIT:
             raise RefusedError(f"it is longer than {GROUND_TRUTH_LIMIT >> 20} MiB")
-        content = Replay(file.read(size), GROUND_TRUTH_NAMES, protocols=4, text="latin1").run()
+        content = _GroundTruth(file, encoding="latin1").load()
         check_content(content, room=4 * size + 2**24)
     return content
 
 
 @contextmanager
 def _refusing(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever reading a file raises into one sentence."""
     try:
         yield
     except FileNotFoundError:
@@ -107,26 +110,24 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    # A pipe or a device is refused before it is opened: opening the one waits, and reading the other has no end.
+    # Opening a pipe waits, and reading a device has no end.
     if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
         raise RefusedError("it is a pipe or a device")
     return open(path, "rb")
 
 
-# ---- before PyTorch reads a checkpoint: its container
+# ---- containers
 
 
 def _check_container(file: BinaryIO, size: int) -> None:
     start = file.read(512)
     if start[:4] == b"PK\x03\x04":
         _check_archive(file, size)
-    elif start.startswith(_LEGACY_START):
-        _check_legacy(file, size)
     elif start.startswith(GIT_LFS_NOTE):
         raise RefusedError("it is git-lfs's note of where the file is; fetch the file itself with git lfs pull")
-    elif _is_tar(start):
+    elif _is_tar(start):  # PyTorch would try this before the format of 0.4 to 1.5
         raise RefusedError("it is a tar archive, which only PyTorch before 0.4 wrote")
-    else:
+    elif not start.startswith(_LEGACY_START):
         raise RefusedError("it is damaged, cut short, or of another kind")
 
 
@@ -138,187 +139,145 @@ def _is_tar(start: bytes) -> bool:
     return True
 
 
-_SMALL_ENTRY = 2**16
-_ENTRY = re.compile(r"data\.pkl|data/[0-9]{1,9}|version|byteorder|\.data/serialization_id|\.[a-z_]+")
-
-
 def _check_archive(file: BinaryIO, size: int) -> None:
-    """The zip archives of PyTorch 1.6 and later: every byte that is claimed is there, and is claimed once."""
-    directory = _directory_start(file, size)
+    """The zip archives of PyTorch 1.6 and later: plain entries, each in its own bytes of the file."""
+    end_record = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end_record is None or end_record[4] > ENTRY_LIMIT or end_record[5] > HEADER_LIMIT:
+        raise RefusedError("its archive is cut short, or has too many entries")
     with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if any(re.search(r"/(constants\.pkl|code/)", entry.filename) for entry in entries):
-            raise RefusedError("it is a TorchScript archive, which holds a program")
-        lengths = {_plain_entry(entry, entries[0]): entry.file_size for entry in entries}
-        if len(lengths) < len(entries):
-            raise RefusedError("two entries of its archive have one name")
-        ordered = sorted(entries, key=lambda entry: entry.header_offset)
-        for entry, following in zip(ordered, [info.header_offset for info in ordered[1:]] + [directory], strict=True):
-            # 30 bytes come before the name; what else may come before and after the data only makes it longer.
-            if entry.header_offset + 30 + len(entry.filename.encode()) + entry.file_size > following:
-                raise RefusedError("entries of its archive overlap, or claim more bytes than the file has")
-        for name, length in lengths.items():
-            if length > (PICKLE_LIMIT if name == "data.pkl" else _SMALL_ENTRY) and not name.startswith("data/"):
-                raise RefusedError(f"{name} in its archive is {length} bytes long")
-        data = archive.read(archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl"))
-    Replay(data, NAMES, persistent=Storages({key[5:]: n for key, n in lengths.items() if key[:5] == "data/"})).run()
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        end = archive.start_dir
+        comment = archive.comment
+    names = [entry.filename.partition("/")[2] for entry in entries]
+    if any(re.match(r"constants\.pkl|code/", name) for name in names):
+        raise RefusedError("it is a TorchScript archive, which holds a program")
+    if len(set(names)) < len(names) or "data.pkl" not in names or comment:
+        raise RefusedError("its archive repeats a name, or lacks data.pkl")
+    folder = entries[0].filename.partition("/")[0]
+    for entry, name, following in zip(entries, names, [e.header_offset for e in entries[1:]] + [end], strict=True):
+        if entry.filename != entry.orig_filename or entry.filename != f"{folder}/{name}" or not _ENTRY.fullmatch(name):
+            shown = "".join(letter if letter.isprintable() else "?" for letter in entry.filename[:80])
+            raise RefusedError(f"its archive holds {shown}, which no checkpoint has")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise RefusedError(f"{name} in its archive is compressed")
+        if entry.header_offset + 30 + len(entry.filename) + entry.file_size > following:
+            raise RefusedError("entries of its archive overlap, or claim more bytes than the file has")
+        if name == "data.pkl" and entry.file_size > HEADER_LIMIT:
+            raise RefusedError(f"data.pkl in its archive is {entry.file_size} bytes long")
 
 
-def _directory_start(file: BinaryIO, size: int) -> int:
-    """Where the archive's directory starts. It is at the end, in the one place where every reader looks for it."""
-    file.seek(max(0, size - 98))
-    tail = file.read(98)
-    numbers = struct.unpack("<4s4H2IH", tail[-22:])
-    entries, length, start = numbers[4:7]
-    end = size - 22
-    if numbers[0] != b"PK\x05\x06" or numbers[1:3] != (0, 0) or numbers[3] != entries or numbers[7]:
-        raise RefusedError("it is damaged, cut short, or of another kind")
-    if tail[-42:-38] == b"PK\x06\x07":  # the directory of a long archive has a second entry, with wider numbers
-        end = size - 98
-        wide = struct.unpack("<4sQ2H2I4Q4sIQI", tail[:-22])
-        if (wide[0], wide[1], wide[4:6], wide[10:]) != (b"PK\x06\x06", 44, (0, 0), (b"PK\x06\x07", 0, end, 1)):
-            raise RefusedError("it is damaged, cut short, or of another kind")
-        narrow = ((entries, wide[7], 0xFFFF), (length, wide[8], 0xFFFFFFFF), (start, wide[9], 0xFFFFFFFF))
-        if wide[6] != wide[7] or any(short not in (long, unknown) for short, long, unknown in narrow):
-            raise RefusedError("its archive has two directories that differ")
-        entries, length, start = wide[7:10]
-    if start + length != end:
-        raise RefusedError("it is damaged, cut short, or of another kind")
-    if entries > ENTRY_LIMIT or length > PICKLE_LIMIT:
-        raise RefusedError(f"its archive has {entries} entries")
-    return int(start)
+# ---- names that files may refer to
 
 
-def _plain_entry(entry: zipfile.ZipInfo, first: zipfile.ZipInfo) -> str:
-    """The entry's name below the archive's one folder, if it is one that ``torch.save`` writes, and not compressed."""
-    folder, _, name = entry.filename.partition("/")
-    shown = "".join(letter if letter.isprintable() else "?" for letter in entry.filename[:80])
-    known = _ENTRY.fullmatch(name) and folder == first.filename.partition("/")[0]
-    if not known or entry.filename != entry.orig_filename:
-        raise RefusedError(f"its archive holds {shown}, which no checkpoint has")
-    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 0x61:
-        raise RefusedError(
-            f"{shown} in its archive is compressed (to {entry.compress_size} of {entry.file_size} bytes)"
-        )
-    extra = entry.extra  # nothing, or one field with numbers of 64 bits: of two fields, readers choose differently
-    if extra and (extra[:2] != b"\x01\x00" or struct.unpack("<H", extra[2:4])[0] != len(extra) - 4):
-        raise RefusedError(f"{shown} in its archive has fields that torch.save does not write")
-    return name
+class _Dtype:
+    """Stands in for ``numpy.dtype`` in checkpoints, for numbers alone."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|f16|c8|c16", code):
+            raise RefusedError("it holds a NumPy type that is no number")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
-"""The two pickled numbers, mark and version, that the format before PyTorch 1.6 starts with."""
+def _scalar(dtype: _Dtype, data: bytes | str) -> object:
+    """``numpy.core.multiarray.scalar``: the learning rates of DINO's optimizers."""
+    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.dtype)[0]
 
 
-def _check_legacy(file: BinaryIO, size: int) -> None:
-    """The format before PyTorch 1.6: pickles, and then each storage, with its length before it."""
-    file.seek(0)
-    data = file.read(PICKLE_LIMIT)
-    if _is_tar(data[:512]):  # both at once: PyTorch would try the tar archive first
-        raise RefusedError("it is a tar archive, which only PyTorch before 0.4 wrote")
-    about = Replay(data, {}, start=len(_LEGACY_START))
-    about.run()
-    storages = Storages(None)
-    content = Replay(data, NAMES, start=about.position, persistent=storages)
-    content.run()
-    order = Replay(data, {}, start=content.position)
-    keys = order.run()
-    # What is claimed and not listed would stay memory that nothing was written to.
-    if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(storages.claimed):
-        raise RefusedError("its list of storages does not fit its tensors")
-    place = order.position
-    for key in keys:
-        kind, count = storages.claimed[key]
-        file.seek(place)
-        place += 8 + kind * count
-        if place > size or struct.unpack("<q", file.read(8))[0] != count:
-            raise RefusedError("its tensors claim more bytes than the file has")
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_ALLOWED: list[Any] = [argparse.Namespace, (_Dtype, "numpy.dtype"), *((_scalar, f"{name}.scalar") for name in _NUMPY)]
 
 
-# ---- after it is read
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise RefusedError("it holds text in an encoding that is not read here")
+    return text.encode("latin1")
 
 
-def check_content(content: object, room: int) -> None:
+_FROM_NUMPY: dict[str, Callable[..., Any]] = {
+    "_reconstruct": lambda *_: np.ndarray(0, np.int8),  # filled in by the array's own state
+    "scalar": lambda dtype, data: np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype)[0],
+}
+
+
+class _GroundTruth(pickle.Unpickler):
+    """Python's unpickler with a closed list of names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed: dict[str, Any] = {
+            "collections.OrderedDict": OrderedDict, "_codecs.encode": _encode, "numpy.dtype": np.dtype,
+            "numpy.ndarray": np.ndarray,
+            **{f"{path}.{key}": make for path in _NUMPY for key, make in _FROM_NUMPY.items()},
+            **{f"{path}.set": set for path in ("builtins", "__builtin__")},
+            **{f"{path}.bytes": lambda: b"" for path in ("builtins", "__builtin__")},
+        }  # fmt: skip
+        if f"{module}.{name}" not in allowed:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return allowed[f"{module}.{name}"]
+
+
+# ---- content
+
+_PLAIN = (int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device)
+
+
+def check_content(content: object, room: int, stored: int = 0) -> None:
     """Refuse what is not plain, and what would take more than ``room`` bytes were every reference to it a copy.
 
+    ``stored``: bytes that all tensors' storages may have together. One that the file does not fill would show whatever
+    the memory held.
+
     Raises:
-        RefusedError: a value of another kind, one that holds itself, one nested too deep, or one too large.
+        RefusedError: a value of another kind, one nested too deep or within itself, or one too large.
     """
-    sizes: dict[int, int] = {}  # of what is done; its values stay alive as long as the content does
-    path: list[tuple[int, Iterator[object]]] = []
-    totals: list[int] = [0]
-    on_path: set[int] = set()
-    pending: Iterator[object] = iter((content,))
-    while True:
-        value = next(pending, _END)
-        if value is _END:
-            if not path:
-                return
-            done, pending = path.pop()
-            on_path.discard(done)
-            sizes[done] = totals.pop()
-            totals[-1] += sizes[done]
-        elif (inner := _inside(value)) is None:
-            totals[-1] += _leaf_size(value)
-        elif id(value) in on_path:
-            raise RefusedError("it holds a value that holds itself")
-        elif id(value) in sizes:
-            totals[-1] += sizes[id(value)]
-        else:
-            if len(path) >= DEPTH_LIMIT:
-                raise RefusedError(f"it is nested more than {DEPTH_LIMIT} deep")
-            path.append((id(value), pending))
-            on_path.add(id(value))
-            totals.append(1)
-            pending = inner
-        if totals[-1] > room:
-            raise RefusedError("it would unfold to far more than the file: a value in it is repeated over and over")
+    sizes: dict[int, int] = {}
+    if _size(content, sizes, 0, room) > room:
+        raise RefusedError("it would unfold to far more than the file: a value in it is repeated over and over")
+    if stored and sum(size for place, size in sizes.items() if place < 0) > stored:
+        raise RefusedError("its tensors claim more bytes than the file has")
 
 
-_END = object()
+def _size(value: object, sizes: dict[int, int], depth: int, room: int) -> int:
+    """Bytes of a value. ``sizes`` has those of containers, by id, and of storages, by their negative address."""
+    if depth > DEPTH_LIMIT:
+        raise RefusedError(f"it is nested more than {DEPTH_LIMIT} deep, or holds itself")
+    if id(value) in sizes:
+        return sizes[id(value)]
+    if type(value) is argparse.Namespace or (type(value) is OrderedDict and vars(value)):
+        inner: Any = (*vars(value).items(), *(value.items() if type(value) is OrderedDict else ()))  # type: ignore[union-attr]
+    elif type(value) in (dict, OrderedDict):
+        inner = value.items()  # type: ignore[attr-defined]
+    elif type(value) in (list, tuple, set):
+        inner = value
+    else:
+        if isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu":
+            storage = value.untyped_storage()
+            sizes[-storage.data_ptr()] = storage.nbytes()
+        return _leaf_size(value)
+    total = 1
+    for one in inner:
+        total += _size(one, sizes, depth + 1, room)
+        if total > room:
+            break
+    sizes[id(value)] = total
+    return total
 
 
-def _inside(value: object) -> Iterator[object] | None:
-    """What a container holds, or None for anything else. Attributes count as well."""
-    if type(value) is dict:
-        return _of_both(value)
-    if type(value) is OrderedDict:
-        return _of_both(value | vars(value)) if vars(value) else _of_both(value)
-    if type(value) in (list, tuple, set):
-        return iter(value)  # type: ignore[call-overload]
-    if type(value) is argparse.Namespace:
-        return _of_both(vars(value))
-    return None
-
-
-def _of_both(items: dict[Any, Any]) -> Iterator[object]:
-    for key, value in items.items():
-        yield key
-        yield value
-
-
-_PLAIN = (int, float, bool, type(None), torch.Size, torch.dtype, torch.device)
-
-
-def _leaf_size(value: object) -> int:
+def _leaf_size(value: Any) -> int:
     if isinstance(value, str | bytes):
         return 1 + len(value)
     if type(value) in (Tensor, torch.nn.Parameter):
-        return _tensor_size(value)
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized or vars(value):
+            raise RefusedError("it holds a tensor that is sparse, quantized, without data, or has attributes")
+        if value.numel() > value.untyped_storage().nbytes() // value.element_size():
+            raise RefusedError(f"a tensor claims {value.numel()} elements, its storage has fewer")
+        return 1 + int(value.nbytes)
     if type(value) is np.ndarray and value.dtype.kind in "biufc":
         return 1 + value.nbytes
     if type(value) in _PLAIN or (isinstance(value, np.generic) and value.dtype.kind in "biufc"):
         return 1
-    kind = type(value).__name__
-    raise RefusedError(f"it holds a {kind} as a value, and only tensors, numbers, text and their containers are read")
-
-
-def _tensor_size(tensor: Any) -> int:
-    """Bytes of a tensor, if it is one that the replay let through."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise RefusedError("it holds a tensor that is sparse, quantized, or without data")
-    if vars(tensor) or tensor._backward_hooks:
-        raise RefusedError("it holds a tensor with attributes")
-    held = tensor.untyped_storage().nbytes() // tensor.element_size()
-    check_shape(held, tensor.storage_offset(), tensor.shape, tensor.stride())
-    return 1 + int(tensor.nbytes)
+    raise RefusedError(
+        f"it holds a {type(value).__name__}, and only tensors, numbers, text and their containers are read"
+    )

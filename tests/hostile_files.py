@@ -253,12 +253,6 @@ def billion_laughs(path: Path, canary: Path) -> None:
 
 
 @other
-def billion_laughs_as_a_key(path: Path, canary: Path) -> None:
-    """Python hashes a tuple anew for every place it is in."""
-    archive(path, b"})" + b"q\x00h\x00\x86" * 40 + b"Ns")
-
-
-@other
 def billion_laughs_in_the_list_of_storages(path: Path, canary: Path) -> None:
     old_format(path, HONEST.replace(b"tQ", b"NtQ"), b"]]" + LAUGHS + b"a", b"")
 
@@ -271,12 +265,6 @@ def list_that_holds_itself(path: Path, canary: Path) -> None:
 @other
 def lists_a_hundred_thousand_deep(path: Path, canary: Path) -> None:
     archive(path, dictionary(args=b"]" * 100_000 + b"a" * 99_999))
-
-
-@other
-def keys_of_one_hash(path: Path, canary: Path) -> None:
-    same = b"".join(number(place * (2**61 - 1)) + b"N" for place in range(1, 100_000))
-    archive(path, dictionary(args=b"}(" + same + b"u"))
 
 
 @other
@@ -300,18 +288,6 @@ def number_type_of_numpys_with_a_false_state(path: Path, canary: Path) -> None:
 
 
 @other
-def bytes_made_by_a_call(path: Path, canary: Path) -> None:
-    archive(path, dictionary(epoch=called(named("__builtin__", "bytearray"), number(1_000_000_000))))
-
-
-@other
-def bytes_that_double(path: Path, canary: Path) -> None:
-    encode = named("_codecs", "encode") + b"q\x00" + text("x" * 1000) + text("latin1") + b"\x86Rq\x01"
-    double = b"h\x00h\x01" + text("hex") + b"\x86Rq\x01"
-    archive(path, dictionary(epoch=b"(" + encode + double * 20 + b"t"))
-
-
-@other
 def tensor_made_by_a_call(path: Path, canary: Path) -> None:
     archive(path, dictionary(weight=called(named("torch", "FloatTensor"), number(10**12))))
 
@@ -319,11 +295,6 @@ def tensor_made_by_a_call(path: Path, canary: Path) -> None:
 @other
 def text_of_four_gigabytes(path: Path, canary: Path) -> None:
     archive(path, dictionary(epoch=b"X" + struct.pack("<I", 2**32 - 1)))
-
-
-@other
-def ten_million_instructions(path: Path, canary: Path) -> None:
-    archive(path, dictionary(args=b"(" + b"N" * 10_000_000 + b"t"))
 
 
 # ---- whose backbone would not fit into the memory

@@ -50,11 +50,6 @@ def laughing_lists(path: Path, canary: Path) -> None:
 
 
 @ground_truth
-def laughing_key(path: Path, canary: Path) -> None:
-    path.write_bytes(pickled(b"})" + b"q\x00h\x00\x86" * 40 + b"Ns"))
-
-
-@ground_truth
 def text_longer_than_the_file(path: Path, canary: Path) -> None:
     path.write_bytes(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"abc.")
 

@@ -163,7 +163,7 @@ def test_there_may_be_no_labels(tmp_path: Path, labels: tuple[int, ...] | None) 
     assert source.labels is source.classes is source.read(0)[1] is None
 
 
-def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(hub_table(), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
     pq.write_table(pa.table({"other": [1]}), tmp_path / "c.parquet")
@@ -172,7 +172,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             open_source(f"parquet:{tmp_path}/{pattern}")
     with pytest.raises(InputError, match="there is no file"):
         open_source(f"parquet:{tmp_path}/d.parquet")
-    with pytest.raises(InputError, match="cannot read hf:nobody/nothing"):
+
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(InputError, match=r"cannot read hf:nobody/nothing: Couldn't reach .*; check the name"):
         open_source("hf:nobody/nothing")
 
 

@@ -24,7 +24,7 @@ from test_weights import fresh_state, full_dino_file, same
 
 from dino_xcit import safe_load
 from dino_xcit.errors import InputError
-from dino_xcit.pickle_replay import RefusedError
+from dino_xcit.safe_load import RefusedError
 from dino_xcit.weights import load_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -97,22 +97,6 @@ def test_a_hostile_ground_truth_is_refused_at_once_and_nothing_runs(tmp_path: Pa
     if name.startswith("program") or name.endswith("that_run"):
         ask("unpickling", path)
         assert canary.exists()
-
-
-def test_a_note_at_a_high_place_costs_nothing(tmp_path: Path, ask: Ask) -> None:
-    """Python's own unpickler makes a table of that many places."""
-    (tmp_path / "gnd.pkl").write_bytes(b"\x80\x02]r" + (2**26).to_bytes(4, "little") + b".")
-    assert safe_load.read_ground_truth(tmp_path / "gnd.pkl") == []
-    assert ask("read_ground_truth", tmp_path / "gnd.pkl")["megabytes"] < 50
-    taken = ask("unpickling", tmp_path / "gnd.pkl")
-    assert taken["seconds"] > SECONDS or taken["megabytes"] > MEGABYTES
-
-
-@pytest.mark.parametrize("name", ["bytes_made_by_a_call", "billion_laughs_as_a_key"])
-def test_time_and_memory_are_seen_where_a_file_takes_them(tmp_path: Path, ask: Ask, name: str) -> None:
-    OTHERS[name](tmp_path / "hostile.pth", tmp_path / "ran")
-    taken = ask("weights only", tmp_path / "hostile.pth")
-    assert taken["seconds"] > SECONDS or taken["megabytes"] > MEGABYTES
 
 
 @pytest.mark.parametrize("reader", [safe_load.read, safe_load.read_ground_truth, load_backbone])
@@ -301,7 +285,6 @@ def test_honest_ground_truths_read_in_every_protocol(tmp_path: Path, protocol: i
     for name, value in there.items():
         assert np.array_equal(here[name], value) if isinstance(value, np.ndarray) else here[name] == value
         assert type(here[name]) is type(value)
-    assert here["junk"].dtype == np.dtype(">f4")
 
 
 def test_a_ground_truth_of_python_2_reads_with_its_text_as_latin_1(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dino_xcit.errors import InputError, one_line
-from dino_xcit.safe_load import ENTRY_LIMIT, GIT_LFS_NOTE, PICKLE_LIMIT
+from dino_xcit.safe_load import ENTRY_LIMIT, GIT_LFS_NOTE, HEADER_LIMIT
 from dino_xcit.weights.printing import shown
 
-HEADER_LIMIT = PICKLE_LIMIT
+HEADER_LIMIT = HEADER_LIMIT
 """Bytes of the header, which holds what a checkpoint's pickle holds: names and shapes."""
 
 _TYPES = {
