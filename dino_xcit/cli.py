@@ -141,7 +141,7 @@ def read_yaml(path: str, config: type) -> Flags:
         text = Path(path).read_text(encoding="utf-8")
         values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
-        raise InputError(f"cannot read the config file {path}: {error.strerror}") from error
+        raise InputError(f"cannot read the config file {path}: {error.strerror}; check --config") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the config file {path} is no text: expected YAML, a line 'name: value' a setting") from error
     except yaml.YAMLError as error:

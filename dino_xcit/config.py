@@ -248,7 +248,10 @@ class PretrainConfig:
         if self.seed >= 1 << 63:  # as PyTorch's generators take it
             raise InputError(f"seed is {self.seed}, expected less than 2^63, such as 0")
         if self.method == "simdino" and (self.koleo_weight or self.centering != "centering"):
-            raise InputError("method is simdino, which has neither koleo_weight nor centering: leave both out")
+            raise InputError(
+                f"koleo_weight is {self.koleo_weight:g} and centering is {self.centering}, but method is simdino, "
+                "which has neither: expected 0 and centering"
+            )
         if self.koleo_weight > 0 and self.batch_size_per_gpu < 2:
             raise InputError(
                 "koleo_weight needs other images to compare with: batch_size_per_gpu is 1, expected 2 or more"

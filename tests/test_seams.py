@@ -256,7 +256,8 @@ def test_the_checkpoint_of_a_method_without_student_and_teacher_is_read(tmp_path
 # ---- recipe
 
 
-def test_a_recipe(tmp_path: Path) -> None:
+def test_a_recipe(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: recipes.RECIPES.pop("tiny", None))  # other tests go through all recipes
     settings: dict[str, object] = {"koleo_weight": 0.5}
     recipes.register(Recipe("tiny", "a test", "--recipe tiny", "not measured", settings))
     config, first_line = parse_pretrain(["--recipe", "tiny", "--data-path", "sample:fashion-mnist"])
