@@ -297,6 +297,45 @@ def text_of_four_gigabytes(path: Path, canary: Path) -> None:
     archive(path, dictionary(epoch=b"X" + struct.pack("<I", 2**32 - 1)))
 
 
+# ---- whose time or memory only a pickle interpreter could bound
+
+UNBOUNDED: dict[str, Maker] = {}
+
+
+def unbounded(maker: Maker) -> Maker:
+    UNBOUNDED[maker.__name__] = maker
+    return maker
+
+
+@unbounded
+def billion_laughs_as_a_key(path: Path, canary: Path) -> None:
+    """Python hashes a tuple anew for every place it is in."""
+    archive(path, b"})" + b"q\x00h\x00\x86" * 40 + b"Ns")
+
+
+@unbounded
+def keys_of_one_hash(path: Path, canary: Path) -> None:
+    same = b"".join(number(place * (2**61 - 1)) + b"N" for place in range(1, 100_000))
+    archive(path, dictionary(args=b"}(" + same + b"u"))
+
+
+@unbounded
+def bytes_made_by_a_call(path: Path, canary: Path) -> None:
+    archive(path, dictionary(epoch=called(named("__builtin__", "bytearray"), number(1_000_000_000))))
+
+
+@unbounded
+def bytes_that_double(path: Path, canary: Path) -> None:
+    encode = named("_codecs", "encode") + b"q\x00" + text("x" * 1000) + text("latin1") + b"\x86Rq\x01"
+    double = b"h\x00h\x01" + text("hex") + b"\x86Rq\x01"
+    archive(path, dictionary(epoch=b"(" + encode + double * 20 + b"t"))
+
+
+@unbounded
+def ten_million_instructions(path: Path, canary: Path) -> None:
+    archive(path, dictionary(args=b"(" + b"N" * 10_000_000 + b"t"))
+
+
 # ---- whose backbone would not fit into the memory
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile_files import LARGE, OTHERS, PROGRAMS
+from hostile_files import LARGE, OTHERS, PROGRAMS, UNBOUNDED
 from hostile_ground_truths import GROUND_TRUTHS
 from hostile_parts import Maker
 from test_weights import fresh_state, full_dino_file, same
@@ -68,6 +69,15 @@ def test_a_hostile_checkpoint_is_refused_at_once_and_nothing_runs(tmp_path: Path
     maker(path, canary)
     for reader in ("read", "load_backbone"):
         assert_refused(ask(reader, path), path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("maker", UNBOUNDED.values(), ids=UNBOUNDED)
+def test_a_checkpoint_that_takes_time_or_memory_never_reads(tmp_path: Path, ask: Ask, maker: Maker) -> None:
+    """It is refused, or ended here by the limit of the process that reads it."""
+    path, canary = tmp_path / "hostile.pth", tmp_path / "ran"
+    maker(path, canary)
+    assert ask("read", path)["error"] in ("InputError", f"ended with {-signal.SIGPROF}")
     assert not canary.exists()
 
 
