@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from dino_xcit.data import Source, decode, open_source
-from dino_xcit.data.files import is_remote
+from dino_xcit.data.storage import is_remote
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log

@@ -23,7 +23,7 @@ import faiss
 import numpy as np
 
 from dino_xcit.data import Source
-from dino_xcit.data.worker import usable_cores
+from dino_xcit.data.workers import usable_cores
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.accuracy import bootstrap_interval, correct

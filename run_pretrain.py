@@ -26,8 +26,9 @@ from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.load_monitor import DataLoadMonitor
-from dino_xcit.data.loader import StepSampler, build_loader, check_augment_device, choose_workers
+from dino_xcit.data.loader import StepSampler, build_loader, check_augment_device
 from dino_xcit.data.source import identity
+from dino_xcit.data.workers import choose_workers
 from dino_xcit.init_weights import initialise
 from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.observers import Evaluator, Observer, Observers, evaluate

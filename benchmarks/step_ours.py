@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import open_source
-from dino_xcit.data.loader import Batch, Loader, StepSampler, build_loader, choose_workers
+from dino_xcit.data.loader import Batch, Loader, StepSampler, build_loader
+from dino_xcit.data.workers import choose_workers
 from dino_xcit.optim import Schedules
 from dino_xcit.train import build_state, train_step
 

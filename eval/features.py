@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data import Source, UndecodableImage, decode
-from dino_xcit.data.loader import choose_workers
 from dino_xcit.data.source import hash_lines
-from dino_xcit.data.worker import worker_init
+from dino_xcit.data.workers import choose_workers, worker_init
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar

@@ -9,7 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from bad_images import encoded, photograph, write_corpus
 from eval_fixtures import image_tree
@@ -17,17 +16,16 @@ from ranks import Server
 from tiny_run import tiny_source
 
 from dino_xcit.data import open_source
-from dino_xcit.data.check import Report, Seen, check, main
+from dino_xcit.data.check import check, main
 from dino_xcit.errors import InputError
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_exactly_the_broken_files_are_reported_whoever_looks(tmp_path: Path, workers: int) -> None:
     _, bad = write_corpus(tmp_path, good=140, seed=3)
-    report, seen = check(open_source(str(tmp_path)), workers)
+    report = check(open_source(str(tmp_path)), workers)
     assert {Path(name) for name, _ in report.broken} == set(bad)
     assert all(cause for _, cause in report.broken)
-    assert len(seen) == 140 + len(bad)
     assert report.images == 140 + len(bad)
 
 
@@ -38,7 +36,7 @@ def test_duplicates_sizes_and_classes_are_counted(tmp_path: Path) -> None:
     shutil.copy(original, first / "zz copy.png")
     shutil.copy(original, second / "zz elsewhere.png")
     source = open_source(str(tree))
-    report, _ = check(source, 0)
+    report = check(source, 0)
     assert report.broken == []
     assert report.classes == {name: len(list((tree / name).iterdir())) for name in report.classes}
     (group,) = [group for group in report.duplicates if str(original) in group]
@@ -47,7 +45,8 @@ def test_duplicates_sizes_and_classes_are_counted(tmp_path: Path) -> None:
     smallest, largest = report.sides["smallest"], report.sides["largest"]
     assert 0 < smallest[0] <= report.sides["median"][0] <= largest[0]
     extra = sum(len(group) - 1 for group in report.duplicates)
-    assert any(line.startswith(f"{extra} are copies of others, byte for byte, ") for line in report.lines())
+    assert any(line.startswith(f"{extra} copies of other images, byte for byte, ") for line in report.lines())
+    assert any(line.startswith(f"{len(report.classes)} classes of ") for line in report.lines())
 
 
 def test_more_processes_than_anybody_means_are_refused() -> None:
@@ -56,19 +55,9 @@ def test_more_processes_than_anybody_means_are_refused() -> None:
 
 
 def test_sources_that_hold_pixels_are_checked_too() -> None:
-    report, _ = check(tiny_source(10), 0)
+    report = check(tiny_source(10), 0)
     assert (report.broken, report.duplicates) == ([], [])
     assert report.sides["median"] == (28, 28)
-
-
-@pytest.mark.parametrize(
-    ("classes", "words"),
-    [({"a": 3, "b": 3}, "2 classes of 3 images each"), ({"a": 3, "b": 5}, "2 classes of 3 (a) to 5 (b) images")],
-)
-def test_classes_are_told_by_their_sizes(classes: dict[str, int], words: str) -> None:
-    lines = list(Report("x", 8, classes=classes, duplicates=[["p", "q"]]).lines())
-    assert words in lines
-    assert "1 is a copy of another, byte for byte:" in lines
 
 
 def test_the_command_s_exit_code_says_whether_all_is_well(server: Server, tmp_path: Path) -> None:
@@ -76,7 +65,7 @@ def test_the_command_s_exit_code_says_whether_all_is_well(server: Server, tmp_pa
     listed = tmp_path / "seen.jsonl"
     ended = server.python("-m", "dino_xcit.data", "check", tmp_path / "corpus", "--report", listed)
     assert ended.returncode == 1, ended.stderr
-    assert "cannot be read:" in ended.stdout
+    assert "cannot be read" in ended.stdout
     assert "images/s" in ended.stdout
     assert "no labels" in ended.stdout
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
@@ -111,29 +100,14 @@ def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    report, seen = check(open_source(str(tmp_path)), 0)
+    report = check(open_source(str(tmp_path)), 0)
     assert report.formats == {"JPEG": 2, "PNG": 1}
     assert report.bytes == sum(map(len, files.values()))
     assert report.sides == {"smallest": (50, 200), "median": (72, 96), "largest": (72, 96)}
     assert 0 < report.read_seconds < report.seconds
     assert 0 < report.decode_seconds < report.seconds
-    assert [index for index in range(4) if seen.row(index)["cause"]] == [3]
-    lines = "\n".join(report.lines())
-    assert "2 JPEG, 1 PNG; 0.000 GB; an image takes a process " in lines
-
-
-def test_what_is_kept_of_an_image_is_small_and_same_bytes_are_found_among_many() -> None:
-    images = 100_000
-    seen = Seen(images)
-    arrays = (seen.sides, seen.lengths, seen.digests, seen.formats)
-    assert sum(array.nbytes for array in arrays) == 49 * images
-    seen.digests[:] = np.random.default_rng(0).integers(0, 256, seen.digests.shape, dtype=np.uint8)
-    seen.digests[[500, 99_999]] = seen.digests[3]
-    seen.digests[70] = seen.digests[69]
-    seen.digests[[10, 11, 12], :31] = 7  # all but the last byte
-    seen.digests[[20, 21]] = 0
-    seen.causes = {20: "empty file", 21: "empty file"}
-    assert [group.tolist() for group in seen.same()] == [[3, 500, 99_999], [69, 70]]
+    assert [Path(name).name for name, _ in report.broken] == ["empty.jpg"]
+    assert "2 JPEG, 1 PNG; 0.000 GB; an image: " in "\n".join(report.lines())
 
 
 def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> None:

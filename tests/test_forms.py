@@ -312,7 +312,7 @@ def test_check_finds_the_broken_image_in_every_form(
     assert check([urls[name]["train"], "--part", "train", "--workers", "0"]) == 1
     out = capsys.readouterr().out
     assert "40 images" in out
-    assert "1 cannot be read:" in out
+    assert "1 image cannot be read" in out
     assert f"{open_source(urls[name]['train'], 'train').name(BROKEN)}: " in out
     assert ("3 classes of 13" in out) == (name not in WITHOUT_LABELS)
     assert check([whole_urls[name]["train"], "--part", "train", "--workers", "0"]) == 0

@@ -16,7 +16,8 @@ from tiny_run import CPU, tiny_source
 
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.data import Source, UndecodableImage, open_source
-from dino_xcit.data.loader import Batch, Loader, StepSampler, build_loader, choose_workers
+from dino_xcit.data.loader import Batch, Loader, StepSampler, build_loader
+from dino_xcit.data.workers import choose_workers
 from dino_xcit.errors import InputError
 
 Key = tuple[int, int]

@@ -1,30 +1,95 @@
-"""Packing a data set into shards: what is in them."""
+"""Packing a data set into shards: what is in them, whatever interrupts it, and what is refused."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from bad_images import encoded, photograph, sideways
-from pack_fixtures import FIVE, class_tree, items, members, originals, pixels
+from bad_images import encoded, photograph, sideways, write_corpus
+from dying_child import in_a_child
+from filelock import FileLock
 from PIL import Image
+from ranks import ENVIRONMENT, HERE
 
-from dino_xcit.data import Source, decode, open_source
-from dino_xcit.data.packing.command import pack
-from dino_xcit.data.packing.folder import Options
-from dino_xcit.data.packing.image import key_of, pack_image, relative_name
+from dino_xcit.data import Source, Subset, open_source, workers
+from dino_xcit.data import pack as module
+from dino_xcit.data.__main__ import main as data_command
+from dino_xcit.data.pack import Options, key_of, main, pack, pack_image, relative_name
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic
+
+FIVE = Options(shard_images=5)
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     return class_tree(tmp_path / "tree")
+
+
+def pixels(count: int) -> Source:
+    """So many pictures of 28 x 28 pixels with labels."""
+    return Subset(open_source("sample:fashion-mnist", "train"), np.arange(count))
+
+
+def class_tree(root: Path, images: int = 6) -> Path:
+    """Two classes of JPEGs and PNGs of 96 x 72."""
+    for label, name in enumerate(("n01", "n02")):
+        (root / name).mkdir(parents=True)
+        for number in range(images):
+            kind, suffix = ("PNG", "png") if number % 3 == 2 else ("JPEG", "JPEG")
+            data = encoded(photograph(label * 100 + number), kind)
+            (root / name / f"{name}_{number}.v1.{suffix}").write_bytes(data)
+    return root
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    """Every member of every shard, in order."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                assert file is not None
+                found[member.name] = file.read()
+    return found
+
+
+def items(folder: Path) -> list[tuple[str, bytes, int | None]]:
+    """(original name, image bytes, label) of what was packed, in order, as WebDataset would group it."""
+    samples: dict[str, dict[str, bytes]] = {}
+    for name, data in members(folder).items():
+        key, _, suffix = name.partition(".")
+        samples.setdefault(key, {})[suffix] = data
+    found = []
+    for key, sample in samples.items():
+        label = sample.pop("cls", None)
+        (data,) = sample.values()
+        original = unquote(key.partition("_")[2], errors="surrogateescape")
+        found.append((original, data, None if label is None else int(label)))
+    return found
+
+
+def originals(source: Source, root: Path) -> list[tuple[str, Any, int | None]]:
+    return [(str(Path(source.name(i)).relative_to(root)), *source.read(i)) for i in range(len(source))]
 
 
 # ---- what is in the shards
@@ -59,7 +124,7 @@ def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path, monkey
     with pytest.raises(InputError, match="and they differ"):  # and not over its own source
         pack(packed, tmp_path / "out", FIVE, 1)
     (tmp_path / "out" / "pack.json").unlink()
-    with pytest.raises(InputError, match=r"it holds shard-000000\.tar and more and no pack\.json"):
+    with pytest.raises(InputError, match=r"it holds shard-000000\.tar and no pack\.json"):
         pack(packed, tmp_path / "out", FIVE, 1)
 
 
@@ -154,13 +219,6 @@ def test_a_shard_ends_with_the_image_that_makes_it_large_enough(tmp_path: Path) 
     assert [shard.images for shard in folder.shards] == [3, 3]
 
 
-def test_packed_pictures_decode_as_the_originals_do(tree: Path, tmp_path: Path) -> None:
-    pack(open_source(str(tree)), tmp_path / "out", FIVE, 1)
-    source = open_source(str(tree))
-    for index, (name, data, _) in enumerate(items(tmp_path / "out")):
-        assert decode(data, name).tobytes() == decode(source.read(index)[0], name).tobytes()
-
-
 # ---- smaller pictures
 
 
@@ -224,3 +282,292 @@ def test_quality_and_comments(tmp_path: Path) -> None:
     fine, coarse = (pack_image(source, 0, 50, quality).data for quality in (95, 30))
     assert len(fine) > 1.5 * len(coarse)
     assert b"secret words" not in fine
+
+
+# ---- interrupted
+
+
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "in", good=40, seed=2)
+    source = open_source(str(tmp_path / "in"))
+    options = Options(max_side=64, shard_images=9)
+    for number in (1, 2):
+        pack(source, tmp_path / str(number), options, number)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert len(members(tmp_path / "1")) == 40
+
+
+def test_killed_before_any_operation_on_a_file_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    source = open_source(str(class_tree(tmp_path / "in")))
+    (tmp_path / "in" / "n01" / "n01_3.v1.JPEG").write_bytes(b"broken")
+    pack(source, tmp_path / "whole", FIVE, 1)
+    expected = content(tmp_path / "whole")
+    for number in range(1, 200):
+        broken = tmp_path / f"killed{number}"
+        ended, _ = in_a_child(lambda b=broken: pack(source, b, FIVE, 1), tmp_path / "log", broken, number)
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        kept = {path: path.stat().st_mtime_ns for path in broken.glob("*.tar")}
+        pack(source, broken, FIVE, 1)
+        assert content(broken) == expected
+        again = [path for path, when in kept.items() if path.stat().st_mtime_ns != when]
+        assert len(again) <= 1  # the one that had its name already, but was not listed yet
+    assert number > 25
+
+
+def test_killed_in_the_middle_of_a_shard_nothing_has_its_name(tree: Path, tmp_path: Path) -> None:
+    source = open_source(str(tree))
+
+    def act() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        pack(source, tmp_path / "out", FIVE, 1)
+
+    assert in_a_child(act, tmp_path / "log", tmp_path / "out")[0] == -signal.SIGXFSZ
+    assert set(content(tmp_path / "out")) == {".shard-000000.tar.tmp", "classes.json", "pack.json"}
+    pack(source, tmp_path / "out", FIVE, 1)
+    pack(source, tmp_path / "whole", FIVE, 1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_real_command_killed_with_its_processes_goes_on_and_leaves_none_behind(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(160):
+        (source / f"{number:03d}.jpg").write_bytes(encoded(photograph(number).resize((600, 450)), "JPEG"))
+    out, options = tmp_path / "out", ["--max-side", "500", "--shard-images", "20", "--workers", "2"]
+    command = [sys.executable, "-m", "dino_xcit.data", "pack", str(source), str(out), *options]
+    environment = os.environ | ENVIRONMENT
+    with subprocess.Popen(
+        command, env=environment, cwd=HERE.parent, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as run:
+        until = time.monotonic() + 60
+        while not (out / "shard-000001.tar").exists() and time.monotonic() < until:
+            time.sleep(0.002)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
+    assert 2 <= len(before) < 8
+    until = time.monotonic() + 20
+    while processes_of_session(run.pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert processes_of_session(run.pid) == []
+    assert main([str(source), str(out), *options]) == 0
+    again = [path for path, when in before.items() if path.stat().st_mtime_ns != when]
+    assert len(again) <= 1
+    assert main([str(source), str(tmp_path / "whole"), *options[:-1], "1"]) == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def processes_of_session(session: int) -> list[int]:
+    """Which processes live that were started in this session."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, tmp_path: Path, readers: int) -> None:
+    (tree / "n01" / "n01_0.v1.JPEG").write_bytes(b"broken")
+    source, out = open_source(str(tree)), tmp_path / "out"
+    pack(source, out, FIVE, 1)
+    expected = content(out)
+    assert pack(source, out, FIVE, readers)[1] == 0
+    untouched = (out / "shard-000000.tar").stat().st_mtime_ns
+    for damaged in (b"", expected["shard-000001.tar"][:1000] + b"x" + expected["shard-000001.tar"][1001:]):
+        (out / "shard-000001.tar").write_bytes(damaged)
+        assert pack(source, out, FIVE, readers)[1] == 6
+        assert content(out) == expected
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == untouched
+
+
+# ---- images that cannot be read
+
+
+def test_unreadable_images_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = write_corpus(tmp_path / "in", good=30, seed=4)
+    command = [str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    assert f"left out: {len(bad)} images that cannot be read" in capsys.readouterr().out
+    assert main([*command, "--strict"]) == 1  # also where all is there already
+    rows = [json.loads(line) for line in (tmp_path / "out" / "unreadable.jsonl").read_text().splitlines()]
+    assert [Path(row["name"]) for row in rows] == bad
+    assert all(row["cause"] for row in rows)
+    assert [name for name, _, _ in items(tmp_path / "out")] == [path.name for path in good]
+    assert [data for _, data, _ in items(tmp_path / "out")] == [path.read_bytes() for path in good]
+
+
+def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of the 1 images .* can be read, the first because: empty file"):
+        main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
+
+
+def test_a_disk_that_goes_away_ends_the_packing_instead_of_leaving_all_out(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_UNREADABLE", 4)
+    source, out = open_source(str(tree)), tmp_path / "out"
+    pack(source, tmp_path / "whole", FIVE, 1)
+    read = source.read
+
+    def gone_after_seven(index: int) -> Any:
+        if index >= 7:
+            raise InputError(f"cannot read the image {source.name(index)}: Input/output error")
+        return read(index)
+
+    monkeypatch.setattr(source, "read", gone_after_seven)
+    with pytest.raises(InputError, match="4 images in a row cannot be read"):
+        pack(source, out, FIVE, 1)
+    assert {path.name for path in out.glob("*shard*")} == {"shard-000000.tar"}
+    monkeypatch.undo()
+    pack(source, out, FIVE, 1)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def kill_at_five(source: Source, index: int) -> int:
+    if index == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return index
+
+
+def test_a_killed_process_is_a_sentence() -> None:
+    with pytest.raises(InputError, match=r"a process was killed while it read .*fewer --workers"):
+        list(workers.each_image(pixels(40), range(40), kill_at_five, 2))
+
+
+# ---- disks and folders
+
+
+def test_a_full_disk_is_a_sentence_leaves_nothing_half_named_and_is_made_good_later(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = open_source(str(tree)), tmp_path / "out"
+    writes = atomic._HashingFile.write
+    written = 0
+
+    def until_full(self: Any, data: bytes) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 40_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return writes(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic._HashingFile, "write", until_full)
+        with pytest.raises(InputError, match=r"no space left on the disk for .*free some space, then run the same"):
+            pack(source, out, FIVE, 1)
+    assert sorted(content(out)) == ["classes.json", "pack.json", "shard-000000.tar"]
+    pack(source, out, FIVE, 1)
+    pack(source, tmp_path / "whole", FIVE, 1)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_other_options_and_other_images_are_refused_by_name(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(open_source(str(tree)), out, Options(max_side=64, shard_images=5), 1)
+    before = content(out)
+    for options in (Options(max_side=32, shard_images=5), Options(shard_images=5), Options(max_side=64, shard_mb=5)):
+        with pytest.raises(InputError, match=r"was begun with .*max_side=64"):
+            pack(open_source(str(tree)), out, options, 1)
+    (tree / "n01" / "new.jpg").write_bytes(encoded(photograph(9), "JPEG"))
+    with pytest.raises(InputError, match=r"with 12 images, this command packs .* with 13, and they differ.*rm -r"):
+        pack(open_source(str(tree)), out, Options(max_side=64, shard_images=5), 1)
+    assert content(out) == before
+
+
+def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> None:
+    source = open_source(str(tree))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    (tmp_path / "full" / ".precious.tmp").write_text("x")
+    for place, words in (
+        (tree / "out", "it lies in .*tree, which is packed"),
+        (tree, "it lies in .*tree, which is packed"),
+        (tmp_path / "file", "it is a file"),
+        (tmp_path / "full", r"it holds \.precious\.tmp and no pack\.json"),
+        (Path("s3://bucket/x"), "DST is a local folder"),
+        (Path("/proc/nowhere/out"), "cannot write /proc/nowhere/out"),
+    ):
+        with pytest.raises(InputError, match=words):
+            pack(source, place, FIVE, 1)
+    assert len(content(tmp_path / "full")) == 2
+
+
+def test_two_packings_into_one_folder_do_not_meet(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(InputError, match="another process packs into"):
+        pack(open_source(str(tree)), tmp_path / "out", FIVE, 1)
+    pack(open_source(str(tree)), tmp_path / "out", FIVE, 1)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 2}', '{"version": 1, "shards": 3}', "[" * 100_000])
+def test_a_damaged_manifest_is_a_sentence(tree: Path, tmp_path: Path, damage: str) -> None:
+    source = open_source(str(tree))
+    pack(source, tmp_path / "out", FIVE, 1)
+    (tmp_path / "out" / "pack.json").write_text(damage)
+    with pytest.raises(InputError, match=r"pack\.json is damaged"):
+        pack(source, tmp_path / "out", FIVE, 1)
+
+
+# ---- the command
+
+
+def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        class_tree(tmp_path / "in" / part, images=2)
+    with pytest.raises(InputError, match="parts train and val: pack each"):
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--part", "val", "--workers", "1"]) == 0
+    assert len(items(tmp_path / "out")) == 4
+
+
+def test_the_same_source_from_another_folder_is_the_same(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    main([str(tree), out, "--workers", "1"])
+    assert "images/s" in capsys.readouterr().out
+    monkeypatch.chdir(tree.parent)
+    main([tree.name, out, "--workers", "1"])
+    assert "all of it was there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "found no command, expected: python -m dino_xcit.data check SRC .* or python -m dino_xcit.data pack SRC"),
+        (
+            ["pakc"],
+            "found 'pakc', expected: python -m dino_xcit.data check SRC .* or python -m dino_xcit.data pack SRC",
+        ),
+        (["pack", "x"], "required: DST; expected: python -m dino_xcit.data pack"),
+        (["pack", "x", "y", "--max-side", "0"], "'0' is no whole number of at least 1"),
+        (["pack", "x", "y", "--max_side", "big"], "--max-side: 'big' is no whole number"),
+        (["pack", "sample:fashion-mnist", "y", "--quality", "101"], "--quality is 101"),
+        (["pack", "x", "y", "--shard-mb", "1", "--shard-images", "1"], "not allowed with"),
+        (["pack", "absent", "y"], "no data at 'absent'"),
+    ],
+)
+def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        data_command(argv)
+
+
+@pytest.mark.parametrize(("argv", "word"), [([], "pack SRC DST"), (["pack"], "--max-side"), (["check"], "--report")])
+def test_help_is_shown(argv: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(data_command([*argv, "--help"]))
+    assert ended.value.code == 0
+    assert word in capsys.readouterr().out

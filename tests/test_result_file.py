@@ -14,8 +14,7 @@ from eval_fixtures import image_tree, noise_source
 from PIL import Image
 from result_fixtures import hits, knn_figure, write_result
 
-from dino_xcit.data import Subset, open_source
-from dino_xcit.data.packing import command as pack
+from dino_xcit.data import Subset, open_source, pack
 from dino_xcit.errors import InputError
 from eval.compare.result_file import read_result, shown
 from eval.figures import figure, unpack

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 from result_fixtures import compared, hits, knn_figure, refusal, write_result
 
-from dino_xcit.data import Source, Subset, open_source
-from dino_xcit.data.packing import command as pack
+from dino_xcit.data import Source, Subset, open_source, pack
 from eval.protocol import LOOKED_AT, images_card
 
 COUNT = 130

@@ -1,26 +1,61 @@
-"""Tar archives as data sets."""
+"""Tar archives as data sets: members, samples, labels, damage, the stored index, other processes, remote shards."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import pickle
 import random
+import shutil
 import subprocess
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pytest
-from hostile_archives import GOOD, header, packed, pax, png, record
-from tar_fixtures import labels, names, three_shards
+from hostile_archives import GOOD, REFUSED, SKIPPED, header, packed, pax, png, record
 
-from dino_xcit.data import Source, open_parts, open_source
-from dino_xcit.data.tar.members import scan
+from dino_xcit.data import Source, decode, open_parts, open_source, tar
+from dino_xcit.data.tar import Member
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import logging as log
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    log.warn_once.cache_clear()
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("DINO_XCIT_CACHE", str(folder))
     return folder
+
+
+def scan(path: Path, start: int = 0, end: int | None = None) -> list[Member]:
+    with open(path, "rb") as file:
+        return list(tar.scan(file, str(path), start, end))
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
+def labels(source: Source) -> list[int] | None:
+    return None if source.labels is None else source.labels.tolist()
+
+
+def three_shards(folder: Path) -> tuple[str, dict[str, bytes]]:
+    """Three shards of ten images with labels; the pattern, and each image's bytes by its name."""
+    rng = np.random.default_rng(0)
+    contents: dict[str, bytes] = {}
+    for shard in range(3):
+        members: dict[str, bytes] = {}
+        for number in range(10):
+            data = rng.bytes(int(rng.integers(1, 3000)))
+            members |= {f"{number:04d}.cls": str((shard + number) % 4).encode(), f"{number:04d}.jpg": data}
+            contents[f"s-{shard}.tar/{number:04d}.jpg"] = data
+        (folder / f"s-{shard}.tar").write_bytes(packed(members))
+    return f"tar:{folder}/s-{{0..2}}.tar", contents
 
 
 @pytest.fixture
@@ -28,7 +63,7 @@ def shards(tmp_path: Path) -> tuple[str, dict[str, bytes]]:
     return three_shards(tmp_path)
 
 
-# ---- round trips
+# ---- members
 
 
 def test_every_image_is_read_byte_by_byte_in_any_order(shards: tuple[str, dict[str, bytes]]) -> None:
@@ -58,7 +93,7 @@ def test_members_are_found_as_tarfile_finds_them(tmp_path: Path, form: int) -> N
     path.write_bytes(packed(contents, form))
     with tarfile.open(path) as archive:
         expected = [(member.name, member.offset_data, member.size) for member in archive]
-    assert [member[:3] for member in scan(str(path))] == expected
+    assert [member[:3] for member in scan(path)] == expected
     assert [name for name, _, _ in expected] == list(contents)
 
 
@@ -70,7 +105,7 @@ def test_a_tar_written_by_the_tar_command_is_read(tmp_path: Path) -> None:
         kept = ("--exclude=dog",) if form == "v7" else ()
         file = tmp_path / f"{form}.tar"
         subprocess.run(["tar", *kept, f"--format={form}", "-cf", file, "-C", tmp_path / "in", "."], check=True)
-        found = {member.name: member for member in scan(str(file))}
+        found = {member.name: member for member in scan(file)}
         assert len(found) == (2 if form == "v7" else 3)
         for name, member in found.items():
             assert file.read_bytes()[member.offset :][: member.size] == (tmp_path / "in" / name).read_bytes()
@@ -78,7 +113,7 @@ def test_a_tar_written_by_the_tar_command_is_read(tmp_path: Path) -> None:
 
 def test_a_size_in_an_extended_header_counts(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(pax(record("size", "5")) + header(b"a.jpg", 0) + b"12345" + bytes(507) + GOOD)
-    assert next(scan(str(tmp_path / "a.tar")))[:3] == ("a.jpg", 1536, 5)
+    assert scan(tmp_path / "a.tar")[0][:3] == ("a.jpg", 1536, 5)
     assert open_source(f"tar:{tmp_path}/a.tar").read(0)[0] == b"12345"
 
 
@@ -86,18 +121,71 @@ def test_an_archive_within_a_file_is_listed_with_offsets_in_the_file(tmp_path: P
     inner = packed({"x/1.JPEG": b"one", "x/2.JPEG": b"two"})
     path = tmp_path / "outer.tar"
     path.write_bytes(packed({"n01.tar": inner, "n02.tar": packed({"3.JPEG": b"three"})}))
-    outer = list(scan(str(path)))
+    outer = scan(path)
     assert [member.name for member in outer] == ["n01.tar", "n02.tar"]
     data = path.read_bytes()
-    found = {m.name: data[m.offset : m.offset + m.size] for o in outer for m in scan(str(path), o.offset, o.size)}
+    found = {m.name: data[m.offset : m.offset + m.size] for o in outer for m in scan(path, o.offset, o.offset + o.size)}
     assert found == {"x/1.JPEG": b"one", "x/2.JPEG": b"two", "3.JPEG": b"three"}
-    with pytest.raises(InputError, match="ends before byte"):
-        list(scan(str(path), outer[1].offset, 1 << 30))
     with pytest.raises(InputError, match="cut short"):
-        list(scan(str(path), outer[0].offset, 1024))
+        scan(path, outer[0].offset, outer[0].offset + 1024)
 
 
-# ---- samples
+# ---- damage
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Path, kind: str) -> None:
+    content, pattern = REFUSED[kind]
+    (tmp_path / "bad.tar").write_bytes(content)
+    with pytest.raises(InputError, match=pattern) as caught:
+        open_source(f"tar:{tmp_path}/bad.tar")
+    assert "bad.tar" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_what_is_not_a_regular_image_is_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    content, said = SKIPPED[kind]
+    (tmp_path / "odd.tar").write_bytes(content)
+    source = open_source(f"tar:{tmp_path}/odd.tar")
+    assert names(source) == ["odd.tar/a.png"]
+    assert decode(source.read(0)[0], "x").size == (3, 2)
+    told = capsys.readouterr().out
+    assert said in told
+    assert bool(told) == bool(said)
+
+
+def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    whole = packed(
+        {"a.png": png(), "a.cls": b"1", "n" * 150 + ".png": png(), "ü" * 60 + ".jpg": b"x"}, tarfile.PAX_FORMAT
+    )
+    whole = whole.rstrip(b"\0")
+    whole += bytes(-len(whole) % 512 + 1024)
+    path = tmp_path / "a.tar"
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.2 else whole)
+        for place in rng.integers(0, max(1, len(data)), size=rng.integers(1, 6)):
+            if data:
+                data[place] = rng.integers(256)
+        if rng.random() < 0.7:  # with right checksums damage goes deeper
+            for place in range(0, len(data) - 511, 512):
+                if data[place + 257 : place + 262] == b"ustar":
+                    data[place + 148 : place + 156] = b" " * 8
+                    data[place + 148 : place + 156] = b"%06o\0 " % sum(data[place : place + 512])
+        path.write_bytes(data)
+        try:
+            for member in scan(path):
+                assert 512 <= member.offset <= member.offset + member.size <= len(data)
+        except InputError:
+            refused += 1
+    assert 50 < refused < 400
+
+
+# ---- samples and labels
 
 
 def written(tmp_path: Path, contents: dict[str, bytes], name: str = "a.tar") -> str:
@@ -112,7 +200,16 @@ def test_one_image_is_taken_of_a_sample_that_has_a_label(tmp_path: Path, capsys:
     source = open_source(url)
     assert names(source) == ["a.tar/1.jpg", "a.tar/2.x.PNG"]
     assert labels(source) == [0, 1]
-    assert "passed over 2 further images of a sample" in capsys.readouterr().err
+    assert "skipped 2 further images of a sample" in capsys.readouterr().out
+
+
+def test_a_label_belongs_to_the_image_of_its_name(tmp_path: Path) -> None:
+    """Its key ends at the last dot where there is such an image, else at the first."""
+    contents = {f"in/{n:03d}.v2.{end}": data for n in range(3) for end, data in (("jpg", b"a"), ("cls", b"%d" % n))}
+    contents |= {"in/003.jpg": b"a", "in/003.mask.png": b"b", "in/003.cls": b"7"}
+    contents |= {"in/004.a.jpg": b"a", "in/004.b.jpg": b"b", "in/004.a.cls": b"4", "in/004.b.json": b'{"label": 5}'}
+    source = open_source(written(tmp_path, contents))
+    assert labels(source) == [0, 1, 2, 7, 4, 5]
 
 
 def test_images_alone_are_items_each_whatever_dots_their_names_have(tmp_path: Path) -> None:
@@ -131,7 +228,7 @@ def test_of_repeated_names_the_last_is_taken_as_by_extracting(
         ("a.tar/1.jpg", b"new"),
         ("a.tar/2.jpg", b"two"),
     ]
-    assert "1 names that come again" in capsys.readouterr().err
+    assert "1 earlier members of the same name" in capsys.readouterr().out
 
 
 def test_shards_of_the_same_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
@@ -164,12 +261,13 @@ def test_labels_in_json_are_numbers_or_names(tmp_path: Path) -> None:
     assert labels(open_source(written(tmp_path, contents, "c.tar"))) == [1, 0]
 
 
-def test_a_set_in_which_some_labels_are_missing_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = open_source(
-        written(tmp_path, {"1.jpg": b"a", "1.cls": b"0", "2.jpg": b"b", "3.jpg": b"c", "3.cls": b"-1"})
-    )
-    assert source.labels is source.classes is source.read(0)[1] is None
-    assert "2 of 3 images have no label" in capsys.readouterr().err
+def test_a_set_in_which_some_labels_are_missing_has_none_and_says_why(tmp_path: Path) -> None:
+    contents = {"1.jpg": b"a", "1.cls": b"0", "2.jpg": b"b", "3.jpg": b"c", "3.cls": b"-1"}
+    for _ in range(2):  # from the stored index too
+        source = open_source(written(tmp_path, contents))
+        assert source.labels is source.classes is source.read(0)[1] is None
+        with pytest.raises(InputError, match=r"no labels.*2 of 3 images have no label, such as 2\.jpg"):
+            open_parts(None, source.url, source.url)
 
 
 @pytest.mark.parametrize(
@@ -189,12 +287,14 @@ def test_a_file_beside_the_shards_names_the_classes(tmp_path: Path, file: str, t
         open_source(f"tar:{tmp_path}/a.tar")
 
 
-def test_classes_may_be_numbered_by_name(tmp_path: Path) -> None:
-    (tmp_path / "classes.json").write_text('{"tench": 1, "crane": 0}')
-    assert open_source(written(tmp_path, {"1.jpg": b"a", "1.cls": b"1"})).classes == ("crane", "tench")
-
-
-# ---- both parts
+def test_names_in_cls_members_are_classes_in_sorted_order(tmp_path: Path) -> None:
+    given = {"a": b"tench\n", "b": b"crane", "c": b"tench", "d": "Käfer 2".encode()}
+    source = open_source(
+        written(tmp_path, {f"{k}.{end}": v for k, cls in given.items() for end, v in (("png", png()), ("cls", cls))})
+    )
+    assert source.classes == ("Käfer 2", "crane", "tench")
+    assert labels(source) == [2, 1, 2, 0]
+    assert open_source(source.url).fingerprint() == source.fingerprint()  # from the stored index
 
 
 def test_each_part_of_an_evaluation_may_be_archives(tmp_path: Path) -> None:
@@ -207,3 +307,141 @@ def test_each_part_of_an_evaluation_may_be_archives(tmp_path: Path) -> None:
         open_parts(train, None, None)
     with pytest.raises(InputError, match=r"no labels.*\.cls"):
         open_parts(None, written(tmp_path, {"1.jpg": b"a"}, "u.tar"), val)
+
+
+# ---- the index
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that are looked through from now on."""
+    looked: list[str] = []
+    original = tar._look_through
+    monkeypatch.setattr(tar, "_look_through", lambda path: (looked.append(path), original(path))[1])
+    return looked
+
+
+def test_shards_are_looked_through_once_and_again_when_one_changes(
+    shards: tuple[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern, contents = shards
+    looked = counting(monkeypatch)
+    first = open_source(pattern)
+    assert len(looked) == 3
+    second = open_source(pattern)
+    assert len(looked) == 3
+    assert names(second) == names(first)
+    assert [second.read(index)[0] for index in range(30)] == list(contents.values())
+    assert second.fingerprint() == first.fingerprint()
+    longer = {"other.jpg": b"new", "other.cls": b"1", "notes.txt": bytes(100_000)}  # all old offsets lie within it
+    (tmp_path / "s-1.tar").write_bytes(packed(longer))
+    third = open_source(pattern)
+    assert len(looked) == 6
+    assert len(third) == 21
+    assert third.read(10) == (b"new", 1)
+    assert third.fingerprint() != first.fingerprint()
+
+
+def test_a_shard_that_is_replaced_while_it_is_in_use_is_an_error(
+    shards: tuple[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    source = open_source(shards[0])
+    (tmp_path / "s-0.tar").write_bytes(packed({f"{number}.jpg": bytes(2000) for number in range(40)}))
+    (tmp_path / "s-1.tar").write_bytes(GOOD)
+    (tmp_path / "s-2.tar").unlink()
+    for index in range(30):
+        with pytest.raises(InputError, match=r"s-\d\.tar"):
+            source.read(index)
+
+
+def test_a_shard_that_was_touched_alone_is_read_on(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+    pattern, contents = shards
+    source = open_source(pattern)
+    copy = tmp_path / "copy"
+    shutil.copyfile(tmp_path / "s-0.tar", copy)
+    os.replace(copy, tmp_path / "s-0.tar")
+    assert source.read(3)[0] == list(contents.values())[3]
+
+
+# ---- other processes
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_other_processes_read_the_same(shards: tuple[str, dict[str, bytes]], method: str) -> None:
+    source = open_source(shards[0])
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.map(source.read, range(30)) == [source.read(index) for index in range(30)]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
+    """100,000 empty images."""
+    folder = tmp_path_factory.mktemp("many")
+    members = b"".join(header(b"%08d.jpg" % number, 0) for number in range(100_000))
+    (folder / "a.tar").write_bytes(members + bytes(1024))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DINO_XCIT_CACHE", str(folder / "cache"))
+        yield open_source(f"tar:{folder}/a.tar")
+
+
+def test_a_source_travels_to_other_processes_as_a_path(many: Source) -> None:
+    source = many
+    assert len(source) == 100_000
+    travelling = pickle.dumps(source)
+    assert len(travelling) < 2000
+    again = pickle.loads(travelling)
+    assert again.name(99_999) == source.name(99_999) == "a.tar/00099999.jpg"
+    assert again.fingerprint() == source.fingerprint()
+
+
+def _own_memory() -> int:
+    """What this process has of memory that no other has too, in KiB: also what it copied of its parent's by writing."""
+    with open("/proc/self/smaps_rollup") as file:
+        return int(next(line.split()[1] for line in file if line.startswith("Private_Dirty:")))
+
+
+def _growth(read: Callable[[int], object], count: int) -> int:
+    """By how many KiB a forked process grows while it reads in random order, the first hundred left out."""
+    reading, writing = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def work() -> None:
+        order = np.random.default_rng(0).permutation(count).tolist()
+        start = 0
+        for step, index in enumerate(order):
+            if step == 100:
+                start = _own_memory()
+            read(index)
+        writing.send(_own_memory() - start)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert reading.poll()
+    return int(reading.recv())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
+def test_processes_that_read_do_not_grow(many: Source) -> None:
+    assert _growth(many.read, len(many)) < 1000
+    listed = [(many.name(index), index) for index in range(len(many))]
+    assert _growth(listed.__getitem__, len(listed)) > 3000  # counting references copies the pages
+
+
+# ---- elsewhere
+
+
+def test_archives_elsewhere_are_read_as_those_here(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+    _, contents = shards
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    for file in tmp_path.glob("*.tar"):
+        memory.pipe_file(f"/bucket/{file.name}", file.read_bytes())
+    memory.pipe_file("/bucket/classes.txt", b"ape\nbee\ncow\ndog\n")
+    for remote in ("tar:memory://bucket/s-{0..2}.tar", "tar:memory://bucket/s-*.tar"):
+        source = open_source(remote)
+        assert names(source) == list(contents)
+        assert [source.read(index)[0] for index in range(30)] == list(contents.values())
+        assert source.classes == ("ape", "bee", "cow", "dog")
+    memory.pipe_file("/bucket/s-0.tar", GOOD)
+    with pytest.raises(InputError, match=r"s-0\.tar"):
+        source.read(0)
+    assert len(open_source("tar:memory://bucket/s-*.tar")) == 21

@@ -40,7 +40,7 @@ def test_a_broken_image_in_a_torchvision_set_is_one_that_can_be_replaced(
     with pytest.raises(UndecodableImage, match=r"^torchvision:OneBroken/train/000001 cannot be read: image") as caught:
         source.read(1)
     assert caught.value.cause == "image file is truncated (3 bytes not processed)"
-    report, _ = check(source, workers=0)
+    report = check(source, workers=0)
     assert [name for name, _ in report.broken] == ["torchvision:OneBroken/train/000001"]
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from hostile_archives import packed
 
-from dino_xcit.data import files, open_source
-from dino_xcit.data.patterns import expand
+from dino_xcit.data import open_source, storage
+from dino_xcit.data.storage import expand
 from dino_xcit.errors import InputError
 
 
@@ -64,16 +64,16 @@ def test_a_web_server_is_read_by_ranges(tmp_path: Path, web: tuple[str, Any]) ->
     (tmp_path / "a-0.bin").write_bytes(b"x")
     (tmp_path / "a-1.bin").write_bytes(b"0123456789")
     assert expand(f"{url}/a-{{0..1}}.bin") == [f"{url}/a-0.bin", f"{url}/a-1.bin"]
-    assert files.stamp(f"{url}/a-1.bin")[0] == 10
-    assert files.read_range(f"{url}/a-1.bin", 3, 4) == b"3456"
-    assert files.read_file(f"{url}/a-1.bin", 10) == b"0123456789"
-    with files.open_file(f"{url}/a-1.bin") as file:
+    assert storage.stamp(f"{url}/a-1.bin")[0] == 10
+    assert storage.read_range(f"{url}/a-1.bin", 3, 4) == b"3456"
+    assert storage.read_file(f"{url}/a-1.bin", 10) == b"0123456789"
+    with storage.open_file(f"{url}/a-1.bin") as file:
         file.seek(5)
         assert file.read(3) == b"567"
     with pytest.raises(InputError, match=r"a-2\.bin"):
         expand(f"{url}/a-{{0..2}}.bin")
     with pytest.raises(InputError, match=r"there is no file .*absent"):
-        files.read_range(f"{url}/absent", 0, 1)
+        storage.read_range(f"{url}/absent", 0, 1)
 
 
 def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, Any]) -> None:
@@ -81,8 +81,8 @@ def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, An
     server.ranges = False
     (tmp_path / "a.bin").write_bytes(b"0123456789")
     with pytest.raises(InputError, match="ignores ranges"):
-        files.read_range(f"{url}/a.bin", 3, 4)
-    assert files.read_file(f"{url}/a.bin", 10) == b"0123456789"
+        storage.read_range(f"{url}/a.bin", 3, 4)
+    assert storage.read_file(f"{url}/a.bin", 10) == b"0123456789"
 
 
 def test_archives_and_folders_are_read_from_a_web_server(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dino_xcit.data import check
-from dino_xcit.data.packing import command as pack
+from dino_xcit.data import check, pack
 from dino_xcit.errors import InputError, run_main
 
 COMMANDS = {"check": check.main, "pack": pack.main}

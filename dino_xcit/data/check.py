@@ -11,18 +11,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
 from typing import TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
 from dino_xcit.data.command_line import CommandLine, whole_number
-from dino_xcit.data.each_image import each_image
-from dino_xcit.data.header import read_header
-from dino_xcit.data.worker import usable_cores
+from dino_xcit.data.decode import read_header
+from dino_xcit.data.workers import each_image
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime.logging import counted, progress_bar
 
@@ -32,109 +30,39 @@ Read and decode every image of SRC, any form that --data-path takes: which canno
 for byte, how large they are, and how quickly this machine reads and decodes them. The exit code is 1 where an image
 cannot be read."""
 
-_DIGEST = 32
-_PIXELS = "pixels"
-"""What stands in the place of a format where a source holds pixels."""
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What was seen of one image."""
+    """What was seen of one image; its line in a report."""
 
     index: int
+    name: str
     width: int = 0
     height: int = 0
-    size: int = 0
-    """Bytes of the file, or of the pixels where the source holds pixels."""
+    bytes: int = 0
+    """Of the file, or of the pixels where the source holds pixels."""
     format: str = ""
-    """JPEG, PNG ... by what the file is, whatever it is called."""
-    digest: bytes = b""
+    """JPEG, PNG ... by what the file is, whatever it is called; ``pixels`` where the source holds those."""
+    digest: str = ""
     """SHA-256 of these bytes."""
     cause: str = ""
     """Why it cannot be read; empty where it can."""
-    read_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-
-class Seen:
-    """What was seen of all images, 49 bytes for each, and a text for each broken one."""
-
-    def __init__(self, images: int) -> None:
-        self.sides = np.zeros((images, 2), dtype=np.int32)
-        """[images, (width, height)] in pixels; 0 where an image cannot be read."""
-        self.lengths = np.zeros(images, dtype=np.int64)
-        """[images] in bytes."""
-        self.digests = np.zeros((images, _DIGEST), dtype=np.uint8)
-        self.formats = np.zeros(images, dtype=np.uint8)
-        """Places in ``format_names``."""
-        self.format_names: list[str] = [""]
-        self.causes: dict[int, str] = {}
-        self.read_seconds = self.decode_seconds = 0.0
-        """Sums over the images, in the processes that did it."""
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def add(self, one: Looked) -> None:
-        """Take in one image."""
-        self.read_seconds += one.read_seconds
-        self.decode_seconds += one.decode_seconds
-        if one.cause:
-            self.causes[one.index] = one.cause
-            return
-        if one.format not in self.format_names:
-            self.format_names.append(one.format)
-        self.sides[one.index] = one.width, one.height
-        self.lengths[one.index] = one.size
-        self.formats[one.index] = self.format_names.index(one.format)
-        self.digests[one.index] = np.frombuffer(one.digest, dtype=np.uint8)
-
-    def row(self, index: int) -> dict[str, object]:
-        """One image's line in a report."""
-        width, height = self.sides[index].tolist()
-        readable = index not in self.causes
-        return {
-            "index": index,
-            "width": width,
-            "height": height,
-            "bytes": int(self.lengths[index]),
-            "format": self.format_names[self.formats[index]],
-            "digest": self.digests[index].tobytes().hex() if readable else "",
-            "cause": self.causes.get(index, ""),
-        }
-
-    def readable(self) -> NDArray[np.int64]:
-        """Indices of the images that can be read."""
-        mask = np.ones(len(self), dtype=bool)
-        mask[list(self.causes)] = False
-        return np.flatnonzero(mask)
-
-    def same(self) -> list[NDArray[np.int64]]:
-        """Indices of images whose bytes are the same, a group each, in the order of their first ones."""
-        indices = self.readable()
-        words = self.digests[indices].view(np.uint64)
-        order = np.lexsort((indices, *words.T))
-        new = np.ones(len(order), dtype=bool)
-        new[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
-        starts = np.flatnonzero(new)
-        lengths = np.diff(np.append(starts, len(order)))
-        groups = [indices[order[starts[i] : starts[i] + lengths[i]]] for i in np.flatnonzero(lengths > 1)]
-        return sorted(groups, key=lambda group: int(group[0]))
 
 
 @dataclass
 class Report:
-    """What was seen, for a person."""
+    """What was seen of all images."""
 
     url: str
     images: int
     seconds: float = 0.0
     bytes: int = 0
     """Of the images that can be read."""
-    formats: dict[str, int] = field(default_factory=dict)
-    """Images a format, the most frequent first."""
+    formats: Counter[str] = field(default_factory=Counter)
     read_seconds: float = 0.0
-    """For an image, in the mean, in the process that reads it."""
+    """Sum over the images, in the processes that read them."""
     decode_seconds: float = 0.0
     classes: dict[str, int] = field(default_factory=dict)
     """Images a class; empty without labels."""
@@ -151,93 +79,85 @@ class Report:
         """For the screen."""
         speed = f"{self.images / max(self.seconds, 1e-9):,.0f} images/s"
         yield f"{counted(self.images, 'image')} of {self.url} in {self.seconds:.1f} s ({speed})"
-        per_image = f"{1e3 * self.read_seconds:.2f} ms reading and {1e3 * self.decode_seconds:.2f} ms decoding"
-        formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.items()) or "nothing"
-        yield f"{formats}; {self.bytes / 1e9:,.3f} GB; an image takes a process {per_image}"
+        readable = max(1, self.images - len(self.broken))
+        formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.most_common()) or "nothing"
+        reading, decoding = (1e3 * total / readable for total in (self.read_seconds, self.decode_seconds))
+        yield f"{formats}; {self.bytes / 1e9:,.3f} GB; an image: {reading:.2f} ms reading, {decoding:.2f} decoding"
         if self.classes:
-            least, most = (pick(self.classes, key=lambda name: self.classes[name]) for pick in (min, max))
-            few, many = f"{self.classes[least]:,} ({least})", f"{self.classes[most]:,} ({most})"
-            alike = self.classes[least] == self.classes[most]
-            sizes = counted(self.classes[least], "image") + " each" if alike else f"{few} to {many} images"
+            least, most = (pick(self.classes, key=self.classes.__getitem__) for pick in (min, max))
+            sizes = f"{self.classes[least]:,} ({least}) to {self.classes[most]:,} ({most}) images"
             yield f"{counted(len(self.classes), 'class')} of {sizes}"
         else:
             yield "no labels"
         if self.sides:
             yield "sizes: " + ", ".join(f"{name} {a} x {b}" for name, (a, b) in self.sides.items())
-        yield f"{len(self.broken):,} cannot be read" + (":" if self.broken else "")
-        yield from (f"  {name}: {cause}" for name, cause in self.broken[:10])
-        if len(self.broken) > 10:
-            yield f"  ... and {len(self.broken) - 10:,} more"
-        extra = sum(len(group) - 1 for group in self.duplicates)
-        tail = f", {self.across_classes:,} of the groups under different labels" if self.across_classes else ""
-        copies = "is a copy of another" if extra == 1 else "are copies of others"
-        yield f"{extra:,} {copies}, byte for byte{tail}" + (":" if self.duplicates else "")
-        yield from (f"  {' = '.join(group[:4])}{' ...' * (len(group) > 4)}" for group in self.duplicates[:10])
-        if len(self.duplicates) > 10:
-            yield f"  ... and {len(self.duplicates) - 10:,} more groups"
+        yield f"{counted(len(self.broken), 'image')} cannot be read"
+        yield from (f"  {name}: {cause}" for name, cause in self.broken[:_SHOWN])
+        copies = sum(len(group) - 1 for group in self.duplicates)
+        labels = f", {self.across_classes:,} of the groups under different labels" if self.across_classes else ""
+        yield f"{counted(copies, 'copy')} of other images, byte for byte{labels}"
+        yield from (f"  {' = '.join(group[:4])}{' ...' * (len(group) > 4)}" for group in self.duplicates[:_SHOWN])
 
 
-def look(source: Source, index: int) -> Looked:
-    """Read and decode one image."""
-    began = read = time.perf_counter()
+def look(source: Source, index: int) -> tuple[Looked, float, float]:
+    """Read and decode one image; what was seen, and the seconds of either."""
+    name, began = source.name(index), time.perf_counter()
     try:
         item, _ = source.read(index)
         read = time.perf_counter()
-        picture = decode(item, source.name(index))
+        picture = decode(item, name)
     except InputError as error:
-        cause = error.cause if isinstance(error, UndecodableImage) else str(error)
-        return Looked(index, cause=cause)
+        return Looked(index, name, cause=error.cause if isinstance(error, UndecodableImage) else str(error)), 0.0, 0.0
     decoded = time.perf_counter()
     data = item if isinstance(item, bytes) else np.ascontiguousarray(item).tobytes()
-    kind = read_header(item).format if isinstance(item, bytes) else _PIXELS
-    digest = hashlib.sha256(data).digest()
-    return Looked(index, picture.width, picture.height, len(data), kind, digest, "", read - began, decoded - read)
+    kind = read_header(item).format if isinstance(item, bytes) else "pixels"
+    digest = hashlib.sha256(data).hexdigest()
+    looked = Looked(index, name, picture.width, picture.height, len(data), kind, digest)
+    return looked, read - began, decoded - read
 
 
-def check(source: Source, workers: int = -1) -> tuple[Report, Seen]:
-    """Read and decode every image, in several processes; what was seen of all, and of each.
+def check(source: Source, workers: int = -1, rows: TextIO | None = None) -> Report:
+    """Read and decode every image.
 
     Args:
-        source: what to look at; read in its own order.
+        source: read in its own order.
         workers: processes; 0 or 1: this one; -1: as many as there are cores.
+        rows: takes a line of JSON an image.
     """
     began = time.perf_counter()
-    seen = Seen(len(source))
-    looked = each_image(source, range(len(source)), look, usable_cores() if workers < 0 else workers)
-    with closing(looked), progress_bar(len(source), f"checking {source.url}", shown=True) as bar:
-        for one in looked:
-            seen.add(one)
+    report = Report(source.url, len(source))
+    sides = np.zeros((len(source), 2), dtype=np.int32)
+    first: dict[bytes, int] = {}
+    copies: dict[int, list[int]] = {}
+    looking = each_image(source, range(len(source)), look, workers)
+    with closing(looking), progress_bar(len(source), f"checking {source.url}", shown=True) as bar:
+        for one, read_seconds, decode_seconds in looking:
             bar.update()
-    report = summarise(source, seen)
-    report.seconds = time.perf_counter() - began
-    return report, seen
-
-
-def summarise(source: Source, seen: Seen) -> Report:
-    """A report of what was seen."""
-    report = Report(source.url, len(source), bytes=int(seen.lengths.sum()))
-    readable = seen.readable()
-    counted = Counter({seen.format_names[place]: int(n) for place, n in enumerate(np.bincount(seen.formats[readable]))})
-    report.formats = {name: count for name, count in counted.most_common() if count}
-    if len(readable):
-        report.read_seconds, report.decode_seconds = (
-            total / len(readable) for total in (seen.read_seconds, seen.decode_seconds)
-        )
+            if rows is not None:
+                rows.write(json.dumps(asdict(one)) + "\n")
+            if one.cause:
+                report.broken.append((one.name, one.cause))
+                continue
+            report.bytes += one.bytes
+            report.formats[one.format] += 1
+            report.read_seconds += read_seconds
+            report.decode_seconds += decode_seconds
+            sides[one.index] = sorted((one.width, one.height))
+            original = first.setdefault(bytes.fromhex(one.digest[:32]), one.index)
+            if original != one.index:
+                copies.setdefault(original, [original]).append(one.index)
+    groups = [copies[original] for original in sorted(copies)]
+    report.duplicates = [[source.name(index) for index in group] for group in groups]
     if source.labels is not None and source.classes is not None:
-        # Every label is a class's number: sources see to it.
         counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
         report.classes = dict(zip(source.classes, counts, strict=True))
-    report.broken = [(source.name(index), cause) for index, cause in sorted(seen.causes.items())]
-    same = seen.same()
-    report.duplicates = [[source.name(int(index)) for index in group] for group in same]
-    if source.labels is not None:
-        labels = source.labels
-        report.across_classes = sum(len(np.unique(labels[group])) > 1 for group in same)
-    if len(readable):
-        sides = np.sort(seen.sides[readable], axis=1)
+        report.across_classes = sum(len(np.unique(source.labels[group])) > 1 for group in groups)
+    sides = sides[sides[:, 0] > 0]
+    if len(sides):
         order = np.lexsort((sides[:, 1], sides[:, 0]))
         places = {"smallest": order[0], "median": order[len(order) // 2], "largest": order[-1]}
         report.sides = {name: (int(sides[at, 0]), int(sides[at, 1])) for name, at in places.items()}
+    report.seconds = time.perf_counter() - began
     return report
 
 
@@ -254,29 +174,14 @@ def main(argv: Sequence[str]) -> int:
     line.add_argument("--workers", type=whole_number, metavar="N", default=-1, help="processes (default: the cores)")
     words = line.read(argv)
     source = open_source(words.source, words.part)
-    with _report_file(words.report) as rows:  # before hours of reading, in case it cannot be written
-        report, seen = check(source, words.workers)
-        for text in report.lines():
-            print(printable(text))
-        if rows is not None:
-            try:
-                for index in range(len(seen)):
-                    rows.write(json.dumps(seen.row(index) | {"name": source.name(index)}) + "\n")
-                rows.flush()
-            except OSError as error:
-                raise _unwritable(words.report, error) from error
-            print(f"a line an image: {words.report}", file=sys.stderr)
-    return 1 if report.broken else 0
-
-
-def _report_file(name: str | None) -> AbstractContextManager[TextIO | None]:
-    if name is None:
-        return nullcontext()
     try:
-        return open(name, "w", encoding="utf-8")
+        with ExitStack() as stack:  # opened before hours of reading, in case it cannot be written
+            rows = stack.enter_context(open(words.report, "w", encoding="utf-8")) if words.report else None
+            report = check(source, words.workers, rows)
     except OSError as error:
-        raise _unwritable(name, error) from error
-
-
-def _unwritable(name: str, error: OSError) -> InputError:
-    return InputError(f"cannot write {name}: {error.strerror}; choose another --report")
+        raise InputError(f"cannot write {words.report}: {error.strerror}; choose another --report") from error
+    for text in report.lines():
+        print(printable(text))
+    if words.report:
+        print(f"a line an image: {words.report}", file=sys.stderr)
+    return 1 if report.broken else 0

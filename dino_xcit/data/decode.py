@@ -6,6 +6,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -90,6 +91,25 @@ def decode_pixels(item: Item, name: str) -> NDArray[np.uint8]:
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     """An RGB picture as [height, width, 4], the last byte unused: Pillow's own layout."""
     return np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint8).reshape(image.height, image.width, 4)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Of a file that :func:`decode` has accepted."""
+
+    format: str
+    """One of :data:`FORMATS`."""
+    is_turned: bool
+    """Whether EXIF says that the picture is to be turned or mirrored before it is looked at."""
+
+
+def read_header(data: bytes) -> Header:
+    """What an encoded image says of itself before a pixel is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data)
+        # A JPEG that holds several pictures is an MPO to Pillow.
+        return Header("JPEG" if image.format == "MPO" else image.format or "", _orientation(image) in _UPRIGHT)
 
 
 def _guarded(read: Callable[[bytes], Picture], data: bytes, name: str) -> Picture:

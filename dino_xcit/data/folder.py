@@ -1,37 +1,40 @@
-"""Images in folders: one folder a class, a plain heap of photographs, or a list of paths; here or elsewhere."""
+"""Images in folders: a folder for each class, a flat folder, or a list of paths; on this machine or remote."""
 
 from __future__ import annotations
 
 import codecs
 import os
 import time
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from dino_xcit.data import files
+from dino_xcit.data import storage
 from dino_xcit.data.index import Index, Strings, cached
-from dino_xcit.data.passed_over import PassedOver
-from dino_xcit.data.source import Item, hash_lines
-from dino_xcit.errors import InputError, one_line
+from dino_xcit.data.source import Item, hash_lines, number_classes
+from dino_xcit.errors import InputError, one_line, printable
+from dino_xcit.runtime import logging as log
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
-KEPT_FROM = 10_000
-"""So many images make an index worth a place on the disk: fewer are listed quicker than anybody notices."""
+MIN_KEPT = 10_000
+"""Images from which on an index is stored: fewer are listed in no time."""
+RESULT_FILES = frozenset({"metrics.jsonl", "vectors.npy"})
+"""A sub-folder that holds one of these is a run or a collection of this project: its pictures are no data."""
 
-_MOST_BYTES = 1 << 30
-"""Of one image."""
-_MOST_LIST = 4 << 30
-_RECOVERED = "lost+found"
-"""Some disks have this folder at their top, and nobody may look into it."""
+_UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".exr", ".tga")
+"""Formats of images that are not read. Files of these endings, and those without an ending, are reported."""
+_MAX_IMAGE_BYTES = 1 << 30
+_MAX_LIST_BYTES = 4 << 30
 _SETTLED = 2_000_000_000
-"""Nanoseconds: some file systems' times are whole seconds, so that a folder changed twice in one looks the same."""
+"""Nanoseconds after which a folder's time is trusted: some file systems count whole seconds."""
 
 
 class FileSource:
-    """Image files by path. The paths are an index, so that a million of them cost loaders little."""
+    """Image files by path. The paths are an index, so that a million of them cost loader processes little."""
 
     def __init__(self, url: str, root: str, index: Index, version: str = "") -> None:
         """``index``: ``name``, paths relative to ``root`` or absolute; with labels also ``label`` and ``class``.
@@ -41,6 +44,8 @@ class FileSource:
         self.url = url
         self.classes = tuple(index.strings["class"]) if "class" in index.strings else None
         self.labels = index.numbers.get("label")
+        self.label_problem = "".join(index.strings.get("label_problem", ()))
+        """Why there are no labels, where some were expected."""
         self._root, self._index, self._version = root, index, version
         self._names = index.strings["name"]
 
@@ -54,32 +59,25 @@ class FileSource:
         return _joined(self._root, self._names[index])
 
     def read(self, index: int) -> tuple[Item, int | None]:
-        path = self.name(index)
-        data = files.read_file(path, _MOST_BYTES)
+        data = storage.read_file(self.name(index), _MAX_IMAGE_BYTES)
         return data, None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """Of names, labels, and the files' sizes and times; of remote files in a list the names alone are known.
-
-        A folder that was moved is another one: what is kept of it, such as the paths beside extracted vectors, would
-        lead nowhere.
-        """
-        labels = self.labels
+        """Of the root, names, labels, and the files' sizes and times; of remote files in a list the names alone."""
         if self._version:
             return hash_lines([self._root, self._version])
 
-        def lines() -> list[str]:
-            out = [self._root]
+        def lines() -> Iterable[str]:
+            yield self._root
             for index, relative in enumerate(self._names):
                 path, state = _joined(self._root, relative), ""
-                if not files.is_remote(path):
+                if not storage.is_remote(path):
                     try:
                         status = os.stat(path)
                         state = f"{status.st_size} {status.st_mtime_ns}"
                     except OSError:
                         state = "gone"
-                out.append(f"{relative} {state} {'' if labels is None else labels[index]}")
-            return out
+                yield f"{relative} {state} {'' if self.labels is None else self.labels[index]}"
 
         return hash_lines(lines())
 
@@ -87,83 +85,157 @@ class FileSource:
 def open_folder(root: str, url: str) -> FileSource:
     """A folder of images, on this machine or remote.
 
-    Images that lie directly in ``root`` make it a heap without labels, sub-folders included. Otherwise each
+    Images that lie directly in ``root`` make it a flat folder without labels, sub-folders included. Otherwise each
     sub-folder that holds images, at any depth, is a class named after it, numbered in sorted order (the layout of
-    torchvision's ImageFolder).
+    torchvision's ImageFolder). Hidden files and folders, and this project's own results, are left out.
 
-    What was found is kept, and found again at once as long as no folder's time has changed. A remote folder is
-    listed each time: nothing there tells of a change.
+    What was found is stored, and valid as long as no folder's time has changed. A remote folder is listed each time.
 
     Raises:
         InputError: there is no image, or the folder cannot be listed.
     """
-    if files.is_remote(root):
+    if storage.is_remote(root):
         root = root.rstrip("/")
-        listed = files.files_below(root)
-        images = [path for path in listed if _is_image(path.rpartition("/")[2]) and not path.startswith(".")]
-        version = hash_lines(f"{path} {listed[path]}" for path in sorted(images))
-        others = PassedOver(path for path in listed if not _is_image(path.rpartition("/")[2]))
-        index = cached(
-            f"folder:{root}", lambda: _arranged(root, images, version, others), lambda one: _is_sound(one, version)
-        )
-        return FileSource(url, root, index, version)
-    return FileSource(url, root, cached(f"folder:{os.path.abspath(root)}", lambda: _walk(root), _is_unchanged(root)))
+        listed = storage.files_below(root)
+        found = _Found()
+        own = {path.rpartition("/")[0] for path in listed if path.rpartition("/")[2] in RESULT_FILES} - {""}
+        for path in listed:
+            parents = {str(parent) for parent in PurePosixPath(path).parents}
+            if not own & parents and not any(part.startswith(".") for part in path.split("/")):
+                found.add(path)
+        version = hash_lines(f"{path} {listed[path]}" for path in sorted(found.images))
+        index = cached(f"folder:{root}", lambda: found.index(root, version), lambda one: _is_of(one, version))
+        source = FileSource(url, root, index, version)
+    else:
+        index = cached(f"folder:{os.path.abspath(root)}", lambda: _walk(root), _is_unchanged(root))
+        source = FileSource(url, root, index)
+    for warning in index.strings["warning"]:
+        log.warn_once(warning)
+    return source
 
 
 def open_list(file: str, url: str) -> FileSource:
     """A text file with the path of one image a line; no labels.
 
-    Paths are absolute, URLs, or relative to the file's folder. The file may be remote itself.
+    Paths are absolute, URLs, or relative to the file's folder. The file may be remote itself. Lines that begin with #
+    and do not end as images do are comments.
 
     Raises:
         InputError: it lists nothing, its first path does not exist, or it names a chain of file systems.
     """
-    data = files.read_file(file, _MOST_LIST)
+    data = storage.read_file(file, _MAX_LIST_BYTES)
     # Not splitlines, which also splits at letters that a file's name may have. Some editors begin with a mark.
     text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     lines = [line.strip() for line in text.split("\n")]
-    paths = [line for line in lines if line and not line.startswith("#")]
-    folder = files.folder_of(file)
+    paths = [line for line in lines if line and not (line.startswith("#") and not _is_image(line))]
+    folder = storage.folder_of(file)
     if b"\0" in data:
-        raise InputError(f"the file list {file} is no text: expected one path a line")
+        raise InputError(f"the file list {file} is not text: expected one path a line")
     if not paths:
         raise InputError(f"the file list {file} names no image: expected one path a line")
-    # Among the file systems that fsspec would chain are some that run what they find.
-    chain = next((path for path in paths if files.is_remote(path) and "::" in path), None)
+    # fsspec can chain file systems, and some of those run what they find.
+    chain = next((path for path in paths if storage.is_remote(path) and "::" in path), None)
     if chain is not None:
+        raise InputError(f"the file list {file} names {chain!r}, a chain of file systems: expected paths or plain URLs")
+    if not storage.is_file(_joined(folder, paths[0])):
         raise InputError(
-            f"the file list {file} names {chain!r}, a chain of file systems: write plain paths or URLs in its place"
-        )
-    if not files.is_file(_joined(folder, paths[0])):
-        raise InputError(
-            f"the file list {file} names {paths[0]!r}, which is no file: write paths that are absolute, or relative to "
-            f"{folder}"
+            f"the file list {file} names {paths[0]!r}, which is not a file: write paths that are absolute, or relative "
+            f"to {folder}"
         )
     version = hash_lines([folder, *paths])
     strings = {"name": Strings.pack(paths), "version": Strings.pack([version])}
     index = cached(
-        f"list:{file if files.is_remote(file) else os.path.abspath(file)}",
-        lambda: Index({}, strings, keep=len(paths) >= KEPT_FROM),
-        lambda one: _is_sound(one, version),
+        f"list:{file if storage.is_remote(file) else os.path.abspath(file)}",
+        lambda: Index({}, strings, keep=len(paths) >= MIN_KEPT),
+        lambda one: _is_of(one, version),
     )
     return FileSource(url, folder, index)
 
 
+class _Found:
+    """Paths below a root, with slashes: images, and a count of what was skipped."""
+
+    def __init__(self) -> None:
+        self.images: list[str] = []
+        self.skipped: Counter[str] = Counter()
+
+    def add(self, path: str) -> None:
+        suffix = PurePosixPath(path).suffix.lower()
+        if _is_image(path):
+            self.images.append(path)
+        elif suffix in _UNREAD:
+            self.skipped[suffix] += 1
+        elif not suffix or suffix[1:].isdigit():  # "IMG 2.10" has no ending
+            self.skipped["without an ending"] += 1
+
+    def index(self, root: str, version: str = "") -> Index:
+        """The index of a flat folder, or of a folder for each class.
+
+        Raises:
+            InputError: there is no image.
+        """
+        skipped = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
+        if not self.images:
+            there = f" (skipped: {skipped})" if skipped else ""
+            raise InputError(
+                f"no image in {root}{there}: expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ... in it or in "
+                "one sub-folder a class"
+            )
+        warnings = (
+            [f"{printable(root)}: skipped {skipped}; images end in {' '.join(IMAGE_SUFFIXES)}"] if skipped else []
+        )
+        strings = {"version": Strings.pack([version]), "warning": Strings.pack(warnings)}
+        keep = len(self.images) >= MIN_KEPT
+        images = sorted(self.images, key=lambda path: (path.partition("/")[0], path))
+        loose = [path for path in self.images if "/" not in path]
+        if loose:
+            if len(loose) < len(images):
+                problem = f"{len(loose):,} of {len(images):,} images lie beside its folders, such as {min(loose)}"
+                strings["label_problem"] = Strings.pack([problem])
+            return Index({}, strings | {"name": Strings.pack(sorted(images))}, keep)
+        labels, classes = number_classes([path.partition("/")[0] for path in images])
+        order = np.argsort(labels, kind="stable")  # two spellings of one name may lie apart
+        names = Strings.pack(images[place] for place in order)
+        return Index({"label": labels[order]}, strings | {"name": names, "class": Strings.pack(classes)}, keep)
+
+
 def _walk(root: str) -> Index:
-    """List a local folder at all depths."""
-    began = time.time_ns()
-    times: dict[str, int] = {".": _time(root)}
-    try:
-        with os.scandir(root) as entries:
-            top = list(entries)
-    except OSError as error:
-        raise _unlistable(root, root, error) from error
-    images = [entry.name for entry in top if entry.is_file() and _is_image(entry.name)]
-    others = PassedOver(entry.name for entry in top if entry.is_file() and not _is_image(entry.name))
-    for entry in top:
-        if not entry.name.startswith(".") and entry.name != _RECOVERED and _leads_on(entry):
-            images += _images_below(root, entry.name, times, others)
-    index = _arranged(root, images, "", others)
+    """List a local folder at all depths. Links are followed, but not in circles.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+    began, found = time.time_ns(), _Found()
+    times: dict[str, int] = {}
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
+    while waiting:
+        relative, above = waiting.pop()
+        folder = os.path.join(root, relative)
+        listed_at = _time(folder)  # before it is listed, so that a later change is noticed
+        try:
+            with os.scandir(folder) as listing:
+                entries = list(listing)
+        except OSError as error:  # skipped, it would be a class that is missing
+            remedy = f"make it readable, or move it out of {root}" if relative else "check the path"
+            raise InputError(f"cannot list the folder {folder}: {one_line(error)}; {remedy}") from error
+        if relative and any(entry.name in RESULT_FILES for entry in entries):
+            continue
+        times[relative] = listed_at
+        for entry in entries:
+            path = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.name.startswith(".") or path == "lost+found":
+                continue
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                found.skipped["broken links"] += 1
+            elif entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real in above:
+                    found.skipped["links to a folder above"] += 1
+                else:
+                    waiting.append((path, (*above, real)))
+            else:
+                found.add(path)
+    index = found.index(root)
     settled = max(times.values()) < began - _SETTLED and min(times.values()) >= 0
     return Index(
         {**index.numbers, "folder_time": np.array(list(times.values()), dtype=np.int64)},
@@ -172,96 +244,18 @@ def _walk(root: str) -> Index:
     )
 
 
-def _images_below(root: str, name: str, times: dict[str, int], others: PassedOver) -> list[str]:
-    """Paths, relative to ``root``, of the images anywhere below ``root/name``; links are followed, but not in circles.
-
-    ``times`` takes each folder's time, ``others`` what is no image.
-
-    Raises:
-        InputError: a folder cannot be listed.
-    """
-    found: list[str] = []
-    waiting: list[tuple[str, tuple[str, ...]]] = [(name, ())]
-    while waiting:
-        relative, above = waiting.pop()
-        folder = os.path.join(root, relative)
-        real = os.path.realpath(folder)
-        if real in above:
-            continue
-        times[relative] = _time(folder)  # before it is listed, so that a change meanwhile is noticed
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    path = os.path.join(relative, entry.name)
-                    if _leads_on(entry):
-                        waiting.append((path, (*above, real)))
-                    elif _is_image(entry.name):
-                        found.append(path)
-                    else:
-                        others.note(entry.name)
-        except OSError as error:  # passed over, it would be a class that is missing
-            raise _unlistable(folder, root, error) from error
-    return found
-
-
-def _unlistable(folder: str, root: str, error: OSError) -> InputError:
-    remedy = "check the path" if folder == root else f"make it readable, or move it out of {root}"
-    return InputError(f"cannot list the folder {folder}: {one_line(error)}; {remedy}")
-
-
-def _leads_on(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, say
-        return False
-
-
-def _arranged(root: str, images: list[str], version: str, others: PassedOver) -> Index:
-    """An index of images by their paths below ``root``: a heap, or a class a folder. What is passed over is said."""
-    if not images:
-        there = f" (there are {others})" if str(others) else ""
-        raise InputError(
-            f"no image in {root}{there}: expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ... in it or in one "
-            "sub-folder a class"
-        )
-    others.warn(root, " ".join(IMAGE_SUFFIXES))
-    keep = len(images) >= KEPT_FROM
-    about = {"version": Strings.pack([version])}
-    tops = [path.replace(os.sep, "/").partition("/") for path in images]
-    if any(not slash for _, slash, _ in tops):
-        return Index({}, {"name": Strings.pack(sorted(images)), **about}, keep)
-    ordered = sorted(zip((top for top, _, _ in tops), images, strict=True))
-    classes = sorted({top for top, _ in ordered})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = np.array([number[top] for top, _ in ordered], dtype=np.int64)
-    names = Strings.pack(path for _, path in ordered)
-    return Index({"label": labels}, {"name": names, "class": Strings.pack(classes), **about}, keep)
-
-
-def _is_unchanged(root: str) -> Any:
+def _is_unchanged(root: str) -> Callable[[Index], bool]:
     """Whether an index of a local folder still holds: for :func:`cached`."""
 
     def accept(index: Index) -> bool:
-        times = index.numbers["folder_time"].tolist()
-        same = all(
-            _time(os.path.join(root, folder)) == seen
-            for folder, seen in zip(index.strings["folder"], times, strict=True)
-        )
-        return same and _is_sound(index, "")
+        times = zip(index.strings["folder"], index.numbers["folder_time"].tolist(), strict=True)
+        return _is_of(index, "") and all(_time(os.path.join(root, folder)) == seen for folder, seen in times)
 
     return accept
 
 
-def _is_sound(index: Index, version: str) -> bool:
-    """Whether a stored index is of these files, and every label has a class."""
-    if list(index.strings["version"]) != [version] or len(index.strings["name"]) == 0:
-        return False
-    labels = index.numbers.get("label")
-    if labels is None:
-        return "class" not in index.strings
-    if len(labels) != len(index.strings["name"]):
-        return False
-    return bool(labels.min() >= 0 and labels.max() < len(index.strings["class"]))
+def _is_of(index: Index, version: str) -> bool:
+    return list(index.strings["version"]) == [version]
 
 
 def _time(folder: str) -> int:
@@ -271,14 +265,14 @@ def _time(folder: str) -> int:
         return -1
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _joined(root: str, path: str) -> str:
     """A path below ``root``, or one that stands for itself."""
-    if files.is_remote(path):
+    if storage.is_remote(path):
         return path
-    if files.is_remote(root):
+    if storage.is_remote(root):
         return path if path.startswith("/") else f"{root}/{path}"
     return str(Path(root) / path)

@@ -21,11 +21,11 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from dino_xcit.data import files
+from dino_xcit.data import storage
 from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.index import cache_folder
-from dino_xcit.data.patterns import expand
-from dino_xcit.data.source import MOST_CLASSES, Item, hash_lines
+from dino_xcit.data.source import MAX_CLASSES, Item, hash_lines, number_classes
+from dino_xcit.data.storage import expand
 from dino_xcit.errors import InputError, near_matches, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
@@ -152,7 +152,7 @@ def open_parquet(pattern: str, part: str | None = None) -> HFSource:
     """Open Parquet files, copied to Arrow the first time.
 
     Args:
-        pattern: files, as :func:`dino_xcit.data.patterns.expand` takes them; or a folder in which, or in whose folder
+        pattern: files, as :func:`dino_xcit.data.storage.expand` takes them; or a folder in which, or in whose folder
             ``data``, the files' names begin with their part, as in the hub's repositories. ``?image=COLUMN`` and
             ``?label=COLUMN`` as for :func:`open_hf`.
         part: ``train`` or ``val``, for folders; None: ``train``.
@@ -168,7 +168,7 @@ def open_parquet(pattern: str, part: str | None = None) -> HFSource:
     cache = cache_folder() / "arrow"
 
     def load() -> Any:
-        local = _downloaded(paths, cache) if files.is_remote(pattern) else paths
+        local = _downloaded(paths, cache) if storage.is_remote(pattern) else paths
         builder = datasets.load_dataset_builder("parquet", data_files={"train": local}, cache_dir=str(cache))
         if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.isdir(builder.cache_dir):
             _announce_copy(url, paths, Path(builder.cache_dir))
@@ -183,7 +183,7 @@ def open_parquet(pattern: str, part: str | None = None) -> HFSource:
 def is_folder_of_parquet(pattern: str) -> bool:
     """Whether a pattern is a folder, which may hold several parts."""
     pattern = _columns_asked_for(pattern)[0]
-    return not any(letter in pattern for letter in "*?[{") and files.is_folder(pattern)
+    return not any(letter in pattern for letter in "*?[{") and storage.is_folder(pattern)
 
 
 def _import_datasets() -> Any:
@@ -236,7 +236,7 @@ def _downloaded(paths: list[str], cache: Path) -> list[str]:
 
 
 def _announce_copy(url: str, paths: list[str], place: Path) -> None:
-    size = sum(size for size, _ in files.stamps(paths))
+    size = sum(size for size, _ in storage.stamps(paths))
     place.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place.parent).free
     if size > free:
@@ -322,9 +322,12 @@ def _labels(dataset: Any, column: str, url: str) -> tuple[NDArray[np.int64] | No
 
     values, feature = dataset.data.column(column), dataset.features[column]
     if feature.dtype.endswith("string"):
-        classes = sorted(set(values.to_pylist()) - {None})
-        values = pc.index_in(values, pa.array(classes, values.type))
-    labels = np.asarray(pc.fill_null(values, -1), dtype=np.int64)
+        distinct = [value for value in values.unique().to_pylist() if value is not None]
+        numbers, classes = number_classes(distinct)
+        places = np.asarray(pc.fill_null(pc.index_in(values, pa.array(distinct, values.type)), -1), dtype=np.int64)
+        labels = np.append(numbers, -1)[places]
+    else:
+        labels = np.asarray(pc.fill_null(values, -1), dtype=np.int64)
     missing, last = int((labels < 0).sum()), int(labels.max())
     if missing == len(labels):  # the hub's way to publish a test part without its labels
         return None, None
@@ -333,8 +336,8 @@ def _labels(dataset: Any, column: str, url: str) -> tuple[NDArray[np.int64] | No
             f"{missing:,} of the {len(labels):,} rows of {url} have no label in column {column!r}: expected one for "
             "each, or none; to read without labels add ?label=none"
         )
-    if last > MOST_CLASSES:
-        raise InputError(f"column {column!r} of {url} has the label {last}, expected at most {MOST_CLASSES:,}")
+    if last > MAX_CLASSES:
+        raise InputError(f"column {column!r} of {url} has the label {last}, expected at most {MAX_CLASSES:,}")
     if not feature.dtype.endswith("string"):
         classes = getattr(feature, "names", None) or list(map(str, range(last + 1)))
     return labels, tuple(classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from dino_xcit.data.loader import Batch
-from dino_xcit.data.worker import usable_cores
+from dino_xcit.data.workers import usable_cores
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 

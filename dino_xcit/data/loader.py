@@ -20,11 +20,10 @@ from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.source import Source
-from dino_xcit.data.worker import usable_cores, worker_init
+from dino_xcit.data.workers import worker_init
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime import watchdog
-from dino_xcit.runtime.logging import counted
 
 Key = tuple[int, int]
 """(epoch, index in the source)."""
@@ -35,9 +34,6 @@ Seconds = tuple[float, float, float]
 # PyTorch's advice, said twice, where there are more loader processes than cores: dino_xcit.data.load_monitor measures
 # whether they are too few, and many wait for a slow disk better than few.
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-
-MOST_WORKERS = 64
-"""Loader processes on one machine that are believed to be meant, or sixteen a core if that is more."""
 
 SUBSTITUTES = 20
 """So many other images are tried in the place of one that cannot be read."""
@@ -240,27 +236,6 @@ class StepSampler(Sampler[list[Key]]):
             for part in range(self.accumulation_steps):
                 start = position * self.global_batch + (part * self.world_size + self.rank) * self.batch_size
                 yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
-
-
-def choose_workers(wanted: int, processes_here: int, name: str = "num_workers") -> int:
-    """Loader processes for one rank: ``wanted``, or this machine's cores shared among its ranks, ten at most.
-
-    ``name``: of the setting.
-
-    Raises:
-        InputError: so many are wanted that starting them would take the machine's memory and an hour.
-    """
-    cores = usable_cores()
-    chosen = max(1, min(10, cores // max(1, processes_here)))
-    if wanted < 0:
-        return chosen
-    most = max(MOST_WORKERS, 16 * cores) // max(1, processes_here)
-    if wanted > max(most, chosen):
-        raise InputError(
-            f"{name} is {wanted} ({counted(processes_here, 'rank')}, {counted(cores, 'core')} here), expected at "
-            f"most {max(most, chosen)}, such as --{name.replace('_', '-')} {chosen}"
-        )
-    return wanted
 
 
 class Loader:

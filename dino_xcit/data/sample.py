@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.data.files import read_file
 from dino_xcit.data.source import Item
+from dino_xcit.data.storage import read_file
 from dino_xcit.errors import InputError, one_line
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

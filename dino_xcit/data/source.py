@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 Item = bytes | NDArray[np.uint8]
 """An encoded image file, or decoded pixels: [height, width] or [height, width, 3], uint8."""
 
-MOST_CLASSES = 1_000_000
-"""A label beyond is a mistake, and would make a name for each number below it."""
+MAX_CLASSES = 1_000_000
+"""A label of this size or more is refused."""
 
 
 @runtime_checkable
@@ -77,6 +78,17 @@ class _Completed:
     def fingerprint(self) -> str:
         names = (self.name(index) for index in range(len(self)))
         return hash_lines((*names, *(map(str, self.labels.tolist()) if self.labels is not None else ())))
+
+
+def number_classes(names: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """[len(names)] labels, and the distinct names in sorted order, which they number.
+
+    Names are compared in Unicode's composed form (NFC): macOS and Linux write the same name in different bytes.
+    """
+    composed = [unicodedata.normalize("NFC", name) for name in names]
+    classes = sorted(set(composed))
+    number = {name: label for label, name in enumerate(classes)}
+    return np.array([number[name] for name in composed], dtype=np.int64), classes
 
 
 def hash_lines(lines: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import torchvision.datasets
 from numpy.typing import NDArray
 
 from dino_xcit.data.decode import UndecodableImage
-from dino_xcit.data.source import MOST_CLASSES, Item, hash_lines
+from dino_xcit.data.source import MAX_CLASSES, Item, hash_lines
 from dino_xcit.errors import InputError, near_matches, one_line
 
 
@@ -78,4 +78,4 @@ def _class_numbers(targets: object, images: int) -> NDArray[np.int64] | None:
         return None
     if labels.shape != (images,) or not images or labels.dtype.kind not in "iu":
         return None
-    return labels.astype(np.int64) if 0 <= labels.min() <= labels.max() < MOST_CLASSES else None
+    return labels.astype(np.int64) if 0 <= labels.min() <= labels.max() < MAX_CLASSES else None

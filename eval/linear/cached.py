@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dino_xcit.data import Source
-from dino_xcit.data.loader import StepSampler, choose_workers
+from dino_xcit.data.loader import StepSampler
+from dino_xcit.data.workers import choose_workers
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log

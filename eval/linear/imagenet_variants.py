@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from dino_xcit.data import Source, open_source
-from dino_xcit.data.files import read_file
-from dino_xcit.data.imagenet.truth import WNID
+from dino_xcit.data.imagenet import WNID
+from dino_xcit.data.storage import read_file
 from dino_xcit.errors import InputError
 from eval.accuracy import bootstrap_interval
 from eval.linear.heads import guesses

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from dino_xcit.data import files
-from dino_xcit.data.patterns import expand
+from dino_xcit.data import storage
+from dino_xcit.data.storage import expand
 from dino_xcit.errors import InputError
 
 
@@ -47,19 +45,14 @@ def test_a_range_in_braces_keeps_its_zeros(tmp_path: Path) -> None:
     assert expand(f"{tmp_path}/t{{8..11}}.tar") == bare
 
 
-def test_choices_and_ranges_in_braces_multiply(tmp_path: Path) -> None:
-    expected = names(tmp_path, "train-0.tar", "train-1.tar", "val-0.tar", "val-1.tar")
-    assert expand(f"{tmp_path}/{{val,train}}-{{0..1}}.tar") == expected
-    assert expand(f"{tmp_path}/{{train-{{0..1}},val-0}}.tar") == expected[:3]
-
-
 def test_wildcards_find_files_and_no_folders(tmp_path: Path) -> None:
     expected = names(tmp_path, "a1.tar", "a2.tar", "b1.tar")
     (tmp_path / "a3.tar").mkdir()
     assert expand(f"{tmp_path}/*.tar") == expected
     assert expand(f"{tmp_path}/a?.tar") == expected[:2]
     assert expand(f"{tmp_path}/[ab]1.tar") == [expected[0], expected[2]]
-    assert expand(f"{tmp_path}/{{a,b}}*.tar") == expected
+    assert expand(f"{tmp_path}/{{b,a}}*.tar") == expected
+    assert expand(f"{tmp_path}/{{a{{1..2}},b1}}.tar") == expected
 
 
 def test_local_patterns_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,25 +71,14 @@ def test_a_file_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path
 
 def test_the_first_missing_file_of_a_range_is_named(tmp_path: Path) -> None:
     names(tmp_path, "s-0.tar", "s-1.tar", "s-3.tar")
-    with pytest.raises(InputError, match=r"there is no file .*s-2\.tar, which .*s-\{0\.\.4\}"):
+    with pytest.raises(InputError, match=r"s-2\.tar"):
         expand(f"{tmp_path}/s-{{0..4}}.tar")
-    with pytest.raises(InputError, match=r"there is no file .*absent\.tar: check"):
+    with pytest.raises(InputError, match=r"absent\.tar"):
         expand(f"{tmp_path}/absent.tar")
     with pytest.raises(InputError, match=r"no file matches .*t-"):
         expand(f"{tmp_path}/{{s,t}}-*.tar")
-
-
-def test_a_folder_or_a_pipe_in_a_pattern_s_place_is_called_so(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=f"{tmp_path} is a folder: expected files, or a pattern of them such as"):
+    with pytest.raises(InputError, match=f"{tmp_path} is a folder"):
         expand(str(tmp_path))
-    with pytest.raises(InputError, match="pipe is a named pipe: expected a file"):
-        expand(f"{tmp_path}/{{pipe,rest}}")
-
-
-def test_a_pattern_of_a_thousand_braces_is_refused() -> None:
-    with pytest.raises(InputError, match="more than 50 braces"):
-        expand("/x/" + "{0..1}" * 1200)
 
 
 def test_a_pattern_for_a_trillion_files_is_refused_at_once() -> None:
@@ -111,7 +93,7 @@ def test_patterns_work_elsewhere_too(memory: str) -> None:
         put(f"{memory}/{name}", b"x")
     assert [path[-8:] for path in expand(f"{memory}/*.tar")] == ["a-00.tar", "a-01.tar", "b-00.tar"]
     assert expand(f"{memory}/a-{{00..01}}.tar") == [f"{memory}/a-00.tar", f"{memory}/a-01.tar"]
-    assert [files.read_range(path, 0, 1) for path in expand(f"{memory}/a*")] == [b"x", b"x"]
+    assert [storage.read_range(path, 0, 1) for path in expand(f"{memory}/a*")] == [b"x", b"x"]
     with pytest.raises(InputError, match=r"a-02\.tar"):
         expand(f"{memory}/a-{{00..05}}.tar")
     with pytest.raises(InputError, match="no file matches"):
@@ -130,27 +112,27 @@ def digits(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
 
 
 def test_ranges_are_read_exactly(digits: str) -> None:
-    assert files.read_range(digits, 3, 4) == b"3456"
-    assert files.read_range(digits, 0, 10) == b"0123456789"
-    assert files.read_range(digits, 4, 0) == b""
+    assert storage.read_range(digits, 3, 4) == b"3456"
+    assert storage.read_range(digits, 0, 10) == b"0123456789"
+    assert storage.read_range(digits, 4, 0) == b""
 
 
 def test_a_range_beyond_the_end_is_an_error(digits: str) -> None:
     for start, length in ((8, 3), (10, 1), (50, 1)):
         with pytest.raises(InputError, match="digits ends before byte"):
-            files.read_range(digits, start, length)
+            storage.read_range(digits, start, length)
 
 
 def test_a_whole_file_is_read_up_to_a_limit(digits: str) -> None:
-    assert files.read_file(digits, 10) == b"0123456789"
+    assert storage.read_file(digits, 10) == b"0123456789"
     with pytest.raises(InputError, match="more than 9 bytes"):
-        files.read_file(digits, 9)
+        storage.read_file(digits, 9)
     put(digits, b"")
-    assert files.read_file(digits, 9) == b""
+    assert storage.read_file(digits, 9) == b""
 
 
 def test_an_open_file_can_seek(digits: str) -> None:
-    with files.open_file(digits) as file:
+    with storage.open_file(digits) as file:
         file.seek(7)
         assert file.read(2) == b"78"
         file.seek(1)
@@ -158,100 +140,55 @@ def test_an_open_file_can_seek(digits: str) -> None:
 
 
 def test_the_stamp_tells_the_size_and_changes_with_the_file(digits: str) -> None:
-    before = files.stamp(digits)
+    before = storage.stamp(digits)
     assert before[0] == 10
-    assert files.stamp(digits) == before
+    assert storage.stamp(digits) == before
     put(digits, b"9876543210")
-    if not files.is_remote(digits):
+    if not storage.is_remote(digits):
         os.utime(digits, ns=(0, 1))
-    after = files.stamp(digits)
+    after = storage.stamp(digits)
     assert after[0] == 10
     assert after != before
-    assert files.stamps([digits, digits]) == [after, after]
+    assert storage.stamps([digits, digits]) == [after, after]
 
 
 def test_missing_files_and_folders_are_sentences(digits: str) -> None:
     absent, folder = digits + "-absent", digits.rpartition("/")[0]
-    for ask in (files.stamp, files.open_file, lambda path: files.read_file(path, 9)):
+    for ask in (storage.stamp, storage.open_file, lambda path: storage.read_file(path, 9)):
         with pytest.raises(InputError, match="absent"):
             ask(absent)
         with pytest.raises(InputError):
             ask(folder)
     with pytest.raises(InputError, match="absent"):
-        files.read_range(absent, 0, 1)
+        storage.read_range(absent, 0, 1)
 
 
-def test_what_is_no_file_is_called_by_its_kind_and_never_waited_for(tmp_path: Path) -> None:
-    """A named pipe would be opened when somebody writes into it, and a socket never."""
-    pipe, address, link = str(tmp_path / "pipe"), str(tmp_path / "socket"), str(tmp_path / "link")
-    os.mkfifo(pipe)
-    os.symlink("/dev/zero", link)
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(address)
-        asks: list[Callable[[str], object]] = [files.stamp, files.open_file]
-        for ask in (*asks, lambda path: files.read_file(path, 9), lambda path: files.read_range(path, 0, 1)):
-            kinds = {pipe: "a named pipe", address: "a socket", link: "a device", str(tmp_path): "a folder"}
-            for path, kind in kinds.items():
-                with pytest.raises(InputError, match=f"{path} is {kind}: expected a file"):
-                    ask(path)
-
-
-def test_a_local_file_with_another_stamp_than_expected_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.write_bytes(b"old")
-    before = files.stamp(str(path))
-    assert files.read_range(str(path), 0, 3, before) == b"old"
-    for content, time in ((b"new", 1), (b"longer", int(before[1]))):
-        path.write_bytes(content)
-        os.utime(path, ns=(0, time))
-        with pytest.raises(InputError, match="x was replaced or changed since it was opened; start the same command"):
-            files.read_range(str(path), 0, 3, before)
-        with pytest.raises(InputError, match="replaced or changed"):
-            files.open_file(str(path), before)
+def test_a_pipe_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(InputError, match=r"pipe\.jpg is a device, pipe or socket"):
+        storage.read_file(str(tmp_path / "pipe.jpg"), 9)
 
 
 def test_a_path_that_no_file_can_have_is_a_sentence(tmp_path: Path) -> None:
     for path in (f"{tmp_path}/a\0b", f"{tmp_path}/\ud800"):
         with pytest.raises(InputError, match=r"cannot read .*check the path"):
-            files.read_file(path, 9)
-
-
-def test_a_file_without_permission_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x").write_bytes(b"x")
-
-    def refused(*_: object) -> int:  # root may read everything: no test could show it otherwise
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(os, "open", refused)
-    with pytest.raises(InputError, match=r"no permission to read .*/x: run as somebody who may, or ask its owner"):
-        files.read_file(str(tmp_path / "x"), 9)
+            storage.read_file(path, 9)
 
 
 def test_folders_are_known(digits: str) -> None:
     folder = digits.rpartition("/")[0]
-    assert files.is_folder(folder)
-    assert not files.is_folder(digits)
-    assert not files.is_folder(folder + "/absent")
+    assert storage.is_folder(folder)
+    assert not storage.is_folder(digits)
+    assert not storage.is_folder(folder + "/absent")
 
 
 def test_everything_below_a_remote_folder_is_listed(memory: str) -> None:
     for name in ("a.png", "x/b.png", "x/y/c.png"):
         put(f"{memory}/top/{name}", name.encode())
     put(f"{memory}/top-other/d.png", b"")
-    found = files.files_below(f"{memory}/top")
+    found = storage.files_below(f"{memory}/top")
     assert sorted(found) == ["a.png", "x/b.png", "x/y/c.png"]
-    assert found["x/b.png"] == files.stamp(f"{memory}/top/x/b.png")
-
-
-def test_forked_processes_read_what_their_parent_opened(digits: str) -> None:
-    files.read_range(digits, 0, 1)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, files.read_range(digits, 2, 3))
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    assert os.read(reading, 10) == b"234"
+    assert found["x/b.png"] == storage.stamp(f"{memory}/top/x/b.png")
 
 
 # ---- what is missing
@@ -262,7 +199,7 @@ def test_a_missing_package_is_named_with_its_command() -> None:
         if fsspec_can(url):
             continue
         with pytest.raises(InputError, match=command):
-            files.read_range(url, 0, 1)
+            storage.read_range(url, 0, 1)
 
 
 def fsspec_can(url: str) -> bool:
@@ -305,11 +242,11 @@ def test_what_may_pass_is_tried_three_times(
     monkeypatch: pytest.MonkeyPatch, error: Exception, failures: int, asked: int
 ) -> None:
     system = Flaky(failures, error)
-    monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(files, "_file_system", lambda path: (system, path))
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(storage, "_file_system", lambda path: (system, path))
     if failures < asked:
-        assert files.read_range("s3://x", 0, 2) == b"xx"
+        assert storage.read_range("s3://x", 0, 2) == b"xx"
     else:
         with pytest.raises(InputError, match="s3://x"):
-            files.read_range("s3://x", 0, 2)
+            storage.read_range("s3://x", 0, 2)
     assert system.asked == asked

@@ -1,0 +1,199 @@
+"""Data as URLs: ``open_source(URL, part)``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from dino_xcit.data import storage
+from dino_xcit.data.folder import open_folder, open_list
+from dino_xcit.data.hf import is_folder_of_parquet, open_hf, open_parquet
+from dino_xcit.data.imagenet import open_imagenet
+from dino_xcit.data.sample import open_sample
+from dino_xcit.data.source import MinimalSource, Source, Subset, completed
+from dino_xcit.data.tar import open_tar
+from dino_xcit.errors import InputError
+from dino_xcit.runtime import logging as log
+
+FORMS = (
+    "a folder, a .txt list of paths, tar:PATTERN, parquet:PATTERN, hf:NAME_OR_DIR, imagenet:DIR, "
+    "sample:fashion-mnist, sample:fashion-mnist-full or torchvision:NAME"
+)
+NAMED = ("sample:", "torchvision:", "imagenet:", "hf:")
+"""Data sets that have a training and a validation part."""
+FILES = ("tar:", "parquet:")
+"""Data sets by a pattern of the files of one part."""
+_PARTS = {"train", "val", "valid", "validation", "test"}
+"""Names of folders that are parts of a data set rather than classes."""
+
+Open = Callable[[str, str | None], MinimalSource]
+_REGISTERED: dict[str, Open] = {}
+
+
+def register_source(scheme: str, open: Open) -> None:
+    """Make ``--data-path scheme:REST`` call ``open(REST, part)``, with ``train``, ``val`` or None for the part.
+
+    Args:
+        open: returns an object with ``len``, ``read(index) -> (bytes or pixels, label or None)`` and ``name(index)``;
+            the other attributes of :class:`Source` where it has them. Loader processes share it, so it holds no open
+            files.
+
+    Raises:
+        ValueError: the scheme is taken.
+    """
+    if f"{scheme}:" in (*NAMED, *FILES) or scheme in _REGISTERED or scheme in fsspec.available_protocols():
+        raise ValueError(f"scheme {scheme!r} is taken: choose another name")
+    _REGISTERED[scheme] = open
+
+
+def open_source(url: str, part: str | None = None) -> Source:
+    """Open a data set.
+
+    Args:
+        url: a folder of images (one sub-folder a class, or a flat folder without labels); a ``.txt`` file with one
+            path a line; ``tar:PATTERN``, archives such as WebDataset's shards (``tar:/data/train-{000..146}.tar``);
+            ``parquet:PATTERN``, Parquet files, or a folder of them; ``hf:NAME_OR_DIR``, a data set of the Hugging
+            Face hub, or what ``save_to_disk`` wrote; ``imagenet:DIR``, ImageNet-1k as it is downloaded;
+            ``sample:fashion-mnist``, ``sample:fashion-mnist-full`` or ``torchvision:NAME``. Folders, lists, archives
+            and Parquet files may be remote (``s3://``, ``gs://``, ``hf://``, ``https://`` ...). A trailing
+            ``/train`` or ``/val`` on the last four chooses the part.
+        part: ``train`` or ``val``. A folder that holds parts is opened there; one that does not is taken whole, as
+            are archives. In a folder of Parquet files, those whose names begin with it. None: the folder as it is; the
+            training part of the others.
+
+    Raises:
+        InputError: nothing there, nothing readable in it, or an unknown form.
+    """
+    if not url.strip():  # an unset variable of a shell; as a path it would be the current folder
+        raise InputError(f"no data given: expected {FORMS}")
+    scheme, colon, rest = url.partition(":")
+    if colon and scheme in _REGISTERED:
+        return completed(_REGISTERED[scheme](rest, part), url)
+    if colon and scheme in ("sample", "torchvision", "imagenet"):
+        named = re.fullmatch(r"(.+)/(train|val)/*", rest)
+        name, chosen = (named[1], named[2]) if named else (rest, part or "train")
+        if scheme == "sample":
+            return open_sample(name, chosen)
+        if scheme == "imagenet":
+            return open_imagenet(name, chosen)
+        from dino_xcit.data.torchvision_source import TorchvisionSource  # torchvision takes two seconds to import
+
+        return TorchvisionSource(name, chosen)
+    if colon and scheme == "tar":
+        return open_tar(rest, url)
+    if colon and scheme == "parquet":
+        return open_parquet(rest, part)
+    if colon and scheme == "hf" and not rest.startswith("//"):
+        return open_hf(rest, part)
+    if storage.is_remote(url):
+        address = url.partition("?")[0].rstrip("/")
+        if not storage.is_remote(address):  # nothing behind the slashes
+            raise InputError(f"{url!r} names no place: expected such as {address}//BUCKET/FOLDER")
+    else:
+        address = str(Path(os.path.expanduser(url)))
+        try:
+            os.stat(address)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            known = f"known forms: {', '.join([FORMS, *(f'{name}:...' for name in _REGISTERED)])}"
+            hint = known if colon and "/" not in scheme else "check the path"
+            raise InputError(f"no data at {url!r}: there is no such file or folder; {hint}") from error
+        except (OSError, ValueError) as error:  # no permission; a zero byte
+            raise storage.explained(address, error) from error
+    is_folder = storage.is_folder(address)
+    if address.lower().endswith(".txt") and not is_folder:
+        return open_list(url if storage.is_remote(url) else address, url)
+    if address.lower().endswith(".tar") and not is_folder:
+        raise InputError(f"{url!r} is an archive: expected tar:{url}")
+    if not is_folder and not storage.is_remote(url):
+        raise InputError(f"{url!r} is a single file: expected {FORMS}")
+    folder = _folder_of_part(address, part) if is_folder else address
+    return open_folder(folder, folder)
+
+
+def open_parts(data: str | None, train_data: str | None, val_data: str | None) -> tuple[Source, Source]:
+    """The labelled training and validation parts that an evaluator measures with.
+
+    Args:
+        data: a data set with both parts: a folder that holds ``train`` and ``val``, that ``train`` folder itself, or
+            one of the named sets.
+        train_data, val_data: either part on its own, whatever :func:`open_source` opens; wins over ``data``.
+
+    Raises:
+        InputError: a part is missing, has no labels, or the two disagree about their classes.
+    """
+    if data is not None and not data.startswith(FILES):
+        data = data.removesuffix("/train").removesuffix("/val") if _has_parts(data) else _parent_of_parts(data)
+    parts: list[Source] = []
+    for part, given in (("train", train_data), ("val", val_data)):
+        if given is not None:
+            source = open_source(given, part if _has_parts(given) else None)
+        elif data is None:
+            raise InputError(f"no {part} data: give --data-path DIR with DIR/train and DIR/val, or --{part}-data")
+        elif _has_parts(data):
+            source = open_source(data, part)
+        elif data.startswith(FILES):
+            raise InputError(
+                f"{data} is one part: give --train-data and --val-data, each with the pattern of its own files"
+            )
+        elif storage.is_folder(_inside(data, part)):
+            source = open_source(_inside(data, part), part)
+        else:
+            raise InputError(
+                f"{data} holds no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or --{part}-data"
+            )
+        if source.labels is None:
+            problem = getattr(source, "label_problem", "")
+            raise InputError(
+                f"{source.url} has no labels, which measuring needs{f': {problem}' if problem else ''}; expected one "
+                "sub-folder a class, archives with .cls members, or Parquet files with a column 'label'"
+            )
+        parts.append(source)
+    train, val = parts
+    if train.classes == val.classes:
+        return train, val
+    train_classes, val_classes = train.classes or (), val.classes or ()
+    unknown = sorted(set(val_classes) - set(train_classes))
+    if unknown:
+        raise InputError(
+            f"{val.url} has classes that {train.url} lacks: {', '.join(unknown[:5])}; give two parts of one data set"
+        )
+    number = np.asarray([train_classes.index(name) for name in val_classes], dtype=np.int64)
+    return train, Subset(val, np.arange(len(val)), number, train_classes)
+
+
+def _has_parts(url: str) -> bool:
+    """Whether a set that is not a folder of images holds both parts."""
+    if url.startswith("parquet:"):
+        return is_folder_of_parquet(url.removeprefix("parquet:"))
+    return (url.startswith(NAMED) and not url.startswith("hf://")) or url.partition(":")[0] in _REGISTERED
+
+
+def _folder_of_part(folder: str, part: str | None) -> str:
+    """A folder's part, where its sub-folders are parts rather than classes; else the folder itself."""
+    if part is None or folder.rpartition("/")[2] == part:  # DIR/train may have a class of trains
+        return folder
+    names = storage.subfolders(folder)
+    if part not in names or not (names <= _PARTS or {"train", "val"} <= names):
+        return folder
+    if others := sorted(names - _PARTS):
+        log.warn_once(f"{folder}: reads its part {part}, not its folders {', '.join(others[:5])}")
+    return _inside(folder, part)
+
+
+def _parent_of_parts(data: str) -> str:
+    """The folder that holds ``train`` and ``val``, where one of these is given; otherwise what is given."""
+    data = data.rstrip("/") if storage.is_remote(data) else str(Path(os.path.expanduser(data)))
+    parent, _, name = data.rpartition("/")
+    if name not in ("train", "val") or not storage.is_folder(data):
+        return data
+    beside = all(storage.is_folder(_inside(parent, part)) for part in ("train", "val"))
+    return parent if beside or not storage.is_folder(_inside(data, "train")) else data
+
+
+def _inside(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
