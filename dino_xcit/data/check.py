@@ -13,24 +13,39 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Annotated, Literal, TextIO
 
 import numpy as np
+from annotated_types import Ge, MinLen
 from numpy.typing import NDArray
 
+from dino_xcit.bounds import FilePath, Positional
+from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.command_line import CommandLine, whole_number
 from dino_xcit.data.each_image import each_image
 from dino_xcit.data.header import read_header
 from dino_xcit.data.worker import usable_cores
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime.logging import counted, progress_bar
 
-USAGE = "python -m dino_xcit.data check SRC [--part train|val] [--report FILE.jsonl] [--workers N]"
-_HELP = """\
-Read and decode every image of SRC, any form that --data-path takes: which cannot be read, which are there twice, byte
-for byte, how large they are, and how quickly this machine reads and decodes them. The exit code is 1 where an image
-cannot be read."""
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Settings of python -m dino_xcit.data check: read and decode every image of a data set.
+
+    It reports which images cannot be read, which are there twice, byte for byte, how large they are, and how quickly
+    this machine reads and decodes them. The exit code is 1 where an image cannot be read.
+    """
+
+    source: Annotated[str, MinLen(1), Positional] = ""
+    """The images, whatever --data-path takes: a folder, a list, tar:..., sample:...; --source may be left out."""
+    part: Literal["", "train", "val"] = ""
+    """Which part of the source, where it has parts."""
+    report: FilePath = ""
+    """Write a line an image to this .jsonl file."""
+    workers: Annotated[int, Ge(-1)] = -1
+    """Processes; 0: this one, -1: as many as there are cores."""
+
 
 _DIGEST = 32
 _PIXELS = "pixels"
@@ -247,15 +262,10 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: a mistake in the command, or no such data.
     """
-    line = CommandLine(USAGE, _HELP)
-    line.add_argument("source", metavar="SRC", help="what --data-path takes: a folder, a list, tar:..., sample:...")
-    line.add_argument("--part", choices=("train", "val"), help="which part of SRC, where it has parts")
-    line.add_argument("--report", metavar="FILE.jsonl", help="write a line an image")
-    line.add_argument("--workers", type=whole_number, metavar="N", default=-1, help="processes (default: the cores)")
-    words = line.read(argv)
-    source = open_source(words.source, words.part)
-    with _report_file(words.report) as rows:  # before hours of reading, in case it cannot be written
-        report, seen = check(source, words.workers)
+    config = parse(CheckConfig, argv, "python -m dino_xcit.data check SRC")
+    source = open_source(config.source, config.part or None)
+    with _report_file(config.report) as rows:  # before hours of reading, in case it cannot be written
+        report, seen = check(source, config.workers)
         for text in report.lines():
             print(printable(text))
         if rows is not None:
@@ -264,13 +274,13 @@ def main(argv: Sequence[str]) -> int:
                     rows.write(json.dumps(seen.row(index) | {"name": source.name(index)}) + "\n")
                 rows.flush()
             except OSError as error:
-                raise _unwritable(words.report, error) from error
-            print(f"a line an image: {words.report}", file=sys.stderr)
+                raise _unwritable(config.report, error) from error
+            print(f"a line an image: {config.report}", file=sys.stderr)
     return 1 if report.broken else 0
 
 
-def _report_file(name: str | None) -> AbstractContextManager[TextIO | None]:
-    if name is None:
+def _report_file(name: str) -> AbstractContextManager[TextIO | None]:
+    if not name:
         return nullcontext()
     try:
         return open(name, "w", encoding="utf-8")
