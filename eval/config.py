@@ -230,9 +230,7 @@ class CompareConfig:
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         if len(self.files) < 2:
-            raise InputError(
-                f"{len(self.files)} result files given, expected two or more: python -m eval.compare a.json b.json"
-            )
+            raise InputError(f"found {len(self.files)} result files, expected two or more, such as a.json b.json")
         if len(self.figure) not in (0, 1, len(self.files)):
             raise InputError(
                 f"figure has {len(self.figure)} values, expected one for all files or one for each of the "

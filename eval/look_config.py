@@ -26,7 +26,7 @@ class LookConfig(BackboneConfig):
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
-        refuse_changed(self, ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"), "here")
+        refuse_changed(self, ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"), "on a picture")
         if not self.images:
             raise InputError("no images given: name one or more image files, such as photo.jpg")
         if self.size and not 16 <= self.size <= 8192:

@@ -75,7 +75,7 @@ class ReproduceConfig(BackboneConfig):
         if not self.data_path and not (self.train_data and self.val_data):
             raise InputError("no data given: use --data-path DIR, ImageNet with DIR/train and DIR/val")
         fixed = ("eval_resize", "eval_crop", "network", "allow_missing", "allow_unexpected")
-        refuse_changed(self, fixed, "here: published figures were measured in one way")
+        refuse_changed(self, fixed, "here, because published figures were measured in one way")
 
 
 @dataclass(frozen=True)

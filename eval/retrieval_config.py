@@ -84,7 +84,7 @@ class ExtractConfig(VectorConfig):
                 "or give one scale"
             )
         if self.query and not self.learn_whitening:
-            refuse_changed(self, _OF_THE_CARD, "for --query: the collection is as its card says")
+            refuse_changed(self, _OF_THE_CARD, "for --query, which reads the collection's card")
         if self.add and self.overwrite:
             raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
         if (self.learn_whitening and not self.index) or (self.query and not (self.index or self.output_dir)):
@@ -163,7 +163,7 @@ class RetrievalConfig(VectorConfig):
             )
         for names, protocols in _OF_PROTOCOLS.items():
             if self.protocol not in protocols:
-                refuse_changed(self, names, f"for {self.protocol}, only for {' and '.join(protocols)}")
+                refuse_changed(self, names, f"for {self.protocol} (only for {', '.join(protocols)})")
         if self.index and self.data_path:
             raise InputError("both index and data_path are given: --index measures a collection, --data-path images")
         if self.index:
@@ -183,4 +183,4 @@ class RetrievalConfig(VectorConfig):
             InputError: naming the field and the value.
         """
         names = [name for name in _OF_IMAGES if name != "weights" or not weights_given]
-        refuse_changed(self, names, "for a finished collection: its vectors are as its card says")
+        refuse_changed(self, names, "for a finished collection")
