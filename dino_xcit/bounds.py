@@ -71,9 +71,10 @@ def check_bounds(config: Any) -> None:
     Raises:
         InputError: names the field, its value and what is expected.
     """
+    kind: type = type(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if expected := _unmet(value, *annotations_of(type(config))[field.name]):
+        if expected := _unmet(value, *annotations_of(kind)[field.name]):
             example = f", such as {shown(field.default)}" if field.default not in ("", ()) else ""
             raise InputError(f"{field.name} is {shown(value)}, expected {expected}{example}")
 
@@ -90,7 +91,7 @@ def _unmet(value: Any, kind: Any, notes: Iterable[Any]) -> str:
         return " and ".join(f"{_COMPARISONS[word]} {shown(limit)}" for word, limit in bounds)
     for note in notes:
         if isinstance(note, MinLen) and len(value) < note.min_length:
-            return "a value"
+            return f"at least {note.min_length} values" if note.min_length > 1 else "a value"
         if note is Unique and len({shown(part) for part in parts}) < len(parts):
             return "each once"
         if isinstance(note, Suffix) and value and not value.lower().endswith(note.ending):

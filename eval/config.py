@@ -213,7 +213,7 @@ class LinearConfig(BackboneConfig):
 class CompareConfig:
     """Settings of python -m eval.compare."""
 
-    files: Annotated[tuple[str, ...], IsPath, Positional, Repeatable] = ()
+    files: Annotated[tuple[str, ...], MinLen(2), IsPath, Positional, Repeatable] = ()
     """Result files (--json of run_knn.py, run_linear.py, run_retrieval.py) and published:NAME; the others are held
     against the first. --files may be left out before them."""
     allow: tuple[str, ...] = ()
@@ -229,8 +229,6 @@ class CompareConfig:
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
-        if len(self.files) < 2:
-            raise InputError(f"found {len(self.files)} result files, expected two or more, such as a.json b.json")
         if len(self.figure) not in (0, 1, len(self.files)):
             raise InputError(
                 f"figure has {len(self.figure)} values, expected one for all files or one for each of the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Gt, Lt
+from annotated_types import Gt, Lt, MinLen
 
 from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Suffix, refuse_changed
 from dino_xcit.errors import InputError
@@ -16,7 +16,7 @@ from eval.config import BackboneConfig
 class LookConfig(BackboneConfig):
     """Which photographs are looked at, and the picture that comes of it: what attention and PCA share."""
 
-    images: Annotated[tuple[str, ...], IsPath, Positional, Repeatable] = ()
+    images: Annotated[tuple[str, ...], MinLen(1), IsPath, Positional, Repeatable] = ()
     """Image files; --images may be left out before them."""
     size: int = 480
     """Pixels that an image's shorter side is resized to; 0: as it is. Finer than in training is fine."""
@@ -27,8 +27,6 @@ class LookConfig(BackboneConfig):
         """See :meth:`BackboneConfig.check`."""
         super().check()
         refuse_changed(self, ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"), "on a picture")
-        if not self.images:
-            raise InputError("no images given: name one or more image files, such as photo.jpg")
         if self.size and not 16 <= self.size <= 8192:
             raise InputError(f"size is {self.size}, expected 16 to 8192 pixels, or 0 for images as they are")
 

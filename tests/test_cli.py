@@ -96,6 +96,9 @@ MISTAKES = {
     "--norm_last_layer true false": "'false' after --norm_last_layer",
     "--use_bn_in_head=perhaps": "'perhaps'.*--use_bn_in_head",
     "--use_fp16=perhaps": "use_fp16 is perhaps",
+    "--use_fp16 true --precision bf16": "use_fp16",
+    "--precision auto --use_fp16": "use_fp16",
+    "--use_fp16 false --precision fp16": "use_fp16",
     "--no-deterministic=false": "--no_deterministic",
     "--lr": "--lr",
     "--global_crops_scale 0.4 1 2": "'2' after --global_crops_scale",
@@ -143,7 +146,10 @@ def test_settings_made_in_python_are_checked_too() -> None:
 
 
 FILES = {
-    "epochz: 3\n": "did you mean --epochs",
+    "epochz: 3\n": "settings.yaml: .*did you mean --epochs",
+    "lr: fast\n": "--lr.*'fast'",
+    "global_crops_scale: 0.4\n": "--global_crops_scale",
+    "precision: bf16\nuse_fp16: true\n": "use_fp16",
     "lr: 1\nlr: 2\n": "--lr is given twice",
     "out_dim: 9\nout-dim: 9\n": "--out_dim is given twice",
     "lr: {a: 1}\n": "lr in ",
@@ -165,9 +171,8 @@ FILES = {
 def test_the_same_holds_in_a_file_of_settings(tmp_path: Path, text: str) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text, errors="surrogateescape")
-    with pytest.raises(InputError, match=FILES[text]) as refused:
+    with pytest.raises(InputError, match=FILES[text]):
         parsed("--config", str(file))
-    assert str(file) in str(refused.value)
 
 
 def test_a_flag_wins_over_the_file_under_either_name_of_the_precision(tmp_path: Path) -> None:
@@ -224,13 +229,11 @@ def test_other_commands_refuse_the_same(config: type, typed: str, words: str) ->
 
 def test_flags_of_two_commands_may_be_mixed() -> None:
     others = {"arch", "lr", "global_crops_scale"}
-    typed = (
-        "--nodes=4 --arch x --slurm-additional qos=high mem=2G --lr 1 --gpus_per_node 8 --slurm_additional exclusive"
-    )
+    typed = "--nodes=4 --arch x --slurm-additional qos=high mem=2G --lr 1 --gpus_per_node 8 --slurm_additional alone"
     launch, rest = parse_known(LaunchConfig, [*typed.split(), "--use_fp16"], "x", others)
     assert rest == ["--arch", "x", "--lr", "1", "--use_fp16"]
     assert (launch.nodes, launch.gpus_per_node) == (4, 8)
-    assert launch.slurm_additional == ("qos=high", "mem=2G", "exclusive")
+    assert launch.slurm_additional == ("qos=high", "mem=2G", "alone")
     for words in (["--nodes", "1", "--nodes=2"], ["--node", "2"]):
         with pytest.raises(InputError, match="--nodes"):
             parse_known(LaunchConfig, words, "x", others)

@@ -240,7 +240,7 @@ def test_photographs_keep_their_aspect_at_any_size(weights: Path) -> None:
 
 MISTAKES: list[tuple[types.ModuleType, list[str], str]] = [
     (attention, ["photo.jpg"], "no weights given"),
-    (attention, ["--weights", "W"], "no images given"),
+    (attention, ["--weights", "W"], "images is empty"),
     (attention, ["--weights", "W", "none.jpg"], "cannot read the image none.jpg: No such file"),
     (attention, ["--weights", "W", "."], r"\. is a folder, expected image files"),
     (attention, ["--weights", "W", "W"], "cannot be read: not an image in a known format"),
