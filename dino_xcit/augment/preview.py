@@ -119,9 +119,11 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a mistake in the command, or in the data.
     """
-    if not {"-h", "--help"}.intersection(argv) and list(argv[:1]) != ["preview"]:
-        raise InputError(f"found {' '.join(argv[:1]) or 'no command'!r}, expected: {USAGE}")
-    config, flags = parse_known(PreviewConfig, argv[1:], USAGE, annotations_of(PretrainConfig))
+    command, *words = argv or ["no command"]
+    if command not in ("preview", "-h", "--help"):
+        raise InputError(f"found {command!r}, expected: {USAGE}")
+    words = words if command == "preview" else ["--help"]
+    config, flags = parse_known(PreviewConfig, words, USAGE.partition(" [")[0], annotations_of(PretrainConfig))
     run, _ = parse_pretrain(["--data-path", config.source, *flags])
     source = open_source(run.data_path, "train")
     chosen = draw_preview(source, run.augmentation(), Path(config.out), config.images, run.seed)
