@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dino_xcit.cli import parse
 from dino_xcit.data import Source, decode, open_source
 from dino_xcit.data.storage import is_remote
 from dino_xcit.errors import InputError
@@ -46,7 +47,6 @@ from eval.collection.index import LEAST_IVFPQ, too_few_for_ivfpq
 from eval.collection.made_with import check_width, open_backbone_of
 from eval.collection.store import Collection, add_to_collection, open_collection, write_collection
 from eval.collection.whitening import Whitening
-from eval.command_line import settings
 from eval.features import find_kept, unreadable_card, width_of
 from eval.protocol import data_card, now, versions, weights_card, write_json
 from eval.retrieval_config import ExtractConfig
@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 def main() -> None:
     """Learn a whitening, look up, or extract."""
-    config = settings(ExtractConfig, sys.argv[1:], "run_extract.py")
+    config = parse(ExtractConfig, sys.argv[1:], "run_extract.py")
     # To learn a whitening, too, several processes have to know that one of them writes.
     distributed.start(distributed.choose_device(config.device))
     demand_writable(config.written())

@@ -22,12 +22,13 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from dino_xcit.cli import parse
 from dino_xcit.data import Source
 from dino_xcit.data.workers import usable_cores
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.accuracy import bootstrap_interval, correct
-from eval.config import KnnConfig, settings
+from eval.config import KnnConfig
 from eval.features import Features
 from eval.figures import few_shot_figure, figure
 from eval.knn.approximate import approximate_index, refuse_few
@@ -47,7 +48,7 @@ def main() -> None:
     """The whole measurement."""
     # ---- settings, backbone, data
     started = time.perf_counter()
-    config = settings(KnnConfig, sys.argv[1:], "run_knn.py")
+    config = parse(KnnConfig, sys.argv[1:], "run_knn.py")
     loaded, device = open_backbone(config)
     train, val = labelled_parts(config, loaded)
     ks = _possible(config.ks, train)

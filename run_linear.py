@@ -20,9 +20,10 @@ import dino_xcit  # noqa: F401  # isort: skip
 import sys
 from pathlib import Path
 
+from dino_xcit.cli import parse
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from eval.config import LinearConfig, settings
+from eval.config import LinearConfig
 from eval.figures import figure
 from eval.linear.card import probe_card
 from eval.linear.fixed_features import FixedFeatures
@@ -39,7 +40,7 @@ from eval.protocol import data_card, write_json
 def main() -> None:
     """The whole measurement."""
     # ---- what is measured: settings, backbone, images; and what there is of it from an earlier run
-    probe = open_probe(settings(LinearConfig, sys.argv[1:], "run_linear.py"))
+    probe = open_probe(parse(LinearConfig, sys.argv[1:], "run_linear.py"))
     say_what_is_measured(probe)
     config, fixed = probe.config, FixedFeatures(probe)
     of_logreg = identity_of_logreg(config, probe.identity)

@@ -22,7 +22,6 @@ from dino_xcit import nonfinite
 from dino_xcit.checkpoint.checkpoints import Checkpoints
 from dino_xcit.checkpoint.resume import keep_global_batch
 from dino_xcit.checkpoint.state import Run
-from dino_xcit.cli import parse_pretrain
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.load_monitor import DataLoadMonitor
@@ -33,6 +32,7 @@ from dino_xcit.init_weights import initialise
 from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.observers import Evaluator, Observer, Observers, evaluate
 from dino_xcit.optim import Schedules
+from dino_xcit.recipes import parse_pretrain
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.health import Health

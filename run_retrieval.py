@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_xcit.cli import parse
 from dino_xcit.data import Source, open_source
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
@@ -30,7 +31,6 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from eval.collection.made_with import open_backbone_of, with_weights_of
 from eval.collection.store import open_collection
-from eval.command_line import settings
 from eval.figures import Figure, query_figure
 from eval.protocol import FORMAT, Card, images_card, now, result_card, versions, write_json
 from eval.retrieval.average_precision import mean_interval, percent_of
@@ -66,7 +66,7 @@ INTERVAL = "95% percentile bootstrap over the queries"
 
 def main() -> None:
     """Measure what the first word says."""
-    config = settings(RetrievalConfig, sys.argv[1:], "run_retrieval.py", positional="protocol")
+    config = parse(RetrievalConfig, sys.argv[1:], "run_retrieval.py")
     # Where there is nothing to extract, too, several processes have to know that one of them reports.
     distributed.start(distributed.choose_device(config.device))
     demand_writable(config.written())

@@ -14,21 +14,22 @@ from dino_xcit.runtime import logging as log
 
 import dino_xcit  # noqa: F401  # isort: skip
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dino_xcit.cli import parse, parse_pretrain
+from dino_xcit.bounds import annotations_of
+from dino_xcit.cli import parse, parse_known
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError, RunStopped, printable, run_main
-from dino_xcit.launch_config import LaunchConfig, launch_settings, split
+from dino_xcit.launch_config import LaunchConfig
+from dino_xcit.recipes import parse_pretrain
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.metrics import require_wandb
 from dino_xcit.slurm import import_submitit, submit
-from eval.config import BackboneConfig, KnnConfig, LinearConfig, settings
+from eval.config import BackboneConfig, KnnConfig, LinearConfig
 from eval.retrieval_config import ExtractConfig, RetrievalConfig
 
 if TYPE_CHECKING:
@@ -52,10 +53,8 @@ def main() -> None:
     argv = sys.argv[1:]
     if "-h" in argv or "--help" in argv:
         print("Every flag of the runner, and these:\n")
-        parse(LaunchConfig, ["--help"], "run_slurm.py")
-    runner_flags = flags_of(PretrainConfig).union(*map(flags_of, EVALUATORS.values()))
-    flags, words = split(argv, runner_flags)
-    launch = launch_settings(flags)
+    runner_flags = {name for config in (PretrainConfig, *EVALUATORS.values()) for name in annotations_of(config)}
+    launch, words = parse_known(LaunchConfig, argv, "run_slurm.py", runner_flags)
     check_runner(launch.run, words, here=launch.cluster == "local")
     import_submitit()
 
@@ -82,11 +81,6 @@ def main() -> None:
         )
 
 
-def flags_of(config: type) -> set[str]:
-    """The names of a runner's settings."""
-    return {field.name for field in dataclasses.fields(config)}
-
-
 def check_runner(run: str, words: Sequence[str], here: bool = False) -> None:
     """What can be known of a runner's flags without its data and, unless it runs ``here``, its machines.
 
@@ -99,8 +93,7 @@ def check_runner(run: str, words: Sequence[str], here: bool = False) -> None:
         print(first_line)
         _look_for("data_path", config.data_path, here)
         return
-    positional = "protocol" if run == "retrieval" else ""
-    evaluation = settings(EVALUATORS[run], words, f"run_{run}.py", positional)
+    evaluation = parse(EVALUATORS[run], words, f"run_{run}.py")
     if not evaluation.weights and _needs_weights(evaluation):
         raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth")
     for name in READ:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from dino_xcit.cli import Flags, build, fitting, refuse_again
-from dino_xcit.errors import InputError, near_matches
+from annotated_types import Ge, MinLen
+
+from dino_xcit.bounds import FilePath, Repeatable
+from dino_xcit.errors import InputError
 
 _OURS = {
     "nodes": "--nodes", "gpus-per-node": "--gpus-per-node", "ntasks-per-node": "--tasks-per-node",
@@ -29,13 +30,13 @@ class LaunchConfig:
     """What to start: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""
     cluster: Literal["slurm", "local"] = "slurm"
     """slurm: queue a job; local: the same job on this machine, now, and wait for it."""
-    nodes: int = 1
+    nodes: Annotated[int, Ge(1)] = 1
     """Machines."""
-    gpus_per_node: int = 1
+    gpus_per_node: Annotated[int, Ge(0)] = 1
     """GPUs a machine; 0: none."""
-    tasks_per_node: int = 0
+    tasks_per_node: Annotated[int, Ge(0)] = 0
     """Processes a machine; 0: one a GPU, or one where there is none."""
-    cpus_per_task: int = 10
+    cpus_per_task: Annotated[int, Ge(1)] = 10
     """Cores a process, for its loader processes; docs/scaling.md says how many an architecture needs."""
     time: str = "1-00:00:00"
     """Time limit, as Slurm writes it: MINUTES, H:MM:SS, DAYS-HOURS, DAYS-H:MM:SS ... The run is told before it ends,
@@ -50,33 +51,29 @@ class LaunchConfig:
     """A word for whoever reads the queue."""
     job_name: str = "dino-xcit"
     """The job's name in the queue."""
-    slurm_additional: tuple[str, ...] = ()
+    slurm_additional: Annotated[tuple[str, ...], Repeatable] = ()
     """Other options of sbatch: KEY=VALUE, such as qos=high mem=200G, or KEY alone, such as exclusive."""
-    job_dir: str = "runs/slurm"
+    job_dir: Annotated[FilePath, MinLen(1)] = "runs/slurm"
     """Where jobs and their logs go, JOB_DIR/JOBID_PROCESS_log.out; every machine has to see it."""
-    signal_delay: int = 120
+    signal_delay: Annotated[int, Ge(1)] = 120
     """Seconds before the time limit at which the run is told; a step, a save, and W&B's last words must fit in."""
-    requeues: int = 100
+    requeues: Annotated[int, Ge(0)] = 100
     """So many times the job is queued again after its time limit."""
 
     def check(self) -> None:
-        """Check every value.
+        """Check how the settings go together, and texts.
 
         Raises:
-            InputError: naming the field, the value, and what would do.
+            InputError: names the field, its value and what is expected.
         """
         if self.cluster == "local" and self.nodes != 1:
             raise InputError(f"nodes is {self.nodes}, but --cluster local is this machine alone: expected 1")
-        least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 0, "cpus_per_task": 1, "signal_delay": 1}
-        for name, bound in (least | {"requeues": 0}).items():
-            if getattr(self, name) < bound:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {bound}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and not text.isprintable():  # a line of its own in the batch script
                     raise InputError(f"{field.name} is {text!r}, expected text of one line")
-        if not self.job_dir or "%" in self.job_dir:
+        if "%" in self.job_dir:
             raise InputError(f"job_dir is {self.job_dir!r}, expected a folder, such as runs/slurm")
         if not self.seconds > self.signal_delay:
             raise InputError(
@@ -127,49 +124,3 @@ class LaunchConfig:
                 raise InputError(f"slurm_additional has {entry!r}, which {_OURS[key]} decides: use that")
             options[key] = value if equals else True
         return options
-
-
-def split(argv: Sequence[str], runner_flags: Collection[str]) -> tuple[Flags, list[str]]:
-    """The launch's flags, by field name, and the words that are left for the runner, in their order.
-
-    Args:
-        runner_flags: names that the runner knows, with underscores.
-
-    Raises:
-        InputError: a flag that the runner does not know and that looks like one of the launch's, or one of the launch's
-            that is given twice.
-    """
-    own = [field.name for field in dataclasses.fields(LaunchConfig)]
-    flags: Flags = {}
-    rest: list[str] = []
-    words = rest
-    for token in argv:
-        if not token.startswith("--"):
-            if words is not rest and words is not flags.get("slurm_additional") and words:
-                words = rest  # as in --run retrieval oxford
-            words.append(token)
-            continue
-        name, equals, value = token[2:].partition("=")
-        name = name.replace("-", "_")
-        if name in own:
-            if name != "slurm_additional":  # each of them is wanted
-                refuse_again(name, flags)
-            words = flags.setdefault(name, [])
-            words += [value] if equals else []
-            continue
-        if name not in runner_flags and (close := near_matches(name, own, prefix="--")):
-            raise InputError(f"unknown flag --{name}{close} (--help lists all)")
-        words = rest
-        rest.append(token)
-    return flags, rest
-
-
-def launch_settings(flags: Flags) -> LaunchConfig:
-    """The launch's settings, checked.
-
-    Raises:
-        InputError: a value that cannot be.
-    """
-    config = build(LaunchConfig, fitting(LaunchConfig, flags), LaunchConfig(), "run_slurm.py")
-    config.check()
-    return config

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dino_xcit.cli import build, read_flags, show_help, with_file
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError, near_matches
 
@@ -153,3 +155,30 @@ def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
         if arch.startswith("timm:"):
             settings |= _TIMM_CROPS
     return settings
+
+
+def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
+    """run_pretrain.py's settings, and a sentence that says which recipe applies and why.
+
+    Precedence: flags, ``--config``, the recipe, defaults. Without data the recipe is ``sample``.
+
+    Raises:
+        InputError: as :func:`dino_xcit.cli.parse`; an unknown recipe, or one that needs data.
+    """
+    prog = "run_pretrain.py"
+    show_help(PretrainConfig, argv, prog)
+    flags = with_file(PretrainConfig, read_flags(PretrainConfig, argv))
+    data, arch, named = (" ".join(flags.get(name, [])) for name in ("data_path", "arch", "recipe"))
+    recipe = named or ("dino" if data else "sample")
+    why = "" if "recipe" in flags else (" (--data-path is given)" if data else " (no --data-path)")
+    settings = recipe_settings(recipe, arch or None)
+    if not data and "data_path" not in settings:
+        raise InputError(f"recipe {recipe} needs --data-path: a folder of images, such as /data/imagenet/train")
+    defaults = PretrainConfig(**{"recipe": recipe, **settings})  # type: ignore[arg-type]
+    config = build(PretrainConfig, flags | {"recipe": [recipe]}, defaults, prog)
+    if not config.output_dir:
+        name = f"{recipe}-{config.arch.replace('timm:', 'timm-').replace('/', '-')}"
+        config = dataclasses.replace(config, output_dir=f"runs/{name}")
+    embedded = not data and config.data_path == "sample:fashion-mnist"
+    source = f"the images that come with this package ({config.data_path})" if embedded else f"data {config.data_path}"
+    return config, f"recipe {recipe}{why}: {config.arch} on {source}, explicit flags win"

@@ -9,7 +9,7 @@ they differ.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import signal
 import socket
@@ -20,29 +20,44 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import yaml
+from annotated_types import Ge
 
 from dino_xcit import safe_load
+from dino_xcit.bounds import annotations_of
 from dino_xcit.checkpoint.folder import FOLDER, LATEST
 from dino_xcit.checkpoint.state import hash_content
-from dino_xcit.cli import parse_pretrain, replace_flags
+from dino_xcit.cli import parse_known, read_flags
+from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError, run_main
+from dino_xcit.recipes import parse_pretrain
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.metrics import read_metrics
 
 STEPS, SAVE_EVERY = 12, 4
 OWN = {
-    "--max-steps": str(STEPS), "--save-every": str(SAVE_EVERY), "--log-every": "1", "--knn-every": "0",
-    "--resume": "auto",
+    "max_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "knn_every": 0, "resume": "auto",
+    "deterministic": True,
 }  # fmt: skip
-"""Flags that this command sets itself."""
+"""Settings that this command decides itself."""
 SCRIPT = Path(__file__).parent.parent / "run_pretrain.py"
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Settings of python -m dino_xcit.verify_resume; every other flag is run_pretrain.py's."""
+
+    processes: Annotated[int, Ge(1)] = 1
+    """Of each run."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """A run that is started until it is complete."""
 
-    flags: Sequence[str]
+    config: PretrainConfig
     processes: int
     folder: Path
 
@@ -87,7 +102,10 @@ class Trial:
             port = free.getsockname()[1]
         world = str(self.processes)
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        command = [sys.executable, str(SCRIPT), *replace_flags(self.flags, ["--output-dir", str(self.folder)])]
+        settings = self.folder.with_suffix(".yaml")
+        config = dataclasses.replace(self.config, output_dir=str(self.folder))
+        settings.write_text(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True), encoding="utf-8")
+        command = [sys.executable, str(SCRIPT), "--config", str(settings)]
         with open(printed, "wb") as file:
             return [
                 subprocess.Popen(
@@ -107,15 +125,17 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a mistake in the flags, a run that ended early, or two different hashes.
     """
-    processes, flags = split(argv)
+    verify, flags = parse_known(VerifyConfig, argv, "python -m dino_xcit.verify_resume", annotations_of(PretrainConfig))
+    for name in OWN.keys() & read_flags(PretrainConfig, flags).keys():
+        raise InputError(f"--{name} is set by verify_resume itself: leave it out")
     config, _ = parse_pretrain(flags)
     if "WORLD_SIZE" in os.environ:
         raise InputError("verify_resume starts the processes itself: give it --processes N, without torchrun")
-    flags = replace_flags(flags, [*(word for pair in OWN.items() for word in pair), "--deterministic", "--wandb="])
+    trained = dataclasses.replace(config, **OWN, wandb="", train_data="", val_data="")  # type: ignore[arg-type]
     beside = Path(config.output_dir).parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=beside, ignore_cleanup_errors=True) as folder:
-        straight, resumed = (Trial(flags, processes, Path(folder, name)) for name in ("straight", "resumed"))
+        straight, resumed = (Trial(trained, verify.processes, Path(folder, name)) for name in ("straight", "resumed"))
         straight.train()
         log.info(f"{STEPS} steps in one go          SHA-256 {straight.hash()}")
         kill_twice(resumed)
@@ -147,26 +167,6 @@ def compare(straight: str, resumed: str) -> str:
     if straight != resumed:
         raise InputError("the resumed run DIFFERS from the uninterrupted one")
     return "resuming is exact: both runs are equal, bit for bit"
-
-
-def split(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """How many processes the runs have, and the flags of run_pretrain.py."""
-    parser = argparse.ArgumentParser(
-        "python -m dino_xcit.verify_resume", description=__doc__, allow_abbrev=False, exit_on_error=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--processes", type=int, default=1, help="of each run (default: 1)")
-    try:
-        known, flags = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from error
-    if known.processes < 1:
-        raise InputError(f"--processes is {known.processes}, expected at least 1")
-    for word in flags:
-        name = word.partition("=")[0].replace("_", "-").replace("--no-", "--")
-        if name in {*OWN, "--deterministic"}:
-            raise InputError(f"{name} is set by verify_resume itself: leave it out")
-    return known.processes, flags
 
 
 if __name__ == "__main__":

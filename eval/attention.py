@@ -30,11 +30,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino_xcit.cli import parse
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.models.class_attention import ClassAttention
 from dino_xcit.models.xcit import XCiT
 from dino_xcit.runtime.logging import progress_bar
-from eval.command_line import settings
 from eval.look_config import AttentionConfig
 from eval.photographs import Cell, Photograph, draw_rows, enough_memory, fit, patch_of, photographs
 from eval.setup import open_weights
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a mistake in the command, images that cannot be read, or a network without class attention.
     """
-    config = settings(AttentionConfig, argv, "python -m eval.attention", positional="images")
+    config = parse(AttentionConfig, argv, "python -m eval.attention")
     loaded, device = open_weights(config)
     patch = patch_of(loaded.backbone)
     rows = []

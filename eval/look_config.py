@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Gt, Lt, MinLen
+
+from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Suffix, refuse_changed
 from dino_xcit.errors import InputError
 from eval.config import BackboneConfig
 
@@ -13,27 +16,19 @@ from eval.config import BackboneConfig
 class LookConfig(BackboneConfig):
     """Which photographs are looked at, and the picture that comes of it: what attention and PCA share."""
 
-    images: tuple[str, ...] = ()
+    images: Annotated[tuple[str, ...], MinLen(1), IsPath, Positional, Repeatable] = ()
     """Image files; --images may be left out before them."""
     size: int = 480
     """Pixels that an image's shorter side is resized to; 0: as it is. Finer than in training is fine."""
-    out: str = ""
+    out: Annotated[FilePath, Suffix(".png")] = ""
     """The picture, a .png file. Default: attention.png or pca.png in this folder."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
-        for name in ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"):
-            if getattr(self, name):
-                raise InputError(f"{name} is {getattr(self, name)}, which decides nothing here: leave it out")
-        if not self.images:
-            raise InputError("no images given: name one or more image files, such as photo.jpg")
+        refuse_changed(self, ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"), "on a picture")
         if self.size and not 16 <= self.size <= 8192:
-            raise InputError(
-                f"size is {self.size}, expected 16 to 8192 pixels, such as 480, or 0 for images as they are"
-            )
-        if self.out and not self.out.lower().endswith(".png"):
-            raise InputError(f"out is {self.out!r}, expected a name that ends in .png")
+            raise InputError(f"size is {self.size}, expected 16 to 8192 pixels, or 0 for images as they are")
 
 
 @dataclass(frozen=True)
@@ -51,16 +46,11 @@ class PcaConfig(LookConfig):
     foreground: Literal["all", "above", "below"] = "all"
     """Colour all patches, or only those whose first component lies above (or below) the threshold; which of the two
     is the foreground, the first component does not tell."""
-    threshold: float = 0.5
+    threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
     """Where the first component is cut, on a scale from its least (0) to its greatest value (1)."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
-        if not 0 < self.threshold < 1:
-            raise InputError(f"threshold is {self.threshold:g}, expected a number between 0 and 1, such as 0.5")
-        if self.foreground == "all" and self.threshold != PcaConfig.threshold:
-            raise InputError(
-                f"threshold is {self.threshold:g}, which parts nothing without a foreground: add --foreground above "
-                "(or below), or leave it out"
-            )
+        if self.foreground == "all":
+            refuse_changed(self, ("threshold",), "without a --foreground")

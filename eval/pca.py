@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dino_xcit.cli import parse
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.runtime.logging import counted, progress_bar
-from eval.command_line import settings
 from eval.look_config import PcaConfig
 from eval.photographs import Cell, draw_rows, enough_memory, fit, patch_of, photographs, stack
 from eval.setup import open_weights
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a mistake in the command, images that cannot be read, or a threshold that leaves no patches.
     """
-    config = settings(PcaConfig, argv, "python -m eval.pca", positional="images")
+    config = parse(PcaConfig, argv, "python -m eval.pca")
     loaded, device = open_weights(config)
     patch = patch_of(loaded.backbone)
 

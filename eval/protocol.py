@@ -104,7 +104,7 @@ def images_card(source: Source) -> Card:
 
 def own_name(name: str) -> str:
     """An image's name without folder and ending; of one that was packed, its name before
-    (:func:`dino_xcit.data.packing.image.key_of`)."""
+    (:func:`dino_xcit.data.pack.key_of`)."""
     while True:
         base = name.rsplit("/", 1)[-1]
         stem = base.rpartition(".")[0] or base

@@ -21,13 +21,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_xcit import safe_load
+from dino_xcit.bounds import FilePath, refuse_changed
+from dino_xcit.cli import parse
 from dino_xcit.data import Source, open_parts
 from dino_xcit.errors import InputError, RunStopped
 from dino_xcit.runtime import distributed
@@ -39,7 +43,7 @@ from dino_xcit.weights.safetensors_file import is_safetensors, read_safetensors
 from dino_xcit.weights.stored_network import Layout
 from eval.accuracy import bootstrap_interval, correct
 from eval.compare.published import IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL, PUBLISHED, TEMPERATURE, K, Published
-from eval.config import BackboneConfig, settings
+from eval.config import BackboneConfig
 from eval.features import cached, width_of
 from eval.knn import knn_predict
 from eval.protocol import KNN_PROTOCOL, data_card, result_card, write_json
@@ -56,9 +60,9 @@ _LACKING = 0.001
 class ReproduceConfig(BackboneConfig):
     """Settings of python -m eval.reproduce."""
 
-    linear: str = ""
+    linear: FilePath = ""
     """The published linear classifier of the same network (dino_..._linearweights.pth); empty: k-NN alone."""
-    tolerance: float = 0.3
+    tolerance: Annotated[float, Ge(0), Le(100)] = 0.3
     """Points by which a figure may differ from the published one, above or below."""
     train_data: str = ""
     """ImageNet's training images, where not DATA_PATH/train."""
@@ -68,14 +72,10 @@ class ReproduceConfig(BackboneConfig):
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
-        if not 0 <= self.tolerance <= 100:
-            raise InputError(f"tolerance is {self.tolerance}, expected points of 0 to 100, such as 0.3")
         if not self.data_path and not (self.train_data and self.val_data):
             raise InputError("no data given: use --data-path DIR, ImageNet with DIR/train and DIR/val")
-        fixed = {"eval_resize": 0, "eval_crop": 0, "network": "teacher", "allow_missing": (), "allow_unexpected": ()}
-        for name, only in fixed.items():
-            if getattr(self, name) != only:
-                raise InputError(f"{name} is given, but what was published was measured in one way: leave it out")
+        fixed = ("eval_resize", "eval_crop", "network", "allow_missing", "allow_unexpected")
+        refuse_changed(self, fixed, "here, because published figures were measured in one way")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def main() -> None:
     Raises:
         RunStopped: a figure is not the published one.
     """
-    config = settings(ReproduceConfig, sys.argv[1:], "python -m eval.reproduce")
+    config = parse(ReproduceConfig, sys.argv[1:], "python -m eval.reproduce")
     failed = [verdict.measure for verdict in reproduce(config) if not verdict.passed]
     if failed:
         raise RunStopped(1, f"fail: {' and '.join(failed)} of {config.weights} differ by more than the tolerance")

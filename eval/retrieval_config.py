@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Le, MinLen
+
+from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, refuse_changed, shown
 from dino_xcit.errors import InputError
-from eval.config import BackboneConfig, at_least, changed, shown
+from eval.config import BackboneConfig, IsOutput
 from eval.pooling import Descriptor, Pooling
 
 
 @dataclass(frozen=True)
-class ExtractConfig(BackboneConfig):
-    """Settings of run_extract.py: write vectors (--output-dir), look images up in some written before (--query), or
-    learn a whitening from some (--learn-whitening)."""
+class VectorConfig(BackboneConfig):
+    """How an image's vector is made: what extraction and retrieval share."""
 
-    output_dir: str = ""
-    """Folder for vectors.npy, paths.txt, index.faiss and card.json."""
-    normalise: bool = True
-    """Scale each vector to length 1, so that inner products are cosine similarities."""
     pooling: Pooling = "cls"
     """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
     token and one of these means one behind the other."""
@@ -27,33 +25,8 @@ class ExtractConfig(BackboneConfig):
     scales: tuple[float, ...] = (1.0,)
     """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 1.4142; the vectors of length 1
     are averaged."""
-    whiten: str = ""
-    """Whitening to apply: a file that --learn-whitening wrote."""
-    dtype: Literal["fp32", "fp16"] = "fp32"
-    """Numbers in which vectors are kept; fp16 halves the folder."""
-    index_type: Literal["flat", "hnsw", "ivfpq"] = "flat"
-    """flat: exact search. hnsw (a graph) and ivfpq (codes, half a byte for two numbers) look at a part of the vectors;
-    their recall is measured and written into the card."""
-    shard_images: int = 2048
-    """About how many images make a part of the work: a kill costs at most the parts under way."""
-    unreadable: Literal["refuse", "skip"] = "refuse"
-    """What becomes of an image that cannot be read: the run ends and names it, or it is left out and listed."""
-    overwrite: bool = False
-    """Replace another extraction in output_dir."""
-    add: bool = False
-    """Add the images of data_path to the extraction in output_dir, which has to have the same weights and settings."""
-    learn_whitening: str = ""
-    """File to write: PCA whitening of the vectors in INDEX."""
-    whiten_dim: int = 0
-    """Dimensions that learned whitening keeps; 0: all that the vectors have."""
-    query: tuple[str, ...] = ()
-    """Image files to look up."""
-    index: str = ""
-    """Folder that an earlier run wrote, to look them up in. Default: OUTPUT_DIR."""
-    top: int = 10
-    """How many of the nearest images to show."""
-    sheet: str = ""
-    """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
+    whiten: FilePath = ""
+    """Whitening to apply: a file that run_extract.py --learn-whitening wrote."""
 
     def descriptor(self) -> Descriptor:
         """How an image's vector is made."""
@@ -63,40 +36,60 @@ class ExtractConfig(BackboneConfig):
         """See :meth:`BackboneConfig.check`."""
         super().check()
         self.descriptor().check()
-        at_least("top", self.top, 1)
-        at_least("shard_images", self.shard_images, 1)
-        at_least("whiten_dim", self.whiten_dim, 0)
-        if self.whiten_dim and not self.learn_whitening:
-            raise InputError(
-                f"whiten_dim is {self.whiten_dim}, but nothing is learned: give it with --learn-whitening FILE"
-            )
+
+
+@dataclass(frozen=True)
+class ExtractConfig(VectorConfig):
+    """Settings of run_extract.py: write vectors (--output-dir), look images up in some written before (--query), or
+    learn a whitening from some (--learn-whitening)."""
+
+    output_dir: FilePath = ""
+    """Folder for vectors.npy, paths.txt, index.faiss and card.json."""
+    normalise: bool = True
+    """Scale each vector to length 1, so that inner products are cosine similarities."""
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Numbers in which vectors are kept; fp16 halves the folder."""
+    index_type: Literal["flat", "hnsw", "ivfpq"] = "flat"
+    """flat: exact search. hnsw (a graph) and ivfpq (codes, half a byte for two numbers) look at a part of the vectors;
+    their recall is measured and written into the card."""
+    shard_images: Annotated[int, Ge(1)] = 2048
+    """About how many images make a part of the work: a kill costs at most the parts under way."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """What becomes of an image that cannot be read: the run ends and names it, or it is left out and listed."""
+    overwrite: bool = False
+    """Replace another extraction in output_dir."""
+    add: bool = False
+    """Add the images of data_path to the extraction in output_dir, which has to have the same weights and settings."""
+    learn_whitening: Annotated[FilePath, IsOutput] = ""
+    """File to write: PCA whitening of the vectors in INDEX."""
+    whiten_dim: Annotated[int, Ge(0)] = 0
+    """Dimensions that learned whitening keeps; 0: all that the vectors have."""
+    query: Annotated[tuple[str, ...], IsPath, Repeatable] = ()
+    """Image files to look up."""
+    index: FilePath = ""
+    """Folder that an earlier run wrote, to look them up in. Default: OUTPUT_DIR."""
+    top: Annotated[int, Ge(1)] = 10
+    """How many of the nearest images to show."""
+    sheet: FilePath = ""
+    """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
+
+    def check(self) -> None:
+        """See :meth:`BackboneConfig.check`."""
+        super().check()
+        if not self.learn_whitening:
+            refuse_changed(self, ("whiten_dim",), "without --learn-whitening")
         if len(self.scales) > 1 and not self.normalise:
             raise InputError(
                 f"scales is {shown(self.scales)}, whose vectors are averaged at length 1: leave out --no-normalise, "
                 "or give one scale"
             )
         if self.query and not self.learn_whitening:
-            for name in changed(self, _OF_THE_CARD):
-                raise InputError(
-                    f"{name} is {shown(getattr(self, name))}, which decides nothing for --query: the collection is as "
-                    "its card says; leave it out"
-                )
+            refuse_changed(self, _OF_THE_CARD, "for --query, which reads the collection's card")
         if self.add and self.overwrite:
             raise InputError("both --add and --overwrite are given: one keeps what is there, the other replaces it")
-        self._check_there_is_something_to_do()
-
-    def written(self) -> dict[str, str]:
-        """See :meth:`BackboneConfig.written`. A sheet is drawn when the answer is out, and refused then."""
-        return super().written() | {"learn_whitening": self.learn_whitening}
-
-    def _check_there_is_something_to_do(self) -> None:
-        if self.learn_whitening:
-            if not self.index:
-                raise InputError("no index given: use --index FOLDER, a collection to learn the whitening from")
-        elif self.query:
-            if not (self.index or self.output_dir):
-                raise InputError("no index given: use --index FOLDER, one that run_extract.py --output-dir wrote")
-        elif not self.output_dir:
+        if (self.learn_whitening and not self.index) or (self.query and not (self.index or self.output_dir)):
+            raise InputError("no index given: use --index FOLDER, one that run_extract.py --output-dir wrote")
+        if not (self.learn_whitening or self.query or self.output_dir):
             raise InputError(
                 "no output_dir given: use --output-dir FOLDER for the vectors, or --query IMAGE --index FOLDER"
             )
@@ -110,68 +103,55 @@ _OF_THE_CARD = (
 
 
 _OF_PROTOCOLS = {
-    **dict.fromkeys(("ground_truth", "queries"), ("oxford", "paris")),
-    **dict.fromkeys(("distractors",), ("oxford", "paris", "copydays")),
-    **dict.fromkeys(("ks", "index"), ("folder",)),
-    **dict.fromkeys(("data_path",), ("oxford", "paris", "copydays", "folder")),
-    **dict.fromkeys(("first", "second", "threshold", "most_pairs", "csv", "sheet"), ("duplicates",)),
+    ("ground_truth", "queries"): ("oxford", "paris"),
+    ("distractors",): ("oxford", "paris", "copydays"),
+    ("ks", "index"): ("folder",),
+    ("data_path",): ("oxford", "paris", "copydays", "folder"),
+    ("first", "second", "threshold", "most_pairs", "csv", "sheet"): ("duplicates",),
 }
-"""run_retrieval.py's settings that mean nothing for other protocols: given there, they are a mistake."""
+"""run_retrieval.py's settings of some protocols: for others they are a mistake."""
 _OF_IMAGES = ("weights", "pooling", "gem_p", "scales", "whiten", "fit", "image_size", "eval_crop", "eval_resize")
 """run_retrieval.py's settings that mean nothing where collections are measured."""
 
 
 @dataclass(frozen=True)
-class RetrievalConfig(BackboneConfig):
+class RetrievalConfig(VectorConfig):
     """Settings of run_retrieval.py. DATA_PATH is the folder of the benchmark (oxford, paris, copydays: as published)
     or the labelled images (folder)."""
 
-    protocol: Literal["", "oxford", "paris", "copydays", "folder", "duplicates"] = ""
+    protocol: Annotated[Literal["", "oxford", "paris", "copydays", "folder", "duplicates"], Positional] = ""
     """What to measure; the first word of the command line does as well. oxford, paris: Revisited Oxford and Paris.
     copydays: copies find their original. folder: leave-one-out among labelled images. duplicates: what two sets
     share."""
     fit: Literal["auto", "centre", "whole", "square"] = "auto"
     """How an image is fitted. centre: as the checkpoint says. whole: in its proportions, the longer side reduced to
     image_size. square: squeezed to image_size. auto: whole for oxford and paris, square for copydays, else centre."""
-    image_size: int = 0
+    image_size: Annotated[int, Ge(0)] = 0
     """Pixels for whole and square (--imsize is the same); 0: 224 for whole, 320 for square, as in DINO's scripts."""
-    pooling: Pooling = "cls"
-    """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
-    token and one of these means one behind the other."""
-    gem_p: float = 3.0
-    """Exponent of the generalised mean."""
-    scales: tuple[float, ...] = (1.0,)
-    """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 0.5."""
-    whiten: str = ""
-    """Whitening to apply: a file that run_extract.py --learn-whitening wrote."""
-    ground_truth: str = ""
+    ground_truth: FilePath = ""
     """For oxford and paris: the file that says what is right, where not DATA_PATH/gnd_roxford5k.pkl and the like."""
     queries: Literal["box", "whole"] = "box"
     """For oxford and paris: queries cut to their box, as the benchmark says, or whole, as DINO's script has them."""
     distractors: str = ""
     """For oxford, paris and copydays: more images that are right for no query, whatever --data-path takes; such as the
     million of Revisited Oxford and Paris."""
-    ks: tuple[int, ...] = (1, 2, 4, 8)
+    ks: Annotated[tuple[int, ...], Ge(1), MinLen(1)] = (1, 2, 4, 8)
     """For folder: recall at each of these."""
-    index: str = ""
+    index: FilePath = ""
     """For folder: measure the vectors of this collection, which run_extract.py wrote, instead of extracting."""
     first: str = ""
     """For duplicates: one set, such as the training images; or a collection that run_extract.py wrote. Images beside a
     collection become vectors as its card says."""
     second: str = ""
     """For duplicates: the other set, such as the test images. Without it: pairs within FIRST."""
-    threshold: float = 0.95
+    threshold: Annotated[float, Ge(-1), Le(1)] = 0.95
     """For duplicates: cosine similarity from which two images count as a pair."""
-    most_pairs: int = 1_000_000
+    most_pairs: Annotated[int, Ge(1)] = 1_000_000
     """For duplicates: more pairs than this end the run."""
-    csv: str = ""
+    csv: Annotated[FilePath, IsOutput] = ""
     """For duplicates: write the pairs to this file."""
-    sheet: str = ""
+    sheet: Annotated[FilePath, IsOutput] = ""
     """For duplicates: draw the most similar pairs into this PNG."""
-
-    def descriptor(self) -> Descriptor:
-        """How an image's vector is made."""
-        return Descriptor(self.pooling, self.gem_p, self.scales)
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -181,29 +161,17 @@ class RetrievalConfig(BackboneConfig):
                 "no protocol given: expected oxford, paris, copydays, folder or duplicates, such as python "
                 "run_retrieval.py oxford --weights FILE --data-path DIR"
             )
-        for name, protocols in _OF_PROTOCOLS.items():
-            if self.protocol not in protocols and getattr(self, name) != getattr(RetrievalConfig, name):
-                whose = " and ".join(protocols)
-                raise InputError(f"{name} is a setting of {whose}, not of {self.protocol}: leave it out")
+        for names, protocols in _OF_PROTOCOLS.items():
+            if self.protocol not in protocols:
+                refuse_changed(self, names, f"for {self.protocol} (only for {', '.join(protocols)})")
         if self.index and self.data_path:
             raise InputError("both index and data_path are given: --index measures a collection, --data-path images")
         if self.index:
             self.check_for_collections()
-        at_least("image_size", self.image_size, 0)
-        at_least("most_pairs", self.most_pairs, 1)
-        self.descriptor().check()
-        if not self.ks or min(self.ks) < 1:
-            raise InputError(f"ks is {shown(self.ks)}, expected whole numbers of at least 1, such as 1 2 4 8")
-        if not -1 <= self.threshold <= 1:
-            raise InputError(f"threshold is {self.threshold:g}, expected a cosine from -1 to 1, such as 0.95")
         if self.protocol in ("oxford", "paris", "copydays") and not self.data_path:
             raise InputError(f"no data_path given: {self.protocol} needs --data-path DIR, the folder of its images")
         if self.protocol == "duplicates" and not self.first:
             raise InputError("no images given: use --first DIR --second DIR, or --first DIR alone for pairs within it")
-
-    def written(self) -> dict[str, str]:
-        """See :meth:`BackboneConfig.written`."""
-        return super().written() | {"csv": self.csv, "sheet": self.sheet}
 
     def check_for_collections(self, weights_given: bool = False) -> None:
         """Refuse what decides how vectors are made, where finished ones are measured.
@@ -214,10 +182,5 @@ class RetrievalConfig(BackboneConfig):
         Raises:
             InputError: naming the field and the value.
         """
-        for name in changed(self, _OF_IMAGES):
-            if name == "weights" and weights_given:
-                continue
-            raise InputError(
-                f"{name} is {shown(getattr(self, name))}, which decides nothing for a finished collection: its "
-                "vectors are as its card says; leave it out"
-            )
+        names = [name for name in _OF_IMAGES if name != "weights" or not weights_given]
+        refuse_changed(self, names, "for a finished collection")

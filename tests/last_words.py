@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dino_xcit.cli import replace_flags
-
 
 def last_words(words: Sequence[object]) -> list[str]:
     """Of a flag that comes several times the last: the commands themselves refuse that."""
-    kept: list[str] = []
-    group: list[str] = []
+    groups: dict[str, list[str]] = {}
+    group = groups.setdefault("", [])
     for word in map(str, words):
         if word.startswith("--"):
-            kept, group = replace_flags(kept, group), []
+            name = word.partition("=")[0].replace("_", "-").replace("--no-", "--")
+            groups.pop(name, None)
+            group = groups.setdefault(name, [])
         group.append(word)
-    return replace_flags(kept, group)
+    return [word for group in groups.values() for word in group]

@@ -121,12 +121,12 @@ def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "required: SRC; expected: python -m dino_xcit.data check SRC"),
+        ([], "source is empty"),
         (["absent"], "no data at 'absent'"),
-        (["sample:fashion-mnist", "--par", "val"], "unrecognized arguments: --par val; expected: python"),
-        (["sample:fashion-mnist", "--part", "test"], "argument --part: invalid choice: 'test'"),
-        (["sample:fashion-mnist", "--workers", "two"], "--workers: 'two' is no whole number"),
-        (["sample:fashion-mnist", "--report"], "--report: expected one argument"),
+        (["sample:fashion-mnist", "--par", "val"], "did you mean --part"),
+        (["sample:fashion-mnist", "--part", "test"], "'test'.*--part"),
+        (["sample:fashion-mnist", "--workers", "two"], "--workers.*'two'"),
+        (["sample:fashion-mnist", "--report"], "--report"),
         (["sample:fashion-mnist", "--report", "/absent/x.jsonl"], "cannot write /absent/x.jsonl: .*choose another"),
     ],
 )

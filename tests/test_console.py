@@ -23,27 +23,22 @@ def test_a_bar_says_what_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "shard/s" in shown.getvalue() or "s/shard" in shown.getvalue()
 
 
-def test_an_error_s_sentence_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_and_sentences_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     def mistake() -> None:
         raise InputError("in a.tar: b\x1b]0;x\x07.cls holds 'x'\nand more")
 
     with pytest.raises(SystemExit):
         run_main(mistake)
     assert capsys.readouterr().err == "error: in a.tar: b\\x1b]0;x\\x07.cls holds 'x'\nand more\n"
-
-
-def test_names_cannot_steer_a_terminal_nor_be_more_than_it_can_show() -> None:
     assert printable("Bär 日本.jpg") == "Bär 日本.jpg"
-    shown = printable("a\x1b[2J\n\udcff\u202egpj.jpg")
-    assert shown == r"a\x1b[2J\n\udcff\u202egpj.jpg"
-    shown.encode("utf-8")
+    assert printable("a\x1b[2J\n\udcff\u202egpj.jpg") == r"a\x1b[2J\n\udcff\u202egpj.jpg"
 
 
 # ---- what nobody reads
 
 SAYS_MORE = """
 import sys
-from dino_xcit.errors import InputError, run_main, printable
+from dino_xcit.errors import InputError, run_main
 def main():
     {0}
 run_main(main)
@@ -73,11 +68,8 @@ def test_a_command_whose_reader_went_away_ends_without_a_traceback(
         assert other is not None
         said = other.read()
         assert process.wait(60) == code
-    mistakes = {
-        2: "error: a mistake\n",
-        130: "interrupted: run the same command to resume from the last checkpoint or cache\n",
-    }
-    assert said == (mistakes.get(code, "") if stream == "stdout" else "")
+    assert bool(said) is (stream == "stdout" and code != 141)
+    assert "Traceback" not in said
 
 
 def test_a_pipe_that_breaks_elsewhere_is_a_fault_of_ours() -> None:

@@ -11,10 +11,11 @@ import safetensors
 import torch
 from export_fixtures import export
 
+from dino_xcit.cli import parse
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import load_backbone
 from dino_xcit.weights.files import ASSUMED
-from eval.config import KnnConfig, settings
+from eval.config import KnnConfig
 from eval.setup import open_backbone
 
 OF_POSITIONS = "ImageNet's way for 64 pixels, as its positions"
@@ -57,12 +58,12 @@ def test_an_evaluator_tells_the_guess(tmp_path: Path, capsys: pytest.CaptureFixt
     }[kind]
     torch.save(state, tmp_path / "bare.pth")
     words = ["--weights", str(tmp_path / "bare.pth"), "--device", "cpu"]
-    open_backbone(settings(KnnConfig, words, "run_knn.py"))
+    open_backbone(parse(KnnConfig, words, "run_knn.py"))
     said = capsys.readouterr().out
     assert (
         f"warning: bare.pth does not say how its images are prepared, this is a guess: {guess} (--eval-resize" in said
     )
-    open_backbone(settings(KnnConfig, [*words, "--eval-crop", "56"], "run_knn.py"))
+    open_backbone(parse(KnnConfig, [*words, "--eval-crop", "56"], "run_knn.py"))
     assert "guess" not in capsys.readouterr().out
 
 
@@ -70,6 +71,6 @@ def test_what_a_checkpoint_says_is_no_guess(tmp_path: Path, capsys: pytest.Captu
     said = EvalTransform(resize=64, crop=64)
     torch.save({"teacher": files.prefixed("backbone.", files.vit().state_dict()), "eval_transform": said.to_dict()},
                tmp_path / "ckpt.pth")  # fmt: skip
-    read, _ = open_backbone(settings(KnnConfig, ["--weights", str(tmp_path / "ckpt.pth"), "--device", "cpu"], "x"))
+    read, _ = open_backbone(parse(KnnConfig, ["--weights", str(tmp_path / "ckpt.pth"), "--device", "cpu"], "x"))
     assert (read.transform, read.transform_from, read.transform_guess) == (said, "the checkpoint's", "")
     assert "guess" not in capsys.readouterr().out

@@ -240,18 +240,18 @@ def test_photographs_keep_their_aspect_at_any_size(weights: Path) -> None:
 
 MISTAKES: list[tuple[types.ModuleType, list[str], str]] = [
     (attention, ["photo.jpg"], "no weights given"),
-    (attention, ["--weights", "W"], "no images given"),
+    (attention, ["--weights", "W"], "images is empty"),
     (attention, ["--weights", "W", "none.jpg"], "cannot read the image none.jpg: No such file"),
     (attention, ["--weights", "W", "."], r"\. is a folder, expected image files"),
     (attention, ["--weights", "W", "W"], "cannot be read: not an image in a known format"),
-    (attention, ["--weights", "W", "P", "--size", "7"], "size is 7, expected 16 to 8192 pixels"),
-    (attention, ["--weights", "W", "P", "--out", "a.jpg"], "out is 'a.jpg', expected a name that ends in .png"),
+    (attention, ["--weights", "W", "P", "--size", "7"], "size is 7"),
+    (attention, ["--weights", "W", "P", "--out", "a.jpg"], "out is a.jpg"),
     (attention, ["--weights", "W", "P", "--out", "P/a.png"], "cannot write"),
     (attention, ["--weights", "W", "P", "--block", "5"], "block is 5"),
-    (attention, ["--weights", "W", "P", "--json", "a.json"], "json is a.json, which decides nothing here"),
+    (attention, ["--weights", "W", "P", "--json", "a.json"], "json is a.json"),
     (attention, ["--weights", "W", *["P"] * 101], "101 images given, expected at most 100"),
-    (pca, ["--weights", "W", "P", "--threshold", "0.4"], "which parts nothing without a foreground: add --foreground"),
-    (pca, ["--weights", "W", "P", "--threshold", "1"], "threshold is 1, expected a number between 0 and 1"),
+    (pca, ["--weights", "W", "P", "--threshold", "0.4"], "threshold is 0.4"),
+    (pca, ["--weights", "W", "P", "--threshold", "1"], "threshold is 1"),
     (pca, ["--weights", "W", "P", "--size", "16", "--foreground", "above", "--threshold", "0.999"], "are too few"),
 ]
 

@@ -547,16 +547,13 @@ def test_the_same_source_from_another_folder_is_the_same(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "found no command, expected: python -m dino_xcit.data check SRC .* or python -m dino_xcit.data pack SRC"),
-        (
-            ["pakc"],
-            "found 'pakc', expected: python -m dino_xcit.data check SRC .* or python -m dino_xcit.data pack SRC",
-        ),
-        (["pack", "x"], "required: DST; expected: python -m dino_xcit.data pack"),
-        (["pack", "x", "y", "--max-side", "0"], "'0' is no whole number of at least 1"),
-        (["pack", "x", "y", "--max_side", "big"], "--max-side: 'big' is no whole number"),
-        (["pack", "sample:fashion-mnist", "y", "--quality", "101"], "--quality is 101"),
-        (["pack", "x", "y", "--shard-mb", "1", "--shard-images", "1"], "not allowed with"),
+        ([], "found no command"),
+        (["pakc"], "'pakc'"),
+        (["pack", "x"], "destination is empty"),
+        (["pack", "x", "y", "--max-side", "-1"], "max_side is -1"),
+        (["pack", "x", "y", "--max_side", "big"], "--max_side.*'big'"),
+        (["pack", "sample:fashion-mnist", "y", "--quality", "101"], "quality is 101"),
+        (["pack", "x", "y", "--shard-mb", "1", "--shard-images", "1"], "shard_mb and shard_images"),
         (["pack", "absent", "y"], "no data at 'absent'"),
     ],
 )
@@ -565,7 +562,7 @@ def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
         data_command(argv)
 
 
-@pytest.mark.parametrize(("argv", "word"), [([], "pack SRC DST"), (["pack"], "--max-side"), (["check"], "--report")])
+@pytest.mark.parametrize(("argv", "word"), [([], "pack SRC DST"), (["pack"], "--max_side"), (["check"], "--report")])
 def test_help_is_shown(argv: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         sys.exit(data_command([*argv, "--help"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dino_xcit
-from dino_xcit.cli import parse_flags
+from dino_xcit.cli import read_flags
 from dino_xcit.config import PretrainConfig
 from eval.config import KnnConfig, LinearConfig
 from eval.retrieval_config import ExtractConfig, RetrievalConfig
@@ -58,7 +58,7 @@ def commands(file: Path) -> list[str]:
 def test_documented_commands_use_flags_that_exist(command: str) -> None:
     words = shlex.split(command)
     script = next(word for word in words if word.startswith("run_"))
-    parse_flags(CONFIGS[script], words[words.index(script) + 1 :])
+    read_flags(CONFIGS[script], words[words.index(script) + 1 :])
 
 
 def test_documents_name_no_file_that_does_not_exist() -> None:

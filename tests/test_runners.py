@@ -270,7 +270,7 @@ def test_several_queries_share_a_sheet_and_other_weights_are_refused(place: Plac
 def test_a_mistake_ends_in_one_sentence_and_exit_code_two(
     mistake: str, place: Place, here: Here, tmp_path: Path
 ) -> None:
-    runner, words, sentence = WRONG[mistake]
+    runner, *words = mistake.replace(" W", " --weights {weights}").split()
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "bad.png").write_bytes(b"not a picture")
@@ -283,11 +283,12 @@ def test_a_mistake_ends_in_one_sentence_and_exit_code_two(
     torch.save(state, tmp_path / "cut.pth")
     image = place.data / "val" / "dots" / "dots 01.png"
     names = {"tmp": tmp_path, "data": place.data, "weights": place.weights, "backbone": backbone, "image": image}
-    done = here(runner, *[word.format(**names) for word in words], "--device", "cpu")
+    module = {"knn": run_knn, "linear": run_linear, "extract": run_extract}[runner]
+    done = here(module, *[word.format(**names) for word in words], "--device", "cpu")
     assert done.code == 2, done.out
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
-    assert sentence in done.err
+    assert WRONG[mistake] in done.err
 
 
 def test_a_query_is_prepared_as_the_index_was_and_says_so(place: Place, here: Here, tmp_path: Path) -> None:

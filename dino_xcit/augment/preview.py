@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from annotated_types import Ge, Le, MinLen
 
 from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters
-from dino_xcit.cli import parse_pretrain
+from dino_xcit.bounds import FilePath, Positional, annotations_of
+from dino_xcit.cli import parse_known
+from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, decode, open_source
 from dino_xcit.errors import InputError, run_main
+from dino_xcit.recipes import parse_pretrain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +31,17 @@ if TYPE_CHECKING:
 
 USAGE = "python -m dino_xcit.augment preview SRC --out grid.png [--images N] [flags of run_pretrain.py]"
 
-MOST_IMAGES = 100
-"""Rows of the picture."""
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Settings of python -m dino_xcit.augment preview; every other flag is run_pretrain.py's."""
+
+    source: Annotated[str, MinLen(1), Positional] = ""
+    """The images, whatever --data-path takes; --source may be left out before it."""
+    out: FilePath = "grid.png"
+    """The picture."""
+    images: Annotated[int, Ge(1), Le(100)] = 4
+    """Rows of the picture."""
 
 
 def draw_preview(
@@ -105,41 +119,16 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         InputError: a mistake in the command, or in the data.
     """
-    if "-h" in argv or "--help" in argv:
-        print(
-            f"{USAGE}\n\nDraws the views that a run with these flags sees (python run_pretrain.py --help lists them)."
-        )
-        return
-    if len(argv) < 2 or argv[0] != "preview" or argv[1].startswith("-"):
-        raise InputError(f"found {' '.join(argv[:2]) or 'no command'!r}, expected: {USAGE}")
-    own, others = _own_flags(argv[2:])
-    wanted = own.get("--images", "4")
-    if not wanted.isdecimal() or not 1 <= int(wanted) <= MOST_IMAGES:
-        raise InputError(f"--images is {wanted!r}, expected a number from 1 to {MOST_IMAGES}")
-    config, _ = parse_pretrain(["--data-path", argv[1], *others])
-    source = open_source(config.data_path, "train")
-    picture = Path(own.get("--out", "grid.png"))
-    chosen = draw_preview(source, config.augmentation(), picture, int(wanted), config.seed)
+    command, *words = argv or ["no command"]
+    if command not in ("preview", "-h", "--help"):
+        raise InputError(f"found {command!r}, expected: {USAGE}")
+    words = words if command == "preview" else ["--help"]
+    config, flags = parse_known(PreviewConfig, words, USAGE.partition(" [")[0], annotations_of(PretrainConfig))
+    run, _ = parse_pretrain(["--data-path", config.source, *flags])
+    source = open_source(run.data_path, "train")
+    chosen = draw_preview(source, run.augmentation(), Path(config.out), config.images, run.seed)
     names = ", ".join(Path(source.name(index)).name for index in chosen[:4])
-    print(f"{picture}: the views of {len(chosen)} of {len(source):,} images ({names}{' ...' * (len(chosen) > 4)})")
-
-
-def _own_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The values of ``--out`` and ``--images``, and the words that are left for run_pretrain.py's settings."""
-    own: dict[str, str] = {}
-    others: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in ("--out", "--images"):
-            others.append(word)
-            continue
-        if name in own:
-            raise InputError(f"{name} is given twice: give it once")
-        own[name] = value if equals else next(words, "")
-        if not own[name] or own[name].startswith("--"):
-            raise InputError(f"{name} has no value, expected: {USAGE}")
-    return own, others
+    print(f"{config.out}: the views of {len(chosen)} of {len(source):,} images ({names}{' ...' * (len(chosen) > 4)})")
 
 
 def command() -> None:

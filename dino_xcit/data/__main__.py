@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dino_xcit.data import check, pack
 from dino_xcit.errors import InputError, run_main
 
+USAGE = "python -m dino_xcit.data check SRC, or python -m dino_xcit.data pack SRC DST (--help after it says more)"
 COMMANDS = {"check": check.main, "pack": pack.main}
 
 
@@ -17,13 +18,12 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: a mistake in the command, or in the data.
     """
-    both = f"{check.USAGE}, or {pack.USAGE}"
     if list(argv[:1]) in (["-h"], ["--help"]):
-        print(f"{check.USAGE}\n{pack.USAGE}\n--help after either word says more")
+        print(USAGE)
         return 0
     if not argv or argv[0] not in COMMANDS:
         found = f"found {argv[0]!r}" if argv else "found no command"
-        raise InputError(f"{found}, expected: {both}")
+        raise InputError(f"{found}, expected: {USAGE}")
     return COMMANDS[argv[0]](argv[1:])
 
 

@@ -13,24 +13,38 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from typing import TextIO
+from typing import Annotated, Literal, TextIO
 
 import numpy as np
+from annotated_types import Ge, MinLen
 
+from dino_xcit.bounds import FilePath, Positional
+from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.command_line import CommandLine, whole_number
 from dino_xcit.data.decode import read_header
 from dino_xcit.data.workers import each_image
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime.logging import counted, progress_bar
 
-USAGE = "python -m dino_xcit.data check SRC [--part train|val] [--report FILE.jsonl] [--workers N]"
-_HELP = """\
-Read and decode every image of SRC, any form that --data-path takes: which cannot be read, which are there twice, byte
-for byte, how large they are, and how quickly this machine reads and decodes them. The exit code is 1 where an image
-cannot be read."""
-
 _SHOWN = 10
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Settings of python -m dino_xcit.data check: read and decode every image of a data set.
+
+    It reports which images cannot be read, which are there twice, byte for byte, how large they are, and how quickly
+    this machine reads and decodes them. The exit code is 1 where an image cannot be read.
+    """
+
+    source: Annotated[str, MinLen(1), Positional] = ""
+    """The images, whatever --data-path takes: a folder, a list, tar:..., sample:...; --source may be left out."""
+    part: Literal["", "train", "val"] = ""
+    """Which part of the source, where it has parts."""
+    report: FilePath = ""
+    """Write a line an image to this .jsonl file."""
+    workers: Annotated[int, Ge(-1)] = -1
+    """Processes; 0: this one, -1: as many as there are cores."""
 
 
 @dataclass(frozen=True)
@@ -167,21 +181,16 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: a mistake in the command, or no such data.
     """
-    line = CommandLine(USAGE, _HELP)
-    line.add_argument("source", metavar="SRC", help="what --data-path takes: a folder, a list, tar:..., sample:...")
-    line.add_argument("--part", choices=("train", "val"), help="which part of SRC, where it has parts")
-    line.add_argument("--report", metavar="FILE.jsonl", help="write a line an image")
-    line.add_argument("--workers", type=whole_number, metavar="N", default=-1, help="processes (default: the cores)")
-    words = line.read(argv)
-    source = open_source(words.source, words.part)
+    config = parse(CheckConfig, argv, "python -m dino_xcit.data check SRC")
+    source = open_source(config.source, config.part or None)
     try:
         with ExitStack() as stack:  # opened before hours of reading, in case it cannot be written
-            rows = stack.enter_context(open(words.report, "w", encoding="utf-8")) if words.report else None
-            report = check(source, words.workers, rows)
+            rows = stack.enter_context(open(config.report, "w", encoding="utf-8")) if config.report else None
+            report = check(source, config.workers, rows)
     except OSError as error:
-        raise InputError(f"cannot write {words.report}: {error.strerror}; choose another --report") from error
+        raise InputError(f"cannot write {config.report}: {error.strerror}; choose another --report") from error
     for text in report.lines():
         print(printable(text))
-    if words.report:
-        print(f"a line an image: {words.report}", file=sys.stderr)
+    if config.report:
+        print(f"a line an image: {config.report}", file=sys.stderr)
     return 1 if report.broken else 0

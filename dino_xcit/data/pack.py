@@ -23,38 +23,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import numpy as np
+from annotated_types import Ge, Le, MinLen
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from dino_xcit.bounds import FilePath, Positional
+from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.command_line import CommandLine, count
 from dino_xcit.data.decode import read_header
 from dino_xcit.data.workers import each_image, usable_cores
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
 from dino_xcit.runtime.logging import counted, progress_bar
-
-USAGE = (
-    "python -m dino_xcit.data pack SRC DST [--part train|val] [--max-side N] [--quality Q] "
-    "[--shard-mb N | --shard-images N] [--workers N] [--strict]"
-)
-_HELP = """\
-Write the images of SRC, any form that --data-path takes, into WebDataset shards in the folder DST. Killed at any
-moment, the same command continues with the shard it was at. Train on the result with --data-path 'tar:DST/shard-*.tar'.
-
-A member is called NUMBER_NAME.jpg, beside NUMBER_NAME.cls with the label; NAME is the image's path below SRC with its
-dots and slashes as in a URL (%2E, %2F). Without --max-side every file's bytes are kept."""
-_ABOUT_SIZES = """\
---max-side N bounds the LONGER side (FFCV's max_resolution; not ImageNet's "resize the shorter side"): a larger picture
-is shrunk to it, antialiased, turned upright by EXIF and saved as a JPEG without chroma subsampling. Smaller ones keep
-their bytes, but for JPEGs that lie on their side, which are saved anew, upright.
-Crops are drawn as shares of the picture's area, so they lie where they did, but are made of fewer pixels: a view is
-enlarged, and so blurred, where sqrt(share x width x height) is less than its size. At --max-side 512 and 4:3 that is a
-224-pixel view of less than 25.5 % of the area, and a 96-pixel view of less than 4.7 %."""
 
 MANIFEST, CLASSES, UNREADABLE = "pack.json", "classes.json", "unreadable.jsonl"
 SHARD_MB = 256
@@ -68,6 +52,49 @@ _OURS = (CLASSES, ".lock", f".{CLASSES}.tmp", f".{MANIFEST}.tmp")
 """Files that may be there before the manifest is."""
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm"}
 """Of a member, by what its bytes are: a file's own name may be wrong (ImageNet has a PNG called JPEG)."""
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Settings of python -m dino_xcit.data pack: write the images of a data set into WebDataset shards.
+
+    Killed at any moment, the same command continues with the shard it was at. Train on the result with --data-path
+    'tar:DST/shard-*.tar'. A member is called NUMBER_NAME.jpg, beside NUMBER_NAME.cls with the label; NAME is the
+    image's path in the source with its dots and slashes as in a URL (%2E, %2F).
+    """
+
+    source: Annotated[str, MinLen(1), Positional] = ""
+    """The images, whatever --data-path takes: a folder, a list, tar:..., sample:...; --source may be left out."""
+    destination: Annotated[FilePath, MinLen(1), Positional] = ""
+    """A local folder, absent or empty; --destination may be left out."""
+    part: Literal["", "train", "val"] = ""
+    """Which part of the source, where it has parts."""
+    max_side: Annotated[int, Ge(0)] = 0
+    """Bound of the LONGER side in pixels (FFCV's max_resolution; not ImageNet's "resize the shorter side"); 0: none,
+    every file's bytes are kept. A larger picture is shrunk, antialiased, turned upright by EXIF and saved as a JPEG
+    without chroma subsampling. Smaller ones keep their bytes, except JPEGs that lie on their side, which are saved
+    anew, upright. Crops are drawn as shares of the area, so they lie where they did, but have fewer pixels: a view is
+    enlarged, and so blurred, where sqrt(share x width x height) is less than its size. At 512 and 4:3 that is a
+    224-pixel view of less than 25.5 % of the area, and a 96-pixel view of less than 4.7 %."""
+    quality: Annotated[int, Ge(1), Le(100)] = 90
+    """Of JPEGs that are written."""
+    shard_mb: Annotated[int, Ge(0)] = 0
+    """Million bytes a shard; 0: 256, or no bound with --shard-images."""
+    shard_images: Annotated[int, Ge(0)] = 0
+    """Images a shard; 0: no bound."""
+    workers: Annotated[int, Ge(-1)] = -1
+    """Processes; 0: this one, -1: as many as there are cores."""
+    strict: bool = False
+    """Exit with code 1 if an image was left out."""
+
+    def check(self) -> None:
+        """Check how the settings go together.
+
+        Raises:
+            InputError: names the fields.
+        """
+        if self.shard_mb and self.shard_images:
+            raise InputError("shard_mb and shard_images are both given, expected one of them")
 
 
 @dataclass(frozen=True)
@@ -394,27 +421,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: a mistake in the command, or what :func:`pack` raises.
     """
-    line = CommandLine(USAGE, _HELP, _ABOUT_SIZES)
-    line.add_argument("source", metavar="SRC", help="what --data-path takes: a folder, a list, tar:..., sample:...")
-    line.add_argument("destination", metavar="DST", help="a local folder, absent or empty")
-    line.add_argument("--part", choices=("train", "val"), help="which part of SRC, where it has parts")
-    line.add_argument("--max-side", type=count, metavar="N", help="pixels of the longer side (default: as it is)")
-    line.add_argument("--quality", type=count, metavar="Q", default=90, help="of JPEGs that are written (default: 90)")
-    limit = line.add_mutually_exclusive_group()
-    limit.add_argument("--shard-mb", type=count, metavar="N", help=f"million bytes a shard (default: {SHARD_MB})")
-    limit.add_argument("--shard-images", type=count, metavar="N", help="images a shard")
-    line.add_argument(
-        "--workers", type=count, metavar="N", default=usable_cores(), help="processes (default: the cores)"
-    )
-    line.add_argument("--strict", action="store_true", help="exit code 1 if an image was left out")
-    words = line.read(argv)
-    if words.quality > 100:
-        raise InputError(f"--quality is {words.quality}, expected 1 to 100")
-    shard_mb = SHARD_MB if words.shard_mb is None and words.shard_images is None else words.shard_mb
-    options = Options(words.max_side, words.quality, shard_mb, words.shard_images)
+    config = parse(PackConfig, argv, "python -m dino_xcit.data pack SRC DST")
+    shard_mb = config.shard_mb or (None if config.shard_images else SHARD_MB)
+    options = Options(config.max_side or None, config.quality, shard_mb, config.shard_images or None)
+    workers = usable_cores() if config.workers < 0 else config.workers
     began = time.perf_counter()
-    source = _opened(words.source, words.part)
-    packing, seen = pack(source, Path(os.path.expanduser(words.destination)), options, words.workers)
+    source = _opened(config.source, config.part or None)
+    packing, seen = pack(source, Path(config.destination), options, workers)
     images, size = (sum(getattr(shard, name) for shard in packing.shards) for name in ("images", "bytes"))
     print(
         f"{packing.path}: {counted(images, 'image')} in {counted(len(packing.shards), 'shard')}, {size / 1e9:,.2f} GB"
@@ -426,7 +439,7 @@ def main(argv: Sequence[str]) -> int:
         unreadable = counted(len(packing.unreadable), "image")
         print(f"left out: {unreadable} that cannot be read, listed in {packing.path / UNREADABLE}")
     print(f"use it as --data-path {shlex.quote(f'tar:{packing.path}/shard-*.tar')}")
-    return 1 if packing.unreadable and words.strict else 0
+    return 1 if packing.unreadable and config.strict else 0
 
 
 def _opened(url: str, part: str | None) -> Source:

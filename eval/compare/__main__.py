@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from dino_xcit.cli import parse
 from dino_xcit.errors import InputError, near_matches, printable, run_main
 from eval.compare.comparison import columns, compare, notes
 from eval.compare.images import called, known_by, same_order
@@ -26,7 +27,7 @@ from eval.compare.likeness import OVERLOOKED, Likeness, liken
 from eval.compare.published import PREFIX, published_result
 from eval.compare.result_file import Result, read_result, shown
 from eval.compare.typeset import aside, typeset
-from eval.config import CompareConfig, settings
+from eval.config import CompareConfig
 from eval.protocol import now, versions, write_json
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         InputError: a mistake in the command, a file that is no result, or results that are unlike: a line each.
     """
     # ---- the results
-    config = settings(CompareConfig, argv, "python -m eval.compare", positional="files")
+    config = parse(CompareConfig, argv, "python -m eval.compare")
     results = open_results(config.files, config.figure)
     first, others = results[0], results[1:]
 
