@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dino_xcit.data.pack import PackConfig
 from pretrain_command import DATA, parsed
 
 import dino_xcit
 from dino_xcit.bounds import annotations_of, check_bounds
 from dino_xcit.cli import parse, parse_known
 from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig, differences
+from dino_xcit.data.pack import PackConfig
 from dino_xcit.errors import InputError, run_main
 from dino_xcit.launch_config import LaunchConfig
 from dino_xcit.recipes import parse_pretrain
