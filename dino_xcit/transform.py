@@ -20,6 +20,9 @@ RGB = tuple[float, float, float]
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """torchvision's words."""
 
+MAX_ASPECT = 16
+"""Of an image's sides: a longer image is resized only where the centre crop is."""
+
 SIDE_LIMIT = 1 << 14
 """Pixels a side that stored values may ask for: 800 MB of a picture are somebody's mistake."""
 _LARGEST = 1e6
@@ -48,9 +51,23 @@ class EvalTransform:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as TF
 
-        mode = InterpolationMode(self.interpolation)
-        resized = TF.resize(image, [self.resize], mode)
+        short, long = sorted(image.size)
+        if long > MAX_ASPECT * short:
+            resized = self._resized_centre(image)
+        else:
+            resized = TF.resize(image, [self.resize], InterpolationMode(self.interpolation))
         return to_tensor(TF.center_crop(resized, [self.crop, self.crop]))
+
+    def _resized_centre(self, image: Image.Image) -> Image.Image:
+        """What the centre crop needs of the resized image: all of it could be gigabytes."""
+        short, long = sorted(image.size)
+        length = int(self.resize * long / short)
+        first = round((length - self.crop) / 2)
+        begin, end = first * long / length, (first + self.crop) * long / length
+        size, box = (self.crop, self.resize), (begin, 0.0, end, float(short))
+        if image.height > image.width:
+            size, box = size[::-1], (0.0, begin, float(short), end)
+        return image.resize(size, Image.Resampling[self.interpolation.partition("-")[0].upper()], box)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for a JSON card or a checkpoint."""

@@ -37,6 +37,24 @@ def test_the_usual_transform_equals_torchvisions_pipeline(photo: Image.Image) ->
         torch.testing.assert_close(normalise(ours[None], IMAGENET_MEAN, IMAGENET_STD)[0], pipeline(image))
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (40, 64)])
+def test_long_images_give_the_same_crop_without_being_resized_as_a_whole(
+    interpolation: str, resize: int, crop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Grey: Pillow clips after the first of its two passes, whose order depends on the sizes.
+    grain = np.random.default_rng(0).integers(80, 176, (7, 300, 3), dtype=np.uint8)
+    transform = EvalTransform(resize, crop, interpolation)
+    for pixels in (grain, grain.transpose(1, 0, 2)):
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        ours = transform(image)
+        with monkeypatch.context() as patch:
+            patch.setattr("dino_xcit.transform.MAX_ASPECT", 1000)
+            whole = transform(image)
+        assert (ours.int() - whole.int()).abs().max() <= 2
+    assert EvalTransform()(Image.new("RGB", (10_000_000, 1))).shape == (3, 224, 224)  # else 2 TB
+
+
 def test_a_crop_larger_than_the_image_is_padded_with_black() -> None:
     out = EvalTransform(resize=10, crop=20)(Image.new("RGB", (10, 10), (200, 100, 50)))
     assert out.shape == (3, 20, 20)
