@@ -104,7 +104,7 @@ def undecodable(image: Image.Image, seed: int) -> dict[str, bytes]:
         "noise.jpg": np.random.default_rng(seed).bytes(2000),
         "claims to be large.png": png(50_000, 50_000, bytes(1000), colour=2),
         "large.png": png(13_000, 13_000, bytes(13_000 * (13_000 // 8 + 1)), bits=1),
-        "text bomb.png": png(8, 8, bytes(72), png_chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(30_000_000), 9))),
+        "wrong checksum.png": whole[:-14] + bytes([whole[-14] ^ 1]) + whole[-13:],
     }
 
 

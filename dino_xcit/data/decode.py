@@ -142,6 +142,26 @@ def _decode_to_pixels(data: bytes) -> NDArray[np.uint8]:
 
 
 def _decode_file(data: bytes) -> Image.Image:
+    try:
+        return _decode_strictly(data)
+    except ValueError as error:
+        if "MAX_TEXT_" not in str(error):
+            raise
+    return _decode_strictly(_without_texts(data))
+
+
+def _without_texts(png: bytes) -> bytes:
+    """Of a PNG whose texts or profile are larger than Pillow unpacks, such as XMP: none of them matters here."""
+    kept, place = [png[:8]], 8
+    while place < len(png):
+        end = place + 12 + int.from_bytes(png[place : place + 4])
+        if png[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(png[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _decode_strictly(data: bytes) -> Image.Image:
     image = _open(data)
     _check_size(image)
     if image.format == "PNG":  # the only format whose checksums Pillow can check, which it does not when decoding
