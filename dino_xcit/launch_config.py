@@ -77,8 +77,7 @@ class LaunchConfig:
             raise InputError(f"job_dir is {self.job_dir!r}, expected a folder, such as runs/slurm")
         if not self.seconds > self.signal_delay:
             raise InputError(
-                f"time is {self.time}, which is not more than signal_delay, {self.signal_delay} s: nothing would be "
-                "left to train in"
+                f"time is {self.time}, expected more than signal_delay, {self.signal_delay} s, to train in"
             )
         self.additional()
 
@@ -101,10 +100,7 @@ class LaunchConfig:
         )
         found = next((match for form in forms if (match := re.fullmatch(form, self.time, re.ASCII))), None)
         if found is None or len(self.time) > 20:
-            raise InputError(
-                f"time is {self.time!r}, expected MINUTES, M:SS, H:MM:SS, DAYS-HOURS or DAYS-H:MM:SS, such as "
-                "2-00:00:00"
-            )
+            raise InputError(f"time is {self.time!r}, expected MINUTES, M:SS, H:MM:SS, DAYS-HOURS or DAYS-H:MM:SS")
         part = {name: int(value or 0) for name, value in found.groupdict().items()}
         return ((part.get("d", 0) * 24 + part.get("h", 0)) * 60 + part.get("m", 0)) * 60 + part.get("s", 0)
 

@@ -90,14 +90,12 @@ MISTAKES = {
     "--lr 1 --lr 2": "--lr is given twice",
     "--global-crops-size 9 --global_crops_size=9": "--global_crops_size is given twice",
     "--deterministic --no-deterministic": "--deterministic is given twice",
-    "--config a.yaml --config b.yaml": "--config is given twice",
     "--config absent.yaml": "absent.yaml",
     "--lr 1 2": "'2' after --lr",
     "--norm_last_layer true false": "'false' after --norm_last_layer",
     "--use_bn_in_head=perhaps": "'perhaps'.*--use_bn_in_head",
     "--use_fp16=perhaps": "use_fp16 is perhaps",
     "--use_fp16 true --precision bf16": "use_fp16",
-    "--precision auto --use_fp16": "use_fp16",
     "--use_fp16 false --precision fp16": "use_fp16",
     "--no-deterministic=false": "--no_deterministic",
     "--lr": "--lr",
@@ -108,12 +106,7 @@ MISTAKES = {
     "--precision fp8": "'fp8'.*--precision.*fp32",
     "--epochs 0": "epochs is 0",
     "--lr nan": "lr is nan",
-    "--warmup_epochs inf": "warmup_epochs is inf",
-    "--drop_path_rate 1": "drop_path_rate is 1",
-    "--teacher_temp 0": "teacher_temp is 0",
     "--std 0 1 1": "std is 0 1 1",
-    "--seed -1": "seed is -1",
-    "--seed 9223372036854775808": "seed is 9223372036854775808",
     "--global_crops_scale 1 0.4": "global_crops_scale is 1.0 0.4",
     "--blur_radius 2 1": "blur_radius is 2.0 1.0",
 }  # fmt: skip
@@ -140,9 +133,8 @@ def test_the_value_next_to_a_bound_is_refused(config: Any) -> None:
 
 
 def test_settings_made_in_python_are_checked_too() -> None:
-    for name, value in {"epochs": 0, "optimizer": "adam", "std": (0.0, 1.0, 1.0), "lr": float("nan")}.items():
-        with pytest.raises(InputError, match=f"{name} is "):
-            PretrainConfig(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="optimizer is adam"):
+        PretrainConfig(optimizer="adam")  # type: ignore[arg-type]
 
 
 FILES = {
@@ -153,9 +145,7 @@ FILES = {
     "lr: 1\nlr: 2\n": "--lr is given twice",
     "out_dim: 9\nout-dim: 9\n": "--out_dim is given twice",
     "lr: {a: 1}\n": "lr in ",
-    "std: [[1, 2], 3, 4]\n": "std in ",
     "data_path:\n": "data_path in ",
-    "lr: [1, 2]\n": "'2' after --lr",
     "global_crops_scale: [0.1, 0.4, 1]\n": "'1' after --global_crops_scale",
     "deterministic: [true, false]\n": "--deterministic",
     "no_norm_last_layer: true\n": "--no_norm_last_layer",
@@ -243,18 +233,13 @@ def test_flags_of_two_commands_may_be_mixed() -> None:
 
 
 def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    for flag in ("--help", "-h"):
-        with pytest.raises(SystemExit) as caught:
-            parse_pretrain([flag])
-        assert caught.value.code == 0
-        text = capsys.readouterr().out
-        words = " ".join(text.replace("│", " ").split())
-        for field in dataclasses.fields(PretrainConfig):
-            assert f"--{field.name}" in text or f"--{field.name.replace('_', '-')}" in text, field.name
-        assert words.count("(default:") >= len(dataclasses.fields(PretrainConfig))
-        assert "(default: 65536)" in words
-        assert "(default: 0.4 1.0)" in words
-        assert "(default: True)" in words
+    with pytest.raises(SystemExit) as caught:
+        parse_pretrain(["--help"])
+    assert caught.value.code == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"--{field.name} " in words for field in dataclasses.fields(PretrainConfig))
+    assert words.count("(default:") >= len(dataclasses.fields(PretrainConfig))
+    assert all(f"(default: {default})" in words for default in ("65536", "0.4 1.0", "True"))
 
 
 # ---- what may differ when a run is carried on
