@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import io
 import os
 import re
 import select
@@ -126,6 +127,9 @@ def run_main(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
 
 def _to_the_last_word(main: Callable[[], None]) -> None:
     """What ``main`` printed is out when it ends: else Python, at its own end, would find that it cannot be."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except SystemExit:  # of --help, too

@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dino_xcit.runtime import logging as log
+
+ROOT = Path(__file__).parent.parent
 
 
 class Failing(io.StringIO):
@@ -47,3 +51,14 @@ def test_a_full_disk_is_borne_and_a_closed_pipe_is_not(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stdout", Failing(errno.EPIPE))
     with pytest.raises(BrokenPipeError):
         log.info("unread")
+
+
+@pytest.mark.parametrize("through", ["log.info", "print"])
+def test_names_that_are_not_utf8_are_printed_as_escapes_under_a_strict_encoding(through: str) -> None:
+    code = (
+        "from dino_xcit.errors import run_main; from dino_xcit.runtime import logging as log;"
+        f"run_main(lambda: {through}('caf\\udce9.jpg'))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert (done.stdout, done.returncode) == ("caf\\udce9.jpg\n", 0), done.stderr

@@ -45,6 +45,11 @@ def test_the_picture_shows_the_views_that_a_run_sees(tmp_path: Path, monkeypatch
         assert all(f"{name[:3]} {factor:.2f}" in caption for name, factor in parameters.jitter)
 
 
+def test_a_name_that_is_not_utf8_is_drawn_as_escapes(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "caf\udce9.png")
+    draw_preview(open_source(str(tmp_path)), tiny_config().augmentation(), tmp_path / "grid.png")
+
+
 def test_the_command_takes_spaces_and_equals_and_helps(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

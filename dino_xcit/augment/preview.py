@@ -22,7 +22,7 @@ from dino_xcit.bounds import FilePath, Positional, annotations_of
 from dino_xcit.cli import parse_known
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, decode, open_source
-from dino_xcit.errors import InputError, run_main
+from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.recipes import parse_pretrain
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def _draw_original(axis: Axes, image: Image.Image, drawn: Sequence[ViewParameter
         corner = (view.left - 0.5, view.top - 0.5)
         style = {"fill": False, "linewidth": 1.6 if number < 2 else 0.9, "edgecolor": _colour(number)}
         axis.add_patch(Rectangle(corner, view.width, view.height, **style))  # type: ignore[arg-type]
+    name = printable(name)
     shown = name if len(name) <= 24 else f"...{name[-21:]}"
     axis.set_title(f"{shown}\n{image.width} x {image.height}", fontsize=6, loc="left")
     axis.axis("off")

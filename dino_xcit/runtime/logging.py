@@ -15,16 +15,19 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from dino_xcit.errors import printable
 from dino_xcit.runtime import distributed
 
 
 def info(text: str) -> None:
-    """Print a line to stdout, on the main process only. A full disk or a closed terminal does not end the run; a closed
-    pipe raises."""
+    """Print lines to stdout, on the main process only, with escapes for what a terminal cannot show.
+
+    A full disk or a closed terminal does not end the run; a closed pipe raises.
+    """
     if not distributed.is_main() or sys.stdout is None:
         return
     try:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stdout)
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
