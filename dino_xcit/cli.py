@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
     if rest is None:
         kinds["config"] = str
     if "precision" in kinds:
-        kinds["use_fp16"] = bool
+        kinds |= {"use_fp16": bool, "patch_size": int}
     positional, repeatable = list(marked(config, Positional)), marked(config, Repeatable)
     flags: Flags = {}
 
@@ -134,7 +135,7 @@ def _arity(kind: Any) -> float:
 
 
 def _normalised(flags: Flags, kinds: Mapping[str, Any], paths: Collection[str]) -> Flags:
-    """The flags with Python's True and False, paths without ``~``, and the precision that DINO's use_fp16 means."""
+    """The flags with Python's True and False, paths without ``~``, and what DINO's use_fp16 and patch_size mean."""
     for name, words in flags.items():
         if kinds[name] is bool:
             flags[name] = [_BOOLEANS.get(word.lower(), word) for word in words or ["true"]]
@@ -149,6 +150,12 @@ def _normalised(flags: Flags, kinds: Mapping[str, Any], paths: Collection[str]) 
                 f"--use_fp16 is {given}, --precision is {' '.join(precision) or 'not given'}: expected true or false, "
                 "and a precision that agrees; or leave --use_fp16 out"
             )
+    if "patch_size" in flags:
+        (patch,), arch = flags.pop("patch_size"), " ".join(flags.get("arch", ()))
+        size = re.fullmatch(r"(?:vit|deit)_(tiny|small|base)|(xcit_[a-z]+_\d+)", arch)
+        if size is None:
+            raise InputError(f"--patch_size is {patch}, --arch is {arch!r}: give both in --arch, as xcit_small_12_p16")
+        flags["arch"] = [f"{size[2] or f'vit_{size[1]}_12'}_p{patch}"]
     return flags
 
 

@@ -84,7 +84,7 @@ class Schedules:
     teacher_temp: LinearByEpoch
     steps_per_epoch: int
     warning: str = ""
-    """What was changed to fit the run's length; empty if nothing."""
+    """What does not fit the run's length; empty if nothing."""
 
     @classmethod
     def of(cls, config: PretrainConfig, steps_per_epoch: int, global_batch: int) -> Schedules:
@@ -97,6 +97,14 @@ class Schedules:
                 f"warmup_epochs {config.warmup_epochs:g} is not shorter than the run ({config.epochs} epochs): "
                 f"shortened to {warmup / steps_per_epoch:g} epochs"
             )
+        too_long = [warning] if warning else []
+        if config.method == "dino" and config.freeze_last_layer >= config.epochs:
+            too_long.append(f"freeze_last_layer {config.freeze_last_layer} freezes the prototypes for the whole run")
+        if config.warmup_teacher_temp_epochs >= config.epochs and config.warmup_teacher_temp != config.teacher_temp:
+            too_long.append(
+                f"warmup_teacher_temp_epochs {config.warmup_teacher_temp_epochs} is not shorter than the run: the "
+                f"teacher temperature does not reach {config.teacher_temp:g}"
+            )
         scale = global_batch / config.lr_reference_batch if config.lr_reference_batch else 1.0
         return cls(
             lr=CosineSchedule(config.lr * scale, config.min_lr, total, warmup, config.warmup_start_lr),
@@ -106,7 +114,7 @@ class Schedules:
                 config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
             ),
             steps_per_epoch=steps_per_epoch,
-            warning=warning,
+            warning="; ".join(too_long),
         )
 
     def at(self, step: int, loss_scale: float | Tensor = 1.0) -> Rates:

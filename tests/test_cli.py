@@ -54,6 +54,18 @@ PRECISIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("arch", "patch", "name"),
+    [
+        ("xcit_small_12", 8, "xcit_small_12_p8"),
+        ("vit_small", 16, "vit_small_12_p16"),
+        ("deit_tiny", 8, "vit_tiny_12_p8"),
+    ],
+)
+def test_dinos_patch_size_is_a_part_of_arch(arch: str, patch: int, name: str) -> None:
+    assert parsed(*DATA, "--patch_size", str(patch), "--arch", arch).arch == name
+
+
 @pytest.mark.parametrize("typed", PRECISIONS)
 def test_dinos_use_fp16_means_a_precision(typed: str) -> None:
     assert parsed(*DATA, *typed.split()).precision == PRECISIONS[typed]
@@ -96,6 +108,7 @@ MISTAKES = {
     "--use_bn_in_head=perhaps": "'perhaps'.*--use_bn_in_head",
     "--use_fp16=perhaps": "use_fp16 is perhaps",
     "--use_fp16 true --precision bf16": "use_fp16",
+    "--patch_size 8": "give both in --arch", "--patch_size 8 --arch xcit_small_12_p16": "give both in --arch",
     "--use_fp16 false --precision fp16": "use_fp16",
     "--no-deterministic=false": "--no_deterministic",
     "--lr": "--lr",

@@ -97,6 +97,15 @@ def test_a_warmup_that_leaves_no_run_is_shortened_with_a_notice(epochs: int, war
     np.testing.assert_allclose(values, cosine_oracle(2e-3, 1e-6, total, schedules.lr.warmup_steps, 0.0), rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "warns"),
+    [("freeze_last_layer", 2, False), ("freeze_last_layer", 3, True), ("warmup_teacher_temp_epochs", 3, True)],
+)
+def test_what_is_counted_in_epochs_and_outlasts_the_run_is_warned_of(setting: str, value: int, warns: bool) -> None:
+    config = tiny_config(**{"epochs": 3, "warmup_epochs": 0.5, "teacher_temp": 0.07, setting: value})
+    assert (setting in Schedules.of(config, steps_per_epoch=20, global_batch=8).warning) is warns
+
+
 def test_a_run_of_one_step_still_learns() -> None:
     schedules = Schedules.of(tiny_config(epochs=1, warmup_epochs=10.0), steps_per_epoch=1, global_batch=8)
     assert schedules.lr.at(0) > 0
