@@ -341,8 +341,8 @@ def test_manifests_are_plain_json(tmp_path: Path) -> None:
     filled(tmp_path, steps=1)
     values: dict[str, Callable[..., Any]] = json.loads((tmp_path / "checkpoints" / "step00000001.json").read_text())
     assert values.keys() == {
-        "step", "epoch", "size", "sha256", "global_batch", "world_size", "keep", "metric_name", "metric",
-        "written", "checksum",
+        "step", "epoch", "size", "sha256", "global_batch", "world_size", "steps_per_epoch", "keep", "metric_name",
+        "metric", "written", "checksum",
     }  # fmt: skip
 
 

@@ -33,11 +33,11 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_records_are_lines_of_json(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, 0)
+    writer = MetricsWriter(tmp_path, 0, steps_per_epoch=4)
     writer.write("step", 3, {"epoch": 0, "loss": 2.5})
     # readable at once: a crash loses at most the line that is being written
     line = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(line) == {"kind": "step", "step": 3, "epoch": 0, "loss": 2.5}
+    assert json.loads(line) == {"kind": "step", "step": 3, "steps_per_epoch": 4, "epoch": 0, "loss": 2.5}
     writer.write("epoch", 4, {"epoch": 0, "loss": 2.0})
     writer.close()
     assert [record["kind"] for record in read_metrics(tmp_path / "metrics.jsonl")] == ["step", "epoch"]

@@ -127,6 +127,25 @@ def test_resume_changed_resumes_and_resume_never_starts_anew(
     assert steps == [1, 2]
 
 
+@pytest.mark.parametrize(("batch", "step", "last"), [(8, 3, 6), (2, 12, 24)])
+def test_another_batch_resumes_at_the_epoch_that_was_reached(
+    pretrain: Pretrain, stopped: Stopped, tmp_path: Path, batch: int, step: int, last: int
+) -> None:
+    """16 images in batches of 4, stopped after 6 steps of 4 an epoch."""
+    folder, flags = stopped.copy(tmp_path / "run")
+    assert pretrain(*flags, "--max-steps", "6", "--saveckp-freq", "1").code == 0
+    other = [*flags, "--batch-size-per-gpu", str(batch), "--saveckp-freq", "1"]
+    resumed = pretrain(*other, "--resume", "changed", "--max-steps", str(step + 1))
+    assert resumed.code == 0, resumed.err
+    assert f"step 6, 1.50 epochs, is now {step}" in resumed.out
+    assert pretrain(*other).code == 0  # from its own checkpoint, not from one with more steps
+    assert safe_load.read(folder / "checkpoint.pth")["step"] == last
+    assert {"step00000004.pth", "step00000004-4.pth"} & {path.name for path in (folder / "checkpoints").iterdir()}
+    steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "step"]
+    assert steps == sorted(steps)
+    assert steps[-(last - step) :] == list(range(step + 1, last + 1))
+
+
 def test_every_setting_of_the_state_makes_a_checkpoint_that_does_not_load() -> None:
     """So that nothing is refused which would have worked."""
     other: dict[str, Any] = {

@@ -59,6 +59,7 @@ class Checkpoints:
             restore(state, stored.content, stored.path, observers)
             if run.config.resume == "changed":  # new settings get a new limit
                 state.skipped_in_a_row.zero_()
+            state.step = resume.step_of(stored, run)
         content_of(state, run)  # raises on every rank if the method takes a reserved key
         resume.prepare(run.config, self.folder, stored)
         self._state, self._observers, self._run = state, observers, run

@@ -42,6 +42,8 @@ class Manifest:
     """Images a step."""
     world_size: int
     """Processes that trained it."""
+    steps_per_epoch: int = 0
+    """Of the run that wrote it. A run that is resumed with another batch counts other steps."""
     keep: bool = False
     """Whether it stays however old it is."""
     metric_name: str = ""
@@ -51,10 +53,18 @@ class Manifest:
     written: float = 0.0
     """Seconds since 1970."""
 
+    stem: str = ""
+    """Of its file, without the suffix; not stored."""
+
     @property
     def name(self) -> str:
         """The checkpoint's file."""
-        return f"step{self.step:08d}.pth"
+        return f"{self.stem}.pth"
+
+    @property
+    def progress(self) -> float:
+        """Epochs done, the last in part: what orders checkpoints."""
+        return self.step / (self.steps_per_epoch or 1)
 
 
 class CheckpointFolder:
@@ -65,8 +75,8 @@ class CheckpointFolder:
         self.folder = output_dir / FOLDER
         self.latest = output_dir / LATEST
         self._keep_last = keep_last
-        self._verified: set[int] = set()
-        """Steps whose file was read back, as a whole, by this object."""
+        self._verified: set[str] = set()
+        """Files that were read back, as a whole, by this object."""
 
     # ---- writing
 
@@ -79,18 +89,28 @@ class CheckpointFolder:
             OSError: it cannot be written; the others are as they were.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        step, epoch = int(content["step"]), int(content["epoch"])
+        step, steps_per_epoch = int(content["step"]), int(content.get("steps_per_epoch", 0))
         path = self.folder / f"step{step:08d}.pth"
+        self._keep_other_run(path, steps_per_epoch)
         written = atomic.write_torch(path, dict(content))
         manifest = Manifest(
-            step, epoch, written.size, written.sha256, int(content["global_batch"]), int(content["world_size"]), keep,
-            written=time.time(),
+            step, int(content["epoch"]), written.size, written.sha256, int(content["global_batch"]),
+            int(content["world_size"]), steps_per_epoch, keep, written=time.time(), stem=path.stem,
         )  # fmt: skip
         self._write_manifest(manifest)
-        self._verified.add(step)
+        self._verified.add(manifest.name)
         self._give_names(path, content)
         self.prune()
         return manifest
+
+    def _keep_other_run(self, path: Path, steps_per_epoch: int) -> None:
+        """Give another name to a checkpoint of the same number of steps that was written with another batch."""
+        manifest = _read_manifest(path.with_suffix(".json"))
+        if isinstance(manifest, str) or manifest.steps_per_epoch in (0, steps_per_epoch):
+            return
+        other = path.with_stem(f"{path.stem}-{manifest.global_batch}")
+        atomic.give_name(path, other)
+        os.replace(path.with_suffix(".json"), other.with_suffix(".json"))
 
     def finish(self, path: Path, content: Mapping[str, Any]) -> None:
         """Do the rest of a save that was cut short after its manifest: ``path`` is the newest, and gets its names."""
@@ -106,13 +126,13 @@ class CheckpointFolder:
 
     def note_metric(self, step: int, name: str, value: float) -> None:
         """Add the measured --best-metric to a checkpoint's manifest; the best becomes ``best.pth``."""
-        manifests = {manifest.step: manifest for manifest in self.manifests()}
-        if step not in manifests:
+        manifest = next((one for one in self.manifests() if one.step == step), None)
+        if manifest is None:
             return
-        manifests[step] = dataclasses.replace(manifests[step], metric_name=name, metric=value)
-        self._write_manifest(manifests[step])
-        best = _best(list(manifests.values()))
-        if best is not None and best.step == step:
+        manifest = dataclasses.replace(manifest, metric_name=name, metric=value)
+        self._write_manifest(manifest)
+        best = _best(self.manifests())
+        if best == manifest:
             atomic.give_name(self.folder / best.name, self.output_dir / BEST)
         self.prune()
 
@@ -123,8 +143,7 @@ class CheckpointFolder:
         """
         whole = 0
         best = _best(self.manifests())
-        for path in sorted(self.folder.glob("step*.json"), reverse=True):
-            manifest = _read_manifest(path)
+        for path, manifest in self._entries():
             if isinstance(manifest, str):
                 continue  # who knows what it was: perhaps one to be kept, on a file system that is away for a moment
             if whole < self._keep_last:
@@ -147,19 +166,34 @@ class CheckpointFolder:
 
     def _write_manifest(self, manifest: Manifest) -> None:
         values = dataclasses.asdict(manifest)
+        del values["stem"]
         atomic.write_json((self.folder / manifest.name).with_suffix(".json"), values | {"checksum": _checksum(values)})
 
     def _is_whole(self, manifest: Manifest) -> bool:
-        if manifest.step not in self._verified and why_damaged(self.folder / manifest.name, manifest) is None:
-            self._verified.add(manifest.step)
-        return manifest.step in self._verified
+        if manifest.name not in self._verified and why_damaged(self.folder / manifest.name, manifest) is None:
+            self._verified.add(manifest.name)
+        return manifest.name in self._verified
 
     # ---- finding
 
     def manifests(self) -> list[Manifest]:
         """Of all complete checkpoints, newest first; manifests that cannot be read are left out."""
-        found = [_read_manifest(path) for path in self.folder.glob("step*.json")]
-        return sorted((m for m in found if isinstance(m, Manifest)), key=lambda m: m.step, reverse=True)
+        return [manifest for _, manifest in self._entries() if isinstance(manifest, Manifest)]
+
+    def _entries(self) -> list[tuple[Path, Manifest | str]]:
+        """Manifests by their files, newest first; a sentence for one that cannot be read."""
+        found = [(path, _read_manifest(path)) for path in self.folder.glob("step*.json")]
+        last = max((one for _, one in found if isinstance(one, Manifest)), key=lambda one: one.written, default=None)
+        steps_per_epoch = (last and last.steps_per_epoch) or 1
+
+        def progress(entry: tuple[Path, Manifest | str]) -> float:
+            path, manifest = entry
+            if isinstance(manifest, Manifest):
+                return manifest.progress
+            digits = path.stem.removeprefix("step").partition("-")[0]
+            return int(digits) / steps_per_epoch if digits.isdecimal() else 0.0
+
+        return sorted(found, key=progress, reverse=True)
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose bytes are those that were written, and sentences on what had to be passed over.
@@ -171,15 +205,14 @@ class CheckpointFolder:
             InputError: there are checkpoints, and all of them are damaged.
         """
         notices = []
-        for path in sorted(self.folder.glob("step*.json"), reverse=True):
-            manifest = _read_manifest(path)
+        for _, manifest in self._entries():
             if isinstance(manifest, str):
                 notices.append(manifest)
                 continue
             file = self.folder / manifest.name
             damage = why_damaged(file, manifest)
             if damage is None:
-                self._verified.add(manifest.step)
+                self._verified.add(manifest.name)
                 if notices:
                     notices.append(f"going back to the checkpoint of step {manifest.step}")
                 return file, notices + self._why_latest_is_passed_over(file)
@@ -230,8 +263,8 @@ def _read_manifest(path: Path) -> Manifest | str:
         values = json.loads(path.read_bytes())
         if values.pop("checksum") == _checksum(values):
             known = {field.name for field in dataclasses.fields(Manifest)}  # an earlier version had others
-            manifest = Manifest(**{name: value for name, value in values.items() if name in known})
-            if path.stem == Path(manifest.name).stem:
+            manifest = Manifest(**{name: value for name, value in values.items() if name in known}, stem=path.stem)
+            if path.stem.partition("-")[0] == f"step{manifest.step:08d}":
                 return manifest
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         pass
@@ -246,4 +279,4 @@ def _best(manifests: list[Manifest]) -> Manifest | None:
     """Of manifests, newest first, the best by the metric that was measured last; the later one of equals."""
     measured = [manifest for manifest in manifests if manifest.metric is not None]
     measured = [manifest for manifest in measured if manifest.metric_name == measured[0].metric_name]
-    return max(measured, key=lambda m: (m.metric, m.step), default=None)
+    return max(measured, key=lambda m: (m.metric, m.progress), default=None)

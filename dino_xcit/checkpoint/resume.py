@@ -143,6 +143,17 @@ def keep_global_batch(config: PretrainConfig, stored: Stored) -> PretrainConfig:
     return config
 
 
+def step_of(stored: Stored, run: Run) -> int:
+    """The step at which this run is as many epochs old as the checkpoint: another batch makes other steps."""
+    step, then, now = int(stored.content["step"]), int(stored.content["steps_per_epoch"]), run.steps_per_epoch
+    if then == now:
+        return step
+    epoch, within = divmod(step, then)
+    new = epoch * now + within * now // then
+    log.info(f"an epoch has {now:,} steps instead of {then:,}: step {step:,}, {step / then:.2f} epochs, is now {new:,}")
+    return new
+
+
 def refuse_another_run(stored: Stored, run: Run) -> None:
     """Raise InputError if settings or images differ and ``--resume changed`` is not given, or if the networks or the
     optimizer differ."""

@@ -127,17 +127,20 @@ def require_wandb(project: str) -> None:
 class MetricsWriter:
     """Appends records to ``metrics.jsonl``, and hands them to TensorBoard and to other mirrors."""
 
-    def __init__(self, folder: Path, from_step: int, mirrors: Sequence[Mirror] = ()) -> None:
-        """Drop the records after ``from_step`` and of an epoch that was cut short: a resumed run writes them anew.
+    def __init__(self, folder: Path, from_step: int, mirrors: Sequence[Mirror] = (), steps_per_epoch: int = 0) -> None:
+        """Drop the records after ``from_step`` and of an epoch that was cut short: a resumed run writes them again.
+
+        Those of a run with another number of steps an epoch get the steps of this one.
 
         An OSError (such as a full disk) is logged once and does not end the run.
         """
-        self._write_failed = False
+        self._write_failed, self._steps_per_epoch = False, steps_per_epoch
         self.path = folder / "metrics.jsonl"
         self._file: TextIO | None = None
         self._mirrors = list(mirrors)
         with self._warn_once_on_os_error():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= from_step and row["kind"] != "end"]
+            rows = [_with_steps_of(row, steps_per_epoch) for row in read_metrics(self.path)]
+            kept = [row for row in rows if row["step"] <= from_step and row["kind"] != "end"]
             aside = self.path.with_name(".metrics.jsonl.tmp")
             aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(aside, self.path)
@@ -152,7 +155,8 @@ class MetricsWriter:
         words = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         with self._warn_once_on_os_error():
             if self._file:
-                self._file.write(json.dumps({"kind": kind, "step": step, **words}) + "\n")
+                counts = {"step": step, "steps_per_epoch": self._steps_per_epoch}
+                self._file.write(json.dumps({"kind": kind, **counts, **words}) + "\n")
         for mirror in self._mirrors:
             with self._warn_once_on_os_error():
                 mirror.write(kind, step, values)
@@ -193,6 +197,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
                 records.append(record)
     return records
+
+
+def _with_steps_of(row: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
+    then = row.get("steps_per_epoch") or steps_per_epoch
+    if then == steps_per_epoch:
+        return row
+    return row | {"step": row["step"] * steps_per_epoch // then, "steps_per_epoch": steps_per_epoch}
 
 
 class EpochAverages:
@@ -285,7 +296,7 @@ class MetricLogger:
         if distributed.is_main():
             settings = dataclasses.asdict(config)
             mirrors = [WandB(config.wandb, self._folder, start_step, settings)] if config.wandb else []
-            self._writer = MetricsWriter(self._folder, start_step, mirrors=mirrors)
+            self._writer = MetricsWriter(self._folder, start_step, mirrors, sampler.steps_per_epoch)
 
     def step(self, step: int, waited: float, read: Callable[[], Record]) -> None:
         """One step is done.
