@@ -31,8 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_xcit.errors import InputError, printable, run_main
-from dino_xcit.models.class_attention import ClassAttention
-from dino_xcit.models.xcit import XCiT
+from dino_xcit.models.xcit import ClassAttention, XCiT
 from dino_xcit.runtime.logging import progress_bar
 from eval.command_line import settings
 from eval.look_config import AttentionConfig
