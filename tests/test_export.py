@@ -146,7 +146,6 @@ def test_the_hubs_folder_has_a_readme_that_says_what_the_file_says(tmp_path: Pat
         ("/home/me/imagenet/train/", ".../imagenet/train"),
         ("tar:/data/in/train-{000..146}.tar", "tar:.../in/train-{000..146}.tar"),
         ("~/photos", ".../~/photos"),
-        ("sample:fashion-mnist", "sample:fashion-mnist"),
         ("hf:org/name", "hf:org/name"),
         ("s3://bucket/a/b/c", "s3://bucket/a/b/c"),
     ],
