@@ -1,6 +1,6 @@
 """Do the pipelines of benchmarks/step.py do the same work? Losses, gradients, and what 16 bits cost; before any clock.
 
-The same weights, the same crops, no drop-path (whose coins each draws in its own way), the sizes that are timed, at
+The same weights, the same crops, no drop-path (whose masks each draws in its own way), the sizes that are timed, at
 most two images. B batch, K prototypes.
 """
 

@@ -32,8 +32,7 @@ from torch.nn import functional as F
 
 from dino_xcit.cli import parse
 from dino_xcit.errors import InputError, printable, run_main
-from dino_xcit.models.class_attention import ClassAttention
-from dino_xcit.models.xcit import XCiT
+from dino_xcit.models.xcit import ClassAttention, XCiT
 from dino_xcit.runtime.logging import progress_bar
 from eval.look_config import AttentionConfig
 from eval.photographs import Cell, Photograph, draw_rows, enough_memory, fit, patch_of, photographs

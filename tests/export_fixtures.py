@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dino_xcit.export.__main__ import main
+from dino_xcit.export import main
 from dino_xcit.models import build_backbone
 from dino_xcit.transform import EvalTransform
 

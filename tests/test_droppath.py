@@ -1,4 +1,4 @@
-"""Stochastic depth: its coins, and where it acts."""
+"""Stochastic depth: what it drops, and where it acts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dino_xcit.data.loader import Batch
 from dino_xcit.methods.student_teacher import drop_path_keys
 from dino_xcit.models import build_backbone
-from dino_xcit.models.droppath import hash_bits, residual_scales
+from dino_xcit.models.droppath import residual_scales
 from dino_xcit.train import build_state
 
 
@@ -34,16 +34,16 @@ def test_the_share_of_dropped_branches_is_the_rate(rate: float) -> None:
         assert abs(int(part.sum()) - rate * part.numel()) < 5 * math.sqrt(rate * (1 - rate) * part.numel())
 
 
-def test_coins_of_branches_and_of_neighbouring_keys_are_independent() -> None:
-    coins = (residual_scales(torch.arange(40_000), 12, 0.5)[..., 0, 0] == 0).double()
-    correlation = torch.corrcoef(coins) - torch.eye(12)
+def test_branches_and_neighbouring_keys_drop_independently() -> None:
+    dropped = (residual_scales(torch.arange(40_000), 12, 0.5)[..., 0, 0] == 0).double()
+    correlation = torch.corrcoef(dropped) - torch.eye(12)
     assert float(correlation.abs().max()) < 5 / math.sqrt(40_000)
     for shift in (1, 2, 64):
-        pair = torch.stack([coins[:, :-shift].flatten(), coins[:, shift:].flatten()])
+        pair = torch.stack([dropped[:, :-shift].flatten(), dropped[:, shift:].flatten()])
         assert abs(float(torch.corrcoef(pair)[0, 1])) < 5 / math.sqrt(pair.shape[1])
 
 
-def test_coins_depend_on_the_key_alone() -> None:
+def test_what_is_dropped_depends_on_the_key_alone() -> None:
     keys = torch.randint(1 << 62, (50,))
     order = torch.randperm(50)
     scales = residual_scales(keys, 9, 0.4)
@@ -51,20 +51,8 @@ def test_coins_depend_on_the_key_alone() -> None:
     assert torch.equal(residual_scales(keys[7:8], 9, 0.4), scales[:, 7:8])
 
 
-def test_a_rate_of_zero_keeps_everything() -> None:
-    assert torch.equal(residual_scales(torch.arange(100), 6, 0.0), torch.ones(6, 100, 1, 1))
-
-
-def test_hashed_bits_are_uniform_and_never_negative() -> None:
-    bits = hash_bits(torch.arange(20_000))
-    assert int(bits.min()) >= 0
-    for bit in range(24):
-        ones = int(((bits >> bit) & 1).sum())
-        assert abs(ones - 10_000) < 5 * math.sqrt(5000)
-
-
 def test_every_epoch_image_and_view_has_a_key_of_its_own() -> None:
-    """Image 5 of epoch 0 must not share its coins with image 4 of epoch 1."""
+    """Image 5 of epoch 0 must not drop the branches of image 4 of epoch 1."""
     keys = [torch.cat(drop_path_keys(batch_of(list(range(256)), epoch), seed=0)) for epoch in range(8)]
     everything = torch.cat(keys)
     assert len(everything.unique()) == len(everything) == 8 * 256 * 6
@@ -85,12 +73,12 @@ def test_keys_of_the_views_do_not_depend_on_how_they_are_grouped_by_size() -> No
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}])
-def test_another_seed_or_epoch_gives_other_coins(other: dict[str, int]) -> None:
-    def coins(seed: int = 0, epoch: int = 0) -> Tensor:
+def test_another_seed_or_epoch_drops_others(other: dict[str, int]) -> None:
+    def dropped(seed: int = 0, epoch: int = 0) -> Tensor:
         keys = torch.cat(drop_path_keys(batch_of(list(range(500)), epoch), seed))
         return residual_scales(keys, 12, 0.5).flatten() == 0
 
-    agreement = float((coins() == coins(**other)).double().mean())
+    agreement = float((dropped() == dropped(**other)).double().mean())
     assert agreement == pytest.approx(0.5, abs=0.02)
 
 
@@ -142,7 +130,7 @@ def test_class_attention_has_no_drop_path() -> None:
     assert float(output.cls_token.std(dim=0).mean()) > 1e-3
 
 
-def test_eval_mode_and_a_rate_of_zero_draw_no_coins() -> None:
+def test_eval_mode_and_a_rate_of_zero_drop_nothing() -> None:
     dropping, plain = build_backbone("xcit_pico_4_p4", drop_path_rate=0.5), build_backbone("xcit_pico_4_p4")
     plain.load_state_dict(dropping.state_dict())
     images = torch.randn(3, 3, 16, 16)
@@ -153,7 +141,7 @@ def test_eval_mode_and_a_rate_of_zero_draw_no_coins() -> None:
         assert torch.equal(plain(images).cls_token, plain(images, drop_path_keys=torch.arange(3)).cls_token)
 
 
-def test_without_keys_the_coins_come_from_torchs_generator() -> None:
+def test_without_keys_torchs_generator_decides() -> None:
     model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.5))
     images = torch.randn(8, 3, 16, 16)
     outputs = []

@@ -62,12 +62,8 @@ def test_names_are_those_of_published_checkpoints() -> None:
 
 
 def test_default_widths_are_2048_and_256() -> None:
-    shapes = {key: tuple(value.shape) for key, value in DINOHead(384, 100).state_dict().items()}
-    assert shapes["mlp.0.weight"] == (2048, 384)
-    assert shapes["mlp.2.weight"] == (2048, 2048)
-    assert shapes["mlp.4.weight"] == (256, 2048)
-    assert shapes["last_layer.weight_v"] == (100, 256)
-    assert shapes["last_layer.weight_g"] == (100, 1)
+    shapes = [tuple(value.shape) for value in DINOHead(384, 100).state_dict().values() if value.ndim == 2]
+    assert shapes == [(2048, 384), (2048, 2048), (256, 2048), (100, 1), (100, 256)]
 
 
 @torch.no_grad()
@@ -91,33 +87,17 @@ def test_the_three_layers_start_from_a_normal_of_002_and_the_prototypes_from_lin
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_prototype_lengths_start_at_one_and_are_frozen_or_trained(norm_last_layer: bool) -> None:
-    head = DINOHead(8, 30, norm_last_layer=norm_last_layer, hidden_dim=8, bottleneck_dim=8)
-    assert bool((head.last_layer.weight_g == 1).all())
-    assert head.last_layer.weight_g.requires_grad is not norm_last_layer
-    assert head.last_layer.weight_v.requires_grad
-    state = build_state(tiny_config(norm_last_layer=norm_last_layer), CPU)
-    names = {id(p): name for name, p in state.method.student.named_parameters()}
-    optimised = {names[id(p)] for group in state.optimizer.param_groups for p in group["params"]}
-    assert ("head.last_layer.weight_g" in optimised) is not norm_last_layer
-
-
-def test_trained_prototype_lengths_move_and_frozen_ones_do_not() -> None:
-    for norm_last_layer in (True, False):
-        config = tiny_config(norm_last_layer=norm_last_layer, freeze_last_layer=0)
-        state, _ = run(config, 2)
-        moved = not bool((state.method.student.head.last_layer.weight_g == 1).all())
-        assert moved is not norm_last_layer
-
-
-def test_logits_are_cosines_between_the_bottleneck_and_the_prototypes() -> None:
-    head = DINOHead(16, 50, hidden_dim=32, bottleneck_dim=8)
-    seen: list[Tensor] = []
-    head.last_layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    logits = head(100 * torch.randn(20, 16))
-    torch.testing.assert_close(seen[0].norm(dim=1), torch.ones(20))
-    assert float(logits.detach().abs().max()) <= 1 + 1e-6
-    directions = head.last_layer.weight_v / head.last_layer.weight_v.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(logits, seen[0] @ directions.T)
+    config = tiny_config(norm_last_layer=norm_last_layer, freeze_last_layer=0)
+    state = build_state(config, CPU)
+    layer = state.method.student.head.last_layer
+    assert bool((layer.weight_g == 1).all())
+    assert (
+        any(p is layer.weight_g for group in state.optimizer.param_groups for p in group["params"])
+        is not norm_last_layer
+    )
+    run(config, 2, state)
+    assert bool((layer.weight_g == 1).all()) is norm_last_layer
+    assert (layer.weight_g.grad is None) is norm_last_layer
 
 
 def test_under_autocast_the_unit_vectors_are_float32() -> None:

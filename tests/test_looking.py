@@ -15,8 +15,7 @@ from timm.models.cait import ClassAttn
 
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
-from dino_xcit.models.class_attention import ClassAttention
-from dino_xcit.models.xcit import XCiT
+from dino_xcit.models.xcit import ClassAttention, XCiT
 from dino_xcit.transform import EvalTransform
 from eval import attention, pca
 from eval.attention import attention_maps, class_attention_weights, overlay

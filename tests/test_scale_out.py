@@ -115,7 +115,7 @@ def test_one_two_and_four_processes_have_the_same_losses(server: Server, photos:
     assert two == pytest.approx(one, abs=TOLERANCE)
     assert four == pytest.approx(one, abs=TOLERANCE)
     assert max(one) - min(one) > 0.5  # it learns something
-    # A control: the tolerance is far below what a few other coins of drop-path do.
+    # A control: the tolerance is far below what a few other masks of drop-path do.
     assert max(abs(a - b) for a, b in zip(one, run("other", 1, 0.21), strict=True)) > 100 * TOLERANCE
 
 

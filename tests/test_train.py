@@ -36,7 +36,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_weights() -> N
 
 
 def test_nothing_in_a_step_depends_on_torchs_global_generator() -> None:
-    """Drop-path's coins and the crops follow from (seed, epoch, image), so a resumed run needs no stored generator."""
+    """Drop-path's masks and the crops follow from (seed, epoch, image), so a resumed run needs no stored generator."""
     config = tiny_config(drop_path_rate=0.5)
     first = build_state(config, CPU)
     second = build_state(config, CPU)

@@ -16,7 +16,6 @@ from export_fixtures import export
 from torch import Tensor
 
 from dino_xcit.errors import InputError
-from dino_xcit.export.model_card import _preparation
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import load_backbone
 from dino_xcit.weights.files import EXCEPTION
@@ -223,7 +222,6 @@ def test_an_export_keeps_what_the_transform_cannot_express(tmp_path: Path, capsy
         assert f"{clause}\n" in capsys.readouterr().out
         again = load_backbone(tmp_path / f"{number}.safetensors")
         assert (again.transform_from, again.transform_exception) == (f"the checkpoint's{clause}", clause)
-    assert f"The weights' own way{clause}. Shorter side to 64 pixels" in _preparation(again)
     export(hf.folder(tmp_path / "crop", hf.weights("vit"), hf.VIT_CONFIG, hf.DINOV2_PREPROCESSOR | {
         "size": {"shortest_edge": 73}, "crop_size": 64}), "safetensors", tmp_path / "crop.safetensors")  # fmt: skip
     assert load_backbone(tmp_path / "crop.safetensors").transform_from == "the checkpoint's"

@@ -70,7 +70,9 @@ def build_backbone(name: str, **kw: Any) -> nn.Module:
         InputError: the name is not known (near matches are given), or a registered backbone takes no drop_path_rate.
     """
     if name in _REGISTERED:
-        if kw.get("drop_path_rate") and not _takes(_REGISTERED[name], "drop_path_rate"):
+        parameters = inspect.signature(_REGISTERED[name]).parameters
+        takes_rate = "drop_path_rate" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if kw.get("drop_path_rate") and not takes_rate:
             raise InputError(f"backbone {name} has no stochastic depth: give --drop-path-rate 0")
         return _REGISTERED[name](**kw)
     if name.startswith("timm:"):
@@ -83,14 +85,7 @@ def build_backbone(name: str, **kw: Any) -> nn.Module:
         return build_vit(name, **kw)
     size, _, patch = name.rpartition("_p")
     if size not in XCIT_SIZES or patch not in {str(p) for p in PATCH_SIZES}:
-        raise InputError(
-            f"unknown arch {name!r}{near_matches(name, [*backbone_names(), *_REGISTERED])} "
-            f"(known: {', '.join([*XCIT_SIZES, *_REGISTERED])}, the first with _p4, _p8 or _p16; vit_small_12_p16 "
-            "and the like; or timm:NAME)"
-        )
+        near = near_matches(name, [*backbone_names(), *_REGISTERED])
+        known = ", ".join([*(f"{size}_p16" for size in XCIT_SIZES), *_REGISTERED])
+        raise InputError(f"unknown arch {name!r}{near} (known: {known}; _p8, _p4; vit_small_12_p16 ...; or timm:NAME)")
     return XCiT(XCIT_SIZES[size], int(patch), **kw)
-
-
-def _takes(build: Callable[..., nn.Module], name: str) -> bool:
-    parameters = inspect.signature(build).parameters.values()
-    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)

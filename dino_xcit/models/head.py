@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dino_xcit.models.precision import product_dtype
+from dino_xcit.models.fused import product_dtype
 
 
 class _ProductWithUnitRows(torch.autograd.Function):
@@ -27,25 +27,19 @@ class _ProductWithUnitRows(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             low_x, low_v = x.to(dtype), v.to(dtype)
             products = low_x @ low_v.T
-        ctx.save_for_backward(low_x, g, v, low_v if v.dtype != dtype else None, products, length)
+        ctx.save_for_backward(low_x, g, v, low_v, products, length)
         return products * (g.squeeze(1) / length)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low_x, g, v, low_v, products, length = ctx.saved_tensors
         scale = g.squeeze(1) / length
         scaled = (grad * scale).to(low_x.dtype)
-        grad_x = grad_g = grad_v = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (scaled @ (v if low_v is None else low_v)).to(grad.dtype)
         along = (grad * products).sum(dim=0)  # how the loss changes with each logit's scale
-        if ctx.needs_input_grad[1]:
-            grad_g = (along / length)[:, None]
-        if ctx.needs_input_grad[2]:
-            grad_v = (scaled.T @ low_x).to(v.dtype)
-            grad_v.addcmul_(v, (along * scale / length.square())[:, None], value=-1)
-        return grad_x, grad_g, grad_v
+        grad_v = (scaled.T @ low_x).to(v.dtype)
+        grad_v.addcmul_(v, (along * scale / length.square())[:, None], value=-1)
+        return (scaled @ low_v).to(grad.dtype), (along / length)[:, None], grad_v
 
 
 class Prototypes(nn.Module):
@@ -61,8 +55,7 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = _ProductWithUnitRows.apply(x, self.weight_g, self.weight_v)
-        return logits
+        return _ProductWithUnitRows.apply(x, self.weight_g, self.weight_v)
 
 
 class ProjectionHead(nn.Module):
@@ -117,5 +110,4 @@ class DINOHead(ProjectionHead):
         self.last_layer = Prototypes(bottleneck_dim, out_dim, train_length=not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.last_layer(super().forward(x))
-        return logits
+        return self.last_layer(super().forward(x))

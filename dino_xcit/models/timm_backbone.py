@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,19 +28,13 @@ def build_timm(name: str, drop_path_rate: float = 0.0) -> TimmBackbone:
             f"timm has no model named {name!r}{near_matches(name, known)} (timm {timm.__version__}; "
             "timm.list_models() prints all)"
         )
-    options: dict[str, Any] = {"pretrained": False, "num_classes": 0}
-    # Crops have several sizes. Transformers with a fixed table of positions must be told to interpolate it;
-    # drop-path exists in most models, not in all.
-    optional: list[dict[str, Any]] = [
-        {"dynamic_img_size": True, "drop_path_rate": drop_path_rate},
-        {"drop_path_rate": drop_path_rate},
-    ]
-    for extra in optional:
-        try:
-            return TimmBackbone(timm.create_model(name, **options, **extra))
-        except TypeError:
-            continue
-    return TimmBackbone(timm.create_model(name, **options))
+    # Crops have several sizes: transformers with a fixed table of positions must interpolate it. Most models take a
+    # drop-path rate, not all.
+    drop_path: dict[str, Any] = {"drop_path_rate": drop_path_rate}
+    for options in (drop_path | {"dynamic_img_size": True}, drop_path):
+        with contextlib.suppress(TypeError):
+            return TimmBackbone(timm.create_model(name, num_classes=0, **options))
+    return TimmBackbone(timm.create_model(name, num_classes=0))
 
 
 class TimmBackbone(nn.Module):
@@ -60,7 +55,7 @@ class TimmBackbone(nn.Module):
     def forward(
         self, images: Tensor, layers: Sequence[int] = (), drop_path_keys: Tensor | None = None
     ) -> BackboneOutput:
-        """See :meth:`dino_xcit.models.xcit.XCiT.forward`; ``drop_path_keys`` is not used: timm draws its own coins.
+        """See :meth:`dino_xcit.models.xcit.XCiT.forward`; ``drop_path_keys`` is not used: timm draws its own masks.
 
         Of images that are no whole number of patches a plain transformer sees the whole ones, see
         :func:`whole_patches`.
@@ -85,29 +80,24 @@ class TimmBackbone(nn.Module):
         return images
 
     def _features(self, images: Tensor, layers: Sequence[int]) -> BackboneOutput:
-        kept: tuple[Tensor, ...] = ()
-        class_tokens: tuple[Tensor, ...] = ()
-        if layers:
-            depth = len(self.model.feature_info) if hasattr(self.model, "feature_info") else 0
-            indices = [index % depth if depth else index for index in layers]
-            of_blocks = isinstance(self.model, VisionTransformer) and self.model.has_class_token
-            with_prefix = {"return_prefix_tokens": True} if of_blocks else {}
-            features, maps = self.model.forward_intermediates(
-                images, indices=indices, norm=False, output_fmt="NCHW", **with_prefix
-            )
-            if of_blocks:
-                maps, prefixes = zip(*maps, strict=True)
-                normed = dict(
-                    zip(sorted(set(indices)), (self.model.norm(each[:, 0]) for each in prefixes), strict=True)
-                )
-                class_tokens = tuple(normed[index] for index in indices)
-            by_index = dict(zip(sorted(set(indices)), maps, strict=True))  # timm gives each once, in the model's order
-            kept = tuple(by_index[index].flatten(2).transpose(1, 2) for index in indices)
-        else:
-            features = self.model.forward_features(images)
-        cls_token = self.model.forward_head(features, pre_logits=True)
-        patches, grid = self._patches(features, images)
-        return BackboneOutput(cls_token, patches, grid, kept, class_tokens)
+        if not layers:
+            return self._output(self.model.forward_features(images), images)
+        depth = len(getattr(self.model, "feature_info", ()))
+        indices = [index % depth if depth else index for index in layers]
+        has_class_token = isinstance(self.model, VisionTransformer) and self.model.has_class_token
+        options: dict[str, Any] = {"indices": indices, "norm": False, "output_fmt": "NCHW"}
+        options |= {"return_prefix_tokens": True} if has_class_token else {}
+        features, maps = self.model.forward_intermediates(images, **options)
+        output = self._output(features, images)
+        places = [sorted(set(indices)).index(index) for index in indices]  # timm gives each once, in the model's order
+        if has_class_token:
+            maps, prefixes = zip(*maps, strict=True)
+            output.layer_cls = tuple(self.model.norm(prefixes[place][:, 0]) for place in places)
+        output.layers = tuple(maps[place].flatten(2).transpose(1, 2) for place in places)
+        return output
+
+    def _output(self, features: Tensor, images: Tensor) -> BackboneOutput:
+        return BackboneOutput(self.model.forward_head(features, pre_logits=True), *self._patches(features, images))
 
     def _patches(self, features: Tensor, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if features.ndim == 4:

@@ -22,11 +22,10 @@ VIT_FAMILIES: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 """Width and heads. A state dict shows the width alone: heads have no shape of their own."""
 
-DEPTH_LIMIT, PATCH_LIMIT, SIDE_LIMIT, REGISTER_LIMIT = 99, 64, 4096, 99
 _LAYER_SCALE = 1e-5
 """LayerScale before training, as in DINOv2 (its ssl_default_config.yaml) and in timm's networks of that name."""
 _NAME = re.compile(
-    r"vit_(tiny|small|base|large|huge)_(\d{1,2})_p(\d{1,2})(?:_(\d{2,4}))?(?:_h(\d{1,2}))?(_ls)?(?:_reg(\d{1,2}))?"
+    r"vit_(tiny|small|base|large|huge)_([1-9]\d?)_p([1-9]\d?)(?:_([1-9]\d{1,3}))?(?:_h([1-9]\d?))?(_ls)?(?:_reg(\d\d?))?"
 )
 
 
@@ -62,16 +61,9 @@ class VitShape:
         )
 
     def can_be(self) -> bool:
-        """Whether there is such a network."""
-        return (
-            1 <= self.depth <= DEPTH_LIMIT
-            and 1 <= self.patch <= PATCH_LIMIT
-            and self.patch <= self.side <= SIDE_LIMIT
-            and self.side % self.patch == 0
-            and self.heads >= 1
-            and self.width % self.heads == 0
-            and 0 <= self.registers <= REGISTER_LIMIT
-        )
+        """Whether there is such a network, of sizes that a name can say."""
+        is_name = _NAME.fullmatch(self.name) is not None
+        return is_name and self.side % self.patch == 0 and self.width % self.heads == 0
 
 
 def family_of(width: int) -> str | None:
@@ -85,15 +77,8 @@ def vit_shape(name: str) -> VitShape | None:
     if not found:
         return None
     family, depth, patch, side, heads, scaled, registers = found.groups()
-    shape = VitShape(
-        family=family,
-        depth=int(depth),
-        patch=int(patch),
-        side=int(side or 224),
-        heads=int(heads or VIT_FAMILIES[family][1]),
-        layer_scale=bool(scaled),
-        registers=int(registers or 0),
-    )
+    heads = int(heads or VIT_FAMILIES[family][1])
+    shape = VitShape(family, int(depth), int(patch), int(side or 224), heads, bool(scaled), int(registers or 0))
     return shape if shape.can_be() else None
 
 
@@ -109,9 +94,9 @@ def build_vit(name: str, drop_path_rate: float = 0.0) -> nn.Module:
     shape = vit_shape(name)
     if shape is None:
         raise InputError(
-            f"unknown arch {name!r}: expected vit_{{{'|'.join(VIT_FAMILIES)}}}_DEPTH_pPATCH, and _SIDE where images "
-            "are not 224 pixels wide, such as vit_small_12_p16 (the side a multiple of the patch); after that _hHEADS, "
-            "_ls (LayerScale) and _regN (registers), such as vit_small_12_p14_518_ls_reg4"
+            f"unknown arch {name!r}: expected vit_FAMILY_DEPTH_pPATCH[_SIDE][_hHEADS][_ls][_regN], such as "
+            f"vit_small_12_p14_518_ls_reg4; families: {', '.join(VIT_FAMILIES)}; the side (224 if not given) is a "
+            "multiple of the patch"
         )
     from timm.models.vision_transformer import VisionTransformer  # timm takes a second to import
 

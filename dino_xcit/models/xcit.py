@@ -1,29 +1,40 @@
 """XCiT (arXiv 2106.09681) with the state-dict names of every published checkpoint.
 
-B batch, N tokens, D features, H heads. Images are [B, 3, height, width] of any size; the grid of tokens is
-ceil(height / patch) x ceil(width / patch).
+B batch, N tokens, D features, H heads, d = D / H features a head. Images are [B, 3, height, width] of any size; the
+grid of tokens is ceil(height / patch) x ceil(width / patch).
 
 Tokens are kept as [B, N, D]. Seen as an image [B, D, h, w] that memory is already channels-last, so the convolutions
 of the local patch interaction read and write it without a copy.
+
+fused.py and xca.py compute what is written here with less memory; under ``fused.plain()`` in ordinary PyTorch.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from dino_xcit.models.class_attention import LAYER_NORM_EPS, ClassAttentionBlock
-from dino_xcit.models.droppath import Coins, add_residual, coins_of, residual_scales
-from dino_xcit.models.lpi import LPI
-from dino_xcit.models.mlp import Mlp
+from dino_xcit.models import fused
+from dino_xcit.models.droppath import DropPathMask, add_residual, drop_path_masks, residual_scales
+from dino_xcit.models.fused import layer_scaled
 from dino_xcit.models.output import BackboneOutput
-from dino_xcit.models.patch_embed import ConvPatchEmbed
-from dino_xcit.models.recompute import recomputed
 from dino_xcit.models.xca import XCA
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+Masks = tuple[DropPathMask | None, DropPathMask | None, DropPathMask | None]
+
+# ---- Sizes
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,48 @@ class XCiTSize:
     mlp_ratio: int = 4
 
 
+XCIT_SIZES = {
+    "xcit_nano_12": XCiTSize(128, 12, 4, 1.0, tokens_norm=False),
+    "xcit_tiny_12": XCiTSize(192, 12, 4, 1.0),
+    "xcit_tiny_24": XCiTSize(192, 24, 4, 1e-5),
+    "xcit_small_12": XCiTSize(384, 12, 8, 1.0),
+    "xcit_small_24": XCiTSize(384, 24, 8, 1e-5),
+    "xcit_medium_24": XCiTSize(512, 24, 8, 1e-5),
+    "xcit_large_24": XCiTSize(768, 24, 16, 1e-5),
+    "xcit_pico_4": XCiTSize(64, 4, 4, 1.0),
+    "xcit_micro_4": XCiTSize(128, 4, 4, 1.0),
+}
+"""The published sizes by their official names, and two of this project's own for small images and CPUs."""
+
+PATCH_SIZES = (4, 8, 16)
+"""Published models have 8 and 16."""
+
+# ---- From pixels to tokens (section 3.4)
+
+
+class ConvPatchEmbed(nn.Module):
+    """Images to tokens by log2(patch) convolutions of stride 2 with BatchNorm, GELU between; widths double up to D."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        stages = int(math.log2(patch_size))
+        widths = [3] + [dim >> (stages - 1 - stage) for stage in range(stages)]
+        layers: list[nn.Module] = []
+        for narrow, wide in pairwise(widths):
+            convolution = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=False)
+            layers += [nn.Sequential(convolution, nn.BatchNorm2d(wide)), nn.GELU()]
+        self.proj = nn.Sequential(*layers[:-1])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """[B, 3, height, width] -> [B, N, D] and (h, w)."""
+        x = images.contiguous(memory_format=torch.channels_last)
+        *stages, last = (layer for layer in self.proj if isinstance(layer, nn.Sequential))
+        for convolution, norm in stages:
+            x = fused.norm_gelu(convolution(x), norm)
+        x = last(x)
+        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+
+
 class PositionalEncodingFourier(nn.Module):
     """Sines and cosines of the relative position in the grid, projected to D features; works for any grid."""
 
@@ -55,15 +108,9 @@ class PositionalEncodingFourier(nn.Module):
         """[1, N, D] for a grid of (h, w) tokens."""
         height, width = grid
         weight = self.token_projection.weight
-        rows, columns = self._waves(height, weight.device), self._waves(width, weight.device)
-        code = torch.cat(
-            (
-                rows[:, None, :].expand(height, width, self.hidden_dim),
-                columns[None, :, :].expand(height, width, self.hidden_dim),
-            ),
-            dim=-1,
-        )
-        code = code.to(weight.dtype).permute(2, 0, 1)[None]
+        rows = self._waves(height, weight.device)[:, None].expand(-1, width, -1)
+        columns = self._waves(width, weight.device)[None].expand(height, -1, -1)
+        code = torch.cat((rows, columns), dim=-1).to(weight.dtype).permute(2, 0, 1)[None]
         return self.token_projection(code).flatten(2).transpose(1, 2)
 
     def _waves(self, length: int, device: torch.device) -> Tensor:
@@ -75,30 +122,130 @@ class PositionalEncodingFourier(nn.Module):
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
+# ---- The layers (XCA: xca.py). Each takes the LayerScale [D] that multiplies its output, see fused.layer_scaled.
+
+
+class LPI(nn.Module):
+    """Local patch interaction, [B, N, D] -> [B, N, D]: neighbouring tokens talk by two depthwise 3x3 convolutions with
+    GELU and BatchNorm between (section 3.3)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.bn = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], layer_scale: Tensor | None = None) -> Tensor:
+        assert self.conv2.bias is not None
+        weight, bias = fused.fold_layer_scale(layer_scale, self.conv2.weight, self.conv2.bias)
+        image = self.conv1(x.transpose(1, 2).unflatten(2, grid))  # a view: [B, N, D] is channels-last [B, D, h, w]
+        return fused.gelu_norm_conv(image, self.bn, weight, bias).flatten(2).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between, over the last dimension."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, layer_scale: Tensor | None = None) -> Tensor:
+        return fused.mlp(x, self.fc1, self.fc2, layer_scale)
+
+
 class XCABlock(nn.Module):
     """x + XCA, then x + LPI, then x + MLP, each behind a LayerNorm and scaled by a LayerScale vector."""
-
-    residual_branches = 3
 
     def __init__(self, size: XCiTSize) -> None:
         super().__init__()
         dim = size.dim
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim)
         self.attn = XCA(dim, size.heads)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, dim * size.mlp_ratio)
-        self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm3 = LayerNorm(dim)
         self.local_mp = LPI(dim)
-        self.gamma1 = nn.Parameter(torch.full((dim,), size.layer_scale))
-        self.gamma2 = nn.Parameter(torch.full((dim,), size.layer_scale))
-        self.gamma3 = nn.Parameter(torch.full((dim,), size.layer_scale))
+        self.gamma1, self.gamma2, self.gamma3 = (nn.Parameter(torch.full((dim,), size.layer_scale)) for _ in range(3))
 
-    def forward(self, x: Tensor, grid: tuple[int, int], coins: Sequence[Coins | None] = (None, None, None)) -> Tensor:
-        """``coins``: which samples drop which of the three branches; None: none."""
-        x = add_residual(x, lambda rows: self.attn(self.norm1(rows), self.gamma1), coins[0])
+    def forward(self, x: Tensor, grid: tuple[int, int], masks: Masks = (None, None, None)) -> Tensor:
+        """``masks``: which samples drop which of the three branches; None: none."""
+        xca, lpi, mlp = masks
+        x = add_residual(x, lambda rows: layer_scaled(self.gamma1, self.attn, self.norm1(rows)), xca)
         # BatchNorm is over all samples, whether they keep the branch or not.
-        x = add_residual(x, lambda rows: self.local_mp(self.norm3(rows), grid, self.gamma3), coins[1], False)
-        return add_residual(x, lambda rows: self.mlp(self.norm2(rows), self.gamma2), coins[2])
+        x = add_residual(x, lambda rows: layer_scaled(self.gamma3, self.local_mp, self.norm3(rows), grid), lpi, False)
+        return add_residual(x, lambda rows: layer_scaled(self.gamma2, self.mlp, self.norm2(rows)), mlp)
+
+
+# ---- Class attention (CaiT, arXiv 2103.17239): the patch tokens are gathered into the class token
+
+
+class ClassAttention(nn.Module):
+    """Attention in which the class token alone asks.
+
+    With a single query neither keys nor values need be made: q^T (W_k x) is (W_k^T q)^T x, and a weighted mean of
+    W_v x is W_v times the weighted mean of x. So a token costs 2 H D multiplications instead of 2 D^2.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, cls_token: Tensor, patches: Tensor) -> Tensor:
+        """[B, 1, D] and [B, N, D] -> [B, 1, D]; the class token attends to itself, too."""
+        weight_q, weight_k, weight_v = self.qkv.weight.chunk(3)
+        bias_q, _, bias_v = self.qkv.bias.chunk(3)  # the keys' adds the same to all scores, which softmax does not see
+        q = self._by_head(F.linear(cls_token, weight_q, bias_q) * self.scale)
+        asked = (q @ self._rows_by_head(weight_k)).transpose(0, 1)  # [B, H, D]
+        scores = torch.cat((asked @ cls_token.transpose(1, 2), asked @ patches.transpose(1, 2)), dim=2)
+        attention = scores.softmax(dim=-1)
+        mean = attention[:, :, :1] @ cls_token + attention[:, :, 1:] @ patches  # [B, H, D]
+        out = mean.transpose(0, 1) @ self._rows_by_head(weight_v).transpose(1, 2)  # [H, B, d]
+        return self.proj(out.transpose(0, 1).flatten(1)[:, None] + bias_v)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[B, 1, D] -> [H, B, d]."""
+        return x.squeeze(1).unflatten(1, (self.num_heads, -1)).transpose(0, 1)
+
+    def _rows_by_head(self, weight: Tensor) -> Tensor:
+        """[D, *] -> [H, d, *]."""
+        return weight.unflatten(0, (self.num_heads, -1))
+
+
+class ClassAttentionBlock(nn.Module):
+    """Gathers the patch tokens into the class token; the patch tokens pass through a norm and a residual only.
+
+    Two facts of the published models are kept because their weights depend on them: patch tokens receive
+    gamma1 * norm1(x) as if they had been attended to, and with ``tokens_norm`` the second norm replaces x for every
+    token, after which the last residual doubles the patch tokens.
+    """
+
+    def __init__(self, size: XCiTSize) -> None:
+        super().__init__()
+        dim = size.dim
+        self.tokens_norm = size.tokens_norm
+        self.norm1 = LayerNorm(dim)
+        self.attn = ClassAttention(dim, size.heads)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, dim * size.mlp_ratio)
+        self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), size.layer_scale)) for _ in range(2))
+
+    def forward(self, cls_token: Tensor, patches: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Class token [B, 1, D] and patch tokens [B, N, D] to the same. The ``last`` block returns the patch tokens as
+        they came, because they have no reader."""
+        normed_cls, normed = self.norm1(cls_token), self.norm1(patches)
+        cls_token = self.norm2(cls_token + self.gamma1 * self.attn(normed_cls, normed))
+        cls_token = cls_token + self.gamma2 * self.mlp(cls_token)
+        if not last:
+            patches = patches + self.gamma1 * normed
+            patches = 2 * (self.norm2(patches) if self.tokens_norm else patches)
+        return cls_token, patches
+
+
+# ---- The network
 
 
 class XCiT(nn.Module):
@@ -113,7 +260,7 @@ class XCiT(nn.Module):
 
     def __init__(self, size: XCiTSize, patch_size: int, drop_path_rate: float = 0.0) -> None:
         super().__init__()
-        if patch_size not in (4, 8, 16):
+        if patch_size not in PATCH_SIZES:
             raise ValueError(f"patch_size is {patch_size}, but the convolutional stem exists for 4, 8 and 16")
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 <= drop_path_rate < 1")
@@ -126,11 +273,8 @@ class XCiT(nn.Module):
         self.patch_embed = ConvPatchEmbed(patch_size, size.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
         self.blocks = nn.ModuleList(XCABlock(size) for _ in range(size.depth))
-        self.cls_attn_blocks = nn.ModuleList(
-            ClassAttentionBlock(size.dim, size.heads, size.mlp_ratio, size.layer_scale, size.tokens_norm)
-            for _ in range(size.class_blocks)
-        )
-        self.norm = nn.LayerNorm(size.dim, eps=LAYER_NORM_EPS)
+        self.cls_attn_blocks = nn.ModuleList(ClassAttentionBlock(size) for _ in range(size.class_blocks))
+        self.norm = LayerNorm(size.dim)
         self.pos_embeder = PositionalEncodingFourier(size.dim)  # the official spelling: it is a state-dict key
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(_init_linear)
@@ -143,20 +287,20 @@ class XCiT(nn.Module):
         Args:
             images: [B, 3, height, width], normalised.
             layers: indices of XCA blocks (negative ones count from the end) whose patch tokens are wanted.
-            drop_path_keys: [B] int64; while training with drop-path, the coins of sample i follow from key i alone.
-                Without keys they come from torch's default generator.
+            drop_path_keys: [B] int64; while training with drop-path, what sample i drops follows from key i alone.
+                Without keys it follows from torch's default generator.
         """
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         x, grid = recomputed(self.patch_embed, self.patch_embed, images) if recompute else self.patch_embed(images)
         # The residual stream has the parameters' dtype, also under autocast.
         x = x.to(self.cls_token.dtype) + self.pos_embeder(grid)
-        coins = self._coins(x, drop_path_keys)
+        masks = self._drop_path_masks(x, drop_path_keys)
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             # Compiled code is for the sizes of training; evaluation has others.
             call = block.forward if self.compiled and not self.training else block
-            inputs = (x, grid, coins[index])
+            inputs = (x, grid, masks[index])
             x = recomputed(block, call, *inputs) if recompute else call(*inputs)
             if index in wanted:
                 kept[index] = x
@@ -174,46 +318,45 @@ class XCiT(nn.Module):
         for block in self.blocks:
             block.compile(backend=backend, dynamic=False)
 
-    def _coins(self, x: Tensor, keys: Tensor | None) -> Sequence[Sequence[Coins | None]]:
+    def _drop_path_masks(self, x: Tensor, keys: Tensor | None) -> list[Masks]:
         """For each branch of each block."""
         if not self.training or self.drop_path_rate == 0.0:
             return [(None, None, None)] * len(self.blocks)
         if keys is None:
             keys = torch.randint(1 << 62, (x.shape[0],), device=x.device)
-        branches = XCABlock.residual_branches
-        coins = coins_of(
-            residual_scales(keys, branches * len(self.blocks), self.drop_path_rate), subset=not self.compiled
-        )
-        return [coins[start : start + branches] for start in range(0, len(coins), branches)]
+        scales = residual_scales(keys, 3 * len(self.blocks), self.drop_path_rate)
+        masks = drop_path_masks(scales, subset=not self.compiled)
+        return list(zip(masks[::3], masks[1::3], masks[2::3], strict=True))
 
 
 def _init_linear(module: nn.Module) -> None:
-    """Truncated normal of deviation 0.02 for linear layers; convolutions keep PyTorch's default (official code)."""
+    """Truncated normal of std 0.02 for linear layers; convolutions keep PyTorch's default (official code)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
-_FAMILIES: dict[str, tuple[int, int, bool]] = {  # dim, heads, tokens_norm
-    "nano": (128, 4, False),
-    "tiny": (192, 4, True),
-    "small": (384, 8, True),
-    "medium": (512, 8, True),
-    "large": (768, 16, True),
-}
-_DEPTHS = {"nano": (12,), "tiny": (12, 24), "small": (12, 24), "medium": (24,), "large": (24,)}
+# ---- Activation checkpointing
 
-XCIT_SIZES: dict[str, XCiTSize] = {
-    f"xcit_{family}_{depth}": XCiTSize(dim, depth, heads, 1e-5 if depth == 24 else 1.0, tokens_norm)
-    for family, (dim, heads, tokens_norm) in _FAMILIES.items()
-    for depth in _DEPTHS[family]
-}
-"""The published sizes by their official names; each exists with patches of 8 and 16, and here of 4 too."""
 
-XCIT_SIZES |= {
-    "xcit_pico_4": XCiTSize(64, 4, 4, 1.0),
-    "xcit_micro_4": XCiTSize(128, 4, 4, 1.0),
-}
-"""Two sizes of this project's own, for images of a few dozen pixels and for CPUs."""
+def recomputed(block: nn.Module, call: Callable[..., Any], *inputs: Any) -> Any:
+    """``call(*inputs)``, a forward pass of ``block``, of which nothing but the inputs stays in memory.
 
-PATCH_SIZES = (4, 8, 16)
+    BatchNorm's running statistics change once, although the block runs twice. Nothing in a block draws from PyTorch's
+    generators (stochastic depth comes with the inputs), so their state need not be kept.
+    """
+    contexts = nullcontext(), _running_statistics_left_alone(block)
+    return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
+
+
+@contextmanager
+def _running_statistics_left_alone(block: nn.Module) -> Iterator[None]:
+    """What changes in the meantime is a copy of the buffers: PyTorch checks that as many tensors are used again."""
+    originals = [(module, module._buffers) for module in block.modules()]
+    try:
+        for module, buffers in originals:
+            module._buffers = copy.deepcopy(buffers)
+        yield
+    finally:
+        for module, buffers in originals:
+            module._buffers = buffers

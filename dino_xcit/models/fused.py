@@ -1,0 +1,192 @@
+"""Backward passes of our own for the layers of XCiT, each beside its plain twin: the same formula in ordinary PyTorch.
+
+Autograd keeps the output of every operator. These passes keep less and compute the rest again. Each function below
+runs its own pass, or the plain twin within :func:`plain` and where the own pass does not apply.
+
+B batch, D features, M hidden features, C channels; T stands for any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+_plain = False
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Compute every layer in ordinary PyTorch: what tracers can follow, and what the tests compare with."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def is_plain() -> bool:
+    """Whether :func:`plain` is on."""
+    return _plain
+
+
+# ---- Precision and LayerScale
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would multiply ``x``: autocast's where it is on, which leaves float64 alone."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def layer_scaled(gamma: Tensor, layer: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
+    """LayerScale: ``gamma`` [D] * ``layer(x, *inputs)``, as a part of the layer's last weights.
+
+    In float16 gamma multiplies the output: a weight of 0.02 times 1e-5, the start of deep networks, has two bits left.
+    """
+    if _plain or product_dtype(x) is torch.float16:
+        return gamma * layer(x, *inputs)
+    return layer(x, *inputs, layer_scale=gamma)
+
+
+def fold_layer_scale(layer_scale: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [D, ...] and bias [D] of a layer whose output ``layer_scale`` [D] multiplies."""
+    if layer_scale is None:
+        return weight, bias
+    return layer_scale.view(-1, *[1] * (weight.ndim - 1)) * weight, layer_scale * bias
+
+
+# ---- MLP
+
+
+def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, layer_scale: Tensor | None = None) -> Tensor:
+    """``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; x and the hidden layer before GELU stay in memory."""
+    weight, bias = fold_layer_scale(layer_scale, fc2.weight, fc2.bias)
+    if _plain:
+        return F.linear(F.gelu(fc1(x)), weight, bias)
+    return _Mlp.apply(x.to(product_dtype(x)), fc1.weight, fc1.bias, weight, bias)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        low = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.linear(x, weight1.to(low), bias1.to(low))
+            out = F.linear(F.gelu(hidden), weight2.to(low), bias2.to(low))
+        ctx.save_for_backward(x, hidden, weight1, weight2)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, hidden, weight1, weight2 = ctx.saved_tensors
+        low, full = x.dtype, weight1.dtype
+        rows = grad.to(low).reshape(-1, grad.shape[-1])
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        grad_weight2 = (rows.T @ F.gelu(hidden)).to(full)
+        grad_hidden = aten.gelu_backward(rows @ weight2.to(low), hidden)
+        grad_x = (grad_hidden @ weight1.to(low)).view_as(x)
+        grad_weight1 = (grad_hidden.T @ x.reshape(-1, x.shape[-1])).to(full)
+        return grad_x, grad_weight1, grad_hidden.sum(dim=0).to(full), grad_weight2, rows.sum(dim=0).to(full)
+
+
+# ---- Stem and LPI: of BatchNorm, GELU and the second convolution the input alone stays in memory
+
+
+def norm_gelu(x: Tensor, norm: nn.Module) -> Tensor:
+    """``GELU(norm(x))`` of [B, C, h, w]: the largest maps of the network are in the stem."""
+    if not _can_be_recomputed(norm):
+        return F.gelu(norm(x))
+    return _NormGelu.apply(x, norm, norm.weight, norm.bias)
+
+
+def gelu_norm_conv(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor) -> Tensor:
+    """Depthwise 3x3 convolution of ``norm(GELU(x))``, [B, C, h, w] -> [B, C, h, w]."""
+    if not _can_be_recomputed(norm):
+        return F.conv2d(norm(F.gelu(x)), weight, bias, padding=1, groups=x.shape[1])
+    low = product_dtype(x)
+    return _GeluNormConv.apply(x, norm, norm.weight, norm.bias, weight.to(low), bias.to(low))
+
+
+def _can_be_recomputed(norm: nn.Module) -> bool:
+    """Whether ``norm`` is PyTorch's own BatchNorm, in training and under autograd. Not under torch.compile, which
+    chooses by itself what it keeps."""
+    return (
+        not _plain
+        and type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """``norm(x)``, running statistics included."""
+    norm.num_batches_tracked += 1  # type: ignore[operator,assignment]
+    settings = norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+    return torch.native_batch_norm(x, norm.weight, norm.bias, *settings)[0]  # type: ignore[arg-type]
+
+
+def _normalise_again(x: Tensor, gain: Tensor, offset: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same bits without running statistics; also the batch's mean and 1 / std, for :func:`_norm_backward`."""
+    return torch.native_batch_norm(x, gain, offset, None, None, True, 0.0, eps)
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, gain: Tensor, mean: Tensor, inverse_std: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gain and offset."""
+    return aten.native_batch_norm_backward(grad, x, gain, None, None, mean, inverse_std, True, eps, [True] * 3)
+
+
+class _NormGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: nn.BatchNorm2d, gain: Tensor, offset: Tensor) -> Tensor:
+        ctx.eps = norm.eps
+        ctx.save_for_backward(x, gain, offset)
+        return F.gelu(_normalise(norm, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, offset = ctx.saved_tensors
+        normed, mean, inverse_std = _normalise_again(x, gain, offset, ctx.eps)
+        grad_normed = aten.gelu_backward(grad, normed)
+        del normed  # before the next map of its size is made
+        grad_x, grad_gain, grad_offset = _norm_backward(grad_normed, x, gain, mean, inverse_std, ctx.eps)
+        return grad_x, None, grad_gain, grad_offset
+
+
+class _GeluNormConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm: nn.BatchNorm2d, gain: Tensor, offset: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        ctx.eps = norm.eps
+        ctx.save_for_backward(x, gain, offset, weight)
+        return F.conv2d(_normalise(norm, F.gelu(x)), weight, bias, padding=1, groups=x.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, offset, weight = ctx.saved_tensors
+        activated = F.gelu(x)
+        normed, mean, inverse_std = _normalise_again(activated, gain, offset, ctx.eps)
+        channels = len(weight)
+        grad_normed, grad_weight, grad_bias = aten.convolution_backward(
+            grad, normed, weight, [channels], [1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True]
+        )
+        grad_gelu, grad_gain, grad_offset = _norm_backward(grad_normed, activated, gain, mean, inverse_std, ctx.eps)
+        grad_x = aten.gelu_backward(grad_gelu, x)
+        return grad_x, None, grad_gain, grad_offset, grad_weight, grad_bias
