@@ -13,7 +13,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.errors import InputError
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
-from dino_xcit.weights.fit import Allowed
+from dino_xcit.weights.load import Allowed
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dino_xcit.errors import InputError
-from dino_xcit.weights.fit import Allowed
+from dino_xcit.weights.load import Allowed
 from eval.command_line import settings as settings
 from eval.linear.imagenet_variants import split
 from eval.linear.pooled import blocks_of

@@ -15,8 +15,8 @@ from dino_xcit.errors import InputError
 from dino_xcit.export import timm_folder
 from dino_xcit.export.output import SUFFIXES
 from dino_xcit.export.provenance import is_export, metadata
-from dino_xcit.timm_names import to_timm
 from dino_xcit.weights import load_backbone
+from dino_xcit.weights.names import to_timm
 
 
 def _keys_as_values(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ from dino_xcit.export.comparison import Difference
 from dino_xcit.export.provenance import shown_place
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
 from dino_xcit.runtime import atomic
-from dino_xcit.weights import NETWORKS, LoadedBackbone
-from dino_xcit.weights.stored_network import Layout
+from dino_xcit.weights import NETWORKS, Layout, LoadedBackbone
 
 Card = dict[str, Any]
 """A result file of the evaluators (eval/protocol.py)."""

@@ -12,7 +12,7 @@ import safetensors
 import dino_xcit
 from dino_xcit.errors import printable
 from dino_xcit.weights import LoadedBackbone
-from dino_xcit.weights.files import ASSUMED, EXCEPTION
+from dino_xcit.weights.locate import ASSUMED, EXCEPTION
 
 _WRITER = "dino_xcit "
 _LONGEST = 200

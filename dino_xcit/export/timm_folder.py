@@ -18,9 +18,9 @@ from dino_xcit.export.photographs import Photographs
 from dino_xcit.export.provenance import metadata
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
 from dino_xcit.runtime import atomic
-from dino_xcit.timm_names import to_timm
 from dino_xcit.transform import EvalTransform, normalise
 from dino_xcit.weights import LoadedBackbone
+from dino_xcit.weights.names import to_timm
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 """The names that timm and the Hub look for."""

@@ -23,6 +23,8 @@ def info(text: str) -> None:
     pipe raises."""
     if not distributed.is_main() or sys.stdout is None:
         return
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)  # paths may have letters that it lacks
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
