@@ -210,15 +210,15 @@ def test_what_is_allowed_by_name_passes_with_the_same_untrained_values_each_time
 
 @pytest.mark.parametrize("pattern", ["*", "", "**", "a*b"])
 def test_nobody_can_allow_everything(pattern: str) -> None:
-    with pytest.raises(InputError, match="allows too much"):
+    with pytest.raises(InputError, match="take keys"):
         load_backbone("any.pth", allowed=Allowed(missing=(pattern,)))
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({}, "no checkpoint of a known kind"), ({"epoch": 3}, "its keys are epoch"), ({"model": {}}, "known kind"),
-        ({"model": 5}, "known kind"), ([1], "holds a list"), (torch.zeros(3), "holds a Tensor"),
+        ({}, "no checkpoint"), ({"epoch": 3}, "its keys are epoch"), ({"model": {}}, "keys are model"),
+        ({"model": 5}, "keys are model"), ([1], "holds a list"), (torch.zeros(3), "holds a Tensor"),
         ({"teacher": {"head.weight": torch.zeros(1)}}, "no DINO checkpoint"),
         ({"classy_state_dict": {}}, "VISSL"), ({"classy_state_dict": {"base_model": {"model": 3}}}, "VISSL"),
         ({"classy_state_dict": {"base_model": {"model": {"heads": {}}}}}, "VISSL"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
 from dino_xcit.weights import ONLY, Layout, LoadedBackbone, load_backbone, read_weights
-from dino_xcit.weights.architecture import architecture_of
+from dino_xcit.weights.layouts import architecture_of
 from dino_xcit.weights.load import CLASSIFIERS, OF_TRAINING
 
 IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(5))

@@ -1,4 +1,5 @@
-"""What a file of weights is made of: which of its keys are the backbone, which the head, and of which network.
+"""What a file of weights is made of: which of its keys are the backbone, which the head, of which network, and the
+backbone's architecture, read off its names and shapes. D features.
 
 The first row of :data:`ROWS` that fits is taken; a state dict that fits none is one network by itself.
 docs/checkpoints.md has the same table in words.
@@ -6,6 +7,7 @@ docs/checkpoints.md has the same table in words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -13,6 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dino_xcit.errors import InputError
+from dino_xcit.models.vit import VIT_FAMILIES, VitShape, family_of
+from dino_xcit.models.xcit import XCIT_SIZES
 from dino_xcit.weights.names import State, backbone_names, head_names, is_transformers, shown, unwrapped
 
 NETWORKS = ("teacher", "student")
@@ -72,6 +76,28 @@ _CONTAINERS = {"backbone": Layout.BARE, "state_dict": Layout.STATE_DICT, "model"
 """Keys of a file under which a state dict may lie; the last: the file is one."""
 
 
+_RESNETS: dict[tuple[int, tuple[int, ...]], str] = {
+    (2, (2, 2, 2, 2)): "resnet18",
+    (2, (3, 4, 6, 3)): "resnet34",
+    (3, (3, 4, 6, 3)): "resnet50",
+    (3, (3, 4, 23, 3)): "resnet101",
+    (3, (3, 8, 36, 3)): "resnet152",
+}
+"""Convolutions a block, and blocks a stage (arXiv 1512.03385, table 1), to timm's name."""
+
+_SWIGLU = "a transformer with SwiGLU, as DINOv2's giant (timm:vit_giant_patch14_dinov2.lvd142m)"
+_DINOV3 = "DINOv3 (timm:vit_small_patch16_dinov3.lvd1689m, timm:convnext_tiny.dinov3_lvd1689m ...)"
+_NOT_READ = {
+    "patch_embed.proj.0.weight": "a transformer of MoCo v3 with a stem of convolutions, vit_conv_...",
+    "blocks.0.mlp.w12.weight": _SWIGLU,
+    "blocks.0.mlp.weights_in.weight": _SWIGLU,  # by Hugging Face transformers
+    "storage_tokens": _DINOV3,
+    "blocks.0.mlp.up_proj.weight": _DINOV3,  # by Hugging Face transformers
+    "downsample_layers.0.0.weight": _DINOV3,  # its ConvNeXt
+}
+"""A key that tells a network for which there is no architecture here, and which; in brackets timm's copies."""
+
+
 class StoredNetwork(NamedTuple):
     """One network of a file, under the names used here."""
 
@@ -100,8 +126,7 @@ def read_network(content: Mapping[str, Any], network: str, where: str) -> Stored
     if network not in NETWORKS:
         raise InputError(f"network is {network!r}, expected one of {', '.join(NETWORKS)}")
     state, layout, key = _state_dict(content, where)
-    row = next((row for row in ROWS if _fits(row, state)), None)
-    if row:
+    if row := next((row for row in ROWS if _fits(row, state)), None):
         return _read_row(row, state, network, where)
     if layout is Layout.DINO:
         raise InputError(f"{where} is no DINO checkpoint: none of its networks has keys that start with backbone.")
@@ -125,10 +150,8 @@ def _state_dict(content: Mapping[str, Any], where: str) -> tuple[State, Layout, 
         found = content.get(key) if key else content
         if isinstance(found, Mapping) and any(isinstance(value, Tensor) for value in found.values()):
             return unwrapped(_tensors(found, f"{key} in {where}" if key else where)), layout, key
-    raise InputError(
-        f"{where} is no checkpoint of a known kind: its keys are {shown(content, 5)}; expected a state dict, by itself "
-        "or under a key such as teacher, state_dict or model (docs/checkpoints.md)"
-    )
+    places = "by itself, or under a key such as teacher, state_dict or model"
+    raise InputError(f"{where} is no checkpoint: its keys are {shown(content, 5)}, expected a state dict {places}")
 
 
 def _vissl_networks(content: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -181,3 +204,76 @@ def _read_row(row: Row, state: State, network: str, where: str) -> StoredNetwork
         layout=row.layout,
         left_aside=left_aside,
     )
+
+
+def architecture_of(state: State, where: str, heads: int = 0) -> str:
+    """The name under which :func:`dino_xcit.models.build_backbone` makes such a network.
+
+    Args:
+        state: a backbone's weights, under the names of :func:`dino_xcit.weights.names.backbone_names`.
+        where: the file, for messages.
+        heads: a transformer's, where they are known; 0: those of its family, as no shape shows them.
+
+    Raises:
+        InputError: it looks like none that has a name here.
+    """
+    if "cls_token" in state and "pos_embeder.token_projection.weight" in state:
+        return _xcit(state, where)
+    for key, words in _NOT_READ.items():
+        if key in state:
+            raise InputError(f"{where} is {words}, which is not read here: give timm's copy as --weights timm:NAME")
+    if "cls_token" in state and "pos_embed" in state and "patch_embed.proj.weight" in state:
+        return _vit(state, where, heads)
+    if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
+        return _resnet(state, where)
+    keys = f"first keys: {shown(state, 3)}"
+    raise InputError(f"cannot tell the architecture of {where} ({keys}): save a backbone by itself, or give --arch")
+
+
+def _xcit(state: State, where: str) -> str:
+    temperature = state.get("blocks.0.attn.temperature")
+    if temperature is None or not temperature.ndim or not state["cls_token"].ndim:
+        raise InputError(f"{where} looks like an XCiT but lacks a cls_token [1, 1, D] or blocks.0.attn.temperature")
+    dim, depth, heads = state["cls_token"].shape[-1], _count(state, "blocks."), temperature.shape[0]
+    stages = sum(key.startswith("patch_embed.proj.") and key.endswith(".0.weight") for key in state)
+    for name, size in XCIT_SIZES.items():
+        if (size.dim, size.depth, size.heads) == (dim, depth, heads) and stages < 10:
+            return f"{name}_p{2**stages}"
+    raise InputError(f"{where} is an XCiT of {dim} features, {depth} layers and {heads} heads, which has no name here")
+
+
+def _vit(state: State, where: str, heads: int) -> str:
+    """DINO's, DINOv2's and timm's plain vision transformers. Patches [D, 3, p, p]; positions [1, 1 + grid * grid, D],
+    without the first where there are registers [1, R, D]."""
+    positions, patches = state["pos_embed"].shape, state["patch_embed.proj.weight"].shape
+    registers = state["reg_token"].shape[1] if "reg_token" in state and state["reg_token"].ndim == 3 else 0
+    of_patches = positions[1] - (0 if registers else 1) if len(positions) == 3 and len(patches) == 4 else -1
+    grid = math.isqrt(max(0, of_patches))
+    if grid * grid != of_patches or patches[2] != patches[3]:
+        found = f"pos_embed {list(positions[:6])} and patch_embed.proj.weight {list(patches[:6])}"
+        raise InputError(
+            f"{where} has {found}, expected [1, 1 + h * h, D] and [D, 3, p, p]: other ViTs are not read here"
+        )
+    width, depth, patch, scaled = positions[2], _count(state, "blocks."), patches[2], "blocks.0.ls1.gamma" in state
+    if family := family_of(width):
+        heads = heads or VIT_FAMILIES[family][1]
+        shape = VitShape(family, depth, patch, grid * patch, heads, layer_scale=scaled, registers=registers)
+        if shape.can_be():
+            return shape.name
+    sizes = f"{width} features, {depth} layers, {heads or 'unknown'} heads and patches of {patch} pixels"
+    raise InputError(f"{where} is a ViT of {sizes}, which has no name here: give --arch timm:NAME")
+
+
+def _resnet(state: State, where: str) -> str:
+    blocks = tuple(_count(state, f"layer{stage}.") for stage in range(1, 5))
+    convolutions = 3 if "layer1.0.conv3.weight" in state else 2
+    name = _RESNETS.get((convolutions, blocks))
+    if name is None or state["layer1.0.conv1.weight"].shape[:1] != (64,):
+        sizes = f"{' + '.join(map(str, blocks))} blocks with {convolutions} convolutions each"
+        raise InputError(f"{where} is a ResNet of {sizes}, which has no name here: give --arch timm:NAME")
+    return f"timm:{name}"
+
+
+def _count(state: State, prefix: str) -> int:
+    """Blocks: different second words of the keys that start so."""
+    return len({key.split(".")[1] for key in state if key.startswith(prefix)})

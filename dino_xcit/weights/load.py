@@ -17,8 +17,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone, is_registered
 from dino_xcit.models.vit import vit_shape
 from dino_xcit.transform import EvalTransform
-from dino_xcit.weights.architecture import architecture_of
-from dino_xcit.weights.layouts import Layout, StoredNetwork, read_network
+from dino_xcit.weights.layouts import Layout, StoredNetwork, architecture_of, read_network
 from dino_xcit.weights.locate import CONFIG, TIMM, WeightsFile, open_weights
 from dino_xcit.weights.names import State, shown
 from dino_xcit.weights.transforms import preparation
@@ -56,7 +55,7 @@ class Allowed:
         """
         for pattern in (*self.missing, *self.unexpected):
             if not pattern.strip("*") or "*" in pattern[:-1]:
-                raise InputError(f"{pattern!r} allows too much, expected a key or its beginning: norm.bias, head.*")
+                raise InputError(f"--allow-missing and --allow-unexpected take keys and head.*, not {pattern!r}")
 
 
 @dataclass(kw_only=True)
@@ -238,8 +237,7 @@ def compare(
     }
     sentences = [f"it {kind} {shown(keys, 4)}" for kind, keys in problems.items() if keys]
     if sentences:
-        exits = "--arch names another architecture, --allow-missing and --allow-unexpected let single keys pass"
-        raise InputError(f"{misfit}: {'; '.join(sentences)} ({exits})")
+        raise InputError(f"{misfit}: {'; '.join(sentences)} (see --arch, --allow-missing, --allow-unexpected)")
     exceptions = (*(f"missing {shown([key])}" for key in missing), *(f"unexpected {shown([key])}" for key in left_over))
     first_words = tuple(dict.fromkeys(key.partition(".")[0] for key in aside))
     return {wrapper + key: given[key] for key in both}, first_words, exceptions

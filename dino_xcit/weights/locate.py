@@ -25,8 +25,6 @@ ASSUMED = "assumed_eval_transform"
 """Under this name an export's metadata has a transform that its checkpoint did not say (a guess, JSON)."""
 EXCEPTION = "eval_transform_exception"
 """Under this name an export's metadata has a clause on what its transform cannot express of what was said of images."""
-_CONFIG_LIMIT = 2**20
-"""Bytes of such a file."""
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 _SHARDED = "sharded weights, not read here: join them, as model.save_pretrained(OUT, max_shard_size='99GB') does"
 
@@ -146,7 +144,7 @@ def _file_of(path: Path) -> Path:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     with safe_load.refusing(path, "JSON file of settings"), open(path, "rb") as file:
-        stored = json.loads(file.read(_CONFIG_LIMIT))  # a longer one is cut, and no JSON then
+        stored = json.loads(file.read(2**20))  # a longer one is cut, and no JSON then
         if not isinstance(stored, Mapping):
             raise safe_load.RefusedError("it holds no settings")
     return stored

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-Renames = tuple[tuple[str, str], ...]
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "_feature_blocks.", "vit.")
 """Prefixes of DistributedDataParallel, torch.compile, this project's timm backbones, VISSL's trunks and lightly's
@@ -22,12 +21,13 @@ masked transformers."""
 
 # Files have the names of transformers before 5 (encoder.layer.0.attention.attention.query), whichever version wrote
 # them; the networks of version 5 in memory have others (layers.0.attention.q_proj). Both are read.
-_TRANSFORMERS: Renames = (
+_TRANSFORMERS = (
+    (r"^(?:\w+\.){1,2}(?=(?:embeddings|layers?|layernorm|pooler)\.)", ""),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.", ""),
     (r"^layernorm\.", "norm."),
-    (r"^(?:encoder\.)?layers?\.(\d{1,4})\.", r"blocks.\1."),
+    (r"^layers?\.(\d{1,4})\.", r"blocks.\1."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r".attn.\1."),
@@ -37,14 +37,14 @@ _TRANSFORMERS: Renames = (
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 )
-_TRANSFORMERS_TOKEN = re.compile(r"((?:\w+\.){0,2})embeddings\.cls_token")
+_TRANSFORMERS_TOKEN = re.compile(r"(?:\w+\.){0,2}embeddings\.cls_token")
 # torchvision's ResNet as nn.Sequential(*list(resnet.children())[:-1]); 2, 3 and 8 have no weights.
-_SEQUENTIAL: Renames = (
+_SEQUENTIAL = (
     (r"^0\.", "conv1."), (r"^1\.", "bn1."),
     (r"^4\.", "layer1."), (r"^5\.", "layer2."), (r"^6\.", "layer3."), (r"^7\.", "layer4."),
 )  # fmt: skip
-_TIMM_XCIT: Renames = ((r"^pos_embed\.", "pos_embeder."),)
-_HEAD: Renames = (
+_TIMM_XCIT = ((r"^pos_embed\.", "pos_embeder."),)
+_HEAD = (
     (r"^layers\.", "mlp."),  # lightly
     (r"^prototypes0\.", "last_layer."),  # VISSL
     (r"parametrizations\.weight\.original0$", "weight_g"),  # PyTorch's newer weight_norm
@@ -73,9 +73,8 @@ def unwrapped(state: Mapping[str, Tensor]) -> State:
 def backbone_names(state: Mapping[str, Tensor]) -> State:
     """A backbone's weights under the names used here."""
     out = unwrapped(state)
-    tokens = [found for key in out if (found := _TRANSFORMERS_TOKEN.fullmatch(key))]
-    if len(tokens) == 1:
-        out = _joined(_renamed(out, ((f"^{re.escape(tokens[0][1])}", ""), *_TRANSFORMERS)))
+    if is_transformers(out):
+        out = _joined(_renamed(out, _TRANSFORMERS))
     if "vit.cls_token" in out:  # lightly has a mask_token of its own beside the transformer
         out = _renamed(out, ((r"^vit\.", ""),))
     if out.keys() >= {"0.weight", "1.running_mean", "4.0.conv1.weight"}:
@@ -116,7 +115,7 @@ def to_timm(state: Mapping[str, Tensor]) -> State:
     return out
 
 
-def _renamed(state: Mapping[str, Tensor], table: Renames) -> State:
+def _renamed(state: Mapping[str, Tensor], table: tuple[tuple[str, str], ...]) -> State:
     out: State = {}
     for key, value in state.items():
         name = key

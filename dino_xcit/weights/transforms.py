@@ -14,7 +14,6 @@ from dino_xcit.weights.locate import ASSUMED, EXCEPTION, PREPROCESSOR, WeightsFi
 
 SIDE_LIMIT = 4096
 """Pixels a side of images that settings may ask for."""
-_LONGEST_CLAUSE = 200
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Pillow's numbers of its filters (PIL.Image.Resampling)."""
 
@@ -44,7 +43,7 @@ def preparation(file: WeightsFile, arch: str, where: str, of_transformers: bool)
     try:
         if "eval_transform" in content:
             found: EvalTransform | None = EvalTransform.from_dict(content["eval_transform"])
-            clause = printable(str(content.get(EXCEPTION, ""))[:_LONGEST_CLAUSE])
+            clause = printable(str(content.get(EXCEPTION, ""))[:200])
         else:
             source = file.config_from
             found, clause = _of_timm(file.config)
@@ -88,13 +87,12 @@ def _of_transformers(said: Mapping[str, Any]) -> tuple[EvalTransform, str]:
     square (``height`` and ``width``, or a number without a crop, as in ViTImageProcessor), here the shorter side gets
     that length and the centre is cut: on square images the same.
     """
-    told = {"rescale_factor": 1 / 255} | {name: value for name, value in said.items() if value is not None}
+    told = {name: value for name, value in said.items() if value is not None}
     resizes, rescales, normal = (told.get(f"do_{name}", True) for name in ("resize", "rescale", "normalize"))
     crops, size = told.get("do_center_crop", False), told["size"]
-    if not all(isinstance(flag, bool) for flag in (resizes, rescales, normal, crops)):
-        raise ValueError("a setting do_... that is neither true nor false")
-    if not resizes or not rescales or abs(1 / told["rescale_factor"] - 255) > 0.1:
-        raise ValueError("images that keep their size, or pixels that are not divided by 255")
+    divides = abs(1 / told.get("rescale_factor", 1 / 255) - 255) < 0.1
+    if {resizes, rescales, divides} != {True} or not {normal, crops} <= {True, False}:
+        raise ValueError("settings that are not true or false, no resizing, or pixels that are not divided by 255")
     if "crop_size" in told and "do_center_crop" not in told:
         raise ValueError("a crop_size, and nothing says whether do_center_crop is true")
     mean, std = (told["image_mean"], told["image_std"]) if normal else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
