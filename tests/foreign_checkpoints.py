@@ -94,17 +94,16 @@ def prefixed(prefix: str, state: Mapping[str, Tensor]) -> State:
     return {f"{prefix}{key}": value for key, value in state.items()}
 
 
+def _with_head(wrapper: str, backbone: State, head: State) -> State:
+    return prefixed(wrapper, prefixed("backbone.", backbone) | prefixed("head.", head))
+
+
 def dino(student: nn.Module, teacher: nn.Module, width: int, teacher_wrapped: bool = False) -> dict[str, Any]:
     """main_dino.py: the student in DistributedDataParallel, the teacher only if it has BatchNorm."""
 
-    def network(backbone: nn.Module, seed: int, wrapper: str) -> State:
-        both = prefixed("backbone.", backbone.state_dict()) | prefixed("head.", head(width, seed=seed))
-        return prefixed(wrapper, both)
-
     return {
-        "student": network(student, 1, "module."),
-        "teacher": network(teacher, 2, "module." if teacher_wrapped else ""),
-        "optimizer": {"state": {}, "param_groups": []},
+        "student": _with_head("module.", dict(student.state_dict()), head(width, 1)),
+        "teacher": _with_head("module." if teacher_wrapped else "", dict(teacher.state_dict()), head(width, 2)),
         "epoch": 3,
         "args": argparse.Namespace(arch="vit_tiny", patch_size=16, out_dim=12),
         "dino_loss": {"center": torch.zeros(1, 12)},
@@ -176,14 +175,11 @@ def mae(network: nn.Module) -> dict[str, Any]:
 def ibot(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """main_ibot.py: DINO's layout, with a second last layer for patches and the student's token for hidden patches."""
 
-    def network(backbone: State, seed: int, wrapper: str) -> State:
-        second = {"last_layer2.weight_g": torch.ones(9, 1), "last_layer2.weight_v": torch.zeros(9, 6)}
-        return prefixed(wrapper, prefixed("backbone.", backbone) | prefixed("head.", head(192, seed=seed) | second))
-
+    second = {"last_layer2.weight_g": torch.ones(9, 1), "last_layer2.weight_v": torch.zeros(9, 6)}
+    masked = dict(student.state_dict()) | {"masked_embed": torch.zeros(1, 192)}
     return {
-        "student": network(dict(student.state_dict()) | {"masked_embed": torch.zeros(1, 192)}, 1, "module."),
-        "teacher": network(dict(teacher.state_dict()), 2, ""),
-        "optimizer": {"state": {}, "param_groups": []},
+        "student": _with_head("module.", masked, head(192, 1) | second),
+        "teacher": _with_head("", dict(teacher.state_dict()), head(192, 2) | second),
         "epoch": 9,
         "args": argparse.Namespace(arch="vit_tiny", patch_size=16),
         "ibot_loss": {"center": torch.zeros(1, 12), "center2": torch.zeros(1, 1, 9)},
@@ -220,13 +216,9 @@ def lightly_example(student: nn.Module, teacher: nn.Module, width: int) -> dict[
     def cut(network: nn.Module) -> State:
         return dict(nn.Sequential(*list(copy.deepcopy(network).children())[:-1]).state_dict())
 
-    return lightning(
-        prefixed("student_backbone.", cut(student))
-        | prefixed("student_head.", lightly_head(width))
-        | prefixed("teacher_backbone.", cut(teacher))
-        | prefixed("teacher_head.", lightly_head(width))
-        | {"criterion.center": torch.zeros(1, 12)}
-    )
+    both = {f"{name}_backbone.": cut(net) for name, net in (("student", student), ("teacher", teacher))}
+    both |= {f"{name}_head.": lightly_head(width) for name in ("student", "teacher")}
+    return lightning({f"{prefix}{key}": value for prefix, state in both.items() for key, value in state.items()})
 
 
 def lightly_benchmark(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
