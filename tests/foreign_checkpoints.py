@@ -28,14 +28,6 @@ from dino_xcit.transform import EvalTransform
 
 State = dict[str, Tensor]
 
-_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-DINO_VIT_KEYS = {"cls_token", "pos_embed"} | {
-    f"{part}.{kind}"
-    for part in ("patch_embed.proj", "norm", *(f"blocks.{block}.{part}" for block in range(2) for part in _PARTS))
-    for kind in ("weight", "bias")
-}
-"""What facebookresearch/dino's vision_transformer.py names the weights of a transformer of two blocks."""
-
 
 def vit(
     seed: int = 0, side: int = 64, patch: int = 16, width: int = 192, heads: int = 3, depth: int = 2, **more: Any
@@ -195,6 +187,10 @@ def vissl(trunk: State, heads: State | None = None, teacher: State | None = None
     return content
 
 
+def vissl_resnet(network: nn.Module) -> dict[str, Any]:
+    return vissl(prefixed("_feature_blocks.", network.state_dict()), {"0.clf.0.weight": torch.zeros(3, 512)})
+
+
 def vissl_dino(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """VISSL's DINO of an XCiT, with a dino_head as the first of the student's heads."""
     heads = {f"0.{key.replace('last_layer', 'prototypes0')}": value for key, value in head(64).items()}
@@ -208,6 +204,10 @@ def lightly_head(width: int) -> State:
 def lightning(state: State) -> dict[str, Any]:
     other = {"pytorch-lightning_version": "2.1.0", "loops": {"fit_loop": {"state_dict": {}}}, "optimizer_states": []}
     return {"epoch": 1, "state_dict": state, "hyper_parameters": {"batch_size_per_device": 8}, **other}
+
+
+def lightly_module(network: nn.Module) -> dict[str, Any]:
+    return lightning(prefixed("backbone.", network.state_dict()) | {"projection_head.w": torch.ones(1)})
 
 
 def lightly_example(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:

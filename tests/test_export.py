@@ -130,7 +130,7 @@ def test_features_that_say_nothing_are_not_compared(tmp_path: Path, value: float
         backbone.norm.weight.fill_(value)  # type: ignore[union-attr,operator]
         backbone.norm.bias.fill_(value)  # type: ignore[union-attr,operator]
     torch.save(backbone.state_dict(), tmp_path / "b.pth")
-    with pytest.raises(InputError, match=r"features are (all zero|not finite)"):
+    with pytest.raises(InputError, match=r"all zero|not finite"):
         export(tmp_path / "b.pth", "safetensors", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 

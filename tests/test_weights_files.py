@@ -45,18 +45,11 @@ def tensor(shape: list[int], start: int, end: int, kind: str = "F32") -> dict[st
 
 HOSTILE: dict[str, bytes] = {
     "nothing": b"",
-    "seven bytes": b"1234567",
     "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
-    "a header longer than the file": struct.pack("<Q", 1000) + b"{}",
     "a header of an exbibyte": struct.pack("<Q", 2**60) + b"{}",
     "JSON nested deep": container(b"[" * 100_000),
     "more than the file has": container({"a": tensor([2**40], 0, 2**42)}, b"1234"),
-    "less than the file has": container({"a": tensor([1], 0, 4)}, b"12345678"),
-    "overlapping": container({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, b"1234"),
-    "a shape that does not fit": container({"a": tensor([9], 0, 4)}, b"1234"),
-    "a shape that wraps round": container({"a": tensor([2**33, 2**31, 2], 0, 0)}),
     "an empty tensor of an exbibyte": container({"a": tensor([0, 2**62], 0, 0)}),
-    "a negative length": container({"a": tensor([-1], 0, 4)}, b"1234"),
     "a type unknown": container({"a": tensor([4], 0, 4, "X8")}, b"1234"),
     "eight-bit floats": container({"a": tensor([4], 0, 4, "F8_E4M3")}, b"1234"),
     "metadata that are no JSON": container({"__metadata__": {"eval_transform": "{"}, "a": tensor([1], 0, 4)}, b"1234"),
