@@ -16,7 +16,7 @@ from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.bounds import FilePath, Seed, check_bounds, marked
 from dino_xcit.errors import InputError
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
-from dino_xcit.weights.fit import Allowed
+from dino_xcit.weights.load import Allowed
 
 
 class ResumeSafe:

@@ -39,9 +39,9 @@ from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models import build_backbone, fused
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
 from dino_xcit.runtime import atomic
-from dino_xcit.timm_names import to_timm
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
 from dino_xcit.weights import LoadedBackbone, load_backbone
+from dino_xcit.weights.names import to_timm
 
 Features = Callable[[Tensor], tuple[Tensor, ...]]
 """Images [B, 3, height, width], normalised, to the class token [B, D] and perhaps the patch tokens [B, N, D]."""

@@ -17,7 +17,7 @@ from dino_xcit.methods import Method
 from dino_xcit.methods.student_teacher import StudentTeacher
 from dino_xcit.models.vit import vit_shape
 from dino_xcit.weights import Allowed, StoredWeights, read_weights
-from dino_xcit.weights.printing import first
+from dino_xcit.weights.names import shown
 
 
 def initialise(method: Method, config: PretrainConfig) -> str:
@@ -52,8 +52,8 @@ def initialise(method: Method, config: PretrainConfig) -> str:
         "teacher; " + (f"heads start fresh: {why_fresh}" if why_fresh else f"heads too{_lengths(read.head, config)}")
     ]
     if read.allowed:
-        lines.append(f"warning: allowed, though the file does not fit: {first(read.allowed, 8)}")
-    said = read.preparation.transform if read.preparation.said_by else None
+        lines.append(f"warning: allowed, though the file does not fit: {shown(read.allowed)}")
+    said = read.transform if read.transform_from else None
     if said and (said.mean, said.std) != (config.mean, config.std):
         lines.append(
             f"warning: those weights are used to images normalised with mean {_rounded(said.mean)} and deviation "

@@ -21,9 +21,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 
 HEADER_LIMIT = 16 * 2**20
 """Bytes of a checkpoint's pickle or a safetensors header, which hold names and shapes; some 200 a tensor."""
@@ -31,8 +32,6 @@ GROUND_TRUTH_LIMIT = 64 * 2**20
 ENTRY_LIMIT = 50_000
 """Entries of a checkpoint's archive, one a tensor."""
 DEPTH_LIMIT = 100
-GIT_LFS_NOTE = b"version https://git-lfs"
-"""How the notes begin (git-lfs, docs/spec.md) that a clone without git-lfs has in place of files."""
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 """Magic number and version, pickled, with which the format before PyTorch 1.6 starts."""
 _ENTRY = re.compile(r"data\.pkl|data/[0-9]{1,9}|version|byteorder|\.data/serialization_id|\.[a-z_]+")
@@ -44,15 +43,16 @@ class RefusedError(Exception):
 
 UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError,
-    AssertionError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, tarfile.TarError, RefusedError,
+    AssertionError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, tarfile.TarError, SafetensorError,
+    RefusedError,
 )  # fmt: skip
 """What reading raises for files that are damaged, foreign or unsafe."""
 
 
 def why_unreadable(error: Exception) -> str:
     """A clause for one of :data:`UNREADABLE`. PyTorch's own text for unsafe files says how to run them all the same."""
-    if isinstance(error, RefusedError):
-        return str(error)
+    if isinstance(error, (RefusedError, SafetensorError)):
+        return one_line(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     unsafe = re.search(r"GLOBAL (\S+)", str(error))
@@ -68,12 +68,21 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, a folder, or a file that is damaged, unsafe or no checkpoint.
     """
-    with _refusing(path, "checkpoint"), _opened(path) as file:
+    with refusing(path, "checkpoint"), opened(path) as file:
         size = path.stat().st_size
         _check_container(file, size)
         file.seek(0)
         with torch.serialization.safe_globals(_ALLOWED):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                file.seek(0)
+                if b"lightly_train" not in file.read(HEADER_LIMIT):
+                    raise
+                raise RefusedError(
+                    "it is a checkpoint of lightly-train, which holds whole networks as Python objects; give "
+                    "exported_models/exported_last.pt of the same run"
+                ) from None
         check_content(content, room=4 * size + 2**24, stored=size)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, expected a checkpoint (a dictionary of tensors)")
@@ -88,7 +97,7 @@ def read_ground_truth(path: Path) -> object:
     Raises:
         InputError: no such file, a folder, or a file that is damaged, or holds anything else.
     """
-    with _refusing(path, "ground truth"), _opened(path) as file:
+    with refusing(path, "ground truth"), opened(path) as file:
         size = path.stat().st_size
         if size > GROUND_TRUTH_LIMIT:
             raise RefusedError(f"it is longer than {GROUND_TRUTH_LIMIT >> 20} MiB")
@@ -98,7 +107,8 @@ def read_ground_truth(path: Path) -> object:
 
 
 @contextmanager
-def _refusing(path: Path, what: str) -> Iterator[None]:
+def refusing(path: Path, what: str) -> Iterator[None]:
+    """Turn what reading raises for damaged, foreign or unsafe files into an InputError that says why."""
     try:
         yield
     except FileNotFoundError:
@@ -109,7 +119,8 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
         raise InputError(f"{path} is no {what} that can be read safely: {why_unreadable(error)}") from error
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """A file for reading; :class:`RefusedError` for a pipe or a device."""
     # Opening a pipe waits, and reading a device has no end.
     if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
         raise RefusedError("it is a pipe or a device")
@@ -121,14 +132,19 @@ def _opened(path: Path) -> BinaryIO:
 
 def _check_container(file: BinaryIO, size: int) -> None:
     start = file.read(512)
+    refuse_git_lfs(start)
     if start[:4] == b"PK\x03\x04":
         _check_archive(file, size)
-    elif start.startswith(GIT_LFS_NOTE):
-        raise RefusedError("it is git-lfs's note of where the file is; fetch the file itself with git lfs pull")
     elif _is_tar(start):  # PyTorch would try this before the format of 0.4 to 1.5
         raise RefusedError("it is a tar archive, which only PyTorch before 0.4 wrote")
     elif not start.startswith(_LEGACY_START):
         raise RefusedError("it is damaged, cut short, or of another kind")
+
+
+def refuse_git_lfs(start: bytes) -> None:
+    """Refuse the note of git-lfs that a file begins with, which a clone without git-lfs has in place of the file."""
+    if start.startswith(b"version https://git-lfs"):  # git-lfs, docs/spec.md
+        raise RefusedError("it is git-lfs's note of where the file is; fetch the file itself with git lfs pull")
 
 
 def _is_tar(start: bytes) -> bool:

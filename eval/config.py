@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Lt, MinLen
 
 from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Seed, Suffix, Unique, marked, refuse_changed
 from dino_xcit.errors import InputError
-from dino_xcit.weights.fit import Allowed
+from dino_xcit.weights import Allowed
 from eval.linear.imagenet_variants import split
 from eval.linear.pooled import blocks_of
 

@@ -37,10 +37,9 @@ from dino_xcit.errors import InputError, RunStopped
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.transform import EvalTransform
-from dino_xcit.weights import LoadedBackbone
-from dino_xcit.weights.printing import shown
-from dino_xcit.weights.safetensors_file import is_safetensors, read_safetensors
-from dino_xcit.weights.stored_network import Layout
+from dino_xcit.weights import Layout, LoadedBackbone
+from dino_xcit.weights.locate import is_safetensors, read_safetensors
+from dino_xcit.weights.names import shown
 from eval.accuracy import bootstrap_interval, correct
 from eval.compare.published import IMAGENET_CLASSES, IMAGENET_TRAIN, IMAGENET_VAL, PUBLISHED, TEMPERATURE, K, Published
 from eval.config import BackboneConfig

@@ -18,7 +18,7 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, LoadedBackbone, load_backbone
-from dino_xcit.weights.hub import is_remote
+from dino_xcit.weights.locate import is_remote
 from eval.config import BackboneConfig, KnnConfig, LinearConfig
 
 

@@ -24,22 +24,9 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
 from dino_xcit.models import DINOHead, build_backbone
+from dino_xcit.transform import EvalTransform
 
 State = dict[str, Tensor]
-
-# What facebookresearch/dino's vision_transformer.py names the weights of a transformer of two blocks.
-DINO_VIT_KEYS = {
-    "cls_token",
-    "pos_embed",
-    *(f"patch_embed.proj.{kind}" for kind in ("weight", "bias")),
-    *(
-        f"blocks.{block}.{part}.{kind}"
-        for block in range(2)
-        for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-        for kind in ("weight", "bias")
-    ),
-    *(f"norm.{kind}" for kind in ("weight", "bias")),
-}
 
 
 def vit(
@@ -89,27 +76,26 @@ def shaken(network: Any, seed: int) -> Any:
     return network.eval()
 
 
-def head(width: int, prototypes: int = 12, seed: int = 0) -> State:
-    """A DINO head's weights, 8 and 6 wide."""
+def head(width: int, seed: int = 0) -> State:
+    """A DINO head's weights, 8 and 6 wide, for 12 prototypes."""
     torch.manual_seed(seed)
-    return dict(DINOHead(width, prototypes, hidden_dim=8, bottleneck_dim=6).state_dict())
+    return dict(DINOHead(width, 12, hidden_dim=8, bottleneck_dim=6).state_dict())
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor]) -> State:
     return {f"{prefix}{key}": value for key, value in state.items()}
 
 
-def dino(student: nn.Module, teacher: nn.Module, width: int, teacher_wrapped: bool) -> dict[str, Any]:
+def _with_head(wrapper: str, backbone: State, head: State) -> State:
+    return prefixed(wrapper, prefixed("backbone.", backbone) | prefixed("head.", head))
+
+
+def dino(student: nn.Module, teacher: nn.Module, width: int, teacher_wrapped: bool = False) -> dict[str, Any]:
     """main_dino.py: the student in DistributedDataParallel, the teacher only if it has BatchNorm."""
 
-    def network(backbone: nn.Module, seed: int, wrapper: str) -> State:
-        both = prefixed("backbone.", backbone.state_dict()) | prefixed("head.", head(width, seed=seed))
-        return prefixed(wrapper, both)
-
     return {
-        "student": network(student, 1, "module."),
-        "teacher": network(teacher, 2, "module." if teacher_wrapped else ""),
-        "optimizer": {"state": {}, "param_groups": []},
+        "student": _with_head("module.", dict(student.state_dict()), head(width, 1)),
+        "teacher": _with_head("module." if teacher_wrapped else "", dict(teacher.state_dict()), head(width, 2)),
         "epoch": 3,
         "args": argparse.Namespace(arch="vit_tiny", patch_size=16, out_dim=12),
         "dino_loss": {"center": torch.zeros(1, 12)},
@@ -147,7 +133,7 @@ def dinov2_network(state: State, seed: int) -> State:
     return prefixed("backbone.", state) | heads
 
 
-def moco_v3(student: nn.Module, teacher: nn.Module, projector: str) -> dict[str, Any]:
+def moco_v3(student: nn.Module, teacher: nn.Module, projector: str = "head") -> dict[str, Any]:
     """main_moco.py; ``projector``: the name that an encoder has for its classifier, ``head`` or ``fc``."""
     layers = {"0.weight": torch.zeros(8, 4), "1.weight": torch.zeros(8), "1.running_mean": torch.zeros(8)}
     state = prefixed("module.predictor.", layers)
@@ -181,14 +167,11 @@ def mae(network: nn.Module) -> dict[str, Any]:
 def ibot(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """main_ibot.py: DINO's layout, with a second last layer for patches and the student's token for hidden patches."""
 
-    def network(backbone: State, seed: int, wrapper: str) -> State:
-        second = {"last_layer2.weight_g": torch.ones(9, 1), "last_layer2.weight_v": torch.zeros(9, 6)}
-        return prefixed(wrapper, prefixed("backbone.", backbone) | prefixed("head.", head(192, seed=seed) | second))
-
+    second = {"last_layer2.weight_g": torch.ones(9, 1), "last_layer2.weight_v": torch.zeros(9, 6)}
+    masked = dict(student.state_dict()) | {"masked_embed": torch.zeros(1, 192)}
     return {
-        "student": network(dict(student.state_dict()) | {"masked_embed": torch.zeros(1, 192)}, 1, "module."),
-        "teacher": network(dict(teacher.state_dict()), 2, ""),
-        "optimizer": {"state": {}, "param_groups": []},
+        "student": _with_head("module.", masked, head(192, 1) | second),
+        "teacher": _with_head("", dict(teacher.state_dict()), head(192, 2) | second),
         "epoch": 9,
         "args": argparse.Namespace(arch="vit_tiny", patch_size=16),
         "ibot_loss": {"center": torch.zeros(1, 12), "center2": torch.zeros(1, 1, 9)},
@@ -197,23 +180,21 @@ def ibot(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
 
 def vissl(trunk: State, heads: State | None = None, teacher: State | None = None) -> dict[str, Any]:
     """``teacher``: its trunk, under the names that the DINO loss's state dict has for it."""
-    content: dict[str, Any] = {
-        "phase_idx": 9,
-        "iteration": 900,
-        "type": "consolidated",
-        "classy_state_dict": {
-            "train": True,
-            "base_model": {"model": {"trunk": trunk, "heads": heads or {}}, "meta": {"trunk": {}, "heads": []}},
-        },
-    }
+    model = {"model": {"trunk": trunk, "heads": heads or {}}, "meta": {"trunk": {}, "heads": []}}
+    content = {"phase_idx": 9, "classy_state_dict": {"train": True, "base_model": model}}
     if teacher is not None:
         content["loss"] = {"center": torch.zeros(1, 12)} | prefixed("momentum_teacher.module.trunk.", teacher)
     return content
 
 
-def vissl_head(width: int) -> State:
-    """VISSL's dino_head as the first of a model's heads."""
-    return {f"0.{key.replace('last_layer', 'prototypes0')}": value for key, value in head(width).items()}
+def vissl_resnet(network: nn.Module) -> dict[str, Any]:
+    return vissl(prefixed("_feature_blocks.", network.state_dict()), {"0.clf.0.weight": torch.zeros(3, 512)})
+
+
+def vissl_dino(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
+    """VISSL's DINO of an XCiT, with a dino_head as the first of the student's heads."""
+    heads = {f"0.{key.replace('last_layer', 'prototypes0')}": value for key, value in head(64).items()}
+    return vissl(dict(student.state_dict()), heads, dict(teacher.state_dict()))
 
 
 def lightly_head(width: int) -> State:
@@ -221,18 +202,12 @@ def lightly_head(width: int) -> State:
 
 
 def lightning(state: State) -> dict[str, Any]:
-    return {
-        "epoch": 1,
-        "global_step": 10,
-        "pytorch-lightning_version": "2.1.0",
-        "state_dict": state,
-        "loops": {"fit_loop": {"state_dict": {}}},
-        "callbacks": {},
-        "optimizer_states": [],
-        "lr_schedulers": [],
-        "hparams_name": "kwargs",
-        "hyper_parameters": {"batch_size_per_device": 8},
-    }
+    other = {"pytorch-lightning_version": "2.1.0", "loops": {"fit_loop": {"state_dict": {}}}, "optimizer_states": []}
+    return {"epoch": 1, "state_dict": state, "hyper_parameters": {"batch_size_per_device": 8}, **other}
+
+
+def lightly_module(network: nn.Module) -> dict[str, Any]:
+    return lightning(prefixed("backbone.", network.state_dict()) | {"projection_head.w": torch.ones(1)})
 
 
 def lightly_example(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
@@ -241,13 +216,9 @@ def lightly_example(student: nn.Module, teacher: nn.Module, width: int) -> dict[
     def cut(network: nn.Module) -> State:
         return dict(nn.Sequential(*list(copy.deepcopy(network).children())[:-1]).state_dict())
 
-    return lightning(
-        prefixed("student_backbone.", cut(student))
-        | prefixed("student_head.", lightly_head(width))
-        | prefixed("teacher_backbone.", cut(teacher))
-        | prefixed("teacher_head.", lightly_head(width))
-        | {"criterion.center": torch.zeros(1, 12)}
-    )
+    both = {f"{name}_backbone.": cut(net) for name, net in (("student", student), ("teacher", teacher))}
+    both |= {f"{name}_head.": lightly_head(width) for name in ("student", "teacher")}
+    return lightning({f"{prefix}{key}": value for prefix, state in both.items() for key, value in state.items()})
 
 
 def lightly_benchmark(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
@@ -273,6 +244,12 @@ def lightly_moco(query: nn.Module, key: nn.Module) -> dict[str, Any]:
     )
 
 
+def lightly_momentum(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
+    """lightly's momentum methods: BYOL, MoCo."""
+    both = prefixed("backbone.", student.state_dict()) | prefixed("backbone_momentum.", teacher.state_dict())
+    return lightning(both | {"projection_head.layers.0.weight": torch.zeros(4, 512)})
+
+
 def solo_learn(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
     return lightning(
         prefixed("backbone.", student.state_dict())
@@ -288,31 +265,30 @@ XCIT_CONFIG: dict[str, Any] = {
     "architecture": "xcit_nano_12_p16_224",
     "num_classes": 7,
     "pretrained_cfg": {
-        "input_size": [3, 64, 64],
-        "interpolation": "bilinear",
-        "crop_pct": 0.8,
-        "crop_mode": "center",
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.25, 0.25, 0.25],
-        "classifier": "head",
+        "input_size": [3, 64, 64], "interpolation": "bilinear", "crop_pct": 0.8, "crop_mode": "center",
+        "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "classifier": "head",
     },
-}
+}  # fmt: skip
 """A config.json as timm writes it."""
+XCIT_TRANSFORM = EvalTransform(resize=80, crop=64, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def save_safetensors(path: Path, state: Mapping[str, Tensor], said: Mapping[str, str] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path, dict(said or {}))
+    return path
 
 
 def timm_folder(folder: Path, network: nn.Module, config: Mapping[str, Any]) -> Path:
     """What ``timm.models.save_for_hf`` leaves: model.safetensors, and config.json beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(
-        {key: value.contiguous() for key, value in network.state_dict().items()}, folder / "model.safetensors"
-    )
+    path = save_safetensors(folder / "model.safetensors", network.state_dict())
     (folder / "config.json").write_text(json.dumps(config))
-    return folder / "model.safetensors"
+    return path
 
 
-def hub_cache(cache: Path, repository: str, network: nn.Module, config: Mapping[str, Any]) -> None:
-    """The cache of huggingface_hub after the repository was downloaded."""
+def hub_snapshot(cache: Path, repository: str) -> Path:
+    """The folder in which the cache of huggingface_hub has the files of a repository that was downloaded."""
     root = cache / f"models--{repository.replace('/', '--')}"
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text("0" * 40)
-    timm_folder(root / "snapshots" / ("0" * 40), network, config)
+    return root / "snapshots" / ("0" * 40)

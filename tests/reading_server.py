@@ -29,7 +29,6 @@ READERS: dict[str, Callable[[Path], object]] = {
     "load_backbone": load_backbone,
     "read_ground_truth": safe_load.read_ground_truth,
     "trusting": lambda path: torch.load(path, weights_only=False),
-    "weights only": lambda path: torch.load(path, weights_only=True),
     "unpickling": lambda path: pickle.loads(path.read_bytes()),
 }
 
@@ -45,9 +44,8 @@ def measured(reader: str, path: str) -> dict[str, object]:
         READERS[reader](Path(path))
     except Exception as caught:
         error, sentence = type(caught).__name__, str(caught)
-    taken = time.process_time() - started
-    megabytes = (peak() - before) / 1e6
-    return {"seconds": round(taken, 3), "megabytes": round(megabytes, 1), "error": error, "sentence": sentence}
+    taken = {"seconds": time.process_time() - started, "megabytes": (peak() - before) / 1e6}
+    return taken | {"error": error, "sentence": sentence}
 
 
 def main() -> None:

@@ -50,7 +50,13 @@ def write_result(
     """A result file; without ``weights``, the file's name tells them from others'."""
     parts = {"train": train or noise_source(30, seed=1), "val": val or noise_source(IMAGES)}
     loaded = LoadedBackbone(
-        nn.Identity(), "xcit_pico_4_p4", "teacher", path.with_suffix(".pth"), weights or path.stem, transform, None
+        backbone=nn.Identity(),
+        arch="xcit_pico_4_p4",
+        network="teacher",
+        path=path.with_suffix(".pth"),
+        hash=weights or path.stem,
+        transform=transform,
+        data=None,
     )
     data = {name: data_card(part, part.fingerprint()) | images_card(part) for name, part in parts.items()}
     cards = [one.to_card() for one in figures]

@@ -21,9 +21,9 @@ from dino_xcit.data import Subset, decode, open_source
 from dino_xcit.errors import InputError
 from dino_xcit.export import Exported, command, crop_share, difference, main, shown_place
 from dino_xcit.models import build_backbone, fused
-from dino_xcit.timm_names import to_timm
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import load_backbone
+from dino_xcit.weights.names import to_timm
 from eval.features import extract
 from eval.knn import knn_predict
 

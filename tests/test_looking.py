@@ -74,7 +74,7 @@ def test_an_xcits_maps_are_those_of_the_same_network_in_timm(block: int) -> None
     from timm.models.xcit import Xcit
 
     from dino_xcit.models.timm_backbone import TimmBackbone
-    from dino_xcit.timm_names import to_timm
+    from dino_xcit.weights.names import to_timm
 
     ours = random_xcit()
     peer = Xcit(patch_size=8, embed_dim=64, depth=4, num_heads=4, eta=1.0, tokens_norm=True, num_classes=0).eval()

@@ -314,7 +314,7 @@ def test_a_head_in_a_safetensors_file_is_the_same_head_and_another_file_of_that_
     with pytest.raises(InputError, match=r"is no linear head of DINO's: .* alone, found backbone\.norm\.weight"):
         read_head(path, 64)
     path.write_bytes(b"1234")
-    with pytest.raises(InputError, match=r"is no \.safetensors file: it has 4 bytes"):
+    with pytest.raises(InputError, match=r"is no \.safetensors file"):
         read_head(path, 64)
 
 

@@ -1,93 +1,159 @@
-"""One network, several spellings: keys of a state dict as other programs write them, to the names used here.
+"""Keys of a state dict as other programs write them, to the names used here: official XCiT, timm's ViT (DINO's are the
+same), torchvision's ResNet.
 
-Only names change, and q, k and v are put together; of values the class token's alone, with DINOv2's registers.
+Each program is a table of regular expressions. A key that no table knows, or whose new name is taken, keeps its name,
+so that the comparison with the architecture names it. D features, N patches, R registers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from dino_xcit.timm_names import from_timm
-from dino_xcit.weights.dinov2_names import from_dinov2
-from dino_xcit.weights.transformers_names import from_transformers
+State = dict[str, Tensor]
 
-_WRAPPERS = (
-    "module.",  # DistributedDataParallel
-    "_orig_mod.",  # torch.compile
-    "model.",  # this project's timm backbones
-    "_feature_blocks.",  # VISSL's trunks
-    "vit.",  # lightly's masked transformers around timm's
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "_feature_blocks.", "vit.")
+"""Prefixes of DistributedDataParallel, torch.compile, this project's timm backbones, VISSL's trunks and lightly's
+masked transformers."""
+
+# Files have the names of transformers before 5 (encoder.layer.0.attention.attention.query), whichever version wrote
+# them; the networks of version 5 in memory have others (layers.0.attention.q_proj). Both are read.
+_TRANSFORMERS = (
+    (r"^(?:\w+\.){1,2}(?=(?:embeddings|layers?|layernorm|pooler)\.)", ""),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.", ""),
+    (r"^layernorm\.", "norm."),
+    (r"^layers?\.(\d{1,4})\.", r"blocks.\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.(q|k|v)_proj\.", r".attn.\1."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 )
-_DEEPEST = 6
-_PARTS_OF_SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-"""torchvision's ResNet as ``nn.Sequential(*list(resnet.children())[:-1])``; 2, 3 and 8 have no weights."""
-_TIMM_POSITION = "pos_embed.token_projection.weight"
+_TRANSFORMERS_TOKEN = re.compile(r"(?:\w+\.){0,2}embeddings\.cls_token")
+# torchvision's ResNet as nn.Sequential(*list(resnet.children())[:-1]); 2, 3 and 8 have no weights.
+_SEQUENTIAL = (
+    (r"^0\.", "conv1."), (r"^1\.", "bn1."),
+    (r"^4\.", "layer1."), (r"^5\.", "layer2."), (r"^6\.", "layer3."), (r"^7\.", "layer4."),
+)  # fmt: skip
+_TIMM_XCIT = ((r"^pos_embed\.", "pos_embeder."),)
+_HEAD = (
+    (r"^layers\.", "mlp."),  # lightly
+    (r"^prototypes0\.", "last_layer."),  # VISSL
+    (r"parametrizations\.weight\.original0$", "weight_g"),  # PyTorch's newer weight_norm
+    (r"parametrizations\.weight\.original1$", "weight_v"),
+)
+_QUERY = re.compile(r"((?:cls_attn_)?blocks\.\d+\.attn\.)q(\.weight|\.bias)")
+_CHUNKED = re.compile(r"blocks\.\d{1,4}\.(\d{1,4})\.(.+)")
 
 
-def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without prefixes that every key has: those of wrappers, a few deep, in any order."""
+def shown(keys: Iterable[object], most: int = 8) -> str:
+    """The first keys of a file in one line, each cut short and without control characters, and how many more."""
+    keys = list(keys)
+    text = ", ".join("".join(c if c.isprintable() else "?" for c in str(key)[:80]) for key in keys[:most])
+    return f"{text} and {len(keys) - most} more" if len(keys) > most else text
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> State:
+    """Without prefixes of wrappers that every key has, in any order."""
     out = dict(state)
-    for _ in range(_DEEPEST):  # a key of a file may be a million wrappers long
+    for _ in range(6):  # a key of a file may be a million wrappers long
         prefix = next((word for word in _WRAPPERS if out and all(key.startswith(word) for key in out)), "")
-        out = {key.removeprefix(prefix): value for key, value in out.items()} if prefix else out
+        out = {key.removeprefix(prefix): value for key, value in out.items()}
     return out
 
 
-def backbone_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's weights under the official names of XCiT, timm's of a ViT (DINO's are the same), torchvision's of a
-    ResNet.
-
-    A key that belongs to none of them keeps its name, so that whoever loads the result can name it.
-    """
-    out = from_dinov2(from_transformers(unwrapped(state)))
-    if "vit.cls_token" in out:  # beside it lightly has a mask_token of its own
-        out = _without_prefix(out, "vit.")
-    if "0.weight" in out and out.keys() >= {"1.running_mean", "4.0.conv1.weight"}:
-        out = {_part_renamed(key): value for key, value in out.items()}
-    return from_timm(out) if _TIMM_POSITION in out else out
-
-
-def _part_renamed(key: str) -> str:
-    number, _, rest = key.partition(".")
-    return f"{_PARTS_OF_SEQUENTIAL.get(number, number)}.{rest}"
+def backbone_names(state: Mapping[str, Tensor]) -> State:
+    """A backbone's weights under the names used here."""
+    out = unwrapped(state)
+    if is_transformers(out):
+        out = _joined(_renamed(out, _TRANSFORMERS))
+    if "vit.cls_token" in out:  # lightly has a mask_token of its own beside the transformer
+        out = _renamed(out, ((r"^vit\.", ""),))
+    if out.keys() >= {"0.weight", "1.running_mean", "4.0.conv1.weight"}:
+        out = _renamed(out, _SEQUENTIAL)
+    if "pos_embed.token_projection.weight" in out:
+        out = _joined(_renamed(out, _TIMM_XCIT))
+    return _registers(_without_chunks(out))
 
 
-def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Keys lose the prefix, but for those whose name is then taken."""
-    return {
-        key.removeprefix(prefix) if key.removeprefix(prefix) not in state else key: value
-        for key, value in state.items()
-    }
+def is_transformers(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the names of a vision transformer of Hugging Face transformers."""
+    return any(_TRANSFORMERS_TOKEN.fullmatch(key) for key in state)
 
 
-def head_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A DINO head's weights under DINO's names, ``mlp.0.weight`` to ``last_layer.weight_v``; empty if it is none.
-
-    lightly says ``layers`` for ``mlp``, VISSL ``prototypes0`` for ``last_layer``, and PyTorch's newer weight_norm
-    ``parametrizations.weight.original0`` and ``1`` for ``weight_g`` and ``weight_v``.
-    """
-    out: dict[str, Tensor] = {}
-    for key, value in unwrapped(state).items():
-        if key.startswith("last_layer2."):  # iBOT's, for patches
-            continue
-        name = re.sub(r"^layers\.", "mlp.", key)
-        name = re.sub(r"^prototypes0\.", "last_layer.", name)
-        name = name.replace("parametrizations.weight.original0", "weight_g")
-        out[name.replace("parametrizations.weight.original1", "weight_v")] = value
+def head_names(state: Mapping[str, Tensor]) -> State:
+    """A DINO head's weights under DINO's names, ``mlp.0.weight`` to ``last_layer.weight_v``; empty if it is none."""
+    kept = {key: value for key, value in unwrapped(state).items() if not key.startswith("last_layer2.")}  # iBOT's
+    out = _renamed(kept, _HEAD)
     return out if out.keys() >= {"mlp.0.weight", "last_layer.weight_v"} else {}
 
 
-def with_batch_counts(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """BatchNorm's counts of batches set to 0 where the whole file has none: PyTorch before 0.4.1 did not write them.
+def to_timm(state: Mapping[str, Tensor]) -> State:
+    """An XCiT's official names to timm's (timm 1.0.31, models/xcit.py), the inverse of :func:`backbone_names`.
 
-    Nothing is computed with them here. Where a file has some, one that is missing is a gap like any other.
+    Args:
+        state: class attention's ``qkv.weight`` is [3 D, D], ``qkv.bias`` [3 D]; timm has ``q``, ``k`` and ``v``.
+
+    Returns:
+        Tensors that share no memory with one another.
     """
-    counts = [key for key in wanted if key.endswith(".num_batches_tracked")]
-    if not counts or any(key.endswith("num_batches_tracked") for key in state):
-        return dict(state)
-    running = [key for key in counts if key.replace("num_batches_tracked", "running_mean") in state]
-    return {**state, **{key: torch.zeros((), dtype=torch.int64) for key in running}}
+    out: State = {}
+    for key, value in state.items():
+        if key.startswith("cls_attn_blocks.") and ".attn.qkv." in key:
+            parts = zip("qkv", value.chunk(3), strict=True)
+            out |= {key.replace(".qkv.", f".{part}."): rows.clone() for part, rows in parts}
+        else:
+            out[re.sub(r"^pos_embeder\.", "pos_embed.", key)] = value
+    return out
+
+
+def _renamed(state: Mapping[str, Tensor], table: tuple[tuple[str, str], ...]) -> State:
+    out: State = {}
+    for key, value in state.items():
+        name = key
+        for pattern, new in table:
+            name = re.sub(pattern, new, name)
+        out[key if name in out or name in state else name] = value
+    return out
+
+
+def _joined(state: State) -> State:
+    """``attn.q``, ``attn.k`` and ``attn.v`` [D, D] as one ``attn.qkv`` [3 D, D], where all are there in one form."""
+    out = dict(state)
+    for found in filter(None, map(_QUERY.fullmatch, state)):
+        whole, *names = (f"{found[1]}{part}{found[2]}" for part in ("qkv", "q", "k", "v"))
+        parts = [state[name] for name in names if name in state]
+        alike = len({(part.shape, part.dtype) for part in parts}) == 1 and parts[0].ndim
+        if len(parts) == 3 and alike and whole not in state:
+            out[whole] = torch.cat([out.pop(name) for name in names])
+    return out
+
+
+def _without_chunks(state: State) -> State:
+    """DINOv2 trains in chunks of blocks, ``blocks.CHUNK.BLOCK.norm1.weight``; BLOCK counts through all chunks."""
+    names = {key: _CHUNKED.sub(r"blocks.\1.\2", key) for key in state if key.startswith("blocks.")}
+    chunked = all(name != key for key, name in names.items()) and len(set(names.values())) == len(names)
+    return {names[key] if chunked and key in names else key: value for key, value in state.items()}
+
+
+def _registers(state: State) -> State:
+    """DINOv2's registers [1, R, D] as timm has them: positions are of the patches alone.
+
+    The class token's position, the first of ``pos_embed`` [1, 1 + N, D], is added to the class token.
+    """
+    registers, token, positions = (state.get(name) for name in ("register_tokens", "cls_token", "pos_embed"))
+    if registers is None or token is None or positions is None or "reg_token" in state:
+        return state
+    if positions.ndim != 3 or token.shape != positions[:, :1].shape:
+        return state
+    out = {key: value for key, value in state.items() if key != "register_tokens"}
+    class_token = token.float() + positions[:, :1].float()
+    return out | {"reg_token": registers, "cls_token": class_token, "pos_embed": positions[:, 1:]}

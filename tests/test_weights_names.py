@@ -1,0 +1,94 @@
+"""Other programs' names and ours: exact inverses, checked against timm's own reading of official files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import foreign_checkpoints as files
+import pytest
+import torch
+from test_weights_layouts import assert_same_output
+from timm.models.xcit import Xcit, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from dino_xcit.models import build_backbone
+from dino_xcit.weights import load_backbone
+from dino_xcit.weights.names import backbone_names, head_names, to_timm
+
+State = dict[str, Tensor]
+
+
+def xcit_state() -> State:
+    """Every number another, so that no two can be exchanged unseen."""
+    counter = 0
+    state = {}
+    for key, value in build_backbone("xcit_pico_4_p4").state_dict().items():
+        state[key] = torch.arange(counter, counter + value.numel()).view_as(value).to(value.dtype)
+        counter += value.numel()
+    return state
+
+
+def same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_to_timm_and_back_is_the_same_and_timms_own_filter_agrees() -> None:
+    there = to_timm(xcit_state())
+    assert not same(there, xcit_state())
+    assert same(backbone_names(there), xcit_state())
+    model = Xcit(embed_dim=64, depth=4, num_heads=4, tokens_norm=True, num_classes=0)
+    assert same(there, checkpoint_filter_fn(xcit_state(), model))
+    assert len({value.untyped_storage().data_ptr() for value in there.values()}) == len(there)  # no memory is shared
+
+
+@torch.no_grad()
+def test_timms_xcit_and_ours_compute_the_same(tmp_path: Path) -> None:
+    theirs = files.timm_xcit(classes=7)
+    read = load_backbone(files.timm_folder(tmp_path, theirs, files.XCIT_CONFIG))
+    assert (read.arch, read.left_aside, read.classifiers) == ("xcit_pico_4_p8", ("head",), ("head",))
+    theirs.reset_classifier(0)
+    assert_same_output(read, theirs)
+
+
+ATTENTION = "cls_attn_blocks.0.attn."
+WHOLE = {f"{ATTENTION}{part}.weight": torch.zeros(4, 4) for part in "qkv"}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {key: value for key, value in WHOLE.items() if ".k." not in key},
+        WHOLE | {f"{ATTENTION}qkv.weight": torch.ones(12, 4)},
+        {"pos_embeder.token_projection.weight": torch.ones(4)},
+        {"blocks_token_only.0.attn.q.weight": torch.zeros(4, 4), "head.weight": torch.zeros(10, 4)},  # CaiT's
+    ],
+)
+def test_what_cannot_be_renamed_stays_for_the_comparison_to_name(state: State) -> None:
+    state = state | {"pos_embed.token_projection.weight": torch.zeros(4)}
+    kept = {key: value for key, value in state.items() if "pos_embed" not in key}
+    found = backbone_names(state)
+    assert same({key: value for key, value in found.items() if "pos_embed" not in key}, kept)
+    assert len(found) == len(state)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda key: f"module.{key}",
+        lambda key: key.replace("mlp.", "layers."),  # lightly
+        lambda key: key.replace("last_layer", "prototypes0"),  # VISSL
+    ],
+)
+def test_a_dino_head_is_known_by_any_of_its_names(written: Callable[[str], str]) -> None:
+    head = files.head(64)
+    assert same(head_names({written(key): value for key, value in head.items()}), head)
+
+
+def test_a_head_of_pytorchs_newer_weight_norm_is_dinos() -> None:
+    newer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 12, bias=False))
+    mlp = {key: value for key, value in files.head(64).items() if key.startswith("mlp.")}
+    read = head_names(mlp | files.prefixed("last_layer.", newer.state_dict()))
+    rows = read["last_layer.weight_g"] * nn.functional.normalize(read["last_layer.weight_v"], dim=1)
+    torch.testing.assert_close(rows, newer.weight)
+    assert head_names(mlp) == {}

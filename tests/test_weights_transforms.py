@@ -1,0 +1,212 @@
+"""Who says how images are prepared: the checkpoint, config.json, preprocessor_config.json; else it is a guess."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import foreign_checkpoints as files
+import pytest
+import torch
+import transformers_files as hf
+from export_fixtures import export
+
+from dino_xcit.cli import parse
+from dino_xcit.errors import InputError
+from dino_xcit.transform import EvalTransform
+from dino_xcit.weights import load_backbone
+from dino_xcit.weights.locate import ASSUMED, EXCEPTION, read_safetensors
+from eval.config import KnnConfig
+from eval.setup import open_backbone
+
+OF_POSITIONS = "ImageNet's way for 64 pixels, as its positions"
+SQUASHED = ", but for its squashing of images to squares: the centre is cut"
+
+
+def checkpoint(folder: Path, **said: object) -> Path:
+    content = {"teacher": files.prefixed("backbone.", files.vit().state_dict())}
+    torch.save(content | {"eval_transform": EvalTransform().to_dict() | said}, folder / "ckpt.pth")
+    return folder / "ckpt.pth"
+
+
+def exported(folder: Path, **said: object) -> Path:
+    metadata = {"eval_transform": json.dumps(EvalTransform().to_dict() | said)}
+    return files.save_safetensors(folder / "e.safetensors", files.vit().state_dict(), metadata)
+
+
+def of_timm(folder: Path, **said: object) -> Path:
+    settings = {"pretrained_cfg": files.XCIT_CONFIG["pretrained_cfg"] | said}
+    return files.timm_folder(folder, files.timm_xcit(), files.XCIT_CONFIG | settings)
+
+
+def of_transformers(folder: Path, **said: object) -> Path:
+    if "std" in said:
+        said["image_std"] = said.pop("std")
+    return hf.folder(folder, hf.weights("vit"), hf.VIT_CONFIG, hf.DINO_PREPROCESSOR | said)
+
+
+@pytest.mark.parametrize("written", [checkpoint, exported, of_timm, of_transformers])
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+def test_a_deviation_by_which_nothing_can_be_divided_is_refused(
+    tmp_path: Path, written: Callable[..., Path], bad: float
+) -> None:
+    with pytest.raises(InputError, match=rf"{tmp_path}.*std is 0\.2, {bad:g}, 0\.2"):
+        load_backbone(written(tmp_path, std=[0.2, bad, 0.2]))
+    load_backbone(written(tmp_path, std=[0.2, 0.3, 0.2]))
+
+
+# ---- guesses
+
+
+@pytest.mark.parametrize(
+    ("state", "guess", "transform"),
+    [
+        (files.vit().state_dict(), OF_POSITIONS, EvalTransform(73, 64)),
+        (files.dinov2_vit()[1], "ImageNet's way, as in DINOv2's evaluations", EvalTransform()),
+        (files.xcit().state_dict(), "ImageNet's way", EvalTransform()),
+    ],
+    ids=["positions", "dinov2", "xcit"],
+)
+def test_an_evaluator_tells_the_guess(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], state: dict[str, Any], guess: str, transform: EvalTransform
+) -> None:
+    torch.save(state, tmp_path / "bare.pth")
+    words = ["--weights", str(tmp_path / "bare.pth"), "--device", "cpu"]
+    read, _ = open_backbone(parse(KnnConfig, words, "run_knn.py"))
+    assert (read.transform, read.transform_from, read.transform_guess) == (transform, "", guess)
+    assert f"this is a guess: {guess} (--eval-resize" in capsys.readouterr().out
+    open_backbone(parse(KnnConfig, [*words, "--eval-crop", "56"], "run_knn.py"))
+    checkpoint(tmp_path, resize=64)
+    read, _ = open_backbone(parse(KnnConfig, [*words[2:], "--weights", str(tmp_path / "ckpt.pth")], "run_knn.py"))
+    assert (read.transform, read.transform_from) == (EvalTransform(resize=64), "the checkpoint's")
+    assert "guess" not in capsys.readouterr().out
+
+
+def test_an_export_does_not_store_a_guess_as_the_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(files.vit().state_dict(), tmp_path / "bare.pth")
+    export(tmp_path / "bare.pth", "safetensors", tmp_path / "out.safetensors")
+    assert f"assumed: {OF_POSITIONS}" in capsys.readouterr().out
+    metadata = read_safetensors(tmp_path / "out.safetensors")[1]
+    assert "eval_transform" not in metadata
+    assert json.loads(metadata[ASSUMED])["crop"] == 64
+    again = load_backbone(tmp_path / "out.safetensors")
+    assert (again.transform, again.transform_guess) == (EvalTransform(73, 64), OF_POSITIONS)
+
+
+def test_an_export_keeps_what_the_transform_cannot_express(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = of_transformers(tmp_path / "hf", size={"height": 64, "width": 64})
+    for number in range(2):  # an export of an export too
+        target = tmp_path / f"{number}.safetensors"
+        export(source, "safetensors", target)
+        assert f"{SQUASHED}\n" in capsys.readouterr().out
+        again = load_backbone(target)
+        assert (again.transform_from, again.transform_exception) == (f"the checkpoint's{SQUASHED}", SQUASHED)
+        source = target
+    said = {"eval_transform": json.dumps(EvalTransform().to_dict()), EXCEPTION: "\x1b[31m\n" + "x" * 9999}
+    path = files.save_safetensors(tmp_path / "a.safetensors", files.vit().state_dict(), said)
+    assert load_backbone(path).transform_from.isprintable()
+    assert len(load_backbone(path).transform_from) < 999
+
+
+# ---- timm's config.json
+
+
+def test_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
+    path = of_timm(tmp_path)
+    read = load_backbone(path)
+    assert (read.transform, read.transform_from) == (files.XCIT_TRANSFORM, "config.json's of model.safetensors")
+    before_0_9 = files.XCIT_CONFIG["pretrained_cfg"] | {"architecture": "xcit_nano_12_p16_224"}
+    assert load_backbone(files.timm_folder(tmp_path, files.timm_xcit(), before_0_9)).transform == files.XCIT_TRANSFORM
+    read = load_backbone(of_timm(tmp_path, crop_mode="squash"))
+    assert read.transform_from.endswith("but for its crop_mode 'squash': the centre is cut")
+    (tmp_path / "config.json").write_text('{"model_type": "another library"}')
+    assert load_backbone(path).transform_from == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"input_size": [3, 64, 32]}, "no square"), ({"input_size": [3, 10**9, 10**9]}, "no square"),
+        ({"input_size": [3, "a", "a"]}, "invalid literal"), ({"crop_pct": 1e-9}, "no square"),
+        ({"crop_pct": float("nan")}, "no square"), ({"interpolation": "random"}, "'random'"),
+        ({"mean": [0.5]}, "three numbers"),
+    ],
+)  # fmt: skip
+def test_settings_of_timm_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=rf"config\.json.*{words}"):
+        load_backbone(of_timm(tmp_path, **change))
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a": "' + "x" * 2**20 + '"}', "[1]"])
+def test_settings_that_are_no_json_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    path = of_transformers(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"/{name} is no JSON"):
+        load_backbone(path)
+
+
+def test_what_a_file_says_of_itself_goes_before_the_config_json_beside_it(tmp_path: Path) -> None:
+    import timm
+
+    other = {"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 99, 99], "mean": [0] * 3, "std": [1] * 3}}
+    network = timm.create_model("test_vit", pretrained=False, num_classes=0)
+    path = files.timm_folder(tmp_path, network, other)
+    with pytest.raises(InputError, match=r"does not fit timm:resnet18 \(named by config\.json"):
+        load_backbone(path)
+    files.save_safetensors(path, network.state_dict(), {"arch": "timm:test_vit"})
+    read = load_backbone(path)
+    assert (read.arch, read.transform.crop) == ("timm:test_vit", 99)  # the metadata do not say how images are prepared
+    said = {"arch": "timm:test_vit", "eval_transform": json.dumps(files.XCIT_TRANSFORM.to_dict())}
+    read = load_backbone(files.save_safetensors(path, network.state_dict(), said))
+    assert (read.transform, read.transform_from) == (files.XCIT_TRANSFORM, "the checkpoint's")
+
+
+# ---- transformers' preprocessor_config.json
+
+
+def prepared(path: Path, **said: object) -> tuple[EvalTransform, str]:
+    read = load_backbone(hf.folder(path, hf.weights("vit"), hf.VIT_CONFIG, hf.DINOV2_PREPROCESSOR | said))
+    assert read.transform_from.startswith(f"preprocessor_config.json's of {path}")
+    return read.transform, read.transform_from.removeprefix(f"preprocessor_config.json's of {path}")
+
+
+def test_preprocessor_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
+    assert prepared(tmp_path) == (EvalTransform(), "")
+    assert prepared(tmp_path, do_rescale=None, do_resize=None) == (EvalTransform(), "")
+    raw, _ = prepared(tmp_path, do_normalize=False)
+    assert (raw.mean, raw.std) == ((0.0,) * 3, (1.0,) * 3)
+    whole, clause = prepared(tmp_path, do_center_crop=False, resample=2)
+    assert (whole, clause) == (EvalTransform(256, 256, "bilinear"), ", and the centre is cut")
+    square = {"size": {"height": 64, "width": 64}, "do_center_crop": None, "crop_size": None}
+    assert prepared(tmp_path, **square) == (EvalTransform(64, 64), SQUASHED)
+    read = load_backbone(of_transformers(tmp_path))
+    assert (read.transform, read.transform_exception) == (EvalTransform(resize=224), SQUASHED)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load_backbone(tmp_path).transform_guess == OF_POSITIONS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": {"height": 224, "width": 256}}, {"size": {}}, {"size": 10**9}, {"size": True, "crop_size": 0},
+        {"size": "224"}, {"resample": 99}, {"resample": None}, {"image_mean": [0.5]}, {"do_resize": False},
+        {"rescale_factor": 1.0}, {"do_rescale": False}, {"do_center_crop": "false"}, {"do_center_crop": None},
+        {"crop_size": None}, {"size": {"shortest_edge": True}}, {"rescale_factor": 0},
+        {"crop_size": {"shortest_edge": -1}}, {"image_std": "x"}, {"resample": [1]},
+    ],
+)  # fmt: skip
+def test_settings_of_transformers_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"evaluation transform .*preprocessor_config\.json") as caught:
+        prepared(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_transformers_beside_weights_of_another_layout_do_not_count(tmp_path: Path) -> None:
+    place = hf.folder(tmp_path, files.xcit().state_dict(), hf.VIT_CONFIG | {"hidden_act": "relu"}, {"size": "none"})
+    read = load_backbone(place)
+    assert (read.arch, read.transform, read.transform_from) == ("xcit_pico_4_p8", EvalTransform(), "")
