@@ -163,6 +163,13 @@ def test_there_may_be_no_labels(tmp_path: Path, labels: tuple[int, ...] | None) 
     assert source.labels is source.classes is source.read(0)[1] is None
 
 
+@pytest.mark.parametrize("labels", [[True, False], [[1], [0]], [-1, -1]])
+def test_why_there_are_no_labels_is_told(tmp_path: Path, labels: list[Any]) -> None:
+    url = write(tmp_path, image=IMAGES[:2], label=labels)
+    with pytest.raises(InputError, match=r"no labels.*no class number or name is read from its column label"):
+        open_parts(None, url, url)
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(hub_table(), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])

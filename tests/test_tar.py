@@ -271,6 +271,24 @@ def test_a_set_in_which_some_labels_are_missing_has_none_and_says_why(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("contents", "why"),
+    [
+        (
+            {"a/1.jpg": b"a", "a/1.json": b'{"label": true}', "b/2.jpg": b"b"},
+            "1 labels in .json members that are neither",
+        ),
+        ({"a/1.jpg": b"a", "a/1.json": b'{"label": [1]}'}, "1 labels in .json members that are neither"),
+        ({"a/1.jpg": b"a", "b/2.jpg": b"b", "stray.jpg": b"c"}, "some images lie beside its folders"),
+    ],
+)
+def test_why_there_are_no_labels_is_told(tmp_path: Path, contents: dict[str, bytes], why: str) -> None:
+    url = written(tmp_path, contents)
+    assert open_source(url).labels is None
+    with pytest.raises(InputError, match=f"no labels.*{why}"):
+        open_parts(None, url, url)
+
+
+@pytest.mark.parametrize(
     ("file", "text"),
     [
         ("classes.txt", "crane\ntench\ncrane\n"),

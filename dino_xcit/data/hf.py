@@ -58,6 +58,12 @@ class HFSource:
 
         self.url, self._image = url, image
         self.labels, self.classes = (None, None) if label is None else _labels(dataset, label, url)
+        self.label_problem = ""
+        """Why there are no labels, where some were expected."""
+        if self.labels is None:
+            columns = [label] if label else [name for name in dataset.features if name.lower() in LABEL_NAMES]
+            kinds = ", ".join(f"{name} ({_type_name(dataset.features[name])})" for name in columns)
+            self.label_problem = f"no class number or name is read from its column {kinds}" if kinds else ""
         if isinstance(dataset.features[image], datasets.Image):
             dataset = dataset.cast_column(image, datasets.Image(decode=False))
         self._dataset = dataset.select_columns(image)

@@ -34,6 +34,7 @@ MAX_IMAGE_BYTES = 1 << 30
 
 _LOCAL_READERS = 8
 _MAX_CLS, _MAX_JSON, _MAX_CLASS_FILE = 200, 1 << 20, 16 << 20
+_ODD_LABELS = "labels in .json members that are neither class numbers nor names"
 _NUMBER = re.compile(rb"-?\d{1,9}")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -159,7 +160,7 @@ def _look_through(path: str) -> _Shard:
                     labels[stored_as] = _label_of_cls(member, file, path)
                     classes.add(stored_as)
                 elif ending.lower() == "json" and stored_as not in classes:
-                    label = _label_of_json(member, file)
+                    label = _label_of_json(member, file, skipped)
                     if label is not None:
                         labels[stored_as] = label
         except OSError as error:
@@ -213,17 +214,18 @@ def _label_of_cls(member: Member, file: BinaryIO, path: str) -> Label:
     )
 
 
-def _label_of_json(member: Member, file: BinaryIO) -> Label:
+def _label_of_json(member: Member, file: BinaryIO, skipped: Counter[str]) -> Label:
     if member.size > _MAX_JSON:
         return None
     file.seek(member.offset)
     value = _parsed(file.read(member.size))
     label = value.get("label") if isinstance(value, dict) else None
     if isinstance(label, str):
-        return label[:200] or None
-    if not isinstance(label, int) or isinstance(label, bool):
-        return None
-    return label if 0 <= label < MAX_CLASSES else None
+        return label[:_MAX_CLS] or None
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MAX_CLASSES:
+        return label
+    skipped[_ODD_LABELS] += label not in (None, -1)
+    return None
 
 
 def _parsed(text: str | bytes) -> Any:
@@ -331,7 +333,8 @@ def _build(shards: list[str], made_of: list[str]) -> Index:
         raise InputError(f"no image in {where}: expected members such as a/001.jpg, with or without a/001.cls")
     skipped = +sum((shard.skipped for shard in ordered), Counter())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
-    numbers, classes, problem = _numbered([label for shard in ordered for label in shard.labels], members, where)
+    labels = [label for shard in ordered for label in shard.labels]
+    numbers, classes, problem = _numbered(labels, members, where, skipped[_ODD_LABELS])
     index = index_of(
         members,
         name=[member.name for member in members],
@@ -348,13 +351,17 @@ def _build(shards: list[str], made_of: list[str]) -> Index:
 
 
 def _numbered(
-    labels: list[Label], members: Sequence[Member], where: str
+    labels: list[Label], members: Sequence[Member], where: str, odd: int
 ) -> tuple[NDArray[np.int64] | None, list[str] | None, str]:
     """Labels as numbers, the classes' names where they have some, and why there are no labels."""
     unlabelled = [member.name for member, label in zip(members, labels, strict=True) if label is None]
     if len(unlabelled) == len(labels):
-        classes_of = _classes_of_folders([member.name.rpartition("/")[0] for member in members])
-        return (*number_classes(classes_of), "") if classes_of else (None, None, "")
+        if odd:
+            return None, None, f"it has {odd:,} {_ODD_LABELS}"
+        folders = [member.name.rpartition("/")[0] for member in members]
+        classes_of = _classes_of_folders(folders)
+        problem = "some images lie beside its folders" if any(folders) else ""
+        return (*number_classes(classes_of), "") if classes_of else (None, None, problem)
     if unlabelled:
         problem = f"{len(unlabelled):,} of {len(labels):,} images have no label, such as {unlabelled[0]}"
         return None, None, problem
