@@ -7,12 +7,9 @@ import hashlib
 import io
 import json
 import os
-import resource
 import signal
-import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -23,7 +20,6 @@ from bad_images import encoded, photograph, sideways, write_corpus
 from dying_child import in_a_child
 from filelock import FileLock
 from PIL import Image
-from ranks import ENVIRONMENT, HERE
 
 from dino_xcit.data import Source, Subset, open_source, workers
 from dino_xcit.data import pack as module
@@ -186,13 +182,6 @@ def test_a_name_as_long_as_a_path_can_be_is_packed_so_that_it_can_be_read(
     assert "a%2Fa%2F" in packed.name(0)
 
 
-def test_a_path_listed_twice_has_two_keys(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(encoded(photograph(1), "JPEG"))
-    (tmp_path / "list.txt").write_text("a.jpg\na.jpg\n")
-    pack(open_source(str(tmp_path / "list.txt")), tmp_path / "out", FIVE, 1)
-    assert [name for name, _, _ in items(tmp_path / "out")] == ["a.jpg", "a.jpg"]
-
-
 def test_names_are_relative_to_the_folder_or_to_the_list() -> None:
     assert relative_name("/data/x", "/data/x/a/b.jpg") == "a/b.jpg"
     assert relative_name("/data/list.txt", "/data/a/b.jpg") == "a/b.jpg"
@@ -276,14 +265,6 @@ def test_pictures_that_lie_on_their_side_are_upright_where_they_are_written_anew
     assert data == (tmp_path / "a.jpg").read_bytes()
 
 
-def test_quality_and_comments(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(encoded(photograph(3), "JPEG", comment=b"secret words"))
-    source = open_source(str(tmp_path))
-    fine, coarse = (pack_image(source, 0, 50, quality).data for quality in (95, 30))
-    assert len(fine) > 1.5 * len(coarse)
-    assert b"secret words" not in fine
-
-
 # ---- interrupted
 
 
@@ -314,65 +295,6 @@ def test_killed_before_any_operation_on_a_file_the_same_command_ends_with_the_sa
         again = [path for path, when in kept.items() if path.stat().st_mtime_ns != when]
         assert len(again) <= 1  # the one that had its name already, but was not listed yet
     assert number > 25
-
-
-def test_killed_in_the_middle_of_a_shard_nothing_has_its_name(tree: Path, tmp_path: Path) -> None:
-    source = open_source(str(tree))
-
-    def act() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        pack(source, tmp_path / "out", FIVE, 1)
-
-    assert in_a_child(act, tmp_path / "log", tmp_path / "out")[0] == -signal.SIGXFSZ
-    assert set(content(tmp_path / "out")) == {".shard-000000.tar.tmp", "classes.json", "pack.json"}
-    pack(source, tmp_path / "out", FIVE, 1)
-    pack(source, tmp_path / "whole", FIVE, 1)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_real_command_killed_with_its_processes_goes_on_and_leaves_none_behind(tmp_path: Path) -> None:
-    source = tmp_path / "in"
-    source.mkdir()
-    for number in range(160):
-        (source / f"{number:03d}.jpg").write_bytes(encoded(photograph(number).resize((600, 450)), "JPEG"))
-    out, options = tmp_path / "out", ["--max-side", "500", "--shard-images", "20", "--workers", "2"]
-    command = [sys.executable, "-m", "dino_xcit.data", "pack", str(source), str(out), *options]
-    environment = os.environ | ENVIRONMENT
-    with subprocess.Popen(
-        command, env=environment, cwd=HERE.parent, stdout=subprocess.DEVNULL, start_new_session=True
-    ) as run:
-        until = time.monotonic() + 60
-        while not (out / "shard-000001.tar").exists() and time.monotonic() < until:
-            time.sleep(0.002)
-        run.kill()
-    assert run.returncode == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.tar")}
-    assert 2 <= len(before) < 8
-    until = time.monotonic() + 20
-    while processes_of_session(run.pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert processes_of_session(run.pid) == []
-    assert main([str(source), str(out), *options]) == 0
-    again = [path for path, when in before.items() if path.stat().st_mtime_ns != when]
-    assert len(again) <= 1
-    assert main([str(source), str(tmp_path / "whole"), *options[:-1], "1"]) == 0
-    assert content(out) == content(tmp_path / "whole")
-
-
-def processes_of_session(session: int) -> list[int]:
-    """Which processes live that were started in this session."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(folder.name))
-    return found
 
 
 @pytest.mark.parametrize("readers", [1, 4])
