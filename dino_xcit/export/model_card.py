@@ -21,7 +21,7 @@ from dino_xcit.weights import NETWORKS, LoadedBackbone
 from dino_xcit.weights.stored_network import Layout
 
 Card = dict[str, Any]
-"""A result file of the evaluators (eval/protocol.py)."""
+"""A result file of the evaluators (eval/results.py)."""
 
 CARD, CURVES = "README.md", "curves.png"
 """What it writes."""
