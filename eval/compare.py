@@ -230,7 +230,8 @@ def differences(first: Entry, other: Entry, pairs: Pairs) -> list[Difference]:
     if then.measure != now.measure:
         return [Difference("measure", f"measure {then.measure} -> {now.measure}", allowable=False)]
     found: dict[str, Difference] = {}
-    closest = min(product(first.figures, other.figures), key=lambda pair: len(_changed(*(x.settings for x in pair))))
+    every = product(first.figures, other.figures)
+    closest = min(every, key=lambda pair: len(_changed(pair[0].settings, pair[1].settings)))
     for mine, own in pairs or [closest]:
         fixed = (mine.settings.keys() | own.settings.keys()) - OVERLOOKED.keys()
         for name, clause in _unlike_settings(first, other, mine, own).items():
@@ -294,7 +295,7 @@ def refuse_unlike(first: Entry, unlike: Sequence[tuple[Entry, Difference]], allo
         raise InputError(f"--allow {word}: no difference has that name{near}; there are {', '.join(sorted(known))}")
     refusals = [
         f"{other.label} cannot be compared with {first.label}: {one.clause}"
-        + f" (--allow {one.name} compares them all the same)" * one.allowable
+        + (f" (--allow {one.name} compares them all the same)" if one.allowable else "")
         for other, one in unlike
         if not (one.allowable and one.name in allow)
     ]
@@ -319,7 +320,7 @@ def left_out(first: Entry, other: Entry, pairs: Pairs) -> list[str]:
     lines = []
     for entry in (first, other):
         if alone := [one.name for one in entry.figures if one.name not in both]:
-            lines.append(f"warning: only {entry.label} has {', '.join(alone[:6])}{' ...' * (len(alone) > 6)}")
+            lines.append(f"warning: only {entry.label} has {', '.join(alone)}")
     if libraries := _changed(first.result.versions, other.result.versions):
         lines.append(f"warning: {other.label} was measured with other libraries: {', '.join(libraries.values())}")
     return lines
@@ -333,8 +334,8 @@ def compare(first: Entry, others: Sequence[tuple[Entry, Pairs]]) -> list[Compari
     rows = []
     for figure in first.figures:
         partners = [(other, own) for other, pairs in others for mine, own in pairs if mine is figure]
-        rows += [_row(first, figure)] * bool(partners)
-        rows += [_against(first, figure, other, own) for other, own in partners]
+        if partners:
+            rows += [_row(first, figure), *(_against(first, figure, other, own) for other, own in partners)]
     corrected = iter(stats.holm([row.p for row in rows if row.p is not None]))
     return [row if row.p is None else replace(row, p_holm=next(corrected)) for row in rows]
 

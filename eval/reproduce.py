@@ -82,6 +82,7 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     if head:
         measured["linear"] = (asked.features @ head[0].T + head[1]).argmax(axis=1)[:, None]
     verdicts: list[dict[str, Any]] = []
+    # Published figures are in the same order: k-NN, linear.
     for (measure, labels), figure in zip(measured.items(), PUBLISHED[loaded.arch].values(), strict=False):
         hits = correct(labels, asked.labels, 1)
         top1, interval = 100.0 * float(hits.mean()), wilson_interval(hits)

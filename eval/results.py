@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 import dino_xcit
 from dino_xcit.data import Source
 from dino_xcit.errors import InputError, one_line
-from dino_xcit.runtime import atomic, distributed
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime.atomic import write as atomic_write
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 
@@ -304,7 +305,7 @@ def write_json(path: Path, content: object) -> None:
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, lambda file: file.write(text.encode()))
+        atomic_write(path, lambda file: file.write(text.encode()))
     except OSError as error:  # a full or read-only disk, or a name that is too long
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 

@@ -183,7 +183,7 @@ def _open_real(file: str, wnids: Sequence[str], classes: Sequence[str], val: Sou
 def measure(
     variant: Variant, features: Rows, weight: torch.Tensor, bias: torch.Tensor, device: torch.device
 ) -> dict[str, Any]:
-    """Top-1 and top-5 of a classifier, in percent, with 95% bootstrap intervals over the images.
+    """Top-1 and top-5 of a classifier, in percent, with 95% intervals over the images.
 
     Args:
         features: of the variant's images, all of them.
