@@ -48,7 +48,7 @@ from eval.collection.made_with import check_width, open_backbone_of
 from eval.collection.store import Collection, add_to_collection, open_collection, write_collection
 from eval.collection.whitening import Whitening
 from eval.features import find_kept, unreadable_card, width_of
-from eval.protocol import data_card, now, versions, weights_card, write_json
+from eval.results import data_card, now, versions, weights_card, write_json
 from eval.retrieval_config import ExtractConfig
 from eval.setup import beside_weights, demand_writable, open_backbone
 

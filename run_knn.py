@@ -27,10 +27,8 @@ from dino_xcit.data import Source
 from dino_xcit.data.workers import usable_cores
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from eval.accuracy import bootstrap_interval, correct
 from eval.config import KnnConfig
 from eval.features import Features
-from eval.figures import few_shot_figure, figure
 from eval.knn.approximate import approximate_index, refuse_few
 from eval.knn.card import Found, Record, knn_card
 from eval.knn.classify import Predictions, clamp_ks, knn_predict
@@ -40,8 +38,9 @@ from eval.knn.few_shot import few_shot
 from eval.knn.models import features_of_models
 from eval.knn.readable import measured
 from eval.knn.report import few_shot_table, results_table, short_classes_notices
-from eval.protocol import Card, write_json
+from eval.results import Card, few_shot_figure, figure, write_json
 from eval.setup import labelled_parts, open_backbone
+from eval.stats import correct, wilson_interval
 
 
 def main() -> None:
@@ -121,7 +120,7 @@ def _sweep(model: str, parts: tuple[Features, Features], config: KnnConfig, ks: 
             for top, meant in ((1, True), (5, five and k >= 5)):
                 hits = correct(predictions[k, temperature], val.labels, top)
                 record[f"top{top}"] = 100.0 * float(hits.mean()) if meant else None
-                record[f"top{top}_interval"] = bootstrap_interval(hits) if meant else None
+                record[f"top{top}_interval"] = wilson_interval(hits) if meant else None
                 if top == 1:
                     name, baseline = f"{model} k={k} T={temperature:g} top-1", model != "trained"
                     found.figures.append(figure(name, {"model": model, "k": k, "T": temperature}, hits, baseline))

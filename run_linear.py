@@ -24,7 +24,6 @@ from dino_xcit.cli import parse
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.config import LinearConfig
-from eval.figures import figure
 from eval.linear.card import probe_card
 from eval.linear.fixed_features import FixedFeatures
 from eval.linear.identity import identity_of_logreg
@@ -34,7 +33,7 @@ from eval.linear.probe_file import FILE_NAME, LOGREG_NAME
 from eval.linear.report import Classifier, Record, recommended, results_table, variants_table
 from eval.linear.setup import Probe, open_probe, say_what_is_measured, stored_probe
 from eval.linear.sgd import train_heads
-from eval.protocol import data_card, write_json
+from eval.results import data_card, figure, write_json
 
 
 def main() -> None:

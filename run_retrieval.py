@@ -31,8 +31,7 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from eval.collection.made_with import open_backbone_of, with_weights_of
 from eval.collection.store import open_collection
-from eval.figures import Figure, query_figure
-from eval.protocol import FORMAT, Card, images_card, now, result_card, versions, write_json
+from eval.results import FORMAT, Card, Figure, images_card, now, query_figure, result_card, versions, write_json
 from eval.retrieval.average_precision import mean_interval, percent_of
 from eval.retrieval.copydays import DEPTH, ORIGINAL, STRONG, average_precisions, open_blocks
 from eval.retrieval.instance_recall import leave_one_out

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.compare.significance import paired_interval
-from eval.figures import unpack
+from eval.results import unpack
+from eval.stats import paired_interval
 from eval.table import table
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -217,13 +217,12 @@ class CompareConfig:
     """Result files (--json of run_knn.py, run_linear.py, run_retrieval.py) and published:NAME; the others are held
     against the first. --files may be left out before them."""
     allow: tuple[str, ...] = ()
-    """Differences to let pass, by the names that a refusal gives them: transform, train, val, names, order, k, T,
-    classifier ..."""
+    """Differences to let pass, by the names that a refusal gives them: transform, train, val, k, T, classifier ..."""
     figure: tuple[str, ...] = ()
     """Compare only the figures with these words in their names, such as k=20, or "grid last"; or one for each file,
     such as grid logreg."""
-    table: Literal["text", "markdown", "latex"] = "text"
-    """How the table is printed: for the screen, for GitHub, or as a LaTeX tabular (package booktabs)."""
+    table: Literal["text", "markdown"] = "text"
+    """How the table is printed: for the screen, or for GitHub."""
     json: FilePath = ""
     """Write the comparison to this file."""
 

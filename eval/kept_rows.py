@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.runtime import atomic
-from eval.protocol import write_json
+from eval.results import write_json
 
 Chunk = tuple[NDArray[np.float32], NDArray[np.bool_]]
 """Rows [some, D], and whether each image could be read, [some]."""

@@ -131,7 +131,7 @@ def demand_writable(files: Mapping[str, str]) -> None:
 
 
 def _why_not_replaceable(file: Path) -> str | None:
-    """None where a file can be written beside ``file`` and take its place, as :func:`eval.protocol.write_json` does."""
+    """None where a file can be written beside ``file`` and take its place, as :func:`eval.results.write_json` does."""
     try:
         if file.is_dir():
             return "it is a folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 Interval = tuple[float, float]
@@ -19,6 +20,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The same as GitHub's Markdown."""
+    rules = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rules, *([*map(escaped, row)] for row in rows)))
+
+
+def escaped(text: str) -> str:
+    """As it is, in Markdown."""
+    return re.sub(r"([\\`*_<>|])", r"\\\1", text)
 
 
 def percent(value: float | None, interval: Interval | None = None) -> str:

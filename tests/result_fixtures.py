@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,8 @@ from dino_xcit.data import Source
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
-from eval.compare.__main__ import main
-from eval.figures import Figure, figure
-from eval.protocol import KNN_PROTOCOL, data_card, images_card, result_card, write_json
+from eval.compare import main
+from eval.results import KNN_PROTOCOL, Figure, data_card, figure, images_card, result_card, write_json
 
 IMAGES = 400
 KNN: dict[str, object] = {"name": KNN_PROTOCOL, "ks": [20], "temperatures": [0.07]}
@@ -41,7 +39,7 @@ def write_result(
     path: Path,
     *figures: Figure,
     measure: str = "knn",
-    protocol: Mapping[str, object] | None = None,
+    protocol: Mapping[str, object] = KNN,
     weights: str = "",
     transform: EvalTransform = SMALL,
     train: Source | None = None,
@@ -60,14 +58,19 @@ def write_result(
     )
     data = {name: data_card(part, part.fingerprint()) | images_card(part) for name, part in parts.items()}
     cards = [one.to_card() for one in figures]
-    cpu = torch.device("cpu")
-    card = result_card(measure, protocol or KNN, [], loaded, data, transform, cpu, 1.0, cards)
-    write_json(path, card)
+    write_json(path, result_card(measure, protocol, [], loaded, data, transform, torch.device("cpu"), 1.0, cards))
     return path
 
 
-def larger(transform: EvalTransform) -> EvalTransform:
-    return dataclasses.replace(transform, resize=32, crop=28)
+def change(path: Path, value: object, *keys: Any) -> Path:
+    """Put a value into a result file."""
+    card = json.loads(path.read_text())
+    place = card
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(card))
+    return path
 
 
 def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, list[dict[str, Any]]]:
@@ -77,8 +80,8 @@ def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object)
     return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["comparisons"]
 
 
-def refusal(*words: object) -> str:
+def refusal(*words: object) -> list[str]:
     """The sentences with which python -m eval.compare refuses."""
     with pytest.raises(InputError) as error:
         main([str(word) for word in words])
-    return str(error.value)
+    return str(error.value).split("\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -11,30 +12,31 @@ from typing import Any
 import numpy as np
 import pytest
 import result_fixtures
-from eval_fixtures import SMALL, image_tree, noise_source, tiny_checkpoint
-from result_fixtures import IMAGES, KNN, hits, knn_figure, larger, write_result
+from eval_fixtures import image_tree, noise_source, tiny_checkpoint
+from PIL import Image
+from result_fixtures import IMAGES, KNN, change, hits, knn_figure, refusal, write_result
 
 import run_knn
 import run_linear
+import run_retrieval
 from dino_xcit.data import Subset
-from eval.compare.__main__ import command
-from eval.compare.result_file import read_result
-from eval.compare.significance import mcnemar
-from eval.figures import Figure, figure
-from eval.protocol import KNN_PROTOCOL
+from dino_xcit.transform import EvalTransform
+from eval.compare import CLASSES, TRAIN, VAL, command
+from eval.results import Figure, few_shot_figure, figure, query_figure, read_result
+from eval.stats import mcnemar
 
-Compared = Callable[..., str]
+Compared = Callable[..., tuple[str, list[dict[str, Any]]]]
+LARGER = EvalTransform(resize=32, crop=28, interpolation="bilinear")
 
 
 @pytest.fixture
 def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compared:
-    """What the command prints; its comparisons are in ``out.json``."""
-    return lambda *words: result_fixtures.compared(tmp_path, capsys, *words)[0]
+    return functools.partial(result_fixtures.compared, tmp_path, capsys)
 
 
-def refusal(*words: object) -> list[str]:
-    """The sentences that the command refuses with."""
-    return result_fixtures.refusal(*words).split("\n")
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
 
 
 def flipped(found: np.ndarray, lost: int, won: int) -> np.ndarray:
@@ -45,15 +47,12 @@ def flipped(found: np.ndarray, lost: int, won: int) -> np.ndarray:
     return out
 
 
-# ---- the figures
+# ---- images
 
 
-def test_two_results_are_compared_image_by_image(tmp_path: Path, compared: Compared) -> None:
-    base = hits(300)
-    a = write_result(tmp_path / "a.json", knn_figure(20, base))
-    b = write_result(tmp_path / "b.json", knn_figure(20, flipped(base, lost=5, won=21)))
-    text = compared(a, b)
-    first, second = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+def test_two_results_are_compared_image_by_image(tmp_path: Path, base: Path, compared: Compared) -> None:
+    other = write_result(tmp_path / "b.json", knn_figure(20, flipped(hits(300), lost=5, won=21)))
+    text, (first, second) = compared(base, other)
     assert (first["percent"], first["difference"]) == (75.0, None)
     assert (second["percent"], second["difference"]) == (79.0, 4.0)
     assert (second["only_first"], second["only_this"]) == (5, 21)
@@ -61,254 +60,405 @@ def test_two_results_are_compared_image_by_image(tmp_path: Path, compared: Compa
     low, high = second["difference_interval"]
     assert 1.4 < low < 4 < high < 6.6, "4 +- 1.96 * sqrt(26 - 16**2 / 400) / 4"
     row = next(line for line in text.splitlines() if "b.json" in line and "+4.0" in line)
-    assert row.split()[-3:] == ["5", "21", "0.0025"]
+    assert row.split()[-4:] == ["5", "21", "0.0025", "0.0025"]
     assert "McNemar" in text
-    assert "Holm" not in text, "a single test needs no correction"
 
 
 def test_several_results_are_each_held_against_the_first_and_corrected_for_being_several(
     tmp_path: Path, compared: Compared
 ) -> None:
-    base = hits(300)
-    a = write_result(tmp_path / "a.json", knn_figure(20, base), knn_figure(10, base))
-    changes = {"b": (5, 21), "c": (10, 11)}
+    a = write_result(tmp_path / "a.json", *(knn_figure(k, hits(300)) for k in (20, 10)))
     others = [
-        write_result(tmp_path / f"{name}.json", *(knn_figure(k, flipped(base, *change)) for k in (20, 10)))
-        for name, change in changes.items()
+        write_result(tmp_path / f"{name}.json", *(knn_figure(k, flipped(hits(300), *change)) for k in (20, 10)))
+        for name, change in {"b": (5, 21), "c": (10, 11)}.items()
     ]
-    text = compared(a, *others)
-    found = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    text, found = compared(a, *others)
     assert [(Path(row["file"]).stem, row["figure"].split()[1]) for row in found] == [
         (name, k) for k in ("k=20", "k=10") for name in ("a", "b", "c")
     ]
-    assert [row["p_holm"] for row in found if row["p"] is not None] == pytest.approx(
-        [4 * mcnemar(5, 21), 1.0, 4 * mcnemar(5, 21), 1.0]
-    )
-    assert "corrected for the 4 tests of this table" in text
-    assert "corrected for the 2 tests" in compared(a, *others, "--figure", "k=10")
+    corrected = [row["p_holm"] for row in found if row["p"] is not None]
+    assert corrected == pytest.approx([4 * mcnemar(5, 21), 1.0, 4 * mcnemar(5, 21), 1.0])
+    assert "corrected for the 4 tests" in text
+    assert "corrected for the 2 tests" in compared(a, *others, "--figure", "k=10")[0]
 
 
-def test_figures_that_only_one_result_has_are_named_and_left_out(tmp_path: Path, compared: Compared) -> None:
-    a = write_result(tmp_path / "a.json", *(knn_figure(k, hits(300)) for k in (10, 20)))
-    b = write_result(tmp_path / "b.json", *(knn_figure(k, hits(310)) for k in (20, 100)))
-    text = compared(a, b)
-    assert f"warning: only {a} has trained k=10 T=0.07 top-1" in text
-    assert f"warning: only {b} has trained k=100 T=0.07 top-1" in text
-    assert text.count("+2.5") == 1
-
-
-def test_figures_are_chosen_by_whole_words(tmp_path: Path, compared: Compared) -> None:
-    a, b = (write_result(tmp_path / f"{n}.json", *(knn_figure(k, hits(300)) for k in (20, 200))) for n in "ab")
-    text = compared(a, b, "--figure", "top-1 k=20")
-    assert "k=20 " in text
-    assert "k=200" not in text
-
-
-def test_figures_of_baselines_do_not_depend_on_the_weights_and_are_compared_on_request(
+def test_figures_are_chosen_by_name_or_whole_words_and_baselines_only_by_name(
     tmp_path: Path, compared: Compared
 ) -> None:
-    a, b = (
-        write_result(tmp_path / f"{name}.json", knn_figure(20, hits(300)), knn_figure(20, hits(320), model="pixels"))
-        for name in "ab"
-    )
-    assert "pixels" not in compared(a, b)
-    assert "pixels k=20" in compared(a, b, "--figure", "pixels")
+    figures = (*(knn_figure(k, hits(300)) for k in (20, 200)), knn_figure(20, hits(310), model="pixels"), few([50, 51]))
+    a, b = (write_result(tmp_path / f"{name}.json", *figures) for name in "ab")
+    cases = {"": 3, "top-1 k=20": 2, "trained k=20 T=0.07 top-1": 1, "k=200": 1, "pixels k=20": 1}
+    for words, count in cases.items():
+        assert len(compared(a, b, "--figure", words)[1]) == 2 * count, words
 
 
-def test_the_same_weights_twice_are_told(tmp_path: Path, compared: Compared) -> None:
-    a, b = (write_result(tmp_path / f"{name}.json", knn_figure(20, hits(300)), weights="f00") for name in "ab")
-    assert f"warning: {b} measured the same weights as {a} (f00)" in compared(a, b)
-    c = write_result(tmp_path / "c.json", knn_figure(20, hits(300)), weights="ba4")
-    assert "same weights" not in compared(a, c)
+def test_what_to_know_beside_the_figures_is_said(tmp_path: Path, compared: Compared) -> None:
+    a = write_result(tmp_path / "a.json", *(knn_figure(k, hits(300)) for k in (10, 20)), weights="f00")
+    b = write_result(tmp_path / "b.json", *(knn_figure(k, hits(310)) for k in (20, 100)), weights="f00")
+    text, rows = compared(a, change(b, "1.7", "versions", "torch"))
+    assert f"warning: only {a} has trained k=10 T=0.07 top-1" in text
+    assert f"warning: only {b} has trained k=100 T=0.07 top-1" in text
+    assert f"warning: {b} measured the same weights as {a} (f00)" in text
+    assert "other libraries: torch 2" in text
+    assert [row["difference"] for row in rows] == [None, 2.5]
 
 
-def test_other_libraries_are_told(tmp_path: Path, compared: Compared) -> None:
-    a, b = (write_result(tmp_path / f"{name}.json", knn_figure(20, hits(300))) for name in "ab")
-    card = json.loads(b.read_text())
-    card["versions"]["torch"] = "1.7"
-    b.write_text(json.dumps(card))
-    assert "was measured with other libraries: torch 2" in compared(a, b)
-
-
-def test_a_figure_without_hits_has_neither_interval_nor_significance(tmp_path: Path, compared: Compared) -> None:
+def test_a_figure_without_hits_has_neither_interval_nor_p(tmp_path: Path, base: Path, compared: Compared) -> None:
     bare = Figure("trained k=20 T=0.07 top-1", knn_figure(20, hits(300)).settings, 80.0, None)
-    a, b = write_result(tmp_path / "a.json", knn_figure(20, hits(300))), write_result(tmp_path / "b.json", bare)
-    text = compared(a, b)
-    assert next(line for line in text.splitlines() if "+5.0" in line).split()[-4:] == ["+5.0", "-", "-", "-"]
-    assert "without its hits image by image" in text
+    text, (_, row) = compared(base, write_result(tmp_path / "b.json", bare))
+    assert (row["difference"], row["interval"], row["difference_interval"], row["p"]) == (5.0, None, None, None)
+    assert "no p: " in text
+
+
+def test_markdown_has_a_rule_below_its_header_and_no_cell_breaks_it(tmp_path: Path, compared: Compared) -> None:
+    figures = [figure("k_1 a|b", {"k": 1}, hits(right)) for right in (300, 0)]
+    a, b = (write_result(tmp_path / f"{name}.json", one) for name, one in zip("ab", figures, strict=True))
+    lines = compared(a, b, "--table", "markdown")[0].splitlines()
+    header = next(place for place, line in enumerate(lines) if line.startswith("| figure | file | % [95%] |"))
+    assert lines[header - 1] == ""
+    assert lines[header + 1].startswith("| --- | --- | ---: |")
+    assert lines[header + 2].startswith(r"| k\_1 a\|b |")
+    assert r"\< 0.0001 |" in lines[header + 3]
+    assert lines[header + 5].startswith("- interval")
 
 
 # ---- what is unlike
 
-
 UNLIKE = {
-    "transform": ({"transform": larger(SMALL)}, "transform: crop 8 -> 28, resize 8 -> 32"),
-    "protocol": ({"protocol": KNN | {"name": "approximate"}}, f"protocol {KNN_PROTOCOL} -> approximate"),
-    "search": (
-        {"protocol": KNN | {"search": {"approximate": "ivf", "probes": 16}}},
-        "search not set -> approximate ivf, probes 16",
-    ),
-    "feature": ({"protocol": KNN | {"feature": "mean"}}, "feature not set -> mean"),
-    "train": ({"train": noise_source(31, seed=1)}, "other training images: 30 of 3 classes -> 31 of 3 classes"),
-    "val": (
-        {"val": Subset(noise_source(IMAGES + 1), np.arange(1, IMAGES + 1))},
-        "other validation images (other names or labels)",
-    ),
-    "order": (
-        {"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())},
-        "the same validation images in another order",
-    ),
+    "transform": ({"transform": LARGER}, "transform: crop 8 -> 28, resize 8 -> 32"),
+    "protocol": ({"protocol": KNN | {"name": "approximate"}}, "-> approximate"),
+    "search": ({"protocol": KNN | {"search": {"probes": 16}}}, "search not set -> "),
+    "train": ({"train": noise_source(31, seed=1)}, "30 of 3 classes -> 31 of 3 classes"),
+    "val": ({"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())}, "other val images: as many, but"),
 }
 
 
 @pytest.mark.parametrize("name", UNLIKE)
 def test_unlike_results_are_refused_by_name_and_compared_when_that_name_is_allowed(
-    tmp_path: Path, compared: Compared, name: str
+    tmp_path: Path, base: Path, compared: Compared, name: str
 ) -> None:
     changed, clause = UNLIKE[name]
-    a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
     b = write_result(tmp_path / "b.json", knn_figure(20, hits(320)), **changed)  # type: ignore[arg-type]
-    way = f" (--allow {name} compares them all the same)"
-    assert refusal(a, b) == [f"{b} cannot be compared with {a}: {clause}{way}"]
-    text = compared(a, b, "--allow", name)
-    assert text.splitlines()[0] == f"allowed, and unlike {a}: {b}: {clause}"
-    row = next(line for line in text.splitlines() if "+5.0" in line)
-    if name in ("val", "order"):
-        assert row.split()[-3:] == ["-", "-", "-"], "image 5 of the one is not image 5 of the other"
-        assert "the images are not paired" in text
-    else:
-        assert row.split()[-2] != "-"
+    (sentence,) = refusal(base, b)
+    assert sentence.startswith(f"{b} cannot be compared with {base}: ")
+    assert clause in sentence
+    assert f"(--allow {name} " in sentence
+    text, (_, row) = compared(base, b, "--allow", name)
+    assert text.startswith(f"allowed, and unlike {base}: {b}: ")
+    assert row["difference"] == 5.0
+    assert (row["p"] is None) == (name == "val"), "image 5 of the one is not image 5 of the other"
 
 
-def test_images_saved_anew_under_their_names_are_refused_too(tmp_path: Path) -> None:
-    other = noise_source(IMAGES)
-    other.images = other.images // 2
-    a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
-    b = write_result(tmp_path / "b.json", knn_figure(20, hits(300)), val=other)
-    assert "validation images of the same names, but other contents" in refusal(a, b)[0]
+def test_images_of_other_contents_labels_or_names_are_refused_and_of_unknown_names_compared(
+    tmp_path: Path, base: Path, compared: Compared
+) -> None:
+    for what in ("contents", "labels", "names"):
+        b = change(write_result(tmp_path / "b.json", knn_figure(20, hits(320))), "0", "data", "val", what)
+        assert f"but other {what}, or another order (--allow val" in refusal(base, b)[0]
+    _, (_, row) = compared(base, b, "--allow", "val")
+    assert row["p"] is not None, "renamed images are the same"
+    assert compared(base, change(b, "", "data", "val", "names"))[1][1]["p"] is not None
 
 
-def test_the_same_images_under_other_names_are_compared_in_pairs(tmp_path: Path, compared: Compared) -> None:
-    class Renamed(Subset):
-        def name(self, index: int) -> str:
-            return f"shard.tar/{index}_{super().name(index).replace('/', '%2F')}"
-
-    packed = Renamed(noise_source(IMAGES), np.arange(IMAGES))
-    a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
-    b = write_result(tmp_path / "b.json", knn_figure(20, hits(320)), val=packed)
-    assert "McNemar" in compared(a, b)
-
-
-def test_every_difference_of_every_file_has_a_sentence_of_its_own(tmp_path: Path) -> None:
-    a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
-    b = write_result(
-        tmp_path / "b.json", knn_figure(20, hits(300)), transform=larger(SMALL), train=noise_source(31, seed=1)
-    )
+def test_every_difference_of_every_file_has_a_sentence_of_its_own(tmp_path: Path, base: Path) -> None:
+    train = noise_source(31, seed=1)
+    b = write_result(tmp_path / "b.json", knn_figure(20, hits(300)), transform=LARGER, train=train)
     c = write_result(tmp_path / "c.json", figure("paper", {"classifier": "paper"}, hits(300)), measure="linear")
-    sentences = refusal(a, b, c)
+    sentences = refusal(base, b, c)
     assert [sentence.split(" cannot")[0] for sentence in sentences] == [str(b), str(b), str(c)]
     assert sentences[2].endswith("measure knn -> linear"), "which nothing allows"
-    assert len(refusal(a, b, "--allow", "train")) == 1
+    assert len(refusal(base, b, "--allow", "train")) == 1
 
 
-def test_another_k_or_temperature_is_refused_and_compared_when_allowed(tmp_path: Path, compared: Compared) -> None:
-    a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
-    b = write_result(tmp_path / "b.json", knn_figure(10, hits(320), 0.1))
-    assert [sentence.split(": ")[-1] for sentence in refusal(a, b)] == [
-        "T 0.07 -> 0.1 (--allow T compares them all the same)",
-        "k 20 -> 10 (--allow k compares them all the same)",
-    ]
-    assert len(refusal(a, b, "--allow", "k")) == 1, "T still differs"
-    text = compared(a, b, "--allow", "k", "T")
-    assert "trained k=10 T=0.1" in text
-    assert "+5.0" in text
+def test_another_k_or_temperature_is_refused_and_compared_when_allowed(
+    tmp_path: Path, base: Path, compared: Compared
+) -> None:
+    b = write_result(tmp_path / "b.json", knn_figure(10, hits(320), 0.1), knn_figure(5, hits(320), 0.1))
+    refused = refusal(base, b)
+    assert "T 0.07 -> 0.1 (--allow T" in refused[0]
+    assert "k 20 -> 10 (--allow k" in refused[1]
+    assert len(refusal(base, b, "--allow", "k")) == 1, "T still differs"
+    _, rows = compared(base, b, "--allow", "k", "T")
+    assert [row["figure"].split()[1] for row in rows] == ["k=20", "k=10", "k=5"]
 
 
-def test_another_k_is_not_guessed_among_several(tmp_path: Path) -> None:
-    a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
-    b = write_result(tmp_path / "b.json", knn_figure(10, hits(320)), knn_figure(5, hits(320)))
-    assert "has several figures that differ in k: measure it with one" in refusal(a, b, "--allow", "k")[0]
-
-
-# ---- mistakes in the command
-
-
-def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
-    a, b = (write_result(tmp_path / f"{name}.json", knn_figure(20, hits(300))) for name in "ab")
-    cases: list[tuple[tuple[object, ...], str]] = [
-        ((), "files is empty"),
-        ((a,), "expected at least 2 values"),
-        ((a, a), "is given more than once"),
-        ((a, b, "--allow", "tranform"), "--allow tranform: no difference has that name; did you mean transform or"),
-        ((a, b, "--alow", "k"), "did you mean --allow"),
-        ((a, b, "--figure", "k=7"), "has no figure with 'k=7' in its name, only: trained k=20 T=0.07 top-1"),
-        ((a, tmp_path / "c.json"), "c.json cannot be read: No such file or directory"),
-    ]
-    for words, sentence in cases:
-        sentences = refusal(*words)
-        assert len(sentences) == 1
-        assert sentence in sentences[0]
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "expected at least 2 values"),
+        (("a.json",), "given more than once"),
+        (("b.json", "--allow", "tranform"), "did you mean transform"),
+        (("b.json", "--alow", "k"), "did you mean --allow"),
+        (("b.json", "--table", "latex"), "table"),
+        (("b.json", "--figure", "k=7"), "no figure with 'k=7'"),
+        (("c.json",), "cannot be read"),
+    ],
+)
+def test_mistakes_in_the_command_are_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], sentence: str
+) -> None:
+    monkeypatch.chdir(base.parent)
+    write_result(Path("b.json"), knn_figure(20, hits(300)))
+    assert sentence in refusal("a.json", *words)[0]
 
 
 def test_a_refusal_ends_with_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a = write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
-    b = write_result(tmp_path / "b.json", knn_figure(20, hits(300)), transform=larger(SMALL))
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(a), str(b)])
+    b = write_result(tmp_path / "b.json", knn_figure(20, hits(300)), transform=LARGER)
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(base), str(b)])
     with pytest.raises(SystemExit) as end:
         command()
-    assert end.value.code == 2
     captured = capsys.readouterr()
-    assert captured.out == "", "no table of what cannot be compared"
-    assert captured.err.startswith(f"error: {b} cannot be compared with {a}: transform: crop 8 -> 28")
+    assert (end.value.code, captured.out) == (2, ""), "no table of what cannot be compared"
+    assert captured.err.startswith(f"error: {b} cannot be compared")
 
 
-# ---- what the evaluators write
+# ---- few shots
 
 
-def test_what_both_evaluators_write_is_compared(
+def few(top1: list[float], drawn: str = "d", seed: int = 0, takes_all: bool = False) -> Figure:
+    record = {"shots": 5, "k": 20, "temperature": 0.07, "top1_draws": top1, "drawn": drawn, "takes_all": takes_all}
+    return few_shot_figure("trained", record, len(top1), seed)
+
+
+def test_few_shots_are_compared_draw_by_draw(tmp_path: Path, compared: Compared) -> None:
+    a = write_result(tmp_path / "a.json", few([50.0, 54.0, 46.0]))
+    text, (first, second) = compared(a, write_result(tmp_path / "b.json", few([52.0, 55.0, 49.0])))
+    assert (first["percent"], second["difference"], second["only_first"]) == (50.0, 2.0, None)
+    assert second["difference_interval"] == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert second["p"] == pytest.approx(0.0741799, abs=1e-6)
+    assert "Student's t" in text
+    assert "McNemar" not in text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        few([52.0, 55.0, 49.0], drawn="other rows"),
+        few([51.0, 55.0, 47.0]),  # equal differences do not show how far others would be
+        few([40.0, 40.0, 40.0], drawn="other rows"),
+    ],
+)
+def test_draws_that_tell_nothing_of_others_have_no_p(tmp_path: Path, compared: Compared, other: Figure) -> None:
+    a = write_result(tmp_path / "a.json", few([50.0, 54.0, 46.0]))
+    text, (_, row) = compared(a, write_result(tmp_path / "b.json", other))
+    assert (row["difference_interval"], row["p"], row["p_holm"]) == (None, None, None)
+    assert (row["interval"] is None) == (other.percent == 40)
+    assert "no p: " in text
+
+
+def test_draws_of_training_images_in_another_order_or_of_another_seed_are_others(tmp_path: Path) -> None:
+    a = write_result(tmp_path / "a.json", few([50.0, 54.0]))
+    turned = Subset(noise_source(30, seed=1), np.arange(30)[::-1].copy())
+    assert "other train images" in refusal(a, write_result(tmp_path / "b.json", few([50.0, 55.0]), train=turned))[0]
+    (sentence,) = refusal(a, write_result(tmp_path / "c.json", few([50.0, 54.0], seed=1)))
+    assert sentence.endswith("seed 0 -> 1"), "which nothing allows"
+
+
+# ---- searches
+
+
+def searched(path: Path, found: np.ndarray, rows: np.ndarray | None = None, **changed: object) -> Path:
+    """A result as run_retrieval.py folder writes it."""
+    asked = np.arange(len(found)) if rows is None else rows
+    one = query_figure("mAP@R", {"figure": "mAP@R"}, found, asked)
+    protocol = {"name": "leave-one-out", "whitening": None, **changed}
+    return write_result(path, one, measure="retrieval folder", protocol=protocol)
+
+
+APS = np.random.default_rng(0).uniform(0, 100, 60)
+
+
+def test_searches_are_compared_query_by_query_where_the_queries_are_the_same(
+    tmp_path: Path, compared: Compared
+) -> None:
+    gains = np.random.default_rng(1).normal(1, 2, 60)
+    a, b = searched(tmp_path / "a.json", APS), searched(tmp_path / "b.json", np.clip(APS + gains, 0, 100))
+    _, (first, second) = compared(a, b)
+    assert first["percent"] == pytest.approx(APS.mean())
+    low, high = second["difference_interval"]
+    assert low < second["difference"] < high < low + 1.5, "in pairs: each mean alone is known to +- 7"
+    assert second["p"] < 0.01
+    assert (second["unit"], second["units"]) == ("query", 60)
+    _, (_, second) = compared(a, searched(tmp_path / "c.json", APS, np.arange(60) + 1))
+    assert (second["difference_interval"], second["p"]) == (None, None)
+
+
+def test_a_whitening_belongs_to_its_weights_and_what_it_was_learned_on_has_to_be_alike(
+    tmp_path: Path, compared: Compared
+) -> None:
+    a, b, c = (
+        searched(tmp_path / f"{name}.json", APS, whitening={"hash": name, "learned_on": {"url": learned_on}})
+        for name, learned_on in (("a", "photos"), ("b", "photos"), ("c", "paintings"))
+    )
+    compared(a, b)
+    assert "--allow whitening" in refusal(a, c)[0]
+
+
+# ---- linear probes
+
+LOGREG: dict[str, object] = {"name": "L-BFGS", "cs": [1.0], "iterations": 100}
+PROBE: dict[str, object] = {"name": "SGD", "epochs": 8, "lr": 0.001, "lrs": [0.1, 1.0], "holdout": 0.1, "seed": 0}
+
+
+def probe(path: Path, kinds: str, **changed: object) -> Path:
+    """A result with figures of these classifiers, each 5 points better than the one before."""
+    figures = [
+        figure(f"{kind}, top-1", {"classifier": kind}, hits(300 + 20 * n)) for n, kind in enumerate(kinds.split())
+    ]
+    return write_result(path, *figures, measure="linear", protocol=PROBE | {"logreg": LOGREG} | changed)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changed", "clause"),
+    [
+        ("paper", {"lrs": [], "holdout": 0, "features": ["last4"]}, ""),
+        ("grid", {"lr": 0.5}, ""),
+        ("grid paper", {"logreg": LOGREG | {"cs": [1.0, 10.0]}}, ""),
+        ("logreg", {"lr": 0.5, "lrs": [3.0], "epochs": 9}, ""),
+        ("paper grid logreg", {"lr": 0.5}, "lr 0.001 -> 0.5 (--allow lr"),
+        ("grid", {"lrs": [0.1]}, "lrs [0.1, 1.0] -> [0.1] (--allow lrs"),
+        ("grid", {"holdout": 0.2}, "holdout 0.1 -> 0.2"),
+        ("paper", {"epochs": 9}, "epochs 8 -> 9"),
+        ("paper", {"momentum": 0.5}, "momentum not set -> 0.5"),
+        ("logreg", {"logreg": LOGREG | {"cs": [10.0]}}, "cs [1.0] -> [10.0] (--allow cs"),
+    ],
+)
+def test_each_kind_of_classifier_is_held_to_its_own_settings(
+    tmp_path: Path, compared: Compared, kinds: str, changed: dict[str, object], clause: str
+) -> None:
+    a, b = probe(tmp_path / "a.json", "paper grid logreg"), probe(tmp_path / "b.json", kinds, **changed)
+    if clause:
+        assert [sentence for sentence in refusal(a, b) if clause in sentence]
+    else:
+        assert len(compared(a, b)[1]) == 2 * len(kinds.split())
+
+
+def test_one_classifier_is_held_against_another_only_when_that_is_allowed(tmp_path: Path, compared: Compared) -> None:
+    a, b = probe(tmp_path / "a.json", "grid logreg"), probe(tmp_path / "b.json", "logreg", epochs=9)
+    (sentence,) = refusal(a, b, "--figure", "grid", "logreg")
+    assert "classifier grid -> logreg (--allow classifier" in sentence, "and no setting of either"
+    for other in (a, b):
+        _, (_, row) = compared(a, other, "--figure", "grid", "logreg", "--allow", "classifier")
+        assert row["p"] is not None
+    c = probe(tmp_path / "c.json", "logreg", holdout=0.2)
+    words = ("--figure", "grid", "logreg", "--allow", "classifier")
+    assert "holdout 0.1 -> 0.2" in refusal(a, c, *words)[0], "which both have"
+    assert "more than once" in refusal(a, a, "--figure", "grid", "grid")[0]
+
+
+# ---- published figures
+
+NAME = "published:xcit_small_12_p16"
+RIGHT = np.arange(VAL) < 38_250  # 76.5%
+BEST = Figure("paper, best epoch, top-1", {"classifier": "paper", "epoch": "best"}, 78.0, None)
+AS_PUBLISHED = {"name": "linear", "epochs": 100, "lr": 0.001, "crop_scale": [0.08, 1.0], "batch": 1024, "seed": 0}
+
+
+def on_imagenet(path: Path, *figures: Figure, transform: EvalTransform | None = None, **more: Any) -> Path:
+    """A result whose data have ImageNet-1k's numbers."""
+    write_result(path, *(figures or (knn_figure(20, RIGHT),)), transform=transform or EvalTransform(), **more)
+    for part, images in (("train", TRAIN), ("val", VAL)):
+        change(change(path, images, "data", part, "images"), CLASSES, "data", part, "classes")
+    return path
+
+
+def test_results_on_imagenet_are_held_against_published_figures_without_significance(
+    tmp_path: Path, compared: Compared
+) -> None:
+    a, b = (
+        on_imagenet(tmp_path / "a.json", knn_figure(10, RIGHT), knn_figure(20, RIGHT)),
+        on_imagenet(tmp_path / "b.json"),
+    )
+    text, rows = compared(NAME, a, b)
+    assert f"{NAME}: published, not measured here" in text
+    assert [(row["percent"], row["p"]) for row in rows] == [(76.0, None), (76.5, None), (76.5, None)]
+    assert compared(a, NAME)[1][1]["difference"] == -0.5
+    linear = on_imagenet(tmp_path / "c.json", BEST, measure="linear", protocol=AS_PUBLISHED)
+    assert compared(NAME, linear)[1][1]["difference"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("figures", "changed", "clause"),
+    [
+        ((), {"transform": LARGER}, "transform: crop 224 -> 28"),
+        ((knn_figure(10, RIGHT),), {}, "k 20 -> 10"),
+        ((), {"protocol": KNN | {"name": "approximate"}}, "-> approximate"),
+        ((BEST,), {"measure": "linear", "protocol": AS_PUBLISHED | {"epochs": 10}}, "epochs 100 -> 10"),
+        ((BEST,), {"measure": "linear", "protocol": AS_PUBLISHED | {"cached": "4 epochs"}}, "cached not set -> 4"),
+    ],
+)
+def test_what_was_measured_otherwise_is_refused(
+    tmp_path: Path, figures: tuple[Figure, ...], changed: dict[str, Any], clause: str
+) -> None:
+    assert clause in refusal(NAME, on_imagenet(tmp_path / "a.json", *figures, **changed))[0]
+
+
+def test_other_data_and_unknown_names_are_refused(tmp_path: Path) -> None:
+    mine = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), transform=EvalTransform())
+    train, val = refusal(NAME, mine)
+    assert "other train images: 1,281,167 of 1000 classes -> 30" in train
+    assert val.endswith("other val images: 50,000 of 1000 classes -> 400 of 3 classes"), "which nothing allows"
+    mine = on_imagenet(tmp_path / "b.json")
+    assert "did you mean xcit_small_12_p16" in refusal("published:xcit_small_12_p61", mine)[0]
+    assert "only published figures" in refusal(NAME, "published:xcit_small_12_p8")[0]
+    assert "no retrieval figure" in refusal(NAME, write_result(tmp_path / "c.json", BEST, measure="retrieval"))[0]
+
+
+# ---- what the runners write
+
+
+def picture(seed: int, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)).save(path)
+
+
+def copydays(folder: Path) -> Path:
+    for number in range(5):
+        picture(number, folder / f"original/{200000 + 100 * number}.jpg")
+        picture(number + 50 * (number > 2), folder / f"strong/{200001 + 100 * number}.jpg")
+    return folder
+
+
+def test_what_the_runners_write_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: Compared
 ) -> None:
-    """Two seeds of one network, by k-NN with few shots and by linear probe."""
-    tree = image_tree(tmp_path / "photos")
-    probe = ["--epochs", "2", "--batch-size", "4", "--holdout", "0.25", "--lrs", "0.5", "--num-workers", "0"]
-    for seed in (0, 1):
-        weights = tiny_checkpoint(tmp_path / str(seed), tree, seed)
-        for runner, words in (
-            (run_knn, ["--few-shot", "1", "2", "--ks", "1", "3", "--draws", "3"]),
-            (run_linear, probe),
-        ):
-            json_file = tmp_path / f"{runner.__name__}-{seed}.json"
-            words = ["--weights", str(weights), "--json", str(json_file), *words]
-            monkeypatch.setattr(sys, "argv", [f"{runner.__name__}.py", *words])
+    """Two seeds of one network by k-NN with few shots, linear probe, and two searches."""
+    tree, copies = image_tree(tmp_path / "photos"), copydays(tmp_path / "copydays")
+    weights = [tiny_checkpoint(tmp_path / str(seed), tree, seed) for seed in (0, 1)]
+
+    def measured(name: str, runner: Any, *words: object) -> list[Path]:
+        written = [tmp_path / f"{name}-{seed}.json" for seed in (0, 1)]
+        for file, path in zip(weights, written, strict=True):
+            monkeypatch.setattr(sys, "argv", ["run.py", *map(str, (*words, "--weights", file, "--json", path))])
             runner.main()
+        return written
 
-    def rows() -> list[dict[str, Any]]:
-        return json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    knn = measured("knn", run_knn, "--few-shot", "1", "2", "--ks", "1", "3", "--draws", "3")
+    card, figures = json.loads(knn[0].read_text()), read_result(str(knn[0])).figures
+    by_k = {row["k"]: row["top1"] for row in card["results"]}
+    assert {one.settings["k"]: one.percent for one in figures if one.unit == "image"} == by_k
+    drawn = [row["top1"] for row in card["few_shot"]["results"]]
+    assert [one.percent for one in figures if one.unit == "draw"] == drawn
+    draws = [row for row in compared(*knn)[1] if row["unit"] == "draw"]
+    assert {row["units"] for row in draws} == {3}
 
-    knn = [tmp_path / f"run_knn-{seed}.json" for seed in (0, 1)]
-    for path in knn:
-        card, figures = json.loads(path.read_text()), read_result(str(path)).figures
-        by_k = {row["k"]: row["top1"] for row in card["results"]}
-        assert {one.settings["k"]: one.percent for one in figures if one.unit == "image"} == by_k
-        assert [one.percent for one in figures if one.unit == "draw"] == [
-            row["top1"] for row in card["few_shot"]["results"]
-        ]
-    assert "trained k=3 T=0.07 top-1" in compared(*knn)
-    drawn = [row for row in rows() if row["unit"] == "draw"]
-    assert {row["units"] for row in drawn} == {3}
-    assert all(row["p"] is not None for row in drawn[1::2])
-    probes = [tmp_path / f"run_linear-{seed}.json" for seed in (0, 1)]
-    text = compared(*probes)
-    for name in ("paper, last epoch", "paper, best epoch", "grid, last epoch"):
-        assert name in text
-    best = [row for row in rows() if row["figure"].startswith("paper, best")]
-    assert best[1]["p"] is not None
-    history = json.loads(probes[0].read_text())["history"]
-    assert best[0]["percent"] == max(record["top1"] for record in history)
-    assert refusal(knn[0], probes[0]) == [f"{probes[0]} cannot be compared with {knn[0]}: measure knn -> linear"]
-    changed = json.loads(probes[1].read_text())
-    changed["protocol"]["epochs"] = 3
-    probes[1].write_text(json.dumps(changed))
-    assert "epochs 2 -> 3 (--allow epochs" in refusal(*probes)[0]
+    sgd = ("--epochs", "2", "--batch-size", "4", "--holdout", "0.25", "--lrs", "0.5", "--num-workers", "0", "--logreg")
+    linear = measured("linear", run_linear, *sgd, "--logreg-cs", "1")
+    rows = compared(*linear)[1]
+    assert {row["figure"] for row in rows} == {
+        "paper, last epoch, top-1", "paper, best epoch, top-1", "grid, last epoch, top-1", "logreg, top-1"
+    }  # fmt: skip
+    assert all(row["p"] is not None for row in rows[1::2])
+    assert refusal(knn[0], linear[0])[0].endswith("measure knn -> linear")
+    assert "epochs 2 -> 3 (--allow epochs" in refusal(linear[0], change(linear[1], 3, "protocol", "epochs"))[0]
+
+    searches = {"folder": (tree / "val", "mAP@R"), "copydays": (copies, "strong -> original mAP")}
+    for protocol, (place, name) in searches.items():
+        size = () if protocol == "folder" else ("--image-size", 32)
+        words = (protocol, "--data-path", place, "--no-cache", *size)
+        rows = compared(*measured(protocol, run_retrieval, *words))[1]
+        assert name in {row["figure"] for row in rows}
+        assert all(row["units"] for row in rows)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dino_xcit.errors import InputError
-from eval.accuracy import accuracy
-from eval.figures import few_shot_figure
 from eval.knn import knn_predict
 from eval.knn.few_shot import draw, few_shot, short_classes
 from eval.knn.report import few_shot_table, short_classes_notices
+from eval.results import few_shot_figure
+from eval.stats import accuracy
 
 LABELS = np.array([4, 9, 4, 9, 9, 4, -1, 9, 4, 4, 9, 4])
 

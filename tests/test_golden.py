@@ -36,14 +36,15 @@ from dino_xcit.checkpoint.folder import CheckpointFolder
 
 Figures = dict[tuple[object, ...], Any]
 
-# ---- where a result file has its figures: where keys are renamed, these read both names
+# ---- where a result file has its figures: where keys are renamed, these read both names. Intervals of accuracies are
+# left out: 0.1 had bootstrap intervals, now they are Wilson's.
 
 
 def knn_figures(card: dict[str, Any]) -> Figures:
     figures: Figures = {}
     for row in card["results"]:
         of = row["model"], row["k"], row["temperature"]
-        figures |= {(*of, name): row[name] for name in ("top1", "top1_interval", "top5", "top5_interval")}
+        figures |= {(*of, name): row[name] for name in ("top1", "top5")}
     for row in card["few_shot"]["results"]:
         of = row["model"], row["shots"], row["k"], row["temperature"]
         figures |= {(*of, number): top1 for number, top1 in enumerate(row["top1_draws"])}
@@ -53,9 +54,9 @@ def knn_figures(card: dict[str, Any]) -> Figures:
 def linear_figures(card: dict[str, Any]) -> Figures:
     found = card["results"]
     paper, grid, logreg = found["paper"], found["grid"], found["logreg"]
-    figures: Figures = {("last", name): paper["last_epoch"][name] for name in ("top1", "top1_interval", "top5")}
+    figures: Figures = {("last", name): paper["last_epoch"][name] for name in ("top1", "top5")}
     figures |= {("best", name): paper["best_epoch"][name] for name in ("epoch", "loss", "top1", "top5")}
-    chosen = ("features", "held_out_top1", "top1", "top1_interval", "top5")
+    chosen = ("features", "held_out_top1", "top1", "top5")
     figures |= {("grid", name): grid[name] for name in ("lr", *chosen)}
     return figures | {("logreg", name): logreg[name] for name in ("c", *chosen)}
 

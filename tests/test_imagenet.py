@@ -262,15 +262,6 @@ def test_a_class_that_kaggle_s_table_lists_must_be_there(tmp_path: Path) -> None
         open_source(f"imagenet:{tmp_path}/in")
 
 
-def test_without_scipy_training_works_and_validation_says_what_to_install(
-    shipped: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
-    assert len(open_source(f"imagenet:{shipped}")) == 9
-    with pytest.raises(InputError, match="pip install scipy"):
-        open_source(f"imagenet:{shipped}", "val")
-
-
 def test_folders_that_are_absent_or_remote_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no folder .*absent: expected one with ILSVRC2012_img_train.tar"):
         open_source(f"imagenet:{tmp_path}/absent")

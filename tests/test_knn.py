@@ -11,15 +11,14 @@ import pytest
 import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from sklearn.neighbors import KNeighborsClassifier
 
 import eval.knn.classify
 from dino_xcit.errors import InputError
-from eval.accuracy import accuracy, bootstrap_interval, correct
 from eval.knn.classify import clamp_ks, knn_predict
 from eval.retrieval.similarity import rows_of_similarity
 from eval.search import build_index, unit_rows
+from eval.stats import accuracy, correct
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
@@ -259,21 +258,3 @@ def test_accuracy_counts_the_label_among_the_first_guesses() -> None:
         accuracy(guesses, None, 1)
     with pytest.raises(InputError, match="4 predictions but 3 labels"):
         accuracy(guesses, truth[:3], 1)
-
-
-def test_bootstrap_interval_is_that_of_resampling_the_images() -> None:
-    rng = np.random.default_rng(1)
-    hits = rng.random(400) < 0.8
-    resampled = [100 * hits[rng.integers(0, 400, 400)].mean() for _ in range(4000)]
-    assert bootstrap_interval(hits) == pytest.approx(np.percentile(resampled, [2.5, 97.5]), abs=0.6)
-    assert bootstrap_interval(hits) == bootstrap_interval(hits)
-    low, high = bootstrap_interval(hits, level=0.5)
-    assert bootstrap_interval(hits)[0] < low < 100 * hits.mean() < high < bootstrap_interval(hits)[1]
-
-
-@pytest.mark.parametrize("count", [1, 3, 50, 3000])
-def test_the_interval_of_all_or_no_hits_is_clopper_pearsons(count: int) -> None:
-    exact = binomtest(count, count).proportion_ci(0.95, method="exact")
-    assert bootstrap_interval(np.ones(count, dtype=bool)) == pytest.approx((100 * exact.low, 100.0))
-    assert bootstrap_interval(np.zeros(count, dtype=bool)) == pytest.approx((0.0, 100 - 100 * exact.low))
-    assert exact.low < 1

@@ -74,7 +74,7 @@ def test_the_figures_are_those_of_the_same_folder_without_them(place: Place, her
     skipped, mended = cards
     assert skipped["results"] == mended["results"]
     assert skipped["figures"] == mended["figures"]
-    for key in ("images", "contents", "labels", "members"):
+    for key in ("images", "contents", "labels", "names"):
         assert skipped["data"]["val"][key] == mended["data"]["val"][key], key
 
 

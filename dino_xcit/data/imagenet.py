@@ -227,17 +227,13 @@ def _read_truth(root: Path) -> _Truth:
 
 
 def _known_classes(root: Path) -> tuple[str, tuple[str, ...]]:
-    """(where they stand, all wnids sorted); no wnids where there is no list, or no package to read it.
+    """(where they stand, all wnids sorted); no wnids where there is no list.
 
     Raises:
         InputError: the list is damaged.
     """
     if (root / MAPPING).is_file():
         return str(root / MAPPING), _mapped(root)
-    try:
-        import scipy.io  # noqa: F401
-    except ImportError:
-        return "", ()
     kit = _kit_files(root)
     return ("", ()) if kit is None else (kit.where, tuple(sorted(_wnids_by_number(kit).values())))
 
@@ -302,10 +298,8 @@ def _kit_files(root: Path) -> _Kit | None:
 
 def _wnids_by_number(kit: _Kit) -> dict[int, str]:
     """ILSVRC2012_ID to wnid, of the synsets that have no others below them: the classes."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise InputError(f"reading {META} of {kit.where} needs SciPy: pip install scipy") from error
+    from scipy.io import loadmat  # here, because few need it and it takes half a second to import
+
     try:
         synsets: Any = np.atleast_1d(loadmat(io.BytesIO(kit.meta), squeeze_me=True)["synsets"])
         below = synsets["num_children"] if "num_children" in synsets.dtype.names else np.zeros(len(synsets))

@@ -15,7 +15,7 @@ from eval.collection import shards
 from eval.collection.card import data_of, differences, rows_of, settings_of
 from eval.collection.card_file import read_card
 from eval.collection.store import CARD, NEW, existing, finish_renaming, is_half_renamed, open_collection
-from eval.protocol import Card
+from eval.results import Card
 
 _MOST_NAMED = 3
 

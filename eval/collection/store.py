@@ -29,7 +29,7 @@ from eval.collection.paths_file import read_names, write_names
 from eval.collection.whitening import Whitening
 from eval.features import write_rows
 from eval.pooling import CLASS_TOKEN, Descriptor
-from eval.protocol import Card, write_json
+from eval.results import Card, write_json
 from eval.search import unit_rows
 
 VECTORS, NAMES, INDEX, CARD = "vectors.npy", "paths.txt", "index.faiss", "card.json"

@@ -10,8 +10,7 @@ import torch
 from dino_xcit.data import Source
 from dino_xcit.weights import LoadedBackbone
 from eval.config import KnnConfig
-from eval.figures import Figure
-from eval.protocol import KNN_PROTOCOL, Card, images_card, result_card
+from eval.results import KNN_PROTOCOL, Card, Figure, images_card, result_card
 
 Record = dict[str, object]
 
@@ -44,7 +43,7 @@ def knn_card(
 
     Args:
         ks: as they were measured: no more than there are training images.
-        data: of ``train`` and ``val``, see :func:`eval.protocol.data_card`.
+        data: of ``train`` and ``val``, see :func:`eval.results.data_card`.
         parts: the images that were measured, under the same names.
     """
     data = {name: data[name] | images_card(part) for name, part in parts.items()}
@@ -64,7 +63,7 @@ def _protocol(found: Found, config: KnnConfig, ks: Sequence[int]) -> Card:
         "name": KNN_PROTOCOL,
         "ks": list(ks),
         "temperatures": list(config.temperatures),
-        "interval": "95% percentile bootstrap over the validation images; of all or no hits Clopper-Pearson",
+        "interval": "95%, Wilson score, over the validation images",
     }
     if found.approximate:
         protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.logging import progress_bar
-from eval.accuracy import accuracy
 from eval.knn.classify import clamp_ks, knn_predict
+from eval.stats import accuracy
 
 Record = dict[str, object]
 

@@ -11,10 +11,10 @@ from dino_xcit.errors import InputError
 from dino_xcit.methods import Method
 from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import logging as log
-from eval.accuracy import accuracy
 from eval.features import extract
 from eval.knn.classify import knn_predict
 from eval.knn.report import unreadable_notices
+from eval.stats import accuracy
 
 K, TEMPERATURE = 20, 0.07
 

@@ -9,7 +9,7 @@ from dino_xcit.runtime import logging as log
 from eval.config import KnnConfig
 from eval.features import Features, fingerprint_without, unreadable_card
 from eval.knn.report import unreadable_notices
-from eval.protocol import Card, data_card
+from eval.results import Card, data_card
 
 
 def measured(

@@ -34,7 +34,7 @@ from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform
 from eval.features import width_of
 from eval.linear.views import EachOnce, frozen_features, probe_batches
-from eval.protocol import write_json
+from eval.results import write_json
 
 CACHE_VERSION = "1"
 Precision = Literal["float16", "float32"]

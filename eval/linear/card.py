@@ -9,7 +9,7 @@ from eval.linear.identity import identity_of_logreg
 from eval.linear.probe_file import Settings
 from eval.linear.report import GRID, LOGREG, SGD, Record
 from eval.linear.setup import Probe
-from eval.protocol import data_card, images_card, result_card
+from eval.results import data_card, images_card, result_card
 
 
 def probe_card(
@@ -19,7 +19,7 @@ def probe_card(
 
     Args:
         results: by classifier.
-        figures: each as :meth:`eval.figures.Figure.to_card` gives it.
+        figures: each as :meth:`eval.results.Figure.to_card` gives it.
         history: a record an epoch of the paper's classifier.
         seconds: what the classifiers that are reported took, over all runs that made them.
     """

@@ -28,10 +28,10 @@ from dino_xcit.data import Source, open_source
 from dino_xcit.data.imagenet import WNID
 from dino_xcit.data.storage import read_file
 from dino_xcit.errors import InputError
-from eval.accuracy import bootstrap_interval
 from eval.linear.heads import guesses
 from eval.linear.pooled import Rows
-from eval.protocol import own_name
+from eval.results import own_name
+from eval.stats import wilson_interval
 
 FORMS = "imagenet-v2:DIR, imagenet-a:DIR, imagenet-r:DIR, sketch:DIR or real:FILE.json"
 PUBLISHED = {
@@ -183,7 +183,7 @@ def _open_real(file: str, wnids: Sequence[str], classes: Sequence[str], val: Sou
 def measure(
     variant: Variant, features: Rows, weight: torch.Tensor, bias: torch.Tensor, device: torch.device
 ) -> dict[str, Any]:
-    """Top-1 and top-5 of a classifier, in percent, with 95% bootstrap intervals over the images.
+    """Top-1 and top-5 of a classifier, in percent, with 95% intervals over the images.
 
     Args:
         features: of the variant's images, all of them.
@@ -196,5 +196,5 @@ def measure(
     for top, meant in ((1, True), (5, classes > 5)):
         hits = (found[:, :top, None] == variant.labels[:, None, :]).any(axis=(1, 2))
         result[f"top{top}"] = 100.0 * float(hits.mean()) if meant else None
-        result[f"top{top}_interval"] = list(bootstrap_interval(hits)) if meant else None
+        result[f"top{top}_interval"] = list(wilson_interval(hits)) if meant else None
     return result

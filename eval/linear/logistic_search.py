@@ -16,12 +16,12 @@ from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
-from eval.accuracy import bootstrap_interval, correct
 from eval.linear.heads import guesses
 from eval.linear.logistic import LogisticRegression, Solution
 from eval.linear.pooled import Labelled, Rows
 from eval.linear.probe_file import LOGREG_NAME, Settings, write_probe
 from eval.linear.setup import Probe
+from eval.stats import correct, wilson_interval
 
 Record = dict[str, Any]
 
@@ -128,7 +128,7 @@ def logistic_results(content: Record, val: Labelled, device: torch.device) -> tu
         "chosen_on": "held-out training images" if content["tried"] else "nothing: there was one choice",
         "held_out_top1": chosen.get("held_out_top1"),
         "top1": 100.0 * float(hits.mean()),
-        "top1_interval": list(bootstrap_interval(hits)),
+        "top1_interval": list(wilson_interval(hits)),
         "top5": 100.0 * float(correct(found, val.labels, 5).mean()) if five else None,
         "iterations": content["iterations"],
         "gradient": content["gradient"],

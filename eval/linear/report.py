@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.accuracy import bootstrap_interval
-from eval.figures import Figure, figure
 from eval.linear.heads import LinearHeads
 from eval.linear.pooled import Labelled
+from eval.results import Figure, figure
+from eval.stats import wilson_interval
 from eval.table import percent, table
 
 Record = dict[str, Any]
@@ -80,7 +80,7 @@ def final_results(
         figures.append(figure(f"{name}, last epoch, top-1", {"classifier": name, "epoch": "last"}, hits[0, 0]))
         top1, top5 = percentages(hits)[0]
         meant = history[-1]["top5"] is not None
-        return {"top1": top1, "top1_interval": list(bootstrap_interval(hits[0, 0])), "top5": top5 if meant else None}
+        return {"top1": top1, "top1_interval": list(wilson_interval(hits[0, 0])), "top5": top5 if meant else None}
 
     best = max(history, key=lambda record: float(record["top1"]))
     results: Record = {

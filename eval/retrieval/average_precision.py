@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.accuracy import all_or_nothing
+from eval.stats import all_or_nothing
 
 DRAWS = 2000
 """Resamplings of the queries for an interval."""

@@ -30,7 +30,7 @@ from eval.collection.store import CARD, Collection, open_collection, prepared
 from eval.collection.whitening import Whitening
 from eval.features import cached
 from eval.pooling import Descriptor
-from eval.protocol import Card, data_card, weights_card
+from eval.results import Card, data_card, weights_card
 from eval.retrieval.whole_image import LongerSide, longer_side, square
 from eval.retrieval_config import RetrievalConfig
 from eval.setup import cache_folder, open_backbone, open_weights

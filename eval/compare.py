@@ -1,0 +1,438 @@
+"""Compare results image by image, query by query, draw by draw, and refuse to compare what is unlike.
+
+    python -m eval.compare a.json b.json ...
+    python -m eval.compare published:xcit_small_12_p16 mine.json
+    python -m eval.compare linear.json linear.json --figure grid logreg --allow classifier
+
+Each result is held against the first. For each figure that both have: its value with its interval, the difference with
+its paired interval, and a p-value; of hits also on how many images only one of the two is right.
+"""
+
+from __future__ import annotations
+
+# Import before torch: it sets how OpenMP threads wait.
+import dino_xcit  # noqa: F401  # isort: skip
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+
+from dino_xcit.cli import parse
+from dino_xcit.errors import InputError, near_matches, printable, run_main
+from dino_xcit.transform import EvalTransform
+from eval import results, stats
+from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, CompareConfig
+from eval.results import KNN_PROTOCOL, Card, Figure, Images, Result, Setting, read_result, transform_card
+from eval.table import Interval, escaped, markdown_table, percent, signed, table
+
+PREFIX = "published:"
+TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
+"""Images and classes of ImageNet-1k."""
+K, TEMPERATURE = 20, 0.07
+"""The published k-NN figures do not name their k; the DINO paper's evaluation protocol settles on 20."""
+
+PUBLISHED = {
+    "xcit_small_12_p16": {"knn": 76.0, "linear": 77.8},
+    "xcit_small_12_p8": {"knn": 77.1, "linear": 79.2},
+    "xcit_medium_24_p16": {"knn": 76.4, "linear": 78.8},
+    "xcit_medium_24_p8": {"knn": 77.9, "linear": 80.3},
+    "vit_small_p16_100ep": {"knn": 69.3},  # its linear figure is of 4 blocks, which run_linear.py's paper is not
+}
+"""Top-1 on ImageNet-1k's validation images, percent: facebookresearch/dino, README."""
+
+IGNORED = {"ks", "temperatures", "interval", "published"}
+"""Parts of a protocol that decide no single figure: each names its own k and T."""
+OVERLOOKED = {"k": {"k"}, "T": {"T"}, "classifier": {"classifier", "epoch"}}
+"""Settings that compared figures may differ in, by the word that ``--allow`` takes."""
+SGD, HELD_OUT = {"epochs", "batch", "crop_scale", "cached", "seed"}, {"holdout", "seed", "features"}
+CLASSIFIERS = {
+    "paper": SGD | {"lr"},
+    "grid": SGD | HELD_OUT | {"lrs"},
+    "logreg": HELD_OUT | {"cs", "iterations", "gap"},
+}
+"""Which settings of a linear probe decide which of its classifiers."""
+
+Pairs = Sequence[tuple[Figure, Figure]]
+"""Figures of the first result, each with the other result's figure that is held against it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A result as it was named on the command line, with the figures that were asked for."""
+
+    label: str
+    result: Result
+    figures: tuple[Figure, ...]
+    published: str = ""
+    """Where it was published; empty for a measured result."""
+
+    @property
+    def weights(self) -> str:
+        """Hash of the weights; empty if published."""
+        return str(self.result.weights.get("hash", ""))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that makes two results unlike."""
+
+    name: str
+    """What ``--allow`` calls it."""
+    clause: str
+    """What differs: ``crop 224 -> 28``."""
+    allowable: bool = True
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure of one file, held against the first file's."""
+
+    figure: str
+    file: str
+    percent: float
+    interval: Interval | None
+    unit: str
+    """What it is the mean over: image, query or draw."""
+    units: int | None
+    """How many of these."""
+    difference: float | None = None
+    """Percentage points above the first file's; None for the first file itself."""
+    difference_interval: Interval | None = None
+    only_first: int | None = None
+    """Images or queries that the first file alone has right; None where they are not paired, or not right or wrong."""
+    only_this: int | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    """Corrected for the number of tests among these comparisons."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        InputError: a mistake in the command, a file that is no result, or results that are unlike: a line each.
+    """
+    config = parse(CompareConfig, argv, "python -m eval.compare")
+    entries = open_entries(config.files, config.figure)
+    first = entries[0]
+    others = [(other, pair_up(first, other, config.allow)) for other in entries[1:]]
+    unlike = [(other, one) for other, pairs in others for one in differences(first, other, pairs)]
+    refuse_unlike(first, unlike, config.allow)
+
+    remarks = [f"allowed, and unlike {first.label}: {other.label}: {one.clause}" for other, one in unlike]
+    remarks += warnings(entries)
+    remarks += [line for other, pairs in others for line in left_out(first, other, pairs)]
+    comparisons = compare(first, others)
+    images = {name: part.images for name, part in first.result.images().items()}
+    counts = ", ".join(f"{name} {count:,}" for name, count in images.items())
+    head = f"{first.result.measure}; images: {counts}; the first file is {first.label}"
+    markdown = config.table == "markdown"
+    _show([*remarks, head], markdown)
+    print("", *map(printable, rows_of(comparisons, markdown)), "", sep="\n")
+    _show(notes(comparisons), markdown)
+    if config.json:
+        content = {
+            "measure": "comparison",
+            "files": [{"file": one.label, "weights": one.weights, "published": one.published} for one in entries],
+            "images": images,
+            "comparisons": [asdict(one) for one in comparisons],
+            "remarks": remarks,
+            "date": results.now(),
+            "versions": results.versions(),
+        }
+        results.write_json(Path(config.json), content)
+        _show([f"written: {config.json}"], markdown)
+
+
+# ---- what was given
+
+
+def open_entries(files: Sequence[str], words: Sequence[str]) -> list[Entry]:
+    """Result files and ``published:NAME``, in the order given.
+
+    Args:
+        words: of the figures' names, for all files or one for each; none: all figures.
+
+    Raises:
+        InputError: no measured result, one twice with the same figures, a file that cannot be read, no such figure.
+    """
+    words = list(words) if len(words) == len(files) else [*words, ""][:1] * len(files)
+    given = list(zip(files, words, strict=True))
+    places = [(file if file.startswith(PREFIX) else os.path.realpath(file), one) for file, one in given]
+    if len(set(places)) < len(places):
+        raise InputError("a file is given more than once: give other files, or one --figure WORDS for each")
+    measured = {file: read_result(file) for file in files if not file.startswith(PREFIX)}
+    if not measured:
+        raise InputError("only published figures given: add a result file, which says which of them are meant")
+    measure = next(iter(measured.values())).measure
+    return [
+        _chosen(file, measured[file], one) if file in measured else _published(file, measure) for file, one in given
+    ]
+
+
+def _chosen(label: str, result: Result, words: str) -> Entry:
+    """With the figure of this name, or those with all these words in their names; baselines only where named."""
+    wanted = set(words.split())
+    kept = tuple(one for one in result.figures if one.name == words) or tuple(
+        one
+        for one in result.figures
+        if wanted <= set(one.name.replace(",", " ").split())
+        and not (one.baseline and one.settings.get("model") not in wanted)
+    )
+    if not kept:
+        names = "; ".join(one.name for one in result.figures[:8])
+        raise InputError(f"{label} has no figure with {words!r} in its name; it has: {names}")
+    return Entry(label, result, kept)
+
+
+def _published(label: str, measure: str) -> Entry:
+    """A published figure as if it had been measured, with what is known of how."""
+    name = label.removeprefix(PREFIX)
+    if measure not in PUBLISHED.get(name, ()):
+        raise InputError(
+            f"no {measure} figure was published as {name!r}{near_matches(name, PUBLISHED)}; expected k-NN or linear "
+            f"results and one of {', '.join(PUBLISHED)}"
+        )
+    settings: dict[str, Setting] = {"model": "trained", "k": K, "T": TEMPERATURE}
+    protocol: Card = {"name": KNN_PROTOCOL}
+    if measure == "linear":  # of the best epoch on the validation images
+        settings = {"classifier": "paper", "epoch": "best"}
+        protocol = {"epochs": PAPER_EPOCHS, "lr": 0.001, "crop_scale": list(PAPER_CROP_SCALE), "cached": None}
+    figure = Figure(f"published {measure} top-1", settings, PUBLISHED[name][measure], None)
+    data: dict[str, Card] = {
+        part: {"images": count, "classes": CLASSES} for part, count in (("train", TRAIN), ("val", VAL))
+    }
+    transform = transform_card(EvalTransform())
+    result = Result(measure=measure, protocol=protocol, data=data, transform=transform, figures=(figure,))
+    return Entry(label, result, result.figures, "facebookresearch/dino, README")
+
+
+# ---- may they be compared?
+
+
+def pair_up(first: Entry, other: Entry, allow: Sequence[str] = ()) -> Pairs:
+    """The first's figures with the other's of equal settings; if there are none, those that differ only in what is
+    allowed."""
+    if first.result.measure != other.result.measure:
+        return []
+    overlooked = {setting for word in allow for setting in OVERLOOKED.get(word, ())}
+    every = list(product(first.figures, other.figures))
+    exact = [(mine, own) for mine, own in every if mine.settings == own.settings]
+    return exact or [(mine, own) for mine, own in every if _changed(mine.settings, own.settings).keys() <= overlooked]
+
+
+def differences(first: Entry, other: Entry, pairs: Pairs) -> list[Difference]:
+    """All that makes the figures unlike, besides the weights."""
+    then, now = first.result, other.result
+    if then.measure != now.measure:
+        return [Difference("measure", f"measure {then.measure} -> {now.measure}", allowable=False)]
+    found: dict[str, Difference] = {}
+    every = product(first.figures, other.figures)
+    closest = min(every, key=lambda pair: len(_changed(pair[0].settings, pair[1].settings)))
+    for mine, own in pairs or [closest]:
+        fixed = (mine.settings.keys() | own.settings.keys()) - OVERLOOKED.keys()
+        for name, clause in _unlike_settings(first, other, mine, own).items():
+            found[name] = Difference("protocol" if name == "name" else name, clause, name not in fixed)
+    if transform := _changed(then.transform, now.transform):
+        found["transform"] = Difference("transform", f"transform: {', '.join(transform.values())}")
+    images, published = (then.images(), now.images()), bool(first.published or other.published)
+    for name in sorted(images[0].keys() | images[1].keys()):
+        if clause := _unlike_images(images[0].get(name), images[1].get(name)):
+            found[name] = Difference(name, f"other {name} images: {clause}", not published)
+    return list(found.values())
+
+
+def _unlike_settings(first: Entry, other: Entry, mine: Figure, own: Figure) -> dict[str, str]:
+    then, now = _deciding(first.result, mine), _deciding(other.result, own)
+    keys = then.keys() | now.keys()
+    if mine.settings.get("classifier") != own.settings.get("classifier"):
+        keys = then.keys() & now.keys()  # what both kinds depend on
+    for entry, settings in ((first, then), (other, now)):
+        if entry.published:  # of a published figure, only what was published can be compared
+            keys = keys & settings.keys()
+    return _changed({key: then.get(key) for key in keys}, {key: now.get(key) for key in keys})
+
+
+def _deciding(result: Result, figure: Figure) -> Card:
+    """The settings that decide a figure: its own, and those of the protocol."""
+    protocol = {key: value for key, value in result.protocol.items() if key not in IGNORED}
+    if isinstance(whitening := protocol.get("whitening"), dict):  # it belongs to its weights; its images do not
+        protocol["whitening"] = whitening.get("learned_on")
+    decided = CLASSIFIERS.get(str(figure.settings.get("classifier")))
+    if decided is not None:
+        logreg = protocol.pop("logreg", None)
+        others = {"name"}.union(*CLASSIFIERS.values()) - decided
+        protocol |= logreg if isinstance(logreg, dict) else {}
+        protocol = {key: value for key, value in protocol.items() if key not in others}
+    return {**protocol, **figure.settings}
+
+
+def _unlike_images(then: Images | None, now: Images | None) -> str:
+    if then is None or now is None:
+        return "only one of the two has them"
+    counts = [f"{part.images:,}" + (f" of {part.classes} classes" if part.classes else "") for part in (then, now)]
+    if counts[0] != counts[1]:
+        return " -> ".join(counts)
+    for what in ("labels", "names", "contents"):  # empty where unknown: published figures, older files
+        if getattr(then, what) and getattr(now, what) and getattr(then, what) != getattr(now, what):
+            return f"as many, but other {what}, or another order"
+    return ""
+
+
+def refuse_unlike(first: Entry, unlike: Sequence[tuple[Entry, Difference]], allow: Sequence[str]) -> None:
+    """Refuse what differs and was not allowed.
+
+    Raises:
+        InputError: a line a difference; or a word in ``allow`` that is the name of none.
+    """
+    known = {"protocol", "transform", *first.result.data, *OVERLOOKED}
+    known |= {one.name for _, one in unlike if one.allowable}
+    for word in set(allow) - known:
+        near = near_matches(word, known)
+        raise InputError(f"--allow {word}: no difference has that name{near}; there are {', '.join(sorted(known))}")
+    refusals = [
+        f"{other.label} cannot be compared with {first.label}: {one.clause}"
+        + (f" (--allow {one.name} compares them all the same)" if one.allowable else "")
+        for other, one in unlike
+        if not (one.allowable and one.name in allow)
+    ]
+    if refusals:
+        raise InputError("\n".join(refusals))
+
+
+def warnings(entries: Sequence[Entry]) -> list[str]:
+    """What to know beside the figures: a line each."""
+    lines = [f"{one.label}: published, not measured here; {one.published}" for one in entries if one.published]
+    for before, one in combinations(entries, 2):
+        if one.weights and one.weights == before.weights and one.label != before.label:
+            lines.append(f"warning: {one.label} measured the same weights as {before.label} ({one.weights[:12]})")
+    return lines
+
+
+def left_out(first: Entry, other: Entry, pairs: Pairs) -> list[str]:
+    """Warnings about figures that one of the two alone has, and about other libraries."""
+    if first.published or other.published:
+        return []
+    both = {one.name for pair in pairs for one in pair}
+    lines = []
+    for entry in (first, other):
+        if alone := [one.name for one in entry.figures if one.name not in both]:
+            lines.append(f"warning: only {entry.label} has {', '.join(alone)}")
+    if libraries := _changed(first.result.versions, other.result.versions):
+        lines.append(f"warning: {other.label} was measured with other libraries: {', '.join(libraries.values())}")
+    return lines
+
+
+# ---- the figures
+
+
+def compare(first: Entry, others: Sequence[tuple[Entry, Pairs]]) -> list[Comparison]:
+    """A row a figure and file, the first file's before the others'."""
+    rows = []
+    for figure in first.figures:
+        partners = [(other, own) for other, pairs in others for mine, own in pairs if mine is figure]
+        if partners:
+            rows += [_row(first, figure), *(_against(first, figure, other, own) for other, own in partners)]
+    corrected = iter(stats.holm([row.p for row in rows if row.p is not None]))
+    return [row if row.p is None else replace(row, p_holm=next(corrected)) for row in rows]
+
+
+def _row(entry: Entry, figure: Figure) -> Comparison:
+    interval = None
+    if figure.hits is not None:
+        interval = stats.wilson_interval(figure.hits)
+    elif figure.values is not None:
+        interval = stats.mean_interval(figure.values)
+    return Comparison(figure.name, entry.label, figure.percent, interval, figure.unit, figure.units)
+
+
+def _against(first: Entry, mine: Figure, other: Entry, own: Figure) -> Comparison:
+    row = replace(_row(other, own), difference=own.percent - mine.percent)
+    if not _paired(first, other, mine, own):
+        return row
+    if mine.hits is not None and own.hits is not None:
+        lost, won = stats.discordant(mine.hits, own.hits)
+        interval = stats.paired_interval(mine.hits, own.hits)
+        return replace(row, difference_interval=interval, only_first=lost, only_this=won, p=stats.mcnemar(lost, won))
+    if mine.values is not None and own.values is not None:
+        between, p = stats.paired_means(mine.values, own.values)
+        return replace(row, difference_interval=between, p=p)
+    return row
+
+
+def _paired(first: Entry, other: Entry, mine: Figure, own: Figure) -> bool:
+    """Whether value i of the one figure and value i of the other are of the same image, query or draw."""
+    if first.published or other.published or (mine.unit, mine.which) != (own.unit, own.which):
+        return False
+    then, now = first.result.images(), other.result.images()
+    # A draw is rows of the training images; its figure is a mean over validation images in any order.
+    names = {"image": {"val"}, "draw": {"train"}, "query": then.keys() | now.keys()}[mine.unit]
+    return all(name in then and then[name].pairs_with(now.get(name)) for name in names)
+
+
+# ---- the table
+
+
+def rows_of(comparisons: Sequence[Comparison], markdown: bool) -> list[str]:
+    """The table's lines: columns of text, or GitHub's Markdown."""
+    header = ["figure", "file", "% [95%]", "difference [95%]", "only first right", "only this right", "p", "p (Holm)"]
+    rows, named = [], ""
+    for one in comparisons:
+        new = one.difference is None or one.figure != named  # under --allow k, figures of other files have other names
+        named = one.figure
+        counts = ["-" if count is None else f"{count:,}" for count in (one.only_first, one.only_this)]
+        cells = [named if new else "", one.file, percent(one.percent, one.interval)]
+        rows.append([*cells, signed(one.difference, one.difference_interval), *counts, _p(one.p), _p(one.p_holm)])
+    return (markdown_table if markdown else table)(header, rows, left=2).split("\n")
+
+
+def notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """What has to be known to read the table."""
+    tests = [one for one in comparisons if one.p is not None]
+    lines = []
+    if any(one.only_first is not None for one in tests):
+        lines.append("interval of a difference by paired bootstrap; p: McNemar's exact test on what only one has right")
+    if any(one.only_first is None for one in tests):
+        lines.append("means over queries or draws: intervals and p by Student's t, differences in pairs")
+    if len(tests) > 1:
+        lines.append(f"p (Holm): corrected for the {len(tests)} tests of this table; --figure WORDS leaves fewer")
+    if any(one.difference is not None and one.p is None for one in comparisons):
+        lines.append("no p: not paired, without its values one by one, or the same difference everywhere")
+    return lines
+
+
+def shown(value: object) -> str:
+    """A value of a file for a sentence."""
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _changed(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
+    """``name then -> now`` by name for each value that differs."""
+    return {
+        name: f"{name} {shown(then.get(name))} -> {shown(now.get(name))}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    }
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _show(lines: Sequence[str], markdown: bool) -> None:
+    """Lines beside the table: in Markdown a list."""
+    for line in lines:
+        print(f"- {escaped(printable(line))}" if markdown else printable(line))
+
+
+def command() -> None:
+    """The console entry."""
+    run_main(lambda: main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,127 @@
+"""Accuracies, 95% intervals and two-sided p-values. Shares, intervals and differences are percent.
+
+n images, queries or draws; hits [n] of booleans, values [n] in percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy  # its submodule stats takes a second to import, and is imported when it is first used
+from numpy.typing import NDArray
+
+from dino_xcit.errors import InputError
+from eval.table import Interval
+
+Hits = NDArray[np.bool_]
+Values = NDArray[np.float64]
+
+LEVEL = 0.95
+ROUNDING = 2e-5
+"""Percentage points: values closer than this are the same, as result files store them as float32."""
+
+
+def accuracy(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, top: int) -> float:
+    """Percent of test images whose label is among the first ``top`` predictions; NaN for no images."""
+    hits = correct(predictions, labels, top)
+    return 100.0 * float(hits.mean()) if len(hits) else float("nan")
+
+
+def correct(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, top: int) -> Hits:
+    """[n]: whether the label is among the first ``top`` predictions [n, up to 5].
+
+    Raises:
+        InputError: there are no labels, or not one an image.
+    """
+    if labels is None:
+        raise InputError("the test images have no labels: accuracy cannot be measured")
+    if len(labels) != len(predictions):
+        raise InputError(f"{len(predictions)} predictions but {len(labels)} labels")
+    hits: Hits = (predictions[:, :top] == np.asarray(labels)[:, None]).any(axis=1)
+    return hits
+
+
+# ---- intervals of one figure
+
+
+def wilson_interval(hits: Hits) -> Interval:
+    """Wilson's score interval of a share of hits (Wilson, JASA 22, 1927); NaN for no images."""
+    if not len(hits):
+        return float("nan"), float("nan")
+    found = scipy.stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(LEVEL, method="wilson")
+    return 100.0 * float(found.low), 100.0 * float(found.high)
+
+
+def all_or_nothing(hit: bool, count: int, level: float = LEVEL) -> Interval:
+    """Clopper and Pearson's interval of a share of which ``count`` of ``count``, or none, are hits.
+
+    It also holds for the mean of values from 0 to 100%.
+    """
+    found = scipy.stats.binomtest(count if hit else 0, count).proportion_ci(level, method="exact")
+    return 100.0 * float(found.low), 100.0 * float(found.high)
+
+
+def mean_interval(values: Values) -> Interval | None:
+    """Student's t interval of the mean of percentages; None if the values do not show how much others would differ."""
+    if len(values) > 1 and (values == values[0]).all() and values[0] in (0, 100):
+        return all_or_nothing(bool(values[0]), len(values))
+    if spread_is_unknown(values):
+        return None
+    found = scipy.stats.ttest_1samp(values, 0).confidence_interval(LEVEL)
+    return max(0.0, float(found.low)), min(100.0, float(found.high))
+
+
+def spread_is_unknown(values: Values) -> bool:
+    """A single value, or several equal ones: a t interval would have no width, which is no certainty."""
+    return len(values) < 2 or float(np.ptp(values)) <= ROUNDING
+
+
+# ---- differences of two figures
+
+
+def discordant(first: Hits, second: Hits) -> tuple[int, int]:
+    """How many images only the first gets right, and how many only the second."""
+    return int((first & ~second).sum()), int((second & ~first).sum())
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """p of McNemar's exact test: is each discordant image a fair coin? (McNemar, Psychometrika 12, 1947.)"""
+    coins = only_first + only_second
+    return float(scipy.stats.binomtest(only_first, coins).pvalue) if coins else 1.0
+
+
+def paired_interval(first: Hits, second: Hits, draws: int = 10_000, seed: int = 0) -> Interval:
+    """Percentile bootstrap interval of the second's accuracy minus the first's, on the same images.
+
+    Images are drawn with both answers. The two counts of discordant images are then multinomial, and are drawn
+    directly: scipy's bootstrap would need draws x n memory.
+    """
+    only_first, only_second = discordant(first, second)
+    images = len(first)
+    shares = [only_first / images, only_second / images, (images - only_first - only_second) / images]
+    counts = np.random.default_rng(seed).multinomial(images, shares, size=draws)
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(100.0 * (counts[:, 1] - counts[:, 0]) / images, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def paired_means(first: Values, second: Values) -> tuple[Interval | None, float | None]:
+    """Interval of the mean of ``second - first`` on the same queries or draws, and p that it is 0: paired t-test.
+
+    None twice if the differences do not show how much others would differ.
+    """
+    if spread_is_unknown(second - first):
+        return None, None
+    found = scipy.stats.ttest_rel(second, first)
+    low, high = found.confidence_interval(LEVEL)
+    return (float(low), float(high)), float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for being several, in their order (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected

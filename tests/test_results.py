@@ -1,0 +1,152 @@
+"""Result files: what they hold, that they are whole or not there, and that damaged ones are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from eval_fixtures import image_tree, noise_source
+from golden_runs import GOLDEN
+from PIL import Image
+from result_fixtures import change, hits, knn_figure, write_result
+
+from dino_xcit.data import Subset, open_source, pack
+from dino_xcit.errors import InputError
+from eval.results import Figure, few_shot_figure, figure, images_card, query_figure, read_result, unpack, write_json
+
+QUERIES = query_figure("mAP", {"setup": "hard"}, np.random.default_rng(0).uniform(0, 100, 60), np.arange(60))
+DRAWS = {"shots": 5, "k": 20, "temperature": 0.07, "top1_draws": [50.0, 54.5], "drawn": "d", "takes_all": False}
+
+
+@pytest.mark.parametrize("images", [0, 1, 7, 8, 9, 50_000])
+def test_hits_come_back_bit_by_bit(images: int) -> None:
+    found = np.random.default_rng(images).random(images) < 0.7
+    packed = str(figure("any", {}, found).to_card()["hits"])
+    assert (unpack(packed, images) == found).all()
+    assert len(packed) <= -(-images // 6) + 4, "ImageNet's 50,000 images are 8 KB of text"
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    few = few_shot_figure("pixels", DRAWS, 2, 0)
+    path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), QUERIES, few)
+    result = read_result(str(path))
+    assert (result.measure, result.weights["hash"], result.images()["val"].images) == ("knn", "a", 400)
+    assert [one.percent for one in result.figures] == [75.0, QUERIES.percent, 52.25]
+    assert [one.name for one in result.figures][2] == "pixels 5 a class, 2 draws of seed 0, k=20 T=0.07 top-1"
+    assert [(one.unit, one.units, one.baseline) for one in result.figures] == [
+        ("image", 400, False), ("query", 60, False), ("draw", 2, True),
+    ]  # fmt: skip
+    assert (result.figures[0].hits == hits(300)).all()
+    np.testing.assert_allclose(result.figures[1].values, QUERIES.values, rtol=1e-6)
+    assert result.transform["antialias"] is True
+    assert result.transform["mean"] == [0.485, 0.456, 0.406], "as JSON has it, whoever compares"
+    assert [*json.loads(path.read_text())] == [
+        "format", "measure", "protocol", "results", "weights", "data", "transform", "figures", "device", "processes",
+        "seconds", "date", "versions",
+    ]  # fmt: skip
+
+
+# ---- which images
+
+
+def test_images_are_the_same_wherever_they_lie(tmp_path: Path) -> None:
+    folder = image_tree(tmp_path / "photos") / "val"
+    shutil.copytree(folder, tmp_path / "moved")
+    pack.main([str(folder), str(tmp_path / "once")])
+    pack.main([f"tar:{tmp_path}/once/*.tar", str(tmp_path / "twice")])
+    places = [str(folder), str(tmp_path / "moved"), f"tar:{tmp_path}/once/*.tar", f"tar:{tmp_path}/twice/*.tar"]
+    cards = [images_card(open_source(place)) for place in places]
+    assert all(card == cards[0] for card in cards)
+
+
+def test_images_that_were_saved_anew_or_relabelled_are_others(tmp_path: Path) -> None:
+    folder = image_tree(tmp_path / "photos") / "val"
+    before = images_card(open_source(str(folder)))
+    for path in folder.rglob("*.*"):
+        with Image.open(path) as image:
+            image.resize((20, 16)).save(path)
+    after = images_card(open_source(str(folder)))
+    assert {name for name in after if after[name] != before[name]} == {"contents"}
+    source = Subset(noise_source(50), np.arange(50))
+    before = images_card(source)
+    source.labels = (np.asarray(source.labels) + 1) % 3
+    assert {name for name in before if images_card(source)[name] != before[name]} == {"labels"}
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("name", ["knn", "linear", "retrieval"])
+def test_files_of_0_1_are_read(name: str) -> None:
+    result = read_result(str(GOLDEN / f"{name}.json"))
+    assert result.figures
+    assert all(part.contents and part.labels for part in result.images().values())
+
+
+WRONG: list[tuple[object, tuple[Any, ...]]] = [
+    (0, ("format",)), (3, ("measure",)), ([], ("figures",)), ({"a": 1}, ("figures",)), ([3], ("figures",)),
+    ("AAAA", ("figures", 0, "hits")), ("?" * 68, ("figures", 0, "hits")), (3, ("figures", 0, "hits")),
+    (399, ("figures", 0, "images")), (0, ("figures", 0, "images")), ("400", ("figures", 0, "images")),
+    (75.5, ("figures", 0, "top1")), (101, ("figures", 0, "top1")), (True, ("figures", 0, "top1")),
+    (3, ("figures", 0, "name")), ([1], ("figures", 0, "settings")), ({"a": 1}, ("figures", 0, "settings", "k")),
+    (QUERIES.name, ("figures", 0, "name")), ("pixel", ("figures", 1, "unit")), (0, ("figures", 1, "count")),
+    (59, ("figures", 1, "count")), ("AAAA" * 80, ("figures", 1, "values")), ("é", ("figures", 1, "values")),
+    (math.nan, ("figures", 1, "percent")), (-1, ("figures", 1, "percent")), (3, ("figures", 1, "which")),
+    (3, ("data",)), ({"val": 3}, ("data",)), (1e9, ("data", "val", "images")), ("ten", ("data", "val", "classes")),
+    (7, ("data", "val", "labels")), ("hash", ("weights",)), (None, ("transform",)), (3, ("protocol",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "keys"), WRONG)
+def test_a_damaged_result_is_refused(tmp_path: Path, value: object, keys: tuple[Any, ...]) -> None:
+    path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), QUERIES)
+    with pytest.raises(InputError, match=r"a\.json .*expected a file that run_knn\.py"):
+        read_result(str(change(path, value, *keys)))
+
+
+def test_bits_beyond_the_last_image_and_values_that_are_no_percentages_are_refused() -> None:
+    assert unpack("/g==", 7).all()
+    with pytest.raises(ValueError, match="expected 7"):
+        unpack("/w==", 7)
+    values = np.array([-50.0, 150.0])
+    with pytest.raises(ValueError, match="mean"):
+        Figure.from_card(Figure("any", {}, 50.0, None, values=values, unit="query").to_card())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, '{"measure": NaN}', "[1, 2]", "\x00", '"knn"', '{"format": ' + "9" * 5000 + "}"]
+)
+def test_a_file_that_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    for path in (tmp_path / "a.json", tmp_path / "none.json", tmp_path):
+        with pytest.raises(InputError, match=r"expected a file that run_knn\.py"):
+            read_result(str(path))
+
+
+# ---- writing
+
+
+def test_a_number_that_json_has_no_word_for_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("of before")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"long": list(range(100_000)), "T": math.inf})
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "of before"
+
+
+def test_what_cannot_be_replaced_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*a\.json: Is a directory"):
+        write_json(tmp_path / "a.json", {})
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_figures_of_one_name_are_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the same name"):
+        write_result(tmp_path / "a.json", knn_figure(20, hits(5)), knn_figure(20, hits(6)))

@@ -1,0 +1,102 @@
+"""Intervals and p-values by hand, and against resampling one by one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+
+from eval.stats import (
+    all_or_nothing,
+    discordant,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_interval,
+    paired_means,
+    wilson_interval,
+)
+
+
+def answers(both: int, only_first: int, only_second: int, neither: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Hits of two networks with so many images of each kind, shuffled."""
+    kinds = [(True, True)] * both + [(True, False)] * only_first + [(False, True)] * only_second
+    pairs = np.array([*kinds, *[(False, False)] * neither], dtype=np.bool_)
+    return tuple(np.random.default_rng(0).permutation(pairs).T)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("right", "count"), [(320, 400), (0, 20), (7, 7)])
+def test_a_share_has_wilsons_interval(right: int, count: int) -> None:
+    z, share = 1.959964, right / count
+    centre, half = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    expected = [100 * (centre + sign * half) / (1 + z**2 / count) for sign in (-1, 1)]
+    assert wilson_interval(np.arange(count) < right) == pytest.approx(expected, abs=1e-4)
+    assert np.isnan(wilson_interval(np.zeros(0, dtype=bool))).all()
+
+
+def test_values_that_are_all_0_or_100_leave_room_for_others() -> None:
+    # Of a share p, 12 of 12 are hits with probability p^12: 2.5% at the lower end.
+    expected = (100 * 0.025 ** (1 / 12), 100)
+    assert all_or_nothing(True, 12) == mean_interval(np.full(12, 100.0)) == pytest.approx(expected)
+    assert mean_interval(np.zeros(12)) == pytest.approx((0, 100 - expected[0]))
+
+
+@pytest.mark.parametrize("values", [[50.0], [100.0], [2.0] * 5, [2.0, 2.00001], [100 / 3] * 3])
+def test_a_single_value_and_equal_values_have_no_interval(values: list[float]) -> None:
+    gains = np.array(values)
+    assert paired_means(gains * 0, gains) == (None, None)
+    assert mean_interval(gains) is None
+
+
+def test_means_have_students_interval_within_0_and_100() -> None:
+    low, high = mean_interval(np.array([50.0, 52.0, 51.0])) or (0, 0)
+    assert (low, high) == pytest.approx((51 - 4.302653 / 3**0.5, 51 + 4.302653 / 3**0.5))
+    assert (mean_interval(np.array([100.0, 99.0, 90.0])) or (0, 0))[1] == 100
+
+
+def test_paired_means_are_those_of_the_differences() -> None:
+    first, gains = np.array([50.0, 54.0, 46.0]), np.array([2.0, 1.0, 3.0])
+    interval, p = paired_means(first, first + gains)
+    assert interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert p == pytest.approx(0.0741799, abs=1e-6)
+
+
+def test_p_of_many_queries_is_that_of_exchanging_their_values_at_random() -> None:
+    random = np.random.default_rng(0)
+    first = random.uniform(20, 80, 70)
+    second = first + 0.7 + random.normal(0, 3, 70)
+    exchanged = stats.permutation_test((second - first,), np.mean, permutation_type="samples", n_resamples=5000, rng=1)
+    assert 0.01 < exchanged.pvalue < 0.5
+    assert paired_means(first, second)[1] == pytest.approx(exchanged.pvalue, abs=0.03)
+
+
+def test_mcnemar_by_hand() -> None:
+    assert discordant(*answers(5, 3, 7, 2)) == (3, 7)
+    # All ways in which ten coins fall at most three times on one side, and double.
+    assert mcnemar(3, 7) == pytest.approx(2 * (1 + 10 + 45 + 120) / 1024)
+    assert mcnemar(0, 0) == mcnemar(4, 4) == 1.0
+    assert mcnemar(0, 5000) == 0.0
+
+
+def test_the_paired_interval_is_that_of_drawing_images_with_both_answers() -> None:
+    first, second = answers(200, 30, 60, 110)
+    chosen = np.random.default_rng(1).integers(0, len(first), (10_000, len(first)))
+    by_hand = 100 * (second[chosen].mean(axis=1) - first[chosen].mean(axis=1))
+    assert paired_interval(first, second) == pytest.approx(np.percentile(by_hand, [2.5, 97.5]), abs=0.3)
+    assert paired_interval(first, second) == paired_interval(first, second), "the same file gives the same figures"
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])  # 0.01 * 3, 0.02 * 2, 0.03 * 1, ascending
+    assert holm([]) == []
+    for p_values in itertools.product([0.001, 0.012, 0.02, 0.04, 0.3], repeat=3):
+        rejected = set()
+        for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+            if p_values[index] > 0.05 / (3 - rank):
+                break
+            rejected.add(int(index))
+        assert {index for index, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
