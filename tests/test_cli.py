@@ -16,11 +16,11 @@ from dino_xcit.cli import parse, parse_known
 from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig, differences
 from dino_xcit.data.pack import PackConfig
 from dino_xcit.errors import InputError, run_main
-from dino_xcit.launch_config import LaunchConfig
 from dino_xcit.recipes import parse_pretrain
 from eval.config import KnnConfig
 from eval.retrieval_config import ExtractConfig, RetrievalConfig
 from eval.viz import VizConfig
+from run_slurm import LaunchConfig
 
 # ---- spellings
 
