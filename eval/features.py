@@ -324,8 +324,8 @@ def _write_rows(folder: Path, chunks: Iterator[Chunk], shape: tuple[int, int], m
         write_rows(aside / "features.npy", readable_rows(), shape, fewer=True)
         lacking = np.flatnonzero(~np.concatenate([*masks, np.empty(0, dtype=np.bool_)]))
         if len(lacking):
-            atomic.write(aside / "unreadable.npy", lambda file: np.save(file, lacking))
-        atomic.write_json(aside / "card.json", metadata)
+            np.save(aside / "unreadable.npy", lacking)
+        (aside / "card.json").write_text(json.dumps(metadata, indent=1))
         if _read_rows(folder, shape, complete=not len(lacking)) is None:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
