@@ -24,8 +24,8 @@ def sbatch(script: str) -> None:
     env = {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "0", "SLURM_JOB_NUM_NODES": str(nodes),
            "SLURM_NTASKS": str(nodes * per_node), "SLURM_JOB_NODELIST": names}  # fmt: skip
     again = "while bash script; [ -e requeue ]; do rm requeue; ((SLURM_RESTART_COUNT++)); done; touch ended"
-    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.Popen(["bash", "-c", again], env=os.environ | env, cwd=FOLDER, start_new_session=True, **nowhere)
+    job = ["bash", "-c", f"exec &> /dev/null; {again}"]
+    subprocess.Popen(job, env=os.environ | env, cwd=FOLDER, start_new_session=True)
     print("Submitted batch job 4711")
 
 
@@ -42,19 +42,13 @@ def srun(*words: str) -> None:
     (FOLDER / "codes").write_text(" ".join(str(task.wait()) for task in tasks))
 
 
-def scontrol(*words: str) -> None:
-    with open(FOLDER / "asked", "a") as file:
-        file.write(" ".join(words) + "\n")
-    if (FOLDER / "refuses").exists():
-        sys.exit("scontrol: error: no")
-    (FOLDER / "requeue").touch()
-
-
 def install(folder: Path) -> dict[str, str]:
     """The three commands below ``folder``, and the environment in which they are found."""
-    (folder / "bin").mkdir(parents=True)
-    for name in ("sbatch", "srun", "scontrol"):
-        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
+    python = f"exec {sys.executable} {__file__}"
+    note = 'cd $FAKE_SLURM; echo "$@" >> asked; [ ! -e refuses ] && touch requeue'
+    (folder / "bin").mkdir()
+    for name, text in (("sbatch", f'{python} sbatch "$@"'), ("srun", f'{python} srun "$@"'), ("scontrol", note)):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / "bin" / name).chmod(0o755)
     return {"FAKE_SLURM": str(folder), "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])}
 
