@@ -1,141 +1,144 @@
-"""Queue a run on a Slurm cluster, with the runner's own flags. Before its time ends it saves, and is queued again.
+"""Queue a run on a Slurm cluster, with the runner's own flags. Before its time ends it saves and is queued again.
 
-    python run_slurm.py --nodes 2 --gpus-per-node 8 --partition gpu --data-path /data/imagenet/train
-    python run_slurm.py --run linear --gpus-per-node 8 --weights runs/s12/checkpoint.pth --data-path /data/imagenet
-    python run_slurm.py --cluster local --gpus-per-node 0 --tasks-per-node 2      the same job on this machine
-
-Read top to bottom: settings, what can be checked before the queue, the job, what to type next.
+python run_slurm.py --nodes 2 --gpus-per-node 8 --partition gpu --data-path /data/imagenet/train
+python run_slurm.py --run linear --gpus-per-node 8 --weights runs/s12/checkpoint.pth --data-path /data/imagenet
 """
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
-from dino_xcit.runtime import logging as log
-
-import dino_xcit  # noqa: F401  # isort: skip
-
+import os
+import signal
+import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, Literal
 
-from dino_xcit.bounds import annotations_of
+from annotated_types import Ge, MinLen
+
+from dino_xcit.bounds import FilePath, Repeatable, annotations_of
 from dino_xcit.cli import parse, parse_known
-from dino_xcit.config import PretrainConfig
-from dino_xcit.errors import InputError, RunStopped, printable, run_main
-from dino_xcit.launch_config import LaunchConfig
-from dino_xcit.recipes import parse_pretrain
-from dino_xcit.runtime.logging import counted
-from dino_xcit.runtime.metrics import require_wandb
-from dino_xcit.slurm import import_submitit, submit
-from eval.config import BackboneConfig, KnnConfig, LinearConfig
-from eval.retrieval_config import ExtractConfig, RetrievalConfig
+from dino_xcit.errors import PREEMPTED, STOP_SIGNALS, InputError, one_line, run_main
 
-if TYPE_CHECKING:
-    import submitit
 
-ROOT = Path(__file__).resolve().parent
-EVALUATORS: dict[str, type[BackboneConfig]] = {
-    "knn": KnnConfig, "linear": LinearConfig, "extract": ExtractConfig, "retrieval": RetrievalConfig
-}  # fmt: skip
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Settings of run_slurm.py; every other flag is the runner's."""
 
-READ = (
-    "weights", "data_path", "train_data", "val_data", "distractors", "ground_truth", "index", "first", "second",
-    "whiten", "query",
-)  # fmt: skip
-"""Settings of the evaluators that name something to read."""
+    run: Literal["pretrain", "knn", "linear", "extract", "retrieval"] = "pretrain"
+    """What to start: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""
+    nodes: Annotated[int, Ge(1)] = 1
+    """Machines."""
+    gpus_per_node: Annotated[int, Ge(0)] = 1
+    """GPUs a machine; 0: none."""
+    tasks_per_node: Annotated[int, Ge(0)] = 0
+    """Processes a machine; 0: one a GPU, or one where there is none."""
+    cpus_per_task: Annotated[int, Ge(1)] = 10
+    """Cores a process, for its loader processes; docs/scaling.md says how many an architecture needs."""
+    time: Annotated[str, MinLen(1)] = "1-00:00:00"
+    """Time limit, as Slurm writes it: MINUTES, H:MM:SS, DAYS-HOURS, DAYS-H:MM:SS."""
+    partition: str = ""
+    """Slurm's partition; empty: the cluster's default."""
+    slurm_additional: Annotated[tuple[str, ...], Repeatable] = ()
+    """Other options of sbatch: KEY=VALUE, such as account=vision qos=high mem=200G, or KEY, such as exclusive."""
+    job_dir: Annotated[FilePath, MinLen(1)] = "runs/slurm"
+    """Where jobs and their logs go, JOB_DIR/JOBID_PROCESS_log.out; every machine has to see it."""
+    signal_delay: Annotated[int, Ge(1)] = 120
+    """Seconds before the time limit at which the run is told to save; a step and a save must fit in."""
+    requeues: Annotated[int, Ge(0)] = 100
+    """How many times the job is queued again at most."""
 
 
 def main() -> None:
-    """The whole launch."""
-    # ---- settings: ours, and the runner's, which are checked here rather than hours later
-    argv = sys.argv[1:]
-    if "-h" in argv or "--help" in argv:
-        print("Every flag of the runner, and these:\n")
-    runner_flags = {name for config in (PretrainConfig, *EVALUATORS.values()) for name in annotations_of(config)}
-    launch, words = parse_known(LaunchConfig, argv, "run_slurm.py", runner_flags)
-    check_runner(launch.run, words, here=launch.cluster == "local")
-    import_submitit()
+    """Check both groups of flags, submit the job, say what to type next."""
+    # Imported here because they need PyTorch, and a task of the job only waits for the runner.
+    from dino_xcit.config import PretrainConfig
+    from dino_xcit.recipes import parse_pretrain
+    from eval.config import KnnConfig, LinearConfig
+    from eval.retrieval_config import ExtractConfig, RetrievalConfig
 
-    # ---- the job
-    command = (sys.executable, "-u", str(ROOT / f"run_{launch.run}.py"), *words)
-    job = submit(launch, command, ROOT)
-    log = job.paths.stdout
-    processes = launch.nodes * launch.processes_per_node
-
-    # ---- what next
-    if launch.cluster == "slurm":
-        print(f"job {job.job_id} is queued: {counted(processes, 'process')}; its log: {log}")
-        print(f"squeue -j {job.job_id} shows it, scancel {job.job_id} ends it; the same command resumes it")
-        return
-    print(
-        f"job {job.job_id} runs here: {counted(processes, 'process')}; its log, of which this is a copy: {log}",
-        flush=True,
-    )
-    follow(job, log)
-    ended_well = [job.task(number).paths.result_pickle.exists() for number in range(processes)]
-    if not all(ended_well):
-        raise RunStopped(
-            1, f"the job ended early; what its {counted(processes, 'process')} said is in {log.parent}/{job.job_id}_*"
-        )
+    evaluators = {"knn": KnnConfig, "linear": LinearConfig, "extract": ExtractConfig, "retrieval": RetrievalConfig}
+    configs: dict[str, Any] = {"pretrain": PretrainConfig, **evaluators}
+    runner_flags = {name for config in configs.values() for name in annotations_of(config)}
+    launch, words = parse_known(LaunchConfig, sys.argv[1:], "run_slurm.py", runner_flags)
+    if launch.run == "pretrain":
+        parse_pretrain(words)
+    else:
+        parse(configs[launch.run], words, f"run_{launch.run}.py")
+    runner = Path(__file__).resolve().with_name(f"run_{launch.run}.py")
+    job = submit(launch, [sys.executable, "-u", str(runner), *words])
+    print(f"job {job.job_id} is queued; the same command resumes it; its log: {job.paths.stdout}")
 
 
-def check_runner(run: str, words: Sequence[str], here: bool = False) -> None:
-    """What can be known of a runner's flags without its data and, unless it runs ``here``, its machines.
+def submit(launch: LaunchConfig, command: Sequence[str]) -> Any:
+    """Queue ``command`` on every process of a job; submitit's job.
 
     Raises:
-        InputError: as the runner itself would.
+        InputError: submitit is missing, there is no Slurm here, or it refuses the job.
     """
-    if run == "pretrain":
-        config, first_line = parse_pretrain(words)
-        require_wandb(config.wandb)
-        print(first_line)
-        _look_for("data_path", config.data_path, here)
-        return
-    evaluation = parse(EVALUATORS[run], words, f"run_{run}.py")
-    if not evaluation.weights and _needs_weights(evaluation):
-        raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth")
-    for name in READ:
-        given = getattr(evaluation, name, "")
-        for place in given if isinstance(given, tuple) else (given,):
-            _look_for(name, place, here)
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which the runners listen to; submitit reads it when imported
+    additional: dict[str, Any] = {"job_name": "dino-xcit", "requeue": True, "time": launch.time}
+    for option in launch.slurm_additional:
+        key, equals, value = option.removeprefix("--").partition("=")
+        additional[key.replace("-", "_")] = value if equals else True
+    try:
+        import submitit
+
+        executor = submitit.SlurmExecutor(launch.job_dir)
+        executor.update_parameters(
+            nodes=launch.nodes, gpus_per_node=launch.gpus_per_node or None, cpus_per_task=launch.cpus_per_task,
+            ntasks_per_node=launch.tasks_per_node or max(1, launch.gpus_per_node), partition=launch.partition or None,
+            signal_delay_s=launch.signal_delay, stderr_to_stdout=True, additional_parameters=additional,
+            setup=["export SUBMITIT_PREEMPT_SIGNAL=USR1"],  # a cluster may hand the job another environment
+            srun_args=["--kill-on-bad-exit=0"],  # the first task must live to queue the job again
+        )  # fmt: skip
+        return executor.submit(run_task, command, launch.requeues)
+    except ModuleNotFoundError as error:
+        raise InputError("submitit is not installed: pip install 'dino-xcit[slurm]'") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: no srun here, or what sbatch said
+        raise InputError(f"the job cannot be submitted: {one_line(error)}; torchrun starts a run here") from error
 
 
-def _needs_weights(evaluation: BackboneConfig) -> bool:
-    """Finished collections are measured without, and their cards name those that a query is looked up with."""
-    if isinstance(evaluation, ExtractConfig):
-        return not (evaluation.learn_whitening or evaluation.query)
-    if isinstance(evaluation, RetrievalConfig):
-        # Only the machine that opens them knows whether --first and --second hold images or vectors.
-        return not (evaluation.index or evaluation.first)
-    return True
+def run_task(command: Sequence[str], requeues: int) -> None:
+    """One process of the job: run the command as a child, and end with its exit code.
+
+    SIGUSR1 (time limit or preemption) and SIGTERM (preemption or scancel) go on to the runner, which saves and ends
+    with code 75. After SIGUSR1 the job is queued again. After SIGTERM alone Slurm decides.
+    """
+    import submitit
+
+    job = submitit.JobEnvironment()
+    child = subprocess.Popen(command, env=os.environ | rank_environment(job))
+    received: set[int] = set()
+
+    def forward(number: int, _: object) -> None:
+        received.add(number)
+        child.send_signal(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward)
+    code = child.wait()
+    stopped = code in (PREEMPTED, *(-number for number in STOP_SIGNALS))  # before its first step a signal kills it
+    if stopped and signal.SIGUSR1 in received and job.global_rank == 0:
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        if restarts >= requeues or subprocess.call(["scontrol", "requeue", job.job_id]):
+            print("warning: the run is saved, but not queued again; the same command resumes it", flush=True)
+    sys.exit(code if code >= 0 else 128 - code)
 
 
-def _look_for(name: str, place: str, here: bool) -> None:
-    """Only a notice where the job runs elsewhere: the cluster's machines may have disks that this one does not see."""
-    if not place or ":" in place or Path(place).expanduser().exists():
-        return
-    if here:
-        raise InputError(f"{name} is {printable(place)}, which is not there: check the path")
-    log.warning(f"{name} is {printable(place)}, which is not there on this machine: the job's have to have it")
-
-
-def follow(job: submitit.Job[None], log: Path) -> None:
-    """Print what the first process says until the job has ended."""
-    place = 0
-    while True:
-        ended = job.done()
-        if log.exists():
-            with open(log, "rb") as file:
-                file.seek(place)
-                data = file.read()
-            place += len(data)
-            sys.stdout.write(data.decode(errors="replace"))
-            sys.stdout.flush()
-        if ended:
-            return
-        time.sleep(0.2)
+def rank_environment(job: Any) -> dict[str, str]:
+    """What torchrun would tell a process; ``job`` is submitit's JobEnvironment."""
+    per_node = job.num_tasks // job.num_nodes
+    return {
+        "MASTER_ADDR": job.hostnames[0] if job.num_nodes > 1 else "127.0.0.1",
+        "MASTER_PORT": str(20_000 + int(job.raw_job_id) % 10_000),  # below the ports that Linux hands out by itself
+        "WORLD_SIZE": str(job.num_tasks),
+        "LOCAL_WORLD_SIZE": str(per_node),
+        "RANK": str(job.global_rank),
+        "LOCAL_RANK": str(job.local_rank),
+        "TORCHELASTIC_RUN_ID": job.job_id,  # the watchdog then ends with its parent
+    } | ({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if per_node > 1 else {})
 
 
 def command() -> None:

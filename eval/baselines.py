@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from dino_xcit.models import BackboneOutput, build_backbone
 from dino_xcit.transform import EvalTransform
 
-UNTRAINED_SEED = 0
-
 
 class Pixels(nn.Module):
     """The prepared picture itself as a feature: values between 0 and 1, row by row, [B, 3 * crop * crop].
@@ -18,23 +16,21 @@ class Pixels(nn.Module):
     often stronger, baseline.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, transform: EvalTransform, normalised: bool) -> None:
         super().__init__()
         self.embed_dim = 3 * transform.crop**2
-        self.normalised = normalised
-        self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1))
+        self.transform, self.normalised = transform, normalised
 
     def forward(self, images: Tensor) -> BackboneOutput:
         """``images`` [B, 3, crop, crop], normalised, as for any backbone."""
-        values = images if self.normalised else images * self.std + self.mean
-        return BackboneOutput(values.flatten(1), values.flatten(2).transpose(1, 2), (images.shape[2], images.shape[3]))
+        if not self.normalised:
+            per_channel = torch.tensor((self.transform.mean, self.transform.std), device=images.device)
+            mean, std = per_channel.view(2, 3, 1, 1)
+            images = images * std + mean
+        return BackboneOutput(images.flatten(1), images.flatten(2).transpose(1, 2), (images.shape[2], images.shape[3]))
 
 
 def untrained(arch: str) -> nn.Module:
     """The architecture with the weights it starts from, seed 0, in eval mode."""
-    torch.manual_seed(UNTRAINED_SEED)
+    torch.manual_seed(0)
     return build_backbone(arch).eval().requires_grad_(False)

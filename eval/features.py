@@ -1,12 +1,18 @@
-"""Features of a frozen backbone over a data set, extracted once and kept. B batch, D features of an image's vector."""
+"""Features of a frozen backbone over a data set, extracted once and cached. B batch, D features of a vector."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,74 +24,66 @@ from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.source import hash_lines
 from dino_xcit.data.workers import choose_workers, worker_init
 from dino_xcit.errors import InputError
-from dino_xcit.runtime import distributed, watchdog
+from dino_xcit.runtime import atomic, distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise
-from eval.kept_rows import SKIPPED, Chunk, keep, kept_in, key_of, rows_in
-from eval.kept_rows import write_rows as write_rows
 from eval.pooling import CLASS_TOKEN, Descriptor
 
 CACHE_VERSION = "1"
 
-_TOO_FEW_FOR_WORKERS = 256
-"""So few images are read in this process: starting another takes longer."""
-
-_NAMES_IN_CARD = 100
-"""Of images that could not be read."""
-
 Unreadable = Literal["refuse", "skip"]
 """What becomes of an image that cannot be read: an error that names it, or it is left out and counted."""
+Rows = NDArray[np.float32]
+Chunk = tuple[Rows, NDArray[np.bool_]]
+"""Rows [some, D], and whether each image could be read, [some]."""
+
+_MIN_FOR_WORKERS = 256
+"""Fewer images are read in this process: starting another takes longer."""
+_MAX_NAMES = 100
+"""Of images that could not be read, in a result file."""
+_ABANDONED_SECONDS = 3600
 
 
 @dataclass
 class Features:
     """Rows in the order of the source, of the images that could be read."""
 
-    features: NDArray[np.float32]
+    features: Rows
     """[images, D], not normalised; memory-mapped where they come from the cache."""
     labels: NDArray[np.int64] | None
     """[images], or None for a source without labels."""
     fingerprint: str = ""
-    """Of the source, where it was asked for (:func:`cached`)."""
+    """Of the source, from :func:`cached`."""
     unreadable: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Numbers of the source's images that could not be read and are left out, ascending."""
 
 
-class TransformedImages(Dataset[Tensor | InputError]):
-    """Source items as uint8 tensors [3, crop, crop]; an image that cannot be read is handed over as its error."""
+class TransformedImages(Dataset[Tensor | UndecodableImage]):
+    """Source items as uint8 tensors [3, crop, crop]. An image that cannot be read is returned as its error: a loader
+    process would bury the message of a raised one in a traceback."""
 
     def __init__(self, source: Source, transform: EvalTransform) -> None:
         self.source, self.transform = source, transform
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor | InputError:
+    def __getitem__(self, index: int) -> Tensor | UndecodableImage:
         try:
             return self.transform(decode(self.source.read(index)[0], self.source.name(index)))
-        except UndecodableImage as error:
-            # Handed over rather than raised: a loader process would bury the sentence in a traceback.
-            return error
         except InputError as error:
-            return UndecodableImage(str(error))
+            return error if isinstance(error, UndecodableImage) else UndecodableImage(str(error))
 
 
-def _stack(images: list[Tensor | InputError]) -> tuple[Tensor, list[int], InputError | None]:
+def _stack(images: list[Tensor | UndecodableImage]) -> tuple[Tensor, list[int], UndecodableImage | None]:
     """The images that could be read, their places among all, and the first error."""
-    places = [place for place, image in enumerate(images) if not isinstance(image, InputError)]
-    errors = [image for image in images if isinstance(image, InputError)]
+    places = [place for place, image in enumerate(images) if isinstance(image, Tensor)]
     good = [image for image in images if isinstance(image, Tensor)]
-    return torch.stack(good) if good else torch.empty(0), places, errors[0] if errors else None
+    error = next((image for image in images if not isinstance(image, Tensor)), None)
+    return torch.stack(good) if good else torch.empty(0), places, error
 
 
 def image_batches(
-    source: Source,
-    transform: EvalTransform,
-    indices: Iterable[list[int]],
-    total: int,
-    num_workers: int,
+    source: Source, transform: EvalTransform, indices: Iterable[list[int]], total: int, num_workers: int,
     device: torch.device,
-) -> Iterator[tuple[Tensor, list[int], InputError | None]]:
+) -> Iterator[tuple[Tensor, list[int], UndecodableImage | None]]:  # fmt: skip
     """For each list of indices: its readable images [B, 3, crop, crop] uint8, their places in the list, an error.
 
     Args:
@@ -93,10 +91,9 @@ def image_batches(
         total: about how many images this process will read: few are not worth the start of loader processes.
         num_workers: loader processes; -1: chosen.
     """
-    workers = choose_workers(num_workers, distributed.processes_here())
-    if num_workers < 0 and total < _TOO_FEW_FOR_WORKERS:
-        workers = 0
-    loader: DataLoader[Tensor | InputError] = DataLoader(
+    few = num_workers < 0 and total < _MIN_FOR_WORKERS
+    workers = 0 if few else choose_workers(num_workers, distributed.processes_here())
+    yield from DataLoader(
         TransformedImages(source, transform),
         batch_sampler=indices,  # type: ignore[arg-type]  # anything that can be iterated over once will do
         num_workers=workers,
@@ -104,21 +101,14 @@ def image_batches(
         worker_init_fn=worker_init() if workers else None,
         pin_memory=device.type == "cuda",
     )
-    yield from loader
 
 
 def feature_rows(
-    backbone: nn.Module,
-    source: Source,
-    transform: EvalTransform,
-    device: torch.device,
-    batch_size: int = 128,
-    num_workers: int = -1,
-    progress: bool = True,
-    unreadable: Unreadable = "refuse",
+    backbone: nn.Module, source: Source, transform: EvalTransform, device: torch.device, batch_size: int = 128,
+    num_workers: int = -1, progress: bool = True, unreadable: Unreadable = "refuse",
     descriptor: Descriptor = CLASS_TOKEN,
-) -> Iterator[Chunk]:
-    """Features in the order of the source, some at a time, so that nobody need hold them all; and which could be read.
+) -> Iterator[Chunk]:  # fmt: skip
+    """Features in the order of the source, some at a time.
 
     The backbone is in eval mode meanwhile; its mode is restored. Under torchrun the processes share the work and all
     get every row.
@@ -137,9 +127,8 @@ def feature_rows(
     world, rank, total = distributed.world_size(), distributed.rank(), len(source)
     rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
     mine = [list(chunk[rank * batch_size : (rank + 1) * batch_size]) for chunk in rounds]
+    images = image_batches(source, transform, filter(None, mine), sum(map(len, mine)), num_workers, device)
     width = descriptor.width(width_of(backbone))
-    own_lists = [chunk for chunk in mine if chunk]
-    images = image_batches(source, transform, own_lists, sum(map(len, mine)), num_workers, device)
     was_training = backbone.training
     backbone.eval()
     try:
@@ -147,6 +136,7 @@ def feature_rows(
             for chunk, own in zip(rounds, mine, strict=True):
                 with torch.inference_mode():
                     rows = torch.full((len(own), width), torch.nan, device=device)
+                    # A row of NaN would not tell: a network that diverged has such for every image.
                     read = torch.zeros(len(own), dtype=torch.uint8, device=device)
                     if own:
                         readable, places, error = next(images)
@@ -156,60 +146,34 @@ def feature_rows(
                             batch = normalise(readable.to(device, non_blocking=True), transform.mean, transform.std)
                             rows[places] = descriptor(backbone, batch)
                             read[places] = 1
-                    gathered = distributed.gather_rows(rows).cpu().numpy()
-                    # A row of NaN would not tell: a network that diverged has such for every image.
-                    all_read = distributed.gather_rows(read).cpu().numpy() > 0 if unreadable == "skip" else None
-                yield gathered, np.ones(len(gathered), dtype=np.bool_) if all_read is None else all_read
+                    gathered, all_read = (distributed.gather_rows(part).cpu().numpy() for part in (rows, read))
+                yield gathered, all_read > 0
                 bar.update(len(chunk))
     finally:
         backbone.train(was_training)
 
 
 def extract(
-    backbone: nn.Module,
-    source: Source,
-    transform: EvalTransform,
-    device: torch.device,
-    batch_size: int = 128,
-    num_workers: int = -1,
-    progress: bool = True,
-    unreadable: Unreadable = "refuse",
+    backbone: nn.Module, source: Source, transform: EvalTransform, device: torch.device, batch_size: int = 128,
+    num_workers: int = -1, progress: bool = True, unreadable: Unreadable = "refuse",
     descriptor: Descriptor = CLASS_TOKEN,
-) -> Features:
-    """All of :func:`feature_rows` in one array, on every process, without the images that could not be read.
-
-    Args:
-        unreadable, descriptor: as there.
-    """
-    rows = np.empty((len(source), descriptor.width(width_of(backbone))), dtype=np.float32)
-    readable = np.empty(len(source), dtype=np.bool_)
-    start = 0
-    for chunk, read in feature_rows(
+) -> Features:  # fmt: skip
+    """All of :func:`feature_rows` in one array, on every process, without the images that could not be read."""
+    chunks = feature_rows(
         backbone, source, transform, device, batch_size, num_workers, progress, unreadable, descriptor
-    ):
-        rows[start : start + len(chunk)], readable[start : start + len(chunk)] = chunk, read
-        start += len(chunk)
-        watchdog.progress()
-    return _features(rows if readable.all() else rows[readable], source, np.flatnonzero(~readable))
+    )
+    return _in_memory(chunks, source, descriptor.width(width_of(backbone)))
 
 
 def cached(
-    backbone: nn.Module,
-    weights_hash: str,
-    source: Source,
-    transform: EvalTransform,
-    device: torch.device,
-    cache_dir: Path | None,
-    batch_size: int = 128,
-    num_workers: int = -1,
-    descriptor: Descriptor = CLASS_TOKEN,
+    backbone: nn.Module, weights_hash: str, source: Source, transform: EvalTransform, device: torch.device,
+    cache_dir: Path | None, batch_size: int = 128, num_workers: int = -1, descriptor: Descriptor = CLASS_TOKEN,
     unreadable: Unreadable = "refuse",
-) -> Features:
+) -> Features:  # fmt: skip
     """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data, preprocessing and descriptor.
 
     A folder is complete or absent: it is written aside and renamed. With several processes, ``cache_dir`` is one that
-    all of them see. Rows without some of the images have a key of their own, which is not looked for where such images
-    are refused.
+    all of them see. Rows that lack images are extracted anew where unreadable images are refused.
 
     Args:
         weights_hash: identifies the backbone's weights (:func:`dino_xcit.weights.hash_state`).
@@ -220,51 +184,76 @@ def cached(
         InputError: no image can be read.
     """
     fingerprint = distributed.on_main(source.fingerprint)
-    if cache_dir is None:
-        found = extract(
-            backbone, source, transform, device, batch_size, num_workers, unreadable=unreadable, descriptor=descriptor
-        )
-        if len(found.unreadable) and not len(found.features):
-            raise none_readable(source)
-        return dataclasses.replace(found, fingerprint=fingerprint)
     shape = (len(source), descriptor.width(width_of(backbone)))
-    card = cache_card(weights_hash, fingerprint, shape, transform, descriptor)
-    names = [key_of(card), key_of(card | SKIPPED)][: 2 if unreadable == "skip" else 1]
-    # One process looks, and all do as it says: they must not disagree about whether there is work to share.
-    looking = distributed.is_main()
-    there = [name for name in names if kept_in(cache_dir / name, shape, name == names[0])] if looking else []
-    name = distributed.broadcast_from_main(there[0] if there else None)
-    if name is None:
-        rows = _unless_none(
-            feature_rows(
-                backbone, source, transform, device, batch_size, num_workers, unreadable=unreadable,
-                descriptor=descriptor,
-            ),
-            source,
-        )  # fmt: skip
-        if looking:
-            name = keep(cache_dir, rows, shape, card, source.url)
+    chunks = feature_rows(backbone, source, transform, device, batch_size, num_workers, True, unreadable, descriptor)
+    if unreadable == "skip":
+        chunks = _any_readable(chunks, source)
+    if cache_dir is None:
+        return _in_memory(chunks, source, shape[1], fingerprint)
+    metadata, folder = _cache_slot(cache_dir, weights_hash, fingerprint, shape, transform, descriptor)
+    complete = unreadable == "refuse"
+    # All processes do as the main one says: they must not disagree about whether there is work to share.
+    if not distributed.broadcast_from_main(_read_rows(folder, shape, complete) is not None):
+        if distributed.is_main():
+            _write_rows(folder, chunks, shape, metadata | {"source": source.url})
         else:
-            for _ in rows:
+            for _ in chunks:
                 pass
-        name = distributed.broadcast_from_main(name)
-    assert name is not None
-    kept = kept_in(cache_dir / name, shape, name == names[0])
+        distributed.barrier()
+    kept = _read_rows(folder, shape, complete)
     if kept is None:
-        raise InputError(
-            f"the features that were just kept in {cache_dir / name} are gone: name a --cache-dir that all can see"
-        )
-    return dataclasses.replace(_features(kept[0], source, kept[1]), fingerprint=fingerprint)
+        raise InputError(f"the features just kept in {folder} are gone: name a --cache-dir that all processes see")
+    return _features(*kept, source, fingerprint)
 
 
-def _features(rows: NDArray[np.float32], source: Source, unreadable: NDArray[np.int64]) -> Features:
-    labels = source.labels if source.labels is None or not len(unreadable) else np.delete(source.labels, unreadable)
-    return Features(rows, labels, unreadable=unreadable)
+def find_kept(
+    weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform, cache_dir: Path | None,
+    descriptor: Descriptor = CLASS_TOKEN,
+) -> Rows | None:  # fmt: skip
+    """The features [images, D] = ``shape`` that :func:`cached` kept earlier, memory-mapped, or None.
+
+    Never those that lack images.
+    """
+    if cache_dir is None:
+        return None
+    _, folder = _cache_slot(cache_dir, weights_hash, fingerprint, shape, transform, descriptor)
+    found = _read_rows(folder, shape, complete=True)
+    return found[0] if found else None
 
 
-def none_readable(source: Source) -> InputError:
-    """The sentence for it."""
-    return InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
+def write_rows(
+    path: Path, rows: Iterable[Rows] | Iterable[NDArray[np.float16]], shape: tuple[int, int], half: bool = False,
+    fewer: bool = False,
+) -> None:  # fmt: skip
+    """A ``.npy`` file of ``shape`` from its rows, some at a time; float32, or float16 if ``half``; flushed to the disk.
+
+    Written in order rather than through a memory map: on a full disk that is an error, not a killed process.
+
+    Args:
+        fewer: there may be fewer rows than ``shape`` says; the file has the shape that they are.
+
+    Raises:
+        ValueError: ``rows`` were fewer or more than ``shape`` says.
+    """
+    count, kind = 0, "<f2" if half else "<f4"
+    header = {"descr": kind, "fortran_order": False}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
+        for chunk in rows:
+            file.write(np.ascontiguousarray(chunk, dtype=kind).data)
+            count += len(chunk)
+        if fewer and count < shape[0]:
+            file.seek(0)  # numpy leaves room for the longest count
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (count, shape[1])})
+        file.flush()
+        os.fsync(file.fileno())
+    if count > shape[0] or (count < shape[0] and not fewer):
+        raise ValueError(f"{path} got {count} rows, expected {shape[0]}")
+
+
+def width_of(backbone: nn.Module) -> int:
+    """D of the class token, the width of a backbone's features."""
+    return int(backbone.embed_dim)  # type: ignore[arg-type]
 
 
 def fingerprint_without(fingerprint: str, unreadable: NDArray[np.int64]) -> str:
@@ -275,57 +264,94 @@ def fingerprint_without(fingerprint: str, unreadable: NDArray[np.int64]) -> str:
 
 
 def unreadable_card(names: Sequence[str]) -> dict[str, object]:
-    """What a card says of the images that were left out: how many, and the names of the first."""
-    return {"count": len(names), "first": list(names[:_NAMES_IN_CARD])}
+    """What a result file says of the images that were left out: how many, and the names of the first."""
+    return {"count": len(names), "first": list(names[:_MAX_NAMES])}
 
 
-def find_kept(
-    weights_hash: str,
-    fingerprint: str,
-    shape: tuple[int, int],
-    transform: EvalTransform,
-    cache_dir: Path | None,
-    descriptor: Descriptor = CLASS_TOKEN,
-) -> NDArray[np.float32] | None:
-    """The features [images, D] = ``shape`` that :func:`cached` kept earlier, memory-mapped, or None.
+# ---- the cache: CACHE_DIR/KEY/ with features.npy, metadata in card.json, and unreadable.npy where images are lacking
 
-    Never those that lack images.
+
+def _cache_slot(
+    cache_dir: Path, weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform,
+    descriptor: Descriptor,
+) -> tuple[dict[str, Any], Path]:  # fmt: skip
+    """All that decides what features are, and the folder that is named by it."""
+    metadata = {
+        "version": CACHE_VERSION, "weights": weights_hash, "data": fingerprint, "images": shape[0],
+        "dimension": shape[1], "transform": transform.to_dict(),
+    }  # fmt: skip
+    if descriptor != CLASS_TOKEN:  # which is not named: features were cached before there was a choice
+        metadata["descriptor"] = descriptor.to_dict()
+    return metadata, cache_dir / hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _read_rows(folder: Path, shape: tuple[int, int], complete: bool) -> tuple[Rows, NDArray[np.int64]] | None:
+    """The rows in a cache folder and the numbers of the images that they lack; None if absent or damaged.
+
+    Args:
+        shape: of the rows of all images.
+        complete: no image may be lacking.
     """
-    if cache_dir is None:
+    lacking, file = np.empty(0, dtype=np.int64), folder / "unreadable.npy"
+    try:
+        rows: Rows = np.load(folder / "features.npy", mmap_mode="r")
+        if not complete and file.exists():
+            lacking = np.load(file)
+    except (OSError, ValueError, EOFError):
         return None
-    return rows_in(cache_dir / key_of(cache_card(weights_hash, fingerprint, shape, transform, descriptor)), shape)
+    whole = rows.shape == (shape[0] - len(lacking), shape[1]) and rows.dtype == np.float32
+    return (rows, lacking) if whole else None
 
 
-def cache_card(
-    weights_hash: str,
-    fingerprint: str,
-    shape: tuple[int, int],
-    transform: EvalTransform,
-    descriptor: Descriptor = CLASS_TOKEN,
-) -> dict[str, object]:
-    """All that decides what features are: two cards are equal where the features are."""
-    # The class token is not named, so that what was kept before there was a choice is found.
-    other = {} if descriptor == CLASS_TOKEN else {"descriptor": descriptor.to_dict()}
-    return other | {
-        "version": CACHE_VERSION,
-        "weights": weights_hash,
-        "data": fingerprint,
-        "images": shape[0],
-        "dimension": shape[1],
-        "transform": transform.to_dict(),
-    }
+def _write_rows(folder: Path, chunks: Iterator[Chunk], shape: tuple[int, int], metadata: dict[str, Any]) -> None:
+    """Keep the rows of the images that could be read."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".*.tmp"):  # by killed processes
+        with contextlib.suppress(OSError):
+            if time.time() - max(file.stat().st_mtime for file in (left, *left.rglob("*"))) > _ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    masks: list[NDArray[np.bool_]] = []
+
+    def readable_rows() -> Iterator[Rows]:
+        for rows, read in chunks:
+            masks.append(read)
+            yield rows[read]
+
+    # A folder of its own for each process: several may want the same features at the same time.
+    with tempfile.TemporaryDirectory(".tmp", ".", folder.parent, ignore_cleanup_errors=True) as temporary:
+        aside = Path(temporary) / folder.name
+        aside.mkdir()
+        write_rows(aside / "features.npy", readable_rows(), shape, fewer=True)
+        lacking = np.flatnonzero(~np.concatenate([*masks, np.empty(0, dtype=np.bool_)]))
+        if len(lacking):
+            np.save(aside / "unreadable.npy", lacking)
+        (aside / "card.json").write_text(json.dumps(metadata, indent=1))
+        if _read_rows(folder, shape, complete=not len(lacking)) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+            atomic.flush_folder(folder.parent)
 
 
-def width_of(backbone: nn.Module) -> int:
-    """D of the class token, the width of a backbone's features."""
-    return int(backbone.embed_dim)  # type: ignore[arg-type]
+def _in_memory(chunks: Iterator[Chunk], source: Source, width: int, fingerprint: str = "") -> Features:
+    rows, readable = np.empty((len(source), width), dtype=np.float32), np.empty(len(source), dtype=np.bool_)
+    start = 0
+    for chunk, read in chunks:
+        rows[start : start + len(chunk)], readable[start : start + len(chunk)] = chunk, read
+        start += len(chunk)
+        watchdog.progress()
+    return _features(rows if readable.all() else rows[readable], np.flatnonzero(~readable), source, fingerprint)
 
 
-def _unless_none(chunks: Iterator[Chunk], source: Source) -> Iterator[Chunk]:
+def _features(rows: Rows, unreadable: NDArray[np.int64], source: Source, fingerprint: str) -> Features:
+    labels = source.labels if source.labels is None else np.delete(source.labels, unreadable)
+    return Features(rows, labels, fingerprint, unreadable)
+
+
+def _any_readable(chunks: Iterator[Chunk], source: Source) -> Iterator[Chunk]:
     """The same; an error at their end, on every process, where no image could be read."""
-    nothing = len(source) > 0
+    found = not len(source)
     for rows, read in chunks:
-        nothing &= not read.any()
+        found |= bool(read.any())
         yield rows, read
-    if nothing:
-        raise none_readable(source)
+    if not found:
+        raise InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Gt, Le, MinLen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino_xcit.bounds import Unique, check_bounds
 from dino_xcit.errors import InputError
 
 Pooling = Literal["cls", "mean", "gem", "cls+mean", "cls+gem"]
 
-_LEAST = 1e-6
-"""Tokens are clamped to this before GeM's power: the root of a negative number is none."""
-_MOST_SCALES = 16
+EPS = 1e-6
+"""Tokens are clamped to this before GeM's power: a negative number has no root."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Descriptor:
     """``cls``: the class token after the final norm. ``mean``: mean of the patch tokens. ``gem``: their generalised
     mean, see :func:`gem`. ``cls+mean``, ``cls+gem``: class token and that mean, each of length 1, one behind the
     other."""
-    gem_p: float = 3.0
+    gem_p: Annotated[float, Gt(0), Le(100)] = 3.0
     """Exponent of the generalised mean."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: Annotated[tuple[float, ...], Gt(0), Le(8), MinLen(1), Unique] = (1.0,)
     """Factors on the sides of the prepared image. With more than one, each scale's vector is brought to length 1, and
     their mean is brought to length 1 again."""
 
@@ -48,20 +49,9 @@ class Descriptor:
         """Check every value.
 
         Raises:
-            InputError: naming the field, the value, and what would do.
+            InputError: names the field, its value and what is expected.
         """
-        if self.pooling not in get_args(Pooling):
-            raise InputError(f"pooling is {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
-        if not 0 < self.gem_p <= 100:
-            raise InputError(f"gem_p is {self.gem_p:g}, expected more than 0 and at most 100, such as 3")
-        words = " ".join(f"{scale:g}" for scale in self.scales) or "empty"
-        if not 1 <= len(self.scales) <= _MOST_SCALES or not all(0 < scale <= 8 for scale in self.scales):
-            raise InputError(
-                f"scales is {words}, expected 1 to {_MOST_SCALES} numbers above 0 and at most 8, such as "
-                "1 0.7071 1.4142"
-            )
-        if len(set(self.scales)) < len(self.scales):
-            raise InputError(f"scales is {words}, expected each number once")
+        check_bounds(self)
 
     def width(self, embed_dim: int) -> int:
         """E, for a backbone of ``embed_dim`` features."""
@@ -74,10 +64,10 @@ class Descriptor:
             backbone: with the output of :class:`dino_xcit.models.BackboneOutput`.
             images: [B, 3, height, width], normalised.
         """
-        if len(self.scales) == 1:
-            return self._at(self.scales[0], backbone, images)
-        vectors = [F.normalize(self._at(scale, backbone, images), dim=1) for scale in self.scales]
-        return F.normalize(torch.stack(vectors).mean(dim=0), dim=1)
+        vectors = [self._at(scale, backbone, images) for scale in self.scales]
+        if len(vectors) == 1:
+            return vectors[0]
+        return F.normalize(torch.stack([F.normalize(vector, dim=1) for vector in vectors]).mean(dim=0), dim=1)
 
     def _at(self, scale: float, backbone: nn.Module, images: Tensor) -> Tensor:
         out = backbone(rescaled(images, scale, patch_size_of(backbone)))
@@ -90,18 +80,14 @@ class Descriptor:
         return torch.cat([F.normalize(cls_token, dim=1), F.normalize(pooled, dim=1)], dim=1)
 
     def describe(self) -> str:
-        """For the screen and for cards."""
-        what = {
-            "cls": "class token after the final norm",
-            "mean": "mean of the patch tokens",
-            "gem": f"generalised mean (p = {self.gem_p:g}) of the patch tokens",
-            "cls+mean": "class token and mean of the patch tokens, each of length 1",
-            "cls+gem": f"class token and generalised mean (p = {self.gem_p:g}) of the patch tokens, each of length 1",
-        }[self.pooling]
-        if self.scales == (1.0,):
-            return what
-        sizes = ", ".join(f"{scale:g}" for scale in self.scales)
-        return f"{what}; image scaled by {sizes}" + (", vectors averaged" if len(self.scales) > 1 else "")
+        """For the screen and for metadata."""
+        mean = f"generalised mean (p = {self.gem_p:g})" if "gem" in self.pooling else "mean"
+        what = "class token after the final norm" if self.pooling == "cls" else f"{mean} of the patch tokens"
+        if "+" in self.pooling:
+            what = f"class token and {what}, each of length 1"
+        if self.scales != (1.0,):
+            what += f"; image scaled by {', '.join(f'{scale:g}' for scale in self.scales)}"
+        return what + (", vectors averaged" if len(self.scales) > 1 else "")
 
     def to_dict(self) -> dict[str, object]:
         """What decides the vector, as plain values."""
@@ -113,10 +99,10 @@ class Descriptor:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            InputError: a value that cannot be.
+            InputError: a value that is missing or cannot be.
         """
         try:
-            scales = tuple(float(scale) for scale in values["scales"])
+            scales = tuple(map(float, values["scales"]))
             found = cls(values["pooling"], float(values.get("gem_p", cls.gem_p)), scales)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the stored descriptor {str(values)[:200]} cannot be read: {error!r:.100}") from error
@@ -138,7 +124,7 @@ def gem(tokens: Tensor, p: float) -> Tensor:
     Returns:
         [B, D].
     """
-    clamped = tokens.clamp(min=_LEAST)
+    clamped = tokens.clamp(min=EPS)
     # Taking out the largest changes nothing but that no power overflows.
     largest = clamped.amax(dim=1, keepdim=True)
     return (clamped / largest).pow(p).mean(dim=1).pow(1 / p) * largest[:, 0]
@@ -160,9 +146,6 @@ def rescaled(images: Tensor, scale: float, patch_size: int) -> Tensor:
 
 def patch_size_of(backbone: nn.Module) -> int:
     """Pixels a side of a backbone's patches, of timm's models too; 1 where it does not say."""
-    size = getattr(backbone, "patch_size", None)
-    if size is None:
-        size = getattr(getattr(getattr(backbone, "model", None), "patch_embed", None), "patch_size", 1)
-    if isinstance(size, (tuple, list)):
-        size = size[0]
-    return size if isinstance(size, int) and size > 0 else 1
+    embed = getattr(getattr(backbone, "model", None), "patch_embed", None)
+    size: Any = getattr(backbone, "patch_size", None) or getattr(embed, "patch_size", 1)
+    return int(size[0] if isinstance(size, (tuple, list)) else size)

@@ -1,9 +1,8 @@
-"""What every runner does first: the device, the processes, the backbone, its data, the place for kept features."""
+"""What every runner does first: the device, the processes, the backbone, its data, the place for cached features."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dino_xcit.data import Source, open_parts
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.transform import EvalTransform
@@ -29,9 +28,7 @@ def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
         InputError: no weights given, weights that cannot be used, or a file to write that cannot be.
     """
     if not config.weights:
-        raise InputError(
-            "no weights given: use --weights FILE, such as runs/.../checkpoint.pth (or hf-hub:ORG/NAME, timm:NAME)"
-        )
+        raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth, or hf-hub:ORG/NAME")
     device = distributed.choose_device(config.device)
     distributed.start(device)
     demand_writable(config.written())
@@ -49,25 +46,20 @@ def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) ->
         fixed: how images have to be prepared, whatever the weights or the settings say.
     """
     loaded, device = open_weights(config)
-    transform = fixed or _transform(loaded.transform, config)
-    as_loaded = not fixed and transform == loaded.transform
-    log.info(
-        f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}"
-        + (f" ({loaded.transform_from})" if as_loaded and loaded.transform_from else "")
-    )
+    stored = loaded.transform
+    crop = config.eval_crop or stored.crop
+    resize = config.eval_resize or (round(crop * 8 / 7) if config.eval_crop else stored.resize)
+    transform = fixed or dataclasses.replace(stored, resize=resize, crop=crop)
+    as_stored = not fixed and transform == stored
+    origin = f" ({loaded.transform_from})" if as_stored and loaded.transform_from else ""
+    log.info(f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}{origin}")
     usual = transform == EvalTransform() and loaded.training  # DINO's files: ImageNet's way is theirs
-    if as_loaded and not loaded.transform_from and not usual:
+    if as_stored and not loaded.transform_from and not usual:
         log.warning(
             f"{loaded.path.name} does not say how its images are prepared, this is a guess: "
             f"{loaded.transform_guess} (--eval-resize and --eval-crop change it)"
         )
     return dataclasses.replace(loaded, transform=transform), device
-
-
-def _transform(stored: EvalTransform, config: BackboneConfig) -> EvalTransform:
-    crop = config.eval_crop or stored.crop
-    resize = config.eval_resize or (round(crop * 8 / 7) if config.eval_crop else stored.resize)
-    return dataclasses.replace(stored, resize=resize, crop=crop)
 
 
 def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> tuple[Source, Source]:
@@ -76,20 +68,17 @@ def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> 
     Raises:
         InputError: a part is missing or has no labels.
     """
-    data: str | None = config.data_path or None
-    both_given = config.train_data and config.val_data
-    if data is None and not both_given:
+    data = config.data_path or None
+    if data is None and not (config.train_data and config.val_data):
         data = loaded.data
         if data is None:
-            raise InputError(
-                f"{loaded.path} does not say what it was trained on: give --data-path DIR with DIR/train and DIR/val"
-            )
+            raise InputError(f"{loaded.path} does not say what it was trained on: give --data-path DIR")
         log.info(f"data: {data}, on which it was trained (--data-path names other)")
     return open_parts(data, config.train_data or None, config.val_data or None)
 
 
 def cache_folder(config: BackboneConfig) -> Path | None:
-    """Where features are kept; None where they shall not be, or, with a notice, where they cannot be.
+    """Where features are cached; None where they shall not be, or, with a warning, where they cannot be.
 
     Raises:
         InputError: ``--cache-dir`` names a folder that cannot be written to.
@@ -97,13 +86,12 @@ def cache_folder(config: BackboneConfig) -> Path | None:
     if not config.cache:
         return None
     folder = beside_weights(config, config.cache_dir, "features")
-    problem = distributed.on_main(lambda: _why_not_writable(folder))
-    if problem is None:
-        return folder
-    if config.cache_dir:
+    problem = distributed.on_main(partial(_why_not_writable, folder))
+    if problem and config.cache_dir:
         raise InputError(f"cache_dir is {folder}, which cannot be written to: {problem}")
-    log.warning(f"features are not kept, {folder} cannot be written to: {problem} (--cache-dir names another folder)")
-    return None
+    if problem:
+        log.warning(f"features are not kept, {folder} cannot be written to: {problem} (name another --cache-dir)")
+    return None if problem else folder
 
 
 def beside_weights(config: BackboneConfig, given: str, name: str) -> Path:
@@ -126,33 +114,17 @@ def demand_writable(files: Mapping[str, str]) -> None:
     """
     for name, file in files.items():
         path = Path(file).expanduser()
-        if file and (problem := distributed.on_main(partial(_why_not_replaceable, path))):
+        if file and (problem := distributed.on_main(partial(_why_not_writable, path.parent, path.name))):
             raise InputError(f"{name} is {file}, which cannot be written: {problem}; choose another place")
 
 
-def _why_not_replaceable(file: Path) -> str | None:
-    """None where a file can be written beside ``file`` and take its place, as :func:`eval.results.write_json` does."""
-    try:
-        if file.is_dir():
-            return "it is a folder"
-        if file.exists() and not file.is_file():
-            return "it is no regular file"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-        aside = f".{file.name}.tmp"
-        if len(os.fsencode(aside)) > os.pathconf(file.parent, "PC_NAME_MAX"):
-            return "its name is too long"
-    except (FileExistsError, NotADirectoryError):
-        return "a part of its path is no folder"
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def _why_not_writable(folder: Path) -> str | None:
+def _why_not_writable(folder: Path, name: str = "") -> str | None:
+    """None where a file of this name can be written in the folder, which is made."""
+    if name and (folder / name).exists() and not (folder / name).is_file():
+        return "it is a folder" if (folder / name).is_dir() else "it is no regular file"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".{name}.", dir=folder):
+            return None
     except OSError as error:
-        return error.strerror or str(error)
-    return None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
+        return one_line(error)

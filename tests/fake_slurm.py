@@ -1,75 +1,57 @@
-"""sbatch, srun and scontrol for one machine, as small scripts: what a job is told, and what it asks for, without Slurm.
+"""sbatch, srun and scontrol for one machine, without Slurm: what a job is told, and what it asks for.
 
-``sbatch FILE`` starts the batch script at once, in the background; ``srun`` starts SLURM_NTASKS tasks with the numbers
-that Slurm gives them, and sends on the signals that it gets; ``scontrol requeue`` writes down that it was asked, and
-starts the script again when it has ended, as Slurm does.
+``sbatch`` starts the batch script in the background; ``srun`` starts the tasks with the numbers that Slurm gives them;
+``scontrol`` notes what it was asked, and the script starts again when it has ended, as after ``scontrol requeue``.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
-HEADER = f"#!{sys.executable}\nimport os, re, signal, subprocess, sys, time\nfrom pathlib import Path\n"
+FOLDER = Path(os.environ.get("FAKE_SLURM", ""))
 
-SBATCH = """
-folder = Path(os.environ["FAKE_SLURM"])
-script = Path(sys.argv[1])
-job = "4711"
-(folder / "script").write_text(script.read_text())
-told = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", script.read_text(), re.M))
-nodes, each = int(told["nodes"]), int(told["ntasks-per-node"])
-names = ",".join(f"host-{number}" for number in range(nodes))
-env = os.environ | {"SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_NTASKS": str(nodes * each),
-                    "SLURM_JOB_NODELIST": names, "FAKE_EACH": str(each)}
-again = "import os, subprocess, sys, pathlib\\n" \\
-    "folder, script = map(pathlib.Path, sys.argv[1:])\\n" \\
-    "count = 0\\n" \\
-    "while True:\\n" \\
-    "    env = dict(os.environ, **({'SLURM_RESTART_COUNT': str(count)} if count else {}))\\n" \\
-    "    code = subprocess.call(['bash', str(script)], env=env)\\n" \\
-    "    count += 1\\n" \\
-    "    if not (folder / 'requeue').exists(): break\\n" \\
-    "    (folder / 'requeue').unlink()\\n" \\
-    "(folder / 'code').write_text(str(code))\\n"
-subprocess.Popen([sys.executable, "-c", again, str(folder), str(folder / "script")], env=env,
-                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-print(f"Submitted batch job {job}")
-"""
 
-SRUN = """
-folder = Path(os.environ["FAKE_SLURM"])
-words = sys.argv[1:]
-output = words[words.index("--output") + 1]
-place = max(number for number, word in enumerate(words) if word.startswith("--"))
-tasks, each = int(os.environ["SLURM_NTASKS"]), int(os.environ["FAKE_EACH"])
-time.sleep(0.5)  # the launcher puts the job where the tasks look for it
-running = []
-for task in range(tasks):
-    env = os.environ | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % each), "SLURM_NODEID": str(task // each)}
-    log = open(output.replace("%j", os.environ["SLURM_JOB_ID"]).replace("%t", str(task)), "ab")
-    running.append(subprocess.Popen(words[place + 1:], env=env, stdout=log, stderr=log, start_new_session=True))
-(folder / "tasks").write_text(" ".join(str(task.pid) for task in running))
-codes = [task.wait() for task in running]
-(folder / "codes").write_text(" ".join(map(str, codes)))
-sys.exit(max(codes))
-"""
+def sbatch(script: str) -> None:
+    text = Path(script).read_text()
+    (FOLDER / "script").write_text(text)
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", text, re.M))
+    nodes, per_node = int(options["nodes"]), int(options["ntasks-per-node"])
+    names = ",".join(f"host-{number}" for number in range(nodes))
+    env = {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "0", "SLURM_JOB_NUM_NODES": str(nodes),
+           "SLURM_NTASKS": str(nodes * per_node), "SLURM_JOB_NODELIST": names}  # fmt: skip
+    again = "while bash script; [ -e requeue ]; do rm requeue; ((SLURM_RESTART_COUNT++)); done; touch ended"
+    job = ["bash", "-c", f"exec &> /dev/null; {again}"]
+    subprocess.Popen(job, env=os.environ | env, cwd=FOLDER, start_new_session=True)
+    print("Submitted batch job 4711")
 
-SCONTROL = """
-folder = Path(os.environ["FAKE_SLURM"])
-with open(folder / "asked", "a") as file:
-    file.write(" ".join(sys.argv[1:]) + "\\n")
-if (folder / "refuses").exists():
-    sys.exit("scontrol: error: no")
-(folder / "requeue").touch()
-"""
+
+def srun(*words: str) -> None:
+    output = words[words.index("--output") + 1].replace("%j", os.environ["SLURM_JOB_ID"])
+    command = words[max(number for number, word in enumerate(words) if word.startswith("--")) + 1 :]
+    total, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_JOB_NUM_NODES"])
+    tasks = []
+    for rank in range(total):
+        env = os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % (total // nodes))}
+        log = open(output.replace("%t", str(rank)), "ab")  # noqa: SIM115
+        tasks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+    (FOLDER / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
+    (FOLDER / "codes").write_text(" ".join(str(task.wait()) for task in tasks))
 
 
 def install(folder: Path) -> dict[str, str]:
     """The three commands below ``folder``, and the environment in which they are found."""
-    (folder / "bin").mkdir(parents=True)
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
-        (folder / "bin" / name).write_text(HEADER + text)
+    python = f"exec {sys.executable} {__file__}"
+    note = 'cd $FAKE_SLURM; echo "$@" >> asked; [ ! -e refuses ] && touch requeue'
+    (folder / "bin").mkdir()
+    for name, text in (("sbatch", f'{python} sbatch "$@"'), ("srun", f'{python} srun "$@"'), ("scontrol", note)):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / "bin" / name).chmod(0o755)
     return {"FAKE_SLURM": str(folder), "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])}
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -24,7 +24,7 @@ WRONG = {
     "knn W --per-class classes.png": "per_class is classes.png",
     "knn W --confusion classes": "confusion is classes",
     "knn W --approximate ivf": "are searched exactly in no time: leave",
-    "knn W --per-class {image}/classes.csv": "its path is no folder; choose",
+    "knn W --per-class {image}/classes.csv": "which cannot be written",
     "linear --holdout 1": "holdout is 1",
     "linear --crop-scale 0.5 0.2": "crop_scale is 0.5 0.2",
     "extract W --data-path {tmp}/none --output-dir {tmp}/v": "no data at",
@@ -45,5 +45,5 @@ WRONG = {
     "knn W --cache-dir {image}": "which cannot be written to",
     "knn W --json {tmp}": "which cannot be written: it is a folder; choose another",
     "linear W --json /dev/null": "cannot be written: it is no regular file; choose",
-    f"linear W --json {'x' * 251}": "cannot be written: its name is too long;",
+    f"linear W --json {'x' * 251}": "which cannot be written",
 }  # fmt: skip

@@ -16,11 +16,11 @@ from dino_xcit.cli import parse, parse_known
 from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig, differences
 from dino_xcit.data.pack import PackConfig
 from dino_xcit.errors import InputError, run_main
-from dino_xcit.launch_config import LaunchConfig
 from dino_xcit.recipes import parse_pretrain
 from eval.config import KnnConfig
-from eval.look_config import PcaConfig
 from eval.retrieval_config import ExtractConfig, RetrievalConfig
+from eval.viz import VizConfig
+from run_slurm import LaunchConfig
 
 # ---- spellings
 
@@ -207,8 +207,8 @@ def test_every_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: 
 
 
 def test_words_without_a_flag_may_stand_anywhere() -> None:
-    typed = "a.jpg --images b.jpg --size 64 c.jpg --no-cache d.jpg --images=e.jpg"
-    assert parse(PcaConfig, typed.split(), "x").images == ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")
+    typed = "pca a.jpg --images b.jpg --size 64 c.jpg --no-cache d.jpg --images=e.jpg"
+    assert parse(VizConfig, typed.split(), "x").images == ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")
     found = parse(RetrievalConfig, ["--threshold", "-1", "duplicates", "--first", "photos"], "x")
     assert (found.protocol, found.threshold, found.first) == ("duplicates", -1, "photos")
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from eval_fixtures import SMALL, MeanColours, image_tree, noise_source, tiny_checkpoint
-from run_here import Here, Outcome
+from run_here import Here
 from tiny_run import CPU, tiny_config
 
 import run_knn
-from dino_xcit.data import ArraySource, Source, open_source
+from dino_xcit.data import ArraySource, open_source
 from dino_xcit.errors import InputError
 from dino_xcit.methods import Method
 from eval.features import Features, cached, extract, find_kept
@@ -38,76 +38,54 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("unreadable"))
 
 
-def knn(here: Here, place: Place, *words: object) -> Outcome:
-    return here(run_knn, "--weights", place.weights, "--ks", 3, 18, "--num-workers", 0, "--device", "cpu", *words)
-
-
-def test_a_broken_image_ends_the_run_by_name_unless_such_are_left_out(place: Place, here: Here, tmp_path: Path) -> None:
-    refused = knn(here, place, "--no-cache")
-    assert refused.code == 2
-    assert "dots 01.png cannot be read" in refused.err
-    assert "pack leaves such images out; or add --unreadable skip to measure without such images" in refused.err
-    done = knn(here, place, "--unreadable", "skip", "--no-cache", "--json", tmp_path / "k.json", "--few-shot", 6)
+def skipping(here: Here, place: Place, json_file: Path, *words: object) -> tuple[dict[str, Any], str]:
+    """The result file of run_knn.py --unreadable skip, and what it printed."""
+    common = ["--weights", place.weights, "--ks", 3, 18, "--num-workers", 0, "--device", "cpu", "--no-cache"]
+    done = here(run_knn, *common, "--unreadable", "skip", "--json", json_file, *words)
     assert done.code == 0, done.err
-    told = f"{tmp_path / 'k.json'} names them"
-    train, val = (str(path) for path in place.broken)
-    assert f"warning: 1 of 18 training images could not be read and are left out: {train}; {told}" in done.out
-    assert f"warning: 1 of 15 validation images could not be read and are left out: {val}; {told}" in done.out
-    assert "k = 18 exceeds the 17 training images: using 17" in done.out
-    assert "warning: 1 class has fewer than 6 training images (the least: dots with 5)" in done.out
-    card = json.loads((tmp_path / "k.json").read_text())
-    assert card["data"]["train"]["unreadable"] == {"count": 1, "first": [train]}
-    assert card["data"]["val"]["unreadable"] == {"count": 1, "first": [val]}
-    assert [card["data"][part]["images"] for part in ("train", "val")] == [17, 14]
-    assert {one["images"] for one in card["figures"] if one["hits"]} == {14}
+    return json.loads(json_file.read_text()), done.out
 
 
-def test_the_figures_are_those_of_the_same_folder_without_them(place: Place, here: Here, tmp_path: Path) -> None:
+def test_a_broken_image_ends_the_run_by_name(place: Place, here: Here) -> None:
+    refused = here(run_knn, "--weights", place.weights, "--num-workers", 0, "--device", "cpu", "--no-cache")
+    assert refused.code == 2
+    assert "dots 01.png" in refused.err
+    assert "--unreadable skip" in refused.err
+
+
+def test_broken_images_are_left_out_as_if_they_were_not_there(place: Place, here: Here, tmp_path: Path) -> None:
     shutil.copytree(place.photos, tmp_path / "mended")
     for path in place.broken:
         (tmp_path / "mended" / path.relative_to(place.photos)).unlink()
-    cards: list[dict[str, Any]] = []
-    for name, words in (("skip", ("--unreadable", "skip")), ("mended", ("--data-path", tmp_path / "mended"))):
-        done = knn(here, place, "--baselines", "--no-cache", "--json", tmp_path / f"{name}.json", *words)
-        assert done.code == 0, done.err
-        cards.append(json.loads((tmp_path / f"{name}.json").read_text()))
-    skipped, mended = cards
+    skipped, printed = skipping(here, place, tmp_path / "skipped.json", "--baselines", "--few-shot", 6)
+    words = ("--baselines", "--few-shot", 6, "--data-path", tmp_path / "mended")
+    mended, _ = skipping(here, place, tmp_path / "mended.json", *words)
     assert skipped["results"] == mended["results"]
     assert skipped["figures"] == mended["figures"]
     for key in ("images", "contents", "labels", "names"):
         assert skipped["data"]["val"][key] == mended["data"]["val"][key], key
+    for part, path, images in zip(("train", "val"), map(str, place.broken), (17, 14), strict=True):
+        assert skipped["data"][part]["images"] == images
+        assert skipped["data"][part]["unreadable"] == {"count": 1, "first": [path]}
+        assert path in printed
 
 
 def test_the_fingerprint_is_of_the_images_that_were_measured(place: Place, here: Here, tmp_path: Path) -> None:
-    whole = image_tree(tmp_path / "photos", train=6, val=5)
+    photos = image_tree(tmp_path / "photos", train=6, val=5)
     prints = []
     for name in ("", "bars 01.png", "bars 03.png"):
-        if name:  # another file, of the same size and time, as one is that the disk fails to read
-            path = whole / "val" / "bars" / name
-            kept, times = path.read_bytes(), path.stat()
-            path.write_bytes(bytes(len(kept)))
+        tree = tmp_path / f"without {name}"
+        shutil.copytree(photos, tree)
+        if name:  # the same name, size and time, as an image has that the disk fails to read
+            path = tree / "val" / "bars" / name
+            times = path.stat()
+            path.write_bytes(bytes(times.st_size))
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        words = ("--data-path", whole, "--unreadable", "skip", "--no-cache", "--json", tmp_path / "k.json")
-        done = knn(here, place, *words)
-        assert done.code == 0, done.err
-        card = json.loads((tmp_path / "k.json").read_text())["data"]
-        assert card["val"]["images"] == 15 - bool(name)
-        assert card["train"]["fingerprint"] == open_source(str(whole / "train")).fingerprint()
-        prints.append(card["val"]["fingerprint"])
-        if name:
-            path.write_bytes(kept)
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert prints[0] == open_source(str(whole / "val")).fingerprint()
+        data = skipping(here, place, tmp_path / "k.json", "--data-path", tree)[0]["data"]
+        assert data["train"]["fingerprint"] == open_source(str(tree / "train")).fingerprint()
+        assert (data["val"]["fingerprint"] == open_source(str(tree / "val")).fingerprint()) == (not name)
+        prints.append(data["val"]["fingerprint"])
     assert len(set(prints)) == 3
-
-
-def test_where_no_image_can_be_read_there_is_nothing_to_measure(place: Place, here: Here, tmp_path: Path) -> None:
-    shutil.copytree(place.photos, tmp_path / "bad")
-    for path in (tmp_path / "bad" / "val").rglob("*.*"):
-        path.write_bytes(b"")
-    for words in ((), ("--no-cache",)):
-        refused = knn(here, place, "--unreadable", "skip", "--data-path", tmp_path / "bad", *words)
-        assert (refused.code, "none of the 15 images of" in refused.err) == (2, True)
 
 
 class Torn(ArraySource):
@@ -119,42 +97,51 @@ class Torn(ArraySource):
         return (b"torn", 0) if index in self.torn else super().read(index)
 
 
-def torn() -> Source:
-    return noise_source(10, kind=Torn)
+def kept(cache: Path | None, backbone: MeanColours, unreadable: Any = "skip", kind: Any = Torn) -> Features:
+    source = noise_source(10, kind=kind)
+    return cached(
+        backbone, "w", source, SMALL, CPU, cache, batch_size=4, num_workers=0, unreadable=unreadable
+    )  # fmt: skip
 
 
-def kept(source: Source, cache: Path | None, backbone: MeanColours, **more: Any) -> Features:
-    return cached(backbone, "w", source, SMALL, CPU, cache, batch_size=4, num_workers=0, **more)
+class AllTorn(Torn):
+    """Nothing of it can be read."""
+
+    torn = tuple(range(10))
+
+
+@pytest.mark.parametrize("folder", ["cache", None])
+def test_where_no_image_can_be_read_there_is_nothing_to_measure(tmp_path: Path, folder: str | None) -> None:
+    with pytest.raises(InputError, match="none of the 10 images"):
+        kept(tmp_path / folder if folder else None, MeanColours(), kind=AllTorn)
+    assert not list(tmp_path.glob("cache/*"))
 
 
 def test_rows_without_some_images_are_kept_and_never_served_where_such_are_refused(tmp_path: Path) -> None:
     whole, backbone = extract(MeanColours(), noise_source(10), SMALL, CPU, progress=False), MeanColours()
-    read = [number for number in range(10) if number not in Torn.torn]
+    assert whole.labels is not None
     for cache, seen in ((None, 8), (tmp_path, 16), (tmp_path, 16)):
-        found = kept(torn(), cache, backbone, unreadable="skip")
+        found = kept(cache, backbone)
         assert backbone.seen == seen, "the second time they are there"
-        assert (np.asarray(found.features) == whole.features[read]).all()
         assert found.unreadable.tolist() == [2, 7]
-        assert found.labels is not None
-        assert whole.labels is not None
-        assert (found.labels == whole.labels[read]).all()
-    assert find_kept("w", torn().fingerprint(), (10, 5), SMALL, tmp_path) is None
+        np.testing.assert_array_equal(found.features, np.delete(whole.features, [2, 7], axis=0))
+        np.testing.assert_array_equal(found.labels, np.delete(whole.labels, [2, 7]))
+    assert find_kept("w", found.fingerprint, (10, 5), SMALL, tmp_path) is None
     with pytest.raises(InputError, match="cannot be read"):
-        kept(torn(), tmp_path, MeanColours())
-    # Where all could be read, both ways have the same rows, and only one of them extracts.
+        kept(tmp_path, backbone, "refuse")
+    # Images that can be read again replace those rows, and serve both.
     complete = MeanColours()
-    kept(noise_source(10, seed=1), tmp_path, complete, unreadable="skip")
-    kept(noise_source(10, seed=1), tmp_path, complete)
-    assert complete.seen == 10
+    for unreadable in ("refuse", "skip"):
+        assert len(kept(tmp_path, complete, unreadable, ArraySource).features) == complete.seen == 10
 
 
-@pytest.mark.parametrize("card", [b"", b"[]", b'{"unreadable": [2, 99]}', b'{"unreadable": [2]}', b'{"unreadable": 3}'])
-def test_a_card_that_names_other_images_is_not_believed(card: bytes, tmp_path: Path) -> None:
-    kept(torn(), tmp_path, MeanColours(), unreadable="skip")
-    (path,) = tmp_path.glob("*/card.json")
-    path.write_bytes(card)
+@pytest.mark.parametrize("file", ["unreadable.npy", "features.npy"])
+def test_a_damaged_file_of_rows_that_lack_images_is_replaced(file: str, tmp_path: Path) -> None:
+    kept(tmp_path, MeanColours())
+    (path,) = tmp_path.glob(f"*/{file}")
+    path.write_bytes(path.read_bytes()[:-8])
     backbone = MeanColours()
-    assert kept(torn(), tmp_path, backbone, unreadable="skip").unreadable.tolist() == [2, 7]
+    assert kept(tmp_path, backbone).unreadable.tolist() == [2, 7]
     assert backbone.seen == 8
 
 
@@ -168,7 +155,7 @@ class Diverged(MeanColours):
 
 
 def test_a_network_that_diverged_is_no_unreadable_image(tmp_path: Path) -> None:
-    found = kept(torn(), tmp_path, Diverged(), unreadable="skip")
+    found = kept(tmp_path, Diverged())
     assert found.unreadable.tolist() == [2, 7]
     assert np.isnan(found.features).all()
 
@@ -184,13 +171,10 @@ def test_the_k_nn_while_training_says_once_which_images_it_leaves_out(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(data_path=str(place.photos), knn_every=1, output_dir="unused")
-    ((name, every, measure),) = build_evaluators(config, open_source(str(place.photos / "train")), CPU)
-    assert (name, every) == ("knn", 1)
-    figures = [measure(Frozen(MeanColours())) for _ in range(2)]
-    assert figures[0] == figures[1]
-    assert 0 <= figures[0]["knn_top1"] <= 100
-    said = capsys.readouterr().out
-    for number, path in zip(("1 of 18 training", "1 of 15 validation"), place.broken, strict=True):
-        line = f"warning: k-NN while training: {number} images could not be read and are left out: {path}\n"
-        assert said.count(line) == 1
+    ((_, _, measure),) = build_evaluators(config, open_source(str(place.photos / "train")), CPU)
+    first, second = (measure(Frozen(MeanColours())) for _ in range(2))
+    assert first == second
+    assert 0 <= first["knn_top1"] <= 100
+    printed = capsys.readouterr().out
+    assert [printed.count(str(path)) for path in place.broken] == [1, 1]
     assert np.isnan(measure(Frozen(Diverged()))["knn_top1"])

@@ -1,0 +1,366 @@
+"""Pictures of what a network makes of photographs, whole and at any size: class attention, and patch features.
+
+    python -m eval.viz attention --weights ckpt.pth photo.jpg another.jpg --size 480 --out attention.png
+    python -m eval.viz pca --weights ckpt.pth *.jpg --foreground above --threshold 0.5
+
+``attention`` draws a row an image: the image, the class token's attention in each head of one block, and the mean of
+the heads. Each map goes from its least weight (grey) to its greatest (bright); the caption gives both as multiples of
+the mean weight, and the share that the class token keeps for itself. XCiT's patches never attend to each other, so its
+class-attention blocks are the only ones with such maps; timm's vision transformers have them too.
+
+``pca`` draws the first three principal components over all patches of all images as red, green and blue (DINOv2, arXiv
+2304.07193, figure 1): patches with similar features have similar colours, within an image and across images.
+
+B batch, N patch tokens, D features, H heads, d = D / H features a head; (h, w) the grid of patches, h * w = N.
+"""
+
+from __future__ import annotations
+
+# Before torch: it decides how threads wait for each other.
+import dino_xcit  # noqa: F401  # isort: skip
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from annotated_types import Gt, Lt, MinLen
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Suffix, refuse_changed
+from dino_xcit.cli import parse
+from dino_xcit.data import decode
+from dino_xcit.errors import InputError, one_line, printable, run_main
+from dino_xcit.models.xcit import ClassAttention, XCiT
+from dino_xcit.runtime import atomic
+from dino_xcit.runtime.logging import counted, progress_bar
+from dino_xcit.transform import normalise, to_tensor
+from dino_xcit.weights import LoadedBackbone
+from eval.config import BackboneConfig
+from eval.pooling import patch_size_of
+from eval.setup import demand_writable, open_weights
+
+Rows = NDArray[np.float32]
+
+MAX_IMAGES = 100
+MAX_PIXELS = 64_000_000
+"""Of one image as the network sees it."""
+CELL = 224
+"""Pixels of a cell's longer side."""
+MAX_COLUMNS = 5
+"""Of a PCA picture."""
+_MARGIN, _GAP, _CAPTION = 20, 10, 40
+
+
+@dataclass(frozen=True)
+class VizConfig(BackboneConfig):
+    """Settings of python -m eval.viz."""
+
+    what: Annotated[Literal["attention", "pca"], Positional] = "attention"
+    """What to draw; --what may be left out."""
+    images: Annotated[tuple[str, ...], MinLen(1), IsPath, Positional, Repeatable] = ()
+    """Image files; --images may be left out before them."""
+    size: int = 480
+    """Pixels that an image's shorter side is resized to; 0: as it is. Finer than in training is fine."""
+    out: Annotated[FilePath, Suffix(".png")] = ""
+    """The picture, a .png file. Default: attention.png or pca.png in this folder."""
+    block: int = -1
+    """attention: which block with class attention, counted from 0, or from -1 backwards."""
+    foreground: Literal["all", "above", "below"] = "all"
+    """pca: colour all patches, or only those whose first component lies above (or below) the threshold; the first
+    component does not tell which of the two is the foreground."""
+    threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
+    """pca: where the first component is cut, on a scale from its least (0) to its greatest value (1)."""
+
+    def check(self) -> None:
+        """See :meth:`BackboneConfig.check`."""
+        super().check()
+        refuse_changed(self, ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"), "on a picture")
+        refuse_changed(self, ("block",) if self.what == "pca" else ("foreground",), f"on {self.what}")
+        if self.foreground == "all":
+            refuse_changed(self, ("threshold",), "without a --foreground")
+        if self.size and not 16 <= self.size <= 8192:
+            raise InputError(f"size is {self.size}, expected 16 to 8192 pixels, or 0 for images as they are")
+        if len(self.images) > MAX_IMAGES:
+            raise InputError(f"{len(self.images)} images given, expected at most {MAX_IMAGES}: name fewer")
+
+
+@dataclass
+class Cell:
+    """A picture with a title and a note below it."""
+
+    image: Image.Image
+    title: str
+    note: str
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        InputError: a mistake in the command, an image or weights that cannot be used, or a network without class
+            attention.
+    """
+    config = parse(VizConfig, argv, "python -m eval.viz")
+    path = Path(config.out or f"{config.what}.png")
+    demand_writable({"out": str(path)})
+    loaded, device = open_weights(config)
+    draw = attention_rows if config.what == "attention" else pca_rows
+    sheet = draw_sheet(draw(config, loaded, device))
+    atomic.write(path, lambda file: sheet.save(file, format="PNG"))
+    print(printable(f"written: {path}"))
+
+
+# ---- photographs
+
+
+def measure_images(
+    config: VizConfig, loaded: LoadedBackbone, device: torch.device, measure: Callable[[Tensor], Any]
+) -> Iterator[tuple[Cell, Any]]:
+    """Each image as a cell, and what ``measure`` makes of its normalised pixels [1, 3, height, width].
+
+    Raises:
+        InputError: a file that is no image, or one that is too large.
+    """
+    multiple = 1 if isinstance(loaded.backbone, XCiT) else patch_size_of(loaded.backbone)
+    with progress_bar(len(config.images), config.what, shown=True) as bar, torch.inference_mode():
+        for path in config.images:
+            image = load_image(path, config.size, multiple, loaded.transform.interpolation)
+            pixels = normalise(to_tensor(image)[None], loaded.transform.mean, loaded.transform.std)
+            measured = measure(pixels.to(device))
+            shown = [max(1, round(side * CELL / max(image.size))) for side in image.size]
+            picture = image.resize((shown[0], shown[1]), Image.Resampling.LANCZOS)
+            yield Cell(picture, Path(path).name, f"{image.width} x {image.height}"), measured
+            bar.update()
+
+
+def load_image(path: str, size: int, multiple: int, interpolation: str) -> Image.Image:
+    """An image file, whole, its shorter side resized to ``size`` pixels; 0: as it is.
+
+    Args:
+        multiple: both sides are rounded to multiples of so many pixels.
+
+    Raises:
+        InputError: it cannot be read, is no image, or would be too large.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the image {path}: {one_line(error)}") from error
+    image = decode(data, path)
+    short = min(image.size)
+    sides = [max(size, int(size * side / short)) if size else side for side in image.size]  # as torchvision has it
+    width, height = (max(1, round(side / multiple)) * multiple for side in sides)
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{path} would have {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all: give a smaller "
+            "--size, or cut the image"
+        )
+    return image.resize((width, height), Image.Resampling[interpolation.partition("-")[0].upper()])
+
+
+# ---- class attention
+
+
+def attention_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.device) -> list[list[Cell]]:
+    """A row an image: the image, each head's map over it, and the mean of the heads."""
+    rows = []
+    for cell, (patches, itself) in measure_images(
+        config, loaded, device, lambda pixels: attention_maps(loaded.backbone, pixels, config.block)
+    ):
+        maps, own = patches[0].float().cpu(), itself[0].float().cpu()
+        titles = [f"head {head + 1}" for head in range(len(maps))] + ["mean of the heads"]
+        row = [cell]
+        for title, weights, share in zip(titles, [*maps, maps.mean(dim=0)], [*own, own.mean()], strict=True):
+            relative = weights / weights.mean().clamp(min=1e-12)
+            note = f"{relative.min():.1f} to {relative.max():.1f} x mean; itself {100 * share:.0f}%"
+            row.append(Cell(overlay(cell.image, weights.numpy()), title, note))
+        rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def attention_maps(backbone: nn.Module, images: Tensor, block: int = -1) -> tuple[Tensor, Tensor]:
+    """The class token's attention in one block. Over patches, class token and further tokens (registers) it sums to 1.
+
+    Args:
+        backbone: an XCiT, or a model of timm's whose class token attends in its blocks.
+        images: [B, 3, height, width] of any size that the backbone takes, normalised.
+        block: of the blocks with class attention, counted from 0, or from -1 backwards.
+
+    Returns:
+        To the patches [B, H, h, w], and to the class token itself [B, H].
+
+    Raises:
+        InputError: the network has no such attention, or no such block.
+    """
+    model: Any = getattr(backbone, "model", backbone)  # timm's are wrapped
+    blocks: Any = getattr(model, "cls_attn_blocks", None) or getattr(model, "blocks", None)
+    attention: Any = getattr(blocks[-1], "attn", None) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else None
+    ours = isinstance(attention, ClassAttention)
+    if not ours and (getattr(model, "cls_token", None) is None or not hasattr(attention, "fused_attn")):
+        raise InputError(
+            f"{type(model).__name__} has no attention of a class token: expected an XCiT or a vision transformer; "
+            "python -m eval.viz pca draws the patch features of any network"
+        )
+    if not -len(blocks) <= block < len(blocks):
+        raise InputError(f"block is {block}, but there are {len(blocks)} blocks with class attention: 0, 1 ... or -1")
+    attention = blocks[block].attn
+    seen: list[Any] = []
+    hooked: nn.Module = attention if ours else attention.attn_drop
+    fused = getattr(attention, "fused_attn", False)
+    with hooked.register_forward_pre_hook(lambda _, inputs: seen.append(inputs)):
+        attention.fused_attn = False  # timm's fused kernel keeps no weights
+        h, w = backbone(images).grid
+        attention.fused_attn = fused
+    weights = class_attention_weights(attention, *seen[0]) if ours else seen[0][0][:, :, 0]
+    return weights[:, :, -h * w :].unflatten(2, (h, w)), weights[:, :, 0]
+
+
+def class_attention_weights(attention: ClassAttention, cls_token: Tensor, patches: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of the class token's query (CaiT, arXiv 2103.17239, equations 5 to 7).
+
+    The module itself computes without keys and keeps no weights: this is the plain formula.
+
+    Args:
+        cls_token: [B, 1, D], as the module gets it.
+        patches: [B, N, D].
+
+    Returns:
+        [B, H, 1 + N], the class token first; each row sums to 1.
+    """
+    (weight_q, weight_k, _), (bias_q, bias_k, _) = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
+    heads = (attention.num_heads, -1)
+    q = F.linear(cls_token, weight_q, bias_q).unflatten(2, heads).transpose(1, 2)
+    k = F.linear(torch.cat((cls_token, patches), dim=1), weight_k, bias_k).unflatten(2, heads).transpose(1, 2)
+    return (q @ k.transpose(-2, -1) * attention.scale).softmax(dim=-1)[:, :, 0]
+
+
+def overlay(image: Image.Image, weights: Rows) -> Image.Image:
+    """A map [h, w] over the darkened image, upsampled to its size: the least weight is grey, the greatest brightest."""
+    from matplotlib import colormaps  # it takes a second to import
+
+    low, high = float(weights.min()), float(weights.max())
+    scaled = Image.fromarray((weights - low) / max(high - low, 1e-12))
+    level = np.asarray(scaled.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    colours = colormaps["inferno"](level[..., 0])[..., :3]
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None] / 255
+    mixed = 0.5 * grey * (1 - level) + (0.7 + 0.3 * grey) * colours * level
+    return Image.fromarray((255 * mixed).round().astype(np.uint8))
+
+
+# ---- principal components of patch features
+
+
+def pca_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.device) -> list[list[Cell]]:
+    """The images in rows, and below each its patches in the colours of three components over all of them."""
+    cells, maps = [], []
+    for cell, out in measure_images(config, loaded, device, loaded.backbone):
+        cell.note = f"{out.grid[1]} x {out.grid[0]} patches"
+        cells.append(cell)
+        maps.append(out.patch_tokens[0].float().cpu().numpy().reshape(*out.grid, -1))
+    features = np.concatenate([tokens.reshape(-1, tokens.shape[2]) for tokens in maps])
+    kept = foreground(features, config.threshold, config.foreground)
+    colours = np.full((len(features), 3), (24, 24, 28), dtype=np.uint8)  # dark where --foreground leaves patches out
+    projected, shares = principal_components(features[kept])
+    colours[kept] = as_colours(projected)
+    percent = ", ".join(f"{100 * share:.0f}%" for share in shares)
+    print(f"{kept.sum():,} of {counted(len(kept), 'patch')}; the components have {percent} of their variance")
+    ends = np.cumsum([tokens[..., 0].size for tokens in maps])
+    for cell, tokens, part in zip(cells, maps, np.split(colours, ends[:-1]), strict=True):
+        patches = Image.fromarray(part.reshape(*tokens.shape[:2], 3)).resize(cell.image.size, Image.Resampling.NEAREST)
+        both = Image.new("RGB", (patches.width, 2 * patches.height + _GAP // 2), "white")
+        both.paste(cell.image)
+        both.paste(patches, (0, patches.height + _GAP // 2))
+        cell.image = both
+    columns = math.ceil(len(cells) / math.ceil(len(cells) / MAX_COLUMNS))
+    return [list(cells[first : first + columns]) for first in range(0, len(cells), columns)]
+
+
+def principal_components(features: Rows, count: int = 3) -> tuple[Rows, list[float]]:
+    """Projections on the directions of greatest variance, greatest first.
+
+    A direction has no sign of its own: each is turned so that its largest entry is positive, which makes the colours
+    the same on every machine.
+
+    Args:
+        features: [N, D].
+
+    Returns:
+        [N, count] around 0, and each component's share of the variance.
+
+    Raises:
+        InputError: no more patches, or features, than components; or features that are not finite.
+    """
+    if min(features.shape) <= count:
+        raise InputError(
+            f"{features.shape[0]} patches of {features.shape[1]} features are too few for {count} components: take "
+            "larger or more images, or another --threshold"
+        )
+    if not np.isfinite(features).all():
+        raise InputError("the patch features are not finite: the weights are damaged, or their training diverged")
+    centred = features - features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    covariance = np.zeros((features.shape[1], features.shape[1]))
+    for start in range(0, len(centred), 8192):  # no float64 copy of all patches
+        part = centred[start : start + 8192].astype(np.float64)
+        covariance += part.T @ part
+    variances, directions = np.linalg.eigh(covariance)
+    chosen = directions[:, ::-1][:, :count]
+    chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(axis=0), np.arange(count)])
+    whole = max(float(variances.sum()), 1e-12)
+    return centred @ chosen.astype(np.float32), [float(value) / whole for value in variances[::-1][:count]]
+
+
+def foreground(features: Rows, threshold: float, side: str) -> NDArray[np.bool_]:
+    """[N]: which patches' first component lies ``above`` or ``below`` the threshold, on a scale from its least to its
+    greatest value; ``all``: every patch."""
+    if side == "all":
+        return np.ones(len(features), dtype=np.bool_)
+    first = principal_components(features)[0][:, 0]
+    scaled = (first - first.min()) / max(float(np.ptp(first)), 1e-12)
+    return scaled > threshold if side == "above" else scaled < threshold
+
+
+def as_colours(projected: Rows) -> NDArray[np.uint8]:
+    """[N, 3] to bytes: each component's 1st to 99th percentile is 0 to 255."""
+    low, high = np.percentile(projected, [1, 99], axis=0)
+    scaled = (projected - low) / np.maximum(high - low, 1e-12)
+    return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
+
+
+# ---- the picture
+
+
+def draw_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
+    """Rows of cells below each other; the pictures of a row stand on one line."""
+    columns = max(map(len, rows))
+    widths = [max(row[column].image.width for row in rows if column < len(row)) for column in range(columns)]
+    heights = [max(cell.image.height for cell in row) for row in rows]
+    whole_width = 2 * _MARGIN + sum(widths) + (columns - 1) * _GAP
+    whole_height = 2 * _MARGIN + sum(heights) + len(rows) * _CAPTION + (len(rows) - 1) * _GAP
+    sheet = Image.new("RGB", (whole_width, whole_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = _MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        left = _MARGIN
+        for cell, width in zip(row, widths, strict=False):
+            sheet.paste(cell.image, (left, top + height - cell.image.height))
+            for text, size, ink, below in ((cell.title, 14, "#1b1f24", 4), (cell.note, 12, "#6b7280", 21)):
+                shown, font = printable(text), ImageFont.load_default(size)
+                while draw.textlength(shown, font=font) > width and len(shown) > 3:
+                    shown = f"...{shown.removeprefix('...')[1:]}"  # the end of a file's name tells the most
+                draw.text((left, top + height + below), shown, ink, font)
+            left += width + _GAP
+        top += height + _CAPTION + _GAP
+    return sheet
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]), less_memory="give a smaller --size, or cut the image")

@@ -1,0 +1,196 @@
+"""python -m eval.viz: the weights are the network's own, and pictures show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_fixtures import tiny_checkpoint
+from PIL import Image
+from sklearn.decomposition import PCA
+from timm.models.xcit import Xcit
+
+from dino_xcit.errors import InputError
+from dino_xcit.models import build_backbone
+from dino_xcit.models.timm_backbone import TimmBackbone
+from dino_xcit.models.xcit import ClassAttention, XCiT
+from dino_xcit.weights.names import to_timm
+from eval import viz
+
+
+def random_xcit() -> XCiT:
+    """A small XCiT whose heads do look somewhere, and in different places."""
+    backbone = build_backbone("xcit_pico_4_p8").eval()
+    assert isinstance(backbone, XCiT)
+    for block in backbone.cls_attn_blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.2)
+    return backbone
+
+
+# ---- attention
+
+
+def test_the_weights_give_the_modules_own_output() -> None:
+    module = ClassAttention(32, 4).double().eval()
+    torch.nn.init.normal_(module.qkv.weight, std=0.5)
+    torch.nn.init.normal_(module.qkv.bias)
+    cls_token, patches = torch.randn(2, 1, 32).double(), torch.randn(2, 15, 32).double()
+    weights = viz.class_attention_weights(module, cls_token, patches)
+    assert weights.shape == (2, 4, 16)
+    tokens = torch.cat((cls_token, patches), dim=1)
+    values = torch.nn.functional.linear(tokens, module.qkv.weight[64:], module.qkv.bias[64:])
+    mixed = (weights[:, :, None] @ values.unflatten(2, (4, 8)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module.proj(mixed), module(cls_token, patches))
+
+
+@pytest.mark.parametrize("block", [0, 1, -1])
+def test_an_xcits_maps_are_those_of_the_same_network_in_timm(block: int) -> None:
+    """Built by timm, with our weights under its names; a size and aspect that neither was made for."""
+    ours = random_xcit()
+    peer = Xcit(patch_size=8, embed_dim=64, depth=4, num_heads=4, eta=1.0, tokens_norm=True, num_classes=0).eval()
+    peer.load_state_dict(to_timm(ours.state_dict()))
+    images = torch.randn(2, 3, 40, 64)
+    found, expected = (viz.attention_maps(network, images, block) for network in (ours, TimmBackbone(peer)))
+    assert found[0].shape == (2, 4, 5, 8)
+    assert found[0].std() > 0.005, "uniform maps would agree whatever the code does"
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found[0].sum(dim=(2, 3)) + found[1], torch.ones(2, 4))
+
+
+def test_drawing_changes_nothing_in_the_network() -> None:
+    for backbone in (random_xcit(), build_backbone("timm:vit_tiny_patch16_224").eval()):
+        images = torch.randn(1, 3, 48, 64)
+        before = backbone(images).cls_token
+        first, last = (viz.attention_maps(backbone, images, block)[0] for block in (0, 1))
+        assert not torch.allclose(first, last)
+        assert torch.equal(backbone(images).cls_token, before)
+
+
+def test_a_vision_transformers_maps_are_its_class_tokens_rows() -> None:
+    patches, itself = viz.attention_maps(build_backbone("timm:vit_tiny_patch16_224").eval(), torch.randn(1, 3, 48, 64))
+    assert patches.shape == (1, 3, 3, 4)
+    torch.testing.assert_close(patches.sum(dim=(2, 3)) + itself, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "timm:vit_small_patch16_224", "timm:convnext_atto"])
+def test_a_network_without_class_attention_is_refused(name: str) -> None:
+    backbone = build_backbone(name).eval()
+    backbone.model.cls_token = None
+    with pytest.raises(InputError, match="no attention of a class token"):
+        viz.attention_maps(backbone, torch.randn(1, 3, 64, 64))
+
+
+def test_the_overlay_is_brightest_where_the_weight_is_greatest() -> None:
+    weights = np.full((3, 4), 0.01, dtype=np.float32)
+    weights[2, 1] = 0.5
+    pixels = np.asarray(viz.overlay(Image.new("RGB", (80, 60), (90, 90, 90)), weights)).sum(axis=2)
+    row, column = np.unravel_index(pixels.argmax(), pixels.shape)
+    assert (row // 20, column // 20) == (2, 1)
+    assert pixels[5, 70] < pixels.max() / 3
+
+
+# ---- components
+
+
+def test_components_are_scikit_learns_up_to_a_sign_that_the_order_of_the_patches_does_not_change() -> None:
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(500, 12)) * np.arange(12, 0, -1) + 100).astype(np.float32)
+    found, shares = viz.principal_components(features)
+    peer = PCA(3, svd_solver="full").fit(features)
+    expected = peer.transform(features)
+    assert found == pytest.approx(expected * np.sign(found[0] * expected[0]), abs=1e-2)
+    assert shares == pytest.approx(peer.explained_variance_ratio_, rel=1e-4)
+    assert viz.principal_components(features[::-1].copy())[0] == pytest.approx(found[::-1], abs=1e-2)
+
+
+def test_the_foreground_is_one_side_of_the_first_component() -> None:
+    objects = np.arange(300) < 100
+    features = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    features[objects] += 20
+    assert (viz.foreground(features, 0.5, "above") == objects).all()
+    assert (viz.foreground(features, 0.5, "below") == ~objects).all()
+
+
+def test_colours_span_all_bytes_and_one_outlier_does_not_take_them() -> None:
+    projected = np.random.default_rng(0).normal(size=(1000, 3)).astype(np.float32)
+    projected[0] = 1000
+    colours = viz.as_colours(projected)
+    assert (colours.min(), colours.max()) == (0, 255)
+    assert (np.std(colours, axis=0) > 50).all()
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(InputError, match="not finite"):
+        viz.principal_components(np.full((9, 8), np.nan, dtype=np.float32))
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, photo: Image.Image) -> Path:
+    """A checkpoint, with two photographs beside it."""
+    folder = tmp_path_factory.mktemp("viz")
+    photo.save(folder / "wide.jpg")
+    photo.resize((50, 120)).save(folder / "a [tall] name that is longer than its picture is wide.png")
+    return tiny_checkpoint(folder, "nowhere")
+
+
+@pytest.mark.parametrize(("words", "width", "height", "printed"), [
+    ("attention", 6 * viz.CELL + 5 * 10, viz.CELL + round(viz.CELL * 64 / 92) + 2 * 40 + 10, ""),
+    ("pca", viz.CELL + round(viz.CELL * 64 / 153) + 10, 2 * viz.CELL + 5 + 40, "992 of 992 patches"),
+    ("pca --foreground below --threshold 0.7", viz.CELL + round(viz.CELL * 64 / 153) + 10, 2 * viz.CELL + 5 + 40, ""),
+])  # fmt: skip
+def test_a_picture_of_two_images(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, width: int, height: int, printed: str
+) -> None:
+    """Attention: an image, four heads, their mean. PCA: 16 x 23 and 16 x 39 patches of 4 pixels."""
+    out = tmp_path / "new" / "picture.png"
+    images = [str(path) for path in sorted(weights.parent.glob("*.[jp][pn]g"))]
+    viz.main([*words.split(), "--weights", str(weights), "--size", "64", "--out", str(out), "--images", *images])
+    with Image.open(out) as sheet:
+        assert sheet.size == (width + 2 * 20, height + 2 * 20)
+    assert printed in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["picture.png"]
+
+
+def test_images_keep_their_aspect_at_any_size_up_to_a_limit(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = str(weights.parent / "wide.jpg")
+    assert [viz.load_image(wide, size, 1, "bicubic").size for size in (45, 0)] == [(65, 45), (130, 90)]
+    assert viz.load_image(wide, 0, 16, "bicubic").size == (128, 96)
+    monkeypatch.setattr(viz, "MAX_PIXELS", 130 * 90 - 1)
+    with pytest.raises(InputError, match="130 x 90 pixels"):
+        viz.load_image(wide, 0, 1, "bicubic")
+
+
+@pytest.mark.parametrize(("typed", "words"), [
+    ("attention photo.jpg", "weights"), ("attention --weights W", "images"), ("P --weights W", "what"),
+    ("attention --weights W none.jpg", r"none\.jpg"), ("attention --weights W .", "directory"),
+    ("attention --weights W W", "not an image"), ("attention --weights W P --size 7", "size is 7"),
+    ("attention --weights W P --out a.jpg", "out is a.jpg"), ("attention --weights W P --out W/a.png", "be written"),
+    ("attention --weights W P --block 5", "block is 5"), ("attention --weights W P --block -3", "block is -3"),
+    ("attention --weights W P --json a.json", "json"), ("attention --weights W P --foreground above", "foreground"),
+    ("attention --weights W" + 101 * " P", "101 images"), ("pca --weights W P --block 0", "block is 0"),
+    ("pca --weights W P --threshold 0.4", "threshold"), ("pca --weights W P --threshold 1", "threshold is 1"),
+    ("pca --weights W P --size 16 --foreground above --threshold 0.999", "too few"),
+])  # fmt: skip
+def test_mistakes_are_refused_and_leave_nothing(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    meant = {"W": str(weights), "P": str(weights.parent / "wide.jpg"), "W/a.png": str(weights / "a.png")}
+    with pytest.raises(InputError, match=words):
+        viz.main([meant.get(word, word) for word in typed.split()])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["attention", "pca"])
+def test_a_vision_transformer_takes_photographs_of_any_shape(what: str, tmp_path: Path) -> None:
+    """It takes multiples of its patch only: 480 x 721 became 480 x 720."""
+    Image.effect_noise((451, 300), 60).convert("RGB").save(tmp_path / "odd.png")
+    torch.save(build_backbone("timm:vit_tiny_patch16_224").model.state_dict(), tmp_path / "vit.pth")
+    words = f"{what} {tmp_path}/odd.png --weights {tmp_path}/vit.pth --arch timm:vit_tiny_patch16_224 --size 0"
+    viz.main([*words.split(), "--out", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").is_file()
