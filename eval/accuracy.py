@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,8 +16,21 @@ def accuracy(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, t
     return 100.0 * float(hits.mean()) if len(hits) else float("nan")
 
 
+def top_accuracies(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, five: bool) -> dict[str, Any]:
+    """``top1`` and ``top5`` in percent, each with a ``*_interval``; those of top-5 are None without ``five``."""
+    found: dict[str, Any] = {}
+    for top, meant in ((1, True), (5, five)):
+        hits = correct(predictions, labels, top)
+        found[f"top{top}"] = 100.0 * float(hits.mean()) if meant else None
+        found[f"top{top}_interval"] = list(bootstrap_interval(hits)) if meant else None
+    return found
+
+
 def correct(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, top: int) -> NDArray[np.bool_]:
     """[test images]: whether the label is among the first ``top`` predictions [test images, up to 5].
+
+    Args:
+        labels: [test images], or [test images, M] where any of M labels is right.
 
     Raises:
         InputError: there are no labels, or not one an image.
@@ -24,7 +39,8 @@ def correct(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, to
         raise InputError("the test images have no labels: accuracy cannot be measured")
     if len(labels) != len(predictions):
         raise InputError(f"{len(predictions)} predictions but {len(labels)} labels")
-    hits: NDArray[np.bool_] = (predictions[:, :top] == np.asarray(labels)[:, None]).any(axis=1)
+    right = np.asarray(labels)[:, None] if np.ndim(labels) == 1 else labels
+    hits: NDArray[np.bool_] = (predictions[:, :top, None] == right[:, None]).any(axis=(1, 2))
     return hits
 
 

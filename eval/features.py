@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.source import hash_lines
 from dino_xcit.data.workers import choose_workers, worker_init
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise
@@ -30,7 +30,7 @@ CACHE_VERSION = "1"
 _TOO_FEW_FOR_WORKERS = 256
 """So few images are read in this process: starting another takes longer."""
 
-_NAMES_IN_CARD = 100
+_NAMES_IN_CARD, _NAMES_SHOWN = 100, 5
 """Of images that could not be read."""
 
 Unreadable = Literal["refuse", "skip"]
@@ -117,6 +117,7 @@ def feature_rows(
     progress: bool = True,
     unreadable: Unreadable = "refuse",
     descriptor: Descriptor = CLASS_TOKEN,
+    finite: bool = True,
 ) -> Iterator[Chunk]:
     """Features in the order of the source, some at a time, so that nobody need hold them all; and which could be read.
 
@@ -127,12 +128,14 @@ def feature_rows(
         backbone: on ``device``, with the output of :class:`dino_xcit.models.BackboneOutput`.
         unreadable: an error, or a row of NaN.
         descriptor: how an image's vector is made.
+        finite: refuse features that are not finite.
 
     Yields:
         Rows [some, D] float32, and whether each image could be read, [some].
 
     Raises:
         UndecodableImage: an image cannot be read; it is named.
+        InputError: an image's features are not finite.
     """
     world, rank, total = distributed.world_size(), distributed.rank(), len(source)
     rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
@@ -155,6 +158,8 @@ def feature_rows(
                         if places:
                             batch = normalise(readable.to(device, non_blocking=True), transform.mean, transform.std)
                             rows[places] = descriptor(backbone, batch)
+                            if finite:
+                                refuse_not_finite(rows[places], source, [own[place] for place in places])
                             read[places] = 1
                     gathered = distributed.gather_rows(rows).cpu().numpy()
                     # A row of NaN would not tell: a network that diverged has such for every image.
@@ -163,6 +168,25 @@ def feature_rows(
                 bar.update(len(chunk))
     finally:
         backbone.train(was_training)
+
+
+def refuse_not_finite(rows: Tensor, source: Source, indices: Sequence[int]) -> None:
+    """Check features where they are made, as nothing behind them can tell what is wrong.
+
+    Args:
+        rows: [some, D].
+        indices: [some], which images of ``source`` these are.
+
+    Raises:
+        InputError: NaN or an infinite number; the image is named.
+    """
+    wrong = (~torch.isfinite(rows).all(dim=1)).nonzero()
+    if len(wrong):
+        name = source.name(indices[int(wrong[0])])
+        raise InputError(
+            f"the features of {name} are not finite: the weights are damaged, or their training diverged; measure "
+            "another checkpoint"
+        )
 
 
 def extract(
@@ -175,17 +199,18 @@ def extract(
     progress: bool = True,
     unreadable: Unreadable = "refuse",
     descriptor: Descriptor = CLASS_TOKEN,
+    finite: bool = True,
 ) -> Features:
     """All of :func:`feature_rows` in one array, on every process, without the images that could not be read.
 
     Args:
-        unreadable, descriptor: as there.
+        unreadable, descriptor, finite: as there.
     """
     rows = np.empty((len(source), descriptor.width(width_of(backbone))), dtype=np.float32)
     readable = np.empty(len(source), dtype=np.bool_)
     start = 0
     for chunk, read in feature_rows(
-        backbone, source, transform, device, batch_size, num_workers, progress, unreadable, descriptor
+        backbone, source, transform, device, batch_size, num_workers, progress, unreadable, descriptor, finite
     ):
         rows[start : start + len(chunk)], readable[start : start + len(chunk)] = chunk, read
         start += len(chunk)
@@ -204,6 +229,7 @@ def cached(
     num_workers: int = -1,
     descriptor: Descriptor = CLASS_TOKEN,
     unreadable: Unreadable = "refuse",
+    half: bool = False,
 ) -> Features:
     """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data, preprocessing and descriptor.
 
@@ -214,6 +240,7 @@ def cached(
     Args:
         weights_hash: identifies the backbone's weights (:func:`dino_xcit.weights.hash_state`).
         cache_dir: None: extract anew and keep nothing.
+        half: keep float16, and return it.
 
     Raises:
         UndecodableImage: an image cannot be read, and such are refused.
@@ -228,11 +255,11 @@ def cached(
             raise none_readable(source)
         return dataclasses.replace(found, fingerprint=fingerprint)
     shape = (len(source), descriptor.width(width_of(backbone)))
-    card = cache_card(weights_hash, fingerprint, shape, transform, descriptor)
+    card = cache_card(weights_hash, fingerprint, shape, transform, descriptor) | ({"type": "float16"} if half else {})
     names = [key_of(card), key_of(card | SKIPPED)][: 2 if unreadable == "skip" else 1]
     # One process looks, and all do as it says: they must not disagree about whether there is work to share.
     looking = distributed.is_main()
-    there = [name for name in names if kept_in(cache_dir / name, shape, name == names[0])] if looking else []
+    there = [name for name in names if kept_in(cache_dir / name, shape, name == names[0], half)] if looking else []
     name = distributed.broadcast_from_main(there[0] if there else None)
     if name is None:
         rows = _unless_none(
@@ -243,13 +270,13 @@ def cached(
             source,
         )  # fmt: skip
         if looking:
-            name = keep(cache_dir, rows, shape, card, source.url)
+            name = keep(cache_dir, rows, shape, card, source.url, half)
         else:
             for _ in rows:
                 pass
         name = distributed.broadcast_from_main(name)
     assert name is not None
-    kept = kept_in(cache_dir / name, shape, name == names[0])
+    kept = kept_in(cache_dir / name, shape, name == names[0], half)
     if kept is None:
         raise InputError(
             f"the features that were just kept in {cache_dir / name} are gone: name a --cache-dir that all can see"
@@ -277,6 +304,13 @@ def fingerprint_without(fingerprint: str, unreadable: NDArray[np.int64]) -> str:
 def unreadable_card(names: Sequence[str]) -> dict[str, object]:
     """What a card says of the images that were left out: how many, and the names of the first."""
     return {"count": len(names), "first": list(names[:_NAMES_IN_CARD])}
+
+
+def unreadable_notice(name: str, source: Source, numbers: NDArray[np.int64]) -> str:
+    """How many images of a part (``training``, ``validation``) could not be read, and the first of them by name."""
+    names = ", ".join(printable(source.name(int(number))) for number in numbers[:_NAMES_SHOWN])
+    more = " ..." if len(numbers) > _NAMES_SHOWN else ""
+    return f"{len(numbers):,} of {len(source):,} {name} images could not be read and are left out: {names}{more}"
 
 
 def find_kept(

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
 from eval.protocol import write_json
 
@@ -63,17 +64,17 @@ def key_of(card: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def rows_in(folder: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
-    """The kept rows, or None where there are none, or where the file was damaged: then they are extracted anew."""
+def rows_in(folder: Path, shape: tuple[int, int], half: bool = False) -> NDArray[np.float32] | None:
+    """The kept rows, float32 or float16 if ``half``; None where there are none, or where the file was damaged."""
     try:
         rows: NDArray[np.float32] = np.load(folder / "features.npy", mmap_mode="r")
     except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
         return None
-    return rows if rows.shape == shape and rows.dtype == np.float32 else None
+    return rows if rows.shape == shape and rows.dtype == (np.float16 if half else np.float32) else None
 
 
 def kept_in(
-    folder: Path, shape: tuple[int, int], complete: bool
+    folder: Path, shape: tuple[int, int], complete: bool, half: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
     """The kept rows and the numbers of the images that they lack; None where they are not there, or not whole.
 
@@ -92,7 +93,7 @@ def kept_in(
             lacking = np.unique(np.asarray(stated, dtype=np.int64))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-    rows = rows_in(folder, (shape[0] - len(lacking), shape[1]))
+    rows = rows_in(folder, (shape[0] - len(lacking), shape[1]), half)
     return None if rows is None else (rows, lacking)
 
 
@@ -102,8 +103,13 @@ def keep(
     shape: tuple[int, int],
     card: dict[str, object],
     url: str,
+    half: bool = False,
 ) -> str:
-    """Keep the rows of the images that could be read; the name of their folder."""
+    """Keep the rows of the images that could be read; the name of their folder.
+
+    Raises:
+        InputError: the disk has no room for them, or a feature does not fit ``half``'s float16.
+    """
     # A name of its own keeps two runners that want the same features at the same time out of each other's way.
     aside = cache_dir / f".{key_of(card)}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     _sweep(cache_dir)
@@ -112,12 +118,20 @@ def keep(
     def rows() -> Iterator[NDArray[np.float32]]:
         for chunk, read in chunks:
             readable.append(read)
+            if half and (largest := float(np.abs(chunk).max(initial=0))) > float(np.finfo(np.float16).max):
+                raise InputError(f"a feature of {largest:g} does not fit float16: use --cached-precision float32")
             yield chunk
 
     try:
         aside.mkdir(parents=True)
+        size, free = shape[0] * shape[1] * (2 if half else 4), shutil.disk_usage(cache_dir).free
+        if size > free:
+            raise InputError(
+                f"the features of {url} take {size / 2**30:.1f} GiB, and {cache_dir} has {free / 2**30:.1f} GiB free: "
+                "name another --cache-dir"
+            )
         file = aside / "features.npy"
-        write_rows(file, rows(), shape)
+        write_rows(file, rows(), shape, half)
         read = np.concatenate(readable or [np.empty(0, dtype=np.bool_)])
         more: dict[str, object] = {"source": url}
         if not read.all():
@@ -127,7 +141,7 @@ def keep(
         write_json(aside / "card.json", card | more)
         atomic.flush_folder(aside)
         folder = cache_dir / key_of(card)
-        if kept_in(folder, shape, bool(read.all())) is None:
+        if kept_in(folder, shape, bool(read.all()), half) is None:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
             atomic.flush_folder(cache_dir)

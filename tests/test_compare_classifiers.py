@@ -11,7 +11,7 @@ from result_fixtures import compared, hits, refusal, write_result
 
 import run_linear
 from eval.figures import Figure, figure
-from eval.linear.report import GRID, SGD
+from eval.linear.probe import GRID, SGD
 
 PROBE = {"name": "SGD", "epochs": 8, "holdout": 0.1, "seed": 0}
 REGRESSION = {"name": "L-BFGS", "cs": [1.0], "iterations": 100}

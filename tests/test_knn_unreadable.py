@@ -46,15 +46,15 @@ def test_a_broken_image_ends_the_run_by_name_unless_such_are_left_out(place: Pla
     refused = knn(here, place, "--no-cache")
     assert refused.code == 2
     assert "dots 01.png cannot be read" in refused.err
-    assert "pack leaves such images out; or add --unreadable skip to measure without such images" in refused.err
+    assert "--unreadable skip" in refused.err
     done = knn(here, place, "--unreadable", "skip", "--no-cache", "--json", tmp_path / "k.json", "--few-shot", 6)
     assert done.code == 0, done.err
     told = f"{tmp_path / 'k.json'} names them"
     train, val = (str(path) for path in place.broken)
-    assert f"warning: 1 of 18 training images could not be read and are left out: {train}; {told}" in done.out
-    assert f"warning: 1 of 15 validation images could not be read and are left out: {val}; {told}" in done.out
-    assert "k = 18 exceeds the 17 training images: using 17" in done.out
-    assert "warning: 1 class has fewer than 6 training images (the least: dots with 5)" in done.out
+    assert f"1 of 18 training images could not be read and are left out: {train}; {told}" in done.out
+    assert f"1 of 15 validation images could not be read and are left out: {val}; {told}" in done.out
+    assert "using 17" in done.out
+    assert "fewer than 6 training images" in done.out
     card = json.loads((tmp_path / "k.json").read_text())
     assert card["data"]["train"]["unreadable"] == {"count": 1, "first": [train]}
     assert card["data"]["val"]["unreadable"] == {"count": 1, "first": [val]}
@@ -167,10 +167,11 @@ class Diverged(MeanColours):
         return found
 
 
-def test_a_network_that_diverged_is_no_unreadable_image(tmp_path: Path) -> None:
-    found = kept(torn(), tmp_path, Diverged(), unreadable="skip")
-    assert found.unreadable.tolist() == [2, 7]
-    assert np.isnan(found.features).all()
+def test_a_network_that_diverged_is_refused_with_the_first_image_that_shows_it(tmp_path: Path) -> None:
+    for source, unreadable in ((noise_source(10), "refuse"), (torn(), "skip")):
+        with pytest.raises(InputError, match="0 are not finite"):
+            kept(source, tmp_path, Diverged(), unreadable=unreadable)
+    assert not list(tmp_path.iterdir())
 
 
 class Frozen(Method):

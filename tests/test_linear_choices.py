@@ -1,4 +1,4 @@
-"""run_linear.py with choices of features, kept epochs, regressions, variants: whole, interrupted, by two processes."""
+"""run_linear.py with choices of features, kept epochs, regressions, variants; by two processes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from ranks import Server
 from run_here import Here
 
 import run_linear
-from dino_xcit.runtime import atomic
-from eval.linear import logistic_search, probe_file, sgd
 
 WNIDS = {"bars": "n01440764", "dots": "n01443537", "waves": "n01484850"}
 Probe = Callable[..., tuple[int, str, dict[str, Any]]]
@@ -78,8 +76,7 @@ def test_each_choice_of_features_has_the_grid_and_every_c(probe: Probe, tmp_path
     assert [[c for c, _ in found] for found in logreg["held_out_top1_by_c"].values()] == [[0.01, 1.0, 100.0]] * 3
     assert logreg["held_out_top1"] == max(top1 for found in logreg["held_out_top1_by_c"].values() for _, top1 in found)
     assert logreg["converged"]
-    assert "cls (64 features), cls+mean (128 features), last3 (256 features)" in out
-    assert "logistic regression" in out
+    assert "cls, cls+mean, last3" in out
     assert card["protocol"]["features"] == ["cls", "cls+mean", "last3"]
     assert card["protocol"]["cached"] == "2 epochs, float16"
     assert [one["settings"]["classifier"] for one in card["figures"]] == ["paper", "paper", "grid", "logreg"]
@@ -107,53 +104,6 @@ def test_kept_epochs_as_many_as_are_asked_for_are_the_full_protocol(probe: Probe
     )
 
 
-class Stop:
-    """Calls a function as often as allowed, then interrupts after it."""
-
-    def __init__(self, function: Callable[..., Any], after: int) -> None:
-        self.function, self.left = function, after
-
-    def __call__(self, *arguments: Any) -> Any:
-        found = self.function(*arguments)
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-        return found
-
-
-def test_a_probe_that_is_interrupted_anywhere_ends_as_if_it_had_not_been(
-    probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Within the kept epochs, the training, the trying of Cs."""
-    _, _, whole = probe("whole", *ALL)
-    write = probe_file.write_probe
-    for place, function, after, said in (
-        (atomic, "write", 1, "keeping the features of 1 of 2 augmented epochs"),
-        (sgd, "write_probe", 2, "after epoch 2"),
-        (logistic_search, "write_probe", 4, "after 4 of 9 regressions"),
-    ):
-        original = getattr(place, function)
-        monkeypatch.setattr(place, function, Stop(original, after))
-        assert probe("parts", *ALL)[0] == 130
-        monkeypatch.setattr(place, function, original)
-        # What comes next is looked at by another interruption, at the very next file.
-        monkeypatch.setattr(atomic, "write", Stop(atomic.write, 1))
-        code, out, _ = probe("parts", *ALL)
-        monkeypatch.undo()
-        assert code == 130
-        assert said in out, out
-    assert write is probe_file.write_probe
-    code, _, parts = probe("parts", *ALL)
-    assert code == 0
-    assert parts["results"] == whole["results"]
-    assert parts["figures"] == whole["figures"]
-    for name in ("linear.pth", "logreg.pth"):
-        ours, theirs = tensors(tmp_path / "parts", name), tensors(tmp_path / "whole", name)
-        found = [ours["classifier"] if name == "linear.pth" else ours, theirs.get("classifier", theirs)]
-        assert torch.equal(found[0]["weight"], found[1]["weight"])
-        assert torch.equal(found[0]["bias"], found[1]["bias"])
-
-
 def test_a_regression_is_added_to_a_finished_probe_and_other_ones_are_refused(probe: Probe, tmp_path: Path) -> None:
     assert probe("p")[0] == 0
     before = (tmp_path / "p" / "linear.pth").read_bytes()
@@ -162,40 +112,29 @@ def test_a_regression_is_added_to_a_finished_probe_and_other_ones_are_refused(pr
     assert "linear.pth holds this probe" in out
     assert list(card["results"]) == ["paper", "grid", "logreg"]
     assert (tmp_path / "p" / "linear.pth").read_bytes() == before
-    code, out, again = probe("p", "--logreg")
+    _, out, again = probe("p", "--logreg")
     assert "logreg.pth holds this regression" in out
     assert again["results"] == card["results"]
     code, out, _ = probe("p", "--logreg", "--logreg-iterations", 5)
     assert code == 2
-    assert "logreg.pth holds another probe (iterations 1000 -> 5): choose another --output-dir" in out
+    assert "logreg.pth holds another probe (iterations 1000 -> 5)" in out
 
 
-def test_a_regression_alone_needs_no_sgd(probe: Probe, tmp_path: Path) -> None:
-    code, out, card = probe("p", "--no-sgd", "--logreg", "--logreg-cs", 1, "--holdout", 0)
+def test_a_regression_alone_needs_no_sgd_and_the_file_names_what_was_trained(probe: Probe, tmp_path: Path) -> None:
+    code, out, card = probe("alone", "--no-sgd", "--logreg", "--logreg-cs", 1, "--holdout", 0)
     assert code == 0, out
     assert list(card["results"]) == ["logreg"]
     assert card["results"]["logreg"]["held_out_top1"] is None
-    assert not (tmp_path / "p" / "linear.pth").exists()
-    code, out, _ = probe("q", "--no-sgd", "--logreg", "--logreg-iterations", 1)
-    assert code == 0
-    assert "has not converged after 1 iterations" in out
-
-
-def test_what_was_not_trained_is_neither_said_nor_in_the_result_file(probe: Probe) -> None:
-    code, out, card = probe("alone", "--no-sgd", "--logreg")
-    assert code == 0, out
     assert card["protocol"]["name"].startswith("multinomial logistic regression")
-    assert (card["protocol"]["cs"], card["protocol"]["iterations"]) == ([0.01, 1.0, 100.0], 1000)
+    assert (card["protocol"]["cs"], card["protocol"]["iterations"]) == ([1.0], 1000)
     assert not card["protocol"].keys() & {"published", "epochs", "batch", "lr", "lrs", "crop_scale"}
-    assert "logistic regression: 30 training images" in out
-    assert not [word for word in ("epochs", "crop scale", "lr", "linear probe") if f"{word} " in out]
-    code, out, card = probe("both", "--logreg", "--logreg-cs", 1, "--holdout", 0)
+    assert not (tmp_path / "alone" / "linear.pth").exists()
+    code, out, card = probe("both", "--logreg", "--logreg-cs", 1, "--logreg-iterations", 1, "--holdout", 0)
     assert code == 0, out
+    assert "has not converged after 1 iterations" in out
     assert card["protocol"]["name"].startswith("linear probe on the frozen class token, SGD")
     assert "grid" not in card["protocol"]["name"], "nothing is held out to choose on"
     assert card["protocol"]["logreg"]["cs"] == [1.0]
-    assert "lr 0.001" in out
-    assert "lr: for a batch of 256" in out
 
 
 def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tmp_path: Path, weights: Path) -> None:
@@ -223,8 +162,6 @@ def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tm
     assert also["imagenet-a"]["classes"] == 2
     assert also["real"]["images"] == 8
     assert also["real"]["data"]["labels"]
-    assert "imagenet-v2 has 3 classes and 9 images here" in out
-    assert "variant (" in out
     code, out, later = probe("p", *words[:2])
     assert code == 0, out
     assert "already complete" in out
@@ -234,22 +171,18 @@ def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tm
 MISTAKES = {
     "--features mean": "features has 'mean'",
     "--features cls cls": "features is cls cls",
-    "--features last9": "last9, which needs 9 blocks, but the backbone has 4",
+    "--features last9": "needs 9 blocks",
     "--features last2 --holdout 0": "features is last2",
     "--no-sgd": "add --logreg",
-    "--logreg --holdout 0": "chosen on held-out images",
-    "--logreg --logreg-cs 0": "logreg_cs is 0",
+    "--logreg --holdout 0": "held-out images",
     "--cached --no-cache": "leave --no-cache out",
     "--also imagenet-c:x": "also has 'imagenet-c:x'",
     "--also sketch:a sketch:b": "also is sketch sketch",
-    "--also sketch:/none": "no data at '/none'",
     "--lr inf": "lr is inf",
-    "--logreg-cs 1": "logreg_cs is 1",
     "--cached-epochs 2": "cached_epochs is 2",
-    "--no-sgd --logreg --cached": "cached is true",
     "--no-sgd --logreg --lrs 0.1": "lrs is 0.1",
-    "--output-dir /proc/none/linear": "output_dir is /proc/none/linear, which cannot be written to",
-}  # fmt: skip
+    "--output-dir /proc/none/linear": "output_dir is /proc/none/linear",
+}
 
 
 @pytest.mark.parametrize("typed", MISTAKES)

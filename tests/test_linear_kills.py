@@ -12,8 +12,8 @@ import torch
 from eval_fixtures import image_tree, tiny_checkpoint
 from linear_process import Death, forked
 
-from eval.linear.heads import LinearHeads
 from eval.linear.logistic import LogisticRegression
+from eval.linear.sgd import LinearHeads
 
 STEPS, GRIDS = 7, 2
 """Of an epoch; and of choices of features, each with a grid that takes every step beside the paper's classifier."""
@@ -86,12 +86,12 @@ def test_killed_within_epochs_and_regressions_the_probe_ends_with_the_same_bits(
 
 def test_killed_at_each_file_of_a_cached_probe_it_ends_with_the_same_bits(weights: Path, tmp_path: Path) -> None:
     wanted = straight(weights, tmp_path / "straight", "--cached", "--cached-epochs", "2")
-    # 17 files: of the features two each for training and validation images, a card and two kept epochs, linear.pth
+    # 19 files: two each for the features of training, held-out and validation images and of two kept epochs, linear.pth
     # three times, logreg.pth once a regression and once in the end, the result file.
     deaths = [THE_THIRD_FILE] * 8
     found = killed_and_gone_on(weights, tmp_path / "killed", deaths, "--cached", "--cached-epochs", "2")
     assert found == wanted
-    assert sum("augmented" in name for name in found) == 2
+    assert sum(name.endswith("features.npy") for name in found) == 5
 
 
 @pytest.mark.parametrize("more", [(), ("--cached", "--cached-epochs", "2")], ids=["full", "cached"])

@@ -46,7 +46,7 @@ def test_everything_at_once_is_printed_and_written(
     models = ["trained", "untrained", "pixels", "pixels_normalised"]
     assert [(row["model"], row["k"]) for row in card["results"]] == [(model, k) for model in models for k in (3, 20)]
     assert "recall@k %" in out
-    assert "approximate search (trained): IVF64,Flat, 16 probes" in out
+    assert card["approximate"]["trained"]["index"] == "IVF64,Flat"
     for row in card["results"]:
         measured = card["approximate"][row["model"]]
         assert row["recall"] == measured["recall_percent"][str(row["k"])] > 50
@@ -59,8 +59,8 @@ def test_everything_at_once_is_printed_and_written(
     trained = {(row["shots"], row["k"]): row for row in few["results"] if row["model"] == "trained"}
     assert list(trained) == [(1, 3), (5, 3), (5, 15), (900, 3), (900, 20)]
     assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "900 are all"
-    assert "3 draws, mean ± deviation" in out
-    assert "warning: 3 classes have fewer than 900 training images (the least: bars with 340)" in out
+    assert "±" in out
+    assert "fewer than 900 training images" in out
     assert len({row["model"] for row in few["results"]}) == 4
 
     with open(tmp_path / "classes.csv", newline="") as file:
@@ -68,7 +68,6 @@ def test_everything_at_once_is_printed_and_written(
     assert [row["class"] for row in table] == list(CLASSES)
     first = card["results"][1]  # k = 20, the first of --ks as it was typed
     assert sum(float(row["top1"]) for row in table) / 3 == pytest.approx(first["top1"], abs=0.01)
-    assert "k = 20, T = 0.07" in out
     with Image.open(tmp_path / "classes.png") as picture:
         assert min(picture.size) > 300
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from eval.compare.difference import Difference
 from eval.compare.result_file import Result
 from eval.figures import Figure
-from eval.linear.report import GRID
+from eval.linear.probe import GRID
 
 SETTING = "classifier"
 """The setting of a figure that says which classifier it is of, and what ``--allow`` calls another one."""
