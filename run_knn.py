@@ -104,9 +104,9 @@ def main() -> None:
             tops = top_accuracies(guesses, asked.labels, classes > 5 and k >= 5)
             recall = {"recall": indices[model]["recall_percent"][str(k)]} if index else {}
             results.append({"model": model, "k": k, "temperature": temperature, **tops, **recall})
-            hits = correct(guesses, asked.labels, 1)
             settings: dict[str, Setting] = {"model": model, "k": k, "T": temperature}
-            figures.append(figure(f"{model} k={k} T={temperature:g} top-1", settings, hits, model != "trained"))
+            name, hits = f"{model} k={k} T={temperature:g} top-1", correct(guesses, asked.labels, 1)
+            figures.append(figure(name, settings, hits, model != "trained"))
         if model == "trained":
             by_class(predictions, val, config, len(train))
         if config.few_shot:
@@ -162,11 +162,9 @@ def by_class(predictions: Predictions, val: Source, config: KnnConfig, images: i
     guesses, labels = predictions[k, temperature][:, 0], np.asarray(val.labels)
     if config.per_class:
         write_per_class(Path(config.per_class).expanduser(), guesses, labels, val.classes)
-        log.info(f"written: {config.per_class}, the classes at k = {k}, T = {temperature:g}")
     if config.confusion:
-        title = f"k-NN, k = {k}, T = {temperature:g}"
-        draw_confusion(Path(config.confusion).expanduser(), guesses, labels, val.classes, title)
-        log.info(f"written: {config.confusion}, which classes are taken for which")
+        path, title = Path(config.confusion).expanduser(), f"k-NN, k = {k}, T = {temperature:g}"
+        draw_confusion(path, guesses, labels, val.classes, title)
 
 
 def results_table(records: list[Record]) -> str:

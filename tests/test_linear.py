@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,22 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from eval_fixtures import SMALL, MeanColours, image_tree, noise_source
 from PIL import Image
-from tiny_run import CPU, differing_bits
+from tiny_run import CPU
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from dino_xcit.data import UndecodableImage, open_source
+from dino_xcit.data import Source, UndecodableImage, open_source
 from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
 from dino_xcit.models import BackboneOutput
 from eval.linear.pooled import Rows
 from eval.linear.probe import FORMAT, read_probe
-from eval.linear.sgd import LinearHeads, cosine_factor, final_results, linear, scaled
-from eval.linear.views import Views, draw_crop, hold_out, live_features, probe_batches, random_view
+from eval.linear.sgd import LinearHeads, cosine_factor, final_results, linear
+from eval.linear.views import Views, draw_crop, hold_out, live_features, random_view
 
 CLASSES, DIM = 4, 6
 
@@ -74,13 +71,6 @@ def test_each_classifier_ends_where_torchs_sgd_would_have_taken_it_alone() -> No
         assert torch.allclose(bias, peer.bias, atol=1e-5)
 
 
-def test_classifiers_start_alike_with_deviation_a_hundredth_and_no_bias() -> None:
-    state = LinearHeads([0.1, 0.2], 1000, 384, seed=3, device=CPU).state_dict()
-    assert (state["weight"][0] == state["weight"][1]).all()
-    assert float(state["weight"].std()) == pytest.approx(0.01, rel=0.01)
-    assert (state["bias"] == 0).all()
-
-
 def test_images_that_are_held_out_teach_nothing() -> None:
     taken = torch.tensor([1.0, 0.0] * 8)
     masked, only, fresh = (heads_of([0.1]) for _ in range(3))
@@ -121,80 +111,19 @@ def test_guesses_are_the_first_five_best_first() -> None:
     assert opposites().guesses(rows(features[:0]), [1]).shape == (1, 0, 5)
 
 
-def test_learning_rates_scale_with_the_batch_and_fall_by_a_cosine() -> None:
-    assert scaled(0.001, 1024) == pytest.approx(0.004)
-    assert [cosine_factor(epoch, 4) for epoch in range(4)] == pytest.approx(
-        [1.0, 0.5 + 0.5 / math.sqrt(2), 0.5, 0.5 - 0.5 / math.sqrt(2)]
-    )
-
-
-def test_a_probe_goes_on_exactly_where_it_stopped() -> None:
-    data = batches(8)
-    whole, first, second = (heads_of([0.1, 1.0], seed) for seed in (0, 0, 1))
-    for features, labels in data:
-        whole.step(features, labels, torch.ones(16), 0.7)
-    for features, labels in data[:3]:
-        first.step(features, labels, torch.ones(16), 0.7)
-    second.load_state_dict(first.state_dict())
-    for features, labels in data[3:]:
-        second.step(features, labels, torch.ones(16), 0.7)
-    assert differing_bits(whole.state_dict(), second.state_dict()) == []
-
-
-def _half_of_each_batch(rank: int, meeting: str, queue: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    heads = heads_of([0.05, 0.5])
-    taken = torch.tensor([1.0] * 9 + [0.0] * 7)  # the two halves count differently
-    for features, labels in batches(4):
-        half = slice(8 * rank, 8 * rank + 8)
-        loss = heads.step(features[half], labels[half], taken[half], 1.0)
-    queue.put((rank, heads.state_dict()["weight"].tolist(), loss.tolist()))
-    dist.destroy_process_group()
-
-
-def test_two_processes_with_half_the_images_each_learn_the_same(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    queue: Any = context.SimpleQueue()
-    processes = [
-        context.Process(target=_half_of_each_batch, args=(rank, str(tmp_path / "meeting"), queue)) for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    results = [queue.get() for _ in processes]
-    for process in processes:
-        process.join()
-    alone = heads_of([0.05, 0.5])
-    for features, labels in batches(4):
-        loss = alone.step(features, labels, torch.tensor([1.0] * 9 + [0.0] * 7), 1.0)
-    for _, weight, losses in results:
-        assert torch.allclose(torch.tensor(weight), alone.state_dict()["weight"], atol=1e-5)
-        assert losses == pytest.approx(loss.tolist(), rel=1e-5)
-
-
 # ---- images
 
 
 def test_crops_have_the_areas_ratios_and_places_of_torchvisions() -> None:
-    rng = np.random.default_rng(0)
-    scale = (0.08, 1.0)
-    ours = np.array([draw_crop(60, 40, scale, rng.random(23).tolist()) for _ in range(4000)])
-    left, top, right, bottom = ours.T
-    assert left.min() == 0
-    assert top.min() == 0
-    assert right.max() == 60
-    assert bottom.max() == 40
-    picture = Image.new("RGB", (60, 40))
-    theirs = np.array([RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)])
-    pairs = {
-        "area": ((right - left) * (bottom - top), theirs[:, 2] * theirs[:, 3]),
-        "ratio": ((right - left) / (bottom - top), theirs[:, 3] / theirs[:, 2]),
-        "top": (top, theirs[:, 0]),
-        "left": (left, theirs[:, 1]),
-    }
-    for name, (mine, peer) in pairs.items():
-        for share in (10, 25, 50, 75, 90):
-            spread = peer.max() - peer.min()
-            assert np.percentile(mine, share) == pytest.approx(np.percentile(peer, share), abs=0.06 * spread), name
+    rng, scale, picture = np.random.default_rng(0), (0.08, 1.0), Image.new("RGB", (60, 40))
+    boxes = np.array([draw_crop(60, 40, scale, rng.random(23).tolist()) for _ in range(4000)])
+    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]])
+    draws = [RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)]
+    theirs = np.array(draws).T  # top, left, height, width
+    assert (boxes.min(), boxes[:, 2].max(), boxes[:, 3].max()) == (0, 60, 40)
+    for mine, peer in [*zip(ours, theirs, strict=True), (ours[2] * ours[3], theirs[2] * theirs[3])]:
+        quantiles = [np.percentile(one, [10, 25, 50, 75, 90]) for one in (mine, peer)]
+        assert quantiles[0] == pytest.approx(quantiles[1], abs=0.06 * (peer.max() - peer.min()))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 10), (10, 1000), (1, 1), (3, 1)])
@@ -221,29 +150,30 @@ def test_a_view_is_torchvisions_resized_crop_and_flip(photo: Image.Image) -> Non
     assert 4 <= flipped <= 16
 
 
-def test_a_view_depends_on_seed_epoch_and_image_alone(photo: Image.Image) -> None:
-    def view(seed: int, epoch: int, index: int) -> bytes:
-        return random_view(photo, 16, (0.08, 1.0), seed, epoch, index).tobytes()
+class Diverged(MeanColours):
+    """The features of the third image of each batch are not finite."""
 
-    assert view(0, 0, 0) == view(0, 0, 0)
-    assert len({view(0, 0, 0), view(1, 0, 0), view(0, 1, 0), view(0, 0, 1)}) == 4
-
-
-def _probe_batches(workers: int, rank: int = 0, world: int = 1) -> list[tuple[Tensor, Tensor]]:
-    sampler = StepSampler(20, 6 // world, rank=rank, world_size=world, seed=5, start_step=1, stop_step=6)
-    views = Views(noise_source(20), SMALL, (0.3, 1.0), 5)
-    return [tuple(batch) for batch in probe_batches(views, sampler, workers, CPU)]
+    def forward(self, images: Tensor) -> BackboneOutput:
+        out = super().forward(images)
+        out.cls_token[2] = float("nan")
+        return out
 
 
-def test_batches_are_the_same_with_any_number_of_loaders_and_processes() -> None:
-    alone, helped = _probe_batches(0), _probe_batches(2)
-    halves = [_probe_batches(0, rank, 2) for rank in (0, 1)]
-    assert len(alone) == 5
+def steps_of(
+    source: Source, workers: int = 0, rank: int = 0, world: int = 1, kind: type[MeanColours] = MeanColours
+) -> list[tuple[Tensor, Tensor]]:
+    sampler = StepSampler(len(source), 6 // world, rank=rank, world_size=world, seed=5, start_step=1, stop_step=9)
+    return list(live_features(kind().eval(), Views(source, SMALL, (0.3, 1.0), 5), sampler, workers, CPU))
+
+
+def test_steps_are_the_same_with_any_number_of_loaders_and_processes() -> None:
+    alone, helped = steps_of(noise_source(20)), steps_of(noise_source(20), 2)
+    halves = [steps_of(noise_source(20), 0, rank, 2) for rank in (0, 1)]
+    assert [features.shape for features, _ in alone] == [(6, 5)] * 8
     for step, batch in enumerate(alone):
-        assert (batch[0].shape, batch[0].dtype) == ((6, 3, 8, 8), torch.uint8)
         for one, other, first, second in zip(batch, helped[step], halves[0][step], halves[1][step], strict=True):
             assert torch.equal(one, other)
-            assert torch.equal(one, torch.cat([first, second]))
+            assert torch.allclose(one, torch.cat([first, second]))
 
 
 def test_a_damaged_training_image_is_named_and_one_whose_features_are_not_finite(tmp_path: Path) -> None:
@@ -251,20 +181,11 @@ def test_a_damaged_training_image_is_named_and_one_whose_features_are_not_finite
     (tree / "train" / "bars" / "bars 03.png").write_bytes(b"")
     source = open_source(str(tree / "train"))
     for workers in (0, 1):
-        views, sampler = Views(source, SMALL, (0.3, 1.0), 0), StepSampler(len(source), 8, stop_step=3)
         with pytest.raises(UndecodableImage, match=r"bars 03\.png cannot be read: empty file"):
-            list(probe_batches(views, sampler, workers, CPU))
-
-    class Diverged(MeanColours):
-        def forward(self, images: Tensor) -> BackboneOutput:
-            out = super().forward(images)
-            out.cls_token[2] = float("nan")
-            return out
-
-    views, sampler = Views(noise_source(20), SMALL, (0.3, 1.0), 0), StepSampler(20, 8, stop_step=1)
-    (third,) = [keys[2][1] for keys in sampler]
-    with pytest.raises(InputError, match=f"{third} are not finite"):
-        list(live_features(Diverged().eval(), views, sampler, 0, CPU))
+            steps_of(source, workers)
+    _, third = steps_of(noise_source(20))[0]
+    with pytest.raises(InputError, match=f"{third[2]} are not finite"):
+        steps_of(noise_source(20), kind=Diverged)
 
 
 def test_the_held_out_part_is_a_share_of_every_class_and_repeatable() -> None:

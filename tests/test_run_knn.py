@@ -15,7 +15,6 @@ from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
 from PIL import Image
 
 import run_knn
-from dino_xcit.runtime import distributed
 
 ROOT = Path(run_knn.__file__).parent
 
@@ -102,21 +101,3 @@ def test_two_processes_share_the_extraction_and_report_once_what_one_reports(
     assert (tmp_path / "classes.csv").is_file()
     run(monkeypatch, *words[:-1], tmp_path / "one.csv", "--json", tmp_path / "one.json")
     assert figures(two) == figures(json.loads((tmp_path / "one.json").read_text()))
-
-
-def test_the_other_processes_search_nothing(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("searched")
-
-    words = ("--weights", weights, "--no-cache", "--baselines", "--few-shot", 2, "--json", tmp_path / "knn.json")
-    for name in ("knn_predict", "few_shot"):
-        monkeypatch.setattr(run_knn, name, forbidden)
-    with pytest.raises(AssertionError, match="searched"):
-        run(monkeypatch, *words)
-    capsys.readouterr()
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    run(monkeypatch, *words)
-    assert capsys.readouterr().out == ""
-    assert not (tmp_path / "knn.json").exists()

@@ -40,9 +40,7 @@ def build_evaluators(config: PretrainConfig, source: Source, device: torch.devic
     transform, told = config.eval_transform(), set[str]()
 
     def features(method: Method, name: str, part: Source) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        found = extract(
-            method.eval_backbone, part, transform, device, progress=False, unreadable="skip", finite=False
-        )  # fmt: skip
+        found = extract(method.eval_backbone, part, transform, device, progress=False, unreadable="skip", finite=False)
         assert found.labels is not None  # open_parts and _hold_out see to that
         if len(found.unreadable) and name not in told:
             told.add(name)

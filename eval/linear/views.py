@@ -33,9 +33,6 @@ CROP_ATTEMPTS = 10
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _NUMBERS = 2 * CROP_ATTEMPTS + 3
 
-Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels, right and bottom excluded."""
-
 
 @dataclass(frozen=True)
 class Views(Dataset[Any]):
@@ -98,8 +95,8 @@ def random_view(
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if numbers[-1] < 0.5 else view
 
 
-def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequence[float]) -> Box:
-    """torchvision's RandomResizedCrop: the first of ten tries that fits in the picture.
+def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequence[float]) -> tuple[int, ...]:
+    """torchvision's RandomResizedCrop, as left, top, right, bottom: the first of ten tries that fits in the picture.
 
     A try draws an area uniformly and an aspect ratio between 3/4 and 4/3 log-uniformly; where none fits, the largest
     centred crop whose ratio is allowed.
@@ -121,28 +118,6 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequ
     return left, top, left + wide, top + tall
 
 
-def probe_batches(
-    views: Views, sampler: StepSampler, num_workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [B, 3, crop, crop] and indices [B] for every list of ``sampler``, in order.
-
-    Raises:
-        UndecodableImage: while iterating, for an image that cannot be read.
-    """
-    loader: DataLoader[Any] = DataLoader(
-        views,
-        sampler=sampler,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=worker_init() if num_workers else None,
-        pin_memory=device.type == "cuda",
-    )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
-
-
 def live_features(
     backbone: nn.Module, views: Views, sampler: StepSampler, num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -152,14 +127,20 @@ def live_features(
         backbone: on ``device``, in eval mode; its class token is the row.
 
     Raises:
-        InputError: an image cannot be read, or its features are not finite.
+        InputError: an image cannot be read, or its features are not finite; it is named.
     """
-    for images, indices in probe_batches(views, sampler, num_workers, device):
-        pixels = images.to(device, non_blocking=True)
+    loader: DataLoader[Any] = DataLoader(
+        views, None, sampler=sampler, num_workers=num_workers, worker_init_fn=worker_init() if num_workers else None,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        pixels, indices = (part.to(device, non_blocking=True) for part in batch)
         with torch.no_grad():
             features = backbone(normalise(pixels, views.transform.mean, views.transform.std)).cls_token.float()
         refuse_not_finite(features, views.source, indices.tolist())
-        yield features, indices.to(device, non_blocking=True)
+        yield features, indices
 
 
 def kept_features(
