@@ -18,8 +18,7 @@ import eval.search
 from dino_xcit.errors import InputError
 from eval.accuracy import accuracy, bootstrap_interval, correct
 from eval.knn.classify import clamp_ks, knn_predict
-from eval.retrieval.similarity import rows_of_similarity
-from eval.search import build_index, unit_rows
+from eval.search import build_index
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
@@ -172,25 +171,6 @@ def test_memory_mapped_features_are_never_copied_whole(tmp_path: Path, monkeypat
     assert peak < rows * dim * 4 / 10
     predicted = knn_predict(mapped, labels, mapped[:40], [20], [0.07])[20, 0.07]
     assert (predicted == knn_predict(np.array(mapped), labels, queries, [20], [0.07])[20, 0.07]).all()
-
-
-@pytest.mark.parametrize("rows", [0, 1, 16_383, 16_384, 16_385, 40_000])
-def test_unit_rows_takes_little_beside_its_result_and_has_the_bits_of_all_at_once(rows: int) -> None:
-    features = np.random.default_rng(rows).normal(size=(rows, 33)).astype(np.float32)
-    length = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
-    wanted = (features / np.maximum(length, 1e-12)).astype(np.float32)
-    tracemalloc.start()
-    found = unit_rows(features)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert found.dtype == np.float32
-    assert found.tobytes() == wanted.tobytes()
-    assert peak < found.nbytes + 22 * min(rows, 16_384) * 33 + 10_000
-    if rows == 40_000:
-        tracemalloc.start()
-        next(rows_of_similarity(features[:1], features))
-        assert tracemalloc.get_traced_memory()[1] < found.nbytes + 22 * 16_384 * 33 + 400_000
-        tracemalloc.stop()
 
 
 def test_accuracy_counts_the_label_among_the_first_guesses() -> None:

@@ -161,11 +161,6 @@ def cosine_factor(epoch: int, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-def scaled(lr: float, global_batch: int) -> float:
-    """A learning rate quoted for 256 images, for ``global_batch`` of them."""
-    return lr * global_batch / REFERENCE_BATCH
-
-
 def train_heads(probe: Probe, stored: Record | None) -> Record:
     """Train from the start, or from where this probe stopped, to the last epoch.
 
@@ -181,7 +176,7 @@ def train_heads(probe: Probe, stored: Record | None) -> Record:
     val, val_labels = probe.rows(probe.val), np.asarray(probe.val.labels)
 
     def heads_of(lrs: Sequence[float], features: str, standardise: Rows | None = None) -> LinearHeads:
-        rates = [scaled(lr, batch) for lr in lrs]
+        rates = [lr * batch / REFERENCE_BATCH for lr in lrs]
         return LinearHeads(rates, probe.classes, val[features].width, config.seed, device, standardise)
 
     paper = heads_of([config.lr], "cls")

@@ -1,21 +1,28 @@
-"""run_linear.py with choices of features, kept epochs, regressions, variants; by two processes."""
+"""run_linear.py with choices of features, kept epochs, regressions, variants; by two processes; killed."""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from dying_child import end_of, fork
 from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
-from ranks import Server
+from ranks import Server, environments
 from run_here import Here
 
 import run_linear
+from eval.linear.logistic import LogisticRegression
+from eval.linear.sgd import LinearHeads
 
 WNIDS = {"bars": "n01440764", "dots": "n01443537", "waves": "n01484850"}
 Probe = Callable[..., tuple[int, str, dict[str, Any]]]
@@ -49,7 +56,7 @@ def words_of(weights: Path, folder: Path, flags: Sequence[str], batch: int = 4) 
     settings = {
         "--weights": [str(weights)], "--output-dir": [str(folder)], "--json": [str(folder / "card.json")],
         "--batch-size": [str(batch)], "--num-workers": ["0"], "--holdout": ["0.2"],
-        "--cache-dir": [str(folder / "features")],
+        "--cache-dir": [str(folder / "features")], "--device": ["cpu"],
     }  # fmt: skip
     if "--no-sgd" not in flags:
         settings |= {"--epochs": ["3"], "--lrs": ["0.5", "0.01"], "--crop-scale": ["0.5", "1"]}
@@ -82,14 +89,6 @@ def test_each_choice_of_features_has_the_grid_and_every_c(probe: Probe, tmp_path
     assert [one["settings"]["classifier"] for one in card["figures"]] == ["paper", "paper", "grid", "logreg"]
     shapes = {name: state["weight"].shape for name, state in tensors(tmp_path / "whole")["grid"].items()}
     assert shapes == {"cls": (2, 3, 64), "cls+mean": (2, 3, 128), "last3": (2, 3, 256)}
-
-
-def test_the_class_token_s_classifiers_do_not_notice_the_others(probe: Probe, tmp_path: Path) -> None:
-    assert probe("alone")[0] == 0
-    assert probe("beside", "--features", "cls", "last2")[0] == 0
-    alone, beside = (tensors(tmp_path / name) for name in ("alone", "beside"))
-    for first, second in ((alone["paper"], beside["paper"]), (alone["grid"]["cls"], beside["grid"]["cls"])):
-        assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
 def test_kept_epochs_as_many_as_are_asked_for_are_the_full_protocol(probe: Probe, tmp_path: Path) -> None:
@@ -208,3 +207,118 @@ def test_two_processes_measure_what_one_does(probe: Probe, server: Server, tmp_p
     weight, other = (tensors(tmp_path / name, "logreg.pth")["weight"] for name in ("two", "one"))
     assert weight.shape == other.shape
     assert float((weight - other).abs().max()) < 1e-2 * float(other.abs().max())
+
+
+# ---- killed
+
+
+class Death(NamedTuple):
+    """SIGKILL to a process as it calls a function for the ``call``-th time (from 1)."""
+
+    owner: Any
+    name: str
+    call: int
+
+
+def forked(words: Sequence[str], log: Path, death: Death | None = None, ranks: int = 1) -> list[int]:
+    """Fork the ranks of a run, of which the first dies if there is a ``death``; the others are then killed, as torchrun
+    does it. Their exit codes, minus the signal that ended them; what they printed is in ``log``."""
+
+    def run(told: dict[str, str], death: Death | None) -> None:
+        os.environ.update(told)
+        if death:
+            setattr(death.owner, death.name, _deadly(getattr(death.owner, death.name), death.call))
+        sys.argv = ["run_linear.py", *words]
+        run_linear.command()
+
+    children = [
+        fork(functools.partial(run, told, None if rank else death), log.with_suffix(f".{rank}"))
+        for rank, told in enumerate(environments(ranks))
+    ]
+    codes = [end_of(children[0])]
+    for child in children[1:]:
+        if codes[0]:
+            os.kill(child, signal.SIGKILL)
+        codes.append(end_of(child))
+    return codes
+
+
+def _deadly(function: Any, call: int) -> Any:
+    left = [call]
+
+    @functools.wraps(function)
+    def dies(*arguments: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+
+    return dies
+
+
+STEPS, GRIDS = 7, 2
+"""Of an epoch; and of choices of features, each with a grid that takes every step beside the paper's classifier."""
+WITHIN_EPOCH_2 = Death(LinearHeads, "step", (STEPS + 3) * (1 + GRIDS))
+"""Counted from where a run goes on: for one that goes on with epoch 2, it is within epoch 3."""
+THE_THIRD_FILE = Death(os, "replace", 3)
+"""Two files appear, and of the next there is only what was written aside."""
+
+
+def bits(value: Any) -> Any:
+    """Values that are equal where all bits are, without seconds."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: bits(one) for name, one in value.items() if name != "seconds"}
+    return [bits(one) for one in value] if isinstance(value, list) else value
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """All that a probe leaves, features included; and that nothing else is left."""
+    card = json.loads((folder / "card.json").read_text())
+    found = {name: bits(torch.load(folder / name, weights_only=True)) for name in ("linear.pth", "logreg.pth")}
+    found |= {name: card[name] for name in ("results", "figures", "history", "protocol")}
+    # What a killed process had begun to extract lies aside for an hour: another may be at it.
+    found |= {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("features/[!.]*/*.npy")}
+    assert not [path.name for path in folder.glob(".*")]
+    return found
+
+
+def killed_and_gone_on(weights: Path, folder: Path, deaths: list[Death], more: Sequence[str], ranks: int) -> Any:
+    """What a probe leaves that dies again and again, each time a little later, then lives."""
+    flags = ["--features", "cls", "last3", "--logreg", "--logreg-cs", "0.01", "1", *more]
+    command = words_of(weights, folder, flags, batch=4 // ranks)
+    for death in deaths:
+        assert forked(command, folder.with_suffix(".log"), death, ranks)[0] == -9, death
+    assert forked(command, folder.with_suffix(".log"), ranks=ranks) == [0] * ranks
+    return left_by(folder)
+
+
+WITHIN = [
+    WITHIN_EPOCH_2,
+    WITHIN_EPOCH_2,  # now in epoch 3
+    Death(os, "replace", 2),  # linear.pth of the last epoch is there, logreg.pth is not yet
+    Death(LogisticRegression, "solve", 2),
+    Death(os, "replace", 2),
+]
+CACHED = ("--cached", "--cached-epochs", "2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more", "deaths"),
+    [
+        (1, (), WITHIN),
+        # 19 files: two each for the features of training, held-out and validation images and of two kept epochs,
+        # linear.pth three times, logreg.pth once a regression and once in the end, the result file.
+        (1, CACHED, [THE_THIRD_FILE] * 8),
+        (2, (), [WITHIN_EPOCH_2, WITHIN[3]]),
+        (2, CACHED, [WITHIN_EPOCH_2, WITHIN[3]]),
+    ],
+)
+def test_a_probe_that_is_killed_ends_with_the_bits_of_one_that_is_not(
+    weights: Path, tmp_path: Path, ranks: int, more: tuple[str, ...], deaths: list[Death]
+) -> None:
+    found = killed_and_gone_on(weights, tmp_path / "killed", deaths, more, ranks)
+    assert found == killed_and_gone_on(weights, tmp_path / "straight", [], more, ranks)
+    assert len(found["history"]) == 3
+    assert sum(name.endswith("features.npy") for name in found) == (5 if more else 3)
