@@ -132,7 +132,7 @@ def print_plan(probe: Probe) -> None:
     text += f"{probe.val.url}; features {', '.join(config.features)}"
     if config.sgd:
         text += f"; {config.epochs} epochs of {sampler.steps_per_epoch} steps at batch {sampler.global_batch}; the "
-        text += f"paper's learning rate and a grid of {len(probe.lrs)}"
+        text += f"paper's learning rate and a grid of {len(probe.lrs)}; crop scale {config.crop_scale}"
     log.info(f"{'linear probe' if config.sgd else 'logistic regression'}: {text}")
 
 

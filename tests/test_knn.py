@@ -12,7 +12,6 @@ import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
 from scipy.stats import binomtest
-from sklearn.neighbors import KNeighborsClassifier
 
 import eval.search
 from dino_xcit.errors import InputError
@@ -79,13 +78,6 @@ def test_top1_and_top5_are_the_references_for_every_k(spread: float) -> None:
             assert (correct(found[k, 0.07], answers, top) == right.any(1).numpy()).all()
             as_it_is = (votes.sort(1, True)[1][:, :top] == truth).any(1).numpy()
             assert (correct(found[k, 0.07], answers, top) == as_it_is)[enough | (top == 1)].all()
-
-
-def test_equals_scikit_learn() -> None:
-    train, labels, test, _ = clusters()
-    peer = KNeighborsClassifier(15, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
-    expected = peer.fit(train, labels).predict(test)
-    assert (knn_predict(train, labels, test, [15], [0.07])[15, 0.07][:, 0] == expected).all()
 
 
 def test_any_number_of_test_images(monkeypatch: pytest.MonkeyPatch) -> None:

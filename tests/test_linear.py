@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from dino_xcit.data import Source, UndecodableImage, open_source
+from dino_xcit.data import ArraySource, Source, UndecodableImage, open_source
 from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
 from dino_xcit.models import BackboneOutput
@@ -178,6 +179,18 @@ def test_steps_are_the_same_with_any_number_of_loaders_and_processes() -> None:
             assert torch.allclose(one, torch.cat([first, second]))
 
 
+class SignalsIgnored(ArraySource):
+    """Read only where SIGINT is ignored."""
+
+    def read(self, index: int) -> Any:
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return super().read(index)
+
+
+def test_loader_processes_are_set_up_like_all_others() -> None:
+    assert len(steps_of(noise_source(20, kind=SignalsIgnored), workers=1)) == 8
+
+
 def test_a_damaged_training_image_is_named_and_one_whose_features_are_not_finite(tmp_path: Path) -> None:
     tree = image_tree(tmp_path / "data")
     (tree / "train" / "bars" / "bars 03.png").write_bytes(b"")
@@ -230,17 +243,6 @@ def test_a_kept_epoch_holds_the_views_that_the_probe_sees_in_that_epoch(tmp_path
             assert torch.allclose(ours, theirs, atol=1e-6)
         else:
             assert torch.allclose(ours, torch.from_numpy(epochs[step // 5 % 2][indices.numpy()])), "they come again"
-
-
-def test_what_is_whole_is_taken_and_what_is_damaged_is_made_anew(tmp_path: Path) -> None:
-    backbone = MeanColours().eval()
-    first = np.array(kept(tmp_path, 1, backbone))
-    kept(tmp_path, 1, backbone)
-    assert backbone.seen == COUNT
-    (file,) = tmp_path.glob("*/features.npy")
-    file.write_bytes(file.read_bytes()[:-8])
-    assert (kept(tmp_path, 1, backbone) == first).all()
-    assert backbone.seen == 2 * COUNT
 
 
 def test_whatever_decides_the_views_gives_them_a_place_of_their_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -227,7 +228,15 @@ def forked(words: Sequence[str], log: Path, death: Death | None = None, ranks: i
     def run(told: dict[str, str], death: Death | None) -> None:
         os.environ.update(told)
         if death:
-            setattr(death.owner, death.name, _deadly(getattr(death.owner, death.name), death.call))
+            original, calls = getattr(death.owner, death.name), itertools.count(1)
+
+            @functools.wraps(original)
+            def dies(*arguments: Any, **named: Any) -> Any:
+                if next(calls) == death.call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **named)
+
+            setattr(death.owner, death.name, dies)
         sys.argv = ["run_linear.py", *words]
         run_linear.command()
 
@@ -241,19 +250,6 @@ def forked(words: Sequence[str], log: Path, death: Death | None = None, ranks: i
             os.kill(child, signal.SIGKILL)
         codes.append(end_of(child))
     return codes
-
-
-def _deadly(function: Any, call: int) -> Any:
-    left = [call]
-
-    @functools.wraps(function)
-    def dies(*arguments: Any, **named: Any) -> Any:
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **named)
-
-    return dies
 
 
 STEPS, GRIDS = 7, 2

@@ -19,7 +19,6 @@ from dino_xcit.data import Source, Subset
 from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic, distributed
-from dino_xcit.runtime import logging as log
 from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, SMALL_CROP, SMALL_CROP_SCALE, SMALL_EPOCHS, LinearConfig
 from eval.features import Features, cached
 from eval.linear.imagenet_variants import open_variant
@@ -158,11 +157,7 @@ def for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
     small = crop <= SMALL_CROP
     epochs = config.epochs or (SMALL_EPOCHS if small else PAPER_EPOCHS)
     scale = config.crop_scale if any(config.crop_scale) else (SMALL_CROP_SCALE if small else PAPER_CROP_SCALE)
-    chosen = dataclasses.replace(config, epochs=epochs, crop_scale=scale)
-    if chosen != config and config.sgd:
-        why = f"suits images of {crop} pixels; published: {PAPER_EPOCHS}, 0.08 1" if small else "as published"
-        log.info(f"epochs {epochs}, crop scale {scale[0]:g} {scale[1]:g} ({why}; --epochs, --crop-scale)")
-    return chosen
+    return dataclasses.replace(config, epochs=epochs, crop_scale=scale)
 
 
 def read_probe(path: Path, identity: Settings) -> Record | None:
