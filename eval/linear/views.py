@@ -33,6 +33,9 @@ CROP_ATTEMPTS = 10
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _NUMBERS = 2 * CROP_ATTEMPTS + 3
 
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels."""
+
 
 @dataclass(frozen=True)
 class Views(Dataset[Any]):
@@ -95,8 +98,8 @@ def random_view(
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if numbers[-1] < 0.5 else view
 
 
-def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequence[float]) -> tuple[int, ...]:
-    """torchvision's RandomResizedCrop, as left, top, right, bottom: the first of ten tries that fits in the picture.
+def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequence[float]) -> Box:
+    """torchvision's RandomResizedCrop: the first of ten tries that fits in the picture.
 
     A try draws an area uniformly and an aspect ratio between 3/4 and 4/3 log-uniformly; where none fits, the largest
     centred crop whose ratio is allowed.
