@@ -16,31 +16,40 @@ import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 
 from dino_xcit.cli import parse
-from dino_xcit.data import Source
+from dino_xcit.data import Source, Subset, UndecodableImage
 from dino_xcit.data.workers import usable_cores
+from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
+from eval.baselines import baselines
 from eval.config import KnnConfig
-from eval.features import Features
-from eval.knn.approximate import approximate_index, refuse_few
-from eval.knn.card import Found, Record, knn_card
-from eval.knn.classify import Predictions, clamp_ks, knn_predict
-from eval.knn.confusion import per_class, write_per_class
-from eval.knn.confusion_figure import draw_confusion
+from eval.features import Features, cached, fingerprint_without, unreadable_card, unreadable_notice
+from eval.knn.classify import Predictions, approximate_index, clamp_ks, knn_predict, refuse_few
+from eval.knn.confusion import draw_confusion, write_per_class
 from eval.knn.few_shot import few_shot
-from eval.knn.models import features_of_models
-from eval.knn.readable import measured
-from eval.knn.report import few_shot_table, results_table, short_classes_notices
-from eval.results import Card, few_shot_figure, figure, write_json
-from eval.setup import labelled_parts, open_backbone
-from eval.stats import correct, wilson_interval
+from eval.results import (
+    KNN_PROTOCOL,
+    Figure,
+    Setting,
+    data_card,
+    few_shot_figure,
+    figure,
+    images_card,
+    result_card,
+    write_json,
+)
+from eval.setup import cache_folder, labelled_parts, open_backbone
+from eval.stats import correct, top_accuracies
+from eval.table import percent, table
+
+Record = dict[str, Any]
 
 
 def main() -> None:
@@ -50,108 +59,138 @@ def main() -> None:
     config = parse(KnnConfig, sys.argv[1:], "run_knn.py")
     loaded, device = open_backbone(config)
     train, val = labelled_parts(config, loaded)
-    ks = _possible(config.ks, train)
     if config.approximate != "no":
         refuse_few(config.approximate, len(train))
     log.info(
         f"k-NN: {len(train):,} training images of {train.url}, {len(val):,} validation images of {val.url}; "
         "features of length 1, vote weight exp(cosine / T)"
     )
+    folder = cache_folder(config)
+    results: list[Record] = []
+    few: list[Record] = []
+    indices: dict[str, Record] = {}
+    figures: list[Figure] = []
 
-    # ---- features and votes: this backbone, then what it has to beat
-    found, data = Found(), dict[str, Card]()
-    for model, parts in features_of_models(config, loaded, train, val, device):
+    models = [("trained", loaded.backbone, loaded.hash)]
+    if config.baselines:
+        models += baselines(loaded, len(train) + len(val), device)
+    for model, backbone, weights_hash in models:
+        # ---- features, shared by all processes; from the first model on, of the images that could be read
+        try:
+            known, asked = (
+                cached(
+                    backbone, weights_hash, part, loaded.transform, device, folder if weights_hash else None,
+                    config.batch_size_per_gpu, config.num_workers, unreadable=config.unreadable,
+                )
+                for part in (train, val)
+            )  # fmt: skip
+        except UndecodableImage as error:
+            raise InputError(f"{error}; or add --unreadable skip to measure without such images") from error
         if model == "trained":
-            (train, val), data = measured((train, val), parts, config)
-            ks = _possible(ks, train)
-        if distributed.is_main():  # all processes have every feature, but one search is enough
-            predictions = _sweep(model, parts, config, ks, found)
-            if model == "trained" and (config.per_class or config.confusion):
-                _by_class(predictions, val, config, len(train))
-            if config.few_shot:
-                _few_shot(model, parts, config, found)
+            train, train_card = readable("training", train, known, config)
+            val, val_card = readable("validation", val, asked, config)
+            ks, notice = clamp_ks(config.ks, len(train))
+            if notice:
+                log.warning(notice)
+        if not distributed.is_main():  # one search is enough
+            continue
+
+        # ---- votes
+        if distributed.world_size() > 1:
+            # torchrun leaves a process one thread; the others of this machine are waiting, or have ended.
+            faiss.omp_set_num_threads(usable_cores())
+        index = None
+        if config.approximate != "no":
+            index, indices[model] = approximate_index(
+                known.features, asked.features, config.approximate, ks, config.probes, config.seed
+            )
+        predictions = knn_predict(
+            known.features, known.labels, asked.features, ks, config.temperatures, len(asked.features) > 4096, index
+        )
+        classes = len(np.unique(np.asarray(known.labels)))
+        for (k, temperature), guesses in predictions.items():
+            # Of five classes every one is among the first five, and k < 5 neighbours name fewer.
+            tops = top_accuracies(guesses, asked.labels, classes > 5 and k >= 5)
+            recall = {"recall": indices[model]["recall_percent"][str(k)]} if index else {}
+            results.append({"model": model, "k": k, "temperature": temperature, **tops, **recall})
+            settings: dict[str, Setting] = {"model": model, "k": k, "T": temperature}
+            name, hits = f"{model} k={k} T={temperature:g} top-1", correct(guesses, asked.labels, 1)
+            figures.append(figure(name, settings, hits, model != "trained"))
+        if model == "trained":
+            by_class(predictions, val, config, len(train))
+        if config.few_shot:
+            for record in few_shot(
+                known, asked, config.few_shot, config.draws, config.ks, config.temperatures, config.seed, progress=True
+            ):
+                few.append({"model": model, **record})
+                figures.append(few_shot_figure(model, record, config.draws, config.seed))
     if not distributed.is_main():
         return
 
     # ---- report
-    log.info(results_table(found.records))
-    if found.few_shot:
-        for notice in short_classes_notices(train.labels, train.classes, config.few_shot):
-            log.warning(notice)
-        log.info(few_shot_table(found.few_shot, config.draws))
+    log.info(results_table(results))
+    if few:
+        log.info(f"few-shot, mean ± deviation of {config.draws} draws:\n{results_table(few)}")
+    for shots in sorted({record["shots"] for record in few if record["classes_with_fewer"]}):
+        log.warning(f"some classes have fewer than {shots} training images: all of theirs were used")
     if config.json:
-        sources, seconds = {"train": train, "val": val}, time.perf_counter() - started
-        card = knn_card(found, config, ks, loaded, data, sources, device, seconds)
+        protocol: Record = {
+            "name": KNN_PROTOCOL, "ks": ks, "temperatures": list(config.temperatures),
+            "interval": "95% percentile bootstrap over the validation images; of all or no hits Clopper-Pearson",
+        }  # fmt: skip
+        if indices:
+            protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")
+            protocol["search"] = {"approximate": config.approximate, "probes": indices["trained"]["probes"]}
+        data = {"train": train_card | images_card(train), "val": val_card | images_card(val)}
+        seconds, plain = time.perf_counter() - started, [one.to_card() for one in figures]
+        card = result_card("knn", protocol, results, loaded, data, loaded.transform, device, seconds, plain)
+        if few:
+            card["few_shot"] = {"draws": config.draws, "seed": config.seed, "results": few}
+        if indices:
+            card["approximate"] = indices
         write_json(Path(config.json).expanduser(), card)
         log.info(f"written: {config.json}")
 
 
-def _possible(ks: Sequence[int], train: Source) -> list[int]:
-    """Those that the training images allow; says so if they are others."""
-    possible, notice = clamp_ks(ks, len(train))
-    if notice:
-        log.warning(notice)
-    return possible
+def readable(name: str, source: Source, features: Features, config: KnnConfig) -> tuple[Source, Record]:
+    """The images that were measured, and their card; warns of those that could not be read."""
+    lacking = features.unreadable
+    card = data_card(source, fingerprint_without(features.fingerprint, lacking))
+    if not len(lacking):
+        return source, card
+    named = f"; {config.json} names them" if config.json else ""
+    log.warning(unreadable_notice(name, source, lacking) + named)
+    read = Subset(source, np.delete(np.arange(len(source)), lacking))
+    names = [source.name(int(number)) for number in lacking]
+    return read, card | {"images": len(read), "unreadable": unreadable_card(names)}
 
 
-def _sweep(model: str, parts: tuple[Features, Features], config: KnnConfig, ks: list[int], found: Found) -> Predictions:
-    """One search; a record, and a figure to compare image by image, for each pair of k and T."""
-    if distributed.world_size() > 1:
-        # torchrun leaves a process one thread; the others of this machine are waiting, or have ended.
-        faiss.omp_set_num_threads(usable_cores())
-    train, val = parts
-    shown = len(val.features) > 4096
-    approximate = None
-    if config.approximate != "no":
-        approximate = approximate_index(
-            train.features, val.features, config.approximate, ks, config.probes, config.seed
-        )
-        found.approximate[model] = approximate.to_card()
-        log.info(approximate.describe(model))
-        for notice in approximate.notices(config.probes):
-            log.warning(notice)
-    index = approximate.index if approximate else None
-    predictions = knn_predict(train.features, train.labels, val.features, ks, config.temperatures, shown, index)
-    # Of five classes every one is among the first five, and k < 5 neighbours name fewer.
-    five = train.labels is not None and len(np.unique(train.labels)) > 5
-    for k in ks:
-        for temperature in config.temperatures:
-            record: Record = {"model": model, "k": k, "temperature": temperature}
-            for top, meant in ((1, True), (5, five and k >= 5)):
-                hits = correct(predictions[k, temperature], val.labels, top)
-                record[f"top{top}"] = 100.0 * float(hits.mean()) if meant else None
-                record[f"top{top}_interval"] = wilson_interval(hits) if meant else None
-                if top == 1:
-                    name, baseline = f"{model} k={k} T={temperature:g} top-1", model != "trained"
-                    found.figures.append(figure(name, {"model": model, "k": k, "T": temperature}, hits, baseline))
-            if approximate:
-                record["recall"] = approximate.recall[k]
-            found.records.append(record)
-    return predictions
-
-
-def _by_class(predictions: Predictions, val: Source, config: KnnConfig, neighbours: int) -> None:
-    """The table and the picture of the classes."""
-    k, temperature = min(config.ks[0], neighbours), config.temperatures[0]
-    guesses, title = predictions[k, temperature][:, 0], f"k-NN, k = {k}, T = {temperature:g}"
-    assert val.labels is not None  # labelled_parts sees to that
+def by_class(predictions: Predictions, val: Source, config: KnnConfig, images: int) -> None:
+    """The table and the picture of the classes, at the first of --ks and --temperatures."""
+    k, temperature = min(config.ks[0], images), config.temperatures[0]
+    guesses, labels = predictions[k, temperature][:, 0], np.asarray(val.labels)
     if config.per_class:
-        write_per_class(Path(config.per_class).expanduser(), per_class(guesses, val.labels, val.classes))
-        log.info(f"written: {config.per_class}, the classes ({title})")
+        write_per_class(Path(config.per_class).expanduser(), guesses, labels, val.classes)
     if config.confusion:
-        draw_confusion(Path(config.confusion).expanduser(), guesses, val.labels, val.classes, title)
-        log.info(f"written: {config.confusion}, which classes are taken for which ({title})")
+        path, title = Path(config.confusion).expanduser(), f"k-NN, k = {k}, T = {temperature:g}"
+        draw_confusion(path, guesses, labels, val.classes, title)
 
 
-def _few_shot(model: str, parts: tuple[Features, Features], config: KnnConfig, found: Found) -> None:
-    """Records and figures with a few images a class."""
-    train, val = parts
-    records = few_shot(
-        train.features, train.labels, val.features, val.labels, config.few_shot, config.draws, config.ks,
-        config.temperatures, config.seed, progress=True,
-    )  # fmt: skip
-    found.few_shot += [{"model": model, **record} for record in records]
-    found.figures += [few_shot_figure(model, record, config.draws, config.seed) for record in records]
+def results_table(records: list[Record]) -> str:
+    """A row a model, k and T: with intervals, or the deviation over draws; with the recall of an approximate search."""
+    shown = {"model": "model", "shots": "images a class", "k": "k", "temperature": "T"}
+    rows = []
+    for record in records:
+        cells = [f"{record[name]:g}" if name != "model" else record[name] for name in shown if name in record]
+        for top in ("top1", "top5"):
+            deviation = record.get(f"{top}_deviation")
+            spread = "" if deviation is None else f" ± {deviation:.1f}"
+            cells.append(percent(record[top], record.get(f"{top}_interval")) + spread)
+        rows.append([*cells, *([f"{record['recall']:.1f}"] if "recall" in record else [])])
+    interval = " [95% interval]" if "top1_interval" in records[0] else ""
+    header = [title for name, title in shown.items() if name in records[0]]
+    header += [f"top-1 %{interval}", f"top-5 %{interval}", "recall@k %"]
+    return table(header[: len(rows[0])], rows)
 
 
 def command() -> None:

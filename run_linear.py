@@ -9,7 +9,7 @@ image. Those of the grid get standardised features and leave out a held-out part
 best of them is chosen, so that the validation images choose nothing. So is the logistic regression's C.
 
 Read top to bottom: what is measured, classifiers by SGD, logistic regressions, ImageNet's variants, report. The loop of
-the SGD is in eval/linear/sgd.py, that of the regressions in eval/linear/logistic_search.py.
+the SGD is in eval/linear/sgd.py, that of the regressions in eval/linear/logistic.py.
 """
 
 from __future__ import annotations
@@ -19,86 +19,153 @@ import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dino_xcit.cli import parse
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.config import LinearConfig
-from eval.linear.card import probe_card
-from eval.linear.fixed_features import FixedFeatures
-from eval.linear.identity import identity_of_logreg
-from eval.linear.imagenet_variants import measure
-from eval.linear.logistic_search import logistic_results, search
-from eval.linear.probe_file import FILE_NAME, LOGREG_NAME
-from eval.linear.report import Classifier, Record, recommended, results_table, variants_table
-from eval.linear.setup import Probe, open_probe, say_what_is_measured, stored_probe
+from eval.linear.imagenet_variants import Variant
+from eval.linear.logistic import classify, logistic_results, search
+from eval.linear.pooled import Rows
+from eval.linear.probe import FILE_NAME, LOGREG_NAME, Probe, Record
 from eval.linear.sgd import train_heads
-from eval.results import data_card, figure, write_json
+from eval.results import data_card, figure, images_card, result_card, write_json
+from eval.stats import top_accuracies
+from eval.table import percent, table
 
 
 def main() -> None:
     """The whole measurement."""
     # ---- what is measured: settings, backbone, images; and what there is of it from an earlier run
-    probe = open_probe(parse(LinearConfig, sys.argv[1:], "run_linear.py"))
-    say_what_is_measured(probe)
-    config, fixed = probe.config, FixedFeatures(probe)
-    of_logreg = identity_of_logreg(config, probe.identity)
-    stored = stored_probe(probe, probe.identity, FILE_NAME) if config.sgd else None
-    stored_logreg = stored_probe(probe, of_logreg, LOGREG_NAME) if config.logreg else None
+    probe = Probe(parse(LinearConfig, sys.argv[1:], "run_linear.py"))
+    config = probe.config
+    print_plan(probe)
+    heads: Record = (probe.stored(FILE_NAME, probe.identity) if config.sgd else None) or {}
+    logreg: Record = (probe.stored(LOGREG_NAME, probe.identity_of_logreg()) if config.logreg else None) or {}
     results: Record = {}
-    figures: list[dict[str, object]] = []
-    if config.logreg:
-        fixed.rows(probe.train)  # first, for the held-out images are among them
+    figures: list[Any] = []
 
     # ---- the paper's classifier and the grid, by SGD on augmented images
-    heads: Record = stored or {}
-    if heads.get("results"):
+    if "results" in heads:
         log.info(f"already complete: {probe.folder / FILE_NAME} holds this probe (--resume never repeats it)")
     elif config.sgd:
-        heads = train_heads(probe, stored, fixed.held_out(), fixed.labelled(probe.val))
+        heads = train_heads(probe, heads)
     results |= heads.get("results", {})
     figures += heads.get("figures", [])
 
     # ---- logistic regressions, by L-BFGS on fixed features
-    logreg: Record = {}
     if config.logreg:
-        logreg = search(fixed.labelled(probe.train), probe, of_logreg, stored_logreg)
-        results["logreg"], hits = logistic_results(logreg, fixed.labelled(probe.val), probe.device)
+        logreg = search(probe, logreg)
+        results["logreg"], hits = logistic_results(probe, logreg)
         figures.append(figure("logreg, top-1", {"classifier": "logreg"}, hits).to_card())
 
     # ---- the recommended one on ImageNet's variants: all processes share their features
     for variant in probe.variants:
-        fixed.rows(variant.source or probe.val)
+        probe.features(variant.source or probe.val)
     if not distributed.is_main():
         return
     best = recommended(results, heads, logreg)
-    also = _on_variants(probe, fixed, best)
+    also = {variant.name: measured(variant, probe, best) for variant in probe.variants}
 
     # ---- report
-    log.info(results_table(results, config.lrs, config.logreg_cs))
+    print_results(results, config)
     if also:
-        log.info(variants_table(also, best))
-        results["also"] = {"classifier": best.name, "features": best.features, **also}
+        header = [f"variant ({best['name']})", "images", "classes", "top-1 % [95% interval]", "top-5 % [95% interval]"]
+        rows = [
+            [name, f"{found['images']:,}", f"{found['classes']:,}",
+             *(percent(found[top], found[f"{top}_interval"]) for top in ("top1", "top5"))]
+            for name, found in also.items()
+        ]  # fmt: skip
+        log.info(table(header, rows))
+        results["also"] = {"classifier": best["name"], "features": best["features"], **also}
     if config.json:
+        parts = (("train", probe.train), ("val", probe.val))
+        data = {name: data_card(part, probe.identity[name]) | images_card(part) for name, part in parts}
         seconds = sum(float(part.get("seconds", 0.0)) for part in (heads, logreg))
-        card = probe_card(probe, results, figures, heads.get("history", []), seconds)
-        write_json(Path(config.json).expanduser(), card)
+        card = result_card(
+            "linear", probe.protocol(), results, probe.loaded, data, probe.transform, probe.device, seconds, figures
+        )
+        write_json(Path(config.json).expanduser(), card | {"history": heads.get("history", [])})
         log.info(f"written: {config.json}")
-    file = LOGREG_NAME if best.name == "logreg" else FILE_NAME
-    log.info(f"classifier: {probe.folder / file} ({best.name})")
+    log.info(f"classifier: {probe.folder / (LOGREG_NAME if best['name'] == 'logreg' else FILE_NAME)} ({best['name']})")
 
 
-def _on_variants(probe: Probe, fixed: FixedFeatures, classifier: Classifier) -> Record:
-    """Figures of a classifier on each of ImageNet's variants, by name."""
-    found: Record = {}
-    for variant in probe.variants:
-        source = variant.source or probe.val
-        features = fixed.rows(source)
-        rows = probe.pooled.seen_by(classifier.features, features.features)
-        data = {"labels": variant.fingerprint} | data_card(source, features.fingerprint)
-        figures = measure(variant, rows, classifier.weight, classifier.bias, probe.device)
-        found[variant.name] = figures | {"data": data}
-    return found
+def recommended(results: Record, heads: Record, logreg: Record) -> Record:
+    """Of the classifiers that are there, the one that did best on held-out training images; the paper's where nothing
+    was held out.
+
+    Args:
+        results: of all of them: ``paper``, ``grid``, ``logreg``.
+        heads, logreg: what linear.pth and logreg.pth hold.
+
+    Returns:
+        ``name``, the choice of ``features`` that it sees, ``weight`` [C, D] and ``bias`` [C].
+    """
+    held_out = {name: found.get("held_out_top1") for name, found in results.items()}
+    # The order of preference among equals, and where nothing was held out.
+    name = max(("grid", "paper", "logreg"), key=lambda one: (one in results, held_out.get(one) or -1.0))
+    if name == "logreg":
+        return {"name": name, "features": logreg["chosen"]["features"], **logreg}
+    return {"name": name, "features": "cls", **heads["classifier"]}
+
+
+def measured(variant: Variant, probe: Probe, classifier: Record) -> Record:
+    """Top-1 and top-5 on one of ImageNet's variants, in percent, with 95% bootstrap intervals over the images."""
+    source = variant.source or probe.val
+    features = probe.features(source)
+    rows = Rows(features.features, probe.pooled.columns[classifier["features"]], variant.rows)
+    among = np.arange(len(classifier["weight"])) if variant.among is None else variant.among
+    guesses = among[classify(classifier["weight"][among], classifier["bias"][among], rows, probe.device)]
+    found = top_accuracies(guesses, variant.labels, five=len(among) > 5)
+    data = {"labels": variant.fingerprint} | data_card(source, features.fingerprint)
+    return {"images": len(rows), "classes": len(among), **found, "data": data}
+
+
+def print_plan(probe: Probe) -> None:
+    """On which images, by how many classifiers."""
+    config, sampler = probe.config, probe.sampler
+    text = f"{len(probe.train):,} training images of {probe.train.url}, {len(probe.val):,} validation images of "
+    text += f"{probe.val.url}; features {', '.join(config.features)}"
+    if config.sgd:
+        text += f"; {config.epochs} epochs of {sampler.steps_per_epoch} steps at batch {sampler.global_batch}; the "
+        text += f"paper's learning rate and a grid of {len(probe.lrs)}; crop scale {config.crop_scale}"
+    log.info(f"{'linear probe' if config.sgd else 'logistic regression'}: {text}")
+
+
+def print_results(results: Record, config: LinearConfig) -> None:
+    """The figures for the screen, with what a reader has to know about them."""
+
+    def row(label: str, setting: str, found: Record) -> list[str]:
+        top1 = percent(found["top1"], found.get("top1_interval"))
+        return [label, setting, percent(found.get("held_out_top1")), top1, percent(found["top5"])]
+
+    rows, notes = [], []
+    if paper := results.get("paper"):
+        rate, best = f"lr {paper['lr']:g}", paper["best_epoch"]
+        rows.append(row("paper's learning rate, last epoch", rate, paper["last_epoch"]))
+        rows.append(row(f"paper's learning rate, best epoch ({best['epoch']}) *", rate, best))
+        notes.append("* chosen on the validation images, as published figures are: an upper bound, not an estimate")
+        notes.append("lr: for a batch of 256")
+    for name, key, values in (("grid", "lr", config.lrs), ("logreg", "c", config.logreg_cs)):
+        if found := results.get(name):
+            setting = f"{key} {found[key]:g}"
+            rows.append(row(f"{name}, {found.get('features', 'cls')}", setting, found))
+            if len(values) > 1 and found[key] in (min(values), max(values)):
+                notes.append(f"warning: {setting} is the end of the grid: values beyond it may do better")
+    if logreg := results.get("logreg"):
+        if not logreg["converged"]:
+            notes.append(
+                f"warning: the logistic regression has not converged after {logreg['iterations']} iterations (largest "
+                f"derivative {logreg['gradient']:.1g}; the objective may be {100 * logreg['gap']:.2g}% too large): "
+                "raise --logreg-iterations, or keep to smaller --logreg-cs"
+            )
+        if count := len(logreg["not_converged"]):
+            notes.append(f"warning: {count} of the regressions tried on held-out images had not converged (see --json)")
+    header = ["classifier", "setting", "held-out top-1 %", "top-1 % [95% interval]", "top-5 %"]
+    log.info("\n".join([table(header, rows), *notes]))
 
 
 def command() -> None:

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from dino_xcit.models import BackboneOutput, build_backbone
+from dino_xcit.runtime import logging as log
 from dino_xcit.transform import EvalTransform
+from dino_xcit.weights import LoadedBackbone, hash_state
+
+MAX_PIXEL_BYTES = 4 << 30
+"""Of raw-pixel features that are still worth comparing with."""
 
 
 class Pixels(nn.Module):
@@ -34,3 +39,19 @@ def untrained(arch: str) -> nn.Module:
     """The architecture with the weights it starts from, seed 0, in eval mode."""
     torch.manual_seed(0)
     return build_backbone(arch).eval().requires_grad_(False)
+
+
+def baselines(loaded: LoadedBackbone, images: int, device: torch.device) -> list[tuple[str, nn.Module, str]]:
+    """Name, module and hash of its weights: the same architecture untrained, and pixels as they are and normalised.
+
+    Pixels have no hash: they are quicker to make than to read. They are left out, with a warning, where the features of
+    so many ``images`` would not fit into memory.
+    """
+    start = untrained(loaded.arch).to(device)
+    found: list[tuple[str, nn.Module, str]] = [("untrained", start, hash_state(start.state_dict()))]
+    size = 4 * images * Pixels(loaded.transform, False).embed_dim
+    if size > MAX_PIXEL_BYTES:
+        log.warning(f"no raw-pixel rows, their features would take {size / 2**30:.0f} GiB of memory")
+        return found
+    pixels = (("pixels", False), ("pixels_normalised", True))
+    return [*found, *((name, Pixels(loaded.transform, normalised).to(device), "") for name, normalised in pixels)]

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.source import hash_lines
 from dino_xcit.data.workers import choose_workers, worker_init
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime import atomic, distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise
@@ -39,8 +39,8 @@ Chunk = tuple[Rows, NDArray[np.bool_]]
 
 _MIN_FOR_WORKERS = 256
 """Fewer images are read in this process: starting another takes longer."""
-_MAX_NAMES = 100
-"""Of images that could not be read, in a result file."""
+_MAX_NAMES, _MAX_SHOWN = 100, 5
+"""Of images that could not be read, in a result file and on the screen."""
 _ABANDONED_SECONDS = 3600
 
 
@@ -106,7 +106,7 @@ def image_batches(
 def feature_rows(
     backbone: nn.Module, source: Source, transform: EvalTransform, device: torch.device, batch_size: int = 128,
     num_workers: int = -1, progress: bool = True, unreadable: Unreadable = "refuse",
-    descriptor: Descriptor = CLASS_TOKEN,
+    descriptor: Descriptor = CLASS_TOKEN, finite: bool = True,
 ) -> Iterator[Chunk]:  # fmt: skip
     """Features in the order of the source, some at a time.
 
@@ -117,12 +117,14 @@ def feature_rows(
         backbone: on ``device``, with the output of :class:`dino_xcit.models.BackboneOutput`.
         unreadable: an error, or a row of NaN.
         descriptor: how an image's vector is made.
+        finite: refuse features that are not finite.
 
     Yields:
         Rows [some, D] float32, and whether each image could be read, [some].
 
     Raises:
         UndecodableImage: an image cannot be read; it is named.
+        InputError: an image's features are not finite.
     """
     world, rank, total = distributed.world_size(), distributed.rank(), len(source)
     rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
@@ -145,6 +147,8 @@ def feature_rows(
                         if places:
                             batch = normalise(readable.to(device, non_blocking=True), transform.mean, transform.std)
                             rows[places] = descriptor(backbone, batch)
+                            if finite:
+                                refuse_not_finite(rows[places], source, [own[place] for place in places])
                             read[places] = 1
                     gathered, all_read = (distributed.gather_rows(part).cpu().numpy() for part in (rows, read))
                 yield gathered, all_read > 0
@@ -153,14 +157,32 @@ def feature_rows(
         backbone.train(was_training)
 
 
+def refuse_not_finite(rows: Tensor, source: Source, indices: Sequence[int]) -> None:
+    """Check features where they are made.
+
+    Args:
+        rows: [some, D].
+        indices: [some], which images of ``source`` these are.
+
+    Raises:
+        InputError: NaN or an infinite number; the image is named.
+    """
+    wrong = (~torch.isfinite(rows).all(dim=1)).nonzero()
+    if len(wrong):
+        raise InputError(
+            f"the features of {source.name(indices[int(wrong[0])])} are not finite: the weights are damaged, or their "
+            "training diverged; measure another checkpoint"
+        )
+
+
 def extract(
     backbone: nn.Module, source: Source, transform: EvalTransform, device: torch.device, batch_size: int = 128,
     num_workers: int = -1, progress: bool = True, unreadable: Unreadable = "refuse",
-    descriptor: Descriptor = CLASS_TOKEN,
+    descriptor: Descriptor = CLASS_TOKEN, finite: bool = True,
 ) -> Features:  # fmt: skip
     """All of :func:`feature_rows` in one array, on every process, without the images that could not be read."""
     chunks = feature_rows(
-        backbone, source, transform, device, batch_size, num_workers, progress, unreadable, descriptor
+        backbone, source, transform, device, batch_size, num_workers, progress, unreadable, descriptor, finite
     )
     return _in_memory(chunks, source, descriptor.width(width_of(backbone)))
 
@@ -168,7 +190,7 @@ def extract(
 def cached(
     backbone: nn.Module, weights_hash: str, source: Source, transform: EvalTransform, device: torch.device,
     cache_dir: Path | None, batch_size: int = 128, num_workers: int = -1, descriptor: Descriptor = CLASS_TOKEN,
-    unreadable: Unreadable = "refuse",
+    unreadable: Unreadable = "refuse", half: bool = False,
 ) -> Features:  # fmt: skip
     """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data, preprocessing and descriptor.
 
@@ -178,10 +200,11 @@ def cached(
     Args:
         weights_hash: identifies the backbone's weights (:func:`dino_xcit.weights.hash_state`).
         cache_dir: None: extract anew and keep nothing.
+        half: keep float16, and return it.
 
     Raises:
         UndecodableImage: an image cannot be read, and such are refused.
-        InputError: no image can be read.
+        InputError: no image can be read, or the disk is too small for the features.
     """
     fingerprint = distributed.on_main(source.fingerprint)
     shape = (len(source), descriptor.width(width_of(backbone)))
@@ -190,17 +213,17 @@ def cached(
         chunks = _any_readable(chunks, source)
     if cache_dir is None:
         return _in_memory(chunks, source, shape[1], fingerprint)
-    metadata, folder = _cache_slot(cache_dir, weights_hash, fingerprint, shape, transform, descriptor)
+    metadata, folder = _cache_slot(cache_dir, weights_hash, fingerprint, shape, transform, descriptor, half)
     complete = unreadable == "refuse"
     # All processes do as the main one says: they must not disagree about whether there is work to share.
-    if not distributed.broadcast_from_main(_read_rows(folder, shape, complete) is not None):
+    if not distributed.broadcast_from_main(_read_rows(folder, shape, complete, half) is not None):
         if distributed.is_main():
-            _write_rows(folder, chunks, shape, metadata | {"source": source.url})
+            _write_rows(folder, chunks, shape, metadata | {"source": source.url}, half)
         else:
             for _ in chunks:
                 pass
         distributed.barrier()
-    kept = _read_rows(folder, shape, complete)
+    kept = _read_rows(folder, shape, complete, half)
     if kept is None:
         raise InputError(f"the features just kept in {folder} are gone: name a --cache-dir that all processes see")
     return _features(*kept, source, fingerprint)
@@ -268,12 +291,19 @@ def unreadable_card(names: Sequence[str]) -> dict[str, object]:
     return {"count": len(names), "first": list(names[:_MAX_NAMES])}
 
 
+def unreadable_notice(name: str, source: Source, numbers: NDArray[np.int64]) -> str:
+    """How many images of a part (``training``, ``validation``) could not be read, and the names of the first."""
+    names = ", ".join(printable(source.name(int(number))) for number in numbers[:_MAX_SHOWN])
+    more = " ..." if len(numbers) > _MAX_SHOWN else ""
+    return f"{len(numbers):,} of {len(source):,} {name} images could not be read and are left out: {names}{more}"
+
+
 # ---- the cache: CACHE_DIR/KEY/ with features.npy, metadata in card.json, and unreadable.npy where images are lacking
 
 
 def _cache_slot(
     cache_dir: Path, weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform,
-    descriptor: Descriptor,
+    descriptor: Descriptor, half: bool = False,
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
     """All that decides what features are, and the folder that is named by it."""
     metadata = {
@@ -282,10 +312,14 @@ def _cache_slot(
     }  # fmt: skip
     if descriptor != CLASS_TOKEN:  # which is not named: features were cached before there was a choice
         metadata["descriptor"] = descriptor.to_dict()
+    if half:
+        metadata["type"] = "float16"
     return metadata, cache_dir / hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _read_rows(folder: Path, shape: tuple[int, int], complete: bool) -> tuple[Rows, NDArray[np.int64]] | None:
+def _read_rows(
+    folder: Path, shape: tuple[int, int], complete: bool, half: bool = False
+) -> tuple[Rows, NDArray[np.int64]] | None:
     """The rows in a cache folder and the numbers of the images that they lack; None if absent or damaged.
 
     Args:
@@ -299,13 +333,26 @@ def _read_rows(folder: Path, shape: tuple[int, int], complete: bool) -> tuple[Ro
             lacking = np.load(file)
     except (OSError, ValueError, EOFError):
         return None
-    whole = rows.shape == (shape[0] - len(lacking), shape[1]) and rows.dtype == np.float32
+    dtype = np.float16 if half else np.float32
+    whole = rows.shape == (shape[0] - len(lacking), shape[1]) and rows.dtype == dtype
     return (rows, lacking) if whole else None
 
 
-def _write_rows(folder: Path, chunks: Iterator[Chunk], shape: tuple[int, int], metadata: dict[str, Any]) -> None:
-    """Keep the rows of the images that could be read."""
+def _write_rows(
+    folder: Path, chunks: Iterator[Chunk], shape: tuple[int, int], metadata: dict[str, Any], half: bool
+) -> None:
+    """Keep the rows of the images that could be read.
+
+    Raises:
+        InputError: the disk has no room for them, or a feature does not fit ``half``'s float16.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    size, free = shape[0] * shape[1] * (2 if half else 4), shutil.disk_usage(folder.parent).free
+    if size > free:
+        raise InputError(
+            f"the features of {metadata['source']} take {size / 2**30:.1f} GiB, and {folder.parent} has "
+            f"{free / 2**30:.1f} GiB free: name another --cache-dir"
+        )
     for left in folder.parent.glob(".*.tmp"):  # by killed processes
         with contextlib.suppress(OSError):
             if time.time() - max(file.stat().st_mtime for file in (left, *left.rglob("*"))) > _ABANDONED_SECONDS:
@@ -315,18 +362,20 @@ def _write_rows(folder: Path, chunks: Iterator[Chunk], shape: tuple[int, int], m
     def readable_rows() -> Iterator[Rows]:
         for rows, read in chunks:
             masks.append(read)
+            if half and (largest := float(np.abs(rows[read]).max(initial=0))) > float(np.finfo(np.float16).max):
+                raise InputError(f"a feature of {largest:g} does not fit float16: use --cached-precision float32")
             yield rows[read]
 
     # A folder of its own for each process: several may want the same features at the same time.
     with tempfile.TemporaryDirectory(".tmp", ".", folder.parent, ignore_cleanup_errors=True) as temporary:
         aside = Path(temporary) / folder.name
         aside.mkdir()
-        write_rows(aside / "features.npy", readable_rows(), shape, fewer=True)
+        write_rows(aside / "features.npy", readable_rows(), shape, half, fewer=True)
         lacking = np.flatnonzero(~np.concatenate([*masks, np.empty(0, dtype=np.bool_)]))
         if len(lacking):
             np.save(aside / "unreadable.npy", lacking)
         (aside / "card.json").write_text(json.dumps(metadata, indent=1))
-        if _read_rows(folder, shape, complete=not len(lacking)) is None:
+        if _read_rows(folder, shape, not len(lacking), half) is None:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
             atomic.flush_folder(folder.parent)

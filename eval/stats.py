@@ -6,6 +6,7 @@ n images, queries or draws; hits [n] of booleans, values [n] in percent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy  # its submodule stats takes a second to import, and is imported when it is first used
@@ -31,6 +32,9 @@ def accuracy(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, t
 def correct(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, top: int) -> Hits:
     """[n]: whether the label is among the first ``top`` predictions [n, up to 5].
 
+    Args:
+        labels: [n], or [n, M] where any of M labels is right.
+
     Raises:
         InputError: there are no labels, or not one an image.
     """
@@ -38,8 +42,19 @@ def correct(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, to
         raise InputError("the test images have no labels: accuracy cannot be measured")
     if len(labels) != len(predictions):
         raise InputError(f"{len(predictions)} predictions but {len(labels)} labels")
-    hits: Hits = (predictions[:, :top] == np.asarray(labels)[:, None]).any(axis=1)
+    right = np.asarray(labels)[:, None] if np.ndim(labels) == 1 else labels
+    hits: Hits = (predictions[:, :top, None] == right[:, None]).any(axis=(1, 2))
     return hits
+
+
+def top_accuracies(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, five: bool) -> dict[str, Any]:
+    """``top1`` and ``top5``, each with a ``*_interval``; those of top-5 are None without ``five``."""
+    found: dict[str, Any] = {}
+    for top, meant in ((1, True), (5, five)):
+        hits = correct(predictions, labels, top)
+        found[f"top{top}"] = 100.0 * float(hits.mean()) if meant else None
+        found[f"top{top}_interval"] = list(wilson_interval(hits)) if meant else None
+    return found
 
 
 # ---- intervals of one figure

@@ -11,13 +11,11 @@ import pytest
 import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
-from sklearn.neighbors import KNeighborsClassifier
 
-import eval.knn.classify
+import eval.search
 from dino_xcit.errors import InputError
 from eval.knn.classify import clamp_ks, knn_predict
-from eval.retrieval.similarity import rows_of_similarity
-from eval.search import build_index, unit_rows
+from eval.search import build_index
 from eval.stats import accuracy, correct
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
@@ -59,20 +57,6 @@ def test_equals_the_definition_in_float64(k: int, temperature: float) -> None:
     )
 
 
-@pytest.mark.parametrize("k", [10, 20])
-def test_equals_the_references_tensor_formulation(k: int) -> None:
-    """DINO counts votes with a one-hot table over all classes; its first guesses are ours wherever they got a vote."""
-    train, labels, test, _ = clusters()
-    similarity, rows = (torch.from_numpy(unit(test)) @ torch.from_numpy(unit(train)).t()).topk(k)
-    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels)[rows], 8)
-    votes = (one_hot * (similarity / 0.07).exp()[..., None]).sum(dim=1)
-    expected = votes.argsort(dim=1, descending=True).numpy()[:, :5]
-    ours = knn_predict(train, labels, test, [k], [0.07])[k, 0.07]
-    voted = np.take_along_axis(votes.numpy(), expected, axis=1) > 0
-    assert voted[:, 0].all()
-    assert (ours == expected)[voted].all()
-
-
 @pytest.mark.parametrize("spread", [0.3, 1.5, 4.0])
 def test_top1_and_top5_are_the_references_for_every_k(spread: float) -> None:
     """On one set of features, however few classes get a vote. The order of classes without a vote is chance there (its
@@ -95,28 +79,6 @@ def test_top1_and_top5_are_the_references_for_every_k(spread: float) -> None:
             assert (correct(found[k, 0.07], answers, top) == as_it_is)[enough | (top == 1)].all()
 
 
-def test_equals_scikit_learn() -> None:
-    train, labels, test, _ = clusters()
-    peer = KNeighborsClassifier(15, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
-    expected = peer.fit(train, labels).predict(test)
-    assert (knn_predict(train, labels, test, [15], [0.07])[15, 0.07][:, 0] == expected).all()
-
-
-def test_one_search_serves_every_k_and_temperature_asked_for() -> None:
-    train, labels, test, _ = clusters()
-    together = knn_predict(train, labels, test, [50, 3, 10], [0.07, 0.5])
-    assert list(together) == [(50, 0.07), (50, 0.5), (3, 0.07), (3, 0.5), (10, 0.07), (10, 0.5)]
-    for (k, temperature), predicted in together.items():
-        alone = knn_predict(train, labels, test, [k], [temperature])[k, temperature]
-        assert (predicted == alone).all()
-
-
-def test_the_length_of_features_does_not_matter() -> None:
-    train, labels, test, _ = clusters()
-    longer = train * np.random.default_rng(0).uniform(0.01, 100, (len(train), 1)).astype(np.float32)
-    assert (knn_predict(longer, labels, test, [10], [0.07])[10, 0.07] == by_definition(clusters(), 10, 0.07)).all()
-
-
 def test_any_number_of_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     train, labels, test, _ = clusters(test=2500)
     whole = knn_predict(train, labels, test, [7], [0.07])[7, 0.07]
@@ -134,49 +96,29 @@ def test_classes_are_those_of_the_training_labels_however_they_are_numbered() ->
     assert np.isin(renamed, names).all()
 
 
-def test_fewer_than_five_classes_give_as_many_guesses() -> None:
-    train, labels, test, _ = clusters(classes=3)
-    predicted = knn_predict(train, labels, test, [10], [0.07])[10, 0.07]
-    assert predicted.shape == (80, 3)
-    assert (np.sort(predicted, axis=1) == [0, 1, 2]).all()
-
-
 def test_classes_without_a_vote_come_last_lowest_number_first() -> None:
     train, labels = np.eye(7, dtype=np.float32), np.array([6, 5, 4, 3, 2, 1, 0])
     query = np.array([[0, 0, 1, 0.5, 0, 0, 0]], dtype=np.float32)
     assert knn_predict(train, labels, query, [2], [0.07])[2, 0.07].tolist() == [[4, 3, 0, 1, 2]]
-
-
-def test_equal_votes_go_to_the_lower_class() -> None:
-    train = np.array([[1, 0], [1, 0]], dtype=np.float32)
-    assert knn_predict(train, np.array([1, 0]), train[:1], [2], [0.07])[2, 0.07].tolist() == [[0, 1]]
-
-
-def test_a_very_low_temperature_neither_overflows_nor_changes_the_nearest() -> None:
-    train, labels, test, _ = clusters()
-    cold = knn_predict(train, labels, test, [20], [1e-4])[20, 1e-4][:, 0]
-    nearest = knn_predict(train, labels, test, [1], [0.07])[1, 0.07][:, 0]
-    assert (cold == nearest).all()
+    equal = np.array([[1, 0], [1, 0]], dtype=np.float32)
+    assert knn_predict(equal, np.array([1, 0]), equal[:1], [2], [0.07])[2, 0.07].tolist() == [[0, 1]]
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_lowest_of_all_temperatures_does_not_warn() -> None:
+@pytest.mark.parametrize("temperature", [1e-4, 1e-320])
+def test_a_very_low_temperature_neither_overflows_nor_changes_the_nearest(temperature: float) -> None:
     train, labels, test, _ = clusters()
-    assert knn_predict(train, labels, test, [20], [1e-320])[20, 1e-320].shape == (80, 5)
-
-
-def test_a_temperature_given_twice_counts_once() -> None:
-    train, labels, test, _ = clusters()
-    twice = knn_predict(train, labels, test, [20, 20], [0.07, 0.07])
-    assert (twice[20, 0.07] == knn_predict(train, labels, test, [20], [0.07])[20, 0.07]).all()
-    assert len(twice[20, 0.07]) == len(test)
+    cold = knn_predict(train, labels, test, [20], [temperature])[20, temperature]
+    assert (cold[:, 0] == knn_predict(train, labels, test, [1], [0.07])[1, 0.07][:, 0]).all()
 
 
 def test_k_beyond_the_training_set_means_all_of_it() -> None:
     train, labels, test, _ = clusters(train=30)
-    found = knn_predict(train, labels, test, [10, 200], [0.07])
-    assert list(found) == [(10, 0.07), (200, 0.07)]
-    assert (found[200, 0.07] == knn_predict(train, labels, test, [30], [0.07])[30, 0.07]).all()
+    found = knn_predict(train, labels, test, [200, 10, 10], [0.5, 0.07, 0.07])
+    assert list(found) == [(200, 0.5), (200, 0.07), (10, 0.5), (10, 0.07)]
+    for (k, temperature), together in found.items():
+        alone = knn_predict(train, labels, test, [min(k, 30)], [temperature])
+        assert (together == alone[min(k, 30), temperature]).all(), "one search serves every k and temperature"
     assert clamp_ks([10, 200, 100], 30) == ([10, 30], "k = 100, 200 exceeds the 30 training images: using 30")
     assert clamp_ks([20, 10], 30) == ([10, 20], "")
 
@@ -197,8 +139,8 @@ def test_what_cannot_be_is_refused_with_a_sentence() -> None:
         ((broken, labels, test, [10], [0.07]), "not finite numbers"),
         ((train, labels, broken, [10], [0.07]), "not finite numbers"),
     ]
-    for arguments, sentence in cases:
-        with pytest.raises(InputError, match=sentence):
+    for arguments, word in cases:
+        with pytest.raises(InputError, match=word):
             knn_predict(*arguments)  # type: ignore[arg-type]
 
 
@@ -220,31 +162,6 @@ def test_memory_mapped_features_are_never_copied_whole(tmp_path: Path, monkeypat
     assert peak < rows * dim * 4 / 10
     predicted = knn_predict(mapped, labels, mapped[:40], [20], [0.07])[20, 0.07]
     assert (predicted == knn_predict(np.array(mapped), labels, queries, [20], [0.07])[20, 0.07]).all()
-
-
-def test_unit_rows_have_length_one_and_zero_stays_zero() -> None:
-    rows = np.array([[3, 4], [0, 0], [1e-20, 0], [1e30, 1e30]], dtype=np.float32)
-    assert np.linalg.norm(unit_rows(rows)[[0, 3]], axis=1) == pytest.approx([1, 1])
-    assert (unit_rows(rows)[1] == 0).all()
-
-
-@pytest.mark.parametrize("rows", [0, 1, 16_383, 16_384, 16_385, 40_000])
-def test_unit_rows_takes_little_beside_its_result_and_has_the_bits_of_all_at_once(rows: int) -> None:
-    features = np.random.default_rng(rows).normal(size=(rows, 33)).astype(np.float32)
-    length = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
-    wanted = (features / np.maximum(length, 1e-12)).astype(np.float32)
-    tracemalloc.start()
-    found = unit_rows(features)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert found.dtype == np.float32
-    assert found.tobytes() == wanted.tobytes()
-    assert peak < found.nbytes + 22 * min(rows, 16_384) * 33 + 10_000
-    if rows == 40_000:
-        tracemalloc.start()
-        next(rows_of_similarity(features[:1], features))
-        assert tracemalloc.get_traced_memory()[1] < found.nbytes + 22 * 16_384 * 33 + 400_000
-        tracemalloc.stop()
 
 
 def test_accuracy_counts_the_label_among_the_first_guesses() -> None:

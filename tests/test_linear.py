@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import itertools
-import math
-import multiprocessing
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from eval_fixtures import image_tree, noise_source
+from eval_fixtures import SMALL, MeanColours, image_tree, noise_source
 from PIL import Image
-from tiny_run import CPU, differing_bits
+from tiny_run import CPU
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from dino_xcit.data import UndecodableImage, open_source
+from dino_xcit.data import ArraySource, Source, UndecodableImage, open_source
 from dino_xcit.data.loader import StepSampler
 from dino_xcit.errors import InputError
-from eval.linear.heads import LinearHeads, cosine_factor, linear, scaled
-from eval.linear.pooled import Labelled, Rows
-from eval.linear.probe_file import read_probe, write_probe
-from eval.linear.report import final_results, results_table
-from eval.linear.views import ProbeBatch, draw_crop, hold_out, probe_batches, random_view
+from dino_xcit.models import BackboneOutput
+from eval.features import cached
+from eval.linear.pooled import Rows
+from eval.linear.probe import FORMAT, read_probe
+from eval.linear.sgd import LinearHeads, cosine_factor, final_results, linear
+from eval.linear.views import AugmentedEpoch, Views, draw_crop, hold_out, kept_features, live_features, random_view
 
 CLASSES, DIM = 4, 6
+COUNT = 22
 
 
 def batches(count: int, size: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -43,16 +45,16 @@ def batches(count: int, size: int = 16, seed: int = 0) -> list[tuple[Tensor, Ten
 
 
 def rows(features: Any) -> Rows:
-    return Rows(np.asarray(features, dtype=np.float32), features.shape[1])
+    return Rows(np.asarray(features, dtype=np.float32))
 
 
-def labelled(features: Any, labels: Any) -> Labelled:
-    return Labelled({"cls": rows(features)}, labels)
+def heads_of(lrs: Sequence[float], seed: int = 0) -> LinearHeads:
+    return LinearHeads(lrs, CLASSES, DIM, seed, CPU)
 
 
 def test_each_classifier_ends_where_torchs_sgd_would_have_taken_it_alone() -> None:
     lrs, epochs, data = [0.001, 0.05, 1.0], 3, batches(5)
-    heads = LinearHeads(lrs, CLASSES, DIM, seed=0, device=CPU)
+    heads = heads_of(lrs)
     start = heads.state_dict()
     for epoch, (features, labels) in itertools.product(range(epochs), data):
         heads.step(features, labels, torch.ones(16), cosine_factor(epoch, epochs))
@@ -72,131 +74,59 @@ def test_each_classifier_ends_where_torchs_sgd_would_have_taken_it_alone() -> No
         assert torch.allclose(bias, peer.bias, atol=1e-5)
 
 
-def test_classifiers_start_alike_with_deviation_a_hundredth_and_no_bias() -> None:
-    state = LinearHeads([0.1, 0.2], 1000, 384, seed=3, device=CPU).state_dict()
-    assert (state["weight"][0] == state["weight"][1]).all()
-    assert float(state["weight"].std()) == pytest.approx(0.01, rel=0.01)
-    assert (state["bias"] == 0).all()
-
-
 def test_images_that_are_held_out_teach_nothing() -> None:
     taken = torch.tensor([1.0, 0.0] * 8)
-    masked, only = (LinearHeads([0.1], CLASSES, DIM, seed=0, device=CPU) for _ in range(2))
+    masked, only, fresh = (heads_of([0.1]) for _ in range(3))
     for features, labels in batches(4):
         loss = masked.step(features, labels, taken, 1.0)
         assert loss == pytest.approx(only.step(features[::2], labels[::2], torch.ones(8), 1.0), rel=1e-5)
     assert torch.allclose(masked.state_dict()["weight"], only.state_dict()["weight"], atol=1e-6)
-    before = masked.folded(0)[0]
-    fresh = LinearHeads([0.1], CLASSES, DIM, seed=0, device=CPU)
     fresh.step(features, labels, torch.zeros(16), 1.0)
-    assert not torch.equal(before, fresh.folded(0)[0])
-    assert torch.equal(fresh.folded(0)[0], LinearHeads([0.1], CLASSES, DIM, seed=0, device=CPU).folded(0)[0])
+    assert torch.equal(fresh.folded(0)[0], heads_of([0.1]).folded(0)[0])
 
 
 def test_standardising_is_folded_into_a_classifier_of_the_raw_features() -> None:
     raw = 5 + 0.01 * torch.cat([features for features, _ in batches(10)])
-    heads = LinearHeads([0.5], CLASSES, DIM, seed=0, device=CPU, standardise=rows(raw))
+    heads, plain = LinearHeads([0.5], CLASSES, DIM, 0, CPU, standardise=rows(raw)), heads_of([0.5])
     for features, labels in batches(20):
-        heads.step(5 + 0.01 * features, labels, torch.ones(16), 1.0)
+        for each in (heads, plain):
+            each.step(5 + 0.01 * features, labels, torch.ones(16), 1.0)
     weight, bias = heads.folded(0)
     features, labels = batches(1, 200, seed=4)[0]
-    guesses = linear((5 + 0.01 * features).double(), weight[None].double(), bias[None].double())[0].argmax(dim=1)
-    hits = heads.hits(rows(5 + 0.01 * features), labels.numpy(), [0])[0, 0]
-    assert ((guesses == labels).numpy() == hits).all()
-    assert hits.mean() > 0.8
-    plain = LinearHeads([0.5], CLASSES, DIM, seed=0, device=CPU)
-    for features, labels in batches(20):
-        plain.step(5 + 0.01 * features, labels, torch.ones(16), 1.0)
-    assert plain.hits(rows(5 + 0.01 * features), labels.numpy(), [0])[0, 0].mean() < 0.8
+    found = linear((5 + 0.01 * features).double(), weight[None].double(), bias[None].double())[0].argmax(dim=1)
+    first, second = (each.guesses(rows(5 + 0.01 * features), [0])[0, :, 0] for each in (heads, plain))
+    assert (found.numpy() == first).all()
+    assert (first == labels.numpy()).mean() > 0.8 > (second == labels.numpy()).mean()
 
 
-def test_hits_count_the_first_and_the_first_five_guesses() -> None:
-    heads = LinearHeads([0.1, 0.1], 7, 7, seed=0, device=CPU)
+def opposites() -> LinearHeads:
+    """Two classifiers of seven features: the identity, and its opposite."""
+    heads = LinearHeads([0.1, 1.0], 7, 7, 0, CPU)
     state = heads.state_dict()
     state["weight"][0], state["weight"][1] = torch.eye(7), -torch.eye(7)
     heads.load_state_dict(state)
-    features = np.tile(np.array([7, 6, 5, 4, 3, 2, 1], dtype=np.float32), (7, 1))
-    hits = heads.hits(rows(features), np.arange(7), [0, 1])
-    assert hits[0].tolist() == [[True] + [False] * 6, [True] * 5 + [False] * 2]
-    assert hits[1].tolist() == [[False] * 6 + [True], [False] * 2 + [True] * 5]
+    return heads
 
 
-def test_learning_rates_scale_with_the_batch_and_fall_by_a_cosine() -> None:
-    assert scaled(0.001, 1024) == pytest.approx(0.004)
-    assert [cosine_factor(epoch, 4) for epoch in range(4)] == pytest.approx(
-        [1.0, 0.5 + 0.5 / math.sqrt(2), 0.5, 0.5 - 0.5 / math.sqrt(2)]
-    )
-
-
-def test_a_probe_goes_on_exactly_where_it_stopped() -> None:
-    data = batches(8)
-    whole, first, second = (LinearHeads([0.1, 1.0], CLASSES, DIM, seed=seed, device=CPU) for seed in (0, 0, 1))
-    for features, labels in data:
-        whole.step(features, labels, torch.ones(16), 0.7)
-    for features, labels in data[:3]:
-        first.step(features, labels, torch.ones(16), 0.7)
-    second.load_state_dict(first.state_dict())
-    for features, labels in data[3:]:
-        second.step(features, labels, torch.ones(16), 0.7)
-    assert differing_bits(whole.state_dict(), second.state_dict()) == []
-    with pytest.raises(InputError, match="no weight of shape"):
-        LinearHeads([0.1], CLASSES, DIM, seed=0, device=CPU).load_state_dict(first.state_dict())
-
-
-def _half_of_each_batch(rank: int, meeting: str, queue: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    heads = LinearHeads([0.05, 0.5], CLASSES, DIM, seed=0, device=CPU)
-    taken = torch.tensor([1.0] * 9 + [0.0] * 7)  # the two halves count differently
-    for features, labels in batches(4):
-        half = slice(8 * rank, 8 * rank + 8)
-        loss = heads.step(features[half], labels[half], taken[half], 1.0)
-    queue.put((rank, heads.state_dict()["weight"].tolist(), loss.tolist()))
-    dist.destroy_process_group()
-
-
-def test_two_processes_with_half_the_images_each_learn_the_same(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    queue: Any = context.SimpleQueue()
-    processes = [
-        context.Process(target=_half_of_each_batch, args=(rank, str(tmp_path / "meeting"), queue)) for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    results = [queue.get() for _ in processes]
-    for process in processes:
-        process.join()
-    alone = LinearHeads([0.05, 0.5], CLASSES, DIM, seed=0, device=CPU)
-    for features, labels in batches(4):
-        loss = alone.step(features, labels, torch.tensor([1.0] * 9 + [0.0] * 7), 1.0)
-    for _, weight, losses in results:
-        assert torch.allclose(torch.tensor(weight), alone.state_dict()["weight"], atol=1e-5)
-        assert losses == pytest.approx(loss.tolist(), rel=1e-5)
+def test_guesses_are_the_first_five_best_first() -> None:
+    features = np.array([[7, 6, 5, 4, 3, 2, 1]])
+    assert opposites().guesses(rows(features), [0, 1]).tolist() == [[[0, 1, 2, 3, 4]], [[6, 5, 4, 3, 2]]]
+    assert opposites().guesses(rows(features[:0]), [1]).shape == (1, 0, 5)
 
 
 # ---- images
 
 
 def test_crops_have_the_areas_ratios_and_places_of_torchvisions() -> None:
-    rng = np.random.default_rng(0)
-    scale = (0.08, 1.0)
-    ours = np.array([draw_crop(60, 40, scale, rng.random(23).tolist()) for _ in range(4000)])
-    left, top, right, bottom = ours.T
-    assert left.min() == 0
-    assert top.min() == 0
-    assert right.max() == 60
-    assert bottom.max() == 40
-    picture = Image.new("RGB", (60, 40))
-    theirs = np.array([RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)])
-    pairs = {
-        "area": ((right - left) * (bottom - top), theirs[:, 2] * theirs[:, 3]),
-        "ratio": ((right - left) / (bottom - top), theirs[:, 3] / theirs[:, 2]),
-        "top": (top, theirs[:, 0]),
-        "left": (left, theirs[:, 1]),
-    }
-    for name, (mine, peer) in pairs.items():
-        for share in (10, 25, 50, 75, 90):
-            spread = peer.max() - peer.min()
-            assert np.percentile(mine, share) == pytest.approx(np.percentile(peer, share), abs=0.06 * spread), name
+    rng, scale, picture = np.random.default_rng(0), (0.08, 1.0), Image.new("RGB", (60, 40))
+    boxes = np.array([draw_crop(60, 40, scale, rng.random(23).tolist()) for _ in range(4000)])
+    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]])
+    draws = [RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)]
+    theirs = np.array(draws).T  # top, left, height, width
+    assert (boxes.min(), boxes[:, 2].max(), boxes[:, 3].max()) == (0, 60, 40)
+    for mine, peer in [*zip(ours, theirs, strict=True), (ours[2] * ours[3], theirs[2] * theirs[3])]:
+        quantiles = [np.percentile(one, [10, 25, 50, 75, 90]) for one in (mine, peer)]
+        assert quantiles[0] == pytest.approx(quantiles[1], abs=0.06 * (peer.max() - peer.min()))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 10), (10, 1000), (1, 1), (3, 1)])
@@ -223,40 +153,54 @@ def test_a_view_is_torchvisions_resized_crop_and_flip(photo: Image.Image) -> Non
     assert 4 <= flipped <= 16
 
 
-def test_a_view_depends_on_seed_epoch_and_image_alone(photo: Image.Image) -> None:
-    def view(seed: int, epoch: int, index: int) -> bytes:
-        return random_view(photo, 16, (0.08, 1.0), seed, epoch, index).tobytes()
+class Diverged(MeanColours):
+    """The features of the third image of each batch are not finite."""
 
-    assert view(0, 0, 0) == view(0, 0, 0)
-    assert len({view(0, 0, 0), view(1, 0, 0), view(0, 1, 0), view(0, 0, 1)}) == 4
-
-
-def _probe_batches(workers: int, rank: int = 0, world: int = 1) -> list[ProbeBatch]:
-    sampler = StepSampler(20, 6 // world, rank=rank, world_size=world, seed=5, start_step=1, stop_step=6)
-    return list(probe_batches(noise_source(20), 8, (0.3, 1.0), sampler, workers, CPU))
+    def forward(self, images: Tensor) -> BackboneOutput:
+        out = super().forward(images)
+        out.cls_token[2] = float("nan")
+        return out
 
 
-def test_batches_are_the_same_with_any_number_of_loaders_and_processes() -> None:
-    alone, helped = _probe_batches(0), _probe_batches(2)
-    halves = [_probe_batches(0, rank, 2) for rank in (0, 1)]
-    assert len(alone) == 5
+def steps_of(
+    source: Source, workers: int = 0, rank: int = 0, world: int = 1, kind: type[MeanColours] = MeanColours
+) -> list[tuple[Tensor, Tensor]]:
+    sampler = StepSampler(len(source), 6 // world, rank=rank, world_size=world, seed=5, start_step=1, stop_step=9)
+    return list(live_features(kind().eval(), Views(source, SMALL, (0.3, 1.0), 5), sampler, workers, CPU))
+
+
+def test_steps_are_the_same_with_any_number_of_loaders_and_processes() -> None:
+    alone, helped = steps_of(noise_source(20)), steps_of(noise_source(20), 2)
+    halves = [steps_of(noise_source(20), 0, rank, 2) for rank in (0, 1)]
+    assert [features.shape for features, _ in alone] == [(6, 5)] * 8
     for step, batch in enumerate(alone):
-        assert batch.images.shape == (6, 3, 8, 8)
-        assert batch.images.dtype == torch.uint8
-        assert torch.equal(batch.images, helped[step].images)
-        assert torch.equal(batch.indices, helped[step].indices)
-        assert torch.equal(batch.indices, torch.cat([half[step].indices for half in halves]))
-        assert torch.equal(batch.images, torch.cat([half[step].images for half in halves]))
+        for one, other, first, second in zip(batch, helped[step], halves[0][step], halves[1][step], strict=True):
+            assert torch.equal(one, other)
+            assert torch.allclose(one, torch.cat([first, second]))
 
 
-def test_a_damaged_training_image_is_named(tmp_path: Path) -> None:
+class SignalsIgnored(ArraySource):
+    """Read only where SIGINT is ignored."""
+
+    def read(self, index: int) -> Any:
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return super().read(index)
+
+
+def test_loader_processes_are_set_up_like_all_others() -> None:
+    assert len(steps_of(noise_source(20, kind=SignalsIgnored), workers=1)) == 8
+
+
+def test_a_damaged_training_image_is_named_and_one_whose_features_are_not_finite(tmp_path: Path) -> None:
     tree = image_tree(tmp_path / "data")
     (tree / "train" / "bars" / "bars 03.png").write_bytes(b"")
     source = open_source(str(tree / "train"))
     for workers in (0, 1):
-        sampler = StepSampler(len(source), 8, stop_step=3)
         with pytest.raises(UndecodableImage, match=r"bars 03\.png cannot be read: empty file"):
-            list(probe_batches(source, 8, (0.3, 1.0), sampler, workers, CPU))
+            steps_of(source, workers)
+    _, third = steps_of(noise_source(20))[0]
+    with pytest.raises(InputError, match=f"{third[2]} are not finite"):
+        steps_of(noise_source(20), kind=Diverged)
 
 
 def test_the_held_out_part_is_a_share_of_every_class_and_repeatable() -> None:
@@ -270,48 +214,97 @@ def test_the_held_out_part_is_a_share_of_every_class_and_repeatable() -> None:
     assert len(hold_out(np.array([0, 1, 1]), 0.9, seed=0)) == 1, "a class keeps an image to learn from"
 
 
+# ---- augmented epochs that are kept
+
+
+def views(scale: tuple[float, float] = (0.3, 1.0), seed: int = 5) -> Views:
+    return Views(noise_source(COUNT), SMALL, scale, seed)
+
+
+def kept(folder: Path, epoch: int, backbone: torch.nn.Module, half: bool = False) -> Any:
+    found = cached(
+        backbone, "w", AugmentedEpoch(views(), epoch, "f"), SMALL, CPU, folder, 4, 0, half=half
+    )  # fmt: skip
+    return found.features
+
+
+def test_a_kept_epoch_holds_the_views_that_the_probe_sees_in_that_epoch(tmp_path: Path) -> None:
+    backbone = MeanColours().eval()
+    epochs = [kept(tmp_path, epoch, backbone) for epoch in range(2)]
+    assert [rows.shape for rows in epochs] == [(COUNT, 5)] * 2
+    assert not np.allclose(*epochs), "each epoch has crops of its own"
+    samplers = [StepSampler(COUNT, 4, seed=5, stop_step=20) for _ in range(2)]
+    live = list(live_features(backbone, views(), samplers[0], 0, CPU))
+    stored = list(kept_features(epochs, samplers[1], CPU))
+    assert len(live) == len(stored) == 20
+    for step, ((ours, indices), (theirs, same)) in enumerate(zip(stored, live, strict=True)):
+        assert torch.equal(indices, same), "the order is the full protocol's in every epoch"
+        if step < 10:
+            assert torch.allclose(ours, theirs, atol=1e-6)
+        else:
+            assert torch.allclose(ours, torch.from_numpy(epochs[step // 5 % 2][indices.numpy()])), "they come again"
+
+
+def test_whatever_decides_the_views_gives_them_a_place_of_their_own() -> None:
+    epochs = [
+        (views(), 0, "f"),
+        (views(), 1, "f"),
+        (views(), 0, "g"),
+        (views(seed=6), 0, "f"),
+        (views((0.2, 1)), 0, "f"),
+    ]
+    assert len({AugmentedEpoch(*one).fingerprint() for one in epochs}) == len(epochs)
+
+
+class Huge(MeanColours):
+    def forward(self, images: Tensor) -> BackboneOutput:
+        out = super().forward(images)
+        return BackboneOutput(out.cls_token * 1e6, out.patch_tokens, out.grid)
+
+
+def test_float16_is_kept_apart_and_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, half = (kept(tmp_path, 0, MeanColours().eval(), half) for half in (False, True))
+    assert half.dtype == np.float16
+    assert half.astype(np.float32) == pytest.approx(np.array(whole), rel=1e-3, abs=1e-6)
+    with pytest.raises(InputError, match="does not fit float16"):
+        kept(tmp_path / "huge", 0, Huge().eval(), half=True)
+    assert not list((tmp_path / "huge").iterdir()), "whole or absent"
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(InputError, match="GiB free"):
+        kept(tmp_path / "full", 0, MeanColours().eval())
+
+
 # ---- figures and file
 
 
 def test_the_grid_is_chosen_on_held_out_images_and_only_then_measured() -> None:
     """Of two classifiers, one is right on the held-out images and the other on the validation images."""
-    paper = LinearHeads([0.1], 7, 7, seed=0, device=CPU)
-    grid = LinearHeads([0.1, 1.0], 7, 7, seed=0, device=CPU)
-    state = grid.state_dict()
-    state["weight"][0], state["weight"][1] = torch.eye(7), -torch.eye(7)
-    grid.load_state_dict(state)
-    held = labelled(np.eye(7), np.arange(7))
-    val = labelled(-np.eye(7), np.arange(7))
-    history = [{"epoch": epoch, "loss": 1.0, "top1": top1, "top5": 90.0} for epoch, top1 in ((1, 50.0), (2, 70.0))]
-    found = final_results(0.001, paper, [0.1, 1.0], {"cls": grid}, [*history, {**history[0], "epoch": 3}], held, val)
-    assert found["results"]["grid"]["lr"] == 0.1
-    assert found["results"]["grid"]["held_out_top1"] == 100.0
-    assert found["results"]["grid"]["top1"] == 0.0
+    eye, numbers = rows(np.eye(7)), np.arange(7)
+    probe: Any = SimpleNamespace(
+        config=SimpleNamespace(lr=0.001), lrs=[0.1, 1.0], labels=numbers, held=numbers, held_source="held",
+        val=SimpleNamespace(labels=numbers), rows=lambda source: {"cls": eye if source == "held" else rows(-np.eye(7))},
+    )  # fmt: skip
+    history = [{"epoch": epoch, "loss": 1.0, "top1": top1, "top5": 90.0} for epoch, top1 in enumerate((50, 70, 50), 1)]
+    content = {"history": history, "best_hits": None}
+    found = final_results(probe, content, LinearHeads([0.1], 7, 7, 0, CPU), {"cls": opposites()})
+    grid = found["results"]["grid"]
+    assert (grid["lr"], grid["held_out_top1"], grid["top1"]) == (0.1, 100.0, 0.0)
     assert found["results"]["paper"]["best_epoch"]["epoch"] == 2
     assert torch.equal(found["classifier"]["weight"], torch.eye(7))
-    text = results_table(found["results"], [0.1, 1.0])
-    assert "best epoch (2) *" in text
-    assert "chosen on the validation images" in text
-    assert "lr 0.1 is the end of the grid" in text
 
 
 def test_a_probe_file_is_refused_to_another_probe(tmp_path: Path) -> None:
-    settings = {"lr": 0.001, "lrs": [0.1, 1.0], "weights": "a" * 64}
-    assert read_probe(tmp_path, settings) is None
-    write_probe(tmp_path / "new", {"epoch": 1}, settings)
-    found = read_probe(tmp_path / "new", settings)
+    file, settings = tmp_path / "linear.pth", {"lr": 0.001, "lrs": [0.1, 1.0], "weights": "a" * 64}
+    assert read_probe(file, settings) is None
+    torch.save({"format": FORMAT, "settings": settings, "epoch": 1}, file)
+    found = read_probe(file, settings)
     assert found is not None
     assert found["epoch"] == 1
-    with pytest.raises(InputError, match=r"holds another probe \(lr 0.001 -> 0.1; weights a+\.\.\. -> b+\.\.\.\)"):
-        read_probe(tmp_path / "new", {**settings, "lr": 0.1, "weights": "b" * 64})
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "linear.pth")
+    with pytest.raises(InputError, match=r"another probe \(lr 0.001 -> 0.1; weights a+ -> b+\)"):
+        read_probe(file, {**settings, "lr": 0.1, "weights": "b" * 64})
+    torch.save({"weight": torch.zeros(1)}, file)
     with pytest.raises(InputError, match="is no linear probe"):
-        read_probe(tmp_path, settings)
-    with pytest.raises(InputError, match="cannot write"):
-        write_probe(tmp_path / "linear.pth", {"epoch": 1}, settings)
-    (tmp_path / "linear.pth").write_bytes(b"cut short")
-    with pytest.raises(InputError, match=r"damaged.*--resume never to overwrite it"):
-        read_probe(tmp_path, settings)
-    (tmp_path / "folder" / "linear.pth").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"cannot write .*: Is a directory"):
-        write_probe(tmp_path / "folder", {"epoch": 1}, settings)
+        read_probe(file, settings)
+    file.write_bytes(b"cut short")
+    with pytest.raises(InputError, match="--resume never"):
+        read_probe(file, settings)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
-from eval.linear.heads import moments
-from eval.linear.pooled import Labelled, PooledBackbone, Rows, blocks_of
+from eval.linear.pooled import PooledBackbone, Rows, blocks_of
+from eval.linear.sgd import moments
 
 
 def images(size: int = 32) -> Tensor:
@@ -24,7 +24,7 @@ def images(size: int = 32) -> Tensor:
 def test_a_row_is_the_class_token_and_the_mean_patch_tokens_of_the_last_blocks_of_an_xcit() -> None:
     backbone = build_backbone("xcit_pico_4_p4").eval()
     pooled = PooledBackbone(backbone, ("cls+mean", "last3"), 32, CPU).eval()
-    assert pooled.widths == {"cls": 64, "cls+mean": 128, "last3": 256}
+    assert pooled.columns == {"cls": slice(0, 64), "cls+mean": slice(0, 128), "last3": slice(0, 256)}
     x = images()
     out = backbone(x, layers=(-1, -2, -3))
     wanted = torch.cat([out.cls_token, *(tokens.mean(dim=1) for tokens in out.layers)], dim=1)
@@ -60,10 +60,7 @@ def test_a_vit_s_choices_are_dinos_and_dinov2s(arch: str) -> None:
         row = pooled(x).cls_token
         for name in {"cls", *asked}:
             expected = torch.cat(wanted[name], dim=1)
-            assert pooled.widths[name] == expected.shape[1]
             torch.testing.assert_close(row[:, pooled.columns[name]], expected, rtol=1e-5, atol=1e-5)
-            kept = pooled.seen_by(name, row.numpy())
-            assert (kept[:] == row[:, pooled.columns[name]].numpy()).all()
 
 
 def test_rows_of_a_vit_with_and_without_the_mean_are_told_apart() -> None:
@@ -75,11 +72,6 @@ def test_rows_of_a_vit_with_and_without_the_mean_are_told_apart() -> None:
     assert all(said)
 
 
-def test_an_xcit_has_no_class_tokens_to_put_a_mean_beside() -> None:
-    with pytest.raises(InputError, match=r"last2\+mean, but the blocks of this backbone have no class tokens: last2"):
-        PooledBackbone(build_backbone("xcit_pico_4_p4").eval(), ("last2+mean",), 32, CPU)
-
-
 @torch.no_grad()
 def test_the_class_token_alone_is_the_backbones_own_to_the_last_bit() -> None:
     backbone = build_backbone("xcit_pico_4_p4").eval()
@@ -87,33 +79,26 @@ def test_the_class_token_alone_is_the_backbones_own_to_the_last_bit() -> None:
     x = images()
     assert torch.equal(pooled(x).cls_token, backbone(x).cls_token)
     assert pooled.identity == ""
-    assert (
-        PooledBackbone(backbone, ("last2",), 32, CPU).identity != PooledBackbone(backbone, ("last3",), 32, CPU).identity
-    )
 
 
 def test_a_choice_that_cannot_be_is_a_sentence() -> None:
     assert [blocks_of(name) for name in ("cls", "cls+mean", "last1", "last12")] == [0, 1, 1, 12]
     for wrong in ("mean", "last", "last0", "last100", "LAST4", "last4 ", "last4+cls", "last4+mean+mean"):
-        with pytest.raises(InputError, match=r"expected cls, cls\+mean, or lastN"):
+        with pytest.raises(InputError, match="expected cls"):
             blocks_of(wrong)
-    with pytest.raises(InputError, match="last5, which needs 5 blocks, but the backbone has 4"):
-        PooledBackbone(build_backbone("xcit_pico_4_p4"), ("last2", "last5"), 32, CPU)
+    for choices, said in ((("last2", "last5"), "needs 5 blocks"), (("last2+mean",), "no class tokens")):
+        with pytest.raises(InputError, match=said):
+            PooledBackbone(build_backbone("xcit_pico_4_p4").eval(), choices, 32, CPU)
 
 
 def test_rows_are_read_from_the_disk_when_asked_for(tmp_path: Path) -> None:
     matrix = np.random.default_rng(0).normal(size=(40, 130)).astype(np.float32)
     np.save(tmp_path / "m.npy", matrix)
     chosen = np.array([3, 30, 7])
-    seen = Rows(np.load(tmp_path / "m.npy", mmap_mode="r"), 100, chosen)
-    assert len(seen) == 3
-    assert (seen[1:9] == matrix[[30, 7], :100]).all()
-    assert (seen.columns(90, 128) == matrix[chosen, 90:100]).all()
-    assert (seen.some(np.array([2]))[:] == matrix[[7], :100]).all()
-    mean, variance = moments(Rows(matrix, 130))
-    assert mean == pytest.approx(matrix.astype(np.float64).mean(axis=0), abs=1e-15)
-    assert variance == pytest.approx(matrix.astype(np.float64).var(axis=0), abs=1e-15)
-    both = Labelled.of(matrix, np.arange(40), {"cls": slice(20, 30), "last4": slice(0, 130)}, chosen)
-    assert both.labels.tolist() == [3, 30, 7]
-    assert (both.rows["cls"][:] == matrix[chosen, 20:30]).all()
-    assert (both.rows["cls"].some(np.array([1])).columns(2, 99) == matrix[[30], 22:30]).all()
+    seen = Rows(np.load(tmp_path / "m.npy", mmap_mode="r"), slice(20, 120), chosen)
+    assert (len(seen), seen.width) == (3, 100)
+    assert (seen[1:9] == matrix[[30, 7], 20:120]).all()
+    assert (seen.some(np.array([2]))[:] == matrix[[7], 20:120]).all()
+    mean, variance = moments(seen)
+    assert mean == pytest.approx(matrix[chosen, 20:120].astype(np.float64).mean(axis=0), abs=1e-15)
+    assert variance == pytest.approx(matrix[chosen, 20:120].astype(np.float64).var(axis=0), abs=1e-15)

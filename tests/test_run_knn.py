@@ -1,23 +1,30 @@
-"""run_knn.py beyond the plain figures: few shots, classes, approximate search, several processes."""
+"""run_knn.py beyond the plain figures: few shots, classes, approximate search, several processes; images that cannot be
+read, which the k-NN while training leaves out, too."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
+from eval_fixtures import CLASSES, SMALL, MeanColours, image_tree, noise_source, tiny_checkpoint
 from PIL import Image
+from ranks import Server
+from run_here import Here, Outcome
+from tiny_run import CPU, tiny_config
 
 import run_knn
-from dino_xcit.runtime import distributed
+from dino_xcit.data import ArraySource, Source, open_source
+from dino_xcit.errors import InputError
+from dino_xcit.methods import Method
+from eval.features import Features, cached, extract, find_kept
+from eval.knn.online import build_evaluators
 
-ROOT = Path(run_knn.__file__).parent
+QUICK = ("--num-workers", 0, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -27,26 +34,19 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(folder / "run", image_tree(folder / "photos", train=340, val=5))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["run_knn.py", *map(str, words), "--num-workers", "0", "--device", "cpu"])
-    run_knn.command()
-
-
-def test_everything_at_once_is_printed_and_written(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(
-        monkeypatch, "--weights", weights, "--ks", 20, 3, "--few-shot", 1, 5, 900, "--draws", 3, "--seed", 2,
+def test_everything_at_once_is_printed_and_written(weights: Path, tmp_path: Path, here: Here) -> None:
+    done = here(
+        run_knn, "--weights", weights, "--ks", 20, 3, "--few-shot", 1, 5, 900, "--draws", 3, "--seed", 2,
         "--per-class", tmp_path / "classes.csv", "--confusion", tmp_path / "classes.png", "--approximate", "ivf",
-        "--baselines", "--json", tmp_path / "knn.json",
+        "--baselines", "--json", tmp_path / "knn.json", *QUICK,
     )  # fmt: skip
-    out = capsys.readouterr().out
+    out = done.out
     card = json.loads((tmp_path / "knn.json").read_text())
 
     models = ["trained", "untrained", "pixels", "pixels_normalised"]
     assert [(row["model"], row["k"]) for row in card["results"]] == [(model, k) for model in models for k in (3, 20)]
     assert "recall@k %" in out
-    assert "approximate search (trained): IVF64,Flat, 16 probes" in out
+    assert card["approximate"]["trained"]["index"] == "IVF64,Flat"
     for row in card["results"]:
         measured = card["approximate"][row["model"]]
         assert row["recall"] == measured["recall_percent"][str(row["k"])] > 50
@@ -59,8 +59,8 @@ def test_everything_at_once_is_printed_and_written(
     trained = {(row["shots"], row["k"]): row for row in few["results"] if row["model"] == "trained"}
     assert list(trained) == [(1, 3), (5, 3), (5, 15), (900, 3), (900, 20)]
     assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "900 are all"
-    assert "3 draws, mean ± deviation" in out
-    assert "warning: 3 classes have fewer than 900 training images (the least: bars with 340)" in out
+    assert "±" in out
+    assert "fewer than 900 training images" in out
     assert len({row["model"] for row in few["results"]}) == 4
 
     with open(tmp_path / "classes.csv", newline="") as file:
@@ -68,56 +68,182 @@ def test_everything_at_once_is_printed_and_written(
     assert [row["class"] for row in table] == list(CLASSES)
     first = card["results"][1]  # k = 20, the first of --ks as it was typed
     assert sum(float(row["top1"]) for row in table) / 3 == pytest.approx(first["top1"], abs=0.01)
-    assert "k = 20, T = 0.07" in out
     with Image.open(tmp_path / "classes.png") as picture:
         assert min(picture.size) > 300
 
 
 def test_files_may_be_named_from_the_home_folder(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    run(monkeypatch, "--weights", weights, "--json=~/k.json", "--per-class=~/c.csv", "--confusion=~/c.png")
+    here(run_knn, "--weights", weights, "--json=~/k.json", "--per-class=~/c.csv", "--confusion=~/c.png", *QUICK)
     assert {path.name for path in tmp_path.iterdir()} >= {"k.json", "c.csv", "c.png"}
-    assert not (tmp_path / "~").exists()
-
-
-def figures(card: dict[str, Any]) -> Any:
-    return card["results"], card["few_shot"]
 
 
 def test_two_processes_share_the_extraction_and_report_once_what_one_reports(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, tmp_path: Path, here: Here, server: Server
 ) -> None:
-    words = ["--weights", weights, "--no-cache", "--few-shot", 2, "--per-class", "classes.csv"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "run_knn.py"), *map(str, words), "--num-workers", "0", "--json", "two.json"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("top-1 % [95% interval]") == 1
-    two = json.loads((tmp_path / "two.json").read_text())
-    assert two["processes"] == 2
-    assert (tmp_path / "classes.csv").is_file()
-    run(monkeypatch, *words[:-1], tmp_path / "one.csv", "--json", tmp_path / "one.json")
-    assert figures(two) == figures(json.loads((tmp_path / "one.json").read_text()))
+    words = ["--weights", weights, "--no-cache", "--few-shot", 2, *QUICK, "--json"]
+    server.runner_on_two_ranks("run_knn", [*map(str, words), str(tmp_path / "2.json")], tmp_path, timeout=120)
+    assert [(tmp_path / f"said-{rank}").read_text().count("top-1 % [95% interval]") for rank in (0, 1)] == [1, 0]
+    here(run_knn, *words, tmp_path / "1.json")
+    one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert (one["results"], one["few_shot"]) == (two["results"], two["few_shot"])
 
 
-def test_the_other_processes_search_nothing(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# ---- images that cannot be read
+
+
+class Place:
+    """A checkpoint, and the images that it was trained on: some of them are broken."""
+
+    def __init__(self, folder: Path) -> None:
+        self.photos = image_tree(folder / "photos", train=6, val=5)
+        self.broken = [self.photos / "train" / "dots" / "dots 01.png", self.photos / "val" / "bars" / "bars 03.png"]
+        for path in self.broken:
+            path.write_bytes(b"not a picture")
+        self.weights = tiny_checkpoint(folder / "run", self.photos)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("unreadable"))
+
+
+def knn(here: Here, place: Place, *words: object) -> Outcome:
+    return here(run_knn, "--weights", place.weights, "--ks", 3, 18, *QUICK, *words)
+
+
+def test_a_broken_image_ends_the_run_by_name_unless_such_are_left_out(place: Place, here: Here, tmp_path: Path) -> None:
+    refused = knn(here, place, "--no-cache")
+    assert refused.code == 2
+    assert "dots 01.png cannot be read" in refused.err
+    assert "--unreadable skip" in refused.err
+    done = knn(here, place, "--unreadable", "skip", "--no-cache", "--json", tmp_path / "k.json", "--few-shot", 6)
+    assert done.code == 0, done.err
+    told = f"{tmp_path / 'k.json'} names them"
+    train, val = (str(path) for path in place.broken)
+    assert f"1 of 18 training images could not be read and are left out: {train}; {told}" in done.out
+    assert f"1 of 15 validation images could not be read and are left out: {val}; {told}" in done.out
+    assert "using 17" in done.out
+    assert "fewer than 6 training images" in done.out
+    card = json.loads((tmp_path / "k.json").read_text())
+    assert card["data"]["train"]["unreadable"] == {"count": 1, "first": [train]}
+    assert card["data"]["val"]["unreadable"] == {"count": 1, "first": [val]}
+    assert [card["data"][part]["images"] for part in ("train", "val")] == [17, 14]
+    assert card["data"]["val"]["fingerprint"] != open_source(str(place.photos / "val")).fingerprint()
+    assert {one["images"] for one in card["figures"] if one["hits"]} == {14}
+
+
+def test_the_figures_are_those_of_the_same_folder_without_them(place: Place, here: Here, tmp_path: Path) -> None:
+    shutil.copytree(place.photos, tmp_path / "mended")
+    for path in place.broken:
+        (tmp_path / "mended" / path.relative_to(place.photos)).unlink()
+    cards: list[dict[str, Any]] = []
+    for name, words in (("skip", ("--unreadable", "skip")), ("mended", ("--data-path", tmp_path / "mended"))):
+        done = knn(here, place, "--baselines", "--no-cache", "--json", tmp_path / f"{name}.json", *words)
+        assert done.code == 0, done.err
+        cards.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    skipped, mended = cards
+    assert skipped["results"] == mended["results"]
+    assert skipped["figures"] == mended["figures"]
+    for key in ("images", "contents", "labels", "names"):
+        assert skipped["data"]["val"][key] == mended["data"]["val"][key], key
+
+
+def test_where_no_image_can_be_read_there_is_nothing_to_measure(place: Place, here: Here, tmp_path: Path) -> None:
+    shutil.copytree(place.photos, tmp_path / "bad")
+    for path in (tmp_path / "bad" / "val").rglob("*.*"):
+        path.write_bytes(b"")
+    for words in ((), ("--no-cache",)):
+        refused = knn(here, place, "--unreadable", "skip", "--data-path", tmp_path / "bad", *words)
+        assert (refused.code, "none of the 15 images of" in refused.err) == (2, True)
+
+
+class Torn(ArraySource):
+    """Some of its images are no images."""
+
+    torn: tuple[int, ...] = (2, 7)
+
+    def read(self, index: int) -> Any:
+        return (b"torn", 0) if index in self.torn else super().read(index)
+
+
+def torn() -> Source:
+    return noise_source(10, kind=Torn)
+
+
+def kept(source: Source, cache: Path | None, backbone: MeanColours, **more: Any) -> Features:
+    return cached(backbone, "w", source, SMALL, CPU, cache, batch_size=4, num_workers=0, **more)
+
+
+def test_rows_without_some_images_are_kept_and_never_served_where_such_are_refused(tmp_path: Path) -> None:
+    whole, backbone = extract(MeanColours(), noise_source(10), SMALL, CPU, progress=False), MeanColours()
+    read = [number for number in range(10) if number not in Torn.torn]
+    for cache, seen in ((None, 8), (tmp_path, 16), (tmp_path, 16)):
+        found = kept(torn(), cache, backbone, unreadable="skip")
+        assert backbone.seen == seen, "the second time they are there"
+        assert (np.asarray(found.features) == whole.features[read]).all()
+        assert found.unreadable.tolist() == [2, 7]
+        assert found.labels is not None
+        assert whole.labels is not None
+        assert (found.labels == whole.labels[read]).all()
+    assert find_kept("w", torn().fingerprint(), (10, 5), SMALL, tmp_path) is None
+    with pytest.raises(InputError, match="cannot be read"):
+        kept(torn(), tmp_path, MeanColours())
+    # Where all could be read, both ways have the same rows, and only one of them extracts.
+    complete = MeanColours()
+    kept(noise_source(10, seed=1), tmp_path, complete, unreadable="skip")
+    kept(noise_source(10, seed=1), tmp_path, complete)
+    assert complete.seen == 10
+
+
+@pytest.mark.parametrize("file", ["unreadable.npy", "features.npy"])
+def test_a_damaged_file_of_rows_that_lack_images_is_replaced(file: str, tmp_path: Path) -> None:
+    kept(torn(), tmp_path, MeanColours(), unreadable="skip")
+    (path,) = tmp_path.glob(f"*/{file}")
+    path.write_bytes(path.read_bytes()[:-8])
+    backbone = MeanColours()
+    assert kept(torn(), tmp_path, backbone, unreadable="skip").unreadable.tolist() == [2, 7]
+    assert backbone.seen == 8
+
+
+class Diverged(MeanColours):
+    """Its features are not numbers."""
+
+    def forward(self, images: Any) -> Any:
+        found = super().forward(images)
+        found.cls_token[:] = float("nan")
+        return found
+
+
+def test_a_network_that_diverged_is_refused_with_the_first_image_that_shows_it(tmp_path: Path) -> None:
+    for source, unreadable in ((noise_source(10), "refuse"), (torn(), "skip")):
+        with pytest.raises(InputError, match="0 are not finite"):
+            kept(source, tmp_path, Diverged(), unreadable=unreadable)
+    assert not list(tmp_path.iterdir())
+
+
+class Frozen(Method):
+    """A method of which only the backbone is asked for."""
+
+    def __init__(self, backbone: MeanColours) -> None:
+        self.eval_backbone = backbone
+
+
+def test_the_k_nn_while_training_says_once_which_images_it_leaves_out(
+    place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("searched")
-
-    words = ("--weights", weights, "--no-cache", "--baselines", "--few-shot", 2, "--json", tmp_path / "knn.json")
-    for name in ("knn_predict", "few_shot"):
-        monkeypatch.setattr(run_knn, name, forbidden)
-    with pytest.raises(AssertionError, match="searched"):
-        run(monkeypatch, *words)
-    capsys.readouterr()
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    run(monkeypatch, *words)
-    assert capsys.readouterr().out == ""
-    assert not (tmp_path / "knn.json").exists()
+    config = tiny_config(data_path=str(place.photos), knn_every=1, output_dir="unused")
+    ((name, every, measure),) = build_evaluators(config, open_source(str(place.photos / "train")), CPU)
+    assert (name, every) == ("knn", 1)
+    figures = [measure(Frozen(MeanColours())) for _ in range(2)]
+    assert figures[0] == figures[1]
+    assert 0 <= figures[0]["knn_top1"] <= 100
+    said = capsys.readouterr().out
+    for number, path in zip(("1 of 18 training", "1 of 15 validation"), place.broken, strict=True):
+        line = f"warning: k-NN while training: {number} images could not be read and are left out: {path}\n"
+        assert said.count(line) == 1
+    assert np.isnan(measure(Frozen(Diverged()))["knn_top1"])

@@ -159,7 +159,7 @@ def test_linear_takes_the_place_of_another_probe_only_if_told_to(place: Place, h
     assert here(run_linear, *probe).code == 0
     other = here(run_linear, *probe, "--lr", 0.1)
     assert other.code == 2
-    assert f"{tmp_path / 'probe'} holds another probe (lr 0.001 -> 0.1)" in other.err
+    assert f"{tmp_path / 'probe' / 'linear.pth'} holds another probe (lr 0.001 -> 0.1)" in other.err
     assert here(run_linear, *probe, "--lr", 0.1, "--resume", "never").code == 0
 
 

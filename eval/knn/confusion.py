@@ -1,104 +1,142 @@
-"""Which classes are told apart, and which are taken for each other: a table and a picture.
+"""Which classes are taken for which: a table, and a picture that is legible for ten classes and for a thousand.
 
-C classes; ``predicted`` and ``labels`` are class numbers, [images].
+``predicted`` and ``labels`` are class numbers, [images]. Few classes have their names and percentages in the picture.
+Of many, neighbours share a cell. The pairs most often confused are listed by name.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
 
 Labels = NDArray[np.int64]
+Names = Sequence[str] | None
+"""Of the classes, by number; None: their numbers stand for them."""
+Pairs = dict[tuple[int, int], int]
+"""How many images of a class were predicted as which: {(class, prediction): images}, ascending, without zeros."""
+
+NAMED = 40
+"""So many classes get their names on both sides."""
+WRITTEN = 20
+"""So many classes leave room for a percentage in every cell."""
+CELLS = 200
+"""Cells a side when there are more classes than can be named: each is still several pixels wide."""
+LISTED = 30
+"""Pairs in the list beside the cells."""
+_LETTERS = 26
+"""Of a class's name in the picture; the rest is cut."""
 
 
-@dataclass(frozen=True)
-class ClassResult:
-    """One class of the validation images."""
-
-    number: int
-    name: str
-    images: int
-    right: int
-    """How many of its images were predicted as it."""
-    rival: str
-    """The class that the others were most often taken for; empty where none was."""
-    taken_for_rival: int
-
-    @property
-    def top1(self) -> float | None:
-        """Percent; None for a class without images."""
-        return 100.0 * self.right / self.images if self.images else None
-
-
-def class_name(number: int, names: Sequence[str] | None) -> str:
+def class_name(number: int, names: Names) -> str:
     """The name of a class, or its number where it has none."""
     return names[number] if names is not None and 0 <= number < len(names) else str(number)
 
 
-def per_class(predicted: Labels, labels: Labels, names: Sequence[str] | None) -> list[ClassResult]:
-    """A result for every class that has a name or an image, in the order of their numbers.
+def confusions(predicted: Labels, labels: Labels) -> Pairs:
+    """Counted by pairs, not in a table: of 20,000 classes that would be 3 GB, nearly all of it zeros."""
+    return dict(sorted(Counter(zip(labels.tolist(), predicted.tolist(), strict=True)).items()))
 
-    Among rivals that were taken equally often the lowest number is named.
+
+# ---- the table
+
+
+def write_per_class(path: Path, predicted: Labels, labels: Labels, names: Names) -> None:
+    """A CSV file with a row for every class that has a name or an image, in the order of their numbers.
+
+    Columns: class, images, top1, most_confused_with, confused (percent of the class's images). Among rivals that were
+    taken equally often the lowest number is named.
     """
-    counts = confusions(predicted, labels)
-    images, right, rivals = dict[int, int](), dict[int, int](), dict[int, tuple[int, int]]()
-    for (truth, guess), count in counts.items():  # ascending, so that the first of equal rivals stays
-        images[truth] = images.get(truth, 0) + count
-        if truth == guess:
-            right[truth] = count
-        elif count > rivals.get(truth, (0, 0))[1]:
+    pairs = confusions(predicted, labels)
+    images = Counter(labels.tolist())
+    rivals: dict[int, tuple[int, int]] = {}
+    for (truth, guess), count in pairs.items():  # ascending, so that the first of equal rivals stays
+        if truth != guess and count > rivals.get(truth, (0, 0))[1]:
             rivals[truth] = guess, count
-    results = []
-    for number in sorted({*range(len(names or ())), *images}):
-        rival, taken = rivals.get(number, (-1, 0))
-        rival_name = class_name(rival, names) if taken else ""
-        found = images.get(number, 0), right.get(number, 0)
-        results.append(ClassResult(number, class_name(number, names), *found, rival_name, taken))
-    return results
-
-
-def confusions(predicted: Labels, labels: Labels) -> dict[tuple[int, int], int]:
-    """How many images of a class were predicted as which: {(class, prediction): images}, ascending, without zeros.
-
-    Counted by pairs, not in a C x C table: of 20,000 classes that would be 3 GB, nearly all of it zeros.
-    """
-    pairs, counts = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
-    return {(int(truth), int(guess)): int(count) for (truth, guess), count in zip(pairs, counts, strict=True)}
-
-
-def write_per_class(path: Path, results: Sequence[ClassResult]) -> None:
-    """A CSV file: class, images, top1, most_confused_with, confused (percent of the class's images).
-
-    Raises:
-        InputError: it cannot be written.
-    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["class", "images", "top1", "most_confused_with", "confused"])
-    for row in results:
-        top1 = "" if row.top1 is None else f"{row.top1:.2f}"
-        confused = f"{100.0 * row.taken_for_rival / row.images:.2f}" if row.taken_for_rival else ""
-        writer.writerow([row.name, row.images, top1, row.rival, confused])
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    for number in sorted({*range(len(names or ())), *images}):
+        count, cells = images[number], [""] * 3
+        if count:
+            cells[0] = f"{100.0 * pairs.get((number, number), 0) / count:.2f}"
+        if number in rivals:
+            rival, taken = rivals[number]
+            cells[1:] = class_name(rival, names), f"{100.0 * taken / count:.2f}"
+        writer.writerow([class_name(number, names), count, *cells])
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    atomic.write(path, lambda file: file.write(content))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that is whole or absent, its folder made if need be.
+# ---- the picture
 
-    Raises:
-        InputError: it cannot be written there.
+
+def draw_confusion(path: Path, predicted: Labels, labels: Labels, names: Names, title: str) -> None:
+    """Write the picture as a PNG. Classes without an image and without a prediction are left out.
+
+    Args:
+        predicted, labels: [images], at least one.
+        title: what was measured, such as ``k-NN, k = 20``.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, lambda file: file.write(content))
-    except OSError as error:  # a full or read-only disk and a name that is too long, too
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another file") from error
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import PowerNorm
+
+    pairs = confusions(predicted, labels)
+    classes = np.union1d(labels, predicted)
+    named = [_short(number, names) for number in classes.tolist()] if len(classes) <= NAMED else []
+    figure, (axis, beside) = plt.subplots(1, 2, figsize=(15.5, 8.6), width_ratios=(8, 4.2), layout="constrained")
+    shares = cell_shares(predicted, labels, classes)
+    axis.set_facecolor("#d9dde3")  # rows without images
+    # The lower percentages get most of the colours: errors are rare, and what is looked for.
+    image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.4, 0, 100), interpolation="nearest", aspect="equal")
+    figure.colorbar(image, ax=axis, fraction=0.045, pad=0.02, ticks=[0, 1, 5, 20, 50, 100], format="%d %%")
+    axis.set(xlabel="predicted (% of the row's images)", ylabel="class")
+    axis.set_xticks(range(len(named)), named, rotation=90)
+    axis.set_yticks(range(len(named)), named)
+    if len(classes) <= WRITTEN:
+        for row, column in np.argwhere(shares >= 0.5):
+            colour = "white" if shares[row, column] > 35 else "black"
+            axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    images = Counter(labels.tolist())
+    wrong = [(-100 * count / images[truth], truth, guess) for (truth, guess), count in pairs.items() if truth != guess]
+    for place, (share, truth, guess) in enumerate(sorted(wrong)[:LISTED]):
+        beside.barh(place, -share, color="#9ecae1", height=0.8)
+        text = f"{-share:.0f}  {_short(truth, names)} \N{RIGHTWARDS ARROW} {_short(guess, names)}"
+        beside.text(0.6, place, text, va="center", fontsize=8.5)
+    beside.set(xlim=(0, 100), title="taken for another most often (% of the class's images)")
+    beside.invert_yaxis()
+    beside.axis("off")
+    top1 = 100.0 * float((predicted == labels).mean())
+    figure.suptitle(f"{title}: top-1 {top1:.1f} % (images: {len(labels):,}, classes: {len(classes):,})", fontsize=12)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, bbox_inches="tight", pad_inches=0.15)
+    plt.close(figure)
+    atomic.write(path, lambda file: file.write(picture.getvalue()))
+
+
+def cell_shares(predicted: Labels, labels: Labels, classes: Labels) -> NDArray[np.float64]:
+    """Percent of the images of a row's classes that were predicted as one of a column's: [cells, cells]; NaN in a row
+    without images. Up to :data:`CELLS` classes (ascending) each have their own; of more, neighbours share a cell."""
+    cells = min(CELLS, len(classes))
+    places = [np.searchsorted(classes, one) * cells // len(classes) for one in (labels, predicted)]
+    counts = np.zeros((cells, cells))
+    np.add.at(counts, tuple(places), 1)
+    images = counts.sum(axis=1, keepdims=True)
+    return np.divide(100.0 * counts, images, out=np.full_like(counts, np.nan), where=images > 0)
+
+
+def _short(number: int, names: Names) -> str:
+    """A name as it is drawn: without letters that no font has, and not too long. ``$`` would begin a formula."""
+    name = class_name(number, names)
+    plain = "".join(letter if letter.isprintable() else "?" for letter in name).replace("$", r"\$")
+    return plain if len(plain) <= _LETTERS else plain[: _LETTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.logging import progress_bar
+from eval.features import Features
 from eval.knn.classify import clamp_ks, knn_predict
 from eval.stats import accuracy
 
-Record = dict[str, object]
+Record = dict[str, Any]
 
 
 def draw(labels: NDArray[np.int64], shots: int, seed: int, number: int) -> NDArray[np.int64]:
@@ -36,35 +38,16 @@ def draw(labels: NDArray[np.int64], shots: int, seed: int, number: int) -> NDArr
     return np.sort(order[place_in_class < shots])
 
 
-def short_classes(labels: NDArray[np.int64], shots: int) -> list[tuple[int, int]]:
-    """The classes with fewer than ``shots`` images, each with how many it has."""
-    classes, counts = np.unique(labels, return_counts=True)
-    return [(int(number), int(count)) for number, count in zip(classes, counts, strict=True) if count < shots]
-
-
-def takes_all(labels: NDArray[np.int64], shots: int) -> bool:
-    """Whether a draw has every image, as no class has more than ``shots``: then all draws are the same."""
-    return int(np.unique(labels, return_counts=True)[1].max(initial=0)) <= shots
-
-
 def few_shot(
-    train_features: NDArray[np.float32],
-    train_labels: NDArray[np.int64] | None,
-    test_features: NDArray[np.float32],
-    test_labels: NDArray[np.int64] | None,
-    shots: Sequence[int],
-    draws: int,
-    ks: Sequence[int],
-    temperatures: Sequence[float],
-    seed: int = 0,
-    progress: bool = False,
-) -> list[Record]:
+    train: Features, test: Features, shots: Sequence[int], draws: int, ks: Sequence[int],
+    temperatures: Sequence[float], seed: int = 0, progress: bool = False,
+) -> list[Record]:  # fmt: skip
     """Top-1 and top-5 in percent with n labelled images a class, for every n, k and T.
 
     Args:
-        train_features: [train images, D], which the images are drawn from; may be memory-mapped.
+        train: which the images are drawn from.
         shots: the n to measure, each at least 1.
-        draws: how many times images are drawn for each n; once where a draw has them all (:func:`takes_all`).
+        draws: how many times images are drawn for each n; once where no class has more than n images.
         ks: neighbours that vote; more than were drawn means all of them, and is reported once, as that number.
 
     Returns:
@@ -77,36 +60,34 @@ def few_shot(
     Raises:
         InputError: no labels, or no image to draw from.
     """
-    if train_labels is None or not len(train_labels):
+    if train.labels is None or not len(train.labels):
         raise InputError("the training images have no labels: nothing can be drawn from each class")
-    classes = len(np.unique(train_labels))
+    counts = np.unique(train.labels, return_counts=True)[1]
+    times = {count: draws if counts.max() > count else 1 for count in shots}
     records: list[Record] = []
-    times = {count: 1 if takes_all(train_labels, count) else draws for count in shots}
     with progress_bar(sum(times.values()), "few-shot", shown=progress, unit="draw") as bar:
         for count in shots:
-            figures: dict[tuple[int, float], list[tuple[float, float]]] = {}
+            tops: dict[tuple[int, float], list[tuple[float, float]]] = {}
             drawn = hashlib.sha256()
             for number in range(times[count]):
-                rows = draw(train_labels, count, seed, number)
+                rows = draw(train.labels, count, seed, number)
                 drawn.update(rows.astype("<i8").tobytes())
                 usable, _ = clamp_ks(ks, len(rows))
-                found = knn_predict(train_features[rows], train_labels[rows], test_features, usable, temperatures)
+                found = knn_predict(train.features[rows], train.labels[rows], test.features, usable, temperatures)
                 for pair, guesses in found.items():
-                    tops = accuracy(guesses, test_labels, 1), accuracy(guesses, test_labels, 5)
-                    figures.setdefault(pair, []).append(tops)
+                    both = accuracy(guesses, test.labels, 1), accuracy(guesses, test.labels, 5)
+                    tops.setdefault(pair, []).append(both)
                 bar.update(1)
-            fewer = len(short_classes(train_labels, count))
-            for (k, temperature), measured in figures.items():
-                top1, top5 = zip(*measured, strict=True)
-                record: Record = {"shots": count, "k": k, "temperature": temperature, "classes_with_fewer": fewer}
-                record |= {"takes_all": takes_all(train_labels, count), "drawn": drawn.hexdigest()}
-                record |= _summary("top1", top1) | _summary("top5", top5 if classes > 5 and k >= 5 else None)
+            for (k, temperature), measured in tops.items():
+                record: Record = {
+                    "shots": count, "k": k, "temperature": temperature,
+                    "classes_with_fewer": int((counts < count).sum()), "takes_all": bool(counts.max() <= count),
+                    "drawn": drawn.hexdigest(),
+                }  # fmt: skip
+                for name, values in zip(("top1", "top5"), zip(*measured, strict=True), strict=True):
+                    meant = name == "top1" or (len(counts) > 5 and k >= 5)
+                    deviation = float(np.std(values, ddof=1)) if meant and len(values) > 1 else None
+                    record[name] = float(np.mean(values)) if meant else None
+                    record |= {f"{name}_deviation": deviation, f"{name}_draws": list(values) if meant else None}
                 records.append(record)
     return records
-
-
-def _summary(name: str, figures: Sequence[float] | None) -> Record:
-    if figures is None:
-        return {name: None, f"{name}_deviation": None, f"{name}_draws": None}
-    deviation = float(np.std(figures, ddof=1)) if len(figures) > 1 else None
-    return {name: float(np.mean(figures)), f"{name}_deviation": deviation, f"{name}_draws": list(figures)}

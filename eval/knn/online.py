@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset, open_parts
@@ -11,9 +12,8 @@ from dino_xcit.errors import InputError
 from dino_xcit.methods import Method
 from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import logging as log
-from eval.features import extract
+from eval.features import extract, unreadable_notice
 from eval.knn.classify import knn_predict
-from eval.knn.report import unreadable_notices
 from eval.stats import accuracy
 
 K, TEMPERATURE = 20, 0.07
@@ -37,22 +37,20 @@ def build_evaluators(config: PretrainConfig, source: Source, device: torch.devic
         train, val = open_parts(config.data_path, config.train_data or None, config.val_data or None)
     if len(train) > config.knn_max_images:
         train = Subset(train, np.linspace(0, len(train) - 1, config.knn_max_images).astype(np.int64))
-    transform = config.eval_transform()
+    transform, told = config.eval_transform(), set[str]()
 
-    said: set[str] = set()
+    def features(method: Method, name: str, part: Source) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        found = extract(method.eval_backbone, part, transform, device, progress=False, unreadable="skip", finite=False)
+        assert found.labels is not None  # open_parts and _hold_out see to that
+        if len(found.unreadable) and name not in told:
+            told.add(name)
+            log.warning(f"k-NN while training: {unreadable_notice(name, part, found.unreadable)}")
+        finite = np.isfinite(found.features).all(axis=1)  # of a teacher that diverged nothing can be said
+        return found.features[finite], found.labels[finite]
 
     def measure(method: Method) -> dict[str, float]:
-        found = []
-        for meant, part in (("training", train), ("validation", val)):
-            features = extract(method.eval_backbone, part, transform, device, progress=False, unreadable="skip")
-            assert features.labels is not None  # open_parts and _hold_out see to that
-            if meant not in said:
-                said.add(meant)
-                for notice in unreadable_notices(meant, part, features.unreadable):
-                    log.warning(f"k-NN while training: {notice}")
-            finite = np.isfinite(features.features).all(axis=1)  # of a teacher that diverged nothing can be said
-            found.append((features.features[finite], features.labels[finite]))
-        (neighbours, labels), (queries, answers) = found
+        neighbours, labels = features(method, "training", train)
+        queries, answers = features(method, "validation", val)
         if not len(neighbours) or not len(queries):
             return {"knn_top1": float("nan")}
         predicted = knn_predict(neighbours, labels, queries, [K], [TEMPERATURE])

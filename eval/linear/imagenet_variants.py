@@ -21,33 +21,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.imagenet import WNID
 from dino_xcit.data.storage import read_file
 from dino_xcit.errors import InputError
-from eval.linear.heads import guesses
-from eval.linear.pooled import Rows
 from eval.results import own_name
-from eval.stats import wilson_interval
 
-FORMS = "imagenet-v2:DIR, imagenet-a:DIR, imagenet-r:DIR, sketch:DIR or real:FILE.json"
-PUBLISHED = {
-    "imagenet-v2": (1000, 10_000),
-    "imagenet-a": (200, 7_500),
-    "imagenet-r": (200, 30_000),
-    "sketch": (1000, 50_889),
-    "real": (1000, 46_837),
-}
-"""Classes and images of each as its authors ship it; of ReaL, images with a label."""
-
-_RESTRICTED = ("imagenet-a", "imagenet-r")
-_MOST_BYTES = 64 << 20
-_MOST_LABELS = 100
-"""Of one image."""
-_LEAST_AGREEMENT = 0.5
+NAMES = ("imagenet-v2", "imagenet-a", "imagenet-r", "sketch", "real")
+_MAX_BYTES, _MAX_LABELS = 64 << 20, 100
+"""Of ReaL's file, and of one image in it."""
+_MIN_AGREEMENT = 0.5
 """Share of the images whose own label must be among ReaL's. Of labels that are another image's it is about 0."""
 
 
@@ -58,25 +43,14 @@ class Variant:
     name: str
     source: Source | None
     """None: the validation images (ReaL)."""
-    fingerprint: str
-    """Of the labels where they came from a file."""
-    rows: NDArray[np.int64] | None
-    """Which of the images count; None: all."""
     labels: NDArray[np.int64]
     """[n, M] labels of the classifier; -1: none."""
-    among: NDArray[np.int64] | None
+    among: NDArray[np.int64] | None = None
     """The labels that the classifier chooses from; None: all."""
-
-    def notice(self) -> str | None:
-        """A clause where it is not of the size its authors published."""
-        classes, images = PUBLISHED[self.name]
-        found = len(np.unique(self.labels[self.labels >= 0]))
-        if (found, len(self.labels)) == (classes, images) or (self.name == "real" and len(self.labels) == images):
-            return None
-        return (
-            f"{self.name} has {found:,} classes and {len(self.labels):,} images here, as published {classes:,} and "
-            f"{images:,}: its figure is not to be compared with published ones"
-        )
+    rows: NDArray[np.int64] | None = None
+    """Which of the images count; None: all."""
+    fingerprint: str = ""
+    """Of the labels where they came from a file."""
 
 
 def split(word: str) -> tuple[str, str]:
@@ -86,8 +60,10 @@ def split(word: str) -> tuple[str, str]:
         InputError: not of that form, or no known name.
     """
     name, _, place = word.partition(":")
-    if name not in PUBLISHED or not place:
-        raise InputError(f"also has {word!r}, expected {FORMS}")
+    if name not in NAMES or not place:
+        raise InputError(
+            f"also has {word!r}, expected imagenet-v2:DIR, imagenet-a:DIR, imagenet-r:DIR, sketch:DIR or real:FILE.json"
+        )
     return name, place
 
 
@@ -101,100 +77,66 @@ def open_variant(word: str, train: Source, val: Source) -> Variant:
         InputError: nothing there, not laid out as published, or the classifier has other classes.
     """
     name, place = split(word)
-    if train.classes is None or not all(WNID.fullmatch(each) for each in train.classes):
-        named = ", ".join((train.classes or ("numbers",))[:3])
+    wnids = train.classes or ()
+    if not wnids or not all(WNID.fullmatch(each) for each in wnids):
         raise InputError(
-            f"--also {name} needs training classes named by wnids such as n01440764, those of {train.url} are {named}: "
-            "use ImageNet in folders, or imagenet:DIR"
+            f"--also {name} needs training classes named by wnids such as n01440764, those of {train.url} are "
+            f"{', '.join(wnids[:3]) or 'numbers'}: use ImageNet in folders, or imagenet:DIR"
         )
     if name == "real":
-        return _open_real(place, sorted(train.classes), train.classes, val)
+        return _open_real(place, wnids, val)
     source = open_source(place)
     if source.labels is None or source.classes is None:
         raise InputError(f"{place} is not laid out as {name}: expected one folder a class")
+    names: Sequence[str] = source.classes
     if name == "imagenet-v2":
-        own = _numbered(source.classes, train, place)
-    else:
-        unknown = sorted(set(source.classes) - set(train.classes))
-        if unknown:
+        if set(names) != {str(number) for number in range(len(wnids))}:
             raise InputError(
-                f"{place} is not {name} for {train.url}: it has a class {unknown[0][:40]!r}, which is none of the "
-                f"{len(train.classes):,} training classes"
+                f"{place} is not {name} for {train.url}: expected a folder for each of its {len(wnids):,} classes, "
+                f"named 0 to {len(wnids) - 1}, found {len(names):,} such as {names[0][:40]!r}"
             )
-        own = source.classes
-    label_of = np.array([train.classes.index(wnid) for wnid in own], dtype=np.int64)
-    among = np.sort(label_of) if name in _RESTRICTED else None
-    return Variant(name, source, "", None, label_of[source.labels][:, None], among)
-
-
-def _numbered(folders: Sequence[str], train: Source, place: str) -> tuple[str, ...]:
-    """The wnid of each of ImageNet-V2's folders."""
-    assert train.classes is not None
-    wnids = sorted(train.classes)
-    if set(folders) != {str(number) for number in range(len(wnids))}:
+        names = [sorted(wnids)[int(folder)] for folder in names]
+    if unknown := sorted(set(names) - set(wnids)):
         raise InputError(
-            f"{place} is not imagenet-v2 for {train.url}: expected a folder for each of its {len(wnids):,} classes, "
-            f"named 0 to {len(wnids) - 1}, found {len(folders):,} such as {folders[0][:40]!r}"
+            f"{place} is not {name} for {train.url}: it has a class {unknown[0][:40]!r}, which is none of the "
+            f"{len(wnids):,} training classes"
         )
-    return tuple(wnids[int(folder)] for folder in folders)
+    label_of = np.array([wnids.index(wnid) for wnid in names], dtype=np.int64)
+    among = np.sort(label_of) if name in ("imagenet-a", "imagenet-r") else None
+    return Variant(name, source, label_of[source.labels][:, None], among)
 
 
-def _open_real(file: str, wnids: Sequence[str], classes: Sequence[str], val: Source) -> Variant:
-    data = read_file(os.path.expanduser(file), _MOST_BYTES)
+def _open_real(file: str, wnids: Sequence[str], val: Source) -> Variant:
+    data, classes = read_file(os.path.expanduser(file), _MAX_BYTES), range(len(wnids))
     try:
         lists: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is no JSON: expected ReaL's real.json, a list of lists of labels") from error
-    if not isinstance(lists, list) or not all(isinstance(one, list) and len(one) <= _MOST_LABELS for one in lists):
-        raise InputError(f"{file} is not ReaL's: expected a list with a list of labels for each validation image")
-    if len(lists) != len(val):
+        right = len(lists) == len(val) and all(
+            isinstance(one, list) and len(one) <= _MAX_LABELS and all(type(label) is int for label in one)
+            and set(one) <= set(classes)
+            for one in lists
+        )  # fmt: skip
+    except (ValueError, TypeError, RecursionError):
+        right = False
+    if not right:
         raise InputError(
-            f"{file} has labels of {len(lists):,} images, {val.url} has {len(val):,}: expected as many, all of "
-            "ImageNet's validation images"
+            f"{file} is not ReaL's real.json for {val.url}: expected a list of {len(val):,} lists of classes from 0 to "
+            f"{classes[-1]}"
         )
-    known = range(len(wnids))
-    wrong = next((label for one in lists for label in one if type(label) is not int or label not in known), None)
-    if wrong is not None:
-        raise InputError(f"{file} has the label {str(wrong)[:40]}: expected numbers of classes from 0 to {known[-1]}")
     names = [own_name(val.name(index).replace("\\", "/")) for index in range(len(val))]
-    order = sorted(range(len(val)), key=lambda index: names[index])
     if len(set(names)) < len(names):
         raise InputError(f"{val.url} has files of the same name: ReaL's labels are in the order of the file names")
-    most = max((len(one) for one in lists), default=0)
-    labels = np.full((len(val), max(1, most)), -1, dtype=np.int64)
-    label_of = [list(classes).index(wnid) for wnid in wnids]
-    for index, one in zip(order, lists, strict=True):
+    labels = np.full((len(val), max([1, *map(len, lists)])), -1, dtype=np.int64)
+    label_of = [wnids.index(wnid) for wnid in sorted(wnids)]
+    for index, one in zip(sorted(range(len(val)), key=names.__getitem__), lists, strict=True):
         labels[index, : len(one)] = [label_of[number] for number in one]
     counted = np.flatnonzero(labels[:, 0] >= 0)
     if not len(counted):
         raise InputError(f"{file} has no label at all")
-    if val.labels is not None:
-        own = val.labels[counted, None]
-        agreeing = int((labels[counted] == own).any(axis=1).sum())
-        if agreeing < _LEAST_AGREEMENT * len(counted):
-            raise InputError(
-                f"{file} has an image's own label for {agreeing:,} of {len(counted):,} images of {val.url}, expected "
-                "most: its labels are in the order of ImageNet's file names, which these images do not have: use the "
-                "validation images in folders, or imagenet:DIR"
-            )
-    return Variant("real", None, hashlib.sha256(data).hexdigest(), counted, labels[counted], None)
-
-
-def measure(
-    variant: Variant, features: Rows, weight: torch.Tensor, bias: torch.Tensor, device: torch.device
-) -> dict[str, Any]:
-    """Top-1 and top-5 of a classifier, in percent, with 95% intervals over the images.
-
-    Args:
-        features: of the variant's images, all of them.
-        weight, bias: [K, D], [K].
-    """
-    rows = features if variant.rows is None else features.some(variant.rows)
-    found = guesses(weight, bias, rows, device, variant.among)
-    classes = len(weight) if variant.among is None else len(variant.among)
-    result: dict[str, Any] = {"images": len(rows), "classes": classes}
-    for top, meant in ((1, True), (5, classes > 5)):
-        hits = (found[:, :top, None] == variant.labels[:, None, :]).any(axis=(1, 2))
-        result[f"top{top}"] = 100.0 * float(hits.mean()) if meant else None
-        result[f"top{top}_interval"] = list(wilson_interval(hits)) if meant else None
-    return result
+    agreeing = int((labels[counted] == np.asarray(val.labels)[counted, None]).any(axis=1).sum())
+    if agreeing < _MIN_AGREEMENT * len(counted):
+        raise InputError(
+            f"{file} has an image's own label for {agreeing:,} of {len(counted):,} images of {val.url}, expected most: "
+            "its labels are in the order of ImageNet's file names, which these images do not have: use the validation "
+            "images in folders, or imagenet:DIR"
+        )
+    return Variant("real", None, labels[counted], None, counted, hashlib.sha256(data).hexdigest())

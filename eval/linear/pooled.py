@@ -25,8 +25,7 @@ B batch, D features of the backbone, W features of a row, n images.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,8 +35,7 @@ from torch import Tensor, nn
 from dino_xcit.errors import InputError
 from dino_xcit.models import BackboneOutput
 
-FORMS = "cls, cls+mean, or lastN such as last4 (of a ViT also last4+mean)"
-_LAST = re.compile(r"last([1-9]\d?)(\+mean)?")
+_CHOICE = re.compile(r"cls(\+mean)?|last([1-9]\d?)(\+mean)?")
 
 
 def blocks_of(choice: str) -> int:
@@ -46,12 +44,35 @@ def blocks_of(choice: str) -> int:
     Raises:
         InputError: no such choice.
     """
-    if choice in ("cls", "cls+mean"):
-        return int(choice == "cls+mean")
-    found = _LAST.fullmatch(choice)
+    found = _CHOICE.fullmatch(choice)
     if found is None:
-        raise InputError(f"features has {choice!r}, expected {FORMS}")
-    return int(found[1])
+        raise InputError(
+            f"features has {choice!r}, expected cls, cls+mean, or lastN such as last4 (of a ViT also last4+mean)"
+        )
+    return int(found[2] or bool(found[1]))
+
+
+class Rows:
+    """Some rows and columns of a matrix that may be memory-mapped: read when asked for, never copied whole."""
+
+    def __init__(
+        self, matrix: NDArray[np.float32], columns: slice | None = None, chosen: NDArray[np.int64] | None = None
+    ) -> None:
+        """``chosen``: which rows, in what order; None: all, as of ``columns``."""
+        self.matrix, self.chosen = matrix, chosen
+        self.columns = columns or slice(0, matrix.shape[1])
+        self.width = self.columns.stop - self.columns.start
+
+    def some(self, rows: NDArray[np.int64]) -> Rows:
+        """Some of these rows."""
+        return Rows(self.matrix, self.columns, rows if self.chosen is None else self.chosen[rows])
+
+    def __len__(self) -> int:
+        return len(self.matrix if self.chosen is None else self.chosen)
+
+    def __getitem__(self, part: slice) -> NDArray[np.float32]:
+        """[those of the rows, width], a copy."""
+        return np.array(self.matrix[part if self.chosen is None else self.chosen[part], self.columns])
 
 
 class PooledBackbone(nn.Module):
@@ -70,37 +91,31 @@ class PooledBackbone(nn.Module):
         super().__init__()
         self.backbone = backbone
         wanted = {"cls": 0} | {name: blocks_of(name) for name in choices}
-        deepest = max(wanted.values())
-        depth = _depth(backbone)
-        if deepest > max(1, depth):
+        self._blocks, depth = max(wanted.values()), _depth(backbone)
+        if self._blocks > max(1, depth):
             name = max(wanted, key=lambda each: wanted[each])
             has = f"has {depth}" if depth else "does not tell its blocks' tokens"
-            raise InputError(f"features has {name}, which needs {deepest} blocks, but the backbone {has}: lower it")
-        self._blocks = deepest
-        self._of_class_tokens = bool(deepest and depth) and self._has_class_tokens(crop, device)
-        self._mean = deepest > 0 and (not self._of_class_tokens or any(name.endswith("+mean") for name in wanted))
-        strange = [name for name in wanted if name.startswith("last") and name.endswith("+mean")]
-        if strange and not self._of_class_tokens:
-            name = strange[0]
-            raise InputError(
-                f"features has {name}, but the blocks of this backbone have no class tokens: {name[:-5]} has the means "
-                "of their patch tokens"
-            )
-        ends = [int(backbone.embed_dim)]  # type: ignore[arg-type]
-        if deepest:
-            with torch.inference_mode():
-                parts = self._parts(torch.zeros(1, 3, crop, crop, device=device))
-            ends = np.cumsum([part.shape[1] for part in parts]).tolist()
+            raise InputError(f"features has {name}, which needs {self._blocks} blocks, but the backbone {has}")
+        image = torch.zeros(1, 3, crop, crop, device=device)
+        with torch.inference_mode():
+            self._has_class_tokens = bool(self._blocks and depth and backbone(image, layers=(-1,)).layer_cls)
+            for name in wanted:
+                if name.startswith("last") and name.endswith("+mean") and not self._has_class_tokens:
+                    raise InputError(
+                        f"features has {name}, but the blocks of this backbone have no class tokens: {name[:-5]} has "
+                        "the means of their patch tokens"
+                    )
+            self._mean = self._blocks > 0 and (not self._has_class_tokens or any("+mean" in name for name in wanted))
+            widths = [part.shape[1] for part in self._parts(image)] if self._blocks else [int(backbone.embed_dim)]  # type: ignore[arg-type]
+        ends: list[int] = np.cumsum(widths).tolist()
         self.embed_dim = ends[-1]
         self.columns = {name: self._columns(name, count, ends) for name, count in wanted.items()}
         """Of a row, those that each choice sees. ``cls`` is always among them."""
-        self.widths = {name: seen.stop - seen.start for name, seen in self.columns.items()}
-        """How many columns those are."""
 
     @property
     def identity(self) -> str:
         """Added to the weights' hash, it tells rows apart; empty where a row is the class token."""
-        if not self._of_class_tokens:
+        if not self._has_class_tokens:
             return f" cls and {self._blocks} blocks" if self._blocks else ""
         return f"{' mean and' if self._mean else ''} {self._blocks} class tokens"
 
@@ -112,30 +127,20 @@ class PooledBackbone(nn.Module):
         row = torch.cat([part.float() for part in self._parts(images)], dim=1)
         return BackboneOutput(row, row[:, None], (1, 1))
 
-    def seen_by(self, choice: str, matrix: NDArray[np.float32]) -> Rows:
-        """What a head with that choice of features sees of kept rows [n, W]."""
-        return Rows(matrix, self.widths[choice], first=self.columns[choice].start)
-
-    def _has_class_tokens(self, crop: int, device: torch.device) -> bool:
-        with torch.inference_mode():
-            out: BackboneOutput = self.backbone(torch.zeros(1, 3, crop, crop, device=device), layers=(-1,))
-        return bool(out.layer_cls)
-
     def _parts(self, images: Tensor) -> list[Tensor]:
         """A row's parts: the mean first for class tokens, so that every choice is one run of columns."""
         out: BackboneOutput = self.backbone(images, layers=tuple(range(-2, -self._blocks - 1, -1)))
         mean = [out.patch_tokens.float().mean(dim=1)] if self._mean else []
-        if self._of_class_tokens:
+        if self._has_class_tokens:
             return [*mean, out.cls_token, *out.layer_cls]
         return [out.cls_token, *mean, *(tokens.float().mean(dim=1) for tokens in out.layers)]
 
     def _columns(self, choice: str, blocks: int, ends: Sequence[int]) -> slice:
         """``ends``: where each part of a row ends."""
-        if not self._of_class_tokens:
+        if not self._has_class_tokens:
             return slice(0, ends[blocks])
-        start = 0 if choice.endswith("+mean") or not self._mean else ends[0]
-        tokens = max(1, blocks)  # cls looks into no block before
-        return slice(start, ends[tokens - 1 + self._mean])
+        start = ends[0] if self._mean and not choice.endswith("+mean") else 0
+        return slice(start, ends[max(1, blocks) - 1 + self._mean])  # cls looks into no block before
 
 
 def _depth(backbone: nn.Module) -> int:
@@ -144,56 +149,3 @@ def _depth(backbone: nn.Module) -> int:
     if isinstance(blocks, nn.ModuleList):
         return len(blocks)
     return len(getattr(getattr(backbone, "model", None), "feature_info", ()))  # a timm model's
-
-
-class Rows:
-    """Some rows and columns of a matrix that may be memory-mapped: read when asked for, never copied whole.
-
-    It is what a head sees of the kept features.
-    """
-
-    def __init__(
-        self, matrix: NDArray[np.float32], width: int, rows: NDArray[np.int64] | None = None, first: int = 0
-    ) -> None:
-        """``rows``: which, in what order; None: all. Of the columns ``width``, from ``first`` on."""
-        self._matrix, self._rows, self.width, self._first = matrix, rows, width, first
-
-    def some(self, rows: NDArray[np.int64]) -> Rows:
-        """Some of these rows."""
-        return Rows(self._matrix, self.width, rows if self._rows is None else self._rows[rows], self._first)
-
-    def __len__(self) -> int:
-        return len(self._matrix if self._rows is None else self._rows)
-
-    def __getitem__(self, part: slice) -> NDArray[np.float32]:
-        """[those of the rows, width], a copy."""
-        return self.columns(0, self.width, part)
-
-    def columns(self, first: int, stop: int, part: slice = slice(None)) -> NDArray[np.float32]:
-        """[those of the rows, stop - first], a copy."""
-        chosen = part if self._rows is None else self._rows[part]
-        return np.array(self._matrix[chosen, self._first + first : self._first + min(stop, self.width)])
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images as heads see them."""
-
-    rows: Mapping[str, Rows]
-    """Of each choice of features."""
-    labels: NDArray[np.int64]
-    """[n]."""
-
-    @classmethod
-    def of(
-        cls,
-        matrix: NDArray[np.float32],
-        labels: NDArray[np.int64],
-        columns: Mapping[str, slice],
-        rows: NDArray[np.int64] | None = None,
-    ) -> Labelled:
-        """Every choice's ``columns`` of ``matrix`` [images, W], or of some ``rows`` of it; all ``labels`` [images]."""
-        labels = np.asarray(labels) if rows is None else np.asarray(labels)[rows]
-        return cls(
-            {name: Rows(matrix, seen.stop - seen.start, rows, seen.start) for name, seen in columns.items()}, labels
-        )

@@ -3,187 +3,307 @@
 Resumable: linear.pth is written after each epoch, and the order of the images, their views and the steps follow from
 the settings and the epoch alone.
 
-B batch, W features of a row (:mod:`eval.linear.pooled`), n training images.
+B batch, D features that a head sees, C classes, L classifiers, n images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dino_xcit.data.workers import choose_workers
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
-from eval.linear.cached import AugmentedEpochs, stored_features
-from eval.linear.heads import LinearHeads, cosine_factor, scaled
-from eval.linear.pooled import Labelled
-from eval.linear.probe_file import write_probe
-from eval.linear.report import Record, final_results, percentages
-from eval.linear.setup import Probe, labels_of
-from eval.linear.views import frozen_features, probe_batches
+from eval.features import cached
+from eval.linear.pooled import Rows
+from eval.linear.probe import FILE_NAME, Probe, Record
+from eval.linear.views import AugmentedEpoch, Views, kept_features, live_features
+from eval.results import Figure, figure
+from eval.stats import accuracy, correct, top_accuracies
+
+MOMENTUM = 0.9
+INIT_STD = 0.01
+REFERENCE_BATCH = 256
+"""The batch that learning rates are quoted for (DINO, arXiv 2104.14294, appendix F.3)."""
+_ROWS_AT_ONCE = 1024
+_COLUMNS_AT_ONCE = 64
+_VARIANCE_FLOOR = 1e-6
 
 
-def train_heads(probe: Probe, stored: Record | None, held: Labelled, val: Labelled) -> Record:
+class LinearHeads:
+    """L linear classifiers with a learning rate each, trained by SGD with momentum 0.9 and no weight decay.
+
+    All start from the same weights, N(0, 0.01), and biases of 0. None knows of the others: each ends where it would
+    have ended alone.
+    """
+
+    def __init__(
+        self, lrs: Sequence[float], classes: int, dim: int, seed: int, device: torch.device,
+        standardise: Rows | None = None,
+    ) -> None:  # fmt: skip
+        """Fresh classifiers.
+
+        Args:
+            lrs: [L] highest learning rates, as they are used, not scaled with the batch any more.
+            standardise: n features whose mean and standard deviation the classifiers' input shall be freed of, as a
+                BatchNorm without parameters does. It changes no classifier's family, for it can be folded into the
+                weights (:meth:`folded`), but SGD gets nowhere on features that hardly differ from their mean.
+        """
+        start = torch.empty(classes, dim).normal_(0.0, INIT_STD, generator=torch.Generator().manual_seed(seed))
+        shift, scale = np.zeros(dim), np.ones(dim)
+        if standardise is not None:
+            shift, variance = moments(standardise)
+            scale = 1 / np.sqrt(variance + _VARIANCE_FLOOR)
+        self.lrs = torch.tensor(list(lrs), dtype=torch.float32, device=device)
+        self._state = {
+            "weight": start.repeat(len(lrs), 1, 1).to(device),  # [L, C, D]
+            "bias": torch.zeros(len(lrs), classes, device=device),
+            "velocity_weight": torch.zeros(len(lrs), classes, dim, device=device),
+            "velocity_bias": torch.zeros(len(lrs), classes, device=device),
+            "shift": torch.as_tensor(shift, dtype=torch.float32).to(device),
+            "scale": torch.as_tensor(scale, dtype=torch.float32).to(device),
+        }
+
+    def step(self, features: Tensor, labels: Tensor, taken: Tensor, lr_factor: float) -> Tensor:
+        """One step of every classifier.
+
+        Under torchrun each process brings its own images; the step is that of all of them together.
+
+        Args:
+            features: [B, D], without gradient.
+            labels: [B].
+            taken: [B] of 0 and 1: which images are learnt from. The loss is the mean over those.
+            lr_factor: the schedule's share of the learning rates.
+
+        Returns:
+            [L] mean cross-entropies before the step, on the device.
+        """
+        parameters = [self._state[name] for name in ("weight", "bias")]
+        leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+        logits = linear(self._standard(features), *leaves)
+        each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(self.lrs)), reduction="none")
+        sums = (each.view(len(self.lrs), -1) * taken).sum(dim=1)
+        gradients = list(torch.autograd.grad(sums.sum(), leaves))
+        sums, count = sums.detach(), taken.sum()
+        distributed.all_reduce_sum([*gradients, sums, count])
+        count.clamp_(min=1)
+        for name, parameter, gradient in zip(("weight", "bias"), parameters, gradients, strict=True):
+            velocity = self._state[f"velocity_{name}"]
+            velocity.mul_(MOMENTUM).add_(gradient / count)
+            parameter.sub_(lr_factor * self.lrs.view(-1, *[1] * (parameter.ndim - 1)) * velocity)
+        return sums / count
+
+    def folded(self, head: int) -> tuple[Tensor, Tensor]:
+        """Weight [C, D] and bias [C] of one classifier for features as the backbone gives them, on the CPU."""
+        state = self.state_dict()
+        weight = state["weight"][head].double() * state["scale"].double()
+        bias = state["bias"][head].double() - weight @ state["shift"].double()
+        return weight.float(), bias.float()
+
+    def _standard(self, features: Tensor) -> Tensor:
+        return (features - self._state["shift"]) * self._state["scale"]
+
+    def guesses(self, features: Rows, heads: Sequence[int]) -> NDArray[np.int64]:
+        """The labels that some of the classifiers give to features [n, D], best first: [heads, n, up to 5]."""
+        weight, bias = self._state["weight"][list(heads)], self._state["bias"][list(heads)]
+        return guesses(lambda rows: linear(self._standard(rows), weight, bias), features, weight.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that decides what a classifier answers and how it goes on learning, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        for name, target in self._state.items():
+            target.copy_(state[name])
+
+
+@torch.no_grad()
+def guesses(logits: Callable[[Tensor], Tensor], features: Rows, device: torch.device) -> NDArray[np.int64]:
+    """The classes with the largest ``logits(rows [some, D]) -> [..., some, C]``, best first: [..., n, up to 5]."""
+    found = []
+    for start in range(0, max(1, len(features)), _ROWS_AT_ONCE):
+        scores = logits(torch.from_numpy(features[start : start + _ROWS_AT_ONCE]).to(device))
+        found.append(scores.topk(min(5, scores.shape[-1]), dim=-1).indices.cpu())
+    return torch.cat(found, dim=-2).numpy()
+
+
+def moments(features: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean [D] and variance [D] in float64, some columns at a time, so that no copy of all of them is made."""
+    means, variances, first = np.zeros(features.width), np.zeros(features.width), features.columns.start
+    for start in range(0, features.width, _COLUMNS_AT_ONCE):
+        stop = min(start + _COLUMNS_AT_ONCE, features.width)
+        wide = Rows(features.matrix, slice(first + start, first + stop), features.chosen)[:].astype(np.float64)
+        means[start:stop], variances[start:stop] = wide.mean(axis=0), wide.var(axis=0)
+    return means, variances
+
+
+def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logits of L classifiers: [B, D], [L, C, D], [L, C] to [L, B, C]."""
+    heads, classes, _ = weight.shape
+    logits = features @ weight.flatten(0, 1).t() + bias.flatten()
+    return logits.view(len(features), heads, classes).transpose(0, 1)
+
+
+def cosine_factor(epoch: int, epochs: int) -> float:
+    """The learning rate's share in a 0-based epoch: a cosine from 1 towards 0, constant within the epoch."""
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def train_heads(probe: Probe, stored: Record | None) -> Record:
     """Train from the start, or from where this probe stopped, to the last epoch.
 
     Args:
         stored: what linear.pth holds of an earlier run.
-        held: the training images on which the grid is chosen.
-        val: the validation images.
 
     Returns:
-        What linear.pth holds in the end; on other processes than the main one, nothing.
+        What linear.pth holds in the end; on other processes than the main one it is not complete.
     """
-    sampler, epochs = probe.sampler, probe.config.epochs
-    heads, progress = _Heads(probe, held), _Progress(probe, val)
-    done = 0
+    config, device, sampler, columns = probe.config, probe.device, probe.sampler, probe.pooled.columns
+    batch, epochs, steps = sampler.global_batch, config.epochs, sampler.steps_per_epoch
+    held = probe.rows(probe.held_source) if probe.lrs else {}
+    val, val_labels = probe.rows(probe.val), np.asarray(probe.val.labels)
+
+    def heads_of(lrs: Sequence[float], features: str, standardise: Rows | None = None) -> LinearHeads:
+        rates = [lr * batch / REFERENCE_BATCH for lr in lrs]
+        return LinearHeads(rates, probe.classes, val[features].width, config.seed, device, standardise)
+
+    paper = heads_of([config.lr], "cls")
+    grids = {name: heads_of(probe.lrs, name, held[name]) for name in config.features if held}
+    content: Record = {"epoch": 0, "history": [], "best_hits": None, "seconds": 0.0}
     if stored:
-        heads.load(stored)
-        progress.load(stored)
-        done = int(stored["epoch"])
-        log.info(f"resuming {probe.folder} after epoch {done}")
-    sampler.start_step, sampler.stop_step = done * sampler.steps_per_epoch, epochs * sampler.steps_per_epoch
+        content |= stored
+        paper.load_state_dict(stored["paper"])
+        for name, heads in grids.items():
+            heads.load_state_dict((stored["grid"] or {}).get(name, {}))
+        log.info(f"resuming {probe.folder} after epoch {stored['epoch']}")
+    done, spent = int(content["epoch"]), float(content["seconds"])
+    sampler.start_step, sampler.stop_step = done * steps, epochs * steps
     batches = _batches(probe)
-    images = sampler.steps_per_epoch * sampler.global_batch
-    content: Record = {}
+    labels, for_paper = torch.from_numpy(probe.labels).to(device), torch.ones(config.batch_size_per_gpu, device=device)
+    for_grid = torch.ones(len(labels), device=device)  # 0 for what is held out
+    for_grid[torch.from_numpy(probe.held).to(device)] = 0
+    images = steps * batch
     with progress_bar(epochs * images, "probe", shown=distributed.is_main(), done=done * images) as bar:
         for epoch in range(done, epochs):
-            loss = torch.zeros(1, device=probe.device)
-            for _ in range(sampler.steps_per_epoch):
-                loss += heads.step(*next(batches), cosine_factor(epoch, epochs)) / sampler.steps_per_epoch
-                bar.update(sampler.global_batch)
-            if distributed.is_main():
-                bar.clear()
-                progress.measure(epoch, loss.item(), heads.paper)
-                content = heads.state_dict() | progress.to_record(epoch)
-                if epoch + 1 == epochs:
-                    content |= final_results(
-                        probe.config.lr, heads.paper, probe.lrs, heads.grids, progress.history, held, val,
-                        progress.best_hits,
-                    )  # fmt: skip
-                write_probe(probe.folder, content, probe.identity)
+            loss, factor = torch.zeros(1, device=device), cosine_factor(epoch, epochs)
+            for _ in range(steps):
+                features, chosen = next(batches)
+                loss += paper.step(features[:, columns["cls"]], labels[chosen], for_paper, factor) / steps
+                for name, heads in grids.items():
+                    heads.step(features[:, columns[name]], labels[chosen], for_grid[chosen], factor)
+                bar.update(batch)
+            if not distributed.is_main():
+                continue
+            bar.clear()
+            found = paper.guesses(val["cls"], [0])[0]
+            top1, top5 = accuracy(found, val_labels, 1), accuracy(found, val_labels, 5) if probe.classes > 5 else None
+            if not math.isfinite(loss.item()):
+                raise InputError(f"lr {config.lr:g} is too high: the loss is not finite in epoch {epoch + 1}; lower it")
+            if top1 > max((record["top1"] for record in content["history"]), default=-1.0):  # the first of equals stays
+                content["best_hits"] = torch.from_numpy(correct(found, val_labels, 1))
+            content["history"].append({"epoch": epoch + 1, "loss": loss.item(), "top1": top1, "top5": top5})
+            log.info(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.4f}, top-1 {top1:.2f} with the paper's lr")
+            content |= {
+                "epoch": epoch + 1,
+                "paper": paper.state_dict(),
+                "grid": {name: heads.state_dict() for name, heads in grids.items()},
+                "classes": list(probe.train.classes) if probe.train.classes else None,
+                "seconds": spent + time.perf_counter() - probe.started,
+            }
+            if epoch + 1 == epochs:
+                content |= final_results(probe, content, paper, grids)
+            probe.write(FILE_NAME, content, probe.identity)
     return content
-
-
-class _Heads:
-    """All classifiers, which learn from the same rows."""
-
-    def __init__(self, probe: Probe, held: Labelled) -> None:
-        """New ones. The grid's input is standardised as the held-out images' features are."""
-        config, device, batch = probe.config, probe.device, probe.sampler.global_batch
-        widths, self._columns = probe.pooled.widths, probe.pooled.columns
-        self.paper = LinearHeads([scaled(config.lr, batch)], probe.classes, widths["cls"], config.seed, device)
-        rates = [scaled(lr, batch) for lr in probe.lrs]
-        self.grids = {
-            name: LinearHeads(rates, probe.classes, widths[name], config.seed, device, standardise=held.rows[name])
-            for name in config.features
-            if rates
-        }
-        """For each choice of features, a classifier a learning rate."""
-        self._labels = torch.from_numpy(labels_of(probe.train)).to(device)
-        self._for_grid = torch.ones(len(probe.train), device=device)  # [n] of 0 and 1
-        self._for_grid[torch.from_numpy(probe.held).to(device)] = 0
-        self._for_paper = torch.ones(config.batch_size_per_gpu, device=device)
-
-    def step(self, features: Tensor, chosen: Tensor, lr_factor: float) -> Tensor:
-        """One step of each on the rows [B, W] of the training images ``chosen`` [B]; the paper's loss [1]."""
-        labels = self._labels[chosen]
-        loss = self.paper.step(features[:, self._columns["cls"]], labels, self._for_paper, lr_factor)
-        for name, heads in self.grids.items():
-            heads.step(features[:, self._columns[name]], labels, self._for_grid[chosen], lr_factor)
-        return loss
-
-    def state_dict(self) -> Record:
-        """For linear.pth."""
-        return {
-            "paper": self.paper.state_dict(),
-            "grid": {name: heads.state_dict() for name, heads in self.grids.items()},
-        }
-
-    def load(self, stored: Record) -> None:
-        """The inverse of :meth:`state_dict`.
-
-        Raises:
-            InputError: parts are missing or have other shapes.
-        """
-        self.paper.load_state_dict(stored["paper"])
-        for name, heads in self.grids.items():
-            heads.load_state_dict((stored["grid"] or {}).get(name, {}))
-
-
-class _Progress:
-    """What became of the paper's classifier, epoch by epoch."""
-
-    def __init__(self, probe: Probe, val: Labelled) -> None:
-        self._probe, self._val = probe, val
-        self._spent = 0.0
-        self.history: list[Record] = []
-        """A record an epoch: ``epoch`` (from 1), ``loss``, ``top1``, ``top5``."""
-        self.best_hits: NDArray[np.bool_] | None = None
-        """[validation images]: was it right in its best epoch? None where that epoch was trained before they were
-        kept."""
-
-    def measure(self, epoch: int, loss: float, paper: LinearHeads) -> None:
-        """Measure the classifier after a 0-based epoch, and say so.
-
-        Raises:
-            InputError: its loss is not finite.
-        """
-        config, five = self._probe.config, self._probe.classes > 5
-        if not math.isfinite(loss):
-            raise InputError(f"lr {config.lr:g} is too high: the loss is {loss} in epoch {epoch + 1}; lower it")
-        hits = paper.hits(self._val.rows["cls"], self._val.labels, [0])
-        top1, top5 = percentages(hits)[0]
-        if top1 > max((float(record["top1"]) for record in self.history), default=-1.0):  # the first of equals stays
-            self.best_hits = hits[0, 0]
-        self.history.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "top5": top5 if five else None})
-        log.info(f"epoch {epoch + 1}/{config.epochs}: loss {loss:.4f}, top-1 {top1:.2f} with the paper's lr")
-
-    def to_record(self, epoch: int) -> Record:
-        """For linear.pth, after a 0-based epoch."""
-        classes = self._probe.train.classes
-        return {
-            "epoch": epoch + 1,
-            "history": self.history,
-            "best_hits": None if self.best_hits is None else torch.from_numpy(self.best_hits),
-            "classes": list(classes) if classes else None,
-            "seconds": self._spent + time.perf_counter() - self._probe.started,
-        }
-
-    def load(self, stored: Record) -> None:
-        """The inverse of :meth:`to_record`."""
-        self.history, self._spent = list(stored["history"]), float(stored["seconds"])
-        hits = stored.get("best_hits")  # a probe of before they were kept has none
-        self.best_hits = None if hits is None else hits.numpy()
 
 
 def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
     """Features [B, W] and indices [B] of the training images of each step, as they come or from those kept."""
-    config, transform, device = probe.config, probe.loaded.transform, probe.device
+    config, transform, device = probe.config, probe.transform, probe.device
+    views = Views(probe.train, transform, config.crop_scale, config.seed)
     if not config.cached:
         workers = choose_workers(config.num_workers, distributed.processes_here())
-        views = probe_batches(probe.train, transform.crop, config.crop_scale, probe.sampler, workers, device)
-        return frozen_features(probe.pooled, views, transform, device)
-    assert probe.kept is not None  # open_probe sees to that
-    kept = AugmentedEpochs(
-        probe.kept,
-        probe.train,
-        probe.identity["train"],
-        probe.row,
-        transform,
-        config.crop_scale,
-        config.seed,
-        probe.pooled.embed_dim,
-        config.cached_precision,
-    )
-    count = min(config.cached_epochs, config.epochs)
-    epochs = kept.make(count, probe.pooled, device, config.batch_size_per_gpu, config.num_workers)
-    return stored_features(epochs, probe.sampler, device)
+        return live_features(probe.pooled, views, probe.sampler, workers, device)
+    whole = dataclasses.replace(transform, resize=transform.crop)  # views have the crop's size already
+    epochs = [
+        cached(
+            probe.pooled, probe.row_hash, AugmentedEpoch(views, epoch, probe.identity["train"]), whole, device,
+            probe.cache, config.batch_size_per_gpu, config.num_workers, half=config.cached_precision == "float16",
+        ).features
+        for epoch in range(min(config.cached_epochs, config.epochs))
+    ]  # fmt: skip
+    return kept_features(epochs, probe.sampler, device)
+
+
+def final_results(probe: Probe, content: Record, paper: LinearHeads, grids: Mapping[str, LinearHeads]) -> Record:
+    """The figures at the end, and the classifier that they recommend.
+
+    Args:
+        content: ``history``, a record an epoch of the paper's classifier, and ``best_hits`` [n], whether it was right
+            in its best epoch; None where that was trained before these were kept.
+        grids: for each choice of features a classifier a learning rate. The best is chosen on held-out training images,
+            and it alone ever sees the validation images.
+
+    Returns:
+        ``results`` and ``figures`` (:meth:`Figure.to_card`) for the card, and ``classifier`` with weight [C, D] and
+        bias [C] for features as the backbone gives them: the grid's choice if there is a grid.
+    """
+    lr, history, best_hits = probe.config.lr, content["history"], content["best_hits"]
+    val, labels = probe.rows(probe.val), np.asarray(probe.val.labels)
+    figures: list[Figure] = []
+
+    def final(name: str, features: str, heads: LinearHeads, head: int) -> Record:
+        found = heads.guesses(val[features], [head])[0]
+        hits = correct(found, labels, 1)
+        figures.append(figure(f"{name}, last epoch, top-1", {"classifier": name, "epoch": "last"}, hits))
+        tops = top_accuracies(found, labels, five=history[-1]["top5"] is not None)
+        return {one: tops[one] for one in ("top1", "top1_interval", "top5")}
+
+    best = max(history, key=lambda record: float(record["top1"]))
+    results: Record = {
+        "paper": {
+            "lr": lr,
+            "last_epoch": final("paper", "cls", paper, 0),
+            "best_epoch": {**best, "chosen_on": "validation images, as published figures are"},
+        }
+    }
+    settings = {"classifier": "paper", "epoch": "best"}
+    hits = None if best_hits is None else best_hits.numpy()
+    figures.append(Figure("paper, best epoch, top-1", settings, float(best["top1"]), hits))
+    features, (weight, bias) = "cls", paper.folded(0)
+    if grids:
+        held, answers, lrs = probe.rows(probe.held_source), probe.labels[probe.held], probe.lrs
+        chances = {
+            name: [accuracy(found, answers, 1) for found in heads.guesses(held[name], range(len(lrs)))]
+            for name, heads in grids.items()
+        }
+        features = max(chances, key=lambda name: max(chances[name]))
+        winner = int(np.argmax(chances[features]))
+        lr = lrs[winner]
+        results["grid"] = {
+            "lr": lr,
+            "features": features,
+            "chosen_on": "held-out training images",
+            "held_out_images": len(answers),
+            "held_out_top1": chances[features][winner],
+            **final("grid", features, grids[features], winner),
+            "held_out_top1_by_lr": [list(pair) for pair in zip(lrs, chances[features], strict=True)],
+            "held_out_top1_by_features": {name: max(found) for name, found in chances.items()},
+        }
+        weight, bias = grids[features].folded(winner)
+    return {
+        "results": results,
+        "figures": [one.to_card() for one in figures],
+        "classifier": {"weight": weight, "bias": bias, "lr": lr, "features": features},
+    }

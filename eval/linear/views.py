@@ -1,14 +1,18 @@
 """Training images of the linear probe: RandomResizedCrop and flip, in an order that (seed, epoch) alone decides.
 
-B batch. A batch is made whole in one loader process: for pictures of a few dozen pixels, handing them over one by one
-would take longer than cutting them.
+They are looked at as they come (:func:`live_features`), or the features of a few epochs are kept and come again
+(``--cached``): epoch e then learns from kept epoch e mod E, in an order of its own. The views of a kept epoch are those
+that the full protocol sees in that epoch.
+
+B batch, E kept epochs, W features of a row, n images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,54 +21,69 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dino_xcit.data import Source, UndecodableImage, decode
+from dino_xcit.data import Source, decode
 from dino_xcit.data.loader import Key, StepSampler
+from dino_xcit.data.source import hash_lines
+from dino_xcit.data.workers import worker_init
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
+from eval.features import refuse_not_finite
 
 CROP_ATTEMPTS = 10
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _NUMBERS = 2 * CROP_ATTEMPTS + 3
 
 Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels, right and bottom excluded."""
+"""left, top, right, bottom in pixels."""
 
 
-@dataclass
-class ProbeBatch:
-    """Cropped training images."""
+@dataclass(frozen=True)
+class Views(Dataset[Any]):
+    """Cropped training images. A batch is made whole in one loader process: for pictures of a few dozen pixels, handing
+    them over one by one would take longer than cutting them."""
 
-    images: Tensor
-    """[B, 3, crop, crop] uint8."""
-    indices: Tensor
-    """[B] int64, which images of the source these are."""
+    source: Source
+    transform: EvalTransform
+    """For the crop's size, mean and standard deviation."""
+    scale: tuple[float, float]
+    """Share of the image's area that a crop covers: least, most."""
+    seed: int
 
-    def pin_memory(self) -> ProbeBatch:
-        """Called by the loader where batches go to a GPU."""
-        return ProbeBatch(self.images.pin_memory(), self.indices.pin_memory())
+    def __getitem__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor] | InputError:
+        """Images [B, 3, crop, crop] uint8 and which these are [B]; an image that cannot be read makes it that error."""
+        pixels = np.empty((len(keys), self.transform.crop, self.transform.crop, 3), dtype=np.uint8)
+        try:
+            for row, (epoch, index) in enumerate(keys):
+                pixels[row] = self.pixels(epoch, index)
+        except InputError as error:
+            # Handed over rather than raised: a loader process would bury the sentence in a traceback.
+            return error
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([index for _, index in keys])
+
+    def pixels(self, epoch: int, index: int) -> NDArray[np.uint8]:
+        """[crop, crop, 3]."""
+        image = decode(self.source.read(index)[0], self.source.name(index))
+        return np.asarray(random_view(image, self.transform.crop, self.scale, self.seed, epoch, index))
 
 
-class CroppedImages(Dataset[ProbeBatch]):
-    """A list of (epoch, index) to that batch; an image that cannot be read makes the whole batch that error."""
+class AugmentedEpoch:
+    """The views of one epoch as a data source, so that their features are kept like any others."""
 
-    def __init__(self, source: Source, crop: int, scale: tuple[float, float], seed: int) -> None:
-        """``crop`` pixels a side; ``scale``: share of the image's area that a crop covers, (least, most)."""
-        self.source, self.crop, self.scale, self.seed = source, crop, scale, seed
+    def __init__(self, views: Views, epoch: int, fingerprint: str) -> None:
+        """``fingerprint``: of ``views.source``."""
+        self._views, self._epoch, self._fingerprint = views, epoch, fingerprint
+        self.url = f"{views.source.url}, augmented epoch {epoch + 1}"
+        self.labels, self.classes, self.name = views.source.labels, views.source.classes, views.source.name
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._views.source)
 
-    def __getitem__(self, keys: Sequence[Key]) -> ProbeBatch | UndecodableImage:  # type: ignore[override]
-        pixels = np.empty((len(keys), self.crop, self.crop, 3), dtype=np.uint8)
-        for row, (epoch, index) in enumerate(keys):
-            try:
-                image = decode(self.source.read(index)[0], self.source.name(index))
-            except InputError as error:
-                # Handed over rather than raised: a loader process would bury the sentence in a traceback.
-                return UndecodableImage(str(error))
-            pixels[row] = np.asarray(random_view(image, self.crop, self.scale, self.seed, epoch, index))
-        indices = torch.tensor([index for _, index in keys], dtype=torch.int64)
-        return ProbeBatch(torch.from_numpy(pixels).permute(0, 3, 1, 2), indices)
+    def read(self, index: int) -> tuple[NDArray[np.uint8], None]:
+        return self._views.pixels(self._epoch, index), None
+
+    def fingerprint(self) -> str:
+        views = self._views
+        return hash_lines([self._fingerprint, f"{views.transform.crop} {views.scale} {views.seed} {self._epoch}"])
 
 
 def random_view(
@@ -95,83 +114,46 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequ
         ratio = math.exp(low + (high - low) * numbers[2 * attempt + 1])
         wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < wide <= width and 0 < tall <= height:
-            left = int(numbers[-3] * (width - wide + 1))
-            top = int(numbers[-2] * (height - tall + 1))
+            left, top = int(numbers[-3] * (width - wide + 1)), int(numbers[-2] * (height - tall + 1))
             return left, top, left + wide, top + tall
-    wide, tall = width, height
-    if width / height < math.exp(low):
-        tall = round(width / math.exp(low))
-    elif width / height > math.exp(high):
-        wide = round(height * math.exp(high))
+    wide, tall = min(width, round(height * math.exp(high))), min(height, round(width / math.exp(low)))
     left, top = (width - wide) // 2, (height - tall) // 2
     return left, top, left + wide, top + tall
 
 
-class EachOnce:
-    """Every image of one epoch once, in the order of the source, in rounds that are dealt to the processes.
-
-    :class:`StepSampler` shuffles, and leaves a last incomplete batch out.
-    """
-
-    def __init__(self, length: int, batch_size: int, epoch: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.seed = seed
-        round_size = batch_size * world_size
-        rounds = [range(start, min(start + round_size, length)) for start in range(0, length, round_size)]
-        self.batches = [
-            [(epoch, index) for index in whole[rank * batch_size : (rank + 1) * batch_size]] for whole in rounds
-        ]
-        """One a round; those of the last round may be short or empty."""
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return iter([batch for batch in self.batches if batch])
-
-
-def probe_batches(
-    source: Source,
-    crop: int,
-    scale: tuple[float, float],
-    sampler: StepSampler | EachOnce,
-    num_workers: int,
-    device: torch.device,
-) -> Iterator[ProbeBatch]:
-    """Batches for every list of ``sampler``, in order.
-
-    Raises:
-        UndecodableImage: while iterating, for an image that cannot be read.
-    """
-    loader: DataLoader[ProbeBatch] = DataLoader(
-        CroppedImages(source, crop, scale, sampler.seed),
-        sampler=sampler,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        pin_memory=device.type == "cuda",
-    )
-    for batch in loader:
-        if isinstance(batch, UndecodableImage):
-            raise batch
-        yield batch
-
-
-def frozen_features(
-    backbone: nn.Module, batches: Iterable[ProbeBatch], transform: EvalTransform, device: torch.device
+def live_features(
+    backbone: nn.Module, views: Views, sampler: StepSampler, num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each batch its features [B, W] in float32, without gradient, and which images these are [B], on ``device``.
+    """For each step its features [B, W] in float32, without gradient, and which images these are [B], on ``device``.
 
     Args:
-        backbone: on ``device``, in eval mode.
-        transform: for its mean and deviation.
+        backbone: on ``device``, in eval mode; its class token is the row.
+
+    Raises:
+        InputError: an image cannot be read, or its features are not finite; it is named.
     """
-    for batch in batches:
-        indices = batch.indices.to(device, non_blocking=True)
-        pixels = batch.images.to(device, non_blocking=True)
+    loader: DataLoader[Any] = DataLoader(
+        views, None, sampler=sampler, num_workers=num_workers, worker_init_fn=worker_init() if num_workers else None,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        pixels, indices = (part.to(device, non_blocking=True) for part in batch)
         with torch.no_grad():
-            features = backbone(normalise(pixels, transform.mean, transform.std)).cls_token.float()
+            features = backbone(normalise(pixels, views.transform.mean, views.transform.std)).cls_token.float()
+        refuse_not_finite(features, views.source, indices.tolist())
         yield features, indices
 
 
-def _as_it_is(batch: ProbeBatch) -> ProbeBatch:
-    return batch
+def kept_features(
+    epochs: Sequence[NDArray[Any]], sampler: StepSampler, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As :func:`live_features`, from what was kept: ``epochs`` are E arrays [n, W]."""
+    for keys in sampler:
+        chosen = np.array([index for _, index in keys], dtype=np.int64)
+        rows = epochs[keys[0][0] % len(epochs)][chosen].astype(np.float32)
+        yield torch.from_numpy(rows).to(device), torch.from_numpy(chosen).to(device)
 
 
 def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
