@@ -21,8 +21,8 @@ import io
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: it sets how idle threads wait)
 import torch  # noqa: E402
-from against import add_arguments, compare_commits, import_peer, spread  # noqa: E402
+from against import add_arguments, compare_commits, import_peer, spread, timed  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torchvision.io import ImageReadMode, decode_image  # noqa: E402
@@ -151,13 +151,6 @@ def kornia(files: Sequence[bytes]) -> Pipeline:
     return image_by_image(files, lambda data: to_tensor(data)[None].float() / 255, views)
 
 
-def milliseconds(run: Callable[[], object], images: int) -> float:
-    """Milliseconds an image."""
-    began = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - began) / images
-
-
 def on_device(source: Source, device: torch.device, rounds: int, images: int = 64) -> dict[str, float]:
     """What a GPU does to an image's views, in milliseconds, and how far they are from the CPU's, in levels of 255."""
     chosen = range(min(images, len(source)))
@@ -170,8 +163,8 @@ def on_device(source: Source, device: torch.device, rounds: int, images: int = 6
 
     pairs = zip(unfinished.to(device).crops, batch_of(dataset_of(source, False), 0, chosen).crops, strict=True)
     error = max(float((found.cpu().int() - expected.int()).abs().max()) for found, expected in pairs)
-    times = [milliseconds(finish, len(chosen)) for _ in range(rounds + 2)]
-    return {"ms_device_share": median(times[2:]), "max_error_device_path_255": error}
+    times = [timed(finish)[1] for _ in range(rounds + 2)]
+    return {"ms_device_share": 1e3 * median(times[2:]) / len(chosen), "max_error_device_path_255": error}
 
 
 def main() -> None:
@@ -191,38 +184,29 @@ def main() -> None:
     files = [data for data in (source.read(index)[0] for index in range(len(source))) if isinstance(data, bytes)]
     if len(files) < len(source):
         raise InputError(f"--photos {given.photos} has decoded images, expected files such as JPEGs")
-    pipelines = {
-        "ours": ours(source, on_device=False),
-        "ours, worker's share": ours(source, on_device=True),
-        "torchvision v2": torchvision_v2(files),
-    }
+    pipelines = {"ours": ours(source, False), "ours_workers_share": ours(source, True)}
+    pipelines["torchvision_v2"] = torchvision_v2(files)
     if given.reference:
         pipelines["reference"] = reference(files, given.reference)
     if importlib.util.find_spec("kornia"):
         pipelines["kornia"] = kornia(files)
     times: dict[str, list[float]] = {name: [] for name in pipelines}
-    for number in range(given.rounds + 1):
+    for _ in range(given.rounds + 1):
         for name, run in pipelines.items():
             # kornia takes several times as long as all others: a quarter of the images.
             count = max(1, len(files) // 4) if name == "kornia" else len(files)
-            took = milliseconds(lambda run=run, count=count: run(count), count)  # type: ignore[misc]
-            if number:  # the first round compiles and warms up
-                times[name].append(took)
+            times[name].append(1e3 * timed(partial(run, count))[1] / count)
     result: dict[str, Any] = {"images": len(files), "rounds": given.rounds}
-    rows = [[name, spread(found), f"{1e3 / median(found):.0f}"] for name, found in times.items()]
-    print(f"{len(files)} images, one thread\n{table(['', 'ms an image', 'images/s a core'], rows)}\n")
-    for name, found in times.items():
-        result[f"ms_{name.replace(', ', '_').replace(' ', '_').replace(chr(39), '')}"] = median(found)
-    for key, name, peer in (
-        ("ratio_reference", "ours", "reference"),
-        ("ratio_worker", "ours, worker's share", "reference"),
-        ("ratio_torchvision_v2", "ours", "torchvision v2"),
-        ("ratio_kornia", "ours", "kornia"),
-    ):
-        if peer in times:
-            ratios = [theirs / own for theirs, own in zip(times[peer], times[name], strict=True)]
-            print(f"{peer} / {name}: {spread(ratios)}")
-            result[key] = median(ratios)
+    rows = []
+    for name, (_, *found) in times.items():  # the first round compiles and warms up
+        ratios = [theirs / own for theirs, own in zip(found, times["ours"][1:], strict=True)]
+        rows.append([name, spread(found), f"{1e3 / median(found):.0f}", spread(ratios)])
+        result |= {f"ms_{name}": median(found), f"ratio_{name}": median(ratios)}
+    print(f"{len(files)} images, one thread\n")
+    print(table(["", "ms an image", "images/s a core", "x the time of ours"], rows))
+    if given.reference:
+        pairs = zip(times["reference"][1:], times["ours_workers_share"][1:], strict=True)
+        result["ratio_worker"] = median(theirs / own for theirs, own in pairs)
     if given.device.type == "cuda":
         result |= on_device(source, given.device, given.rounds) | {"device": torch.cuda.get_device_name(given.device)}
         print(f"the device's share: {result['ms_device_share']:.3f} ms an image")

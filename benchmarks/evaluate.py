@@ -29,22 +29,17 @@ K = 10
 """Neighbours of the figure in the table, as in benchmarks/demo.py."""
 
 
-def run(script: str, weights: Path, folder: Path, *flags: str) -> tuple[dict[str, Any], float, float]:
-    """Type a command, and end as it ends if it fails.
+COMMANDS = {
+    "extract": ["run_extract.py", "--output-dir", "{folder}/vectors"],
+    "knn": ["run_knn.py"],
+    "linear": ["run_linear.py", "--output-dir", "{folder}/linear"],
+}
 
-    Returns:
-        Its result file, seconds of the clock, seconds of the processor.
-    """
-    file = folder / f"{script}.json"
-    words = ["--weights", str(weights.absolute()), "--cache-dir", str(folder / "features"), *flags, "--json", str(file)]
-    print(f"\n$ python {script} {shlex.join(words)}", flush=True)
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    status = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=ROOT, check=False).returncode
-    if status:
-        sys.exit(status)
-    clock, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return json.loads(file.read_text()), clock, processor
+
+def processor_seconds() -> float:
+    """Of all processes that have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def main() -> None:
@@ -53,31 +48,33 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="a checkpoint that remembers labelled images")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of the clock that all of it may take")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        extract = run("run_extract.py", given.weights, folder, "--output-dir", str(folder / "vectors"))
-        knn = run("run_knn.py", given.weights, folder)
-        linear = run("run_linear.py", given.weights, folder, "--output-dir", str(folder / "linear"))
-    knn_top1 = next(row["top1"] for row in knn[0]["results"] if row["k"] == K)
-    linear_top1 = linear[0]["results"]["grid"]["top1"]
-    rows = {
-        "extract": (*extract[1:], f"{extract[0]['count']:,} vectors"),
-        "knn": (*knn[1:], f"top-1 {knn_top1:.1f} (k = {K})"),
-        "linear": (*linear[1:], f"top-1 {linear_top1:.1f} (grid)"),
-    }
-    total, processor = (sum(row[column] for row in rows.values()) for column in (0, 1))
-    shown = {**rows, "all": (total, processor, f"at most {given.limit:g} s")}
-    lines = [[name, f"{clock:.1f}", f"{used:.1f}", found] for name, (clock, used, found) in shown.items()]
-    print(f"\n{table(['command', 'seconds', 'of the processor', 'found'], lines)}\n")
+    seconds: dict[str, tuple[float, float]] = {}
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        shared = ["--weights", str(given.weights.absolute()), "--cache-dir", f"{folder}/features"]
+        for name, command in COMMANDS.items():
+            script, *flags = [word.format(folder=folder) for word in command]
+            words = [*shared, *flags, "--json", f"{folder}/{name}.json"]
+            print(f"\n$ python {script} {shlex.join(words)}", flush=True)
+            clock, processor = time.perf_counter(), processor_seconds()
+            status = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=ROOT, check=False).returncode
+            if status:
+                sys.exit(status)
+            seconds[name] = time.perf_counter() - clock, processor_seconds() - processor
+            results[name] = json.loads(Path(folder, f"{name}.json").read_text())
+    total = sum(clock for clock, _ in seconds.values())
+    seconds["all"] = total, sum(processor for _, processor in seconds.values())
+    rows = [[name, f"{clock:.1f}", f"{processor:.1f}"] for name, (clock, processor) in seconds.items()]
+    print(f"\n{table(['command', 'seconds', 'of the processor'], rows)}\n")
     if total > given.limit:
         print(f"too slow: {total:.1f} s, expected at most {given.limit:g} s", file=sys.stderr, flush=True)
     figures = {
-        "seconds": {name: row[0] for name, row in rows.items()},
-        "processor_seconds": {name: row[1] for name, row in rows.items()},
+        "seconds": {name: clock for name, (clock, _) in seconds.items()},
+        "processor_seconds": {name: processor for name, (_, processor) in seconds.items()},
         "total": total,
         "limit": given.limit,
-        "knn_top1": knn_top1,
-        "linear_top1": linear_top1,
+        "knn_top1": next(row["top1"] for row in results["knn"]["results"] if row["k"] == K),
+        "linear_top1": results["linear"]["results"]["grid"]["top1"],
     }
     print(json.dumps(figures))
     sys.exit(int(total > given.limit))

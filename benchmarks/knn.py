@@ -24,12 +24,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from against import add_arguments, compare_commits, exit_on_sigterm, peak_memory, process_group  # noqa: E402
+from against import add_arguments, compare_commits, exit_on_sigterm, peak_memory, process_group, timed  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from dino_xcit.errors import run_main  # noqa: E402
@@ -58,7 +57,6 @@ ROWS_AT_ONCE = 65_536
 AGAINST = dict.fromkeys(
     ("ours_build", "ours_cpu_build", "ours_every_k", "ours_cpu_every_k", "ours_peak_gib", "reference_peak_gib"), "less"
 )
-T = TypeVar("T")
 
 
 def write_features(path: Path, labels: NDArray[np.int64], dim: int, seed: int, noise_dim: int) -> None:
@@ -76,13 +74,6 @@ def write_features(path: Path, labels: NDArray[np.int64], dim: int, seed: int, n
     features.flush()
 
 
-def timed(run: Callable[[], T]) -> tuple[T, float, float]:
-    """What a function returns, its seconds by the clock, and those of the processor."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    found = run()
-    return found, time.perf_counter() - wall, time.process_time() - cpu
-
-
 # ---- beside the reference's way
 
 
@@ -95,7 +86,8 @@ def ours(folder: Path, ks: list[int]) -> dict[str, float]:
     )
     peak = peak_memory() / 2**30
     rows = np.concatenate([rows for _, rows in search(index, queries[:COMPARED], max(ks))])
-    np.savez(folder / "ours.npz", rows=rows, **{f"k_{k}": found[k, TEMPERATURE][:, 0] for k in ks})
+    arrays = {f"k_{k}": found[k, TEMPERATURE][:, 0] for k in ks}
+    np.savez(folder / "ours.npz", rows=rows, **arrays)  # type: ignore[arg-type]
     return {"build": build_s, "cpu_build": cpu_build, "every_k": every_k, "cpu_every_k": cpu_every_k, "peak_gib": peak}
 
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-from torch.utils.data import DataLoader, Dataset, Sampler  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 from dino_xcit.data import Source, open_source  # noqa: E402
 
@@ -73,20 +72,6 @@ class Lengths(Dataset[int]):
         return len(item)
 
 
-class Order(Sampler[list[int]]):
-    """Batches of random images."""
-
-    def __init__(self, length: int, count: int) -> None:
-        self.length, self.count = length, count
-
-    def __len__(self) -> int:
-        return self.count // BATCH
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng(1)
-        return (rng.integers(self.length, size=BATCH).tolist() for _ in range(len(self)))
-
-
 def private_mb(process: int) -> float:
     """Memory that a process has alone because it wrote there, in MB."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
@@ -96,11 +81,11 @@ def private_mb(process: int) -> float:
 def read_through_workers(source: Source, count: int, workers: int, method: str) -> dict[str, Any]:
     """Read random images in loader processes; their memory at the start, in the middle and at the end."""
     before = {process.pid for process in multiprocessing.active_children()}
-    order = Order(len(source), count)
     loader = DataLoader(
-        Lengths(source), batch_sampler=order, num_workers=workers, multiprocessing_context=method, collate_fn=sum
-    )
-    moments = {len(order) // 100: "start", len(order) // 2: "middle", len(order) - 3 * workers: "end"}
+        Lengths(source), BATCH, sampler=np.random.default_rng(1).integers(len(source), size=count).tolist(),
+        num_workers=workers, multiprocessing_context=method, collate_fn=sum,
+    )  # fmt: skip
+    moments = {len(loader) // 100: "start", len(loader) // 2: "middle", len(loader) - 3 * workers: "end"}
     memory: dict[str, list[float]] = {}
     began = time.perf_counter()
     for step, _ in enumerate(loader):

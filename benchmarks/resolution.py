@@ -1,7 +1,6 @@
 """Time and memory against resolution: XCA's two paths, XCiT with them, timm's XCiT, a ViT with quadratic attention.
 
     python benchmarks/resolution.py [--device cpu|cuda] [--threads 1] [--rounds 5] [--batch 1] [--quick] [--out DIR]
-    python benchmarks/resolution.py --draw [--out DIR]      # only resolution.png again, from resolution.json
 
 First XCA alone: direct and Gram path in turn, with LayerScale, forward (no gradient) and forward with backward pass;
 from that table come the thresholds of ``choose`` in dino_xcit/models/xca.py. The run fails if the outputs or gradients
@@ -36,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import timm  # noqa: E402
 import torch  # noqa: E402
-from against import exit_on_sigterm, memory_status, process_group  # noqa: E402
+from against import exit_on_sigterm, memory_status, process_group, timed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dino_xcit.errors import InputError, is_out_of_memory, run_main  # noqa: E402
@@ -59,14 +58,10 @@ Row = dict[str, Any]
 
 def seconds(run: Callable[[], object], device: str) -> float:
     """Of one call; of a single thread the processor's time, which other processes change less."""
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    if device == "cuda":
-        torch.cuda.synchronize()
-    began = clock()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - began
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else tuple
+    wait()
+    _, wall, cpu = timed(lambda: (run(), wait()))
+    return cpu if device == "cpu" and torch.get_num_threads() == 1 else wall
 
 
 def outputs(module: nn.Module, inputs: tuple[Tensor, ...], one: Row) -> Tensor:
@@ -76,20 +71,18 @@ def outputs(module: nn.Module, inputs: tuple[Tensor, ...], one: Row) -> Tensor:
     return out if isinstance(out, Tensor) else out.cls_token
 
 
-def a_pass(module: nn.Module, inputs: tuple[Tensor, ...], one: Row) -> Callable[[], object]:
+def a_pass(module: nn.Module, inputs: tuple[Tensor, ...], one: Row) -> Callable[[], None]:
     """A forward pass without gradient, or a forward and a backward pass whose gradients are let go."""
-    wanted = [*module.parameters(), *(tensor for tensor in inputs if tensor.requires_grad)]
 
-    def without_gradient() -> None:
-        with torch.no_grad():
-            outputs(module, inputs, one)
+    def run() -> None:
+        with torch.set_grad_enabled(one["training"]):
+            out = outputs(module, inputs, one)
+        if one["training"]:
+            out.float().square().mean().backward()
+            for tensor in (*module.parameters(), *inputs):
+                tensor.grad = None
 
-    def with_backward() -> None:
-        outputs(module, inputs, one).float().square().mean().backward()
-        for tensor in wanted:
-            tensor.grad = None
-
-    return with_backward if one["training"] else without_gradient
+    return run
 
 
 def random_xca(one: Row) -> tuple[XCA, tuple[Tensor, Tensor]]:
@@ -251,19 +244,6 @@ def networks(common: Row, quick: bool) -> Iterator[Row]:
                         yield row | in_a_process(figures, common | row)
 
 
-def measure(common: Row, quick: bool) -> Row:
-    """Both tables, each printed line by line."""
-    found: Row = {}
-    for name, rows in (("xca", crossover(common, quick)), ("networks", networks(common, quick))):
-        found[name] = []
-        for row in rows:
-            if not found[name]:
-                show([*row])
-            found[name].append(row)
-            show([*row.values()])
-    return found
-
-
 # ---- the figure, as in the XCiT paper
 
 STYLES = {
@@ -316,22 +296,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two resolutions, the small networks: a few minutes")
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the figure again")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     given = parser.parse_args()
-    file = given.out / "resolution.json"
-    if not given.draw:
-        exit_on_sigterm()
-        began = time.perf_counter()
-        common: Row = {key: getattr(given, key) for key in ("device", "threads", "rounds", "batch")}
-        device = in_a_process(device_name, common)["name"]
-        if device is None:
-            raise InputError("--device cuda, but PyTorch finds no GPU here: use --device cpu")
-        result = common | {"device_name": device, "torch": torch.__version__, "quick": given.quick}
-        result |= measure(common, given.quick) | {"minutes": round((time.perf_counter() - began) / 60, 1)}
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    result = json.loads(file.read_text())
-    draw(result, file.with_suffix(".png"))
+    exit_on_sigterm()
+    began = time.perf_counter()
+    common: Row = {key: getattr(given, key) for key in ("device", "threads", "rounds", "batch")}
+    device = in_a_process(device_name, common)["name"]
+    if device is None:
+        raise InputError("--device cuda, but PyTorch finds no GPU here: use --device cpu")
+    result = common | {"device_name": device, "torch": torch.__version__, "quick": given.quick}
+    for name, rows in (("xca", crossover(common, given.quick)), ("networks", networks(common, given.quick))):
+        result[name] = []
+        for row in rows:
+            if not result[name]:
+                show([*row])
+            show([*row.values()])
+            result[name].append(row)
+    result["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    (given.out / "resolution.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, given.out / "resolution.png")
     print(json.dumps(result))
 
 

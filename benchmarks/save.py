@@ -13,16 +13,16 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from against import timed  # noqa: E402
 from torch.multiprocessing.spawn import spawn  # noqa: E402
 
 from dino_xcit.checkpoint.folder import CheckpointFolder, why_damaged  # noqa: E402
@@ -32,14 +32,6 @@ from dino_xcit.config import PretrainConfig  # noqa: E402
 from dino_xcit.runtime import atomic, distributed  # noqa: E402
 from dino_xcit.runtime.health import StopFlags  # noqa: E402
 from dino_xcit.train import TrainState, build_state  # noqa: E402
-
-T = TypeVar("T")
-
-
-def timed(run: Callable[[], T]) -> tuple[T, float]:
-    """What a function returns, and its seconds."""
-    began = time.perf_counter()
-    return run(), time.perf_counter() - began
 
 
 def state_after_a_step(config: PretrainConfig, device: torch.device) -> TrainState:
@@ -68,18 +60,19 @@ def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -
     """Seconds of each part of a save."""
     content = content_of(state_after_a_step(config, device), Run(config, 1000))
     on_cpu(content)  # the first copy of a process also fetches its memory from the system
-    copy, copying = timed(lambda: on_cpu(content))
+    copy, copying, _ = timed(lambda: on_cpu(content))
     checkpoints = CheckpointFolder(folder, keep_last=2)
-    manifest, writing = timed(lambda: checkpoints.write(copy))
+    manifest, writing, _ = timed(partial(checkpoints.write, copy))
     file = folder / "checkpoints" / manifest.name
-    _, hashing = timed(lambda: atomic.digest_of(file))
-    newest, finding = timed(lambda: not why_damaged(file, manifest) and checkpoints.newest()[0])
+    _, hashing, _ = timed(lambda: atomic.digest_of(file))
+    newest, finding, _ = timed(lambda: not why_damaged(file, manifest) and checkpoints.newest()[0])
     if not newest:
         raise SystemExit("the checkpoint that was written is not whole")
+    del copy
     alone = work(2.0)
     saver = Saver(checkpoints, max_failures=1)
     content["step"] = 2
-    _, held_up = timed(lambda: saver.save(content))
+    _, held_up, _ = timed(lambda: saver.save(content))
     beside = work(0.7 * writing)
     saver.ensure(2, lambda: content)
     return {

@@ -15,8 +15,8 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: it sets how idle threads wait)
 import torch  # noqa: E402
-from against import exit_on_sigterm, process_group  # noqa: E402
+from against import exit_on_sigterm, process_group, timed  # noqa: E402
 from step import OurStep, Row, Settings, Worker, draw_crops  # noqa: E402
 
 from dino_xcit.errors import run_main  # noqa: E402
@@ -35,30 +35,23 @@ from eval.table import table  # noqa: E402
 
 BASE = Settings(arch="xcit_nano_12_p16", batch=4, out_dim=8192, global_size=128, local_size=64)
 OURS = Row("ours-fp32", "ours, fp32", "ours", "fp32")
-VARIED = {
-    "batch": [2, 4, 8, 16],
-    "global_size": [64, 128, 192, 256],
-    "out_dim": [1024, 8192, 32768, 65536],
-}
+VARIED = {"batch": [2, 4, 8, 16], "global_size": [64, 128, 192, 256], "out_dim": [1024, 8192, 32768, 65536]}
 """Local crops are half as large as the global ones."""
 
 
-def by_setting(rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds a step for each value of each setting."""
-    steps: dict[tuple[str, int], tuple[OurStep, list[torch.Tensor]]] = {}
+def by_setting(rounds: int) -> dict[str, tuple[int, float]]:
+    """(images, median seconds) a step for each value of each setting."""
+    steps: dict[str, tuple[OurStep, list[torch.Tensor], int]] = {}
     for name, values in VARIED.items():
         for value in values:
             changes: dict[str, Any] = {name: value} | ({"local_size": value // 2} if name == "global_size" else {})
             settings = dataclasses.replace(BASE, **changes)
-            steps[name, value] = OurStep(settings, OURS), draw_crops(settings, 0)
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+            steps[f"{name} {value}"] = OurStep(settings, OURS), draw_crops(settings, 0), settings.batch
+    times: dict[str, list[float]] = {key: [] for key in steps}
     for _ in range(rounds + 1):
-        for key, (step, crops) in steps.items():
-            began = time.perf_counter()
-            step(crops)
-            times[key].append(time.perf_counter() - began)
-    # The first round warms up.
-    return {name: {str(value): median(times[name, value][1:]) for value in VARIED[name]} for name in VARIED}
+        for key, (step, crops, _) in steps.items():
+            times[key].append(timed(partial(step, crops))[1])
+    return {key: (steps[key][2], median(found[1:])) for key, found in times.items()}  # the first round warms up
 
 
 def start_two(group: int, together: bool) -> list[Worker]:
@@ -74,30 +67,32 @@ def start_two(group: int, together: bool) -> list[Worker]:
         workers.append(Worker(OURS, BASE, "", group, environment=told | {"OMP_NUM_THREADS": "1"}))
         os.sched_setaffinity(workers[-1].process.pid, {cores[rank % len(cores)]})
     for worker in workers:
-        worker.send("build")
-    for worker in workers:
-        worker.answer()
+        worker.ready()
     return workers
 
 
-def seconds(workers: Sequence[Worker], passes: int = 1) -> float:
+def seconds(workers: Sequence[Worker], passes: int) -> float:
     """A step of all of them at the same time, of the slowest."""
     for worker in workers:
         worker.send("steps", warm_up=0, count=1, arguments={"passes": passes})
     return max(worker.answer()["seconds"] for worker in workers)
 
 
-def by_ranks(rounds: int) -> dict[str, float]:
-    """Median seconds a step of one process, two strangers, two ranks with 1 and with 4 passes a step."""
-    times: dict[str, list[float]] = {"1 process": [], "2 strangers": [], "2 ranks": [], "2 ranks, 4 passes": []}
+def by_ranks(rounds: int) -> dict[str, tuple[int, float]]:
+    """(images, median seconds) a step of one process, two strangers, two ranks with 1 and with 4 passes a step."""
     with process_group() as group:
         strangers, ranks = start_two(group, together=False), start_two(group, together=True)
-        for _ in range(rounds + 1):
-            times["1 process"].append(seconds(strangers[:1]))
-            times["2 strangers"].append(seconds(strangers))
-            times["2 ranks"].append(seconds(ranks))
-            times["2 ranks, 4 passes"].append(seconds(ranks, passes=4))
-    return {name: median(found[1:]) for name, found in times.items()}
+        turns = {
+            "1 process": (strangers[:1], 1),
+            "2 strangers": (strangers, 1),
+            "2 ranks": (ranks, 1),
+            "2 ranks, 4 passes": (ranks, 4),
+        }
+        times = [{name: seconds(*turn) for name, turn in turns.items()} for _ in range(rounds + 1)]
+    return {
+        name: (BASE.batch * len(workers) * passes, median(found[name] for found in times[1:]))
+        for name, (workers, passes) in turns.items()
+    }
 
 
 def main() -> None:
@@ -109,20 +104,12 @@ def main() -> None:
     keep_freed_memory()
     exit_on_sigterm()
     print(f"one thread a process, {BASE}")
-    settings = by_setting(rounds)
-    rows = []
-    for name, times in settings.items():
-        for value, step in times.items():
-            images = int(value) if name == "batch" else BASE.batch
-            rows.append([f"{name} {value}", f"{1e3 * step:.1f}", f"{images / step:.1f}"])
-    ranks = by_ranks(rounds)
-    for name, step in ranks.items():
-        images = BASE.batch * (1 if name == "1 process" else 2) * (4 if "4 passes" in name else 1)
-        rows.append([name, f"{1e3 * step:.1f}", f"{images / step:.1f}"])
-    print(table(["", "milliseconds a step", "images/s"], rows))
     if len(os.sched_getaffinity(0)) < 2:
         print("two processes share ONE core here")
-    print(json.dumps({"settings_s": settings, "ranks_s": ranks}))
+    found = by_setting(rounds) | by_ranks(rounds)
+    rows = [[name, f"{1e3 * step:.1f}", f"{images / step:.1f}"] for name, (images, step) in found.items()]
+    print(table(["", "milliseconds a step", "images/s"], rows))
+    print(json.dumps({"rounds": rounds, "seconds": {name: step for name, (_, step) in found.items()}}))
 
 
 if __name__ == "__main__":

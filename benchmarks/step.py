@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -33,7 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -85,7 +84,7 @@ class Settings:
     """Width of the head's output before the prototypes."""
     drop_path: float = 0.1
     """Of the student."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """cpu or cuda, for all rows."""
 
     @property
@@ -108,7 +107,7 @@ class Row:
     """What --only and the JSON object call it."""
     title: str
     project: str
-    """reference, timm, ours; or checks."""
+    """reference, timm or ours."""
     precision: Precision
     checkpointing: bool = False
     """Activation checkpointing."""
@@ -129,7 +128,6 @@ def rows_for(device: str) -> list[Row]:
 
 
 DEFAULT = ("reference", "timm-fp32", "timm-bf16", "ours-fp32", "ours-bf16")
-CHECKS = Row("checks", "checks", "checks", "fp32")
 STEPS_A_TURN = {"cpu": 1, "cuda": 10}
 """A GPU starts a step while it ends the one before, so several are timed together."""
 
@@ -205,7 +203,7 @@ class PlainNetwork(nn.Module):
             known = [name.removesuffix("_224") for name in timm.list_models("xcit_*_224")]
             raise InputError(f"--arch is {settings.arch}, expected one of timm's XCiTs: {', '.join(known)}")
         self.backbone: Any = timm.create_model(f"{settings.arch}_224", num_classes=0, drop_path_rate=drop_path)
-        self.head = PlainHead(self.backbone.num_features, settings)
+        self.head = PlainHead(self.backbone.num_features, settings)  # type: ignore[arg-type]
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """One tensor a crop size, [views of that size * B, 3, size, size], to [V * B, K]."""
@@ -216,15 +214,9 @@ def plain_names(state: Mapping[str, Tensor], backbone: nn.Module) -> State:
     """Weights or gradients of a network from the official names to those of :class:`PlainNetwork`."""
     from timm.models.xcit import checkpoint_filter_fn
 
-    theirs = checkpoint_filter_fn(part(state, "backbone."), backbone)
-    return {f"backbone.{name}": value for name, value in theirs.items()} | {
-        name: value for name, value in state.items() if name.startswith("head.")
-    }
-
-
-def part(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The entries below a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    official = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    head = {name: value for name, value in state.items() if name.startswith("head.")}
+    return head | {f"backbone.{name}": value for name, value in checkpoint_filter_fn(official, backbone).items()}
 
 
 def plain_loss(student_logits: Tensor, teacher_logits: Tensor, center: Tensor, views: int) -> Tensor:
@@ -259,11 +251,8 @@ class PlainStep:
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.center = torch.zeros(1, settings.out_dim, device=self.device)
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        matrices, vectors = ([p for p in self.student.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=LR)
 
     def loss(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -308,8 +297,6 @@ class ReferenceStep:
         xcit, main_dino = import_peer(folder, "xcit/xcit.py"), import_peer(folder, "dino/main_dino.py")
         self.utils = main_dino.utils
         self.settings, self.precision, self.device = settings, precision, torch.device(settings.device)
-        if not hasattr(xcit, settings.arch):
-            raise InputError(f"the reference has no {settings.arch}: give another --arch, or leave --reference out")
         if not dist.is_initialized():  # its loss sums over processes without asking how many there are
             store = f"file://{tempfile.mkdtemp()}/store"
             dist.init_process_group("nccl" if settings.device == "cuda" else "gloo", store, rank=0, world_size=1)
@@ -321,19 +308,18 @@ class ReferenceStep:
             return self.utils.MultiCropWrapper(backbone, head).to(self.device)
 
         torch.manual_seed(0)
-        synchronised = nn.SyncBatchNorm
         if settings.device == "cpu":
             nn.SyncBatchNorm = nn.BatchNorm2d  # type: ignore[misc, assignment]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's, about weight_norm
             self.student, self.teacher = network(settings.drop_path), network(0.0)
-        nn.SyncBatchNorm = synchronised  # type: ignore[misc]
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         views = 2 + settings.local_crops
         self.dino_loss = main_dino.DINOLoss(settings.out_dim, views, TEACHER_TEMP, TEACHER_TEMP, 0, EPOCHS)
         self.dino_loss.to(self.device)
-        self.optimizer = torch.optim.AdamW(self.utils.get_params_groups(self.student))
+        groups = self.utils.get_params_groups(self.student)
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def loss(self, images: Sequence[Tensor]) -> Tensor:
@@ -344,10 +330,6 @@ class ReferenceStep:
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
         """One training step; its loss."""
-        for number, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = LR
-            if number == 0:
-                group["weight_decay"] = WEIGHT_DECAY
         loss = self.loss([image.to(self.device, non_blocking=True) for image in images])
         value = loss.item()  # as theirs: it ends a run whose loss is not finite
         self.optimizer.zero_grad()
@@ -374,21 +356,13 @@ class OurStep:
     def __init__(self, settings: Settings, row: Row) -> None:
         self.views = [count for count, _ in settings.groups]
         self.config = PretrainConfig(
-            arch=settings.arch,
-            out_dim=settings.out_dim,
-            head_hidden_dim=settings.head_hidden,
-            head_bottleneck_dim=settings.head_bottleneck,
-            batch_size_per_gpu=settings.batch,
-            local_crops_number=settings.local_crops,
-            global_crops_size=settings.global_size,
-            local_crops_size=settings.local_size,
-            drop_path_rate=settings.drop_path,
-            device=settings.device,
-            precision=row.precision,
-            activation_checkpointing=row.checkpointing,
-            freeze_last_layer=0,  # as in all epochs but the first
-            warmup_epochs=0.0,
-        )
+            arch=settings.arch, out_dim=settings.out_dim, drop_path_rate=settings.drop_path,
+            head_hidden_dim=settings.head_hidden, head_bottleneck_dim=settings.head_bottleneck,
+            local_crops_number=settings.local_crops, batch_size_per_gpu=settings.batch,
+            global_crops_size=settings.global_size, local_crops_size=settings.local_size,
+            precision=row.precision, activation_checkpointing=row.checkpointing, device=settings.device,
+            warmup_epochs=0.0, freeze_last_layer=0,  # as in all epochs but the first
+        )  # fmt: skip
         self.schedules = Schedules.of(self.config, 1000, settings.batch)
         self.state = build_state(self.config, torch.device(settings.device))
 
@@ -406,15 +380,15 @@ NO_GRADIENT = ".attn.k.bias"
 """Of class attention. A softmax ignores what all its inputs share, so this gradient is zero but for rounding."""
 
 
-def check(settings: Settings, rows: Sequence[Row], reference: Path | None) -> list[tuple[str, float, float]]:
+def check(settings: Settings, rows: Sequence[Row], reference: str) -> list[tuple[str, float, float]]:
     """Give the rows the same weights and crops, without drop-path, and compare with the plain step in float64.
 
     Returns:
         (what is compared, relative error, limit) for each comparison.
     """
+    torch.backends.cudnn.allow_tf32 = False
     settings = dataclasses.replace(settings, batch=min(2, settings.batch), drop_path=0.0)
     generator = torch.Generator().manual_seed(0)
-    crops = draw_crops(settings, 0)
 
     def with_noise(state: Mapping[str, Tensor]) -> State:
         """Fresh biases are 0 and fresh LayerScales may be 1e-5: without noise nothing would depend on them."""
@@ -424,8 +398,9 @@ def check(settings: Settings, rows: Sequence[Row], reference: Path | None) -> li
                 value += 0.02 * torch.randn(value.shape, generator=generator)
         return new
 
-    student = with_noise(OurStep(settings, CHECKS).state.method.state_dict()["student"])
+    student = with_noise(OurStep(settings, Row("", "", "ours", "fp32")).state.method.state_dict()["student"])
     teacher = with_noise(student)
+    crops = draw_crops(settings, 0)
 
     def plain(precision: Precision, dtype: torch.dtype = torch.float32) -> tuple[float, State, nn.Module]:
         step = PlainStep(settings, precision)
@@ -456,7 +431,7 @@ def check(settings: Settings, rows: Sequence[Row], reference: Path | None) -> li
 
     found = []
     if reference:
-        theirs = ReferenceStep(reference, settings, "fp32")
+        theirs = ReferenceStep(Path(reference), settings, "fp32")
         theirs.student.load_state_dict(student)
         theirs.teacher.load_state_dict(teacher)
         views = [view.to(theirs.device) for view in view_by_view(normalised(crops), settings)]
@@ -485,56 +460,50 @@ def relative_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 # ---- a process of each row, which steps when it is told to
 
 
-def build_step(row: Row, settings: Settings, reference: str) -> Step:
-    """The step of a row."""
-    if row.project == "reference":
-        return ReferenceStep(Path(reference), settings, row.precision)
-    return PlainStep(settings, row.precision) if row.project == "timm" else OurStep(settings, row)
-
-
-def crops_for(row: Row, settings: Settings) -> list[Sequence[Tensor]]:
-    """Two batches of crops, in the form in which a row's own loader hands them over."""
-    batches: list[Sequence[Tensor]] = [draw_crops(settings, number) for number in range(2)]
+def build(row: Row, settings: Settings, reference: str) -> tuple[Step, list[list[Tensor]]]:
+    """The step of a row, and two batches of crops in the form in which its own loader hands them over."""
+    batches = [draw_crops(settings, number) for number in range(2)]
     if row.project == "ours":
-        return batches
+        return OurStep(settings, row), batches
     floats = [normalised(crops) for crops in batches]
-    return [view_by_view(crops, settings) for crops in floats] if row.project == "reference" else [*floats]
+    if row.project == "timm":
+        return PlainStep(settings, row.precision), floats
+    step = ReferenceStep(Path(reference), settings, row.precision)
+    return step, [view_by_view(crops, settings) for crops in floats]
 
 
-def serve(task: Mapping[str, Any], answers: TextIO) -> None:
-    """Answer each line of JSON on stdin with a line of JSON."""
+def serve(task: Mapping[str, Any]) -> None:
+    """Answer each line of JSON on stdin with one on stdout; what the step itself prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    row, settings = Row(**task["row"]), Settings(**task["settings"])
+    row, settings, done = Row(**task["row"]), Settings(**task["settings"]), 0
     cuda = settings.device == "cuda"
-    if not cuda:
-        keep_freed_memory()  # as run_pretrain.py does; here for all rows
-    elif row.project != "checks":
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    if cuda:  # as run_pretrain.py chooses; here for all rows
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
     distributed.start(torch.device(settings.device))  # scaling.py makes ranks of these processes
     gpu = torch.cuda.get_device_name() if cuda else ""
     answer(threads=torch.get_num_threads(), torch=torch.__version__, timm=version("timm"), gpu=gpu)
-    done = 0
     for line in sys.stdin:
         order = json.loads(line)
-        if order["do"] == "check":
-            folder = Path(task["reference"]) if task["reference"] else None
-            torch.backends.cudnn.allow_tf32 = False
-            answer(found=check(settings, [Row(**values) for values in order["rows"]], folder))
-        elif order["do"] == "build":
-            step, batches = build_step(row, settings, task["reference"]), crops_for(row, settings)
+        if order["do"] == "build":
+            step, batches = build(row, settings, task["reference"])
             answer()
         elif order["do"] == "steps":
             for number in range(order["warm_up"] + order["count"]):
                 if number == order["warm_up"]:
-                    synchronise(cuda)
+                    wait()
                     began = perf_counter()
                 loss = step(batches[done % 2], **order.get("arguments", {}))
                 done += 1
-            synchronise(cuda)
+            wait()
             seconds = (perf_counter() - began) / order["count"]
             if cuda:
                 torch.cuda.empty_cache()  # the other rows want the memory; the next turn warms up again
@@ -543,24 +512,8 @@ def serve(task: Mapping[str, Any], answers: TextIO) -> None:
             answer(peak=torch.cuda.max_memory_allocated() if cuda else peak_memory())
 
 
-def synchronise(cuda: bool) -> None:
-    """Wait for the GPU, where there is one."""
-    if cuda:
-        torch.cuda.synchronize()
-
-
-def worker(task: str) -> None:
-    """The process of a row. What its step prints goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    try:
-        serve(json.loads(task), answers)
-    except InputError as error:
-        print(json.dumps({"error": str(error)}), file=answers, flush=True)
-
-
 class Worker:
-    """A row's process, seen from the one that starts it.
+    """A row's process, seen from the one that starts it; ``ready`` waits until it has built its step.
 
     Args:
         group: its process group.
@@ -569,13 +522,7 @@ class Worker:
     """
 
     def __init__(
-        self,
-        row: Row,
-        settings: Settings,
-        reference: str,
-        group: int,
-        root: Path = ROOT,
-        environment: Mapping[str, str] | None = None,
+        self, row: Row, settings: Settings, reference: str, group: int, root: Path = ROOT, environment: Any = None
     ) -> None:
         mark = "" if root == ROOT else f", {commit_of(root)}"
         self.row, self.key, self.name = row, row.key + mark, row.title + mark
@@ -584,31 +531,24 @@ class Worker:
         words = [str(script)] if script.is_file() else [str(root / "benchmarks" / "step.py"), "--worker"]
         own = {"PYTHONPATH": str(root), "KMP_BLOCKTIME": "0"}  # Intel's OpenMP: idle threads sleep
         self.process = subprocess.Popen(
-            [sys.executable, *words, json.dumps(task)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | own | (environment or {}),
-            process_group=group,
-        )
+            [sys.executable, *words, json.dumps(task)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | own | (environment or {}), process_group=group,
+        )  # fmt: skip
+        self.about: dict[str, Any] = {}
+        """Threads, versions, the GPU's name."""
         self.seconds: list[float] = []
         """A step of each round."""
         self.peak = 0
         """Bytes: resident, or allocated on the GPU."""
-
-    @functools.cached_property
-    def about(self) -> dict[str, Any]:
-        """What the process says once its code is loaded: threads, versions, the GPU's name."""
-        return self.answer()
+        self.send("build")
 
     def send(self, do: str, **values: object) -> None:
         """Give an order; its answer is to be read."""
-        assert self.about
         assert self.process.stdin
         print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
-        """Wait for the answer.
+        """Wait for the next answer.
 
         Raises:
             InputError, RunStopped: instead of an answer.
@@ -623,6 +563,11 @@ class Worker:
             raise InputError(values["error"])
         return values
 
+    def ready(self) -> None:
+        """Wait until the step is built."""
+        self.about = self.answer()
+        self.answer()
+
     def ask(self, do: str, **values: object) -> dict[str, Any]:
         """Give an order and wait for the answer."""
         self.send(do, **values)
@@ -632,7 +577,7 @@ class Worker:
 def take_turns(workers: Sequence[Worker], rounds: int, device: str) -> None:
     """Time the rows: in each round each takes one turn."""
     for row in workers:
-        row.ask("build")
+        row.ready()
     for row in workers:
         row.ask("steps", warm_up=1, count=1)
     for number in range(rounds):
@@ -645,16 +590,61 @@ def take_turns(workers: Sequence[Worker], rounds: int, device: str) -> None:
         row.peak = row.ask("report")["peak"]
 
 
-def ratios(slower: Worker, faster: Worker) -> list[float]:
-    """How many times as fast the second is, round by round."""
-    return [theirs / own for theirs, own in zip(slower.seconds, faster.seconds, strict=True)]
-
-
 # ---- the command
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def report(pairs: Sequence[tuple[Worker, Worker | None]], batch: int) -> dict[str, Any]:
+    """Print two tables; return their figures for the JSON object.
+
+    Args:
+        pairs: the rows, each with the same row of the earlier commit.
+    """
+    lines, comparisons = [], []
+    workers = {this.key: this for this, _ in pairs}
+    figures: dict[str, Any] = {"rows": {}}
+    for worker in (*workers.values(), *(that for _, that in pairs if that)):
+        speed, peak = batch / median(worker.seconds), worker.peak / 1e6
+        lines.append([worker.name, f"{speed:.3g}", spread(worker.seconds), f"{peak:,.0f}"])
+        figures["rows"][worker.key] = {"img_per_s": speed, "step_s": worker.seconds, "peak_MB": peak}
+    for this, that in pairs:
+        name = this.key.removeprefix("ours-").replace("-", "_")
+        timms = workers.get(f"timm-{this.row.precision}")
+        for label, peer in (("ratio", workers.get("reference")), ("over_timm", timms), ("against", that)):
+            if peer and this.row.project == "ours":
+                rounds = [theirs / own for theirs, own in zip(peer.seconds, this.seconds, strict=True)]
+                speed, memory = median(rounds), this.peak / peer.peak
+                comparisons.append([f"{this.name} / {peer.name}", spread(rounds), f"{memory:.3f}"])
+                if label != "against":
+                    figures |= {f"{label}_{name}": speed, f"memory_{label}_{name}": memory}
+                    continue
+                compared = figures.setdefault("against", {})
+                compared[f"{this.key} img/s"] = {"ratio": speed, "rounds": rounds, "better": "more"}
+                compared[f"{this.key} peak MB"] = {"ratio": memory, "better": "less"}
+    print(f"\n{table(['', 'images/s', 'seconds a step', 'peak MB'], lines)}\n")
+    if comparisons:
+        print(f"{table(['', 'speed', 'memory'], comparisons)}\n")
+    return figures
+
+
+def chosen_rows(only: str | None, device: str, reference: bool, against: bool) -> list[Row]:
+    """The rows that --only names, or the default ones; without --reference the reference is left out.
+
+    Raises:
+        InputError: --only names no row.
+    """
+    rows = {row.key: row for row in rows_for(device)}
+    names = only.split(",") if only else [key for key in DEFAULT if key.startswith("ours") or not against]
+    for name in names:
+        if name not in rows:
+            raise InputError(f"--only names no row by {name!r}{near_matches(name, rows)} (known: {', '.join(rows)})")
+    if "reference" in names and not reference:
+        print("the reference is not measured: --reference DIR names a folder with its checkouts")
+        names.remove("reference")
+    return [row for key, row in rows.items() if key in names]
+
+
+def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="folder with the checkouts dino/ and xcit/")
     parser.add_argument("--against", type=Path, metavar="DIR", help="an earlier commit's checkout")
@@ -664,113 +654,43 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--arch", help="such as xcit_small_12_p8")
     parser.add_argument("--batch", type=int, help="images a step: 4 on a CPU, 64 on a GPU")
-    parser.add_argument("--out-dim", type=int, help="prototypes K")
-    parser.add_argument("--local-crops", type=int)
-    parser.add_argument("--global-size", type=int)
-    parser.add_argument("--local-size", type=int)
+    for name in ("--out-dim", "--local-crops", "--global-size", "--local-size"):
+        parser.add_argument(name, type=int)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def settings_of(given: argparse.Namespace) -> Settings:
-    """The settings that the flags say.
-
-    Raises:
-        InputError: a number is too small.
-    """
-    for name, least in {
-        "batch": 1,
-        "rounds": 1,
-        "out_dim": 2,
-        "local_crops": 0,
-        "global_size": 1,
-        "local_size": 1,
-    }.items():
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
-    start = QUICK if given.quick else Settings(batch=64 if given.device == "cuda" else 4)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    return dataclasses.replace(start, **{k: v for k, v in vars(given).items() if k in names and v is not None})
-
-
-def chosen_rows(given: argparse.Namespace) -> list[Row]:
-    """The rows that --only names, or the default ones.
-
-    Raises:
-        InputError: --only names no row, or the reference without --reference.
-    """
-    rows = {row.key: row for row in rows_for(given.device)}
-    if given.only is None:
-        kept = [key for key in DEFAULT if key.startswith("ours")] if given.against else DEFAULT
-        return [rows[key] for key in kept if key != "reference" or given.reference]
-    for name in given.only.split(","):
-        if name not in rows:
-            raise InputError(f"--only names no row by {name!r}{near_matches(name, rows)} (known: {', '.join(rows)})")
-    if "reference" in given.only.split(",") and not given.reference:
-        raise InputError("--only names the reference: --reference DIR names a folder with its checkouts")
-    return [row for key, row in rows.items() if key in given.only.split(",")]
-
-
-def run() -> None:
-    """The command."""
-    given = parse()
+    given = parser.parse_args()
     if given.worker:
-        return worker(given.worker)
-    settings, rows = settings_of(given), chosen_rows(given)
-    reference = str(given.reference.resolve()) if "reference" in [row.key for row in rows] else ""
+        return serve(json.loads(given.worker))
+    if given.rounds < 1:
+        raise InputError(f"--rounds is {given.rounds}, expected at least 1")
     if given.against and not (given.against / "benchmarks" / "step.py").is_file():
         raise InputError(f"--against {given.against} has no benchmarks/step.py: git worktree add DIR COMMIT")
+    start = QUICK if given.quick else Settings(batch=64 if given.device == "cuda" else 4)
+    fields = [field.name for field in dataclasses.fields(Settings)]
+    changes = {name: value for name, value in vars(given).items() if name in fields and value is not None}
+    settings = dataclasses.replace(start, **changes)
+    rows = chosen_rows(given.only, given.device, bool(given.reference), bool(given.against))
+    reference = str(given.reference.resolve()) if "reference" in [row.key for row in rows] else ""
     if os.getloadavg()[0] > 0.25 * usable_cores():
         print("warning: other processes are busy: the figures vary more than on an idle machine", file=sys.stderr)
     print(f"{settings}\n")
     exit_on_sigterm()
-    with process_group() as group:
-        checker = Worker(CHECKS, settings, reference, group)
-        ours = [dataclasses.asdict(row) for row in rows if row.project == "ours"]
-        checks = checker.ask("check", rows=ours)["found"]
+    checks = check(settings, [row for row in rows if row.project == "ours"], reference)
     for name, error, limit in checks:
         print(f"  {name}: relative error {error:.1e}, at most {limit:.1e}", flush=True)
         if not error <= limit:
             raise RunStopped(1, f"error: {name}: relative error {error:.1e}, expected at most {limit:.1e}")
-    earlier: dict[str, Worker] = {}
     with process_group() as group:
-        workers, everyone = {}, []
+        pairs: list[tuple[Worker, Worker | None]] = []
         for row in rows:
-            workers[row.key] = Worker(row, settings, reference, group)
-            everyone.append(workers[row.key])
-            if given.against and row.project == "ours":
-                earlier[row.key] = Worker(row, settings, reference, group, given.against.resolve())
-                everyone.append(earlier[row.key])
-        take_turns(everyone, given.rounds, settings.device)
-    result = {"commit": commit_of(ROOT), "rounds": given.rounds, "settings": dataclasses.asdict(settings)}
-    result |= {"machine": everyone[0].about, "checks": checks}
-    print(json.dumps(result | report(workers, earlier, settings.batch)))
+            roots = [ROOT, given.against.resolve()] if given.against and row.project == "ours" else [ROOT]
+            started = [Worker(row, settings, reference, group, root) for root in roots]
+            pairs.append((started[0], started[1] if len(started) > 1 else None))
+        take_turns([worker for pair in pairs for worker in pair if worker], given.rounds, settings.device)
+    result = {"commits": [commit_of(root) for root in (ROOT, given.against) if root], "rounds": given.rounds}
+    result |= {"settings": dataclasses.asdict(settings), "machine": pairs[0][0].about, "checks": checks}
+    print(json.dumps(result | report(pairs, settings.batch)))
     return None
 
 
-def report(workers: Mapping[str, Worker], earlier: Mapping[str, Worker], batch: int) -> dict[str, Any]:
-    """Print two tables; return their figures for the JSON object."""
-    lines, pairs = [], []
-    figures: dict[str, Any] = {"rows": {}}
-    for worker in (*workers.values(), *earlier.values()):
-        seconds, peak = median(worker.seconds), worker.peak / 1e6
-        lines.append([worker.name, f"{batch / seconds:.3g}", spread(worker.seconds), f"{peak:,.0f}"])
-        figures["rows"][worker.key] = {"img_per_s": batch / seconds, "step_s": worker.seconds, "peak_MB": peak}
-    print(f"\n{table(['', 'images/s', 'seconds a step', 'peak MB'], lines)}\n")
-    for key, worker in workers.items():
-        name = key.removeprefix("ours-").replace("-", "_")
-        others = {"ratio": "reference", "over_timm": f"timm-{worker.row.precision}"}
-        peers = [(label, workers.get(other)) for label, other in others.items()] + [("over_earlier", earlier.get(key))]
-        for label, peer in peers:
-            if peer and worker.row.project == "ours":
-                speed, memory = ratios(peer, worker), worker.peak / peer.peak
-                pairs.append([f"{worker.name} / {peer.name}", spread(speed), f"{memory:.3f}"])
-                figures |= {f"{label}_{name}": median(speed), f"memory_{label}_{name}": memory}
-    if pairs:
-        print(f"{table(['', 'speed', 'memory'], pairs)}\n")
-    return figures
-
-
 if __name__ == "__main__":
-    run_main(run)
+    run_main(main)
