@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 from dino_xcit.data import Source, open_source  # noqa: E402
+from eval.table import table  # noqa: E402
 
 IMAGES_A_SHARD = 10_000
 CLASSES = 1000
@@ -43,15 +44,14 @@ def member(name: bytes, content: bytes) -> bytes:
 def make_shards(folder: Path, images: int) -> str:
     """Shards like those of ImageNet in WebDataset's form; their URL."""
     rng = np.random.default_rng(0)
-    shards = -(-images // IMAGES_A_SHARD)
-    for shard in range(shards):
-        with open(folder / f"train-{shard:06d}.tar", "wb") as file:
-            for image in range(min(IMAGES_A_SHARD, images - shard * IMAGES_A_SHARD)):
+    for start in range(0, images, IMAGES_A_SHARD):
+        with open(folder / f"train-{start:08d}.tar", "wb") as file:
+            for image in range(start, min(start + IMAGES_A_SHARD, images)):
                 label = int(rng.integers(CLASSES))
-                key = b"n%08d_%06d" % (label, image)
-                file.write(member(key + b".JPEG", b"%d %d" % (shard, image)) + member(key + b".cls", b"%d" % label))
+                key = b"n%08d_%08d" % (label, image)
+                file.write(member(key + b".JPEG", b"%d" % image) + member(key + b".cls", b"%d" % label))
             file.write(bytes(1024))
-    return f"tar:{folder}/train-{{000000..{shards - 1:06d}}}.tar"
+    return f"tar:{folder}/*.tar"
 
 
 def opening(url: str) -> float:
@@ -92,7 +92,7 @@ def read_through_workers(source: Source, count: int, workers: int, method: str) 
         if step in moments:
             own = [p.pid for p in multiprocessing.active_children() if p.pid not in before and p.pid is not None]
             memory[moments[step]] = [private_mb(process) for process in sorted(own)]
-    return {"seconds": time.perf_counter() - began, "private_MB": memory}
+    return {"read_seconds": time.perf_counter() - began, **{f"private_MB_{name}": mb for name, mb in memory.items()}}
 
 
 def main() -> None:
@@ -115,15 +115,12 @@ def main() -> None:
         source = open_source(url)
         indexing, again = time.perf_counter() - began, opening(url)
         size = sum(file.stat().st_size for file in Path(folder).glob("cache/index/**/*") if file.is_file())
-        print(f"{len(source):,} images: indexing {indexing:.2f} s, opening again {again:.2f} s")
-        print(f"{size / given.images:.0f} bytes of index an image")
         results: dict[str, Any] = {"images": given.images, "tar_index_seconds": indexing, "tar_open_seconds": again}
         results["index_bytes_per_image"] = size / given.images
         for method in ("fork", "forkserver"):
-            found = results[method] = read_through_workers(source, given.read, given.workers, method)
-            print(f"{given.read:,} images through {given.workers} processes ({method}): {found['seconds']:.1f} s")
-            for moment, values in found["private_MB"].items():
-                print(f"  MB of each at the {moment}: {', '.join(f'{value:.1f}' for value in values)}")
+            found = read_through_workers(source, given.read, given.workers, method)
+            results |= {f"{method}_{name}": value for name, value in found.items()}
+    print(table(["", "seconds, bytes, MB"], [[name, str(value)] for name, value in results.items()]))
     print(json.dumps(results))
 
 

@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -173,26 +172,21 @@ def figures(one: Row) -> Row:
 def device_name(one: Row) -> Row:
     """What is measured on."""
     if one["device"] == "cpu":
-        return {"name": f"CPU, {one['threads']} thread(s)"}
-    return {"name": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+        return {"device_name": f"CPU, {one['threads']} thread(s)"}
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda, but PyTorch finds no GPU here: use --device cpu")
+    return {"device_name": torch.cuda.get_device_name()}
 
 
 def in_a_process(work: Callable[[Row], Row], one: Row) -> Row:
     """What ``work`` finds in a forked process, which imports nothing again: the parent computes and asks for no GPU."""
-
-    with process_group() as group:
+    with process_group() as group:  # which ends with the parent
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(1, context, initializer=start, initargs=(group, one["threads"])) as pool:
+        with ProcessPoolExecutor(1, context, initializer=os.setpgid, initargs=(0, group)) as pool:
             try:
                 return pool.submit(work, one).result()
             except BrokenProcessPool:
                 return {"error": "ended by the system: out of memory?"}
-
-
-def start(group: int, threads: int) -> None:
-    """What such a process does first. Its group ends with the parent."""
-    os.setpgid(0, group)
-    torch.set_num_threads(threads)
 
 
 # ---- all of them
@@ -299,12 +293,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     given = parser.parse_args()
     exit_on_sigterm()
-    began = time.perf_counter()
+    torch.set_num_threads(given.threads)
     common: Row = {key: getattr(given, key) for key in ("device", "threads", "rounds", "batch")}
-    device = in_a_process(device_name, common)["name"]
-    if device is None:
-        raise InputError("--device cuda, but PyTorch finds no GPU here: use --device cpu")
-    result = common | {"device_name": device, "torch": torch.__version__, "quick": given.quick}
+    result = common | in_a_process(device_name, common) | {"torch": torch.__version__, "quick": given.quick}
     for name, rows in (("xca", crossover(common, given.quick)), ("networks", networks(common, given.quick))):
         result[name] = []
         for row in rows:
@@ -312,7 +303,6 @@ def main() -> None:
                 show([*row])
             show([*row.values()])
             result[name].append(row)
-    result["minutes"] = round((time.perf_counter() - began) / 60, 1)
     (given.out / "resolution.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, given.out / "resolution.png")
     print(json.dumps(result))

@@ -23,27 +23,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from against import timed  # noqa: E402
+from step import OurStep, Row, Settings, draw_crops  # noqa: E402
 from torch.multiprocessing.spawn import spawn  # noqa: E402
 
 from dino_xcit.checkpoint.folder import CheckpointFolder, why_damaged  # noqa: E402
 from dino_xcit.checkpoint.saver import Saver, on_cpu  # noqa: E402
 from dino_xcit.checkpoint.state import Run, content_of  # noqa: E402
-from dino_xcit.config import PretrainConfig  # noqa: E402
 from dino_xcit.runtime import atomic, distributed  # noqa: E402
 from dino_xcit.runtime.health import StopFlags  # noqa: E402
-from dino_xcit.train import TrainState, build_state  # noqa: E402
-
-
-def state_after_a_step(config: PretrainConfig, device: torch.device) -> TrainState:
-    """A state whose optimizer has its moments."""
-    state = build_state(config, device)
-    for parameter in state.method.trained.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.full_like(parameter, 1e-3)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step = 1
-    return state
 
 
 def work(seconds: float) -> float:
@@ -56,9 +43,11 @@ def work(seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -> dict[str, float]:
+def measure_saving(settings: Settings, folder: Path) -> dict[str, float]:
     """Seconds of each part of a save."""
-    content = content_of(state_after_a_step(config, device), Run(config, 1000))
+    step = OurStep(settings, Row("ours-fp32", "ours, fp32", "ours", "fp32"))
+    step(draw_crops(settings, 0))  # the optimizer has its moments afterwards
+    content = content_of(step.state, Run(step.config, 1000))
     on_cpu(content)  # the first copy of a process also fetches its memory from the system
     copy, copying, _ = timed(lambda: on_cpu(content))
     checkpoints = CheckpointFolder(folder, keep_last=2)
@@ -106,8 +95,8 @@ def main() -> None:
     given = parser.parse_args()
     device = distributed.choose_device(given.device)
     with tempfile.TemporaryDirectory() as folder:
-        config = PretrainConfig(arch=given.arch, out_dim=given.out_dim, output_dir=folder)
-        figures = measure_saving(config, device, Path(folder))
+        settings = Settings(given.arch, 2, given.out_dim, 0, global_size=64, device=device.type)  # type: ignore[arg-type]
+        figures = measure_saving(settings, Path(folder))
         spawn(exchange, args=(folder,), nprocs=2)
         figures["agreement_of_two_processes_us"] = json.loads(Path(folder, "exchange.json").read_text())
     for name, value in figures.items():

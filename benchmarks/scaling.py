@@ -82,12 +82,8 @@ def by_ranks(rounds: int) -> dict[str, tuple[int, float]]:
     """(images, median seconds) a step of one process, two strangers, two ranks with 1 and with 4 passes a step."""
     with process_group() as group:
         strangers, ranks = start_two(group, together=False), start_two(group, together=True)
-        turns = {
-            "1 process": (strangers[:1], 1),
-            "2 strangers": (strangers, 1),
-            "2 ranks": (ranks, 1),
-            "2 ranks, 4 passes": (ranks, 4),
-        }
+        turns = {"1 process": (strangers[:1], 1), "2 strangers": (strangers, 1)}
+        turns |= {"2 ranks": (ranks, 1), "2 ranks, 4 passes": (ranks, 4)}
         times = [{name: seconds(*turn) for name, turn in turns.items()} for _ in range(rounds + 1)]
     return {
         name: (BASE.batch * len(workers) * passes, median(found[name] for found in times[1:]))

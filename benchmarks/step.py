@@ -12,7 +12,9 @@ processes that run the code of its checkout. OMP_NUM_THREADS sets the threads of
 
 The last line is one JSON object. ``ratio_fp32`` is the speed of ours-fp32 over that of the reference,
 ``memory_ratio_fp32`` its memory over the reference's, ``over_timm_fp32`` its speed over that of timm-fp32; likewise for
-the other rows. Dimensions: B batch, V views, D features, K prototypes.
+the other rows. ``against_fp32`` and ``memory_against_fp32`` compare with the earlier commit.
+
+Dimensions: B batch, V views, D features, K prototypes.
 """
 
 from __future__ import annotations
@@ -200,8 +202,7 @@ class PlainNetwork(nn.Module):
         import timm  # here: the memory of our own rows is measured without it
 
         if not timm.is_model(f"{settings.arch}_224"):
-            known = [name.removesuffix("_224") for name in timm.list_models("xcit_*_224")]
-            raise InputError(f"--arch is {settings.arch}, expected one of timm's XCiTs: {', '.join(known)}")
+            raise InputError(f"--arch is {settings.arch}, expected an XCiT that timm has, such as xcit_small_12_p16")
         self.backbone: Any = timm.create_model(f"{settings.arch}_224", num_classes=0, drop_path_rate=drop_path)
         self.head = PlainHead(self.backbone.num_features, settings)  # type: ignore[arg-type]
 
@@ -593,47 +594,40 @@ def take_turns(workers: Sequence[Worker], rounds: int, device: str) -> None:
 # ---- the command
 
 
-def report(pairs: Sequence[tuple[Worker, Worker | None]], batch: int) -> dict[str, Any]:
-    """Print two tables; return their figures for the JSON object.
-
-    Args:
-        pairs: the rows, each with the same row of the earlier commit.
-    """
+def report(workers: Sequence[Worker], batch: int) -> dict[str, Any]:
+    """Print two tables; return their figures for the JSON object."""
     lines, comparisons = [], []
-    workers = {this.key: this for this, _ in pairs}
+    by_key = {worker.key: worker for worker in workers}
     figures: dict[str, Any] = {"rows": {}}
-    for worker in (*workers.values(), *(that for _, that in pairs if that)):
+    for worker in workers:
         speed, peak = batch / median(worker.seconds), worker.peak / 1e6
         lines.append([worker.name, f"{speed:.3g}", spread(worker.seconds), f"{peak:,.0f}"])
         figures["rows"][worker.key] = {"img_per_s": speed, "step_s": worker.seconds, "peak_MB": peak}
-    for this, that in pairs:
-        name = this.key.removeprefix("ours-").replace("-", "_")
-        timms = workers.get(f"timm-{this.row.precision}")
-        for label, peer in (("ratio", workers.get("reference")), ("over_timm", timms), ("against", that)):
-            if peer and this.row.project == "ours":
-                rounds = [theirs / own for theirs, own in zip(peer.seconds, this.seconds, strict=True)]
-                speed, memory = median(rounds), this.peak / peer.peak
-                comparisons.append([f"{this.name} / {peer.name}", spread(rounds), f"{memory:.3f}"])
-                if label != "against":
-                    figures |= {f"{label}_{name}": speed, f"memory_{label}_{name}": memory}
-                    continue
-                compared = figures.setdefault("against", {})
-                compared[f"{this.key} img/s"] = {"ratio": speed, "rounds": rounds, "better": "more"}
-                compared[f"{this.key} peak MB"] = {"ratio": memory, "better": "less"}
+        if worker.row.project != "ours" or worker.key != worker.row.key:  # of others, or of the earlier commit
+            continue
+        name = worker.key.removeprefix("ours-").replace("-", "_")
+        peers = {"ratio": by_key.get("reference"), "over_timm": by_key.get(f"timm-{worker.row.precision}")}
+        peers["against"] = next((other for other in workers if other.row == worker.row and other is not worker), None)
+        for label, peer in peers.items():
+            if peer:
+                rounds = [theirs / own for theirs, own in zip(peer.seconds, worker.seconds, strict=True)]
+                speed, memory = median(rounds), worker.peak / peer.peak
+                comparisons.append([f"{worker.name} / {peer.name}", spread(rounds), f"{memory:.3f}"])
+                figures |= {f"{label}_{name}": speed, f"memory_{label}_{name}": memory}
     print(f"\n{table(['', 'images/s', 'seconds a step', 'peak MB'], lines)}\n")
     if comparisons:
         print(f"{table(['', 'speed', 'memory'], comparisons)}\n")
     return figures
 
 
-def chosen_rows(only: str | None, device: str, reference: bool, against: bool) -> list[Row]:
+def chosen_rows(only: str | None, device: str, reference: bool) -> list[Row]:
     """The rows that --only names, or the default ones; without --reference the reference is left out.
 
     Raises:
         InputError: --only names no row.
     """
     rows = {row.key: row for row in rows_for(device)}
-    names = only.split(",") if only else [key for key in DEFAULT if key.startswith("ours") or not against]
+    names = only.split(",") if only else list(DEFAULT)
     for name in names:
         if name not in rows:
             raise InputError(f"--only names no row by {name!r}{near_matches(name, rows)} (known: {', '.join(rows)})")
@@ -668,7 +662,7 @@ def main() -> None:
     fields = [field.name for field in dataclasses.fields(Settings)]
     changes = {name: value for name, value in vars(given).items() if name in fields and value is not None}
     settings = dataclasses.replace(start, **changes)
-    rows = chosen_rows(given.only, given.device, bool(given.reference), bool(given.against))
+    rows = chosen_rows(given.only, given.device, bool(given.reference))
     reference = str(given.reference.resolve()) if "reference" in [row.key for row in rows] else ""
     if os.getloadavg()[0] > 0.25 * usable_cores():
         print("warning: other processes are busy: the figures vary more than on an idle machine", file=sys.stderr)
@@ -680,15 +674,15 @@ def main() -> None:
         if not error <= limit:
             raise RunStopped(1, f"error: {name}: relative error {error:.1e}, expected at most {limit:.1e}")
     with process_group() as group:
-        pairs: list[tuple[Worker, Worker | None]] = []
+        workers = []
         for row in rows:
-            roots = [ROOT, given.against.resolve()] if given.against and row.project == "ours" else [ROOT]
-            started = [Worker(row, settings, reference, group, root) for root in roots]
-            pairs.append((started[0], started[1] if len(started) > 1 else None))
-        take_turns([worker for pair in pairs for worker in pair if worker], given.rounds, settings.device)
+            workers.append(Worker(row, settings, reference, group))
+            if given.against and row.project == "ours":
+                workers.append(Worker(row, settings, reference, group, given.against.resolve()))
+        take_turns(workers, given.rounds, settings.device)
     result = {"commits": [commit_of(root) for root in (ROOT, given.against) if root], "rounds": given.rounds}
-    result |= {"settings": dataclasses.asdict(settings), "machine": pairs[0][0].about, "checks": checks}
-    print(json.dumps(result | report(pairs, settings.batch)))
+    result |= {"settings": dataclasses.asdict(settings), "machine": workers[0].about, "checks": checks}
+    print(json.dumps(result | report(workers, settings.batch)))
     return None
 
 
