@@ -25,10 +25,6 @@ sys.path.insert(0, str(ROOT))
 
 from eval.table import table  # noqa: E402
 
-K = 10
-"""Neighbours of the figure in the table, as in benchmarks/demo.py."""
-
-
 COMMANDS = {
     "extract": ["run_extract.py", "--output-dir", "{folder}/vectors"],
     "knn": ["run_knn.py"],
@@ -73,7 +69,7 @@ def main() -> None:
         "processor_seconds": {name: processor for name, (_, processor) in seconds.items()},
         "total": total,
         "limit": given.limit,
-        "knn_top1": next(row["top1"] for row in results["knn"]["results"] if row["k"] == K),
+        "knn_top1": next(row["top1"] for row in results["knn"]["results"] if row["k"] == 10),
         "linear_top1": results["linear"]["results"]["grid"]["top1"],
     }
     print(json.dumps(figures))

@@ -30,8 +30,6 @@ from dino_xcit.data import Source, open_source  # noqa: E402
 from eval.table import table  # noqa: E402
 
 IMAGES_A_SHARD = 10_000
-CLASSES = 1000
-BATCH = 100
 
 
 def member(name: bytes, content: bytes) -> bytes:
@@ -47,7 +45,7 @@ def make_shards(folder: Path, images: int) -> str:
     for start in range(0, images, IMAGES_A_SHARD):
         with open(folder / f"train-{start:08d}.tar", "wb") as file:
             for image in range(start, min(start + IMAGES_A_SHARD, images)):
-                label = int(rng.integers(CLASSES))
+                label = int(rng.integers(1000))
                 key = b"n%08d_%08d" % (label, image)
                 file.write(member(key + b".JPEG", b"%d" % image) + member(key + b".cls", b"%d" % label))
             file.write(bytes(1024))
@@ -82,7 +80,7 @@ def read_through_workers(source: Source, count: int, workers: int, method: str) 
     """Read random images in loader processes; their memory at the start, in the middle and at the end."""
     before = {process.pid for process in multiprocessing.active_children()}
     loader = DataLoader(
-        Lengths(source), BATCH, sampler=np.random.default_rng(1).integers(len(source), size=count).tolist(),
+        Lengths(source), 100, sampler=np.random.default_rng(1).integers(len(source), size=count).tolist(),
         num_workers=workers, multiprocessing_context=method, collate_fn=sum,
     )  # fmt: skip
     moments = {len(loader) // 100: "start", len(loader) // 2: "middle", len(loader) - 3 * workers: "end"}

@@ -18,12 +18,9 @@ import argparse
 import ctypes
 import gc
 import json
-import multiprocessing
-import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import median
@@ -34,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import timm  # noqa: E402
 import torch  # noqa: E402
-from against import exit_on_sigterm, memory_status, process_group, timed  # noqa: E402
+from against import in_a_process, memory_status, timed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dino_xcit.errors import InputError, is_out_of_memory, run_main  # noqa: E402
@@ -178,15 +175,12 @@ def device_name(one: Row) -> Row:
     return {"device_name": torch.cuda.get_device_name()}
 
 
-def in_a_process(work: Callable[[Row], Row], one: Row) -> Row:
-    """What ``work`` finds in a forked process, which imports nothing again: the parent computes and asks for no GPU."""
-    with process_group() as group:  # which ends with the parent
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(1, context, initializer=os.setpgid, initargs=(0, group)) as pool:
-            try:
-                return pool.submit(work, one).result()
-            except BrokenProcessPool:
-                return {"error": "ended by the system: out of memory?"}
+def found_apart(work: Callable[[Row], Row], one: Row) -> Row:
+    """What ``work`` finds in a process of its own: this one computes nothing and asks for no GPU."""
+    try:
+        return in_a_process(work, one)
+    except BrokenProcessPool:
+        return {"error": "ended by the system: out of memory?"}
 
 
 # ---- all of them
@@ -204,7 +198,7 @@ def crossover(common: Row, quick: bool) -> Iterator[Row]:
             for tokens in (196, 1024) if quick else TOKENS:
                 row: Row = {"precision": precision, "dim": dim, "tokens": tokens}
                 for name, training in (("forward", False), ("training", True)):
-                    times = in_a_process(xca_times, common | row | {"training": training})
+                    times = found_apart(xca_times, common | row | {"training": training})
                     row |= {f"{name}_{path}_ms": round(times[path], 3) for path in ("direct", "gram")}
                     row[f"{name}_ratio"] = round(times["direct"] / times["gram"], 2)
                     row[f"{name}_chosen"] = choose(tokens, dim, DTYPES[precision], common["device"], training)
@@ -213,7 +207,7 @@ def crossover(common: Row, quick: bool) -> Iterator[Row]:
                     raise RuntimeError(f"the two paths differ by {row['difference']:.2g}: {row}")
                 for path in ("direct", "gram"):
                     one = common | row | {"training": True, "contender": path, "rounds": 1}
-                    row[f"{path}_MB"] = round(in_a_process(figures, one)["peak_MB"], 1)
+                    row[f"{path}_MB"] = round(found_apart(figures, one)["peak_MB"], 1)
                 yield row
 
 
@@ -235,7 +229,7 @@ def networks(common: Row, quick: bool) -> Iterator[Row]:
                     one = {"network": name, "side": side, "precision": precision, "training": training}
                     for contender in contenders(common | one):
                         row = one | {"contender": contender}
-                        yield row | in_a_process(figures, common | row)
+                        yield row | found_apart(figures, common | row)
 
 
 # ---- the figure, as in the XCiT paper
@@ -292,10 +286,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two resolutions, the small networks: a few minutes")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     given = parser.parse_args()
-    exit_on_sigterm()
     torch.set_num_threads(given.threads)
     common: Row = {key: getattr(given, key) for key in ("device", "threads", "rounds", "batch")}
-    result = common | in_a_process(device_name, common) | {"torch": torch.__version__, "quick": given.quick}
+    result = common | found_apart(device_name, common) | {"torch": torch.__version__, "quick": given.quick}
     for name, rows in (("xca", crossover(common, given.quick)), ("networks", networks(common, given.quick))):
         result[name] = []
         for row in rows:

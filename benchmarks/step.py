@@ -8,7 +8,8 @@ XCiT; in one run, a step of each in turn.
 ``xcit/``. First all rows get the same weights and crops: if losses or gradients differ, the run ends with exit code 1.
 Then each row builds its step in a process of its own, and in each round each of them takes a step. Each process has
 its own peak memory, and a ratio is the median over the rounds. ``--against`` adds the steps of an earlier commit, in
-processes that run the code of its checkout. OMP_NUM_THREADS sets the threads of a process.
+processes that run the code of its checkout. OMP_NUM_THREADS sets the threads of a process. On a CPU all processes keep
+the memory that they free, as run_pretrain.py does.
 
 The last line is one JSON object. ``ratio_fp32`` is the speed of ours-fp32 over that of the reference,
 ``memory_ratio_fp32`` its memory over the reference's, ``over_timm_fp32`` its speed over that of timm-fp32; likewise for
@@ -43,7 +44,7 @@ import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: it sets how 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from against import commit_of, exit_on_sigterm, import_peer, peak_memory, process_group, spread  # noqa: E402
+from against import commit_of, exit_on_sigterm, import_peer, in_a_process, peak_memory, process_group, spread  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -667,12 +668,13 @@ def main() -> None:
     if os.getloadavg()[0] > 0.25 * usable_cores():
         print("warning: other processes are busy: the figures vary more than on an idle machine", file=sys.stderr)
     print(f"{settings}\n")
-    exit_on_sigterm()
-    checks = check(settings, [row for row in rows if row.project == "ours"], reference)
+    ours = [row for row in rows if row.project == "ours"]
+    checks = in_a_process(check, settings, ours, reference)
     for name, error, limit in checks:
         print(f"  {name}: relative error {error:.1e}, at most {limit:.1e}", flush=True)
         if not error <= limit:
             raise RunStopped(1, f"error: {name}: relative error {error:.1e}, expected at most {limit:.1e}")
+    exit_on_sigterm()
     with process_group() as group:
         workers = []
         for row in rows:
