@@ -1,115 +1,185 @@
-"""What ``--against DIR`` does: a benchmark of this commit and the same of an earlier one run in turn, side by side.
+"""What a benchmark is held against: an earlier commit (``--against DIR``) or the code of the reference.
 
-Each turn is the whole script with the same arguments, in a process that imports its own commit's code. Who begins
-changes from round to round. A ratio is this commit's figure over that one's in the same round.
+``--against DIR`` runs a whole script of this commit and of an earlier one in turn, with the same arguments; each
+imports the code of its own commit. A ratio is this commit's figure over the earlier one's of the same round.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import importlib
 import json
 import os
-import shlex
+import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
-
-from process_group import clean_up_on_sigterm, process_group
+from typing import Any, TypeVar
 
 from dino_xcit.errors import InputError, RunStopped
 
 ROOT = Path(__file__).resolve().parent.parent
-
-Figures = dict[str, tuple[Sequence[str], Literal["more", "less"]]]
-"""By name: the keys that lead to a figure in the last line's JSON, and what is better."""
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this module."""
+    """The flags of :func:`compare_commits`."""
     parser.add_argument("--against", type=Path, metavar="DIR", help="compare with DIR, an earlier commit's checkout")
-    parser.add_argument("--against-rounds", type=int, default=3, metavar="N", help="turns of each of the two")
+    parser.add_argument("--against-rounds", type=int, default=3, metavar="N", help="runs of each of the two")
 
 
-def compare_commits(script: str, figures: Figures, given: argparse.Namespace) -> None:
-    """Run both commits' ``script`` in turn, print a table and, as the last line, a JSON object.
+def compare_commits(scripts: Sequence[str], figures: Mapping[str, str], given: argparse.Namespace) -> None:
+    """Run this commit's script and the earlier one's in turn; print a table and, as the last line, a JSON object.
+
+    Args:
+        scripts: the script's name in benchmarks/, then its names in earlier commits.
+        figures: keys of the scripts' last line, each with what is better: "more" or "less".
+        given: the flags of :func:`add_arguments`.
 
     Raises:
-        InputError, RunStopped: DIR has no such script, or there is no round; a turn failed, or nothing can be compared.
+        InputError: DIR has no such script, or there is no round.
+        RunStopped: a run failed, or the two have no figure in common.
     """
-    folders = [ROOT, given.against.resolve()]
-    if not (folders[1] / "benchmarks" / script).is_file():
-        raise InputError(
-            f"--against {given.against} has no benchmarks/{script}, expected a checkout of an earlier commit: "
-            "git worktree add DIR COMMIT makes one"
-        )
+    there = [name for name in scripts if (given.against / "benchmarks" / name).is_file()]
+    if not there:
+        raise InputError(f"--against {given.against} has no benchmarks/{scripts[0]}: git worktree add DIR COMMIT")
     if given.against_rounds < 1:
         raise InputError(f"--against-rounds is {given.against_rounds}, expected at least 1")
-    clean_up_on_sigterm()
-    only_ours = argparse.ArgumentParser(add_help=False)
-    add_arguments(only_ours)
-    words = only_ours.parse_known_args()[1]  # an earlier commit knows no others
-    commits = [commit_of(folder) or name for folder, name in zip(folders, ("this", "that"), strict=True)]
-    rounds: list[dict[int, Any]] = []
+    exit_on_sigterm()
+    own_flags = argparse.ArgumentParser(add_help=False)
+    add_arguments(own_flags)
+    words = own_flags.parse_known_args()[1]
+    files = [ROOT / "benchmarks" / scripts[0], given.against.resolve() / "benchmarks" / there[0]]
+    commits = [commit_of(file.parent) for file in files]
+    rounds = []
     for number in range(given.against_rounds):
-        rounds.append({})
-        for side in (0, 1) if number % 2 == 0 else (1, 0):
-            print(f"round {number + 1} of {given.against_rounds}: {script} of {commits[side]}", flush=True)
-            rounds[-1][side] = _turn(folders[side], script, words)
+        print(f"round {number + 1} of {given.against_rounds}", flush=True)
+        rounds.append([_run(file, words) for file in files])
     out: dict[str, Any] = {}
-    print(f"{'median (least - greatest)':28s} {commits[0]:^32s} {commits[1]:^32s} {'ratio':^24s} better")
-    for name, (keys, better) in figures.items():
-        pairs = [[_look_up(one[side], keys) for side in (0, 1)] for one in rounds]
-        if all(this and that for this, that in pairs):  # not there, or rounded to 0: nothing to compare
+    print(f"{'median (least - greatest)':24} {commits[0]:^32} {commits[1]:^32} {'ratio':^24} better")
+    for name, better in figures.items():
+        pairs = [(this[name], that[name]) for this, that in rounds if this.get(name) and that.get(name)]
+        if pairs:
+            ratios = [this / that for this, that in pairs]
             this, that = zip(*pairs, strict=True)
-            ratios = [own / theirs for own, theirs in zip(this, that, strict=True)]
-            print(f"{name:28s} {_spread(this):^32s} {_spread(that):^32s} {_spread(ratios):^24s} {better}")
-            out[name] = {"ratio": round(median(ratios), 4), "rounds": [round(ratio, 4) for ratio in ratios]}
-            out[name] |= {"this": round(median(this), 6), "that": round(median(that), 6), "better": better}
+            print(f"{name:24} {spread(this):^32} {spread(that):^32} {spread(ratios):^24} {better}")
+            out[name] = {"ratio": median(ratios), "rounds": ratios, "this": median(this), "that": median(that)}
+            out[name]["better"] = better
     if not out:
-        raise RunStopped(1, "error: the two have no figure in common, expected one: run both with fewer arguments")
+        raise RunStopped(1, "error: the two commits have no figure in common: run both with fewer arguments")
     print(json.dumps({"commits": commits, "arguments": words, "against": out}))
 
 
-def commit_of(folder: Path) -> str:
-    """The version of the code, with a plus if files differ from it; nothing where git does not know."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _turn(folder: Path, script: str, words: Sequence[str]) -> dict[str, Any]:
-    """The object in the last line of one run. It stays in the current directory: paths may be relative to that."""
-    command = [sys.executable, str(folder / "benchmarks" / script), *words]
-    environment = os.environ | {"PYTHONPATH": str(folder)}  # before any installed version
+def _run(file: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The JSON object that a script prints last. The script keeps the current directory: paths may be relative."""
+    command = [sys.executable, str(file), *words]
+    environment = os.environ | {"PYTHONPATH": str(file.parent.parent)}  # before an installed version
     with process_group() as group:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment, process_group=group
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=environment, process_group=group, check=False
         )
-        try:
-            printed = child.communicate()[0].splitlines()
-        except BaseException:
-            child.terminate()  # which lets it remove its temporary files
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(5)
-            raise
-    with contextlib.suppress(IndexError, ValueError):
-        if child.returncode == 0 and isinstance(found := json.loads(printed[-1]), dict):
-            return found
-    raise RunStopped(
-        max(1, child.returncode),
-        f"error: a turn ended with code {child.returncode}, expected 0 and a JSON object in its last line: "
-        f"PYTHONPATH={shlex.quote(str(folder))} {shlex.join(command)} says more",
-    )
+    if done.returncode:
+        raise RunStopped(max(1, done.returncode), f"error: {file} ended with code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _look_up(found: Any, keys: Sequence[str]) -> float | None:
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, int | float) else None
-
-
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """``median (least - greatest)``, four digits."""
     return f"{median(values):.4g} ({min(values):.4g} - {max(values):.4g})"
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a checkout, with a plus if files differ from it; the folder where git knows none."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or str(folder)
+
+
+def import_peer(folder: Path, name: str) -> Any:
+    """A module of the reference: ``import_peer(DIR, "dino/main_dino.py")`` or ``import_peer(DIR, "xcit/xcit.py")``.
+
+    Replaces what keeps the module from loading today: a module that PyTorch has given up, and a list of names that
+    main_dino.py downloads.
+
+    Raises:
+        InputError: the checkout is not there.
+    """
+    import torch
+
+    file = folder / name
+    if not file.is_file():
+        raise InputError(f"no {file}: --reference is a folder with checkouts of facebookresearch's dino/ and xcit/")
+    six: Any = types.ModuleType("torch._six")
+    six.inf = float("inf")
+    sys.modules["torch._six"] = six
+    torch.hub.list = lambda *_, **__: []  # noqa: TID251
+    sys.path.insert(0, str(file.parent))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's, about old import paths
+        module = importlib.import_module(file.stem)
+    sys.path.remove(str(file.parent))
+    return module
+
+
+def timed(run: Callable[[], T]) -> tuple[T, float, float]:
+    """What a function returns, its seconds by the clock, and those of the processor, of all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = run()
+    return found, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def peak_memory() -> int:
+    """The greatest resident memory of this process so far, in bytes."""
+    # On Linux getrusage begins with the peak of the process that started this one.
+    if sys.platform == "linux":
+        return memory_status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_status(field: str) -> int:
+    """A field of /proc/self/status, in bytes: VmHWM (peak of the resident memory), VmRSS (now), VmData. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[int]:
+    """A process group for ``Popen(process_group=...)``, killed as a whole at the end of the block.
+
+    A shell in the group kills it when this process dies, of SIGKILL too: the shell's input ends then.
+    """
+    watcher = subprocess.Popen(["sh", "-c", "read -r _; kill -KILL 0"], stdin=subprocess.PIPE, process_group=0)
+    with watcher:
+        try:
+            yield watcher.pid
+        finally:
+            os.killpg(watcher.pid, signal.SIGKILL)
+
+
+def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns in a forked process, which imports nothing again and whose memory is free afterwards.
+
+    Raises:
+        BrokenProcessPool: the system ended it, as for want of memory.
+    """
+    with ProcessPoolExecutor(1, get_context("fork"), initializer=_exit_with_parent) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _exit_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the signal that the parent's death sends
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does: ``with`` and ``finally`` clean up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

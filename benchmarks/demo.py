@@ -15,11 +15,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 10
 """Neighbours of the figure in the table; knn.json has the others."""
+MODELS = {
+    "trained": "this model",
+    "untrained": "the same network, untrained",
+    "pixels": "raw pixels",
+    "pixels_normalised": "raw pixels, normalised",
+}
 
 
 def run(script: str, *arguments: str | Path) -> None:
@@ -39,40 +44,30 @@ def main() -> None:
     weights = folder / "checkpoint.pth"
     started = time.perf_counter()
     run("run_pretrain.py", "--output-dir", folder, "--resume", "never")
-    trained_after = time.perf_counter() - started
+    pretraining = time.perf_counter() - started
     run("run_knn.py", "--weights", weights, "--baselines", "--json", folder / "knn.json")
     run("run_linear.py", "--weights", weights, "--resume", "never", "--json", folder / "linear.json")
     run("run_extract.py", "--weights", weights, "--output-dir", folder / "vectors", "--overwrite")
     seconds = time.perf_counter() - started
 
     votes = {row["model"]: row for row in json.loads((folder / "knn.json").read_text())["results"] if row["k"] == K}
-    linear: dict[str, Any] = json.loads((folder / "linear.json").read_text())["results"]
-    names = {
-        "trained": "this model",
-        "untrained": "the same network, untrained",
-        "pixels": "raw pixels",
-        "pixels_normalised": "raw pixels, normalised",
-    }
+    # The probe whose learning rate was chosen on held-out training images.
+    linear = float(json.loads((folder / "linear.json").read_text())["results"]["grid"]["top1"])
     print(f"\n{'features':30} {'k-NN top-1 (k=10)':>26} {'linear top-1':>14}")
-    for model, name in names.items():
+    for model, name in MODELS.items():
         low, high = votes[model]["top1_interval"]
         accuracy = f"{votes[model]['top1']:.1f} [{low:.1f}, {high:.1f}]"
-        print(f"{name:30} {accuracy:>26} {f'{linear_top1(linear):.1f}' if model == 'trained' else '':>14}")
-    print(f"curves: {folder / 'curves.png'}; {seconds:.0f} s in all, {trained_after:.0f} s of them pretraining\n")
+        print(f"{name:30} {accuracy:>26} {f'{linear:.1f}' if model == 'trained' else '':>14}")
+    print(f"curves: {folder / 'curves.png'}; {seconds:.0f} s in all, {pretraining:.0f} s of them pretraining\n")
     results = {
-        "knn_top1": {model: round(votes[model]["top1"], 2) for model in names},
-        "linear_top1": round(linear_top1(linear), 2),
+        "knn_top1": {model: round(votes[model]["top1"], 2) for model in MODELS},
+        "linear_top1": round(linear, 2),
         "k": K,
         "seconds": round(seconds, 1),
-        "pretraining_seconds": round(trained_after, 1),
+        "pretraining_seconds": round(pretraining, 1),
     }
     (folder / "results.json").write_text(json.dumps(results) + "\n")
     print(json.dumps(results))
-
-
-def linear_top1(results: dict[str, Any]) -> float:
-    """The honest figure of the linear probe: learning rate chosen on held-out training images, last epoch."""
-    return float(results["grid"]["top1"])
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 
     python benchmarks/save.py [--arch xcit_small_12_p16] [--out-dim 65536]
 
-The state is that of a real run after one optimizer step (student, teacher, both moments of AdamW). The last line is one
-JSON object.
+The state is that of a run after one optimizer step (student, teacher, both moments of AdamW). The last line is one JSON
+object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -21,33 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from against import timed  # noqa: E402
+from step import OurStep, Row, Settings, draw_crops  # noqa: E402
 from torch.multiprocessing.spawn import spawn  # noqa: E402
 
 from dino_xcit.checkpoint.folder import CheckpointFolder, why_damaged  # noqa: E402
 from dino_xcit.checkpoint.saver import Saver, on_cpu  # noqa: E402
 from dino_xcit.checkpoint.state import Run, content_of  # noqa: E402
-from dino_xcit.config import PretrainConfig  # noqa: E402
-from dino_xcit.runtime import (  # noqa: E402
-    atomic,
-    distributed,
-    watchdog,
-)
-from dino_xcit.runtime.health import HostCopy, StopFlags  # noqa: E402
-from dino_xcit.train import TrainState, build_state  # noqa: E402
-
-EXCHANGES = 2000
-
-
-def state_after_a_step(config: PretrainConfig, device: torch.device) -> TrainState:
-    """A state whose optimizer has its moments."""
-    state = build_state(config, device)
-    for parameter in state.method.trained.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.full_like(parameter, 1e-3)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step = 1
-    return state
+from dino_xcit.runtime import atomic, distributed  # noqa: E402
+from dino_xcit.runtime.health import StopFlags  # noqa: E402
 
 
 def work(seconds: float) -> float:
@@ -60,32 +43,25 @@ def work(seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -> dict[str, float]:
+def measure_saving(settings: Settings, folder: Path) -> dict[str, float]:
     """Seconds of each part of a save."""
-    content = content_of(state_after_a_step(config, device), Run(config, 1000))
+    step = OurStep(settings, Row("ours-fp32", "ours, fp32", "ours", "fp32"))
+    step(draw_crops(settings, 0))  # the optimizer has its moments afterwards
+    content = content_of(step.state, Run(step.config, 1000))
     on_cpu(content)  # the first copy of a process also fetches its memory from the system
-    began = time.perf_counter()
-    copy = on_cpu(content)
-    copying = time.perf_counter() - began
+    copy, copying, _ = timed(lambda: on_cpu(content))
     checkpoints = CheckpointFolder(folder, keep_last=2)
-    began = time.perf_counter()
-    manifest = checkpoints.write(copy)
-    writing = time.perf_counter() - began
-    began = time.perf_counter()
-    atomic.digest_of(folder / "checkpoints" / manifest.name)
-    hashing = time.perf_counter() - began
-    began = time.perf_counter()
-    if why_damaged(folder / "checkpoints" / manifest.name, manifest) or checkpoints.newest()[0] is None:
+    manifest, writing, _ = timed(partial(checkpoints.write, copy))
+    file = folder / "checkpoints" / manifest.name
+    _, hashing, _ = timed(lambda: atomic.digest_of(file))
+    newest, finding, _ = timed(lambda: not why_damaged(file, manifest) and checkpoints.newest()[0])
+    if not newest:
         raise SystemExit("the checkpoint that was written is not whole")
-    finding = time.perf_counter() - began
     del copy
-
     alone = work(2.0)
     saver = Saver(checkpoints, max_failures=1)
     content["step"] = 2
-    began = time.perf_counter()
-    saver.save(content)
-    held_up = time.perf_counter() - began
+    _, held_up, _ = timed(lambda: saver.save(content))
     beside = work(0.7 * writing)
     saver.ensure(2, lambda: content)
     return {
@@ -99,28 +75,14 @@ def measure_saving(config: PretrainConfig, device: torch.device, folder: Path) -
     }
 
 
-def exchange(rank: int, port: int, result: str) -> None:
-    """One of two gloo processes: microseconds of what each step pays."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+def exchange(rank: int, folder: str) -> None:
+    """One of two gloo processes: microseconds of the all-reduce of the stop flags that each step pays."""
     torch.set_num_threads(1)
-    device = torch.device("cpu")
-    distributed.start(device)
-    with watchdog.watched(600):
-        flags, copy, number = StopFlags(device, 60), HostCopy(device), torch.zeros((), dtype=torch.int64)
-
-        def once() -> float:
-            began = time.perf_counter()
-            watchdog.phase("agreeing with the others", 1)
-            flags.exchange(stop=0, diverged=copy.read(number) > 3)
-            watchdog.phase("training step", 1)
-            return time.perf_counter() - began
-
-        for _ in range(200):
-            once()
-        times = [once() for _ in range(EXCHANGES)]
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    flags = StopFlags(torch.device("cpu"), 60)
+    times = [timed(lambda: flags.exchange(stop=0, diverged=0))[1] for _ in range(2200)]
     if rank == 0:
-        Path(result).write_text(json.dumps(1e6 * median(times)))
-    distributed.barrier()
+        Path(folder, "exchange.json").write_text(json.dumps(1e6 * median(times[200:])))
     distributed.stop()
 
 
@@ -133,19 +95,14 @@ def main() -> None:
     given = parser.parse_args()
     device = distributed.choose_device(given.device)
     with tempfile.TemporaryDirectory() as folder:
-        config = PretrainConfig(arch=given.arch, out_dim=given.out_dim, output_dir=folder)
-        figures = measure_saving(config, device, Path(folder))
-        result = Path(folder) / "exchange.json"
-        spawn(exchange, args=(29_571, str(result)), nprocs=2)
-        figures["agreement_of_two_processes_us"] = json.loads(result.read_text())
-    seeds = time.perf_counter()
-    for step in range(EXCHANGES):
-        torch.manual_seed(step)
-    figures["reseeding_us"] = 1e6 * (time.perf_counter() - seeds) / EXCHANGES
+        settings = Settings(given.arch, 2, given.out_dim, 0, global_size=64, device=device.type)  # type: ignore[arg-type]
+        figures = measure_saving(settings, Path(folder))
+        spawn(exchange, args=(folder,), nprocs=2)
+        figures["agreement_of_two_processes_us"] = json.loads(Path(folder, "exchange.json").read_text())
     for name, value in figures.items():
         print(f"{name:32} {value:10.3f}")
     where = {"arch": given.arch, "out_dim": given.out_dim, "device": device.type, "torch": torch.__version__}
-    print(json.dumps(where | {name: round(value, 4) for name, value in figures.items()}))
+    print(json.dumps(where | figures))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""The training step: images a second, work a second and peak memory of the reference, of a plain step with timm's XCiT,
-and of this project; in one run, taking turns.
+"""The training step: images a second and peak memory of this project, of the reference, and of a plain step with timm's
+XCiT; in one run, a step of each in turn.
 
     python benchmarks/step.py [--reference DIR] [--device cuda] [--batch N] [--rounds 7] [--only ours-fp32,ours-bf16]
         [--quick] [--against DIR]
 
 ``--reference`` names a folder with checkouts of facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as
-``xcit/``; without it that row is left out. First all of them are given the same weights and crops, and their losses
-and gradients are compared: if they differ, the run ends with a sentence and exit code 1. Then each lives in a process
-of its own, so that its peak memory is its own, and in each round each has one turn, so that a ratio is of one moment.
-The work is counted once, on the plain step, for all rows. A second table has a small network on small images.
+``xcit/``. First all rows get the same weights and crops: if losses or gradients differ, the run ends with exit code 1.
+Then each row builds its step in a process of its own, and in each round each of them takes a step. Each process has
+its own peak memory, and a ratio is the median over the rounds. ``--against`` adds the steps of an earlier commit, in
+processes that run the code of its checkout. OMP_NUM_THREADS sets the threads of a process. On a CPU all processes keep
+the memory that they free, as run_pretrain.py does.
 
-On a CPU all processes keep freed memory as run_pretrain.py does (runtime.memory); the reference's peak memory is
-also taken without it, and the less of the two is what the others are held against. On a GPU ``--batch 0`` looks for
-the largest batch of each row. ``--loader`` adds a row that the loader feeds. The last line is one JSON object:
-``ratio_*`` is ours over the reference (bigger is better), ``memory_ratio_*`` likewise (smaller is better),
-``ratio_small`` ours over timm's plain step for the small network, all medians over the rounds. ``--against`` instead
-runs this script and that of an earlier commit's checkout in turn, with the same arguments (against.py).
+The last line is one JSON object. ``ratio_fp32`` is the speed of ours-fp32 over that of the reference,
+``memory_ratio_fp32`` its memory over the reference's, ``over_timm_fp32`` its speed over that of timm-fp32; likewise for
+the other rows. ``against_fp32`` and ``memory_against_fp32`` compare with the earlier commit.
+
+Dimensions: B batch, V views, D features, K prototypes.
 """
 
 from __future__ import annotations
@@ -23,282 +23,669 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from statistics import mean, median
+from time import perf_counter
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from against import Figures, add_arguments, commit_of, compare_commits  # noqa: E402
-from process_group import clean_up_on_sigterm  # noqa: E402
-from step_settings import (  # noqa: E402
-    CHECKS,
-    QUICK,
-    QUICK_SMALL,
-    SMALL,
-    Row,
-    Settings,
-    Task,
-    fed_row,
-    peak_row,
-    reference_again,
-    rows_for,
-    small_rows,
-)
-from step_table import HEADER, json_of, line_of, peaks_of, ratio, text_of  # noqa: E402
-from step_turns import Measured, PipelineFailed, checks, largest_batch, memory_alone, take_turns  # noqa: E402
-from step_verdict import figures, judge, lines  # noqa: E402
+import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: it sets how idle threads wait)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from against import commit_of, exit_on_sigterm, import_peer, in_a_process, peak_memory, process_group, spread  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
+from dino_xcit.config import PretrainConfig  # noqa: E402
+from dino_xcit.data.loader import Batch  # noqa: E402
+from dino_xcit.data.workers import usable_cores  # noqa: E402
 from dino_xcit.errors import InputError, RunStopped, near_matches, run_main  # noqa: E402
+from dino_xcit.optim import Schedules  # noqa: E402
+from dino_xcit.runtime import distributed  # noqa: E402
+from dino_xcit.runtime.memory import keep_freed_memory  # noqa: E402
+from dino_xcit.train import build_state, train_step  # noqa: E402
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, normalise  # noqa: E402
+from eval.table import table  # noqa: E402
+
+Precision = Literal["fp32", "bf16", "fp16"]
+State = dict[str, Tensor]
+Step = Callable[..., Tensor]
+"""From crops to the loss of one training step."""
 
 
-def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+@dataclass(frozen=True)
+class Settings:
+    """The work of a step, the same for all rows."""
+
+    arch: str = "xcit_small_12_p16"
+    """An XCiT that timm has, by this project's name."""
+    batch: int = 4
+    """Images a step."""
+    out_dim: int = 65536
+    """Prototypes K."""
+    local_crops: int = 8
+    """Besides the two global ones."""
+    global_size: int = 224
+    """Pixels a side."""
+    local_size: int = 96
+    """Pixels a side."""
+    head_hidden: int = 2048
+    """Width of the head's hidden layers."""
+    head_bottleneck: int = 256
+    """Width of the head's output before the prototypes."""
+    drop_path: float = 0.1
+    """Of the student."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cpu or cuda, for all rows."""
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """(views, pixels a side) of each crop size, the global one first: one pass of the backbone each."""
+        if self.local_crops == 0 or self.local_size == self.global_size:
+            return [(2 + self.local_crops, self.global_size)]
+        return [(2, self.global_size), (self.local_crops, self.local_size)]
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, help="folder with the checkouts dino/ and xcit/")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--arch", help="an XCiT's name, such as xcit_small_12_p8")
-    parser.add_argument("--batch", type=int, help="images a step: 4 on a CPU, 64 on a GPU; 0: the largest that fits")
-    parser.add_argument("--out-dim", type=int, help="prototypes K")
-    parser.add_argument("--local-crops", type=int)
-    parser.add_argument("--global-size", type=int)
-    parser.add_argument("--local-size", type=int)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", help="rows by their names: reference,timm-fp32,ours-bf16,small-ours-fp32 ...")
-    parser.add_argument("--loader", action="store_true", help="also ours in bf16 with the loader feeding it")
-    parser.add_argument("--photos", default="sample:fashion-mnist", help="what it reads: anything --data-path takes")
-    parser.add_argument("--quick", action="store_true", help="a try with tiny networks; its figures say nothing")
-    add_arguments(parser)
-    return parser.parse_args()
+QUICK = Settings(arch="xcit_tiny_12_p16", batch=2, out_dim=1024, local_crops=2, global_size=64, local_size=32)
+"""To see that the script runs; its figures say nothing. The smallest network that the reference can train in fp32."""
 
 
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The configuration of the first table.
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. The workers of earlier commits know these fields."""
 
-    Raises:
-        InputError: a number that cannot be.
+    key: str
+    """What --only and the JSON object call it."""
+    title: str
+    project: str
+    """reference, timm or ours."""
+    precision: Precision
+    checkpointing: bool = False
+    """Activation checkpointing."""
+
+
+def rows_for(device: str) -> list[Row]:
+    """All rows. The reference computes by its own defaults: in fp16, but on a CPU in fp32."""
+    theirs: Precision = "fp16" if device == "cuda" else "fp32"
+    return [
+        Row("reference", f"facebookresearch/dino + xcit, {theirs}", "reference", theirs),
+        Row("timm-fp32", "timm's XCiT in a plain step, fp32", "timm", "fp32"),
+        Row("timm-bf16", "timm's XCiT in a plain step, bf16", "timm", "bf16"),
+        Row("ours-fp32", "ours, fp32", "ours", "fp32"),
+        Row("ours-bf16", "ours, bf16", "ours", "bf16"),
+        Row("ours-fp32-ckpt", "ours, fp32, checkpointing", "ours", "fp32", checkpointing=True),
+        Row("ours-bf16-ckpt", "ours, bf16, checkpointing", "ours", "bf16", checkpointing=True),
+    ]
+
+
+DEFAULT = ("reference", "timm-fp32", "timm-bf16", "ours-fp32", "ours-bf16")
+STEPS_A_TURN = {"cpu": 1, "cuda": 10}
+"""A GPU starts a step while it ends the one before, so several are timed together."""
+
+
+# ---- crops
+
+
+def draw_crops(settings: Settings, number: int) -> list[Tensor]:
+    """Noise, the same in every process: what a loader would hand over for step ``number``.
+
+    Returns:
+        One tensor a crop size, [views of that size * B, 3, size, size] uint8, view-major, on the CPU; pinned for a GPU.
     """
-    least = {"batch": 0 if arguments.device == "cuda" else 1, "out_dim": 2, "local_crops": 0}
-    least |= {"global_size": 1, "local_size": 1, "rounds": 1}
-    for name, smallest in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < smallest:
-            hint = " (0 looks for the largest that fits, on a GPU)" if (name, value) == ("batch", 0) else ""
-            raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least {smallest}{hint}")
-    start = QUICK if arguments.quick else Settings(batch=64 if arguments.device == "cuda" else 4)
-    names = ("arch", "batch", "out_dim", "local_crops", "global_size", "local_size", "device")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return dataclasses.replace(start, **given)
+    rng = np.random.default_rng([number, settings.batch])
+    crops = [
+        torch.from_numpy(rng.integers(0, 256, (views * settings.batch, 3, size, size), dtype=np.uint8))
+        for views, size in settings.groups
+    ]
+    return [crop.pin_memory() for crop in crops] if settings.device == "cuda" else crops
 
 
-def chosen(rows: Sequence[Row], only: str | None) -> list[Row]:
-    """Those rows that --only names."""
-    return [row for row in rows if only is None or row.key in only.split(",")]
+def normalised(crops: Sequence[Tensor]) -> list[Tensor]:
+    """The same in float32, as the loaders of the reference and of most others hand crops over."""
+    floats = [normalise(crop, IMAGENET_MEAN, IMAGENET_STD) for crop in crops]
+    return [new.pin_memory() if old.is_pinned() else new for new, old in zip(floats, crops, strict=True)]
 
 
-def refuse_unknown(only: str, rows: Sequence[Row]) -> None:
-    """See that --only names nothing but rows.
+def view_by_view(crops: Sequence[Tensor], settings: Settings) -> list[Tensor]:
+    """V tensors [B, 3, size, size], as the reference takes them."""
+    return [view.contiguous() for crop in crops for view in crop.split(settings.batch)]
 
-    Raises:
-        InputError: it does.
+
+# ---- the plain step: DINO from the paper with PyTorch's and timm's parts
+
+STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM, TEACHER_MOMENTUM = 0.1, 0.04, 0.9, 0.996
+LR, WEIGHT_DECAY, CLIP = 1e-5, 0.04, 3.0
+"""They do not change what a step costs; the losses of a few steps shall stay finite."""
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """PyTorch's own choice of what runs in 16 bits; nothing for fp32."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtypes[precision]) if precision in dtypes else nullcontext()
+
+
+class PlainHead(nn.Module):
+    """DINO's head, [rows, D] to [rows, K], with the names of the published one."""
+
+    def __init__(self, in_dim: int, settings: Settings) -> None:
+        super().__init__()
+        hidden, bottleneck = settings.head_hidden, settings.head_bottleneck
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        self.last_layer: Any = nn.Module()
+        self.last_layer.weight_g = nn.Parameter(torch.ones(settings.out_dim, 1), requires_grad=False)
+        self.last_layer.weight_v = nn.Parameter(torch.randn(settings.out_dim, bottleneck) * bottleneck**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[rows, D] to [rows, K]."""
+        prototypes = self.last_layer.weight_g * F.normalize(self.last_layer.weight_v, dim=1)
+        return F.linear(F.normalize(self.mlp(features), dim=-1), prototypes)
+
+
+class PlainNetwork(nn.Module):
+    """timm's backbone, once a crop size, and the head over all views."""
+
+    def __init__(self, settings: Settings, drop_path: float) -> None:
+        super().__init__()
+        import timm  # here: the memory of our own rows is measured without it
+
+        if not timm.is_model(f"{settings.arch}_224"):
+            raise InputError(f"--arch is {settings.arch}, expected an XCiT that timm has, such as xcit_small_12_p16")
+        self.backbone: Any = timm.create_model(f"{settings.arch}_224", num_classes=0, drop_path_rate=drop_path)
+        self.head = PlainHead(self.backbone.num_features, settings)  # type: ignore[arg-type]
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        """One tensor a crop size, [views of that size * B, 3, size, size], to [V * B, K]."""
+        return self.head(torch.cat([self.backbone(crop) for crop in crops]))
+
+
+def plain_names(state: Mapping[str, Tensor], backbone: nn.Module) -> State:
+    """Weights or gradients of a network from the official names to those of :class:`PlainNetwork`."""
+    from timm.models.xcit import checkpoint_filter_fn
+
+    official = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    head = {name: value for name, value in state.items() if name.startswith("head.")}
+    return head | {f"backbone.{name}": value for name, value in checkpoint_filter_fn(official, backbone).items()}
+
+
+def plain_loss(student_logits: Tensor, teacher_logits: Tensor, center: Tensor, views: int) -> Tensor:
+    """Algorithm 1 of arXiv 2104.14294: the mean over pairs of different views of a cross-entropy.
+
+    Args:
+        student_logits: [V * B, K], view-major, the global views first.
+        teacher_logits: [2 * B, K].
+        center: [1, K].
+        views: V.
     """
-    known = [row.key for row in rows]
-    for name in only.split(","):
-        if name not in known:
-            near = near_matches(name, known)
-            raise InputError(f"--only names no row by {name!r}{near} (known: {', '.join(known)})")
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits.to(wide) / STUDENT_TEMP, dim=-1).chunk(views)
+    targets = F.softmax((teacher_logits.to(wide) - center) / TEACHER_TEMP, dim=-1).chunk(2)
+    pairs = [
+        -(target * log_p[view]).sum(dim=-1).mean()
+        for number, target in enumerate(targets)
+        for view in range(views)
+        if view != number
+    ]
+    return torch.stack(pairs).mean()
 
 
-def compared(rows: Sequence[Row], within: Sequence[str] = ("rows",)) -> Figures:
-    """What --against looks at in the rows of a table. Those of other projects tell how much the machine varies."""
-    figures: Figures = {}
+class PlainStep:
+    """Student, teacher, center, optimizer, and one step over them."""
+
+    def __init__(self, settings: Settings, precision: Precision) -> None:
+        self.settings, self.precision, self.device = settings, precision, torch.device(settings.device)
+        torch.manual_seed(0)
+        self.student = PlainNetwork(settings, settings.drop_path).to(self.device)
+        self.teacher = PlainNetwork(settings, 0.0).to(self.device)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.center = torch.zeros(1, settings.out_dim, device=self.device)
+        matrices, vectors = ([p for p in self.student.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR)
+
+    def loss(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss of float crops, and the teacher's logits [2 * B, K]."""
+        with autocast(self.device, self.precision):
+            with torch.no_grad():
+                teacher_logits = self.teacher([crops[0][: 2 * self.settings.batch]])
+            student_logits = self.student(crops)
+        return plain_loss(student_logits, teacher_logits, self.center, 2 + self.settings.local_crops), teacher_logits
+
+    def __call__(self, crops: Sequence[Tensor]) -> Tensor:
+        """One training step over float crops; its loss."""
+        loss, teacher_logits = self.loss([crop.to(self.device, non_blocking=True) for crop in crops])
+        self.optimizer.zero_grad()
+        loss.backward()
+        for parameter in self.student.parameters():  # each by its own norm, as the reference does
+            if parameter.grad is not None:
+                nn.utils.clip_grad_norm_(parameter, CLIP)
+        self.optimizer.step()
+        with torch.no_grad():
+            for kept, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                kept.lerp_(new, 1 - TEACHER_MOMENTUM)
+            mean_logits = teacher_logits.to(self.center.dtype).mean(dim=0, keepdim=True)
+            self.center.lerp_(mean_logits, 1 - CENTER_MOMENTUM)
+        return loss.detach()
+
+
+# ---- the reference: facebookresearch/dino over facebookresearch/xcit, by their own code
+
+EPOCH, EPOCHS = 1, 100
+"""Its last layer is frozen in epoch 0 alone."""
+
+
+class ReferenceStep:
+    """Student, teacher, loss, optimizer, and one pass of the body of their loop (``train_one_epoch``).
+
+    On a CPU BatchNorm takes the place of SyncBatchNorm, which has no kernel there. Theirs stands in
+    DistributedDataParallel; without it, as here, one process has less to do.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, precision: Precision) -> None:
+        xcit, main_dino = import_peer(folder, "xcit/xcit.py"), import_peer(folder, "dino/main_dino.py")
+        self.utils = main_dino.utils
+        self.settings, self.precision, self.device = settings, precision, torch.device(settings.device)
+        if not dist.is_initialized():  # its loss sums over processes without asking how many there are
+            store = f"file://{tempfile.mkdtemp()}/store"
+            dist.init_process_group("nccl" if settings.device == "cuda" else "gloo", store, rank=0, world_size=1)
+
+        def network(drop_path: float) -> nn.Module:
+            backbone = getattr(xcit, settings.arch)(pretrained=False, drop_path_rate=drop_path)
+            widths = {"hidden_dim": settings.head_hidden, "bottleneck_dim": settings.head_bottleneck}
+            head = main_dino.DINOHead(backbone.embed_dim, settings.out_dim, **widths)
+            return self.utils.MultiCropWrapper(backbone, head).to(self.device)
+
+        torch.manual_seed(0)
+        if settings.device == "cpu":
+            nn.SyncBatchNorm = nn.BatchNorm2d  # type: ignore[misc, assignment]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, about weight_norm
+            self.student, self.teacher = network(settings.drop_path), network(0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        views = 2 + settings.local_crops
+        self.dino_loss = main_dino.DINOLoss(settings.out_dim, views, TEACHER_TEMP, TEACHER_TEMP, 0, EPOCHS)
+        self.dino_loss.to(self.device)
+        groups = self.utils.get_params_groups(self.student)
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def loss(self, images: Sequence[Tensor]) -> Tensor:
+        """Of V tensors [B, 3, size, size]; their loss moves its center by itself."""
+        with autocast(self.device, self.precision):
+            teacher_output = self.teacher(list(images[:2]))
+            return self.dino_loss(self.student(list(images)), teacher_output, EPOCH)
+
+    def __call__(self, images: Sequence[Tensor]) -> Tensor:
+        """One training step; its loss."""
+        loss = self.loss([image.to(self.device, non_blocking=True) for image in images])
+        value = loss.item()  # as theirs: it ends a run whose loss is not finite
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.utils.clip_gradients(self.student, CLIP)
+        self.utils.cancel_gradients_last_layer(EPOCH, self.student, 1)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            for new, kept in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+                kept.data.mul_(TEACHER_MOMENTUM).add_((1 - TEACHER_MOMENTUM) * new.detach().data)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return torch.tensor(value)
+
+
+# ---- ours, as run_pretrain.py takes it
+
+
+class OurStep:
+    """The state of a run, and one step of it."""
+
+    def __init__(self, settings: Settings, row: Row) -> None:
+        self.views = [count for count, _ in settings.groups]
+        self.config = PretrainConfig(
+            arch=settings.arch, out_dim=settings.out_dim, drop_path_rate=settings.drop_path,
+            head_hidden_dim=settings.head_hidden, head_bottleneck_dim=settings.head_bottleneck,
+            local_crops_number=settings.local_crops, batch_size_per_gpu=settings.batch,
+            global_crops_size=settings.global_size, local_crops_size=settings.local_size,
+            precision=row.precision, activation_checkpointing=row.checkpointing, device=settings.device,
+            warmup_epochs=0.0, freeze_last_layer=0,  # as in all epochs but the first
+        )  # fmt: skip
+        self.schedules = Schedules.of(self.config, 1000, settings.batch)
+        self.state = build_state(self.config, torch.device(settings.device))
+
+    def __call__(self, crops: Sequence[Tensor], passes: int = 1) -> Tensor:
+        """One training step over uint8 crops, ``passes`` times the same; its loss, on the device."""
+        batch = Batch(list(crops), self.views, epoch=0, indices=torch.arange(self.config.batch_size_per_gpu))
+        return train_step(self.state, [batch] * passes, self.schedules, self.config).loss
+
+
+# ---- do the rows do the same work?
+
+LOSS, GRADIENT, BF16 = 1e-4, 1e-3, 1.5
+"""Limits: relative error of a loss, and of any parameter's gradient in fp32; in bf16, errors over the plain step's."""
+NO_GRADIENT = ".attn.k.bias"
+"""Of class attention. A softmax ignores what all its inputs share, so this gradient is zero but for rounding."""
+
+
+def check(settings: Settings, rows: Sequence[Row], reference: str) -> list[tuple[str, float, float]]:
+    """Give the rows the same weights and crops, without drop-path, and compare with the plain step in float64.
+
+    Returns:
+        (what is compared, relative error, limit) for each comparison.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    settings = dataclasses.replace(settings, batch=min(2, settings.batch), drop_path=0.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def with_noise(state: Mapping[str, Tensor]) -> State:
+        """Fresh biases are 0 and fresh LayerScales may be 1e-5: without noise nothing would depend on them."""
+        new = {name: value.cpu().clone() for name, value in state.items()}
+        for name, value in new.items():
+            if value.is_floating_point() and not name.endswith(("running_mean", "running_var", "weight_g")):
+                value += 0.02 * torch.randn(value.shape, generator=generator)
+        return new
+
+    student = with_noise(OurStep(settings, Row("", "", "ours", "fp32")).state.method.state_dict()["student"])
+    teacher = with_noise(student)
+    crops = draw_crops(settings, 0)
+
+    def plain(precision: Precision, dtype: torch.dtype = torch.float32) -> tuple[float, State, nn.Module]:
+        step = PlainStep(settings, precision)
+        for network, state in ((step.student, student), (step.teacher, teacher)):
+            network.load_state_dict(plain_names(state, network.backbone))
+            network.to(dtype)
+        step.center = step.center.to(dtype)
+        loss, _ = step.loss([crop.to(step.device, dtype) for crop in normalised(crops)])
+        loss.backward()
+        gradients = {name: p.grad.cpu().double() for name, p in step.student.named_parameters() if p.grad is not None}
+        return float(loss.detach()), gradients, step.student.backbone
+
+    exact_loss, exact, backbone = plain("fp32", torch.float64)
+
+    def ours(row: Row) -> tuple[float, State]:
+        step = OurStep(settings, row)
+        method, found = step.state.method, State()
+        method.load_state_dict(method.state_dict() | {"student": student, "teacher": teacher})
+        for name, parameter in method.trained.named_parameters():
+            if parameter.requires_grad:  # read before the step clips them
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p, name=name: found.update({name: p.grad.cpu().double()})  # type: ignore[misc]
+                )
+        return float(step(crops)), plain_names(found, backbone)
+
+    def loss_error(loss: float) -> float:
+        return abs(loss - exact_loss) / abs(exact_loss)
+
+    found = []
+    if reference:
+        theirs = ReferenceStep(Path(reference), settings, "fp32")
+        theirs.student.load_state_dict(student)
+        theirs.teacher.load_state_dict(teacher)
+        views = [view.to(theirs.device) for view in view_by_view(normalised(crops), settings)]
+        found.append(("reference, loss", loss_error(float(theirs.loss(views).detach())), LOSS))
+    plain_error = mean(relative_errors(plain("bf16")[1], exact).values())
     for row in rows:
-        figures |= {f"{row.key} img/s": ((*within, row.key, "img_per_s"), "more")}
-        figures |= {f"{row.key} peak MB": ((*within, row.key, "peak_MB"), "less")}
+        loss, gradients = ours(row)
+        errors = relative_errors(gradients, exact)
+        if row.precision == "fp32":
+            worst = max(errors, key=errors.__getitem__)
+            found.append((f"{row.key}, loss", loss_error(loss), LOSS))
+            found.append((f"{row.key}, gradient of {worst}", errors[worst], GRADIENT))
+        else:
+            found.append((f"{row.key}, gradients on average", mean(errors.values()), BF16 * plain_error))
+    return found
+
+
+def relative_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """|found - expected| / |expected| of each gradient; infinite for a gradient that only one of the two has."""
+    errors = dict.fromkeys(found.keys() ^ expected.keys(), float("inf"))
+    for name in found.keys() & expected.keys():
+        errors[name] = float((found[name] - expected[name]).norm() / expected[name].norm())
+    return {name: error for name, error in errors.items() if not name.endswith(NO_GRADIENT)}
+
+
+# ---- a process of each row, which steps when it is told to
+
+
+def build(row: Row, settings: Settings, reference: str) -> tuple[Step, list[list[Tensor]]]:
+    """The step of a row, and two batches of crops in the form in which its own loader hands them over."""
+    batches = [draw_crops(settings, number) for number in range(2)]
+    if row.project == "ours":
+        return OurStep(settings, row), batches
+    floats = [normalised(crops) for crops in batches]
+    if row.project == "timm":
+        return PlainStep(settings, row.precision), floats
+    step = ReferenceStep(Path(reference), settings, row.precision)
+    return step, [view_by_view(crops, settings) for crops in floats]
+
+
+def serve(task: Mapping[str, Any]) -> None:
+    """Answer each line of JSON on stdin with one on stdout; what the step itself prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    row, settings, done = Row(**task["row"]), Settings(**task["settings"]), 0
+    cuda = settings.device == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    if cuda:  # as run_pretrain.py chooses; here for all rows
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
+    distributed.start(torch.device(settings.device))  # scaling.py makes ranks of these processes
+    gpu = torch.cuda.get_device_name() if cuda else ""
+    answer(threads=torch.get_num_threads(), torch=torch.__version__, timm=version("timm"), gpu=gpu)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["do"] == "build":
+            step, batches = build(row, settings, task["reference"])
+            answer()
+        elif order["do"] == "steps":
+            for number in range(order["warm_up"] + order["count"]):
+                if number == order["warm_up"]:
+                    wait()
+                    began = perf_counter()
+                loss = step(batches[done % 2], **order.get("arguments", {}))
+                done += 1
+            wait()
+            seconds = (perf_counter() - began) / order["count"]
+            if cuda:
+                torch.cuda.empty_cache()  # the other rows want the memory; the next turn warms up again
+            answer(seconds=seconds, loss=float(loss))
+        elif order["do"] == "report":
+            answer(peak=torch.cuda.max_memory_allocated() if cuda else peak_memory())
+
+
+class Worker:
+    """A row's process, seen from the one that starts it; ``ready`` waits until it has built its step.
+
+    Args:
+        group: its process group.
+        root: the checkout whose code it runs.
+        environment: what it finds in its environment besides.
+    """
+
+    def __init__(
+        self, row: Row, settings: Settings, reference: str, group: int, root: Path = ROOT, environment: Any = None
+    ) -> None:
+        mark = "" if root == ROOT else f", {commit_of(root)}"
+        self.row, self.key, self.name = row, row.key + mark, row.title + mark
+        task = {"row": dataclasses.asdict(row), "settings": dataclasses.asdict(settings), "reference": reference}
+        script = root / "benchmarks" / "step_worker.py"  # up to 0.1
+        words = [str(script)] if script.is_file() else [str(root / "benchmarks" / "step.py"), "--worker"]
+        own = {"PYTHONPATH": str(root), "KMP_BLOCKTIME": "0"}  # Intel's OpenMP: idle threads sleep
+        self.process = subprocess.Popen(
+            [sys.executable, *words, json.dumps(task)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | own | (environment or {}), process_group=group,
+        )  # fmt: skip
+        self.about: dict[str, Any] = {}
+        """Threads, versions, the GPU's name."""
+        self.seconds: list[float] = []
+        """A step of each round."""
+        self.peak = 0
+        """Bytes: resident, or allocated on the GPU."""
+        self.send("build")
+
+    def send(self, do: str, **values: object) -> None:
+        """Give an order; its answer is to be read."""
+        assert self.process.stdin
+        print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the next answer.
+
+        Raises:
+            InputError, RunStopped: instead of an answer.
+        """
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise RunStopped(1, f"error: the process of {self.name!r} ended with code {code} (-9: too little memory?)")
+        values: dict[str, Any] = json.loads(line)
+        if "error" in values:
+            raise InputError(values["error"])
+        return values
+
+    def ready(self) -> None:
+        """Wait until the step is built."""
+        self.about = self.answer()
+        self.answer()
+
+    def ask(self, do: str, **values: object) -> dict[str, Any]:
+        """Give an order and wait for the answer."""
+        self.send(do, **values)
+        return self.answer()
+
+
+def take_turns(workers: Sequence[Worker], rounds: int, device: str) -> None:
+    """Time the rows: in each round each takes one turn."""
+    for row in workers:
+        row.ready()
+    for row in workers:
+        row.ask("steps", warm_up=1, count=1)
+    for number in range(rounds):
+        print(f"  round {number + 1} of {rounds}", flush=True)
+        for row in workers:
+            # A GPU's memory has gone to the others meanwhile, hence one step without a clock.
+            turn = row.ask("steps", warm_up=int(device == "cuda"), count=STEPS_A_TURN[device])
+            row.seconds.append(turn["seconds"])
+    for row in workers:
+        row.peak = row.ask("report")["peak"]
+
+
+# ---- the command
+
+
+def report(workers: Sequence[Worker], batch: int) -> dict[str, Any]:
+    """Print two tables; return their figures for the JSON object."""
+    lines, comparisons = [], []
+    by_key = {worker.key: worker for worker in workers}
+    figures: dict[str, Any] = {"rows": {}}
+    for worker in workers:
+        speed, peak = batch / median(worker.seconds), worker.peak / 1e6
+        lines.append([worker.name, f"{speed:.3g}", spread(worker.seconds), f"{peak:,.0f}"])
+        figures["rows"][worker.key] = {"img_per_s": speed, "step_s": worker.seconds, "peak_MB": peak}
+        if worker.row.project != "ours" or worker.key != worker.row.key:  # of others, or of the earlier commit
+            continue
+        name = worker.key.removeprefix("ours-").replace("-", "_")
+        peers = {"ratio": by_key.get("reference"), "over_timm": by_key.get(f"timm-{worker.row.precision}")}
+        peers["against"] = next((other for other in workers if other.row == worker.row and other is not worker), None)
+        for label, peer in peers.items():
+            if peer:
+                rounds = [theirs / own for theirs, own in zip(peer.seconds, worker.seconds, strict=True)]
+                speed, memory = median(rounds), worker.peak / peer.peak
+                comparisons.append([f"{worker.name} / {peer.name}", spread(rounds), f"{memory:.3f}"])
+                figures |= {f"{label}_{name}": speed, f"memory_{label}_{name}": memory}
+    print(f"\n{table(['', 'images/s', 'seconds a step', 'peak MB'], lines)}\n")
+    if comparisons:
+        print(f"{table(['', 'speed', 'memory'], comparisons)}\n")
     return figures
 
 
-def checked(settings: Settings, rows: Sequence[Row], reference: str) -> tuple[dict[str, Any], list[Row]]:
-    """Hold the pipelines beside each other: what that finds, and the rows that this version of the project has.
+def chosen_rows(only: str | None, device: str, reference: bool) -> list[Row]:
+    """The rows that --only names, or the default ones; without --reference the reference is left out.
 
     Raises:
-        RunStopped: they do not do the same work.
+        InputError: --only names no row.
     """
-    say(f"\n{settings.in_words()}, on {settings.device}")
-    found = checks(Task(CHECKS, settings, reference), [row for row in rows if row.project == "ours"])
-    say("\n".join(lines(found)))
-    for key in found["left_out"]:
-        say(f"  {key}: left out, as this version of the project has no such setting")
-    wrong = judge(found)
-    if wrong:
-        raise RunStopped(1, "\n".join(f"error: {sentence}" for sentence in wrong))
-    return found, [row for row in rows if row.key not in found["left_out"]]
-
-
-def side_by_side(settings: Settings, rows: Sequence[Row], reference: str, rounds: int) -> list[Measured]:
-    """Time rows that take turns, with the large product in their precisions among them.
-
-    Those with checkpointing come afterwards, with the reference once more: all at once would need the memory of seven.
-    """
-    products = [peak_row(precision) for precision in sorted({row.precision for row in rows})]
-    groups = [[row for row in rows if not row.checkpointing], [row for row in rows if row.checkpointing]]
-    if groups[0] and groups[1]:
-        groups[1] = [reference_again(row) for row in groups[0] if row.project == "reference"] + groups[1]
-    measured: list[Measured] = []
-    for group in groups:
-        if group:
-            tasks = [Task(row, settings, reference) for row in (*group, *products)]
-            measured += take_turns(tasks, rounds, say)
-            products = []
-    return measured
-
-
-def one_by_one(settings: Settings, rows: Sequence[Row], reference: str, rounds: int, least: int) -> list[Measured]:
-    """Time each row with the largest batch that fits, ``least`` or it doubled again and again, with nothing beside."""
-    measured: list[Measured] = []
-    for row in rows:
-        fits = largest_batch(Task(row, settings, reference), least, say)
-        measured += take_turns([Task(row, fits, reference)], rounds, say)
-    products = [peak_row(precision) for precision in sorted({row.precision for row in rows})]
-    return measured + take_turns([Task(row, settings) for row in products], rounds, say)
-
-
-def show(measured: Sequence[Measured], flops: float, against: str, memory: Measured | None) -> dict[str, Any]:
-    """Print a table and return its rows.
-
-    Args:
-        flops: of an image.
-        against: the key of the row that speeds are held against; rows with checkpointing, against its second turns.
-        memory: what memory is held against, where it is not that row.
-    """
-    by_key = {found.row.key: found for found in measured}
-    peaks = peaks_of(measured)
-    say(HEADER)
-    out: dict[str, Any] = {}
-    for found in measured:
-        if found.row.project != "peak":
-            again = by_key.get(f"{against}-again") if found.row.checkpointing else None
-            baseline = again or by_key.get(against)
-            line = line_of(found, flops, peaks, baseline, memory or baseline)
-            say(text_of(line))
-            out[found.row.key] = json_of(line)
-    say(
-        f"  {flops / 1e9:.1f} GFLOP an image; the 2048^3 product: "
-        + ", ".join(f"{precision} {value / 1e9:.0f} GFLOP/s" for precision, value in peaks.items())
-    )
-    return out
-
-
-def hardware() -> str:
-    """The processor's name, where the system says it."""
-    try:
-        lines_ = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":")[1].strip() for line in lines_ if line.startswith("model name")), "")
-
-
-def run() -> None:
-    """The command."""
-    arguments = parse()
-    settings = settings_of(arguments)
-    main_rows, small = rows_for(settings.device), small_rows()
-    if arguments.only is not None:
-        refuse_unknown(arguments.only, (*main_rows, *small))
-    if arguments.against:
-        compare_commits("step.py", compared(main_rows) | compared(small, ("small", "rows")), arguments)
-        return
-    main_rows, small = chosen(main_rows, arguments.only), chosen(small, arguments.only)
-    if not arguments.reference:
-        if any(row.project == "reference" for row in main_rows):
-            say("the reference is not measured: --reference DIR names a folder with its checkouts")
-        main_rows = [row for row in main_rows if row.project != "reference"]
-    result: dict[str, Any] = {"commit": commit_of(ROOT), "cpu": hardware(), "rounds": arguments.rounds}
-    if main_rows:
-        result |= first_table(settings, main_rows, arguments)
-    if small:
-        device = settings.device
-        small_settings = dataclasses.replace(QUICK_SMALL if arguments.quick else SMALL, device=device)
-        result["small"] = small_table(small_settings, small, arguments)
-        for name in ("ratio_small", "ratio_small_bf16"):
-            if name in result["small"]:
-                result[name] = result["small"][name]
-    say(json.dumps(result))
-
-
-def first_table(settings: Settings, rows: Sequence[Row], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything against the reference."""
-    rounds, largest = arguments.rounds, settings.batch == 0
-    reference = str(arguments.reference.resolve()) if arguments.reference else ""
-    settings = dataclasses.replace(settings, batch=settings.batch or 64)
-    found, rows = checked(settings, rows, reference if any(row.project == "reference" for row in rows) else "")
-    measured = (
-        one_by_one(settings, rows, reference, rounds, settings.batch)
-        if largest
-        else side_by_side(settings, rows, reference, rounds)
-    )
-    by_key = {one.row.key: one for one in measured}
-    flops = found["flops"] / settings.batch
-    out: dict[str, Any] = {"settings": dataclasses.asdict(settings), "flops_per_image": flops, **figures(found)}
-    theirs = memory = by_key.get("reference")
-    if theirs and settings.device == "cpu":
-        plain = memory_alone(Task(dataclasses.replace(theirs.row, keep_freed_memory=False), settings, reference))
-        memory = min(plain, theirs, key=lambda one: one.peak)
-        out["reference_peak_MB"] = {"keeping": round(theirs.peak / 1e6, 1), "glibc": round(plain.peak / 1e6, 1)}
-    if arguments.loader:
-        batch = by_key["ours-bf16"].batch if "ours-bf16" in by_key else settings.batch
-        task = Task(fed_row(arguments.photos), dataclasses.replace(settings, batch=batch))
-        measured += take_turns([task], rounds, say)
-    out["machine"] = measured[0].about
-    out["rows"] = show(measured, flops, "reference", memory)
-    if "reference_peak_MB" in out:
-        say(
-            "  the reference's peak memory: {keeping:.0f} MB keeping what it frees, {glibc:.0f} MB as glibc does by "
-            "itself; the less is the measure".format(**out["reference_peak_MB"])
-        )
-    for one in measured:
-        if one.row.project == "ours":
-            name, values = one.row.key.removeprefix("ours-").replace("-", "_"), out["rows"][one.row.key]
-            if theirs:
-                out[f"ratio_{name}"], out[f"memory_ratio_{name}"] = values["ratio"][0], values["memory_ratio"]
-            timms = by_key.get(f"timm-{one.row.precision}")
-            if timms and one.row.key in by_key and not one.row.checkpointing:
-                out[f"over_timm_{name}"] = round(ratio(timms, one).median, 3)
-    return out
-
-
-def small_table(settings: Settings, rows: Sequence[Row], arguments: argparse.Namespace) -> dict[str, Any]:
-    """A small network against timm's."""
-    found, rows = checked(settings, rows, "")
-    measured = side_by_side(settings, rows, "", arguments.rounds)
-    by_key = {one.row.key: one for one in measured}
-    flops = found["flops"] / settings.batch
-    out: dict[str, Any] = {"settings": dataclasses.asdict(settings), "flops_per_image": flops, **figures(found)}
-    out["machine"] = measured[0].about
-    out["rows"] = show(measured, flops, "small-timm-fp32", None)
-    for precision, name in (("fp32", "ratio_small"), ("bf16", "ratio_small_bf16")):
-        theirs, own = by_key.get(f"small-timm-{precision}"), by_key.get(f"small-ours-{precision}")
-        if theirs and own:
-            spread = ratio(theirs, own)
-            out[name] = round(spread.median, 3)
-            say(f"  ours / timm's plain step, {precision}: {spread.text()}")
-    return out
+    rows = {row.key: row for row in rows_for(device)}
+    names = only.split(",") if only else list(DEFAULT)
+    for name in names:
+        if name not in rows:
+            raise InputError(f"--only names no row by {name!r}{near_matches(name, rows)} (known: {', '.join(rows)})")
+    if "reference" in names and not reference:
+        print("the reference is not measured: --reference DIR names a folder with its checkouts")
+        names.remove("reference")
+    return [row for key, row in rows.items() if key in names]
 
 
 def main() -> None:
-    """The command; a pipeline that fails is a sentence and exit code 1."""
-    clean_up_on_sigterm()
-    try:
-        run()
-    except PipelineFailed as failed:
-        raise RunStopped(1, f"error: {failed}") from None
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="folder with the checkouts dino/ and xcit/")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="an earlier commit's checkout")
+    parser.add_argument("--only", help=f"rows: {', '.join(row.key for row in rows_for('cpu'))}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="a try with tiny networks; its figures say nothing")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--arch", help="such as xcit_small_12_p8")
+    parser.add_argument("--batch", type=int, help="images a step: 4 on a CPU, 64 on a GPU")
+    for name in ("--out-dim", "--local-crops", "--global-size", "--local-size"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        return serve(json.loads(given.worker))
+    if given.rounds < 1:
+        raise InputError(f"--rounds is {given.rounds}, expected at least 1")
+    if given.against and not (given.against / "benchmarks" / "step.py").is_file():
+        raise InputError(f"--against {given.against} has no benchmarks/step.py: git worktree add DIR COMMIT")
+    start = QUICK if given.quick else Settings(batch=64 if given.device == "cuda" else 4)
+    fields = [field.name for field in dataclasses.fields(Settings)]
+    changes = {name: value for name, value in vars(given).items() if name in fields and value is not None}
+    settings = dataclasses.replace(start, **changes)
+    rows = chosen_rows(given.only, given.device, bool(given.reference))
+    reference = str(given.reference.resolve()) if "reference" in [row.key for row in rows] else ""
+    if os.getloadavg()[0] > 0.25 * usable_cores():
+        print("warning: other processes are busy: the figures vary more than on an idle machine", file=sys.stderr)
+    print(f"{settings}\n")
+    ours = [row for row in rows if row.project == "ours"]
+    checks = in_a_process(check, settings, ours, reference)
+    for name, error, limit in checks:
+        print(f"  {name}: relative error {error:.1e}, at most {limit:.1e}", flush=True)
+        if not error <= limit:
+            raise RunStopped(1, f"error: {name}: relative error {error:.1e}, expected at most {limit:.1e}")
+    exit_on_sigterm()
+    with process_group() as group:
+        workers = []
+        for row in rows:
+            workers.append(Worker(row, settings, reference, group))
+            if given.against and row.project == "ours":
+                workers.append(Worker(row, settings, reference, group, given.against.resolve()))
+        take_turns(workers, given.rounds, settings.device)
+    result = {"commits": [commit_of(root) for root in (ROOT, given.against) if root], "rounds": given.rounds}
+    result |= {"settings": dataclasses.asdict(settings), "machine": workers[0].about, "checks": checks}
+    print(json.dumps(result | report(workers, settings.batch)))
+    return None
 
 
 if __name__ == "__main__":
