@@ -136,7 +136,7 @@ def main() -> None:
     if config.json:
         protocol: Record = {
             "name": KNN_PROTOCOL, "ks": ks, "temperatures": list(config.temperatures),
-            "interval": "95% percentile bootstrap over the validation images; of all or no hits Clopper-Pearson",
+            "interval": "95% Wilson score interval over the validation images",
         }  # fmt: skip
         if indices:
             protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")

@@ -113,7 +113,7 @@ def recommended(results: Record, heads: Record, logreg: Record) -> Record:
 
 
 def measured(variant: Variant, probe: Probe, classifier: Record) -> Record:
-    """Top-1 and top-5 on one of ImageNet's variants, in percent, with 95% bootstrap intervals over the images."""
+    """Top-1 and top-5 on one of ImageNet's variants, in percent, with 95% intervals over the images."""
     source = variant.source or probe.val
     features = probe.features(source)
     rows = Rows(features.features, probe.pooled.columns[classifier["features"]], variant.rows)
