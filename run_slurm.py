@@ -106,9 +106,6 @@ def _needs_weights(evaluation: BackboneConfig) -> bool:
     """Finished collections are measured without, and their cards name those that a query is looked up with."""
     if isinstance(evaluation, ExtractConfig):
         return not (evaluation.learn_whitening or evaluation.query)
-    if isinstance(evaluation, RetrievalConfig):
-        # Only the machine that opens them knows whether --first and --second hold images or vectors.
-        return not (evaluation.index or evaluation.first)
     return True
 
 

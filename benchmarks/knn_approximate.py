@@ -33,8 +33,7 @@ import numpy as np  # noqa: E402
 from knn_scale import CENTRES, CLASSES, ROWS_AT_ONCE, write_features  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from eval.faiss_index import Kind, WithVectors, build, percent_found  # noqa: E402
-from eval.search import Index, UnitRows, build_index, search  # noqa: E402
+from eval.retrieval.index import Index, Kind, UnitRows, WithVectors, build, build_index, percent_found, search  # noqa: E402  # noqa: E402
 from eval.table import table  # noqa: E402
 
 KINDS: tuple[Kind, ...] = ("ivf", "hnsw", "ivfpq")

@@ -38,7 +38,7 @@ from process_group import clean_up_on_sigterm, process_group  # noqa: E402
 
 from dino_xcit.errors import run_main  # noqa: E402
 from eval.knn import knn_predict  # noqa: E402
-from eval.search import build_index, search, unit_rows  # noqa: E402
+from eval.retrieval.index import build_index, search, unit_rows  # noqa: E402
 
 CLASSES = 1000
 TEMPERATURE = 0.07

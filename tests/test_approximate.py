@@ -10,10 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
-from eval.faiss_index import WithVectors, build
 from eval.knn import knn_predict
 from eval.knn.approximate import Kind, approximate_index
-from eval.search import UnitRows, build_index, search, unit_rows
+from eval.retrieval.index import UnitRows, WithVectors, build, build_index, search, unit_rows
 
 KINDS = get_args(Kind)
 ROWS, DIM = 3000, 20

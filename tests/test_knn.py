@@ -18,8 +18,8 @@ import eval.knn.classify
 from dino_xcit.errors import InputError
 from eval.accuracy import accuracy, bootstrap_interval, correct
 from eval.knn.classify import clamp_ks, knn_predict
-from eval.retrieval.similarity import rows_of_similarity
-from eval.search import build_index, unit_rows
+from eval.retrieval.benchmarks import rows_of_similarity
+from eval.retrieval.index import build_index, unit_rows
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
@@ -212,7 +212,7 @@ def test_memory_mapped_features_are_never_copied_whole(tmp_path: Path, monkeypat
     features.flush()
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     queries = np.array(mapped[:40])
-    monkeypatch.setattr(eval.search, "_ROWS_AT_ONCE", 1000)
+    monkeypatch.setattr(eval.retrieval.index, "_ROWS_AT_ONCE", 1000)
     tracemalloc.start()
     index = build_index(mapped)
     _, peak = tracemalloc.get_traced_memory()

@@ -93,7 +93,7 @@ MISTAKES = {
     "--cluster local --data-path absent": "data_path is absent, which is not there: check the path",
     "--cluster local --run extract --query absent.jpg --index .": "query is absent.jpg, which is not there",
     "--cluster local --run extract --query a.jpg --index absent": "index is absent, which is not there",
-    "--cluster local --run retrieval duplicates --first absent": "first is absent, which is not there",
+    "--cluster local --run retrieval duplicates --weights timm:x --first absent": "first is absent, which is not there",
     "--cluster local --run extract --weights timm:x --output-dir v --whiten absent": "whiten is absent, which is not",
     "--wandb xcit": "pip install 'dino-xcit[wandb]'",
 }

@@ -1,7 +1,7 @@
 """Approximate search for k-NN, and how many of the exact neighbours it finds.
 
-N training images, D features, k neighbours. :mod:`eval.faiss_index` knows the indices; here they are held against the
-exact search on some of the validation images.
+N training images, D features, k neighbours. :mod:`eval.retrieval.index` knows the indices; here they are held
+against the exact search on some of the validation images.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
-from eval import faiss_index
-from eval.faiss_index import WithVectors
-from eval.search import Index, UnitRows, build_index, search
+from eval.retrieval import index as faiss_index
+from eval.retrieval.index import Index, UnitRows, WithVectors, build_index, search
 
 Kind = Literal["ivf", "hnsw", "pq"]
 _AS_FAISS_INDEX: dict[Kind, faiss_index.Kind] = {"ivf": "ivf", "hnsw": "hnsw", "pq": "ivfpq"}
@@ -105,7 +104,7 @@ def approximate_index(
         queries: [test images, D], of which at most :data:`SAMPLED` are searched exactly.
         ks: neighbours to measure recall for, each from 1 to N.
         probes: lists (``ivf``, ``pq``) or candidates (``hnsw``, at least the largest k) a query looks at; 0: chosen,
-            see :func:`eval.faiss_index.build`.
+            see :func:`eval.retrieval.index.build`.
         seed: chooses the queries.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
-from eval.search import Index, build_index, search
+from eval.retrieval.index import Index, build_index, search
 
 Predictions = dict[tuple[int, float], NDArray[np.int64]]
 """(k, T) to the predicted labels [test images, up to 5], best first."""
