@@ -17,7 +17,7 @@ import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,13 @@ from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
-from eval.accuracy import mean_interval
-from eval.figures import Figure, query_figure
-from eval.protocol import Card, images_card, result_card, write_json
+from eval.figures import query_figure
+from eval.protocol import Card
 from eval.retrieval import benchmarks
-from eval.retrieval.benchmarks import ORIGINAL, STRONG, VectorSet, extracted, open_fitted
+from eval.retrieval.benchmarks import Answer, extracted, means, open_fitted
 from eval.retrieval_config import RetrievalConfig
 from eval.setup import demand_writable
 from eval.table import percent, table
-
-Answer = tuple[Card, list[Card], dict[str, VectorSet], list[Figure]]
-"""The protocol's settings, rows of figures, what was measured, and the figures by query."""
 
 
 def main() -> None:
@@ -53,16 +49,7 @@ def main() -> None:
     answer = protocols.get(config.protocol, landmarks)(config)
     if answer is None or not config.json:
         return
-    protocol, results, sets, figures = answer
-    cards = [figure.to_card() for figure in figures if figure.units]
-    data = {name: one.data | (images_card(one.source) if cards else {}) for name, one in sets.items()}
-    first = next(iter(sets.values()))
-    protocol |= {"descriptor": config.descriptor().to_dict(), "whitening": first.whitening}
-    if figures:
-        protocol["interval"] = "95% percentile bootstrap over the queries"
-    measure, seconds, transform = f"retrieval {config.protocol}", time.perf_counter() - started, first.loaded.transform
-    card = result_card(measure, protocol, results, first.loaded, data, transform, first.device, seconds, cards)
-    write_json(Path(config.json), card)
+    benchmarks.write_result(config, answer, time.perf_counter() - started)
     log.info(f"written: {config.json}")
 
 
@@ -91,7 +78,7 @@ def landmarks(config: RetrievalConfig) -> Answer | None:
     for setup, scores in benchmarks.score_landmarks(truth, similarities).items():
         asked = np.flatnonzero(~np.isnan(scores["map"]))
         row: Card = {"setup": setup, "queries": len(asked), "database": sum(map(len, searched))}
-        row |= _means({name: values[asked] for name, values in scores.items()})
+        row |= means({name: values[asked] for name, values in scores.items()})
         aps = [None if np.isnan(ap) else ap for ap in scores["map"].tolist()]
         results.append(row | {"ap": dict(zip(names, aps, strict=True))})
         figures.append(query_figure(f"{setup} mAP", {"setup": setup}, scores["map"][asked], asked))
@@ -118,19 +105,10 @@ def copydays(config: RetrievalConfig) -> Answer | None:
         return None
 
     # ---- figures
-    others = [sets["distractors"].vectors] if config.distractors else []
-    scene_of_none = np.full(sum(map(len, others)), -1, dtype=np.int64)
     results, figures = [], []
-    for name, database in [*((name, ORIGINAL) for name in blocks if name != ORIGINAL), (ORIGINAL, STRONG)]:
-        vectors = np.concatenate([sets[database].vectors, *others])
-        scenes = np.concatenate([blocks[database][1], scene_of_none])
-        depth = min(benchmarks.COPYDAYS_DEPTH, len(scenes)) if database == ORIGINAL else len(scenes)
-        asked = np.flatnonzero(np.isin(blocks[name][1], scenes))  # an original without a strong copy is no query
-        aps = benchmarks.score_copies(sets[name].vectors[asked], blocks[name][1][asked], vectors, scenes, depth)
-        search: Card = {"search": f"{name} -> {database}"}
-        counts: Card = {"queries": len(aps), "database": len(scenes), "depth": depth}
-        results.append(search | counts | _means({"map": aps}))
-        figures.append(query_figure(f"{name} -> {database} mAP", {"search": f"{name} -> {database}"}, aps, asked))
+    for search, aps, asked, counts in benchmarks.score_copydays(blocks, sets):
+        results.append({"search": search} | counts | means({"map": aps}))
+        figures.append(query_figure(f"{search} mAP", {"search": search}, aps, asked))
     _print(results, ("search", "queries", "database", "depth"), ("map",))
     protocol: Card = {
         "name": "Copydays, mAP by trapezoids",
@@ -162,7 +140,7 @@ def folder(config: RetrievalConfig) -> Answer | None:
     figures = [query_figure(name, {"figure": name}, one, found.queries) for name, one in values.items()]
     shares = {name: 100.0 * one if one.dtype == np.bool_ else one for name, one in values.items()}
     shares = {name.lower().replace("-", "_"): one for name, one in shares.items()}
-    results: list[Card] = [{"queries": len(found.queries), "left_out": found.alone} | _means(shares)]
+    results: list[Card] = [{"queries": len(found.queries), "left_out": found.alone} | means(shares)]
     if found.alone:
         log.info(f"{counted(found.alone, 'image')} alone in a class: no query, but among what is searched")
     log.info(f"{counted(len(found.queries), 'query')}, each among the {len(source) - 1:,} other images")
@@ -206,14 +184,6 @@ def duplicates(config: RetrievalConfig) -> Answer | None:
         log.warning(f"there is no pair to draw: {config.sheet} is not written")
     name = "all pairs of cosine similarity of at least the threshold, exact; identical: the same bytes"
     return {"name": name, "threshold": config.threshold, "within_one_set": not second}, [row], sets, []
-
-
-def _means(values: Mapping[str, NDArray[np.float64]]) -> Card:
-    """Each figure's mean over the queries, and its interval; None without a query."""
-    out: Card = {}
-    for name, one in values.items():
-        out |= {name: float(one.mean()) if len(one) else None, f"{name}_interval": mean_interval(one)}
-    return out
 
 
 def _print(results: Sequence[Any], labels: Sequence[str], figures: Sequence[str]) -> None:

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Gt, Le, MinLen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino_xcit.bounds import Unique, check_bounds
 from dino_xcit.errors import InputError
 
 Pooling = Literal["cls", "mean", "gem", "cls+mean", "cls+gem"]
+Exponent = Annotated[float, Gt(0), Le(100)]
+Scales = Annotated[tuple[float, ...], Gt(0), Le(8), MinLen(1), Unique]
 
-_LEAST = 1e-6
+_MIN_TOKEN = 1e-6
 """Tokens are clamped to this before GeM's power: the root of a negative number is none."""
-_MOST_SCALES = 16
 
 
 @dataclass(frozen=True)
@@ -38,30 +41,11 @@ class Descriptor:
     """``cls``: the class token after the final norm. ``mean``: mean of the patch tokens. ``gem``: their generalised
     mean, see :func:`gem`. ``cls+mean``, ``cls+gem``: class token and that mean, each of length 1, one behind the
     other."""
-    gem_p: float = 3.0
+    gem_p: Exponent = 3.0
     """Exponent of the generalised mean."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: Scales = (1.0,)
     """Factors on the sides of the prepared image. With more than one, each scale's vector is brought to length 1, and
     their mean is brought to length 1 again."""
-
-    def check(self) -> None:
-        """Check every value.
-
-        Raises:
-            InputError: naming the field, the value, and what would do.
-        """
-        if self.pooling not in get_args(Pooling):
-            raise InputError(f"pooling is {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
-        if not 0 < self.gem_p <= 100:
-            raise InputError(f"gem_p is {self.gem_p:g}, expected more than 0 and at most 100, such as 3")
-        words = " ".join(f"{scale:g}" for scale in self.scales) or "empty"
-        if not 1 <= len(self.scales) <= _MOST_SCALES or not all(0 < scale <= 8 for scale in self.scales):
-            raise InputError(
-                f"scales is {words}, expected 1 to {_MOST_SCALES} numbers above 0 and at most 8, such as "
-                "1 0.7071 1.4142"
-            )
-        if len(set(self.scales)) < len(self.scales):
-            raise InputError(f"scales is {words}, expected each number once")
 
     def width(self, embed_dim: int) -> int:
         """E, for a backbone of ``embed_dim`` features."""
@@ -118,9 +102,9 @@ class Descriptor:
         try:
             scales = tuple(float(scale) for scale in values["scales"])
             found = cls(values["pooling"], float(values.get("gem_p", cls.gem_p)), scales)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            check_bounds(found)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"the stored descriptor {str(values)[:200]} cannot be read: {error!r:.100}") from error
-        found.check()
         return found
 
 
@@ -138,7 +122,7 @@ def gem(tokens: Tensor, p: float) -> Tensor:
     Returns:
         [B, D].
     """
-    clamped = tokens.clamp(min=_LEAST)
+    clamped = tokens.clamp(min=_MIN_TOKEN)
     # Taking out the largest changes nothing but that no power overflows.
     largest = clamped.amax(dim=1, keepdim=True)
     return (clamped / largest).pow(p).mean(dim=1).pow(1 / p) * largest[:, 0]

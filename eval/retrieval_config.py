@@ -10,7 +10,7 @@ from annotated_types import Ge, Le, MinLen
 from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, refuse_changed, shown
 from dino_xcit.errors import InputError
 from eval.config import BackboneConfig, IsOutput
-from eval.pooling import Descriptor, Pooling
+from eval.pooling import Descriptor, Exponent, Pooling, Scales
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class VectorConfig(BackboneConfig):
     pooling: Pooling = "cls"
     """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
     token and one of these means one behind the other."""
-    gem_p: float = 3.0
+    gem_p: Exponent = 3.0
     """Exponent of the generalised mean: 1 is the mean, the greater the nearer to the maximum."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: Scales = (1.0,)
     """Sizes at which an image is looked at, as factors on its sides, such as 1 0.7071 1.4142; the vectors of length 1
     are averaged."""
     whiten: FilePath = ""
@@ -31,11 +31,6 @@ class VectorConfig(BackboneConfig):
     def descriptor(self) -> Descriptor:
         """How an image's vector is made."""
         return Descriptor(self.pooling, self.gem_p, self.scales)
-
-    def check(self) -> None:
-        """See :meth:`BackboneConfig.check`."""
-        super().check()
-        self.descriptor().check()
 
 
 @dataclass(frozen=True)

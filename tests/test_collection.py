@@ -30,7 +30,6 @@ from eval.retrieval.collection import (
     escape,
     finish_renaming,
     open_collection,
-    read_names,
     unescape,
     write_collection,
 )
@@ -98,12 +97,6 @@ def test_search_is_exact_and_takes_queries_as_the_backbone_gives_them(tmp_path: 
 def test_any_name_survives_on_one_line(name: str) -> None:
     assert "\n" not in escape(name)
     assert unescape(escape(name)) == name
-
-
-def test_plain_names_are_written_as_they_are(tmp_path: Path) -> None:
-    (tmp_path / "paths.txt").write_bytes("photos/é 1.jpg\nb\x85c\n".encode())
-    assert read_names(tmp_path / "paths.txt") == ["photos/é 1.jpg", "b\x85c"]
-    assert escape("photos/é 1.jpg") == "photos/é 1.jpg"
 
 
 def test_a_folder_of_the_first_format_opens_as_the_class_token(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_fixtures import unit
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -68,28 +67,6 @@ def test_average_precisions_by_hand() -> None:
     assert copies(queries, asked, database, scenes, 5) == pytest.approx([1 / 4, 5 / 12])
     assert copies(queries, asked, database, scenes, 2) == pytest.approx([1 / 4, 1 / 8])
     assert copies(queries, asked, database, scenes, 1) == pytest.approx([0, 0])
-
-
-@pytest.mark.parametrize("depth", [20, 1000])
-def test_average_precisions_equal_brute_force(depth: int) -> None:
-    rng = np.random.default_rng(4)
-    database, queries = (rng.normal(size=(count, 6)).astype(np.float32) for count in (300, 90))
-    scenes, asked = rng.integers(0, 40, 300), rng.integers(0, 40, 90)
-    scenes[200:] = -1
-    asked = asked[np.isin(asked, scenes)]
-    queries = queries[: len(asked)]
-    expected = []
-    for query, scene in zip(queries, asked, strict=True):
-        ranking = np.argsort(-(unit(database) @ unit(query[None])[0]))[:depth].tolist()
-        area, right, total = 0.0, 0, int((scenes == scene).sum())
-        for place, row in enumerate(ranking):
-            if scenes[row] == scene:
-                before = right / place if place else 1.0
-                right += 1
-                area += (before + right / (place + 1)) / 2 / total
-        expected.append(area)
-    assert 0 < np.mean(expected) < 1
-    assert copies(queries, asked, database, scenes, depth) == pytest.approx(expected)
 
 
 def test_equal_pictures_rank_in_the_order_of_the_database() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -155,29 +154,7 @@ def test_a_damaged_image_ends_the_run_and_is_left_out_on_request_without_losing_
     )
 
 
-def test_where_no_image_can_be_read_there_is_no_collection(place: Place, command: Command, tmp_path: Path) -> None:
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "bad.png").write_bytes(b"not a picture")
-    refused = command(*words(place, "--output-dir", tmp_path / "v", "--unreadable", "skip", data=tmp_path / "bad"))
-    assert (refused.code, "none of the 1 images of" in refused.err) == (2, True)
-
-
 # ---- what is there already
-
-
-def test_a_card_that_contradicts_its_vectors_is_refused_by_queries_and_additions(
-    place: Place, command: Command, tmp_path: Path
-) -> None:
-    val = place.data / "val"
-    done(command(*words(place, "--output-dir", tmp_path / "v", data=val / "bars")))
-    card = json.loads((tmp_path / "v" / "card.json").read_text())
-    card["descriptor"]["pooling"] = "cls+mean"
-    (tmp_path / "v" / "card.json").write_text(json.dumps(card))
-    add = words(place, "--output-dir", tmp_path / "v", "--add", "--pooling", "cls+mean", data=val / "dots")
-    query = ("--query", next((val / "bars").iterdir()), "--index", tmp_path / "v")
-    for refused in (command(*query), command(*add)):
-        assert refused.code == 2
-        assert "is damaged" in refused.err
 
 
 def test_an_unfinished_extraction_is_not_mixed_with_another(place: Place, command: Command, tmp_path: Path) -> None:

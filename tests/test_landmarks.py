@@ -69,21 +69,6 @@ def test_a_pickle_and_json_say_the_same(tmp_path: Path, name: str) -> None:
     assert len(truth.sha256) == 64
 
 
-class Canary:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_nothing_in_a_pickle_is_executed(tmp_path: Path) -> None:
-    written(tmp_path / "gnd.pkl", content(easy=Canary(tmp_path / "ran")))
-    with pytest.raises(InputError, match="could run a program"):
-        read_ground_truth(tmp_path / "gnd.pkl")
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize(
     "value",
     [

@@ -116,27 +116,13 @@ def test_what_decides_a_vector_goes_through_plain_values_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "sentence"),
+    "values",
     [
-        ({"pooling": "max"}, "pooling is 'max', expected one of cls, mean, gem, cls"),
-        ({"pooling": ["cls"]}, "pooling is"),
-        ({"gem_p": 0.0}, "gem_p is 0, expected more than 0"),
-        ({"gem_p": float("nan")}, "gem_p is nan"),
-        ({"scales": ()}, "scales is empty, expected 1 to 16 numbers"),
-        ({"scales": (1.0, -1.0)}, "scales is 1 -1, expected"),
-        ({"scales": (1.0, float("inf"))}, "scales is 1 inf, expected"),
-        ({"scales": (1.0, 1.0)}, "scales is 1 1, expected each number once"),
-        ({"scales": tuple(range(1, 30))}, "expected 1 to 16 numbers"),
+        {"pooling": "max"}, {"pooling": ["cls"]}, {"gem_p": 0.0}, {"gem_p": float("nan")}, {"scales": []},
+        {"scales": [1.0, -1.0]}, {"scales": [1.0, float("inf")]}, {"scales": [1.0, 1.0]}, {"scales": 3},
+        {"scales": ["x"]}, {"scales": [10**400]},
     ],
-)
-def test_what_cannot_be_is_refused_with_a_sentence(values: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
-        Descriptor(**values).check()
-    with pytest.raises(InputError, match=sentence):
+)  # fmt: skip
+def test_what_cannot_be_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
         Descriptor.from_dict({"pooling": "gem", "scales": [1.0]} | values)
-
-
-def test_a_stored_descriptor_that_is_none_is_refused() -> None:
-    for values in ({}, {"pooling": "cls"}, {"pooling": "cls", "scales": 3}, {"pooling": "cls", "scales": ["x"]}, []):
-        with pytest.raises(InputError, match="stored descriptor"):
-            Descriptor.from_dict(values)  # type: ignore[arg-type]

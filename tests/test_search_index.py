@@ -63,16 +63,6 @@ def test_flat_is_exact_for_the_vectors_as_they_are_kept(dtype: type) -> None:
     assert (index.reconstruct_n(0, 500) == vectors.astype(np.float32)).all()
 
 
-def test_half_precision_halves_the_index(tmp_path: Path) -> None:
-    for kind in ("flat", "hnsw"):
-        sizes = []
-        for dtype in (np.float32, np.float16):
-            index = build(kind, vectors_of(400, 256).astype(dtype))  # type: ignore[arg-type]
-            faiss.write_index(index, str(tmp_path / "i.faiss"))
-            sizes.append((tmp_path / "i.faiss").stat().st_size)
-        assert sizes[1] - 400 * 256 * 2 == pytest.approx(sizes[0] - 400 * 256 * 4, abs=200), kind
-
-
 def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
     monkeypatch.setattr(eval.retrieval.index, "_ROWS_AT_ONCE", 64)
@@ -129,17 +119,6 @@ def test_product_codes_find_candidates_and_the_vectors_put_them_in_order(
     assert anew > by_codes + 0.05, "scoring anew is worth its time"
 
 
-def test_what_an_index_looks_at_is_kept_in_its_file(ivfpq: Any, tmp_path: Path) -> None:
-    graph = build("hnsw", vectors_of(50))
-    for index, name in ((ivfpq, "nprobe"), (graph, "hnsw")):
-        faiss.write_index(index, str(tmp_path / "i.faiss"))
-        back = faiss.read_index(str(tmp_path / "i.faiss"))
-        if name == "nprobe":
-            assert back.nprobe == ivfpq.nprobe > 1
-        else:
-            assert back.hnsw.efSearch == graph.hnsw.efSearch > 16
-
-
 def test_rows_are_added_behind_the_others_whatever_the_index(many: NDArray[np.float32]) -> None:
     more = vectors_of(30, seed=2)
     for kind in ("flat", "hnsw"):
@@ -187,18 +166,18 @@ def test_neighbours_that_are_missed_count_as_missed_however_near_all_are() -> No
 def test_an_index_of_another_kind_or_metric_is_refused(kind: Any, many: NDArray[np.float32], tmp_path: Path) -> None:
     path = tmp_path / "i.faiss"
 
-    def refused(index: faiss.Index, why: str) -> None:
+    def refused(index: faiss.Index) -> None:
         faiss.write_index(index, str(path))
-        with pytest.raises(ValueError, match=why):
+        with pytest.raises(ValueError, match="its index"):
             read_index(path, kind)
 
     faiss.write_index(build(kind, many), str(path))
     assert read_index(path, kind).ntotal == len(many)
-    refused(faiss.IndexLSH(32, 8), "IndexLSH")
+    refused(faiss.IndexLSH(32, 8))
     if kind != "ivfpq":
         other = faiss.IndexFlatL2(32) if kind == "flat" else faiss.IndexHNSWFlat(32, 8, faiss.METRIC_L2)
         other.add(many)
-        refused(other, "IndexFlatL2|something else than inner products")
+        refused(other)
 
 
 def test_an_index_that_names_another_file_neither_reads_nor_writes_it(

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, to_tensor
 from dino_xcit.weights import LoadedBackbone
+from eval.accuracy import mean_interval
 from eval.features import cached
-from eval.protocol import data_card
+from eval.figures import Figure
+from eval.protocol import Card, data_card, images_card, result_card, write_json
 from eval.retrieval.collection import prepared
 from eval.retrieval.contact_sheet import draw_sheet, tile_of
 from eval.retrieval.index import build_index, unit_rows, without_self
@@ -131,6 +133,34 @@ def extracted(config: RetrievalConfig, loaded: LoadedBackbone, device: torch.dev
         vectors = prepared(vectors, True, whitening)
         applied = {"hash": whitening.hash, "learned_on": whitening.learned_on}
     return VectorSet(source, vectors, data_card(source, found.fingerprint), applied, loaded, device)
+
+
+# ---- results
+
+Answer = tuple[Card, list[Card], dict[str, VectorSet], list[Figure]]
+"""A protocol's settings, rows of figures, what was measured, and the figures by query."""
+
+
+def means(values: Mapping[str, NDArray[np.float64]]) -> Card:
+    """Each figure's mean over the queries, and its interval; None without a query."""
+    out: Card = {}
+    for name, one in values.items():
+        out |= {name: float(one.mean()) if len(one) else None, f"{name}_interval": mean_interval(one)}
+    return out
+
+
+def write_result(config: RetrievalConfig, answer: Answer, seconds: float) -> None:
+    """Write the figures with everything that is needed to repeat them, and to compare them query by query."""
+    protocol, results, sets, figures = answer
+    cards = [figure.to_card() for figure in figures if figure.units]
+    data = {name: one.data | (images_card(one.source) if cards else {}) for name, one in sets.items()}
+    first = next(iter(sets.values()))
+    protocol |= {"descriptor": config.descriptor().to_dict(), "whitening": first.whitening}
+    if figures:
+        protocol["interval"] = "95% percentile bootstrap over the queries"
+    loaded, measure = first.loaded, f"retrieval {config.protocol}"
+    card = result_card(measure, protocol, results, loaded, data, loaded.transform, first.device, seconds, cards)
+    write_json(Path(config.json), card)
 
 
 # ---- similarity and average precision
@@ -382,6 +412,25 @@ def open_copydays(folder: Path) -> dict[str, tuple[Source, NDArray[np.int64]]]:
 
 def _strength(block: Path) -> tuple[int, str]:
     return (int(block.name) if block.name.isdecimal() else -1, block.name)
+
+
+def score_copydays(
+    blocks: Mapping[str, tuple[Source, NDArray[np.int64]]], sets: Mapping[str, VectorSet]
+) -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.int64], Card]]:
+    """For each search, such as ``strong -> original``, the average precisions [Q], the rows that asked, and counts.
+
+    Args:
+        sets: of each block, and perhaps ``distractors``, which are searched too.
+    """
+    others = [sets["distractors"].vectors] if "distractors" in sets else []
+    scene_of_none = np.full(sum(map(len, others)), -1, dtype=np.int64)
+    for name, database in [*((name, ORIGINAL) for name in blocks if name != ORIGINAL), (ORIGINAL, STRONG)]:
+        vectors = np.concatenate([sets[database].vectors, *others])
+        scenes = np.concatenate([blocks[database][1], scene_of_none])
+        depth = min(COPYDAYS_DEPTH, len(scenes)) if database == ORIGINAL else len(scenes)
+        asked = np.flatnonzero(np.isin(blocks[name][1], scenes))  # an original without a strong copy is no query
+        aps = score_copies(sets[name].vectors[asked], blocks[name][1][asked], vectors, scenes, depth)
+        yield f"{name} -> {database}", aps, asked, {"queries": len(aps), "database": len(scenes), "depth": depth}
 
 
 def score_copies(
