@@ -67,10 +67,8 @@ def learn_whitening(config: ExtractConfig) -> None:
         raise InputError(f"the vectors in {collection.folder} are whitened already: learn from some that are not")
     if not distributed.is_main():
         return
-    data = [
-        {name: part[name] for name in ("url", "images", "fingerprint")} for part in store.parts_of(collection.metadata)
-    ]
-    learned_on = {"data": data, "date": now()}
+    names, parts = ("url", "images", "fingerprint"), store.parts_of(collection.metadata)
+    learned_on = {"data": [{name: part[name] for name in names} for part in parts], "date": now()}
     kind = whitening_file.kind_of(collection.metadata["weights"]["hash"], collection.descriptor, collection.normalised)
     found = whitening_file.learn(collection.vectors, config.whiten_dim, kind, learned_on)
     path = Path(config.learn_whitening)
@@ -145,7 +143,7 @@ def look_up(config: ExtractConfig) -> None:
     # ---- the collection, and the very weights that made it
     collection = store.open_collection(Path(config.index or config.output_dir))
     pictures = [decode(_read(query), query) for query in config.query]
-    loaded, device = store.open_backbone_of(collection, store.with_weights_of(collection, config))
+    loaded, device = store.open_backbone_of(collection, config)
 
     # ---- vectors, made as the collection's were, and search
     vectors = []

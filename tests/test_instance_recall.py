@@ -88,15 +88,10 @@ def test_a_k_beyond_the_images_means_all_of_them() -> None:
     assert found.hits[50].tolist() == [True, True]
 
 
-def test_what_cannot_be_is_refused_with_a_sentence() -> None:
-    features, labels = on_a_circle(0, 10, 20), np.array([0, 0, 1])
-    broken = features.copy()
-    broken[1] = np.nan
-    for arguments, sentence in (
-        ((features, None), "3 features but 0 labels"),
-        ((features, labels[:2]), "3 features but 2 labels"),
-        ((features, np.arange(3)), "each of the 3 classes has one image"),
-        ((broken, labels), "not finite numbers"),
-    ):
-        with pytest.raises(InputError, match=sentence):
-            leave_one_out(*arguments)  # type: ignore[arg-type]
+def test_what_cannot_be_is_refused() -> None:
+    features = on_a_circle(0, 10, 20)
+    with pytest.raises(InputError, match="each of the 3 classes has one image"):
+        leave_one_out(features, np.arange(3))
+    features[1] = np.nan
+    with pytest.raises(InputError, match="not finite numbers"):
+        leave_one_out(features, np.array([0, 0, 1]))

@@ -11,19 +11,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from eval_fixtures import noise_source
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.metrics import average_precision_score
+from torchvision import transforms
 
 from dino_xcit.errors import InputError
+from dino_xcit.transform import EvalTransform
 from eval.retrieval.benchmarks import (
     PRECISION_KS,
     SETUPS,
     GroundTruth,
+    LongerSide,
+    Square,
     open_landmarks,
+    precision_at,
+    ranks_of,
     read_ground_truth,
     refuse_known,
     score_landmarks,
+    trapezoidal_ap,
 )
 
 DATABASE = [f"all_souls_{number:06d}" for number in range(8)]
@@ -129,12 +138,6 @@ def test_queries_are_cut_to_their_box_and_images_are_in_the_order_of_the_ground_
     assert queries.fingerprint() != whole.fingerprint()
 
 
-def test_a_box_that_is_not_in_its_picture_is_refused(place: Path) -> None:
-    truth = read_ground_truth(written(place / "gnd_roxford5k.pkl", content(bbx=[30, 0, 40, 9])))
-    with pytest.raises(InputError, match="lies outside of"):
-        open_landmarks(truth, place, crop_queries=True)[1].read(0)
-
-
 def test_images_that_are_missing_are_counted_and_one_is_named(place: Path) -> None:
     truth = read_ground_truth(place / "gnd_roxford5k.pkl")
     (place / "jpg" / f"{DATABASE[3]}.jpg").unlink()
@@ -236,3 +239,78 @@ def test_scores_equal_brute_force_on_random_ground_truths(tmp_path: Path, seed: 
             ap, precisions = brute_force(ranking, right, ignored)
             assert scores[setup, "map"][query] == pytest.approx(ap)
             assert [scores[setup, f"mp@{k}"][query] for k in PRECISION_KS] == pytest.approx(precisions)
+
+
+def test_a_box_that_is_not_in_its_picture_is_refused(place: Path) -> None:
+    truth = read_ground_truth(written(place / "gnd_roxford5k.pkl", content(bbx=[30, 0, 40, 9])))
+    with pytest.raises(InputError, match="lies outside of"):
+        open_landmarks(truth, place, crop_queries=True)[1].read(0)
+
+
+# ---- average precision
+
+
+def rows(*values: int) -> NDArray[np.int64]:
+    return np.array(values, dtype=np.int64)
+
+
+def test_ranks_close_the_gaps_that_junk_leaves() -> None:
+    # 3 0 [5] 1 2 4 6 7: taking out 5 moves 1 from place 3 to 2, and 6 from 6 to 5; 0 stands before it.
+    ranking = rows(3, 0, 5, 1, 2, 4, 6, 7)
+    assert ranks_of(ranking, rows(6, 0, 1), rows(5)).tolist() == [1, 2, 5]
+    assert ranks_of(ranking, rows(6, 0, 1)).tolist() == [1, 3, 6]
+    assert ranks_of(ranking, rows(6), rows(3, 0, 5, 1, 2, 4, 7)).tolist() == [0]
+    assert ranks_of(ranking[:4], rows(6, 0), rows(5)).tolist() == [1], "what the ranking does not hold has no rank"
+
+
+def test_average_precision_by_hand() -> None:
+    # Right at 1, 2 and 5 of three. Precision before and with each: 0 and 1/2, 1/2 and 2/3, 2/5 and 3/6.
+    # The means are 1/4, 7/12 and 9/20, together 77/60; each step is a third wide.
+    assert trapezoidal_ap(rows(1, 2, 5), 3) == pytest.approx(77 / 180)
+    assert trapezoidal_ap(rows(0, 1, 2), 3) == 1.0
+    # First of two right at once, the other never found: half the area.
+    assert trapezoidal_ap(rows(0), 2) == 0.5
+    # Alone at the second place: half the way from precision 0 to 1/2.
+    assert trapezoidal_ap(rows(1), 1) == 0.25
+    assert trapezoidal_ap(rows(), 4) == 0.0
+
+
+def test_precision_at_k_looks_no_further_than_the_last_right_image() -> None:
+    ranks = rows(1, 2, 5)  # the 2nd, 3rd and 6th
+    assert precision_at(ranks, 1) == 0
+    assert precision_at(ranks, 5) == pytest.approx(2 / 5)
+    assert precision_at(ranks, 10) == pytest.approx(3 / 6), "ten ask for more than the six that hold all of them"
+    assert precision_at(rows(0, 1), 10) == 1.0
+
+
+def test_it_is_not_the_average_precision_of_text_retrieval() -> None:
+    """Nobody should replace it by scikit-learn's: here 1/2 against 1/4."""
+    truth, scores = np.array([0, 1]), np.array([0.9, 0.1])
+    assert average_precision_score(truth, scores) == 0.5
+    assert trapezoidal_ap(rows(1), 1) == 0.25
+
+
+# ---- whole images
+
+
+@pytest.mark.parametrize(("size", "expected"), [(64, (44, 64)), (90, (62, 90)), (130, (90, 130)), (500, (90, 130))])
+def test_the_longer_side_is_reduced_as_pillows_thumbnail_does_and_never_enlarged(
+    photo: Image.Image, size: int, expected: tuple[int, int]
+) -> None:
+    before = photo.tobytes()
+    pixels = LongerSide(size, size)(photo)
+    peer = photo.copy()
+    peer.thumbnail((size, size), Image.Resampling.LANCZOS)
+    assert tuple(pixels.shape) == (3, *expected)
+    assert (pixels.permute(1, 2, 0).numpy() == np.asarray(peer)).all()
+    assert photo.tobytes() == before, "the picture that was handed in stays as it is"
+
+
+def test_the_square_is_torchvisions_bicubic_resize_of_both_sides(photo: Image.Image) -> None:
+    peer = transforms.Resize((48, 48), interpolation=transforms.InterpolationMode.BICUBIC)(photo)
+    assert torch.equal(Square(48, 48)(photo), torch.from_numpy(np.array(peer)).permute(2, 0, 1))
+
+
+def test_kept_features_of_other_fits_are_other_features() -> None:
+    cards = [kind(48, 48, "bicubic").to_dict() for kind in (EvalTransform, LongerSide, Square)]
+    assert len({repr(sorted(card.items())) for card in cards}) == 3

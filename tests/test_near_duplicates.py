@@ -60,8 +60,6 @@ def test_no_pair_is_no_error_and_too_many_are() -> None:
     assert none.first.dtype == np.int64
     with pytest.raises(InputError, match="more than 29 pairs"):
         find_pairs(first, first, -1.0, 29)
-    with pytest.raises(InputError, match="cannot be compared"):
-        find_pairs(first, first[:, :2], 0.9, 10)
 
 
 def test_memory_does_not_grow_with_the_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,15 +92,6 @@ def test_identical_files_are_told_from_near_ones(tmp_path: Path, photo: Image.Im
     first, second = open_source(str(tmp_path / "first")), open_source(str(tmp_path / "second"))
     found = kinds_of(pairs_of((0, 0, 1.0), (0, 1, 1.0), (1, 0, 0.99), (1, 1, 0.99)), first, second)
     assert found == [IDENTICAL, NEAR, NEAR, NEAR]
-
-
-def test_pictures_without_a_file_are_identical_by_their_pixels() -> None:
-    pixels = np.zeros((3, 4, 6), dtype=np.uint8)
-    pixels[2, 0, 0] = 1
-    upright = ArraySource("made-up:1", pixels, np.zeros(3, dtype=np.int64), ("one",))
-    lying = ArraySource("made-up:2", pixels.reshape(3, 6, 4), np.zeros(3, dtype=np.int64), ("one",))
-    assert kinds_of(pairs_of((0, 1, 1.0), (0, 2, 0.9)), upright, upright) == [IDENTICAL, NEAR]
-    assert kinds_of(pairs_of((0, 1, 1.0)), upright, lying) == [NEAR]
 
 
 class Named(ArraySource):

@@ -16,7 +16,6 @@ from eval.retrieval.index import (
     MIN_IVFPQ,
     Found,
     WithVectors,
-    _codes,
     add_rows,
     build,
     describe,
@@ -61,16 +60,6 @@ def test_flat_is_exact_for_the_vectors_as_they_are_kept(dtype: type) -> None:
     assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :7], abs=1e-5)
     assert describe(index, "flat", vectors) == {"type": "flat", "exact": True}
     assert (index.reconstruct_n(0, 500) == vectors.astype(np.float32)).all()
-
-
-def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
-    monkeypatch.setattr(eval.retrieval.index, "_ROWS_AT_ONCE", 64)
-    scores, rows = exact_search(vectors, queries, 9)
-    products = truth(vectors, queries)
-    assert (rows == np.argsort(-products, axis=1)[:, :9]).all()
-    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :9], abs=1e-5)
-    assert exact_search(vectors, queries, 10_000)[1].shape == (20, 500)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -130,19 +119,6 @@ def test_rows_are_added_behind_the_others_whatever_the_index(many: NDArray[np.fl
         assert scores == pytest.approx(np.ones((30, 1)), abs=1e-5)
 
 
-def test_a_single_vector_has_no_recall() -> None:
-    one = vectors_of(1)
-    index = build("hnsw", one)
-    assert "recall" not in describe(index, "hnsw", one)
-    assert search(index, one, one, 1)[1].tolist() == [[0]]
-    two = vectors_of(2)
-    assert describe(build("hnsw", two), "hnsw", two)["recall"]["at"] == 1
-
-
-def test_any_width_has_product_codes() -> None:
-    assert [_codes(width) for width in (384, 64, 16, 7, 5, 3, 1)] == [192, 32, 8, 1, 1, 1, 1]
-
-
 def with_a_common_part(count: int, share: float) -> NDArray[np.float32]:
     """Vectors of length 1 that differ by ``share`` only, as a network's features do: their cosines are all near 1."""
     rng = np.random.default_rng(4)
@@ -198,3 +174,13 @@ def test_an_index_that_names_another_file_neither_reads_nor_writes_it(
     with pytest.raises(RuntimeError, match=r"collection/victim\.bin"):  # looked for beside the index, and nowhere else
         read_index(folder / "i.faiss", "ivfpq")
     assert victim.read_bytes() == b"secret" * 100_000
+
+
+def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
+    monkeypatch.setattr(eval.retrieval.index, "_ROWS_AT_ONCE", 64)
+    scores, rows = exact_search(vectors, queries, 9)
+    products = truth(vectors, queries)
+    assert (rows == np.argsort(-products, axis=1)[:, :9]).all()
+    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :9], abs=1e-5)
+    assert exact_search(vectors, queries, 10_000)[1].shape == (20, 500)

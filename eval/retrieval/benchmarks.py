@@ -478,7 +478,7 @@ class Recall:
 
 
 def leave_one_out(
-    features: Vectors, labels: NDArray[np.int64] | None, ks: Sequence[int] = RECALL_KS, progress: bool = False
+    features: Vectors, labels: NDArray[np.int64], ks: Sequence[int] = RECALL_KS, progress: bool = False
 ) -> Recall:
     """Search every image among all others.
 
@@ -489,10 +489,8 @@ def leave_one_out(
         ks: each at least 1.
 
     Raises:
-        InputError: labels are missing or of another length, features that are not finite, or no class with two images.
+        InputError: features that are not finite, or no class with two images.
     """
-    if labels is None or len(labels) != len(features):
-        raise InputError(f"{len(features)} features but {0 if labels is None else len(labels)} labels")
     _, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
     others = counts[position] - 1
     queries = np.flatnonzero(others > 0)
@@ -557,11 +555,9 @@ def find_pairs(first: Vectors, second: Vectors | None, threshold: float, most: i
         most: pairs that are kept in memory (20 bytes each).
 
     Raises:
-        InputError: there are more pairs than ``most``, or the sets' features differ in their width.
+        InputError: there are more pairs than ``most``.
     """
     others = first if second is None else second
-    if first.shape[1] != others.shape[1]:
-        raise InputError(f"vectors of {first.shape[1]} and {others.shape[1]} numbers cannot be compared")
     found, count = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))], 0
     with progress_bar(len(first), "compare", shown=True) as bar:
         for row in range(0, len(first), _QUERIES_AT_ONCE):

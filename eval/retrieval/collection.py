@@ -9,6 +9,7 @@ N images, E features of a backbone's descriptor, W features of a stored vector (
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import faiss
 import numpy as np
@@ -58,7 +59,6 @@ _NOT_FINITE = (
 )
 
 Metadata = dict[str, Any]
-Config = TypeVar("Config", bound=BackboneConfig)
 
 
 # ---- metadata
@@ -291,7 +291,7 @@ def write_collection(
     Raises:
         InputError: the folder cannot be written to, or a vector cannot be kept.
     """
-    ready = (prepared(chunk, metadata["normalised"], whitening) for chunk in rows)
+    ready = (prepared(chunk, metadata["normalised"], whitening) for chunk in _pieces(rows))
     return _write(folder, ready, names, metadata, whitening, None)
 
 
@@ -304,16 +304,11 @@ def add_to_collection(
         part: the metadata of the images' source.
     """
     old = collection.vectors
-
-    def ready() -> Iterator[NDArray[np.float32]]:
-        for start in range(0, len(old), _ROWS_AT_ONCE):
-            yield old[start : start + _ROWS_AT_ONCE].astype(np.float32)
-        yield from map(collection.prepared, rows)
-
+    ready = itertools.chain(_pieces([old]), map(collection.prepared, _pieces(rows)))
     metadata = collection.metadata | {"format": FORMATS[-1], "added": [*collection.metadata["added"], part]}
     metadata |= {"count": len(old) + images_in(part), "dimension": old.shape[1]}
     names = [*collection.names, *names]
-    return _write(collection.folder, ready(), names, metadata, collection.whitening, collection.index)
+    return _write(collection.folder, ready, names, metadata, collection.whitening, collection.index)
 
 
 def _write(
@@ -360,6 +355,12 @@ def finish_renaming(folder: Path) -> None:
                 os.replace(new / name, folder / name)
         atomic.flush_folder(folder)
     shutil.rmtree(new, ignore_errors=True)
+
+
+def _pieces(arrays: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
+    for array in arrays:
+        for start in range(0, len(array), _ROWS_AT_ONCE):
+            yield np.asarray(array[start : start + _ROWS_AT_ONCE], dtype=np.float32)
 
 
 def _in_half(rows: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float16]]:
@@ -412,14 +413,20 @@ def _nothing_to_do(folder: Path, metadata: Metadata, source: Source, config: Ext
     """Why, or empty. Refuses a folder that holds something else."""
     if not config.add and (config.overwrite or not any((folder / name).exists() for name in FILES)):
         return ""
-    collection = open_collection(folder)
+    another = InputError(f"{folder} holds another extraction: choose another --output-dir, or --overwrite")
+    try:
+        collection = open_collection(folder)
+    except InputError as error:
+        if config.add:
+            raise
+        raise another from error
     here, print_here = settings_of(metadata), metadata["data"]["fingerprint"]
     changed = differences(settings_of(collection.metadata), here)
     prints = [part["fingerprint"] for part in parts_of(collection.metadata)]
     if not changed and (print_here in prints if config.add else prints == [print_here]):
         return f"already there: {folder} holds the vectors of these images; nothing to do"
     if not config.add:
-        raise InputError(f"{folder} holds another extraction: choose another --output-dir, or --overwrite")
+        raise another
     if changed:
         raise InputError(f"cannot add to {folder}: {changed}; repeat the settings that it was written with")
     there = set(collection.names)
@@ -541,13 +548,20 @@ class CollectedImages:
         return part, part.get("names_start_from") or "."
 
 
-def with_weights_of(collection: Collection, config: Config) -> Config:
-    """Settings with the collection's weights where none are given, and with the network of theirs that made it; keys
-    that were allowed to be missing or left over then may be so again."""
+def open_backbone_of(collection: Collection, config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
+    """The backbone that made a collection, with its preparation of images, on this process's device.
+
+    Args:
+        config: its weights, where given, have to be those of the collection, and may lie elsewhere now. Keys that were
+            allowed to be missing or left over then may be so again.
+
+    Raises:
+        InputError: the weights cannot be used, or are others than those that made the collection.
+    """
     made_by = collection.metadata["weights"]
     network = made_by.get("network")
     allowed = [word.split(" ", 1) for word in made_by.get("allowed") or []]
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         weights=config.weights or made_by["path"],
         network=network if network in ("teacher", "student") else config.network,
@@ -555,19 +569,7 @@ def with_weights_of(collection: Collection, config: Config) -> Config:
         allow_missing=(*config.allow_missing, *(key for kind, key in allowed if kind == "missing")),
         allow_unexpected=(*config.allow_unexpected, *(key for kind, key in allowed if kind == "unexpected")),
     )
-
-
-def open_backbone_of(collection: Collection, config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
-    """The backbone that made a collection, with its preparation of images, on this process's device.
-
-    Args:
-        config: what :func:`with_weights_of` gave.
-
-    Raises:
-        InputError: the weights cannot be used, or are others than those that made the collection.
-    """
     loaded, device = open_backbone(config, EvalTransform.from_dict(collection.metadata["transform"]))
-    made_by = collection.metadata["weights"]["hash"]
-    if loaded.hash != made_by:
+    if loaded.hash != made_by["hash"]:
         raise InputError(f"{loaded.path} did not make the vectors in {collection.folder}: --weights names the file")
     return loaded, device

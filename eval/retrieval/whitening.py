@@ -120,10 +120,8 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None) -> Whitening:
         found = Whitening(mean, projection, dict(metadata["made_for"]), dict(metadata["learned_on"]))
         if metadata["format"] != FORMAT or not mean.dtype == projection.dtype == np.float32:
             raise ValueError(f"its format is not {FORMAT}")
-        if projection.ndim != 2 or mean.shape != projection.shape[:1]:
-            raise ValueError(f"a mean {mean.shape} and a projection {projection.shape}, expected [E] and [E, W]")
-        if not (np.isfinite(mean).all() and np.isfinite(projection).all()):
-            raise ValueError("its numbers are not finite")
+        if projection.ndim != 2 or mean.shape != projection.shape[:1] or not np.isfinite(mean @ projection).all():
+            raise ValueError("its mean [E] and projection [E, W] do not fit, or are not finite")
     except FileNotFoundError as error:
         raise InputError(f"there is no whitening {path}: run_extract.py --learn-whitening learns one") from error
     except Exception as error:  # NumPy reads headers as Python's literals, of which anything may be wrong
