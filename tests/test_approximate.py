@@ -132,7 +132,7 @@ def test_the_graph_looks_at_no_fewer_candidates_than_neighbours_wanted(
     assert found.recall[200] > 80
     assert found.short == 0
     assert approximate_index(train, queries, "hnsw", [20], probes=300).notices(300) == []
-    few = WithVectors(build("hnsw", UnitRows(train), probes=3, k=1), UnitRows(train))
+    few = WithVectors(build("hnsw", UnitRows(train), nprobe=3, k=1), UnitRows(train))
     assert (few.search(unit_rows(queries), 50)[1] >= 0).all(), "whatever it was built for"
 
 
