@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eval.accuracy import _atoms, mean_interval
+from eval.retrieval.benchmarks import _atoms, mean_interval
 
 
 def test_the_interval_of_a_mean_is_that_of_drawing_the_queries_anew() -> None:

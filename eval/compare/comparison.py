@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from eval.accuracy import bootstrap_interval, mean_interval
+from eval.accuracy import bootstrap_interval
 from eval.compare.likeness import paired
 from eval.compare.means import (
     draw_interval,
@@ -19,6 +19,7 @@ from eval.compare.result_file import Result
 from eval.compare.significance import discordant, holm, mcnemar, paired_interval, unpaired_interval
 from eval.compare.typeset import Columns
 from eval.figures import ALL, Figure, Unit
+from eval.retrieval.benchmarks import mean_interval
 from eval.table import Interval, percent, signed
 
 
