@@ -215,7 +215,7 @@ def test_a_query_draws_nothing_among_the_images_unless_told_where(
         ("--query q.png --index v --data-path photos", "data_path"), ("--query q.png", "index"),
         ("--output-dir v --scales 1 0", "scales"), ("--output-dir v --scales 1 0.5 --no-normalise", "scales"),
         ("--output-dir v --whiten-dim 3", "whiten_dim"), ("--output-dir v --add --overwrite", "--add"),
-        ("--output-dir v --json .", "json"),
+        ("--output-dir v --json /tmp", "json"),
     ],
 )  # fmt: skip
 def test_a_mistake_names_the_setting(typed: str, name: str, command: Command) -> None:

@@ -264,7 +264,7 @@ def test_duplicates_within_one_set(
         ("folder --data-path {photos}", "no weights given"), ("duplicates", "--first"),
         ("folder --weights {weights} --data-path {photos}/val/dots", "has no labels"),
         ("duplicates --first {photos}/none", "no data at"), ("folder --csv p.csv", "csv is p.csv"),
-        ("duplicates --first {photos} --sheet .", "sheet is ."), ("folder --distractors v", "distractors is v"),
+        ("duplicates --first {photos} --sheet {photos}", "sheet is "), ("folder --distractors v", "distractors is v"),
         ("duplicates --first {photos} --data-path {photos}", "data_path is "),
         ("folder --whiten none.npz --weights {weights} --data-path {photos}", "none.npz"),
     ],
