@@ -345,7 +345,8 @@ def _row(entry: Entry, figure: Figure) -> Comparison:
     if figure.hits is not None:
         interval = stats.wilson_interval(figure.hits)
     elif figure.values is not None:
-        interval = stats.mean_interval(figure.values)
+        of = stats.query_interval if figure.unit == "query" else stats.mean_interval
+        interval = of(figure.values)
     return Comparison(figure.name, entry.label, figure.percent, interval, figure.unit, figure.units)
 
 

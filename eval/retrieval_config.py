@@ -52,8 +52,8 @@ class ExtractConfig(VectorConfig):
     index_type: Literal["flat", "hnsw", "ivfpq"] = "flat"
     """flat: exact search. hnsw (a graph) and ivfpq (codes, half a byte for two numbers) look at a part of the vectors;
     their recall is measured and written into the card."""
-    shard_images: Annotated[int, Ge(1)] = 2048
-    """About how many images make a part of the work: a kill costs at most the parts under way."""
+    shard_images: Annotated[int, Ge(1)] = 16384
+    """About how many images make a part of the work: a kill costs at most the part under way."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """What becomes of an image that cannot be read: the run ends and names it, or it is left out and listed."""
     overwrite: bool = False
@@ -70,7 +70,7 @@ class ExtractConfig(VectorConfig):
     """Folder that an earlier run wrote, to look them up in. Default: OUTPUT_DIR."""
     top: Annotated[int, Ge(1)] = 10
     """How many of the nearest images to show."""
-    sheet: FilePath = ""
+    sheet: Annotated[FilePath, IsOutput] = ""
     """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
 
     def check(self) -> None:
@@ -105,13 +105,11 @@ _OF_THE_CARD = (
 _OF_PROTOCOLS = {
     ("ground_truth", "queries"): ("oxford", "paris"),
     ("distractors",): ("oxford", "paris", "copydays"),
-    ("ks", "index"): ("folder",),
+    ("ks",): ("folder",),
     ("data_path",): ("oxford", "paris", "copydays", "folder"),
     ("first", "second", "threshold", "most_pairs", "csv", "sheet"): ("duplicates",),
 }
 """run_retrieval.py's settings of some protocols: for others they are a mistake."""
-_OF_IMAGES = ("weights", "pooling", "gem_p", "scales", "whiten", "fit", "image_size", "eval_crop", "eval_resize")
-"""run_retrieval.py's settings that mean nothing where collections are measured."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +135,8 @@ class RetrievalConfig(VectorConfig):
     million of Revisited Oxford and Paris."""
     ks: Annotated[tuple[int, ...], Ge(1), MinLen(1)] = (1, 2, 4, 8)
     """For folder: recall at each of these."""
-    index: FilePath = ""
-    """For folder: measure the vectors of this collection, which run_extract.py wrote, instead of extracting."""
     first: str = ""
-    """For duplicates: one set, such as the training images; or a collection that run_extract.py wrote. Images beside a
-    collection become vectors as its card says."""
+    """For duplicates: one set, such as the training images."""
     second: str = ""
     """For duplicates: the other set, such as the test images. Without it: pairs within FIRST."""
     threshold: Annotated[float, Ge(-1), Le(1)] = 0.95
@@ -164,23 +159,7 @@ class RetrievalConfig(VectorConfig):
         for names, protocols in _OF_PROTOCOLS.items():
             if self.protocol not in protocols:
                 refuse_changed(self, names, f"for {self.protocol} (only for {', '.join(protocols)})")
-        if self.index and self.data_path:
-            raise InputError("both index and data_path are given: --index measures a collection, --data-path images")
-        if self.index:
-            self.check_for_collections()
         if self.protocol in ("oxford", "paris", "copydays") and not self.data_path:
             raise InputError(f"no data_path given: {self.protocol} needs --data-path DIR, the folder of its images")
         if self.protocol == "duplicates" and not self.first:
             raise InputError("no images given: use --first DIR --second DIR, or --first DIR alone for pairs within it")
-
-    def check_for_collections(self, weights_given: bool = False) -> None:
-        """Refuse what decides how vectors are made, where finished ones are measured.
-
-        Args:
-            weights_given: weights are of use, to make vectors like those of a collection.
-
-        Raises:
-            InputError: naming the field and the value.
-        """
-        names = [name for name in _OF_IMAGES if name != "weights" or not weights_given]
-        refuse_changed(self, names, "for a finished collection")

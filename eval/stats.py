@@ -19,6 +19,8 @@ Hits = NDArray[np.bool_]
 Values = NDArray[np.float64]
 
 LEVEL = 0.95
+_MAX_ATOMS = 1024
+"""Different values that a bootstrap draws one by one; more are grouped."""
 ROUNDING = 2e-5
 """Percentage points: values closer than this are the same, as result files store them as float32."""
 
@@ -90,6 +92,47 @@ def mean_interval(values: Values) -> Interval | None:
 def spread_is_unknown(values: Values) -> bool:
     """A single value, or several equal ones: a t interval would have no width, which is no certainty."""
     return len(values) < 2 or float(np.ptp(values)) <= ROUNDING
+
+
+def query_interval(values: Values, draws: int = 2000, seed: int = 0) -> Interval | None:
+    """Percentile bootstrap interval of the mean over queries, in percent as the values are; None for no value at all.
+
+    The queries are drawn anew; the database stays. Queries of one class or one building are treated as independent.
+
+    How often each value is drawn follows a multinomial distribution over the different values, which is drawn from in
+    place of the queries: exact in distribution for up to 1,024 different values, and as quick for a million queries as
+    for a thousand. More values are grouped by equal steps of 1/1024 of their range; the sum of what is drawn within a
+    group is then taken as normal, with the group's own mean and variance. So the mean and the variance of the
+    distribution are exact here too, and no more than about a millionth of the variance is of the normal's shape.
+
+    Where all values are 100, or all 0, every draw is the same, which is no certainty: Clopper and Pearson's interval
+    then.
+    """
+    if not len(values):
+        return None
+    if (values == values[0]).all() and values[0] in (0, 100):
+        return all_or_nothing(bool(values[0]), len(values))
+    mean, variance, counts = _atoms(values)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(values), counts / len(values), draws)
+    sums = drawn @ mean + np.sqrt(drawn @ variance) * rng.standard_normal(draws)
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(sums / len(values), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _atoms(values: Values) -> tuple[Values, Values, NDArray[np.int64]]:
+    """The different values, or groups of near ones if they are many: mean, variance and number of each, [atoms]."""
+    different, counts = np.unique(values, return_counts=True)
+    if len(different) <= _MAX_ATOMS:
+        return different, np.zeros(len(different)), counts
+    steps = (different - different[0]) / (different[-1] - different[0]) * _MAX_ATOMS
+    group = np.minimum(steps.astype(np.int64), _MAX_ATOMS - 1)
+    number = np.bincount(group, counts, _MAX_ATOMS)
+    mean = np.bincount(group, counts * different, _MAX_ATOMS) / np.maximum(number, 1)
+    variance = np.bincount(group, counts * (different - mean[group]) ** 2, _MAX_ATOMS) / np.maximum(number, 1)
+    there = number > 0
+    return mean[there], variance[there], number[there].astype(np.int64)
 
 
 # ---- differences of two figures

@@ -40,18 +40,18 @@ def end_of(child: int) -> int:
 
 
 def in_a_child(
-    act: Callable[[], object], log: Path, folder: Path, die_at: int = 0, die_after: str = ""
+    act: Callable[[], object], log: Path, folder: Path, die_at: int = 0, die_at_part: int = 0
 ) -> tuple[int, str]:
     """How a forked process ended that does this, and what it printed.
 
     Args:
         die_at: SIGKILL just before the operation of that number (from 1) on a file or folder below ``folder``.
-        die_after: SIGKILL just before the next operation when a file has got this name.
+        die_at_part: SIGKILL just before the next operation when so many parts of an extraction are whole.
             With neither it lives, and prints the count of operations last.
     """
 
     def watched() -> None:
-        seen = _watch(str(folder), die_at, die_after)
+        seen = _watch(str(folder), die_at, die_at_part)
         act()
         print(seen[0])
 
@@ -59,7 +59,7 @@ def in_a_child(
 
 
 def run_in_a_child(
-    runner: ModuleType, words: Sequence[object], log: Path, folder: Path, die_at: int = 0, die_after: str = ""
+    runner: ModuleType, words: Sequence[object], log: Path, folder: Path, die_at: int = 0, die_at_part: int = 0
 ) -> tuple[int, str]:
     """The same of a runner's command."""
 
@@ -67,21 +67,22 @@ def run_in_a_child(
         sys.argv = [f"{runner.__name__}.py", *map(str, words)]
         runner.command()
 
-    return in_a_child(command, log, folder, die_at, die_after)
+    return in_a_child(command, log, folder, die_at, die_at_part)
 
 
-def _watch(folder: str, die_at: int, die_after: str) -> list[int]:
+def _watch(folder: str, die_at: int, die_at_part: int) -> list[int]:
     """Count the operations on files below ``folder`` that Python reports to audit hooks."""
-    seen, named = [0], [False]
+    seen, parts = [0], [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _WATCHED and any(
             isinstance(a, (str, bytes, os.PathLike)) and os.fsdecode(a).startswith(folder) for a in arguments
         ):
             seen[0] += 1
-            if seen[0] == die_at or named[0]:
+            if seen[0] == die_at or 0 < die_at_part == parts[0]:
                 os.kill(os.getpid(), signal.SIGKILL)
-            named[0] = event == "os.rename" and bool(die_after) and str(arguments[1]).endswith(die_after)
+            target = os.fsdecode(arguments[1]) if event == "os.rename" else ""
+            parts[0] += os.path.basename(os.path.dirname(target)) == ".parts" and not target.endswith(".json")
 
     sys.addaudithook(hook)
     return seen

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dino_xcit.errors import InputError
 from eval.knn import knn_predict
 from eval.knn.classify import Kind, approximate_index, refuse_few
-from eval.search import build_index, search, unit_rows
+from eval.retrieval.index import build_index, search, unit_rows
 
 KINDS = get_args(Kind)
 ROWS, DIM = 3000, 20

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from eval_fixtures import unit
+from numpy.typing import NDArray
 from PIL import Image
 
 from dino_xcit.errors import InputError
-from eval.retrieval.copydays import average_precisions, open_blocks, scene_of
+from eval.retrieval.benchmarks import open_copydays, score_copies
 
 
 def picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (len(path.name), 5, 9)).save(path)
+
+
+def copies(*arguments: Any) -> NDArray[np.float64]:
+    return score_copies(*arguments) / 100
 
 
 def layout(folder: Path, *names: str) -> Path:
@@ -27,36 +32,25 @@ def layout(folder: Path, *names: str) -> Path:
 def test_names_without_their_last_two_digits_tell_what_belongs_together(tmp_path: Path) -> None:
     layout(
         tmp_path, "original/200000.jpg", "original/200100.jpg", "original/215600.jpg", "strong/200001.jpg",
-        "strong/200002.jpg", "strong/215699.jpg", "jpegqual/3/200100.jpg", "jpegqual/10/200000.jpg",
+        "strong/200002.jpg", "strong/215699.JPG", "jpegqual/3/200100.jpg", "jpegqual/10/200000.jpg",
         "crops/80/200000.jpg",
     )  # fmt: skip
-    blocks = open_blocks(tmp_path)
+    blocks = open_copydays(tmp_path)
     assert list(blocks) == ["original", "strong", "jpegqual/3", "jpegqual/10", "crops/80"]
-    assert blocks["original"].scenes.tolist() == [2000, 2001, 2156]
-    assert blocks["strong"].scenes.tolist() == [2000, 2000, 2156]
-    assert [Path(blocks["strong"].source.name(row)).name for row in range(3)] == [
-        "200001.jpg",
-        "200002.jpg",
-        "215699.jpg",
-    ]
-    assert scene_of(tmp_path, "200099.JPG") == 2000
+    assert blocks["original"][1].tolist() == [2000, 2001, 2156]
+    source, scenes = blocks["strong"]
+    assert scenes.tolist() == [2000, 2000, 2156]
+    assert [Path(source.name(row)).name for row in range(3)] == ["200001.jpg", "200002.jpg", "215699.JPG"]
 
 
-def test_what_is_no_copydays_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no folder original"):
-        open_blocks(tmp_path)
-    layout(tmp_path, "original/200000.jpg")
-    with pytest.raises(InputError, match="holds no folder strong"):
-        open_blocks(tmp_path)
-    (tmp_path / "strong").mkdir()
-    with pytest.raises(InputError, match=r"no image in .*strong"):
-        open_blocks(tmp_path)
-    layout(tmp_path, "strong/200001.jpg", "strong/200101.jpg")
-    with pytest.raises(InputError, match=r"1 pictures in .*strong have no original, such as 200101\.jpg"):
-        open_blocks(tmp_path)
-    layout(tmp_path, "strong/copy.jpg")
-    with pytest.raises(InputError, match=r"copy\.jpg has no name of Copydays"):
-        open_blocks(tmp_path)
+def test_what_is_no_copydays_is_refused(tmp_path: Path) -> None:
+    for names, wrong in (
+        ((), "original"), (("original/200000.jpg",), "strong"), (("strong/200001.jpg", "strong/200101.jpg"), "without"),
+        (("strong/copy.jpg",), "strong"),
+    ):  # fmt: skip
+        layout(tmp_path, *names)
+        with pytest.raises(InputError, match=wrong):
+            open_copydays(tmp_path)
 
 
 def test_average_precisions_by_hand() -> None:
@@ -70,34 +64,12 @@ def test_average_precisions_by_hand() -> None:
     database, scenes = np.eye(5, dtype=np.float32) * 3, np.array([7, 8, -1, 8, -1])
     queries = np.array([[0.8, 0.4, 0.9, 0.6, 0.1], [0.3, 0.5, 0.1, 0.7, 0.9]], dtype=np.float32)
     asked = np.array([7, 8])
-    assert average_precisions(queries, asked, database, scenes, 5) == pytest.approx([1 / 4, 5 / 12])
-    assert average_precisions(queries, asked, database, scenes, 2) == pytest.approx([1 / 4, 1 / 8])
-    assert average_precisions(queries, asked, database, scenes, 1) == pytest.approx([0, 0])
-
-
-@pytest.mark.parametrize("depth", [20, 1000])
-def test_average_precisions_equal_brute_force(depth: int) -> None:
-    rng = np.random.default_rng(4)
-    database, queries = (rng.normal(size=(count, 6)).astype(np.float32) for count in (300, 90))
-    scenes, asked = rng.integers(0, 40, 300), rng.integers(0, 40, 90)
-    scenes[200:] = -1
-    asked = asked[np.isin(asked, scenes)]
-    queries = queries[: len(asked)]
-    expected = []
-    for query, scene in zip(queries, asked, strict=True):
-        ranking = np.argsort(-(unit(database) @ unit(query[None])[0]))[:depth].tolist()
-        area, right, total = 0.0, 0, int((scenes == scene).sum())
-        for place, row in enumerate(ranking):
-            if scenes[row] == scene:
-                before = right / place if place else 1.0
-                right += 1
-                area += (before + right / (place + 1)) / 2 / total
-        expected.append(area)
-    assert 0 < np.mean(expected) < 1
-    assert average_precisions(queries, asked, database, scenes, depth) == pytest.approx(expected)
+    assert copies(queries, asked, database, scenes, 5) == pytest.approx([1 / 4, 5 / 12])
+    assert copies(queries, asked, database, scenes, 2) == pytest.approx([1 / 4, 1 / 8])
+    assert copies(queries, asked, database, scenes, 1) == pytest.approx([0, 0])
 
 
 def test_equal_pictures_rank_in_the_order_of_the_database() -> None:
     same = np.ones((3, 2), dtype=np.float32)
-    found = average_precisions(same[:1], np.array([5]), same, np.array([1, 5, 2]), 3)
+    found = copies(same[:1], np.array([5]), same, np.array([1, 5, 2]), 3)
     assert found.tolist() == [0.25]

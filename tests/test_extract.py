@@ -1,26 +1,28 @@
-"""run_extract.py: pooled, whitened, in half precision; what a query shows, where a collection may lie, mistakes."""
+"""run_extract.py: what vectors are, additions, queries, mistakes; killed, shared by processes, with images missing."""
 
 from __future__ import annotations
 
 import functools
 import json
 import shutil
-import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from eval_fixtures import unit
-from extract_fixtures import COUNT, Place, done, new_place, words
-from PIL import Image
+from dying_child import run_in_a_child
+from eval_fixtures import noise_source, tiny_checkpoint, unit
+from extract_fixtures import COUNT, Place, content, done, new_place, words
+from ranks import Server
 from run_here import Command, Here
 
 import run_extract
+from dino_xcit.errors import InputError
 from dino_xcit.weights import load_backbone
-from eval.collection import index as search_index
-from eval.collection.contact_sheet import TILE
-from eval.collection.store import open_collection
+from eval.retrieval import collection as store
+from eval.retrieval.collection import FILES, claim, open_collection
+from eval.retrieval_config import ExtractConfig
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,10 @@ def test_a_query_is_pooled_scaled_and_whitened_as_the_collection_was(
     assert "whitening of 128 numbers to 6, learned from 9 vectors" in told
     done(command(*words(place, "--output-dir", tmp_path / "v", *kind, "--whiten", whitening)))
     collection = open_collection(tmp_path / "v")
-    assert collection.vectors.shape == (COUNT, 6) == (collection.card["count"], collection.card["dimension"])
+    assert collection.vectors.shape == (COUNT, 6) == (collection.metadata["count"], collection.metadata["dimension"])
     assert collection.vectors == pytest.approx(unit(collection.vectors), abs=1e-6)
-    assert collection.card["whitening"]["learned_on"]["data"][0]["images"] == 9
-    assert "PCA-whitened to 6 numbers" in collection.card["feature"]
+    assert collection.metadata["whitening"]["learned_on"]["data"][0]["images"] == 9
+    assert "PCA-whitened to 6 numbers" in collection.metadata["feature"]
 
     whitening.unlink()  # the collection has its own copy
     wanted = collection.names[5]
@@ -76,33 +78,6 @@ def test_a_query_allows_the_keys_that_its_collection_was_made_without_and_no_oth
     query = ("--query", open_collection(tmp_path / "v").names[3], "--index", tmp_path / "v", "--top", 1)
     assert "1.0000" in done(command(*query)).out
 
-    for words_there, still in (
-        (["missing norm.bias", "unexpected extra"], "lacks norm.weight"), (["missing *", "unexpected extra"], "norm."),
-    ):  # fmt: skip
-        card["weights"]["allowed"] = words_there
-        (tmp_path / "v/card.json").write_text(json.dumps(card))
-        refused = command(*query)
-        assert refused.code == 2
-        assert still in refused.err
-
-
-def test_a_whitening_of_other_vectors_is_refused_with_the_difference(
-    place: Place, command: Command, tmp_path: Path
-) -> None:
-    done(command(*words(place, "--output-dir", tmp_path / "val", "--pooling", "gem", data=place.data / "val")))
-    done(command("--learn-whitening", tmp_path / "w.npz", "--index", tmp_path / "val"))
-    whitened = words(place, "--output-dir", tmp_path / "v", "--whiten", tmp_path / "w.npz")
-    refused = command(*whitened)
-    assert refused.code == 2
-    assert (
-        "was learned from other vectors: pooling is gem there and cls here; gem_p is 3.0 there and none" in refused.err
-    )
-    assert not (tmp_path / "v").exists()
-    done(command(*whitened, "--pooling", "gem"))
-    again = command("--learn-whitening", tmp_path / "w2.npz", "--index", tmp_path / "v")
-    assert "are whitened already" in again.err
-    assert "no index given" in command("--learn-whitening", tmp_path / "w2.npz").err
-
 
 def test_half_precision_halves_the_folder_and_finds_the_same(place: Place, command: Command, tmp_path: Path) -> None:
     for dtype in ("fp32", "fp16"):
@@ -123,22 +98,68 @@ def test_an_approximate_index_states_its_recall_on_the_screen_and_in_the_card(
     place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = done(command(*words(place, "--output-dir", tmp_path / "v", "--index-type", "hnsw"))).out
-    recall = open_collection(tmp_path / "v").card["index"]["recall"]
-    assert f"index hnsw: recall@10 {recall['percent']:.1f} % of exact search (24 vectors of the collection)" in told
+    recall = open_collection(tmp_path / "v").metadata["index"]["recall"]
+    assert f"index hnsw: recall@10 {recall['percent']:.1f} % of exact search" in told
     refused = command(*words(place, "--output-dir", tmp_path / "w", "--index-type", "ivfpq"))
-    assert (refused.code, "learned from 1,000 images or more, found 24" in refused.err) == (2, True)
+    assert (refused.code, "takes 1,000 images or more, found 24" in refused.err) == (2, True)
     assert not (tmp_path / "w").exists(), "before anything is extracted"
-    monkeypatch.setattr(search_index, "LEAST_IVFPQ", 10)
-    monkeypatch.setattr(run_extract, "LEAST_IVFPQ", 10)
+    monkeypatch.setattr(store, "MIN_IVFPQ", 10)
     done(command(*words(place, "--output-dir", tmp_path / "w", "--index-type", "ivfpq")))
     name = open_collection(tmp_path / "w").names[2]
     assert f"1  1.0000  {name}" in done(command("--query", name, "--index", tmp_path / "w", "--top", 2)).out
 
 
+# ---- images that are added later
+
+
+def test_images_that_are_added_are_as_if_they_had_been_there_from_the_start(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    train = place.data / "train"
+    images = [*sorted((train / "bars").iterdir()), *sorted((train / "dots").iterdir())]
+    (tmp_path / "all.txt").write_text("\n".join(map(str, images)))
+    kind = ("--pooling", "mean", "--dtype", "fp16")
+    done(command(*words(place, "--output-dir", tmp_path / "all", *kind, data=tmp_path / "all.txt")))
+    done(command(*words(place, "--output-dir", tmp_path / "v", *kind, data=train / "bars")))
+    add = words(place, "--output-dir", tmp_path / "v", "--add", *kind, data=train / "dots")
+    assert "16 vectors of 64 numbers" in done(command(*add)).out
+    for name in ("vectors.npy", "paths.txt", "index.faiss"):
+        assert (tmp_path / "v" / name).read_bytes() == (tmp_path / "all" / name).read_bytes(), name
+    card = open_collection(tmp_path / "v").metadata
+    assert (card["count"], card["data"]["images"], [data["images"] for data in card["added"]]) == (16, 8, [8])
+    assert "already there" in done(command(*add)).out
+    query = done(command("--query", images[12], "--index", tmp_path / "v", "--top", 1))
+    assert query.out.splitlines()[-2].split(maxsplit=2)[::2] == ["1", str(images[12])]
+
+
+def test_what_cannot_be_added_is_refused_with_the_difference(place: Place, command: Command, tmp_path: Path) -> None:
+    train = place.data / "train"
+    done(command(*words(place, "--output-dir", tmp_path / "v", data=train / "bars")))
+    before = content(tmp_path / "v")
+
+    def add(*more: object, data: Path = train / "dots", place: Place = place) -> str:
+        refused = command(*words(place, "--output-dir", tmp_path / "v", "--add", *more, data=data))
+        assert refused.code == 2
+        assert content(tmp_path / "v") == before
+        return refused.err
+
+    assert "pooling is cls there and mean here" in add("--pooling", "mean")
+    assert "dtype is fp32 there and fp16 here; index_type is flat there and hnsw here" in add(
+        "--dtype", "fp16", "--index-type", "hnsw"
+    )
+    assert "'crop': 28" in add("--eval-crop", 24)
+    other = Place(place.data, tiny_checkpoint(tmp_path / "other", place.data, seed=1))
+    assert "weights is" in add(place=other)
+    assert "bars 00.jpg already" in add(data=train)
+    nowhere = command(*words(place, "--output-dir", tmp_path / "none", "--add"))
+    assert "is no complete collection" in nowhere.err
+    assert not (tmp_path / "none").exists()
+
+
 # ---- what a query leaves
 
 
-def test_the_answer_is_written_before_the_sheet_which_only_those_who_named_it_must_have(
+def test_a_query_is_answered_where_no_sheet_can_be_written(
     place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -146,81 +167,25 @@ def test_the_answer_is_written_before_the_sheet_which_only_those_who_named_it_mu
     assert json.loads((tmp_path / "v.json").read_text())["count"] == 9
     (tmp_path / "v" / "contact_sheet.png").mkdir()
     query = ("--query", next((place.data / "val" / "bars").iterdir()), "--index", tmp_path / "v")
-    told = done(command(*query, "--json=~/q.json")).out
-    assert "warning: cannot write the contact sheet" in told
-    assert "Is a directory; choose another file with --sheet" in told
+    assert "warning: cannot write the contact sheet" in done(command(*query, "--json=~/q.json")).out
     assert len(json.loads((tmp_path / "q.json").read_text())["results"]) == 9
-    refused = command(*query, "--sheet", tmp_path / f"{'s' * 250}.png", "--json", tmp_path / "r.json")
-    assert refused.code == 2
-    assert refused.err.endswith("File name too long; choose another file\n")
-    assert (tmp_path / "r.json").exists()
-
-
-def test_a_sheet_shows_a_hundred_images_of_a_query_and_says_so(
-    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run_extract._MOST_DRAWN == 100
-    monkeypatch.setattr(run_extract, "_MOST_DRAWN", 5)
-    done(command(*words(place, "--output-dir", tmp_path / "v", data=place.data / "val")))
-    query = ("--query", next((place.data / "val" / "bars").iterdir()), "--index", tmp_path / "v")
-    assert "warning" not in done(command(*query, "--top", 5)).out
-    sheet = (tmp_path / "v" / "contact_sheet.png").read_bytes()
-    told = done(command(*query, "--top", 9)).out
-    assert "the contact sheet shows the first 5 images of each query" in told
-    assert "   9  " in told
-    assert (tmp_path / "v" / "contact_sheet.png").read_bytes() == sheet
-
-
-def test_a_sheet_shows_what_was_found_in_an_archive_of_which_an_image_was_left_out(
-    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    colours = [(40 * number, 250 - 40 * number, 7) for number in range(6)]
-    (tmp_path / "made").mkdir()
-    for number, colour in enumerate(colours):
-        Image.new("RGB", (32, 32), colour).save(tmp_path / "made" / f"{number}.png")
-    (tmp_path / "made" / "2.png").write_bytes(b"not a picture")
-    with tarfile.open(tmp_path / "made" / "photos.tar", "w") as archive:
-        for number in range(6):
-            archive.add(tmp_path / "made" / f"{number}.png", f"{number}.png")
-    monkeypatch.chdir(tmp_path / "made")
-    done(command(*words(place, "--output-dir", tmp_path / "v", "--unreadable", "skip", data="tar:photos.tar")))
-    monkeypatch.chdir(tmp_path)  # from where the archive's own name leads nowhere
-    done(command("--query", tmp_path / "made" / "0.png", "--index", tmp_path / "v", "--top", 5))
-    with Image.open(tmp_path / "v" / "contact_sheet.png") as sheet:
-        pixels = np.asarray(sheet.convert("RGB"))
-    areas = [int((pixels == colour).all(axis=-1).sum()) for colour in colours]
-    assert [area > TILE**2 / 2 for area in areas] == [True, True, False, True, True, True]
+    assert command(*query, "--sheet", tmp_path / f"{'s' * 250}.png").code == 2
 
 
 # ---- where a collection may lie
 
 
-@pytest.mark.parametrize("inside", ["", "vectors", "bars/vectors"])
 def test_a_collection_among_its_images_is_refused_before_anything_is_written(
-    place: Place, command: Command, tmp_path: Path, inside: str
+    place: Place, command: Command, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
     shutil.copytree(place.data / "val", images)
     before = sorted(images.rglob("*"))
-    refused = command(*words(place, "--output-dir", images / inside, data=images))
-    assert refused.code == 2
-    assert refused.err.startswith(f"error: output_dir is {images / inside}, which lies within the folder of the images")
-    assert refused.err.endswith(f"choose another, such as --output-dir {images}-vectors\n")
     (tmp_path / "link").symlink_to(images)
-    assert command(*words(place, "--output-dir", tmp_path / "link" / "v", data=images)).code == 2
+    for folder in (images, images / "bars/vectors", tmp_path / "link" / "v"):
+        refused = command(*words(place, "--output-dir", folder, data=images))
+        assert (refused.code, "lies within the folder of the images" in refused.err) == (2, True)
     assert sorted(images.rglob("*")) == before
-
-
-def test_a_collection_of_listed_images_may_lie_among_them(place: Place, command: Command, tmp_path: Path) -> None:
-    """The list names its images: nothing becomes one by lying beside them."""
-    images = tmp_path / "images"
-    shutil.copytree(place.data / "val" / "bars", images)
-    (images / "all.txt").write_text("\n".join(path.name for path in sorted(images.iterdir())))
-    given = words(place, "--output-dir", images / "v", data=images / "all.txt")
-    done(command(*given))
-    done(command("--query", images / "bars 00.jpg", "--index", images / "v"))
-    assert (images / "v" / "contact_sheet.png").exists()
-    assert "already complete" in done(command(*given)).out
 
 
 def test_a_query_draws_nothing_among_the_images_unless_told_where(
@@ -233,57 +198,201 @@ def test_a_query_draws_nothing_among_the_images_unless_told_where(
     shutil.move(tmp_path / "v", images / "v")  # it may have been put there by hand, or by an earlier version
     query = ("--query", next((images / "bars").iterdir()), "--index", images / "v")
     told = done(command(*query)).out
-    assert f"warning: {images / 'v'} lies within the folder of its images" in told
+    assert "warning: no contact sheet" in told
     assert not list(images.rglob("contact_sheet.png"))
     assert f"contact sheet: {tmp_path / 's.png'}" in done(command(*query, "--sheet", tmp_path / "s.png")).out
     shutil.move(images / "v", tmp_path / "v")
-    assert "already complete" in done(command(*given)).out, "the images are what they were"
+    assert "already there" in done(command(*given)).out, "the images are what they were"
 
 
 # ---- mistakes
 
 
 @pytest.mark.parametrize(
-    "typed",
-    ["--pooling gem", "--scales 1 0.5", "--whiten w.npz", "--dtype fp16", "--no-normalise", "--add", "--eval-crop 24",
-     "--eval-resize 32", "--data-path photos", "--shard-images 64", "--unreadable skip"],
-)  # fmt: skip
-def test_a_query_takes_no_settings_of_the_collection(typed: str, command: Command) -> None:
-    refused = command("--query", "q.png", "--index", "v", *typed.split())
-    assert refused.code == 2
-    name = typed.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    assert refused.err.startswith(f"error: {name} is ")
-    assert "no effect for --query" in refused.err
-
-
-@pytest.mark.parametrize("words", [
-    ("--query", "q.png", "--index", "v", "--json"), ("--index", "v", "--learn-whitening"),
-])  # fmt: skip
-def test_a_file_that_cannot_be_written_is_told_before_anything_is_read(
-    words: tuple[str, ...], command: Command, tmp_path: Path
-) -> None:
-    refused = command(*words, tmp_path)
-    assert refused.code == 2
-    assert f" is {tmp_path}, which cannot be written: it is a folder; choose another place\n" in refused.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("typed", "name"),
     [
-        (("--scales", "1", "0"), "scales is 1 0, expected"),
-        (("--scales", "1", "0.5", "--no-normalise"), "scales is 1 0.5, whose vectors are averaged at length 1"),
-        (("--shard-images", "0"), "shard_images is 0"),
-        (("--whiten-dim", "3"), "whiten_dim is 3"),
-        (("--whiten", "none.npz"), "there is no whitening none.npz"),
+        ("--query q.png --index v --pooling gem", "pooling"), ("--query q.png --index v --no-normalise", "normalise"),
+        ("--query q.png --index v --data-path photos", "data_path"), ("--query q.png", "index"),
+        ("--output-dir v --scales 1 0", "scales"), ("--output-dir v --scales 1 0.5 --no-normalise", "scales"),
+        ("--output-dir v --whiten-dim 3", "whiten_dim"), ("--output-dir v --add --overwrite", "--add"),
+        ("--output-dir v --json /tmp", "json"),
     ],
-)
-def test_a_mistake_ends_in_one_sentence(
-    flags: tuple[str, ...], sentence: str, place: Place, command: Command, tmp_path: Path
-) -> None:
-    given = ("--weights", place.weights, "--data-path", place.data, "--output-dir", tmp_path / "v")
-    refused = command(*given, *flags)
+)  # fmt: skip
+def test_a_mistake_names_the_setting(typed: str, name: str, command: Command) -> None:
+    refused = command(*typed.split())
     assert refused.code == 2
-    assert refused.err.startswith("error: ")
-    assert refused.err.count("\n") == 1
-    assert sentence in refused.err
+    assert name in refused.err
+
+
+def test_a_whitening_of_other_vectors_is_refused(place: Place, command: Command, tmp_path: Path) -> None:
+    done(command(*words(place, "--output-dir", tmp_path / "val", "--pooling", "gem", data=place.data / "val")))
+    done(command("--learn-whitening", tmp_path / "w.npz", "--index", tmp_path / "val"))
+    whitened = words(place, "--output-dir", tmp_path / "v", "--whiten", tmp_path / "w.npz")
+    refused = command(*whitened)
+    assert (refused.code, "pooling is gem there and cls here" in refused.err) == (2, True)
     assert not (tmp_path / "v").exists()
+    done(command(*whitened, "--pooling", "gem"))
+    assert "are whitened already" in command("--learn-whitening", tmp_path / "w2.npz", "--index", tmp_path / "v").err
+
+
+# ---- kills
+
+
+def test_killed_between_two_parts_the_same_command_goes_on_and_ends_with_the_same_bytes(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    done(command(*words(place, "--output-dir", tmp_path / "straight")))
+    killed = words(place, "--output-dir", tmp_path / "killed")
+    made: dict[Path, int] = {}
+    for more, count in ((1, 1), (1, 2), (2, 4)):
+        code, _ = run_in_a_child(run_extract, killed, tmp_path / "log", tmp_path / "killed", die_at_part=more)
+        assert code == -9
+        parts = (tmp_path / "killed" / ".parts").glob("*/features.npy")
+        there = {path: path.stat().st_mtime_ns for path in parts}
+        assert len(there) == count
+        assert made.items() <= there.items(), "finished parts are kept as they are"
+        made = there
+    assert "resuming: 4 of 6 parts are there" in done(command(*killed)).out
+    assert content(tmp_path / "killed") == content(tmp_path / "straight")
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(FILES)
+
+
+def kill_at_each(place: Place, command: Command, tmp_path: Path, step: int, *more: object) -> int:
+    """Kill at every ``step``-th operation on a file, go on, compare. How many were killed."""
+    done(command(*words(place, "--output-dir", tmp_path / "straight", *more)))
+    wanted = content(tmp_path / "straight")
+    folder = tmp_path / "counted"
+    code, log = run_in_a_child(run_extract, words(place, "--output-dir", folder, *more), tmp_path / "log", folder)
+    assert code == 0, log
+    operations = int(log.splitlines()[-1])
+    kills = 0
+    for number in range(1, operations + 1, step):
+        folder = tmp_path / str(number)
+        again = words(place, "--output-dir", folder, *more)
+        assert run_in_a_child(run_extract, again, tmp_path / "log", folder, number)[0] == -9
+        kills += 1
+        outcome = command(*again)
+        assert outcome.code == 0, (number, outcome.err)
+        assert content(folder) == wanted, number
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], number
+        shutil.rmtree(folder)
+    return kills
+
+
+def test_killed_at_some_file_operation_the_same_command_ends_with_the_same_bytes(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    assert kill_at_each(place, command, tmp_path, 17, "--dtype", "fp16") >= 5
+
+
+@pytest.mark.slow
+def test_killed_at_any_file_operation_the_same_command_ends_with_the_same_bytes(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    assert kill_at_each(place, command, tmp_path, 1) >= 60
+
+
+def test_killed_while_adding_nothing_is_lost_and_the_same_command_ends_it(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    first = words(place, "--output-dir", tmp_path / "first", data=place.data / "train" / "bars")
+    done(command(*first))
+
+    def adding(folder: Path) -> tuple[object, ...]:
+        return words(place, "--output-dir", folder, "--add", data=place.data / "train" / "dots")
+
+    shutil.copytree(tmp_path / "first", tmp_path / "straight")
+    code, log = run_in_a_child(run_extract, adding(tmp_path / "straight"), tmp_path / "log", tmp_path / "straight")
+    assert code == 0, log
+    wanted, operations = content(tmp_path / "straight"), int(log.splitlines()[-1])
+    for number in [*range(1, operations - 20, 20), *range(operations - 20, operations + 1, 3)]:
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "first", folder)
+        assert run_in_a_child(run_extract, adding(folder), tmp_path / "log", folder, number)[0] == -9
+        done(command(*adding(folder)))
+        assert content(folder) == wanted, number
+
+
+# ---- processes
+
+
+def test_two_processes_share_the_parts_and_leave_the_bytes_of_one(
+    place: Place, command: Command, server: Server, tmp_path: Path
+) -> None:
+    shared = ("--pooling", "gem", "--scales", "1", "0.5", "--device", "cpu")
+    done(command(*words(place, "--output-dir", tmp_path / "one", *shared)))
+    two = words(place, "--output-dir", tmp_path / "two", *shared)
+    server.runner_on_two_ranks("run_extract", two, tmp_path, timeout=120)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(FILES)
+
+
+# ---- images that cannot be read
+
+
+def test_a_damaged_image_ends_the_run_and_is_left_out_on_request_without_losing_the_parts(
+    place: Place, command: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(place.data / "train", tmp_path / "train")
+    broken = tmp_path / "train" / "waves" / "waves 03.png"
+    broken.write_bytes(b"not a picture")
+    given = words(place, "--output-dir", tmp_path / "v", data=tmp_path / "train")
+    refused = command(*given)
+    assert refused.code == 2
+    assert "waves 03.png cannot be read" in refused.err
+    assert "(--unreadable skip leaves such images out)" in refused.err
+    skipping = (*given, "--unreadable", "skip")
+    told = done(command(*skipping)).out
+    assert "resuming: 4 of 6 parts are there" in told
+    assert "warning: left out 1 image" in told
+    for again in (skipping, given):
+        assert "already there" in done(command(*again)).out
+    collection = open_collection(tmp_path / "v")
+    assert len(collection.names) == COUNT - 1 == collection.metadata["count"]
+    assert str(broken) not in collection.names
+    assert collection.metadata["data"]["unreadable"] == {"count": 1, "first": [str(broken)]}
+    assert (
+        f"1  1.0000  {collection.names[-1]}"
+        in done(command("--query", collection.names[-1], "--index", tmp_path / "v", "--top", 1)).out
+    )
+
+
+# ---- what is there already
+
+
+def test_an_unfinished_extraction_is_not_mixed_with_another(place: Place, command: Command, tmp_path: Path) -> None:
+    first = words(place, "--output-dir", tmp_path / "v")
+    assert run_in_a_child(run_extract, first, tmp_path / "log", tmp_path / "v", die_at_part=2)[0] == -9
+    other = (*first[:-1], tmp_path / "w", "--pooling", "gem")
+    done(command(*other))
+    done(command(*first, "--pooling", "gem"))
+    assert content(tmp_path / "v") == content(tmp_path / "w")
+
+
+def test_a_damaged_collection_is_replaced_on_request_only(place: Place, command: Command, tmp_path: Path) -> None:
+    given = words(place, "--output-dir", tmp_path / "v", data=place.data / "val" / "bars")
+    done(command(*given))
+    (tmp_path / "v" / "index.faiss").write_bytes(b"IxF")
+    refused = command(*given)
+    assert (refused.code, "--overwrite" in refused.err) == (2, True)
+    assert len(list((tmp_path / "v").iterdir())) == len(FILES)
+    done(command(*given, "--overwrite"))
+    assert len(open_collection(tmp_path / "v").names) == 3
+
+
+def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
+    config, source = ExtractConfig(output_dir="v"), noise_source(3)
+    with ExitStack() as first, ExitStack() as second:
+        assert claim(tmp_path / "v", {}, source, config, first) == ""
+        with pytest.raises(InputError, match="is in use by another run"):
+            claim(tmp_path / "v", {}, source, config, second)
+    with ExitStack() as third:
+        assert claim(tmp_path / "v", {}, source, config, third) == ""
+
+
+def test_vectors_that_are_no_numbers_end_the_work(place: Place, command: Command, tmp_path: Path) -> None:
+    state = torch.load(place.weights.with_name("backbone.pth"), weights_only=True)
+    state["norm.weight"][3] = torch.inf
+    torch.save(state, tmp_path / "diverged.pth")
+    refused = command(*words(Place(place.data, tmp_path / "diverged.pth"), "--output-dir", tmp_path / "v"))
+    assert (refused.code, "not finite" in refused.err) == (2, True)

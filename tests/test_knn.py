@@ -6,16 +6,16 @@ import math
 import tracemalloc
 from pathlib import Path
 
+import eval.search
 import numpy as np
 import pytest
 import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
-import eval.search
 from dino_xcit.errors import InputError
 from eval.knn.classify import clamp_ks, knn_predict
-from eval.search import build_index
+from eval.retrieval.index import build_index
 from eval.stats import accuracy, correct
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]

@@ -11,10 +11,18 @@ import pytest
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
-import eval.faiss_index
-from dino_xcit.errors import InputError
-from eval.collection.index import LEAST_IVFPQ, add_rows, build_index, describe, read_index, recall, search
-from eval.faiss_index import exact_search
+import eval.retrieval.index
+from eval.retrieval.index import (
+    MIN_IVFPQ,
+    Found,
+    WithVectors,
+    add_rows,
+    build,
+    describe,
+    exact_search,
+    read_index,
+    recall,
+)
 
 
 def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
@@ -26,12 +34,16 @@ def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32
 
 @pytest.fixture(scope="module")
 def many() -> NDArray[np.float32]:
-    return vectors_of(3 * LEAST_IVFPQ, 32)
+    return vectors_of(3 * MIN_IVFPQ, 32)
 
 
 @pytest.fixture(scope="module")
 def ivfpq(many: NDArray[np.float32]) -> Any:
-    return build_index("ivfpq", many)
+    return build("ivfpq", many)
+
+
+def search(index: faiss.Index, vectors: NDArray[Any], queries: NDArray[np.float32], top: int) -> Found:
+    return WithVectors(index, vectors).search(queries, top)
 
 
 def truth(vectors: NDArray[Any], queries: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -41,7 +53,7 @@ def truth(vectors: NDArray[Any], queries: NDArray[np.float32]) -> NDArray[np.flo
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_flat_is_exact_for_the_vectors_as_they_are_kept(dtype: type) -> None:
     vectors, queries = vectors_of(500).astype(dtype), vectors_of(20, seed=1)
-    index = build_index("flat", vectors)
+    index = build("flat", vectors)
     scores, rows = search(index, vectors, queries, 7)
     products = truth(vectors, queries)
     assert (rows == np.argsort(-products, axis=1)[:, :7]).all()
@@ -50,30 +62,10 @@ def test_flat_is_exact_for_the_vectors_as_they_are_kept(dtype: type) -> None:
     assert (index.reconstruct_n(0, 500) == vectors.astype(np.float32)).all()
 
 
-def test_half_precision_halves_the_index(tmp_path: Path) -> None:
-    for kind in ("flat", "hnsw"):
-        sizes = []
-        for dtype in (np.float32, np.float16):
-            index = build_index(kind, vectors_of(400, 256).astype(dtype))  # type: ignore[arg-type]
-            faiss.write_index(index, str(tmp_path / "i.faiss"))
-            sizes.append((tmp_path / "i.faiss").stat().st_size)
-        assert sizes[1] - 400 * 256 * 2 == pytest.approx(sizes[0] - 400 * 256 * 4, abs=200), kind
-
-
-def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
-    monkeypatch.setattr(eval.faiss_index, "_ROWS_AT_ONCE", 64)
-    scores, rows = exact_search(vectors, queries, 9)
-    products = truth(vectors, queries)
-    assert (rows == np.argsort(-products, axis=1)[:, :9]).all()
-    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :9], abs=1e-5)
-    assert exact_search(vectors, queries, 10_000)[1].shape == (20, 500)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_the_graphs_recall_is_what_a_comparison_with_all_vectors_gives(dtype: type) -> None:
     vectors = vectors_of(1500, 24).astype(dtype)
-    index = build_index("hnsw", vectors)
+    index = build("hnsw", vectors)
     index.hnsw.efSearch = 12  # so that it misses some
     card = describe(index, "hnsw", vectors)
     chosen = np.unique(np.linspace(0, 1499, 1000).astype(np.int64))
@@ -91,7 +83,7 @@ def test_the_graphs_recall_is_what_a_comparison_with_all_vectors_gives(dtype: ty
 
 def test_vectors_as_near_as_the_last_one_wanted_count_as_found() -> None:
     vectors = np.repeat(vectors_of(10), 30, axis=0)
-    assert recall(build_index("flat", vectors), vectors, np.arange(300), 5) == 100.0
+    assert recall(build("flat", vectors), vectors, np.arange(300), 5) == 100.0
 
 
 def test_product_codes_find_candidates_and_the_vectors_put_them_in_order(
@@ -104,7 +96,7 @@ def test_product_codes_find_candidates_and_the_vectors_put_them_in_order(
         "of the vectors, not the codes"
     )
     assert (np.diff(scores, axis=1) <= 0).all()
-    monkeypatch.setattr(eval.faiss_index, "_NUMBERS_AT_ONCE", 7 * 140 * 32)
+    monkeypatch.setattr(eval.retrieval.index, "_NUMBERS_AT_ONCE", 7 * 140 * 32)
     assert (search(ivfpq, many, queries, 10)[1] == rows).all()
     assert search(ivfpq, many, queries[:0], 10)[1].shape == (0, 10)
     card = describe(ivfpq, "ivfpq", many)
@@ -116,41 +108,15 @@ def test_product_codes_find_candidates_and_the_vectors_put_them_in_order(
     assert anew > by_codes + 0.05, "scoring anew is worth its time"
 
 
-def test_what_an_index_looks_at_is_kept_in_its_file(ivfpq: Any, tmp_path: Path) -> None:
-    graph = build_index("hnsw", vectors_of(50))
-    for index, name in ((ivfpq, "nprobe"), (graph, "hnsw")):
-        faiss.write_index(index, str(tmp_path / "i.faiss"))
-        back = faiss.read_index(str(tmp_path / "i.faiss"))
-        if name == "nprobe":
-            assert back.nprobe == ivfpq.nprobe > 1
-        else:
-            assert back.hnsw.efSearch == graph.hnsw.efSearch > 16
-
-
 def test_rows_are_added_behind_the_others_whatever_the_index(many: NDArray[np.float32]) -> None:
     more = vectors_of(30, seed=2)
     for kind in ("flat", "hnsw"):
         first = vectors_of(300)
-        index = build_index(kind, first)  # type: ignore[arg-type]
+        index = build(kind, first)  # type: ignore[arg-type]
         add_rows(index, more)
         scores, rows = search(index, np.concatenate([first, more]), more, 1)
         assert (rows[:, 0] == 300 + np.arange(30)).all()
         assert scores == pytest.approx(np.ones((30, 1)), abs=1e-5)
-
-
-def test_few_vectors_have_no_product_codes_and_a_single_one_no_recall() -> None:
-    with pytest.raises(InputError, match="learned from 1,000 images or more, found 50: use --index-type flat or hnsw"):
-        build_index("ivfpq", vectors_of(50))
-    one = vectors_of(1)
-    index = build_index("hnsw", one)
-    assert "recall" not in describe(index, "hnsw", one)
-    assert search(index, one, one, 1)[1].tolist() == [[0]]
-    two = vectors_of(2)
-    assert describe(build_index("hnsw", two), "hnsw", two)["recall"]["at"] == 1
-
-
-def test_any_width_has_product_codes() -> None:
-    assert [eval.faiss_index._codes(width) for width in (384, 64, 16, 7, 5, 3, 1)] == [192, 32, 8, 1, 1, 1, 1]
 
 
 def with_a_common_part(count: int, share: float) -> NDArray[np.float32]:
@@ -160,37 +126,34 @@ def with_a_common_part(count: int, share: float) -> NDArray[np.float32]:
 
 
 def test_product_codes_see_what_a_common_part_leaves_of_the_vectors() -> None:
-    vectors = with_a_common_part(2 * LEAST_IVFPQ, 0.03)
+    vectors = with_a_common_part(2 * MIN_IVFPQ, 0.03)
     assert (vectors[:100] @ vectors[100:200].T).mean() > 0.998
-    assert describe(build_index("ivfpq", vectors), "ivfpq", vectors)["recall"]["percent"] > 80
+    assert describe(build("ivfpq", vectors), "ivfpq", vectors)["recall"]["percent"] > 80
 
 
 def test_neighbours_that_are_missed_count_as_missed_however_near_all_are() -> None:
     vectors = with_a_common_part(600, 0.002)
-    wrong = build_index("flat", vectors[::-1].copy())  # finds the rows of other vectors
+    wrong = build("flat", vectors[::-1].copy())  # finds the rows of other vectors
     assert recall(wrong, vectors, np.arange(600), 10) < 10
-    assert recall(build_index("flat", vectors), vectors, np.arange(600), 10) > 95
+    assert recall(build("flat", vectors), vectors, np.arange(600), 10) > 95
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
-def test_an_index_of_another_kind_metric_or_of_other_vectors_is_refused(
-    kind: Any, many: NDArray[np.float32], tmp_path: Path
-) -> None:
+def test_an_index_of_another_kind_or_metric_is_refused(kind: Any, many: NDArray[np.float32], tmp_path: Path) -> None:
     path = tmp_path / "i.faiss"
 
-    def refused(index: faiss.Index, why: str) -> None:
+    def refused(index: faiss.Index) -> None:
         faiss.write_index(index, str(path))
-        with pytest.raises(ValueError, match=why):
-            read_index(path, kind, many)
+        with pytest.raises(ValueError, match="its index"):
+            read_index(path, kind)
 
-    faiss.write_index(build_index(kind, many), str(path))
-    assert read_index(path, kind, many).ntotal == len(many)
-    refused(faiss.IndexLSH(32, 8), "an IndexLSH, expected that of index type")
+    faiss.write_index(build(kind, many), str(path))
+    assert read_index(path, kind).ntotal == len(many)
+    refused(faiss.IndexLSH(32, 8))
     if kind != "ivfpq":
-        refused(build_index(kind, many[::-1].copy()), "holds other vectors")
         other = faiss.IndexFlatL2(32) if kind == "flat" else faiss.IndexHNSWFlat(32, 8, faiss.METRIC_L2)
         other.add(many)
-        refused(other, "IndexFlatL2|something else than inner products")
+        refused(other)
 
 
 def test_an_index_that_names_another_file_neither_reads_nor_writes_it(
@@ -209,5 +172,15 @@ def test_an_index_that_names_another_file_neither_reads_nor_writes_it(
     del index, lists
     victim.write_bytes(b"secret" * 100_000)
     with pytest.raises(RuntimeError, match=r"collection/victim\.bin"):  # looked for beside the index, and nowhere else
-        read_index(folder / "i.faiss", "ivfpq", many)
+        read_index(folder / "i.faiss", "ivfpq")
     assert victim.read_bytes() == b"secret" * 100_000
+
+
+def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
+    monkeypatch.setattr(eval.retrieval.index, "_ROWS_AT_ONCE", 64)
+    scores, rows = exact_search(vectors, queries, 9)
+    products = truth(vectors, queries)
+    assert (rows == np.argsort(-products, axis=1)[:, :9]).all()
+    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :9], abs=1e-5)
+    assert exact_search(vectors, queries, 10_000)[1].shape == (20, 500)
