@@ -175,11 +175,6 @@ def look_up(config: ExtractConfig) -> None:
     if config.json:
         write_json(Path(config.json), {"measure": "query", "results": results, "index": collection.metadata})
     sheet = Path(config.sheet) if config.sheet else collection.folder / "contact_sheet.png"
-    if not config.sheet and any(
-        store.lies_among(sheet.parent, part["url"]) for part in store.parts_of(collection.metadata)
-    ):
-        log.warning(f"no contact sheet, {sheet} would become an image of the collection: --sheet names another place")
-        return
     try:
         draw_sheet(blocks, sheet)
         log.info(f"contact sheet: {sheet}")

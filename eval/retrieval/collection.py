@@ -388,9 +388,8 @@ def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfi
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir is {folder}, which is no folder to write to")
-    if lies_among(folder, source.url):
-        beside = f"{os.path.abspath(source.url)}-vectors"
-        raise InputError(f"output_dir is {folder}, which lies within the folder of the images: choose {beside}")
+    if os.path.realpath(folder) == os.path.realpath(source.url):  # a folder within it is no data, see data/folder.py
+        raise InputError(f"output_dir is {folder}, the folder of the images: choose another, such as {folder}/vectors")
     if config.index_type == "ivfpq" and len(source) < MIN_IVFPQ and not config.add:
         raise InputError(f"index_type is ivfpq, which takes {MIN_IVFPQ:,} images or more, found {len(source):,}")
     work = folder / PARTS
@@ -433,11 +432,6 @@ def _nothing_to_do(folder: Path, metadata: Metadata, source: Source, config: Ext
     if again := [name for name in map(source.name, range(len(source))) if name in there]:
         raise InputError(f"cannot add to {folder}: it has an image {again[0]} already; give other images")
     return ""
-
-
-def lies_among(folder: Path, url: str) -> bool:
-    """Whether a folder is within the folder of images at ``url``, or that folder itself."""
-    return os.path.isdir(url) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(url))
 
 
 # ---- an extraction in parts
