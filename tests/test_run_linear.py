@@ -304,9 +304,9 @@ CACHED = ("--cached", "--cached-epochs", "2")
     ("ranks", "more", "deaths"),
     [
         (1, (), WITHIN),
-        # 19 files: two each for the features of training, held-out and validation images and of two kept epochs,
-        # linear.pth three times, logreg.pth once a regression and once in the end, the result file.
-        (1, CACHED, [THE_THIRD_FILE] * 8),
+        # The features of training, held-out and validation images and of two kept epochs, linear.pth three times,
+        # logreg.pth once a regression and once in the end, the result file.
+        (1, CACHED, [THE_THIRD_FILE] * 5),
         (2, (), [WITHIN_EPOCH_2, WITHIN[3]]),
         (2, CACHED, [WITHIN_EPOCH_2, WITHIN[3]]),
     ],
