@@ -5,8 +5,6 @@
     python run_knn.py --weights ckpt.pth --few-shot 1 2 5 10 --per-class classes.csv --confusion classes.png
 
 Processes share the extraction; the search is the main one's, with all cores of its machine.
-
-Read top to bottom: settings, backbone, data, features, votes, report.
 """
 
 from __future__ import annotations

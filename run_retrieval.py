@@ -1,6 +1,5 @@
 """Measure a frozen backbone by what its vectors find.
 
-    python run_retrieval.py oxford --weights ckpt.pth --data-path /data/roxford5k
     python run_retrieval.py paris --weights ckpt.pth --data-path /data/rparis6k --image-size 512 --scales 1 0.7071 0.5
     python run_retrieval.py oxford --weights ckpt.pth --data-path /data/roxford5k --distractors /data/revisitop1m/jpg
     python run_retrieval.py copydays --weights ckpt.pth --data-path /data/copydays --distractors /data/photos
@@ -55,10 +54,9 @@ def main() -> None:
 def landmarks(config: RetrievalConfig) -> Answer | None:
     """Revisited Oxford or Paris."""
     # ---- what is right, and the images
-    place = Path(config.data_path)
-    published = place / f"gnd_{benchmarks.DATASETS[config.protocol]}.pkl"
+    published = Path(config.data_path, f"gnd_{benchmarks.DATASETS[config.protocol]}.pkl")
     truth = benchmarks.read_ground_truth(Path(config.ground_truth or published))
-    database, queries = benchmarks.open_landmarks(truth, place, config.queries == "box")
+    database, queries = benchmarks.open_landmarks(truth, Path(config.data_path), config.queries == "box")
     sources = {"database": database, "queries": queries}
     if config.distractors:
         sources["distractors"] = open_source(config.distractors)
@@ -162,8 +160,7 @@ def duplicates(config: RetrievalConfig) -> Answer | None:
     others = second.vectors if second else None
     pairs = benchmarks.find_pairs(first.vectors, others, config.threshold, config.most_pairs)
     both = first.source, (second or first).source
-    kinds = benchmarks.kinds_of(pairs, *both)
-    same = kinds.count(benchmarks.IDENTICAL)
+    same = (kinds := benchmarks.kinds_of(pairs, *both)).count(benchmarks.IDENTICAL)
     log.info(f"{counted(len(pairs), 'pair')} of at least {config.threshold:g}, {same:,} of them identical files")
     row: Card = {"pairs": len(pairs), "identical": same}
     paired = {"first": pairs.first, "second": pairs.second}
