@@ -162,8 +162,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
         raise RefusedError("its archive is cut short, or has too many entries")
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        end = archive.start_dir
-        comment = archive.comment
+        end, comment = archive.start_dir, archive.comment
     names = [entry.filename.partition("/")[2] for entry in entries]
     if any(re.match(r"constants\.pkl|code/", name) for name in names):
         raise RefusedError("it is a TorchScript archive, which holds a program")
