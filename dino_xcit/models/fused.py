@@ -69,34 +69,41 @@ def fold_layer_scale(layer_scale: Tensor | None, weight: Tensor, bias: Tensor) -
 
 def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, layer_scale: Tensor | None = None) -> Tensor:
     """``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; x and the hidden layer before GELU stay in memory."""
-    weight, bias = fold_layer_scale(layer_scale, fc2.weight, fc2.bias)
     if _plain:
-        return F.linear(F.gelu(fc1(x)), weight, bias)
-    return _Mlp.apply(x.to(product_dtype(x)), fc1.weight, fc1.bias, weight, bias)
+        return F.linear(F.gelu(fc1(x)), *fold_layer_scale(layer_scale, fc2.weight, fc2.bias))
+    return _Mlp.apply(x.to(product_dtype(x)), fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer_scale)
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, gamma: Tensor | None
+    ) -> Tensor:
         low = x.dtype
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.linear(x, weight1.to(low), bias1.to(low))
-            out = F.linear(F.gelu(hidden), weight2.to(low), bias2.to(low))
-        ctx.save_for_backward(x, hidden, weight1, weight2)
+            weight, bias = fold_layer_scale(gamma, weight2, bias2)  # folded here, it is not kept
+            out = F.linear(F.gelu(hidden), weight.to(low), bias.to(low))
+        ctx.save_for_backward(x, hidden, weight1, weight2, bias2, gamma)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, hidden, weight1, weight2 = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, weight1, weight2, bias2, gamma = ctx.saved_tensors
         low, full = x.dtype, weight1.dtype
         rows = grad.to(low).reshape(-1, grad.shape[-1])
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        grad_weight2 = (rows.T @ F.gelu(hidden)).to(full)
-        grad_hidden = aten.gelu_backward(rows @ weight2.to(low), hidden)
+        grad_weight2, grad_bias2 = (rows.T @ F.gelu(hidden)).to(full), rows.sum(dim=0).to(full)
+        weight, _ = fold_layer_scale(gamma, weight2, bias2)
+        grad_hidden = aten.gelu_backward(rows @ weight.to(low), hidden)
+        grad_gamma = None
+        if gamma is not None:
+            grad_gamma = (grad_weight2 * weight2).sum(dim=1) + grad_bias2 * bias2
+            grad_weight2, grad_bias2 = fold_layer_scale(gamma, grad_weight2, grad_bias2)
         grad_x = (grad_hidden @ weight1.to(low)).view_as(x)
         grad_weight1 = (grad_hidden.T @ x.reshape(-1, x.shape[-1])).to(full)
-        return grad_x, grad_weight1, grad_hidden.sum(dim=0).to(full), grad_weight2, rows.sum(dim=0).to(full)
+        return grad_x, grad_weight1, grad_hidden.sum(dim=0).to(full), grad_weight2, grad_bias2, grad_gamma
 
 
 # ---- Stem and LPI: of BatchNorm, GELU and the second convolution the input alone stays in memory
