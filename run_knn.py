@@ -17,12 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, Subset, UndecodableImage
-from dino_xcit.data.workers import usable_cores
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
@@ -94,9 +92,6 @@ def main() -> None:
             continue
 
         # ---- votes
-        if distributed.world_size() > 1:
-            # torchrun leaves a process one thread; the others of this machine are waiting, or have ended.
-            faiss.omp_set_num_threads(usable_cores())
         index = None
         if config.approximate != "no":
             index, indices[model] = approximate_index(

@@ -1,7 +1,6 @@
 """Queue a run on a Slurm cluster, with the runner's own flags. Before its time ends it saves and is queued again.
 
 python run_slurm.py --nodes 2 --gpus-per-node 8 --partition gpu --data-path /data/imagenet/train
-python run_slurm.py --run linear --gpus-per-node 8 --weights runs/s12/checkpoint.pth --data-path /data/imagenet
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ def main() -> None:
     # Imported here because they need PyTorch, and a task of the job only waits for the runner.
     from dino_xcit.config import PretrainConfig
     from dino_xcit.recipes import parse_pretrain
+    from dino_xcit.runtime.metrics import require_wandb
     from eval.config import KnnConfig, LinearConfig
     from eval.retrieval_config import ExtractConfig, RetrievalConfig
 
@@ -63,20 +63,16 @@ def main() -> None:
     runner_flags = {name for config in configs.values() for name in annotations_of(config)}
     launch, words = parse_known(LaunchConfig, sys.argv[1:], "run_slurm.py", runner_flags)
     if launch.run == "pretrain":
-        parse_pretrain(words)
-    else:
-        parse(configs[launch.run], words, f"run_{launch.run}.py")
+        require_wandb(parse_pretrain(words)[0].wandb)
+    elif not parse(configs[launch.run], words, f"run_{launch.run}.py").weights:
+        raise InputError(f"no weights given: run_{launch.run}.py needs --weights FILE")
     runner = Path(__file__).resolve().with_name(f"run_{launch.run}.py")
     job = submit(launch, [sys.executable, "-u", str(runner), *words])
     print(f"job {job.job_id} is queued; the same command resumes it; its log: {job.paths.stdout}")
 
 
 def submit(launch: LaunchConfig, command: Sequence[str]) -> Any:
-    """Queue ``command`` on every process of a job; submitit's job.
-
-    Raises:
-        InputError: submitit is missing, there is no Slurm here, or it refuses the job.
-    """
+    """Queue ``command`` on every process of a job; submitit's job. InputError if it cannot be queued."""
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which the runners listen to; submitit reads it when imported
     additional: dict[str, Any] = {"job_name": "dino-xcit", "requeue": True, "time": launch.time}
     for option in launch.slurm_additional:
@@ -109,15 +105,19 @@ def run_task(command: Sequence[str], requeues: int) -> None:
     import submitit
 
     job = submitit.JobEnvironment()
-    child = subprocess.Popen(command, env=os.environ | rank_environment(job))
+    child: subprocess.Popen[bytes] | None = None
     received: set[int] = set()
 
     def forward(number: int, _: object) -> None:
         received.add(number)
-        child.send_signal(number)
+        if child:
+            child.send_signal(number)
 
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
+    child = subprocess.Popen(command, env=os.environ | rank_environment(job))
+    for number in tuple(received):  # came before the child was there
+        child.send_signal(number)
     code = child.wait()
     stopped = code in (PREEMPTED, *(-number for number in STOP_SIGNALS))  # before its first step a signal kills it
     if stopped and signal.SIGUSR1 in received and job.global_rank == 0:

@@ -229,6 +229,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     add_arguments(parser)
     given = parser.parse_args()
+    if given.against and given.approximate:
+        parser.error("--against compares exact searches: leave --approximate out")
     if given.against:
         return compare_commits(["knn.py", "knn_scale.py"], AGAINST, given)
     exit_on_sigterm()

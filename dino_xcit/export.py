@@ -105,8 +105,7 @@ def main(argv: Sequence[str]) -> None:
         InputError: a mistake in the command or the files, or an export that differs from its original.
     """
     config = parse(ExportConfig, argv, "python -m dino_xcit.export")
-    config.check()
-    out = Path(config.out).expanduser()
+    out = Path(os.path.abspath(os.path.expanduser(config.out)))
     check_free(config, out)
     loaded = load_backbone(config.weights, config.network, config.arch or None)
     print(loaded.describe(), flush=True)

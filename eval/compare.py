@@ -235,6 +235,8 @@ def differences(first: Entry, other: Entry, pairs: Pairs) -> list[Difference]:
     for mine, own in pairs or [closest]:
         fixed = (mine.settings.keys() | own.settings.keys()) - OVERLOOKED.keys()
         for name, clause in _unlike_settings(first, other, mine, own).items():
+            if name in found and clause not in found[name].clause:
+                clause = f"{found[name].clause}; {clause}"
             found[name] = Difference("protocol" if name == "name" else name, clause, name not in fixed)
     if transform := _changed(then.transform, now.transform):
         found["transform"] = Difference("transform", f"transform: {', '.join(transform.values())}")
@@ -249,7 +251,7 @@ def _unlike_settings(first: Entry, other: Entry, mine: Figure, own: Figure) -> d
     then, now = _deciding(first.result, mine), _deciding(other.result, own)
     keys = then.keys() | now.keys()
     if mine.settings.get("classifier") != own.settings.get("classifier"):
-        keys = then.keys() & now.keys()  # what both kinds depend on
+        keys = (then.keys() & now.keys()) - {"epoch"}  # what both kinds depend on
     for entry, settings in ((first, then), (other, now)):
         if entry.published:  # of a published figure, only what was published can be compared
             keys = keys & settings.keys()

@@ -190,7 +190,7 @@ def extract(
 def cached(
     backbone: nn.Module, weights_hash: str, source: Source, transform: EvalTransform, device: torch.device,
     cache_dir: Path | None, batch_size: int = 128, num_workers: int = -1, descriptor: Descriptor = CLASS_TOKEN,
-    unreadable: Unreadable = "refuse", half: bool = False,
+    unreadable: Unreadable = "refuse", half: bool = False, whole: bool = True,
 ) -> Features:  # fmt: skip
     """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data, preprocessing and descriptor.
 
@@ -201,6 +201,7 @@ def cached(
         weights_hash: identifies the backbone's weights (:func:`dino_xcit.weights.hash_state`).
         cache_dir: None: extract anew and keep nothing.
         half: keep float16, and return it.
+        whole: ``source`` is all of the data, so that one image at least must be readable.
 
     Raises:
         UndecodableImage: an image cannot be read, and such are refused.
@@ -209,7 +210,7 @@ def cached(
     fingerprint = distributed.on_main(source.fingerprint)
     shape = (len(source), descriptor.width(width_of(backbone)))
     chunks = feature_rows(backbone, source, transform, device, batch_size, num_workers, True, unreadable, descriptor)
-    if unreadable == "skip":
+    if unreadable == "skip" and whole:
         chunks = _any_readable(chunks, source)
     if cache_dir is None:
         return _in_memory(chunks, source, shape[1], fingerprint)
@@ -328,7 +329,8 @@ def _read_rows(
     """
     lacking, file = np.empty(0, dtype=np.int64), folder / "unreadable.npy"
     try:
-        rows: Rows = np.load(folder / "features.npy", mmap_mode="r")
+        path = folder / "features.npy"
+        rows: Rows = np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # no rows cannot be mapped
         if not complete and file.exists():
             lacking = np.load(file)
     except (OSError, ValueError, EOFError):
@@ -377,7 +379,8 @@ def _write_rows(
         (aside / "card.json").write_text(json.dumps(metadata, indent=1))
         if _read_rows(folder, shape, not len(lacking), half) is None:
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.replace(aside, folder)
             atomic.flush_folder(folder.parent)
 
 

@@ -253,7 +253,10 @@ def read_result(path: str) -> Result:
         if not content["figures"]:
             refuse(f"has no figures image by image or query by query ({content['measure']!r:.40}): measure again")
         result = from_dict(Result, content | {"figures": tuple(map(Figure.from_card, content["figures"]))})
-        result.images()
+        images = result.images()
+        for one in result.figures:
+            if one.unit == "image" and one.units not in (None, images["val"].images):
+                raise ValueError(f"{one.name} is of {one.units} images, expected {images['val'].images}")
     except OSError as error:
         refuse(f"cannot be read: {one_line(error)}")
     except InputError:

@@ -81,8 +81,6 @@ def all_or_nothing(hit: bool, count: int, level: float = LEVEL) -> Interval:
 
 def mean_interval(values: Values) -> Interval | None:
     """Student's t interval of the mean of percentages; None if the values do not show how much others would differ."""
-    if len(values) > 1 and (values == values[0]).all() and values[0] in (0, 100):
-        return all_or_nothing(bool(values[0]), len(values))
     if spread_is_unknown(values):
         return None
     found = scipy.stats.ttest_1samp(values, 0).confidence_interval(LEVEL)

@@ -6,13 +6,13 @@ import math
 import tracemalloc
 from pathlib import Path
 
-import eval.search
 import numpy as np
 import pytest
 import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
+import eval.retrieval.index
 from dino_xcit.errors import InputError
 from eval.knn.classify import clamp_ks, knn_predict
 from eval.retrieval.index import build_index
@@ -153,7 +153,7 @@ def test_memory_mapped_features_are_never_copied_whole(tmp_path: Path, monkeypat
     features.flush()
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     queries = np.array(mapped[:40])
-    monkeypatch.setattr(eval.search, "_ROWS_AT_ONCE", 1000)
+    monkeypatch.setattr(eval.retrieval.index, "_ROWS_AT_ONCE", 1000)
     tracemalloc.start()
     index = build_index(mapped)
     _, peak = tracemalloc.get_traced_memory()

@@ -108,7 +108,9 @@ class CheckpointFolder:
         manifest = _read_manifest(path.with_suffix(".json"))
         if isinstance(manifest, str) or manifest.steps_per_epoch in (0, steps_per_epoch):
             return
-        other = path.with_stem(f"{path.stem}-{manifest.global_batch}")
+        if not path.exists():
+            return
+        other = path.with_stem(f"{path.stem}-{manifest.steps_per_epoch}")
         atomic.give_name(path, other)
         os.replace(path.with_suffix(".json"), other.with_suffix(".json"))
 
@@ -185,6 +187,7 @@ class CheckpointFolder:
         found = [(path, _read_manifest(path)) for path in self.folder.glob("step*.json")]
         last = max((one for _, one in found if isinstance(one, Manifest)), key=lambda one: one.written, default=None)
         steps_per_epoch = (last and last.steps_per_epoch) or 1
+        found = [(path, _with_steps_per_epoch(one, steps_per_epoch)) for path, one in found]
 
         def progress(entry: tuple[Path, Manifest | str]) -> float:
             path, manifest = entry
@@ -237,6 +240,13 @@ class CheckpointFolder:
         if any((m.size, m.sha256) == (digest.size, digest.sha256) for m in self.manifests()):
             return []  # a save was cut short before it got to this name
         return [f"{self.latest} is damaged or not of this run: using {newest}"]
+
+
+def _with_steps_per_epoch(manifest: Manifest | str, steps_per_epoch: int) -> Manifest | str:
+    """Versions before 0.2 did not write this number: theirs is that of the run now."""
+    if isinstance(manifest, str) or manifest.steps_per_epoch:
+        return manifest
+    return dataclasses.replace(manifest, steps_per_epoch=steps_per_epoch)
 
 
 def _same_bytes(file: Path, other: Path) -> bool:

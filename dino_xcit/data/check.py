@@ -188,6 +188,8 @@ def main(argv: Sequence[str]) -> int:
             rows = stack.enter_context(open(config.report, "w", encoding="utf-8")) if config.report else None
             report = check(source, config.workers, rows)
     except OSError as error:
+        if not config.report:
+            raise
         raise InputError(f"cannot write {config.report}: {error.strerror}; choose another --report") from error
     for text in report.lines():
         print(printable(text))

@@ -218,9 +218,9 @@ def _walk(root: str) -> Index:
         except OSError as error:  # skipped, it would be a class that is missing
             remedy = f"make it readable, or move it out of {root}" if relative else "check the path"
             raise InputError(f"cannot list the folder {folder}: {one_line(error)}; {remedy}") from error
+        times[relative] = listed_at
         if relative and any(entry.name in RESULT_FILES for entry in entries):
             continue
-        times[relative] = listed_at
         for entry in entries:
             path = f"{relative}/{entry.name}" if relative else entry.name
             if entry.name.startswith(".") or path == "lost+found":
@@ -236,7 +236,8 @@ def _walk(root: str) -> Index:
             else:
                 found.add(path)
     index = found.index(root)
-    settled = max(times.values()) < began - _SETTLED and min(times.values()) >= 0
+    # The target of a broken link can come back without a change of any folder here.
+    settled = not found.skipped["broken links"] and max(times.values()) < began - _SETTLED and min(times.values()) >= 0
     return Index(
         {**index.numbers, "folder_time": np.array(list(times.values()), dtype=np.int64)},
         {**index.strings, "folder": Strings.pack(times)},

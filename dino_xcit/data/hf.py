@@ -333,7 +333,7 @@ def _labels(dataset: Any, column: str, url: str) -> tuple[NDArray[np.int64] | No
         places = np.asarray(pc.fill_null(pc.index_in(values, pa.array(distinct, values.type)), -1), dtype=np.int64)
         labels = np.append(numbers, -1)[places]
     else:
-        labels = np.asarray(pc.fill_null(values, -1), dtype=np.int64)
+        labels = np.asarray(pc.fill_null(values.cast(pa.int64()), -1), dtype=np.int64)
     missing, last = int((labels < 0).sum()), int(labels.max())
     if missing == len(labels):  # the hub's way to publish a test part without its labels
         return None, None
@@ -342,8 +342,10 @@ def _labels(dataset: Any, column: str, url: str) -> tuple[NDArray[np.int64] | No
             f"{missing:,} of the {len(labels):,} rows of {url} have no label in column {column!r}: expected one for "
             "each, or none; to read without labels add ?label=none"
         )
-    if last > MAX_CLASSES:
-        raise InputError(f"column {column!r} of {url} has the label {last}, expected at most {MAX_CLASSES:,}")
     if not feature.dtype.endswith("string"):
-        classes = getattr(feature, "names", None) or list(map(str, range(last + 1)))
+        names = getattr(feature, "names", None)
+        highest = (len(names) if names else MAX_CLASSES) - 1
+        if last > highest:
+            raise InputError(f"column {column!r} of {url} has the label {last}, expected at most {highest:,}")
+        classes = names or list(map(str, range(last + 1)))
     return labels, tuple(classes)

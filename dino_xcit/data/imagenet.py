@@ -46,7 +46,7 @@ CLASSES = 1000
 WNID = re.compile(r"n\d{8}")
 
 _CLASS_ARCHIVE = re.compile(r"(?:.*/)?(n\d{8})\.tar")
-_IMAGE = re.compile(r"(?:.*/)?([^/]+)\.JPEG", re.IGNORECASE)
+_IMAGE = re.compile(r"(?:.*/)?([^/.][^/]*)\.JPEG", re.IGNORECASE)
 _MAX_BYTES = 64 << 20
 """Of each file of a ground truth: the largest is Kaggle's table of 2 MB."""
 

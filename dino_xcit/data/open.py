@@ -28,6 +28,7 @@ NAMED = ("sample:", "torchvision:", "imagenet:", "hf:")
 """Data sets that have a training and a validation part."""
 FILES = ("tar:", "parquet:")
 """Data sets by a pattern of the files of one part."""
+_NAMED_PART = re.compile(r"/(train|val)/*(?=\?|$)")
 _PARTS = {"train", "val", "valid", "validation", "test"}
 """Names of folders that are parts of a data set rather than classes."""
 
@@ -127,7 +128,7 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         InputError: a part is missing, has no labels, or the two disagree about their classes.
     """
     if data is not None and not data.startswith(FILES):
-        data = data.removesuffix("/train").removesuffix("/val") if _has_parts(data) else _parent_of_parts(data)
+        data = _NAMED_PART.sub("", data) if _has_parts(data) else _parent_of_parts(data)
     parts: list[Source] = []
     for part, given in (("train", train_data), ("val", val_data)):
         if given is not None:

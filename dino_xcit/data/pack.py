@@ -160,11 +160,20 @@ class Packing:
         """Which image comes after the last shard."""
         return self.shards[-1].end if self.shards else 0
 
+    def remove_other_shards(self) -> None:
+        """Remove the shards that are written again: the new ones can be fewer."""
+        ours = {shard.name for shard in self.shards}
+        for path in self.path.glob("shard-*.tar"):
+            if path.name not in ours:
+                path.unlink()
+
     def save(self) -> None:
         """Write manifest and list of unreadable images."""
         lines = "".join(json.dumps(row) + "\n" for row in self.unreadable).encode()
         if lines:
             atomic.write(self.path / UNREADABLE, lambda file: file.write(lines))
+        else:
+            (self.path / UNREADABLE).unlink(missing_ok=True)
         packed = sum(shard.images for shard in self.shards)
         values = asdict(self) | {"version": _VERSION, "packed": packed}
         for name in ("path", "unreadable"):
@@ -201,6 +210,7 @@ def pack(source: Source, destination: Path, options: Options, workers: int) -> t
         packing = _begun(source, destination, options, workers)
         if packing.complete:
             return packing, 0
+        packing.remove_other_shards()
         begin = packing.end
         bar = stack.enter_context(progress_bar(len(source), f"packing {source.url}", shown=True, done=begin))
         images = stack.enter_context(contextlib.closing(each_image(source, range(begin, len(source)), work, workers)))
@@ -286,8 +296,8 @@ def _readable(packed: Iterator[Packed], source: Source, packing: Packing, bar: A
         in_a_row += 1
         if in_a_row == MAX_UNREADABLE:
             raise InputError(
-                f"{in_a_row:,} images in a row cannot be read, the last of them {name} ({one.cause}): check the disk, "
-                "or remove them; then run the same command"
+                f"{in_a_row:,} images in a row cannot be read, the last of them {name} ({one.cause}): check the disk "
+                "and run the same command, or remove them and give another DST"
             )
 
 

@@ -252,7 +252,7 @@ def _alternatives(pattern: str) -> Iterator[str]:
     if listed is not None:
         choices = iter(listed.split(","))
     else:
-        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        width = max(len(first), len(last)) if re.match(r"0\d", first) or re.match(r"0\d", last) else 0
         lower, upper = sorted((int(first), int(last)))
         choices = (str(number).zfill(width) for number in range(lower, upper + 1))
     for choice in choices:
@@ -270,6 +270,8 @@ def _match(name: str) -> list[str]:
             return []
         return [str(system.unstrip_protocol(path)) for path, info in found.items() if info.get("type") != "directory"]
 
+    if "::" in name:
+        raise InputError(f"{name} has a wildcard and a chain of file systems: list the files, as {{000..146}}.tar")
     if is_remote(name):
         found = ask(name, matching)
     else:

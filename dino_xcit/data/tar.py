@@ -220,7 +220,7 @@ def _label_of_json(member: Member, file: BinaryIO, skipped: Counter[str]) -> Lab
     file.seek(member.offset)
     value = _parsed(file.read(member.size))
     label = value.get("label") if isinstance(value, dict) else None
-    if isinstance(label, str):
+    if isinstance(label, str) and label == label.encode(errors="ignore").decode():  # no lone surrogates
         return label[:_MAX_CLS] or None
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MAX_CLASSES:
         return label

@@ -200,10 +200,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _with_steps_of(row: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
-    then = row.get("steps_per_epoch") or steps_per_epoch
-    if then == steps_per_epoch:
+    then = row.get("steps_per_epoch")
+    if not isinstance(then, int) or then <= 0 or then == steps_per_epoch:
         return row
-    return row | {"step": row["step"] * steps_per_epoch // then, "steps_per_epoch": steps_per_epoch}
+    return row | {"step": math.ceil(row["step"] * steps_per_epoch / then), "steps_per_epoch": steps_per_epoch}
 
 
 class EpochAverages:

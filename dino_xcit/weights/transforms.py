@@ -33,7 +33,7 @@ def preparation(file: WeightsFile, arch: str, where: str, of_transformers: bool)
     """What the file says; else what lies beside it; else a guess by the architecture.
 
     Args:
-        where: the file, for messages and for ``said_by``.
+        where: the file, for messages.
         of_transformers: whether the weights are transformers'; else its settings of images do not count.
 
     Raises:

@@ -403,7 +403,7 @@ def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfi
     locks.enter_context(locked(work))
     finish_renaming(folder)
     reason = _nothing_to_do(folder, metadata, source, config)
-    if reason:
+    if reason and not any(work.glob("*/features.npy")):  # those are of an --add that was killed
         shutil.rmtree(work, ignore_errors=True)
     return reason
 
@@ -422,7 +422,7 @@ def _nothing_to_do(folder: Path, metadata: Metadata, source: Source, config: Ext
     here, print_here = settings_of(metadata), metadata["data"]["fingerprint"]
     changed = differences(settings_of(collection.metadata), here)
     prints = [part["fingerprint"] for part in parts_of(collection.metadata)]
-    if not changed and (print_here in prints if config.add else prints == [print_here]):
+    if not changed and print_here in (prints if config.add else prints[:1]):
         return f"already there: {folder} holds the vectors of these images; nothing to do"
     if not config.add:
         raise another
@@ -469,15 +469,15 @@ def extract_rows(
         if distributed.broadcast_from_main(kept is not None):
             return [] if kept is None else [kept], []
     size = max(1, round(config.shard_images / batch)) * batch
-    if there := len(list(folder.glob("*/features.npy"))):
-        log.info(f"resuming: {there} of {-(-len(source) // size)} parts are there")
+    if any(folder.glob("*/features.npy")):
+        log.info(f"resuming: parts of an earlier extraction are in {folder}")
     rows, unreadable = [], []
     for start in range(0, len(source), size):
         part = Part(source, start, min(start + size, len(source)), fingerprint)
         try:
             found = cached(
                 loaded.backbone, loaded.hash, part, loaded.transform, device, folder, batch, config.num_workers,
-                descriptor, config.unreadable,
+                descriptor, config.unreadable, whole=False,
             )  # fmt: skip
         except UndecodableImage as error:
             raise InputError(f"{error} (--unreadable skip leaves such images out)") from error
@@ -485,6 +485,8 @@ def extract_rows(
             raise InputError(_NOT_FINITE)
         rows.append(found.features)
         unreadable += (start + found.unreadable).tolist()
+    if len(unreadable) == len(source):
+        raise InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
     return rows, unreadable
 
 

@@ -21,7 +21,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_xcit.data.workers import usable_cores
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
 from dino_xcit.runtime.logging import progress_bar
 
 Kind = Literal["flat", "ivf", "hnsw", "ivfpq"]
@@ -125,8 +127,15 @@ class Index(Protocol):
         ...
 
 
+def use_all_cores() -> None:
+    """torchrun leaves a process one thread; the others of this machine wait while the main one searches."""
+    if distributed.world_size() > 1:
+        faiss.omp_set_num_threads(usable_cores())
+
+
 def build_index(features: NDArray[np.float32]) -> faiss.IndexFlatIP:
     """An exact index of features [N, D] at length 1. It is the only copy of them (N x D x 4 bytes)."""
+    use_all_cores()
     index = faiss.IndexFlatIP(features.shape[1])
     for start in range(0, len(features), _ROWS_AT_ONCE):
         index.add(unit_rows(features[start : start + _ROWS_AT_ONCE]))
@@ -186,6 +195,7 @@ def exact_search(vectors: Rows, queries: NDArray[np.float32], top: int) -> Found
     Returns:
         Scores and row numbers, [Q, min(top, N)] each, best first.
     """
+    use_all_cores()
     best = np.empty((len(queries), 0), dtype=np.float32)
     rows = np.empty((len(queries), 0), dtype=np.int64)
     for start in range(0, len(vectors), _ROWS_AT_ONCE):
