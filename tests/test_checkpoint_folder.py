@@ -352,3 +352,12 @@ def test_values_of_another_metric_are_not_compared(tmp_path: Path) -> None:
         checkpoints.write(content(step))
         checkpoints.note_metric(step, name, value)
     assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000002.pth")
+
+
+def test_checkpoints_of_a_version_that_wrote_no_steps_per_epoch_are_older_than_new_ones(tmp_path: Path) -> None:
+    filled(tmp_path)
+    checkpoints = CheckpointFolder(tmp_path)
+    for step in (4, 5):
+        checkpoints.write(content(step) | {"steps_per_epoch": 10})
+    assert steps_in(tmp_path) == [4, 5]
+    assert newest_step(tmp_path) == 5

@@ -63,8 +63,9 @@ def test_each_part_can_be_given_on_its_own(tmp_path: Path) -> None:
 def test_a_named_set_given_as_validation_data_means_its_validation_part() -> None:
     train, val = open_parts(None, "sample:fashion-mnist", "sample:fashion-mnist")
     assert (len(train), len(val)) == (12_000, 3_000)
-    train, val = open_parts("sample:fashion-mnist/train", None, None)
-    assert (len(train), len(val)) == (12_000, 3_000)
+    for part in ("sample:fashion-mnist/train", "sample:fashion-mnist/train/", "sample:fashion-mnist/val"):
+        train, val = open_parts(part, None, None)
+        assert (len(train), len(val)) == (12_000, 3_000)
 
 
 def test_missing_parts_and_missing_labels_are_refused(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ TWO = {"jpg": IMAGES, "png": IMAGES}
     ({"jpg": IMAGES, "label": [0.5] * 6}, "?label=label", "column 'label' .* holds no labels"),
     ({"jpg": IMAGES, "label": [0, 1, None, 1, 0, 1]}, "", "1 of the 6 rows .* have no label in column 'label'"),
     ({"jpg": IMAGES, "label": ["a", None, "b"] * 2}, "", "2 of the 6 rows .* have no label"),
-    ({"jpg": IMAGES, "label": [0, 10**9] * 3}, "", "has the label 1000000000, expected at most 1,000,000"),
+    ({"jpg": IMAGES, "label": [0, 10**9] * 3}, "", "has the label 1000000000, expected at most 999,999"),
 ])  # fmt: skip
 def test_what_is_unclear_is_refused_by_name(tmp_path: Path, columns: dict[str, Any], query: str, words: str) -> None:
     with pytest.raises(InputError, match=words):

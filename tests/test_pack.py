@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from bad_images import encoded, photograph, sideways, write_corpus
+from data_fixtures import write_image
 from dying_child import in_a_child
 from filelock import FileLock
 from PIL import Image
@@ -310,6 +311,24 @@ def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, tmp_path: Pa
         assert pack(source, out, FIVE, readers)[1] == 6
         assert content(out) == expected
     assert (out / "shard-000000.tar").stat().st_mtime_ns == untouched
+
+
+def test_where_fewer_images_can_be_read_than_before_no_old_shard_is_left(tmp_path: Path) -> None:
+    for number in range(6):
+        write_image(tmp_path / "in" / f"{number}.png")
+    source, out = open_source(str(tmp_path / "in")), tmp_path / "out"
+    pack(source, out, Options(shard_images=2), 1)
+    (out / "shard-000000.tar").write_bytes(b"")
+    print_of_source = source.fingerprint()
+    for number in range(4):
+        path = tmp_path / "in" / f"{number}.png"
+        before = path.stat()
+        path.write_bytes(bytes(before.st_size))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_source(str(tmp_path / "in")).fingerprint() == print_of_source
+    packing, _ = pack(source, out, Options(shard_images=2), 1)
+    assert [path.name for path in out.glob("shard-*.tar")] == [shard.name for shard in packing.shards]
+    assert len((out / "unreadable.jsonl").read_text().splitlines()) == 4
 
 
 # ---- images that cannot be read

@@ -32,6 +32,7 @@ ROOT = HERE.parent
     ("--node 2", "--nodes"), ("--epoch 3", "--epochs"), ("--nodes two", "--nodes"), ("--nodes 0", "nodes is 0"),
     ("--run sleep", "sleep"), ("--nodes 2 3", "'3'"), ("--nodes 1 --nodes 2", "twice"), ("--run knn --ks 0", "ks is 0"),
     ("--run knn x --weights y", "'x'"), ("--run extract --weights x", "output_dir"), ("--run retrieval", "protocol"),
+    ("--run knn", "--weights"),
 ])  # fmt: skip
 def test_both_groups_of_flags_are_checked_before_anything_is_queued(
     monkeypatch: pytest.MonkeyPatch, typed: str, words: str
