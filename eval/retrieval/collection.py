@@ -403,7 +403,7 @@ def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfi
     locks.enter_context(locked(work))
     finish_renaming(folder)
     reason = _nothing_to_do(folder, metadata, source, config)
-    if reason and not any(work.glob("*/features.npy")):  # those are of an --add that was killed
+    if reason:
         shutil.rmtree(work, ignore_errors=True)
     return reason
 
