@@ -161,9 +161,9 @@ class Packing:
         return self.shards[-1].end if self.shards else 0
 
     def remove_other_shards(self) -> None:
-        """Remove the shards that are written again: the new ones can be fewer."""
+        """Remove the shards that are written again: the new ones can be fewer. A file of another name stays."""
         ours = {shard.name for shard in self.shards}
-        for path in self.path.glob("shard-*.tar"):
+        for path in self.path.glob(f"shard-{'[0-9]' * 6}.tar"):
             if path.name not in ours:
                 path.unlink()
 
