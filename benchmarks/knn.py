@@ -40,8 +40,8 @@ from against import add_arguments, compare_commits, exit_on_sigterm, peak_memory
 from numpy.typing import NDArray  # noqa: E402
 
 from dino_xcit.errors import run_main  # noqa: E402
+from eval.index import Kind, UnitRows, WithVectors, build, build_index, percent_found, search, unit_rows  # noqa: E402
 from eval.knn import knn_predict  # noqa: E402
-from eval.retrieval.index import Kind, UnitRows, WithVectors, build, build_index, percent_found, search, unit_rows  # noqa: E402  # noqa: E402
 from eval.table import table  # noqa: E402
 
 CLASSES = 1000

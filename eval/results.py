@@ -13,6 +13,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -22,7 +23,6 @@ import faiss
 import numpy as np
 import PIL
 import torch
-import torchvision
 from numpy.typing import NDArray
 
 import dino_xcit
@@ -406,7 +406,7 @@ def versions() -> Card:
         "dino_xcit": dino_xcit.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+        "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "faiss": faiss.__version__,

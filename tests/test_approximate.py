@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
+from eval.index import build_index, search, unit_rows
 from eval.knn import knn_predict
 from eval.knn.classify import Kind, approximate_index, refuse_few
-from eval.retrieval.index import build_index, search, unit_rows
 
 KINDS = get_args(Kind)
 ROWS, DIM = 3000, 20

@@ -11,8 +11,8 @@ import pytest
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
-import eval.retrieval.index
-from eval.retrieval.index import (
+import eval.index
+from eval.index import (
     MIN_IVFPQ,
     Found,
     WithVectors,
@@ -96,7 +96,7 @@ def test_product_codes_find_candidates_and_the_vectors_put_them_in_order(
         "of the vectors, not the codes"
     )
     assert (np.diff(scores, axis=1) <= 0).all()
-    monkeypatch.setattr(eval.retrieval.index, "_NUMBERS_AT_ONCE", 7 * 140 * 32)
+    monkeypatch.setattr(eval.index, "_NUMBERS_AT_ONCE", 7 * 140 * 32)
     assert (search(ivfpq, many, queries, 10)[1] == rows).all()
     assert search(ivfpq, many, queries[:0], 10)[1].shape == (0, 10)
     card = describe(ivfpq, "ivfpq", many)
@@ -178,7 +178,7 @@ def test_an_index_that_names_another_file_neither_reads_nor_writes_it(
 
 def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
-    monkeypatch.setattr(eval.retrieval.index, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(eval.index, "_ROWS_AT_ONCE", 64)
     scores, rows = exact_search(vectors, queries, 9)
     products = truth(vectors, queries)
     assert (rows == np.argsort(-products, axis=1)[:, :9]).all()

@@ -1,6 +1,6 @@
 """Weighted k-NN classification (DINO's protocol), by exact faiss search or an approximate index of measured recall.
 
-N training images, D features, k neighbours, T temperature, C classes. :mod:`eval.retrieval.index` builds the indices.
+N training images, D features, k neighbours, T temperature, C classes. :mod:`eval.index` builds the indices.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
-from eval.retrieval import index as faiss_index
-from eval.retrieval.index import Index, UnitRows, WithVectors, build_index, search
+from eval import index as faiss_index
+from eval.index import Index, UnitRows, WithVectors, build_index, search
 
 Rows = NDArray[np.float32]
 Predictions = dict[tuple[int, float], NDArray[np.int64]]
@@ -139,7 +139,7 @@ def approximate_index(
         queries: [test images, D], of which at most :data:`RECALL_QUERIES` are searched exactly.
         ks: neighbours to measure recall for, each from 1 to N.
         probes: lists (``ivf``, ``pq``) or candidates (``hnsw``, at least the largest k) a query looks at; 0: chosen,
-            see :func:`eval.retrieval.index.build`.
+            see :func:`eval.index.build`.
         seed: chooses the queries.
 
     Returns:

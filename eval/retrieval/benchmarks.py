@@ -35,10 +35,10 @@ from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.features import cached
+from eval.index import build_index, unit_rows, without_self
 from eval.results import Card, Figure, data_card, images_card, result_card, write_json
 from eval.retrieval.collection import prepared
 from eval.retrieval.contact_sheet import draw_sheet, tile_of
-from eval.retrieval.index import build_index, unit_rows, without_self
 from eval.retrieval.whitening import kind_of, load
 from eval.retrieval_config import RetrievalConfig
 from eval.setup import cache_folder, open_backbone, open_weights

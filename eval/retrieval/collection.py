@@ -35,10 +35,10 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from eval.config import BackboneConfig
 from eval.features import cached, find_kept, width_of, write_rows
+from eval.index import MIN_IVFPQ, Found, WithVectors, add_rows, build, describe, read_index, unit_rows
 from eval.pooling import CLASS_TOKEN, Descriptor
 from eval.results import data_card, now, versions, weights_card
 from eval.retrieval import whitening as whitening_file
-from eval.retrieval.index import MIN_IVFPQ, Found, WithVectors, add_rows, build, describe, read_index, unit_rows
 from eval.retrieval.whitening import Whitening, differences, kind_of
 from eval.retrieval_config import ExtractConfig
 from eval.setup import beside_weights, open_backbone
