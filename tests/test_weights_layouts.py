@@ -256,11 +256,11 @@ def test_moco_v3s_small_transformer_has_twelve_heads(tmp_path: Path) -> None:
 # ---- docs/checkpoints.md
 
 
-def test_the_documentation_names_every_layout_and_what_is_left_aside() -> None:
+def test_documentation_names_every_layout_and_every_ignored_key() -> None:
     text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
     table = text.partition("## Layouts")[2].partition("## Architectures")[0]
     rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
     assert {row[1].strip() for row in rows[2:]} == set(Layout)
-    named = set(re.findall(r"`([\w.]+)`", text.partition("Left aside, and said:")[2].partition("\n\n")[0]))
+    named = set(re.findall(r"`([\w.]+)`", text.partition("Ignored, and reported:")[2].partition("\n\n")[0]))
     for key in (*CLASSIFIERS, *OF_TRAINING):
         assert {key, key.rstrip("*"), key.rstrip(".*")} & named or key.startswith("decoder_"), key
