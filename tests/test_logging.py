@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -34,6 +35,16 @@ def test_only_the_main_rank_prints(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     log.info("c")
     assert capsys.readouterr() == ("a\nwarning: b\n", "")
+
+
+def test_the_standard_logging_level_applies(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dino_xcit"), "level", logging.WARNING)
+    monkeypatch.setattr(logging.getLogger("dino_xcit"), "_cache", {})
+    log.info("100% hidden")
+    log.warning("100% shown")
+    assert capsys.readouterr().out == "warning: 100% shown\n"
 
 
 def test_a_line_does_not_tear_a_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a command prints: lines of the main process, and progress bars that they do not tear.
+"""The console: messages of rank 0 through Python's ``logging``, and progress bars.
 
 from dino_xcit.runtime import logging as log
 log.info("resuming after step 12")
@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import sys
 from typing import TextIO
 
@@ -19,26 +20,32 @@ from dino_xcit.errors import printable
 from dino_xcit.runtime import distributed
 
 
-def info(text: str) -> None:
-    """Print lines to stdout, on the main process only, with escapes for what a terminal cannot show.
+class Console(logging.Handler):
+    """Print to stdout on rank 0, above progress bars; unprintable characters become escapes.
 
-    A full disk or a closed terminal does not end the run; a closed pipe raises.
+    A full disk or a closed terminal does not end the run. A closed pipe raises.
     """
-    if not distributed.is_main() or sys.stdout is None:
-        return
-    try:
-        tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stdout)
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not distributed.is_main() or sys.stdout is None:
+            return
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        text = "\n".join(map(printable, (prefix + record.getMessage()).split("\n")))
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
 
 
-def warning(text: str) -> None:
-    """:func:`info` of something that the user may want to change."""
-    info(f"warning: {text}")
+logger = logging.getLogger("dino_xcit")
+"""``logging.getLogger("dino_xcit").setLevel("WARNING")`` silences everything but warnings."""
+logger.setLevel(logging.INFO)
+logger.propagate = False
+logger.addHandler(Console())
 
-
+info, warning = logger.info, logger.warning
 warn_once = functools.cache(warning)
 
 
