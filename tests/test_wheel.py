@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,8 +37,8 @@ def test_the_wheel_runs_in_a_fresh_environment(tmp_path: Path, monkeypatch: pyte
     packages = environment / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
     subprocess.run([*pip, "--python", environment / "bin" / "python", "install", "--no-deps", wheel], check=True)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # behind the wheel's own files
-    flags = "--device cpu --batch-size-per-gpu 4 --max-steps 1 --num-workers 0 --out-dim 64 --output-dir run".split()
-    run = [environment / "bin" / "dino-xcit-pretrain", *flags]
+    flags = "--device cpu --batch-size-per-gpu 2 --max-steps 1 --num-workers 0 --out-dim 64 --output-dir run"
+    run = [environment / "bin" / "dino-xcit-pretrain", *shlex.split(flags)]
     subprocess.run(run, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "run" / "checkpoint.pth").is_file()
     assert (packages / "dino_xcit" / "py.typed").is_file()
