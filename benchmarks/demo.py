@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from against import exit_on_sigterm
+
 ROOT = Path(__file__).resolve().parent.parent
 K = 10
 """Neighbours of the figure in the table; knn.json has the others."""
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
     folder: Path = parser.parse_args().output_dir
+    exit_on_sigterm()  # subprocess.run then kills the command that runs
     weights = folder / "checkpoint.pth"
     started = time.perf_counter()
     run("run_pretrain.py", "--output-dir", folder, "--resume", "never")
