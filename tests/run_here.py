@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -39,3 +41,10 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Outcome(int(str(code or 0)), captured.out, captured.err)
 
     return run
+
+
+def measured(command: Command, file: Path, *words: object) -> tuple[str, dict[str, Any]]:
+    """What a command prints and the result file that it writes, if it ends well."""
+    done = command(*words, "--json", file)
+    assert done.code == 0, done.out + done.err
+    return done.out, json.loads(file.read_text())
