@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from eval_fixtures import CLASSES
 from PIL import Image
-from ranks import Server
 from retrieval_fixtures import Place, new_place, noise, save
-from run_here import Command, Here, measured
+from run_here import Command, Here, measured, on_two_ranks
 from safetensors.torch import save_file
 
 import run_retrieval
@@ -57,9 +56,7 @@ def oxford(tmp_path: Path) -> Path:
     return folder
 
 
-def test_landmarks_cut_queries_to_their_box_and_write_a_figure_a_setup(
-    place: Place, oxford: Path, retrieve: Command, tmp_path: Path
-) -> None:
+def test_landmarks_cut_queries_to_their_box(place: Place, oxford: Path, retrieve: Command, tmp_path: Path) -> None:
     common = ("oxford", "--weights", place.weights, "--data-path", oxford, "--imsize", 32, "--no-cache")
     out, card = measured(retrieve, tmp_path / "o.json", *common)
     assert "images: whole picture, longer side reduced" in out
@@ -78,9 +75,7 @@ def test_landmarks_cut_queries_to_their_box_and_write_a_figure_a_setup(
     assert other["results"] != card["results"], "the box was of use"
 
 
-def test_landmarks_of_any_proportions_can_be_shown_to_a_transformer_of_patches(
-    oxford: Path, retrieve: Command, tmp_path: Path
-) -> None:
+def test_a_vit_takes_landmarks_of_any_proportions(oxford: Path, retrieve: Command, tmp_path: Path) -> None:
     weights = tmp_path / "vit.safetensors"
     state = build_backbone("vit_tiny_1_p16_32").state_dict()
     save_file(
@@ -97,9 +92,7 @@ def test_landmarks_of_any_proportions_can_be_shown_to_a_transformer_of_patches(
     assert 0 < rows["medium"]["ap"]["query_1"] <= 100
 
 
-def test_distractors_are_searched_with_the_landmarks_and_are_never_right(
-    place: Place, oxford: Path, retrieve: Command, tmp_path: Path
-) -> None:
+def test_distractors_are_never_right(place: Place, oxford: Path, retrieve: Command, tmp_path: Path) -> None:
     common = ("oxford", "--weights", place.weights, "--data-path", oxford, "--imsize", 32, "--no-cache")
     # What query 0 looks for, once more, and nearer to it: its very box.
     with Image.open(oxford / "jpg/query_0.jpg") as scene:
@@ -130,9 +123,7 @@ def copydays(tmp_path: Path) -> Path:
     return folder
 
 
-def test_copydays_searches_originals_with_copies_and_the_other_way(
-    place: Place, copydays: Path, retrieve: Command, tmp_path: Path
-) -> None:
+def test_copydays_searches_in_both_directions(place: Place, copydays: Path, retrieve: Command, tmp_path: Path) -> None:
     out, card = measured(
         retrieve, tmp_path / "c.json", "copydays", "--weights", place.weights, "--data-path", copydays, "--no-cache",
         "--image-size", 32, "--distractors", place.photos / "val",
@@ -168,15 +159,12 @@ def test_a_labelled_folder_has_figures_with_intervals(place: Place, retrieve: Co
         assert f"{row[key]:.1f} [" in out
 
 
-def test_two_processes_have_the_figures_of_one_and_report_once(
-    place: Place, retrieve: Command, server: Server, tmp_path: Path
-) -> None:
+def test_two_processes_report_once_what_one_reports(place: Place, retrieve: Command, tmp_path: Path) -> None:
     words = ("folder", "--device", "cpu", "--weights", place.weights, "--data-path", place.photos, "--no-cache")
+    first, second = on_two_ranks(run_retrieval, tmp_path, *words, "--json", tmp_path / "two.json")
+    assert "queries, each among the 11 other images" in first
+    assert second == ""
     _, one = measured(retrieve, tmp_path / "one.json", *words)
-    server.runner_on_two_ranks("run_retrieval", [*words, "--json", tmp_path / "two.json"], tmp_path, timeout=300)
-    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
-    assert "queries, each among the 11 other images" in said[0]
-    assert said[1] == ""
     assert json.loads((tmp_path / "two.json").read_text())["results"] == one["results"]
 
 
