@@ -236,7 +236,7 @@ def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_bytes(
     assert kill_at_each(place, command, tmp_path, straight, step) >= most
 
 
-@pytest.mark.parametrize(("early", "late"), [(60, 8), pytest.param(20, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("early", "late"), [(60, 6), pytest.param(20, 3, marks=pytest.mark.slow)])
 def test_killed_while_adding_nothing_is_lost_and_the_same_command_ends_it(
     place: Place, command: Command, tmp_path: Path, early: int, late: int
 ) -> None:
