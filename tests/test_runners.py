@@ -1,7 +1,8 @@
-"""run_knn.py, run_linear.py and run_extract.py as a user types them, right and wrong."""
+"""run_knn.py, run_linear.py and run_extract.py as a user types them; test_golden.py has their figures."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -14,8 +15,7 @@ import torch
 from eval_fixtures import CLASSES, tiny_checkpoint
 from extract_fixtures import COUNT as TRAIN
 from extract_fixtures import Place, new_place
-from PIL import Image
-from run_here import Here, Outcome
+from run_here import Here, Outcome, measured
 from runner_mistakes import WRONG
 
 import run_extract
@@ -44,31 +44,7 @@ def place(original: Place, tmp_path: Path) -> Place:
 # ---- k-NN
 
 
-def test_knn_with_nothing_but_weights_measures_on_what_they_were_trained_on(
-    place: Place, here: Here, tmp_path: Path
-) -> None:
-    done = here(
-        run_knn, "--weights", place.weights, "--ks", 1, 10, 100, "--temperatures", 0.07, 0.5, "--baselines", "--json",
-        tmp_path / "out" / "knn.json",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert f"teacher xcit_pico_4_p4 from {place.weights}" in done.out
-    assert f"k = 100 exceeds the {TRAIN} training images: using {TRAIN}" in done.out
-    card = json.loads((tmp_path / "out" / "knn.json").read_text())
-    rows = {(row["model"], row["k"], row["temperature"]): row for row in card["results"]}
-    models = ("trained", "untrained", "pixels", "pixels_normalised")
-    assert list(rows) == [(model, k, t) for model in models for k in (1, 10, TRAIN) for t in (0.07, 0.5)]
-    # The weights are those a run starts from, of the seed that the untrained network has: a figure that must agree.
-    assert rows["trained", 10, 0.07]["top1"] == rows["untrained", 10, 0.07]["top1"]
-    assert all(row["top5"] is None for row in rows.values()), "three classes: top-5 means nothing"
-    assert card["weights"]["hash"] == load_backbone(place.weights).hash
-    assert card["data"]["val"]["images"] == VAL
-    assert card["transform"]["crop"] == 28
-
-
-def test_knn_knows_dinos_flag_names_and_uses_what_was_extracted_before(
-    place: Place, here: Here, tmp_path: Path
-) -> None:
+def test_knn_knows_dinos_flag_names_and_takes_parts_one_by_one(place: Place, here: Here, tmp_path: Path) -> None:
     first = here(
         run_knn, "--pretrained_weights", place.weights, "--checkpoint_key", "student", "--nb_knn", 5,
         "--temperature=0.1", "--batch_size_per_gpu", 7, "--data_path", place.data,
@@ -77,40 +53,25 @@ def test_knn_knows_dinos_flag_names_and_uses_what_was_extracted_before(
     assert "student xcit_pico_4_p4" in first.out
     kept = sorted((place.weights.parent / "features").iterdir())
     assert len(kept) == 2
-    again = here(run_knn, "--weights", place.weights, "--network", "student", "--ks", 5, "--temperatures", 0.1)
-    assert again.out.splitlines()[-1] == first.out.splitlines()[-1]
-    assert sorted((place.weights.parent / "features").iterdir()) == kept, "nothing was extracted anew"
-
-
-def test_knn_takes_parts_given_one_by_one_and_keeps_nothing_if_asked(place: Place, here: Here, tmp_path: Path) -> None:
-    backbone = place.weights.with_name("backbone.pth")
-    done = here(
-        run_knn, "--weights", backbone, "--train-data", place.data / "train", "--val-data", place.data / "val",
-        "--no-cache", "--eval-crop", 28, "--eval-resize", 32, "--ks", 3, "--json", tmp_path / "knn.json",
+    out, card = measured(
+        functools.partial(here, run_knn), tmp_path / "knn.json", "--weights", place.weights, "--network", "student",
+        "--train-data", place.data / "train", "--val-data", place.data / "val", "--ks", 5, "--temperatures", 0.1,
     )  # fmt: skip
-    assert done.code == 0, done.err
-    assert "the only network xcit_pico_4_p4" in done.out
-    assert not (place.weights.parent / "features").exists()
-    card = json.loads((tmp_path / "knn.json").read_text())
-    assert card["weights"]["hash"] == load_backbone(place.weights).hash
-    assert (card["transform"]["resize"], card["transform"]["crop"]) == (32, 28)
+    assert first.out.splitlines()[-1] in out.splitlines(), "the row of figures"
     assert [card["data"][part]["images"] for part in ("train", "val")] == [TRAIN, VAL]
+    assert sorted((place.weights.parent / "features").iterdir()) == kept, "nothing was extracted anew"
 
 
 # ---- linear probe
 
 
-def test_linear_saves_a_classifier_that_gives_the_figure_again_and_replaces_it_only_if_told_to(
-    place: Place, here: Here, tmp_path: Path
-) -> None:
+def test_linear_saves_its_classifier_and_replaces_it_if_told_to(place: Place, here: Here, tmp_path: Path) -> None:
     words = (
         "--weights", place.weights, "--epochs", 2, "--batch-size-per-gpu", 4, "--num-workers", 0, "--lrs", 0.5, 2, 0.01,
-        "--json", tmp_path / "linear.json",
     )  # fmt: skip
-    done = here(run_linear, *words, "--holdout", 0.25)
-    assert done.code == 0, done.err
-    assert "chosen on the validation images" in done.out
-    card = json.loads((tmp_path / "linear.json").read_text())
+    linear, result = functools.partial(here, run_linear), tmp_path / "linear.json"
+    out, card = measured(linear, result, *words, "--holdout", 0.25)
+    assert "chosen on the validation images" in out
     grid = card["results"]["grid"]
     assert [lr for lr, _ in grid["held_out_top1_by_lr"]] == [0.01, 0.5, 2.0]
     assert grid["held_out_images"] == TRAIN // 4
@@ -131,40 +92,15 @@ def test_linear_saves_a_classifier_that_gives_the_figure_again_and_replaces_it_o
     assert stored["classes"] == list(CLASSES)
 
     other = (*words, "--holdout", 0, "--crop-scale", 0.08, 1)
-    refused = here(run_linear, *other)
+    refused = linear(*other)
     assert refused.code == 2
     assert f"{file} holds another probe (" in refused.err
-    assert here(run_linear, *other, "--resume", "never").code == 0
-    card = json.loads((tmp_path / "linear.json").read_text())
+    _, card = measured(linear, result, *other, "--resume", "never")
     assert list(card["results"]) == ["paper"], "nothing is held out to choose of a grid"
     assert card["protocol"]["crop_scale"] == [0.08, 1.0]
 
 
 # ---- extraction and look-up
-
-
-def test_extract_then_query_as_a_user_types_it(
-    place: Place, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place.data.parent)
-    vectors = tmp_path / "vectors"
-    done = here(run_extract, "--weights", place.weights, "--data-path", "photos/", "--output-dir", vectors)
-    assert done.code == 0, done.err
-    rows, card = np.load(vectors / "vectors.npy"), json.loads((vectors / "card.json").read_text())
-    assert rows.shape == (TRAIN + VAL, 64) == (card["count"], card["dimension"])
-    assert len((vectors / "paths.txt").read_text().splitlines()) == TRAIN + VAL
-    assert np.linalg.norm(rows, axis=1) == pytest.approx(1, abs=1e-5)
-
-    monkeypatch.chdir(tmp_path)
-    wanted = place.data / "train" / "dots" / "dots 05.png"
-    found = here(run_extract, "--query", wanted, "--index", "vectors", "--top", 4)
-    assert found.code == 0, found.err
-    ranked = [line.split(maxsplit=2) for line in found.out.splitlines() if line.startswith("   ")]
-    assert len(ranked) == 4
-    assert ranked[0] == ["1", "1.0000", "photos/train/dots/dots 05.png"]
-    assert [float(score) for _, score, _ in ranked] == sorted((float(score) for _, score, _ in ranked), reverse=True)
-    with Image.open(vectors / "contact_sheet.png") as sheet:
-        assert sheet.width > 300
 
 
 def test_extract_does_nothing_twice_and_nothing_over_another(place: Place, here: Here, tmp_path: Path) -> None:
@@ -223,9 +159,7 @@ def test_a_mistake_ends_in_one_sentence_and_exit_code_two(mistake: str, names: d
     assert WRONG[mistake] in done.err
 
 
-def test_several_queries_share_a_sheet_and_one_that_cannot_be_answered_is_named(
-    place: Place, here: Here, tmp_path: Path
-) -> None:
+def test_queries_share_a_sheet_and_wrong_ones_are_named(place: Place, here: Here, tmp_path: Path) -> None:
     index = tmp_path / "vectors"
     assert here(run_extract, "--weights", place.weights, "--output-dir", index).code == 0
     queries = [place.data / "val" / name / f"{name} 00.jpg" for name in CLASSES]
@@ -233,7 +167,6 @@ def test_several_queries_share_a_sheet_and_one_that_cannot_be_answered_is_named(
         run_extract, "--query", queries[0], "--query", queries[1], queries[2], "--index", index, "--top", 99,
         "--sheet", tmp_path / "found" / "sheet.png", "--json", tmp_path / "found.json",
     )  # fmt: skip
-    assert done.code == 0, done.err
     assert f"top = 99 exceeds the {TRAIN} images" in done.out
     assert (tmp_path / "found" / "sheet.png").is_file()
     results = json.loads((tmp_path / "found.json").read_text())["results"]
