@@ -80,15 +80,15 @@ def test_vectors_names_and_index_belong_row_by_row(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new" / "vectors").iterdir()) == sorted(FILES)
 
 
-def test_search_is_exact_and_takes_queries_as_the_backbone_gives_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalised", [True, False])
+def test_search_is_exact_and_takes_queries_as_the_backbone_gives_them(tmp_path: Path, normalised: bool) -> None:
     rows, queries = rows_of(7), rows_of(3, seed=1)
-    for normalised in (True, False):
-        collection = write(tmp_path / str(normalised), rows, normalised)
-        products = unit(queries) @ unit(rows).T if normalised else queries @ rows.T
-        scores, found = collection.search(queries, 4)
-        assert (found == np.argsort(-products, axis=1)[:, :4]).all()
-        assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :4], rel=1e-5)
-        assert collection.search(queries, 100)[1].shape == (3, 7)
+    collection = write(tmp_path, rows, normalised)
+    products = unit(queries) @ unit(rows).T if normalised else queries @ rows.T
+    scores, found = collection.search(queries, 4)
+    assert (found == np.argsort(-products, axis=1)[:, :4]).all()
+    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :4], rel=1e-5)
+    assert collection.search(queries, 100)[1].shape == (3, 7)
     with pytest.raises(InputError, match="is damaged"):
         collection.search(rows_of(3, dim=6), 4)
 
@@ -211,11 +211,9 @@ def test_files_that_are_missing_or_of_two_collections_are_refused(tmp_path: Path
 
 DAMAGE: list[tuple[str, Any]] = [
     ("format", "dino-xcit-vectors-9"), ("count", "7"), ("count", 10**30), ("count", 8), ("normalised", 1),
-    ("dtype", "fp8"), ("dtype", {}), ("descriptor", None), ("descriptor", {"pooling": "gem"}),
-    ("descriptor.scales", [10**400]), ("whitening", "w"), ("index", []), ("index", {}), ("index.type", "lsh"),
-    ("weights", 3), ("weights.hash", None), ("weights.path", 7), ("weights.arch", 3.5), ("weights.allowed", "norm"),
-    ("data", None), ("data.url", 4), ("data.fingerprint", None), ("data.images", None), ("data.absolute_url", 1),
-    ("data.names_start_from", {}), ("data.unreadable", 3), ("added", ["more"]),
+    ("dtype", {}), ("descriptor", None), ("descriptor.scales", [10**400]), ("whitening", "w"), ("index.type", "lsh"),
+    ("weights", 3), ("weights.hash", None), ("weights.path", 7), ("weights.allowed", "norm"), ("data", None),
+    ("data.url", 4), ("data.images", None), ("data.names_start_from", {}), ("data.unreadable", 3), ("added", ["more"]),
     ("transform", "none"), ("transform.crop", 10**9), ("transform.mean", [1.0, float("nan"), 1.0]),
 ]  # fmt: skip
 
@@ -231,7 +229,7 @@ def test_metadata_of_another_type_or_out_of_bounds_is_damage(tmp_path: Path, pat
         open_collection(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "null", "[]", "3", '{"a": ' * 100_000, "9" * 10_000, "\udcff"])
+@pytest.mark.parametrize("text", ["{", "null", "[]", '{"a": ' * 100_000, "9" * 10_000, "\udcff"])
 def test_what_is_no_metadata_is_damage(tmp_path: Path, text: str) -> None:
     write(tmp_path, rows_of(7))
     (tmp_path / "card.json").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -293,13 +291,16 @@ def test_images_are_found_in_their_own_source_whatever_was_left_out(source_url: 
     assert (np.asarray(images.read(len(kept) + 7)[0]) == sample.read(7)[0]).all()
 
 
-def test_what_is_gone_is_no_other_picture(source_url: str, tmp_path: Path) -> None:
+def test_what_is_gone_is_no_other_picture(source_url: str) -> None:
     part, names = part_of(source_url)
     images = CollectedImages({"data": part, "added": []}, [*names[:2], "gone.png", *names[3:]])
     with pytest.raises(InputError, match=r"gone\.png"):
         images.read(2)
+
+
+def test_a_source_that_is_gone_is_refused(tmp_path: Path) -> None:
     gone = {"url": str(tmp_path / "none"), "images": 1}
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="no data at"):
         CollectedImages({"data": gone, "added": []}, ["none/a.png"]).read(0)
 
 

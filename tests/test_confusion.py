@@ -51,10 +51,8 @@ def dark_cells(path: Path) -> float:
     return float(((pixels[..., 2] > 90) & (pixels[..., 0] < 40)).mean())
 
 
-@pytest.mark.parametrize("classes", [1, 10, NAMED, NAMED + 1, 1000])
-def test_the_picture_shows_the_diagonal_where_all_is_right_and_none_where_nothing_is(
-    classes: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("classes", [1, NAMED, NAMED + 1])
+def test_the_picture_shows_the_diagonal_where_all_is_right(classes: int, tmp_path: Path) -> None:
     labels = np.repeat(np.arange(classes), 3)
     names = [f"class ${number}$ with a name that is much too long" for number in range(classes)]
     draw_confusion(tmp_path / "right.png", labels, labels, names, "k-NN")

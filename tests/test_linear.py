@@ -37,11 +37,8 @@ def batches(count: int, size: int = 16, seed: int = 0) -> list[tuple[Tensor, Ten
     """Features whose class can be told from them, and labels."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(9))
-    out = []
-    for _ in range(count):
-        labels = torch.randint(CLASSES, (size,), generator=generator)
-        out.append((centres[labels] + 0.5 * torch.randn(size, DIM, generator=generator), labels))
-    return out
+    labels = torch.randint(CLASSES, (count, size), generator=generator)
+    return [(centres[some] + 0.5 * torch.randn(size, DIM, generator=generator), some) for some in labels]
 
 
 def rows(features: Any) -> Rows:
@@ -81,8 +78,9 @@ def test_images_that_are_held_out_teach_nothing() -> None:
         loss = masked.step(features, labels, taken, 1.0)
         assert loss == pytest.approx(only.step(features[::2], labels[::2], torch.ones(8), 1.0), rel=1e-5)
     assert torch.allclose(masked.state_dict()["weight"], only.state_dict()["weight"], atol=1e-6)
+    before = fresh.folded(0)[0].clone()
     fresh.step(features, labels, torch.zeros(16), 1.0)
-    assert torch.equal(fresh.folded(0)[0], heads_of([0.1]).folded(0)[0])
+    assert torch.equal(fresh.folded(0)[0], before)
 
 
 def test_standardising_is_folded_into_a_classifier_of_the_raw_features() -> None:
@@ -119,9 +117,9 @@ def test_guesses_are_the_first_five_best_first() -> None:
 
 def test_crops_have_the_areas_ratios_and_places_of_torchvisions() -> None:
     rng, scale, picture = np.random.default_rng(0), (0.08, 1.0), Image.new("RGB", (60, 40))
-    boxes = np.array([draw_crop(60, 40, scale, rng.random(23).tolist()) for _ in range(4000)])
+    boxes = np.array([draw_crop(60, 40, scale, rng.random(23).tolist()) for _ in range(2500)])
     ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]])
-    draws = [RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)]
+    draws = [RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(2500)]
     theirs = np.array(draws).T  # top, left, height, width
     assert (boxes.min(), boxes[:, 2].max(), boxes[:, 3].max()) == (0, 60, 40)
     for mine, peer in [*zip(ours, theirs, strict=True), (ours[2] * ours[3], theirs[2] * theirs[3])]:
@@ -141,7 +139,7 @@ def test_pictures_that_no_crop_fits_give_the_largest_allowed_centre(width: int, 
 
 def test_a_view_is_torchvisions_resized_crop_and_flip(photo: Image.Image) -> None:
     flipped = 0
-    for index in range(20):
+    for index in range(12):
         view = np.asarray(random_view(photo, 24, (0.08, 1.0), seed=1, epoch=2, index=index))
         numbers = np.random.Generator(np.random.Philox(key=[1, (2 << 40) | index])).random(23).tolist()
         left, top, right, bottom = draw_crop(photo.width, photo.height, (0.08, 1.0), numbers)
@@ -150,7 +148,7 @@ def test_a_view_is_torchvisions_resized_crop_and_flip(photo: Image.Image) -> Non
         mirrored = np.array_equal(view, np.asarray(TF.hflip(peer)))
         assert as_it_is or mirrored
         flipped += mirrored
-    assert 4 <= flipped <= 16
+    assert 1 <= flipped <= 11
 
 
 class Diverged(MeanColours):
@@ -169,8 +167,16 @@ def steps_of(
     return list(live_features(kind().eval(), Views(source, SMALL, (0.3, 1.0), 5), sampler, workers, CPU))
 
 
+class SignalsIgnored(ArraySource):
+    """Read only where SIGINT is ignored, as in loader processes that are set up like all others."""
+
+    def read(self, index: int) -> Any:
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return super().read(index)
+
+
 def test_steps_are_the_same_with_any_number_of_loaders_and_processes() -> None:
-    alone, helped = steps_of(noise_source(20)), steps_of(noise_source(20), 2)
+    alone, helped = steps_of(noise_source(20)), steps_of(noise_source(20, kind=SignalsIgnored), 2)
     halves = [steps_of(noise_source(20), 0, rank, 2) for rank in (0, 1)]
     assert [features.shape for features, _ in alone] == [(6, 5)] * 8
     for step, batch in enumerate(alone):
@@ -179,25 +185,11 @@ def test_steps_are_the_same_with_any_number_of_loaders_and_processes() -> None:
             assert torch.allclose(one, torch.cat([first, second]))
 
 
-class SignalsIgnored(ArraySource):
-    """Read only where SIGINT is ignored."""
-
-    def read(self, index: int) -> Any:
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        return super().read(index)
-
-
-def test_loader_processes_are_set_up_like_all_others() -> None:
-    assert len(steps_of(noise_source(20, kind=SignalsIgnored), workers=1)) == 8
-
-
 def test_a_damaged_training_image_is_named_and_one_whose_features_are_not_finite(tmp_path: Path) -> None:
     tree = image_tree(tmp_path / "data")
     (tree / "train" / "bars" / "bars 03.png").write_bytes(b"")
-    source = open_source(str(tree / "train"))
-    for workers in (0, 1):
-        with pytest.raises(UndecodableImage, match=r"bars 03\.png cannot be read: empty file"):
-            steps_of(source, workers)
+    with pytest.raises(UndecodableImage, match=r"bars 03\.png cannot be read: empty file"):
+        steps_of(open_source(str(tree / "train")), workers=1)
     _, third = steps_of(noise_source(20))[0]
     with pytest.raises(InputError, match=f"{third[2]} are not finite"):
         steps_of(noise_source(20), kind=Diverged)
@@ -222,10 +214,7 @@ def views(scale: tuple[float, float] = (0.3, 1.0), seed: int = 5) -> Views:
 
 
 def kept(folder: Path, epoch: int, backbone: torch.nn.Module, half: bool = False) -> Any:
-    found = cached(
-        backbone, "w", AugmentedEpoch(views(), epoch, "f"), SMALL, CPU, folder, 4, 0, half=half
-    )  # fmt: skip
-    return found.features
+    return cached(backbone, "w", AugmentedEpoch(views(), epoch, "f"), SMALL, CPU, folder, 4, 0, half=half).features
 
 
 def test_a_kept_epoch_holds_the_views_that_the_probe_sees_in_that_epoch(tmp_path: Path) -> None:
@@ -246,14 +235,14 @@ def test_a_kept_epoch_holds_the_views_that_the_probe_sees_in_that_epoch(tmp_path
 
 
 def test_whatever_decides_the_views_gives_them_a_place_of_their_own() -> None:
-    epochs = [
+    decided = [
         (views(), 0, "f"),
         (views(), 1, "f"),
         (views(), 0, "g"),
         (views(seed=6), 0, "f"),
         (views((0.2, 1)), 0, "f"),
     ]
-    assert len({AugmentedEpoch(*one).fingerprint() for one in epochs}) == len(epochs)
+    assert len({AugmentedEpoch(*one).fingerprint() for one in decided}) == len(decided)
 
 
 class Huge(MeanColours):
@@ -269,7 +258,7 @@ def test_float16_is_kept_apart_and_refuses_what_does_not_fit(tmp_path: Path, mon
     with pytest.raises(InputError, match="does not fit float16"):
         kept(tmp_path / "huge", 0, Huge().eval(), half=True)
     assert not list((tmp_path / "huge").iterdir()), "whole or absent"
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(InputError, match="GiB free"):
         kept(tmp_path / "full", 0, MeanColours().eval())
 
@@ -297,9 +286,7 @@ def test_a_probe_file_is_refused_to_another_probe(tmp_path: Path) -> None:
     file, settings = tmp_path / "linear.pth", {"lr": 0.001, "lrs": [0.1, 1.0], "weights": "a" * 64}
     assert read_probe(file, settings) is None
     torch.save({"format": FORMAT, "settings": settings, "epoch": 1}, file)
-    found = read_probe(file, settings)
-    assert found is not None
-    assert found["epoch"] == 1
+    assert (read_probe(file, settings) or {})["epoch"] == 1
     with pytest.raises(InputError, match=r"another probe \(lr 0.001 -> 0.1; weights a+ -> b+\)"):
         read_probe(file, {**settings, "lr": 0.1, "weights": "b" * 64})
     torch.save({"weight": torch.zeros(1)}, file)

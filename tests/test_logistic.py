@@ -27,7 +27,7 @@ def solve(features: NDArray[np.float32], labels: NDArray[np.int64], c: float, pa
     return LogisticRegression(Rows(features), labels, CLASSES, CPU).solve(c, patience)
 
 
-@pytest.mark.parametrize("c", [1e-4, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("c", [1e-4, 1.0, 100.0])
 def test_the_solution_is_scikit_learns(c: float) -> None:
     sklearn = pytest.importorskip("sklearn.linear_model")
     features, labels = problem()
@@ -39,7 +39,7 @@ def test_the_solution_is_scikit_learns(c: float) -> None:
     assert np.abs(found["weight"].numpy() - peer.coef_).max() < 1e-3 * np.abs(peer.coef_).max()
 
 
-@pytest.mark.parametrize("c", [1.0, 1e3, 1e5])
+@pytest.mark.parametrize("c", [1.0, 1e5])
 def test_classes_that_can_be_parted_are_solved_or_said_not_to_be(c: float) -> None:
     """Small derivatives are no solution where the loss is flat: C = 1e5 once ended 220 times too high, "converged"."""
     sklearn = pytest.importorskip("sklearn.linear_model")

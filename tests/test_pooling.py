@@ -85,19 +85,14 @@ def test_the_width_is_that_of_the_vectors(backbone: nn.Module, images: Tensor) -
 
 
 def test_what_decides_a_vector_goes_through_plain_values_and_back() -> None:
-    gem4, both = Descriptor("gem", 4.5, (0.5, 1.0)), Descriptor("cls+mean")
-    for descriptor in (CLASS_TOKEN, gem4, both, Descriptor("cls+gem", 4.0)):
+    for descriptor in (CLASS_TOKEN, Descriptor("gem", 4.5, (0.5, 1.0)), Descriptor("cls+gem", 4.0)):
         assert Descriptor.from_dict(descriptor.to_dict()) == descriptor
     assert "gem_p" not in CLASS_TOKEN.to_dict(), "an exponent that nothing uses makes no difference"
-    assert gem4.describe() == (
-        "generalised mean (p = 4.5) of the patch tokens; image scaled by 0.5, 1, vectors averaged"
-    )
-    assert both.describe() == "class token and mean of the patch tokens, each of length 1"
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("pooling", "max"), ("pooling", ["cls"]), ("scales", (9.0,)), ("scales", ()), ("gem_p", 0.0), ("gem_p", 101.0),
-    ("gem_p", float("nan")), ("scales", (1.0, -1.0)), ("scales", (1.0, float("inf"))), ("scales", (1.0, 1.0)),
+    ("pooling", "max"), ("pooling", ["cls"]), ("scales", (9.0,)), ("scales", ()), ("scales", (1.0, -1.0)),
+    ("scales", (1.0, float("inf"))), ("scales", (1.0, 1.0)), ("gem_p", 0.0), ("gem_p", 101.0), ("gem_p", float("nan")),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=field):

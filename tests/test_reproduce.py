@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,8 +121,7 @@ def test_the_figures_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize(
-    ("off", "code", "said"),
-    [(0.0, 0, "pass"), (0.3, 0, "pass"), (0.4, 1, "fail: k-NN of"), (-9.0, 1, "fail: k-NN of")],
+    ("off", "code", "said"), [(0.3, 0, "pass"), (0.4, 1, "fail: k-NN of"), (-9.0, 1, "fail: k-NN of")]
 )
 def test_the_command_ends_with_0_if_every_figure_is_within_the_tolerance_and_else_with_1(
     imagenet: Path, weights: Path, measured: tuple[float, float], off: float, code: int, said: str,
@@ -159,7 +157,6 @@ def test_a_network_without_a_published_figure_and_other_data_are_refused(
 
 @pytest.mark.parametrize("state", [
     None, {"linear.weight": torch.zeros(3, 64)}, {"module.linear.weight": 3, "module.linear.bias": 4},
-    {"module.linear.weight": torch.zeros(3, 384), "module.linear.bias": torch.zeros(3)},
     {"module.linear.weight": torch.zeros(3, 64), "module.linear.bias": torch.zeros(4)},
 ])  # fmt: skip
 def test_a_head_of_another_kind_is_refused(tmp_path: Path, state: object) -> None:
@@ -170,16 +167,6 @@ def test_a_head_of_another_kind_is_refused(tmp_path: Path, state: object) -> Non
 
 @pytest.mark.parametrize("flags", [("--eval-crop", 384), ("--network", "student"), ("--allow-missing", "norm.bias"),
                                    ("--tolerance", -1)])  # fmt: skip
-def test_settings_that_would_make_it_another_measurement_are_refused(
-    imagenet: Path, weights: Path, flags: tuple[object, ...]
-) -> None:
+def test_settings_of_another_measurement_are_refused(imagenet: Path, weights: Path, flags: tuple[object, ...]) -> None:
     with pytest.raises(InputError, match=r"leave it out|tolerance is -1"):
         config_of(weights, imagenet, *flags)
-
-
-def test_make_asks_for_what_is_missing_before_it_builds_an_environment(tmp_path: Path) -> None:
-    words = ["make", "reproduce", "DATA=/x", "PYTHON=false", f"VENV={tmp_path / 'venv'}"]
-    ended = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    assert "expected DATA, ImageNet's folder, and WEIGHTS" in ended.stderr
-    assert not (tmp_path / "venv").exists()

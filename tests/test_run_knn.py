@@ -4,6 +4,7 @@ read, which the k-NN while training leaves out, too."""
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 from eval_fixtures import CLASSES, SMALL, MeanColours, image_tree, noise_source, tiny_checkpoint
 from PIL import Image
-from ranks import Server
-from run_here import Here, Outcome
+from run_here import Command, Here, measured, on_two_ranks
 from tiny_run import CPU, tiny_config
 
 import run_knn
@@ -29,24 +29,30 @@ QUICK = ("--num-workers", 0, "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint trained on 1,020 pictures of three classes, with 15 to validate on."""
+    """A checkpoint trained on 84 pictures of three classes, with 15 to validate on."""
     folder = tmp_path_factory.mktemp("knn")
-    return tiny_checkpoint(folder / "run", image_tree(folder / "photos", train=340, val=5))
+    return tiny_checkpoint(folder / "run", image_tree(folder / "photos", train=28, val=5))
 
 
-def test_everything_at_once_is_printed_and_written(weights: Path, tmp_path: Path, here: Here) -> None:
+def test_everything_at_once_is_printed_and_written(
+    weights: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are named from the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("eval.knn.classify.MIN_TO_APPROXIMATE", 84)
     done = here(
-        run_knn, "--weights", weights, "--ks", 20, 3, "--few-shot", 1, 5, 900, "--draws", 3, "--seed", 2,
-        "--per-class", tmp_path / "classes.csv", "--confusion", tmp_path / "classes.png", "--approximate", "ivf",
-        "--baselines", "--json", tmp_path / "knn.json", *QUICK,
+        run_knn, "--weights", weights, "--ks", 20, 3, "--few-shot", 1, 5, 30, "--draws", 3, "--seed", 2,
+        "--per-class=~/classes.csv", "--confusion=~/classes.png", "--approximate", "ivf", "--baselines",
+        "--json=~/knn.json", *QUICK,
     )  # fmt: skip
-    out = done.out
+    assert done.code == 0, done.err
     card = json.loads((tmp_path / "knn.json").read_text())
 
     models = ["trained", "untrained", "pixels", "pixels_normalised"]
     assert [(row["model"], row["k"]) for row in card["results"]] == [(model, k) for model in models for k in (3, 20)]
-    assert "recall@k %" in out
-    assert card["approximate"]["trained"]["index"] == "IVF64,Flat"
+    assert all(row["top5"] is None for row in card["results"]), "three classes: top-5 means nothing"
+    assert "recall@k %" in done.out
+    assert card["approximate"]["trained"]["index"] == "IVF18,Flat"
     for row in card["results"]:
         measured = card["approximate"][row["model"]]
         assert row["recall"] == measured["recall_percent"][str(row["k"])] > 50
@@ -57,10 +63,9 @@ def test_everything_at_once_is_printed_and_written(weights: Path, tmp_path: Path
     few = card["few_shot"]
     assert (few["draws"], few["seed"]) == (3, 2)
     trained = {(row["shots"], row["k"]): row for row in few["results"] if row["model"] == "trained"}
-    assert list(trained) == [(1, 3), (5, 3), (5, 15), (900, 3), (900, 20)]
-    assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "900 are all"
-    assert "±" in out
-    assert "fewer than 900 training images" in out
+    assert list(trained) == [(1, 3), (5, 3), (5, 15), (30, 3), (30, 20)]
+    assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "30 are all"
+    assert "fewer than 30 training images" in done.out
     assert len({row["model"] for row in few["results"]}) == 4
 
     with open(tmp_path / "classes.csv", newline="") as file:
@@ -70,27 +75,6 @@ def test_everything_at_once_is_printed_and_written(weights: Path, tmp_path: Path
     assert sum(float(row["top1"]) for row in table) / 3 == pytest.approx(first["top1"], abs=0.01)
     with Image.open(tmp_path / "classes.png") as picture:
         assert min(picture.size) > 300
-
-
-def test_files_may_be_named_from_the_home_folder(
-    weights: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    here(run_knn, "--weights", weights, "--json=~/k.json", "--per-class=~/c.csv", "--confusion=~/c.png", *QUICK)
-    assert {path.name for path in tmp_path.iterdir()} >= {"k.json", "c.csv", "c.png"}
-
-
-def test_two_processes_share_the_extraction_and_report_once_what_one_reports(
-    weights: Path, tmp_path: Path, here: Here, server: Server
-) -> None:
-    words = ["--weights", weights, "--no-cache", "--few-shot", 2, *QUICK, "--json"]
-    server.runner_on_two_ranks("run_knn", [*map(str, words), str(tmp_path / "2.json")], tmp_path, timeout=120)
-    assert [(tmp_path / f"said-{rank}").read_text().count("top-1 % [95% interval]") for rank in (0, 1)] == [1, 0]
-    here(run_knn, *words, tmp_path / "1.json")
-    one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert (one["results"], one["few_shot"]) == (two["results"], two["few_shot"])
 
 
 # ---- images that cannot be read
@@ -112,53 +96,55 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("unreadable"))
 
 
-def knn(here: Here, place: Place, *words: object) -> Outcome:
-    return here(run_knn, "--weights", place.weights, "--ks", 3, 18, *QUICK, *words)
+@pytest.fixture
+def knn(here: Here, place: Place) -> Command:
+    return functools.partial(here, run_knn, "--weights", place.weights, "--ks", 3, 18, *QUICK, "--no-cache")
 
 
-def test_a_broken_image_ends_the_run_by_name_unless_such_are_left_out(place: Place, here: Here, tmp_path: Path) -> None:
-    refused = knn(here, place, "--no-cache")
-    assert refused.code == 2
-    assert "dots 01.png cannot be read" in refused.err
+def test_a_broken_image_ends_the_run_by_name(knn: Command) -> None:
+    refused = knn()
+    assert (refused.code, "dots 01.png cannot be read" in refused.err) == (2, True)
     assert "--unreadable skip" in refused.err
-    done = knn(here, place, "--unreadable", "skip", "--no-cache", "--json", tmp_path / "k.json", "--few-shot", 6)
-    assert done.code == 0, done.err
-    told = f"{tmp_path / 'k.json'} names them"
-    train, val = (str(path) for path in place.broken)
-    assert f"1 of 18 training images could not be read and are left out: {train}; {told}" in done.out
-    assert f"1 of 15 validation images could not be read and are left out: {val}; {told}" in done.out
-    assert "using 17" in done.out
-    assert "fewer than 6 training images" in done.out
-    card = json.loads((tmp_path / "k.json").read_text())
-    assert card["data"]["train"]["unreadable"] == {"count": 1, "first": [train]}
-    assert card["data"]["val"]["unreadable"] == {"count": 1, "first": [val]}
-    assert [card["data"][part]["images"] for part in ("train", "val")] == [17, 14]
-    assert card["data"]["val"]["fingerprint"] != open_source(str(place.photos / "val")).fingerprint()
-    assert {one["images"] for one in card["figures"] if one["hits"]} == {14}
 
 
-def test_the_figures_are_those_of_the_same_folder_without_them(place: Place, here: Here, tmp_path: Path) -> None:
+def test_left_out_images_count_as_if_they_were_not_there(place: Place, knn: Command, tmp_path: Path) -> None:
     shutil.copytree(place.photos, tmp_path / "mended")
     for path in place.broken:
         (tmp_path / "mended" / path.relative_to(place.photos)).unlink()
-    cards: list[dict[str, Any]] = []
-    for name, words in (("skip", ("--unreadable", "skip")), ("mended", ("--data-path", tmp_path / "mended"))):
-        done = knn(here, place, "--baselines", "--no-cache", "--json", tmp_path / f"{name}.json", *words)
-        assert done.code == 0, done.err
-        cards.append(json.loads((tmp_path / f"{name}.json").read_text()))
-    skipped, mended = cards
+    _, mended = measured(knn, tmp_path / "mended.json", "--baselines", "--data-path", tmp_path / "mended")
+    out, skipped = measured(knn, tmp_path / "skip.json", "--baselines", "--unreadable", "skip")
     assert skipped["results"] == mended["results"]
     assert skipped["figures"] == mended["figures"]
     for key in ("images", "contents", "labels", "names"):
         assert skipped["data"]["val"][key] == mended["data"]["val"][key], key
+    assert skipped["data"]["val"]["fingerprint"] != open_source(str(place.photos / "val")).fingerprint()
+
+    told = f"{tmp_path / 'skip.json'} names them"
+    parts = {"train": (18, "training"), "val": (15, "validation")}
+    for (part, (count, kind)), path in zip(parts.items(), place.broken, strict=True):
+        assert f"1 of {count} {kind} images could not be read and are left out: {path}; {told}" in out
+        assert skipped["data"][part]["unreadable"] == {"count": 1, "first": [str(path)]}
+        assert skipped["data"][part]["images"] == count - 1
+    assert "using 17" in out
+
+
+def test_two_processes_report_once_what_one_reports(place: Place, tmp_path: Path, here: Here) -> None:
+    words = ("--weights", place.weights, "--unreadable", "skip", "--no-cache", "--few-shot", 2, *QUICK)
+    said = on_two_ranks(run_knn, tmp_path, *words, "--json", tmp_path / "2.json")
+    assert [text.count("top-1 % [95% interval]") for text in said] == [1, 0]
+    _, one = measured(functools.partial(here, run_knn), tmp_path / "1.json", *words)
+    two = json.loads((tmp_path / "2.json").read_text())
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert (one["results"], one["few_shot"]) == (two["results"], two["few_shot"])
 
 
 def test_where_no_image_can_be_read_there_is_nothing_to_measure(place: Place, here: Here, tmp_path: Path) -> None:
+    words = ("--weights", place.weights, "--unreadable", "skip", "--data-path", tmp_path / "bad", *QUICK)
     shutil.copytree(place.photos, tmp_path / "bad")
     for path in (tmp_path / "bad" / "val").rglob("*.*"):
         path.write_bytes(b"")
-    for words in ((), ("--no-cache",)):
-        refused = knn(here, place, "--unreadable", "skip", "--data-path", tmp_path / "bad", *words)
+    for cache in ((), ("--no-cache",)):
+        refused = here(run_knn, *words, *cache)
         assert (refused.code, "none of the 15 images of" in refused.err) == (2, True)
 
 
@@ -200,10 +186,9 @@ def test_rows_without_some_images_are_kept_and_never_served_where_such_are_refus
     assert complete.seen == 10
 
 
-@pytest.mark.parametrize("file", ["unreadable.npy", "features.npy"])
-def test_a_damaged_file_of_rows_that_lack_images_is_replaced(file: str, tmp_path: Path) -> None:
+def test_a_damaged_list_of_left_out_images_is_replaced(tmp_path: Path) -> None:
     kept(torn(), tmp_path, MeanColours(), unreadable="skip")
-    (path,) = tmp_path.glob(f"*/{file}")
+    (path,) = tmp_path.glob("*/unreadable.npy")
     path.write_bytes(path.read_bytes()[:-8])
     backbone = MeanColours()
     assert kept(torn(), tmp_path, backbone, unreadable="skip").unreadable.tolist() == [2, 7]
@@ -233,9 +218,7 @@ class Frozen(Method):
         self.eval_backbone = backbone
 
 
-def test_the_k_nn_while_training_says_once_which_images_it_leaves_out(
-    place: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_knn_while_training_names_left_out_images_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(data_path=str(place.photos), knn_every=1, output_dir="unused")
     ((name, every, measure),) = build_evaluators(config, open_source(str(place.photos / "train")), CPU)
     assert (name, every) == ("knn", 1)

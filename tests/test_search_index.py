@@ -50,16 +50,22 @@ def truth(vectors: NDArray[Any], queries: NDArray[np.float32]) -> NDArray[np.flo
     return queries.astype(np.float64) @ vectors.astype(np.float64).T
 
 
+def check_exact(found: Found, vectors: NDArray[Any], queries: NDArray[np.float32], top: int) -> None:
+    """The ``top`` largest products with all vectors, the largest first."""
+    scores, rows = found
+    products = truth(vectors, queries)
+    assert (rows == np.argsort(-products, axis=1)[:, :top]).all()
+    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :top], abs=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_flat_is_exact_for_the_vectors_as_they_are_kept(dtype: type) -> None:
     vectors, queries = vectors_of(500).astype(dtype), vectors_of(20, seed=1)
     index = build("flat", vectors)
-    scores, rows = search(index, vectors, queries, 7)
-    products = truth(vectors, queries)
-    assert (rows == np.argsort(-products, axis=1)[:, :7]).all()
-    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :7], abs=1e-5)
+    check_exact(search(index, vectors, queries, 7), vectors, queries, 7)
     assert describe(index, "flat", vectors) == {"type": "flat", "exact": True}
     assert (index.reconstruct_n(0, 500) == vectors.astype(np.float32)).all()
+    assert index.sa_code_size() == 16 * vectors.itemsize, "half precision halves the index, too"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -138,27 +144,28 @@ def test_neighbours_that_are_missed_count_as_missed_however_near_all_are() -> No
     assert recall(build("flat", vectors), vectors, np.arange(600), 10) > 95
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
-def test_an_index_of_another_kind_or_metric_is_refused(kind: Any, many: NDArray[np.float32], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [
+        ("flat", [faiss.IndexLSH(32, 8), faiss.IndexFlatL2(32)]),
+        ("hnsw", [faiss.IndexLSH(32, 8), faiss.IndexHNSWFlat(32, 8, faiss.METRIC_L2)]),
+        ("ivfpq", [faiss.IndexLSH(32, 8)]),
+    ],
+)
+def test_an_index_of_another_kind_or_metric_is_refused(
+    kind: Any, others: list[faiss.Index], many: NDArray[np.float32], ivfpq: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "i.faiss"
-
-    def refused(index: faiss.Index) -> None:
-        faiss.write_index(index, str(path))
+    right = ivfpq if kind == "ivfpq" else build(kind, many[:500])
+    faiss.write_index(right, str(path))
+    assert read_index(path, kind).ntotal == right.ntotal
+    for other in others:
+        faiss.write_index(other, str(path))
         with pytest.raises(ValueError, match="its index"):
             read_index(path, kind)
 
-    faiss.write_index(build(kind, many), str(path))
-    assert read_index(path, kind).ntotal == len(many)
-    refused(faiss.IndexLSH(32, 8))
-    if kind != "ivfpq":
-        other = faiss.IndexFlatL2(32) if kind == "flat" else faiss.IndexHNSWFlat(32, 8, faiss.METRIC_L2)
-        other.add(many)
-        refused(other)
 
-
-def test_an_index_that_names_another_file_neither_reads_nor_writes_it(
-    many: NDArray[np.float32], tmp_path: Path
-) -> None:
+def test_an_index_reads_and_writes_no_other_file(many: NDArray[np.float32], tmp_path: Path) -> None:
     victim = tmp_path / "elsewhere" / "victim.bin"
     victim.parent.mkdir()
     index: Any = faiss.index_factory(32, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
@@ -179,8 +186,5 @@ def test_an_index_that_names_another_file_neither_reads_nor_writes_it(
 def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
     monkeypatch.setattr(eval.index, "_ROWS_AT_ONCE", 64)
-    scores, rows = exact_search(vectors, queries, 9)
-    products = truth(vectors, queries)
-    assert (rows == np.argsort(-products, axis=1)[:, :9]).all()
-    assert scores == pytest.approx(-np.sort(-products, axis=1)[:, :9], abs=1e-5)
+    check_exact(exact_search(vectors, queries, 9), vectors, queries, 9)
     assert exact_search(vectors, queries, 10_000)[1].shape == (20, 500)

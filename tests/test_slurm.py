@@ -29,23 +29,18 @@ ROOT = HERE.parent
 
 
 @pytest.mark.parametrize(("typed", "words"), [
-    ("--node 2", "--nodes"), ("--epoch 3", "--epochs"), ("--nodes two", "--nodes"), ("--nodes 0", "nodes is 0"),
-    ("--run sleep", "sleep"), ("--nodes 2 3", "'3'"), ("--nodes 1 --nodes 2", "twice"), ("--run knn --ks 0", "ks is 0"),
+    ("--node 2", "--nodes"), ("--epoch 3", "--epochs"), ("--nodes 0", "nodes is 0"), ("--run sleep", "sleep"),
+    ("--nodes 2 3", "'3'"), ("--run knn --ks 0", "ks is 0"), ("--run knn", "--weights"),
     ("--run knn x --weights y", "'x'"), ("--run extract --weights x", "output_dir"), ("--run retrieval", "protocol"),
-    ("--run knn", "--weights"),
 ])  # fmt: skip
-def test_both_groups_of_flags_are_checked_before_anything_is_queued(
-    monkeypatch: pytest.MonkeyPatch, typed: str, words: str
-) -> None:
+def test_flags_are_checked_before_anything_is_queued(monkeypatch: pytest.MonkeyPatch, typed: str, words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["run_slurm.py", *typed.split()])
     monkeypatch.delattr(run_slurm, "submit")
     with pytest.raises(InputError, match=words):
         run_slurm.main()
 
 
-def test_without_submitit_or_slurm_the_message_names_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_submitit_or_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="torchrun"):
         submit(LaunchConfig(job_dir=str(tmp_path / "jobs")), ("true",))
@@ -67,7 +62,7 @@ signal.alarm(120)
 while first == "wait" and start == "0" and not asked:
     time.sleep(0.01)
 if asked:
-    time.sleep(1)
+    time.sleep(0.2)
     open(f"{folder}/saved-{rank}", "w").close()
 sys.exit(75 if asked else 0 if start > "0" else int(first))
 """

@@ -60,26 +60,22 @@ def test_an_xcits_maps_are_those_of_the_same_network_in_timm(block: int) -> None
 
 
 def test_drawing_changes_nothing_in_the_network() -> None:
-    for backbone in (random_xcit(), build_backbone("timm:vit_tiny_patch16_224").eval()):
-        images = torch.randn(1, 3, 48, 64)
+    images = torch.randn(1, 3, 48, 64)
+    for backbone, shape in ((random_xcit(), (1, 4, 6, 8)), (build_backbone("vit_tiny_2_p16").eval(), (1, 3, 3, 4))):
         before = backbone(images).cls_token
-        first, last = (viz.attention_maps(backbone, images, block)[0] for block in (0, 1))
+        (first, _), (last, itself) = (viz.attention_maps(backbone, images, block) for block in (0, 1))
+        assert last.shape == shape
+        torch.testing.assert_close(last.sum(dim=(2, 3)) + itself, torch.ones(1, shape[1]))
         assert not torch.allclose(first, last)
         assert torch.equal(backbone(images).cls_token, before)
 
 
-def test_a_vision_transformers_maps_are_its_class_tokens_rows() -> None:
-    patches, itself = viz.attention_maps(build_backbone("timm:vit_tiny_patch16_224").eval(), torch.randn(1, 3, 48, 64))
-    assert patches.shape == (1, 3, 3, 4)
-    torch.testing.assert_close(patches.sum(dim=(2, 3)) + itself, torch.ones(1, 3))
-
-
-@pytest.mark.parametrize("name", ["timm:resnet18", "timm:vit_small_patch16_224", "timm:convnext_atto"])
+@pytest.mark.parametrize("name", ["timm:resnet18", "timm:vit_tiny_patch16_224"])
 def test_a_network_without_class_attention_is_refused(name: str) -> None:
     backbone = build_backbone(name).eval()
     backbone.model.cls_token = None
     with pytest.raises(InputError, match="no attention of a class token"):
-        viz.attention_maps(backbone, torch.randn(1, 3, 64, 64))
+        viz.attention_maps(backbone, torch.randn(1, 3, 32, 32))
 
 
 def test_the_overlay_is_brightest_where_the_weight_is_greatest() -> None:
@@ -166,14 +162,14 @@ def test_images_keep_their_aspect_at_any_size_up_to_a_limit(weights: Path, monke
 
 
 @pytest.mark.parametrize(("typed", "words"), [
-    ("attention photo.jpg", "weights"), ("attention --weights W", "images"), ("P --weights W", "what"),
+    ("attention photo.jpg", "weights"), ("attention --weights W", "images"),
     ("attention --weights W none.jpg", r"none\.jpg"), ("attention --weights W .", "directory"),
     ("attention --weights W W", "not an image"), ("attention --weights W P --size 7", "size is 7"),
     ("attention --weights W P --out a.jpg", "out is a.jpg"), ("attention --weights W P --out W/a.png", "be written"),
-    ("attention --weights W P --block 5", "block is 5"), ("attention --weights W P --block -3", "block is -3"),
+    ("attention --weights W P --block -3", "block is -3"),
     ("attention --weights W P --json a.json", "json"), ("attention --weights W P --foreground above", "foreground"),
     ("attention --weights W" + 101 * " P", "101 images"), ("pca --weights W P --block 0", "block is 0"),
-    ("pca --weights W P --threshold 0.4", "threshold"), ("pca --weights W P --threshold 1", "threshold is 1"),
+    ("pca --weights W P --threshold 0.4", "threshold"),
     ("pca --weights W P --size 16 --foreground above --threshold 0.999", "too few"),
 ])  # fmt: skip
 def test_mistakes_are_refused_and_leave_nothing(
@@ -189,7 +185,7 @@ def test_mistakes_are_refused_and_leave_nothing(
 @pytest.mark.parametrize("what", ["attention", "pca"])
 def test_a_vision_transformer_takes_photographs_of_any_shape(what: str, tmp_path: Path) -> None:
     """It takes multiples of its patch only: 480 x 721 became 480 x 720."""
-    Image.effect_noise((451, 300), 60).convert("RGB").save(tmp_path / "odd.png")
+    Image.effect_noise((91, 60), 60).convert("RGB").save(tmp_path / "odd.png")
     torch.save(build_backbone("timm:vit_tiny_patch16_224").model.state_dict(), tmp_path / "vit.pth")
     words = f"{what} {tmp_path}/odd.png --weights {tmp_path}/vit.pth --arch timm:vit_tiny_patch16_224 --size 0"
     viz.main([*words.split(), "--out", str(tmp_path / "picture.png")])

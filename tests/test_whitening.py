@@ -30,27 +30,14 @@ def learned(vectors: Any, dim: int = 0) -> Whitening:
     return learn(vectors, dim, KIND, SET)
 
 
-def test_whitened_vectors_have_mean_zero_and_unit_covariance() -> None:
-    vectors = correlated()
-    found = learned(vectors)(vectors).astype(np.float64)
-    assert found.mean(axis=0) == pytest.approx(np.zeros(8), abs=1e-4)
-    assert np.cov(found.T) == pytest.approx(np.eye(8), abs=1e-4)
-
-
-def test_it_is_scikit_learns_whitening_up_to_the_signs() -> None:
+def test_it_is_scikit_learns_whitening_up_to_the_sign_of_each_direction() -> None:
     vectors, others = correlated(), correlated(20)
     peer = PCA(3, whiten=True).fit(vectors.astype(np.float64)).transform(others.astype(np.float64))
     found = learned(vectors, 3)(others)
-    assert found.shape == (20, 3)
-    assert np.abs(found) == pytest.approx(np.abs(peer), abs=1e-4)
-    assert (np.sign(found) == np.sign(peer)).all(axis=0).sum() + (np.sign(found) == -np.sign(peer)).all(
-        axis=0
-    ).sum() == 3
+    assert found == pytest.approx(peer * np.sign(peer[0] * found[0]), abs=1e-4)
 
 
-def test_vectors_may_be_mapped_and_in_half_precision_and_are_read_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mapped_float16_vectors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = correlated().astype(np.float16)
     np.save(tmp_path / "v.npy", vectors)
     whole = learned(vectors)
@@ -81,8 +68,6 @@ def test_a_file_gives_back_the_same_whitening_and_the_same_bytes_each_time(tmp_p
     save(whitening, tmp_path / "again.npz")
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "new" / "w.npz").read_bytes()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["w.npz"]
-    with np.load(tmp_path / "again.npz") as arrays:  # anybody's NumPy reads it
-        assert arrays["projection"].shape == (8, 5)
 
 
 def arrays_of(**changes: Any) -> dict[str, Any]:
@@ -98,7 +83,6 @@ WRONG: dict[str, Any] = {
     "not finite": {"projection": np.full((4, 2), np.nan, np.float32)},
     "another format": {"card": np.frombuffer(b'{"format": "x", "made_for": {}, "learned_on": {}}', np.uint8)},
     "no card": {"card": np.frombuffer(b"[", np.uint8)},
-    "card of numbers": {"card": np.zeros(3)},
     "card without kind": {"card": np.frombuffer(json.dumps({"format": FORMAT}).encode(), np.uint8)},
 }
 
@@ -124,7 +108,7 @@ def test_a_member_that_is_no_array_is_refused(name: str, tmp_path: Path) -> None
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     save(learned(correlated()), tmp_path / "w.npz")
     whole = (tmp_path / "w.npz").read_bytes()
-    for content in (b"", b"no archive", whole[:-30]):
+    for content in (b"", whole[:-30]):
         (tmp_path / "w.npz").write_bytes(content)
         with pytest.raises(InputError, match="is no whitening"):
             load(tmp_path / "w.npz")
