@@ -208,3 +208,12 @@ def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'dino-xcit\[hf\]'"):
         open_source(f"parquet:{tmp_path}/x.parquet")
+
+
+def test_whichever_process_comes_first_writes_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(hub_table(), tmp_path / "x.parquet")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # and rank 0 never comes
+    assert len(open_source(f"parquet:{tmp_path}/x.parquet")) == len(IMAGES)
+    assert "copying" not in capsys.readouterr().out

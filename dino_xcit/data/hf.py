@@ -1,7 +1,7 @@
 """Images in Hugging Face datasets: ``hf:NAME_OR_DIR`` and ``parquet:PATTERN``.
 
 The datasets library keeps an Arrow copy of the data and maps it into memory; images stay encoded. Reading one costs its
-own bytes, in any order. One process of a machine writes the copy while the others wait.
+own bytes, in any order. One process writes the copy while the others wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,9 +177,7 @@ def open_parquet(pattern: str, part: str | None = None) -> HFSource:
         builder = datasets.load_dataset_builder("parquet", data_files={"train": local}, cache_dir=str(cache))
         if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.isdir(builder.cache_dir):
             _announce_copy(url, paths, Path(builder.cache_dir))
-            builder.download_and_prepare(verification_mode="no_checks")
-        while not os.path.isdir(builder.cache_dir):  # it appears when it is complete
-            time.sleep(0.5)
+        builder.download_and_prepare(verification_mode="no_checks")  # the library's lock lets one process copy
         return builder.as_dataset(split="train")
 
     return _source(url, _explaining(url, "expected Parquet files of one data set", load), image, label)
