@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -217,3 +218,20 @@ def test_whichever_process_comes_first_writes_the_copy(
     monkeypatch.setenv("LOCAL_RANK", "1")  # and rank 0 never comes
     assert len(open_source(f"parquet:{tmp_path}/x.parquet")) == len(IMAGES)
     assert "copying" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("path", "words"), [
+    ("{}/there.png", ""), ("memory://hf/there.png", ""), ("{}/gone.png", "there is no file"),
+    ("zip://x.png::memory://hf/x.zip", "holds no image"), ("there.png", "holds no image"), (None, "holds no image"),
+])  # fmt: skip
+def test_a_row_may_name_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").write_bytes(IMAGES[1])
+    fsspec.filesystem("memory").pipe_file("/hf/there.png", IMAGES[1])
+    rows = [{"bytes": IMAGES[0], "path": "a.png"}, {"bytes": None, "path": path and path.format(tmp_path)}]
+    source = open_source(write(tmp_path, image=rows))
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        assert source.read(1)[0] == IMAGES[1]
+    before = source.fingerprint()
+    (tmp_path / "there.png").write_bytes(IMAGES[2])
+    assert (source.fingerprint() != before) == (path == "{}/there.png")

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import unquote
 
 import fsspec
@@ -82,20 +82,23 @@ class HFSource:
 
         Raises:
             UndecodableImage: the row holds no image.
+            InputError: it names a file that cannot be read.
         """
         value = self._dataset[range(len(self))[index]][self._image]
         if isinstance(value, dict):
-            value = value["bytes"]
+            path, value = value.get("path"), value["bytes"]
+            if value is None and _is_place(path):
+                value = storage.read_file(path, storage.MAX_IMAGE_BYTES)
         if value is None:
             cause = "the row holds no image"
             raise UndecodableImage(f"{self.name(index)} cannot be read: {cause}; leave the row out", cause)
         return value, None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """Of sizes, names and labels, and of the bytes of 64 images."""
+        """Of sizes, names and labels, and of the bytes of 64 images; of files that rows name, sizes and times."""
         import pyarrow.compute as pc
 
-        lengths, names = pc.binary_length(self._part("bytes")), self._part("path")
+        names, lengths = self._part("path"), pc.binary_length(self._part("bytes"))
         sizes = [np.asarray(pc.fill_null(lengths, -1), dtype=np.int64)]
         if self.labels is not None:
             sizes.append(self.labels)
@@ -103,7 +106,10 @@ class HFSource:
         images = (self._dataset[row][self._image] for row in some)
         contents = (image["bytes"] if isinstance(image, dict) else image for image in images)
         digests = [hashlib.sha256(content or b"").hexdigest() for content in (*(s.tobytes() for s in sizes), *contents)]
-        return hash_lines([*digests, *(() if names is None else (name or "" for name in names.to_pylist()))])
+        if names is None:
+            return hash_lines(digests)
+        states = map(storage.state, filter(_is_place, names.filter(pc.is_null(lengths)).to_pylist()))
+        return hash_lines([*digests, *(name or "" for name in names.to_pylist()), *states])
 
     def _part(self, field: str) -> pa.ChunkedArray | None:
         """A field of the image column, or the column itself where it holds bytes alone."""
@@ -114,6 +120,14 @@ class HFSource:
         if not pa.types.is_struct(column.type):
             return column if field == "bytes" else None
         return pc.struct_field(column, field) if column.type.get_field_index(field) >= 0 else None
+
+
+def _is_place(path: str | None) -> TypeGuard[str]:
+    """Whether the path of an image tells where a file is, as in folders that the library has opened.
+
+    A relative one is a name; fsspec can chain file systems, and some of those run what they find.
+    """
+    return path is not None and (os.path.isabs(path) or storage.is_remote(path)) and "::" not in path
 
 
 def open_hf(name: str, part: str | None = None) -> HFSource:
