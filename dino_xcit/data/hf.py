@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dino_xcit.data import storage
 from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.index import cache_folder
-from dino_xcit.data.source import MAX_CLASSES, Item, hash_lines, number_classes
+from dino_xcit.data.source import MAX_CLASSES, Item, hash_lines, number_classes, split_part
 from dino_xcit.data.storage import expand
 from dino_xcit.errors import InputError, near_matches, one_line
 from dino_xcit.runtime import distributed
@@ -144,9 +144,8 @@ def open_hf(name: str, part: str | None = None) -> HFSource:
     """
     datasets = _import_datasets()
     name, image, label = _columns_asked_for(name)
-    place, _, named_part = name.rstrip("/").rpartition("/")
-    if place and named_part in ("train", "val"):
-        name, part = place, named_part
+    name, named = split_part(name)
+    part = named or part
     url = f"hf:{name}"
     folder = Path(name).expanduser()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from dino_xcit.data.folder import open_folder, open_list
 from dino_xcit.data.hf import is_folder_of_parquet, open_hf, open_parquet
 from dino_xcit.data.imagenet import open_imagenet
 from dino_xcit.data.sample import open_sample
-from dino_xcit.data.source import MinimalSource, Source, Subset, completed
+from dino_xcit.data.source import MinimalSource, Source, Subset, completed, split_part
 from dino_xcit.data.tar import open_tar
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
@@ -28,7 +27,6 @@ NAMED = ("sample:", "torchvision:", "imagenet:", "hf:")
 """Data sets that have a training and a validation part."""
 FILES = ("tar:", "parquet:")
 """Data sets by a pattern of the files of one part."""
-_NAMED_PART = re.compile(r"/(train|val)/*(?=\?|$)")
 _PARTS = {"train", "val", "valid", "validation", "test"}
 """Names of folders that are parts of a data set rather than classes."""
 
@@ -76,8 +74,8 @@ def open_source(url: str, part: str | None = None) -> Source:
     if colon and scheme in _REGISTERED:
         return completed(_REGISTERED[scheme](rest, part), url)
     if colon and scheme in ("sample", "torchvision", "imagenet"):
-        named = re.fullmatch(r"(.+)/(train|val)/*", rest)
-        name, chosen = (named[1], named[2]) if named else (rest, part or "train")
+        name, named = split_part(rest)
+        chosen = named or part or "train"
         if scheme == "sample":
             return open_sample(name, chosen)
         if scheme == "imagenet":
@@ -128,7 +126,7 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         InputError: a part is missing, has no labels, or the two disagree about their classes.
     """
     if data is not None and not data.startswith(FILES):
-        data = _NAMED_PART.sub("", data) if _has_parts(data) else _parent_of_parts(data)
+        data = split_part(data)[0] if _has_parts(data) else _parent_of_parts(data)
     parts: list[Source] = []
     for part, given in (("train", train_data), ("val", val_data)):
         if given is not None:
