@@ -142,6 +142,8 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         elif storage.is_folder(_inside(data, part)):
             source = open_source(_inside(data, part), part)
         else:
+            if not storage.is_folder(data):
+                open_source(data)  # raises where there is nothing
             raise InputError(
                 f"{data} holds no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or --{part}-data"
             )
@@ -163,6 +165,12 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         )
     number = np.asarray([train_classes.index(name) for name in val_classes], dtype=np.int64)
     return train, Subset(val, np.arange(len(val)), number, train_classes)
+
+
+def parts_of(url: str) -> list[str]:
+    """``train`` and ``val``, as far as a folder holds them as parts; of another source none."""
+    folder = url if storage.is_remote(url) else str(Path(os.path.expanduser(url)))
+    return [part for part in ("train", "val") if storage.is_folder(folder) and _folder_of_part(folder, part) != folder]
 
 
 def _has_parts(url: str) -> bool:
