@@ -142,3 +142,10 @@ def test_the_sample_s_fingerprint_follows_its_pixels_and_labels() -> None:
 ])  # fmt: skip
 def test_a_part_is_split_off_a_url(url: str, name: str, part: str | None) -> None:
     assert split_part(url) == (name, part)
+
+
+@pytest.mark.parametrize("data", ["absent", "absent/train", "absent.txt"])
+def test_data_that_are_not_there_are_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no such file"):
+        open_parts(data, None, None)
