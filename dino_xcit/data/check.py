@@ -21,7 +21,7 @@ from annotated_types import Ge, MinLen
 from dino_xcit.bounds import FilePath, Positional
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.decode import read_header
+from dino_xcit.data.decode import WHITE, choose_white_level, read_header
 from dino_xcit.data.open import parts_of
 from dino_xcit.data.workers import each_image
 from dino_xcit.errors import InputError, printable
@@ -185,6 +185,8 @@ def main(argv: Sequence[str]) -> int:
     config = parse(CheckConfig, argv, "python -m dino_xcit.data check SRC")
     parts = [config.part] if config.part else parts_of(config.source) or [""]
     sources = [open_source(config.source, part or None) for part in parts]
+    for source in sources:
+        choose_white_level(source, WHITE)  # warns
     try:
         with ExitStack() as stack:  # opened before hours of reading, in case it cannot be written
             rows = stack.enter_context(open(config.report, "w", encoding="utf-8")) if config.report else None
