@@ -379,3 +379,14 @@ def test_vectors_that_are_no_numbers_end_the_work(place: Place, command: Command
     torch.save(state, tmp_path / "diverged.pth")
     refused = command(*words(Place(place.data, tmp_path / "diverged.pth"), "--output-dir", tmp_path / "v"))
     assert (refused.code, "not finite" in refused.err) == (2, True)
+
+
+def test_images_that_are_left_out_do_not_count_for_an_index(
+    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = shutil.copytree(place.data / "train", tmp_path / "photos")
+    next(photos.rglob("*.*")).write_bytes(b"broken")
+    monkeypatch.setattr(store, "MIN_IVFPQ", COUNT)
+    flags = ("--output-dir", tmp_path / "v", "--index-type", "ivfpq", "--unreadable", "skip")
+    refused = command(*words(place, *flags, data=photos))
+    assert (refused.code, f"takes {COUNT} images or more, found {COUNT - 1}" in refused.err) == (2, True)
