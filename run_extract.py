@@ -29,11 +29,12 @@ import torch
 
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, decode, open_source
+from dino_xcit.data.decode import choose_white_level
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
-from dino_xcit.transform import normalise
+from dino_xcit.transform import EvalTransform, normalise
 from dino_xcit.weights import LoadedBackbone
 from eval.features import unreadable_card
 from eval.results import now, write_json
@@ -135,6 +136,7 @@ def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
         log.info(f"data: {source.url}, on which it was trained (--data-path names other)")
     else:
         raise InputError(f"{loaded.path} does not say what it was trained on: give --data-path, such as photos/")
+    choose_white_level(source, loaded.transform.white_level)  # warns
     return source
 
 
@@ -142,7 +144,8 @@ def look_up(config: ExtractConfig) -> None:
     """Print the nearest images of each query, and draw them."""
     # ---- the collection, and the very weights that made it
     collection = store.open_collection(Path(config.index or config.output_dir))
-    pictures = [decode(_read(query), query) for query in config.query]
+    white_level = EvalTransform.from_dict(collection.metadata["transform"]).white_level
+    pictures = [decode(_read(query), query, white_level) for query in config.query]
     loaded, device = store.open_backbone_of(collection, config)
 
     # ---- vectors, made as the collection's were, and search
@@ -169,7 +172,7 @@ def look_up(config: ExtractConfig) -> None:
             log.info(f"{rank:4d}  {score:.4f}  {collection.names[row]}")
             results.append({"query": query, "rank": rank, "score": score, "row": row, "path": collection.names[row]})
             if rank <= MAX_DRAWN:
-                blocks[-1][1].append(tile_of(images, row, f"{rank}    {score:.4f}"))
+                blocks[-1][1].append(tile_of(images, row, f"{rank}    {score:.4f}", white_level))
     if not distributed.is_main():
         return
     if config.json:

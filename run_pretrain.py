@@ -11,6 +11,7 @@ from __future__ import annotations
 # Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from dino_xcit.checkpoint.resume import keep_global_batch
 from dino_xcit.checkpoint.state import Run
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, open_source
+from dino_xcit.data.decode import choose_white_level
 from dino_xcit.data.load_monitor import DataLoadMonitor
 from dino_xcit.data.loader import StepSampler, build_loader, check_augment_device
 from dino_xcit.data.source import identity
@@ -71,6 +73,7 @@ def train(
         stored = checkpoints.find()  # empty where the run is new
         config = keep_global_batch(config, stored)
         source = open_source(config.data_path, "train")
+        config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
         workers = choose_workers(config.num_workers, distributed.processes_here())
         if evaluators is None:
             evaluators = build_evaluators(config, source, device)
@@ -99,8 +102,9 @@ def train(
             return
 
         loader = build_loader(
-            source, config.augmentation(), sampler, config.seed, workers, device, config.augment_device
-        )
+            source, config.augmentation(), sampler, config.seed, workers, device, config.augment_device,
+            config.white_level,
+        )  # fmt: skip
         monitor = DataLoadMonitor(workers, loader.relieve)
         health.start(sampler, monitor, on_divergence=partial(nonfinite.keep, state, config, sampler, device))
         with MetricLogger(config, sampler, monitor) as metrics:

@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.bounds import FilePath, Seed, check_bounds, marked
+from dino_xcit.data.decode import WHITE
 from dino_xcit.errors import InputError
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 from dino_xcit.weights.load import Allowed
@@ -163,6 +164,9 @@ class PretrainConfig:
     """Mean of each channel, for normalisation."""
     std: Annotated[tuple[float, float, float], Gt(0)] = IMAGENET_STD
     """Standard deviation of each channel, for normalisation."""
+    white_level: Annotated[int, Ge(0), Le(WHITE)] = WHITE
+    """Value of 16-bit grey images that is white, such as 4095 where 12 bits are used; 0: measured on 64 images. Stored
+    in the checkpoint, also for evaluation."""
 
     # ---- machine
     seed: Seed = 0
@@ -263,7 +267,8 @@ class PretrainConfig:
     def eval_transform(self) -> EvalTransform:
         """How this run's backbone wants its images when it is measured."""
         crop = self.eval_crop or self.global_crops_size
-        return EvalTransform(resize=self.eval_resize or round(crop * 8 / 7), crop=crop, mean=self.mean, std=self.std)
+        resize = self.eval_resize or round(crop * 8 / 7)
+        return EvalTransform(resize, crop, mean=self.mean, std=self.std, white_level=self.white_level)
 
 
 RESUME_SAFE_FIELDS = frozenset(marked(PretrainConfig, ResumeSafe))

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dino_xcit.data.decode import WHITE
 from dino_xcit.errors import InputError, one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,6 +45,8 @@ class EvalTransform:
     """bicubic, bilinear or lanczos."""
     mean: RGB = IMAGENET_MEAN
     std: RGB = IMAGENET_STD
+    white_level: int = WHITE
+    """Value of 16-bit images that is white: for :func:`dino_xcit.data.decode`."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         """[3, crop, crop] uint8: normalisation happens on the device, see :func:`normalise`."""
@@ -70,8 +73,8 @@ class EvalTransform:
         return image.resize(size, Image.Resampling[self.interpolation.partition("-")[0].upper()], box)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for a JSON card or a checkpoint."""
-        return asdict(self)
+        """Plain values for a JSON card or a checkpoint. The usual white level is left out: 0.1 knew no other."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("white_level", WHITE)}
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> EvalTransform:
@@ -87,6 +90,9 @@ class EvalTransform:
             for name, side in (("resize", resize), ("crop", crop)):
                 if not 1 <= side <= SIDE_LIMIT:
                     raise ValueError(f"{name} is not from 1 to {SIDE_LIMIT:,} pixels")
+            white_level = int(str(values.get("white_level", WHITE)))
+            if not 1 <= white_level <= WHITE:
+                raise ValueError(f"white_level is not from 1 to {WHITE:,}")
             interpolation = str(values["interpolation"])
             if interpolation not in INTERPOLATIONS:
                 raise ValueError(f"interpolation is {interpolation!r:.40}, expected one of {', '.join(INTERPOLATIONS)}")
@@ -97,7 +103,7 @@ class EvalTransform:
             raise InputError(f"the stored evaluation transform lacks {error.args[0]}") from error
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: of a tensor among the values
             raise InputError(f"the stored evaluation transform: {one_line(error)}") from error
-        return cls(resize, crop, interpolation, mean, std)
+        return cls(resize, crop, interpolation, mean, std, white_level)
 
 
 def _rgb(name: str, values: object) -> RGB:

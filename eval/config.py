@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Seed, Suffix, Unique, marked, refuse_changed
+from dino_xcit.data.decode import WHITE
 from dino_xcit.errors import InputError
 from dino_xcit.weights import Allowed
 from eval.linear.imagenet_variants import split
@@ -54,6 +55,8 @@ class BackboneConfig:
     """Shorter side that images are resized to; 0: as the checkpoint says, else 8/7 of the crop."""
     eval_crop: Annotated[int, Ge(0)] = 0
     """Centre crop; 0: as the checkpoint says, else 224."""
+    white_level: Annotated[int, Ge(0), Le(WHITE)] = 0
+    """Value of 16-bit grey images that is white, such as 4095; 0: as the checkpoint says, else 65535."""
     batch_size_per_gpu: Annotated[int, Ge(1)] = 128
     """Images in one forward pass of one process (--batch-size is the same)."""
     num_workers: Annotated[int, Ge(-1)] = -1

@@ -67,7 +67,8 @@ class TransformedImages(Dataset[Tensor | UndecodableImage]):
 
     def __getitem__(self, index: int) -> Tensor | UndecodableImage:
         try:
-            return self.transform(decode(self.source.read(index)[0], self.source.name(index)))
+            item, _ = self.source.read(index)
+            return self.transform(decode(item, self.source.name(index), self.transform.white_level))
         except InputError as error:
             return error if isinstance(error, UndecodableImage) else UndecodableImage(str(error))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from dino_xcit.data import Source, open_parts
+from dino_xcit.data.decode import choose_white_level
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
@@ -49,7 +50,8 @@ def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) ->
     stored = loaded.transform
     crop = config.eval_crop or stored.crop
     resize = config.eval_resize or (round(crop * 8 / 7) if config.eval_crop else stored.resize)
-    transform = fixed or dataclasses.replace(stored, resize=resize, crop=crop)
+    white_level = config.white_level or stored.white_level
+    transform = fixed or dataclasses.replace(stored, resize=resize, crop=crop, white_level=white_level)
     as_stored = not fixed and transform == stored
     origin = f" ({loaded.transform_from})" if as_stored and loaded.transform_from else ""
     log.info(f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}{origin}")
@@ -74,7 +76,9 @@ def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> 
         if data is None:
             raise InputError(f"{loaded.path} does not say what it was trained on: give --data-path DIR")
         log.info(f"data: {data}, on which it was trained (--data-path names other)")
-    return open_parts(data, config.train_data or None, config.val_data or None)
+    train, val = open_parts(data, config.train_data or None, config.val_data or None)
+    choose_white_level(train, loaded.transform.white_level)  # warns
+    return train, val
 
 
 def cache_folder(config: BackboneConfig) -> Path | None:

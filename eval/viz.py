@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Suffix, refuse_changed
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
+from dino_xcit.data.decode import WHITE
 from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models.xcit import ClassAttention, XCiT
 from dino_xcit.runtime import atomic
@@ -132,8 +133,9 @@ def measure_images(
     multiple = 1 if isinstance(loaded.backbone, XCiT) else patch_size_of(loaded.backbone)
     with progress_bar(len(config.images), config.what, shown=True) as bar, torch.inference_mode():
         for path in config.images:
-            image = load_image(path, config.size, multiple, loaded.transform.interpolation)
-            pixels = normalise(to_tensor(image)[None], loaded.transform.mean, loaded.transform.std)
+            transform = loaded.transform
+            image = load_image(path, config.size, multiple, transform.interpolation, transform.white_level)
+            pixels = normalise(to_tensor(image)[None], transform.mean, transform.std)
             measured = measure(pixels.to(device))
             shown = [max(1, round(side * CELL / max(image.size))) for side in image.size]
             picture = image.resize((shown[0], shown[1]), Image.Resampling.LANCZOS)
@@ -141,7 +143,7 @@ def measure_images(
             bar.update()
 
 
-def load_image(path: str, size: int, multiple: int, interpolation: str) -> Image.Image:
+def load_image(path: str, size: int, multiple: int, interpolation: str, white_level: int = WHITE) -> Image.Image:
     """An image file, whole, its shorter side resized to ``size`` pixels; 0: as it is.
 
     Args:
@@ -154,7 +156,7 @@ def load_image(path: str, size: int, multiple: int, interpolation: str) -> Image
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the image {path}: {one_line(error)}") from error
-    image = decode(data, path)
+    image = decode(data, path, white_level)
     short = min(image.size)
     sides = [max(size, int(size * side / short)) if size else side for side in image.size]  # as torchvision has it
     width, height = (max(1, round(side / multiple)) * multiple for side in sides)

@@ -56,11 +56,11 @@ def two_classes(folder: Path) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, tuple[str, int]]:
-    """Content and time of every file below a folder; but for the lock, which says who was there last."""
+    """Content and time of every file below a folder; but for the marks of who was there last."""
     return {
         str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name not in (".lock", ".starts-anew")
     }
 
 

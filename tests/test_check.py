@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from bad_images import encoded, photograph, write_corpus
+from data_fixtures import write_image
 from eval_fixtures import image_tree
 from ranks import Server
 from tiny_run import tiny_source
@@ -133,3 +135,17 @@ def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> 
 def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         main(argv)
+
+
+@pytest.mark.parametrize("part", ["", "train", "val"])
+def test_the_parts_of_a_folder_are_checked_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "train" / "cat" / "a.png").write_bytes(b"broken")
+    assert main([str(tmp_path), "--workers", "0", "--part", part]) == (part != "val")
+    assert re.findall(r"2 images of .*/(\w+) in", found := capsys.readouterr().out) == (
+        [part] if part else ["train", "val"]
+    )
+    assert "2 classes of" in found

@@ -9,6 +9,7 @@ import pytest
 from data_fixtures import names, odd_tree, write_image
 
 from dino_xcit.data import ArraySource, Source, Subset, open_parts, open_source
+from dino_xcit.data.source import split_part
 from dino_xcit.errors import InputError
 
 
@@ -131,3 +132,20 @@ def test_the_sample_s_fingerprint_follows_its_pixels_and_labels() -> None:
     }
     assert len(prints) == 4
     assert ArraySource("x", images.copy(), labels.copy(), ("a", "b")).fingerprint() in prints
+
+
+@pytest.mark.parametrize(("url", "name", "part"), [
+    ("hf:DIR", "hf:DIR", None), ("hf:DIR/train", "hf:DIR", "train"), ("hf:DIR/val//", "hf:DIR", "val"),
+    ("hf:DIR/train/?label=none", "hf:DIR?label=none", "train"),
+    ("hf:train/val", "hf:train", "val"), ("imagenet:/a?/train", "imagenet:/a?", "train"), ("/train", "/train", None),
+    ("sample:trains", "sample:trains", None),
+])  # fmt: skip
+def test_a_part_is_split_off_a_url(url: str, name: str, part: str | None) -> None:
+    assert split_part(url) == (name, part)
+
+
+@pytest.mark.parametrize("data", ["absent", "absent/train", "absent.txt"])
+def test_data_that_are_not_there_are_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no such file"):
+        open_parts(data, None, None)

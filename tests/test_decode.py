@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bad_images import HEIGHT, ODDITIES, WIDTH, encoded, photograph, png_chunk, refusal, undecodable, write_corpus
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from dino_xcit.data.decode import UndecodableImage, decode
+from dino_xcit.data import open_source
+from dino_xcit.data.decode import WHITE, UndecodableImage, choose_white_level, decode, decode_pixels
 from dino_xcit.errors import InputError
+from dino_xcit.transform import EvalTransform
+from eval.features import TransformedImages
 
 
 def pixels(image: Image.Image) -> NDArray[np.int64]:
@@ -297,3 +301,26 @@ def test_nothing_of_the_librarys_doubts_reaches_the_screen(
         logging.getLogger().handlers[:] = root
     assert capfd.readouterr() == ("", "")
     assert logger.level == level
+
+
+@pytest.mark.parametrize(
+    ("bits", "ending"), [(8, "png"), (12, "png"), (12, "tif"), (12, "pgm"), (14, "png"), (16, "png")]
+)
+def test_the_bits_that_16_bit_files_use_are_measured_and_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int, ending: str
+) -> None:
+    white = 2**bits - 1
+    values = np.linspace(0, white - 2, 4096).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / f"scan.{ending}")
+    photograph(1).save(tmp_path / "photograph.png")
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    source = open_source(str(tmp_path))
+    assert choose_white_level(source, white) == white
+    assert "almost black" not in capsys.readouterr().out
+    assert [choose_white_level(source, asked) for asked in (0, WHITE)] == [white, WHITE]
+    assert (f"--white-level {white}" in capsys.readouterr().out) == (bits < 16)
+    data, _ = source.read(2)
+    crops = TransformedImages(source, EvalTransform(64, 64, white_level=white))[2]
+    assert isinstance(crops, torch.Tensor)
+    for grey in (pixels(decode(data, "x", white))[..., 0], decode_pixels(data, "x", white)[..., 0], crops[0].numpy()):
+        assert np.array_equal(grey, values.astype(np.int64) * 256 >> bits)

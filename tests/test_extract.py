@@ -322,3 +322,28 @@ def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
             claim(tmp_path / "v", {}, source, config, second)
     with ExitStack() as third:
         assert claim(tmp_path / "v", {}, source, config, third) == ""
+
+
+def test_images_that_are_left_out_do_not_count_for_an_index(
+    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = shutil.copytree(place.data / "train", tmp_path / "photos")
+    next(photos.rglob("*.*")).write_bytes(b"broken")
+    monkeypatch.setattr(store, "MIN_IVFPQ", COUNT)
+    flags = ("--output-dir", tmp_path / "v", "--index-type", "ivfpq", "--unreadable", "skip")
+    refused = command(*words(place, *flags, data=photos))
+    assert (refused.code, f"takes {COUNT} images or more, found {COUNT - 1}" in refused.err) == (2, True)
+
+
+def test_a_part_of_broken_images_alone_is_left_out(place: Place, command: Command, tmp_path: Path) -> None:
+    photos = shutil.copytree(place.data / "train", tmp_path / "photos")
+    files = sorted(photos.rglob("*.*"))
+    for path in files[4:8]:  # the second part
+        path.write_bytes(b"broken")
+    flags = words(place, "--output-dir", tmp_path / "v", "--unreadable", "skip", data=photos)
+    done(command(*flags))
+    assert open_collection(tmp_path / "v").names == [str(path) for path in (*files[:4], *files[8:])]
+    for path in files:
+        path.write_bytes(b"broken")
+    refused = command(*flags, "--overwrite")
+    assert (refused.code, f"none of the {COUNT} images" in refused.err) == (2, True)

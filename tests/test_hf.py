@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,4 +208,42 @@ def test_a_remote_file_is_downloaded_once_and_anew_when_it_changed(tmp_path: Pat
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'dino-xcit\[hf\]'"):
+        open_source(f"parquet:{tmp_path}/x.parquet")
+
+
+def test_whichever_process_comes_first_writes_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(hub_table(), tmp_path / "x.parquet")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # and rank 0 never comes
+    assert len(open_source(f"parquet:{tmp_path}/x.parquet")) == len(IMAGES)
+    assert "copying" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("path", "words"), [
+    ("{}/there.png", ""), ("memory://hf/there.png", ""), ("{}/gone.png", "there is no file"),
+    ("zip://x.png::memory://hf/x.zip", "holds no image"), ("there.png", "holds no image"), (None, "holds no image"),
+])  # fmt: skip
+def test_a_row_may_name_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").write_bytes(IMAGES[1])
+    fsspec.filesystem("memory").pipe_file("/hf/there.png", IMAGES[1])
+    rows = [{"bytes": IMAGES[0], "path": "a.png"}, {"bytes": None, "path": path and path.format(tmp_path)}]
+    source = open_source(write(tmp_path, image=rows))
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        assert source.read(1)[0] == IMAGES[1]
+    before = source.fingerprint()
+    (tmp_path / "there.png").write_bytes(IMAGES[2])
+    assert (source.fingerprint() != before) == (path == "{}/there.png")
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.uint64(), pa.int16()])
+def test_labels_are_whole_numbers_of_any_type(tmp_path: Path, kind: pa.DataType) -> None:
+    source = open_source(write(tmp_path, image=IMAGES, label=pa.array([0, 1, 2] * 2, kind)))
+    assert [source.read(index)[1] for index in range(6)] == [0, 1, 2] * 2
+
+
+def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
+    pq.write_table(hub_table(labels=(0, 1, 2, 3, 0, 1)), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="has the label 3, expected at most 2"):
         open_source(f"parquet:{tmp_path}/x.parquet")

@@ -267,3 +267,14 @@ def test_folders_that_are_absent_or_remote_are_refused(tmp_path: Path) -> None:
         open_source(f"imagenet:{tmp_path}/absent")
     with pytest.raises(InputError, match="expected a folder on this machine"):
         open_source("imagenet:s3://bucket/imagenet")
+
+
+@pytest.mark.parametrize("lay_out", [partly_unpacked, kaggle])
+@pytest.mark.parametrize("hidden", ["._ILSVRC2012_val_00000001.JPEG", ".ILSVRC2012_val_00000001.JPEG"])
+def test_hidden_files_beside_the_validation_images_are_left_out(
+    tmp_path: Path, lay_out: Callable[[Path], None], hidden: str
+) -> None:
+    lay_out(tmp_path / "in")
+    (folder,) = {path.parent for path in tmp_path.rglob("ILSVRC2012_val_*.JPEG")}
+    (folder / hidden).write_bytes(b"a resource of macOS")
+    assert read_all(open_source(f"imagenet:{tmp_path}/in", "val")).keys() == VAL_IMAGES.keys()

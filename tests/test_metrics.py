@@ -234,3 +234,17 @@ def test_metrics_that_cannot_be_written_are_said_once(tmp_path: Path, capsys: py
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: ")
     assert str(tmp_path) in line
+
+
+def test_tensorboard_has_the_steps_of_metrics_jsonl_after_another_batch_too(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps_per_epoch, from_step, steps in ((4, 0, range(1, 7)), (2, 3, (4, 5)), (2, 4, (5,))):
+        writer = MetricsWriter(tmp_path, from_step, steps_per_epoch=steps_per_epoch)
+        for step in steps:
+            writer.write("step", step, {"loss": float("nan") if step == 1 else 1.0})
+        writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("step/loss")] == steps_of(tmp_path) == [1, 1, 2, 2, 3, 3, 4, 5]
+    assert board.Tags()["scalars"] == ["step/loss"]

@@ -15,7 +15,8 @@ from pretrain_fixtures import SMALL, Pretrain, Stopped, files_of, learnt_in
 from tiny_run import CPU, differing_bits, tiny_config
 
 from dino_xcit import safe_load
-from dino_xcit.checkpoint.resume import output_folder
+from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.resume import find_stored, output_folder, prepare, starts_anew
 from dino_xcit.checkpoint.state import Run, content_of, restore
 from dino_xcit.config import STATE_FIELDS
 from dino_xcit.errors import InputError
@@ -251,3 +252,18 @@ def test_what_cannot_be_is_refused_in_one_sentence(
     flags = typed.replace("PHOTOS", str(labelled_photos)).replace("EMPTY", str(tmp_path)).split()
     pretrain(*SMALL, "--output-dir", tmp_path / "run", *flags).assert_refused(UNUSABLE[typed])
     assert not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_resume_never_that_is_restarted_starts_anew_until_what_was_there_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config, folder = tiny_config(resume="never", output_dir=str(tmp_path)), CheckpointFolder(tmp_path)
+    folder.latest.write_bytes(b"another run")
+    first = find_stored(config, folder)
+    monkeypatch.setenv(name, "1")
+    assert not first
+    assert not find_stored(config, folder)
+    prepare(config, folder, first)
+    assert not folder.latest.exists()
+    assert not starts_anew(config)

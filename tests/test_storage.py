@@ -250,3 +250,17 @@ def test_what_may_pass_is_tried_three_times(
         with pytest.raises(InputError, match="s3://x"):
             storage.read_range("s3://x", 0, 2)
     assert system.asked == asked
+
+
+@pytest.mark.parametrize(("braces", "numbers"), [
+    ("{0..12}", [str(number) for number in range(13)]), ("{12..0}", [str(number) for number in range(13)]),
+    ("{00..12}", [f"{number:02d}" for number in range(13)]), ("{0..3}", ["0", "1", "2", "3"]),
+])  # fmt: skip
+def test_a_lone_zero_is_no_padding(tmp_path: Path, braces: str, numbers: list[str]) -> None:
+    expected = sorted(names(tmp_path, *(f"{number}.tar" for number in numbers)))
+    assert expand(f"{tmp_path}/{braces}.tar") == expected
+
+
+def test_a_chain_of_file_systems_is_listed_without_wildcards(memory: str) -> None:
+    with pytest.raises(InputError, match=r"has a wildcard and a chain of file systems: list the files"):
+        expand(f"filecache::{memory}/a-*.tar")

@@ -463,3 +463,11 @@ def test_archives_elsewhere_are_read_as_those_here(shards: tuple[str, dict[str, 
     with pytest.raises(InputError, match=r"s-0\.tar"):
         source.read(0)
     assert len(open_source("tar:memory://bucket/s-*.tar")) == 21
+
+
+@pytest.mark.parametrize("label", ["\\ud800", "ape\\udfff"])
+def test_half_a_letter_is_no_label(tmp_path: Path, label: str) -> None:
+    url = written(tmp_path, {"a/1.jpg": b"a", "a/1.json": b'{"label": "%s"}' % label.encode()})
+    assert open_source(url).labels is None
+    with pytest.raises(InputError, match=r"no labels.*1 labels in \.json members that are neither"):
+        open_parts(None, url, url)

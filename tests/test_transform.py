@@ -96,3 +96,13 @@ def test_a_run_s_transform_keeps_the_share_of_256_to_224() -> None:
     assert tiny_config(global_crops_size=224).eval_transform().crop == 224
     own = tiny_config(eval_resize=30, eval_crop=28, mean=(0.1, 0.2, 0.3)).eval_transform()
     assert (own.resize, own.crop, own.mean) == (30, 28, (0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize("stored", [{}, {"white_level": 4095}])
+def test_the_white_level_is_stored_where_it_is_not_the_usual_one(stored: dict[str, int]) -> None:
+    own = tiny_config(**stored).eval_transform()
+    assert own.to_dict().keys() - {"resize", "crop", "interpolation", "mean", "std"} == stored.keys()
+    assert EvalTransform.from_dict(own.to_dict()) == own
+    for wrong in (0, 65536, "white"):
+        with pytest.raises(InputError, match="evaluation transform"):
+            EvalTransform.from_dict(own.to_dict() | {"white_level": wrong})

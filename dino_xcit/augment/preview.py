@@ -22,6 +22,7 @@ from dino_xcit.bounds import FilePath, Positional, annotations_of
 from dino_xcit.cli import parse_known
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, decode, open_source
+from dino_xcit.data.decode import WHITE, choose_white_level
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.recipes import parse_pretrain
 
@@ -45,8 +46,9 @@ class PreviewConfig:
 
 
 def draw_preview(
-    source: Source, augmentation: MultiCropAugmentation, picture: Path, images: int = 4, seed: int = 0, epoch: int = 0
-) -> list[int]:
+    source: Source, augmentation: MultiCropAugmentation, picture: Path, images: int = 4, seed: int = 0, epoch: int = 0,
+    white_level: int = WHITE,
+) -> list[int]:  # fmt: skip
     """Draw the views of ``images`` images, chosen evenly over the source, into a PNG; which images these are.
 
     The views are those that a run with this seed sees in this epoch.
@@ -65,7 +67,7 @@ def draw_preview(
         len(chosen), columns, figsize=(1.7 * columns, 2.35 * len(chosen)), squeeze=False, layout="constrained"
     )
     for row, index in zip(axes, chosen, strict=True):
-        image = decode(source.read(index)[0], source.name(index))
+        image = decode(source.read(index)[0], source.name(index), white_level)
         drawn = augmentation.draw(image.width, image.height, seed, epoch, index)
         views = augmentation(image, seed, epoch, index)
         _draw_original(row[0], image, drawn, Path(source.name(index)).name)
@@ -127,7 +129,8 @@ def main(argv: Sequence[str]) -> None:
     config, flags = parse_known(PreviewConfig, words, USAGE.partition(" [")[0], annotations_of(PretrainConfig))
     run, _ = parse_pretrain(["--data-path", config.source, *flags])
     source = open_source(run.data_path, "train")
-    chosen = draw_preview(source, run.augmentation(), Path(config.out), config.images, run.seed)
+    white_level = choose_white_level(source, run.white_level)
+    chosen = draw_preview(source, run.augmentation(), Path(config.out), config.images, run.seed, 0, white_level)
     names = ", ".join(Path(source.name(index)).name for index in chosen[:4])
     print(f"{config.out}: the views of {len(chosen)} of {len(source):,} images ({names}{' ...' * (len(chosen) > 4)})")
 

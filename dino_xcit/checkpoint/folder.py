@@ -24,6 +24,8 @@ from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
 
 FOLDER, LATEST, BEST, BACKBONE = "checkpoints", "checkpoint.pth", "best.pth", "backbone.pth"
+ANEW = ".starts-anew"
+"""Inside the output directory from the start of a run with ``--resume never`` until earlier checkpoints are gone."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class CheckpointFolder:
         if self.folder.exists():
             for path in sorted(self.folder.glob("step*.json")) + sorted(self.folder.glob("step*.pth")):
                 path.unlink(missing_ok=True)
-        for name in (LATEST, BEST):
+        for name in (LATEST, BEST, ANEW):  # the last says that all are gone
             (self.output_dir / name).unlink(missing_ok=True)
 
     def _write_manifest(self, manifest: Manifest) -> None:

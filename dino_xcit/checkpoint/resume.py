@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_xcit import safe_load
-from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.folder import ANEW, CheckpointFolder
 from dino_xcit.checkpoint.state import FORMAT, Run
 from dino_xcit.config import STATE_FIELDS, PretrainConfig, differences
 from dino_xcit.errors import InputError
@@ -63,7 +63,9 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored
     def look() -> Path | None:
         atomic.remove_leftovers(checkpoints.output_dir)
         atomic.remove_leftovers(checkpoints.folder)
-        path, damages = (None, []) if starts_anew(config) else checkpoints.newest()
+        if anew := starts_anew(config):
+            (checkpoints.output_dir / ANEW).touch()
+        path, damages = (None, []) if anew else checkpoints.newest()
         for damage in damages:
             log.warning(damage)
         return path
@@ -92,9 +94,9 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored
 
 
 def starts_anew(config: PretrainConfig) -> bool:
-    """Whether to discard earlier checkpoints: ``--resume never``, except where torchrun or Slurm restarts the run."""
+    """Whether to discard earlier checkpoints: ``--resume never``, unless torchrun or Slurm restarts a run that did."""
     again = any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return config.resume == "never" and not again
+    return config.resume == "never" and (not again or (Path(config.output_dir) / ANEW).exists())
 
 
 def prepare(config: PretrainConfig, checkpoints: CheckpointFolder, stored: Stored) -> None:

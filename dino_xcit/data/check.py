@@ -21,7 +21,8 @@ from annotated_types import Ge, MinLen
 from dino_xcit.bounds import FilePath, Positional
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.decode import read_header
+from dino_xcit.data.decode import WHITE, choose_white_level, read_header
+from dino_xcit.data.open import parts_of
 from dino_xcit.data.workers import each_image
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime.logging import counted, progress_bar
@@ -40,7 +41,7 @@ class CheckConfig:
     source: Annotated[str, MinLen(1), Positional] = ""
     """The images, whatever --data-path takes: a folder, a list, tar:..., sample:...; --source may be left out."""
     part: Literal["", "train", "val"] = ""
-    """Which part of the source, where it has parts."""
+    """Which part of the source, where it has parts; a folder with train and val is checked part by part."""
     report: FilePath = ""
     """Write a line an image to this .jsonl file."""
     workers: Annotated[int, Ge(-1)] = -1
@@ -182,17 +183,20 @@ def main(argv: Sequence[str]) -> int:
         InputError: a mistake in the command, or no such data.
     """
     config = parse(CheckConfig, argv, "python -m dino_xcit.data check SRC")
-    source = open_source(config.source, config.part or None)
+    parts = [config.part] if config.part else parts_of(config.source) or [""]
+    sources = [open_source(config.source, part or None) for part in parts]
+    for source in sources:
+        choose_white_level(source, WHITE)  # warns
     try:
         with ExitStack() as stack:  # opened before hours of reading, in case it cannot be written
             rows = stack.enter_context(open(config.report, "w", encoding="utf-8")) if config.report else None
-            report = check(source, config.workers, rows)
+            reports = [check(source, config.workers, rows) for source in sources]
     except OSError as error:
         if not config.report:
             raise
         raise InputError(f"cannot write {config.report}: {error.strerror}; choose another --report") from error
-    for text in report.lines():
+    for text in (line for report in reports for line in report.lines()):
         print(printable(text))
     if config.report:
         print(f"a line an image: {config.report}", file=sys.stderr)
-    return 1 if report.broken else 0
+    return 1 if any(report.broken for report in reports) else 0

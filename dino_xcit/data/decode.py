@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -14,8 +16,10 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from dino_xcit.data.source import Item
+from dino_xcit.data.source import Item, Source
 from dino_xcit.errors import InputError
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -26,6 +30,9 @@ So it bounds what decoding needs besides the file: 8 bytes a pixel for most file
 there twice), 12 for a turned CMYK, 16 for a WebP and four more where that is transparent; four more for the pixels that
 are handed to augmentation, and there another four.
 """
+
+WHITE = (1 << 16) - 1
+"""The value of a 16-bit image that is white, unless ``--white-level`` says otherwise."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -57,22 +64,23 @@ class UndecodableImage(InputError):
         self.cause = message if cause is None else cause
 
 
-def decode(item: Item, name: str) -> Image.Image:
+def decode(item: Item, name: str, white_level: int = WHITE) -> Image.Image:
     """The item as an upright RGB picture: the first frame of several, without its transparency. By Pillow alone.
 
     Args:
         item: an encoded file, or uint8 pixels [height, width] or [height, width, 3].
         name: what to call it in an error.
+        white_level: the value of 16-bit images that becomes white, as larger ones do.
 
     Raises:
         UndecodableImage: not one of :data:`FORMATS`, damaged, cut short, or larger than :data:`MAX_PIXELS`.
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item).convert("RGB")
-    return _guarded(_decode_file, item, name)
+    return _guarded(partial(_decode_file, white_level=white_level), item, name)
 
 
-def decode_pixels(item: Item, name: str) -> NDArray[np.uint8]:
+def decode_pixels(item: Item, name: str, white_level: int = WHITE) -> NDArray[np.uint8]:
     """The same pixels as :func:`decode`, for augmentation: [height, width, 4], red, green, blue and a byte unused.
 
     Bit for bit: a JPEG without flaws goes straight through libjpeg-turbo, which Pillow has too; what that frowns upon
@@ -85,7 +93,48 @@ def decode_pixels(item: Item, name: str) -> NDArray[np.uint8]:
         pixels = np.empty((*item.shape[:2], 4), dtype=np.uint8)
         pixels[..., :3] = item if item.ndim == 3 else item[..., None]
         return pixels
-    return _guarded(_decode_to_pixels, item, name)
+    return _guarded(partial(_decode_to_pixels, white_level=white_level), item, name)
+
+
+def choose_white_level(source: Source, asked: int) -> int:
+    """``asked``, or where that is 0 what 64 images tell; a warning where their 16-bit files become almost black.
+
+    It is the least 2^n - 1 that none of their values exceeds: cameras and scanners of 12 bits write files of 16. Every
+    process calls this, the main one reads the images.
+    """
+    found = distributed.on_main(partial(_white_level_of, source))
+    if not asked:
+        log.info(f"white level of {source.url}: {found:,}, measured")
+    elif 4 * found < asked:
+        log.warning(
+            f"16-bit images of {source.url} are almost black, with no value above {found:,} where {asked:,} is white: "
+            f"--white-level {found} makes that white"
+        )
+    return asked or found
+
+
+def _white_level_of(source: Source) -> int:
+    highest = 0
+    for index in np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)).tolist():
+        if source.name(index).lower().endswith((".jpg", ".jpeg")):  # never of 16 bits
+            continue
+        with contextlib.suppress(InputError):  # reported where it is used
+            item, _ = source.read(index)
+            if isinstance(item, bytes):
+                highest = max(highest, _guarded(_highest_of_16_bits, item, ""))
+    return (1 << highest.bit_length()) - 1 if highest else WHITE
+
+
+def _highest_of_16_bits(data: bytes) -> int:
+    image = _open(data)
+    if not _has_16_bits(image):
+        return 0
+    _check_size(image)
+    return int(np.asarray(image).max())
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
@@ -125,7 +174,7 @@ def _guarded(read: Callable[[bytes], Picture], data: bytes, name: str) -> Pictur
     raise UndecodableImage(f"{name} cannot be read: {cause}; {advice}", cause)
 
 
-def _decode_to_pixels(data: bytes) -> NDArray[np.uint8]:
+def _decode_to_pixels(data: bytes, white_level: int) -> NDArray[np.uint8]:
     if data[:2] == b"\xff\xd8":
         image = _open(data)
         _check_size(image)
@@ -138,16 +187,16 @@ def _decode_to_pixels(data: bytes) -> NDArray[np.uint8]:
                     return simplejpeg.decode_jpeg(data, "RGBA", strict=True)
             except (ValueError, KeyError):  # KeyError: a sampling that it has no name for
                 pass
-    return pixels_of(_decode_file(data))
+    return pixels_of(_decode_file(data, white_level))
 
 
-def _decode_file(data: bytes) -> Image.Image:
+def _decode_file(data: bytes, white_level: int) -> Image.Image:
     try:
-        return _decode_strictly(data)
+        return _decode_strictly(data, white_level)
     except ValueError as error:
         if "MAX_TEXT_" not in str(error):
             raise
-    return _decode_strictly(_without_texts(data))
+    return _decode_strictly(_without_texts(data), white_level)
 
 
 def _without_texts(png: bytes) -> bytes:
@@ -161,7 +210,7 @@ def _without_texts(png: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _decode_strictly(data: bytes) -> Image.Image:
+def _decode_strictly(data: bytes, white_level: int) -> Image.Image:
     image = _open(data)
     _check_size(image)
     if image.format == "PNG":  # the only format whose checksums Pillow can check, which it does not when decoding
@@ -171,8 +220,8 @@ def _decode_strictly(data: bytes) -> Image.Image:
     image.load()
     method = _UPRIGHT.get(_orientation(image))
     upright = image if method is None else image.transpose(method)
-    if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM"):
-        return _from_16_bits(upright)
+    if _has_16_bits(image):
+        return _from_16_bits(upright, white_level)
     if upright.mode in ("I", "F"):  # Pillow's own conversion would cut off at 255 whatever the range is
         raise ValueError("32 bits a channel, of which it is not known what is white")
     if upright.mode == "RGB" and upright is not image:
@@ -224,9 +273,12 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """The upper eight bits of grey, which Pillow's own conversion would cut off at 255."""
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+def _from_16_bits(image: Image.Image, white_level: int) -> Image.Image:
+    """The upper eight of the bits that the white level has; Pillow's own conversion would cut off at 255."""
+    values = np.minimum(np.asarray(image), white_level).astype(np.uint32)
+    values *= 256
+    values //= white_level + 1
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 def _cause(data: bytes, error: Exception) -> str:

@@ -27,7 +27,6 @@ RESULT_FILES = frozenset({"metrics.jsonl", "vectors.npy"})
 
 _UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".exr", ".tga")
 """Formats of images that are not read. Files of these endings, and those without an ending, are reported."""
-_MAX_IMAGE_BYTES = 1 << 30
 _MAX_LIST_BYTES = 4 << 30
 _SETTLED = 2_000_000_000
 """Nanoseconds after which a folder's time is trusted: some file systems count whole seconds."""
@@ -59,7 +58,7 @@ class FileSource:
         return _joined(self._root, self._names[index])
 
     def read(self, index: int) -> tuple[Item, int | None]:
-        data = storage.read_file(self.name(index), _MAX_IMAGE_BYTES)
+        data = storage.read_file(self.name(index), storage.MAX_IMAGE_BYTES)
         return data, None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
@@ -70,13 +69,7 @@ class FileSource:
         def lines() -> Iterable[str]:
             yield self._root
             for index, relative in enumerate(self._names):
-                path, state = _joined(self._root, relative), ""
-                if not storage.is_remote(path):
-                    try:
-                        status = os.stat(path)
-                        state = f"{status.st_size} {status.st_mtime_ns}"
-                    except OSError:
-                        state = "gone"
+                state = storage.state(_joined(self._root, relative))
                 yield f"{relative} {state} {'' if self.labels is None else self.labels[index]}"
 
         return hash_lines(lines())

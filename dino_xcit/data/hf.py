@@ -1,7 +1,7 @@
 """Images in Hugging Face datasets: ``hf:NAME_OR_DIR`` and ``parquet:PATTERN``.
 
 The datasets library keeps an Arrow copy of the data and maps it into memory; images stay encoded. Reading one costs its
-own bytes, in any order. One process of a machine writes the copy while the others wait.
+own bytes, in any order. One process writes the copy while the others wait.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import hashlib
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import unquote
 
 import fsspec
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from dino_xcit.data import storage
 from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.index import cache_folder
-from dino_xcit.data.source import MAX_CLASSES, Item, hash_lines, number_classes
+from dino_xcit.data.source import MAX_CLASSES, Item, hash_lines, number_classes, split_part
 from dino_xcit.data.storage import expand
 from dino_xcit.errors import InputError, near_matches, one_line
 from dino_xcit.runtime import distributed
@@ -83,20 +82,23 @@ class HFSource:
 
         Raises:
             UndecodableImage: the row holds no image.
+            InputError: it names a file that cannot be read.
         """
         value = self._dataset[range(len(self))[index]][self._image]
         if isinstance(value, dict):
-            value = value["bytes"]
+            path, value = value.get("path"), value["bytes"]
+            if value is None and _is_place(path):
+                value = storage.read_file(path, storage.MAX_IMAGE_BYTES)
         if value is None:
             cause = "the row holds no image"
             raise UndecodableImage(f"{self.name(index)} cannot be read: {cause}; leave the row out", cause)
         return value, None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """Of sizes, names and labels, and of the bytes of 64 images."""
+        """Of sizes, names and labels, and of the bytes of 64 images; of files that rows name, sizes and times."""
         import pyarrow.compute as pc
 
-        lengths, names = pc.binary_length(self._part("bytes")), self._part("path")
+        names, lengths = self._part("path"), pc.binary_length(self._part("bytes"))
         sizes = [np.asarray(pc.fill_null(lengths, -1), dtype=np.int64)]
         if self.labels is not None:
             sizes.append(self.labels)
@@ -104,7 +106,10 @@ class HFSource:
         images = (self._dataset[row][self._image] for row in some)
         contents = (image["bytes"] if isinstance(image, dict) else image for image in images)
         digests = [hashlib.sha256(content or b"").hexdigest() for content in (*(s.tobytes() for s in sizes), *contents)]
-        return hash_lines([*digests, *(() if names is None else (name or "" for name in names.to_pylist()))])
+        if names is None:
+            return hash_lines(digests)
+        states = map(storage.state, filter(_is_place, names.filter(pc.is_null(lengths)).to_pylist()))
+        return hash_lines([*digests, *(name or "" for name in names.to_pylist()), *states])
 
     def _part(self, field: str) -> pa.ChunkedArray | None:
         """A field of the image column, or the column itself where it holds bytes alone."""
@@ -115,6 +120,14 @@ class HFSource:
         if not pa.types.is_struct(column.type):
             return column if field == "bytes" else None
         return pc.struct_field(column, field) if column.type.get_field_index(field) >= 0 else None
+
+
+def _is_place(path: str | None) -> TypeGuard[str]:
+    """Whether the path of an image tells where a file is, as in folders that the library has opened.
+
+    A relative one is a name; fsspec can chain file systems, and some of those run what they find.
+    """
+    return path is not None and (os.path.isabs(path) or storage.is_remote(path)) and "::" not in path
 
 
 def open_hf(name: str, part: str | None = None) -> HFSource:
@@ -131,9 +144,8 @@ def open_hf(name: str, part: str | None = None) -> HFSource:
     """
     datasets = _import_datasets()
     name, image, label = _columns_asked_for(name)
-    place, _, named_part = name.rstrip("/").rpartition("/")
-    if place and named_part in ("train", "val"):
-        name, part = place, named_part
+    name, named = split_part(name)
+    part = named or part
     url = f"hf:{name}"
     folder = Path(name).expanduser()
 
@@ -178,9 +190,7 @@ def open_parquet(pattern: str, part: str | None = None) -> HFSource:
         builder = datasets.load_dataset_builder("parquet", data_files={"train": local}, cache_dir=str(cache))
         if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.isdir(builder.cache_dir):
             _announce_copy(url, paths, Path(builder.cache_dir))
-            builder.download_and_prepare(verification_mode="no_checks")
-        while not os.path.isdir(builder.cache_dir):  # it appears when it is complete
-            time.sleep(0.5)
+        builder.download_and_prepare(verification_mode="no_checks")  # the library's lock lets one process copy
         return builder.as_dataset(split="train")
 
     return _source(url, _explaining(url, "expected Parquet files of one data set", load), image, label)

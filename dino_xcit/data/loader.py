@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
 from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
-from dino_xcit.data.decode import UndecodableImage, decode_pixels
+from dino_xcit.data.decode import WHITE, UndecodableImage, decode_pixels
 from dino_xcit.data.source import Source
 from dino_xcit.data.workers import worker_init
 from dino_xcit.errors import InputError
@@ -94,8 +94,10 @@ class MultiCropDataset(Dataset[Batch]):
     views do not depend on who reads them, or when.
     """
 
-    def __init__(self, source: Source, augmentation: MultiCropAugmentation, seed: int) -> None:
-        self.source = source
+    def __init__(
+        self, source: Source, augmentation: MultiCropAugmentation, seed: int, white_level: int = WHITE
+    ) -> None:
+        self.source, self.white_level = source, white_level
         self.augmentation = augmentation
         self.seed = seed
         self.groups = group_by_size([view.size for view in augmentation.views])
@@ -161,7 +163,7 @@ class MultiCropDataset(Dataset[Batch]):
             try:
                 item, label = self.source.read(candidate)
                 read = time.perf_counter()
-                picture = decode_pixels(item, self.source.name(candidate))
+                picture = decode_pixels(item, self.source.name(candidate), self.white_level)
             except InputError as error:
                 cause = error.cause if isinstance(error, UndecodableImage) else str(error)
                 bad.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
@@ -322,10 +324,11 @@ def build_loader(
     num_workers: int,
     device: torch.device,
     augment_device: str = "cpu",
+    white_level: int = WHITE,
 ) -> Loader:
-    """A loader of ``source``'s views; ``augment_device`` as in :class:`dino_xcit.config.PretrainConfig`."""
+    """A loader of ``source``'s views; the last two are settings of :class:`dino_xcit.config.PretrainConfig`."""
     check_augment_device(augment_device, device)
-    loader = Loader(MultiCropDataset(source, augmentation, seed), sampler, num_workers, device)
+    loader = Loader(MultiCropDataset(source, augmentation, seed, white_level), sampler, num_workers, device)
     if augment_device == "cuda":
         loader.finish_on_device()
     elif augment_device == "auto" and device.type == "cuda":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from dino_xcit.data.folder import open_folder, open_list
 from dino_xcit.data.hf import is_folder_of_parquet, open_hf, open_parquet
 from dino_xcit.data.imagenet import open_imagenet
 from dino_xcit.data.sample import open_sample
-from dino_xcit.data.source import MinimalSource, Source, Subset, completed
+from dino_xcit.data.source import MinimalSource, Source, Subset, completed, split_part
 from dino_xcit.data.tar import open_tar
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
@@ -28,7 +27,6 @@ NAMED = ("sample:", "torchvision:", "imagenet:", "hf:")
 """Data sets that have a training and a validation part."""
 FILES = ("tar:", "parquet:")
 """Data sets by a pattern of the files of one part."""
-_NAMED_PART = re.compile(r"/(train|val)/*(?=\?|$)")
 _PARTS = {"train", "val", "valid", "validation", "test"}
 """Names of folders that are parts of a data set rather than classes."""
 
@@ -76,8 +74,8 @@ def open_source(url: str, part: str | None = None) -> Source:
     if colon and scheme in _REGISTERED:
         return completed(_REGISTERED[scheme](rest, part), url)
     if colon and scheme in ("sample", "torchvision", "imagenet"):
-        named = re.fullmatch(r"(.+)/(train|val)/*", rest)
-        name, chosen = (named[1], named[2]) if named else (rest, part or "train")
+        name, named = split_part(rest)
+        chosen = named or part or "train"
         if scheme == "sample":
             return open_sample(name, chosen)
         if scheme == "imagenet":
@@ -128,7 +126,7 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         InputError: a part is missing, has no labels, or the two disagree about their classes.
     """
     if data is not None and not data.startswith(FILES):
-        data = _NAMED_PART.sub("", data) if _has_parts(data) else _parent_of_parts(data)
+        data = split_part(data)[0] if _has_parts(data) else _parent_of_parts(data)
     parts: list[Source] = []
     for part, given in (("train", train_data), ("val", val_data)):
         if given is not None:
@@ -144,6 +142,8 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         elif storage.is_folder(_inside(data, part)):
             source = open_source(_inside(data, part), part)
         else:
+            if not storage.is_folder(data):
+                open_source(data)  # raises where there is nothing
             raise InputError(
                 f"{data} holds no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or --{part}-data"
             )
@@ -165,6 +165,12 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
         )
     number = np.asarray([train_classes.index(name) for name in val_classes], dtype=np.int64)
     return train, Subset(val, np.arange(len(val)), number, train_classes)
+
+
+def parts_of(url: str) -> list[str]:
+    """``train`` and ``val``, as far as a folder holds them as parts; of another source none."""
+    folder = url if storage.is_remote(url) else str(Path(os.path.expanduser(url)))
+    return [part for part in ("train", "val") if storage.is_folder(folder) and _folder_of_part(folder, part) != folder]
 
 
 def _has_parts(url: str) -> bool:

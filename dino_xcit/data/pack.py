@@ -35,6 +35,7 @@ from dino_xcit.bounds import FilePath, Positional
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
 from dino_xcit.data.decode import read_header
+from dino_xcit.data.open import parts_of
 from dino_xcit.data.workers import each_image, usable_cores
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
@@ -456,6 +457,6 @@ def _opened(url: str, part: str | None) -> Source:
     path = os.path.expanduser(url)
     if not os.path.exists(path):
         return open_source(url, part)
-    if part is None and all(os.path.isdir(os.path.join(path, name)) for name in ("train", "val")):
+    if part is None and len(parts_of(path)) > 1:
         raise InputError(f"{url} has the parts train and val: pack each on its own, with --part train and --part val")
     return open_source(os.path.abspath(path), part)  # so that a resumed packing finds the same names from anywhere

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
@@ -15,6 +16,8 @@ Item = bytes | NDArray[np.uint8]
 
 MAX_CLASSES = 1_000_000
 """A label of this size or more is refused."""
+
+_NAMED_PART = re.compile(r"(.+?)/(train|val)/*(\?.*)?", re.DOTALL)
 
 
 @runtime_checkable
@@ -78,6 +81,13 @@ class _Completed:
     def fingerprint(self) -> str:
         names = (self.name(index) for index in range(len(self)))
         return hash_lines((*names, *(map(str, self.labels.tolist()) if self.labels is not None else ())))
+
+
+def split_part(url: str) -> tuple[str, str | None]:
+    """A data set, and ``train`` or ``val`` where its URL names one: at the end, or before a query as in
+    ``hf:DIR/val?label=none``."""
+    named = _NAMED_PART.fullmatch(url)
+    return (named[1] + (named[3] or ""), named[2]) if named else (url, None)
 
 
 def number_classes(names: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:

@@ -27,6 +27,8 @@ MAX_REQUESTS = 32
 """Concurrent requests where many remote files are looked at."""
 MAX_FILES = 1_000_000
 """Files that one pattern may name."""
+MAX_IMAGE_BYTES = 1 << 30
+"""Of an encoded image; a larger file is no image."""
 _READ_AHEAD = 4 << 20
 """Bytes of each request of :func:`open_file`."""
 _PAUSES = (0.5, 2.0)
@@ -68,6 +70,17 @@ def stamp(path: str) -> Stamp:
 def stamps(paths: list[str]) -> list[Stamp]:
     """:func:`stamp` of each path, remote ones concurrently."""
     return _of_each(stamp, paths)
+
+
+def state(path: str) -> str:
+    """A local file's size and time in words, or that it is gone; nothing of a remote file, which takes a request."""
+    if is_remote(path):
+        return ""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "gone"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def read_range(path: str, start: int, length: int) -> bytes:

@@ -29,8 +29,6 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
 
 BLOCK = tarfile.BLOCKSIZE
-MAX_IMAGE_BYTES = 1 << 30
-"""Larger images are skipped."""
 
 _LOCAL_READERS = 8
 _MAX_CLS, _MAX_JSON, _MAX_CLASS_FILE = 200, 1 << 20, 16 << 20
@@ -149,7 +147,7 @@ def _look_through(path: str) -> _Shard:
                 found = images[key]
                 stored_as, _, ending = member.name.rpartition(".")
                 if f".{ending}".lower() in IMAGE_SUFFIXES:
-                    if member.size > MAX_IMAGE_BYTES:
+                    if member.size > storage.MAX_IMAGE_BYTES:
                         skipped["images of more than 1 GiB"] += 1
                         continue
                     skipped["earlier members of the same name"] += member.name in found

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -32,6 +33,10 @@ Record = Mapping[str, float | int]
 
 NOT_AVERAGED = ("gradient_norm", "skipped_steps", "lr", "weight_decay", "momentum", "teacher_temp")
 """Per-step metrics that are not averaged over an epoch."""
+
+
+_COUNTS = ("kind", "step", "steps_per_epoch")
+"""What a line of metrics.jsonl has besides its metrics."""
 
 
 class Mirror(Protocol):
@@ -65,7 +70,8 @@ class WandB:
     """A Weights & Biases run with ``trainer_step`` as the x axis. An error disables it with one warning.
 
     W&B's environment variables configure the rest (WANDB_MODE=offline, WANDB_ENTITY, WANDB_NAME ...). A resumed run
-    continues there; the steps that it repeats after its checkpoint appear twice.
+    continues there; the steps that it repeats after its checkpoint appear twice, and earlier ones keep their numbers
+    where another batch changes them.
     """
 
     def __init__(self, project: str, folder: Path, from_step: int, config: Mapping[str, Any]) -> None:
@@ -130,7 +136,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, from_step: int, mirrors: Sequence[Mirror] = (), steps_per_epoch: int = 0) -> None:
         """Drop the records after ``from_step`` and of an epoch that was cut short: a resumed run writes them again.
 
-        Those of a run with another number of steps an epoch get the steps of this one.
+        Those of a run with another number of steps an epoch get the steps of this one, in TensorBoard too.
 
         An OSError (such as a full disk) is logged once and does not end the run.
         """
@@ -139,13 +145,19 @@ class MetricsWriter:
         self._file: TextIO | None = None
         self._mirrors = list(mirrors)
         with self._warn_once_on_os_error():
-            rows = [_with_steps_of(row, steps_per_epoch) for row in read_metrics(self.path)]
+            before = read_metrics(self.path)
+            rows = [_with_steps_of(row, steps_per_epoch) for row in before]
             kept = [row for row in rows if row["step"] <= from_step and row["kind"] != "end"]
             aside = self.path.with_name(".metrics.jsonl.tmp")
             aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(aside, self.path)
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-            self._mirrors.append(TensorBoard(folder / "tensorboard", from_step))
+            if rows != before:  # event files cannot be changed: they are written anew
+                shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            self._mirrors.append(board := TensorBoard(folder / "tensorboard", from_step))
+            for row in kept if rows != before else ():
+                values = {name: float(value) for name, value in row.items() if name not in _COUNTS}
+                board.write(row["kind"], row["step"], values)
 
     def write(self, kind: str, step: int, values: Record) -> None:
         """One record: ``kind`` is ``step``, ``epoch``, or ``end`` for an epoch cut short by --max-steps.

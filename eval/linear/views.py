@@ -62,7 +62,7 @@ class Views(Dataset[Any]):
 
     def pixels(self, epoch: int, index: int) -> NDArray[np.uint8]:
         """[crop, crop, 3]."""
-        image = decode(self.source.read(index)[0], self.source.name(index))
+        image = decode(self.source.read(index)[0], self.source.name(index), self.transform.white_level)
         return np.asarray(random_view(image, self.transform.crop, self.scale, self.seed, epoch, index))
 
 

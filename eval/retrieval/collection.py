@@ -390,8 +390,7 @@ def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfi
         raise InputError(f"output_dir is {folder}, which is no folder to write to")
     if os.path.realpath(folder) == os.path.realpath(source.url):  # a folder within it is no data, see data/folder.py
         raise InputError(f"output_dir is {folder}, the folder of the images: choose another, such as {folder}/vectors")
-    if config.index_type == "ivfpq" and len(source) < MIN_IVFPQ and not config.add:
-        raise InputError(f"index_type is ivfpq, which takes {MIN_IVFPQ:,} images or more, found {len(source):,}")
+    refuse_too_few(len(source), config)
     work = folder / PARTS
     under_way = work.exists() or (folder / NEW).exists()
     if not under_way and (reason := _nothing_to_do(folder, metadata, source, config)):
@@ -406,6 +405,12 @@ def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfi
     if reason:
         shutil.rmtree(work, ignore_errors=True)
     return reason
+
+
+def refuse_too_few(images: int, config: ExtractConfig) -> None:
+    """Raise InputError where so many images are too few for a new index of the type that is wanted."""
+    if config.index_type == "ivfpq" and images < MIN_IVFPQ and not config.add:
+        raise InputError(f"index_type is ivfpq, which takes {MIN_IVFPQ:,} images or more, found {images:,}")
 
 
 def _nothing_to_do(folder: Path, metadata: Metadata, source: Source, config: ExtractConfig) -> str:
@@ -487,6 +492,7 @@ def extract_rows(
         unreadable += (start + found.unreadable).tolist()
     if len(unreadable) == len(source):
         raise InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
+    refuse_too_few(len(source) - len(unreadable), config)
     return rows, unreadable
 
 

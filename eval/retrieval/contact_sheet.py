@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dino_xcit.data import Source, decode
+from dino_xcit.data.decode import WHITE
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
 
@@ -32,11 +33,11 @@ class Tile:
     name: str
 
 
-def tile_of(source: Source, row: int, title: str) -> Tile:
+def tile_of(source: Source, row: int, title: str, white_level: int = WHITE) -> Tile:
     """An image of a source; an empty tile where it cannot be read."""
     image = None
     with contextlib.suppress(InputError, OSError):
-        image = decode(source.read(row)[0], source.name(row))
+        image = decode(source.read(row)[0], source.name(row), white_level)
     return Tile(image, title, os.path.basename(source.name(row)))
 
 
