@@ -9,14 +9,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from last_words import last_words
 from PIL import Image
-from pretrain_fixtures import SMALL, Ended, Pretrain, Stopped, two_classes
-from ranks import PRETRAIN, Server, rank_server
+from pretrain_fixtures import SMALL, Ended, Pretrain, Stopped, pretrain_here, two_classes
+from ranks import PRETRAIN, Run, Server, Start, rank_server
 from run_here import Here, run_here
 
 torch.set_num_threads(1)
@@ -32,6 +33,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Starts runs of real processes."""
     with rank_server(tmp_path_factory.mktemp("ranks")) as started:
         yield started
+
+
+@pytest.fixture
+def start(server: Server, photos: Path, tmp_path: Path) -> Start:
+    """``start(*flags)`` starts a run of two processes on the photos, in ``tmp_path / "run"``."""
+
+    def begin(*flags: object, name: str = "run", **options: Any) -> Run:
+        return server.start(tmp_path / name, "--data-path", photos, *flags, **options)
+
+    return begin
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +64,11 @@ def labelled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stopped(pretrain: Pretrain, labelled_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+def stopped(labelled_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     """A run that was stopped after two steps; ``copy`` it before it is carried on."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", folder]
-    return Stopped(folder, flags, pretrain("--max-steps", "2", *flags))
+    return Stopped(folder, flags, pretrain_here("--max-steps", "2", *flags))
 
 
 @pytest.fixture

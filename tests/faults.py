@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import resource
 import signal
@@ -10,12 +12,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dino_xcit import observers, train
 from dino_xcit.runtime import atomic
+
+Step = Callable[..., train.StepResult]
+
+
+def around_each_step(do: Callable[..., train.StepResult]) -> None:
+    """``do(step, *arguments)`` takes the place of ``step(*arguments)``."""
+    train.train_step = partial(do, train.train_step)
 
 
 def none() -> None:
@@ -86,29 +97,16 @@ def full_disk_while(flag: str) -> None:
 
 
 def slow_saves(seconds: float) -> None:
-    """Half of it in the middle of the file, half of it before it is flushed: so that a test has the time to hit one."""
+    """Each checkpoint is so much longer unfinished: so that a test has the time to hit one."""
     write = atomic.write
 
-    class Halting:
-        def __init__(self, file: Any) -> None:
-            self.file, self.writes = file, 0
-
-        def write(self, data: bytes) -> int:
-            self.writes += 1
-            if self.writes == 100:
-                time.sleep(seconds / 2)
-            return self.file.write(data)
-
-        def flush(self) -> None:
-            self.file.flush()
-
     def slowly(path: Path, fill: Any) -> atomic.Digest:
-        def fill_with_halts(file: Any) -> None:
-            fill(Halting(file))
+        def fill_slowly(file: Any) -> None:
+            fill(file)
             file.flush()
-            time.sleep(seconds / 2)
+            time.sleep(seconds)
 
-        return write(path, fill_with_halts if path.name.startswith("step") and path.suffix == ".pth" else fill)
+        return write(path, fill_slowly if path.name.startswith("step") and path.suffix == ".pth" else fill)
 
     atomic.write = slowly
 
@@ -116,46 +114,32 @@ def slow_saves(seconds: float) -> None:
 # ---- numbers that are not finite
 
 
-class Replaced:
-    """A method of one object gives ``change(what it gave)``, until :meth:`remove`."""
-
-    def __init__(self, owner: object, name: str, change: Callable[[Any], Any]) -> None:
-        self._owner, self._name = owner, name
-        method = getattr(owner, name)
-        setattr(owner, name, lambda *arguments: change(method(*arguments)))
-
-    def remove(self) -> None:
-        """As it was."""
-        delattr(self._owner, self._name)
-
-
 def spoil(what: str, first_step: int, last_step: int) -> None:
-    """From step ``first_step`` to ``last_step`` (from 0) something of this rank is not finite: the ``loss``, the
-    ``gradients`` or the ``activations``."""
-    from dino_xcit import train
+    """From step ``first_step`` to ``last_step`` (from 0) this rank's ``activations``, ``gradients`` or ``teacher`` are
+    not finite. A bad activation reaches the other ranks through the shared gradients; a bad logit of the teacher, whose
+    softmax is a clean zero, only if the ranks tell each other."""
 
-    def wrong(state: train.TrainState) -> bool:
-        return first_step <= state.step <= last_step
+    def one_minus_infinity(_module: object, _inputs: object, output: Any) -> Any:
+        output = output.clone()
+        output[0, 0] = -torch.inf
+        return output
 
-    step = train.train_step
-
-    def spoilt(state: train.TrainState, *arguments: Any) -> train.StepResult:
-        if not wrong(state):
+    def spoilt(step: Step, state: train.TrainState, *arguments: Any) -> train.StepResult:
+        if not first_step <= state.step <= last_step:
             return step(state, *arguments)
-        if what == "loss":
-            handle: Any = Replaced(state.method.loss, "cross_entropy", lambda loss: loss * torch.nan)
-        elif what == "activations":
-            block = state.method.student.backbone.blocks[1]  # type: ignore[index, union-attr]
-            handle = block.register_forward_hook(lambda _, __, out: out + torch.inf)
+        method: Any = state.method
+        if what == "activations":
+            handle = method.student.backbone.blocks[1].register_forward_hook(lambda _, __, out: out + torch.inf)
+        elif what == "teacher":
+            handle = method.teacher.head.register_forward_hook(one_minus_infinity)
         else:
-            parameter = next(iter(state.method.student.parameters()))
-            handle = parameter.register_hook(lambda gradient: gradient * torch.nan)
+            handle = next(iter(method.student.parameters())).register_hook(lambda gradient: gradient * torch.nan)
         try:
             return step(state, *arguments)
         finally:
             handle.remove()
 
-    train.train_step = spoilt
+    around_each_step(spoilt)
 
 
 # ---- the pace of a run
@@ -163,21 +147,16 @@ def spoil(what: str, first_step: int, last_step: int) -> None:
 
 def slow_steps(seconds: float) -> None:
     """Each step takes so much longer: a test can act within one."""
-    from dino_xcit import train
 
-    step = train.train_step
-
-    def slowly(*arguments: Any) -> train.StepResult:
+    def slowly(step: Step, *arguments: Any) -> train.StepResult:
         time.sleep(seconds)
         return step(*arguments)
 
-    train.train_step = slowly
+    around_each_step(slowly)
 
 
 def slow_evaluation(seconds: float) -> None:
     """Each evaluation takes so much longer: a test can act within one."""
-    from dino_xcit import observers
-
     evaluate = observers.evaluate
 
     def slowly(*arguments: Any) -> dict[str, float]:
@@ -198,32 +177,22 @@ def together(*several: list[Any]) -> None:
 
 def record_random_state(path: str) -> None:
     """After each step, the hash of PyTorch's generator is what this file says."""
-    import hashlib
 
-    from dino_xcit import train
-
-    step = train.train_step
-
-    def recorded(state: train.TrainState, *arguments: Any) -> train.StepResult:
+    def recorded(step: Step, state: train.TrainState, *arguments: Any) -> train.StepResult:
         result = step(state, *arguments)
         digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         Path(path).write_text(f"{state.step} {digest}")
         return result
 
-    train.train_step = recorded
+    around_each_step(recorded)
 
 
 def record_images(path: str) -> None:
     """A line of JSON a step: its number, and the images of each of this rank's forward passes."""
-    import json
 
-    from dino_xcit import train
-
-    step = train.train_step
-
-    def recorded(state: train.TrainState, batches: Any, *arguments: Any) -> train.StepResult:
+    def recorded(step: Step, state: train.TrainState, batches: Any, *arguments: Any) -> train.StepResult:
         with open(path, "a") as file:
             file.write(json.dumps([state.step, [batch.indices.tolist() for batch in batches]]) + "\n")
         return step(state, batches, *arguments)
 
-    train.train_step = recorded
+    around_each_step(recorded)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from last_words import last_words
 from PIL import Image
 from tiny_run import tensors_of
 
@@ -41,6 +46,24 @@ class Ended:
 
 
 Pretrain = Callable[..., Ended]
+
+
+def pretrain_here(*words: object) -> Ended:
+    """Run run_pretrain.py's console entry in this process."""
+    import run_pretrain
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", ["run_pretrain.py", *last_words(words)]),
+        patch.object(run_pretrain, "choose_kernels"),  # they would hold for all that follows
+    ):
+        try:
+            run_pretrain.command()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Ended(code, out.getvalue(), err.getvalue())
 
 
 def two_classes(folder: Path) -> Path:

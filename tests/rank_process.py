@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 import torch
-from test_train import Poison, poisoned_batch
 from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
 
 from dino_xcit.config import PretrainConfig
@@ -40,29 +39,6 @@ def train(config: PretrainConfig, rank: int, world_size: int) -> dict[str, Any]:
     return {"learnt": learnt(state), "losses": losses, "indices": indices, "skipped": int(state.skipped_steps)}
 
 
-def train_with_a_fault_on_the_second_process(config: PretrainConfig, rank: int, fault: str) -> list[dict[str, Any]]:
-    """A clean step, one with a number that is not finite on rank 1 alone, a clean one.
-
-    A bad image reaches the other process through the shared gradients; a bad logit of the teacher, whose softmax is a
-    clean zero, reaches it only if the processes tell each other.
-    """
-    sampler = sampler_of(config, rank, 2)
-    schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
-    state = build_state(config, CPU)
-    seen = []
-    for number, batches in enumerate(steps(config, 0, STEPS, rank, 2)):
-        hook = None
-        if number == 1 and rank == 1 and fault == "image":
-            batches[0] = poisoned_batch(batches[0])
-        elif number == 1 and rank == 1:
-            batches[0], hook = Poison.teacher_logits(state, batches[0])
-        accepted = bool(train_step(state, batches, schedules, config).accepted)
-        if hook:
-            hook.remove()
-        seen.append({"learnt": learnt(state), "accepted": accepted, "skipped": int(state.skipped_steps)})
-    return seen
-
-
 def late_sums(rank: int) -> list[dict[str, int]]:
     """As on a GPU: each process says something else, some of it in the last call, which nobody hears."""
     flags = StopFlags(CPU, timeout=30)
@@ -82,8 +58,6 @@ def main() -> None:
         for name, config in SCENARIOS.items()
     }
     results: dict[str, Any] = {name: train(config, rank, 2) for name, config in halved.items()}
-    for fault in ("image", "teacher"):
-        results[f"bad {fault}"] = train_with_a_fault_on_the_second_process(halved["adamw"], rank, fault)
     results["world"] = (distributed.rank(), distributed.world_size(), distributed.is_main())
     results["gathered"] = distributed.gather_rows(torch.full((2 + 3 * rank, 4), float(rank)))
     results["gathered none"] = distributed.gather_rows(torch.full((2 * rank, 1), float(rank)))

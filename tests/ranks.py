@@ -36,6 +36,10 @@ SMALL = [
 """A run whose steps take some hundredths of a second."""
 
 
+Start = Callable[..., "Run"]
+"""``start(*flags, name="run", ranks=2, faults=())``: a run on the photos, in the test's folder."""
+
+
 def environments(ranks: int) -> list[dict[str, str]]:
     """What tells each rank of a run where it is, as torchrun would."""
     with socket.socket() as free:
@@ -106,23 +110,19 @@ class Run:
         """The same of stderr."""
         return "".join(err.read_text() for _, err in (self.logs if rank is None else [self.logs[rank]]))
 
-    def until(self, happened: Callable[[], bool], timeout: float = 60) -> None:
-        """Wait, looking as often as possible, until something is so, or the run ended."""
+    def until(self, happened: Callable[[], bool], timeout: float = 120) -> None:
+        """Wait, looking every few milliseconds, until something is so, or the run ended."""
         until, asked = time.monotonic() + timeout, time.monotonic()
         while not happened():
+            time.sleep(0.005)
             if time.monotonic() - asked > 0.5:
                 asked = time.monotonic()
                 assert None in self.codes(), f"the run ended early:\n{self.out()}\n{self.err()}"
                 assert time.monotonic() < until, f"it did not happen:\n{self.out()}\n{self.err()}"
 
-    def until_step(self, step: int, timeout: float = 60) -> None:
+    def until_step(self, step: int) -> None:
         """Wait until a step is in the metrics."""
-
-        def there() -> bool:
-            time.sleep(0.005)
-            return any(record["step"] >= step for record in read_metrics(self.folder / "metrics.jsonl"))
-
-        self.until(there, timeout)
+        self.until(lambda: any(record["step"] >= step for record in read_metrics(self.folder / "metrics.jsonl")))
 
 
 class Server:
@@ -141,8 +141,6 @@ class Server:
 
     def ask(self, request: dict[str, Any]) -> list[Any]:
         """One request, one answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer: list[Any] = json.loads(self._process.stdout.readline())
@@ -155,9 +153,9 @@ class Server:
         argv = last_words([*SMALL, "--output-dir", output_dir, *flags])
         return self._launch([PRETRAIN, *argv], environments(ranks), output_dir, self.folder, faults)
 
-    def launch(self, *words: object) -> Run:
+    def launch(self, *words: object, env: dict[str, str] | None = None) -> Run:
         """``python WORDS`` in a process of its own, which may be looked at and killed."""
-        return self._launch([*map(str, words)], [{}], self.folder, self.folder, ())
+        return self._launch([*map(str, words)], [env or {}], self.folder, self.folder, ())
 
     def python(self, *words: object, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """``python WORDS`` in a process of its own, when it has ended."""
@@ -207,8 +205,6 @@ class Server:
 
     def close(self) -> None:
         """End it, and every rank that still runs."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(timeout=20)
         self._process.stdout.close()

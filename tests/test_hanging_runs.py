@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import Run, Server, children_of
+from ranks import Run, Start, children_of
 
 from dino_xcit.errors import LOST
 
@@ -29,6 +29,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def family_of(run: Run) -> set[int]:
+    """Its ranks and their loader processes."""
+    return {*run.pids, *(child for pid in run.pids for child in children_of(pid))}
+
+
 def assert_nothing_is_left(run: Run, family: set[int], shared_before: set[str]) -> None:
     until = time.monotonic() + 3
     while (any(map(alive, family)) or not shared_memory() <= shared_before) and time.monotonic() < until:
@@ -38,16 +43,14 @@ def assert_nothing_is_left(run: Run, family: set[int], shared_before: set[str]) 
     assert "Traceback (" not in run.err()
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_the_live_rank_ends_in_time_when_the_other_is_stopped(
-    server: Server, photos: Path, tmp_path: Path, stopped: int
-) -> None:
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_live_rank_ends_in_time_when_the_other_is_stopped(start: Start, stopped: int) -> None:
     """SIGSTOP. Rank 0 also holds the store."""
     before, live = shared_memory(), 1 - stopped
-    run = server.start(tmp_path / "run", "--data-path", photos, *FLAGS, "--num-workers", "1")
+    run = start(*FLAGS, "--num-workers", "1")
     run.until_step(4)
     time.sleep(1.5)  # both have written their phase to the store
-    family = {*run.pids, *(child for pid in run.pids for child in children_of(pid))}
+    family = family_of(run)
     assert len(family) == 4
     began = time.monotonic()
     run.send(signal.SIGSTOP, stopped)
@@ -62,43 +65,25 @@ def test_the_live_rank_ends_in_time_when_the_other_is_stopped(
     assert_nothing_is_left(run, family, before)
 
 
-def test_a_killed_loader_process_ends_the_run_at_once(server: Server, photos: Path, tmp_path: Path) -> None:
-    before = shared_memory()
-    run = server.start(tmp_path / "run", "--data-path", photos, *FLAGS, "--num-workers", "2")
-    run.until_step(4)
-    workers = children_of(run.pids[1])
-    assert len(workers) == 2
-    family = {*run.pids, *children_of(run.pids[0]), *workers}
-    os.kill(workers[0], signal.SIGKILL)
-    assert run.wait(TIMEOUT + 10) == [LOST, LOST], run.err()
-    assert re.search(r"rank 1, step \d+ \(.*loader process", run.err(1))
-    assert_nothing_is_left(run, family, before)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_stopped_loader_process_ends_the_run_in_time(
-    server: Server, photos: Path, tmp_path: Path, ranks: int
+@pytest.mark.parametrize(
+    ("victim", "number", "codes", "said"),
+    [
+        ("loader", signal.SIGKILL, [LOST, LOST], r"rank 1, step \d+ \(.*loader process"),
+        ("loader", signal.SIGSTOP, [LOST, LOST], r"rank 1(, step \d+| at \S+: step \d+) \(waiting for images"),
+        ("rank", signal.SIGKILL, [LOST, -signal.SIGKILL], r"rank 0, step \d+ \("),
+    ],
+    ids=["killed loader", "stopped loader", "killed rank"],
+)
+def test_a_process_that_dies_or_stands_still_ends_the_run_in_time(
+    start: Start, victim: str, number: signal.Signals, codes: list[int], said: str
 ) -> None:
     before = shared_memory()
-    run = server.start(tmp_path / "run", "--data-path", photos, *FLAGS, "--num-workers", "1", ranks=ranks)
+    run = start(*FLAGS, "--num-workers", "1")
     run.until_step(4)
     time.sleep(1.5)
-    (worker,) = children_of(run.pids[-1])
-    family = {*run.pids, *children_of(run.pids[0]), worker}
-    os.kill(worker, signal.SIGSTOP)
-    assert run.wait(TIMEOUT + 10) == [LOST] * ranks, run.err()
-    assert re.search(rf"rank {ranks - 1}(, step \d+| at \S+: step \d+) \(waiting for images", run.err())
-    assert_nothing_is_left(run, family, before)
-
-
-def test_a_killed_rank_ends_the_other_and_the_loader_processes_of_both(
-    server: Server, photos: Path, tmp_path: Path
-) -> None:
-    before = shared_memory()
-    run = server.start(tmp_path / "run", "--data-path", photos, *FLAGS, "--num-workers", "1")
-    run.until_step(4)
-    family = {*run.pids, *(child for pid in run.pids for child in children_of(pid))}
-    run.kill(1)
-    assert run.wait(15) == [LOST, -signal.SIGKILL], run.err()
-    assert re.search(r"rank 0, step \d+ \(", run.err(0))
+    family = family_of(run)
+    (loader,) = children_of(run.pids[1])
+    os.kill(loader if victim == "loader" else run.pids[1], number)
+    assert run.wait(TIMEOUT + 10) == codes, run.err()
+    assert re.search(said, run.err())
     assert_nothing_is_left(run, family, before)

@@ -57,7 +57,11 @@ def test_a_full_disk_is_borne_and_a_closed_pipe_is_not(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stdout", None)
     log.info("nowhere")
     monkeypatch.setattr(sys, "stdout", Failing(errno.ENOSPC))
+    monkeypatch.setattr(sys, "stderr", Failing(errno.ENOSPC))
     log.info("lost")
+    with log.progress_bar(2, "reading", shown=True) as bar:
+        bar.delay = bar.mininterval = 0
+        bar.update()
     monkeypatch.setattr(sys, "stdout", Failing(errno.EPIPE))
     with pytest.raises(BrokenPipeError):
         log.info("unread")

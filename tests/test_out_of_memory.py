@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pretrain_fixtures import SMALL, Pretrain
+from pretrain_fixtures import SMALL, pretrain_here
 
 from dino_xcit.errors import run_main
 
@@ -39,6 +40,6 @@ def test_the_sentence_has_the_amount_and_flags_of_nobody_else(
     assert not any(flag in said for flag in ("--out-dim", "--accumulation-steps", "alloc_cpu.cpp"))
 
 
-def test_pretraining_names_its_own_flags(pretrain: Pretrain, labelled_photos: str) -> None:
-    ended = pretrain("--data-path", labelled_photos, *SMALL, "--out-dim", "100000000000")
+def test_pretraining_names_its_own_flags(labelled_photos: Path) -> None:
+    ended = pretrain_here("--data-path", labelled_photos, *SMALL, "--out-dim", "100000000000")
     ended.assert_refused("out of memory", "--batch-size-per-gpu", "--accumulation-steps", "--out-dim")

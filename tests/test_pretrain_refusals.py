@@ -6,12 +6,13 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pretrain_fixtures import SMALL, Pretrain, Stopped, files_of, learnt_in
+from pretrain_fixtures import SMALL, Ended, Stopped, files_of, learnt_in, pretrain_here
 from tiny_run import CPU, differing_bits, tiny_config
 
 from dino_xcit import safe_load
@@ -25,11 +26,37 @@ from dino_xcit.runtime.run_lock import locked
 from dino_xcit.train import build_state
 
 
-def refused_untouched(pretrain: Pretrain, folder: Path, flags: Sequence[object], *words: str) -> None:
-    """The run ends with a sentence that has these words, and leaves the folder as it was."""
-    before = files_of(folder)
-    pretrain(*flags).assert_refused(*words)
-    assert files_of(folder) == before
+@dataclass
+class Folder:
+    """An output directory, and the command that trains into it; called with further flags it runs."""
+
+    path: Path
+    flags: list[Any]
+
+    def __call__(self, *flags: object) -> Ended:
+        return pretrain_here(*self.flags, *flags)
+
+    def steps(self) -> list[int]:
+        return [row["step"] for row in read_metrics(self.path / "metrics.jsonl") if row["kind"] == "step"]
+
+    def assert_refused_untouched(self, flags: Sequence[object], *words: str) -> None:
+        """The run ends with a sentence that has these words, and leaves the folder as it was."""
+        before = files_of(self.path)
+        self(*flags).assert_refused(*words)
+        assert files_of(self.path) == before
+
+
+@pytest.fixture
+def fresh(labelled_photos: Path, tmp_path: Path) -> Folder:
+    """16 images in batches of 4; nothing has been trained yet."""
+    folder = tmp_path / "run"
+    return Folder(folder, ["--data-path", labelled_photos, *SMALL, "--output-dir", folder])
+
+
+@pytest.fixture
+def begun(stopped: Stopped, tmp_path: Path) -> Folder:
+    """The same after two steps."""
+    return Folder(*stopped.copy(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -43,22 +70,17 @@ def refused_untouched(pretrain: Pretrain, folder: Path, flags: Sequence[object],
         "--resume changed --norm-last-layer false": "(norm_last_layer True -> False)",
         "--resume never --augment-device cuda": "augment_device is cuda",
         "--resume never --num-workers 5000": "num_workers is 5000",
+        "--resume never --data-path absent": "absent",
     }.items(),
     ids=" ".join,
 )  # fmt: skip
-def test_an_output_directory_of_another_run_is_refused_untouched(
-    pretrain: Pretrain, stopped: Stopped, tmp_path: Path, typed: tuple[str, str]
-) -> None:
-    folder, flags = stopped.copy(tmp_path / "run")
-    refused_untouched(pretrain, folder, [*flags, *typed[0].split(), "--max-steps", "3"], typed[1])
+def test_an_output_directory_of_another_run_is_refused_untouched(begun: Folder, typed: tuple[str, str]) -> None:
+    begun.assert_refused_untouched([*typed[0].split(), "--max-steps", "3"], typed[1])
 
 
-def test_an_output_directory_that_another_run_holds_is_refused_untouched(
-    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
-) -> None:
-    folder, flags = stopped.copy(tmp_path / "run")
-    with locked(folder):
-        refused_untouched(pretrain, folder, flags, f"process {os.getpid()} ", "--output-dir")
+def test_an_output_directory_that_another_run_holds_is_refused_untouched(begun: Folder) -> None:
+    with locked(begun.path):
+        begun.assert_refused_untouched([], f"process {os.getpid()} ", "--output-dir")
 
 
 def test_an_output_directory_that_cannot_be_written_to_is_refused_before_the_first_step(
@@ -69,82 +91,63 @@ def test_an_output_directory_that_cannot_be_written_to_is_refused_before_the_fir
         pass
 
 
-def test_the_next_command_fits_the_data(pretrain: Pretrain, labelled_photos: Path, tmp_path: Path) -> None:
-    """Images without labels cannot be measured with k-NN: there the next thing is to extract."""
-    flags = [*SMALL, "--batch-size-per-gpu", "4", "--max-steps", "1"]
-    heap = pretrain("--data-path", labelled_photos / "train" / "dark", *flags, "--output-dir", tmp_path / "heap")
-    assert heap.code == 0
-    assert "next: python run_extract.py" in heap.out + heap.err
-    classes = pretrain("--data-path", labelled_photos, *flags, "--output-dir", tmp_path / "classes")
-    assert "next: python run_knn.py" in classes.out + classes.err
+def test_the_next_command_after_images_without_labels_extracts(fresh: Folder, labelled_photos: Path) -> None:
+    """They cannot be measured with k-NN."""
+    ended = fresh("--data-path", labelled_photos / "train" / "dark", "--max-steps", "1")
+    assert "next: python run_extract.py" in ended.out
 
 
 def test_other_images_under_the_same_path_are_refused_and_named(
-    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
+    fresh: Folder, labelled_photos: Path, tmp_path: Path
 ) -> None:
     """Another image shifts the numbers of those behind it, so that an epoch would see some twice and others never."""
-    images = tmp_path / "photos"
-    shutil.copytree(labelled_photos, images)
-    flags = ["--data-path", images, *SMALL, "--output-dir", tmp_path / "run"]
-    assert pretrain(*flags, "--max-steps", "1").code == 0
+    images = shutil.copytree(labelled_photos, tmp_path / "photos")
+    assert fresh("--data-path", images, "--max-steps", "1").code == 0
     (images / "train" / "dark" / "0.png").rename(images / "train" / "dark" / "9.png")
-    refused_untouched(pretrain, tmp_path / "run", [*flags, "--max-steps", "2"], "16 images", "--resume changed")
-    assert pretrain(*flags, "--max-steps", "2", "--resume", "changed").code == 0
+    fresh.assert_refused_untouched(["--data-path", images], "16 images", "--resume changed")
 
 
-def test_another_global_batch_is_refused_even_where_an_epoch_has_as_many_steps(
-    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
-) -> None:
+def test_another_global_batch_is_refused_even_where_an_epoch_has_as_many_steps(fresh: Folder) -> None:
     """16 images are 2 steps of 8 and 2 steps of 7; the learning rate and the images of each step differ."""
-    flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", tmp_path / "run"]
-    assert pretrain(*flags, "--batch-size-per-gpu", "8", "--max-steps", "1").code == 0
-    refused_untouched(pretrain, tmp_path / "run", [*flags, "--batch-size-per-gpu", "7"], "batch")
+    assert fresh("--batch-size-per-gpu", "8", "--max-steps", "1").code == 0
+    fresh.assert_refused_untouched(["--batch-size-per-gpu", "7"], "batch")
 
 
-def test_the_same_global_batch_in_smaller_passes_is_the_same_run(
-    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
-) -> None:
-    _, flags = stopped.copy(tmp_path / "run")
-    ended = pretrain(*flags, "--batch-size-per-gpu", "2", "--accumulation-steps", "2", "--max-steps", "3")
+def test_the_same_global_batch_in_smaller_passes_is_the_same_run(begun: Folder) -> None:
+    ended = begun("--batch-size-per-gpu", "2", "--accumulation-steps", "2", "--max-steps", "3")
     assert ended.code == 0, ended.err
     assert "after step 2" in ended.out
 
 
-def test_resume_changed_resumes_and_resume_never_starts_anew(
-    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
-) -> None:
-    folder, flags = stopped.copy(tmp_path / "run")
-    changed = pretrain(*flags, "--lr", "0.3", "--resume", "changed", "--max-steps", "3")
+def test_resume_changed_resumes_and_resume_never_starts_anew(begun: Folder, stopped: Stopped) -> None:
+    changed = begun("--lr", "0.3", "--resume", "changed", "--max-steps", "3")
     assert changed.code == 0, changed.err
     assert "after step 2" in changed.out
-    content = safe_load.read(folder / "checkpoint.pth")
+    content = safe_load.read(begun.path / "checkpoint.pth")
     assert (content["step"], content["args"]["lr"]) == (3, 0.3)
 
-    anew = pretrain(*flags, "--resume", "never", "--max-steps", "2")
+    anew = begun("--resume", "never", "--max-steps", "2")
     assert anew.code == 0, anew.err
     assert "after step" not in anew.out
-    assert differing_bits(learnt_in(folder), learnt_in(stopped.folder)) == []
-    steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "step"]
-    assert steps == [1, 2]
+    assert differing_bits(learnt_in(begun.path), learnt_in(stopped.folder)) == []
+    assert begun.steps() == [1, 2]
 
 
-@pytest.mark.parametrize(("batch", "step", "last"), [(8, 3, 6), (2, 12, 24)])
-def test_another_batch_resumes_at_the_epoch_that_was_reached(
-    pretrain: Pretrain, stopped: Stopped, tmp_path: Path, batch: int, step: int, last: int
-) -> None:
+@pytest.mark.parametrize(("batch", "step"), [(8, 3), (2, 12)])
+def test_another_batch_resumes_at_the_epoch_that_was_reached(begun: Folder, batch: int, step: int) -> None:
     """16 images in batches of 4, stopped after 6 steps of 4 an epoch."""
-    folder, flags = stopped.copy(tmp_path / "run")
-    assert pretrain(*flags, "--max-steps", "6", "--saveckp-freq", "1").code == 0
-    other = [*flags, "--batch-size-per-gpu", str(batch), "--saveckp-freq", "1"]
-    resumed = pretrain(*other, "--resume", "changed", "--max-steps", str(step + 1))
+    assert begun("--max-steps", "6", "--saveckp-freq", "1").code == 0
+    other = ["--batch-size-per-gpu", batch, "--saveckp-freq", "1"]
+    resumed = begun(*other, "--resume", "changed", "--max-steps", step + 1)
     assert resumed.code == 0, resumed.err
     assert f"step 6, 1.50 epochs, is now {step}" in resumed.out
-    assert pretrain(*other).code == 0  # from its own checkpoint, not from one with more steps
-    assert safe_load.read(folder / "checkpoint.pth")["step"] == last
-    assert {"step00000004.pth", "step00000004-4.pth"} & {path.name for path in (folder / "checkpoints").iterdir()}
-    steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "step"]
+    again = begun(*other, "--max-steps", step + 2)
+    assert f"after step {step + 1} of" in again.out  # from its own checkpoint, not from one with more steps
+    kept = {path.name for path in (begun.path / "checkpoints").iterdir()}
+    assert {"step00000004.pth", "step00000004-4.pth"} & kept
+    steps = begun.steps()
     assert steps == sorted(steps)
-    assert steps[-(last - step) :] == list(range(step + 1, last + 1))
+    assert steps[-2:] == [step + 1, step + 2]
 
 
 def test_every_setting_of_the_state_makes_a_checkpoint_that_does_not_load() -> None:
@@ -168,37 +171,36 @@ def test_every_setting_of_the_state_makes_a_checkpoint_that_does_not_load() -> N
         assert any(kinds[str(value)] not in group for group in state.optimizer.param_groups), name
 
 
-def test_a_run_that_is_complete_says_why_and_what_is_next(pretrain: Pretrain, stopped: Stopped, tmp_path: Path) -> None:
-    folder, flags = stopped.copy(tmp_path / "run")
-    ended = pretrain(*flags, "--max-steps", "1")
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_run_that_is_complete_says_why_and_what_is_next_and_touches_nothing(begun: Folder, last: int) -> None:
+    before = files_of(begun.path)
+    ended = begun("--max-steps", last)
     assert ended.code == 0
-    assert f"already complete: {folder} is at step 2, and this run ends after step 1" in ended.out
+    assert f"already complete: {begun.path} is at step 2, and this run ends after step {last}" in ended.out
     assert "resuming" not in ended.out
-    assert f"next: python run_knn.py --weights {folder / 'checkpoint.pth'}" in ended.out
+    assert f"next: python run_knn.py --weights {begun.path / 'checkpoint.pth'}" in ended.out
+    assert files_of(begun.path) == before
 
 
-def test_steps_that_were_skipped_are_counted_at_the_end(
-    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path
-) -> None:
-    flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", tmp_path / "run", "--warmup-epochs", "0"]
-    ended = pretrain(*flags, "--lr", "1e30", "--max-steps", "3", "--saveckp-freq", "0")
+def test_steps_that_were_skipped_are_counted_at_the_end(fresh: Folder) -> None:
+    ended = fresh("--warmup-epochs", "0", "--lr", "1e30", "--max-steps", "3", "--saveckp-freq", "0")
     assert ended.code == 0, ended.err
     assert "warning: 2 steps of 3 were not finite and were skipped, including the last 2: lower --lr" in ended.out
 
 
 def test_a_run_begins_from_weights_once_and_resumes_without_them(
-    pretrain: Pretrain, stopped: Stopped, labelled_photos: Path, tmp_path: Path
+    fresh: Folder, stopped: Stopped, tmp_path: Path
 ) -> None:
     source = tmp_path / "weights.pth"
     shutil.copy(stopped.folder / "checkpoint.pth", source)
-    flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", tmp_path / "run", "--init-weights", source]
-    refused = pretrain(*flags, "--arch", "xcit_pico_4_p8")
+    initial = ["--init-weights", source]
+    refused = fresh(*initial, "--arch", "xcit_pico_4_p8")
     refused.assert_refused("a xcit_pico_4_p4, but arch is xcit_pico_4_p8")
-    begun = pretrain(*flags, "--max-steps", "1")
-    assert begun.code == 0, begun.err
-    assert f"starting from teacher xcit_pico_4_p4 of {source}" in begun.out
-    assert "heads too" in begun.out
-    content, before = (safe_load.read(path) for path in (tmp_path / "run/checkpoint.pth", source))
+    ended = fresh(*initial, "--max-steps", "1")
+    assert ended.code == 0, ended.err
+    assert f"starting from teacher xcit_pico_4_p4 of {source}" in ended.out
+    assert "heads too" in ended.out
+    content, before = (safe_load.read(path) for path in (fresh.path / "checkpoint.pth", source))
     assert (content["step"], content["args"]["init_weights"]) == (1, str(source))
     # The first step's learning rate is 0: the student's weights are still the ones it began with.
     weights = [key for key in content["student"] if not key.endswith(("running_mean", "running_var", "tracked"))]
@@ -206,27 +208,18 @@ def test_a_run_begins_from_weights_once_and_resumes_without_them(
     assert all(torch.equal(content["student"][key], before["teacher"][key]) for key in weights)
 
     source.unlink()
-    resumed = pretrain(*flags, "--max-steps", "2")
+    resumed = fresh(*initial, "--max-steps", "2")
     assert resumed.code == 0, resumed.err
     assert f"after step 1 of 2; --init-weights {source} is not read again" in resumed.out
-    pretrain(*flags[:-2], "--max-steps", "3").assert_refused(f"init_weights {source} -> ")
-    pretrain(*flags, "--resume", "never", "--max-steps", "3").assert_refused(f"there is no file {source}")
-    assert safe_load.read(tmp_path / "run/checkpoint.pth")["step"] == 2
+    fresh("--max-steps", "3").assert_refused(f"init_weights {source} -> ")
+    fresh(*initial, "--resume", "never").assert_refused(f"there is no file {source}")
+    assert safe_load.read(fresh.path / "checkpoint.pth")["step"] == 2
 
 
-def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_they_are_kept(
-    pretrain: Pretrain, stopped: Stopped, tmp_path: Path
-) -> None:
-    folder, flags = stopped.copy(tmp_path / "run")
-    for file in (folder / "checkpoints").glob("*.pth"):
-        file.write_bytes(file.read_bytes()[:-9])
-    refused_untouched(pretrain, folder, flags, "no checkpoint", "--resume never")
-
-
-def test_a_foreign_checkpoint_is_refused_and_kept(pretrain: Pretrain, stopped: Stopped, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "run" / "checkpoint.pth")
-    refused_untouched(pretrain, tmp_path / "run", [*stopped.flags[:-1], tmp_path / "run"], "no checkpoint of this")
+def test_a_foreign_checkpoint_is_refused_and_kept(fresh: Folder) -> None:
+    fresh.path.mkdir()
+    torch.save({"model": {"weight": torch.zeros(3)}}, fresh.path / "checkpoint.pth")
+    fresh.assert_refused_untouched([], "no checkpoint of this")
 
 
 UNUSABLE = {
@@ -246,11 +239,11 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("typed", UNUSABLE)
 def test_what_cannot_be_is_refused_in_one_sentence(
-    pretrain: Pretrain, labelled_photos: Path, tmp_path: Path, typed: str
+    fresh: Folder, labelled_photos: Path, tmp_path: Path, typed: str
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     flags = typed.replace("PHOTOS", str(labelled_photos)).replace("EMPTY", str(tmp_path)).split()
-    pretrain(*SMALL, "--output-dir", tmp_path / "run", *flags).assert_refused(UNUSABLE[typed])
+    fresh(*flags).assert_refused(UNUSABLE[typed])
     assert not list(tmp_path.rglob("*.pth"))
 
 

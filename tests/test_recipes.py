@@ -11,18 +11,14 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.recipes import RECIPES, parse_pretrain, recipe_settings
 
 
-def test_without_flags_and_data_the_defaults_are_the_reference_s() -> None:
+def test_the_defaults_are_the_reference_s_where_it_has_no_flag() -> None:
+    """Those that it has a flag for: test_all_of_dinos_flags_are_known."""
     config = PretrainConfig()
     expected = {
-        "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996, "use_bn_in_head": False,
-        "warmup_teacher_temp": 0.04, "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0, "weight_decay": 0.04,
-        "weight_decay_end": 0.4, "clip_grad": 3.0, "clip_mode": "per-parameter", "batch_size_per_gpu": 64,
-        "epochs": 100, "freeze_last_layer": 1, "lr": 5e-4, "lr_reference_batch": 256, "warmup_epochs": 10,
-        "min_lr": 1e-6, "optimizer": "adamw", "drop_path_rate": 0.1, "global_crops_scale": (0.4, 1.0),
-        "local_crops_number": 8, "local_crops_scale": (0.05, 0.4), "saveckp_freq": 20, "seed": 0,
-        "global_crops_size": 224, "local_crops_size": 96, "student_temp": 0.1, "center_momentum": 0.9, "jitter": 0.8,
-        "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray": 0.2, "global_blur": (1.0, 0.1),
-        "local_blur": 0.5, "blur_radius": (0.1, 2.0), "solarize": 0.2, "flip": 0.5,
+        "clip_mode": "per-parameter", "lr_reference_batch": 256, "global_crops_size": 224, "local_crops_size": 96,
+        "student_temp": 0.1, "center_momentum": 0.9, "jitter": 0.8, "brightness": 0.4, "contrast": 0.4,
+        "saturation": 0.2, "hue": 0.1, "gray": 0.2, "global_blur": (1.0, 0.1), "local_blur": 0.5,
+        "blur_radius": (0.1, 2.0), "solarize": 0.2, "flip": 0.5,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -89,10 +85,6 @@ def test_the_output_directory_is_named_after_recipe_and_architecture() -> None:
     assert parsed(*DATA, "--output-dir", "x/y").output_dir == "x/y"
 
 
-def test_every_recipe_is_a_valid_configuration_with_purpose_command_and_result() -> None:
-    assert {"dino", "xcit-dino-300ep", "sample", "sample-long"} <= set(RECIPES)
-    for name, recipe in RECIPES.items():
-        PretrainConfig(**recipe_settings(name, None))  # type: ignore[arg-type]
-        assert recipe.purpose
-        assert "run_pretrain.py" in recipe.command
-        assert recipe.result
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_valid_configuration(name: str) -> None:
+    PretrainConfig(**recipe_settings(name, None))  # type: ignore[arg-type]

@@ -6,49 +6,25 @@ import errno
 import fcntl
 import json
 import os
-import re
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ranks import Run, Server
+from ranks import Server
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.run_lock import LOCK, OWNER, locked
 
-OWN = """
+OWNER_WITH_A_CHILD = """
 import os, sys, time
 from pathlib import Path
 from dino_xcit.runtime.run_lock import locked
 
 with locked(Path(sys.argv[1])):
-    if "fork" in sys.argv and not (child := os.fork()):
-        time.sleep(60)  # a child that lives on
-        os._exit(0)
-    print("held", child if "fork" in sys.argv else 0, flush=True)
+    if child := os.fork():
+        print("held", child, flush=True)
     time.sleep(60)
 """
-
-
-@pytest.fixture
-def start(server: Server, tmp_path: Path) -> Iterator[Callable[..., tuple[Run, int]]]:
-    """Start an owner of ``tmp_path``; returns it once it holds the lock, and its child's process id."""
-    children: list[int] = []
-    owners: list[Run] = []
-
-    def begin(*acts: str) -> tuple[Run, int]:
-        owners.append(server.launch("-c", OWN, tmp_path, *acts))
-        owners[-1].until(lambda: re.search(r"held \d+\n", owners[-1].out()) is not None)
-        children.append(int(owners[-1].out().split()[1]))
-        return owners[-1], children[-1]
-
-    yield begin
-    for owner in owners:
-        owner.kill()
-        owner.wait()
-    for child in filter(None, children):
-        os.kill(child, signal.SIGKILL)
 
 
 def take(folder: Path) -> None:
@@ -56,27 +32,25 @@ def take(folder: Path) -> None:
         pass
 
 
-def test_a_second_process_is_refused_and_told_the_owner(tmp_path: Path, start: Callable[..., tuple[Run, int]]) -> None:
-    owner, _ = start()
-    written = json.loads((tmp_path / OWNER).read_text())
-    assert written["process"] == owner.pids[0]
-    for _ in range(2):  # a refusal does not end the owner's lock
-        with pytest.raises(InputError) as caught:
-            take(tmp_path)
-        for part in (tmp_path, written["process"], written["host"], written["started"]):
-            assert str(part) in str(caught.value)
-
-
-def test_a_killed_owner_loses_it_and_its_forked_child_does_not_keep_it(
-    tmp_path: Path, start: Callable[..., tuple[Run, int]]
+def test_a_second_process_is_refused_until_the_owner_is_killed_and_a_forked_child_does_not_keep_the_folder(
+    tmp_path: Path, server: Server
 ) -> None:
-    owner, child = start("fork")
-    with pytest.raises(InputError, match=f"process {owner.pids[0]} "):
+    owner = server.launch("-c", OWNER_WITH_A_CHILD, tmp_path)
+    owner.until(lambda: "\n" in owner.out())
+    child = int(owner.out().split()[1])
+    try:
+        written = json.loads((tmp_path / OWNER).read_text())
+        assert written["process"] == owner.pids[0]
+        for _ in range(2):  # a refusal does not end the owner's lock
+            with pytest.raises(InputError) as caught:
+                take(tmp_path)
+            for part in (tmp_path, written["process"], written["host"], written["started"]):
+                assert str(part) in str(caught.value)
+        owner.kill()
+        owner.wait()
         take(tmp_path)
-    owner.kill()
-    owner.wait()
-    take(tmp_path)
-    os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)  # it lived
 
 
 def test_it_is_released_at_the_end_and_after_an_error(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Server, state_in
+from ranks import Server, Start, state_in
 from test_hanging_runs import alive
 from tiny_run import differing_bits
 from two_hosts import Host, two_hosts
@@ -62,9 +62,9 @@ def test_the_prototypes_a_third_of_all_bytes_leave_first_and_alone(exchanged: li
 def test_accumulation_exchanges_gradients_once_a_step(exchanged: list[dict[str, Any]]) -> None:
     for seen in exchanged:
         once, accumulating = (all_reduces(seen["steps"][number]) for number in (1, 2))
-        assert seen["steps"][2]["passes"] == 3
+        assert seen["steps"][2]["passes"] == 2
         assert [message["bytes"] for message in accumulating] == [message["bytes"] for message in once]
-        assert all(message["arrived"] > 2 * seen["gradients"] for message in accumulating)  # in the last pass
+        assert all(message["arrived"] > seen["gradients"] for message in accumulating)  # in the last pass
 
 
 def test_besides_gradients_a_step_sends_one_message(exchanged: list[dict[str, Any]]) -> None:
@@ -99,24 +99,24 @@ def losses_in(folder: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "step"]
 
 
-def test_one_two_and_four_processes_have_the_same_losses(server: Server, photos: Path, tmp_path: Path) -> None:
+def test_one_two_and_four_processes_have_the_same_losses(start: Start) -> None:
     """4, 2 and 1 forward passes of 4 images a step: 16 images either way."""
-    flags = ["--data-path", str(photos), "--batch-size-per-gpu", "4", "--epochs", "4", "--max-steps", str(STEPS)]
-    flags += ["--lr", "2e-3", "--lr-reference-batch", "0"]
+    flags = ["--batch-size-per-gpu", "4", "--max-steps", STEPS, "--lr", "2e-3", "--lr-reference-batch", "0"]
 
-    def run(name: str, ranks: int, drop_path: float = 0.2) -> list[float]:
-        own = ["--accumulation-steps", str(4 // ranks), "--drop-path-rate", str(drop_path)]
-        started = server.start(tmp_path / name, *flags, *own, ranks=ranks)
-        assert started.wait() == [0] * ranks, started.err()
-        return losses_in(tmp_path / name)
+    def losses(name: str, ranks: int, drop_path: float = 0.2) -> list[float]:
+        own = ["--accumulation-steps", 4 // ranks, "--drop-path-rate", drop_path]
+        run = start(*flags, *own, name=name, ranks=ranks)
+        assert run.wait() == [0] * ranks, run.err()
+        return losses_in(run.folder)
 
-    one, two, four = (run(str(ranks), ranks) for ranks in (1, 2, 4))
+    one, two, four = (losses(str(ranks), ranks) for ranks in (1, 2, 4))
     assert len(one) == STEPS
     assert two == pytest.approx(one, abs=TOLERANCE)
     assert four == pytest.approx(one, abs=TOLERANCE)
     assert max(one) - min(one) > 0.5  # it learns something
     # A control: the tolerance is far below what a few other masks of drop-path do.
-    assert max(abs(a - b) for a, b in zip(one, run("other", 1, 0.21), strict=True)) > 100 * TOLERANCE
+    other = losses("other", 1, 0.21)
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 100 * TOLERANCE
 
 
 # ---- two hosts under torchrun
@@ -133,6 +133,7 @@ def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
         yield made
 
 
+@pytest.mark.slow
 def test_two_hosts_meet_under_torchrun_and_train_what_one_host_trains(
     hosts: tuple[Host, Host], server: Server, photos: Path, tmp_path: Path
 ) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from dino_xcit.data.loader import Batch
 from dino_xcit.methods.dino import entropy
-from dino_xcit.methods.student_teacher import choose_precision, feature_std
-from dino_xcit.optim import OPTIMIZERS
+from dino_xcit.methods.student_teacher import feature_std
 from dino_xcit.train import TrainState, build_state, train_step
 from dino_xcit.transform import normalise
 
@@ -33,18 +32,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_weights() -> N
     assert differing_bits(first, second) == []
     other, _ = run(tiny_config(seed=1), 2)
     assert len(differing_bits(first, learnt(other))) > 100
-
-
-def test_nothing_in_a_step_depends_on_torchs_global_generator() -> None:
-    """Drop-path's masks and the crops follow from (seed, epoch, image), so a resumed run needs no stored generator."""
-    config = tiny_config(drop_path_rate=0.5)
-    first = build_state(config, CPU)
-    second = build_state(config, CPU)
-    run(config, 2, first)
-    torch.manual_seed(1234)
-    torch.rand(10)
-    run(config, 2, second)
-    assert differing_bits(learnt(first), learnt(second)) == []
 
 
 def test_the_step_is_the_algorithm_written_out() -> None:
@@ -110,103 +97,67 @@ def test_two_accumulated_halves_equal_the_whole_batch_where_batchnorm_does_not_m
     torch.testing.assert_close(states[0][0].method.loss.center, states[1][0].method.loss.center, rtol=1e-4, atol=1e-7)
 
 
-def test_accumulation_updates_centre_teacher_and_optimizer_once_a_step() -> None:
-    config = tiny_config(batch_size_per_gpu=4, accumulation_steps=2)
-    state, _ = run(config, 1)
-    assert state.step == 1
-    assert {float(s["step"]) for s in state.optimizer.state_dict()["state"].values()} == {1.0}
-
-
 # ---- rejected steps
 
 
-def poisoned_batch(batch: Batch) -> Batch:
-    crops = [crop.float() for crop in batch.crops]
-    crops[0][3, 1, 5, 5] = float("nan")
-    return dataclasses.replace(batch, crops=crops)
-
-
-class Poison:
-    """Ways in which one number of a step stops being finite."""
-
-    @staticmethod
-    def image(state: TrainState, batch: Batch) -> tuple[Batch, Any]:
-        return poisoned_batch(batch), None
-
-    @staticmethod
-    def local_view_only(state: TrainState, batch: Batch) -> tuple[Batch, Any]:
-        crops = [batch.crops[0], batch.crops[1].float()]
-        crops[1][0, 0, 0, 0] = float("inf")
-        return dataclasses.replace(batch, crops=crops), None
-
-    @staticmethod
-    def gradient(state: TrainState, batch: Batch) -> tuple[Batch, Any]:
-        weight = state.method.student.backbone.get_parameter("blocks.1.mlp.fc1.weight")
+def poison(what: str, state: TrainState, batch: Batch) -> tuple[Batch, Any]:
+    """Make one number of the next step not finite: the batch to train on, and a hook to remove afterwards, or None."""
+    student = state.method.student
+    if what == "global view":
+        return dataclasses.replace(batch, crops=[spoilt(batch.crops[0], float("nan")), *batch.crops[1:]]), None
+    if what == "local view":
+        return dataclasses.replace(batch, crops=[batch.crops[0], spoilt(batch.crops[1], float("inf"))]), None
+    if what == "gradient":
+        weight = student.backbone.get_parameter("blocks.1.mlp.fc1.weight")
         return batch, weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([2]), float("nan")))
-
-    @staticmethod
-    def frozen_gradient(state: TrainState, batch: Batch) -> tuple[Batch, Any]:
-        weight = state.method.student.head.last_layer.weight_v
-        return batch, weight.register_hook(lambda gradient: gradient * float("inf"))
-
-    @staticmethod
-    def teacher_logits(state: TrainState, batch: Batch) -> tuple[Batch, Any]:
-        def poison(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[0, 0] = -float("inf")  # whose softmax is a clean zero: the loss alone would not show it
-            return output
-
-        return batch, state.method.teacher.head.register_forward_hook(poison)
+    if what == "frozen gradient":
+        return batch, student.head.last_layer.weight_v.register_hook(lambda gradient: gradient * float("inf"))
+    assert what == "teacher logits"  # the softmax of minus infinity is a clean zero: the loss alone does not show it
+    return batch, state.method.teacher.head.register_forward_hook(lambda _, __, out: spoilt(out, -float("inf")))
 
 
-POISONS = ["image", "local_view_only", "gradient", "frozen_gradient", "teacher_logits"]
+def spoilt(values: Tensor, number: float) -> Tensor:
+    values = values.float().clone()
+    values.view(-1)[0] = number
+    return values
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("poison", POISONS)
-def test_a_step_with_a_number_that_is_not_finite_leaves_every_bit(poison: str, optimizer: str) -> None:
-    config = tiny_config(optimizer=optimizer, drop_path_rate=0.0)
-    state, _ = run(config, 2)
+@pytest.mark.parametrize(
+    ("what", "optimizer", "first", "passes"),
+    [
+        ("global view", "adamw", 2, 1),
+        ("global view", "adamw", 0, 1),  # where the optimizer has no state yet
+        ("global view", "adamw", 1, 3),  # the second of three passes
+        ("local view", "adamw", 2, 1),
+        ("gradient", "adamw", 2, 1),
+        ("gradient", "sgd", 2, 1),
+        ("gradient", "lars", 2, 1),
+        ("frozen gradient", "adamw", 2, 1),
+        ("teacher logits", "adamw", 2, 1),
+    ],
+)
+def test_a_step_with_a_number_that_is_not_finite_leaves_every_bit(
+    what: str, optimizer: str, first: int, passes: int
+) -> None:
+    config = tiny_config(optimizer=optimizer, drop_path_rate=0.0, batch_size_per_gpu=4, accumulation_steps=passes)
+    state, _ = run(config, first)
     before = learnt(state)
-    (batch,) = next(steps(config, 2, 3))
-    batch, hook = getattr(Poison, poison)(state, batch)
-    result = train_step(state, [batch], schedules_of(config), config)
-    assert not bool(result.accepted)
-    assert differing_bits(before, learnt(state)) == []
-    assert int(state.skipped_steps) == 1
-    assert state.step == 3
+    (batches,) = steps(config, first, first + 1)
+    batches[passes // 2], hook = poison(what, state, batches[passes // 2])
+    assert not bool(train_step(state, batches, schedules_of(config), config).accepted)
+    assert [path for path in differing_bits(before, learnt(state)) if path in before] == []
+    assert (state.step, int(state.skipped_steps)) == (first + 1, 1)
     if hook:
         hook.remove()
-    _, results = run(config, 4, state)
-    assert bool(results[0].accepted)
-    assert math.isfinite(float(results[0].loss))
+    _, (result,) = run(config, first + 2, state)
+    assert bool(result.accepted)
+    assert math.isfinite(float(result.loss))
     assert int(state.skipped_steps) == 1
-    changed = set(differing_bits(before, learnt(state)))
     assert {
         "/method/dino_loss/center",
         "/method/student/backbone.cls_token",
         "/method/teacher/backbone.cls_token",
-    } <= changed
-
-
-def test_a_bad_microbatch_rejects_the_whole_accumulated_step() -> None:
-    config = tiny_config(batch_size_per_gpu=4, accumulation_steps=3)
-    state, _ = run(config, 1)
-    before = learnt(state)
-    microbatches = next(steps(config, 1, 2))
-    microbatches[1] = poisoned_batch(microbatches[1])
-    assert not bool(train_step(state, microbatches, schedules_of(config), config).accepted)
-    assert differing_bits(before, learnt(state)) == []
-
-
-def test_a_rejected_first_step_leaves_networks_and_centre() -> None:
-    config = tiny_config()
-    state = build_state(config, CPU)
-    before = {path: value for path, value in learnt(state).items() if not path.startswith("/optimizer")}
-    (batch,) = next(steps(config, 0, 1))
-    train_step(state, [poisoned_batch(batch)], schedules_of(config), config)
-    after = {path: value for path, value in learnt(state).items() if not path.startswith("/optimizer")}
-    assert differing_bits(before, after) == []
+    } <= set(differing_bits(before, learnt(state)))
 
 
 # ---- frozen last layer, clipping
@@ -227,14 +178,6 @@ def test_the_last_layer_does_not_move_in_its_frozen_epochs_and_moves_afterwards(
     assert differing_bits(start, last_layers()) == []
     run(config, epoch + 1, state)
     assert len(differing_bits(start, last_layers())) == 4  # length and direction, student and teacher
-
-
-def test_a_last_layer_that_is_not_frozen_moves_at_once() -> None:
-    config = tiny_config(freeze_last_layer=0)
-    state = build_state(config, CPU)
-    start = state.method.student.head.last_layer.weight_v.detach().clone()
-    run(config, 1, state)
-    assert not torch.equal(start, state.method.student.head.last_layer.weight_v)
 
 
 @pytest.mark.parametrize("mode", ["per-parameter", "global"])
@@ -272,22 +215,20 @@ def test_local_crops_of_the_global_size_share_the_pass_but_not_the_teacher() -> 
     torch.testing.assert_close(results[0].features, expected.features)
 
 
-@pytest.mark.parametrize("views", [0, 1])
-def test_few_local_crops_train(views: int) -> None:
-    _, results = run(tiny_config(local_crops_number=views), 2)
-    assert all(bool(result.accepted) for result in results)
+def test_a_run_without_local_crops_trains() -> None:
+    _, (result,) = run(tiny_config(local_crops_number=0), 1)
+    assert bool(result.accepted)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])  # AdamW's first step is a sign: a tiny gradient's may differ, as for seed 0
-def test_a_bf16_step_stays_near_fp32(seed: int) -> None:
-    config = tiny_config(lr=1e-4, seed=seed)
+def test_a_bf16_step_stays_near_fp32() -> None:
+    config = tiny_config(lr=1e-4, seed=1)  # AdamW's first step is a sign, which for some seeds differs where it is tiny
     _, exact = run(config, 3)
     state, low = run(dataclasses.replace(config, precision="bf16"), 3)
     assert all(bool(result.accepted) for result in low)
     assert float(low[0].loss) == pytest.approx(float(exact[0].loss), rel=0.01)
     assert [float(r.loss) for r in low] == pytest.approx([float(r.loss) for r in exact], rel=0.015)
     assert float(low[0].loss) != float(exact[0].loss)
-    assert all(p.dtype is torch.float32 for p in state.method.student.parameters())
+    assert {p.dtype for p in state.method.student.parameters()} == {torch.float32}
     assert state.method.loss.center.dtype is torch.float32
 
 
@@ -332,12 +273,6 @@ def test_an_fp16_overflow_is_rejected_and_lowers_the_scale() -> None:
     assert differing_bits(before, learnt(state)) != []
 
 
-def test_precision_auto_is_fp32_on_a_cpu() -> None:
-    assert choose_precision("auto", CPU) is torch.float32
-    assert choose_precision("bf16", CPU) is torch.bfloat16
-    assert choose_precision("fp16", CPU) is torch.float16
-
-
 def test_the_logged_figures_are_what_they_are_called() -> None:
     config = tiny_config(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=2, warmup_epochs=1.0)
     state = build_state(config, CPU)
@@ -360,18 +295,3 @@ def test_the_logged_figures_are_what_they_are_called() -> None:
     used = entropy(((logits - center) / 0.04).softmax(dim=1))
     assert figures["teacher_entropy"] == pytest.approx(float(used), rel=1e-5)
     assert figures["kl"] == pytest.approx(figures["loss"] - figures["teacher_entropy"])
-
-
-def test_a_student_learns_to_predict_a_teacher_that_stands_still() -> None:
-    """With momentum 1 the targets of an epoch come again in the next: the divergence must fall."""
-    config = tiny_config(momentum_teacher=1.0, drop_path_rate=0.0, center_momentum=1.0, freeze_last_layer=0)
-    state, results = run(config, 24)
-    divergences = [r.metrics(state.method)["kl"] for r in results]
-    assert sum(divergences[-6:]) < 0.8 * sum(divergences[1:7])
-    assert (
-        differing_bits(
-            tensors_of(dict(state.method.teacher.named_parameters())),
-            tensors_of(dict(build_state(config, CPU).method.teacher.named_parameters())),
-        )
-        == []
-    )

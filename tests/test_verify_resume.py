@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ranks import SMALL, Server
@@ -11,29 +12,52 @@ from ranks import SMALL, Server
 from dino_xcit import verify_resume
 from dino_xcit.errors import InputError
 
+DECIDED = " --knn-every 0 --log-every 1"
+"""By the command itself."""
+FLAGS = " ".join(SMALL).replace(DECIDED, "").split()
+FLAGS += ["--data-path", "sample:fashion-mnist", "--batch-size-per-gpu", "32"]
 
-def without(words: list[str], *names: str) -> list[str]:
-    return [word for place, word in enumerate(words) if word not in names and words[place - 1] not in names]
+
+class Forked:
+    """Stands in for ``subprocess.Popen``: a fork of the server, which need not import PyTorch."""
+
+    def __init__(self, server: Server, command: list[str], env: dict[str, str]) -> None:
+        self._run = server.launch(*command[1:], env=env)
+        self.pid = self._run.pids[0]
+
+    def poll(self) -> int | None:
+        return self._run.codes()[0]
+
+    def wait(self) -> int:
+        return self._run.wait()[0]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def assert_proven(said: str, folder: Path) -> None:
+    """Both hashes are the same, both kills came on the way, and nothing is left behind."""
+    first, second = re.findall(r"SHA-256 ([0-9a-f]{64})", said)
+    assert first == second
+    assert "resuming is exact" in said
+    kills = [int(step) for step in re.findall(r"SIGKILL after step (\d+)", said)]
+    assert len(kills) == 2
+    assert 6 <= kills[0] <= kills[1] <= 11
+    assert list(folder.iterdir()) == []
+
+
 def test_it_prints_two_hashes_that_are_the_same_and_leaves_nothing_behind(
-    server: Server, tmp_path: Path, processes: int
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = without(SMALL, "--knn-every", "--log-every")
-    ended = server.python(
-        "-m", "dino_xcit.verify_resume", "--processes", processes, "--data-path", "sample:fashion-mnist", *flags,
-        "--batch-size-per-gpu", 32, "--output-dir", tmp_path / "run", timeout=240,
-    )  # fmt: skip
+    popen = SimpleNamespace(Popen=lambda command, env, **_: Forked(server, command, env))
+    monkeypatch.setattr(verify_resume, "subprocess", popen)
+    verify_resume.main([*FLAGS, "--output-dir", str(tmp_path / "run")])
+    assert_proven(capsys.readouterr().out, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_proves_it_for_two_processes(server: Server, tmp_path: Path) -> None:
+    words = ["-m", "dino_xcit.verify_resume", "--processes", 2, *FLAGS, "--output-dir", tmp_path / "run"]
+    ended = server.python(*words, timeout=240)
     assert ended.returncode == 0, ended.stderr
-    hashes = re.findall(r"SHA-256 ([0-9a-f]{64})", ended.stdout)
-    assert len(hashes) == 2
-    assert hashes[0] == hashes[1]
-    assert "resuming is exact" in ended.stdout
-    after = [int(step) for step in re.findall(r"SIGKILL after step (\d+)", ended.stdout)]
-    assert len(after) == 2
-    assert 6 <= after[0] <= after[1] <= 11  # both were killed on the way
-    assert list(tmp_path.iterdir()) == []
+    assert_proven(ended.stdout, tmp_path)
 
 
 def test_a_difference_is_an_error() -> None:

@@ -10,9 +10,9 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 from last_words import last_words
@@ -22,46 +22,19 @@ from dino_xcit.errors import InputError
 from dino_xcit.runtime.metrics import MetricsWriter, WandB, read_metrics, require_wandb
 
 
-class FakeWandb(types.ModuleType):
-    """A stand-in that records its arguments, and fails in the method that it is told."""
-
-    def __init__(self, fails: str = "") -> None:
-        super().__init__("wandb")
-        self.fails = fails
-        self.begun: list[dict[str, Any]] = []
-        self.rows: list[dict[str, float]] = []
-        self.axes: list[tuple[str, str | None]] = []
-        self.finished = 0
-
-    def _perhaps_fail(self, name: str) -> None:
-        if self.fails == name:
-            raise RuntimeError("the server\nsaid no")
-
-    def Settings(self, **values: Any) -> dict[str, Any]:
-        return values
-
-    def init(self, **values: Any) -> FakeWandb:
-        self._perhaps_fail("init")
-        self.begun.append(values)
-        return self
-
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        self.axes.append((name, step_metric))
-
-    def log(self, row: dict[str, float]) -> None:
-        self._perhaps_fail("log")
-        self.rows.append(row)
-
-    def finish(self) -> None:
-        self._perhaps_fail("finish")
-        self.finished += 1
-
-
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    module = FakeWandb()
+def fake(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Both the module and the run that it begins."""
+    module = Mock()
+    module.init.return_value = module
+    module.Settings = dict
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
+
+
+def begun(fake: Mock) -> list[dict[str, Any]]:
+    """What each run began with."""
+    return [init.kwargs for init in fake.init.call_args_list]
 
 
 def finished(folder: Path, from_step: int = 0) -> None:
@@ -71,31 +44,32 @@ def finished(folder: Path, from_step: int = 0) -> None:
     writer.close()
 
 
-def test_records_arrive_with_the_step_as_axis(tmp_path: Path, fake: FakeWandb) -> None:
+def test_records_arrive_with_the_step_as_axis(tmp_path: Path, fake: Mock) -> None:
     finished(tmp_path)
-    assert fake.rows == [
+    assert [logged.args[0] for logged in fake.log.call_args_list] == [
         {"step/epoch": 0, "step/loss": 2.5, "trainer_step": 1},
         {"epoch/knn_top1": 50.0, "trainer_step": 2},
     ]
-    assert fake.axes == [("trainer_step", None), ("*", "trainer_step")]
-    assert fake.finished == 1
-    assert (fake.begun[0]["project"], fake.begun[0]["config"]) == ("xcit", {"lr": 0.1})
+    assert fake.define_metric.call_args_list == [call("trainer_step"), call("*", step_metric="trainer_step")]
+    fake.finish.assert_called_once_with()
+    (values,) = begun(fake)
+    assert (values["project"], values["config"]) == ("xcit", {"lr": 0.1})
 
 
-def test_a_resumed_run_continues_under_its_id_and_a_new_one_gets_another(tmp_path: Path, fake: FakeWandb) -> None:
+def test_a_resumed_run_continues_under_its_id_and_a_new_one_gets_another(tmp_path: Path, fake: Mock) -> None:
     for from_step in (0, 10, 20, 0, 5):
         finished(tmp_path, from_step)
-    first, second, third, anew, last = (begun["id"] for begun in fake.begun)
+    first, second, third, anew, last = (values["id"] for values in begun(fake))
     assert first == second == third
     assert anew == last != first
-    assert {begun["resume"] for begun in fake.begun} == {"allow"}
+    assert {values["resume"] for values in begun(fake)} == {"allow"}
 
 
 @pytest.mark.parametrize("what", ["init", "log", "finish"])
 def test_a_failure_is_one_warning_and_the_other_metrics_are_complete(
-    tmp_path: Path, fake: FakeWandb, what: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fake: Mock, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake.fails = what
+    getattr(fake, what).side_effect = RuntimeError("the server\nsaid no")
     finished(tmp_path)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: ")
@@ -104,13 +78,13 @@ def test_a_failure_is_one_warning_and_the_other_metrics_are_complete(
 
 
 def test_the_folder_names_the_run_unless_the_environment_does(
-    tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_NAME", raising=False)
     finished(tmp_path)
     monkeypatch.setenv("WANDB_NAME", "mine")
     finished(tmp_path)
-    assert [begun["settings"]["run_name"] for begun in fake.begun] == [tmp_path.name, None]
+    assert [values["settings"]["run_name"] for values in begun(fake)] == [tmp_path.name, None]
 
 
 def test_a_missing_package_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,9 +72,7 @@ def steps(config: PretrainConfig, first: int, last: int, rank: int = 0, world_si
 
 def run(config: PretrainConfig, last: int, state: TrainState | None = None) -> tuple[TrainState, list[StepResult]]:
     """Train a fresh or given state up to step ``last`` in one process."""
-    state = state or build_state(config, CPU)
-    sampler = sampler_of(config)
-    schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
+    state, schedules = state or build_state(config, CPU), schedules_of(config)
     return state, [train_step(state, batches, schedules, config) for batches in steps(config, state.step, last)]
 
 
