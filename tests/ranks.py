@@ -168,13 +168,6 @@ class Server:
         run = self._launch([str(HERE / script), str(out)], environments(2), self.folder, self.folder, ())
         assert run.wait(timeout) == [0, 0], run.err()
 
-    def runner_on_two_ranks(self, runner: str, words: Sequence[object], out: Path, timeout: float) -> None:
-        """Run a runner's command (``run_knn``) as two ranks; what each says is in ``out/said-RANK``."""
-        (out / "words.json").write_text(json.dumps([runner, *map(str, words)]))
-        script = [str(HERE / "runner_process.py"), str(out)]
-        run = self._launch(script, environments(2), self.folder, Path.cwd(), ())
-        assert run.wait(timeout) == [0, 0], run.err()
-
     def _launch(
         self,
         words: list[str],
