@@ -9,8 +9,11 @@ Processes share the extraction; the search is the main one's, with all cores of 
 
 from __future__ import annotations
 
-# Import before torch: it sets how OpenMP threads wait.
-import dino_xcit  # noqa: F401  # isort: skip
+from dino_xcit.cli import check_flags, parse  # before torch: dino_xcit sets how OpenMP threads wait
+from eval.config import KnnConfig
+
+if __name__ == "__main__":
+    check_flags(KnnConfig, "run_knn.py")
 
 import sys
 import time
@@ -19,13 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from dino_xcit.cli import parse
 from dino_xcit.data import Source, Subset, UndecodableImage
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.baselines import baselines
-from eval.config import KnnConfig
 from eval.features import Features, cached, fingerprint_without, unreadable_card, unreadable_notice
 from eval.knn.classify import Predictions, approximate_index, clamp_ks, knn_predict, refuse_few
 from eval.knn.confusion import draw_confusion, write_per_class

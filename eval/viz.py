@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Suffix, refuse_changed
+from dino_xcit.bounds import FilePath, Group, IsPath, Positional, Repeatable, Suffix, refuse_changed
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
 from dino_xcit.errors import InputError, one_line, printable, run_main
@@ -63,7 +63,7 @@ _MARGIN, _GAP, _CAPTION = 20, 10, 40
 class VizConfig(BackboneConfig):
     """Settings of python -m eval.viz."""
 
-    what: Annotated[Literal["attention", "pca"], Positional] = "attention"
+    what: Annotated[Literal["attention", "pca"], Positional, Group("picture")] = "attention"
     """What to draw; --what may be left out."""
     images: Annotated[tuple[str, ...], MinLen(1), IsPath, Positional, Repeatable] = ()
     """Image files; --images may be left out before them."""
