@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from annotated_types import Ge, Le, MinLen
 
-from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters
 from dino_xcit.bounds import FilePath, Positional, annotations_of
 from dino_xcit.cli import parse_known
 from dino_xcit.config import PretrainConfig
@@ -28,6 +27,8 @@ from dino_xcit.recipes import parse_pretrain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
+
+    from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters
 
 USAGE = "python -m dino_xcit.augment preview SRC --out grid.png [--images N] [flags of run_pretrain.py]"
 
