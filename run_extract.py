@@ -13,8 +13,11 @@ Read top to bottom: learn a whitening, extract, look up.
 
 from __future__ import annotations
 
-# Import before torch: it sets how OpenMP threads wait.
-import dino_xcit  # noqa: F401  # isort: skip
+from dino_xcit.cli import check_flags, parse  # before torch: dino_xcit sets how OpenMP threads wait
+from eval.retrieval_config import ExtractConfig
+
+if __name__ == "__main__":
+    check_flags(ExtractConfig, "run_extract.py")
 
 import contextlib
 import os
@@ -27,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dino_xcit.cli import parse
 from dino_xcit.data import Source, decode, open_source
 from dino_xcit.data.decode import choose_white_level
 from dino_xcit.errors import InputError
@@ -41,7 +43,6 @@ from eval.results import now, write_json
 from eval.retrieval import collection as store
 from eval.retrieval import whitening as whitening_file
 from eval.retrieval.contact_sheet import Tile, draw_sheet, tile_of
-from eval.retrieval_config import ExtractConfig
 from eval.setup import demand_writable, open_backbone
 
 MAX_DRAWN = 100

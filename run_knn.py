@@ -9,8 +9,11 @@ Processes share the extraction; the search is the main one's, with all cores of 
 
 from __future__ import annotations
 
-# Import before torch: it sets how OpenMP threads wait.
-import dino_xcit  # noqa: F401  # isort: skip
+from dino_xcit.cli import check_flags, parse  # before torch: dino_xcit sets how OpenMP threads wait
+from eval.config import KnnConfig
+
+if __name__ == "__main__":
+    check_flags(KnnConfig, "run_knn.py")
 
 import sys
 import time
@@ -19,13 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from dino_xcit.cli import parse
 from dino_xcit.data import Source, Subset, UndecodableImage
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.baselines import baselines
-from eval.config import KnnConfig
 from eval.features import Features, cached, fingerprint_without, unreadable_card, unreadable_notice
 from eval.knn.classify import Predictions, approximate_index, clamp_ks, knn_predict, refuse_few
 from eval.knn.confusion import draw_confusion, write_per_class
@@ -72,14 +73,11 @@ def main() -> None:
         models += baselines(loaded, len(train) + len(val), device)
     for model, backbone, weights_hash in models:
         # ---- features, shared by all processes; from the first model on, of the images that could be read
+        how = loaded.transform, device, folder if weights_hash else None, config.batch_size_per_gpu, config.num_workers
         try:
             known, asked = (
-                cached(
-                    backbone, weights_hash, part, loaded.transform, device, folder if weights_hash else None,
-                    config.batch_size_per_gpu, config.num_workers, unreadable=config.unreadable,
-                )
-                for part in (train, val)
-            )  # fmt: skip
+                cached(backbone, weights_hash, part, *how, unreadable=config.unreadable) for part in (train, val)
+            )
         except UndecodableImage as error:
             raise InputError(f"{error}; or add --unreadable skip to measure without such images") from error
         if model == "trained":
@@ -100,15 +98,10 @@ def main() -> None:
         predictions = knn_predict(
             known.features, known.labels, asked.features, ks, config.temperatures, len(asked.features) > 4096, index
         )
-        classes = len(np.unique(np.asarray(known.labels)))
-        for (k, temperature), guesses in predictions.items():
-            # Of five classes every one is among the first five, and k < 5 neighbours name fewer.
-            tops = top_accuracies(guesses, asked.labels, classes > 5 and k >= 5)
-            recall = {"recall": indices[model]["recall_percent"][str(k)]} if index else {}
-            results.append({"model": model, "k": k, "temperature": temperature, **tops, **recall})
-            settings: dict[str, Setting] = {"model": model, "k": k, "T": temperature}
-            name, hits = f"{model} k={k} T={temperature:g} top-1", correct(guesses, asked.labels, 1)
-            figures.append(figure(name, settings, hits, model != "trained"))
+        recalls = indices[model]["recall_percent"] if index else {}
+        records, shown = scored(model, predictions, known, asked, recalls)
+        results += records
+        figures += shown
         if model == "trained":
             by_class(predictions, val, config, len(train))
         if config.few_shot:
@@ -121,19 +114,9 @@ def main() -> None:
         return
 
     # ---- report
-    log.info(results_table(results))
-    if few:
-        log.info(f"few-shot, mean ± deviation of {config.draws} draws:\n{results_table(few)}")
-    for shots in sorted({record["shots"] for record in few if record["classes_with_fewer"]}):
-        log.warning(f"some classes have fewer than {shots} training images: all of theirs were used")
+    print_results(results, few, config.draws)
     if config.json:
-        protocol: Record = {
-            "name": KNN_PROTOCOL, "ks": ks, "temperatures": list(config.temperatures),
-            "interval": "95% Wilson score interval over the validation images",
-        }  # fmt: skip
-        if indices:
-            protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")
-            protocol["search"] = {"approximate": config.approximate, "probes": indices["trained"]["probes"]}
+        protocol = protocol_of(config, ks, indices)
         data = {"train": train_card | images_card(train), "val": val_card | images_card(val)}
         seconds, plain = time.perf_counter() - started, [one.to_card() for one in figures]
         card = result_card("knn", protocol, results, loaded, data, loaded.transform, device, seconds, plain)
@@ -158,6 +141,35 @@ def readable(name: str, source: Source, features: Features, config: KnnConfig) -
     return read, card | {"images": len(read), "unreadable": unreadable_card(names)}
 
 
+def scored(
+    model: str, predictions: Predictions, known: Features, asked: Features, recalls: dict[str, float]
+) -> tuple[list[Record], list[Figure]]:
+    """For each k and T, the accuracies and the figure that comparisons read; ``recalls``: of the search, by k."""
+    records, figures = [], []
+    classes = len(np.unique(np.asarray(known.labels)))
+    for (k, temperature), guesses in predictions.items():
+        # Of five classes every one is among the first five, and k < 5 neighbours name fewer.
+        tops = top_accuracies(guesses, asked.labels, classes > 5 and k >= 5)
+        recall = {"recall": recalls[str(k)]} if recalls else {}
+        settings: dict[str, Setting] = {"model": model, "k": k, "T": temperature}
+        name, hits = f"{model} k={k} T={temperature:g} top-1", correct(guesses, asked.labels, 1)
+        records.append({"model": model, "k": k, "temperature": temperature, **tops, **recall})
+        figures.append(figure(name, settings, hits, model != "trained"))
+    return records, figures
+
+
+def protocol_of(config: KnnConfig, ks: list[int], indices: dict[str, Record]) -> Record:
+    """How it was measured, for the result file."""
+    protocol: Record = {
+        "name": KNN_PROTOCOL, "ks": ks, "temperatures": list(config.temperatures),
+        "interval": "95% Wilson score interval over the validation images",
+    }  # fmt: skip
+    if indices:
+        protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")
+        protocol["search"] = {"approximate": config.approximate, "probes": indices["trained"]["probes"]}
+    return protocol
+
+
 def by_class(predictions: Predictions, val: Source, config: KnnConfig, images: int) -> None:
     """The table and the picture of the classes, at the first of --ks and --temperatures."""
     k, temperature = min(config.ks[0], images), config.temperatures[0]
@@ -167,6 +179,15 @@ def by_class(predictions: Predictions, val: Source, config: KnnConfig, images: i
     if config.confusion:
         path, title = Path(config.confusion).expanduser(), f"k-NN, k = {k}, T = {temperature:g}"
         draw_confusion(path, guesses, labels, val.classes, title)
+
+
+def print_results(results: list[Record], few: list[Record], draws: int) -> None:
+    """The tables for the screen."""
+    log.info(results_table(results))
+    if few:
+        log.info(f"few-shot, mean ± deviation of {draws} draws:\n{results_table(few)}")
+    for shots in sorted({record["shots"] for record in few if record["classes_with_fewer"]}):
+        log.warning(f"some classes have fewer than {shots} training images: all of theirs were used")
 
 
 def results_table(records: list[Record]) -> str:

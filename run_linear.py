@@ -14,8 +14,11 @@ the SGD is in eval/linear/sgd.py, that of the regressions in eval/linear/logisti
 
 from __future__ import annotations
 
-# Import before torch: it sets how OpenMP threads wait.
-import dino_xcit  # noqa: F401  # isort: skip
+from dino_xcit.cli import check_flags, parse  # before torch: dino_xcit sets how OpenMP threads wait
+from eval.config import LinearConfig
+
+if __name__ == "__main__":
+    check_flags(LinearConfig, "run_linear.py")
 
 import sys
 from pathlib import Path
@@ -23,10 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from dino_xcit.cli import parse
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from eval.config import LinearConfig
 from eval.linear.imagenet_variants import Variant
 from eval.linear.logistic import classify, logistic_results, search
 from eval.linear.pooled import Rows

@@ -8,8 +8,12 @@ Read it from top to bottom: settings, data, networks, loop.
 
 from __future__ import annotations
 
-# Import before torch: it sets how OpenMP threads wait.
-import dino_xcit  # noqa: F401  # isort: skip
+from dino_xcit.cli import check_flags  # before torch: dino_xcit sets how OpenMP threads wait
+from dino_xcit.config import PretrainConfig
+from dino_xcit.recipes import parse_pretrain
+
+if __name__ == "__main__":
+    check_flags(PretrainConfig, "run_pretrain.py")
 
 import dataclasses
 import os
@@ -23,7 +27,6 @@ from dino_xcit import nonfinite
 from dino_xcit.checkpoint.checkpoints import Checkpoints
 from dino_xcit.checkpoint.resume import keep_global_batch
 from dino_xcit.checkpoint.state import Run
-from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.decode import choose_white_level
 from dino_xcit.data.load_monitor import DataLoadMonitor
@@ -34,7 +37,6 @@ from dino_xcit.init_weights import initialise
 from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.observers import Evaluator, Observer, Observers, evaluate
 from dino_xcit.optim import Schedules
-from dino_xcit.recipes import parse_pretrain
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.health import Health

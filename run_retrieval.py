@@ -11,8 +11,11 @@ Each protocol is told from top to bottom: images, vectors, figures, report. docs
 
 from __future__ import annotations
 
-# Import before torch: it sets how OpenMP threads wait.
-import dino_xcit  # noqa: F401  # isort: skip
+from dino_xcit.cli import check_flags, parse  # before torch: dino_xcit sets how OpenMP threads wait
+from eval.retrieval_config import RetrievalConfig
+
+if __name__ == "__main__":
+    check_flags(RetrievalConfig, "run_retrieval.py")
 
 import sys
 import time
@@ -23,7 +26,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dino_xcit.cli import parse
 from dino_xcit.data import open_source
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
@@ -32,7 +34,6 @@ from dino_xcit.runtime.logging import counted
 from eval.results import Card, query_figure
 from eval.retrieval import benchmarks
 from eval.retrieval.benchmarks import Answer, extracted, means, open_fitted
-from eval.retrieval_config import RetrievalConfig
 from eval.setup import demand_writable
 from eval.table import percent, table
 

@@ -51,10 +51,9 @@ class LaunchConfig:
 
 def main() -> None:
     """Check both groups of flags, submit the job, say what to type next."""
-    # Imported here because they need PyTorch, and a task of the job only waits for the runner.
+    # Imported here because a task of the job only waits for the runner.
     from dino_xcit.config import PretrainConfig
     from dino_xcit.recipes import parse_pretrain
-    from dino_xcit.runtime.metrics import require_wandb
     from eval.config import KnnConfig, LinearConfig
     from eval.retrieval_config import ExtractConfig, RetrievalConfig
 
@@ -63,7 +62,10 @@ def main() -> None:
     runner_flags = {name for config in configs.values() for name in annotations_of(config)}
     launch, words = parse_known(LaunchConfig, sys.argv[1:], "run_slurm.py", runner_flags)
     if launch.run == "pretrain":
-        require_wandb(parse_pretrain(words)[0].wandb)
+        config, _ = parse_pretrain(words)
+        from dino_xcit.runtime.metrics import require_wandb  # imports PyTorch
+
+        require_wandb(config.wandb)
     elif not parse(configs[launch.run], words, f"run_{launch.run}.py").weights:
         raise InputError(f"no weights given: run_{launch.run}.py needs --weights FILE")
     runner = Path(__file__).resolve().with_name(f"run_{launch.run}.py")

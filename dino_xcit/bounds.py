@@ -35,6 +35,13 @@ class Unique:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Mark of the first setting of a group: ``--help`` shows it and those that follow under this heading."""
+
+    heading: str
+
+
+@dataclass(frozen=True)
 class Suffix:
     """Mark of a file whose name ends in this."""
 

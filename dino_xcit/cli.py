@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dataclasses
+import inspect
 import io
 import itertools
 import math
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
 
-from dino_xcit.bounds import IsPath, Positional, Repeatable, annotations_of, check_bounds, marked
-from dino_xcit.errors import InputError, near_matches
+from dino_xcit.bounds import Group, IsPath, Positional, Repeatable, annotations_of, check_bounds, marked
+from dino_xcit.errors import InputError, near_matches, run_main
 
 Config = TypeVar("Config")
 Flags = dict[str, list[str]]
@@ -63,9 +67,44 @@ def parse_known(
 
 
 def show_help(config: type, argv: Sequence[str], prog: str) -> None:
-    """Where help is asked for, print it and exit."""
-    if "-h" in argv or "--help" in argv:
-        _tyro(config, ["--help"], config(), prog)
+    """Where help is asked for, print it and exit: a box for each :class:`dino_xcit.bounds.Group` of settings."""
+    if "-h" not in argv and "--help" not in argv:
+        return
+    texts, heading, groups = _texts_of(config), "command", dict[str, list[Any]]()
+    for field in dataclasses.fields(config):
+        kind, notes = annotations_of(config)[field.name]
+        heading = next((note.heading for note in notes if isinstance(note, Group)), heading)
+        described = Annotated[kind, tyro.conf.arg(help=texts[field.name])]  # type: ignore[valid-type]
+        groups.setdefault(heading, []).append((field.name, described, field.default))
+    boxes = [(name, dataclasses.make_dataclass(name, fields)) for name, fields in groups.items()]
+    shown = dataclasses.make_dataclass("Settings", boxes)
+    about = "\n\n".join(  # tyro would join lines that begin with a letter
+        textwrap.fill(text, 80, subsequent_indent=" ") for text in inspect.cleandoc(config.__doc__ or "").split("\n\n")
+    )
+    flat = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+    tyro.cli(shown, args=["--help"], description=about, prog=prog, config=flat)
+
+
+def _texts_of(config: type) -> dict[str, str]:
+    """The docstring below each field, without its line breaks: tyro would keep some of them."""
+    texts = {}
+    for kind in filter(dataclasses.is_dataclass, config.__mro__):
+        (tree,) = ast.parse(inspect.getsource(kind)).body
+        for field, below in itertools.pairwise(ast.iter_child_nodes(tree)):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return texts
+
+
+def check_flags(config: type, prog: str) -> None:
+    """Print help, or refuse an unknown flag, before a command imports PyTorch, which takes seconds."""
+
+    def check() -> None:
+        show_help(config, sys.argv[1:], prog)
+        with contextlib.redirect_stderr(io.StringIO()):  # the command itself says which flags it ignores
+            read_flags(config, sys.argv[1:])
+
+    run_main(check)
 
 
 def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None, others: Collection[str] = ()) -> Flags:

@@ -1,6 +1,7 @@
 """Every setting of a pretraining run and of an export, with its default: the only place that has them.
 
 DINO's names are kept. Values are checked here, so that a run that cannot work ends before it starts.
+What needs PyTorch is imported where it is used: a command reads its flags before.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from dino_xcit.augment import MultiCropAugmentation
-from dino_xcit.bounds import FilePath, Seed, check_bounds, marked
-from dino_xcit.data.decode import WHITE
+from dino_xcit.bounds import FilePath, Group, Seed, check_bounds, marked
 from dino_xcit.errors import InputError
-from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
-from dino_xcit.weights.load import Allowed
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform
+
+if TYPE_CHECKING:
+    from dino_xcit.augment import MultiCropAugmentation
 
 
 class ResumeSafe:
@@ -33,11 +34,7 @@ class StateField:
 class PretrainConfig:
     """Settings of run_pretrain.py. Precedence: flags, then --config FILE.yaml, then the recipe, then these defaults."""
 
-    # ---- what
-    arch: Annotated[str, StateField] = "xcit_small_12_p16"
-    """Backbone: an official XCiT name (xcit_nano_12_p16 ... xcit_large_24_p8, also _p4), xcit_pico_4_p4 or
-    xcit_micro_4_p16 for small images, a ViT by its sizes (vit_small_12_p16), or timm:NAME."""
-    recipe: Annotated[str, ResumeSafe] = ""
+    recipe: Annotated[str, ResumeSafe, Group("data")] = ""
     """Named settings: dino (the reference's defaults), xcit-dino-300ep (nearest to the published XCiT models), sample
     and sample-long (the embedded sample). Default: sample without --data-path, else dino."""
     data_path: str = ""
@@ -45,8 +42,10 @@ class PretrainConfig:
     parquet:PATTERN, hf:NAME_OR_DIR (Hugging Face datasets), imagenet:DIR (as downloaded), sample:fashion-mnist,
     sample:fashion-mnist-full or torchvision:NAME; docs/data.md.
     Labels are never used for training."""
-    output_dir: Annotated[FilePath, ResumeSafe] = ""
-    """Where checkpoints, metrics and curves go. Default: runs/RECIPE-ARCH."""
+
+    arch: Annotated[str, StateField, Group("model")] = "xcit_small_12_p16"
+    """Backbone: an official XCiT name (xcit_nano_12_p16 ... xcit_large_24_p8, also _p4), xcit_pico_4_p4 or
+    xcit_micro_4_p16 for small images, a ViT by its sizes (vit_small_12_p16), or timm:NAME."""
     init_weights: FilePath = ""
     """Start student and teacher from these weights instead of random ones: any file that run_knn.py reads,
     hf-hub:ORG/NAME or timm:NAME; docs/checkpoints.md. The heads too, where the file has them in this run's shapes;
@@ -57,9 +56,10 @@ class PretrainConfig:
     """Keys of the backbone that init_weights may lack, by name or by their beginning and *: they start fresh."""
     allow_unexpected: tuple[str, ...] = ()
     """Keys of init_weights that the backbone may lack, likewise: they are left aside."""
+    drop_path_rate: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Stochastic depth of the student."""
 
-    # ---- head and loss
-    method: Annotated[str, StateField] = "dino"
+    method: Annotated[str, StateField, Group("method")] = "dino"
     """How the network learns: dino, simdino, or a method registered with dino_xcit.methods.register_method."""
     out_dim: Annotated[int, Ge(2), StateField] = 65536
     """Prototypes K of the DINO head."""
@@ -93,8 +93,7 @@ class PretrainConfig:
     coding_rate_eps: Annotated[float, Gt(0)] = 0.5
     """Precision at which SimDINO measures the coding rate; smaller values spread the features more."""
 
-    # ---- optimisation
-    epochs: Annotated[int, Ge(1)] = 100
+    epochs: Annotated[int, Ge(1), Group("optimisation")] = 100
     """Passes over the images."""
     batch_size_per_gpu: Annotated[int, Ge(1), ResumeSafe] = 64
     """Images in one forward pass of one process."""
@@ -122,11 +121,8 @@ class PretrainConfig:
     """Whether each parameter's gradient has that limit (the reference) or all together."""
     freeze_last_layer: Annotated[int, Ge(0)] = 1
     """Epochs during which the prototypes do not move."""
-    drop_path_rate: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Stochastic depth of the student."""
 
-    # ---- multi-crop
-    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    global_crops_scale: Annotated[tuple[float, float], Group("crops")] = (0.4, 1.0)
     """Share of the image's area in a global crop: least, most."""
     local_crops_scale: tuple[float, float] = (0.05, 0.4)
     """Share of the image's area in a local crop: least, most."""
@@ -168,8 +164,7 @@ class PretrainConfig:
     """Value of 16-bit grey images that is white, such as 4095 where 12 bits are used; 0: measured on 64 images. Stored
     in the checkpoint, also for evaluation."""
 
-    # ---- machine
-    seed: Seed = 0
+    seed: Annotated[Seed, Group("machine")] = 0
     """Seed of the weights, the order of the images, the crops and drop-path."""
     device: Annotated[Literal["auto", "cpu", "cuda"], ResumeSafe] = "auto"
     """Where to train; auto: a GPU if there is one."""
@@ -189,8 +184,14 @@ class PretrainConfig:
     augment_device: Annotated[Literal["auto", "cpu", "cuda"], ResumeSafe] = "auto"
     """Where colours are jittered and views blurred and solarised: cpu, in the loader processes; cuda, where training is
     on a GPU; auto: cpu, and cuda as soon as a GPU waits for images. The views are the same to the last bit."""
+    hang_timeout: Annotated[float, Ge(1), ResumeSafe] = 600.0
+    """Seconds that one phase may take without progress before the run ends with code 4. Set it above the longest
+    phase, such as the k-NN search."""
+    max_unreadable: Annotated[float, Ge(0), ResumeSafe] = 0.05
+    """Share of images that may be unreadable before the run ends; up to there others stand in for them."""
 
-    # ---- checkpoints and measuring
+    output_dir: Annotated[FilePath, ResumeSafe, Group("checkpoints")] = ""
+    """Where checkpoints, metrics and curves go. Default: runs/RECIPE-ARCH."""
     resume: Annotated[Literal["auto", "changed", "never"], ResumeSafe] = "auto"
     """auto: resume if output_dir holds this run, refuse if it holds another; changed: resume with other settings;
     never: start anew and overwrite."""
@@ -206,11 +207,6 @@ class PretrainConfig:
     max_skipped_steps: Annotated[int, Ge(1), ResumeSafe] = 30
     """Consecutive non-finite steps before the run ends with code 3. fp16 skips a few at the start, until its loss scale
     settles."""
-    max_unreadable: Annotated[float, Ge(0), ResumeSafe] = 0.05
-    """Share of images that may be unreadable before the run ends; up to there others stand in for them."""
-    hang_timeout: Annotated[float, Ge(1), ResumeSafe] = 600.0
-    """Seconds that one phase may take without progress before the run ends with code 4. Set it above the longest
-    phase, such as the k-NN search."""
     max_steps: Annotated[int, Ge(0), ResumeSafe] = 0
     """Stop after so many steps, with a complete checkpoint; 0: after the last epoch. Schedules do not change."""
     log_every: Annotated[int, Ge(1), ResumeSafe] = 10
@@ -218,7 +214,8 @@ class PretrainConfig:
     wandb: Annotated[str, ResumeSafe] = ""
     """Weights & Biases project for the metrics (pip install 'dino-xcit[wandb]', then wandb login, or
     WANDB_MODE=offline in the environment); empty: none."""
-    best_metric: Annotated[str, ResumeSafe] = "knn_top1"
+
+    best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = "knn_top1"
     """Evaluator metric that selects best.pth; higher is better."""
     knn_every: Annotated[int, Ge(0), ResumeSafe] = 0
     """Epochs between two k-NN measurements while training (needs labels); 0: none."""
@@ -242,6 +239,8 @@ class PretrainConfig:
         Raises:
             InputError: names the field, its value and what is expected.
         """
+        from dino_xcit.weights import Allowed
+
         check_bounds(self)
         if self.method == "simdino" and (self.koleo_weight or self.centering != "centering"):
             found = f"koleo_weight is {self.koleo_weight:g} and centering is {self.centering}"
@@ -261,6 +260,8 @@ class PretrainConfig:
 
     def augmentation(self) -> MultiCropAugmentation:
         """The multi-crop augmentation of this run."""
+        from dino_xcit.augment import MultiCropAugmentation
+
         names = inspect.signature(MultiCropAugmentation).parameters
         return MultiCropAugmentation(**{name: getattr(self, name) for name in names})
 

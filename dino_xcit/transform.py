@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from dino_xcit.data.decode import WHITE
 from dino_xcit.errors import InputError, one_line
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHITE = (1 << 16) - 1
+"""The value of a 16-bit image that is white, unless ``--white-level`` says otherwise."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -121,6 +124,8 @@ def _shown(values: RGB) -> str:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as uint8 [3, height, width]."""
+    import torch  # here, because settings need none of it
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -133,6 +138,8 @@ def normalise(images: Tensor, mean: RGB, std: RGB) -> Tensor:
     Returns:
         float32 of the same shape.
     """
+    import torch
+
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, 3, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, 3, 1, 1)
     return images.to(torch.float32).mul_(scale).add_(shift)

@@ -7,13 +7,23 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Seed, Suffix, Unique, marked, refuse_changed
-from dino_xcit.data.decode import WHITE
+from dino_xcit.bounds import (
+    FilePath,
+    Group,
+    IsPath,
+    Positional,
+    Repeatable,
+    Seed,
+    Suffix,
+    Unique,
+    marked,
+    refuse_changed,
+)
 from dino_xcit.errors import InputError
-from dino_xcit.weights import Allowed
-from eval.linear.imagenet_variants import split
-from eval.linear.pooled import blocks_of
+from dino_xcit.transform import WHITE
 
+Pooling = Literal["cls", "mean", "gem", "cls+mean", "cls+gem"]
+"""The tokens that an image's vector is made of, see :class:`eval.pooling.Descriptor`."""
 PAPER_EPOCHS = 100
 """Epochs of the published linear probes."""
 SMALL_EPOCHS = 8
@@ -36,7 +46,7 @@ class IsOutput:
 class BackboneConfig:
     """Which backbone is measured, and on what machine: the settings that all three runners share."""
 
-    weights: FilePath = ""
+    weights: Annotated[FilePath, Group("model")] = ""
     """What to measure: a checkpoint of this project, DINO, DINOv2, iBOT, MoCo, MAE, XCiT, VISSL, lightly, solo-learn,
     timm or torchvision, a .safetensors file, a folder or hf-hub:ORG/NAME of timm or transformers, or timm:NAME with
     timm's pretrained tag or without; docs/checkpoints.md."""
@@ -48,7 +58,7 @@ class BackboneConfig:
     """Keys of the backbone that the file may lack, by name or by their beginning and *: they keep untrained values."""
     allow_unexpected: tuple[str, ...] = ()
     """Keys of the file that the backbone may lack, likewise: they are left aside."""
-    data_path: str = ""
+    data_path: Annotated[str, Group("data")] = ""
     """Images: a folder, a .txt list, tar:PATTERN, parquet:PATTERN, hf:NAME_OR_DIR, imagenet:DIR, sample:fashion-mnist,
     torchvision:NAME; see docs/data.md. Default: what the checkpoint was trained on."""
     eval_resize: Annotated[int, Ge(0)] = 0
@@ -57,7 +67,7 @@ class BackboneConfig:
     """Centre crop; 0: as the checkpoint says, else 224."""
     white_level: Annotated[int, Ge(0), Le(WHITE)] = 0
     """Value of 16-bit grey images that is white, such as 4095; 0: as the checkpoint says, else 65535."""
-    batch_size_per_gpu: Annotated[int, Ge(1)] = 128
+    batch_size_per_gpu: Annotated[int, Ge(1), Group("machine")] = 128
     """Images in one forward pass of one process (--batch-size is the same)."""
     num_workers: Annotated[int, Ge(-1)] = -1
     """Loader processes a rank; -1: chosen from the cores at hand."""
@@ -67,7 +77,7 @@ class BackboneConfig:
     """Keep extracted features, and use those that were kept. --no-cache: neither."""
     cache_dir: FilePath = ""
     """Where features are kept. Default: features/ beside the weights."""
-    json: Annotated[FilePath, IsOutput] = ""
+    json: Annotated[FilePath, IsOutput, Group("evaluation")] = ""
     """Write the figures, and how they were measured, to this file."""
 
     def check(self) -> None:
@@ -76,6 +86,8 @@ class BackboneConfig:
         Raises:
             InputError: names the field, its value and what is expected.
         """
+        from dino_xcit.weights import Allowed  # imports PyTorch: a command reads its flags before
+
         Allowed(self.allow_missing, self.allow_unexpected).check()
 
     def written(self) -> dict[str, str]:
@@ -87,11 +99,11 @@ class BackboneConfig:
 class KnnConfig(BackboneConfig):
     """Settings of run_knn.py."""
 
-    train_data: str = ""
+    train_data: Annotated[str, Group("data")] = ""
     """Labelled images that vote, where not DATA_PATH/train."""
     val_data: str = ""
     """Labelled images that are classified, where not DATA_PATH/val."""
-    ks: Annotated[tuple[int, ...], Ge(1), MinLen(1), Unique] = (10, 20, 100, 200)
+    ks: Annotated[tuple[int, ...], Ge(1), MinLen(1), Unique, Group("evaluation")] = (10, 20, 100, 200)
     """How many neighbours vote; each is measured, all with one search."""
     temperatures: Annotated[tuple[float, ...], Gt(0), MinLen(1), Unique] = (0.07,)
     """Vote weight exp(cosine similarity / T); each is measured."""
@@ -132,11 +144,11 @@ class KnnConfig(BackboneConfig):
 class LinearConfig(BackboneConfig):
     """Settings of run_linear.py. The defaults are the published protocol's, with a grid of learning rates beside it."""
 
-    train_data: str = ""
+    train_data: Annotated[str, Group("data")] = ""
     """Labelled images to learn from, where not DATA_PATH/train."""
     val_data: str = ""
     """Labelled images to measure on, where not DATA_PATH/val."""
-    epochs: Annotated[int, Ge(0)] = 0
+    epochs: Annotated[int, Ge(0), Group("optimisation")] = 0
     """Passes over the training images; 0: 100 as published, or 8 for images of at most 64 pixels."""
     lr: Annotated[float, Gt(0)] = 0.001
     """The paper's learning rate, for a batch of 256 over all processes; scaled linearly with the batch."""
@@ -146,7 +158,7 @@ class LinearConfig(BackboneConfig):
     )  # fmt: skip
     """Grid of learning rates (scaled likewise), trained on the same forward pass; the best is chosen on held-out
     training images."""
-    features: Annotated[tuple[str, ...], MinLen(1), Unique] = ("cls",)
+    features: Annotated[tuple[str, ...], MinLen(1), Unique, Group("evaluation")] = ("cls",)
     """What the grid's classifiers and the logistic regression see, each of these side by side on the same forward pass:
     cls, cls+mean (the mean of the patch tokens beside it), lastN such as last4 (of the last N blocks); see
     docs/linear.md. The paper's classifier sees the class token."""
@@ -172,18 +184,21 @@ class LinearConfig(BackboneConfig):
     also: tuple[str, ...] = ()
     """Variants of ImageNet's validation images to measure the recommended classifier on: imagenet-v2:DIR,
     imagenet-a:DIR, imagenet-r:DIR, sketch:DIR, real:FILE.json."""
-    crop_scale: tuple[float, float] = (0.0, 0.0)
+    crop_scale: Annotated[tuple[float, float], Group("crops")] = (0.0, 0.0)
     """Share of a training image's area that a crop covers: least, most; 0 0: 0.08 1 as published, or 1 1 for images
     of at most 64 pixels."""
-    seed: Seed = 0
+    seed: Annotated[Seed, Group("machine")] = 0
     """Seed of the classifiers, the crops, the order of the images and the held-out part."""
-    output_dir: FilePath = ""
+    output_dir: Annotated[FilePath, Group("checkpoints")] = ""
     """Where linear.pth goes. Default: linear/ beside the weights."""
     resume: Literal["auto", "never"] = "auto"
     """auto: resume if output_dir holds this probe, refuse if it holds another; never: start anew and overwrite."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
+        from eval.linear.imagenet_variants import split
+        from eval.linear.pooled import blocks_of
+
         super().check()
         for name in self.features:
             blocks_of(name)

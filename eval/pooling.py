@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Gt, Le, MinLen
@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from dino_xcit.bounds import Unique, check_bounds
 from dino_xcit.errors import InputError
-
-Pooling = Literal["cls", "mean", "gem", "cls+mean", "cls+gem"]
+from eval.config import Pooling
 
 EPS = 1e-6
 """Tokens are clamped to this before GeM's power: a negative number has no root."""

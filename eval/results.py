@@ -19,7 +19,6 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 from urllib.parse import unquote
 
-import faiss
 import numpy as np
 import PIL
 import torch
@@ -402,6 +401,8 @@ def transform_card(transform: EvalTransform) -> Card:
 
 def versions() -> Card:
     """Of the libraries that a figure may depend on."""
+    import faiss  # here, because a comparison needs none of it
+
     return {
         "dino_xcit": dino_xcit.__version__,
         "python": platform.python_version(),

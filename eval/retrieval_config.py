@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, refuse_changed, shown
+from dino_xcit.bounds import FilePath, Group, IsPath, Positional, Repeatable, refuse_changed, shown
 from dino_xcit.errors import InputError
-from eval.config import BackboneConfig, IsOutput
-from eval.pooling import Descriptor, Pooling
+from eval.config import BackboneConfig, IsOutput, Pooling
+
+if TYPE_CHECKING:
+    from eval.pooling import Descriptor
 
 
 @dataclass(frozen=True)
 class VectorConfig(BackboneConfig):
     """How an image's vector is made: what extraction and retrieval share."""
 
-    pooling: Pooling = "cls"
+    pooling: Annotated[Pooling, Group("vectors")] = "cls"
     """What an image's vector is: the class token, the mean or generalised mean (gem) of the patch tokens, or class
     token and one of these means one behind the other."""
     gem_p: float = 3.0
@@ -30,6 +32,8 @@ class VectorConfig(BackboneConfig):
 
     def descriptor(self) -> Descriptor:
         """How an image's vector is made."""
+        from eval.pooling import Descriptor
+
         return Descriptor(self.pooling, self.gem_p, self.scales)
 
     def check(self) -> None:
@@ -43,7 +47,7 @@ class ExtractConfig(VectorConfig):
     """Settings of run_extract.py: write vectors (--output-dir), look images up in some written before (--query), or
     learn a whitening from some (--learn-whitening)."""
 
-    output_dir: FilePath = ""
+    output_dir: Annotated[FilePath, Group("collection")] = ""
     """Folder for vectors.npy, paths.txt, index.faiss and card.json."""
     normalise: bool = True
     """Scale each vector to length 1, so that inner products are cosine similarities."""
@@ -60,11 +64,11 @@ class ExtractConfig(VectorConfig):
     """Replace another extraction in output_dir."""
     add: bool = False
     """Add the images of data_path to the extraction in output_dir, which has to have the same weights and settings."""
-    learn_whitening: Annotated[FilePath, IsOutput] = ""
+    learn_whitening: Annotated[FilePath, IsOutput, Group("whitening")] = ""
     """File to write: PCA whitening of the vectors in INDEX."""
     whiten_dim: Annotated[int, Ge(0)] = 0
     """Dimensions that learned whitening keeps; 0: all that the vectors have."""
-    query: Annotated[tuple[str, ...], IsPath, Repeatable] = ()
+    query: Annotated[tuple[str, ...], IsPath, Repeatable, Group("query")] = ()
     """Image files to look up."""
     index: FilePath = ""
     """Folder that an earlier run wrote, to look them up in. Default: OUTPUT_DIR."""
@@ -117,7 +121,9 @@ class RetrievalConfig(VectorConfig):
     """Settings of run_retrieval.py. DATA_PATH is the folder of the benchmark (oxford, paris, copydays: as published)
     or the labelled images (folder)."""
 
-    protocol: Annotated[Literal["", "oxford", "paris", "copydays", "folder", "duplicates"], Positional] = ""
+    protocol: Annotated[
+        Literal["", "oxford", "paris", "copydays", "folder", "duplicates"], Positional, Group("evaluation")
+    ] = ""
     """What to measure; the first word of the command line does as well. oxford, paris: Revisited Oxford and Paris.
     copydays: copies find their original. folder: leave-one-out among labelled images. duplicates: what two sets
     share."""

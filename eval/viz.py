@@ -34,15 +34,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_xcit.bounds import FilePath, IsPath, Positional, Repeatable, Suffix, refuse_changed
+from dino_xcit.bounds import FilePath, Group, IsPath, Positional, Repeatable, Suffix, refuse_changed
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
-from dino_xcit.data.decode import WHITE
 from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models.xcit import ClassAttention, XCiT
 from dino_xcit.runtime import atomic
 from dino_xcit.runtime.logging import counted, progress_bar
-from dino_xcit.transform import normalise, to_tensor
+from dino_xcit.transform import WHITE, normalise, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.config import BackboneConfig
 from eval.pooling import patch_size_of
@@ -64,7 +63,7 @@ _MARGIN, _GAP, _CAPTION = 20, 10, 40
 class VizConfig(BackboneConfig):
     """Settings of python -m eval.viz."""
 
-    what: Annotated[Literal["attention", "pca"], Positional] = "attention"
+    what: Annotated[Literal["attention", "pca"], Positional, Group("picture")] = "attention"
     """What to draw; --what may be left out."""
     images: Annotated[tuple[str, ...], MinLen(1), IsPath, Positional, Repeatable] = ()
     """Image files; --images may be left out before them."""

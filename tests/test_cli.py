@@ -249,8 +249,14 @@ def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as caught:
         parse_pretrain(["--help"])
     assert caught.value.code == 0
-    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert all(f"--{field.name} " in words for field in dataclasses.fields(PretrainConfig))
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\W*(\w+) options", printed, re.M) == [
+        "data", "model", "method", "optimisation", "crops", "machine", "checkpoints", "evaluation",
+    ]  # fmt: skip
+    assert max(map(len, printed.splitlines())) <= 80
+    words = " ".join(printed.replace("│", " ").split())
+    assert "models), sample and sample-long (the embedded sample)" in words, "paragraphs are whole"
+    assert all(f"--{field.name.replace('_', '-')} " in words for field in dataclasses.fields(PretrainConfig))
     assert words.count("(default:") >= len(dataclasses.fields(PretrainConfig))
     assert all(f"(default: {default})" in words for default in ("65536", "0.4 1.0", "True"))
 

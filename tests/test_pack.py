@@ -503,7 +503,7 @@ def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
         data_command(argv)
 
 
-@pytest.mark.parametrize(("argv", "word"), [([], "pack SRC DST"), (["pack"], "--max_side"), (["check"], "--report")])
+@pytest.mark.parametrize(("argv", "word"), [([], "pack SRC DST"), (["pack"], "--max-side"), (["check"], "--report")])
 def test_help_is_shown(argv: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         sys.exit(data_command([*argv, "--help"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import tomllib
@@ -76,3 +77,11 @@ def test_the_architecture_captions_every_package_and_nothing_that_does_not_exist
     assert all(f"`{folder}`" in captions for folder in folders)
     for path in re.findall(r"`((?:dino_xcit|eval)/[\w/.]+)`", captions):
         assert (ROOT / path).exists(), path
+
+
+def test_no_function_is_longer_than_80_lines() -> None:
+    long = []
+    for path in (path for name in ("run_*.py", "dino_xcit/**/*.py", "eval/**/*.py") for path in ROOT.glob(name)):
+        functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+        long += [(path.name, one.name) for one in functions if one.end_lineno - one.lineno >= 80]
+    assert long == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -197,3 +198,41 @@ def test_a_mistake_has_exit_code_two_as_a_process_too(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: there is no file none.pth: expected weights such as ")
     assert done.stderr.count("\n") == 1
+
+
+# ---- help, and a mistyped flag, before anything heavy is imported
+
+COMMANDS = [
+    *sorted(path.name for path in ROOT.glob("run_*.py")), "-m dino_xcit.data check", "-m dino_xcit.data pack",
+    "-m dino_xcit.augment preview", "-m dino_xcit.export", "-m dino_xcit.verify_resume", "-m dino_xcit.nonfinite",
+    "-m eval.compare", "-m eval.viz", "-m eval.reproduce",
+]  # fmt: skip
+
+
+def processor_time(*words: str) -> float:
+    """Of a child, user and system, in seconds."""
+    before = os.times()
+    subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=False)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+@pytest.fixture(scope="module")
+def import_torch() -> float:
+    return min(processor_time("-c", "import torch") for _ in range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--help", "--mistyped"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_a_mistyped_flag_take_little_more_than_importing_torch(
+    command: str, flag: str, import_torch: float
+) -> None:
+    # The best of three runs, without those that are no longer needed.
+    assert any(processor_time(*command.split(), flag) <= 1.5 * import_torch for _ in range(3))
+
+
+def test_settings_import_nothing_heavy() -> None:
+    settings = "dino_xcit.recipes, eval.config, eval.retrieval_config, run_slurm"
+    program = f"import sys, {settings}; sys.exit(bool({{'torch', 'numba', 'scipy', 'faiss'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -1,7 +1,19 @@
 """Multi-crop augmentation: what is drawn for a sample's views, and the views made of it."""
 
-from dino_xcit.augment.multicrop import MultiCropAugmentation, group_by_size
-from dino_xcit.augment.parameters import ViewKind, ViewParameters
-from dino_xcit.augment.views import ViewMaker
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dino_xcit.augment.multicrop import MultiCropAugmentation, group_by_size
+    from dino_xcit.augment.parameters import ViewKind, ViewParameters
+    from dino_xcit.augment.views import ViewMaker
 
 __all__ = ["MultiCropAugmentation", "ViewKind", "ViewMaker", "ViewParameters", "group_by_size"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is listed above, imported when it is first asked for: Numba takes a second, which help need not wait for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = {"ViewMaker": "views", "ViewKind": "parameters", "ViewParameters": "parameters"}.get(name, "multicrop")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

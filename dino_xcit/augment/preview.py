@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from annotated_types import Ge, Le, MinLen
 
-from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters
 from dino_xcit.bounds import FilePath, Positional, annotations_of
 from dino_xcit.cli import parse_known
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, decode, open_source
-from dino_xcit.data.decode import WHITE, choose_white_level
+from dino_xcit.data.decode import choose_white_level
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.recipes import parse_pretrain
+from dino_xcit.transform import WHITE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
+
+    from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters
 
 USAGE = "python -m dino_xcit.augment preview SRC --out grid.png [--images N] [flags of run_pretrain.py]"
 

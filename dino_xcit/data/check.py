@@ -21,11 +21,12 @@ from annotated_types import Ge, MinLen
 from dino_xcit.bounds import FilePath, Positional
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.decode import WHITE, choose_white_level, read_header
+from dino_xcit.data.decode import choose_white_level, read_header
 from dino_xcit.data.open import parts_of
 from dino_xcit.data.workers import each_image
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime.logging import counted, progress_bar
+from dino_xcit.transform import WHITE
 
 _SHOWN = 10
 

@@ -20,6 +20,7 @@ from dino_xcit.data.source import Item, Source
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
+from dino_xcit.transform import WHITE
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -30,9 +31,6 @@ So it bounds what decoding needs besides the file: 8 bytes a pixel for most file
 there twice), 12 for a turned CMYK, 16 for a WebP and four more where that is transparent; four more for the pixels that
 are handed to augmentation, and there another four.
 """
-
-WHITE = (1 << 16) - 1
-"""The value of a 16-bit image that is white, unless ``--white-level`` says otherwise."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

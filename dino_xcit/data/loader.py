@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
 from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
-from dino_xcit.data.decode import WHITE, UndecodableImage, decode_pixels
+from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.source import Source
 from dino_xcit.data.workers import worker_init
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime import watchdog
+from dino_xcit.transform import WHITE
 
 Key = tuple[int, int]
 """(epoch, index in the source)."""

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dino_xcit.config import PretrainConfig
@@ -56,6 +55,8 @@ class TensorBoard:
 
     def __init__(self, folder: Path, from_step: int) -> None:
         """What an earlier start wrote after ``from_step`` is hidden."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
         self._board = SummaryWriter(str(folder), purge_step=from_step + 1)
 
     def write(self, kind: str, step: int, values: Record) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dino_xcit.data import Source, decode
-from dino_xcit.data.decode import WHITE
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
+from dino_xcit.transform import WHITE
 
 TILE = 168
 """Pixels a side of the square that an image is fitted into."""
