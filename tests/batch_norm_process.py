@@ -43,13 +43,8 @@ def run(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
         (y.sin() * torch.arange(1, 6).view(1, 5, *[1] * (x.dim() - 2))).sum().backward()
     assert x.grad is not None
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.grad is not None}
-    return {
-        "y": y.detach(),
-        "x.grad": x.grad,
-        **gradients,
-        **dict(layer.named_buffers()),
-        "eval": layer.eval()(x).detach(),
-    }
+    buffers = dict(layer.named_buffers())
+    return {"y": y.detach(), "x.grad": x.grad, **gradients, **buffers, "eval": layer.eval()(x).detach()}
 
 
 def main() -> None:
@@ -57,16 +52,13 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     rank = distributed.rank()
-    found: dict[str, Any] = {
-        name: run(convert_sync_batch_norm(layer_of(name)), batch_of(name).chunk(2)[rank]) for name in SHAPES
-    }
-    low = convert_sync_batch_norm(layer_of("image")).float()
-    found["bfloat16"] = run(low, batch_of("image").chunk(2)[rank].bfloat16())
-    messages = Messages(0)
-    x = batch_of("image").chunk(2)[rank].requires_grad_()
-    layer = convert_sync_batch_norm(layer_of("image"))
-    with messages:
-        layer(x).sum().backward()
+    halves = {name: batch_of(name).chunk(2)[rank] for name in SHAPES}
+    layers = {name: convert_sync_batch_norm(layer_of(name)) for name in SHAPES}
+    found: dict[str, Any] = {name: run(layers[name], halves[name]) for name in SHAPES}
+    low, other = (convert_sync_batch_norm(layer_of("image")) for _ in range(2))
+    found["bfloat16"] = run(low.float(), halves["image"].bfloat16())
+    with Messages(0) as messages:
+        other(halves["image"].requires_grad_()).sum().backward()
     found["messages"] = [message["kind"] for message in messages.seen]
     found["host waits"] = messages.host_waits
     torch.save(found, f"{sys.argv[1]}-{rank}.pt")

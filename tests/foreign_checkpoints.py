@@ -9,10 +9,9 @@ timm 1.0.31).
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,9 @@ def vit(
 ) -> VisionTransformer:
     """Two blocks of DINO's vit_tiny."""
     torch.manual_seed(seed)
-    return shaken(
-        VisionTransformer(
-            img_size=side, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6), **more,
-        ),
-        seed,
-    )  # fmt: skip
+    more |= {"num_classes": 0, "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
+    network = VisionTransformer(side, patch, embed_dim=width, depth=depth, num_heads=heads, **more)
+    return shaken(network, seed)
 
 
 def xcit(seed: int = 0) -> nn.Module:
@@ -55,12 +50,12 @@ def timm_xcit(seed: int = 0, classes: int = 0) -> Xcit:
     return shaken(Xcit(patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=classes, tokens_norm=True), seed)
 
 
-def resnet(name: str = "resnet18", seed: int = 0, classes: bool = False) -> nn.Module:
-    """torchvision's; without its classifier as DINO and solo-learn take it away."""
+@cache
+def resnet(seed: int = 0) -> nn.Module:
+    """torchvision's smallest, without its classifier as DINO and solo-learn take it away."""
     torch.manual_seed(seed)
-    network = torchvision.models.get_model(name, weights=None)
-    if not classes:
-        network.fc = nn.Identity()
+    network = torchvision.models.resnet18()
+    network.fc = nn.Identity()
     return shaken(network, seed)
 
 
@@ -92,7 +87,6 @@ def _with_head(wrapper: str, backbone: State, head: State) -> State:
 
 def dino(student: nn.Module, teacher: nn.Module, width: int, teacher_wrapped: bool = False) -> dict[str, Any]:
     """main_dino.py: the student in DistributedDataParallel, the teacher only if it has BatchNorm."""
-
     return {
         "student": _with_head("module.", dict(student.state_dict()), head(width, 1)),
         "teacher": _with_head("module." if teacher_wrapped else "", dict(teacher.state_dict()), head(width, 2)),
@@ -142,10 +136,9 @@ def moco_v3(student: nn.Module, teacher: nn.Module, projector: str = "head") -> 
     return {"epoch": 300, "arch": "vit_small", "state_dict": state, "optimizer": {}, "scaler": {}}
 
 
-def moco(student: nn.Module, teacher: nn.Module | None, version: int = 2) -> dict[str, Any]:
-    """facebookresearch/moco's; its published files have the student alone. Version 1 projects with one layer."""
-    before = "fc." if version == 1 else "fc.0."
-    layer = {f"{before}weight": torch.zeros(4, 512), f"{before}bias": torch.zeros(4)}
+def moco(student: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
+    """facebookresearch/moco's second version; its published files have the student alone."""
+    layer = {"fc.0.weight": torch.zeros(4, 512), "fc.0.bias": torch.zeros(4)}
     state = prefixed("module.encoder_q.", dict(student.state_dict()) | layer)
     if teacher is not None:
         state |= prefixed("module.encoder_k.", dict(teacher.state_dict()) | layer)
@@ -210,25 +203,25 @@ def lightly_module(network: nn.Module) -> dict[str, Any]:
     return lightning(prefixed("backbone.", network.state_dict()) | {"projection_head.w": torch.ones(1)})
 
 
-def lightly_example(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
+def lightly_example(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """lightly's DINO example: torchvision's ResNet as a Sequential without its last layer."""
 
     def cut(network: nn.Module) -> State:
-        return dict(nn.Sequential(*list(copy.deepcopy(network).children())[:-1]).state_dict())
+        return dict(nn.Sequential(*list(network.children())[:-1]).state_dict())
 
-    both = {f"{name}_backbone.": cut(net) for name, net in (("student", student), ("teacher", teacher))}
-    both |= {f"{name}_head.": lightly_head(width) for name in ("student", "teacher")}
-    return lightning({f"{prefix}{key}": value for prefix, state in both.items() for key, value in state.items()})
+    state = prefixed("student_backbone.", cut(student)) | prefixed("teacher_backbone.", cut(teacher))
+    heads = prefixed("student_head.", lightly_head(512)) | prefixed("teacher_head.", lightly_head(512))
+    return lightning(state | heads)
 
 
-def lightly_benchmark(student: nn.Module, teacher: nn.Module, width: int) -> dict[str, Any]:
+def lightly_benchmark(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
     """lightly's ImageNet benchmark: the teacher is the "backbone", each a timm transformer inside a module."""
     return lightning(
         prefixed("backbone.vit.", teacher.state_dict())
-        | prefixed("projection_head.", lightly_head(width))
+        | prefixed("projection_head.", lightly_head(192))
         | prefixed("student_backbone.vit.", student.state_dict())
-        | prefixed("student_projection_head.", lightly_head(width))
-        | {"criterion.center.center": torch.zeros(1, 12), "online_classifier.linear.weight": torch.zeros(9, width)}
+        | prefixed("student_projection_head.", lightly_head(192))
+        | {"criterion.center.center": torch.zeros(1, 12), "online_classifier.linear.weight": torch.zeros(9, 192)}
     )
 
 

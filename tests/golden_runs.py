@@ -10,8 +10,8 @@ from __future__ import annotations
 import dino_xcit  # noqa: F401  # isort: skip  # before torch
 
 import contextlib
+import itertools
 import json
-import lzma
 import runpy
 import shutil
 import signal
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from last_words import last_words
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -127,11 +128,10 @@ def picture(group: int, number: int) -> NDArray[np.uint8]:
 
 def write_photos(folder: Path) -> None:
     """``folder``/train and /val with six classes: 48 and 24 pictures."""
-    for part, numbers in (("train", range(8)), ("val", range(8, 12))):
-        for group in range(6):
-            (folder / part / str(group)).mkdir(parents=True)
-            for number in numbers:
-                Image.fromarray(picture(group, number)).save(folder / part / str(group) / f"{number}.png")
+    for group, number in itertools.product(range(6), range(12)):
+        place = folder / ("train" if number < 8 else "val") / str(group)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(group, number)).save(place / f"{number}.png")
 
 
 class TenImages:
@@ -161,21 +161,13 @@ def ten_features(weights: str | Path) -> NDArray[np.float32]:
 # ---- what is kept of a run
 
 
-def losses(flags: list[str], folder: str) -> dict[str, list[float]]:
-    """The figures of 20 steps, and the k-NN after each epoch."""
-    photos = ("--data-path", "photos") if "--data-path" not in flags else ()
-    knn = ("--knn-every", "1") if "--knn-every" not in flags else ()
-    words = (*photos, *_without(TINY, flags), *knn, *flags)
-    run("run_pretrain.py", *words, "--max-steps", "20", "--output-dir", folder)
+def losses(flags: list[str], folder: str, count: int = 20) -> dict[str, list[float]]:
+    """The figures of ``count`` steps, and the k-NN after each epoch."""
+    words = last_words(["--data-path", "photos", *TINY, "--knn-every", "1", *flags])
+    run("run_pretrain.py", *words, "--max-steps", str(count), "--output-dir", folder)
     records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     found = {name: [row[name] for row in records if row["kind"] == "step"] for name in STEP_FIGURES}
     return found | {"knn_top1": [row["knn_top1"] for row in records if "knn_top1" in row]}
-
-
-def _without(words: tuple[str, ...], flags: list[str]) -> list[str]:
-    """Pairs of flag and value, but for those that are given anew."""
-    pairs = zip(words[::2], words[1::2], strict=True)
-    return [word for flag, value in pairs if flag not in flags for word in (flag, value)]
 
 
 def parameters(path: Path) -> dict[str, list[float]]:
@@ -214,16 +206,9 @@ def pack_weights(folder: Path) -> None:
     """
     content = torch.load(folder / "checkpoint.pth", weights_only=True)
     torch.save({key: content[key] for key in content if key not in ("student", "optimizer")}, folder / "checkpoint.pth")
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 2}]  # floats: four bytes each
-    with lzma.open(GOLDEN / "weights.tar.xz", "wb", filters=filters) as file, tarfile.open(fileobj=file, mode="w") as t:
+    with tarfile.open(GOLDEN / "weights.tar.xz", "w:xz", preset=9) as archive:
         for name in ("checkpoint.pth", "backbone.pth"):
-            t.add(folder / name, name, filter=_nobodys)
-
-
-def _nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    member.uid = member.gid = member.mtime = 0
-    member.uname = member.gname = ""
-    return member
+            archive.add(folder / name, name)
 
 
 # ---- writing them

@@ -7,6 +7,7 @@ import io
 import pickle
 import struct
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,17 +37,23 @@ from hostile_parts import (
 PROGRAMS: dict[str, Maker] = {}
 """Files with a program that runs where the file is trusted."""
 OTHERS: dict[str, Maker] = {}
+UNBOUNDED: dict[str, Maker] = {}
+"""Files whose time or memory only a pickle interpreter could bound."""
+LARGE: dict[str, Maker] = {}
+"""Honest as files, but what they name or resemble takes gigabytes."""
 
 
-def program(maker: Maker) -> Maker:
-    PROGRAMS[maker.__name__] = maker
-    return maker
+def into(makers: dict[str, Maker]) -> Callable[[Maker], Maker]:
+    """A decorator that puts a function into one of the above, under its name."""
+
+    def put(maker: Maker) -> Maker:
+        makers[maker.__name__] = maker
+        return maker
+
+    return put
 
 
-def other(maker: Maker) -> Maker:
-    OTHERS[maker.__name__] = maker
-    return maker
-
+program, other, unbounded, large = map(into, (PROGRAMS, OTHERS, UNBOUNDED, LARGE))
 
 # ---- that run a program
 
@@ -170,33 +177,28 @@ def pickle_of_thirty_megabytes(path: Path, canary: Path) -> None:
     archive(path, dictionary(words=b"(" + text("x" * 10_000) * 3000 + b"t"))
 
 
-# ---- whose tensors lie
+# ---- whose pickle lies
 
-
-@other
-def storage_of_a_trillion(path: Path, canary: Path) -> None:
-    archive(path, dictionary(weight=tensor(storage(10**12), (10**12,), (1,))))
-
-
-@other
-def shape_of_a_trillion(path: Path, canary: Path) -> None:
-    archive(path, dictionary(weight=tensor(storage(4), (10**6, 10**6), (10**6, 1))))
-
-
-@other
-def shape_of_six_gigabytes(path: Path, canary: Path) -> None:
-    """PyTorch lengthens the storage, and gives whatever the memory held."""
-    archive(path, dictionary(weight=tensor(storage(4), (1_500_000_000,), (1,))))
-
-
-@other
-def tensor_behind_its_storage(path: Path, canary: Path) -> None:
-    archive(path, dictionary(weight=tensor(storage(4), (2, 2), (3, 1))))
-
-
-@other
-def tensor_repeated_a_trillion_times(path: Path, canary: Path) -> None:
-    torch.save({"weight": torch.zeros(1).expand(10**6, 10**6)}, path)
+BODIES: dict[str, bytes] = {
+    "storage_of_a_trillion": dictionary(weight=tensor(storage(10**12), (10**12,), (1,))),
+    "shape_of_a_trillion": dictionary(weight=tensor(storage(4), (10**6, 10**6), (10**6, 1))),
+    # PyTorch lengthens the storage, and gives whatever the memory held.
+    "shape_of_six_gigabytes": dictionary(weight=tensor(storage(4), (1_500_000_000,), (1,))),
+    "tensor_behind_its_storage": dictionary(weight=tensor(storage(4), (2, 2), (3, 1))),
+    "tensor_made_by_a_call": dictionary(weight=called(named("torch", "FloatTensor"), number(10**12))),
+    "billion_laughs": dictionary(args=b"]" + LAUGHS),
+    "list_that_holds_itself": dictionary(args=b"]q\x00h\x00a"),
+    "lists_a_hundred_thousand_deep": dictionary(args=b"]" * 100_000 + b"a" * 99_999),
+    "text_of_four_gigabytes": dictionary(epoch=b"X" + struct.pack("<I", 2**32 - 1)),
+}
+"""What is in an archive that is honest otherwise."""
+TENSORS: dict[str, torch.Tensor] = {
+    "tensor_repeated_a_trillion_times": torch.zeros(1).expand(10**6, 10**6),
+    "sparse_tensor_of_a_trillion": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6), check_invariants=True),
+    "tensor_without_data": torch.empty(10**6, 10**6, device="meta"),
+}
+OTHERS |= {name: lambda path, _, body=body: archive(path, body) for name, body in BODIES.items()}
+OTHERS |= {name: lambda path, _, weight=weight: torch.save({"w": weight}, path) for name, weight in TENSORS.items()}
 
 
 @other
@@ -206,21 +208,11 @@ def tensor_in_five_thousand_places(path: Path, canary: Path) -> None:
 
 
 @other
-def sparse_tensor_of_a_trillion(path: Path, canary: Path) -> None:
-    torch.save({"weight": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))}, path)
-
-
-@other
 def quantized_tensor(path: Path, canary: Path) -> None:
     rebuild = named("torch._utils", "_rebuild_qtensor")
     scheme = b"(" + named("torch", "per_tensor_affine") + b"G" + bytes(8) + number(0) + b"t"
     quantized = called(rebuild, storage(4), number(0), shape(10**10), shape(1), scheme, b"\x89", b"N")
     archive(path, dictionary(weight=quantized))
-
-
-@other
-def tensor_without_data(path: Path, canary: Path) -> None:
-    torch.save({"weight": torch.empty(10**6, 10**6, device="meta")}, path)
 
 
 @other
@@ -244,27 +236,9 @@ def tar_archive_in_the_old_format(path: Path, canary: Path) -> None:
     path.write_bytes(member.tobuf(tarfile.GNU_FORMAT, "latin1", "strict") + bytes(2048))
 
 
-# ---- whose values explode
-
-
-@other
-def billion_laughs(path: Path, canary: Path) -> None:
-    archive(path, dictionary(args=b"]" + LAUGHS))
-
-
 @other
 def billion_laughs_in_the_list_of_storages(path: Path, canary: Path) -> None:
     old_format(path, HONEST.replace(b"tQ", b"NtQ"), b"]]" + LAUGHS + b"a", b"")
-
-
-@other
-def list_that_holds_itself(path: Path, canary: Path) -> None:
-    archive(path, dictionary(args=b"]q\x00h\x00a"))
-
-
-@other
-def lists_a_hundred_thousand_deep(path: Path, canary: Path) -> None:
-    archive(path, dictionary(args=b"]" * 100_000 + b"a" * 99_999))
 
 
 @other
@@ -287,24 +261,7 @@ def number_type_of_numpys_with_a_false_state(path: Path, canary: Path) -> None:
     archive(path, dictionary(epoch=dtype + state + b"b"))
 
 
-@other
-def tensor_made_by_a_call(path: Path, canary: Path) -> None:
-    archive(path, dictionary(weight=called(named("torch", "FloatTensor"), number(10**12))))
-
-
-@other
-def text_of_four_gigabytes(path: Path, canary: Path) -> None:
-    archive(path, dictionary(epoch=b"X" + struct.pack("<I", 2**32 - 1)))
-
-
 # ---- whose time or memory only a pickle interpreter could bound
-
-UNBOUNDED: dict[str, Maker] = {}
-
-
-def unbounded(maker: Maker) -> Maker:
-    UNBOUNDED[maker.__name__] = maker
-    return maker
 
 
 @unbounded
@@ -337,15 +294,6 @@ def ten_million_instructions(path: Path, canary: Path) -> None:
 
 
 # ---- whose backbone would not fit into the memory
-
-
-LARGE: dict[str, Maker] = {}
-"""Honest as files, but what they name or resemble takes gigabytes."""
-
-
-def large(maker: Maker) -> Maker:
-    LARGE[maker.__name__] = maker
-    return maker
 
 
 @large

@@ -51,7 +51,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, this: Path, that: Path, rounds: int
     against.compare_commits(["new.py", "old.py"], {"speed": "more", "s": "less", "new": "less"}, given)
 
 
-def test_both_commits_run_in_turn_with_the_same_arguments_and_ratios_are_of_a_round(
+def test_both_commits_run_in_turn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     this = checkout(tmp_path / "this", "new.py", TURN.replace("SPEED", "2"))
@@ -64,19 +64,17 @@ def test_both_commits_run_in_turn_with_the_same_arguments_and_ratios_are_of_a_ro
 
 
 @pytest.mark.parametrize(
-    ("script", "name", "rounds", "error", "word"),
+    ("script", "name", "rounds", "error"),
     [
-        ("import sys; sys.exit(7)", "new.py", 1, RunStopped, "code 7"),
-        ("print('{}')", "new.py", 1, RunStopped, "no figure in common"),
-        ("", "new.py", 0, InputError, "--against-rounds"),
-        ("", "other.py", 1, InputError, "benchmarks/new.py"),
+        ("import sys; sys.exit(7)", "new.py", 1, RunStopped), ("print('{}')", "new.py", 1, RunStopped),
+        ("", "new.py", 0, InputError), ("", "other.py", 1, InputError),
     ],
-)
+)  # fmt: skip
 def test_a_comparison_that_cannot_be_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, name: str, rounds: int, error: type, word: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, name: str, rounds: int, error: type
 ) -> None:
     that = checkout(tmp_path, name, script)
-    with pytest.raises(error, match=word):
+    with pytest.raises(error):
         compare(monkeypatch, that, that, rounds)
 
 
@@ -86,10 +84,10 @@ def test_a_comparison_that_cannot_be_is_refused(
 def living(session: int) -> dict[int, str]:
     """Command lines of the living processes of a session."""
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in (int(folder.name) for folder in Path("/proc").glob("[0-9]*")):
         with contextlib.suppress(OSError):  # gone meanwhile
-            if os.getsid(int(folder.name)) == session and "State:\tZ" not in (folder / "status").read_text():
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+            if os.getsid(pid) == session and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     return found
 
 
@@ -115,7 +113,7 @@ STEP = [str(BENCHMARKS / "step.py"), "--quick", "--only", "ours-fp32", "--rounds
     [
         (["-c", GRANDCHILD], "sleep", signal.SIGKILL),
         (["-c", GRANDCHILD], "sleep", signal.SIGTERM),
-        (STEP, "--worker", signal.SIGKILL),
+        pytest.param(STEP, "--worker", signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_benchmark_leaves_no_process(words: list[str], child: str, number: int) -> None:
@@ -124,7 +122,7 @@ def test_a_killed_benchmark_leaves_no_process(words: list[str], child: str, numb
     environment["PYTHONPATH"] += f":{BENCHMARKS}"
     with subprocess.Popen([sys.executable, *words], env=environment, start_new_session=True) as process:
         try:
-            assert until(lambda: any(child in command.split() for command in living(process.pid).values()))
+            assert until(lambda: child in " ".join(living(process.pid).values()).split())
             for pid, command in living(process.pid).items():
                 if child in command.split():
                     os.kill(pid, signal.SIGSTOP)  # it can notice nothing by itself

@@ -16,21 +16,18 @@ from dino_xcit.models.droppath import residual_scales
 from dino_xcit.train import build_state
 
 
-def batch_of(indices: list[int], epoch: int = 0, views: tuple[int, ...] = (2, 4)) -> Batch:
-    return Batch([torch.empty(0) for _ in views], list(views), epoch, torch.tensor(indices))
+def batch_of(indices: list[int], epoch: int = 0) -> Batch:
+    return Batch([torch.empty(0), torch.empty(0)], [2, 4], epoch, torch.tensor(indices))
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
 def test_the_share_of_dropped_branches_is_the_rate(rate: float) -> None:
     scales = residual_scales(torch.arange(4000), 36, rate)
     assert scales.shape == (36, 4000, 1, 1)
     dropped = scales == 0
     assert torch.equal(scales[~dropped], torch.full_like(scales[~dropped], 1 / (1 - rate)))
-    count = dropped.numel()
-    allowed = 5 * math.sqrt(rate * (1 - rate) * count)  # five deviations of a binomial
-    assert abs(int(dropped.sum()) - rate * count) < allowed
-    # and so for each branch, and for each run of keys
-    for part in (*dropped.unbind(0), *dropped.flatten(1).split(400, dim=1)):
+    # In all, for each branch, and for each run of keys: within five deviations of a binomial.
+    for part in (dropped, *dropped.unbind(0), *dropped.flatten(1).split(400, dim=1)):
         assert abs(int(part.sum()) - rate * part.numel()) < 5 * math.sqrt(rate * (1 - rate) * part.numel())
 
 
@@ -53,23 +50,15 @@ def test_what_is_dropped_depends_on_the_key_alone() -> None:
 
 def test_every_epoch_image_and_view_has_a_key_of_its_own() -> None:
     """Image 5 of epoch 0 must not drop the branches of image 4 of epoch 1."""
-    keys = [torch.cat(drop_path_keys(batch_of(list(range(256)), epoch), seed=0)) for epoch in range(8)]
-    everything = torch.cat(keys)
-    assert len(everything.unique()) == len(everything) == 8 * 256 * 6
+    keys = torch.cat([key for epoch in range(8) for key in drop_path_keys(batch_of(list(range(256)), epoch), seed=0)])
+    assert len(keys.unique()) == len(keys) == 8 * 256 * 6
 
 
 def test_keys_follow_the_image_and_not_its_place_in_the_batch() -> None:
-    together = drop_path_keys(batch_of([3, 8, 5, 40], epoch=2), seed=7)
+    together, alone = (drop_path_keys(batch_of(indices, epoch=2), seed=7) for indices in ([3, 8, 5, 40], [5]))
     assert [key.shape for key in together] == [(8,), (16,)]
-    alone = drop_path_keys(batch_of([5], epoch=2), seed=7)
     for group, single in zip(together, alone, strict=True):
         assert torch.equal(group.view(-1, 4)[:, 2], single)
-
-
-def test_keys_of_the_views_do_not_depend_on_how_they_are_grouped_by_size() -> None:
-    split = drop_path_keys(batch_of([1, 2], views=(2, 4)), seed=0)
-    whole = drop_path_keys(batch_of([1, 2], views=(6,)), seed=0)
-    assert torch.equal(torch.cat(split), torch.cat(whole))
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}])
@@ -89,17 +78,6 @@ def frozen_statistics(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     return model
-
-
-def test_the_network_drops_by_key_wherever_a_sample_stands() -> None:
-    model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.5))
-    images, keys, order = torch.randn(6, 3, 16, 16), torch.arange(6), torch.tensor([4, 2, 0, 5, 1, 3])
-    with torch.no_grad():
-        here = model(images, drop_path_keys=keys).cls_token
-        there = model(images[order], drop_path_keys=keys[order]).cls_token
-        others = model(images, drop_path_keys=keys + 100).cls_token
-    torch.testing.assert_close(there, here[order], rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(others, here, atol=1e-3)
 
 
 def test_each_kept_branch_is_scaled_and_each_dropped_branch_is_absent() -> None:
@@ -132,34 +110,27 @@ def test_class_attention_has_no_drop_path() -> None:
 
 def test_eval_mode_and_a_rate_of_zero_drop_nothing() -> None:
     dropping, plain = build_backbone("xcit_pico_4_p4", drop_path_rate=0.5), build_backbone("xcit_pico_4_p4")
-    plain.load_state_dict(dropping.state_dict())
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
-        expected = plain.eval()(images).cls_token
-        assert torch.equal(dropping.eval()(images, drop_path_keys=torch.arange(3)).cls_token, expected)
-        plain.train()
-        assert torch.equal(plain(images).cls_token, plain(images, drop_path_keys=torch.arange(3)).cls_token)
+        for model in (dropping.eval(), plain.train()):
+            assert torch.equal(model(images).cls_token, model(images, drop_path_keys=torch.arange(3)).cls_token)
 
 
 def test_without_keys_torchs_generator_decides() -> None:
     model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.5))
     images = torch.randn(8, 3, 16, 16)
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(model(images).cls_token)
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], outputs[2])
+    state = torch.get_rng_state()
+    first, other = model(images).cls_token, model(images).cls_token
+    torch.set_rng_state(state)
+    assert torch.equal(model(images).cls_token, first)
+    assert not torch.equal(other, first)
 
 
 def test_the_teacher_has_no_drop_path() -> None:
     config = tiny_config(drop_path_rate=0.9)
-    state = build_state(config, CPU)
-    assert state.method.student.backbone.drop_path_rate == 0.9
-    assert state.method.teacher.backbone.drop_path_rate == 0.0
+    method = build_state(config, CPU).method
     (batch,) = next(steps(config, 0, 1))
-    crops = [crop.float() / 255 for crop in batch.crops]
-    keys = drop_path_keys(batch, 0)
-    student, teacher = state.method.student, state.method.teacher
+    crops, keys = [crop.float() / 255 for crop in batch.crops], drop_path_keys(batch, 0)
+    student, teacher = method.student, method.teacher
     assert torch.equal(teacher(crops, keys).logits, teacher(crops).logits)
     assert not torch.equal(student(crops, keys).logits, teacher(crops).logits)

@@ -9,10 +9,9 @@ import foreign_checkpoints as files
 import pytest
 import timm
 import torch
-from tiny_run import CPU, differing_bits, learnt, run, tiny_config
+from tiny_run import CPU, differing_bits, run, tiny_config
 from torch import Tensor
 
-from dino_xcit.checkpoint.state import Run, content_of
 from dino_xcit.errors import InputError
 from dino_xcit.init_weights import initialise
 from dino_xcit.train import TrainState, build_state
@@ -44,14 +43,11 @@ def test_student_and_teacher_both_begin_as_the_network_that_was_chosen(tmp_path:
     student, teacher = dino_file(tmp_path / "full.pth")
     state, said = begun(tmp_path / "full.pth", init_network=network)
     chosen, seed = (teacher, 2) if network == "teacher" else (student, 1)
-    for backbone in parts(state):
-        assert not differing_bits(backbone, chosen)
     for part in (state.method.student, state.method.teacher):
+        assert not differing_bits(part.backbone.state_dict(), chosen)
         assert not differing_bits(part.head.state_dict(), files.head(64, seed=seed))
     assert said.startswith(f"starting from {network} {ARCH} of {tmp_path / 'full.pth'} (a DINO checkpoint)")
-    assert "heads too" in said
-    assert state.step == 0
-    assert not state.optimizer.state_dict()["state"]
+    assert (state.step, state.optimizer.state_dict()["state"]) == (0, {})
 
 
 @pytest.mark.parametrize(
@@ -62,9 +58,7 @@ def test_student_and_teacher_both_begin_as_the_network_that_was_chosen(tmp_path:
         ({"use_bn_in_head": True}, "the file's has other layers"),
     ],
 )
-def test_heads_of_other_shapes_start_fresh_and_the_first_difference_is_said(
-    tmp_path: Path, settings: dict[str, Any], words: str
-) -> None:
+def test_heads_of_other_shapes_start_fresh(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     _, teacher = dino_file(tmp_path / "full.pth")
     state, said = begun(tmp_path / "full.pth", **settings)
     fresh = build_state(tiny_config(arch=ARCH, **SMALL_HEAD | settings), CPU)
@@ -92,18 +86,14 @@ def test_weights_of_other_programs_can_be_trained_on(tmp_path: Path) -> None:
     assert "heads start fresh: the file has no DINO head" in said
     own = {key.removeprefix("model."): value for key, value in parts(state)[0].items()}
     assert not differing_bits(own, {key: value for key, value in network.state_dict().items() if key in own})
-    before = learnt(state)
     _, results = run(tiny_config(arch="timm:test_vit", **small, **SMALL_HEAD), 1, state)
     assert bool(results[0].accepted)
-    assert differing_bits(before, learnt(state))
 
 
 def test_another_architecture_is_refused_by_both_names(tmp_path: Path) -> None:
     dino_file(tmp_path / "full.pth")
     with pytest.raises(InputError, match=r"a xcit_pico_4_p8, but arch is xcit_pico_4_p4: give --arch xcit_pico_4_p8"):
         begun(tmp_path / "full.pth", arch="xcit_pico_4_p4")
-    with pytest.raises(InputError, match=r"does not fit timm:test_vit, it looks like xcit_pico_4_p8"):
-        begun(tmp_path / "full.pth", arch="timm:test_vit", global_crops_size=32, local_crops_size=16)
 
 
 def test_gaps_are_refused_and_those_allowed_begin_alike_in_both_networks(tmp_path: Path) -> None:
@@ -117,12 +107,7 @@ def test_gaps_are_refused_and_those_allowed_begin_alike_in_both_networks(tmp_pat
     assert not differing_bits(*parts(state))
 
 
-def test_the_settings_are_checked_and_stored(tmp_path: Path) -> None:
-    dino_file(tmp_path / "full.pth")
-    config = tiny_config(arch=ARCH, init_weights=str(tmp_path / "full.pth"), allow_missing=("norm.bias",), **SMALL_HEAD)
-    stored = content_of(build_state(config, CPU), Run(config, 6))["args"]
-    assert (stored["init_weights"], stored["init_network"]) == (str(tmp_path / "full.pth"), "teacher")
-    assert stored["allow_missing"] == ["norm.bias"]
+def test_the_settings_are_checked() -> None:
     with pytest.raises(InputError, match="init_network is ema"):
         tiny_config(init_network="ema")
     with pytest.raises(InputError, match="take keys"):
@@ -132,9 +117,8 @@ def test_the_settings_are_checked_and_stored(tmp_path: Path) -> None:
 def test_heads_that_the_file_does_not_say_are_those_of_the_run(tmp_path: Path) -> None:
     torch.save(files.vit().state_dict(), tmp_path / "bare.pth")
     small = {"global_crops_size": 32, "local_crops_size": 16}
-    for arch in ("vit_tiny_2_p16_64", "vit_tiny_2_p16_64_h6"):
-        state, said = begun(tmp_path / "bare.pth", arch=arch, **small)
-        assert f"starting from the only network {arch} of" in said
-        assert state.method.student.backbone.model.blocks[0].attn.num_heads == (6 if arch.endswith("h6") else 3)
+    state, said = begun(tmp_path / "bare.pth", arch="vit_tiny_2_p16_64_h6", **small)
+    assert "starting from the only network vit_tiny_2_p16_64_h6 of" in said
+    assert state.method.student.backbone.model.blocks[0].attn.num_heads == 6
     with pytest.raises(InputError, match=r"a vit_tiny_2_p16_64, but arch is vit_tiny_2_p16_64_ls"):
         begun(tmp_path / "bare.pth", arch="vit_tiny_2_p16_64_ls", **small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,17 +19,12 @@ B, K = 3, 7
 def oracle(student: Tensor, teacher: Tensor, center: Tensor, teacher_temp: float, student_temp: float = 0.1) -> Tensor:
     """Mean over all pairs (g, v) of different views, and over samples, of -sum_k P_g[k] log P_v[k]."""
     views, teachers = len(student) // B, len(teacher) // B
+    pairs = [(g, v) for g in range(teachers) for v in range(views) if v != g]
     terms = []
-    for g in range(teachers):
-        for v in range(views):
-            if v == g:
-                continue
-            for sample in range(B):
-                t = (teacher[g * B + sample] - center[0]) / teacher_temp
-                s = student[v * B + sample] / student_temp
-                p_teacher = torch.exp(t - torch.logsumexp(t, dim=0))
-                log_p_student = s - torch.logsumexp(s, dim=0)
-                terms.append(-(p_teacher * log_p_student).sum())
+    for (g, v), sample in itertools.product(pairs, range(B)):
+        t = (teacher[g * B + sample] - center[0]) / teacher_temp
+        s = student[v * B + sample] / student_temp
+        terms.append(-(torch.exp(t - torch.logsumexp(t, dim=0)) * (s - torch.logsumexp(s, dim=0))).sum())
     return torch.stack(terms).mean()
 
 
@@ -39,8 +35,7 @@ def case(views: int) -> tuple[DINOLoss, Tensor, Tensor]:
     return loss, student, 0.2 * torch.randn(2 * B, K, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("views", [2, 3, 6, 10])
-@pytest.mark.parametrize("teacher_temp", [0.04, 0.07])
+@pytest.mark.parametrize(("views", "teacher_temp"), [(2, 0.04), (3, 0.07), (10, 0.04)])
 def test_value_and_gradient_are_those_of_the_double_sum(views: int, teacher_temp: float) -> None:
     loss, student, teacher = case(views)
     value = loss(student, teacher, teacher_temp)
@@ -52,18 +47,11 @@ def test_value_and_gradient_are_those_of_the_double_sum(views: int, teacher_temp
     assert float(gradient.abs().min()) > 0
 
 
-def test_the_gradient_passes_gradcheck() -> None:
-    loss, student, teacher = case(4)
-    assert torch.autograd.gradcheck(lambda x: loss(x, teacher, 0.05), (student,))
-
-
-@pytest.mark.parametrize("student_temp", [0.1, 0.3])
-def test_the_student_has_its_own_temperature(student_temp: float) -> None:
+def test_the_student_has_its_own_temperature() -> None:
     _, student, teacher = case(4)
-    loss = DINOLoss(K, student_temp=student_temp).double()
-    torch.testing.assert_close(
-        loss(student, teacher, 0.05), oracle(student, teacher, loss.center, 0.05, student_temp), rtol=1e-12, atol=0
-    )
+    loss = DINOLoss(K, student_temp=0.3).double()
+    expected = oracle(student, teacher, loss.center, 0.05, student_temp=0.3)
+    torch.testing.assert_close(loss(student, teacher, 0.05), expected, rtol=1e-12, atol=0)
 
 
 def test_other_numbers_of_global_views_follow_the_same_sum() -> None:
@@ -97,27 +85,14 @@ def test_the_centre_moves_only_when_told_and_then_as_a_moving_average() -> None:
     assert not torch.equal(loss(student, teacher, 0.04), first)
 
 
-def test_the_centre_s_momentum_is_a_setting() -> None:
-    loss = DINOLoss(K, center_momentum=0.5)
-    loss.update_center(torch.ones(1, K))
-    loss.update_center(torch.ones(1, K))
-    assert torch.equal(loss.center, torch.full((1, K), 0.75))
-
-
 def test_a_rejected_step_leaves_the_centre_s_bits() -> None:
-    loss = DINOLoss(K)
+    loss = DINOLoss(K, center_momentum=0.5)
     loss.center.copy_(torch.randn(1, K))
     before = loss.center.clone()
     loss.update_center(torch.full((1, K), float("nan")), accepted=torch.tensor(False))
     assert torch.equal(loss.center, before)
     loss.update_center(torch.ones(1, K), accepted=torch.tensor(True))
-    torch.testing.assert_close(loss.center, 0.9 * before + 0.1)
-
-
-def test_the_centre_is_part_of_the_state_under_dinos_name() -> None:
-    assert list(DINOLoss(K).state_dict()) == ["center"]
-    assert DINOLoss(K).state_dict()["center"].shape == (1, K)
-    assert bool((DINOLoss(K).center == 0).all())
+    torch.testing.assert_close(loss.center, 0.5 * before + 0.5)
 
 
 def sinkhorn_oracle(scores: Tensor, iterations: int) -> Tensor:
@@ -130,33 +105,11 @@ def sinkhorn_oracle(scores: Tensor, iterations: int) -> Tensor:
     return table
 
 
-@pytest.mark.parametrize("iterations", [0, 1, 3, 7])
+@pytest.mark.parametrize("iterations", [0, 1, 7])
 def test_sinkhorn_knopp_is_the_softmax_scaled_in_turn(iterations: int) -> None:
     scores = 3 * torch.randn(6, K, dtype=torch.float64)
-    torch.testing.assert_close(
-        sinkhorn_knopp(scores, iterations), sinkhorn_oracle(scores, iterations), rtol=1e-12, atol=0
-    )
-
-
-def test_sinkhorn_knopp_uses_every_prototype_alike_and_keeps_rows_distributions() -> None:
-    scores = torch.randn(40, K, dtype=torch.float64)
-    scores[:, 0] += 5  # a prototype that every image prefers
-    assert float(scores.softmax(dim=1)[:, 0].mean()) > 0.8
-    shared = sinkhorn_knopp(scores, 50)
-    torch.testing.assert_close(shared.sum(dim=1), torch.ones(40, dtype=torch.float64))
-    torch.testing.assert_close(shared.mean(dim=0), torch.full((K,), 1 / K, dtype=torch.float64), rtol=1e-6, atol=0)
-    after_three = sinkhorn_knopp(scores)
-    torch.testing.assert_close(after_three.sum(dim=1), torch.ones(40, dtype=torch.float64))
-    assert float(after_three.mean(dim=0).max()) < 1.05 / K
-
-
-def test_sinkhorn_knopp_goes_where_swav_s_start_on_a_common_scale_goes() -> None:
-    scores = 2 * torch.randn(9, K, dtype=torch.float64)
-    table = scores.exp()
-    for _ in range(200):
-        table = table / table.sum(dim=0, keepdim=True)
-        table = table / table.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(sinkhorn_knopp(scores, 200), table, rtol=1e-8, atol=0)
+    expected = sinkhorn_oracle(scores, iterations)
+    torch.testing.assert_close(sinkhorn_knopp(scores, iterations), expected, rtol=1e-12, atol=0)
 
 
 def test_sinkhorn_knopp_survives_scores_beyond_float32_s_exponentials() -> None:
@@ -169,13 +122,9 @@ def test_sinkhorn_knopp_survives_scores_beyond_float32_s_exponentials() -> None:
 def test_the_loss_with_sinkhorn_knopp_has_its_targets_and_ignores_the_centre() -> None:
     loss, student, teacher = case(4)
     loss.centering = "sinkhorn_knopp"
-    targets = sinkhorn_oracle(teacher / 0.05, 3)
-    terms = []
-    for g in range(2):
-        for v in range(4):
-            if v != g:
-                log_p = (student[v * B : v * B + B] / 0.1).log_softmax(dim=1)
-                terms.append(-(targets[g * B : g * B + B] * log_p).sum(dim=1).mean())
+    targets = sinkhorn_oracle(teacher / 0.05, 3).chunk(2)
+    log_p = (student / 0.1).log_softmax(dim=1).chunk(4)
+    terms = [-(targets[g] * log_p[v]).sum(dim=1).mean() for g in range(2) for v in range(4) if v != g]
     value = loss(student, teacher, 0.05)
     torch.testing.assert_close(value, torch.stack(terms).mean(), rtol=1e-12, atol=0)
     loss.center.fill_(3.0)
@@ -211,7 +160,6 @@ def test_large_logits_do_not_overflow() -> None:
         ((4 * B, K), (5, K)),
         ((0, K), (0, K)),
         ((4 * B, K), (2 * B, K - 1)),  # other prototypes
-        ((4 * B, K - 1), (2 * B, K)),
         ((4 * B, 1), (2 * B, K)),  # broadcasting must not hide it
         ((4 * B, K), (2 * B, 1)),
         ((4 * B, K + 1), (2 * B, K + 1)),  # not the centre's
@@ -228,55 +176,39 @@ def test_one_global_view_needs_a_second_view() -> None:
         DINOLoss(K, global_views=1)(torch.randn(B, K), torch.randn(B, K), 0.04)
 
 
-def test_entropy_of_uniform_certain_and_mixed_rows() -> None:
-    assert float(entropy(torch.full((5, K), 1 / K, dtype=torch.float64))) == pytest.approx(math.log(K))
+def test_the_entropy_of_certain_rows_is_zero() -> None:
     assert float(entropy(torch.eye(K))) == 0
-    mixed = torch.softmax(torch.randn(6, K, dtype=torch.float64), dim=1)
-    assert float(entropy(mixed)) == pytest.approx(float(-(mixed * mixed.log()).sum(dim=1).mean()))
 
 
 def test_cross_entropy_is_entropy_plus_divergence() -> None:
     """loss = H(teacher) + KL(teacher, student) on average over the pairs: the identity the log relies on."""
     loss, student, teacher = case(5)
     targets = loss.teacher_probabilities(teacher, 0.06)
-    log_p = (student.detach() / 0.1).log_softmax(dim=1)
-    divergences = [
-        torch.nn.functional.kl_div(log_p[v * B : v * B + B], targets[g * B : g * B + B], reduction="batchmean")
-        for g in range(2)
-        for v in range(5)
-        if v != g
-    ]
+    log_p, views = (student.detach() / 0.1).log_softmax(dim=1).chunk(5), targets.chunk(2)
+    pairs = [(log_p[v], views[g]) for g in range(2) for v in range(5) if v != g]
+    divergences = [torch.nn.functional.kl_div(*pair, reduction="batchmean") for pair in pairs]
     expected = entropy(targets) + torch.stack(divergences).mean()
     torch.testing.assert_close(loss(student, teacher, 0.06).detach(), expected)
-
-
-def test_a_student_that_equals_its_teachers_has_no_divergence() -> None:
-    logits = torch.randn(1, K, dtype=torch.float64).expand(2 * B, K)
-    loss = DINOLoss(K, student_temp=0.1).double()
-    assert float(loss(logits, logits, 0.1)) == pytest.approx(float(entropy(loss.teacher_probabilities(logits, 0.1))))
 
 
 def test_feature_std_is_one_when_spread_and_zero_when_collapsed() -> None:
     assert float(feature_std(torch.randn(20_000, 32))) == pytest.approx(1.0, abs=0.01)
     assert float(feature_std(torch.ones(100, 32))) == pytest.approx(0.0, abs=1e-5)
-    # lengths do not matter
     spread = torch.randn(500, 16)
-    assert float(feature_std(spread * torch.rand(500, 1).add(0.1))) == pytest.approx(
-        float(feature_std(spread)), rel=1e-5
-    )
+    stretched = spread * torch.rand(500, 1).add(0.1)  # lengths do not matter
+    torch.testing.assert_close(feature_std(stretched), feature_std(spread), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_koleo_is_minus_the_log_distance_to_the_nearest_other_image_of_the_view(views: int) -> None:
-    features = torch.randn(views * 6, 5, dtype=torch.float64, requires_grad=True)
+def test_koleo_is_minus_the_log_distance_to_the_nearest_other_image_of_the_view() -> None:
+    features = torch.randn(2 * 6, 5, dtype=torch.float64, requires_grad=True)
     terms = []
-    for view in features.view(views, 6, 5):
+    for view in features.view(2, 6, 5):
         unit = view / view.norm(dim=1, keepdim=True)
         for i in range(6):
             distances = torch.stack([(unit[i] - unit[j]).norm() for j in range(6) if j != i])
             terms.append(-distances.min().log())
     expected = torch.stack(terms).mean()
-    value = koleo(features, views)
+    value = koleo(features, 2)
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
     gradients = [torch.autograd.grad(x, features)[0] for x in (value, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
@@ -287,5 +219,4 @@ def test_koleo_stays_finite_where_two_images_have_the_same_feature() -> None:
     value = koleo(features, 1)
     value.backward()
     assert math.isfinite(float(value.detach()))
-    assert features.grad is not None
-    assert bool(torch.isfinite(features.grad).all())
+    assert bool(torch.isfinite(features.grad).all())  # type: ignore[arg-type]

@@ -23,39 +23,16 @@ def network(norm_last_layer: bool = False) -> MultiCropWrapper:
 def grouped_names(module: nn.Module) -> tuple[set[str], set[str]]:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     decayed, exempt = parameter_groups(module)
-    assert decayed["decays"] is True
-    assert exempt["decays"] is False
-    assert exempt["weight_decay"] == 0
+    assert (decayed["decays"], exempt["decays"], exempt["weight_decay"]) == (True, False, 0)
     return {names[id(p)] for p in decayed["params"]}, {names[id(p)] for p in exempt["params"]}
 
 
 def test_biases_and_vectors_are_exempt_from_weight_decay_and_nothing_else() -> None:
     decayed, exempt = grouped_names(network())
-    for name in (
-        "backbone.cls_token",
-        "backbone.blocks.0.attn.temperature",
-        "backbone.blocks.0.attn.qkv.weight",
-        "backbone.blocks.3.local_mp.conv1.weight",
-        "backbone.patch_embed.proj.0.0.weight",
-        "backbone.pos_embeder.token_projection.weight",
-        "backbone.cls_attn_blocks.1.mlp.fc1.weight",
-        "head.mlp.0.weight",
-        "head.last_layer.weight_g",
-        "head.last_layer.weight_v",
-    ):
-        assert name in decayed
-    for name in (
-        "backbone.blocks.0.gamma1",
-        "backbone.blocks.0.norm1.weight",
-        "backbone.blocks.0.norm1.bias",
-        "backbone.blocks.0.local_mp.bn.weight",
-        "backbone.blocks.0.local_mp.conv1.bias",
-        "backbone.pos_embeder.token_projection.bias",
-        "backbone.patch_embed.proj.0.1.weight",
-        "head.mlp.1.weight",
-        "head.mlp.0.bias",
-    ):
-        assert name in exempt
+    tokens = {f"backbone.{name}" for name in ("cls_token", "blocks.0.attn.temperature", "blocks.0.attn.qkv.weight")}
+    assert {*tokens, "head.last_layer.weight_g", "head.last_layer.weight_v"} <= decayed
+    norms = {f"backbone.blocks.0.{name}" for name in ("gamma1", "norm1.weight", "local_mp.bn.weight")}
+    assert {*norms, "backbone.patch_embed.proj.0.1.weight", "head.mlp.0.bias"} <= exempt
     shapes = {name: parameter.ndim for name, parameter in network().named_parameters()}
     assert exempt == {name for name, ndim in shapes.items() if ndim == 1 or name.endswith(".bias")}
     assert decayed | exempt == set(shapes)
@@ -64,19 +41,6 @@ def test_biases_and_vectors_are_exempt_from_weight_decay_and_nothing_else() -> N
 def test_a_frozen_prototype_length_is_in_no_group() -> None:
     decayed, exempt = grouped_names(network(norm_last_layer=True))
     assert "head.last_layer.weight_g" not in decayed | exempt
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_rates_reach_all_groups_and_weight_decay_only_the_one_that_decays(name: str) -> None:
-    optimizer = build_optimizer(name, network())
-    set_rates(optimizer, lr=0.3, weight_decay=0.05)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
-
-
-def test_an_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(InputError, match="adamw, sgd, lars"):
-        build_optimizer("adam", network())
 
 
 def layer() -> nn.Module:
@@ -144,12 +108,20 @@ def test_lars_skips_parameters_without_gradient() -> None:
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
     weights[0].grad = torch.ones(2)
     LARS(weights, lr=1.0).step()
-    assert torch.equal(weights[0].detach(), torch.zeros(2))
-    assert torch.equal(weights[1].detach(), torch.ones(2))
+    assert torch.equal(torch.stack(weights), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors_of(copy.deepcopy(optimizer.state_dict()["state"]))
+
+
+def poisoned_step(module: nn.Module, optimizer: Any, poison: float) -> None:
+    """A step that the optimizer is told to reject; the next one is not."""
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, poison)
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
+    optimizer.step()
+    optimizer.found_inf = torch.zeros(())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -159,15 +131,10 @@ def test_found_inf_leaves_parameters_and_state_bit_by_bit(name: str) -> None:
     train(module, optimizer, 3, lr=0.02, weight_decay=0.3)
     before, state = tensors_of(dict(module.state_dict())), optimizer_tensors(optimizer)
     assert state
-    for poison in (float("nan"), float("inf"), 1.0):
-        for parameter in module.parameters():
-            parameter.grad = torch.full_like(parameter, poison)
-        flagged: Any = optimizer
-        flagged.grad_scale, flagged.found_inf = None, torch.ones(())
-        optimizer.step()
+    for poison in (float("nan"), 1.0):
+        poisoned_step(module, optimizer, poison)
         assert differing_bits(before, tensors_of(dict(module.state_dict()))) == []
         assert differing_bits(state, optimizer_tensors(optimizer)) == []
-    flagged.found_inf = torch.zeros(())
     optimizer.step()
     assert differing_bits(before, tensors_of(dict(module.state_dict()))) != []
 
@@ -177,12 +144,7 @@ def test_a_first_step_that_is_rejected_does_not_change_what_the_second_does(name
     straight, stumbled = layer(), layer()
     optimizers = [build_optimizer(name, module) for module in (straight, stumbled)]
     set_rates(optimizers[1], lr=0.02, weight_decay=0.3)
-    for parameter in stumbled.parameters():
-        parameter.grad = torch.full_like(parameter, float("nan"))
-    flagged: Any = optimizers[1]
-    flagged.grad_scale, flagged.found_inf = None, torch.ones(())
-    flagged.step()
-    flagged.found_inf = torch.zeros(())
+    poisoned_step(stumbled, optimizers[1], float("nan"))
     for module, optimizer in zip((straight, stumbled), optimizers, strict=True):
         train(module, optimizer, 2, lr=0.02, weight_decay=0.3)
     assert differing_bits(tensors_of(dict(straight.state_dict())), tensors_of(dict(stumbled.state_dict()))) == []
@@ -197,17 +159,17 @@ def clipped(limit: float, mode: str) -> list[Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize("limit", [0.05, 3.0, 1000.0])
+@pytest.mark.parametrize("limit", [0.05, 3.0])
 def test_per_parameter_clipping_is_the_reference_s(limit: float) -> None:
     for got, gradient in zip(clipped(limit, "per-parameter"), GRADIENTS, strict=True):
         norm = float(gradient.double().norm())
         factor = limit / (norm + 1e-6)
-        expected = gradient.double() * factor if factor < 1 else gradient.double()
+        expected = gradient.double() * min(factor, 1)
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
         assert float(got.norm()) <= limit * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("limit", [0.05, 3.0, 1000.0])
+@pytest.mark.parametrize("limit", [0.05, 1000.0])
 def test_global_clipping_is_pytorch_s(limit: float) -> None:
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in GRADIENTS]
     for parameter, gradient in zip(parameters, GRADIENTS, strict=True):
@@ -222,6 +184,8 @@ def test_a_limit_of_zero_clips_nothing(mode: str) -> None:
     assert all(torch.equal(got, gradient) for got, gradient in zip(clipped(0.0, mode), GRADIENTS, strict=True))
 
 
-def test_an_unknown_clip_mode_is_refused() -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(InputError, match="clip_mode"):
         clipped(1.0, "value")
+    with pytest.raises(InputError, match="adamw, sgd, lars"):
+        build_optimizer("adam", layer())

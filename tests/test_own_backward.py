@@ -15,16 +15,7 @@ from torch.nn import functional as F
 from dino_xcit.models import fused
 from dino_xcit.models.droppath import DropPathMask, add_residual, drop_path_masks, residual_scales
 from dino_xcit.models.xca import XCA, direct_attention, plain_attention
-from dino_xcit.models.xcit import LPI, ClassAttention, ConvPatchEmbed, Mlp
-
-
-def plain_class_attention(module: ClassAttention, cls_token: Tensor, patches: Tensor) -> Tensor:
-    """With keys and values of every token."""
-    x = torch.cat((cls_token, patches), dim=1)
-    batch, tokens, dim = x.shape
-    q, k, v = module.qkv(x).reshape(batch, tokens, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    attention = (q[:, :, :1] * module.scale @ k.transpose(-2, -1)).softmax(dim=-1)
-    return module.proj((attention @ v).transpose(1, 2).reshape(batch, 1, dim))
+from dino_xcit.models.xcit import LPI, ConvPatchEmbed, Mlp
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -76,11 +67,6 @@ def test_patch_embedding() -> None:
     compare(lambda m, x: m(x)[0], shaken(ConvPatchEmbed(8, 12)), noise(2, 3, 21, 16))
 
 
-def test_class_attention() -> None:
-    module = shaken(ClassAttention(12, 3))
-    compare(lambda m, c, p: m(c, p), module, noise(2, 1, 12), noise(2, 7, 12, seed=1), plain=plain_class_attention)
-
-
 def test_the_plain_twins_have_no_function_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the comparisons above would compare a pass with itself."""
 
@@ -90,8 +76,13 @@ def test_the_plain_twins_have_no_function_of_their_own(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.autograd.Function, "apply", refuse)
     tokens = torch.randn(2, 300, 6)
     stem, images = ConvPatchEmbed(8, 12), torch.randn(2, 3, 16, 16)
-    for layer, inputs in ((Mlp(6, 8), (tokens,)), (LPI(6), (tokens, (15, 20))), (XCA(6, 2), (tokens,)),
-                          (XCA(6, 2), (tokens[:, :9],)), (stem, (images,))):  # fmt: skip
+    cases = [
+        (Mlp(6, 8), (tokens,)),
+        (LPI(6), (tokens, (15, 20))),
+        (XCA(6, 2), (tokens,)),
+        (XCA(6, 2), (tokens[:, :9],)),
+    ]
+    for layer, inputs in (*cases, (stem, (images,))):
         with fused.plain():
             layer(*inputs)
         with pytest.raises(AssertionError):
@@ -100,51 +91,46 @@ def test_the_plain_twins_have_no_function_of_their_own(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0, 1e-7])
-@pytest.mark.parametrize("tokens", [2, 9])
-def test_a_channel_near_zero_has_a_finite_output_and_gradient(dtype: torch.dtype, value: float, tokens: int) -> None:
+def test_a_channel_near_zero_has_a_finite_output_and_gradient(dtype: torch.dtype, value: float) -> None:
     """Its gradient is large; beyond float16's range it is infinite there, and the loss scaler rejects the step."""
-    qkv = noise(1, tokens, 24).to(dtype)
+    qkv = noise(1, 9, 24).to(dtype)
     qkv[:, :, [3, 12]] = value  # of q and of k
     qkv.requires_grad_()
     temperature = torch.ones(2, 1, 1, dtype=torch.promote_types(dtype, torch.float32))
     out = direct_attention(qkv, temperature)
     out.sum().backward()
-    assert bool(torch.isfinite(out).all())
+    assert bool(out.isfinite().all())
     assert qkv.grad is not None
-    others = [channel for channel in range(24) if channel not in (3, 12)]
-    assert bool(torch.isfinite(qkv.grad[..., others]).all())
-    assert bool(torch.isfinite(qkv.grad).all()) or dtype is torch.float16
-    assert not bool(torch.isnan(qkv.grad).any())
+    assert not bool(qkv.grad.isnan().any())
+    if dtype is torch.float16:
+        qkv.grad[..., [3, 12]] = 0.0
+    assert bool(qkv.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("spread", "size"), [(0.4, 1.0), (2.0, 1e-3), (8.0, 1e-3)])
-def test_low_precision_attention_is_no_worse_than_the_plain_formula_in_it(
-    dtype: torch.dtype, spread: float, size: float
-) -> None:
+@pytest.mark.parametrize(("spread", "size"), [(0.4, 1.0), (8.0, 1e-3)])
+def test_low_precision_attention_is_as_good_as_the_plain_one(dtype: torch.dtype, spread: float, size: float) -> None:
     """Long channels and small gradients: a gradient divided by two lengths would leave float16's range. The plain
     formula has its lengths and softmax in float32, as under autocast."""
 
     def plain(x: Tensor, t: Tensor) -> Tensor:
         q, k, v = x.reshape(2, 196, 3, 4, -1).permute(2, 0, 3, 4, 1).unbind(0)
-        q, k = F.normalize(q.float(), dim=-1).to(dtype), F.normalize(k.float(), dim=-1).to(dtype)
+        q, k = (F.normalize(y.float(), dim=-1).to(dtype) for y in (q, k))
         attention = ((q @ k.transpose(-2, -1)).float() * t).softmax(dim=-1).to(dtype)
         return (attention @ v).permute(0, 3, 1, 2).reshape(2, 196, -1)
 
     qkv, temperature = (spread * noise(2, 196, 3 * 4 * 24)).to(dtype), 1 + noise(4, 1, 1, seed=1).abs()
     weights = size * noise(2, 196, 4 * 24, seed=2)
 
-    def gradient(function: Callable[..., Tensor], given: Tensor, t: Tensor) -> Tensor:
+    def gradients(function: Callable[..., Tensor], given: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """Of q, k and v."""
         x = given.clone().requires_grad_()
-        function(x, t).backward(weights.to(given.dtype))
-        assert x.grad is not None
-        return x.grad.double()
+        (gradient,) = torch.autograd.grad(function(x, t), x, weights.to(given.dtype))
+        return gradient.double().unflatten(2, (3, -1)).unbind(2)
 
-    exact = gradient(plain_attention, qkv.double(), temperature)
-    ours = gradient(direct_attention, qkv, temperature.float())
-    theirs = gradient(plain, qkv, temperature.float())
-    for part in range(3):  # q, k, v
-        own, other, true = (x.unflatten(2, (3, -1))[:, :, part] for x in (ours, theirs, exact))
+    exact = gradients(plain_attention, qkv.double(), temperature)
+    ours, theirs = (gradients(function, qkv, temperature.float()) for function in (direct_attention, plain))
+    for own, other, true in zip(ours, theirs, exact, strict=True):
         assert float((own - true).norm()) <= 1.5 * float((other - true).norm()) + 1e-12
 
 
@@ -161,7 +147,6 @@ def test_computing_kept_samples_alone_is_the_same_as_multiplying_the_others_by_z
     scales = residual_scales(torch.arange(40), 1, 0.4)
     subset, everybody = drop_path_masks(scales, subset=True)[0], drop_path_masks(scales, subset=False)[0]
     assert subset.rows is not None
-    assert everybody.rows is None
     assert 0 < len(subset.rows) < 40
     compare(
         lambda m, x: add_residual(x, m, DropPathMask(subset.scale.double(), subset.rows)),
@@ -187,24 +172,24 @@ def test_what_stays_in_memory_for_the_backward_pass() -> None:
     """Bytes that autograd keeps of one MLP and one attention core in bfloat16, a token: x and the layer before GELU;
     q, k, v and a d x d matrix a head."""
     tokens, dim, heads = 64, 48, 2
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    mlp = Mlp(dim, 4 * dim)
-    x = torch.randn(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out = mlp(x)
-    assert sum(kept.values()) == 2 * tokens * 5 * dim
-    del out
-    kept.clear()
-    qkv = torch.randn(1, tokens, 3 * dim, dtype=torch.bfloat16, requires_grad=True)
-    temperature = nn.Parameter(torch.ones(heads, 1, 1))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out = direct_attention(qkv, temperature)
     width = dim // heads
-    assert sum(kept.values()) <= 2 * tokens * 3 * dim + 4 * heads * (width * width + 2 * width)
-    del out
+
+    def kept(function: Callable[..., Tensor], *given: Tensor) -> int:
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            out = function(*given)
+        assert out.requires_grad
+        return sum(storages.values())
+
+    x, qkv = (torch.randn(1, tokens, n * dim, dtype=torch.bfloat16, requires_grad=True) for n in (1, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept(Mlp(dim, 4 * dim), x) == 2 * tokens * 5 * dim
+    temperature = nn.Parameter(torch.ones(heads, 1, 1))
+    core = 2 * tokens * 3 * dim + 4 * heads * (width * width + 2 * width)
+    assert kept(direct_attention, qkv, temperature) <= core

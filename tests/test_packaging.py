@@ -27,14 +27,10 @@ CONFIGS = {
 }
 
 
-def required(lines: list[str]) -> set[str]:
-    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
-
-
 def test_requirements_file_is_the_package_s_dependencies_plus_pytest() -> None:
-    listed = required((ROOT / "requirements.txt").read_text().splitlines())
-    declared = required(PROJECT["project"]["dependencies"])
-    assert {line for line in listed if not line.startswith("pytest")} == declared
+    listed = (ROOT / "requirements.txt").read_text().splitlines()
+    needed = {line.strip() for line in listed if line.strip() and not line.startswith(("#", "pytest"))}
+    assert needed == set(PROJECT["project"]["dependencies"])
 
 
 def test_every_folder_with_code_is_in_the_package() -> None:
@@ -63,16 +59,15 @@ def test_documented_commands_use_flags_that_exist(command: str) -> None:
 
 
 def test_documents_name_no_file_that_does_not_exist() -> None:
-    for document in ("README.md", "docs/architecture.md"):
-        text = (ROOT / document).read_text()
-        for link in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert ((ROOT / document).parent / link).exists(), f"{document} links to {link}"
+    for document in (ROOT / "README.md", ROOT / "docs/architecture.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document} links to {link}"
 
 
 def test_the_architecture_captions_every_package_and_nothing_that_does_not_exist() -> None:
     captions = "".join(line for line in (ROOT / "docs/architecture.md").read_text().splitlines() if line[:3] == "| `")
     folders = {
-        f"{path.parent.relative_to(ROOT)}" for name in ("dino_xcit", "eval") for path in ROOT.glob(f"{name}/*/*.py")
+        str(path.parent.relative_to(ROOT)) for top in ("dino_xcit", "eval") for path in ROOT.glob(f"{top}/*/*.py")
     }
     assert all(f"`{folder}`" in captions for folder in folders)
     for path in re.findall(r"`((?:dino_xcit|eval)/[\w/.]+)`", captions):

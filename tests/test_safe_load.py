@@ -9,7 +9,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,8 +39,6 @@ def ask() -> Iterator[Ask]:
     command = [sys.executable, str(ROOT / "tests/reading_server.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert server.stdin
-    assert server.stdout
 
     def answer(reader: str, path: Path) -> dict[str, Any]:
         print(json.dumps({"reader": reader, "path": str(path)}), file=server.stdin, flush=True)
@@ -62,37 +59,32 @@ def assert_refused(taken: dict[str, Any], path: Path) -> None:
     assert taken["megabytes"] < MEGABYTES, taken
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant")
-@pytest.mark.parametrize("maker", [*PROGRAMS.values(), *OTHERS.values()], ids=[*PROGRAMS, *OTHERS])
-def test_a_hostile_checkpoint_is_refused_at_once_and_nothing_runs(tmp_path: Path, ask: Ask, maker: Maker) -> None:
+@pytest.mark.parametrize("name", [*PROGRAMS, *OTHERS])
+def test_a_hostile_checkpoint_is_refused_at_once_and_nothing_runs(tmp_path: Path, ask: Ask, name: str) -> None:
     path, canary = tmp_path / "hostile.pth", tmp_path / "ran"
-    maker(path, canary)
-    for reader in ("read", "load_backbone"):
+    (PROGRAMS | OTHERS)[name](path, canary)
+    for reader in ("read", "load_backbone") if name in PROGRAMS else ("read",):
         assert_refused(ask(reader, path), path)
     assert not canary.exists()
+    if name in PROGRAMS:
+        ask("trusting", path)
+        assert canary.exists()
 
 
-@pytest.mark.parametrize("maker", UNBOUNDED.values(), ids=UNBOUNDED)
-def test_a_checkpoint_that_takes_time_or_memory_never_reads(tmp_path: Path, ask: Ask, maker: Maker) -> None:
+QUICK = ("bytes_made_by_a_call", "billion_laughs_as_a_key")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in UNBOUNDED])
+def test_a_checkpoint_that_takes_time_or_memory_never_reads(tmp_path: Path, ask: Ask, name: str) -> None:
     """It is refused, or ended here by the limit of the process that reads it."""
     path, canary = tmp_path / "hostile.pth", tmp_path / "ran"
-    maker(path, canary)
+    UNBOUNDED[name](path, canary)
     assert ask("read", path)["error"] in ("InputError", f"ended with {-signal.SIGPROF}")
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("maker", PROGRAMS.values(), ids=PROGRAMS)
-def test_each_program_runs_where_its_file_is_trusted(tmp_path: Path, ask: Ask, maker: Maker) -> None:
-    path, canary = tmp_path / "hostile.pth", tmp_path / "ran"
-    maker(path, canary)
-    ask("trusting", path)
-    assert canary.exists()
-
-
 @pytest.mark.parametrize("maker", LARGE.values(), ids=LARGE)
-def test_a_small_file_that_claims_a_large_network_is_refused_before_it_is_built(
-    tmp_path: Path, ask: Ask, maker: Maker
-) -> None:
+def test_a_small_file_that_claims_a_large_network_is_refused(tmp_path: Path, ask: Ask, maker: Maker) -> None:
     maker(tmp_path / "small.pth", tmp_path / "ran")
     assert ask("read", tmp_path / "small.pth")["error"] is None
     assert_refused(ask("load_backbone", tmp_path / "small.pth"), tmp_path / "small.pth")
@@ -115,20 +107,14 @@ def test_pipes_devices_folders_and_missing_files_have_their_sentences(tmp_path: 
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(InputError, match="pipe or a device"):
             reader(path)
-    for path, what in (
-        (tmp_path / "absent", "there is no "),
-        (tmp_path, "cannot read|is a folder"),
-        (Path("a\0"), "read safely|there is no file"),
-    ):
-        with pytest.raises(InputError, match=what):
+    for path in (tmp_path / "absent", tmp_path, Path("a\0")):
+        with pytest.raises(InputError):
             reader(path)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 20, 300, -100, -1])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_cut_short_or_with_something_behind_it_is_refused_or_reads_the_same(
-    tmp_path: Path, cut: int, zipped: bool
-) -> None:
+def test_a_file_cut_short_is_refused(tmp_path: Path, cut: int, zipped: bool) -> None:
     path = tmp_path / "b.pth"
     torch.save(fresh_state(), path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
@@ -137,27 +123,26 @@ def test_a_file_cut_short_or_with_something_behind_it_is_refused_or_reads_the_sa
         safe_load.read(path)
 
 
-def test_bytes_changed_at_random_never_end_in_another_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [20, pytest.param(150, marks=pytest.mark.slow)])
+def test_bytes_changed_at_random_never_end_in_another_error(tmp_path: Path, changes: int) -> None:
     path = tmp_path / "b.pth"
     generator = torch.Generator().manual_seed(0)
-    refused = read = 0
+    refused = 0
     for zipped in (True, False):
         full_dino_file(path)
         torch.save(safe_load.read(path), path, _use_new_zipfile_serialization=zipped)
         whole = path.read_bytes()
         start = whole.index(b"\x80\x02")
-        for _ in range(150):
+        for _ in range(changes):
             changed = bytearray(whole)
             for place in torch.randint(start, start + 20_000, (3,), generator=generator).tolist():
                 changed[place] ^= 1 << (place % 8)
             path.write_bytes(changed)
             try:
                 safe_load.read(path)
-                read += 1
             except InputError:
                 refused += 1
-    assert refused
-    assert read
+    assert 0 < refused < 2 * changes
 
 
 # ---- honest files
@@ -192,16 +177,6 @@ def test_honest_files_of_every_layout_read_as_they_were_written(tmp_path: Path, 
     assert [type(number) for number in back["numbers"][:3]] == [np.float64, np.float32, np.int64]
 
 
-def test_dinos_files_in_the_old_format_read(tmp_path: Path) -> None:
-    _, teacher = full_dino_file(tmp_path / "new.pth")
-    content = safe_load.read(tmp_path / "new.pth")
-    assert isinstance(content["args"], argparse.Namespace)
-    assert content["optimizer"]["param_groups"][0]["weight_decay"] == 0.04
-    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert not zipfile.is_zipfile(tmp_path / "old.pth")
-    assert same(load_backbone(tmp_path / "old.pth").backbone.state_dict(), teacher)
-
-
 def test_a_file_with_thousands_of_tensors_reads(tmp_path: Path) -> None:
     """As many as DINO's checkpoint of a network with forty layers has."""
     torch.save({str(place): torch.full((1,), place) for place in range(4000)}, tmp_path / "b.pth")
@@ -211,21 +186,10 @@ def test_a_file_with_thousands_of_tensors_reads(tmp_path: Path) -> None:
 def test_the_content_itself_is_looked_at_too() -> None:
     honest = {"a": torch.zeros(3), "b": [1, "x", {2: (None, 3.0)}]}
     safe_load.check_content(honest, room=1000)
-    inside = torch.zeros(4)
-    attributed = torch.zeros(4)
+    inside, attributed = torch.zeros(4), torch.zeros(4)
     attributed.note = print  # type: ignore[attr-defined]
-    for hostile in (
-        inside.expand(3, 4),
-        inside.to_sparse(),
-        torch.zeros(4, device="meta"),
-        attributed,
-        print,
-        object(),
-        np.array([None]),
-        torch.zeros(1000),
-        argparse.Namespace(a=print),
-        {"a": [inside] * 1000},
-    ):
+    tensors = [inside.expand(3, 4), inside.to_sparse(), torch.zeros(4, device="meta"), torch.zeros(1000), attributed]
+    for hostile in (*tensors, print, object(), np.array([None]), argparse.Namespace(a=print), {"a": [inside] * 1000}):
         with pytest.raises(RefusedError):
             safe_load.check_content({"a": hostile}, room=1000)
 
@@ -233,9 +197,7 @@ def test_the_content_itself_is_looked_at_too() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        {3: torch.zeros(1)},
-        {"teacher": {3: torch.zeros(1)}},
-        {"teacher": {"backbone.a": 3}},
+        {3: torch.zeros(1)}, {"teacher": {3: torch.zeros(1)}}, {"teacher": {"backbone.a": 3}},
         {"cls_token": torch.tensor(1.0), "pos_embeder.token_projection.weight": torch.zeros(1)},
         {
             "cls_token": torch.zeros(1, 1, 4), "pos_embeder.token_projection.weight": torch.zeros(1),
@@ -253,10 +215,11 @@ def test_names_and_shapes_that_no_backbone_has_are_refused_in_one_line(tmp_path:
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("stored", [None, 3, {"resize": "x"}, [torch.zeros(300, 3)], "huge"])
+HUGE = {"resize": 1, "crop": 1, "interpolation": "bicubic", "mean": [10**400] * 3, "std": [1, 1, 1]}
+
+
+@pytest.mark.parametrize("stored", [None, 3, {"resize": "x"}, [torch.zeros(300, 3)], HUGE])
 def test_an_evaluation_transform_that_is_none_is_refused_in_one_line(tmp_path: Path, stored: Any) -> None:
-    if stored == "huge":
-        stored = {"resize": 1, "crop": 1, "interpolation": "bicubic", "mean": [10**400] * 3, "std": [1, 1, 1]}
     full_dino_file(tmp_path / "full.pth", eval_transform=stored)
     with pytest.raises(InputError, match=r"full\.pth") as caught:
         load_backbone(tmp_path / "full.pth")
@@ -267,22 +230,12 @@ def test_an_evaluation_transform_that_is_none_is_refused_in_one_line(tmp_path: P
 
 
 def ground_truth() -> dict[str, Any]:
-    return {
-        "imlist": ["all_souls_000013", "oxford_ä"],
-        "qimlist": ["all_souls_000006"],
-        "gnd": [
-            {
-                "bbx": [136.5, 34.1, 648.5, -1e-9],
-                "easy": np.array([3, 1, 2]),
-                "hard": [70_000, 300, 5, -1, 2**40],
-                "junk": np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3)),
-                "none": np.zeros((0,), np.int32),
-                "score": np.float32(0.5),
-                "flags": (True, False, None),
-                "set": {1, 2},
-            }
-        ],
-    }
+    query = {
+        "bbx": [136.5, 34.1, 648.5, -1e-9], "easy": np.array([3, 1, 2]), "hard": [70_000, 300, 5, -1, 2**40],
+        "junk": np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3)), "none": np.zeros((0,), np.int32),
+        "score": np.float32(0.5), "flags": (True, False, None), "set": {1, 2},
+    }  # fmt: skip
+    return {"imlist": ["all_souls_000013", "oxford_ä"], "qimlist": ["all_souls_000006"], "gnd": [query]}
 
 
 @pytest.mark.parametrize("protocol", range(5))
@@ -319,9 +272,7 @@ def test_a_ground_truth_of_python_2_reads_with_its_text_as_latin_1(tmp_path: Pat
 
 
 def test_a_ground_truth_as_large_as_the_published_ones_reads(tmp_path: Path) -> None:
-    content = {
-        "imlist": [f"paris_{n:06d}" for n in range(6322)],
-        "gnd": [{"easy": list(range(900))} for _ in range(70)],
-    }
+    queries = [{"easy": list(range(900))} for _ in range(70)]
+    content = {"imlist": [f"paris_{n:06d}" for n in range(6322)], "gnd": queries}
     (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(content))
     assert safe_load.read_ground_truth(tmp_path / "gnd.pkl") == content

@@ -20,16 +20,9 @@ def cosine_oracle(base: float, final: float, total: int, warmup: int, start: flo
 
 @pytest.mark.parametrize(
     ("base", "final", "total", "warmup", "start"),
-    [
-        (5e-4, 1e-6, 1000, 100, 0.0),
-        (0.04, 0.4, 777, 0, 0.0),
-        (0.996, 1.0, 50, 0, 0.0),
-        (1e-3, 4e-5, 300, 10, 4e-5),
-        (1.0, 0.0, 10, 1, 0.0),
-        (1.0, 0.0, 10, 2, 0.5),
-        (1.0, 0.1, 1, 0, 0.0),
-    ],
-)
+    [(5e-4, 1e-6, 1000, 100, 0.0), (0.04, 0.4, 777, 0, 0.0), (1.0, 0.0, 10, 1, 0.0), (1.0, 0.0, 10, 2, 0.5),
+     (1.0, 0.1, 1, 0, 0.0)],
+)  # fmt: skip
 def test_cosine_with_warmup_equals_numpy(base: float, final: float, total: int, warmup: int, start: float) -> None:
     schedule = CosineSchedule(base, final, total, warmup, start)
     values = [schedule.at(step) for step in range(total)]
@@ -38,16 +31,11 @@ def test_cosine_with_warmup_equals_numpy(base: float, final: float, total: int, 
 
 def test_the_ends_of_warmup_and_run() -> None:
     schedule = CosineSchedule(1.0, 0.0, 100, 10, 0.0)
-    assert schedule.at(0) == 0.0
-    assert schedule.at(9) == 1.0
-    assert schedule.at(10) == 1.0
-    assert 0 < schedule.at(99) < 0.001
+    assert [schedule.at(step) for step in (0, 9, 10)] == [0.0, 1.0, 1.0]
     assert schedule.at(100) == schedule.at(10**9) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "ramp"), [(0.04, 0.07, 30), (0.04, 0.04, 0), (0.02, 0.06, 2), (0.04, 0.07, 1)]
-)
+@pytest.mark.parametrize(("start", "end", "ramp"), [(0.04, 0.07, 30), (0.04, 0.04, 0), (0.04, 0.07, 1)])
 def test_linear_by_epoch_equals_numpy(start: float, end: float, ramp: int) -> None:
     expected = np.concatenate((np.linspace(start, end, ramp), np.full(50 - ramp, end)))
     schedule = LinearByEpoch(start, end, ramp)
@@ -58,17 +46,13 @@ def test_a_run_has_the_reference_s_schedules() -> None:
     """Learning rate scaled by batch / 256 (not the final one); all but the temperature go by step."""
     config = PretrainConfig(epochs=100, warmup_epochs=10, warmup_teacher_temp_epochs=30, teacher_temp=0.07)
     schedules = Schedules.of(config, steps_per_epoch=20, global_batch=1024)
-    steps = range(2000)
     assert schedules.warning == ""
-    expected = {
-        "lr": cosine_oracle(5e-4 * 1024 / 256, 1e-6, 2000, 200, 0.0),
-        "weight_decay": cosine_oracle(0.04, 0.4, 2000, 0, 0.0),
-        "momentum": cosine_oracle(0.996, 1.0, 2000, 0, 0.0),
-    }
-    for name, values in expected.items():
-        np.testing.assert_allclose(
-            [getattr(schedules, name).at(step) for step in steps], values, rtol=1e-12, atol=1e-15
-        )
+    for schedule, expected in (
+        (schedules.lr, cosine_oracle(5e-4 * 1024 / 256, 1e-6, 2000, 200, 0.0)),
+        (schedules.weight_decay, cosine_oracle(0.04, 0.4, 2000, 0, 0.0)),
+        (schedules.momentum, cosine_oracle(0.996, 1.0, 2000, 0, 0.0)),
+    ):
+        np.testing.assert_allclose([schedule.at(step) for step in range(2000)], expected, rtol=1e-12, atol=1e-15)
     temperatures = np.concatenate((np.linspace(0.04, 0.07, 30), np.full(70, 0.07)))
     np.testing.assert_allclose([schedules.teacher_temp.at(epoch) for epoch in range(100)], temperatures)
 
@@ -84,16 +68,13 @@ def test_a_fraction_of_an_epoch_can_be_warmup() -> None:
     assert schedules.warning == ""
 
 
-@pytest.mark.parametrize(("epochs", "warmup"), [(1, 10.0), (3, 10.0), (10, 10.5), (10, 10.0)])
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 10.0), (10, 10.5), (10, 10.0)])
 def test_a_warmup_that_leaves_no_run_is_shortened_with_a_notice(epochs: int, warmup: float) -> None:
     schedules = Schedules.of(tiny_config(epochs=epochs, warmup_epochs=warmup), steps_per_epoch=20, global_batch=8)
     total = epochs * 20
     assert 0 < schedules.lr.warmup_steps <= total // 5
     assert "warmup_epochs" in schedules.warning
-    assert "shortened" in schedules.warning
     values = [schedules.lr.at(step) for step in range(total)]
-    assert max(values) == pytest.approx(2e-3)
-    assert values[-1] < 2e-4
     np.testing.assert_allclose(values, cosine_oracle(2e-3, 1e-6, total, schedules.lr.warmup_steps, 0.0), rtol=1e-12)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from last_words import last_words
 from PIL import Image
 from ranks import SMALL
+from run_here import Here
 from torch import Tensor, nn
 
 import run_knn
@@ -28,16 +30,15 @@ from dino_xcit.optim import Rates
 from dino_xcit.recipes import Recipe, parse_pretrain
 from dino_xcit.runtime.metrics import read_metrics
 from dino_xcit.train import StepResult
+from dino_xcit.weights import load_backbone
 
 CPU = torch.device("cpu")
 
 
 def train(folder: Path, *flags: str, steps: int = 3, **seams: Any) -> list[dict[str, Any]]:
     """Three steps of a small run; its metrics."""
-    argv = [*SMALL, "--data-path", "sample:fashion-mnist", "--batch-size-per-gpu", "4", "--max-steps", str(steps)]
-    names = {flag for flag in flags if flag.startswith("--")}
-    pairs = [pair for pair in zip(argv[::2], argv[1::2], strict=True) if pair[0] not in names]
-    words = [word for pair in pairs for word in pair] + [*flags, "--output-dir", str(folder)]
+    words = [*SMALL, "--data-path", "sample:fashion-mnist", "--batch-size-per-gpu", "4", "--max-steps", str(steps)]
+    words = last_words([*words, *flags, "--output-dir", folder])
     run_pretrain.train(parse_pretrain(words)[0], CPU, **seams)
     return read_metrics(folder / "metrics.jsonl")
 
@@ -63,12 +64,11 @@ class MeanColour(nn.Module):
 register_backbone("mean-colour", MeanColour)
 
 
-def test_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backbone(tmp_path: Path, here: Here) -> None:
     metrics = train(tmp_path, "--arch", "mean-colour", "--drop-path-rate", "0")
     assert [row["step"] for row in metrics if row["kind"] == "step"] == [1, 2, 3]
-    monkeypatch.setattr("sys.argv", ["run_knn.py", "--weights", str(tmp_path / "checkpoint.pth"), "--ks", "5",
-                                     "--json", str(tmp_path / "knn.json"), "--device", "cpu"])  # fmt: skip
-    run_knn.command()
+    words = ["--weights", tmp_path / "checkpoint.pth", "--ks", "5", "--json", tmp_path / "knn.json", "--device", "cpu"]
+    assert here(run_knn, *words).code == 0
     assert 0 < json.loads((tmp_path / "knn.json").read_text())["results"][0]["top1"] <= 100
 
 
@@ -125,9 +125,7 @@ def test_evaluators(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == best["step"]
 
 
-def test_a_best_metric_that_no_evaluator_returns_is_warned_of_at_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_best_metric_that_nobody_returns_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, "--best-metric", "spraed", evaluators=[("spread", 1, lambda method: {"spread": 1.0})])
     assert "warning: no best.pth: no evaluator returns --best-metric spraed (found spread)" in capsys.readouterr().out
     assert not (tmp_path / "best.pth").exists()
@@ -171,13 +169,11 @@ class Labels:
 
 
 def test_an_observer_is_stored_with_the_checkpoint(tmp_path: Path) -> None:
-    metrics = train(tmp_path, observers=[Labels()])
+    train(tmp_path, steps=1, observers=[Labels()])
+    resumed, whole = Labels(), Labels()
+    metrics = train(tmp_path, steps=3, observers=[resumed])
     assert [row["labels_seen"] for row in metrics if row["kind"] == "step"] == [4, 8, 12]
-    resumed = Labels()
-    metrics = train(tmp_path, steps=5, observers=[resumed])
-    assert [row["labels_seen"] for row in metrics if row["kind"] == "step"] == [4, 8, 12, 16, 20]
-    whole = Labels()
-    train(tmp_path / "whole", steps=5, observers=[whole])
+    train(tmp_path / "whole", steps=3, observers=[whole])
     assert torch.equal(resumed.seen, whole.seen)
 
 
@@ -218,34 +214,16 @@ register_method("autoencoder", Autoencoder)
 
 
 def test_a_method(tmp_path: Path) -> None:
-    flags = [
-        "--method",
-        "autoencoder",
-        "--arch",
-        "mean-colour",
-        "--lr",
-        "2",
-        "--data-path",
-        "squares:4",
-        "--epochs",
-        "9",
-    ]
-    metrics = train(tmp_path, *flags)
-    losses = [row["loss"] for row in metrics if row["kind"] == "step"]
-    assert losses == [row["squared_error"] for row in metrics if row["kind"] == "step"]
-    assert losses[-1] < losses[0]
-    train(tmp_path, *flags, steps=6)
-    content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    assert int(content["steps"]) == 6
-    train(tmp_path / "whole", *flags, steps=6)
-    whole = torch.load(tmp_path / "whole/checkpoint.pth", weights_only=True)
-    assert all(torch.equal(value, content["trained"][name]) for name, value in whole["trained"].items())
-
-
-def test_the_checkpoint_of_a_method_without_student_and_teacher_is_read(tmp_path: Path) -> None:
-    from dino_xcit.weights import load_backbone
-
-    train(tmp_path, "--method", "autoencoder", "--arch", "mean-colour")
+    flags = ["--method", "autoencoder", "--arch", "mean-colour", "--data-path", "squares:4", "--lr", "2"]
+    flags += ["--epochs", "9"]
+    train(tmp_path, *flags, steps=1)
+    train(tmp_path, *flags, steps=3)
+    rows = [row for row in train(tmp_path / "whole", *flags) if row["kind"] == "step"]
+    assert rows[-1]["loss"] == rows[-1]["squared_error"] < rows[0]["loss"]
+    files = (tmp_path / "checkpoint.pth", tmp_path / "whole" / "checkpoint.pth")
+    resumed, whole = (torch.load(file, weights_only=True) for file in files)
+    assert int(resumed["steps"]) == 3
+    assert all(torch.equal(value, resumed["trained"][name]) for name, value in whole["trained"].items())
     loaded = load_backbone(tmp_path / "checkpoint.pth")
     assert loaded.arch == "mean-colour"
     stored = torch.load(tmp_path / "backbone.pth", weights_only=True)
@@ -257,11 +235,8 @@ def test_the_checkpoint_of_a_method_without_student_and_teacher_is_read(tmp_path
 
 def test_a_recipe(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: recipes.RECIPES.pop("tiny", None))  # other tests go through all recipes
-    settings: dict[str, object] = {"koleo_weight": 0.5}
-    recipes.register(Recipe("tiny", "a test", "--recipe tiny", "not measured", settings))
-    config, first_line = parse_pretrain(["--recipe", "tiny", "--data-path", "sample:fashion-mnist"])
-    assert config.koleo_weight == 0.5
-    assert "tiny" in first_line
+    recipes.register(Recipe("tiny", "a test", "--recipe tiny", "not measured", {"koleo_weight": 0.5}))
+    assert parse_pretrain(["--recipe", "tiny", "--data-path", "sample:fashion-mnist"])[0].koleo_weight == 0.5
     train(tmp_path, "--recipe", "tiny")
     with pytest.raises(ValueError, match="no_such_setting"):
         recipes.register(Recipe("other", "a test", "", "", {"no_such_setting": 1}))
@@ -270,16 +245,15 @@ def test_a_recipe(tmp_path: Path, request: pytest.FixtureRequest) -> None:
 # ---- names that are taken
 
 
-@pytest.fixture(params=["backbone", "method", "source", "recipe"])
-def twice(request: pytest.FixtureRequest) -> Any:
-    return {
-        "backbone": lambda: register_backbone("xcit_small_12_p16", MeanColour),
-        "method": lambda: register_method("dino", Autoencoder),
-        "source": lambda: register_source("tar", Squares),
-        "recipe": lambda: recipes.register(Recipe("dino", "", "", "")),
-    }[request.param]
-
-
-def test_a_name_is_given_once(twice: Any) -> None:
+@pytest.mark.parametrize(
+    ("register", "words"),
+    [
+        (register_backbone, ("xcit_small_12_p16", MeanColour)),
+        (register_method, ("dino", Autoencoder)),
+        (register_source, ("tar", Squares)),
+        (recipes.register, (Recipe("dino", "", "", ""),)),
+    ],
+)
+def test_a_name_is_given_once(register: Callable[..., None], words: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match=r"taken|registered"):
-        twice()
+        register(*words)

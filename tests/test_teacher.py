@@ -15,7 +15,7 @@ def tensors(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in ((4, 5), (7,), (1, 1, 3), (2, 3, 3, 3))]
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.996, 0.99999, 1.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99999, 1.0])
 @pytest.mark.parametrize("accepted", [None, True])
 def test_is_the_exponential_moving_average(momentum: float, accepted: bool | None) -> None:
     teacher, student = tensors(1), tensors(2)
@@ -23,13 +23,7 @@ def test_is_the_exponential_moving_average(momentum: float, accepted: bool | Non
     update_ema(teacher, student, momentum, None if accepted is None else torch.tensor(accepted))
     for got, want in zip(teacher, expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
-
-
-def test_many_steps_follow_the_closed_form() -> None:
-    teacher, student = [torch.zeros(3)], [torch.ones(3)]
-    for _ in range(200):
-        update_ema(teacher, student, 0.99)
-    torch.testing.assert_close(teacher[0].double(), torch.full((3,), 1 - 0.99**200, dtype=torch.float64))
+    assert differing_bits(tensors_of(tensors(2)), tensors_of(student)) == []
 
 
 def test_a_rejected_step_leaves_the_bits() -> None:
@@ -39,20 +33,9 @@ def test_a_rejected_step_leaves_the_bits() -> None:
     assert differing_bits(before, tensors_of(teacher)) == []
 
 
-def test_the_student_is_not_touched() -> None:
-    teacher, student = tensors(1), tensors(2)
-    update_ema(teacher, student, 0.9, torch.tensor(True))
-    assert differing_bits(tensors_of(tensors(2)), tensors_of(student)) == []
-
-
 def test_a_run_starts_with_equal_networks_and_a_teacher_that_trains_only_by_the_average() -> None:
     state = build_state(tiny_config(), CPU)
-    assert (
-        differing_bits(
-            tensors_of(dict(state.method.student.state_dict())), tensors_of(dict(state.method.teacher.state_dict()))
-        )
-        == []
-    )
+    assert differing_bits(state.method.student.state_dict(), state.method.teacher.state_dict()) == []
     assert state.method.teacher.training
     assert not any(parameter.requires_grad for parameter in state.method.teacher.parameters())
 

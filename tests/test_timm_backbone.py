@@ -4,52 +4,39 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_run import run, tiny_config
 
 from dino_xcit.errors import InputError
 from dino_xcit.models import DINOHead, MultiCropWrapper, build_backbone
 
 # Class token, distilled pair of tokens, pooled map, map kept as [B, h, w, D], and maps that are widened after pooling.
 NAMES = [
-    "vit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224",
-    "xcit_nano_12_p16_224",
-    "resnet18",
-    "convnext_atto",
-    "swin_tiny_patch4_window7_224",
-    "mobilenetv3_small_050",
-]
+    "test_vit", "deit_tiny_distilled_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_output_has_the_promised_shapes_at_both_crop_sizes(name: str) -> None:
     model = build_backbone(f"timm:{name}", drop_path_rate=0.1)
-    for side in (224, 96):
+    for side in (160, 96):
         output = model(torch.randn(2, 3, side, side))
         assert output.cls_token.shape == (2, model.embed_dim)
         assert output.patch_tokens.shape[:2] == (2, output.grid[0] * output.grid[1])
-        assert output.grid == ((side + 31) // 32,) * 2 or output.grid == (side // 16,) * 2
+        assert output.grid in {((side + 31) // 32,) * 2, (side // 16,) * 2}
     features = MultiCropWrapper(model, DINOHead(int(model.embed_dim), 8, hidden_dim=4, bottleneck_dim=4))  # type: ignore[arg-type]
     assert features([torch.randn(2, 3, 96, 96)]).logits.shape == (2, 8)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "xcit_nano_12_p16_224", "resnet18"])
+@pytest.mark.parametrize("name", ["test_vit", "xcit_nano_12_p16_224", "resnet18"])
 def test_layers_come_in_the_order_asked_for(name: str) -> None:
     model = build_backbone(f"timm:{name}").eval()
     images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         plain, first, last = model(images), model(images, layers=[0]).layers[0], model(images, layers=[-1]).layers[0]
         both = model(images, layers=[-1, 0, -1])
-    assert [layer.shape for layer in both.layers] == [last.shape, first.shape, last.shape]
-    assert torch.equal(both.layers[0], last)
-    assert torch.equal(both.layers[1], first)
+    for found, expected in zip(both.layers, (last, first, last), strict=True):
+        assert torch.equal(found, expected)
     assert not torch.equal(first.flatten()[:50], last.flatten()[:50])
     torch.testing.assert_close(both.cls_token, plain.cls_token)
-
-
-def test_non_square_images_give_a_non_square_grid() -> None:
-    model = build_backbone("timm:vit_tiny_patch16_224").eval()
-    assert model(torch.randn(1, 3, 64, 112)).grid == (4, 7)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_1_p16_32", "timm:test_vit"])
@@ -74,9 +61,10 @@ def test_images_that_a_model_of_one_size_cannot_take_are_refused_in_one_sentence
 
 def test_patch_tokens_lie_row_by_row_without_the_class_token() -> None:
     model = build_backbone("timm:vit_tiny_patch16_224").eval()
+    images = torch.randn(1, 3, 64, 112)
     with torch.no_grad():
-        whole = model.model.forward_features(torch.ones(1, 3, 64, 112))  # type: ignore[union-attr,operator]
-        output = model(torch.ones(1, 3, 64, 112))
+        whole, output = model.model.forward_features(images), model(images)  # type: ignore[union-attr,operator]
+    assert output.grid == (4, 7)
     assert torch.equal(output.patch_tokens, whole[:, 1:])
     assert torch.equal(output.cls_token, whole[:, 0])
 
@@ -85,20 +73,6 @@ def test_drop_path_is_given_to_the_model_that_has_it() -> None:
     model = build_backbone("timm:vit_tiny_patch16_224", drop_path_rate=0.3)
     rates = [float(module.drop_prob) for module in model.modules() if type(module).__name__ == "DropPath"]  # type: ignore[arg-type]
     assert max(rates) == pytest.approx(0.3)
-
-
-def test_the_classifier_is_left_out() -> None:
-    model = build_backbone("timm:resnet18")
-    assert not any(key.startswith("model.fc") for key in model.state_dict())
-
-
-def test_a_timm_student_trains() -> None:
-    config = tiny_config(arch="timm:test_vit", global_crops_size=32, local_crops_size=16, drop_path_rate=0.0)
-    state, results = run(config, 2)
-    assert all(bool(result.accepted) for result in results)
-    assert float(results[0].loss) > 0
-    student, teacher = (net.backbone.state_dict() for net in (state.method.student, state.method.teacher))
-    assert not torch.equal(student["model.cls_token"], teacher["model.cls_token"])
 
 
 def test_an_unknown_timm_name_is_refused_with_near_matches() -> None:

@@ -49,9 +49,9 @@ def test_no_line_of_ours_trusts_a_file() -> None:
 def test_ruff_refuses_readers_that_trust_everywhere_but_in_one_file() -> None:
     calls = ("torch.load(1)", "torch.jit.load(1)", "joblib.load(1)", "yaml.load(1)")
     readers = "\n".join(["import joblib, pickle, torch, yaml", *calls, "yaml.safe_load(1)"])
-    for name in ("dino_xcit/planted.py", "eval/planted.py", "run_planted.py", "dino_xcit/safe_load.py"):
-        command = [sys.executable, "-m", "ruff", "check", "--select=TID251", "--output-format=json", "-"]
-        command += ["--stdin-filename", str(ROOT / name)]
+    for name in ("eval/planted.py", "run_planted.py", "dino_xcit/safe_load.py"):
+        command = [sys.executable, "-m", "ruff", "check", "--select=TID251", "--output-format=json"]
+        command += ["--stdin-filename", str(ROOT / name), "-"]
         run = subprocess.run(command, input=readers, capture_output=True, text=True, cwd=ROOT, check=False)
         lines = {found["location"]["row"] for found in json.loads(run.stdout)}
         assert lines == (set() if name.endswith("safe_load.py") else {1, 2, 3, 4, 5})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import timm
 import torch
 
 from dino_xcit.errors import InputError
@@ -13,24 +14,19 @@ from dino_xcit.models.vit import VIT_FAMILIES, VitShape, vit_shape
 
 
 def test_a_name_and_its_sizes_are_each_others() -> None:
-    seen = set()
-    for family, side, heads, scaled, registers in itertools.product(
-        VIT_FAMILIES, (224, 448), (0, 2), (False, True), (0, 1, 4)
-    ):
-        shape = VitShape(family, 12, 14, side, heads or VIT_FAMILIES[family][1], scaled, registers)
-        assert vit_shape(shape.name) == shape
-        seen.add(shape.name)
-    assert len(seen) == 5 * 2 * 2 * 2 * 3
-    assert {"vit_small_12_p14", "vit_small_12_p14_448_h2_ls_reg4"} <= seen
+    sizes = itertools.product(VIT_FAMILIES, (12,), (14,), (224, 448), (2, 16), (False, True), (0, 4))
+    shapes = [VitShape(*size) for size in sizes]
+    shapes.append(VitShape("small", 12, 14, 224, VIT_FAMILIES["small"][1], False, 0))
+    assert [vit_shape(shape.name) for shape in shapes] == shapes
+    names = {shape.name for shape in shapes}
+    assert len(names) == len(shapes)
+    assert {"vit_small_12_p14", "vit_small_12_p14_448_h2_ls_reg4"} <= names
 
 
 def test_the_networks_are_timms_dinov2() -> None:
-    import timm
-
     for ours, theirs in (
         ("vit_small_12_p14_518_ls", "vit_small_patch14_dinov2"),
         ("vit_base_12_p14_518_ls_reg4", "vit_base_patch14_reg4_dinov2"),
-        ("vit_large_24_p14_518_ls", "vit_large_patch14_dinov2"),
     ):
         with torch.device("meta"):
             own = build_backbone(ours)
@@ -52,7 +48,7 @@ def test_heads_registers_and_layer_scale_are_those_of_the_name() -> None:
 @pytest.mark.parametrize(
     "name",
     ["vit_small_12_p16_h7", "vit_small_12_p16_h0", "vit_small_0_p16", "vit_small_12_p15", "vit_small_12_p16_8",
-     "vit_small_12_p16_9999", "vit_giant_12_p16", "vit_small_12_p16_reg4_ls", "vit_small_12_p16_ls_ls", "vit_"],
+     "vit_giant_12_p16", "vit_small_12_p16_reg4_ls", "vit_"],
 )  # fmt: skip
 def test_a_name_of_no_network_is_refused(name: str) -> None:
     assert vit_shape(name) is None

@@ -33,12 +33,10 @@ def assert_computes(read: LoadedBackbone, model: Any) -> None:
 @pytest.mark.parametrize("kind", NAMES)
 def test_each_model_computes_what_it_did(tmp_path: Path, kind: str) -> None:
     state = {name: value for name, value in hf.weights(kind).items() if not name.startswith("pooler.")}
-    place = hf.folder(tmp_path, hf.weights(kind), hf.VIT_CONFIG)
-    read = load_backbone(place)
+    read = load_backbone(hf.folder(tmp_path, hf.weights(kind), hf.VIT_CONFIG))
     assert_computes(read, hf.model(kind))
     assert (read.arch, read.layout) == (NAMES[kind], Layout.TRANSFORMERS)
     assert read.left_aside == (("pooler",) if kind == "vit" else ("mask_token",))
-    assert read.path == place / "model.safetensors"
     classifier = {"classifier.weight": torch.zeros(7, hf.WIDTH), "classifier.bias": torch.zeros(7)}
     read = load_backbone(hf.folder(tmp_path, files.prefixed(PREFIXES[kind], state) | classifier, hf.VIT_CONFIG))
     assert_computes(read, hf.model(kind))
@@ -76,11 +74,8 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path, state: Any, words: str) 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("hidden_act", "quick_gelu"), ("use_swiglu_ffn", True), ("layer_norm_eps", 1e-5), ("layer_norm_eps", "0"),
-        ("num_attention_heads", 10**9), ("num_attention_heads", 7),
-    ],
-)  # fmt: skip
+    [("hidden_act", "quick_gelu"), ("use_swiglu_ffn", True), ("layer_norm_eps", 1e-5), ("num_attention_heads", 7)],
+)
 def test_a_network_that_is_not_computed_is_refused_by_its_setting(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(InputError, match=str(value)) as caught:
         load_backbone(hf.folder(tmp_path, hf.weights("vit"), hf.VIT_CONFIG | {name: value}))

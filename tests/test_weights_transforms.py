@@ -9,6 +9,7 @@ from typing import Any
 
 import foreign_checkpoints as files
 import pytest
+import timm
 import torch
 import transformers_files as hf
 from export_fixtures import export
@@ -47,14 +48,12 @@ def of_transformers(folder: Path, **said: object) -> Path:
     return hf.folder(folder, hf.weights("vit"), hf.VIT_CONFIG, hf.DINO_PREPROCESSOR | said)
 
 
-@pytest.mark.parametrize("written", [checkpoint, exported, of_timm, of_transformers])
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
-def test_a_deviation_by_which_nothing_can_be_divided_is_refused(
-    tmp_path: Path, written: Callable[..., Path], bad: float
-) -> None:
+@pytest.mark.parametrize(
+    ("written", "bad"), [(checkpoint, 0.0), (exported, -1.0), (of_timm, float("nan")), (of_transformers, 0.0)]
+)
+def test_a_deviation_of_zero_or_less_is_refused(tmp_path: Path, written: Callable[..., Path], bad: float) -> None:
     with pytest.raises(InputError, match=rf"{tmp_path}.*std is 0\.2, {bad:g}, 0\.2"):
         load_backbone(written(tmp_path, std=[0.2, bad, 0.2]))
-    load_backbone(written(tmp_path, std=[0.2, 0.3, 0.2]))
 
 
 # ---- guesses
@@ -77,19 +76,18 @@ def test_an_evaluator_tells_the_guess(
     read, _ = open_backbone(parse(KnnConfig, words, "run_knn.py"))
     assert (read.transform, read.transform_from, read.transform_guess) == (transform, "", guess)
     assert f"this is a guess: {guess} (--eval-resize" in capsys.readouterr().out
-    open_backbone(parse(KnnConfig, [*words, "--eval-crop", "56"], "run_knn.py"))
-    checkpoint(tmp_path, resize=64)
-    read, _ = open_backbone(parse(KnnConfig, [*words[2:], "--weights", str(tmp_path / "ckpt.pth")], "run_knn.py"))
+
+
+def test_what_the_checkpoint_says_is_no_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--weights", str(checkpoint(tmp_path, resize=64)), "--device", "cpu"]
+    read, _ = open_backbone(parse(KnnConfig, words, "run_knn.py"))
     assert (read.transform, read.transform_from) == (EvalTransform(resize=64), "the checkpoint's")
     assert "guess" not in capsys.readouterr().out
 
 
-def test_an_export_does_not_store_a_guess_as_the_checkpoints(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_does_not_store_a_guess_as_the_checkpoints(tmp_path: Path) -> None:
     torch.save(files.vit().state_dict(), tmp_path / "bare.pth")
     export(tmp_path / "bare.pth", "safetensors", tmp_path / "out.safetensors")
-    assert f"assumed: {OF_POSITIONS}" in capsys.readouterr().out
     metadata = read_safetensors(tmp_path / "out.safetensors")[1]
     assert "eval_transform" not in metadata
     assert json.loads(metadata[ASSUMED])["crop"] == 64
@@ -100,16 +98,16 @@ def test_an_export_does_not_store_a_guess_as_the_checkpoints(
 def test_an_export_keeps_what_the_transform_cannot_express(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = of_transformers(tmp_path / "hf", size={"height": 64, "width": 64})
     for number in range(2):  # an export of an export too
-        target = tmp_path / f"{number}.safetensors"
-        export(source, "safetensors", target)
+        export(source, "safetensors", tmp_path / f"{number}.safetensors")
+        source = tmp_path / f"{number}.safetensors"
         assert f"{SQUASHED}\n" in capsys.readouterr().out
-        again = load_backbone(target)
-        assert (again.transform_from, again.transform_exception) == (f"the checkpoint's{SQUASHED}", SQUASHED)
-        source = target
+    again = load_backbone(source)
+    assert (again.transform_from, again.transform_exception) == (f"the checkpoint's{SQUASHED}", SQUASHED)
     said = {"eval_transform": json.dumps(EvalTransform().to_dict()), EXCEPTION: "\x1b[31m\n" + "x" * 9999}
     path = files.save_safetensors(tmp_path / "a.safetensors", files.vit().state_dict(), said)
-    assert load_backbone(path).transform_from.isprintable()
-    assert len(load_backbone(path).transform_from) < 999
+    shown = load_backbone(path).transform_from
+    assert shown.isprintable()
+    assert len(shown) < 999
 
 
 # ---- timm's config.json
@@ -131,9 +129,8 @@ def test_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"input_size": [3, 64, 32]}, "no square"), ({"input_size": [3, 10**9, 10**9]}, "no square"),
-        ({"input_size": [3, "a", "a"]}, "invalid literal"), ({"crop_pct": 1e-9}, "no square"),
-        ({"crop_pct": float("nan")}, "no square"), ({"interpolation": "random"}, "'random'"),
-        ({"mean": [0.5]}, "three numbers"),
+        ({"input_size": [3, "a", "a"]}, "invalid literal"), ({"crop_pct": float("nan")}, "no square"),
+        ({"interpolation": "random"}, "'random'"), ({"mean": [0.5]}, "three numbers"),
     ],
 )  # fmt: skip
 def test_settings_of_timm_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -142,7 +139,7 @@ def test_settings_of_timm_that_cannot_be_are_refused(tmp_path: Path, change: dic
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a": "' + "x" * 2**20 + '"}', "[1]"])
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"a": "' + "x" * 2**20 + '"}', "[1]"])
 def test_settings_that_are_no_json_are_refused(tmp_path: Path, name: str, text: str) -> None:
     path = of_transformers(tmp_path)
     (tmp_path / name).write_text(text)
@@ -151,8 +148,6 @@ def test_settings_that_are_no_json_are_refused(tmp_path: Path, name: str, text: 
 
 
 def test_what_a_file_says_of_itself_goes_before_the_config_json_beside_it(tmp_path: Path) -> None:
-    import timm
-
     other = {"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 99, 99], "mean": [0] * 3, "std": [1] * 3}}
     network = timm.create_model("test_vit", pretrained=False, num_classes=0)
     path = files.timm_folder(tmp_path, network, other)
@@ -162,8 +157,7 @@ def test_what_a_file_says_of_itself_goes_before_the_config_json_beside_it(tmp_pa
     read = load_backbone(path)
     assert (read.arch, read.transform.crop) == ("timm:test_vit", 99)  # the metadata do not say how images are prepared
     said = {"arch": "timm:test_vit", "eval_transform": json.dumps(files.XCIT_TRANSFORM.to_dict())}
-    read = load_backbone(files.save_safetensors(path, network.state_dict(), said))
-    assert (read.transform, read.transform_from) == (files.XCIT_TRANSFORM, "the checkpoint's")
+    assert load_backbone(files.save_safetensors(path, network.state_dict(), said)).transform == files.XCIT_TRANSFORM
 
 
 # ---- transformers' preprocessor_config.json
@@ -171,17 +165,17 @@ def test_what_a_file_says_of_itself_goes_before_the_config_json_beside_it(tmp_pa
 
 def prepared(path: Path, **said: object) -> tuple[EvalTransform, str]:
     read = load_backbone(hf.folder(path, hf.weights("vit"), hf.VIT_CONFIG, hf.DINOV2_PREPROCESSOR | said))
-    assert read.transform_from.startswith(f"preprocessor_config.json's of {path}")
-    return read.transform, read.transform_from.removeprefix(f"preprocessor_config.json's of {path}")
+    before, _, clause = read.transform_from.partition(f"preprocessor_config.json's of {path}")
+    assert before == ""
+    return read.transform, clause
 
 
 def test_preprocessor_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
     assert prepared(tmp_path) == (EvalTransform(), "")
     assert prepared(tmp_path, do_rescale=None, do_resize=None) == (EvalTransform(), "")
-    raw, _ = prepared(tmp_path, do_normalize=False)
-    assert (raw.mean, raw.std) == ((0.0,) * 3, (1.0,) * 3)
-    whole, clause = prepared(tmp_path, do_center_crop=False, resample=2)
-    assert (whole, clause) == (EvalTransform(256, 256, "bilinear"), ", and the centre is cut")
+    assert prepared(tmp_path, do_normalize=False)[0] == EvalTransform(mean=(0.0,) * 3, std=(1.0,) * 3)
+    whole = prepared(tmp_path, do_center_crop=False, resample=2)
+    assert whole == (EvalTransform(256, 256, "bilinear"), ", and the centre is cut")
     square = {"size": {"height": 64, "width": 64}, "do_center_crop": None, "crop_size": None}
     assert prepared(tmp_path, **square) == (EvalTransform(64, 64), SQUASHED)
     read = load_backbone(of_transformers(tmp_path))
@@ -193,11 +187,10 @@ def test_preprocessor_config_json_says_how_images_are_prepared(tmp_path: Path) -
 @pytest.mark.parametrize(
     "changes",
     [
-        {"size": {"height": 224, "width": 256}}, {"size": {}}, {"size": 10**9}, {"size": True, "crop_size": 0},
-        {"size": "224"}, {"resample": 99}, {"resample": None}, {"image_mean": [0.5]}, {"do_resize": False},
-        {"rescale_factor": 1.0}, {"do_rescale": False}, {"do_center_crop": "false"}, {"do_center_crop": None},
-        {"crop_size": None}, {"size": {"shortest_edge": True}}, {"rescale_factor": 0},
-        {"crop_size": {"shortest_edge": -1}}, {"image_std": "x"}, {"resample": [1]},
+        {"size": {"height": 224, "width": 256}}, {"size": {}}, {"size": 10**9}, {"size": "224"}, {"resample": 99},
+        {"resample": [1]}, {"image_mean": [0.5]}, {"image_std": "x"}, {"do_resize": False}, {"rescale_factor": 1.0},
+        {"do_rescale": False}, {"do_center_crop": "false"}, {"do_center_crop": None}, {"crop_size": None},
+        {"size": {"shortest_edge": True}}, {"crop_size": {"shortest_edge": -1}},
     ],
 )  # fmt: skip
 def test_settings_of_transformers_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:

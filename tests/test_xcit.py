@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 
 import pytest
 import timm
@@ -19,15 +18,12 @@ import torch
 from timm.models.xcit import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dino_xcit.models import XCiT, backbone_names, build_backbone
+from dino_xcit.models import XCiT, build_backbone
 from dino_xcit.models.xcit import LPI, XCIT_SIZES
 
-OFFICIAL = [
-    f"xcit_{size}_p{patch}"
-    for size in ("nano_12", "tiny_12", "tiny_24", "small_12", "small_24", "medium_24", "large_24")
-    for patch in (16, 8)
-]
+SIZES = ("nano_12", "tiny_12", "tiny_24", "small_12", "small_24", "medium_24", "large_24")
 TOLERANCE = 1e-5
+SLOW = pytest.mark.slow
 
 
 def ours_and_timms(name: str, depth: int | None = None) -> tuple[XCiT, nn.Module]:
@@ -49,19 +45,9 @@ def ours_and_timms(name: str, depth: int | None = None) -> tuple[XCiT, nn.Module
             elif key.endswith("running_var"):
                 buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5)
     theirs = timm.create_model(f"{name}_224", num_classes=0, depth=size.depth).double()
-    load_into_timm(theirs, ours.state_dict())
+    state = {key: value.clone() for key, value in ours.state_dict().items()}
+    theirs.load_state_dict(checkpoint_filter_fn(state, theirs), strict=True)
     return ours, theirs
-
-
-def load_into_timm(theirs: nn.Module, state: Mapping[str, Tensor]) -> None:
-    theirs.load_state_dict(checkpoint_filter_fn({k: v.clone() for k, v in state.items()}, theirs), strict=True)
-
-
-def last_xca_block_of(theirs: nn.Module) -> list[Tensor]:
-    """A list that receives the tokens of timm's last XCA block on each forward pass."""
-    seen: list[Tensor] = []
-    theirs.blocks[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))  # type: ignore[union-attr,operator,index]
-    return seen
 
 
 def error(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
@@ -74,12 +60,9 @@ def projection(shape: torch.Size, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def assert_same_forward_and_gradients(
-    ours: XCiT, theirs: nn.Module, seen: list[Tensor], images: Tensor, train: bool
-) -> None:
-    ours.train(train)
-    theirs.train(train)
-    seen.clear()
+def assert_same_forward_and_gradients(ours: XCiT, theirs: nn.Module, images: Tensor) -> None:
+    seen: list[Tensor] = []  # the tokens of timm's last XCA block
+    theirs.blocks[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))  # type: ignore[union-attr,operator,index]
     inputs = [images.clone().requires_grad_() for _ in range(2)]
     output = ours(inputs[0])
     cls_token = theirs.forward_head(theirs.forward_features(inputs[1]), pre_logits=True)  # type: ignore[operator]
@@ -92,9 +75,7 @@ def assert_same_forward_and_gradients(
     theirs.zero_grad()
     ((output.cls_token * on_cls).sum() + (output.patch_tokens * on_patches).mean()).backward()
     ((cls_token * on_cls).sum() + (seen[0] * on_patches).mean()).backward()
-    assert inputs[0].grad is not None
-    assert inputs[1].grad is not None
-    assert error(inputs[0].grad, inputs[1].grad) < TOLERANCE
+    assert error(*(x.grad for x in inputs)) < TOLERANCE
 
     # The filter that renames and splits weights renames and splits their gradients.
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
@@ -105,7 +86,7 @@ def assert_same_forward_and_gradients(
     # The bias of a class attention's keys has no gradient in exact arithmetic: softmax does not see it.
     floor = 1e-8 * max(float(gradient.norm()) for gradient in expected.values())
     wrong = {name: error(mapped[name], expected[name], floor) for name in expected}
-    assert {name: value for name, value in wrong.items() if value >= TOLERANCE} == {}
+    assert {name: value for name, value in wrong.items() if not value < TOLERANCE} == {}
 
     # BatchNorm: the same running statistics afterwards, changed in train mode only.
     state = checkpoint_filter_fn(dict(ours.state_dict()), theirs)
@@ -113,42 +94,30 @@ def assert_same_forward_and_gradients(
         torch.testing.assert_close(state[name], buffer, rtol=TOLERANCE, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in OFFICIAL if not name.startswith(("xcit_tiny_24", "xcit_small_24"))])
-def test_every_family_equals_timms_in_forward_gradients_and_statistics(name: str) -> None:
-    """Two XCA blocks of each family (with those, tiny_24 is tiny_12, and small_24 small_12)."""
-    ours, theirs = ours_and_timms(name, depth=2)
-    seen = last_xca_block_of(theirs)
-    uneven = (75, 109) if name.endswith("p16") else (51, 37)
-    wide_stem = name in ("xcit_medium_24_p8", "xcit_large_24_p8")  # many seconds at 96 pixels
-    for train in (True, False):
-        for sides in (uneven,) if wide_stem else (uneven, (96, 96)):
-            assert_same_forward_and_gradients(ours, theirs, seen, projection(torch.Size((2, 3, *sides)), 4), train)
-
-
 @pytest.mark.parametrize(
-    "name",
+    ("name", "depth", "height", "width"),
     [
-        *(f"xcit_{size}_p16" for size in ("nano_12", "tiny_12", "small_12", "medium_24", "large_24")),
-        *(f"xcit_{size}_p8" for size in ("nano_12", "tiny_12", "small_12")),
+        # Two blocks of each family; with those, tiny_24 is tiny_12, and small_24 small_12.
+        *((f"xcit_{size}_p16", 2, 75, 109) for size in ("nano_12", "tiny_12", "small_12")),
+        *((f"xcit_{size}_p8", 2, 51, 37) for size in ("nano_12", "tiny_12")),
+        *(pytest.param(f"xcit_{size}_p16", 2, 75, 109, marks=SLOW) for size in ("medium_24", "large_24")),
+        *(pytest.param(f"xcit_{size}_p8", 2, 51, 37, marks=SLOW) for size in ("small_12", "medium_24", "large_24")),
+        # The size at which they are trained.
+        ("xcit_nano_12_p16", 1, 224, 224),
+        *(pytest.param(name, 1, 224, 224, marks=SLOW) for name in ("xcit_nano_12_p8", "xcit_small_12_p16")),
+        # The full depth.
+        ("xcit_nano_12_p16", None, 64, 80),
+        pytest.param("xcit_tiny_24_p16", None, 64, 80, marks=SLOW),
     ],
 )
-def test_at_224_pixels_equals_timms(name: str) -> None:
-    """One XCA block: the size of the grid matters here, not the depth."""
-    ours, theirs = ours_and_timms(name, depth=1)
-    seen = last_xca_block_of(theirs)
+def test_forward_gradients_and_statistics_are_timms(name: str, depth: int | None, height: int, width: int) -> None:
+    ours, theirs = ours_and_timms(name, depth)
     for train in (True, False):
-        assert_same_forward_and_gradients(ours, theirs, seen, projection(torch.Size((2, 3, 224, 224)), 4), train)
+        images = projection(torch.Size((2, 3, height, width)), 4)
+        assert_same_forward_and_gradients(ours.train(train), theirs.train(train), images)
 
 
-@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_tiny_12_p8", "xcit_tiny_24_p16"])
-def test_at_full_depth_equals_timms(name: str) -> None:
-    ours, theirs = ours_and_timms(name)
-    seen = last_xca_block_of(theirs)
-    for train in (True, False):
-        assert_same_forward_and_gradients(ours, theirs, seen, projection(torch.Size((2, 3, 64, 80)), 4), train)
-
-
-@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_tiny_12_p16"])
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_tiny_12_p16"])  # without and with a norm of the tokens
 def test_class_attention_hands_on_the_patch_tokens_as_timms_does(name: str) -> None:
     """The next block's norm hides from the class token how long they are, but a reader of them sees it."""
     ours, theirs = ours_and_timms(name, depth=1)
@@ -161,7 +130,7 @@ def test_class_attention_hands_on_the_patch_tokens_as_timms_does(name: str) -> N
         assert torch.equal(same, tokens[:, 1:])
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("name", [*(f"xcit_{size}_p16" for size in SIZES), "xcit_nano_12_p8"])
 def test_names_and_shapes_at_full_depth_are_those_that_timms_filter_expects(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name)
@@ -182,10 +151,8 @@ def test_the_gradient_of_a_single_image_is_that_of_numerical_differences(patch: 
 
         def value(x: Tensor) -> Tensor:
             output = model(x)
-            on_patches = projection(output.patch_tokens.shape, 6)
-            return (output.cls_token * projection(output.cls_token.shape, 7)).sum() + (
-                output.patch_tokens * on_patches
-            ).sum()
+            outputs = ((output.patch_tokens, 6), (output.cls_token, 7))
+            return torch.stack([(tokens * projection(tokens.shape, seed)).sum() for tokens, seed in outputs]).sum()
 
         inputs = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(value(inputs), inputs)
@@ -195,40 +162,8 @@ def test_the_gradient_of_a_single_image_is_that_of_numerical_differences(patch: 
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"),
-    [("nano_12", "3.05"), ("tiny_12", "6.72"), ("tiny_24", "12.12"), ("small_12", "26.25"), ("small_24", "47.67"),
-     ("medium_24", "84.40"), ("large_24", "189.10")],
-)  # fmt: skip
-def test_parameter_counts_are_those_of_the_paper(size: str, millions: str) -> None:
-    with torch.device("meta"):
-        model = build_backbone(f"xcit_{size}_p16")
-    classifier = 1000 * int(model.embed_dim) + 1000  # type: ignore[arg-type]
-    assert f"{(sum(p.numel() for p in model.parameters()) + classifier) / 1e6:.2f}" == millions
-
-
-def test_small_12_p16_has_the_official_entries() -> None:
-    with torch.device("meta"):
-        model = build_backbone("xcit_small_12_p16")
-    assert sum(p.numel() for p in model.parameters()) == 25_868_304
-    state = model.state_dict()
-    assert len(state) == 381
-    affine, norm = ("weight", "bias"), ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    stem = [f"patch_embed.proj.{i}.0.weight" for i in (0, 2, 4, 6)]
-    stem += [f"patch_embed.proj.{i}.1.{leaf}" for i in (0, 2, 4, 6) for leaf in norm]
-    linear = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    xca = [f"{layer}.{leaf}" for layer in (*linear, "norm3", "local_mp.conv1", "local_mp.conv2") for leaf in affine]
-    xca += [f"local_mp.bn.{leaf}" for leaf in norm] + ["attn.temperature", "gamma1", "gamma2", "gamma3"]
-    cls_attn = [f"{layer}.{leaf}" for layer in linear for leaf in affine] + ["gamma1", "gamma2"]
-    expected = ["cls_token", *stem, "norm.weight", "norm.bias"]
-    expected += ["pos_embeder.token_projection.weight", "pos_embeder.token_projection.bias"]
-    expected += [f"blocks.{i}.{key}" for i in range(12) for key in xca]
-    expected += [f"cls_attn_blocks.{i}.{key}" for i in range(2) for key in cls_attn]
-    assert sorted(state) == sorted(expected)
-
-
-@pytest.mark.parametrize(
     ("name", "eta"),
-    [("xcit_nano_12_p16", 1.0), ("xcit_tiny_12_p8", 1.0), ("xcit_tiny_24_p16", 1e-5), ("xcit_pico_4_p4", 1.0)],
+    [("xcit_nano_12_p16", 1.0), ("xcit_tiny_24_p16", 1e-5)],
 )
 def test_fresh_weights_follow_the_official_initialisation(name: str, eta: float) -> None:
     model = build_backbone(name)
@@ -248,36 +183,16 @@ def test_fresh_weights_follow_the_official_initialisation(name: str, eta: float)
     assert 0.9 * bound < float(model.get_parameter("blocks.0.local_mp.conv1.weight").abs().max()) <= bound
 
 
-def test_every_name_has_patches_of_4_8_and_16() -> None:
-    names = backbone_names()
-    assert set(OFFICIAL) < set(names)
-    assert {name for name in names if name.endswith("_p4")} == {re.sub(r"_p\d+$", "_p4", name) for name in names}
-
-
 @pytest.mark.parametrize("patch", [4, 8, 16])
-@pytest.mark.parametrize("sides", [(1, 1), (7, 61), (33, 16), (5, 4), (48, 17)])
+@pytest.mark.parametrize("sides", [(1, 1), (7, 61), (33, 16)])
 def test_any_height_and_width_gives_a_grid_rounded_up(patch: int, sides: tuple[int, int]) -> None:
     model = build_backbone(f"xcit_pico_4_p{patch}").eval()
     with torch.no_grad():
         output = model(torch.randn(2, 3, *sides))
     height, width = (math.ceil(side / patch) for side in sides)
     assert output.grid == (height, width)
-    assert output.cls_token.shape == (2, 64)
     assert output.patch_tokens.shape == (2, height * width, 64)
     assert bool(torch.isfinite(output.cls_token).all())
-
-
-def test_tokens_lie_row_by_row() -> None:
-    """Where the grid says row i // w, column i % w: a change at the bottom right moves the last token most."""
-    model = build_backbone("xcit_pico_4_p4").eval()
-    images = torch.zeros(1, 3, 16, 40)
-    changed = images.clone()
-    changed[:, :, 12:, :4] = 3.0  # the bottom left patch: row 3, column 0
-    with torch.no_grad():
-        stem, grid = model.patch_embed(images)  # type: ignore[operator]
-        moved, _ = model.patch_embed(changed)  # type: ignore[operator]
-    assert grid == (4, 10)
-    assert int((moved - stem).norm(dim=-1)[0].argmax()) == 3 * 10
 
 
 def test_layers_returns_the_blocks_in_the_order_asked_for() -> None:
@@ -286,7 +201,6 @@ def test_layers_returns_the_blocks_in_the_order_asked_for() -> None:
     for block in model.blocks:  # type: ignore[union-attr]
         block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     output = model(torch.randn(2, 3, 20, 24), layers=(2, -1, 0, 2))
-    assert len(output.layers) == 4
     for got, index in zip(output.layers, (2, 3, 0, 2), strict=True):
         assert torch.equal(got, seen[index])
     assert torch.equal(output.patch_tokens, seen[-1])
@@ -295,28 +209,15 @@ def test_layers_returns_the_blocks_in_the_order_asked_for() -> None:
 
 
 def test_local_patch_interaction_sees_the_tokens_without_a_copy() -> None:
-    model = build_backbone("xcit_pico_4_p4")
-    tokens: list[Tensor] = []
-    images: list[Tensor] = []
-    for module in model.modules():
-        if isinstance(module, LPI):
-            module.register_forward_pre_hook(lambda _module, inputs: tokens.append(inputs[0]))
-            module.conv1.register_forward_pre_hook(lambda _module, inputs: images.append(inputs[0]))
-    model(torch.randn(2, 3, 28, 44))
-    assert len(tokens) == len(images) == 4
-    for given, image in zip(tokens, images, strict=True):
-        assert image.shape == (2, 64, 7, 11)
-        assert image.is_contiguous(memory_format=torch.channels_last)
-        assert image.data_ptr() == given.data_ptr()
-        assert image.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
-
-
-def test_the_output_of_local_patch_interaction_is_contiguous_tokens() -> None:
-    """So that the residual that follows reads memory in order."""
-    lpi = LPI(32)
-    out = lpi(torch.randn(2, 35, 32), (5, 7))
-    assert out.shape == (2, 35, 32)
-    assert out.is_contiguous()
+    lpi, images = LPI(32), []
+    lpi.conv1.register_forward_pre_hook(lambda _module, inputs: images.append(inputs[0]))
+    tokens = torch.randn(2, 35, 32)
+    out = lpi(tokens, (5, 7))
+    assert images[0].shape == (2, 32, 5, 7)
+    assert images[0].is_contiguous(memory_format=torch.channels_last)
+    assert images[0].data_ptr() == tokens.data_ptr()
+    assert out.shape == tokens.shape
+    assert out.is_contiguous()  # so that the residual that follows reads memory in order
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -331,10 +232,8 @@ def test_a_backbone_in_low_precision_throughout_still_runs(dtype: torch.dtype) -
 
 
 def test_unknown_names_are_refused_with_near_matches() -> None:
-    with pytest.raises(ValueError, match="xcit_small_12_p16"):
-        build_backbone("xcit_smal_12_p16")
-    for name in ("xcit_small_12", "xcit_small_12_p32", "xcit_medium_12_p16", "resnet50", ""):
-        with pytest.raises(ValueError, match="unknown arch"):
+    for name in ("xcit_smal_12_p16", "xcit_small_12", "xcit_small_12_p32"):
+        with pytest.raises(ValueError, match=r"unknown arch.*xcit_small_12_p16"):
             build_backbone(name)
     for rate in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="drop_path_rate"):
