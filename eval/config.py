@@ -74,6 +74,8 @@ class BackboneConfig:
             InputError: names the field, its value and what is expected.
         """
         Allowed(self.allow_missing, self.allow_unexpected).check()
+        if not self.cache:
+            refuse_changed(self, ("cache_dir",), "with --no-cache")
 
     def written(self) -> dict[str, str]:
         """The files that are written at the end, by the names of their settings; those not asked for are empty."""
