@@ -29,6 +29,11 @@ _DINO_NAMES = {
     "batch_size": "batch_size_per_gpu", "imsize": "image_size", "distractors_path": "distractors",
 }  # fmt: skip
 """What DINO's evaluators (and habit) call a setting, to its name here."""
+_DINO_HINTS = {
+    "n_last_blocks": "give --features last4", "avgpool_patchtokens": "give --features cls+mean",
+    "num_labels": "leave it out, the classes of the data are counted", "use_cuda": "give --device cuda",
+}  # fmt: skip
+"""What to type for DINO's flags whose values mean something else here."""
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str) -> Config:
@@ -108,7 +113,8 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
                 print(f"--{name} is ignored: torchrun sets it", file=sys.stderr)
                 words, room = [], 1 - len(given)
             else:
-                close = near_matches(name, kinds, prefix="--")
+                hint = _DINO_HINTS.get(name)
+                close = f": {hint}" if hint else near_matches(name, kinds, prefix="--")
                 if rest is None or (close and name not in others):
                     raise InputError(f"unknown flag --{name}{close} (--help lists all)")
                 rest.append(token)

@@ -17,7 +17,7 @@ from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig, differences
 from dino_xcit.data.pack import PackConfig
 from dino_xcit.errors import InputError, run_main
 from dino_xcit.recipes import parse_pretrain
-from eval.config import KnnConfig
+from eval.config import KnnConfig, LinearConfig
 from eval.retrieval_config import ExtractConfig, RetrievalConfig
 from eval.viz import VizConfig
 from run_slurm import LaunchConfig
@@ -216,6 +216,11 @@ def test_words_without_a_flag_may_stand_anywhere() -> None:
     ("config", "typed", "words"),
     [
         (KnnConfig, "--ks 10 abc", "ks is 10 abc, expected whole numbers, such as 10 20"),
+        (LinearConfig, "--n_last_blocks 4", "unknown flag --n_last_blocks: give --features last4"),
+        (LinearConfig, "--avgpool_patchtokens=true", "--avgpool_patchtokens: give --features cls[+]mean"),
+        (LinearConfig, "--num_labels 1000", "--num_labels: leave it out"),
+        (KnnConfig, "--use_cuda 1", "--use_cuda: give --device cuda"),
+        (KnnConfig, "--no-cache --cache-dir d", "cache_dir is d, which has no effect with --no-cache"),
         (KnnConfig, "--weights a b", "'b' after --weights"),
         (KnnConfig, "--weights a --use_fp16", "unknown flag --use_fp16"),
         (RetrievalConfig, "oxford paris --data-path d", "'paris'"),
