@@ -44,6 +44,7 @@ WRONG = {
     "extract --query {image} --index {tmp}/empty": "is no complete collection",
     "knn W --cache-dir {image}": "which cannot be written to",
     "knn W --json {tmp}": "which cannot be written: it is a folder; choose another",
+    "knn W --json .": "json is ., which cannot be written: it is a folder",
     "linear W --json /dev/null": "cannot be written: it is no regular file; choose",
     f"linear W --json {'x' * 251}": "which cannot be written",
 }  # fmt: skip
