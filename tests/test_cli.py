@@ -333,3 +333,9 @@ def test_of_a_setting_twice_in_a_file_the_last_wins(tmp_path: Path) -> None:
     file.write_text("lr: 1\nout_dim: 9\nout-dim: 8\nlr: 2\nallow_missing: []\n")
     config = parsed(*DATA, "--config", str(file))
     assert (config.lr, config.out_dim, config.allow_missing) == (2, 8, ())
+
+
+def test_a_setting_that_was_empty_is_called_so() -> None:
+    stored = dataclasses.asdict(parsed(*DATA)) | {"global_crops_scale": [0.25, 1.0]}
+    found = differences(stored, parsed(*DATA, "--init-weights", "w.pth"))
+    assert found == ["init_weights empty -> w.pth", "global_crops_scale 0.25 1 -> 0.4 1"]
