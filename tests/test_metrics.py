@@ -113,10 +113,10 @@ def test_rates_count_images_and_the_share_of_waiting_since_the_last_call(clock: 
     progress = Progress(total_steps=100, done=0, images_a_step=32, shown=False)
     for _ in range(5):
         clock.now += 2.0
-        progress.step(waited=0.5)
+        progress.step(0, waited=0.5)
     assert progress.rates() == pytest.approx({"images_per_s": 16.0, "data_wait": 0.25})
     clock.now += 1.0
-    progress.step(waited=0.0)
+    progress.step(0, waited=0.0)
     assert progress.rates() == pytest.approx({"images_per_s": 32.0, "data_wait": 0.0})
 
 
@@ -125,16 +125,16 @@ def test_saving_and_measuring_do_not_count_as_training_time(clock: Clock) -> Non
     clock.now += 50.0
     progress.restart_clock()
     clock.now += 1.0
-    progress.step(waited=0.0)
+    progress.step(0, waited=0.0)
     assert progress.rates()["images_per_s"] == pytest.approx(10.0)
 
 
 def test_a_log_file_gets_lines_with_speed_loss_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total_steps=4, done=1, images_a_step=8, shown=True)
     progress._bar.mininterval = 0.0  # not 15 seconds, for the test
-    progress.step(waited=0.0)
-    progress.show(0, {"images_per_s": 123.4, "data_wait": 0.07, "loss": 3.14159})
-    progress.step(waited=0.0)
+    progress.step(0, waited=0.0)
+    progress.show({"images_per_s": 123.4, "data_wait": 0.07, "loss": 3.14159})
+    progress.step(0, waited=0.0)
     log.info("epoch 1/2: loss 3")
     progress.close()
     out, err = capsys.readouterr()
@@ -150,7 +150,7 @@ def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     progress = Progress(total_steps=4, done=0, images_a_step=8, shown=False)
-    progress.step(waited=0.0)
+    progress.step(0, waited=0.0)
     log.info("hello")
     log.warning("hello")
     progress.close()
@@ -207,7 +207,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stderr", FullDisk())
     progress = Progress(total_steps=2, done=0, images_a_step=1, shown=True)
     log.info("something to say")
-    progress.step(0.0)
+    progress.step(0, 0.0)
     progress.close()
     with pytest.raises(OSError, match="No space left"):
         print("something to say")  # so it would have ended
@@ -234,3 +234,11 @@ def test_metrics_that_cannot_be_written_are_said_once(tmp_path: Path, capsys: py
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: ")
     assert str(tmp_path) in line
+
+
+def test_the_bar_names_the_epoch_of_the_step_not_of_the_last_logged_one() -> None:
+    progress = Progress(total_steps=4, done=0, images_a_step=8, shown=True)
+    for epoch in (0, 1):
+        progress.step(epoch, waited=0.0)
+        assert progress._bar.desc == f"epoch {epoch + 1} "
+    progress.close()
