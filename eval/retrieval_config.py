@@ -71,7 +71,7 @@ class ExtractConfig(VectorConfig):
     top: Annotated[int, Ge(1)] = 10
     """How many of the nearest images to show."""
     sheet: Annotated[FilePath, IsOutput] = ""
-    """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
+    """Picture of the query and the images found. Default: contact_sheet.png in the index folder, of the last query."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""

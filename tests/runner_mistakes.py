@@ -41,7 +41,7 @@ WRONG = {
     "extract W --output-dir {image}": "no folder to write to",
     "extract W --output-dir /proc/none/vectors": "cannot create /proc/none",
     "extract --query {image}": "no index given",
-    "extract --query {image} --index {tmp}/empty": "is no complete collection",
+    "extract --query {image} --index {tmp}/empty": "is no collection: expected a folder that",
     "knn W --cache-dir {image}": "which cannot be written to",
     "knn W --json {tmp}": "which cannot be written: it is a folder; choose another",
     "knn W --json .": "json is ., which cannot be written: it is a folder",

@@ -16,7 +16,7 @@ from ranks import Server
 from tiny_run import tiny_source
 
 from dino_xcit.data import open_source
-from dino_xcit.data.check import check, main
+from dino_xcit.data.check import Report, check, main
 from dino_xcit.errors import InputError
 
 
@@ -133,3 +133,10 @@ def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> 
 def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         main(argv)
+
+
+def test_classes_of_one_size_are_told_once() -> None:
+    report = Report("x", 32, classes={"a": 16, "b": 16})
+    assert "2 classes of 16 images" in report.lines()
+    report.classes["b"] += 1
+    assert "2 classes of 16 (a) to 17 images (b)" in report.lines()

@@ -166,7 +166,8 @@ def test_images_keep_their_aspect_at_any_size_up_to_a_limit(weights: Path, monke
 
 
 @pytest.mark.parametrize(("typed", "words"), [
-    ("attention photo.jpg", "weights"), ("attention --weights W", "no images given: name files or folders"), ("P --weights W", "what"),
+    ("attention photo.jpg", "weights"), ("attention --weights W", "no images given: name files"),
+    ("P --weights W", "what"),
     ("attention --weights W none.jpg", r"none\.jpg"), ("attention --weights W .", "no image in"),
     ("attention --weights W W", "not an image"), ("attention --weights W P --size 7", "size is 7"),
     ("attention --weights W P --out a.jpg", "out is a.jpg"), ("attention --weights W P --out W/a.png", "be written"),
