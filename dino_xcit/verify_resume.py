@@ -131,7 +131,6 @@ def main(argv: Sequence[str]) -> None:
     config, _ = parse_pretrain(flags)
     if "WORLD_SIZE" in os.environ:
         raise InputError("verify_resume starts the processes itself: give it --processes N, without torchrun")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes the folder, unlike the default
     trained = dataclasses.replace(config, **OWN, wandb="", train_data="", val_data="")  # type: ignore[arg-type]
     beside = Path(config.output_dir).parent
     beside.mkdir(parents=True, exist_ok=True)
@@ -171,4 +170,5 @@ def compare(straight: str, resumed: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unlike the default, removes the folder
     run_main(lambda: main(sys.argv[1:]))

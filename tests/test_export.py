@@ -64,7 +64,7 @@ def test_timm_classifies_as_we_do(tmp_path: Path) -> None:
     ours, theirs, labels = [], [], []
     for part, count in (("train", 300), ("val", 100)):
         source = Subset(open_source("sample:fashion-mnist", part), np.arange(count))
-        found = extract(loaded.backbone, source, loaded.transform, torch.device("cpu"), 100, 0)
+        found = extract(loaded.backbone, source, loaded.transform, torch.device("cpu"), 0)
         ours.append(found.features)
         labels.append(found.labels)
         images = torch.stack([prepare(decode(source.read(i)[0], source.name(i))) for i in range(count)])
