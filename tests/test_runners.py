@@ -277,6 +277,7 @@ def test_a_mistake_ends_in_one_sentence_and_exit_code_two(
     shutil.copytree(place.data / "train", tmp_path / "train")
     for name in CLASSES:
         (tmp_path / "train" / name / "broken.jpg").write_bytes(b"\xff\xd8\xff cut short")
+    (tmp_path / "a.json").write_text("{}")
     backbone = place.weights.with_name("backbone.pth")
     state = torch.load(backbone, weights_only=True)
     del state["norm.weight"]
