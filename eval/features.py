@@ -179,7 +179,7 @@ def extract(
     backbone: nn.Module, source: Source, transform: EvalTransform, device: torch.device, num_workers: int = -1,
     progress: bool = True, unreadable: Unreadable = "refuse", finite: bool = True,
 ) -> Features:  # fmt: skip
-    """The class tokens of :func:`feature_rows` in one array, on every process, without the images that could not be read."""
+    """The class tokens of :func:`feature_rows` in one array, on every process, without images that cannot be read."""
     chunks = feature_rows(
         backbone, source, transform, device, 128, num_workers, progress, unreadable, CLASS_TOKEN, finite
     )
