@@ -28,6 +28,7 @@ import numpy as np
 
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
 from eval.linear.imagenet_variants import Variant
 from eval.linear.logistic import classify, logistic_results, search
 from eval.linear.pooled import Rows
@@ -131,7 +132,8 @@ def print_plan(probe: Probe) -> None:
     text = f"{len(probe.train):,} training images of {probe.train.url}, {len(probe.val):,} validation images of "
     text += f"{probe.val.url}; features {', '.join(config.features)}"
     if config.sgd:
-        text += f"; {config.epochs} epochs of {sampler.steps_per_epoch} steps at batch {sampler.global_batch}; the "
+        steps = counted(sampler.steps_per_epoch, "step")
+        text += f"; {counted(config.epochs, 'epoch')} of {steps} at batch {sampler.global_batch}; the "
         text += f"paper's learning rate and a grid of {len(probe.lrs)}; crop scale {config.crop_scale}"
     log.info(f"{'linear probe' if config.sgd else 'logistic regression'}: {text}")
 

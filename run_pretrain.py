@@ -74,6 +74,7 @@ def train(
     with Health(config, device) as health, Checkpoints(config) as checkpoints:
         stored = checkpoints.find()  # empty where the run is new
         config = keep_global_batch(config, stored)
+        state = build_state(config, device)  # before the data, which may take minutes to list
         source = open_source(config.data_path, "train")
         config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
         workers = choose_workers(config.num_workers, distributed.processes_here())
@@ -86,7 +87,6 @@ def train(
             len(source), config.batch_size_per_gpu, config.accumulation_steps, rank, world, config.seed
         )
         schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
-        state = build_state(config, device)
         if config.init_weights and not stored:
             log.info(initialise(state.method, config))
         watching = Observers(observers or ())

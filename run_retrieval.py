@@ -64,7 +64,7 @@ def landmarks(config: RetrievalConfig) -> Answer | None:
         benchmarks.refuse_known(truth, sources["distractors"])
 
     # ---- vectors
-    loaded, device = open_fitted(config, "whole")
+    loaded, device = open_fitted(config)
     sets = {name: extracted(config, loaded, device, source) for name, source in sources.items()}
     if not distributed.is_main():
         return None
@@ -97,7 +97,7 @@ def copydays(config: RetrievalConfig) -> Answer | None:
     sources = {name: source for name, (source, _) in blocks.items()}
     if config.distractors:
         sources["distractors"] = open_source(config.distractors)
-    loaded, device = open_fitted(config, "square")
+    loaded, device = open_fitted(config)
     sets = {name: extracted(config, loaded, device, source) for name, source in sources.items()}
     if not distributed.is_main():
         return None
@@ -119,7 +119,7 @@ def copydays(config: RetrievalConfig) -> Answer | None:
 def folder(config: RetrievalConfig) -> Answer | None:
     """Leave-one-out among labelled images."""
     # ---- images and vectors
-    loaded, device = open_fitted(config, "centre")
+    loaded, device = open_fitted(config)
     if not (place := config.data_path or loaded.data):
         raise InputError("no data_path given: folder needs --data-path DIR, the folder of its images")
     source = open_source(place, "val")
@@ -151,7 +151,7 @@ def duplicates(config: RetrievalConfig) -> Answer | None:
     """What two sets share, or what one has twice."""
     # ---- images and vectors
     sources = {name: open_source(url) for name, url in (("first", config.first), ("second", config.second)) if url}
-    loaded, device = open_fitted(config, "centre")
+    loaded, device = open_fitted(config)
     sets = {name: extracted(config, loaded, device, source) for name, source in sources.items()}
     if not distributed.is_main():
         return None

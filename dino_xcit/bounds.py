@@ -79,11 +79,17 @@ def check_bounds(config: Any) -> None:
         InputError: names the field, its value and what is expected.
     """
     kind: type = type(config)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if expected := _unmet(value, *annotations_of(kind)[field.name]):
-            example = f", such as {shown(field.default)}" if field.default not in ("", ()) else ""
-            raise InputError(f"{field.name} is {shown(value)}, expected {expected}{example}")
+    for name, notes in annotations_of(kind).items():
+        value = getattr(config, name)
+        if expected := _unmet(value, *notes):
+            raise refusal(kind, name, value, expected)
+
+
+def refusal(config: type, name: str, value: object, expected: str) -> InputError:
+    """The error for a setting whose value cannot be; its default is the example."""
+    default = getattr(config, name)
+    example = f", such as {shown(default)}" if default not in ("", ()) else ""
+    return InputError(f"{name} is {shown(value)}, expected {expected}{example}")
 
 
 def _unmet(value: Any, kind: Any, notes: Iterable[Any]) -> str:

@@ -13,14 +13,14 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
 
-from dino_xcit.bounds import Group, IsPath, Positional, Repeatable, annotations_of, check_bounds, marked
+from dino_xcit.bounds import Group, IsPath, Positional, Repeatable, annotations_of, check_bounds, marked, refusal
 from dino_xcit.errors import InputError, near_matches, run_main
 
 Config = TypeVar("Config")
@@ -35,21 +35,26 @@ _DINO_NAMES = {
     "batch_size": "batch_size_per_gpu", "imsize": "image_size", "distractors_path": "distractors",
 }  # fmt: skip
 """What DINO's evaluators (and habit) call a setting, to its name here."""
+_DINO_HINTS = {
+    "n_last_blocks": "give --features last4", "avgpool_patchtokens": "give --features cls+mean",
+    "num_labels": "leave it out, the classes of the data are counted", "use_cuda": "give --device cuda",
+}  # fmt: skip
+"""What to type for DINO's flags whose values mean something else here."""
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str) -> Config:
     """A command's settings: flags, then ``--config FILE.yaml``, then the class's defaults; checked.
 
     ``--global-crops-scale 0.4 1`` and ``--global_crops_scale=0.4 1`` are the same; ``--flag`` alone and ``--no-flag``
-    set a yes-or-no field, as ``--flag true`` does. Words without a flag belong to the fields marked Positional.
-    ``--help`` prints all settings and exits.
+    set a yes-or-no field, as ``--flag true`` does. Of a flag that is given twice the last one wins, unless its field
+    is marked Repeatable. Words without a flag belong to the fields marked Positional. ``--help`` prints all settings
+    and exits.
 
     Raises:
-        InputError: an unknown flag (near matches are given), one that is given twice, a word that belongs to no flag,
-            or a value that cannot be.
+        InputError: an unknown flag (near matches are given), a word that belongs to no flag, or a value that cannot be.
     """
     show_help(config, argv, prog)
-    return build(config, with_file(config, read_flags(config, argv)), config(), prog)
+    return build(config, with_file(config, read_flags(config, argv)), config())
 
 
 def parse_known(
@@ -63,7 +68,7 @@ def parse_known(
     show_help(config, argv, prog)
     rest: list[str] = []
     flags = read_flags(config, argv, rest, others)
-    return build(config, flags, config(), prog), rest
+    return build(config, flags, config()), rest
 
 
 def show_help(config: type, argv: Sequence[str], prog: str) -> None:
@@ -126,8 +131,8 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
     flags: Flags = {}
 
     def words_of(name: str) -> list[str]:
-        if name in flags and name not in repeatable:
-            raise InputError(f"--{name} is given twice: give it once, with all its values")
+        if name not in repeatable:
+            flags[name] = []  # the last one wins
         return flags.setdefault(name, [])
 
     name, words, room = "", list[str](), 0.0  # the last flag, what takes the words after it, and how many
@@ -146,7 +151,8 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
                 print(f"--{name} is ignored: torchrun sets it", file=sys.stderr)
                 words, room = [], 1 - len(given)
             else:
-                close = near_matches(name, kinds, prefix="--")
+                hint = _DINO_HINTS.get(name)
+                close = f": {hint}" if hint else near_matches(name, kinds, prefix="--")
                 if rest is None or (close and name not in others):
                     raise InputError(f"unknown flag --{name}{close} (--help lists all)")
                 rest.append(token)
@@ -220,8 +226,10 @@ def with_file(config: type, flags: Flags) -> Flags:
         parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if any(not isinstance(part, yaml.ScalarNode) or part.tag.endswith(":null") for part in parts):
             raise InputError(f"{key.value} in {path}: expected 'name: value' or 'name: [value, value]'")
-        words = [part.value for part in parts]
-        argv += [f"--{key.value}={words[0]}", *words[1:]] if words else [f"--{key.value}"]
+        words = [part.value for part in parts] or [""]
+        if flag := next((word for word in words if word.startswith("--")), ""):
+            raise InputError(f"{key.value} in {path} has the flag {flag}: expected '{flag[2:]}: value' on its own line")
+        argv += [f"--{key.value}={words[0]}", *words[1:]]
     try:
         settings = read_flags(config, argv)
         if "config" in settings:
@@ -231,37 +239,35 @@ def with_file(config: type, flags: Flags) -> Flags:
     return settings | flags
 
 
-def build(config: type[Config], flags: Flags, defaults: Config, prog: str) -> Config:
+def build(config: type[Config], flags: Flags, defaults: Config) -> Config:
     """The dataclass with ``defaults`` replaced by ``flags``, checked: its bounds, then what its ``check()`` demands.
 
     Raises:
         InputError: a word that is no value of its setting, or a value that cannot be.
     """
-    found = _tyro(config, [word for name, words in flags.items() for word in (f"--{name}", *words)], defaults, prog)
+    values = {name: _value(config, name, words) for name, words in flags.items()}
+    found = dataclasses.replace(defaults, **values)  # type: ignore[type-var]  # any dataclass
     check_bounds(found)
     if check := getattr(found, "check", None):
         check()
     return found
 
 
-def _tyro(config: type[Config], argv: list[str], defaults: Config, prog: str) -> Config:
-    printed = io.StringIO()
+_READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: {"True": True, "False": False}.__getitem__}
+
+
+def _value(config: type, name: str, words: Sequence[str]) -> Any:
+    """The words as a value of the setting's type; choices are left to the bounds."""
+    kind, _ = annotations_of(config)[name]
+    is_tuple = get_origin(kind) is tuple
+    parts = get_args(kind) if is_tuple else (kind,)
+    noun = {int: "whole number", float: "number"}.get(parts[0], "value")
+    expected = "true or false" if kind is bool else f"{len(parts)} {noun}s" if is_tuple else f"a {noun}"
+    if Ellipsis in parts:
+        words = [] if words == [""] else words
+        parts, expected = parts[:1] * len(words), f"{noun}s"
     try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                config, args=argv, default=defaults, prog=prog, use_underscores=True,
-                config=(tyro.conf.FlagConversionOff,),
-            )  # fmt: skip
-    except SystemExit as end:
-        if isinstance(end.__context__, InputError):  # of __post_init__
-            raise end.__context__ from None
-        if end.code:
-            raise InputError(_sentence(printed.getvalue())) from None
-        raise
-
-
-def _sentence(box: str) -> str:
-    """What tyro found wrong, without the frame that it draws around it and the help that follows."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()][1:]
-    found = itertools.takewhile(lambda line: not line.startswith("──"), lines)
-    return " ".join(" ".join(found).split())
+        values = tuple(_READERS.get(part, str)(word) for part, word in zip(parts, words, strict=True))
+    except (KeyError, ValueError):
+        raise refusal(config, name, " ".join(words), expected) from None
+    return values if is_tuple else values[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from dino_xcit.bounds import FilePath, Group, Seed, check_bounds, marked
+from dino_xcit.bounds import FilePath, Group, Seed, check_bounds, marked, shown
 from dino_xcit.errors import InputError
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform
 
@@ -284,6 +284,7 @@ def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]
             continue
         # A field that an older checkpoint lacks had the value of today's default.
         then, now = stored.get(field.name, field.default), getattr(current, field.name)
-        if (list(then) if isinstance(then, (list, tuple)) else then) != (list(now) if isinstance(now, tuple) else now):
-            out.append(f"{field.name} {then} -> {now}")
+        then = tuple(then) if isinstance(then, list) else then
+        if then != now:
+            out.append(f"{field.name} {shown(then)} -> {shown(now)}")
     return out

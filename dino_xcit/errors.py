@@ -27,9 +27,9 @@ UNREAD = 141
 """Exit code of a command whose reader went away (``... | head``): the shell's for SIGPIPE."""
 
 DIVERGED, LOST, PREEMPTED = 3, 4, 75
-"""Exit codes of a run that ends itself. DIVERGED: too many consecutive steps were not finite. LOST: a phase exceeded
---hang-timeout, or a rank or a loader process died. PREEMPTED: it received a signal and has saved (75 is sysexits.h's
-"temporary failure: try again")."""
+"""Exit codes of a run that ends itself. DIVERGED: too many consecutive steps were not finite, or all
+were. LOST: a phase exceeded --hang-timeout, or a rank or a loader process died. PREEMPTED: it received a signal and has
+saved (75 is sysexits.h's "temporary failure: try again")."""
 
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))

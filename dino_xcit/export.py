@@ -315,7 +315,7 @@ def to_hf_folder(loaded: LoadedBackbone, folder: Path, patch_tokens: bool) -> Fe
     return features
 
 
-TOLD = ("recipe", "epochs", "batch_size_per_gpu", "optimizer", "lr", "global_crops_size", "local_crops_number")
+TOLD = ("recipe", "epochs_trained", "batch_size_per_gpu", "optimizer", "lr", "global_crops_size", "local_crops_number")
 """Stored settings that the README repeats; none of them names a folder of the machine."""
 README = """\
 ---

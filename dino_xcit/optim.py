@@ -94,8 +94,8 @@ class Schedules:
         if warmup >= total:
             warmup = total // 10
             warning = (
-                f"warmup_epochs {config.warmup_epochs:g} is not shorter than the run ({config.epochs} epochs): "
-                f"shortened to {warmup / steps_per_epoch:g} epochs"
+                f"warmup_epochs {config.warmup_epochs:g} is not shorter than the run (epochs {config.epochs}): "
+                f"shortened to {warmup / steps_per_epoch:g}"
             )
         too_long = [warning] if warning else []
         if config.method == "dino" and config.freeze_last_layer >= config.epochs:

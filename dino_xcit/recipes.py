@@ -165,8 +165,7 @@ def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
     Raises:
         InputError: as :func:`dino_xcit.cli.parse`; an unknown recipe, or one that needs data.
     """
-    prog = "run_pretrain.py"
-    show_help(PretrainConfig, argv, prog)
+    show_help(PretrainConfig, argv, "run_pretrain.py")
     flags = with_file(PretrainConfig, read_flags(PretrainConfig, argv))
     data, arch, named = (" ".join(flags.get(name, [])) for name in ("data_path", "arch", "recipe"))
     recipe = named or ("dino" if data else "sample")
@@ -175,7 +174,7 @@ def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
     if not data and "data_path" not in settings:
         raise InputError(f"recipe {recipe} needs --data-path: a folder of images, such as /data/imagenet/train")
     defaults = PretrainConfig(**{"recipe": recipe, **settings})  # type: ignore[arg-type]
-    config = build(PretrainConfig, flags | {"recipe": [recipe]}, defaults, prog)
+    config = build(PretrainConfig, flags | {"recipe": [recipe]}, defaults)
     if not config.output_dir:
         name = f"{recipe}-{config.arch.replace('timm:', 'timm-').replace('/', '-')}"
         config = dataclasses.replace(config, output_dir=f"runs/{name}")

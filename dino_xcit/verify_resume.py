@@ -170,4 +170,5 @@ def compare(straight: str, resumed: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unlike the default, removes the folder
     run_main(lambda: main(sys.argv[1:]))

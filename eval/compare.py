@@ -322,7 +322,8 @@ def left_out(first: Entry, other: Entry, pairs: Pairs) -> list[str]:
     lines = []
     for entry in (first, other):
         if alone := [one.name for one in entry.figures if one.name not in both]:
-            lines.append(f"warning: only {entry.label} has {', '.join(alone)}")
+            more = f" and {len(alone) - 3:,} more" if len(alone) > 3 else ""
+            lines.append(f"warning: only {entry.label} has {', '.join(alone[:3])}{more}")
     if libraries := _changed(first.result.versions, other.result.versions):
         lines.append(f"warning: {other.label} was measured with other libraries: {', '.join(libraries.values())}")
     return lines

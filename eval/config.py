@@ -89,6 +89,8 @@ class BackboneConfig:
         from dino_xcit.weights import Allowed  # imports PyTorch: a command reads its flags before
 
         Allowed(self.allow_missing, self.allow_unexpected).check()
+        if not self.cache:
+            refuse_changed(self, ("cache_dir",), "with --no-cache")
 
     def written(self) -> dict[str, str]:
         """The files that are written at the end, by the names of their settings; those not asked for are empty."""

@@ -177,15 +177,14 @@ def refuse_not_finite(rows: Tensor, source: Source, indices: Sequence[int]) -> N
 
 
 def extract(
-    backbone: nn.Module, source: Source, transform: EvalTransform, device: torch.device, batch_size: int = 128,
-    num_workers: int = -1, progress: bool = True, unreadable: Unreadable = "refuse",
-    descriptor: Descriptor = CLASS_TOKEN, finite: bool = True,
+    backbone: nn.Module, source: Source, transform: EvalTransform, device: torch.device, num_workers: int = -1,
+    progress: bool = True, unreadable: Unreadable = "refuse", finite: bool = True,
 ) -> Features:  # fmt: skip
-    """All of :func:`feature_rows` in one array, on every process, without the images that could not be read."""
+    """The class tokens of :func:`feature_rows` in one array, on every process, without images that cannot be read."""
     chunks = feature_rows(
-        backbone, source, transform, device, batch_size, num_workers, progress, unreadable, descriptor, finite
+        backbone, source, transform, device, 128, num_workers, progress, unreadable, CLASS_TOKEN, finite
     )
-    return _in_memory(chunks, source, descriptor.width(width_of(backbone)))
+    return _in_memory(chunks, source, width_of(backbone))
 
 
 def cached(

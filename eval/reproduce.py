@@ -67,7 +67,8 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     started = time.perf_counter()
     loaded, device = open_backbone(config, fixed=EvalTransform())
     if loaded.arch not in PUBLISHED:
-        raise InputError(f"{loaded.path} is {loaded.arch}; expected one of {', '.join(PUBLISHED)}")
+        measurable = ", ".join(name for name in PUBLISHED if name.startswith("xcit_"))
+        raise InputError(f"{loaded.path} is {loaded.arch}; expected one of {measurable}")
     train, val = open_parts(config.data_path or None, config.train_data or None, config.val_data or None)
     found, expected = (len(train), len(val), len(train.classes or ())), (TRAIN, VAL, CLASSES)
     if found[1:] != expected[1:] or not 0.999 * TRAIN <= len(train) <= TRAIN:  # some copies lack a few images

@@ -75,7 +75,7 @@ class ExtractConfig(VectorConfig):
     top: Annotated[int, Ge(1)] = 10
     """How many of the nearest images to show."""
     sheet: Annotated[FilePath, IsOutput] = ""
-    """Picture of the query and the images found. Default: contact_sheet.png in the index folder."""
+    """Picture of the query and the images found. Default: contact_sheet.png in the index folder, of the last query."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -110,7 +110,6 @@ _OF_PROTOCOLS = {
     ("ground_truth", "queries"): ("oxford", "paris"),
     ("distractors",): ("oxford", "paris", "copydays"),
     ("ks",): ("folder",),
-    ("data_path",): ("oxford", "paris", "copydays", "folder"),
     ("first", "second", "threshold", "most_pairs", "csv", "sheet"): ("duplicates",),
 }
 """run_retrieval.py's settings of some protocols: for others they are a mistake."""
@@ -154,6 +153,11 @@ class RetrievalConfig(VectorConfig):
     sheet: Annotated[FilePath, IsOutput] = ""
     """For duplicates: draw the most similar pairs into this PNG."""
 
+    def fitted(self) -> str:
+        """How an image is fitted: ``centre``, ``whole`` or ``square``."""
+        usual = {"oxford": "whole", "paris": "whole", "copydays": "square"}.get(self.protocol, "centre")
+        return usual if self.fit == "auto" else self.fit
+
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
@@ -162,10 +166,15 @@ class RetrievalConfig(VectorConfig):
                 "no protocol given: expected oxford, paris, copydays, folder or duplicates, such as python "
                 "run_retrieval.py oxford --weights FILE --data-path DIR"
             )
+        if self.protocol == "duplicates" and (self.data_path or not self.first):
+            raise InputError(
+                f"data_path is {shown(self.data_path)} and first is {shown(self.first)}: duplicates takes --first DIR "
+                "--second DIR, or --first DIR alone for pairs within it"
+            )
         for names, protocols in _OF_PROTOCOLS.items():
             if self.protocol not in protocols:
                 refuse_changed(self, names, f"for {self.protocol} (only for {', '.join(protocols)})")
+        unused = ("image_size",) if self.fitted() == "centre" else ("eval_resize", "eval_crop")
+        refuse_changed(self, unused, f"where fit is {self.fitted()}")
         if self.protocol in ("oxford", "paris", "copydays") and not self.data_path:
             raise InputError(f"no data_path given: {self.protocol} needs --data-path DIR, the folder of its images")
-        if self.protocol == "duplicates" and not self.first:
-            raise InputError("no images given: use --first DIR --second DIR, or --first DIR alone for pairs within it")

@@ -108,7 +108,7 @@ def beside_weights(config: BackboneConfig, given: str, name: str) -> Path:
 
 
 def demand_writable(files: Mapping[str, str]) -> None:
-    """Make the folders of files that are written at the end: before what may take hours, rather than after it.
+    """Make the folders of files that are written at the end, with a word, before what may take hours.
 
     Args:
         files: by the names of their settings; empty: none.
@@ -118,17 +118,20 @@ def demand_writable(files: Mapping[str, str]) -> None:
     """
     for name, file in files.items():
         path = Path(file).expanduser()
-        if file and (problem := distributed.on_main(partial(_why_not_writable, path.parent, path.name))):
+        is_new = not path.parent.exists()
+        if file and (problem := distributed.on_main(partial(_why_not_writable, path.parent, path))):
             raise InputError(f"{name} is {file}, which cannot be written: {problem}; choose another place")
+        if file and is_new:
+            log.info(f"made the folder {path.parent} for {name}")
 
 
-def _why_not_writable(folder: Path, name: str = "") -> str | None:
-    """None where a file of this name can be written in the folder, which is made."""
-    if name and (folder / name).exists() and not (folder / name).is_file():
-        return "it is a folder" if (folder / name).is_dir() else "it is no regular file"
+def _why_not_writable(folder: Path, file: Path | None = None) -> str | None:
+    """None where files, or this one, can be written in the folder, which is made."""
+    if file and file.exists() and not file.is_file():
+        return "it is a folder" if file.is_dir() else "it is no regular file"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{name}.", dir=folder):
+        with tempfile.NamedTemporaryFile(prefix=f".{file.name if file else ''}.", dir=folder):
             return None
     except OSError as error:
         return one_line(error)

@@ -70,12 +70,12 @@ def wilson_interval(hits: Hits) -> Interval:
     return 100.0 * float(found.low), 100.0 * float(found.high)
 
 
-def all_or_nothing(hit: bool, count: int, level: float = LEVEL) -> Interval:
+def all_or_nothing(hit: bool, count: int) -> Interval:
     """Clopper and Pearson's interval of a share of which ``count`` of ``count``, or none, are hits.
 
     It also holds for the mean of values from 0 to 100%.
     """
-    found = scipy.stats.binomtest(count if hit else 0, count).proportion_ci(level, method="exact")
+    found = scipy.stats.binomtest(count if hit else 0, count).proportion_ci(LEVEL, method="exact")
     return 100.0 * float(found.low), 100.0 * float(found.high)
 
 
@@ -92,7 +92,7 @@ def spread_is_unknown(values: Values) -> bool:
     return len(values) < 2 or float(np.ptp(values)) <= ROUNDING
 
 
-def query_interval(values: Values, draws: int = 2000, seed: int = 0) -> Interval | None:
+def query_interval(values: Values) -> Interval | None:
     """Percentile bootstrap interval of the mean over queries, in percent as the values are; None for no value at all.
 
     The queries are drawn anew; the database stays. Queries of one class or one building are treated as independent.
@@ -111,9 +111,9 @@ def query_interval(values: Values, draws: int = 2000, seed: int = 0) -> Interval
     if (values == values[0]).all() and values[0] in (0, 100):
         return all_or_nothing(bool(values[0]), len(values))
     mean, variance, counts = _atoms(values)
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(values), counts / len(values), draws)
-    sums = drawn @ mean + np.sqrt(drawn @ variance) * rng.standard_normal(draws)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(values), counts / len(values), 2000)
+    sums = drawn @ mean + np.sqrt(drawn @ variance) * rng.standard_normal(2000)
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(sums / len(values), [tail, 100 - tail])
     return float(low), float(high)
@@ -147,16 +147,19 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(scipy.stats.binomtest(only_first, coins).pvalue) if coins else 1.0
 
 
-def paired_interval(first: Hits, second: Hits, draws: int = 10_000, seed: int = 0) -> Interval:
-    """Percentile bootstrap interval of the second's accuracy minus the first's, on the same images.
+def paired_interval(first: Hits, second: Hits) -> Interval | None:
+    """Percentile bootstrap interval of the second's accuracy minus the first's, on the same images; None where both
+    have the same images right, which is no certainty.
 
     Images are drawn with both answers. The two counts of discordant images are then multinomial, and are drawn
     directly: scipy's bootstrap would need draws x n memory.
     """
     only_first, only_second = discordant(first, second)
+    if not only_first + only_second:
+        return None
     images = len(first)
     shares = [only_first / images, only_second / images, (images - only_first - only_second) / images]
-    counts = np.random.default_rng(seed).multinomial(images, shares, size=draws)
+    counts = np.random.default_rng(0).multinomial(images, shares, size=10_000)
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(100.0 * (counts[:, 1] - counts[:, 0]) / images, [tail, 100 - tail])
     return float(low), float(high)

@@ -20,15 +20,16 @@ from __future__ import annotations
 import dino_xcit  # noqa: F401  # isort: skip
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Gt, Lt, MinLen
+from annotated_types import Gt, Lt
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from torch.nn import functional as F
 from dino_xcit.bounds import FilePath, Group, IsPath, Positional, Repeatable, Suffix, refuse_changed
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
+from dino_xcit.data.folder import open_folder
 from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models.xcit import ClassAttention, XCiT
 from dino_xcit.runtime import atomic
@@ -65,8 +67,8 @@ class VizConfig(BackboneConfig):
 
     what: Annotated[Literal["attention", "pca"], Positional, Group("picture")] = "attention"
     """What to draw; --what may be left out."""
-    images: Annotated[tuple[str, ...], MinLen(1), IsPath, Positional, Repeatable] = ()
-    """Image files; --images may be left out before them."""
+    images: Annotated[tuple[str, ...], IsPath, Positional, Repeatable] = ()
+    """Image files, and folders of images; --images may be left out before them."""
     size: int = 480
     """Pixels that an image's shorter side is resized to; 0: as it is. Finer than in training is fine."""
     out: Annotated[FilePath, Suffix(".png")] = ""
@@ -88,8 +90,8 @@ class VizConfig(BackboneConfig):
             refuse_changed(self, ("threshold",), "without a --foreground")
         if self.size and not 16 <= self.size <= 8192:
             raise InputError(f"size is {self.size}, expected 16 to 8192 pixels, or 0 for images as they are")
-        if len(self.images) > MAX_IMAGES:
-            raise InputError(f"{len(self.images)} images given, expected at most {MAX_IMAGES}: name fewer")
+        if not self.images:
+            raise InputError("no images given: name files or folders, such as photo.jpg or photos/")
 
 
 @dataclass
@@ -109,6 +111,7 @@ def main(argv: Sequence[str]) -> None:
             attention.
     """
     config = parse(VizConfig, argv, "python -m eval.viz")
+    config = replace(config, images=image_files(config.images))
     path = Path(config.out or f"{config.what}.png")
     demand_writable({"out": str(path)})
     loaded, device = open_weights(config)
@@ -119,6 +122,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 # ---- photographs
+
+
+def image_files(paths: Sequence[str]) -> tuple[str, ...]:
+    """The files, with those in a folder in its place.
+
+    Raises:
+        InputError: a folder without images, or too many images.
+    """
+    found: list[str] = []
+    for path in paths:
+        folder = open_folder(path, path) if os.path.isdir(path) else None
+        found += [path] if folder is None else map(folder.name, range(len(folder)))
+    if len(found) > MAX_IMAGES:
+        raise InputError(f"{len(found)} images given, expected at most {MAX_IMAGES}: name fewer")
+    return tuple(found)
 
 
 def measure_images(
@@ -181,7 +199,7 @@ def attention_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.devi
         row = [cell]
         for title, weights, share in zip(titles, [*maps, maps.mean(dim=0)], [*own, own.mean()], strict=True):
             relative = weights / weights.mean().clamp(min=1e-12)
-            note = f"{relative.min():.1f} to {relative.max():.1f} x mean; itself {100 * share:.0f}%"
+            note = f"{relative.min():.3g} to {relative.max():.3g} x mean; itself {100 * share:.0f}%"
             row.append(Cell(overlay(cell.image, weights.numpy()), title, note))
         rows.append(row)
     return rows
@@ -285,8 +303,8 @@ def pca_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.device) ->
     return [list(cells[first : first + columns]) for first in range(0, len(cells), columns)]
 
 
-def principal_components(features: Rows, count: int = 3) -> tuple[Rows, list[float]]:
-    """Projections on the directions of greatest variance, greatest first.
+def principal_components(features: Rows) -> tuple[Rows, list[float]]:
+    """Projections on the three directions of greatest variance, greatest first.
 
     A direction has no sign of its own: each is turned so that its largest entry is positive, which makes the colours
     the same on every machine.
@@ -295,14 +313,14 @@ def principal_components(features: Rows, count: int = 3) -> tuple[Rows, list[flo
         features: [N, D].
 
     Returns:
-        [N, count] around 0, and each component's share of the variance.
+        [N, 3] around 0, and each component's share of the variance.
 
     Raises:
         InputError: no more patches, or features, than components; or features that are not finite.
     """
-    if min(features.shape) <= count:
+    if min(features.shape) <= 3:
         raise InputError(
-            f"{features.shape[0]} patches of {features.shape[1]} features are too few for {count} components: take "
+            f"{features.shape[0]} patches of {features.shape[1]} features are too few for 3 components: take "
             "larger or more images, or another --threshold"
         )
     if not np.isfinite(features).all():
@@ -313,10 +331,10 @@ def principal_components(features: Rows, count: int = 3) -> tuple[Rows, list[flo
         part = centred[start : start + 8192].astype(np.float64)
         covariance += part.T @ part
     variances, directions = np.linalg.eigh(covariance)
-    chosen = directions[:, ::-1][:, :count]
-    chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(axis=0), np.arange(count)])
+    chosen = directions[:, ::-1][:, :3]
+    chosen = chosen * np.sign(chosen[np.abs(chosen).argmax(axis=0), np.arange(3)])
     whole = max(float(variances.sum()), 1e-12)
-    return centred @ chosen.astype(np.float32), [float(value) / whole for value in variances[::-1][:count]]
+    return centred @ chosen.astype(np.float32), [float(value) / whole for value in variances[::-1][:3]]
 
 
 def foreground(features: Rows, threshold: float, side: str) -> NDArray[np.bool_]:

@@ -11,6 +11,7 @@ WRONG = {
     "linear --weights {tmp}/none.pth": "there is no file",
     "extract --weights {tmp} --output-dir {tmp}/v": "is a folder",
     "knn --weights {image}": "is no checkpoint that can be read safely",
+    "knn --weights {tmp}/a.json": "a.json is a JSON file: expected weights such as",
     "knn --weights {tmp}/cut.pth": "not fit xcit_pico_4_p4: it lacks norm.weight",
     "knn W --arch xcit_smal_12_p16": "did you mean xcit_small_12_p16",
     "linear W --epoch 3": "did you mean --epochs",
@@ -37,8 +38,9 @@ WRONG = {
     "linear W --batch-size 4 --holdout 0.01": "less than one image of any",
     "extract W --output-dir {image}": "no folder to write to",
     "extract W --output-dir /proc/none/vectors": "cannot create /proc/none",
-    "extract --query {image} --index {tmp}/empty": "is no complete collection",
+    "extract --query {image} --index {tmp}/empty": "is no collection: expected a folder that",
     "knn W --cache-dir {image}": "which cannot be written to",
     "knn W --json {tmp}": "which cannot be written: it is a folder; choose another",
+    "knn W --json .": "json is ., which cannot be written: it is a folder",
     "linear W --json /dev/null": "cannot be written: it is no regular file; choose",
 }  # fmt: skip

@@ -17,7 +17,7 @@ from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig, differences
 from dino_xcit.data.pack import PackConfig
 from dino_xcit.errors import InputError, run_main
 from dino_xcit.recipes import parse_pretrain
-from eval.config import KnnConfig
+from eval.config import KnnConfig, LinearConfig
 from eval.retrieval_config import ExtractConfig, RetrievalConfig
 from eval.viz import VizConfig
 from run_slurm import LaunchConfig
@@ -99,24 +99,22 @@ MISTAKES = {
     "--recipe sampel": "did you mean sample",
     "--recipe dino": "needs --data-path",
     "photos --seed 1": "'photos'",
-    "--lr 1 --lr 2": "--lr is given twice",
-    "--global-crops-size 9 --global_crops_size=9": "--global_crops_size is given twice",
-    "--deterministic --no-deterministic": "--deterministic is given twice",
     "--config absent.yaml": "absent.yaml",
     "--lr 1 2": "'2' after --lr",
     "--norm_last_layer true false": "'false' after --norm_last_layer",
-    "--use_bn_in_head=perhaps": "'perhaps'.*--use_bn_in_head",
+    "--use_bn_in_head=perhaps": "use_bn_in_head is perhaps, expected true or false",
     "--use_fp16=perhaps": "use_fp16 is perhaps",
     "--use_fp16 true --precision bf16": "use_fp16",
     "--patch_size 8": "give both in --arch", "--patch_size 8 --arch xcit_small_12_p16": "give both in --arch",
     "--use_fp16 false --precision fp16": "use_fp16",
     "--no-deterministic=false": "--no_deterministic",
-    "--lr": "--lr",
+    "--lr": "lr is empty, expected a number, such as 0.0005",
+    "--data-path": "data_path is empty, expected a value",
     "--global_crops_scale 0.4 1 2": "'2' after --global_crops_scale",
-    "--epochs 1.5": "--epochs.*'1.5'",
-    "--lr fast": "--lr.*'fast'",
-    "--std 1 1 one": "--std.*'one'",
-    "--precision fp8": "'fp8'.*--precision.*fp32",
+    "--epochs 1.5": "epochs is 1.5, expected a whole number, such as 100",
+    "--lr fast": "lr is fast, expected a number",
+    "--std 1 1 one": "std is 1 1 one, expected 3 numbers",
+    "--precision fp8": "precision is fp8, expected one of auto, fp32",
     "--epochs 0": "epochs is 0",
     "--lr nan": "lr is nan",
     "--std 0 1 1": "std is 0 1 1",
@@ -152,11 +150,12 @@ def test_settings_made_in_python_are_checked_too() -> None:
 
 FILES = {
     "epochz: 3\n": "settings.yaml: .*did you mean --epochs",
-    "lr: fast\n": "--lr.*'fast'",
-    "global_crops_scale: 0.4\n": "--global_crops_scale",
+    "lr: fast\n": "lr is fast",
+    "global_crops_scale: 0.4\n": "global_crops_scale is 0.4, expected 2 numbers",
     "precision: bf16\nuse_fp16: true\n": "use_fp16",
-    "lr: 1\nlr: 2\n": "--lr is given twice",
-    "out_dim: 9\nout-dim: 9\n": "--out_dim is given twice",
+    "compile: []\n": "compile is empty, expected true or false",
+    "allow_missing: ['--lr', '3']\n": "allow_missing in .* has the flag --lr",
+    "allow_missing: [a, --lr, 3]\n": "allow_missing in .* has the flag --lr",
     "lr: {a: 1}\n": "lr in ",
     "data_path:\n": "data_path in ",
     "global_crops_scale: [0.1, 0.4, 1]\n": "'1' after --global_crops_scale",
@@ -216,12 +215,17 @@ def test_words_without_a_flag_may_stand_anywhere() -> None:
 @pytest.mark.parametrize(
     ("config", "typed", "words"),
     [
-        (KnnConfig, "--weights a --pretrained_weights b", "--weights is given twice"),
-        (KnnConfig, "--ks 10 --nb_knn 20", "--ks is given twice"),
+        (KnnConfig, "--ks 10 abc", "ks is 10 abc, expected whole numbers, such as 10 20"),
+        (LinearConfig, "--n_last_blocks 4", "unknown flag --n_last_blocks: give --features last4"),
+        (LinearConfig, "--avgpool_patchtokens=true", "--avgpool_patchtokens: give --features cls[+]mean"),
+        (LinearConfig, "--num_labels 1000", "--num_labels: leave it out"),
+        (KnnConfig, "--use_cuda 1", "--use_cuda: give --device cuda"),
+        (KnnConfig, "--no-cache --cache-dir d", "cache_dir is d, which has no effect with --no-cache"),
         (KnnConfig, "--weights a b", "'b' after --weights"),
         (KnnConfig, "--weights a --use_fp16", "unknown flag --use_fp16"),
         (RetrievalConfig, "oxford paris --data-path d", "'paris'"),
-        (RetrievalConfig, "oxford --protocol paris", "--protocol is given twice"),
+        (RetrievalConfig, "oxfrod --data-path d", "protocol is oxfrod, expected one of oxford, paris"),
+        (VizConfig, "atention a.jpg", "what is atention, expected one of attention, pca"),
         (PackConfig, "a b c", "'c'"),
     ],
 )
@@ -237,9 +241,8 @@ def test_flags_of_two_commands_may_be_mixed() -> None:
     assert rest == ["--arch", "x", "--lr", "1", "--use_fp16"]
     assert (launch.nodes, launch.gpus_per_node) == (4, 8)
     assert launch.slurm_additional == ("qos=high", "mem=2G", "alone")
-    for words in (["--nodes", "1", "--nodes=2"], ["--node", "2"]):
-        with pytest.raises(InputError, match="--nodes"):
-            parse_known(LaunchConfig, words, "x", others)
+    with pytest.raises(InputError, match="--nodes"):
+        parse_known(LaunchConfig, ["--node", "2"], "x", others)
 
 
 # ---- help
@@ -311,3 +314,34 @@ def test_the_package_never_imports_the_evaluators() -> None:
     assert len(files) > 20
     assert imports.search("if x:\n    from eval.knn import y")
     assert [file for file in files if imports.search(file.read_text())] == []
+
+
+# ---- as with argparse
+
+
+@pytest.mark.parametrize(
+    ("config", "typed", "name", "value"),
+    [
+        (KnnConfig, "--weights a --pretrained_weights b", "weights", "b"),
+        (KnnConfig, "--ks 10 --nb_knn 20 30", "ks", (20, 30)),
+        (KnnConfig, "--cache --no-cache", "cache", False),
+        (RetrievalConfig, "oxford --data-path d --protocol paris", "protocol", "paris"),
+        (LaunchConfig, "--nodes 1 --nodes=2", "nodes", 2),
+        (ExtractConfig, "--query a --index i --query b", "query", ("a", "b")),
+    ],
+)
+def test_of_a_flag_given_twice_the_last_wins(config: type, typed: str, name: str, value: object) -> None:
+    assert getattr(parse(config, typed.split(), "x"), name) == value
+
+
+def test_of_a_setting_twice_in_a_file_the_last_wins(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("lr: 1\nout_dim: 9\nout-dim: 8\nlr: 2\nallow_missing: []\n")
+    config = parsed(*DATA, "--config", str(file))
+    assert (config.lr, config.out_dim, config.allow_missing) == (2, 8, ())
+
+
+def test_a_setting_that_was_empty_is_called_so() -> None:
+    stored = dataclasses.asdict(parsed(*DATA)) | {"global_crops_scale": [0.25, 1.0]}
+    found = differences(stored, parsed(*DATA, "--init-weights", "w.pth"))
+    assert found == ["init_weights empty -> w.pth", "global_crops_scale 0.25 1 -> 0.4 1"]

@@ -324,3 +324,10 @@ def test_the_contact_sheet_shows_queries_beside_their_results(tmp_path: Path) ->
     assert red_count == TILE * TILE // 3, "the whole picture, in its own shape"
     assert blue_count == 4 * TILE * TILE, "three results of the first query, and the second query"
     assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
+
+
+def test_a_folder_without_a_collection_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"is no collection: expected a folder that run_extract\.py --output-dir wrote"
+    ):
+        open_collection(tmp_path)

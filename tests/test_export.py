@@ -70,7 +70,7 @@ def test_timm_classifies_as_we_do(tmp_path: Path) -> None:
     ours, theirs, labels = [], [], []
     for part, count in (("train", 100), ("val", 40)):
         source = Subset(open_source("sample:fashion-mnist", part), np.arange(count))
-        found = extract(loaded.backbone, source, loaded.transform, torch.device("cpu"), 100, 0)
+        found = extract(loaded.backbone, source, loaded.transform, torch.device("cpu"), 0)
         ours.append(found.features)
         labels.append(found.labels)
         images = torch.stack([prepare(decode(source.read(i)[0], source.name(i))) for i in range(count)])
@@ -305,3 +305,12 @@ def test_the_command_ends_with_two_for_a_mistake(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as ended:
         command()
     assert ended.value.code == 2
+
+
+def test_the_readme_tells_the_epochs_that_were_trained_not_those_planned(tmp_path: Path) -> None:
+    weights = checkpoint(tmp_path, epochs=100)
+    torch.save(torch.load(weights) | {"epoch": 7}, weights)
+    export(weights, "hf", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "\nepochs_trained: 7\n" in text
+    assert "epochs: 100" not in text

@@ -23,13 +23,13 @@ from eval.pooling import Descriptor
 
 def extract_cached(backbone: MeanColours, cache: Path | None, **changes: Any) -> Features:
     arguments: dict[str, Any] = {"weights_hash": "w", "source": noise_source(10), "transform": SMALL, "batch_size": 4}
-    return cached(backbone, device=CPU, cache_dir=cache, num_workers=0, **(arguments | changes))
+    return cached(backbone, device=CPU, cache_dir=cache, **({"num_workers": 0} | arguments | changes))
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(4, 0), (3, 2), (100, 0)])
 def test_rows_are_the_backbones_answers_in_the_order_of_the_source(batch_size: int, workers: int) -> None:
     source = noise_source(10)
-    found = extract(MeanColours(), source, SMALL, CPU, batch_size, workers, progress=False)
+    found = extract_cached(MeanColours(), None, batch_size=batch_size, num_workers=workers)
     backbone = MeanColours().eval()
     images = torch.stack([SMALL(decode(source.read(index)[0], "image")) for index in range(10)])
     expected = backbone(normalise(images, SMALL.mean, SMALL.std)).cls_token.numpy()
@@ -50,7 +50,7 @@ def test_a_damaged_image_that_a_loader_process_finds_is_named(tmp_path: Path) ->
     tree = image_tree(tmp_path / "data")
     (tree / "val" / "dots" / "dots 01.png").write_bytes(b"not a picture")
     with pytest.raises(UndecodableImage, match=r"dots 01\.png"):
-        extract(MeanColours(), open_source(str(tree / "val")), SMALL, CPU, 4, 2, progress=False)
+        extract(MeanColours(), open_source(str(tree / "val")), SMALL, CPU, 2, progress=False)
 
 
 def test_kept_features_are_used_again(tmp_path: Path) -> None:

@@ -96,21 +96,21 @@ def test_rates_count_images_and_the_share_of_waiting_since_the_last_call(clock: 
     progress = Progress(total_steps=100, done=0, images_a_step=32, shown=False)
     for _ in range(5):
         clock.now += 2.0
-        progress.step(waited=0.5)
+        progress.step(0, waited=0.5)
     assert progress.rates() == pytest.approx({"images_per_s": 16.0, "data_wait": 0.25})
     clock.now += 50.0  # saving and measuring do not count
     progress.restart_clock()
     clock.now += 1.0
-    progress.step(waited=0.0)
+    progress.step(0, waited=0.0)
     assert progress.rates() == pytest.approx({"images_per_s": 32.0, "data_wait": 0.0})
 
 
 def test_a_log_file_gets_lines_with_speed_loss_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total_steps=4, done=1, images_a_step=8, shown=True)
     progress._bar.mininterval = 0.0  # not 15 seconds, for the test
-    progress.step(waited=0.0)
-    progress.show(0, {"images_per_s": 123.4, "data_wait": 0.07, "loss": 3.14159})
-    progress.step(waited=0.0)
+    progress.step(0, waited=0.0)
+    progress.show({"images_per_s": 123.4, "data_wait": 0.07, "loss": 3.14159})
+    progress.step(0, waited=0.0)
     log.info("epoch 1/2: loss 3")
     progress.close()
     out, err = capsys.readouterr()
@@ -185,3 +185,11 @@ def test_tensorboard_has_the_steps_of_metrics_jsonl_after_another_batch_too(tmp_
     board.Reload()
     assert [event.step for event in board.Scalars("step/loss")] == steps_of(tmp_path) == [1, 1, 2, 2, 3, 3, 4, 5]
     assert board.Tags()["scalars"] == ["step/loss"]
+
+
+def test_the_bar_names_the_epoch_of_the_step_not_of_the_last_logged_one() -> None:
+    progress = Progress(total_steps=4, done=0, images_a_step=8, shown=True)
+    for epoch in (0, 1):
+        progress.step(epoch, waited=0.0)
+        assert progress._bar.desc == f"epoch {epoch + 1} "
+    progress.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.checkpoint.resume import find_stored, output_folder, prepare, starts_anew
 from dino_xcit.checkpoint.state import Run, content_of, restore
 from dino_xcit.config import STATE_FIELDS
-from dino_xcit.errors import InputError
+from dino_xcit.errors import DIVERGED, InputError, RunStopped
+from dino_xcit.runtime.health import Health, UnreadableLog
 from dino_xcit.runtime.metrics import read_metrics
 from dino_xcit.runtime.run_lock import locked
 from dino_xcit.train import build_state
+from run_pretrain import train
 
 
 @dataclass
@@ -67,7 +70,7 @@ def begun(stopped: Stopped, tmp_path: Path) -> Folder:
         "--resume changed --optimizer sgd": "(optimizer adamw -> sgd)",
         "--resume changed --out-dim 17": "(out_dim 16 -> 17)",
         "--resume changed --arch xcit_pico_4_p8": "(arch xcit_pico_4_p4 -> xcit_pico_4_p8)",
-        "--resume changed --norm-last-layer false": "(norm_last_layer True -> False)",
+        "--resume changed --norm-last-layer false": "(norm_last_layer true -> false)",
         "--resume never --augment-device cuda": "augment_device is cuda",
         "--resume never --num-workers 5000": "num_workers is 5000",
         "--resume never --data-path absent": "absent",
@@ -260,3 +263,42 @@ def test_resume_never_that_is_restarted_starts_anew_until_what_was_there_is_gone
     prepare(config, folder, first)
     assert not folder.latest.exists()
     assert not starts_anew(config)
+
+
+@pytest.mark.parametrize(
+    ("precision", "scale", "words"),
+    [
+        ("fp16", 4096.0, r"fp16 is settling \(now 4096\)"),
+        ("fp16", 0.5, "including the last 3: lower --lr"),
+        ("fp32", 1.0, "including the last 3: lower --lr"),
+    ],
+)
+def test_a_run_whose_steps_were_all_skipped_ends_with_code_three(
+    precision: str, scale: float, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(precision=precision, output_dir=str(tmp_path))
+    state = build_state(config, CPU)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=precision == "fp16")
+    state.step = 3
+    state.skipped_steps += 3
+    state.skipped_in_a_row += 3
+    with Health(config, CPU) as health:
+        health._unreadable = UnreadableLog(tmp_path, 48, 0.05, start_anew=True)
+        with pytest.raises(RunStopped, match=words) as ended:
+            health.finish(state)
+        assert ended.value.code == DIVERGED
+        state.step = 4
+        health.finish(state)
+    assert re.search(f"warning: 3 steps of 4 .*{words}", capsys.readouterr().out)
+
+
+def test_a_mistyped_arch_is_found_before_the_data_are_opened(tmp_path: Path) -> None:
+    config = tiny_config(arch="xcit_pico_4_p3", data_path=str(tmp_path / "absent"), output_dir=str(tmp_path / "run"))
+    with pytest.raises(InputError, match="unknown arch 'xcit_pico_4_p3'"):
+        train(config, CPU)
+
+
+def test_a_file_in_place_of_the_output_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(InputError, match="run is no folder: choose"), output_folder(tmp_path / "run"):
+        pass

@@ -141,6 +141,7 @@ def names(original: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     shutil.copytree(original.data / "train", folder / "train")
     for name in CLASSES:
         (folder / "train" / name / "broken.jpg").write_bytes(b"\xff\xd8\xff cut short")
+    (folder / "a.json").write_text("{}")
     backbone = original.weights.with_name("backbone.pth")
     state = torch.load(backbone, weights_only=True)
     del state["norm.weight"]

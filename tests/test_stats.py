@@ -85,6 +85,7 @@ def test_the_paired_interval_is_that_of_drawing_images_with_both_answers() -> No
     by_hand = 100 * (second[chosen].mean(axis=1) - first[chosen].mean(axis=1))
     assert paired_interval(first, second) == pytest.approx(np.percentile(by_hand, [2.5, 97.5]), abs=0.3)
     assert paired_interval(first, second) == paired_interval(first, second), "the same file gives the same figures"
+    assert paired_interval(first, first) is None, "no certainty"
 
 
 def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:

@@ -162,8 +162,9 @@ def test_images_keep_their_aspect_at_any_size_up_to_a_limit(weights: Path, monke
 
 
 @pytest.mark.parametrize(("typed", "words"), [
-    ("attention photo.jpg", "weights"), ("attention --weights W", "images"),
-    ("attention --weights W none.jpg", r"none\.jpg"), ("attention --weights W .", "directory"),
+    ("attention photo.jpg", "weights"), ("attention --weights W", "no images given: name files"),
+    ("P --weights W", "what"),
+    ("attention --weights W none.jpg", r"none\.jpg"), ("attention --weights W .", "no image in"),
     ("attention --weights W W", "not an image"), ("attention --weights W P --size 7", "size is 7"),
     ("attention --weights W P --out a.jpg", "out is a.jpg"), ("attention --weights W P --out W/a.png", "be written"),
     ("attention --weights W P --block -3", "block is -3"),
@@ -190,3 +191,19 @@ def test_a_vision_transformer_takes_photographs_of_any_shape(what: str, tmp_path
     words = f"{what} {tmp_path}/odd.png --weights {tmp_path}/vit.pth --arch timm:vit_tiny_patch16_224 --size 0"
     viz.main([*words.split(), "--out", str(tmp_path / "picture.png")])
     assert (tmp_path / "picture.png").is_file()
+
+
+def test_a_folder_stands_for_its_images_and_a_new_folder_for_the_picture_is_said(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = str(weights.parent / "wide.jpg")
+    assert viz.image_files([wide, str(weights.parent)])[::2] == (wide, wide)
+    viz.main(["attention", str(weights.parent), "--weights", str(weights), "--out", f"{tmp_path}/new/a.png"])
+    assert f"made the folder {tmp_path}/new for out" in capsys.readouterr().out
+
+
+def test_captions_tell_even_attention_from_nearly_even(weights: Path) -> None:
+    config = viz.VizConfig(weights=str(weights), images=(str(weights.parent / "wide.jpg"),), size=64)
+    loaded, device = viz.open_weights(config)
+    notes = [cell.note for cell in viz.attention_rows(config, loaded, device)[0][1:]]
+    assert not any(note.startswith("1.0 to 1.0") for note in notes)

@@ -28,6 +28,8 @@ def output_folder(folder: Path) -> Iterator[None]:
     lock = ExitStack()
 
     def take() -> None:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"the output directory {folder} is no folder: choose another --output-dir")
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -101,7 +101,8 @@ class Report:
         yield f"{formats}; {self.bytes / 1e9:,.3f} GB; an image: {reading:.2f} ms reading, {decoding:.2f} decoding"
         if self.classes:
             least, most = (pick(self.classes, key=self.classes.__getitem__) for pick in (min, max))
-            sizes = f"{self.classes[least]:,} ({least}) to {self.classes[most]:,} ({most}) images"
+            fewest, greatest = self.classes[least], counted(self.classes[most], "image")
+            sizes = greatest if fewest == self.classes[most] else f"{fewest:,} ({least}) to {greatest} ({most})"
             yield f"{counted(len(self.classes), 'class')} of {sizes}"
         else:
             yield "no labels"

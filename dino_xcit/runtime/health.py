@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.errors import PREEMPTED, STOP_SIGNALS, InputError, RunStopped
+from dino_xcit.errors import DIVERGED, PREEMPTED, STOP_SIGNALS, InputError, RunStopped
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
@@ -103,16 +103,24 @@ class Health:
         watchdog.phase("compiling the networks" if compiles else "training step", state.step, limit=not compiles)
 
     def finish(self, state: TrainState) -> None:
-        """The loop is over: list the last unreadable images, count the skipped steps, and wait for the other ranks."""
+        """The loop is over: list the last unreadable images, count the skipped steps, and wait for the other ranks.
+
+        Raises:
+            RunStopped: every step was skipped.
+        """
         self._unreadable.write()
-        if skipped := int(state.skipped_steps):
-            last = int(state.skipped_in_a_row)
-            log.warning(
-                f"{counted(skipped, 'step')} of {state.step} were not finite and were skipped"
-                + (f", including the last {last}: lower --lr or --clip-grad" if last else "")
-            )
+        skipped, last, scale = int(state.skipped_steps), int(state.skipped_in_a_row), state.scaler.get_scale()
+        found = f"{counted(skipped, 'step')} of {state.step} were not finite and were skipped"
+        if state.scaler.is_enabled() and scale >= 1:
+            found += f": the loss scale of fp16 is settling (now {scale:g}); train more steps, or give --precision fp32"
+        elif last:
+            found += f", including the last {last}: lower --lr or --clip-grad"
         watchdog.phase("leaving", state.step)
         distributed.barrier()
+        if skipped == state.step:
+            raise RunStopped(DIVERGED, f"error: no step changed the weights; {found}" if distributed.is_main() else "")
+        if skipped:
+            log.warning(found)
 
 
 class StopFlags:

@@ -266,10 +266,11 @@ class Progress:
         """The next rates count from here."""
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
-    def step(self, waited: float) -> None:
-        """One step is done, ``waited`` seconds of it for data."""
+    def step(self, epoch: int, waited: float) -> None:
+        """One step of this epoch, from 0, is done, ``waited`` seconds of it for data."""
         self._steps += 1
         self._waited += waited
+        self._bar.set_description_str(f"epoch {epoch + 1} ", refresh=False)
         self._bar.update()
 
     def rates(self) -> dict[str, float]:
@@ -279,9 +280,8 @@ class Progress:
         self.restart_clock()
         return rates
 
-    def show(self, epoch: int, metrics: Mapping[str, float]) -> None:
+    def show(self, metrics: Mapping[str, float]) -> None:
         """Show metrics on the bar."""
-        self._bar.set_description_str(f"epoch {epoch + 1} ", refresh=False)
         self._bar.set_postfix_str(
             f"{metrics['images_per_s']:.0f} img/s, data wait {100 * metrics['data_wait']:.0f}%, "
             f"loss {metrics['loss']:.3f}",
@@ -319,7 +319,8 @@ class MetricLogger:
             waited: seconds that it waited for images.
             read: gives the step's metrics; it is called on logged steps only, because it waits for the device.
         """
-        self._progress.step(waited)
+        epoch = self._sampler.epochs(step)
+        self._progress.step(epoch, waited)
         ends = self._sampler.ends_epoch(step) or self._sampler.ends_run(step)
         if not (step % self._config.log_every == 0 or step == 1 or ends):
             return
@@ -327,8 +328,7 @@ class MetricLogger:
         self._averages.add({name: value for name, value in metrics.items() if name not in NOT_AVERAGED})
         metrics |= self._progress.rates()
         metrics |= self._monitor.metrics(metrics["data_wait"])
-        epoch = self._sampler.epochs(step)
-        self._progress.show(epoch, metrics)
+        self._progress.show(metrics)
         if self._writer:
             self._writer.write("step", step, {"epoch": epoch, **metrics})
 

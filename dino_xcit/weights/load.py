@@ -70,7 +70,7 @@ class Provenance:
     data: str | None
     """What it was trained on, where the file says so."""
     training: dict[str, Any] = field(default_factory=dict)
-    """The stored settings of the run, where the file has them."""
+    """The stored settings of the run, and its epochs_trained, where the file has them."""
     spec: str = ""
     """What was asked for: a path, ``hf-hub:ORG/NAME`` or ``timm:NAME``."""
     layout: str = ""
@@ -160,6 +160,8 @@ def read_weights(
     args = file.content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     training = dict(args) if isinstance(args, Mapping) else {}
+    if training and "epoch" in file.content:  # of epochs, the settings have those that were planned
+        training["epochs_trained"] = file.content["epoch"]
     named = str(training.get("arch"))[:100]
     heads = _known_heads(stored, file, named, where)
     try:

@@ -124,10 +124,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _file_of(path: Path) -> Path:
     """A file itself; of a folder as the hub has them, with config.json beside it, the file of weights."""
+    expected = "expected weights such as runs/.../checkpoint.pth, hf-hub:ORG/NAME or timm:NAME"
     if not os.path.exists(path):
-        raise InputError(
-            f"there is no file {path}: expected weights such as runs/.../checkpoint.pth, hf-hub:ORG/NAME or timm:NAME"
-        )
+        raise InputError(f"there is no file {path}: {expected}")
+    if path.suffix == ".json" and not path.name.endswith(".index.json"):  # that of sharded weights is told as such
+        raise InputError(f"{path} is a JSON file: {expected}")
     if not os.path.isdir(path):
         return path
     found = next((name for name in (*_NAMES, "checkpoint.pth") if os.path.isfile(path / name)), "")

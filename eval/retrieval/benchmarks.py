@@ -81,10 +81,10 @@ class Square(EvalTransform):
         return super().to_dict() | {"shape": "whole picture squeezed into a square of crop"}
 
 
-def open_fitted(config: RetrievalConfig, usual: str) -> tuple[LoadedBackbone, torch.device]:
-    """The backbone, whose transform prepares images as the settings say, or in the protocol's usual way: ``centre`` (as
-    the weights say), ``whole`` or ``square``. The sizes of the others are those of DINO's scripts."""
-    fit = usual if config.fit == "auto" else config.fit
+def open_fitted(config: RetrievalConfig) -> tuple[LoadedBackbone, torch.device]:
+    """The backbone, whose transform prepares images as the settings say: ``centre`` as the weights have it; the sizes
+    of ``whole`` and ``square`` are those of DINO's scripts."""
+    fit = config.fitted()
     if fit == "centre":
         return open_backbone(config)
     loaded, device = open_weights(config)

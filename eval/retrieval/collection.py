@@ -231,6 +231,8 @@ def open_collection(folder: Path) -> Collection:
         InputError: it is not there, not complete, or its files disagree.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
+    if len(missing) == len(FILES):
+        raise InputError(f"{folder} is no collection: expected a folder that run_extract.py --output-dir wrote")
     if missing:
         lacks = f"it lacks {', '.join(missing)}: run the run_extract.py command that wrote it again"
         raise InputError(f"{folder} is no complete collection, {lacks}")
