@@ -96,7 +96,7 @@ ODDITIES: dict[str, Callable[[Image.Image], bytes]] = {
 
 @functools.cache
 def _large_pngs() -> dict[str, bytes]:
-    """Packed once: that takes half a second."""
+    """Files of which the pixels are too many; they take long to pack."""
     return {
         "claims to be large.png": png(50_000, 50_000, bytes(1000), colour=2),
         "large.png": png(13_000, 13_000, bytes(13_000 * (13_000 // 8 + 1)), bits=1),

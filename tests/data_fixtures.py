@@ -19,6 +19,10 @@ def names(source: Source) -> list[str]:
     return [source.name(index) for index in range(len(source))]
 
 
+def labels(source: Source) -> list[int] | None:
+    return None if source.labels is None else source.labels.tolist()
+
+
 def odd_tree(folder: Path) -> Path:
     """Images of three classes in folders of theirs, and what has to be passed over."""
     for path in ("dog/b.png", "dog/a.jpg", "cat/deep/er/c.PNG", "cat/d.jpeg", "ant/e.webp"):
