@@ -19,6 +19,14 @@ def names(source: Source) -> list[str]:
     return [source.name(index) for index in range(len(source))]
 
 
+def parts_tree(root: Path, train: tuple[str, ...], val: tuple[str, ...]) -> Path:
+    """A picture of each class in root/train and root/val."""
+    for part, classes in (("train", train), ("val", val)):
+        for name in classes:
+            write_image(root / part / name / "0.png")
+    return root
+
+
 def labels(source: Source) -> list[int] | None:
     return None if source.labels is None else source.labels.tolist()
 
@@ -29,7 +37,6 @@ def odd_tree(folder: Path) -> Path:
         write_image(folder / path)
     (folder / "cat" / "notes.txt").write_text("no image")
     (folder / "cat" / ".hidden.png").write_bytes(b"")
-    (folder / ".cache").mkdir()
     write_image(folder / ".cache" / "f.png")
     (folder / "empty").mkdir()
     return folder
