@@ -95,7 +95,7 @@ ODDITIES: dict[str, Callable[[Image.Image], bytes]] = {
 
 
 @functools.cache
-def _large_pngs() -> dict[str, bytes]:
+def large_pngs() -> dict[str, bytes]:
     """Files of which the pixels are too many; they take long to pack."""
     return {
         "claims to be large.png": png(50_000, 50_000, bytes(1000), colour=2),
@@ -113,7 +113,7 @@ def undecodable(image: Image.Image, seed: int) -> dict[str, bytes]:
         "web page.jpg": b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body></body></html>\n",
         "noise.jpg": np.random.default_rng(seed).bytes(2000),
         "wrong checksum.png": whole[:-14] + bytes([whole[-14] ^ 1]) + whole[-13:],
-        **_large_pngs(),
+        **large_pngs(),
     }
 
 
