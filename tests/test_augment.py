@@ -48,7 +48,7 @@ def test_the_defaults_are_the_reference_s() -> None:
 @pytest.mark.parametrize(
     ("view", "blur", "solarize"), [(GLOBAL_1, 1.0, 0.0), (GLOBAL_2, 0.1, 0.2), (LOCAL, 0.5, 0.0), (LOCAL + 1, 0.5, 0.0)]
 )
-def test_each_operation_has_its_probability_in_each_view(
+def test_operations_have_their_probabilities(
     drawn: list[list[ViewParameters]], view: int, blur: float, solarize: float
 ) -> None:
     views = [sample[view] for sample in drawn]
@@ -133,9 +133,7 @@ def test_all_orders_of_the_jitter_are_equally_likely(drawn: list[list[ViewParame
     ("name", "least", "most"),
     [("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)],
 )
-def test_jitter_factors_are_uniform_over_their_range(
-    drawn: list[list[ViewParameters]], name: str, least: float, most: float
-) -> None:
+def test_jitter_factors_are_uniform(drawn: list[list[ViewParameters]], name: str, least: float, most: float) -> None:
     factors = np.array([dict(view.jitter)[name] for sample in drawn for view in sample if view.jitter])
     assert stats.kstest((factors - least) / (most - least), "uniform").pvalue > 1e-3
     assert least <= factors.min() < least + 0.01 * (most - least)
@@ -234,7 +232,7 @@ def test_pictures_of_extreme_shape_give_views(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("size", "crop"), [((1000, 10), (0, 493, 10, 13)), ((10, 1000), (493, 0, 13, 10))], ids=["wide", "tall"]
 )
-def test_where_no_try_fits_the_largest_centred_crop_is_taken(
+def test_where_no_try_fits_the_largest_centred_crop_is_cut(
     size: tuple[int, int], crop: tuple[int, int, int, int]
 ) -> None:
     """As torchvision: of 1000 x 10 pixels a crop of 4:3, in the middle."""

@@ -12,10 +12,11 @@ from tiny_run import differing_bits
 from dino_xcit.runtime.health import read_unreadable
 
 FLAGS = ["--batch-size-per-gpu", "4", "--epochs", "1", "--save-every", "10", "--hang-timeout", "60"]
+Corpus = tuple[Path, set[Path]]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[Path]]:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """400 files, 8 of which no program can read, among odd ones that one must."""
     folder = tmp_path_factory.mktemp("corpus")
     good, bad = write_corpus(folder, good=392, seed=1)
@@ -24,7 +25,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[Path]]:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Server, corpus: tuple[Path, set[Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(server: Server, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An epoch of two processes, uninterrupted."""
     folder = tmp_path_factory.mktemp("corpus-run") / "run"
     run = server.start(folder, "--data-path", corpus[0], *FLAGS)
@@ -37,7 +38,7 @@ def listed(folder: Path) -> set[str]:
     return {Path(row["name"]).name for row in read_unreadable(folder / "unreadable_images.jsonl")}
 
 
-def test_exactly_the_bad_files_are_listed_each_with_its_cause(corpus: tuple[Path, set[Path]], whole: Path) -> None:
+def test_exactly_the_bad_files_are_listed_each_with_its_cause(corpus: Corpus, whole: Path) -> None:
     """50 steps of 8 are all 400 files."""
     assert int(state_in(whole)["/step"]) == 50
     assert listed(whole) == {path.name for path in corpus[1]}
@@ -47,9 +48,7 @@ def test_exactly_the_bad_files_are_listed_each_with_its_cause(corpus: tuple[Path
     assert len({row["cause"] for row in rows}) >= 4  # empty, cut short, a web page, too large ...
 
 
-def test_killed_and_resumed_it_learns_the_same(
-    server: Server, corpus: tuple[Path, set[Path]], whole: Path, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_it_learns_the_same(server: Server, corpus: Corpus, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for workers, last in (("2", 17), ("0", 36)):
         run = server.start(folder, "--data-path", corpus[0], *FLAGS, "--num-workers", workers)
@@ -61,7 +60,7 @@ def test_killed_and_resumed_it_learns_the_same(
     assert listed(folder) == listed(whole)
 
 
-def test_above_the_threshold_the_run_ends(server: Server, corpus: tuple[Path, set[Path]], tmp_path: Path) -> None:
+def test_above_the_threshold_the_run_ends(server: Server, corpus: Corpus, tmp_path: Path) -> None:
     run = server.start(tmp_path / "run", "--data-path", corpus[0], *FLAGS, "--max-unreadable", "0.01")
     assert run.wait() == [2, 2], run.err()
     (sentence,) = [line for line in run.err().splitlines() if line.startswith("error: ")]

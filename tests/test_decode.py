@@ -249,9 +249,7 @@ def test_the_cause_survives_the_way_between_processes() -> None:
     assert UndecodableImage("a sentence").cause == "a sentence"
 
 
-def test_nothing_of_the_librarys_doubts_reaches_the_screen(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_library_s_warnings_stay_silent(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """And other code's warnings come as before."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)  # warned of, and no error up to twice that
     many_samples = encoded(photograph(1), "TIFF")

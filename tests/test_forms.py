@@ -198,9 +198,7 @@ def urls(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Url
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_every_form_has_the_same_bytes_labels_and_classes_in_the_same_order(
-    name: str, part: str, urls: Urls, parts: Parts
-) -> None:
+def test_every_form_has_the_same_bytes_labels_and_classes(name: str, part: str, urls: Urls, parts: Parts) -> None:
     source = open_source(urls[name][part], part)
     labelled = name not in WITHOUT_LABELS
     assert [source.read(index) for index in range(len(source))] == [
@@ -250,7 +248,7 @@ def test_a_broken_image_is_replaced_by_the_same_one_and_listed_in_every_form(
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_check_finds_the_broken_image_in_every_form(name: str, urls: Urls, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_finds_the_broken_image(name: str, urls: Urls, capsys: pytest.CaptureFixture[str]) -> None:
     assert check([urls[name]["train"], "--part", "train", "--workers", "0"]) == 1
     out = capsys.readouterr().out
     assert "24 images" in out

@@ -55,9 +55,7 @@ def loaded(folder: Path) -> datasets.DatasetDict:
     return datasets.load_dataset("parquet", data_files=str(folder / "x.parquet"), cache_dir=str(folder / "hf"))
 
 
-def test_a_file_of_the_hub_is_read_with_its_names_labels_and_classes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_the_hub_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
         pq.write_table(hub_table(), tmp_path / f"train-{number}.parquet")
     source = open_source(f"parquet:{tmp_path}/train-*.parquet")
@@ -112,7 +110,7 @@ def test_what_save_to_disk_wrote_is_read(tmp_path: Path, url: str) -> None:
     ("hf:org/name", ("org/name",)), ("hf:org/name/config", ("org/name", "config")),
     ("hf:org/name/train?label=none", ("org/name",)),
 ])  # fmt: skip
-def test_a_name_of_the_hub_is_handed_to_the_library(
+def test_a_name_of_the_hub_is_handed_on(
     url: str, asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Mock(return_value=loaded(tmp_path))

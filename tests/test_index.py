@@ -70,9 +70,7 @@ def test_an_index_is_built_once_and_mapped_after(tmp_path: Path) -> None:
     assert built.times == 1
 
 
-def test_an_index_that_no_longer_holds_is_built_again_and_removed_a_month_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outdated_index_is_built_again_and_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Built(1), Built(2)
     used = cached("x", first, accept_all, tmp_path)
     other = cached("y", first, accept_all, tmp_path)

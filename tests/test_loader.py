@@ -238,9 +238,7 @@ def test_exactly_the_images_that_cannot_be_read_are_replaced_and_named(tmp_path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_batches_and_substitutes_do_not_depend_on_workers_or_on_where_a_run_was_resumed(
-    tmp_path: Path, workers: int
-) -> None:
+def test_batches_do_not_depend_on_workers_or_on_where_a_run_was_resumed(tmp_path: Path, workers: int) -> None:
     source = folder_with_bad_images(tmp_path, 12, {1: b"x", 2: b"x", 9: b"x"})
     whole = list(load(source, 0, stop=6))
     again = list(load(source, workers, stop=6))

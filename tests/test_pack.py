@@ -42,6 +42,11 @@ def tree(tmp_path: Path) -> Path:
     return class_tree(tmp_path / "tree")
 
 
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
 def pixels(count: int) -> Source:
     """So many pictures of 28 x 28 pixels with labels."""
     return Subset(open_source("sample:fashion-mnist", "train"), np.arange(count))
@@ -90,8 +95,8 @@ def originals(source: Source, root: Path) -> list[tuple[str, Any, int | None]]:
 # ---- what is in the shards
 
 
-def test_bytes_labels_classes_names_and_order_come_back(tree: Path, tmp_path: Path) -> None:
-    source, out = open_source(str(tree)), tmp_path / "out"
+def test_bytes_labels_classes_names_and_order_come_back(tree: Path, out: Path) -> None:
+    source = open_source(str(tree))
     folder, seen = pack(source, out, FIVE, 1)
     assert seen == 12
     assert [shard.images for shard in folder.shards] == [5, 5, 2]
@@ -107,8 +112,8 @@ def test_bytes_labels_classes_names_and_order_come_back(tree: Path, tmp_path: Pa
         assert (len(data), hashlib.sha256(data).hexdigest()) == (row["bytes"], row["sha256"])
 
 
-def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path) -> None:
-    source, out = open_source(str(tree)), tmp_path / "out"
+def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path, out: Path) -> None:
+    source = open_source(str(tree))
     pack(source, out, FIVE, 1)
     shards = open_source(f"tar:{out}/shard-*.tar")
     assert shards.classes == source.classes
@@ -124,13 +129,13 @@ def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path) -> Non
         pack(shards, out, FIVE, 1)
 
 
-def test_a_heap_has_no_labels_and_no_classes(tree: Path, tmp_path: Path) -> None:
+def test_a_heap_has_no_labels_and_no_classes(tree: Path, out: Path) -> None:
     (tree / "loose.jpg").write_bytes(encoded(photograph(7), "JPEG"))
     source = open_source(str(tree))
-    pack(source, tmp_path / "out", FIVE, 1)
-    assert items(tmp_path / "out") == originals(source, tree)
-    assert not (tmp_path / "out" / "classes.json").exists()
-    assert not any(name.endswith(".cls") or "/" in name for name in members(tmp_path / "out"))
+    pack(source, out, FIVE, 1)
+    assert items(out) == originals(source, tree)
+    assert not (out / "classes.json").exists()
+    assert not any(name.endswith(".cls") or "/" in name for name in members(out))
 
 
 @pytest.mark.parametrize(
@@ -143,12 +148,12 @@ def test_a_key_is_one_word_without_dots_and_gives_the_name_back(name: str) -> No
     assert unquote(key.partition("_")[2], errors="surrogateescape") == name
 
 
-def test_a_name_as_long_as_a_path_can_be_is_packed_so_that_it_can_be_read(tmp_path: Path) -> None:
+def test_a_name_as_long_as_a_path_can_be_is_packed_so_that_it_can_be_read(tmp_path: Path, out: Path) -> None:
     data = encoded(photograph(1), "JPEG")
     long = ("a/" * 2040 + "1.jpg", "a/" * 2040 + "2.jpg", "ä" * 2000 + ".jpg")
     (tmp_path / "in.tar").write_bytes(packed(dict.fromkeys(long, data)))
-    pack(open_source(f"tar:{tmp_path}/in.tar"), tmp_path / "out", FIVE, 1)
-    shards = open_source(f"tar:{tmp_path}/out/shard-*.tar")
+    pack(open_source(f"tar:{tmp_path}/in.tar"), out, FIVE, 1)
+    shards = open_source(f"tar:{out}/shard-*.tar")
     assert [shards.read(index)[0] for index in range(len(shards))] == [data] * 3
     assert "a%2Fa%2F" in shards.name(0)
 
@@ -160,20 +165,20 @@ def test_names_are_relative_to_the_folder_or_to_the_list() -> None:
     assert relative_name("sample:x/train", "sample:x/train/00012") == "00012"
 
 
-def test_pixels_are_packed_without_loss(tmp_path: Path) -> None:
+def test_pixels_are_packed_without_loss(out: Path) -> None:
     source = pixels(7)
-    assert pack(source, tmp_path / "out", FIVE, 1)[1] == 7
-    for index, (_, data, label) in enumerate(items(tmp_path / "out")):
+    assert pack(source, out, FIVE, 1)[1] == 7
+    for index, (_, data, label) in enumerate(items(out)):
         item, expected = source.read(index)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(item))
         assert label == expected
 
 
-def test_a_shard_ends_with_the_image_that_makes_it_large_enough(tmp_path: Path) -> None:
+def test_a_shard_ends_with_the_image_that_makes_it_large_enough(tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(6):
         (tmp_path / "in" / f"{number}.bmp").write_bytes(encoded(Image.new("RGB", (400, 400)), "BMP"))  # 480 kB
-    folder, _ = pack(open_source(str(tmp_path / "in")), tmp_path / "out", Options(shard_mb=1), 1)
+    folder, _ = pack(open_source(str(tmp_path / "in")), out, Options(shard_mb=1), 1)
     assert [shard.images for shard in folder.shards] == [3, 3]
 
 
@@ -241,9 +246,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_before_any_operation_on_a_file_the_same_command_ends_with_the_same_bytes(
-    tmp_path: Path, step: int
-) -> None:
+def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(tmp_path: Path, step: int) -> None:
     source = open_source(str(class_tree(tmp_path / "in")))
     (tmp_path / "in" / "n01" / "n01_3.v1.JPEG").write_bytes(b"broken")
     pack(source, tmp_path / "whole", FIVE, 1)
@@ -263,9 +266,9 @@ def test_killed_before_any_operation_on_a_file_the_same_command_ends_with_the_sa
 
 
 @pytest.mark.parametrize("readers", [1, 4])
-def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, tmp_path: Path, readers: int) -> None:
+def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, out: Path, readers: int) -> None:
     (tree / "n01" / "n01_0.v1.JPEG").write_bytes(b"broken")
-    source, out = open_source(str(tree)), tmp_path / "out"
+    source = open_source(str(tree))
     pack(source, out, FIVE, 1)
     expected = content(out)
     assert pack(source, out, FIVE, readers)[1] == 0
@@ -277,9 +280,9 @@ def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, tmp_path: Pa
     assert (out / "shard-000000.tar").stat().st_mtime_ns == untouched
 
 
-def test_where_fewer_images_can_be_read_than_before_no_old_shard_is_left(tmp_path: Path) -> None:
+def test_where_fewer_images_can_be_read_than_before_no_old_shard_is_left(tmp_path: Path, out: Path) -> None:
     paths = [write_image(tmp_path / "in" / f"{number}.png") for number in range(6)]
-    source, out = open_source(str(tmp_path / "in")), tmp_path / "out"
+    source = open_source(str(tmp_path / "in"))
     pack(source, out, Options(shard_images=2), 1)
     (out / "shard-000000.tar").write_bytes(b"")
     for path in paths[:4]:  # damaged behind the file system's back: neither size nor time changes
@@ -294,9 +297,10 @@ def test_where_fewer_images_can_be_read_than_before_no_old_shard_is_left(tmp_pat
 # ---- images that cannot be read
 
 
-def test_unreadable_images_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_left_out_and_listed(
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good, bad = write_corpus(tmp_path / "in", good=10, seed=4)
-    out = tmp_path / "out"
     command = [str(tmp_path / "in"), str(out), "--workers", "1"]
     assert main(command) == 0
     assert f"left out: {len(bad)} images that cannot be read" in capsys.readouterr().out
@@ -307,18 +311,18 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path: Path, capsys: pytes
     assert items(out) == [(path.name, path.read_bytes(), None) for path in good]
 
 
-def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"none of the 1 images .* can be read, the first because: empty file"):
-        main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
+        main([str(tmp_path / "in"), str(out), "--workers", "1"])
 
 
-def test_a_disk_that_goes_away_ends_the_packing_instead_of_leaving_all_out(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_goes_away_ends_the_packing(
+    tree: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_UNREADABLE", 4)
-    source, out = open_source(str(tree)), tmp_path / "out"
+    source = open_source(str(tree))
     pack(source, tmp_path / "whole", FIVE, 1)
     read = source.read
 
@@ -350,10 +354,10 @@ def test_a_killed_process_is_a_sentence() -> None:
 # ---- disks and folders
 
 
-def test_a_full_disk_is_a_sentence_leaves_nothing_half_named_and_is_made_good_later(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_leaves_nothing_half_written(
+    tree: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out = open_source(str(tree)), tmp_path / "out"
+    source = open_source(str(tree))
     writes = atomic._HashingFile.write
     written = []
 
@@ -373,8 +377,7 @@ def test_a_full_disk_is_a_sentence_leaves_nothing_half_named_and_is_made_good_la
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_other_options_and_other_images_are_refused_by_name(tree: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_other_options_and_other_images_are_refused_by_name(tree: Path, out: Path) -> None:
     pack(open_source(str(tree)), out, Options(max_side=64, shard_images=5), 1)
     before = content(out)
     for options in (Options(max_side=32, shard_images=5), Options(shard_images=5), Options(max_side=64, shard_mb=5)):
@@ -405,42 +408,41 @@ def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> 
     assert len(content(tmp_path / "full")) == 2
 
 
-def test_two_packings_into_one_folder_do_not_meet(tree: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(InputError, match="another process packs into"):
-        pack(open_source(str(tree)), tmp_path / "out", FIVE, 1)
-    pack(open_source(str(tree)), tmp_path / "out", FIVE, 1)
+def test_two_packings_into_one_folder_do_not_meet(tree: Path, out: Path) -> None:
+    (out).mkdir()
+    with FileLock(out / ".lock"), pytest.raises(InputError, match="another process packs into"):
+        pack(open_source(str(tree)), out, FIVE, 1)
+    pack(open_source(str(tree)), out, FIVE, 1)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"version": 2}', "[" * 100_000])
-def test_a_damaged_manifest_is_a_sentence(tree: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_manifest_is_a_sentence(tree: Path, out: Path, damage: str) -> None:
     source = open_source(str(tree))
-    pack(source, tmp_path / "out", FIVE, 1)
-    (tmp_path / "out" / "pack.json").write_text(damage)
+    pack(source, out, FIVE, 1)
+    (out / "pack.json").write_text(damage)
     with pytest.raises(InputError, match=r"pack\.json is damaged"):
-        pack(source, tmp_path / "out", FIVE, 1)
+        pack(source, out, FIVE, 1)
 
 
 # ---- the command
 
 
-def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path) -> None:
+def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path, out: Path) -> None:
     for part in ("train", "val"):
         class_tree(tmp_path / "in" / part, images=2)
     with pytest.raises(InputError, match="parts train and val: pack each"):
-        main([str(tmp_path / "in"), str(tmp_path / "out")])
-    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--part", "val", "--workers", "1"]) == 0
-    assert len(items(tmp_path / "out")) == 4
+        main([str(tmp_path / "in"), str(out)])
+    assert main([str(tmp_path / "in"), str(out), "--part", "val", "--workers", "1"]) == 0
+    assert len(items(out)) == 4
 
 
 def test_the_same_source_from_another_folder_is_the_same(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tree: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "out")
-    main([str(tree), out, "--workers", "1"])
+    main([str(tree), str(out), "--workers", "1"])
     assert "images/s" in capsys.readouterr().out
     monkeypatch.chdir(tree.parent)
-    main([tree.name, out, "--workers", "1"])
+    main([tree.name, str(out), "--workers", "1"])
     assert "all of it was there already" in capsys.readouterr().out
 
 

@@ -45,7 +45,7 @@ def test_a_name_that_is_not_utf8_is_drawn_as_escapes(tmp_path: Path) -> None:
     draw_preview(open_source(str(tmp_path)), tiny_config().augmentation(), tmp_path / "grid.png")
 
 
-def test_the_command_draws_a_picture(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_draws(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "views.png"
     main(["preview", str(photos), f"--out={out}", "--images", "2", "--local-crops-number=3"])
     assert Image.open(out).format == "PNG"

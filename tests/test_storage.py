@@ -210,7 +210,7 @@ def test_unknown_schemes_are_refused() -> None:
         (KeyError("a"), 9, 3),
     ],
 )
-def test_what_may_pass_is_tried_three_times(
+def test_what_may_pass_is_tried_thrice(
     monkeypatch: pytest.MonkeyPatch, error: Exception, failures: int, asked: int
 ) -> None:
     system = Mock()

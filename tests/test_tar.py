@@ -23,13 +23,13 @@ from dino_xcit.data.tar import Member
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 
+Shards = tuple[str, dict[str, bytes]]
+
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     log.warn_once.cache_clear()
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("DINO_XCIT_CACHE", str(folder))
-    return folder
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def scan(path: Path, start: int = 0, end: int | None = None) -> list[Member]:
@@ -38,7 +38,7 @@ def scan(path: Path, start: int = 0, end: int | None = None) -> list[Member]:
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> tuple[str, dict[str, bytes]]:
+def shards(tmp_path: Path) -> Shards:
     """Three shards of ten images with labels; the pattern, and each image's bytes by its name."""
     rng = np.random.default_rng(0)
     contents: dict[str, bytes] = {}
@@ -55,7 +55,7 @@ def shards(tmp_path: Path) -> tuple[str, dict[str, bytes]]:
 # ---- members
 
 
-def test_every_image_is_read_byte_by_byte_in_any_order(shards: tuple[str, dict[str, bytes]]) -> None:
+def test_every_image_is_read_byte_by_byte_in_any_order(shards: Shards) -> None:
     pattern, contents = shards
     source = open_source(pattern)
     assert isinstance(source, Source)
@@ -128,9 +128,7 @@ def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", SKIPPED)
-def test_what_is_not_a_regular_image_is_skipped_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_what_is_no_regular_image_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     content, said = SKIPPED[kind]
     (tmp_path / "odd.tar").write_bytes(content)
     source = open_source(f"tar:{tmp_path}/odd.tar")
@@ -197,9 +195,7 @@ def test_images_alone_are_items_each_whatever_dots_their_names_have(tmp_path: Pa
     assert [source.read(index) for index in range(4)] == [(b"a", None), (b"b", None), (b"c", None), (b"d", None)]
 
 
-def test_of_repeated_names_the_last_is_taken_as_by_extracting(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_repeated_names_the_last_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = packed({"1.jpg": b"old", "2.jpg": b"two"}), packed({"1.jpg": b"new"})
     (tmp_path / "a.tar").write_bytes(first[:2048] + second)
     source = open_source(f"tar:{tmp_path}/a.tar")
@@ -301,7 +297,7 @@ def test_each_part_of_an_evaluation_may_be_archives(tmp_path: Path) -> None:
 
 
 def test_shards_are_looked_through_once_and_again_when_one_changes(
-    shards: tuple[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pattern, contents = shards
     look_through = Mock(side_effect=tar._look_through)
@@ -320,9 +316,7 @@ def test_shards_are_looked_through_once_and_again_when_one_changes(
     assert third.fingerprint() != first.fingerprint()
 
 
-def test_a_shard_that_is_replaced_while_it_is_in_use_is_an_error(
-    shards: tuple[str, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_a_shard_that_is_replaced_in_use_is_an_error(shards: Shards, tmp_path: Path) -> None:
     source = open_source(shards[0])
     (tmp_path / "s-0.tar").write_bytes(packed({f"{number}.jpg": bytes(2000) for number in range(40)}))
     (tmp_path / "s-1.tar").write_bytes(GOOD)
@@ -332,7 +326,7 @@ def test_a_shard_that_is_replaced_while_it_is_in_use_is_an_error(
             source.read(index)
 
 
-def test_a_shard_that_was_touched_alone_is_read_on(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_shard_that_was_touched_alone_is_read_on(shards: Shards, tmp_path: Path) -> None:
     pattern, contents = shards
     source = open_source(pattern)
     copy = tmp_path / "copy"
@@ -344,7 +338,7 @@ def test_a_shard_that_was_touched_alone_is_read_on(shards: tuple[str, dict[str, 
 # ---- other processes
 
 
-def test_a_forked_process_reads_the_same(shards: tuple[str, dict[str, bytes]]) -> None:
+def test_a_forked_process_reads_the_same(shards: Shards) -> None:
     source = open_source(shards[0])
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.map(source.read, range(30)) == [source.read(index) for index in range(30)]
@@ -408,7 +402,7 @@ def test_processes_that_read_do_not_grow(many: Source) -> None:
 # ---- elsewhere
 
 
-def test_archives_elsewhere_are_read_as_those_here(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_archives_elsewhere_are_read_as_those_here(shards: Shards, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     for file in tmp_path.glob("*.tar"):

@@ -20,7 +20,7 @@ def log_in(folder: Path, images: int = 1000, anew: bool = False) -> UnreadableLo
     return UnreadableLog(folder, images, 0.05, anew)
 
 
-def test_each_image_is_listed_once_with_its_path_and_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_image_is_listed_once_with_its_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = log_in(tmp_path)
     assert log.note([batch(5), batch()]) == 1
     assert log.note([batch(2, 9)]) == 2
