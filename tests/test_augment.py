@@ -98,22 +98,6 @@ def test_crops_are_distributed_as_torchvisions_random_resized_crop(size: tuple[i
     assert stats.ks_2samp(ours[3] / ours[2], theirs[3] / theirs[2]).pvalue > 1e-3, "ratio"
 
 
-def test_area_ratio_and_position_follow_their_definitions() -> None:
-    """On a picture so large that rounding and failed tries do not matter."""
-    augmentation = MultiCropAugmentation(local_crops_number=1, local_crops_scale=(0.05, 0.25))
-    side = 10_000
-    crops = [augmentation.draw(side, side, 1, 0, index)[LOCAL] for index in range(SAMPLES)]
-    area = np.array([v.height * v.width / side**2 for v in crops])
-    ratio = np.array([math.log(v.width / v.height) for v in crops])
-    top = np.array([v.top / (side - v.height) for v in crops])
-    left = np.array([v.left / (side - v.width) for v in crops])
-    assert stats.kstest((area - 0.05) / 0.2, "uniform").pvalue > 1e-3
-    assert stats.kstest((ratio - math.log(3 / 4)) / math.log(16 / 9), "uniform").pvalue > 1e-3
-    assert stats.kstest(top, "uniform").pvalue > 1e-3
-    assert stats.kstest(left, "uniform").pvalue > 1e-3
-    assert np.abs(np.corrcoef([area, ratio, top, left]) - np.eye(4)).max() < 5 / math.sqrt(SAMPLES)
-
-
 def test_the_last_row_and_column_can_be_reached() -> None:
     augmentation = MultiCropAugmentation(local_crops_number=1)
     crops = [augmentation.draw(6, 6, 0, 0, index)[LOCAL] for index in range(200)]

@@ -25,7 +25,6 @@ from hostile_archives import packed
 from tiny_run import CPU, tiny_config
 
 from dino_xcit.data import Source, decode, open_parts, open_source
-from dino_xcit.data.check import main as check
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.health import UnreadableLog, read_unreadable
@@ -245,16 +244,6 @@ def test_a_broken_image_is_replaced_by_the_same_one_and_listed_in_every_form(
     (row,) = read_unreadable(log.path)
     assert row["name"] == source.name(BROKEN)
     assert row["cause"] == next(one for batch in expected for one in batch.unreadable).cause
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_check_finds_the_broken_image(name: str, urls: Urls, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check([urls[name]["train"], "--part", "train", "--workers", "0"]) == 1
-    out = capsys.readouterr().out
-    assert "24 images" in out
-    assert "1 image cannot be read" in out
-    assert f"{open_source(urls[name]['train'], 'train').name(BROKEN)}: " in out
-    assert ("3 classes of 8" in out) == (name not in WITHOUT_LABELS)
 
 
 @pytest.mark.parametrize("name", LABELLED)
