@@ -64,7 +64,7 @@ def test_above_the_threshold_the_run_ends(server: Server, corpus: Corpus, tmp_pa
     run = server.start(tmp_path / "run", "--data-path", corpus[0], *FLAGS, "--max-unreadable", "0.01")
     assert run.wait() == [2, 2], run.err()
     (sentence,) = [line for line in run.err().splitlines() if line.startswith("error: ")]
-    assert "images cannot be read, expected at most 1.0% (--max-unreadable 0.01)" in sentence
+    assert "images cannot be read, expected at most 1% (--max-unreadable 0.01)" in sentence
     assert str(tmp_path / "run" / "unreadable_images.jsonl") in sentence
     assert len(listed(tmp_path / "run")) == 5  # one more than 1% of 400
     assert listed(tmp_path / "run") <= {path.name for path in corpus[1]}
