@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -93,6 +94,15 @@ ODDITIES: dict[str, Callable[[Image.Image], bytes]] = {
 """Kinds of image that a collection holds a few of, by what they are called: to their file."""
 
 
+@functools.cache
+def large_pngs() -> dict[str, bytes]:
+    """Files of which the pixels are too many; they take long to pack."""
+    return {
+        "claims to be large.png": png(50_000, 50_000, bytes(1000), colour=2),
+        "large.png": png(13_000, 13_000, bytes(13_000 * (13_000 // 8 + 1)), bits=1),
+    }
+
+
 def undecodable(image: Image.Image, seed: int) -> dict[str, bytes]:
     """Files that are refused, by what they are called; some of them made from ``image``."""
     jpeg, whole = encoded(image, "JPEG", quality=90), encoded(image, "PNG")
@@ -102,9 +112,8 @@ def undecodable(image: Image.Image, seed: int) -> dict[str, bytes]:
         "empty.jpg": b"",
         "web page.jpg": b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body></body></html>\n",
         "noise.jpg": np.random.default_rng(seed).bytes(2000),
-        "claims to be large.png": png(50_000, 50_000, bytes(1000), colour=2),
-        "large.png": png(13_000, 13_000, bytes(13_000 * (13_000 // 8 + 1)), bits=1),
         "wrong checksum.png": whole[:-14] + bytes([whole[-14] ^ 1]) + whole[-13:],
+        **large_pngs(),
     }
 
 

@@ -19,13 +19,24 @@ def names(source: Source) -> list[str]:
     return [source.name(index) for index in range(len(source))]
 
 
+def parts_tree(root: Path, train: tuple[str, ...], val: tuple[str, ...]) -> Path:
+    """A picture of each class in root/train and root/val."""
+    for part, classes in (("train", train), ("val", val)):
+        for name in classes:
+            write_image(root / part / name / "0.png")
+    return root
+
+
+def labels(source: Source) -> list[int] | None:
+    return None if source.labels is None else source.labels.tolist()
+
+
 def odd_tree(folder: Path) -> Path:
     """Images of three classes in folders of theirs, and what has to be passed over."""
     for path in ("dog/b.png", "dog/a.jpg", "cat/deep/er/c.PNG", "cat/d.jpeg", "ant/e.webp"):
         write_image(folder / path)
     (folder / "cat" / "notes.txt").write_text("no image")
     (folder / "cat" / ".hidden.png").write_bytes(b"")
-    (folder / ".cache").mkdir()
     write_image(folder / ".cache" / "f.png")
     (folder / "empty").mkdir()
     return folder

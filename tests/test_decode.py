@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
+import re
 import struct
 import warnings
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from bad_images import HEIGHT, ODDITIES, WIDTH, encoded, photograph, png_chunk, refusal, undecodable, write_corpus
+from bad_images import HEIGHT, ODDITIES, WIDTH, encoded, photograph, png_chunk, refusal, undecodable
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
@@ -42,22 +44,22 @@ def test_odd_images_become_the_photograph_they_were_made_of(kind: str) -> None:
     wanted = photo.convert("L").convert("RGB") if kind in GREY else photo
     picture = decode(ODDITIES[kind](photo), kind)
     assert (picture.mode, picture.size) == ("RGB", (WIDTH, HEIGHT))
-    error = np.abs(pixels(picture) - pixels(wanted))
     if kind == "one bit.png":
         assert set(np.unique(pixels(picture))) == {0, 255}
         assert abs(pixels(picture).mean() - pixels(photo.convert("L")).mean()) < 8
-    else:
-        assert error.mean() < (1e-9 if kind in EXACT else 16), error.mean()
-        # Another picture, a turned one or another frame would be much farther away.
-        assert error.mean() < np.abs(pixels(picture) - pixels(wanted.rotate(180))).mean() / 2
+        return
+    error = np.abs(pixels(picture) - pixels(wanted)).mean()
+    # Another picture, a turned one or another frame would be much farther away.
+    farther = np.abs(pixels(picture) - pixels(wanted.rotate(180))).mean() / 2
+    assert error < (1e-9 if kind in EXACT else min(16, farther))
 
 
 def test_transparent_parts_keep_the_colours_that_are_stored() -> None:
     photo = photograph(5)
     clear = photo.convert("RGBA")
     clear.putalpha(0)
-    for format_name, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
-        assert (pixels(decode(encoded(clear, format_name, **options), "x")) == pixels(photo)).all()
+    for data in (encoded(clear, "PNG"), encoded(clear, "WEBP", lossless=True, exact=True)):
+        assert (pixels(decode(data, "x")) == pixels(photo)).all()
     palette = photo.quantize(16)
     wanted = pixels(palette.convert("RGB"))
     for transparency in (3, bytes([0, 7] * 8)):
@@ -77,29 +79,31 @@ def test_channels_of_which_white_is_not_known_are_refused() -> None:
         assert "32 bits a channel" in refusal(encoded(Image.new(mode, (4, 4), 1), "TIFF")).cause
 
 
+TURNED_BY = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,  # stored turned to the left: tag 6 says "turn to the right"
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_turns_the_picture_upright(photo: Image.Image, orientation: int) -> None:
-    turned_by = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,  # stored turned to the left: tag 6 says "turn to the right"
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = photo.transpose(turned_by[orientation]) if orientation in turned_by else photo
+    stored = photo if orientation == 1 else photo.transpose(TURNED_BY[orientation])
     exif = Image.Exif()
     exif[0x0112] = orientation
     np.testing.assert_array_equal(np.asarray(decode(encoded(stored, "PNG", exif=exif), "x")), np.asarray(photo))
     assert decode(encoded(stored, "JPEG", exif=exif), "x").size == photo.size
 
 
-def test_arrays_are_pictures_already() -> None:
-    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    assert np.asarray(decode(grey, "x")).tolist() == np.stack([grey] * 3, axis=-1).tolist()
-    colour = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
-    np.testing.assert_array_equal(np.asarray(decode(colour, "x")), colour)
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3)])
+def test_arrays_are_pictures_already(shape: tuple[int, ...]) -> None:
+    item = np.arange(math.prod(shape), dtype=np.uint8).reshape(shape)
+    expected = item if item.ndim == 3 else np.stack([item] * 3, axis=-1)
+    np.testing.assert_array_equal(np.asarray(decode(item, "x")), expected)
 
 
 def test_the_picture_does_not_hold_its_file() -> None:
@@ -124,8 +128,7 @@ CAUSES = {
 def test_bad_files_are_refused_with_their_cause(kind: str) -> None:
     error = refusal(undecodable(photograph(4), 4)[kind])
     assert isinstance(error, InputError)
-    with pytest.raises(UndecodableImage, match=CAUSES[kind]):
-        raise UndecodableImage(error.cause)
+    assert re.search(CAUSES[kind], error.cause)
 
 
 def test_what_is_in_no_format_of_the_list_is_refused() -> None:
@@ -133,22 +136,6 @@ def test_what_is_in_no_format_of_the_list_is_refused() -> None:
     foreign = (encoded(photograph(1), name) for name in ("PDF", "ICO"))
     for data in (b"hello", bytes(1000), whole[:60], whole[:16] + b"\x7f" + whole[17:], *foreign):
         assert isinstance(refusal(data), InputError)
-
-
-def test_the_corpus_is_what_it_says_and_the_same_for_the_same_seed(tmp_path: Path) -> None:
-    good, bad = write_corpus(tmp_path / "a", 30, seed=3)
-    assert (len(good), len(bad)) == (30, len(CAUSES))
-    assert sorted(good + bad) == sorted((tmp_path / "a").iterdir())
-    assert {path.name[6:] for path in good} == {*ODDITIES, "photo.jpg", "photo.png"}
-    for path in good:
-        assert decode(path.read_bytes(), path.name).size == (WIDTH, HEIGHT)
-    for path in bad:
-        refusal(path.read_bytes())
-    again = write_corpus(tmp_path / "b", 30, seed=3)
-    assert [path.name for path in again[0] + again[1]] == [path.name for path in good + bad]
-    assert all((tmp_path / "b" / path.name).read_bytes() == path.read_bytes() for path in good + bad)
-    other = write_corpus(tmp_path / "c", 30, seed=4)
-    assert [path.name for path in other[0]] != [path.name for path in good]
 
 
 WHOLE: dict[str, dict[str, Any]] = {
@@ -165,15 +152,13 @@ def test_a_file_cut_anywhere_is_never_half_a_picture(kind: str, lenient: bool, m
     data = encoded(photograph(6), kind.split()[-1], **WHOLE[kind])
     whole = pixels(decode(data, "whole"))
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
-    refused = 0
-    for length in [*range(0, len(data), max(1, len(data) // 60)), *range(len(data) - 40, len(data))]:
+    for length in [*range(0, len(data), len(data) // 20), *range(len(data) - 12, len(data))]:
         try:
-            assert (pixels(decode(data[:length], "cut")) == whole).all(), length
+            picture = decode(data[:length], "cut")
         except UndecodableImage:
-            refused += 1
-        else:
-            assert length >= len(data) - 4, f"{len(data) - length} bytes lack"
-    assert refused >= 90
+            continue
+        assert length >= len(data) - 4, f"{len(data) - length} bytes lack"
+        assert (pixels(picture) == whole).all(), length
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
@@ -182,7 +167,7 @@ def test_texts_and_profiles_of_any_size_are_left_aside() -> None:
     photo, large = photograph(1), zlib.compress(bytes(30_000_000), 9)
     plain = encoded(photo, "PNG")
     for chunk in (
-        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b"<x/>" * 500_000),
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b"<x/>" * 100_000),
         png_chunk(b"zTXt", b"note\0\0" + large),
         png_chunk(b"iCCP", b"icc\0\0" + large),
     ):
@@ -235,9 +220,6 @@ def test_tiles_that_lie_about_their_size_or_number_are_refused() -> None:
 RAISED: list[Exception] = [
     IndexError("index out of range"),
     KeyError(259),
-    TypeError("unsupported operand"),
-    ZeroDivisionError("division by zero"),
-    OverflowError("Python int too large"),
     RuntimeError("two\nlines " + "x" * 1000),
     RecursionError(),
     MemoryError(),
@@ -247,11 +229,8 @@ RAISED: list[Exception] = [
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
 def test_whatever_the_library_raises_becomes_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object) -> None:
-        raise error
-
     data = encoded(photograph(1), "PNG")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=error))
     refused = refusal(data)
     assert type(error).__name__ in refused.cause or refused.cause == "not enough memory to decode it"
     assert len(refused.cause) < 300
@@ -260,11 +239,8 @@ def test_whatever_the_library_raises_becomes_one_line(error: Exception, monkeypa
 
 
 def test_an_interruption_is_none_of_the_images_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(self: object) -> None:
-        raise KeyboardInterrupt
-
     data = encoded(photograph(1), "PNG")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", interrupt)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         decode(data, "x")
 
@@ -277,9 +253,7 @@ def test_the_cause_survives_the_way_between_processes() -> None:
     assert UndecodableImage("a sentence").cause == "a sentence"
 
 
-def test_nothing_of_the_librarys_doubts_reaches_the_screen(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_library_s_warnings_stay_silent(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """And other code's warnings come as before."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)  # warned of, and no error up to twice that
     many_samples = encoded(photograph(1), "TIFF")

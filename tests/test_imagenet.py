@@ -6,13 +6,14 @@ import gzip
 import io
 import os
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bad_images import encoded, photograph
+from data_fixtures import labels, names
+from hostile_archives import packed
 from scipy.io import savemat
 
 from dino_xcit.data import Source, open_parts, open_source
@@ -27,34 +28,20 @@ VAL = ("n03995372", "n01440764", "n02085620", "n02085620", "n01440764", "n039953
 """The class of each validation image, in order."""
 
 
-def jpeg(seed: int) -> bytes:
-    return encoded(photograph(seed), "JPEG")
-
-
 TRAIN_IMAGES = {
-    f"{wnid}/{wnid}_{number}.JPEG": jpeg(100 * place + number)
+    f"{wnid}/{wnid}_{number}.JPEG": encoded(photograph(100 * place + number), "JPEG")
     for place, wnid in enumerate(WNIDS)
     for number in (9, 10, 2)
 }
-VAL_IMAGES = {f"ILSVRC2012_val_{number:08d}.JPEG": jpeg(1000 + number) for number in range(1, len(VAL) + 1)}
+VAL_IMAGES = {f"ILSVRC2012_val_{number:08d}.JPEG": encoded(photograph(1000 + number), "JPEG") for number in range(1, 7)}
 
 
-def tar_of(members: dict[str, bytes], mode: str = "w") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def class_archives(images: dict[str, bytes]) -> dict[str, bytes]:
-    """An archive a class, the last class first, as archives need not be sorted."""
-    return {
-        f"{wnid}.tar": tar_of({name.partition("/")[2]: data for name, data in images.items() if name.startswith(wnid)})
-        for wnid in reversed(WNIDS)
-    }
+ARCHIVES = {
+    f"{wnid}.tar": packed({name[10:]: data for name, data in TRAIN_IMAGES.items() if name.startswith(wnid)})
+    for wnid in reversed(WNIDS)
+}
+"""The last class first, as archives need not be sorted."""
+TRAIN, VALIDATION, KIT_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", f"{KIT}.tar.gz"
 
 
 def meta_mat(numbers: dict[str, int] = NUMBERS) -> bytes:
@@ -66,8 +53,8 @@ def meta_mat(numbers: dict[str, int] = NUMBERS) -> bytes:
     return buffer.getvalue()
 
 
-def kit(truth: tuple[str, ...] = VAL) -> dict[str, bytes]:
-    lines = "".join(f"{NUMBERS[wnid]}\n" for wnid in truth)
+def kit() -> dict[str, bytes]:
+    lines = "".join(f"{NUMBERS[wnid]}\n" for wnid in VAL)
     return {f"{KIT}/data/{GROUND_TRUTH}": lines.encode(), f"{KIT}/data/{META}": meta_mat(), f"{KIT}/readme.txt": b"x"}
 
 
@@ -78,13 +65,12 @@ def write(root: Path, files: dict[str, bytes]) -> None:
 
 
 def as_shipped(root: Path) -> None:
-    write(root, {"ILSVRC2012_img_train.tar": tar_of(class_archives(TRAIN_IMAGES))})
-    write(root, {"ILSVRC2012_img_val.tar": tar_of(VAL_IMAGES)})
-    write(root, {f"{KIT}.tar.gz": tar_of(kit(), "w:gz")})
+    kit_archive = gzip.compress(packed(kit()))
+    write(root, {TRAIN: packed(ARCHIVES), VALIDATION: packed(VAL_IMAGES), KIT_ARCHIVE: kit_archive})
 
 
 def partly_unpacked(root: Path) -> None:
-    write(root, {"ILSVRC2012_img_train.tar": tar_of(class_archives(TRAIN_IMAGES))})
+    write(root, {TRAIN: packed(ARCHIVES)})
     write(root / "val", VAL_IMAGES)
     write(root, kit())
 
@@ -125,23 +111,20 @@ def test_every_layout_gives_the_same_images_labels_and_classes(tmp_path: Path, l
     lay_out(tmp_path / "in")
     train, val = open_parts(f"imagenet:{tmp_path}/in", None, None)
     assert train.classes == val.classes == WNIDS
-    expected = {name.partition("/")[2]: (data, WNIDS.index(name[:9])) for name, data in TRAIN_IMAGES.items()}
-    assert read_all(train) == expected
-    # the order of a sorted folder
-    assert [train.name(index).rpartition("/")[2] for index in range(9)] == [name[10:] for name in sorted(TRAIN_IMAGES)]
-    assert train.labels is not None
-    assert train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
-    labels = [WNIDS.index(wnid) for wnid in VAL]
-    assert read_all(val) == {
-        name: (data, label) for (name, data), label in zip(VAL_IMAGES.items(), labels, strict=True)
-    }
+    in_order = sorted(TRAIN_IMAGES)  # as in a sorted folder
+    assert [name.rpartition("/")[2] for name in names(train)] == [name[10:] for name in in_order]
+    assert labels(train) == [0] * 3 + [1] * 3 + [2] * 3
+    assert read_all(train) == {name[10:]: (TRAIN_IMAGES[name], WNIDS.index(name[:9])) for name in in_order}
+    expected = zip(VAL_IMAGES.items(), VAL, strict=True)
+    assert read_all(val) == {name: (data, WNIDS.index(wnid)) for (name, data), wnid in expected}
 
 
 def test_archives_that_were_moved_are_the_same_data(shipped: Path) -> None:
-    before = [open_source(f"imagenet:{shipped}", part).fingerprint() for part in ("train", "val")]
-    shipped.rename(shipped.with_name("elsewhere"))
-    moved = shipped.with_name("elsewhere")
-    assert [open_source(f"imagenet:{moved}", part).fingerprint() for part in ("train", "val")] == before
+    def fingerprints(root: Path) -> list[str]:
+        return [open_source(f"imagenet:{root}", part).fingerprint() for part in ("train", "val")]
+
+    before = fingerprints(shipped)
+    assert fingerprints(shipped.rename(shipped.with_name("elsewhere"))) == before
 
 
 def test_a_set_that_is_not_imagenet_s_size_is_only_mentioned(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,12 +145,10 @@ def test_the_archives_are_looked_through_once(shipped: Path, monkeypatch: pytest
 
 
 def test_a_changed_truth_changes_labels_and_fingerprint(shipped: Path) -> None:
-    other = (*VAL[1:], VAL[0])
     before = open_source(f"imagenet:{shipped}", "val")
-    write(shipped, {f"{KIT}.tar.gz": tar_of(kit(other), "w:gz")})
+    truth(3, 3, 2, 1, 1, 2)(shipped)
     after = open_source(f"imagenet:{shipped}", "val")
-    assert after.labels is not None
-    assert after.labels.tolist() == [WNIDS.index(wnid) for wnid in other]
+    assert labels(after) == [0, 0, 2, 1, 1, 2]
     assert after.fingerprint() != before.fingerprint()
 
 
@@ -176,13 +157,16 @@ def test_a_changed_truth_changes_labels_and_fingerprint(shipped: Path) -> None:
 Damage = Callable[[Path], None]
 
 
+def in_kit(name: str, data: bytes) -> Damage:
+    return lambda root: write(root, {KIT_ARCHIVE: gzip.compress(packed(kit() | {f"{KIT}/data/{name}": data}))})
+
+
 def truth(*lines: object) -> Damage:
-    data = "".join(f"{line}\n" for line in lines).encode()
-    return lambda root: write(root, {f"{KIT}.tar.gz": tar_of(kit() | {f"{KIT}/data/{GROUND_TRUTH}": data}, "w:gz")})
+    return in_kit(GROUND_TRUTH, "".join(f"{line}\n" for line in lines).encode())
 
 
 def meta(data: bytes) -> Damage:
-    return lambda root: write(root, {f"{KIT}.tar.gz": tar_of(kit() | {f"{KIT}/data/{META}": data}, "w:gz")})
+    return in_kit(META, data)
 
 
 def cut(name: str) -> Damage:
@@ -197,57 +181,43 @@ def gone(name: str) -> Damage:
     return lambda root: (root / name).unlink()
 
 
-TRAIN_TAR = "ILSVRC2012_img_train.tar"
-PACKED = {
-    f"{wnid}.tar": gzip.compress(data) for wnid, data in zip(WNIDS, class_archives(TRAIN_IMAGES).values(), strict=True)
-}
-
-
-@pytest.mark.parametrize(
-    ("part", "damage", "words"),
-    [
-        ("train", gone(TRAIN_TAR), "no training images in .*expected ILSVRC2012_img_train.tar"),
-        ("val", gone("ILSVRC2012_img_val.tar"), "no validation images in .*expected ILSVRC2012_img_val.tar"),
-        ("val", gone(f"{KIT}.tar.gz"), "no ground truth .*ILSVRC2012_devkit_t12.tar.gz .from https://image-net"),
-        ("train", cut(TRAIN_TAR), "train.tar is cut short.*image-net.org/download"),
-        ("val", cut("ILSVRC2012_img_val.tar"), "val.tar is cut short.*image-net.org/download"),
-        ("train", replaced(TRAIN_TAR, gzip.compress(b"x" * 9999)), "train.tar is compressed"),
-        ("train", replaced(TRAIN_TAR, tar_of(PACKED)), "train.tar/n01440764.tar is compressed"),
-        ("train", replaced(TRAIN_TAR, tar_of(TRAIN_IMAGES)), "holds n01440764/.*expected one archive a class"),
-        ("train", replaced(TRAIN_TAR, b""), "train.tar is empty"),
-        ("train", replaced(TRAIN_TAR, tar_of({})), "train.tar is empty"),
-        ("train", replaced(TRAIN_TAR, tar_of(dict(list(class_archives(TRAIN_IMAGES).items())[:2]))),
-         "has 2 classes, .*devkit_t12.tar.gz names 3, and n01440764 is in one of them only"),
-        ("val", truth(1, 2, 3, 3, 2), "holds 6 images, .*ground_truth.txt. knows 5, and ILSVRC2012_val_00000006"),
-        ("val", truth(1, 2, 3, 3, 2, 1, 1), "holds 6 images, .* knows 7, and ILSVRC2012_val_00000007"),
-        ("val", truth(1, 2, 3, 3, 2, 99), "has the class '99', which is unknown"),
-        ("val", truth("cat", 2, 3), "has the class 'cat'"),
-        ("val", truth(), "ground_truth.txt.*download it again"),
-        ("val", meta(b""), "meta.mat is damaged"),
-        ("val", meta(meta_mat()[:-40]), "meta.mat is damaged"),
-        ("val", meta(meta_mat({**NUMBERS, "tench": 4})), "meta.mat is damaged: expected wnids"),
-        ("val", cut(f"{KIT}.tar.gz"), "devkit_t12.tar.gz is damaged"),
-        ("val", replaced(f"{KIT}.tar.gz", b"<html>"), "devkit_t12.tar.gz is damaged"),
-        ("val", replaced(f"{KIT}.tar.gz", tar_of({"a": b""}, "w:gz")), "devkit_t12.tar.gz is damaged"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("part", "damage", "words"), [
+    ("train", gone(TRAIN), "no training images in .*expected ILSVRC2012_img_train.tar"),
+    ("val", gone(VALIDATION), "no validation images in .*expected ILSVRC2012_img_val.tar"),
+    ("val", gone(KIT_ARCHIVE), "no ground truth .*ILSVRC2012_devkit_t12.tar.gz .from https://image-net"),
+    ("train", cut(TRAIN), "train.tar is cut short.*image-net.org/download"),
+    ("val", cut(VALIDATION), "val.tar is cut short.*image-net.org/download"),
+    ("train", replaced(TRAIN, gzip.compress(b"x" * 9999)), "train.tar is compressed"),
+    ("train", replaced(TRAIN, packed(dict.fromkeys(ARCHIVES, gzip.compress(b"x" * 9999)))),
+     "train.tar/n03995372.tar is compressed"),
+    ("train", replaced(TRAIN, packed(TRAIN_IMAGES)), "holds n01440764/.*expected one archive a class"),
+    ("train", replaced(TRAIN, b""), "train.tar is empty"),
+    ("train", replaced(TRAIN, packed({})), "train.tar is empty"),
+    ("train", replaced(TRAIN, packed(dict(list(ARCHIVES.items())[:2]))),
+     "has 2 classes, .*devkit_t12.tar.gz names 3, and n01440764 is in one of them only"),
+    ("val", truth(1, 2, 3, 3, 2), "holds 6 images, .*ground_truth.txt. knows 5, and ILSVRC2012_val_00000006"),
+    ("val", truth(1, 2, 3, 3, 2, 1, 1), "holds 6 images, .* knows 7, and ILSVRC2012_val_00000007"),
+    ("val", truth(1, 2, 3, 3, 2, 99), "has the class '99', which is unknown"),
+    ("val", truth("cat", 2, 3), "has the class 'cat'"),
+    ("val", truth(), "ground_truth.txt.*download it again"),
+    ("val", meta(meta_mat()[:-40]), "meta.mat is damaged"),
+    ("val", meta(meta_mat({**NUMBERS, "tench": 4})), "meta.mat is damaged: expected wnids"),
+    ("val", cut(KIT_ARCHIVE), "devkit_t12.tar.gz is damaged"),
+    ("val", replaced(KIT_ARCHIVE, b"<html>"), "devkit_t12.tar.gz is damaged"),
+    ("val", replaced(KIT_ARCHIVE, gzip.compress(packed({"a": b""}))), "devkit_t12.tar.gz is damaged"),
+])  # fmt: skip
 def test_what_does_not_fit_is_a_sentence(shipped: Path, part: str, damage: Damage, words: str) -> None:
     damage(shipped)
     with pytest.raises(InputError, match=words):
         open_source(f"imagenet:{shipped}", part)
 
 
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("LOC_val_solution.csv", b""),
-        ("LOC_val_solution.csv", b"a,b\n1,2\n"),
-        ("LOC_val_solution.csv", b"ImageId,PredictionString\nx,\n"),
-        ("LOC_val_solution.csv", b"ImageId,PredictionString\nx,n00000000 1 2 3 4\n"),
-        ("LOC_synset_mapping.txt", b"tench\n"),
-        ("LOC_synset_mapping.txt", b"n01440764 a\nn01440764 a\n"),
-    ],
-)
+@pytest.mark.parametrize(("name", "data"), [
+    ("LOC_val_solution.csv", b""), ("LOC_val_solution.csv", b"a,b\n1,2\n"),
+    ("LOC_val_solution.csv", b"ImageId,PredictionString\nx,\n"),
+    ("LOC_val_solution.csv", b"ImageId,PredictionString\nx,n00000000 1 2 3 4\n"),
+    ("LOC_synset_mapping.txt", b"tench\n"), ("LOC_synset_mapping.txt", b"n01440764 a\nn01440764 a\n"),
+])  # fmt: skip
 def test_kaggle_s_tables_are_checked(tmp_path: Path, name: str, data: bytes) -> None:
     kaggle(tmp_path / "in")
     (tmp_path / "in" / name).write_bytes(data)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -65,13 +67,10 @@ def test_an_index_is_built_once_and_mapped_after(tmp_path: Path) -> None:
         while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
             base = base.base
         assert isinstance(base, np.memmap)
-        assert not index.numbers["offset"].flags.writeable
     assert built.times == 1
 
 
-def test_an_index_that_no_longer_holds_is_built_again_and_removed_a_month_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outdated_index_is_built_again_and_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Built(1), Built(2)
     used = cached("x", first, accept_all, tmp_path)
     other = cached("y", first, accept_all, tmp_path)
@@ -85,10 +84,8 @@ def test_an_index_that_no_longer_holds_is_built_again_and_removed_a_month_later(
 
 
 def test_what_is_not_worth_keeping_leaves_no_index(tmp_path: Path) -> None:
-    def build() -> Index:
-        return Index({}, {"name": Strings.pack(["a"])}, keep=False)
-
-    assert cached("x", build, accept_all, tmp_path).file == ""
+    index = Index({}, {"name": Strings.pack(["a"])}, keep=False)
+    assert cached("x", lambda: index, accept_all, tmp_path).file == ""
     assert stored(tmp_path) == []
 
 
@@ -120,8 +117,9 @@ def test_a_damaged_index_is_built_again(tmp_path: Path, kind: str) -> None:
     DAMAGES[kind](stored(tmp_path)[0])
     assert_is(cached("x", built, accept_all, tmp_path), built)
     assert built.times == 2
-    assert kind == "a folder" or cached("x", built, accept_all, tmp_path).file
-    assert kind == "a folder" or built.times == 2
+    if kind != "a folder":
+        assert cached("x", built, accept_all, tmp_path).file
+        assert built.times == 2
 
 
 def test_an_index_that_accept_cannot_read_is_built_again(tmp_path: Path) -> None:
@@ -146,10 +144,7 @@ def test_a_cache_that_cannot_be_written_is_done_without_and_reported_once(
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, fill: object) -> atomic.Digest:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(atomic, "write", full)
+    monkeypatch.setattr(atomic, "write", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     built = Built()
     assert_is(cached("x", built, accept_all, tmp_path), built)
     assert built.times == 1
@@ -160,7 +155,7 @@ def _build_slowly(folder: Path, go: Event, record: Path) -> None:
     def build() -> Index:
         with open(record, "a") as file:
             file.write("built\n")
-        time.sleep(0.3)
+        time.sleep(0.1)
         return Built()()
 
     go.wait()
@@ -171,11 +166,11 @@ def test_of_processes_that_start_together_one_builds(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     go = context.Event()
     record = tmp_path / "record"
-    processes = [context.Process(target=_build_slowly, args=(tmp_path, go, record)) for _ in range(4)]
+    processes = [context.Process(target=_build_slowly, args=(tmp_path, go, record)) for _ in range(3)]
     for process in processes:
         process.start()
     go.set()
     for process in processes:
         process.join(30)
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert [process.exitcode for process in processes] == [0] * 3
     assert record.read_text() == "built\n"

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretrain_fixtures import SMALL, Pretrain
 from tiny_run import CPU, tiny_source
 
 from dino_xcit.augment import MultiCropAugmentation
@@ -24,23 +23,16 @@ Key = tuple[int, int]
 
 
 def keys(
-    length: int,
-    batch: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world: int = 1,
-    seed: int = 0,
-    start: int = 0,
-    stop: int = 6,
+    length: int, batch: int, accumulation: int = 1, rank: int = 0, world: int = 1, **options: int
 ) -> list[list[Key]]:
-    sampler = StepSampler(length, batch, accumulation, rank, world, seed, start, stop)
+    sampler = StepSampler(length, batch, accumulation, rank, world, **{"start_step": 0, "stop_step": 6} | options)
     out = list(sampler)
     assert len(out) == len(sampler)
     return out
 
 
 def test_an_epoch_visits_every_image_once() -> None:
-    visited = keys(40, 8, stop=10)
+    visited = keys(40, 8, stop_step=10)
     for epoch in range(2):
         batches = visited[5 * epoch : 5 * epoch + 5]
         assert sorted(index for batch in batches for _, index in batch) == list(range(40))
@@ -49,7 +41,7 @@ def test_an_epoch_visits_every_image_once() -> None:
 
 
 def test_an_incomplete_last_batch_is_left_out_and_differs_between_epochs() -> None:
-    visited = keys(43, 8, stop=10)
+    visited = keys(43, 8, stop_step=10)
     assert all(len(batch) == 8 for batch in visited)
     left_out = [set(range(43)) - {i for batch in visited[5 * e : 5 * e + 5] for _, i in batch} for e in range(2)]
     assert [len(part) for part in left_out] == [3, 3]
@@ -81,17 +73,10 @@ def test_a_step_s_images_do_not_depend_on_processes_or_accumulation() -> None:
     assert global_batches(1, 8, 1) == expected
 
 
-def test_microbatches_are_the_same_whoever_computes_them() -> None:
-    """So that 2 processes equal 1 process with 2 accumulation steps, BatchNorm included."""
-    one = keys(48, 4, accumulation=2)
-    two = [keys(48, 4, rank=rank, world=2) for rank in range(2)]
-    assert one == [microbatch for step in zip(*two, strict=True) for microbatch in step]
-
-
 @pytest.mark.parametrize("start", [1, 4, 5, 6, 7])
 def test_resuming_anywhere_continues_the_same_sequence(start: int) -> None:
-    whole = keys(40, 4, accumulation=2, stop=10)
-    assert keys(40, 4, accumulation=2, start=start, stop=10) == whole[2 * start :]
+    whole = keys(40, 4, accumulation=2, stop_step=10)
+    assert keys(40, 4, accumulation=2, start_step=start, stop_step=10) == whole[2 * start :]
 
 
 def test_fewer_images_than_a_batch_are_refused_with_what_would_do() -> None:
@@ -122,11 +107,6 @@ def assert_same_batches(a: list[Batch], b: list[Batch]) -> None:
         assert first.epoch == second.epoch
         assert first.views == second.views
         assert all(torch.equal(x, y) for x, y in zip(first.crops, second.crops, strict=True))
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_do_not_change_a_bit(workers: int) -> None:
-    assert_same_batches(list(load(tiny_source(10), 0)), list(load(tiny_source(10), workers)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -164,6 +144,7 @@ import multiprocessing, sys, time, torch
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import StepSampler, build_loader
+from dino_xcit.data.workers import usable_cores
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
     source = open_source("sample:fashion-mnist", "train")
@@ -171,61 +152,45 @@ if __name__ == "__main__":
         source.read = lambda index: time.sleep(300)
     views = PretrainConfig(global_crops_size=16, local_crops_size=8).augmentation()
     sampler = StepSampler(len(source), 4, start_step=0, stop_step=100)
-    loader = build_loader(source, views, sampler, 0, 1, torch.device("cpu"))
+    workers = usable_cores() + 1 if sys.argv[2] == "stuck" else 1
+    loader = build_loader(source, views, sampler, 0, workers, torch.device("cpu"))
     kept = sys.modules["kept"] = [loader, time.sleep(1) if sys.argv[2] == "stuck" else next(loader)]
 """
 
 
-@pytest.mark.parametrize(("start_method", "disk"), [("fork", "well"), ("forkserver", "well"), ("fork", "stuck")])
+@pytest.mark.parametrize(
+    ("start_method", "disk"),
+    [
+        ("fork", "stuck"),
+        pytest.param("fork", "well", marks=pytest.mark.slow),
+        pytest.param("forkserver", "well", marks=pytest.mark.slow),
+    ],
+)
 def test_a_program_that_leaves_a_loader_behind_ends(tmp_path: Path, start_method: str, disk: str) -> None:
     """Its processes are deaf to SIGTERM, by which multiprocessing ends what it waits for; a disk may not answer."""
     script = tmp_path / "leave.py"
     script.write_text(LEAVES)
-    here = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(here)}
-    done = subprocess.run([sys.executable, script, start_method, disk], cwd=here, env=environment, timeout=60)
-    assert done.returncode == 0
-
-
-def test_the_loader_resumes_mid_epoch_with_the_same_views() -> None:
-    whole = list(load(tiny_source(10), 0))
-    assert_same_batches(whole[3:], list(load(tiny_source(10), 0, start=3)))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, script, start_method, disk]
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr  # of more processes than cores: whether training waits is measured
 
 
 def test_crops_are_view_major_and_grouped_by_size() -> None:
+    """And those that (seed, epoch, image) says: not the batch, nor the place in it."""
     source = tiny_source(10)
-    batch = next(load(source, 0))
-    assert batch.views == [2, 3]
-    assert [tuple(crop.shape) for crop in batch.crops] == [(2 * 4, 3, 20, 20), (3 * 4, 3, 12, 12)]
-    assert all(crop.dtype is torch.uint8 for crop in batch.crops)
-    for place, index in enumerate(batch.indices.tolist()):
-        item, _ = source.read(index)
-        views = AUGMENTATION(Image.fromarray(np.asarray(item)).convert("RGB"), 5, batch.epoch, index)
-        for view in range(2):
-            assert torch.equal(batch.crops[0][view * 4 + place], views[view])
-        for view in range(3):
-            assert torch.equal(batch.crops[1][view * 4 + place], views[2 + view])
-
-
-def test_an_image_s_views_do_not_depend_on_its_batch() -> None:
-    """The same image in another batch size, found again by its index."""
-
-    def views_of(index: int, batch: int) -> torch.Tensor:
-        for loaded in load(tiny_source(10), 0, batch=batch, stop=10 // batch):
-            places = (loaded.indices == index).nonzero()
-            if len(places):
-                return loaded.crops[1].unflatten(0, (3, batch))[:, int(places[0])]
-        raise AssertionError
-
-    index = int(next(load(tiny_source(10), 0)).indices[1])
-    assert torch.equal(views_of(index, 4), views_of(index, 2))
-
-
-def test_another_epoch_gives_other_views() -> None:
-    batches = list(load(tiny_source(10), 0, batch=10, stop=2))
-    first, second = (batch.crops[0][:10][batch.indices.argsort()] for batch in batches)
-    assert [batch.epoch for batch in batches] == [0, 1]
-    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    batches = list(load(source, 0))
+    assert [batch.epoch for batch in batches] == [0, 0, 1, 1]
+    for batch in batches:
+        assert batch.views == [2, 3]
+        assert [tuple(crop.shape) for crop in batch.crops] == [(2 * 4, 3, 20, 20), (3 * 4, 3, 12, 12)]
+        assert all(crop.dtype is torch.uint8 for crop in batch.crops)
+        for place, index in enumerate(batch.indices.tolist()):
+            item, _ = source.read(index)
+            views = AUGMENTATION(Image.fromarray(np.asarray(item)).convert("RGB"), 5, batch.epoch, index)
+            found = [*batch.crops[0][place::4], *batch.crops[1][place::4]]
+            assert all(torch.equal(a, b) for a, b in zip(found, views, strict=True))
 
 
 def folder_with_bad_images(folder: Path, count: int, bad: dict[int, bytes]) -> Source:
@@ -246,9 +211,7 @@ def test_exactly_the_images_that_cannot_be_read_are_replaced_and_named(tmp_path:
     shown = [index for batch in batches for index in batch.indices.tolist()]
     unreadable = {bad.index: bad for batch in batches for bad in batch.unreadable}
     assert set(unreadable) == {3, 5, 7, 11}
-    assert [index for index, wanted in zip(shown, order, strict=True) if index == wanted] == [
-        wanted for wanted in order if wanted not in unreadable
-    ]
+    assert all(index == wanted or wanted in unreadable for index, wanted in zip(shown, order, strict=True))
     assert not set(shown) & set(unreadable)
     assert all(bad.name.endswith(f"{index:02d}.png") and bad.epoch == 0 for index, bad in unreadable.items())
     assert unreadable[3].cause == "a web page, not an image"
@@ -257,12 +220,13 @@ def test_exactly_the_images_that_cannot_be_read_are_replaced_and_named(tmp_path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_substitutes_do_not_depend_on_workers_or_on_where_a_run_was_resumed(tmp_path: Path, workers: int) -> None:
+def test_batches_do_not_depend_on_workers_or_on_where_a_run_was_resumed(tmp_path: Path, workers: int) -> None:
     source = folder_with_bad_images(tmp_path, 12, {1: b"x", 2: b"x", 9: b"x"})
     whole = list(load(source, 0, stop=6))
-    assert_same_batches(whole, list(load(source, workers, stop=6)))
+    again = list(load(source, workers, stop=6))
+    assert_same_batches(whole, again)
+    assert [batch.unreadable for batch in whole] == [batch.unreadable for batch in again]
     assert_same_batches(whole[4:], list(load(source, workers, start=4, stop=6)))
-    assert [batch.unreadable for batch in whole] == [batch.unreadable for batch in load(source, workers, stop=6)]
 
 
 def test_a_substitute_has_other_views_than_at_its_own_turn(tmp_path: Path) -> None:
@@ -296,12 +260,3 @@ def test_more_workers_than_anybody_means_are_refused() -> None:
     assert choose_workers(64, 1) == 64
     with pytest.raises(InputError, match=r"num_workers is 100000 \(2 ranks, .* here\), .* such as --num-workers \d"):
         choose_workers(100_000, 2)
-
-
-def test_more_workers_than_cores_are_nothing_to_complain_of(pretrain: Pretrain, tmp_path: Path) -> None:
-    """Whether training waits for images is measured, and said with what to do."""
-    workers = min(64, len(os.sched_getaffinity(0)) + 1)
-    flags = [*SMALL, "--max-steps", "1", "--output-dir", tmp_path / "run", "--num-workers", str(workers)]
-    ended = pretrain("--data-path", "sample:fashion-mnist", *flags)
-    assert ended.code == 0, ended.err
-    assert "Warning" not in ended.err

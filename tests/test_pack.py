@@ -8,7 +8,6 @@ import io
 import json
 import os
 import signal
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from bad_images import encoded, photograph, sideways, write_corpus
 from data_fixtures import write_image
 from dying_child import in_a_child
 from filelock import FileLock
+from hostile_archives import packed
 from PIL import Image
 
 from dino_xcit.data import Source, Subset, open_source, workers
@@ -32,9 +32,19 @@ from dino_xcit.runtime import atomic
 FIVE = Options(shard_images=5)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     return class_tree(tmp_path / "tree")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
 
 
 def pixels(count: int) -> Source:
@@ -71,18 +81,11 @@ def members(folder: Path) -> dict[str, bytes]:
 
 
 def items(folder: Path) -> list[tuple[str, bytes, int | None]]:
-    """(original name, image bytes, label) of what was packed, in order, as WebDataset would group it."""
-    samples: dict[str, dict[str, bytes]] = {}
-    for name, data in members(folder).items():
-        key, _, suffix = name.partition(".")
-        samples.setdefault(key, {})[suffix] = data
-    found = []
-    for key, sample in samples.items():
-        label = sample.pop("cls", None)
-        (data,) = sample.values()
-        original = unquote(key.partition("_")[2], errors="surrogateescape")
-        found.append((original, data, None if label is None else int(label)))
-    return found
+    """(original name, image bytes, label) of what was packed, in order."""
+    found = members(folder)
+    labels = {name.removesuffix(".cls"): int(data) for name, data in found.items() if name.endswith(".cls")}
+    images = [(name.partition(".")[0], data) for name, data in found.items() if not name.endswith(".cls")]
+    return [(unquote(key.partition("_")[2]), data, labels.get(key)) for key, data in images]
 
 
 def originals(source: Source, root: Path) -> list[tuple[str, Any, int | None]]:
@@ -92,72 +95,51 @@ def originals(source: Source, root: Path) -> list[tuple[str, Any, int | None]]:
 # ---- what is in the shards
 
 
-def test_bytes_labels_classes_names_and_order_come_back(tree: Path, tmp_path: Path) -> None:
+def test_bytes_labels_classes_names_and_order_come_back(tree: Path, out: Path) -> None:
     source = open_source(str(tree))
-    folder, seen = pack(source, tmp_path / "out", FIVE, 1)
+    folder, seen = pack(source, out, FIVE, 1)
     assert seen == 12
     assert [shard.images for shard in folder.shards] == [5, 5, 2]
-    assert items(tmp_path / "out") == originals(source, tree)
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["n01", "n02"]
-    assert list(members(tmp_path / "out"))[:2] == [
-        "00000000_n01%2Fn01_0%2Ev1%2EJPEG.cls",
-        "00000000_n01%2Fn01_0%2Ev1%2EJPEG.jpg",
-    ]
-
-
-def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
-    source = open_source(str(tree))
-    pack(source, tmp_path / "out", FIVE, 1)
-    packed = open_source(f"tar:{tmp_path}/out/shard-*.tar")
-    assert packed.classes == source.classes
-    assert packed.labels is not None
-    assert source.labels is not None
-    np.testing.assert_array_equal(packed.labels, source.labels)
-    assert [packed.read(index) for index in range(len(packed))] == [source.read(index) for index in range(12)]
-    # and once more, from shards to shards
-    pack(packed, tmp_path / "again", Options(shard_images=7), 1)
-    assert [rest for _, *rest in items(tmp_path / "again")] == [rest for _, *rest in items(tmp_path / "out")]
-    with pytest.raises(InputError, match="and they differ"):  # and not over its own source
-        pack(packed, tmp_path / "out", FIVE, 1)
-    (tmp_path / "out" / "pack.json").unlink()
-    with pytest.raises(InputError, match=r"it holds shard-000000\.tar and no pack\.json"):
-        pack(packed, tmp_path / "out", FIVE, 1)
-
-
-def test_a_heap_has_no_labels_and_no_classes(tree: Path, tmp_path: Path) -> None:
-    (tree / "loose.jpg").write_bytes(encoded(photograph(7), "JPEG"))
-    source = open_source(str(tree))
-    pack(source, tmp_path / "out", FIVE, 1)
-    assert items(tmp_path / "out") == originals(source, tree)
-    assert not (tmp_path / "out" / "classes.json").exists()
-    assert not any(name.endswith(".cls") or "/" in name for name in members(tmp_path / "out"))
-
-
-def test_the_manifest_says_what_the_shards_are(tree: Path, tmp_path: Path) -> None:
-    source = open_source(str(tree))
-    pack(source, tmp_path / "out", FIVE, 1)
-    manifest = json.loads((tmp_path / "out" / "pack.json").read_text())
-    assert manifest["source"] == str(tree)
-    assert manifest["fingerprint"] == source.fingerprint()
+    assert items(out) == originals(source, tree)
+    assert json.loads((out / "classes.json").read_text()) == ["n01", "n02"]
+    first = "00000000_n01%2Fn01_0%2Ev1%2EJPEG"
+    assert list(members(out))[:2] == [f"{first}.cls", f"{first}.jpg"]
+    manifest = json.loads((out / "pack.json").read_text())
+    assert (manifest["source"], manifest["fingerprint"]) == (str(tree), source.fingerprint())
     assert (manifest["images"], manifest["packed"], manifest["complete"]) == (12, 12, True)
     for row in manifest["shards"]:
-        data = (tmp_path / "out" / row["name"]).read_bytes()
+        data = (out / row["name"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (row["bytes"], row["sha256"])
 
 
+def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path, out: Path) -> None:
+    source = open_source(str(tree))
+    pack(source, out, FIVE, 1)
+    shards = open_source(f"tar:{out}/shard-*.tar")
+    assert shards.classes == source.classes
+    np.testing.assert_array_equal(shards.labels, source.labels)
+    assert [shards.read(index) for index in range(len(shards))] == [source.read(index) for index in range(12)]
+    # and once more, from shards to shards
+    pack(shards, tmp_path / "again", Options(shard_images=7), 1)
+    assert [rest for _, *rest in items(tmp_path / "again")] == [rest for _, *rest in items(out)]
+    with pytest.raises(InputError, match="and they differ"):  # and not over its own source
+        pack(shards, out, FIVE, 1)
+    (out / "pack.json").unlink()
+    with pytest.raises(InputError, match=r"it holds shard-000000\.tar and no pack\.json"):
+        pack(shards, out, FIVE, 1)
+
+
+def test_a_heap_has_no_labels_and_no_classes(tree: Path, out: Path) -> None:
+    (tree / "loose.jpg").write_bytes(encoded(photograph(7), "JPEG"))
+    source = open_source(str(tree))
+    pack(source, out, FIVE, 1)
+    assert items(out) == originals(source, tree)
+    assert not (out / "classes.json").exists()
+    assert not any(name.endswith(".cls") or "/" in name for name in members(out))
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "a/b.c/d.e.jpg",
-        "100%.png",
-        "a\\b.jpg",
-        "日本/ä b.png",
-        "new\nline.png",
-        "zero\udcff.png",
-        "../up.jpg",
-        "/abs/x.jpg",
-    ],
+    "name", ["a/b.c/d.e.jpg", "100%.png", "a\\b.jpg", "日本/ä b.png", "new\nline.png", "zero\udcff.png", "../up.jpg"]
 )
 def test_a_key_is_one_word_without_dots_and_gives_the_name_back(name: str) -> None:
     key = key_of(7, name)
@@ -166,21 +148,14 @@ def test_a_key_is_one_word_without_dots_and_gives_the_name_back(name: str) -> No
     assert unquote(key.partition("_")[2], errors="surrogateescape") == name
 
 
-def test_a_name_as_long_as_a_path_can_be_is_packed_so_that_it_can_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / "cache"))
+def test_a_name_as_long_as_a_path_can_be_is_packed_so_that_it_can_be_read(tmp_path: Path, out: Path) -> None:
     data = encoded(photograph(1), "JPEG")
-    with tarfile.open(tmp_path / "in.tar", "w") as archive:
-        for name in ("a/" * 2040 + "1.jpg", "a/" * 2040 + "2.jpg", "ä" * 2000 + ".jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    source = open_source(f"tar:{tmp_path}/in.tar")
-    pack(source, tmp_path / "out", FIVE, 1)
-    packed = open_source(f"tar:{tmp_path}/out/shard-*.tar")
-    assert [packed.read(index)[0] for index in range(len(packed))] == [data] * 3
-    assert "a%2Fa%2F" in packed.name(0)
+    long = ("a/" * 2040 + "1.jpg", "a/" * 2040 + "2.jpg", "ä" * 2000 + ".jpg")
+    (tmp_path / "in.tar").write_bytes(packed(dict.fromkeys(long, data)))
+    pack(open_source(f"tar:{tmp_path}/in.tar"), out, FIVE, 1)
+    shards = open_source(f"tar:{out}/shard-*.tar")
+    assert [shards.read(index)[0] for index in range(len(shards))] == [data] * 3
+    assert "a%2Fa%2F" in shards.name(0)
 
 
 def test_names_are_relative_to_the_folder_or_to_the_list() -> None:
@@ -190,22 +165,20 @@ def test_names_are_relative_to_the_folder_or_to_the_list() -> None:
     assert relative_name("sample:x/train", "sample:x/train/00012") == "00012"
 
 
-def test_pixels_are_packed_without_loss(tmp_path: Path) -> None:
+def test_pixels_are_packed_without_loss(out: Path) -> None:
     source = pixels(7)
-    pack(source, tmp_path / "out", FIVE, 1)
-    packed = items(tmp_path / "out")
-    assert len(packed) == 7
-    for index, (_, data, label) in enumerate(packed):
+    assert pack(source, out, FIVE, 1)[1] == 7
+    for index, (_, data, label) in enumerate(items(out)):
         item, expected = source.read(index)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(item))
         assert label == expected
 
 
-def test_a_shard_ends_with_the_image_that_makes_it_large_enough(tmp_path: Path) -> None:
+def test_a_shard_ends_with_the_image_that_makes_it_large_enough(tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(6):
         (tmp_path / "in" / f"{number}.bmp").write_bytes(encoded(Image.new("RGB", (400, 400)), "BMP"))  # 480 kB
-    folder, _ = pack(open_source(str(tmp_path / "in")), tmp_path / "out", Options(shard_mb=1), 1)
+    folder, _ = pack(open_source(str(tmp_path / "in")), out, Options(shard_mb=1), 1)
     assert [shard.images for shard in folder.shards] == [3, 3]
 
 
@@ -238,53 +211,47 @@ def test_the_longer_side_is_bounded_and_small_files_keep_their_bytes(tmp_path: P
 
 
 def test_shrunk_pictures_are_444_and_close_to_a_mean_of_what_they_cover(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    stripes = np.repeat(rng.integers(0, 256, (60, 80, 3)), 5, axis=0).repeat(5, axis=1).astype(np.uint8)
-    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(stripes), "PNG"))
-    noise = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    (tmp_path / "b.png").write_bytes(encoded(Image.fromarray(noise), "PNG"))
-    source = open_source(str(tmp_path))
-    (_, smooth), (_, grain) = packed_with(source, 80)
-    picture = Image.open(io.BytesIO(smooth))
-    assert isinstance(picture, Image.Image)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(noise), "PNG"))
+    ((_, data),) = packed_with(open_source(str(tmp_path)), 80)
+    picture = Image.open(io.BytesIO(data))
     assert {layer[1:3] for layer in picture.layer} == {(1, 1)}  # type: ignore[attr-defined]
-    assert np.asarray(Image.open(io.BytesIO(grain))).std() < 30  # without antialiasing 74
+    assert np.asarray(picture).std() < 30  # without antialiasing 74
 
 
-def test_pictures_that_lie_on_their_side_are_upright_where_they_are_written_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_side", [48, 96])
+def test_pictures_that_lie_on_their_side_are_upright_where_they_are_written_anew(tmp_path: Path, max_side: int) -> None:
     picture = photograph(3)
     (tmp_path / "a.jpg").write_bytes(sideways(picture))
     source = open_source(str(tmp_path))
-    for max_side in (48, 96):
-        ((_, data),) = packed_with(source, max_side)
-        written = Image.open(io.BytesIO(data))
-        assert written.getexif().get(0x0112) is None
-        assert written.size == (max_side, max_side * 3 // 4)
-        expected = picture.resize(written.size, Image.Resampling.LANCZOS)
-        assert np.abs(np.asarray(written, int) - np.asarray(expected, int)).mean() < 6
-    ((_, data),) = packed_with(source, None)
-    assert data == (tmp_path / "a.jpg").read_bytes()
+    ((_, data),) = packed_with(source, max_side)
+    written = Image.open(io.BytesIO(data))
+    assert written.getexif().get(0x0112) is None
+    assert written.size == (max_side, max_side * 3 // 4)
+    expected = picture.resize(written.size, Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(written, int) - np.asarray(expected, int)).mean() < 6
+    assert packed_with(source, None) == [("jpg", (tmp_path / "a.jpg").read_bytes())]
 
 
 # ---- interrupted
 
 
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "in", good=40, seed=2)
+    write_corpus(tmp_path / "in", good=14, seed=2)
     source = open_source(str(tmp_path / "in"))
-    options = Options(max_side=64, shard_images=9)
     for number in (1, 2):
-        pack(source, tmp_path / str(number), options, number)
+        pack(source, tmp_path / str(number), Options(max_side=64, shard_images=5), number)
     assert content(tmp_path / "1") == content(tmp_path / "2")
-    assert len(members(tmp_path / "1")) == 40
+    assert len(members(tmp_path / "1")) == 14
 
 
-def test_killed_before_any_operation_on_a_file_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(tmp_path: Path, step: int) -> None:
     source = open_source(str(class_tree(tmp_path / "in")))
     (tmp_path / "in" / "n01" / "n01_3.v1.JPEG").write_bytes(b"broken")
     pack(source, tmp_path / "whole", FIVE, 1)
     expected = content(tmp_path / "whole")
-    for number in range(1, 200):
+    for number in range(1, 200, step):
         broken = tmp_path / f"killed{number}"
         ended, _ = in_a_child(lambda b=broken: pack(source, b, FIVE, 1), tmp_path / "log", broken, number)
         if ended == 0:
@@ -299,9 +266,9 @@ def test_killed_before_any_operation_on_a_file_the_same_command_ends_with_the_sa
 
 
 @pytest.mark.parametrize("readers", [1, 4])
-def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, tmp_path: Path, readers: int) -> None:
+def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, out: Path, readers: int) -> None:
     (tree / "n01" / "n01_0.v1.JPEG").write_bytes(b"broken")
-    source, out = open_source(str(tree)), tmp_path / "out"
+    source = open_source(str(tree))
     pack(source, out, FIVE, 1)
     expected = content(out)
     assert pack(source, out, FIVE, readers)[1] == 0
@@ -313,52 +280,49 @@ def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, tmp_path: Pa
     assert (out / "shard-000000.tar").stat().st_mtime_ns == untouched
 
 
-def test_where_fewer_images_can_be_read_than_before_no_old_shard_is_left(tmp_path: Path) -> None:
-    for number in range(6):
-        write_image(tmp_path / "in" / f"{number}.png")
-    source, out = open_source(str(tmp_path / "in")), tmp_path / "out"
+def test_where_fewer_images_can_be_read_than_before_no_old_shard_is_left(tmp_path: Path, out: Path) -> None:
+    paths = [write_image(tmp_path / "in" / f"{number}.png") for number in range(6)]
+    source = open_source(str(tmp_path / "in"))
     pack(source, out, Options(shard_images=2), 1)
     (out / "shard-000000.tar").write_bytes(b"")
-    print_of_source = source.fingerprint()
-    for number in range(4):
-        path = tmp_path / "in" / f"{number}.png"
+    for path in paths[:4]:  # damaged behind the file system's back: neither size nor time changes
         before = path.stat()
         path.write_bytes(bytes(before.st_size))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert open_source(str(tmp_path / "in")).fingerprint() == print_of_source
     packing, _ = pack(source, out, Options(shard_images=2), 1)
     assert [path.name for path in out.glob("shard-*.tar")] == [shard.name for shard in packing.shards]
-    assert len((out / "unreadable.jsonl").read_text().splitlines()) == 4
+    assert [row["index"] for row in packing.unreadable] == [0, 1, 2, 3]
 
 
 # ---- images that cannot be read
 
 
-def test_unreadable_images_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = write_corpus(tmp_path / "in", good=30, seed=4)
-    command = [str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+def test_unreadable_images_are_left_out_and_listed(
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write_corpus(tmp_path / "in", good=10, seed=4)
+    command = [str(tmp_path / "in"), str(out), "--workers", "1"]
     assert main(command) == 0
     assert f"left out: {len(bad)} images that cannot be read" in capsys.readouterr().out
     assert main([*command, "--strict"]) == 1  # also where all is there already
-    rows = [json.loads(line) for line in (tmp_path / "out" / "unreadable.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "unreadable.jsonl").read_text().splitlines()]
     assert [Path(row["name"]) for row in rows] == bad
     assert all(row["cause"] for row in rows)
-    assert [name for name, _, _ in items(tmp_path / "out")] == [path.name for path in good]
-    assert [data for _, data, _ in items(tmp_path / "out")] == [path.read_bytes() for path in good]
+    assert items(out) == [(path.name, path.read_bytes(), None) for path in good]
 
 
-def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"none of the 1 images .* can be read, the first because: empty file"):
-        main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
+        main([str(tmp_path / "in"), str(out), "--workers", "1"])
 
 
-def test_a_disk_that_goes_away_ends_the_packing_instead_of_leaving_all_out(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_goes_away_ends_the_packing(
+    tree: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_UNREADABLE", 4)
-    source, out = open_source(str(tree)), tmp_path / "out"
+    source = open_source(str(tree))
     pack(source, tmp_path / "whole", FIVE, 1)
     read = source.read
 
@@ -370,7 +334,7 @@ def test_a_disk_that_goes_away_ends_the_packing_instead_of_leaving_all_out(
     monkeypatch.setattr(source, "read", gone_after_seven)
     with pytest.raises(InputError, match="4 images in a row cannot be read"):
         pack(source, out, FIVE, 1)
-    assert {path.name for path in out.glob("*shard*")} == {"shard-000000.tar"}
+    assert [path.name for path in out.glob("*shard*")] == ["shard-000000.tar"]
     monkeypatch.undo()
     pack(source, out, FIVE, 1)
     assert content(out) == content(tmp_path / "whole")
@@ -390,17 +354,16 @@ def test_a_killed_process_is_a_sentence() -> None:
 # ---- disks and folders
 
 
-def test_a_full_disk_is_a_sentence_leaves_nothing_half_named_and_is_made_good_later(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_leaves_nothing_half_written(
+    tree: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out = open_source(str(tree)), tmp_path / "out"
+    source = open_source(str(tree))
     writes = atomic._HashingFile.write
-    written = 0
+    written = []
 
     def until_full(self: Any, data: bytes) -> int:
-        nonlocal written
-        written += len(data)
-        if written > 40_000:
+        written.append(len(data))
+        if sum(written) > 40_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return writes(self, data)
 
@@ -414,8 +377,7 @@ def test_a_full_disk_is_a_sentence_leaves_nothing_half_named_and_is_made_good_la
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_other_options_and_other_images_are_refused_by_name(tree: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_other_options_and_other_images_are_refused_by_name(tree: Path, out: Path) -> None:
     pack(open_source(str(tree)), out, Options(max_side=64, shard_images=5), 1)
     before = content(out)
     for options in (Options(max_side=32, shard_images=5), Options(shard_images=5), Options(max_side=64, shard_mb=5)):
@@ -446,42 +408,41 @@ def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> 
     assert len(content(tmp_path / "full")) == 2
 
 
-def test_two_packings_into_one_folder_do_not_meet(tree: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(InputError, match="another process packs into"):
-        pack(open_source(str(tree)), tmp_path / "out", FIVE, 1)
-    pack(open_source(str(tree)), tmp_path / "out", FIVE, 1)
+def test_two_packings_into_one_folder_do_not_meet(tree: Path, out: Path) -> None:
+    (out).mkdir()
+    with FileLock(out / ".lock"), pytest.raises(InputError, match="another process packs into"):
+        pack(open_source(str(tree)), out, FIVE, 1)
+    pack(open_source(str(tree)), out, FIVE, 1)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 2}', '{"version": 1, "shards": 3}', "[" * 100_000])
-def test_a_damaged_manifest_is_a_sentence(tree: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["{", "[]", '{"version": 2}', "[" * 100_000])
+def test_a_damaged_manifest_is_a_sentence(tree: Path, out: Path, damage: str) -> None:
     source = open_source(str(tree))
-    pack(source, tmp_path / "out", FIVE, 1)
-    (tmp_path / "out" / "pack.json").write_text(damage)
+    pack(source, out, FIVE, 1)
+    (out / "pack.json").write_text(damage)
     with pytest.raises(InputError, match=r"pack\.json is damaged"):
-        pack(source, tmp_path / "out", FIVE, 1)
+        pack(source, out, FIVE, 1)
 
 
 # ---- the command
 
 
-def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path) -> None:
+def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path, out: Path) -> None:
     for part in ("train", "val"):
         class_tree(tmp_path / "in" / part, images=2)
     with pytest.raises(InputError, match="parts train and val: pack each"):
-        main([str(tmp_path / "in"), str(tmp_path / "out")])
-    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--part", "val", "--workers", "1"]) == 0
-    assert len(items(tmp_path / "out")) == 4
+        main([str(tmp_path / "in"), str(out)])
+    assert main([str(tmp_path / "in"), str(out), "--part", "val", "--workers", "1"]) == 0
+    assert len(items(out)) == 4
 
 
 def test_the_same_source_from_another_folder_is_the_same(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tree: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "out")
-    main([str(tree), out, "--workers", "1"])
+    main([str(tree), str(out), "--workers", "1"])
     assert "images/s" in capsys.readouterr().out
     monkeypatch.chdir(tree.parent)
-    main([tree.name, out, "--workers", "1"])
+    main([tree.name, str(out), "--workers", "1"])
     assert "all of it was there already" in capsys.readouterr().out
 
 
@@ -492,8 +453,6 @@ def test_the_same_source_from_another_folder_is_the_same(
         (["pakc"], "'pakc'"),
         (["pack", "x"], "destination is empty"),
         (["pack", "x", "y", "--max-side", "-1"], "max_side is -1"),
-        (["pack", "x", "y", "--max_side", "big"], "max_side is big, expected a whole number"),
-        (["pack", "sample:fashion-mnist", "y", "--quality", "101"], "quality is 101"),
         (["pack", "x", "y", "--shard-mb", "1", "--shard-images", "1"], "shard_mb and shard_images"),
         (["pack", "absent", "y"], "no data at 'absent'"),
     ],
@@ -501,11 +460,3 @@ def test_the_same_source_from_another_folder_is_the_same(
 def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         data_command(argv)
-
-
-@pytest.mark.parametrize(("argv", "word"), [([], "pack SRC DST"), (["pack"], "--max-side"), (["check"], "--report")])
-def test_help_is_shown(argv: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        sys.exit(data_command([*argv, "--help"]))
-    assert ended.value.code == 0
-    assert word in capsys.readouterr().out

@@ -45,7 +45,7 @@ def finish(
     return view
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.3, 0.6, 0.999, 1.0, 1.001, 1.37, 1.4, 2.5, 40.0])
+@pytest.mark.parametrize("factor", [0.0, 0.6, 0.999, 1.0, 1.37, 2.5, 40.0])
 @pytest.mark.parametrize(
     ("code", "by_torchvision"),
     [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)],
@@ -59,26 +59,28 @@ def test_blends_have_torchvision_s_bits(
         np.testing.assert_array_equal(finish(image, [code, factor, *NONE[2:]]), expected)
 
 
-@pytest.fixture(scope="module")
-def every_colour() -> NDArray[np.uint8]:
-    """[3, 4096, 4096]"""
+@pytest.fixture(scope="module", params=["a million", pytest.param("all", marks=pytest.mark.slow)])
+def colours(request: pytest.FixtureRequest) -> NDArray[np.uint8]:
+    """[3, rows, 4096]: a million colours, or every one there is."""
     number = np.arange(1 << 24, dtype=np.uint32)
+    if request.param == "a million":
+        number = np.random.default_rng(1).choice(number, 1 << 20, replace=False)
     channels = np.stack([number & 255, (number >> 8) & 255, number >> 16]).astype(np.uint8)
-    return channels.reshape(3, 4096, 4096)
+    return channels.reshape(3, -1, 4096)
 
 
 @pytest.mark.parametrize("factor", [-0.1, 0.0, 0.037, 0.5])
-def test_hue_has_torchvision_s_bits_for_every_colour(every_colour: NDArray[np.uint8], factor: float) -> None:
-    image = Image.fromarray(np.ascontiguousarray(every_colour.transpose(1, 2, 0)))
-    view = every_colour.copy()
+def test_hue_has_torchvision_s_bits_for_every_colour(colours: NDArray[np.uint8], factor: float) -> None:
+    image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
+    view = colours.copy()
     finish_view(view, np.empty(0, dtype=np.uint8), np.array([HUE, factor, *NONE[2:]]), False, -1.0, False)
     assert np.array_equal(view, np.asarray(TF.adjust_hue(image, factor)).transpose(2, 0, 1))
 
 
-def test_hue_on_a_device_has_the_same_bits_for_every_colour(every_colour: NDArray[np.uint8]) -> None:
-    row = np.zeros((256, column.COLUMNS))
+def test_hue_on_a_device_has_the_same_bits_for_every_colour(colours: NDArray[np.uint8]) -> None:
+    views = colours.reshape(3, -1, 256, 256).transpose(1, 0, 2, 3).copy()
+    row = np.zeros((len(views), column.COLUMNS))
     row[:, column.JITTER], row[:, column.SIGMA] = [HUE, -0.07, *NONE[2:]], -1
-    views = every_colour.reshape(3, 256, 256, 256).transpose(1, 0, 2, 3).copy()
     on_device = finish_views(torch.from_numpy(views.copy()), torch.from_numpy(row)).numpy()
     for view, expected in zip(views, on_device, strict=True):
         finish_view(view, np.empty(0, dtype=np.uint8), np.array([HUE, -0.07, *NONE[2:]]), False, -1.0, False)
@@ -86,7 +88,7 @@ def test_hue_on_a_device_has_the_same_bits_for_every_colour(every_colour: NDArra
 
 
 def test_every_turn_of_the_hue_has_torchvision_s_bits() -> None:
-    noise = np.random.default_rng(2).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    noise = np.random.default_rng(2).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     for factor in np.linspace(-0.5, 0.5, 301):
         expected = planes(TF.adjust_hue(image, float(factor)))
@@ -102,7 +104,7 @@ def test_gray_and_solarisation_have_pillow_s_bits(photo: Image.Image) -> None:
         np.testing.assert_array_equal(finish(image, NONE, gray=True, solarize=True), planes(both))
 
 
-@pytest.mark.parametrize("sigma", [*np.linspace(0.0, 2.0, 41), 2.3, 2.6, 3.0, 4.7, 9.0])
+@pytest.mark.parametrize("sigma", [*np.linspace(0.0, 2.0, 21), 2.3, 2.6, 3.0, 4.7, 9.0])
 def test_blur_has_pillow_s_bits(sigma: float) -> None:
     """Borders too, and pictures narrower than the blur is wide."""
     rng = np.random.default_rng(3)
@@ -157,7 +159,7 @@ def test_a_whole_batch_finished_on_a_device_has_the_same_bits() -> None:
     settings: dict[str, Any] = {"global_crops_size": 48, "local_crops_size": 20, "solarize": 0.5, "hue": 0.5}
     augmentation = MultiCropAugmentation(local_crops_number=20, blur_radius=(0.1, 5.0), **settings)
     maker, rng = ViewMaker(), np.random.default_rng(4)
-    for index in range(10):
+    for index in range(5):
         picture = rng.integers(0, 256, (80, 100, 4), dtype=np.uint8)
         maker.load(picture)
         rows = augmentation.draw_rows(100, 80, 0, 0, index)

@@ -5,30 +5,31 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
 import pytest
-from hostile_archives import GOOD, REFUSED, SKIPPED, header, packed, pax, png, record
+from data_fixtures import labels, names, write_image
+from hostile_archives import END, GOOD, REFUSED, SKIPPED, header, packed, padded, pax, png, record
 
 from dino_xcit.data import Source, decode, open_parts, open_source, tar
 from dino_xcit.data.tar import Member
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 
+Shards = tuple[str, dict[str, bytes]]
+
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     log.warn_once.cache_clear()
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("DINO_XCIT_CACHE", str(folder))
-    return folder
+    monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def scan(path: Path, start: int = 0, end: int | None = None) -> list[Member]:
@@ -36,15 +37,8 @@ def scan(path: Path, start: int = 0, end: int | None = None) -> list[Member]:
         return list(tar.scan(file, str(path), start, end))
 
 
-def names(source: Source) -> list[str]:
-    return [source.name(index) for index in range(len(source))]
-
-
-def labels(source: Source) -> list[int] | None:
-    return None if source.labels is None else source.labels.tolist()
-
-
-def three_shards(folder: Path) -> tuple[str, dict[str, bytes]]:
+@pytest.fixture
+def shards(tmp_path: Path) -> Shards:
     """Three shards of ten images with labels; the pattern, and each image's bytes by its name."""
     rng = np.random.default_rng(0)
     contents: dict[str, bytes] = {}
@@ -54,32 +48,23 @@ def three_shards(folder: Path) -> tuple[str, dict[str, bytes]]:
             data = rng.bytes(int(rng.integers(1, 3000)))
             members |= {f"{number:04d}.cls": str((shard + number) % 4).encode(), f"{number:04d}.jpg": data}
             contents[f"s-{shard}.tar/{number:04d}.jpg"] = data
-        (folder / f"s-{shard}.tar").write_bytes(packed(members))
-    return f"tar:{folder}/s-{{0..2}}.tar", contents
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> tuple[str, dict[str, bytes]]:
-    return three_shards(tmp_path)
+        (tmp_path / f"s-{shard}.tar").write_bytes(packed(members))
+    return f"tar:{tmp_path}/s-{{0..2}}.tar", contents
 
 
 # ---- members
 
 
-def test_every_image_is_read_byte_by_byte_in_any_order(shards: tuple[str, dict[str, bytes]]) -> None:
+def test_every_image_is_read_byte_by_byte_in_any_order(shards: Shards) -> None:
     pattern, contents = shards
     source = open_source(pattern)
     assert isinstance(source, Source)
     assert names(source) == list(contents)
-    assert labels(source) == [(shard + number) % 4 for shard in range(3) for number in range(10)]
+    expected = [(shard + number) % 4 for shard in range(3) for number in range(10)]
+    assert labels(source) == expected
     assert source.classes == ("0", "1", "2", "3")
-    order = list(range(30))
-    random.Random(1).shuffle(order)
-    for index in order:
-        data, label = source.read(index)
-        assert data == contents[source.name(index)]
-        assert source.labels is not None
-        assert label == source.labels[index]
+    for index in np.random.default_rng(1).permutation(30).tolist():
+        assert source.read(index) == (contents[source.name(index)], expected[index])
     with pytest.raises(IndexError):
         source.read(30)
 
@@ -97,18 +82,17 @@ def test_members_are_found_as_tarfile_finds_them(tmp_path: Path, form: int) -> N
     assert [name for name, _, _ in expected] == list(contents)
 
 
-def test_a_tar_written_by_the_tar_command_is_read(tmp_path: Path) -> None:
-    for name in ("cat/a.png", "cat/b.png", "dog/" + "n" * 60 + "/" + "m" * 60 + ".png"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_bytes(png(len(name)))
-    for form in ("gnu", "pax", "ustar", "v7"):
-        kept = ("--exclude=dog",) if form == "v7" else ()
-        file = tmp_path / f"{form}.tar"
-        subprocess.run(["tar", *kept, f"--format={form}", "-cf", file, "-C", tmp_path / "in", "."], check=True)
-        found = {member.name: member for member in scan(file)}
-        assert len(found) == (2 if form == "v7" else 3)
-        for name, member in found.items():
-            assert file.read_bytes()[member.offset :][: member.size] == (tmp_path / "in" / name).read_bytes()
+@pytest.mark.parametrize("form", ["gnu", "pax", "ustar", "v7"])
+def test_a_tar_written_by_the_tar_command_is_read(tmp_path: Path, form: str) -> None:
+    given = ["cat/a.png", "cat/b.png"]
+    if form != "v7":
+        given.append("dog/" + "n" * 60 + "/" + "m" * 60 + ".png")
+    for name in given:
+        write_image(tmp_path / "in" / name, shade=len(name))
+    file = tmp_path / "a.tar"
+    subprocess.run(["tar", f"--format={form}", "-cf", file, "-C", tmp_path / "in", "."], check=True)
+    found = {member.name: file.read_bytes()[member.offset :][: member.size] for member in scan(file)}
+    assert found == {name: (tmp_path / "in" / name).read_bytes() for name in given}
 
 
 def test_a_size_in_an_extended_header_counts(tmp_path: Path) -> None:
@@ -144,29 +128,24 @@ def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", SKIPPED)
-def test_what_is_not_a_regular_image_is_skipped_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_what_is_no_regular_image_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     content, said = SKIPPED[kind]
     (tmp_path / "odd.tar").write_bytes(content)
     source = open_source(f"tar:{tmp_path}/odd.tar")
     assert names(source) == ["odd.tar/a.png"]
     assert decode(source.read(0)[0], "x").size == (3, 2)
     told = capsys.readouterr().out
-    assert said in told
-    assert bool(told) == bool(said)
+    assert (said in told) if said else not told
 
 
-def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_random_damage_never_escapes_as_another_error(tmp_path: Path, count: int) -> None:
     rng = np.random.default_rng(3)
-    whole = packed(
-        {"a.png": png(), "a.cls": b"1", "n" * 150 + ".png": png(), "ü" * 60 + ".jpg": b"x"}, tarfile.PAX_FORMAT
-    )
-    whole = whole.rstrip(b"\0")
-    whole += bytes(-len(whole) % 512 + 1024)
+    members = {"a.png": png(), "a.cls": b"1", "n" * 150 + ".png": png(), "ü" * 60 + ".jpg": b"x"}
+    whole = padded(packed(members, tarfile.PAX_FORMAT).rstrip(b"\0")) + END
     path = tmp_path / "a.tar"
     refused = 0
-    for _ in range(400):
+    for _ in range(count):
         data = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.2 else whole)
         for place in rng.integers(0, max(1, len(data)), size=rng.integers(1, 6)):
             if data:
@@ -182,7 +161,7 @@ def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
                 assert 512 <= member.offset <= member.offset + member.size <= len(data)
         except InputError:
             refused += 1
-    assert 50 < refused < 400
+    assert count / 8 < refused < count
 
 
 # ---- samples and labels
@@ -194,10 +173,8 @@ def written(tmp_path: Path, contents: dict[str, bytes], name: str = "a.tar") -> 
 
 
 def test_one_image_is_taken_of_a_sample_that_has_a_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    url = written(
-        tmp_path, {"1.mask.png": b"m", "1.jpg": b"a", "1.png": b"b", "1.cls": b" 0\n", "2.x.PNG": b"c", "2.cls": b"1"}
-    )
-    source = open_source(url)
+    first = {"1.mask.png": b"m", "1.jpg": b"a", "1.png": b"b", "1.cls": b" 0\n"}
+    source = open_source(written(tmp_path, first | {"2.x.PNG": b"c", "2.cls": b"1"}))
     assert names(source) == ["a.tar/1.jpg", "a.tar/2.x.PNG"]
     assert labels(source) == [0, 1]
     assert "skipped 2 further images of a sample" in capsys.readouterr().out
@@ -218,16 +195,11 @@ def test_images_alone_are_items_each_whatever_dots_their_names_have(tmp_path: Pa
     assert [source.read(index) for index in range(4)] == [(b"a", None), (b"b", None), (b"c", None), (b"d", None)]
 
 
-def test_of_repeated_names_the_last_is_taken_as_by_extracting(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_repeated_names_the_last_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = packed({"1.jpg": b"old", "2.jpg": b"two"}), packed({"1.jpg": b"new"})
     (tmp_path / "a.tar").write_bytes(first[:2048] + second)
     source = open_source(f"tar:{tmp_path}/a.tar")
-    assert sorted((source.name(i), source.read(i)[0]) for i in range(2)) == [
-        ("a.tar/1.jpg", b"new"),
-        ("a.tar/2.jpg", b"two"),
-    ]
+    assert {source.name(i): source.read(i)[0] for i in range(2)} == {"a.tar/1.jpg": b"new", "a.tar/2.jpg": b"two"}
     assert "1 earlier members of the same name" in capsys.readouterr().out
 
 
@@ -235,9 +207,8 @@ def test_shards_of_the_same_name_in_two_folders_are_told_apart(tmp_path: Path) -
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         written(tmp_path / folder, {"1.jpg": folder.encode()})
-    assert names(open_source(f"tar:{tmp_path}/{{a,b}}/a.tar")) == [
-        f"{tmp_path}/{folder}/a.tar/1.jpg" for folder in "ab"
-    ]
+    found = names(open_source(f"tar:{tmp_path}/{{a,b}}/a.tar"))
+    assert found == [f"{tmp_path}/a/a.tar/1.jpg", f"{tmp_path}/b/a.tar/1.jpg"]
 
 
 def test_folders_are_classes_where_nothing_else_says_so(tmp_path: Path) -> None:
@@ -273,17 +244,13 @@ def test_a_set_in_which_some_labels_are_missing_has_none_and_says_why(tmp_path: 
 @pytest.mark.parametrize(
     ("contents", "why"),
     [
-        (
-            {"a/1.jpg": b"a", "a/1.json": b'{"label": true}', "b/2.jpg": b"b"},
-            "1 labels in .json members that are neither",
-        ),
-        ({"a/1.jpg": b"a", "a/1.json": b'{"label": [1]}'}, "1 labels in .json members that are neither"),
+        ({"a/1.jpg": b"a", "a/1.json": b'{"label": true}', "b/2.jpg": b"b"}, "1 labels in .json members"),
+        ({"a/1.jpg": b"a", "a/1.json": b'{"label": [1]}'}, "1 labels in .json members"),
         ({"a/1.jpg": b"a", "b/2.jpg": b"b", "stray.jpg": b"c"}, "some images lie beside its folders"),
     ],
 )
 def test_why_there_are_no_labels_is_told(tmp_path: Path, contents: dict[str, bytes], why: str) -> None:
     url = written(tmp_path, contents)
-    assert open_source(url).labels is None
     with pytest.raises(InputError, match=f"no labels.*{why}"):
         open_parts(None, url, url)
 
@@ -307,9 +274,8 @@ def test_a_file_beside_the_shards_names_the_classes(tmp_path: Path, file: str, t
 
 def test_names_in_cls_members_are_classes_in_sorted_order(tmp_path: Path) -> None:
     given = {"a": b"tench\n", "b": b"crane", "c": b"tench", "d": "Käfer 2".encode()}
-    source = open_source(
-        written(tmp_path, {f"{k}.{end}": v for k, cls in given.items() for end, v in (("png", png()), ("cls", cls))})
-    )
+    contents = {f"{key}.png": png() for key in given} | {f"{key}.cls": name for key, name in given.items()}
+    source = open_source(written(tmp_path, contents))
     assert source.classes == ("Käfer 2", "crane", "tench")
     assert labels(source) == [2, 1, 2, 0]
     assert open_source(source.url).fingerprint() == source.fingerprint()  # from the stored index
@@ -321,47 +287,32 @@ def test_each_part_of_an_evaluation_may_be_archives(tmp_path: Path) -> None:
     one, other = open_parts(None, train, val)
     assert one.classes == other.classes == ("0", "1", "2")
     assert (labels(one), labels(other)) == ([0, 2], [1])
-    with pytest.raises(InputError, match="--train-data and --val-data"):
-        open_parts(train, None, None)
-    with pytest.raises(InputError, match=r"no labels.*\.cls"):
-        open_parts(None, written(tmp_path, {"1.jpg": b"a"}, "u.tar"), val)
 
 
 # ---- the index
 
 
-def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards that are looked through from now on."""
-    looked: list[str] = []
-    original = tar._look_through
-    monkeypatch.setattr(tar, "_look_through", lambda path: (looked.append(path), original(path))[1])
-    return looked
-
-
 def test_shards_are_looked_through_once_and_again_when_one_changes(
-    shards: tuple[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pattern, contents = shards
-    looked = counting(monkeypatch)
-    first = open_source(pattern)
-    assert len(looked) == 3
-    second = open_source(pattern)
-    assert len(looked) == 3
+    look_through = Mock(side_effect=tar._look_through)
+    monkeypatch.setattr(tar, "_look_through", look_through)
+    first, second = open_source(pattern), open_source(pattern)
+    assert look_through.call_count == 3
     assert names(second) == names(first)
     assert [second.read(index)[0] for index in range(30)] == list(contents.values())
     assert second.fingerprint() == first.fingerprint()
     longer = {"other.jpg": b"new", "other.cls": b"1", "notes.txt": bytes(100_000)}  # all old offsets lie within it
     (tmp_path / "s-1.tar").write_bytes(packed(longer))
     third = open_source(pattern)
-    assert len(looked) == 6
+    assert look_through.call_count == 6
     assert len(third) == 21
     assert third.read(10) == (b"new", 1)
     assert third.fingerprint() != first.fingerprint()
 
 
-def test_a_shard_that_is_replaced_while_it_is_in_use_is_an_error(
-    shards: tuple[str, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_a_shard_that_is_replaced_in_use_is_an_error(shards: Shards, tmp_path: Path) -> None:
     source = open_source(shards[0])
     (tmp_path / "s-0.tar").write_bytes(packed({f"{number}.jpg": bytes(2000) for number in range(40)}))
     (tmp_path / "s-1.tar").write_bytes(GOOD)
@@ -371,7 +322,7 @@ def test_a_shard_that_is_replaced_while_it_is_in_use_is_an_error(
             source.read(index)
 
 
-def test_a_shard_that_was_touched_alone_is_read_on(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_shard_that_was_touched_alone_is_read_on(shards: Shards, tmp_path: Path) -> None:
     pattern, contents = shards
     source = open_source(pattern)
     copy = tmp_path / "copy"
@@ -383,32 +334,31 @@ def test_a_shard_that_was_touched_alone_is_read_on(shards: tuple[str, dict[str, 
 # ---- other processes
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_other_processes_read_the_same(shards: tuple[str, dict[str, bytes]], method: str) -> None:
+def test_a_forked_process_reads_the_same(shards: Shards) -> None:
     source = open_source(shards[0])
-    with multiprocessing.get_context(method).Pool(1) as pool:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.map(source.read, range(30)) == [source.read(index) for index in range(30)]
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
-    """100,000 empty images."""
+    """30,000 empty images."""
     folder = tmp_path_factory.mktemp("many")
-    members = b"".join(header(b"%08d.jpg" % number, 0) for number in range(100_000))
-    (folder / "a.tar").write_bytes(members + bytes(1024))
+    members = b"".join(header(b"%08d.jpg" % number, 0) for number in range(30_000))
+    (folder / "a.tar").write_bytes(members + END)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DINO_XCIT_CACHE", str(folder / "cache"))
         yield open_source(f"tar:{folder}/a.tar")
 
 
 def test_a_source_travels_to_other_processes_as_a_path(many: Source) -> None:
-    source = many
-    assert len(source) == 100_000
-    travelling = pickle.dumps(source)
+    travelling = pickle.dumps(many)
     assert len(travelling) < 2000
     again = pickle.loads(travelling)
-    assert again.name(99_999) == source.name(99_999) == "a.tar/00099999.jpg"
-    assert again.fingerprint() == source.fingerprint()
+    assert len(again) == 30_000
+    assert again.name(29_999) == many.name(29_999) == "a.tar/00029999.jpg"
+    assert again.read(29_999) == (b"", None)
+    assert again.fingerprint() == many.fingerprint()
 
 
 def _own_memory() -> int:
@@ -419,36 +369,36 @@ def _own_memory() -> int:
 
 def _growth(read: Callable[[int], object], count: int) -> int:
     """By how many KiB a forked process grows while it reads in random order, the first hundred left out."""
-    reading, writing = multiprocessing.get_context("fork").Pipe(duplex=False)
+    context = multiprocessing.get_context("fork")
+    grown = context.Value("q", -1)
 
     def work() -> None:
         order = np.random.default_rng(0).permutation(count).tolist()
-        start = 0
-        for step, index in enumerate(order):
-            if step == 100:
-                start = _own_memory()
+        for index in order[:100]:
             read(index)
-        writing.send(_own_memory() - start)
+        start = _own_memory()
+        for index in order[100:]:
+            read(index)
+        grown.value = _own_memory() - start
 
-    process = multiprocessing.get_context("fork").Process(target=work)
+    process = context.Process(target=work)
     process.start()
     process.join()
-    assert reading.poll()
-    return int(reading.recv())
+    assert process.exitcode == 0
+    return int(grown.value)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from /proc")
 def test_processes_that_read_do_not_grow(many: Source) -> None:
-    assert _growth(many.read, len(many)) < 1000
+    assert _growth(many.read, len(many)) < 400
     listed = [(many.name(index), index) for index in range(len(many))]
-    assert _growth(listed.__getitem__, len(listed)) > 3000  # counting references copies the pages
+    assert _growth(listed.__getitem__, len(listed)) > 1200  # counting references copies the pages
 
 
 # ---- elsewhere
 
 
-def test_archives_elsewhere_are_read_as_those_here(shards: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
-    _, contents = shards
+def test_archives_elsewhere_are_read_as_those_here(shards: Shards, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     for file in tmp_path.glob("*.tar"):
@@ -456,8 +406,7 @@ def test_archives_elsewhere_are_read_as_those_here(shards: tuple[str, dict[str, 
     memory.pipe_file("/bucket/classes.txt", b"ape\nbee\ncow\ndog\n")
     for remote in ("tar:memory://bucket/s-{0..2}.tar", "tar:memory://bucket/s-*.tar"):
         source = open_source(remote)
-        assert names(source) == list(contents)
-        assert [source.read(index)[0] for index in range(30)] == list(contents.values())
+        assert {source.name(index): source.read(index)[0] for index in range(30)} == shards[1]
         assert source.classes == ("ape", "bee", "cow", "dog")
     memory.pipe_file("/bucket/s-0.tar", GOOD)
     with pytest.raises(InputError, match=r"s-0\.tar"):

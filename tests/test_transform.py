@@ -10,15 +10,7 @@ from tiny_run import tiny_config
 from torchvision import transforms
 
 from dino_xcit.errors import InputError
-from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, normalise, to_tensor
-
-
-def test_normalisation_is_divide_subtract_divide() -> None:
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    result = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
-    mean, std = (torch.tensor(x, dtype=torch.float64).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    assert result.dtype is torch.float32
-    torch.testing.assert_close(result.double(), (images.double() / 255 - mean) / std, rtol=1e-6, atol=1e-6)
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, normalise
 
 
 def test_the_usual_transform_equals_torchvisions_pipeline(photo: Image.Image) -> None:
@@ -39,7 +31,7 @@ def test_the_usual_transform_equals_torchvisions_pipeline(photo: Image.Image) ->
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (40, 64)])
-def test_long_images_give_the_same_crop_without_being_resized_as_a_whole(
+def test_long_images_are_not_resized_as_a_whole(
     interpolation: str, resize: int, crop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Grey: Pillow clips after the first of its two passes, whose order depends on the sizes.
@@ -84,11 +76,6 @@ def test_stored_values_that_cannot_be_are_refused(broken: dict[str, object]) -> 
     for nothing in ({}, [], 3):
         with pytest.raises(InputError, match="evaluation transform"):
             EvalTransform.from_dict(nothing)  # type: ignore[arg-type]
-
-
-def test_a_picture_becomes_channels_first() -> None:
-    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    assert torch.equal(to_tensor(Image.fromarray(pixels)), torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def test_a_run_s_transform_keeps_the_share_of_256_to_224() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ from dino_xcit.data.loader import Batch, Unreadable
 from dino_xcit.runtime.health import UnreadableLog, read_unreadable
 
 
-def batch(*bad: int, epoch: int = 0) -> Batch:
-    unreadable = [Unreadable(index, f"/photos/{index}.jpg", "empty file", epoch) for index in bad]
+def batch(*bad: int, epoch: int = 0, name: str = "/photos/{}.jpg") -> Batch:
+    unreadable = [Unreadable(index, name.format(index), "empty file", epoch) for index in bad]
     return Batch([], [], epoch, torch.zeros(0, dtype=torch.int64), unreadable=unreadable)
 
 
@@ -21,9 +20,7 @@ def log_in(folder: Path, images: int = 1000, anew: bool = False) -> UnreadableLo
     return UnreadableLog(folder, images, 0.05, anew)
 
 
-def test_each_image_is_listed_once_with_its_path_and_the_cause(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_image_is_listed_once_with_its_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = log_in(tmp_path)
     assert log.note([batch(5), batch()]) == 1
     assert log.note([batch(2, 9)]) == 2
@@ -66,17 +63,12 @@ def test_a_resumed_run_goes_on_with_its_list_and_a_new_one_starts_another(tmp_pa
         (1000, 51, 90_000, True),  # many epochs: each image counts once
     ],
 )
-def test_too_many_is_a_share_of_the_images_seen(
-    tmp_path: Path, images: int, bad: int, seen: int, too_many: bool
-) -> None:
+def test_too_many_is_a_share_of_the_images(tmp_path: Path, images: int, bad: int, seen: int, too_many: bool) -> None:
     log = log_in(tmp_path, images=images)
     log.note([batch(*range(bad))])
     log.write()
     assert log.too_many(seen) is too_many
-    sentence = str(log.refusal(seen))
-    assert f"{bad:,} of the first {min(seen, images):,} images cannot be read" in sentence
-    assert "--max-unreadable 0.05" in sentence
-    assert "unreadable_images.jsonl" in sentence
+    assert f"{bad:,} of the first {min(seen, images):,} images cannot be read" in str(log.refusal(seen))
 
 
 def test_a_disk_that_is_full_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,9 +83,7 @@ def test_a_disk_that_is_full_does_not_end_the_run(tmp_path: Path, capsys: pytest
 def test_names_with_any_bytes_are_kept(tmp_path: Path) -> None:
     log = log_in(tmp_path)
     name = b"caf\xe9 \n.jpg".decode("utf-8", "surrogateescape")
-    bad = [Unreadable(0, name, "cut short", 0)]
-    log.note([Batch([], [], 0, torch.zeros(0, dtype=torch.int64), unreadable=bad)])
+    log.note([batch(0, name=name)])
     log.write()
     (row,) = read_unreadable(tmp_path / "unreadable_images.jsonl")
     assert row["name"] == name
-    assert json.loads((tmp_path / "unreadable_images.jsonl").read_text())["index"] == 0

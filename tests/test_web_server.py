@@ -85,9 +85,7 @@ def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, An
     assert storage.read_file(f"{url}/a.bin", 10) == b"0123456789"
 
 
-def test_archives_and_folders_are_read_from_a_web_server(
-    tmp_path: Path, web: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archives_and_folders_are_read(tmp_path: Path, web: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     url, server = web
     monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / ".cache"))
     for shard in range(2):
