@@ -34,6 +34,10 @@ class Unique:
     """Mark of a tuple whose elements differ, also as they are shown: results are known by them."""
 
 
+class ZeroIsAuto:
+    """Mark of a number whose 0 may be typed as ``auto``."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Mark of the first setting of a group: ``--help`` shows it and those that follow under this heading."""

@@ -20,7 +20,17 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import tyro
 import yaml
 
-from dino_xcit.bounds import Group, IsPath, Positional, Repeatable, annotations_of, check_bounds, marked, refusal
+from dino_xcit.bounds import (
+    Group,
+    IsPath,
+    Positional,
+    Repeatable,
+    ZeroIsAuto,
+    annotations_of,
+    check_bounds,
+    marked,
+    refusal,
+)
 from dino_xcit.errors import InputError, near_matches, run_main
 
 Config = TypeVar("Config")
@@ -258,7 +268,9 @@ _READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: {"Tru
 
 def _value(config: type, name: str, words: Sequence[str]) -> Any:
     """The words as a value of the setting's type; choices are left to the bounds."""
-    kind, _ = annotations_of(config)[name]
+    kind, notes = annotations_of(config)[name]
+    if ZeroIsAuto in notes:
+        words = ["0" if word == "auto" else word for word in words]
     is_tuple = get_origin(kind) is tuple
     parts = get_args(kind) if is_tuple else (kind,)
     noun = {int: "whole number", float: "number"}.get(parts[0], "value")

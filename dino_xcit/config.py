@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from dino_xcit.bounds import FilePath, Group, Seed, check_bounds, marked, shown
+from dino_xcit.bounds import FilePath, Group, Seed, ZeroIsAuto, check_bounds, marked, shown
 from dino_xcit.errors import InputError
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform
 
@@ -160,9 +160,9 @@ class PretrainConfig:
     """Mean of each channel, for normalisation."""
     std: Annotated[tuple[float, float, float], Gt(0)] = IMAGENET_STD
     """Standard deviation of each channel, for normalisation."""
-    white_level: Annotated[int, Ge(0), Le(WHITE)] = WHITE
-    """Value of 16-bit grey images that is white, such as 4095 where 12 bits are used; 0: measured on 64 images. Stored
-    in the checkpoint, also for evaluation."""
+    white_level: Annotated[int, Ge(0), Le(WHITE), ZeroIsAuto] = WHITE
+    """Value of 16-bit grey images that is white, such as 4095 where 12 bits are used; auto (or 0): measured on 64
+    images. Stored in the checkpoint for the evaluators."""
 
     seed: Annotated[Seed, Group("machine")] = 0
     """Seed of the weights, the order of the images, the crops and drop-path."""

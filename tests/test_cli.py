@@ -71,6 +71,13 @@ def test_dinos_use_fp16_means_a_precision(typed: str) -> None:
     assert parsed(*DATA, *typed.split()).precision == PRECISIONS[typed]
 
 
+@pytest.mark.parametrize(("typed", "level"), [("auto", 0), ("4095", 4095)])
+def test_auto_stands_for_zero_where_a_setting_says_so(typed: str, level: int) -> None:
+    assert parsed(*DATA, "--white-level", typed).white_level == level
+    with pytest.raises(InputError, match="epochs is auto"):
+        parsed(*DATA, "--epochs", "auto")
+
+
 def test_all_of_dinos_flags_are_known() -> None:
     typed = (
         "--arch xcit_small_12_p16 --out_dim 65536 --norm_last_layer true --momentum_teacher 0.996 "
