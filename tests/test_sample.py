@@ -72,7 +72,9 @@ PICTURES = idx(np.zeros((30, 28, 28), np.uint8))
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no gzip at all", gzip.compress(PICTURES)[:-10], gzip.compress(b"PNG"), gzip.compress(PICTURES[:-5])]
+    "data",
+    [b"", b"no gzip at all", gzip.compress(PICTURES)[:-10], gzip.compress(b"PNG"), gzip.compress(PICTURES[:-5])],
+    ids=["empty", "other format", "cut", "other content", "short"],
 )
 def test_a_damaged_file_is_named(full_set: Path, data: bytes) -> None:
     (full_set / "train-images-idx3-ubyte.gz").write_bytes(data)
