@@ -21,7 +21,7 @@ from dino_xcit.runtime import distributed
 
 
 class Console(logging.Handler):
-    """Print to stdout on rank 0, above progress bars; unprintable characters become escapes.
+    """Print to stdout on rank 0, above progress bars.
 
     A full disk or a closed terminal does not end the run. A closed pipe raises.
     """
@@ -30,9 +30,8 @@ class Console(logging.Handler):
         if not distributed.is_main() or sys.stdout is None:
             return
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        text = "\n".join(map(printable, (prefix + record.getMessage()).split("\n")))
         try:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(prefix + record.getMessage(), file=sys.stdout)
             sys.stdout.flush()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
@@ -45,7 +44,21 @@ logger.setLevel(logging.INFO)
 logger.propagate = False
 logger.addHandler(Console())
 
-info, warning = logger.info, logger.warning
+
+def info(text: str) -> None:
+    """Log a message; characters that a terminal cannot show become escapes."""
+    logger.info(_printable(text), stacklevel=2)
+
+
+def warning(text: str) -> None:
+    """Log something that the user may want to change."""
+    logger.warning(_printable(text), stacklevel=2)
+
+
+def _printable(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
 warn_once = functools.cache(warning)
 
 
