@@ -188,7 +188,7 @@ MISTAKES = {
     "--features last2 --holdout 0": "features is last2",
     "--no-sgd": "add --logreg",
     "--logreg --holdout 0": "held-out images",
-    "--cached --no-cache": "leave --no-cache out",
+    "--cached --no-cache --cache-dir=": "leave --no-cache out",
     "--also imagenet-c:x": "also has 'imagenet-c:x'",
     "--also sketch:a sketch:b": "also is sketch sketch",
     "--cached-epochs 2": "cached_epochs is 2",

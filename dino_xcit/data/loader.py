@@ -211,7 +211,7 @@ class StepSampler(Sampler[list[Key]]):
         self.steps_per_epoch = length // self.global_batch
         if self.steps_per_epoch == 0:
             raise InputError(
-                f"{length} images are fewer than one global batch of {self.global_batch}: lower --batch-size-per-gpu "
+                f"{length} training images make less than one global batch of {self.global_batch}: lower --batch-size-per-gpu "
                 f"to at most {max(1, length // (accumulation_steps * world_size))}"
             )
 
