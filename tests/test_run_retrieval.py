@@ -227,7 +227,7 @@ def test_duplicates_within_one_set(
         ("duplicates", "--first"),
         ("folder --weights {weights} --data-path {photos}/val/dots", "has no labels"),
         ("folder --csv p.csv", "csv is p.csv"), ("folder --distractors v", "distractors is v"),
-        ("duplicates --data-path {photos}", "first is empty: duplicates takes --first DIR"),
+        ("duplicates --data-path {photos}", "first is empty: duplicates expects --first DIR"),
         ("duplicates --first {photos} --data-path {photos}", "data_path is "),
         ("folder --image-size 64 --data-path {photos}", "image_size is 64, which has no effect where fit is centre"),
         ("paris --eval-crop 64 --data-path {photos}", "eval_crop is 64, which has no effect where fit is whole"),
