@@ -119,7 +119,7 @@ def test_left_out_images_count_as_if_they_were_not_there(place: Place, knn: Comm
         assert skipped["data"]["val"][key] == mended["data"]["val"][key], key
     assert skipped["data"]["val"]["fingerprint"] != open_source(str(place.photos / "val")).fingerprint()
 
-    told = f"{tmp_path / 'skip.json'} names them"
+    told = f"listed in {tmp_path / 'skip.json'}"
     parts = {"train": (18, "training"), "val": (15, "validation")}
     for (part, (count, kind)), path in zip(parts.items(), place.broken, strict=True):
         assert f"1 of {count} {kind} images could not be read and are left out: {path}; {told}" in out
