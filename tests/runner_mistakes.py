@@ -33,7 +33,7 @@ WRONG = {
     "extract W --data-path {tmp}/bad --output-dir {tmp}/v": "bad.png cannot be read: not an image",
     "linear W --train-data {tmp}/train --val-data {data}/val --epochs 1 --batch-size 2 --holdout 0":
         "broken.jpg cannot be read",
-    "knn --weights {backbone}": "does not say what it was trained on",
+    "knn --weights {backbone}": "does not name its training data",
     "linear W": "fewer than one global batch of 128",
     "linear W --batch-size 4 --holdout 0.01": "less than one image of any",
     "extract W --output-dir {image}": "no folder to write to",

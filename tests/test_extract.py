@@ -52,7 +52,7 @@ def test_a_query_is_prepared_and_whitened_as_its_collection_was(place: Place, co
     done(command(*words(place, "--output-dir", tmp_path / "val", *kind, data=place.data / "val")))
     whitening = tmp_path / "w.npz"
     told = done(command("--learn-whitening", whitening, "--index", tmp_path / "val", "--whiten-dim", 6)).out
-    assert "whitening of 128 numbers to 6, learned from 9 vectors" in told
+    assert "whitening from 128 to 6 dimensions, learned from 9 vectors" in told
     whitened = words(place, "--output-dir", tmp_path / "v", "--whiten", whitening)
     refused = command(*whitened)
     assert (refused.code, "pooling is cls+mean there and cls here" in refused.err) == (2, True)
@@ -62,7 +62,7 @@ def test_a_query_is_prepared_and_whitened_as_its_collection_was(place: Place, co
     assert collection.vectors.shape == (COUNT, 6) == (collection.metadata["count"], collection.metadata["dimension"])
     assert collection.vectors == pytest.approx(unit(collection.vectors), abs=1e-6)
     assert collection.metadata["whitening"]["learned_on"]["data"][0]["images"] == 9
-    assert "are whitened already" in command("--learn-whitening", tmp_path / "w2.npz", "--index", tmp_path / "v").err
+    assert "are already whitened" in command("--learn-whitening", tmp_path / "w2.npz", "--index", tmp_path / "v").err
 
     whitening.unlink()  # the collection has its own copy
     wanted = collection.names[5]
@@ -282,7 +282,7 @@ def test_a_damaged_image_is_left_out_only_on_request(place: Place, command: Comm
     skipping = (*given, "--unreadable", "skip")
     told = done(command(*skipping)).out
     assert "resuming: parts of an earlier extraction" in told
-    assert "warning: left out 1 image" in told
+    assert "warning: skipped 1 unreadable image" in told
     for again in (skipping, given):
         assert "already there" in done(command(*again)).out
     collection = open_collection(tmp_path / "v")

@@ -143,7 +143,7 @@ def test_a_regression_alone_needs_no_sgd_and_the_file_names_what_was_trained(pro
     alone = ("--no-sgd", "--logreg", "--logreg-cs", 1, "--holdout", 0, "--logreg-iterations", 1)
     code, out, card = probe("alone", *alone)
     assert code == 0, out
-    assert "has not converged after 1 iterations" in out
+    assert "did not converge in 1 iterations" in out
     assert list(card["results"]) == ["logreg"]
     assert card["results"]["logreg"]["held_out_top1"] is None
     assert card["protocol"]["name"].startswith("multinomial logistic regression")

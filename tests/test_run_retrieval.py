@@ -151,7 +151,7 @@ def test_a_labelled_folder_has_figures_with_intervals(place: Place, retrieve: Co
     out, card = measured(retrieve, tmp_path / "f.json", *common, "--ks", 1, 2, 8, 50)
     assert "1 image alone in a class" in out
     assert "warning: k = 50 exceeds the 12 other images" in out
-    assert "12 queries, each among the 12 other images" in out
+    assert "12 queries, each against the 12 other images" in out
     (row,) = card["results"]
     assert row["recall@1_interval"][0] <= row["recall@1"] <= row["recall@2"] <= row["recall@8"]
     assert row["map@r"] <= row["r_precision"]
@@ -162,7 +162,7 @@ def test_a_labelled_folder_has_figures_with_intervals(place: Place, retrieve: Co
 def test_two_processes_report_once_what_one_reports(place: Place, retrieve: Command, tmp_path: Path) -> None:
     words = ("folder", "--device", "cpu", "--weights", place.weights, "--data-path", place.photos, "--no-cache")
     first, second = on_two_ranks(run_retrieval, tmp_path, *words, "--json", tmp_path / "two.json")
-    assert "queries, each among the 11 other images" in first
+    assert "queries, each against the 11 other images" in first
     assert second == ""
     _, one = measured(retrieve, tmp_path / "one.json", *words)
     assert json.loads((tmp_path / "two.json").read_text())["results"] == one["results"]
