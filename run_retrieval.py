@@ -79,7 +79,7 @@ def landmarks(config: RetrievalConfig) -> Answer | None:
         row |= means({name: values[scored] for name, values in scores.items()})
         aps = [None if np.isnan(ap) else ap for ap in scores["map"].tolist()]
         results.append(row | {"ap": dict(zip(names, aps, strict=True))})
-        figures.append(query_figure(f"{setup} mAP", {"setup": setup}, scores["map"][scored], asked))
+        figures.append(query_figure(f"{setup} mAP", {"setup": setup}, scores["map"][scored], scored))
     _print(results, ("setup", "queries", "database"), tuple(scores))
     protocol: Card = {
         "name": f"Revisited {config.protocol.title()} (arXiv 1803.11285), mAP and mP@k as revisitop scores them",

@@ -22,7 +22,7 @@ WRONG = {
     "knn W --draws 9": "draws is 9",
     "knn W --probes 9": "probes is 9",
     "knn W --per-class classes.png": "per_class is classes.png",
-    "knn W --approximate ivf": "are searched exactly in no time: leave",
+    "knn W --approximate ivf": "training images, expected 1,000 or more: omit --approximate",
     "knn W --per-class {image}/classes.csv": "which cannot be written",
     "linear --holdout 1": "holdout is 1",
     "linear --crop-scale 0.5 0.2": "crop_scale is 0.5 0.2",
