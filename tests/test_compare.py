@@ -135,7 +135,7 @@ def test_unlike_results_are_compared_only_when_allowed(
     assert clause in sentence
     assert f"(--allow {name} " in sentence
     text, (_, row) = compared(base, b, "--allow", name)
-    assert text.startswith(f"allowed, and unlike {base}: {b}: ")
+    assert text.startswith(f"allowed difference of {b} from {base}: ")
     assert row["difference"] == 5.0
     assert (row["p"] is None) == (name == "val"), "image 5 of the one is not image 5 of the other"
 
@@ -211,7 +211,7 @@ def test_few_shots_are_compared_draw_by_draw_where_the_draws_are_the_same(tmp_pa
     assert (first["percent"], second["difference"], second["only_first"]) == (50.0, 2.0, None)
     assert second["difference_interval"] == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     assert second["p"] == pytest.approx(0.0741799, abs=1e-6)
-    assert "Student's t" in text
+    assert "paired t-test" in text
     assert "McNemar" not in text
     text, (_, row) = compared(a, write_result(tmp_path / "c.json", few(percents, drawn="other rows")))
     assert (row["difference_interval"], row["p"], row["p_holm"]) == (None, None, None)

@@ -227,6 +227,6 @@ def test_knn_while_training_names_left_out_images_once(place: Place, capsys: pyt
     assert 0 <= figures[0]["knn_top1"] <= 100
     said = capsys.readouterr().out
     for number, path in zip(("1 of 18 training", "1 of 15 validation"), place.broken, strict=True):
-        line = f"warning: k-NN while training: {number} images are unreadable and skipped: {path}\n"
+        line = f"warning: k-NN during training: {number} images are unreadable and skipped: {path}\n"
         assert said.count(line) == 1
     assert np.isnan(measure(Frozen(Diverged()))["knn_top1"])
