@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 WRONG = {
-    "knn": "no weights given: use --weights FILE",
+    "knn": "no weights given: add --weights FILE",
     "linear --weights {tmp}/none.pth": "there is no file",
     "extract --weights {tmp} --output-dir {tmp}/v": "is a folder",
     "knn --weights {image}": "is no checkpoint that can be read safely",
@@ -42,5 +42,5 @@ WRONG = {
     "knn W --cache-dir {image}": "which cannot be written to",
     "knn W --json {tmp}": "which cannot be written: it is a folder; choose another",
     "knn W --json .": "json is ., which cannot be written: it is a folder",
-    "linear W --json /dev/null": "cannot be written: it is no regular file; choose",
+    "linear W --json /dev/null": "cannot be written: it is no regular file; give",
 }  # fmt: skip

@@ -199,7 +199,7 @@ def test_a_folder_stands_for_its_images_and_a_new_folder_for_the_picture_is_said
     wide = str(weights.parent / "wide.jpg")
     assert viz.image_files([wide, str(weights.parent)])[::2] == (wide, wide)
     viz.main(["attention", str(weights.parent), "--weights", str(weights), "--out", f"{tmp_path}/new/a.png"])
-    assert f"made the folder {tmp_path}/new for out" in capsys.readouterr().out
+    assert f"created the folder {tmp_path}/new for out" in capsys.readouterr().out
 
 
 def test_captions_tell_even_attention_from_nearly_even(weights: Path) -> None:
