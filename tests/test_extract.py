@@ -346,4 +346,4 @@ def test_a_part_of_broken_images_alone_is_left_out(place: Place, command: Comman
     for path in files:
         path.write_bytes(b"broken")
     refused = command(*flags, "--overwrite")
-    assert (refused.code, f"none of the {COUNT} images" in refused.err) == (2, True)
+    assert (refused.code, f"all {COUNT} images" in refused.err) == (2, True)
