@@ -74,7 +74,7 @@ def test_drawing_changes_nothing_in_the_network() -> None:
 def test_a_network_without_class_attention_is_refused(name: str) -> None:
     backbone = build_backbone(name).eval()
     backbone.model.cls_token = None
-    with pytest.raises(InputError, match="no attention of a class token"):
+    with pytest.raises(InputError, match="no class attention"):
         viz.attention_maps(backbone, torch.randn(1, 3, 32, 32))
 
 
@@ -162,7 +162,7 @@ def test_images_keep_their_aspect_at_any_size_up_to_a_limit(weights: Path, monke
 
 
 @pytest.mark.parametrize(("typed", "words"), [
-    ("attention photo.jpg", "weights"), ("attention --weights W", "no images given: name files"),
+    ("attention photo.jpg", "weights"), ("attention --weights W", "no images given: add files"),
     ("P --weights W", "what"),
     ("attention --weights W none.jpg", r"none\.jpg"), ("attention --weights W .", "no image in"),
     ("attention --weights W W", "not an image"), ("attention --weights W P --size 7", "size is 7"),
