@@ -167,7 +167,7 @@ def read_probe(path: Path, identity: Settings) -> Record | None:
     """
     if not path.exists():
         return None
-    remedy = "give another --output-dir, or --resume never to overwrite it"
+    remedy = "choose another --output-dir, or --resume never to overwrite it"
     try:
         content = safe_load.read(path)
     except InputError as error:
