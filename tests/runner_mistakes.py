@@ -36,7 +36,7 @@ WRONG = {
     "knn --weights {backbone}": "does not name its training data",
     "linear W": "fewer than one global batch of 128",
     "linear W --batch-size 4 --holdout 0.01": "less than one image of any",
-    "extract W --output-dir {image}": "no folder to write to",
+    "extract W --output-dir {image}": "which is not a folder",
     "extract W --output-dir /proc/none/vectors": "cannot create /proc/none",
     "extract --query {image} --index {tmp}/empty": "is no collection: expected a folder that",
     "knn W --cache-dir {image}": "which cannot be written to",

@@ -205,7 +205,7 @@ def test_killed_between_parts_it_goes_on(place: Place, command: Command, straigh
         assert len(there) == count
         assert made.items() <= there.items(), "finished parts are kept as they are"
         made = there
-    assert "resuming: parts of an earlier extraction" in done(command(*killed)).out
+    assert "resuming from the shards of an earlier extraction" in done(command(*killed)).out
     assert content(tmp_path / "killed") == content(straight)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(FILES)
 
@@ -278,10 +278,10 @@ def test_a_damaged_image_is_left_out_only_on_request(place: Place, command: Comm
     refused = command(*given)
     assert refused.code == 2
     assert "waves 03.png cannot be read" in refused.err
-    assert "(--unreadable skip leaves such images out)" in refused.err
+    assert "(--unreadable skip skips unreadable images)" in refused.err
     skipping = (*given, "--unreadable", "skip")
     told = done(command(*skipping)).out
-    assert "resuming: parts of an earlier extraction" in told
+    assert "resuming from the shards of an earlier extraction" in told
     assert "warning: skipped 1 unreadable image" in told
     for again in (skipping, given):
         assert "already there" in done(command(*again)).out

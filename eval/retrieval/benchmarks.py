@@ -565,7 +565,7 @@ def find_pairs(first: Vectors, second: Vectors | None, threshold: float, most: i
                 found.append((rows + row, columns + column, block[rows, columns]))
                 count += len(rows)
                 if count > most:
-                    raise InputError(f"more than {most:,} pairs have a similarity of {threshold:g}: raise --threshold")
+                    raise InputError(f"more than {most:,} pairs have a similarity >= {threshold:g}: raise --threshold")
             bar.update(len(left))
     lefts, rights, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((rights, lefts, -similarity))
