@@ -104,9 +104,9 @@ def copydays(config: RetrievalConfig) -> Answer | None:
 
     # ---- figures
     results, figures = [], []
-    for search, aps, asked, counts in benchmarks.score_copydays(blocks, sets):
+    for search, aps, queries, counts in benchmarks.score_copydays(blocks, sets):
         results.append({"search": search} | counts | means({"map": aps}))
-        figures.append(query_figure(f"{search} mAP", {"search": search}, aps, asked))
+        figures.append(query_figure(f"{search} mAP", {"search": search}, aps, queries))
     _print(results, ("search", "queries", "database", "depth"), ("map",))
     protocol: Card = {
         "name": "Copydays, mAP by trapezoids",
