@@ -117,8 +117,7 @@ def extract(config: ExtractConfig) -> None:
 
     # ---- report
     seconds = time.perf_counter() - started
-    vectors = counted(written["count"], "vector")
-    log.info(f"{vectors} of {written['dimension']} dimensions in {folder} ({seconds:.1f} s)")
+    log.info(f"{counted(written['count'], 'vector')} of size {written['dimension']} in {folder} ({seconds:.1f} s)")
     if unreadable:
         log.warning(f"skipped {counted(len(unreadable), 'unreadable image')}, listed in card.json")
     if recall := written["index"].get("recall"):
