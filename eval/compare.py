@@ -281,7 +281,7 @@ def _unlike_images(then: Images | None, now: Images | None) -> str:
         return " -> ".join(counts)
     for what in ("labels", "names", "contents"):  # empty where unknown: published figures, older files
         if getattr(then, what) and getattr(now, what) and getattr(then, what) != getattr(now, what):
-            return f"the same number, but different {what} or a different order"
+            return f"same number, but different {what} or order"
     return ""
 
 

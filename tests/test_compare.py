@@ -97,7 +97,7 @@ def test_what_to_know_beside_the_figures_is_said(tmp_path: Path, compared: Compa
     assert f"warning: only {a} has trained k=10 T=0.07 top-1" in text
     assert f"warning: only {b} has trained k=100 T=0.07 top-1" in text
     assert f"warning: {b} measured the same weights as {a} (f00)" in text
-    assert "other libraries: torch 2" in text
+    assert "other versions: torch 2" in text
     assert [row["difference"] for row in rows] == [None, 2.5]
 
 
@@ -110,7 +110,7 @@ def test_markdown_has_a_rule_below_its_header_and_no_cell_breaks_it(tmp_path: Pa
     assert lines[header + 1].startswith("| --- | --- | ---: |")
     assert lines[header + 2].startswith(r"| k\_1 a\|b |")
     assert r"\< 0.0001 |" in lines[header + 3]
-    assert lines[header + 5].startswith("- interval")
+    assert lines[header + 5].startswith("- differences: ")
 
 
 # ---- what is unlike
@@ -120,7 +120,7 @@ UNLIKE = {
     "protocol": ({"protocol": KNN | {"name": "approximate"}}, "-> approximate"),
     "search": ({"protocol": KNN | {"search": {"probes": 16}}}, "search not set -> "),
     "train": ({"train": noise_source(31, seed=1)}, "30 of 3 classes -> 31 of 3 classes"),
-    "val": ({"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())}, "other val images: as many, but"),
+    "val": ({"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())}, "other val images: same number, but"),
 }
 
 
@@ -143,7 +143,7 @@ def test_unlike_results_are_compared_only_when_allowed(
 def test_other_contents_labels_or_names_are_refused(tmp_path: Path, base: Path, compared: Compared) -> None:
     for what in ("contents", "labels", "names"):
         b = change(write_result(tmp_path / "b.json", knn_figure(20, hits(320))), "0", "data", "val", what)
-        assert f"but other {what}, or another order (--allow val" in refusal(base, b)[0]
+        assert f"but different {what} or order (--allow val" in refusal(base, b)[0]
     _, (_, row) = compared(base, b, "--allow", "val")
     assert row["p"] is not None, "renamed images are the same"
     assert compared(base, change(b, "", "data", "val", "names"))[1][1]["p"] is not None

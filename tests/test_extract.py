@@ -113,7 +113,7 @@ def test_added_images_leave_the_bytes_of_one_extraction(place: Place, command: C
     done(command(*words(place, "--output-dir", tmp_path / "all", *kind, data=tmp_path / "all.txt")))
     done(command(*words(place, "--output-dir", tmp_path / "v", *kind, data=train / "bars")))
     add = words(place, "--output-dir", tmp_path / "v", "--add", *kind, data=train / "dots")
-    assert "16 vectors of 64 numbers" in done(command(*add)).out
+    assert "16 vectors of size 64" in done(command(*add)).out
     for name in ("vectors.npy", "paths.txt", "index.faiss"):
         assert (tmp_path / "v" / name).read_bytes() == (tmp_path / "all" / name).read_bytes(), name
     card = open_collection(tmp_path / "v").metadata
