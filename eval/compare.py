@@ -244,7 +244,7 @@ def differences(first: Entry, other: Entry, pairs: Pairs) -> list[Difference]:
     images, published = (then.images(), now.images()), bool(first.published or other.published)
     for name in sorted(images[0].keys() | images[1].keys()):
         if clause := _unlike_images(images[0].get(name), images[1].get(name)):
-            found[name] = Difference(name, f"other {name} images: {clause}", not published)
+            found[name] = Difference(name, f"different {name} images: {clause}", not published)
     return list(found.values())
 
 
@@ -281,7 +281,7 @@ def _unlike_images(then: Images | None, now: Images | None) -> str:
         return " -> ".join(counts)
     for what in ("labels", "names", "contents"):  # empty where unknown: published figures, older files
         if getattr(then, what) and getattr(now, what) and getattr(then, what) != getattr(now, what):
-            return f"same number, but different {what} or order"
+            return f"same number, but other {what} or order"
     return ""
 
 

@@ -120,7 +120,7 @@ UNLIKE = {
     "protocol": ({"protocol": KNN | {"name": "approximate"}}, "-> approximate"),
     "search": ({"protocol": KNN | {"search": {"probes": 16}}}, "search not set -> "),
     "train": ({"train": noise_source(31, seed=1)}, "30 of 3 classes -> 31 of 3 classes"),
-    "val": ({"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())}, "other val images: same number, but"),
+    "val": ({"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())}, "different val images: same number, but"),
 }
 
 
@@ -143,7 +143,7 @@ def test_unlike_results_are_compared_only_when_allowed(
 def test_other_contents_labels_or_names_are_refused(tmp_path: Path, base: Path, compared: Compared) -> None:
     for what in ("contents", "labels", "names"):
         b = change(write_result(tmp_path / "b.json", knn_figure(20, hits(320))), "0", "data", "val", what)
-        assert f"but different {what} or order (--allow val" in refusal(base, b)[0]
+        assert f"but other {what} or order (--allow val" in refusal(base, b)[0]
     _, (_, row) = compared(base, b, "--allow", "val")
     assert row["p"] is not None, "renamed images are the same"
     assert compared(base, change(b, "", "data", "val", "names"))[1][1]["p"] is not None
@@ -221,7 +221,7 @@ def test_few_shots_are_compared_draw_by_draw_where_the_draws_are_the_same(tmp_pa
 def test_draws_of_training_images_in_another_order_or_of_another_seed_are_others(tmp_path: Path) -> None:
     a = write_result(tmp_path / "a.json", few([50.0, 54.0]))
     turned = Subset(noise_source(30, seed=1), np.arange(30)[::-1].copy())
-    assert "other train images" in refusal(a, write_result(tmp_path / "b.json", few([50.0, 55.0]), train=turned))[0]
+    assert "different train images" in refusal(a, write_result(tmp_path / "b.json", few([50.0, 55.0]), train=turned))[0]
     (sentence,) = refusal(a, write_result(tmp_path / "c.json", few([50.0, 54.0], seed=1)))
     assert sentence.endswith("seed 0 -> 1"), "which nothing allows"
 
@@ -353,8 +353,8 @@ def test_what_was_measured_otherwise_is_refused(tmp_path: Path) -> None:
 def test_other_data_and_unknown_names_are_refused(tmp_path: Path) -> None:
     mine = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), transform=EvalTransform())
     train, val = refusal(NAME, mine)
-    assert "other train images: 1,281,167 of 1000 classes -> 30" in train
-    assert val.endswith("other val images: 50,000 of 1000 classes -> 400 of 3 classes"), "which nothing allows"
+    assert "different train images: 1,281,167 of 1000 classes -> 30" in train
+    assert val.endswith("different val images: 50,000 of 1000 classes -> 400 of 3 classes"), "which nothing allows"
     mine = on_imagenet(tmp_path / "b.json")
     assert "did you mean xcit_small_12_p16" in refusal("published:xcit_small_12_p61", mine)[0]
     assert "only published figures" in refusal(NAME, "published:xcit_small_12_p8")[0]
