@@ -38,9 +38,9 @@ WRONG = {
     "linear W --batch-size 4 --holdout 0.01": "less than one image of any",
     "extract W --output-dir {image}": "which is not a folder",
     "extract W --output-dir /proc/none/vectors": "cannot create /proc/none",
-    "extract --query {image} --index {tmp}/empty": "is no collection: expected a folder that",
+    "extract --query {image} --index {tmp}/empty": "is no collection: expected a folder written by",
     "knn W --cache-dir {image}": "which cannot be written to",
-    "knn W --json {tmp}": "which cannot be written: it is a folder; choose another",
+    "knn W --json {tmp}": "which cannot be written: it is a folder; give another path",
     "knn W --json .": "json is ., which cannot be written: it is a folder",
     "linear W --json /dev/null": "cannot be written: it is no regular file; give",
 }  # fmt: skip

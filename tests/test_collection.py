@@ -128,7 +128,7 @@ def test_numbers_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     assert write(tmp_path, rows, dtype="fp16").vectors.dtype == np.float16
     rows[3, 2] = np.nan
     for normalised in (True, False):
-        with pytest.raises(InputError, match="vectors are not finite"):
+        with pytest.raises(InputError, match="(vectors|features) are not finite"):
             write(tmp_path / "nan", rows, normalised)
 
 
@@ -194,9 +194,7 @@ def test_a_collection_keeps_its_own_whitening_and_refuses_another(tmp_path: Path
 # ---- damage
 
 
-def test_files_that_are_missing_or_of_two_collections_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"lacks vectors\.npy, paths\.txt, index\.faiss, card\.json"):
-        open_collection(tmp_path)
+def test_files_that_are_cut_or_of_two_collections_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", rows_of(7))
     write(tmp_path / "b", rows_of(6, dim=6), dtype="fp16")
     for name in FILES:

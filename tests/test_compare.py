@@ -120,7 +120,10 @@ UNLIKE = {
     "protocol": ({"protocol": KNN | {"name": "approximate"}}, "-> approximate"),
     "search": ({"protocol": KNN | {"search": {"probes": 16}}}, "search not set -> "),
     "train": ({"train": noise_source(31, seed=1)}, "30 of 3 classes -> 31 of 3 classes"),
-    "val": ({"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())}, "different val images: same number, but"),
+    "val": (
+        {"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())},
+        "different val images: same number, but",
+    ),
 }
 
 
