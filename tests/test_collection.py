@@ -128,7 +128,7 @@ def test_numbers_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     assert write(tmp_path, rows, dtype="fp16").vectors.dtype == np.float16
     rows[3, 2] = np.nan
     for normalised in (True, False):
-        with pytest.raises(InputError, match="(vectors|features) are not finite"):
+        with pytest.raises(InputError, match=r"(vectors|features) are not finite"):
             write(tmp_path / "nan", rows, normalised)
 
 

@@ -92,7 +92,7 @@ def test_an_approximate_index_states_its_recall_on_the_screen_and_in_the_card(
 ) -> None:
     given = words(place, "--output-dir", tmp_path / "v", "--index-type", "ivfpq")
     refused = command(*given)
-    assert (refused.code, "takes 1,000 images or more, found 24" in refused.err) == (2, True)
+    assert (refused.code, "needs 1,000 images or more, found 24" in refused.err) == (2, True)
     assert not (tmp_path / "v").exists(), "before anything is extracted"
     monkeypatch.setattr(store, "MIN_IVFPQ", 10)
     told = done(command(*given)).out
@@ -134,7 +134,7 @@ def test_what_cannot_be_added_is_refused_with_the_difference(place: Place, comma
         (place, ("--dtype", "fp16", "--index-type", "hnsw"), train / "dots", "fp16 here; index_type is flat there and"),
         (place, ("--eval-crop", 24), train / "dots", "'crop': 28"),
         (other, (), train / "dots", "weights is"),
-        (place, (), train, "bars 00.jpg already"),
+        (place, (), train, "bars 00.jpg; give other images"),
     ):
         refused = command(*words(changed, "--output-dir", tmp_path / "v", "--add", *more, data=data))
         assert (refused.code, said in refused.err) == (2, True), refused.err
@@ -332,7 +332,7 @@ def test_images_that_are_left_out_do_not_count_for_an_index(
     monkeypatch.setattr(store, "MIN_IVFPQ", COUNT)
     flags = ("--output-dir", tmp_path / "v", "--index-type", "ivfpq", "--unreadable", "skip")
     refused = command(*words(place, *flags, data=photos))
-    assert (refused.code, f"takes {COUNT} images or more, found {COUNT - 1}" in refused.err) == (2, True)
+    assert (refused.code, f"needs {COUNT} images or more, found {COUNT - 1}" in refused.err) == (2, True)
 
 
 def test_a_part_of_broken_images_alone_is_left_out(place: Place, command: Command, tmp_path: Path) -> None:
