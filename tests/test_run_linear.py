@@ -63,6 +63,8 @@ def words_of(weights: Path, folder: Path, *flags: object, batch: int = 4) -> lis
         settings |= {"--epochs": (3,), "--lrs": (0.5, 0.01), "--crop-scale": (0.5, 1)}
     if "--logreg" in flags:
         settings |= {"--logreg-cs": (1, 0.01, 100)}
+    if "--no-cache" in flags:
+        del settings["--cache-dir"]
     given = {name: words for name, words in settings.items() if name not in flags}
     return [*(word for name, words in given.items() for word in (name, *words)), *flags]
 
@@ -188,7 +190,7 @@ MISTAKES = {
     "--features last2 --holdout 0": "features is last2",
     "--no-sgd": "add --logreg",
     "--logreg --holdout 0": "held-out images",
-    "--cached --no-cache": "leave --no-cache out",
+    "--cached --no-cache": "both --cached and --no-cache are given",
     "--also imagenet-c:x": "also has 'imagenet-c:x'",
     "--also sketch:a sketch:b": "also is sketch sketch",
     "--cached-epochs 2": "cached_epochs is 2",
