@@ -1,14 +1,12 @@
-"""Vectors for retrieval: write them with an index, add to them, then look images up.
+"""Extract vectors for retrieval with an index, add to a collection, and search it.
 
     python run_extract.py --weights ckpt.pth --data-path photos/ --output-dir vectors/
     python run_extract.py --query holiday.jpg --index vectors/ --top 10
     torchrun --nproc-per-node 8 run_extract.py --weights ckpt.pth --data-path /data/photos --output-dir vectors/
     python run_extract.py --learn-whitening whitening.npz --index vectors-of-other-photos/
 
-Leaves vectors.npy (a row an image), paths.txt (the images' names in that order), index.faiss (inner product) and
-card.json (weights, preparation, pooling, data, date). The same command goes on where one was stopped.
-
-Read top to bottom: learn a whitening, extract, look up.
+Writes vectors.npy (one row per image), paths.txt (image names in the same order), index.faiss (inner product) and
+card.json (weights, transform, pooling, data, date). The same command resumes an interrupted extraction.
 """
 
 from __future__ import annotations
@@ -46,11 +44,11 @@ from eval.retrieval.contact_sheet import Tile, draw_sheet, tile_of
 from eval.setup import demand_writable, open_backbone
 
 MAX_DRAWN = 100
-"""Of the images that a query found: 12,000 would be a picture of gigabytes."""
+"""Results per query in the contact sheet: 12,000 would take gigabytes."""
 
 
 def main() -> None:
-    """Learn a whitening, look up, or extract."""
+    """Learn a whitening, search, or extract."""
     config = parse(ExtractConfig, sys.argv[1:], "run_extract.py")
     distributed.start(distributed.choose_device(config.device))
     demand_writable(config.written())
@@ -63,10 +61,10 @@ def main() -> None:
 
 
 def learn_whitening(config: ExtractConfig) -> None:
-    """Write the PCA whitening of a collection's vectors."""
+    """Learn PCA whitening from a collection and write it to a file."""
     collection = store.open_collection(Path(config.index))
     if collection.whitening is not None:
-        raise InputError(f"the vectors in {collection.folder} are whitened already: learn from some that are not")
+        raise InputError(f"the vectors in {collection.folder} are already whitened: give another --index")
     if not distributed.is_main():
         return
     names, parts = ("url", "images", "fingerprint"), store.parts_of(collection.metadata)
@@ -77,14 +75,14 @@ def learn_whitening(config: ExtractConfig) -> None:
     whitening_file.save(found, path)
     before, after = found.projection.shape
     log.info(
-        f"whitening of {before} numbers to {after}, learned from {len(collection.names):,} vectors, in {path}; use it "
-        f"with: python run_extract.py --whiten {path} ..."
+        f"written: {path}, whitening from {before} to {after} dimensions, learned from {len(collection.names):,} "
+        f"vectors; apply it with: python run_extract.py --whiten {path} ..."
     )
 
 
 def extract(config: ExtractConfig) -> None:
-    """Write a collection of all images of a data source, or add them to one."""
-    # ---- backbone, images, how vectors are made of them
+    """Write all images of a source to a new collection or add them to an existing one."""
+    # ---- backbone, images, descriptor
     started = time.perf_counter()
     folder = Path(config.output_dir)
     loaded, device = open_backbone(config)
@@ -96,12 +94,12 @@ def extract(config: ExtractConfig) -> None:
     log.info(f"vectors: {metadata['feature']}")
 
     with contextlib.ExitStack() as locks:
-        # ---- never over another extraction
+        # ---- never overwrite another extraction
         if reason := distributed.on_main(lambda: store.claim(folder, metadata, source, config, locks)):
             log.info(reason)
             return
 
-        # ---- rows, some of them made by an earlier run
+        # ---- vectors, including those of an interrupted run
         rows, unreadable = store.extract_rows(folder / store.PARTS, loaded, source, fingerprint, device, config)
         if not distributed.is_main():
             return
@@ -119,12 +117,12 @@ def extract(config: ExtractConfig) -> None:
 
     # ---- report
     seconds = time.perf_counter() - started
-    log.info(f"{counted(written['count'], 'vector')} of {written['dimension']} numbers in {folder} ({seconds:.1f} s)")
+    log.info(f"{counted(written['count'], 'vector')} of size {written['dimension']} in {folder} ({seconds:.1f} s)")
     if unreadable:
-        log.warning(f"left out {counted(len(unreadable), 'image')} that could not be read; card.json has the names")
+        log.warning(f"skipped {counted(len(unreadable), 'unreadable image')}, listed in card.json")
     if recall := written["index"].get("recall"):
         log.info(f"index {config.index_type}: recall@{recall['at']} {recall['percent']:.1f} % of exact search")
-    log.info(f"look images up with: python run_extract.py --query IMAGE --index {folder} --top 10")
+    log.info(f"search it with: python run_extract.py --query IMAGE --index {folder} --top 10")
     if config.json:
         write_json(Path(config.json), {"measure": "extract", **written, "seconds": round(seconds, 2)})
 
@@ -134,46 +132,46 @@ def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
         source = open_source(config.data_path)
     elif loaded.data:
         source = open_source(loaded.data, "train")
-        log.info(f"data: {source.url}, on which it was trained (--data-path names other)")
+        log.info(f"data: {source.url}, the training data of the checkpoint (--data-path overrides it)")
     else:
-        raise InputError(f"{loaded.path} does not say what it was trained on: give --data-path, such as photos/")
-    choose_white_level(source, loaded.transform.white_level)  # warns
+        raise InputError(f"{loaded.path} does not name its training data: give --data-path, such as photos/")
+    choose_white_level(source, loaded.transform.white_level)  # for its warning
     return source
 
 
 def look_up(config: ExtractConfig) -> None:
-    """Print the nearest images of each query, and draw them."""
-    # ---- the collection, and the very weights that made it
+    """Log the nearest images of each query and draw a contact sheet."""
+    # ---- the collection and its backbone
     collection = store.open_collection(Path(config.index or config.output_dir))
     white_level = EvalTransform.from_dict(collection.metadata["transform"]).white_level
-    pictures = [decode(_read(query), query, white_level) for query in config.query]
+    images = [decode(_read(query), query, white_level) for query in config.query]
     loaded, device = store.open_backbone_of(collection, config)
 
-    # ---- vectors, made as the collection's were, and search
+    # ---- vectors and search
     vectors = []
-    for picture in pictures:
+    for image in images:
         transform = loaded.transform
-        pixels = normalise(transform(picture)[None].to(device), transform.mean, transform.std)
+        pixels = normalise(transform(image)[None].to(device), transform.mean, transform.std)
         with torch.inference_mode():
             vectors.append(collection.descriptor(loaded.backbone, pixels).cpu().numpy())
     if config.top > len(collection.names):
         log.warning(f"top = {config.top} exceeds the {len(collection.names)} images: using all of them")
     scores, rows = collection.search(np.concatenate(vectors), config.top)
 
-    # ---- ranked paths, and the picture
-    images = store.CollectedImages(collection.metadata, collection.names)
+    # ---- ranked paths and contact sheet
+    collected = store.CollectedImages(collection.metadata, collection.names)
     results: list[dict[str, Any]] = []
     blocks: list[tuple[Tile, list[Tile]]] = []
-    for query, picture, near, places in zip(config.query, pictures, scores.tolist(), rows.tolist(), strict=True):
+    for query, image, near, places in zip(config.query, images, scores.tolist(), rows.tolist(), strict=True):
         log.info(f"query {query}")
-        blocks.append((Tile(picture, "query", os.path.basename(query)), []))
+        blocks.append((Tile(image, "query", os.path.basename(query)), []))
         for rank, (score, row) in enumerate(zip(near, places, strict=True), start=1):
-            if row < 0:  # an approximate index may find fewer
+            if row < 0:  # an approximate index may find fewer than top
                 break
             log.info(f"{rank:4d}  {score:.4f}  {collection.names[row]}")
             results.append({"query": query, "rank": rank, "score": score, "row": row, "path": collection.names[row]})
             if rank <= MAX_DRAWN:
-                blocks[-1][1].append(tile_of(images, row, f"{rank}    {score:.4f}", white_level))
+                blocks[-1][1].append(tile_of(collected, row, f"{rank}    {score:.4f}", white_level))
     if not distributed.is_main():
         return
     if config.json:
@@ -194,7 +192,7 @@ def _read(path: str) -> bytes:
 
 
 def command() -> None:
-    """The console entry."""
+    """Console entry point."""
     distributed.run_command(main)
 
 

@@ -1,10 +1,10 @@
-"""Measure a frozen backbone by weighted k-NN, DINO's protocol.
+"""Evaluate a frozen backbone with weighted k-NN classification (DINO's protocol).
 
     python run_knn.py --weights runs/sample-xcit_pico_4_p4/checkpoint.pth
     torchrun --nproc-per-node 8 run_knn.py --weights ckpt.pth --data-path /data/imagenet
     python run_knn.py --weights ckpt.pth --few-shot 1 2 5 10 --per-class classes.csv --confusion classes.png
 
-Processes share the extraction; the search is the main one's, with all cores of its machine.
+All ranks share the extraction; rank 0 runs the search with all cores of its machine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Record = dict[str, Any]
 
 
 def main() -> None:
-    """The whole measurement."""
+    """Run the evaluation."""
     # ---- settings, backbone, data
     started = time.perf_counter()
     config = parse(KnnConfig, sys.argv[1:], "run_knn.py")
@@ -60,7 +60,7 @@ def main() -> None:
         refuse_few(config.approximate, len(train))
     log.info(
         f"k-NN: {len(train):,} training images of {train.url}, {len(val):,} validation images of {val.url}; "
-        "features of length 1, vote weight exp(cosine / T)"
+        "unit-length features, vote weight exp(cosine / T)"
     )
     folder = cache_folder(config)
     results: list[Record] = []
@@ -72,41 +72,41 @@ def main() -> None:
     if config.baselines:
         models += baselines(loaded, len(train) + len(val), device)
     for model, backbone, weights_hash in models:
-        # ---- features, shared by all processes; from the first model on, of the images that could be read
+        # ---- features; the first model removes unreadable images from train and val
         how = loaded.transform, device, folder if weights_hash else None, config.batch_size_per_gpu, config.num_workers
         try:
-            known, asked = (
+            known, queries = (
                 cached(backbone, weights_hash, part, *how, unreadable=config.unreadable) for part in (train, val)
             )
         except UndecodableImage as error:
-            raise InputError(f"{error}; or add --unreadable skip to measure without such images") from error
+            raise InputError(f"{error}; or add --unreadable skip to evaluate without such images") from error
         if model == "trained":
             train, train_card = readable("training", train, known, config)
-            val, val_card = readable("validation", val, asked, config)
+            val, val_card = readable("validation", val, queries, config)
             ks, notice = clamp_ks(config.ks, len(train))
             if notice:
                 log.warning(notice)
-        if not distributed.is_main():  # one search is enough
+        if not distributed.is_main():
             continue
 
         # ---- votes
         index = None
         if config.approximate != "no":
             index, indices[model] = approximate_index(
-                known.features, asked.features, config.approximate, ks, config.probes, config.seed
+                known.features, queries.features, config.approximate, ks, config.probes, config.seed
             )
         predictions = knn_predict(
-            known.features, known.labels, asked.features, ks, config.temperatures, len(asked.features) > 4096, index
+            known.features, known.labels, queries.features, ks, config.temperatures, len(queries.features) > 4096, index
         )
         recalls = indices[model]["recall_percent"] if index else {}
-        records, shown = scored(model, predictions, known, asked, recalls)
+        records, shown = scored(model, predictions, known, queries, recalls)
         results += records
         figures += shown
         if model == "trained":
             by_class(predictions, val, config, len(train))
         if config.few_shot:
             for record in few_shot(
-                known, asked, config.few_shot, config.draws, config.ks, config.temperatures, config.seed, progress=True
+                known, queries, config.few_shot, config.draws, config.ks, config.temperatures, config.seed, True
             ):
                 few.append({"model": model, **record})
                 figures.append(few_shot_figure(model, record, config.draws, config.seed))
@@ -129,37 +129,37 @@ def main() -> None:
 
 
 def readable(name: str, source: Source, features: Features, config: KnnConfig) -> tuple[Source, Record]:
-    """The images that were measured, and their card; warns of those that could not be read."""
-    lacking = features.unreadable
-    card = data_card(source, fingerprint_without(features.fingerprint, lacking))
-    if not len(lacking):
+    """Return the readable images and their metadata; warn about unreadable ones."""
+    unreadable = features.unreadable
+    card = data_card(source, fingerprint_without(features.fingerprint, unreadable))
+    if not len(unreadable):
         return source, card
-    named = f"; {config.json} names them" if config.json else ""
-    log.warning(unreadable_notice(name, source, lacking) + named)
-    read = Subset(source, np.delete(np.arange(len(source)), lacking))
-    names = [source.name(int(number)) for number in lacking]
+    listed = f"; listed in {config.json}" if config.json else ""
+    log.warning(unreadable_notice(name, source, unreadable) + listed)
+    read = Subset(source, np.delete(np.arange(len(source)), unreadable))
+    names = [source.name(int(index)) for index in unreadable]
     return read, card | {"images": len(read), "unreadable": unreadable_card(names)}
 
 
 def scored(
-    model: str, predictions: Predictions, known: Features, asked: Features, recalls: dict[str, float]
+    model: str, predictions: Predictions, known: Features, queries: Features, recalls: dict[str, float]
 ) -> tuple[list[Record], list[Figure]]:
-    """For each k and T, the accuracies and the figure that comparisons read; ``recalls``: of the search, by k."""
+    """Compute accuracies and figures for each k and T. ``recalls``: recall of an approximate search by k."""
     records, figures = [], []
     classes = len(np.unique(np.asarray(known.labels)))
     for (k, temperature), guesses in predictions.items():
-        # Of five classes every one is among the first five, and k < 5 neighbours name fewer.
-        tops = top_accuracies(guesses, asked.labels, classes > 5 and k >= 5)
+        # Top-5 is trivial for up to 5 classes and undefined for fewer than 5 neighbours.
+        tops = top_accuracies(guesses, queries.labels, classes > 5 and k >= 5)
         recall = {"recall": recalls[str(k)]} if recalls else {}
         settings: dict[str, Setting] = {"model": model, "k": k, "T": temperature}
-        name, hits = f"{model} k={k} T={temperature:g} top-1", correct(guesses, asked.labels, 1)
+        name, hits = f"{model} k={k} T={temperature:g} top-1", correct(guesses, queries.labels, 1)
         records.append({"model": model, "k": k, "temperature": temperature, **tops, **recall})
         figures.append(figure(name, settings, hits, model != "trained"))
     return records, figures
 
 
 def protocol_of(config: KnnConfig, ks: list[int], indices: dict[str, Record]) -> Record:
-    """How it was measured, for the result file."""
+    """Return the protocol for the result file."""
     protocol: Record = {
         "name": KNN_PROTOCOL, "ks": ks, "temperatures": list(config.temperatures),
         "interval": "95% Wilson score interval over the validation images",
@@ -171,7 +171,7 @@ def protocol_of(config: KnnConfig, ks: list[int], indices: dict[str, Record]) ->
 
 
 def by_class(predictions: Predictions, val: Source, config: KnnConfig, images: int) -> None:
-    """The table and the picture of the classes, at the first of --ks and --temperatures."""
+    """Write the per-class table and the confusion matrix for the first of --ks and --temperatures."""
     k, temperature = min(config.ks[0], images), config.temperatures[0]
     guesses, labels = predictions[k, temperature][:, 0], np.asarray(val.labels)
     if config.per_class:
@@ -182,17 +182,17 @@ def by_class(predictions: Predictions, val: Source, config: KnnConfig, images: i
 
 
 def print_results(results: list[Record], few: list[Record], draws: int) -> None:
-    """The tables for the screen."""
+    """Log the result tables."""
     log.info(results_table(results))
     if few:
-        log.info(f"few-shot, mean ± deviation of {draws} draws:\n{results_table(few)}")
+        log.info(f"few-shot, mean ± std of {draws} draws:\n{results_table(few)}")
     for shots in sorted({record["shots"] for record in few if record["classes_with_fewer"]}):
-        log.warning(f"some classes have fewer than {shots} training images: all of theirs were used")
+        log.warning(f"some classes have fewer than {shots} training images: all of their images are used")
 
 
 def results_table(records: list[Record]) -> str:
-    """A row a model, k and T: with intervals, or the deviation over draws; with the recall of an approximate search."""
-    shown = {"model": "model", "shots": "images a class", "k": "k", "temperature": "T"}
+    """Format one row per model, k and T, with interval or std over draws, and recall of an approximate search."""
+    shown = {"model": "model", "shots": "images per class", "k": "k", "temperature": "T"}
     rows = []
     for record in records:
         cells = [f"{record[name]:g}" if name != "model" else record[name] for name in shown if name in record]
@@ -208,7 +208,7 @@ def results_table(records: list[Record]) -> str:
 
 
 def command() -> None:
-    """The console entry."""
+    """Console entry point."""
     distributed.run_command(main)
 
 

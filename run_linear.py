@@ -1,15 +1,14 @@
-"""Measure a frozen backbone by linear classifiers: DINO's published protocol, and a grid of learning rates beside it.
+"""Evaluate a frozen backbone with linear classifiers: DINO's published protocol and a grid of learning rates.
 
     python run_linear.py --weights runs/sample-xcit_pico_4_p4/checkpoint.pth
     torchrun --nproc-per-node 8 run_linear.py --weights ckpt.pth --data-path /data/imagenet
     python run_linear.py --weights ckpt.pth --features cls cls+mean last4 --cached --logreg
 
-All classifiers learn from the same forward pass. The one with the paper's learning rate learns from every training
-image. Those of the grid get standardised features and leave out a held-out part of the training images, on which the
-best of them is chosen, so that the validation images choose nothing. So is the logistic regression's C.
+All classifiers share one forward pass. The paper's classifier trains on all training images. The grid's classifiers
+train on standardised features without the held-out training images, on which the best learning rate is chosen, as is
+the C of the logistic regression. Validation images are used for the final accuracy only.
 
-Read top to bottom: what is measured, classifiers by SGD, logistic regressions, ImageNet's variants, report. The loop of
-the SGD is in eval/linear/sgd.py, that of the regressions in eval/linear/logistic.py.
+eval/linear/sgd.py has the SGD loop, eval/linear/logistic.py the logistic regression.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from eval.table import percent, table
 
 
 def main() -> None:
-    """The whole measurement."""
-    # ---- what is measured: settings, backbone, images; and what there is of it from an earlier run
+    """Run the evaluation."""
+    # ---- settings, backbone, images, results of an earlier run
     probe = Probe(parse(LinearConfig, sys.argv[1:], "run_linear.py"))
     config = probe.config
     print_plan(probe)
@@ -50,23 +49,23 @@ def main() -> None:
     results: Record = {}
     figures: list[Any] = []
 
-    # ---- the paper's classifier and the grid, by SGD on augmented images
+    # ---- the paper's classifier and the grid: SGD on augmented images
     if "results" in heads:
-        log.info(f"already complete: {probe.folder / FILE_NAME} holds this probe (--resume never repeats it)")
+        log.info(f"already complete: {probe.folder / FILE_NAME} holds this probe (--resume never trains it again)")
     elif config.sgd:
         heads = train_heads(probe, heads)
     results |= heads.get("results", {})
     figures += heads.get("figures", [])
 
-    # ---- logistic regressions, by L-BFGS on fixed features
+    # ---- logistic regression: L-BFGS on fixed features
     if config.logreg:
         logreg = search(probe, logreg)
         results["logreg"], hits = logistic_results(probe, logreg)
         figures.append(figure("logreg, top-1", {"classifier": "logreg"}, hits).to_card())
 
-    # ---- the recommended one on ImageNet's variants: all processes share their features
+    # ---- the recommended classifier on ImageNet's variants
     for variant in probe.variants:
-        probe.features(variant.source or probe.val)
+        probe.features(variant.source or probe.val)  # all ranks share the extraction
     if not distributed.is_main():
         return
     best = recommended(results, heads, logreg)
@@ -96,18 +95,17 @@ def main() -> None:
 
 
 def recommended(results: Record, heads: Record, logreg: Record) -> Record:
-    """Of the classifiers that are there, the one that did best on held-out training images; the paper's where nothing
-    was held out.
+    """Choose the classifier with the best top-1 on held-out training images, or the paper's without held-out images.
 
     Args:
-        results: of all of them: ``paper``, ``grid``, ``logreg``.
-        heads, logreg: what linear.pth and logreg.pth hold.
+        results: results of the trained classifiers: ``paper``, ``grid``, ``logreg``.
+        heads, logreg: contents of linear.pth and logreg.pth.
 
     Returns:
-        ``name``, the choice of ``features`` that it sees, ``weight`` [C, D] and ``bias`` [C].
+        ``name``, ``features`` (its input), ``weight`` [C, D] and ``bias`` [C].
     """
     held_out = {name: found.get("held_out_top1") for name, found in results.items()}
-    # The order of preference among equals, and where nothing was held out.
+    # max() returns the first of equals: the order is the preference in ties and without held-out images.
     name = max(("grid", "paper", "logreg"), key=lambda one: (one in results, held_out.get(one) or -1.0))
     if name == "logreg":
         return {"name": name, "features": logreg["chosen"]["features"], **logreg}
@@ -115,7 +113,7 @@ def recommended(results: Record, heads: Record, logreg: Record) -> Record:
 
 
 def measured(variant: Variant, probe: Probe, classifier: Record) -> Record:
-    """Top-1 and top-5 on one of ImageNet's variants, in percent, with 95% intervals over the images."""
+    """Measure top-1 and top-5 on a variant of ImageNet in percent, with 95% intervals over the images."""
     source = variant.source or probe.val
     features = probe.features(source)
     rows = Rows(features.features, probe.pooled.columns[classifier["features"]], variant.rows)
@@ -127,7 +125,7 @@ def measured(variant: Variant, probe: Probe, classifier: Record) -> Record:
 
 
 def print_plan(probe: Probe) -> None:
-    """On which images, by how many classifiers."""
+    """Log the data, the features and the classifiers."""
     config, sampler = probe.config, probe.sampler
     text = f"{len(probe.train):,} training images of {probe.train.url}, {len(probe.val):,} validation images of "
     text += f"{probe.val.url}; features {', '.join(config.features)}"
@@ -139,7 +137,7 @@ def print_plan(probe: Probe) -> None:
 
 
 def print_results(results: Record, config: LinearConfig) -> None:
-    """The figures for the screen, with what a reader has to know about them."""
+    """Log the result table and notes on its interpretation."""
 
     def row(label: str, setting: str, found: Record) -> list[str]:
         top1 = percent(found["top1"], found.get("top1_interval"))
@@ -151,28 +149,28 @@ def print_results(results: Record, config: LinearConfig) -> None:
         rows.append(row("paper's learning rate, last epoch", rate, paper["last_epoch"]))
         rows.append(row(f"paper's learning rate, best epoch ({best['epoch']}) *", rate, best))
         notes.append("* chosen on the validation images, as published figures are: an upper bound, not an estimate")
-        notes.append("lr: for a batch of 256")
+        notes.append("lr is for a batch of 256")
     for name, key, values in (("grid", "lr", config.lrs), ("logreg", "c", config.logreg_cs)):
         if found := results.get(name):
             setting = f"{key} {found[key]:g}"
             rows.append(row(f"{name}, {found.get('features', 'cls')}", setting, found))
             if len(values) > 1 and found[key] in (min(values), max(values)):
-                notes.append(f"warning: {setting} is the end of the grid: values beyond it may do better")
+                notes.append(f"warning: {setting} is at the end of the grid: values beyond it may be better")
     if logreg := results.get("logreg"):
         if not logreg["converged"]:
             notes.append(
-                f"warning: the logistic regression has not converged after {logreg['iterations']} iterations (largest "
-                f"derivative {logreg['gradient']:.1g}; the objective may be {100 * logreg['gap']:.2g}% too large): "
-                "raise --logreg-iterations, or keep to smaller --logreg-cs"
+                f"warning: the logistic regression did not converge in {logreg['iterations']} iterations (largest "
+                f"derivative {logreg['gradient']:.1g}; objective at most {100 * logreg['gap']:.2g}% too large): raise "
+                "--logreg-iterations, or give smaller --logreg-cs"
             )
         if count := len(logreg["not_converged"]):
-            notes.append(f"warning: {count} of the regressions tried on held-out images had not converged (see --json)")
+            notes.append(f"warning: {count} of the regressions on held-out images did not converge (see --json)")
     header = ["classifier", "setting", "held-out top-1 %", "top-1 % [95% interval]", "top-5 %"]
     log.info("\n".join([table(header, rows), *notes]))
 
 
 def command() -> None:
-    """The console entry."""
+    """Console entry point."""
     distributed.run_command(main)
 
 

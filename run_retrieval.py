@@ -1,4 +1,4 @@
-"""Measure a frozen backbone by what its vectors find.
+"""Evaluate a frozen backbone on image retrieval.
 
     python run_retrieval.py paris --weights ckpt.pth --data-path /data/rparis6k --image-size 512 --scales 1 0.7071 0.5
     python run_retrieval.py oxford --weights ckpt.pth --data-path /data/roxford5k --distractors /data/revisitop1m/jpg
@@ -6,7 +6,7 @@
     python run_retrieval.py folder --weights ckpt.pth --data-path /data/birds/test
     python run_retrieval.py duplicates --weights ckpt.pth --first /data/train --second /data/test --csv pairs.csv
 
-Each protocol is told from top to bottom: images, vectors, figures, report. docs/retrieval.md says what is scored.
+docs/retrieval.md describes the protocols.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from eval.table import percent, table
 
 
 def main() -> None:
-    """Measure what the first word says; the main process alone reports."""
+    """Run one protocol; rank 0 reports."""
     started = time.perf_counter()
     config = parse(RetrievalConfig, sys.argv[1:], "run_retrieval.py")
     distributed.start(distributed.choose_device(config.device))
@@ -53,8 +53,8 @@ def main() -> None:
 
 
 def landmarks(config: RetrievalConfig) -> Answer | None:
-    """Revisited Oxford or Paris."""
-    # ---- what is right, and the images
+    """Evaluate on Revisited Oxford or Paris."""
+    # ---- ground truth and images
     published = Path(config.data_path, f"gnd_{benchmarks.DATASETS[config.protocol]}.pkl")
     truth = benchmarks.read_ground_truth(Path(config.ground_truth or published))
     database, queries = benchmarks.open_landmarks(truth, Path(config.data_path), config.queries == "box")
@@ -74,12 +74,12 @@ def landmarks(config: RetrievalConfig) -> Answer | None:
     similarities = benchmarks.rows_of_similarity(sets["queries"].vectors, *searched)
     names, results, figures = [query.name for query in truth.queries], [], []
     for setup, scores in benchmarks.score_landmarks(truth, similarities).items():
-        asked = np.flatnonzero(~np.isnan(scores["map"]))
-        row: Card = {"setup": setup, "queries": len(asked), "database": sum(map(len, searched))}
-        row |= means({name: values[asked] for name, values in scores.items()})
+        scored = np.flatnonzero(~np.isnan(scores["map"]))
+        row: Card = {"setup": setup, "queries": len(scored), "database": sum(map(len, searched))}
+        row |= means({name: values[scored] for name, values in scores.items()})
         aps = [None if np.isnan(ap) else ap for ap in scores["map"].tolist()]
         results.append(row | {"ap": dict(zip(names, aps, strict=True))})
-        figures.append(query_figure(f"{setup} mAP", {"setup": setup}, scores["map"][asked], asked))
+        figures.append(query_figure(f"{setup} mAP", {"setup": setup}, scores["map"][scored], scored))
     _print(results, ("setup", "queries", "database"), tuple(scores))
     protocol: Card = {
         "name": f"Revisited {config.protocol.title()} (arXiv 1803.11285), mAP and mP@k as revisitop scores them",
@@ -91,7 +91,7 @@ def landmarks(config: RetrievalConfig) -> Answer | None:
 
 
 def copydays(config: RetrievalConfig) -> Answer | None:
-    """Copies that find their original, as DINO's script has it; and originals that find their strong copies."""
+    """Evaluate on Copydays: copies search their original, as in DINO's script, and originals their strong copies."""
     # ---- images and vectors
     blocks = benchmarks.open_copydays(Path(config.data_path))
     sources = {name: source for name, (source, _) in blocks.items()}
@@ -104,9 +104,9 @@ def copydays(config: RetrievalConfig) -> Answer | None:
 
     # ---- figures
     results, figures = [], []
-    for search, aps, asked, counts in benchmarks.score_copydays(blocks, sets):
+    for search, aps, queries, counts in benchmarks.score_copydays(blocks, sets):
         results.append({"search": search} | counts | means({"map": aps}))
-        figures.append(query_figure(f"{search} mAP", {"search": search}, aps, asked))
+        figures.append(query_figure(f"{search} mAP", {"search": search}, aps, queries))
     _print(results, ("search", "queries", "database", "depth"), ("map",))
     protocol: Card = {
         "name": "Copydays, mAP by trapezoids",
@@ -117,14 +117,14 @@ def copydays(config: RetrievalConfig) -> Answer | None:
 
 
 def folder(config: RetrievalConfig) -> Answer | None:
-    """Leave-one-out among labelled images."""
+    """Evaluate by leave-one-out search among labelled images."""
     # ---- images and vectors
     loaded, device = open_fitted(config)
     if not (place := config.data_path or loaded.data):
-        raise InputError("no data_path given: folder needs --data-path DIR, the folder of its images")
+        raise InputError("no data_path given: folder needs --data-path DIR, the folder of the images")
     source = open_source(place, "val")
     if source.labels is None:
-        raise InputError(f"{source.url} has no labels, which this needs: expected one sub-folder a class")
+        raise InputError(f"{source.url} has no labels: expected one sub-folder per class")
     images = extracted(config, loaded, device, source)
     if not distributed.is_main():
         return None
@@ -140,15 +140,15 @@ def folder(config: RetrievalConfig) -> Answer | None:
     shares = {name.lower().replace("-", "_"): one for name, one in shares.items()}
     results: list[Card] = [{"queries": len(found.queries), "left_out": found.alone} | means(shares)]
     if found.alone:
-        log.info(f"{counted(found.alone, 'image')} alone in a class: no query, but among what is searched")
-    log.info(f"{counted(len(found.queries), 'query')}, each among the {len(source) - 1:,} other images")
+        log.info(f"{counted(found.alone, 'image')} alone in a class: in the database, but not used as a query")
+    log.info(f"{counted(len(found.queries), 'query')}, each against the {len(source) - 1:,} other images")
     _print(results, (), tuple(shares))
     name = "leave-one-out by cosine, exact; recall@k, R-precision, mAP@R (arXiv 2003.08505), means over queries"
     return {"name": name, "ks": list(config.ks)}, results, {"images": images}, figures
 
 
 def duplicates(config: RetrievalConfig) -> Answer | None:
-    """What two sets share, or what one has twice."""
+    """Find near duplicates between two sets or within one."""
     # ---- images and vectors
     sources = {name: open_source(url) for name, url in (("first", config.first), ("second", config.second)) if url}
     loaded, device = open_fitted(config)
@@ -178,13 +178,13 @@ def duplicates(config: RetrievalConfig) -> Answer | None:
         benchmarks.draw_pairs(Path(config.sheet), pairs, kinds, *both)
         log.info(f"contact sheet: {config.sheet}")
     elif config.sheet:
-        log.warning(f"there is no pair to draw: {config.sheet} is not written")
+        log.warning(f"no pairs found: {config.sheet} is not written")
     name = "all pairs of cosine similarity of at least the threshold, exact; identical: the same bytes"
     return {"name": name, "threshold": config.threshold, "within_one_set": not second}, [row], sets, []
 
 
 def _print(results: Sequence[Any], labels: Sequence[str], figures: Sequence[str]) -> None:
-    """A table: columns of words and counts, then of percentages with their intervals."""
+    """Log a table: columns of labels, then percentages with intervals."""
     rows = []
     for row in results:
         shares = [percent(row[name], row[f"{name}_interval"]) for name in figures]
@@ -193,7 +193,7 @@ def _print(results: Sequence[Any], labels: Sequence[str], figures: Sequence[str]
 
 
 def command() -> None:
-    """The console entry."""
+    """Console entry point."""
     distributed.run_command(main)
 
 

@@ -1,1 +1,1 @@
-"""Measuring frozen backbones: features, k-NN, linear probe, retrieval. Knows nothing of training."""
+"""Evaluation of frozen backbones: features, k-NN, linear probe, retrieval. Independent of training."""

@@ -1,4 +1,4 @@
-"""What a trained backbone has to beat: the same network untrained, and no network at all. B batch."""
+"""Baselines for a trained backbone: the untrained network and raw pixels. B is the batch size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone, hash_state
 
 MAX_PIXEL_BYTES = 4 << 30
-"""Of raw-pixel features that are still worth comparing with."""
+"""Maximum size of the raw-pixel features of all images."""
 
 
 class Pixels(nn.Module):
-    """The prepared picture itself as a feature: values between 0 and 1, row by row, [B, 3 * crop * crop].
+    """Return the transformed pixels as features [B, 3 * crop * crop], with values between 0 and 1.
 
-    With ``normalised`` the values as a network gets them, mean subtracted: under cosine similarity that is another,
-    often stronger, baseline.
+    With ``normalised``, keep the normalised values, often a stronger baseline under cosine similarity.
     """
 
     def __init__(self, transform: EvalTransform, normalised: bool) -> None:
@@ -27,7 +26,7 @@ class Pixels(nn.Module):
         self.transform, self.normalised = transform, normalised
 
     def forward(self, images: Tensor) -> BackboneOutput:
-        """``images`` [B, 3, crop, crop], normalised, as for any backbone."""
+        """Flatten normalised ``images`` [B, 3, crop, crop]."""
         if not self.normalised:
             per_channel = torch.tensor((self.transform.mean, self.transform.std), device=images.device)
             mean, std = per_channel.view(2, 3, 1, 1)
@@ -36,22 +35,22 @@ class Pixels(nn.Module):
 
 
 def untrained(arch: str) -> nn.Module:
-    """The architecture with the weights it starts from, seed 0, in eval mode."""
+    """Build the architecture with initial weights of seed 0, in eval mode."""
     torch.manual_seed(0)
     return build_backbone(arch).eval().requires_grad_(False)
 
 
 def baselines(loaded: LoadedBackbone, images: int, device: torch.device) -> list[tuple[str, nn.Module, str]]:
-    """Name, module and hash of its weights: the same architecture untrained, and pixels as they are and normalised.
+    """Return (name, module, hash of the weights) of the untrained architecture and of raw and normalised pixels.
 
-    Pixels have no hash: they are quicker to make than to read. They are left out, with a warning, where the features of
-    so many ``images`` would not fit into memory.
+    The hash of pixels is empty, as caching them would not save time. Pixels are omitted with a warning if the features
+    of ``images`` images exceed :data:`MAX_PIXEL_BYTES`.
     """
     start = untrained(loaded.arch).to(device)
     found: list[tuple[str, nn.Module, str]] = [("untrained", start, hash_state(start.state_dict()))]
     size = 4 * images * Pixels(loaded.transform, False).embed_dim
     if size > MAX_PIXEL_BYTES:
-        log.warning(f"no raw-pixel rows, their features would take {size / 2**30:.0f} GiB of memory")
+        log.warning(f"no raw-pixel baselines: their features would take {size / 2**30:.0f} GiB of memory")
         return found
     pixels = (("pixels", False), ("pixels_normalised", True))
     return [*found, *((name, Pixels(loaded.transform, normalised).to(device), "") for name, normalised in pixels)]

@@ -1,11 +1,11 @@
-"""Compare results image by image, query by query, draw by draw, and refuse to compare what is unlike.
+"""Compare results with paired tests over images, queries or draws; results of different protocols are refused.
 
     python -m eval.compare a.json b.json ...
     python -m eval.compare published:xcit_small_12_p16 mine.json
     python -m eval.compare linear.json linear.json --figure grid logreg --allow classifier
 
-Each result is held against the first. For each figure that both have: its value with its interval, the difference with
-its paired interval, and a p-value; of hits also on how many images only one of the two is right.
+Each result is compared with the first. For each figure of both, the table has the value with its interval, the
+difference with its paired interval, a p-value, and for hits the numbers of images that only one of the two has right.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ PREFIX = "published:"
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
 """Images and classes of ImageNet-1k."""
 K, TEMPERATURE = 20, 0.07
-"""The published k-NN figures do not name their k; the DINO paper's evaluation protocol settles on 20."""
+"""The published k-NN figures do not state k; the DINO paper's evaluation protocol uses 20."""
 
 PUBLISHED = {
     "xcit_small_12_p16": {"knn": 76.0, "linear": 77.8},
     "xcit_small_12_p8": {"knn": 77.1, "linear": 79.2},
     "xcit_medium_24_p16": {"knn": 76.4, "linear": 78.8},
     "xcit_medium_24_p8": {"knn": 77.9, "linear": 80.3},
-    "vit_small_p16_100ep": {"knn": 69.3},  # its linear figure is of 4 blocks, which run_linear.py's paper is not
+    "vit_small_p16_100ep": {"knn": 69.3},  # its linear figure uses 4 blocks, unlike the paper's classifier here
 }
 """Top-1 on ImageNet-1k's validation images, percent: facebookresearch/dino, README."""
 
 IGNORED = {"ks", "temperatures", "interval", "published"}
-"""Parts of a protocol that decide no single figure: each names its own k and T."""
+"""Protocol entries that do not affect a single figure, which has its own k and T."""
 OVERLOOKED = {"k": {"k"}, "T": {"T"}, "classifier": {"classifier", "epoch"}}
-"""Settings that compared figures may differ in, by the word that ``--allow`` takes."""
+"""Settings in which compared figures may differ, by the word for ``--allow``."""
 SGD, HELD_OUT = {"epochs", "batch", "crop_scale", "cached", "seed"}, {"holdout", "seed", "features"}
 CLASSIFIERS = {
     "paper": SGD | {"lr"},
     "grid": SGD | HELD_OUT | {"lrs"},
     "logreg": HELD_OUT | {"cs", "iterations", "gap"},
 }
-"""Which settings of a linear probe decide which of its classifiers."""
+"""Settings of a linear probe that affect each of its classifiers."""
 
 Pairs = Sequence[tuple[Figure, Figure]]
-"""Figures of the first result, each with the other result's figure that is held against it."""
+"""Pairs of a figure of the first result and the figure of another result to compare it with."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A result as it was named on the command line, with the figures that were asked for."""
+    """A result of the command line with the selected figures."""
 
     label: str
     result: Result
     figures: tuple[Figure, ...]
     published: str = ""
-    """Where it was published; empty for a measured result."""
+    """Source of a published figure; empty for a measured result."""
 
     @property
     def weights(self) -> str:
@@ -77,43 +77,43 @@ class Entry:
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that makes two results unlike."""
+    """A difference between the protocols or data of two results."""
 
     name: str
-    """What ``--allow`` calls it."""
+    """Name for ``--allow``."""
     clause: str
-    """What differs: ``crop 224 -> 28``."""
+    """Description, such as ``crop 224 -> 28``."""
     allowable: bool = True
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A figure of one file, held against the first file's."""
+    """A row of the table: a figure of one file compared with the first file's."""
 
     figure: str
     file: str
     percent: float
     interval: Interval | None
     unit: str
-    """What it is the mean over: image, query or draw."""
+    """Unit of the mean: image, query or draw."""
     units: int | None
-    """How many of these."""
+    """Number of units."""
     difference: float | None = None
-    """Percentage points above the first file's; None for the first file itself."""
+    """Percentage points relative to the first file; None for the first file itself."""
     difference_interval: Interval | None = None
     only_first: int | None = None
-    """Images or queries that the first file alone has right; None where they are not paired, or not right or wrong."""
+    """Images or queries that only the first file has right; None if the figures are not paired or not hits."""
     only_this: int | None = None
     p: float | None = None
     p_holm: float | None = None
-    """Corrected for the number of tests among these comparisons."""
+    """p-value corrected for the number of tests in the table."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command.
+    """Run the command.
 
     Raises:
-        InputError: a mistake in the command, a file that is no result, or results that are unlike: a line each.
+        InputError: the command is wrong, a file is not a result file, or results differ (one line per difference).
     """
     config = parse(CompareConfig, argv, "python -m eval.compare")
     entries = open_entries(config.files, config.figure)
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
     unlike = [(other, one) for other, pairs in others for one in differences(first, other, pairs)]
     refuse_unlike(first, unlike, config.allow)
 
-    remarks = [f"allowed, and unlike {first.label}: {other.label}: {one.clause}" for other, one in unlike]
+    remarks = [f"allowed difference of {other.label} from {first.label}: {one.clause}" for other, one in unlike]
     remarks += warnings(entries)
     remarks += [line for other, pairs in others for line in left_out(first, other, pairs)]
     comparisons = compare(first, others)
@@ -147,26 +147,28 @@ def main(argv: Sequence[str]) -> None:
         _show([f"written: {config.json}"], markdown)
 
 
-# ---- what was given
+# ---- input
 
 
 def open_entries(files: Sequence[str], words: Sequence[str]) -> list[Entry]:
-    """Result files and ``published:NAME``, in the order given.
+    """Open result files and ``published:NAME`` in the given order.
 
     Args:
-        words: of the figures' names, for all files or one for each; none: all figures.
+        words: words in the names of the selected figures: one string for all files, one per file, or none for all
+            figures.
 
     Raises:
-        InputError: no measured result, one twice with the same figures, a file that cannot be read, no such figure.
+        InputError: there is no measured result, a file is repeated with the same figures or is unreadable, or a figure
+            does not exist.
     """
     words = list(words) if len(words) == len(files) else [*words, ""][:1] * len(files)
     given = list(zip(files, words, strict=True))
     places = [(file if file.startswith(PREFIX) else os.path.realpath(file), one) for file, one in given]
     if len(set(places)) < len(places):
-        raise InputError("a file is given more than once: give other files, or one --figure WORDS for each")
+        raise InputError("a file is given more than once: give other files, or one --figure WORDS per file")
     measured = {file: read_result(file) for file in files if not file.startswith(PREFIX)}
     if not measured:
-        raise InputError("only published figures given: add a result file, which says which of them are meant")
+        raise InputError("only published figures given, expected at least one result file: add one")
     measure = next(iter(measured.values())).measure
     return [
         _chosen(file, measured[file], one) if file in measured else _published(file, measure) for file, one in given
@@ -174,7 +176,7 @@ def open_entries(files: Sequence[str], words: Sequence[str]) -> list[Entry]:
 
 
 def _chosen(label: str, result: Result, words: str) -> Entry:
-    """With the figure of this name, or those with all these words in their names; baselines only where named."""
+    """Select the figure named ``words``, or those with all of these words in their names; baselines only by name."""
     wanted = set(words.split())
     kept = tuple(one for one in result.figures if one.name == words) or tuple(
         one
@@ -189,7 +191,7 @@ def _chosen(label: str, result: Result, words: str) -> Entry:
 
 
 def _published(label: str, measure: str) -> Entry:
-    """A published figure as if it had been measured, with what is known of how."""
+    """Wrap a published figure as a result with the known parts of its protocol."""
     name = label.removeprefix(PREFIX)
     if measure not in PUBLISHED.get(name, ()):
         raise InputError(
@@ -198,7 +200,7 @@ def _published(label: str, measure: str) -> Entry:
         )
     settings: dict[str, Setting] = {"model": "trained", "k": K, "T": TEMPERATURE}
     protocol: Card = {"name": KNN_PROTOCOL}
-    if measure == "linear":  # of the best epoch on the validation images
+    if measure == "linear":  # published figures are of the best epoch on the validation images
         settings = {"classifier": "paper", "epoch": "best"}
         protocol = {"epochs": PAPER_EPOCHS, "lr": 0.001, "crop_scale": list(PAPER_CROP_SCALE), "cached": None}
     figure = Figure(f"published {measure} top-1", settings, PUBLISHED[name][measure], None)
@@ -210,12 +212,11 @@ def _published(label: str, measure: str) -> Entry:
     return Entry(label, result, result.figures, "facebookresearch/dino, README")
 
 
-# ---- may they be compared?
+# ---- comparability
 
 
 def pair_up(first: Entry, other: Entry, allow: Sequence[str] = ()) -> Pairs:
-    """The first's figures with the other's of equal settings; if there are none, those that differ only in what is
-    allowed."""
+    """Pair figures with equal settings; if there are none, pair figures that differ in allowed settings only."""
     if first.result.measure != other.result.measure:
         return []
     overlooked = {setting for word in allow for setting in OVERLOOKED.get(word, ())}
@@ -225,7 +226,7 @@ def pair_up(first: Entry, other: Entry, allow: Sequence[str] = ()) -> Pairs:
 
 
 def differences(first: Entry, other: Entry, pairs: Pairs) -> list[Difference]:
-    """All that makes the figures unlike, besides the weights."""
+    """List all differences that affect the figures, except the weights."""
     then, now = first.result, other.result
     if then.measure != now.measure:
         return [Difference("measure", f"measure {then.measure} -> {now.measure}", allowable=False)]
@@ -243,7 +244,7 @@ def differences(first: Entry, other: Entry, pairs: Pairs) -> list[Difference]:
     images, published = (then.images(), now.images()), bool(first.published or other.published)
     for name in sorted(images[0].keys() | images[1].keys()):
         if clause := _unlike_images(images[0].get(name), images[1].get(name)):
-            found[name] = Difference(name, f"other {name} images: {clause}", not published)
+            found[name] = Difference(name, f"different {name} images: {clause}", not published)
     return list(found.values())
 
 
@@ -251,17 +252,17 @@ def _unlike_settings(first: Entry, other: Entry, mine: Figure, own: Figure) -> d
     then, now = _deciding(first.result, mine), _deciding(other.result, own)
     keys = then.keys() | now.keys()
     if mine.settings.get("classifier") != own.settings.get("classifier"):
-        keys = (then.keys() & now.keys()) - {"epoch"}  # what both kinds depend on
+        keys = (then.keys() & now.keys()) - {"epoch"}  # settings that affect both classifiers
     for entry, settings in ((first, then), (other, now)):
-        if entry.published:  # of a published figure, only what was published can be compared
+        if entry.published:  # compare only the published settings
             keys = keys & settings.keys()
     return _changed({key: then.get(key) for key in keys}, {key: now.get(key) for key in keys})
 
 
 def _deciding(result: Result, figure: Figure) -> Card:
-    """The settings that decide a figure: its own, and those of the protocol."""
+    """Return the settings that affect a figure: its own and those of the protocol."""
     protocol = {key: value for key, value in result.protocol.items() if key not in IGNORED}
-    if isinstance(whitening := protocol.get("whitening"), dict):  # it belongs to its weights; its images do not
+    if isinstance(whitening := protocol.get("whitening"), dict):  # it belongs to its weights; compare its data
         protocol["whitening"] = whitening.get("learned_on")
     decided = CLASSIFIERS.get(str(figure.settings.get("classifier")))
     if decided is not None:
@@ -274,30 +275,30 @@ def _deciding(result: Result, figure: Figure) -> Card:
 
 def _unlike_images(then: Images | None, now: Images | None) -> str:
     if then is None or now is None:
-        return "only one of the two has them"
+        return "missing in one of the two"
     counts = [f"{part.images:,}" + (f" of {part.classes} classes" if part.classes else "") for part in (then, now)]
     if counts[0] != counts[1]:
         return " -> ".join(counts)
     for what in ("labels", "names", "contents"):  # empty where unknown: published figures, older files
         if getattr(then, what) and getattr(now, what) and getattr(then, what) != getattr(now, what):
-            return f"as many, but other {what}, or another order"
+            return f"same number, but other {what} or order"
     return ""
 
 
 def refuse_unlike(first: Entry, unlike: Sequence[tuple[Entry, Difference]], allow: Sequence[str]) -> None:
-    """Refuse what differs and was not allowed.
+    """Refuse differences that are not allowed.
 
     Raises:
-        InputError: a line a difference; or a word in ``allow`` that is the name of none.
+        InputError: a difference is not allowed (one line each), or a word in ``allow`` is unknown.
     """
     known = {"protocol", "transform", *first.result.data, *OVERLOOKED}
     known |= {one.name for _, one in unlike if one.allowable}
     for word in set(allow) - known:
         near = near_matches(word, known)
-        raise InputError(f"--allow {word}: no difference has that name{near}; there are {', '.join(sorted(known))}")
+        raise InputError(f"--allow {word} is unknown{near}; expected one of {', '.join(sorted(known))}")
     refusals = [
         f"{other.label} cannot be compared with {first.label}: {one.clause}"
-        + (f" (--allow {one.name} compares them all the same)" if one.allowable else "")
+        + (f" (--allow {one.name} compares them anyway)" if one.allowable else "")
         for other, one in unlike
         if not (one.allowable and one.name in allow)
     ]
@@ -306,7 +307,7 @@ def refuse_unlike(first: Entry, unlike: Sequence[tuple[Entry, Difference]], allo
 
 
 def warnings(entries: Sequence[Entry]) -> list[str]:
-    """What to know beside the figures: a line each."""
+    """List remarks on published figures and on results of the same weights."""
     lines = [f"{one.label}: published, not measured here; {one.published}" for one in entries if one.published]
     for before, one in combinations(entries, 2):
         if one.weights and one.weights == before.weights and one.label != before.label:
@@ -315,7 +316,7 @@ def warnings(entries: Sequence[Entry]) -> list[str]:
 
 
 def left_out(first: Entry, other: Entry, pairs: Pairs) -> list[str]:
-    """Warnings about figures that one of the two alone has, and about other libraries."""
+    """List warnings about figures that only one of the two has and about different library versions."""
     if first.published or other.published:
         return []
     both = {one.name for pair in pairs for one in pair}
@@ -325,7 +326,7 @@ def left_out(first: Entry, other: Entry, pairs: Pairs) -> list[str]:
             more = f" and {len(alone) - 3:,} more" if len(alone) > 3 else ""
             lines.append(f"warning: only {entry.label} has {', '.join(alone[:3])}{more}")
     if libraries := _changed(first.result.versions, other.result.versions):
-        lines.append(f"warning: {other.label} was measured with other libraries: {', '.join(libraries.values())}")
+        lines.append(f"warning: {other.label} was measured with other versions: {', '.join(libraries.values())}")
     return lines
 
 
@@ -333,7 +334,7 @@ def left_out(first: Entry, other: Entry, pairs: Pairs) -> list[str]:
 
 
 def compare(first: Entry, others: Sequence[tuple[Entry, Pairs]]) -> list[Comparison]:
-    """A row a figure and file, the first file's before the others'."""
+    """Compute a row per figure and file, the first file first."""
     rows = []
     for figure in first.figures:
         partners = [(other, own) for other, pairs in others for mine, own in pairs if mine is figure]
@@ -368,11 +369,11 @@ def _against(first: Entry, mine: Figure, other: Entry, own: Figure) -> Compariso
 
 
 def _paired(first: Entry, other: Entry, mine: Figure, own: Figure) -> bool:
-    """Whether value i of the one figure and value i of the other are of the same image, query or draw."""
+    """Return whether values at equal positions belong to the same image, query or draw."""
     if first.published or other.published or (mine.unit, mine.which) != (own.unit, own.which):
         return False
     then, now = first.result.images(), other.result.images()
-    # A draw is rows of the training images; its figure is a mean over validation images in any order.
+    # A draw selects training images; its accuracy is a mean over validation images in any order.
     names = {"image": {"val"}, "draw": {"train"}, "query": then.keys() | now.keys()}[mine.unit]
     return all(name in then and then[name].pairs_with(now.get(name)) for name in names)
 
@@ -381,11 +382,11 @@ def _paired(first: Entry, other: Entry, mine: Figure, own: Figure) -> bool:
 
 
 def rows_of(comparisons: Sequence[Comparison], markdown: bool) -> list[str]:
-    """The table's lines: columns of text, or GitHub's Markdown."""
+    """Format the table as lines of text or GitHub Markdown."""
     header = ["figure", "file", "% [95%]", "difference [95%]", "only first right", "only this right", "p", "p (Holm)"]
     rows, named = [], ""
     for one in comparisons:
-        new = one.difference is None or one.figure != named  # under --allow k, figures of other files have other names
+        new = one.difference is None or one.figure != named  # with --allow k, names differ between files
         named = one.figure
         counts = ["-" if count is None else f"{count:,}" for count in (one.only_first, one.only_this)]
         cells = [named if new else "", one.file, percent(one.percent, one.interval)]
@@ -394,28 +395,28 @@ def rows_of(comparisons: Sequence[Comparison], markdown: bool) -> list[str]:
 
 
 def notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """What has to be known to read the table."""
+    """List notes on how to read the table."""
     tests = [one for one in comparisons if one.p is not None]
     lines = []
     if any(one.only_first is not None for one in tests):
-        lines.append("interval of a difference by paired bootstrap; p: McNemar's exact test on what only one has right")
+        lines.append("differences: paired bootstrap intervals; p: McNemar's exact test on hits of only one file")
     if any(one.only_first is None for one in tests):
-        lines.append("means over queries or draws: intervals and p by Student's t, differences in pairs")
+        lines.append("means over queries or draws: intervals and p of differences by the paired t-test")
     if len(tests) > 1:
-        lines.append(f"p (Holm): corrected for the {len(tests)} tests of this table; --figure WORDS leaves fewer")
+        lines.append(f"p (Holm): corrected for the {len(tests)} tests of this table; --figure WORDS selects fewer")
     if any(one.difference is not None and one.p is None for one in comparisons):
-        lines.append("no p: not paired, without its values one by one, or the same difference everywhere")
+        lines.append("no p: not paired, individual values unknown, or all differences equal")
     return lines
 
 
 def shown(value: object) -> str:
-    """A value of a file for a sentence."""
+    """Format a setting for a message."""
     text = "not set" if value is None else str(value)
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def _changed(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
-    """``name then -> now`` by name for each value that differs."""
+    """Return ``name then -> now`` by name for each value that differs."""
     return {
         name: f"{name} {shown(then.get(name))} -> {shown(now.get(name))}"
         for name in sorted(then.keys() | now.keys())
@@ -428,13 +429,13 @@ def _p(value: float | None) -> str:
 
 
 def _show(lines: Sequence[str], markdown: bool) -> None:
-    """Lines beside the table: in Markdown a list."""
+    """Print lines, in Markdown as a list."""
     for line in lines:
         print(f"- {escaped(printable(line))}" if markdown else printable(line))
 
 
 def command() -> None:
-    """The console entry."""
+    """Console entry point."""
     run_main(lambda: main(sys.argv[1:]))
 
 

@@ -1,4 +1,4 @@
-"""Every setting of the runners that measure, with its default: the only place that has them."""
+"""Settings of the evaluation commands: names, defaults, bounds and help texts."""
 
 from __future__ import annotations
 
@@ -23,77 +23,78 @@ from dino_xcit.errors import InputError
 from dino_xcit.transform import WHITE
 
 Pooling = Literal["cls", "mean", "gem", "cls+mean", "cls+gem"]
-"""The tokens that an image's vector is made of, see :class:`eval.pooling.Descriptor`."""
+"""Tokens that form the vector of an image, see :class:`eval.pooling.Descriptor`."""
 PAPER_EPOCHS = 100
 """Epochs of the published linear probes."""
 SMALL_EPOCHS = 8
-"""Epochs of a probe on pictures of at most SMALL_CROP pixels, when nobody says otherwise: a minute on a CPU
-(xcit_micro_4_p16 on the sample, held-out training images: 81.0 after 8 epochs, 80.3 after 16)."""
+"""Default number of epochs for images of at most SMALL_CROP pixels: one minute on a CPU. xcit_micro_4_p16 on the sample
+reaches 81.0 on held-out training images after 8 epochs and 80.3 after 16."""
 PAPER_CROP_SCALE = (0.08, 1.0)
-"""Crops of the published linear probes (torchvision's default)."""
+"""Crop scale of the published linear probes (torchvision's default)."""
 SMALL_CROP_SCALE = (1.0, 1.0)
-"""Pictures of at most SMALL_CROP pixels are not cropped, when nobody says otherwise: an eighth of such a picture
-shows nothing (xcit_micro_4_p16 on the sample, top-1 on held-out training images: 78.5 with least area 0.6, 81.0 with
-0.8, 82.5 with 0.95, 83.2 uncropped)."""
+"""Default crop scale for images of at most SMALL_CROP pixels: no cropping, as small crops lose the object.
+xcit_micro_4_p16 on the sample, top-1 on held-out training images: 78.5 with a minimum area of 0.6, 81.0 with 0.8, 82.5
+with 0.95, 83.2 without cropping."""
 SMALL_CROP = 64
 
 
 class IsOutput:
-    """Mark of a file that is written at the end of a run: it is tried before."""
+    """Marks an output file, which is checked for writability before the run."""
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which backbone is measured, and on what machine: the settings that all three runners share."""
+    """Settings shared by all evaluation commands: backbone, data and machine."""
 
     weights: Annotated[FilePath, Group("model")] = ""
-    """What to measure: a checkpoint of this project, DINO, DINOv2, iBOT, MoCo, MAE, XCiT, VISSL, lightly, solo-learn,
-    timm or torchvision, a .safetensors file, a folder or hf-hub:ORG/NAME of timm or transformers, or timm:NAME with
-    timm's pretrained tag or without; docs/checkpoints.md."""
+    """Weights to evaluate: a checkpoint of this project, DINO, DINOv2, iBOT, MoCo, MAE, XCiT, VISSL, lightly,
+    solo-learn, timm or torchvision, a .safetensors file, a folder or hf-hub:ORG/NAME of timm or transformers, or
+    timm:NAME with or without a pretrained tag; see docs/checkpoints.md."""
     network: Literal["teacher", "student"] = "teacher"
-    """Which network of a checkpoint that holds both."""
+    """Network to evaluate if the checkpoint holds both."""
     arch: str = ""
-    """Architecture, where the file neither says nor shows it."""
+    """Architecture. Default: inferred from the file."""
     allow_missing: tuple[str, ...] = ()
-    """Keys of the backbone that the file may lack, by name or by their beginning and *: they keep untrained values."""
+    """Keys of the backbone that may be missing from the file: names, or prefixes followed by *. They keep their initial
+    values."""
     allow_unexpected: tuple[str, ...] = ()
-    """Keys of the file that the backbone may lack, likewise: they are left aside."""
+    """Keys of the file that may be missing from the backbone: names, or prefixes followed by *. They are ignored."""
     data_path: Annotated[str, Group("data")] = ""
     """Images: a folder, a .txt list, tar:PATTERN, parquet:PATTERN, hf:NAME_OR_DIR, imagenet:DIR, sample:fashion-mnist,
-    torchvision:NAME; see docs/data.md. Default: what the checkpoint was trained on."""
+    torchvision:NAME; see docs/data.md. Default: the training data of the checkpoint."""
     eval_resize: Annotated[int, Ge(0)] = 0
-    """Shorter side that images are resized to; 0: as the checkpoint says, else 8/7 of the crop."""
+    """Length of the shorter side after resizing; 0: from the checkpoint, else 8/7 of the crop."""
     eval_crop: Annotated[int, Ge(0)] = 0
-    """Centre crop; 0: as the checkpoint says, else 224."""
+    """Size of the centre crop; 0: from the checkpoint, else 224."""
     white_level: Annotated[int, Ge(0), Le(WHITE)] = 0
-    """Value of 16-bit grey images that is white, such as 4095; 0: as the checkpoint says, else 65535."""
+    """Pixel value of white in 16-bit grey images, such as 4095; 0: from the checkpoint, else 65535."""
     batch_size_per_gpu: Annotated[int, Ge(1), Group("machine")] = 128
-    """Images in one forward pass of one process (--batch-size is the same)."""
+    """Images per forward pass and rank (alias: --batch-size)."""
     num_workers: Annotated[int, Ge(-1)] = -1
-    """Loader processes a rank; -1: chosen from the cores at hand."""
+    """Loader workers per rank; -1: chosen from the number of cores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto: a GPU if there is one."""
+    """Device; auto: a GPU if one is available."""
     cache: bool = True
-    """Keep extracted features, and use those that were kept. --no-cache: neither."""
+    """Cache extracted features and reuse cached ones."""
     cache_dir: FilePath = ""
-    """Where features are kept. Default: features/ beside the weights."""
+    """Folder of the feature cache. Default: features/ beside the weights."""
     json: Annotated[FilePath, IsOutput, Group("evaluation")] = ""
-    """Write the figures, and how they were measured, to this file."""
+    """Write the results and the protocol to this file."""
 
     def check(self) -> None:
-        """Check how the settings go together; :func:`dino_xcit.cli.parse` calls it after the bounds.
+        """Check combinations of settings; :func:`dino_xcit.cli.parse` calls it after checking the bounds.
 
         Raises:
-            InputError: names the field, its value and what is expected.
+            InputError: with field name, value and expected value.
         """
-        from dino_xcit.weights import Allowed  # imports PyTorch: a command reads its flags before
+        from dino_xcit.weights import Allowed  # imports PyTorch, which commands avoid while parsing flags
 
         Allowed(self.allow_missing, self.allow_unexpected).check()
         if not self.cache:
             refuse_changed(self, ("cache_dir",), "with --no-cache")
 
     def written(self) -> dict[str, str]:
-        """The files that are written at the end, by the names of their settings; those not asked for are empty."""
+        """Return the output files by setting name; empty strings for those not requested."""
         return {name: getattr(self, name) for name in marked(type(self), IsOutput)}
 
 
@@ -102,34 +103,34 @@ class KnnConfig(BackboneConfig):
     """Settings of run_knn.py."""
 
     train_data: Annotated[str, Group("data")] = ""
-    """Labelled images that vote, where not DATA_PATH/train."""
+    """Labelled images to search for neighbours. Default: DATA_PATH/train."""
     val_data: str = ""
-    """Labelled images that are classified, where not DATA_PATH/val."""
+    """Labelled images to classify. Default: DATA_PATH/val."""
     ks: Annotated[tuple[int, ...], Ge(1), MinLen(1), Unique, Group("evaluation")] = (10, 20, 100, 200)
-    """How many neighbours vote; each is measured, all with one search."""
+    """Numbers of neighbours; one search serves all of them."""
     temperatures: Annotated[tuple[float, ...], Gt(0), MinLen(1), Unique] = (0.07,)
-    """Vote weight exp(cosine similarity / T); each is measured."""
+    """Temperatures T of the vote weight exp(cosine similarity / T)."""
     baselines: bool = False
-    """Also measure the same architecture untrained, and raw pixels."""
+    """Also evaluate the untrained architecture and raw pixels."""
     few_shot: Annotated[tuple[int, ...], Ge(1), Unique] = ()
-    """Also measure with so many labelled images a class, such as 1 2 5 10, drawn at random --draws times."""
+    """Also evaluate with this many labelled images per class, such as 1 2 5 10, drawn at random --draws times."""
     draws: Annotated[int, Ge(1)] = 5
-    """How many times --few-shot draws its images; the mean and the deviation over the draws are reported."""
+    """Random draws per value of --few-shot; the results are the mean and std over the draws."""
     seed: Seed = 0
-    """Seed of what is drawn: the few-shot images, and the queries that recall is measured on."""
+    """Seed of the few-shot draws and of the queries for the recall of an approximate search."""
     unreadable: Literal["refuse", "skip"] = "refuse"
-    """What becomes of an image that cannot be read: the run ends and names it, or it is left out and counted."""
+    """Handling of unreadable images: end the run with the image's name, or skip and count them."""
     per_class: Annotated[FilePath, IsOutput, Suffix(".csv")] = ""
-    """Write a table of the classes to this .csv file: images, top-1, most confused with; at the first of --ks and
+    """Write images, top-1 and most confused class for each class to this .csv file; for the first of --ks and
     --temperatures."""
     confusion: Annotated[FilePath, IsOutput, Suffix(".png")] = ""
-    """Draw which classes are taken for which into this .png file; at the first of --ks and --temperatures."""
+    """Draw the confusion matrix to this .png file; for the first of --ks and --temperatures."""
     approximate: Literal["no", "ivf", "hnsw", "pq"] = "no"
-    """Search approximately: ivf (lists), hnsw (a graph), pq (lists of codes). The recall against exact search is
-    measured and reported."""
+    """Approximate search: ivf (inverted lists), hnsw (graph), pq (inverted lists of product-quantised codes). The
+    recall against exact search is measured and reported."""
     probes: Annotated[int, Ge(0)] = 0
-    """How much an approximate search looks at: lists (ivf, pq) or candidates (hnsw, never fewer than the largest of
-    --ks); 0: chosen by the number of images."""
+    """Lists (ivf, pq) or candidates (hnsw, at least the largest of --ks) that an approximate search visits per query;
+    0: chosen from the number of images."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -144,57 +145,57 @@ class KnnConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class LinearConfig(BackboneConfig):
-    """Settings of run_linear.py. The defaults are the published protocol's, with a grid of learning rates beside it."""
+    """Settings of run_linear.py. The defaults are the published protocol and a grid of learning rates."""
 
     train_data: Annotated[str, Group("data")] = ""
-    """Labelled images to learn from, where not DATA_PATH/train."""
+    """Labelled training images. Default: DATA_PATH/train."""
     val_data: str = ""
-    """Labelled images to measure on, where not DATA_PATH/val."""
+    """Labelled validation images. Default: DATA_PATH/val."""
     epochs: Annotated[int, Ge(0), Group("optimisation")] = 0
     """Passes over the training images; 0: 100 as published, or 8 for images of at most 64 pixels."""
     lr: Annotated[float, Gt(0)] = 0.001
-    """The paper's learning rate, for a batch of 256 over all processes; scaled linearly with the batch."""
+    """The paper's learning rate for a global batch of 256; scaled linearly with the batch."""
     lrs: Annotated[tuple[float, ...], Gt(0), Unique] = (
         1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0,
         2.0, 5.0,
     )  # fmt: skip
-    """Grid of learning rates (scaled likewise), trained on the same forward pass; the best is chosen on held-out
+    """Grid of learning rates, scaled like --lr and trained on the same forward pass. The best is chosen on held-out
     training images."""
     features: Annotated[tuple[str, ...], MinLen(1), Unique, Group("evaluation")] = ("cls",)
-    """What the grid's classifiers and the logistic regression see, each of these side by side on the same forward pass:
-    cls, cls+mean (the mean of the patch tokens beside it), lastN such as last4 (of the last N blocks); see
-    docs/linear.md. The paper's classifier sees the class token."""
+    """Input features of the grid and of the logistic regression: cls, cls+mean (class token and mean of the patch
+    tokens), lastN such as last4 (class tokens of the last N blocks); see docs/linear.md. Several values share one
+    forward pass. The paper's classifier always uses the class token."""
     holdout: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of the training images that the grid does not learn from and is chosen on; 0: no grid."""
+    """Share of the training images held out from the grid to choose the best classifier; 0: no grid."""
     sgd: bool = True
-    """Train the paper's classifier and the grid. --no-sgd: the logistic regression alone."""
+    """Train the paper's classifier and the grid. --no-sgd: logistic regression only."""
     cached: bool = False
-    """Keep the features of a few augmented epochs, and train on those as often as --epochs says: minutes, not hours."""
+    """Cache the features of a few augmented epochs and train on them for --epochs: minutes instead of hours."""
     cached_epochs: Annotated[int, Ge(1)] = 4
-    """How many augmented epochs --cached keeps."""
+    """Number of augmented epochs that --cached stores."""
     cached_precision: Literal["float16", "float32"] = "float16"
-    """How --cached keeps them: 2 or 4 bytes a feature."""
+    """Type of the features that --cached stores."""
     logreg: bool = False
-    """Also fit a logistic regression by L-BFGS on unaugmented features."""
+    """Also fit a logistic regression with L-BFGS on features of unaugmented images."""
     logreg_cs: Annotated[tuple[float, ...], Gt(0), MinLen(1), Unique] = tuple(
         float(f"{10 ** (step / 4 - 6):.3g}") for step in range(45)
     )
-    """Inverse strengths of its L2 penalty (scikit-learn's C), of which held-out training images choose one. Default:
-    DINOv2's 45 from 1e-6 to 1e5, four a decade."""
+    """Inverse strengths of the L2 penalty (scikit-learn's C); the best is chosen on held-out training images. Default:
+    DINOv2's grid of 45 values from 1e-6 to 1e5, four per decade."""
     logreg_iterations: Annotated[int, Ge(1)] = 1000
-    """Iterations of L-BFGS at most, for each C."""
+    """Maximum number of L-BFGS iterations for each C."""
     also: tuple[str, ...] = ()
-    """Variants of ImageNet's validation images to measure the recommended classifier on: imagenet-v2:DIR,
+    """Variants of ImageNet's validation set on which to evaluate the recommended classifier: imagenet-v2:DIR,
     imagenet-a:DIR, imagenet-r:DIR, sketch:DIR, real:FILE.json."""
     crop_scale: Annotated[tuple[float, float], Group("crops")] = (0.0, 0.0)
-    """Share of a training image's area that a crop covers: least, most; 0 0: 0.08 1 as published, or 1 1 for images
-    of at most 64 pixels."""
+    """Minimum and maximum share of a training image's area in a crop; 0 0: 0.08 1 as published, or 1 1 for images of at
+    most 64 pixels."""
     seed: Annotated[Seed, Group("machine")] = 0
-    """Seed of the classifiers, the crops, the order of the images and the held-out part."""
+    """Seed of the initial classifiers, the crops, the image order and the held-out images."""
     output_dir: Annotated[FilePath, Group("checkpoints")] = ""
-    """Where linear.pth goes. Default: linear/ beside the weights."""
+    """Folder for linear.pth and logreg.pth. Default: linear/ beside the weights."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: resume if output_dir holds this probe, refuse if it holds another; never: start anew and overwrite."""
+    """auto: resume if output_dir holds this probe, refuse if it holds another. never: start anew and overwrite."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -206,7 +207,7 @@ class LinearConfig(BackboneConfig):
             blocks_of(name)
         variants = [split(word)[0] for word in self.also]
         if len(set(variants)) < len(variants):
-            raise InputError(f"also is {' '.join(variants)}, expected each once")
+            raise InputError(f"also is {' '.join(variants)}, expected each variant once")
         if not self.sgd:
             refuse_changed(self, ("epochs", "lr", "lrs", "crop_scale", "cached"), "with --no-sgd")
         if not self.cached:
@@ -214,15 +215,15 @@ class LinearConfig(BackboneConfig):
         if not self.logreg:
             refuse_changed(self, ("logreg_cs", "logreg_iterations"), "without --logreg")
             if not self.sgd:
-                raise InputError("sgd is off, and so is logreg: add --logreg, or leave --no-sgd out")
+                raise InputError("both sgd and logreg are off: add --logreg or omit --no-sgd")
             if not (self.holdout and self.lrs):
                 refuse_changed(self, ("features",), "without a --holdout and --lrs for the grid, or --logreg")
         if self.cached and not self.cache:
-            raise InputError("cached needs a folder for its features: leave --no-cache out, or --cached")
+            raise InputError("both --cached and --no-cache are given: omit one of them")
         if self.logreg and not self.holdout and len(self.logreg_cs) * len(self.features) > 1:
             raise InputError(
-                "holdout is 0, but the logistic regression's C and features are chosen on held-out images: raise it, "
-                "or give one of --logreg-cs and one of --features"
+                "holdout is 0, but the C and the features of the logistic regression are chosen on held-out images: "
+                "raise --holdout, or give a single value each for --logreg-cs and --features"
             )
         least, most = self.crop_scale
         if not (0 < least <= most <= 1 or least == most == 0):
@@ -234,15 +235,15 @@ class CompareConfig:
     """Settings of python -m eval.compare."""
 
     files: Annotated[tuple[str, ...], MinLen(2), IsPath, Positional, Repeatable] = ()
-    """Result files (--json of run_knn.py, run_linear.py, run_retrieval.py) and published:NAME; the others are held
-    against the first. --files may be left out before them."""
+    """Result files (--json of run_knn.py, run_linear.py, run_retrieval.py) and published:NAME. All are compared with
+    the first. The flag --files itself may be omitted."""
     allow: tuple[str, ...] = ()
-    """Differences to let pass, by the names that a refusal gives them: transform, train, val, k, T, classifier ..."""
+    """Differences to accept, by the names in the error message: transform, train, val, k, T, classifier ..."""
     figure: tuple[str, ...] = ()
-    """Compare only the figures with these words in their names, such as k=20, or "grid last"; or one for each file,
-    such as grid logreg."""
+    """Compare only figures with these words in their names, such as k=20 or "grid last"; either one value for all files
+    or one per file, such as grid logreg."""
     table: Literal["text", "markdown"] = "text"
-    """How the table is printed: for the screen, or for GitHub."""
+    """Format of the table."""
     json: FilePath = ""
     """Write the comparison to this file."""
 
@@ -251,5 +252,5 @@ class CompareConfig:
         if len(self.figure) not in (0, 1, len(self.files)):
             raise InputError(
                 f"figure has {len(self.figure)} values, expected one for all files or one for each of the "
-                f"{len(self.files)}: quote words that belong together, such as --figure 'grid last'"
+                f"{len(self.files)} files: quote words that belong together, such as --figure 'grid last'"
             )

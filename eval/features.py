@@ -1,4 +1,4 @@
-"""Features of a frozen backbone over a data set, extracted once and cached. B batch, D features of a vector."""
+"""Feature extraction with a frozen backbone, and the feature cache. B is the batch size, D the number of features."""
 
 from __future__ import annotations
 
@@ -32,35 +32,38 @@ from eval.pooling import CLASS_TOKEN, Descriptor
 CACHE_VERSION = "1"
 
 Unreadable = Literal["refuse", "skip"]
-"""What becomes of an image that cannot be read: an error that names it, or it is left out and counted."""
+"""Handling of unreadable images: raise an error that names the image, or skip it."""
 Rows = NDArray[np.float32]
 Chunk = tuple[Rows, NDArray[np.bool_]]
-"""Rows [some, D], and whether each image could be read, [some]."""
+"""Rows [n, D] and a mask [n] of the readable images."""
 
 _MIN_FOR_WORKERS = 256
-"""Fewer images are read in this process: starting another takes longer."""
+"""Minimum number of images for which starting workers saves time."""
 _MAX_NAMES, _MAX_SHOWN = 100, 5
-"""Of images that could not be read, in a result file and on the screen."""
+"""Maximum number of unreadable images named in a result file and in the log."""
 _ABANDONED_SECONDS = 3600
+"""Age at which temporary folders of killed processes are deleted."""
 
 
 @dataclass
 class Features:
-    """Rows in the order of the source, of the images that could be read."""
+    """Features and labels of the readable images, in the order of the source."""
 
     features: Rows
-    """[images, D], not normalised; memory-mapped where they come from the cache."""
+    """[images, D], not normalised; memory-mapped if read from the cache."""
     labels: NDArray[np.int64] | None
     """[images], or None for a source without labels."""
     fingerprint: str = ""
-    """Of the source, from :func:`cached`."""
+    """Fingerprint of the source, set by :func:`cached`."""
     unreadable: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Numbers of the source's images that could not be read and are left out, ascending."""
+    """Indices of the skipped unreadable images, ascending."""
 
 
 class TransformedImages(Dataset[Tensor | UndecodableImage]):
-    """Source items as uint8 tensors [3, crop, crop]. An image that cannot be read is returned as its error: a loader
-    process would bury the message of a raised one in a traceback."""
+    """Images of a source as uint8 tensors [3, crop, crop].
+
+    Errors of unreadable images are returned: raised ones would come out of a worker inside a traceback.
+    """
 
     def __init__(self, source: Source, transform: EvalTransform) -> None:
         self.source, self.transform = source, transform
@@ -74,7 +77,7 @@ class TransformedImages(Dataset[Tensor | UndecodableImage]):
 
 
 def _stack(images: list[Tensor | UndecodableImage]) -> tuple[Tensor, list[int], UndecodableImage | None]:
-    """The images that could be read, their places among all, and the first error."""
+    """Stack the readable images and return them with their positions in the batch and the first error."""
     places = [place for place, image in enumerate(images) if isinstance(image, Tensor)]
     good = [image for image in images if isinstance(image, Tensor)]
     error = next((image for image in images if not isinstance(image, Tensor)), None)
@@ -85,18 +88,18 @@ def image_batches(
     source: Source, transform: EvalTransform, indices: Iterable[list[int]], total: int, num_workers: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, list[int], UndecodableImage | None]]:  # fmt: skip
-    """For each list of indices: its readable images [B, 3, crop, crop] uint8, their places in the list, an error.
+    """Yield for each list of indices the readable images [B, 3, crop, crop] uint8, their positions, and an error.
 
     Args:
-        indices: asked for some batches ahead of what is yielded.
-        total: about how many images this process will read: few are not worth the start of loader processes.
-        num_workers: loader processes; -1: chosen.
+        indices: consumed a few batches ahead of the output.
+        total: approximate number of images on this rank; few are read without workers.
+        num_workers: loader workers; -1: chosen.
     """
     few = num_workers < 0 and total < _MIN_FOR_WORKERS
     workers = 0 if few else choose_workers(num_workers, distributed.processes_here())
     yield from DataLoader(
         TransformedImages(source, transform),
-        batch_sampler=indices,  # type: ignore[arg-type]  # anything that can be iterated over once will do
+        batch_sampler=indices,  # type: ignore[arg-type]  # iterated over once
         num_workers=workers,
         collate_fn=_stack,
         worker_init_fn=worker_init() if workers else None,
@@ -109,23 +112,22 @@ def feature_rows(
     num_workers: int = -1, progress: bool = True, unreadable: Unreadable = "refuse",
     descriptor: Descriptor = CLASS_TOKEN, finite: bool = True,
 ) -> Iterator[Chunk]:  # fmt: skip
-    """Features in the order of the source, some at a time.
+    """Yield features in the order of the source, in chunks.
 
-    The backbone is in eval mode meanwhile; its mode is restored. Under torchrun the processes share the work and all
-    get every row.
+    The backbone runs in eval mode; its mode is restored afterwards. All ranks share the work and get all rows.
 
     Args:
-        backbone: on ``device``, with the output of :class:`dino_xcit.models.BackboneOutput`.
-        unreadable: an error, or a row of NaN.
-        descriptor: how an image's vector is made.
-        finite: refuse features that are not finite.
+        backbone: module on ``device`` that returns :class:`dino_xcit.models.BackboneOutput`.
+        unreadable: raise an error, or give a row of NaN.
+        descriptor: descriptor of the vectors.
+        finite: raise an error if features are not finite.
 
     Yields:
-        Rows [some, D] float32, and whether each image could be read, [some].
+        Rows [n, D] float32 and a mask [n] of the readable images.
 
     Raises:
-        UndecodableImage: an image cannot be read; it is named.
-        InputError: an image's features are not finite.
+        UndecodableImage: an image is unreadable; the message names it.
+        InputError: the features of an image are not finite.
     """
     world, rank, total = distributed.world_size(), distributed.rank(), len(source)
     rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
@@ -139,7 +141,7 @@ def feature_rows(
             for chunk, own in zip(rounds, mine, strict=True):
                 with torch.inference_mode():
                     rows = torch.full((len(own), width), torch.nan, device=device)
-                    # A row of NaN would not tell: a network that diverged has such for every image.
+                    # A separate mask, as a diverged network gives NaN for readable images.
                     read = torch.zeros(len(own), dtype=torch.uint8, device=device)
                     if own:
                         readable, places, error = next(images)
@@ -159,20 +161,20 @@ def feature_rows(
 
 
 def refuse_not_finite(rows: Tensor, source: Source, indices: Sequence[int]) -> None:
-    """Check features where they are made.
+    """Check that features are finite.
 
     Args:
-        rows: [some, D].
-        indices: [some], which images of ``source`` these are.
+        rows: [n, D].
+        indices: [n], indices of the images in ``source``.
 
     Raises:
-        InputError: NaN or an infinite number; the image is named.
+        InputError: a feature is NaN or infinite; the message names the image.
     """
     wrong = (~torch.isfinite(rows).all(dim=1)).nonzero()
     if len(wrong):
         raise InputError(
-            f"the features of {source.name(indices[int(wrong[0])])} are not finite: the weights are damaged, or their "
-            "training diverged; measure another checkpoint"
+            f"the features of {source.name(indices[int(wrong[0])])} are not finite: the weights are damaged or their "
+            "training diverged; give another checkpoint"
         )
 
 
@@ -180,7 +182,7 @@ def extract(
     backbone: nn.Module, source: Source, transform: EvalTransform, device: torch.device, num_workers: int = -1,
     progress: bool = True, unreadable: Unreadable = "refuse", finite: bool = True,
 ) -> Features:  # fmt: skip
-    """The class tokens of :func:`feature_rows` in one array, on every process, without images that cannot be read."""
+    """Extract the class tokens of all readable images into one array, on every rank."""
     chunks = feature_rows(
         backbone, source, transform, device, 128, num_workers, progress, unreadable, CLASS_TOKEN, finite
     )
@@ -192,20 +194,20 @@ def cached(
     cache_dir: Path | None, batch_size: int = 128, num_workers: int = -1, descriptor: Descriptor = CLASS_TOKEN,
     unreadable: Unreadable = "refuse", half: bool = False, whole: bool = True,
 ) -> Features:  # fmt: skip
-    """As :func:`extract`, but kept below ``cache_dir`` under a key of weights, data, preprocessing and descriptor.
+    """Extract features or read them from the feature cache, whose key is weights, data, transform and descriptor.
 
-    A folder is complete or absent: it is written aside and renamed. With several processes, ``cache_dir`` is one that
-    all of them see. Rows that lack images are extracted anew where unreadable images are refused.
+    Entries are written atomically. Several ranks need a ``cache_dir`` that is visible to all of them. With
+    ``unreadable="refuse"``, cached features without the unreadable images are not reused.
 
     Args:
-        weights_hash: identifies the backbone's weights (:func:`dino_xcit.weights.hash_state`).
-        cache_dir: None: extract anew and keep nothing.
-        half: keep float16, and return it.
-        whole: ``source`` is all of the data, so that one image at least must be readable.
+        weights_hash: hash of the backbone's weights (:func:`dino_xcit.weights.hash_state`).
+        cache_dir: folder of the cache; None: do not cache.
+        half: store and return float16.
+        whole: ``source`` is the whole data set, in which at least one image must be readable.
 
     Raises:
-        UndecodableImage: an image cannot be read, and such are refused.
-        InputError: no image can be read, or the disk is too small for the features.
+        UndecodableImage: an image is unreadable and ``unreadable`` is ``"refuse"``.
+        InputError: all images are unreadable, or the disk is too small for the features.
     """
     fingerprint = distributed.on_main(source.fingerprint)
     shape = (len(source), descriptor.width(width_of(backbone)))
@@ -216,7 +218,7 @@ def cached(
         return _in_memory(chunks, source, shape[1], fingerprint)
     metadata, folder = _cache_slot(cache_dir, weights_hash, fingerprint, shape, transform, descriptor, half)
     complete = unreadable == "refuse"
-    # All processes do as the main one says: they must not disagree about whether there is work to share.
+    # Rank 0 decides for all ranks, which must agree on whether to extract.
     if not distributed.broadcast_from_main(_read_rows(folder, shape, complete, half) is not None):
         if distributed.is_main():
             _write_rows(folder, chunks, shape, metadata | {"source": source.url}, half)
@@ -224,20 +226,17 @@ def cached(
             for _ in chunks:
                 pass
         distributed.barrier()
-    kept = _read_rows(folder, shape, complete, half)
-    if kept is None:
-        raise InputError(f"the features just kept in {folder} are gone: name a --cache-dir that all processes see")
-    return _features(*kept, source, fingerprint)
+    stored = _read_rows(folder, shape, complete, half)
+    if stored is None:
+        raise InputError(f"the features just cached in {folder} are missing: give a --cache-dir visible to all ranks")
+    return _features(*stored, source, fingerprint)
 
 
 def find_kept(
     weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform, cache_dir: Path | None,
     descriptor: Descriptor = CLASS_TOKEN,
 ) -> Rows | None:  # fmt: skip
-    """The features [images, D] = ``shape`` that :func:`cached` kept earlier, memory-mapped, or None.
-
-    Never those that lack images.
-    """
+    """Return complete features of ``shape`` [images, D] from the feature cache, memory-mapped, or None."""
     if cache_dir is None:
         return None
     _, folder = _cache_slot(cache_dir, weights_hash, fingerprint, shape, transform, descriptor)
@@ -249,15 +248,15 @@ def write_rows(
     path: Path, rows: Iterable[Rows] | Iterable[NDArray[np.float16]], shape: tuple[int, int], half: bool = False,
     fewer: bool = False,
 ) -> None:  # fmt: skip
-    """A ``.npy`` file of ``shape`` from its rows, some at a time; float32, or float16 if ``half``; flushed to the disk.
+    """Write chunks of rows to a ``.npy`` file of ``shape`` in float32, or float16 if ``half``, and flush it to disk.
 
-    Written in order rather than through a memory map: on a full disk that is an error, not a killed process.
+    Sequential writes raise an error on a full disk, where a memory map would kill the process.
 
     Args:
-        fewer: there may be fewer rows than ``shape`` says; the file has the shape that they are.
+        fewer: accept fewer rows than ``shape``; the file then has the actual shape.
 
     Raises:
-        ValueError: ``rows`` were fewer or more than ``shape`` says.
+        ValueError: the number of rows differs from ``shape``.
     """
     count, kind = 0, "<f2" if half else "<f4"
     header = {"descr": kind, "fortran_order": False}
@@ -267,7 +266,7 @@ def write_rows(
             file.write(np.ascontiguousarray(chunk, dtype=kind).data)
             count += len(chunk)
         if fewer and count < shape[0]:
-            file.seek(0)  # numpy leaves room for the longest count
+            file.seek(0)  # numpy pads the header for larger shapes
             np.lib.format.write_array_header_1_0(file, header | {"shape": (count, shape[1])})
         file.flush()
         os.fsync(file.fileno())
@@ -276,42 +275,42 @@ def write_rows(
 
 
 def width_of(backbone: nn.Module) -> int:
-    """D of the class token, the width of a backbone's features."""
+    """Return D, the width of a backbone's class token."""
     return int(backbone.embed_dim)  # type: ignore[arg-type]
 
 
 def fingerprint_without(fingerprint: str, unreadable: NDArray[np.int64]) -> str:
-    """Of a source without some of its images: another than that of all of them, or than without others."""
+    """Return the fingerprint of a source without its unreadable images."""
     if not len(unreadable):
         return fingerprint
     return hash_lines([fingerprint, *(f"without {number}" for number in unreadable.tolist())])
 
 
 def unreadable_card(names: Sequence[str]) -> dict[str, object]:
-    """What a result file says of the images that were left out: how many, and the names of the first."""
+    """Describe the skipped images in a result file: their count and the first names."""
     return {"count": len(names), "first": list(names[:_MAX_NAMES])}
 
 
 def unreadable_notice(name: str, source: Source, numbers: NDArray[np.int64]) -> str:
-    """How many images of a part (``training``, ``validation``) could not be read, and the names of the first."""
+    """Describe the unreadable images of a part (``training``, ``validation``) in a log message."""
     names = ", ".join(printable(source.name(int(number))) for number in numbers[:_MAX_SHOWN])
     more = " ..." if len(numbers) > _MAX_SHOWN else ""
-    return f"{len(numbers):,} of {len(source):,} {name} images could not be read and are left out: {names}{more}"
+    return f"{len(numbers):,} of {len(source):,} {name} images are unreadable and skipped: {names}{more}"
 
 
-# ---- the cache: CACHE_DIR/KEY/ with features.npy, metadata in card.json, and unreadable.npy where images are lacking
+# ---- the cache: CACHE_DIR/KEY/ with features.npy, metadata in card.json, and unreadable.npy if images were skipped
 
 
 def _cache_slot(
     cache_dir: Path, weights_hash: str, fingerprint: str, shape: tuple[int, int], transform: EvalTransform,
     descriptor: Descriptor, half: bool = False,
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
-    """All that decides what features are, and the folder that is named by it."""
+    """Return the metadata that determines the features, and the cache folder, named by its hash."""
     metadata = {
         "version": CACHE_VERSION, "weights": weights_hash, "data": fingerprint, "images": shape[0],
         "dimension": shape[1], "transform": transform.to_dict(),
     }  # fmt: skip
-    if descriptor != CLASS_TOKEN:  # which is not named: features were cached before there was a choice
+    if descriptor != CLASS_TOKEN:  # omitted for the class token, so that older cache entries remain valid
         metadata["descriptor"] = descriptor.to_dict()
     if half:
         metadata["type"] = "float16"
@@ -321,41 +320,41 @@ def _cache_slot(
 def _read_rows(
     folder: Path, shape: tuple[int, int], complete: bool, half: bool = False
 ) -> tuple[Rows, NDArray[np.int64]] | None:
-    """The rows in a cache folder and the numbers of the images that they lack; None if absent or damaged.
+    """Read a cache entry: rows and indices of the skipped images; None if absent or damaged.
 
     Args:
-        shape: of the rows of all images.
-        complete: no image may be lacking.
+        shape: shape of the rows of all images.
+        complete: reject an entry with skipped images.
     """
-    lacking, file = np.empty(0, dtype=np.int64), folder / "unreadable.npy"
+    skipped, file = np.empty(0, dtype=np.int64), folder / "unreadable.npy"
     try:
         path = folder / "features.npy"
-        rows: Rows = np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # no rows cannot be mapped
+        rows: Rows = np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # mmap refuses empty arrays
         if not complete and file.exists():
-            lacking = np.load(file)
+            skipped = np.load(file)
     except (OSError, ValueError, EOFError):
         return None
     dtype = np.float16 if half else np.float32
-    whole = rows.shape == (shape[0] - len(lacking), shape[1]) and rows.dtype == dtype
-    return (rows, lacking) if whole else None
+    whole = rows.shape == (shape[0] - len(skipped), shape[1]) and rows.dtype == dtype
+    return (rows, skipped) if whole else None
 
 
 def _write_rows(
     folder: Path, chunks: Iterator[Chunk], shape: tuple[int, int], metadata: dict[str, Any], half: bool
 ) -> None:
-    """Keep the rows of the images that could be read.
+    """Write the rows of the readable images to the cache.
 
     Raises:
-        InputError: the disk has no room for them, or a feature does not fit ``half``'s float16.
+        InputError: the disk is too small, or a feature exceeds the range of float16.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     size, free = shape[0] * shape[1] * (2 if half else 4), shutil.disk_usage(folder.parent).free
     if size > free:
         raise InputError(
-            f"the features of {metadata['source']} take {size / 2**30:.1f} GiB, and {folder.parent} has "
-            f"{free / 2**30:.1f} GiB free: name another --cache-dir"
+            f"the features of {metadata['source']} take {size / 2**30:.1f} GiB, but {folder.parent} has "
+            f"{free / 2**30:.1f} GiB free: give another --cache-dir"
         )
-    for left in folder.parent.glob(".*.tmp"):  # by killed processes
+    for left in folder.parent.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - max(file.stat().st_mtime for file in (left, *left.rglob("*"))) > _ABANDONED_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
@@ -365,21 +364,21 @@ def _write_rows(
         for rows, read in chunks:
             masks.append(read)
             if half and (largest := float(np.abs(rows[read]).max(initial=0))) > float(np.finfo(np.float16).max):
-                raise InputError(f"a feature of {largest:g} does not fit float16: use --cached-precision float32")
+                raise InputError(f"a feature is {largest:g}, too large for float16: give --cached-precision float32")
             yield rows[read]
 
-    # A folder of its own for each process: several may want the same features at the same time.
+    # A temporary folder per process, as several runs may write the same entry at the same time.
     with tempfile.TemporaryDirectory(".tmp", ".", folder.parent, ignore_cleanup_errors=True) as temporary:
         aside = Path(temporary) / folder.name
         aside.mkdir()
         write_rows(aside / "features.npy", readable_rows(), shape, half, fewer=True)
-        lacking = np.flatnonzero(~np.concatenate([*masks, np.empty(0, dtype=np.bool_)]))
-        if len(lacking):
-            np.save(aside / "unreadable.npy", lacking)
+        skipped = np.flatnonzero(~np.concatenate([*masks, np.empty(0, dtype=np.bool_)]))
+        if len(skipped):
+            np.save(aside / "unreadable.npy", skipped)
         (aside / "card.json").write_text(json.dumps(metadata, indent=1))
-        if _read_rows(folder, shape, not len(lacking), half) is None:
+        if _read_rows(folder, shape, not len(skipped), half) is None:
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process was faster
+            with contextlib.suppress(OSError):  # another run was faster
                 os.replace(aside, folder)
             atomic.flush_folder(folder.parent)
 
@@ -400,10 +399,10 @@ def _features(rows: Rows, unreadable: NDArray[np.int64], source: Source, fingerp
 
 
 def _any_readable(chunks: Iterator[Chunk], source: Source) -> Iterator[Chunk]:
-    """The same; an error at their end, on every process, where no image could be read."""
+    """Pass chunks through and raise an error at the end, on every rank, if all images are unreadable."""
     found = not len(source)
     for rows, read in chunks:
         found |= bool(read.any())
         yield rows, read
     if not found:
-        raise InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
+        raise InputError(f"all {len(source):,} images of {source.url} are unreadable: check --data-path")

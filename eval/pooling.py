@@ -1,8 +1,8 @@
-"""From an image to one vector: which tokens, how they are pooled, at which sizes.
+"""Image descriptors: pooling of tokens and averaging over scales.
 
-Several scales are not averaged as in DINO's ``eval_image_retrieval.py``: that sums the raw features of the scales and
-brings the sum to length 1 once; here each scale's vector is brought to length 1 before the mean, so that each has the
-same weight, and sides are rounded to whole patches.
+Unlike DINO's ``eval_image_retrieval.py``, which normalises the sum of the raw features of all scales, each scale's
+vector is normalised before the mean, so that all scales have the same weight, and image sides are rounded to whole
+patches.
 
 B batch, N patch tokens, D features of the backbone, E features of the vector.
 """
@@ -23,44 +23,43 @@ from dino_xcit.errors import InputError
 from eval.config import Pooling
 
 EPS = 1e-6
-"""Tokens are clamped to this before GeM's power: a negative number has no root."""
+"""Lower bound of the tokens in GeM, whose power is undefined for negative numbers."""
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """How the vector of an image is made of a backbone's output.
+    """Map from images to vectors through a backbone.
 
-    The patch tokens are those of the last block that mixes patches (:class:`dino_xcit.models.BackboneOutput`): for
-    XCiT the last XCA block's, before class attention.
+    Patch tokens are the output of the last block that mixes patches (:class:`dino_xcit.models.BackboneOutput`): for
+    XCiT, the last XCA block before class attention.
     """
 
     pooling: Pooling = "cls"
     """``cls``: the class token after the final norm. ``mean``: mean of the patch tokens. ``gem``: their generalised
-    mean, see :func:`gem`. ``cls+mean``, ``cls+gem``: class token and that mean, each of length 1, one behind the
-    other."""
+    mean, see :func:`gem`. ``cls+mean``, ``cls+gem``: class token and mean, each of unit length, concatenated."""
     gem_p: Annotated[float, Gt(0), Le(100)] = 3.0
     """Exponent of the generalised mean."""
     scales: Annotated[tuple[float, ...], Gt(0), Le(8), MinLen(1), Unique] = (1.0,)
-    """Factors on the sides of the prepared image. With more than one, each scale's vector is brought to length 1, and
-    their mean is brought to length 1 again."""
+    """Factors of the sides of the transformed image. With more than one, the vector is the normalised mean of the
+    normalised vectors of all scales."""
 
     def check(self) -> None:
-        """Check every value.
+        """Check all values.
 
         Raises:
-            InputError: names the field, its value and what is expected.
+            InputError: with field name, value and expected value.
         """
         check_bounds(self)
 
     def width(self, embed_dim: int) -> int:
-        """E, for a backbone of ``embed_dim`` features."""
+        """Return E for a backbone of ``embed_dim`` features."""
         return 2 * embed_dim if "+" in self.pooling else embed_dim
 
     def __call__(self, backbone: nn.Module, images: Tensor) -> Tensor:
-        """Vectors [B, E] in float32.
+        """Compute vectors [B, E] in float32.
 
         Args:
-            backbone: with the output of :class:`dino_xcit.models.BackboneOutput`.
+            backbone: module that returns :class:`dino_xcit.models.BackboneOutput`.
             images: [B, 3, height, width], normalised.
         """
         vectors = [self._at(scale, backbone, images) for scale in self.scales]
@@ -79,7 +78,7 @@ class Descriptor:
         return torch.cat([F.normalize(cls_token, dim=1), F.normalize(pooled, dim=1)], dim=1)
 
     def describe(self) -> str:
-        """For the screen and for metadata."""
+        """Describe the vector for logs and metadata."""
         mean = f"generalised mean (p = {self.gem_p:g})" if "gem" in self.pooling else "mean"
         what = "class token after the final norm" if self.pooling == "cls" else f"{mean} of the patch tokens"
         if "+" in self.pooling:
@@ -89,53 +88,52 @@ class Descriptor:
         return what + (", vectors averaged" if len(self.scales) > 1 else "")
 
     def to_dict(self) -> dict[str, object]:
-        """What decides the vector, as plain values."""
+        """Return the settings as plain values."""
         exponent = {"gem_p": self.gem_p} if "gem" in self.pooling else {}
         return {"pooling": self.pooling, **exponent, "scales": list(self.scales)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Descriptor:
-        """The inverse of :meth:`to_dict`.
+        """Invert :meth:`to_dict`.
 
         Raises:
-            InputError: a value that is missing or cannot be.
+            InputError: a value is missing or invalid.
         """
         try:
             scales = tuple(map(float, values["scales"]))
             found = cls(values["pooling"], float(values.get("gem_p", cls.gem_p)), scales)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"the stored descriptor {str(values)[:200]} cannot be read: {error!r:.100}") from error
+            raise InputError(f"the stored descriptor {str(values)[:200]} is invalid: {error!r:.100}") from error
         found.check()
         return found
 
 
 CLASS_TOKEN = Descriptor()
-"""What k-NN and linear probe measure."""
+"""The descriptor of k-NN and the linear probe."""
 
 
 def gem(tokens: Tensor, p: float) -> Tensor:
-    """The generalised mean over patch tokens, (mean(clamp(x, 1e-6)^p))^(1/p) (arXiv 1711.02512, equation 3).
+    """Generalised mean over patch tokens, (mean(clamp(x, 1e-6)^p))^(1/p) (arXiv 1711.02512, equation 3).
 
     Args:
         tokens: [B, N, D] float32.
-        p: 1 is the mean of what is positive; the greater, the nearer to the maximum.
+        p: 1 gives the mean of the clamped tokens, infinity the maximum.
 
     Returns:
         [B, D].
     """
     clamped = tokens.clamp(min=EPS)
-    # Taking out the largest changes nothing but that no power overflows.
+    # Divide by the maximum so that the power does not overflow.
     largest = clamped.amax(dim=1, keepdim=True)
     return (clamped / largest).pow(p).mean(dim=1).pow(1 / p) * largest[:, 0]
 
 
 def rescaled(images: Tensor, scale: float, patch_size: int) -> Tensor:
-    """Images with both sides multiplied, bilinearly as in DINO's and cirtorch's code, but rounded to whole patches, at
-    least one. At scale 1 the images as they are.
+    """Rescale images bilinearly, as in DINO's and cirtorch's code, but to whole patches; scale 1 returns the input.
 
     Args:
         images: [B, 3, height, width].
-        patch_size: pixels a side of a patch; 1 where that is not known.
+        patch_size: side of a patch in pixels; 1 if unknown.
     """
     if scale == 1.0:
         return images
@@ -144,7 +142,7 @@ def rescaled(images: Tensor, scale: float, patch_size: int) -> Tensor:
 
 
 def patch_size_of(backbone: nn.Module) -> int:
-    """Pixels a side of a backbone's patches, of timm's models too; 1 where it does not say."""
+    """Return the side of a patch in pixels, also for timm models; 1 if unknown."""
     embed = getattr(getattr(backbone, "model", None), "patch_embed", None)
     size: Any = getattr(backbone, "patch_size", None) or getattr(embed, "patch_size", 1)
     return int(size[0] if isinstance(size, (tuple, list)) else size)

@@ -1,11 +1,11 @@
-"""Is a published figure what its published file gives here? k-NN and the published linear head, pass or fail.
+"""Check published k-NN and linear figures against published weights: pass or fail.
 
     python -m eval.reproduce --weights dino_xcit_small_12_p16_pretrain.pth --data-path /imagenet \\
         --linear dino_xcit_small_12_p16_linearweights.pth
     make reproduce DATA=/imagenet WEIGHTS=... LINEAR=...
 
-The network is recognised by the shapes in the file. k-NN: k = 20, T = 0.07. Images: resize 256 bicubic, centre crop
-224. Exit code 0: every figure is within the tolerance; 1: one is not; 2: the input has to be corrected first.
+The architecture is inferred from the shapes in the file. k-NN: k = 20, T = 0.07. Images: resize 256 bicubic, centre
+crop 224. Exit code 0: all figures are within the tolerance; 1: a figure is not; 2: user error.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ class ReproduceConfig(BackboneConfig):
     """Settings of python -m eval.reproduce."""
 
     linear: FilePath = ""
-    """The published linear classifier of the same network (dino_..._linearweights.pth); empty: k-NN alone."""
+    """Published linear classifier of the same network (dino_..._linearweights.pth). Default: only k-NN."""
     tolerance: Annotated[float, Ge(0), Le(100)] = 0.3
-    """Points by which a figure may differ from the published one, above or below."""
+    """Maximum difference from the published figure in percentage points."""
     train_data: str = ""
-    """ImageNet's training images, where not DATA_PATH/train."""
+    """ImageNet's training images. Default: DATA_PATH/train."""
     val_data: str = ""
-    """ImageNet's validation images, a folder a class, where not DATA_PATH/val."""
+    """ImageNet's validation images, one folder per class. Default: DATA_PATH/val."""
 
     def check(self) -> None:
-        """See :meth:`BackboneConfig.check`; published figures were measured in one way."""
+        """See :meth:`BackboneConfig.check`; the published protocol is fixed."""
         super().check()
         refuse_changed(self, ("eval_resize", "eval_crop", "network", "allow_missing", "allow_unexpected"), "here")
 
 
 def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
-    """Measure, print, and return a verdict for each figure; none on other processes than the main one.
+    """Measure, log, and return a verdict for each figure on rank 0, and an empty list on other ranks.
 
     Raises:
-        InputError: a network without a published figure, other data, or a head that does not belong to the network.
+        InputError: the network has no published figure, the data is not ImageNet-1k, or the head does not fit.
     """
     started = time.perf_counter()
     loaded, device = open_backbone(config, fixed=EvalTransform())
@@ -75,17 +75,17 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
         raise InputError(f"{train.url} has {found} training and validation images and classes, expected {expected}")
     head = read_head(Path(config.linear), (CLASSES, width_of(loaded.backbone))) if config.linear else None
     how = loaded.transform, device, cache_folder(config), config.batch_size_per_gpu, config.num_workers
-    known, asked = (cached(loaded.backbone, loaded.hash, part, *how) for part in (train, val))
+    known, queries = (cached(loaded.backbone, loaded.hash, part, *how) for part in (train, val))
     if not distributed.is_main():
         return []
-    guesses = knn_predict(known.features, known.labels, asked.features, [K], [TEMPERATURE], progress=True)
+    guesses = knn_predict(known.features, known.labels, queries.features, [K], [TEMPERATURE], progress=True)
     measured = {"knn": guesses[K, TEMPERATURE]}
     if head:
-        measured["linear"] = (asked.features @ head[0].T + head[1]).argmax(axis=1)[:, None]
+        measured["linear"] = (queries.features @ head[0].T + head[1]).argmax(axis=1)[:, None]
     verdicts: list[dict[str, Any]] = []
     for key, labels in measured.items():
         measure, figure = {"knn": "k-NN"}.get(key, key), PUBLISHED[loaded.arch][key]
-        hits = correct(labels, asked.labels, 1)
+        hits = correct(labels, queries.labels, 1)
         top1, interval = 100.0 * float(hits.mean()), wilson_interval(hits)
         log.info(f"{loaded.arch}, {measure}: {top1:.2f} %, published {figure} +- {config.tolerance:g}")
         verdict = {"measure": measure, "top1": top1, "interval": interval, "published": figure}
@@ -93,7 +93,7 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
         verdicts.append(verdict | {"tolerance": config.tolerance, "passed": passed})
     if config.json:
         protocol = {"name": KNN_PROTOCOL, "k": K, "temperature": TEMPERATURE, "linear": config.linear or None}
-        data = {"train": data_card(train, known.fingerprint), "val": data_card(val, asked.fingerprint)}
+        data = {"train": data_card(train, known.fingerprint), "val": data_card(val, queries.fingerprint)}
         seconds = time.perf_counter() - started
         card = result_card("reproduce", protocol, verdicts, loaded, data, loaded.transform, device, seconds)
         write_json(Path(config.json), card)
@@ -101,24 +101,24 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
 
 
 def read_head(path: Path, shape: tuple[int, int]) -> tuple[Any, Any]:
-    """The weight [classes, features] and bias [classes] of a linear classifier as DINO publishes it.
+    """Read weight [classes, features] and bias [classes] of a linear classifier published by DINO.
 
     Raises:
-        InputError: no such file, not read safely, or not a state_dict with these two, of this shape.
+        InputError: the file is missing, unsafe, or not a state_dict with both tensors in these shapes.
     """
     state: Any = safe_load.read(path).get("state_dict")
     with contextlib.suppress(AttributeError, KeyError, TypeError):
         weight, bias = (state[f"module.linear.{name}"].float().numpy() for name in ("weight", "bias"))
         if (weight.shape, bias.shape) == (shape, shape[:1]):
             return weight, bias
-    raise InputError(f"{path} is no linear head of this network: expected module.linear.weight of {shape}, and bias")
+    raise InputError(f"{path} is no linear head of this network: expected module.linear.weight of {shape} and bias")
 
 
 def main() -> None:
-    """The command.
+    """Run the command.
 
     Raises:
-        RunStopped: a figure is not the published one.
+        RunStopped: a figure differs from the published one.
     """
     config = parse(ReproduceConfig, sys.argv[1:], "python -m eval.reproduce")
     if failed := [one["measure"] for one in reproduce(config) if not one["passed"]]:

@@ -1,7 +1,6 @@
-"""Result files: what was measured, how, and what came of it. Every runner writes one (``--json``), eval.compare reads
-it.
+"""Result files, written by the evaluation commands (``--json``) and read by eval.compare.
 
-Accuracies and other shares are percent.
+Accuracies and other shares are in percent.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ Card = dict[str, object]
 """Plain values, ready for JSON."""
 Setting = str | int | float
 Unit = Literal["image", "query", "draw"]
-"""What a figure is a mean over: validation images, queries of a search, draws of a few training images."""
+"""Unit of a figure's mean: validation images, queries of a search, or few-shot draws."""
 
 FORMAT = 1
-"""Of result files; it rises when a reader of the previous format would misunderstand."""
+"""Version of the file format, incremented by incompatible changes."""
 KNN_PROTOCOL = "weighted k-NN on the L2-normalised class token, exact search (DINO, arXiv 2104.14294)"
-"""The name of the protocol of the published k-NN figures."""
+"""Protocol name of the published k-NN figures."""
 SAMPLED = 64
-"""Images of a source whose contents identify it: enough to notice images that were resized or encoded again."""
+"""Number of hashed images per source, enough to detect resized or re-encoded images."""
 ALL = "all"
-"""The setting ``draws`` of a few-shot figure whose only draw took every training image."""
+"""Setting ``draws`` of a few-shot figure with a single draw of all training images."""
 PERCENT_TOLERANCE = 1e-4
-"""Percentage points by which a stored mean may miss the mean of its values, which are stored as float32."""
+"""Maximum difference in percentage points between a stored mean and the mean of its float32 values."""
 
 Kind = TypeVar("Kind")
 
@@ -57,32 +56,31 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Figure:
-    """A top-1 accuracy, or another mean of shares such as mAP, with what it is the mean of."""
+    """A top-1 accuracy or another mean of shares, such as mAP, with the averaged values."""
 
     name: str
-    """What it is called on the screen, such as ``trained k=20 T=0.07 top-1``."""
+    """Display name, such as ``trained k=20 T=0.07 top-1``."""
     settings: Mapping[str, Setting]
-    """What distinguishes it within its file; figures of two files match where these are equal."""
+    """Settings that identify the figure in its file; figures of two files match if these are equal."""
     percent: float
     hits: NDArray[np.bool_] | None
-    """[units]: right or wrong. Images are in the order of the validation images. None: unknown, or see ``values``."""
+    """[units]: correct or not, in the order of the validation images. None: unknown, or stored in ``values``."""
     baseline: bool = False
-    """Whether it measures something else than the weights, such as raw pixels."""
+    """Whether the figure measures a baseline, such as raw pixels."""
     values: NDArray[np.float64] | None = None
-    """[units], percent, where a unit is not right or wrong: a query's average precision, a draw's accuracy."""
+    """[units] in percent, for units that are not hits: average precisions of queries, accuracies of draws."""
     unit: Unit = "image"
     which: str = ""
-    """SHA-256 of the rows that were queries, or were drawn: figures are paired where these are equal. Empty for images,
-    all of which count."""
+    """SHA-256 of the rows of the queries or draws; only figures with equal hashes are paired. Empty for images."""
 
     @property
     def units(self) -> int | None:
-        """How many images, queries or draws it is the mean of; None if unknown."""
+        """Number of images, queries or draws; None if unknown."""
         found = self.hits if self.values is None else self.values
         return None if found is None else len(found)
 
     def to_card(self) -> Card:
-        """Plain values for JSON: hits eight to a byte, values as little-endian float32, both base64."""
+        """Convert to plain values for JSON: packed bits of hits and little-endian float32 values, both in base64."""
         hits = None if self.hits is None else _base64(np.packbits(self.hits).tobytes())
         card: Card = {"name": self.name, "settings": dict(self.settings), "baseline": self.baseline}
         if self.unit == "image":
@@ -93,10 +91,10 @@ class Figure:
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> Figure:
-        """The inverse of :meth:`to_card`.
+        """Invert :meth:`to_card`.
 
         Raises:
-            KeyError, TypeError, ValueError: something is missing, of another type, or contradicts the rest.
+            KeyError, TypeError, ValueError: a value is missing, of another type, or inconsistent.
         """
         of_images = card.get("unit", "image") == "image"
         percent, count = (card["top1"], card["images"]) if of_images else (card["percent"], card["count"])
@@ -116,34 +114,34 @@ class Figure:
 
 
 def figure(name: str, settings: Mapping[str, Setting], hits: NDArray[np.bool_], baseline: bool = False) -> Figure:
-    """A figure from its hits [images]; 0 for no images, as NaN is never written."""
+    """Build a figure from hits [images]; 0 for no images, as JSON has no NaN."""
     return Figure(name, dict(settings), 100.0 * _mean(hits), hits, baseline)
 
 
 def query_figure(
     name: str, settings: Mapping[str, Setting], found: NDArray[np.bool_] | NDArray[np.floating], rows: NDArray[np.int64]
 ) -> Figure:
-    """A figure of a search.
+    """Build a figure of a search.
 
     Args:
-        found: [queries], hits, or shares in percent.
-        rows: [queries], which images were queries.
+        found: [queries], hits or shares in percent.
+        rows: [queries], row numbers of the query images.
     """
     which = hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
     if found.dtype == np.bool_:
         hits = found.astype(np.bool_)
         return Figure(name, dict(settings), 100.0 * _mean(hits), hits, unit="query", which=which)
-    values = np.clip(np.asarray(found, dtype=np.float64), 0, 100)  # a sum of parts may end in 100.00000000000001
+    values = np.clip(np.asarray(found, dtype=np.float64), 0, 100)  # rounding may give 100.00000000000001
     return Figure(name, dict(settings), _mean(values), None, values=values, unit="query", which=which)
 
 
 def few_shot_figure(model: str, record: Mapping[str, Any], draws: int, seed: int) -> Figure:
-    """The mean top-1 over the draws of a few images a class; of all images there is one draw, whatever the seed.
+    """Build the figure of mean top-1 over few-shot draws; a single draw of all images does not depend on the seed.
 
     Args:
-        model: ``trained``, or the name of a baseline.
-        record: one of :func:`eval.knn.few_shot.few_shot`.
-        draws, seed: as they were asked for.
+        model: ``trained`` or the name of a baseline.
+        record: a record of :func:`eval.knn.few_shot.few_shot`.
+        draws, seed: values of the settings.
     """
     shots, k, temperature = record["shots"], record["k"], record["temperature"]
     how: dict[str, Setting] = {"draws": ALL} if record["takes_all"] else {"draws": draws, "seed": seed}
@@ -155,10 +153,10 @@ def few_shot_figure(model: str, record: Mapping[str, Any], draws: int, seed: int
 
 
 def unpack(packed: str, count: int) -> NDArray[np.bool_]:
-    """The hits [count] that :meth:`Figure.to_card` packed.
+    """Unpack hits [count] packed by :meth:`Figure.to_card`.
 
     Raises:
-        ValueError: not base64, or not the bits of so many images.
+        ValueError: the text is not base64 or holds another number of bits.
     """
     bits = np.unpackbits(np.frombuffer(base64.b64decode(packed, validate=True), dtype=np.uint8)).astype(np.bool_)
     if len(bits) != -(-count // 8) * 8 or bits[count:].any():
@@ -179,7 +177,7 @@ def _base64(raw: bytes) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """Which images, whatever folder or archive they lie in: two results are paired where labels and contents agree."""
+    """Identity of a set of images, independent of its location; results are paired if labels and contents agree."""
 
     images: int
     classes: int | None = None
@@ -188,37 +186,37 @@ class Images:
     labels: str = ""
     """Hash of all labels in order."""
     names: str = ""
-    """Hash of all names in order, without folder and ending; empty in files written before names were stored."""
+    """Hash of all names in order, without folder and suffix; empty in files written before names were stored."""
 
     def pairs_with(self, other: Images | None) -> bool:
-        """Whether image i of the one is image i of the other."""
+        """Return whether images at equal positions are the same."""
         return other is not None and self.contents == other.contents != "" and self.labels == other.labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A measurement with everything that is needed to repeat it."""
+    """A measurement with everything needed to repeat it."""
 
     format: int = FORMAT
     measure: str
     """``knn``, ``linear``, ``retrieval folder`` ..."""
     protocol: Card
-    """The settings that decide the figures, by name."""
+    """Settings that affect the figures, by name."""
     results: object = None
-    """The figures as they are printed."""
+    """Results as logged."""
     weights: Card = field(default_factory=dict)
     data: dict[str, Card]
     """``train`` and ``val``, or the sets of a retrieval benchmark, see :func:`data_card` and :func:`images_card`."""
     transform: Card
     figures: tuple[Figure, ...] = ()
-    """The figures that ``python -m eval.compare`` may compare."""
+    """Figures for ``python -m eval.compare``."""
     device: str = ""
     processes: int = 1
     seconds: float = 0.0
-    """Of the whole run, from its start to its figures."""
+    """Duration of the run until the results."""
     date: str = ""
     versions: Card = field(default_factory=dict)
-    """Of the libraries that a figure may depend on."""
+    """Versions of the libraries that may affect a figure."""
 
     def __post_init__(self) -> None:
         names = [one.name for one in self.figures]
@@ -226,31 +224,31 @@ class Result:
             raise ValueError(f"two figures have the same name: {names}")
 
     def images(self) -> dict[str, Images]:
-        """Which images each part of ``data`` holds."""
+        """Return the identity of the images in each part of ``data``."""
         return {name: from_dict(Images, part) for name, part in self.data.items()}
 
     def to_card(self) -> Card:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         return values | {"figures": [one.to_card() for one in self.figures]}
 
 
 def read_result(path: str) -> Result:
-    """Read a result file; nothing in it is executed.
+    """Read a result file.
 
     Raises:
-        InputError: no such file, no result, of another format, without figures to compare, or damaged.
+        InputError: the file is missing, damaged, not a result file, of another format, or has no figures to compare.
     """
 
     def refuse(why: str) -> NoReturn:
-        raise InputError(f"{path} {why}; expected a file that run_knn.py, run_linear.py or run_retrieval.py wrote")
+        raise InputError(f"{path} {why}; expected a file written by run_knn.py, run_linear.py or run_retrieval.py")
 
     try:
         content = json.loads(Path(path).expanduser().read_bytes(), parse_constant=_no_constant)
         if content["format"] != FORMAT:
             refuse(f"has format {content['format']!r:.20} instead of {FORMAT}: measure again")
         if not content["figures"]:
-            refuse(f"has no figures image by image or query by query ({content['measure']!r:.40}): measure again")
+            refuse(f"has no figures of single images or queries ({content['measure']!r:.40}): measure again")
         result = from_dict(Result, content | {"figures": tuple(map(Figure.from_card, content["figures"]))})
         images = result.images()
         for one in result.figures:
@@ -261,12 +259,12 @@ def read_result(path: str) -> Result:
     except InputError:
         raise
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        refuse(f"is damaged or no result ({type(error).__name__}: {one_line(error)})")
+        refuse(f"is damaged or not a result file ({type(error).__name__}: {one_line(error)})")
     return result
 
 
 def from_dict(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
-    """A dataclass from values whose types are checked; keys without a field are left out.
+    """Build a dataclass from values with checked types; keys without a field are ignored.
 
     Raises:
         TypeError: a value is missing or of another type.
@@ -280,7 +278,7 @@ def from_dict(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value read from JSON is of the type; int passes for float, bool for neither."""
+    """Return whether a JSON value has the type of ``hint``; int is accepted as float, bool as neither."""
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(_fits(value, one) for one in inside)
@@ -298,21 +296,21 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON beside ``path``, flush it, then rename; whatever happens, nothing is left beside it.
+    """Write a JSON file atomically.
 
     Raises:
-        InputError: it cannot be written there.
-        ValueError: ``content`` has a number that JSON has no word for, such as NaN. Nothing has been written then.
+        InputError: the file cannot be written.
+        ValueError: ``content`` has a number that JSON does not support, such as NaN.
     """
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: file.write(text.encode()))
-    except OSError as error:  # a full or read-only disk, or a name that is too long
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; give another path") from error
 
 
-# ---- its parts
+# ---- parts of the file
 
 
 def result_card(
@@ -326,10 +324,10 @@ def result_card(
     seconds: float,
     figures: Sequence[Card] = (),
 ) -> Card:
-    """A :class:`Result` of this process, here and now, as plain values.
+    """Build a :class:`Result` of this run as plain values.
 
     Args:
-        figures: each as :meth:`Figure.to_card` gives it.
+        figures: each from :meth:`Figure.to_card`.
     """
     return Result(
         measure=measure,
@@ -348,7 +346,7 @@ def result_card(
 
 
 def weights_card(loaded: LoadedBackbone) -> Card:
-    """Which network of which file, and which differences in its keys were allowed."""
+    """Describe the weights: file, network and allowed differences in keys."""
     return {
         "path": str(loaded.path.absolute()),
         "asked_for": loaded.spec,
@@ -360,17 +358,17 @@ def weights_card(loaded: LoadedBackbone) -> Card:
 
 
 def data_card(source: Source, fingerprint: str) -> Card:
-    """Which images.
+    """Describe a source.
 
     Args:
-        fingerprint: of ``source``; an argument because it looks at every file.
+        fingerprint: fingerprint of ``source``; an argument because computing it visits every file.
     """
     classes = None if source.classes is None else len(source.classes)
     return {"url": source.url, "images": len(source), "classes": classes, "fingerprint": fingerprint}
 
 
 def images_card(source: Source) -> Card:
-    """What identifies images wherever they lie: the hashes of :class:`Images`. Reads :data:`SAMPLED` of them."""
+    """Compute the hashes of :class:`Images`; reads :data:`SAMPLED` images."""
     labels, names, contents = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for index in range(len(source)):
         labels.update(f"{None if source.labels is None else int(source.labels[index])}\n".encode())
@@ -382,7 +380,7 @@ def images_card(source: Source) -> Card:
 
 
 def own_name(name: str) -> str:
-    """An image's name without folder and ending; of a packed image, its name before packing
+    """Return an image's name without folder and suffix; for a packed image, the name before packing
     (:func:`dino_xcit.data.pack.key_of`)."""
     while True:
         base = name.rsplit("/", 1)[-1]
@@ -394,14 +392,14 @@ def own_name(name: str) -> str:
 
 
 def transform_card(transform: EvalTransform) -> Card:
-    """How images were prepared, as JSON stores it. Always antialiased, as Pillow's resize is."""
+    """Describe the transform as in JSON; Pillow's resize always antialiases."""
     plain: Card = json.loads(json.dumps(transform.to_dict()))
     return plain | {"antialias": True}
 
 
 def versions() -> Card:
-    """Of the libraries that a figure may depend on."""
-    import faiss  # here, because a comparison needs none of it
+    """Return the versions of the libraries that may affect a figure."""
+    import faiss  # slow, and not needed for reading results
 
     return {
         "dino_xcit": dino_xcit.__version__,
@@ -415,12 +413,12 @@ def versions() -> Card:
 
 
 def device_name(device: torch.device) -> str:
-    """``cuda (NVIDIA ...)`` or ``cpu (x86_64, 2 threads)``."""
+    """Describe a device, such as ``cuda (NVIDIA ...)`` or ``cpu (x86_64, 2 threads)``."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Return the current time in UTC to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

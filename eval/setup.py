@@ -1,4 +1,4 @@
-"""What every runner does first: the device, the processes, the backbone, its data, the place for cached features."""
+"""Common setup of the evaluation commands: device, ranks, backbone, data and feature cache."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from eval.config import BackboneConfig, KnnConfig, LinearConfig
 
 
 def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
-    """Join the other processes if there are any, and put the frozen backbone on this one's device.
+    """Join the other ranks and load the frozen backbone to this rank's device.
 
     Raises:
-        InputError: no weights given, weights that cannot be used, or a file to write that cannot be.
+        InputError: no weights are given, the weights are invalid, or an output file is not writable.
     """
     if not config.weights:
-        raise InputError("no weights given: use --weights FILE, such as runs/.../checkpoint.pth, or hf-hub:ORG/NAME")
+        raise InputError("no weights given: add --weights FILE, such as runs/.../checkpoint.pth, or hf-hub:ORG/NAME")
     device = distributed.choose_device(config.device)
     distributed.start(device)
     demand_writable(config.written())
@@ -41,10 +41,10 @@ def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
 
 
 def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) -> tuple[LoadedBackbone, torch.device]:
-    """As :func:`open_weights`, with the way in which images are prepared.
+    """Load the backbone like :func:`open_weights` and resolve its transform.
 
     Args:
-        fixed: how images have to be prepared, whatever the weights or the settings say.
+        fixed: transform that overrides those of the weights and the settings.
     """
     loaded, device = open_weights(config)
     stored = loaded.transform
@@ -55,17 +55,17 @@ def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) ->
     as_stored = not fixed and transform == stored
     origin = f" ({loaded.transform_from})" if as_stored and loaded.transform_from else ""
     log.info(f"images: {transform.interpolation} resize to {transform.resize}, centre crop {transform.crop}{origin}")
-    usual = transform == EvalTransform() and loaded.training  # DINO's files: ImageNet's way is theirs
+    usual = transform == EvalTransform() and loaded.training  # the default is right for DINO's files
     if as_stored and not loaded.transform_from and not usual:
         log.warning(
-            f"{loaded.path.name} does not say how its images are prepared, this is a guess: "
-            f"{loaded.transform_guess} (--eval-resize and --eval-crop change it)"
+            f"{loaded.path.name} stores no transform; this one is a guess: {loaded.transform_guess} "
+            "(--eval-resize and --eval-crop override it)"
         )
     return dataclasses.replace(loaded, transform=transform), device
 
 
 def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> tuple[Source, Source]:
-    """The training and validation parts to measure with: those given, else what the backbone was trained on.
+    """Open the given training and validation parts, or those of the checkpoint's training data.
 
     Raises:
         InputError: a part is missing or has no labels.
@@ -74,18 +74,18 @@ def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> 
     if data is None and not (config.train_data and config.val_data):
         data = loaded.data
         if data is None:
-            raise InputError(f"{loaded.path} does not say what it was trained on: give --data-path DIR")
-        log.info(f"data: {data}, on which it was trained (--data-path names other)")
+            raise InputError(f"{loaded.path} does not name its training data: give --data-path DIR")
+        log.info(f"data: {data}, the training data of the checkpoint (--data-path overrides it)")
     train, val = open_parts(data, config.train_data or None, config.val_data or None)
-    choose_white_level(train, loaded.transform.white_level)  # warns
+    choose_white_level(train, loaded.transform.white_level)  # for its warning
     return train, val
 
 
 def cache_folder(config: BackboneConfig) -> Path | None:
-    """Where features are cached; None where they shall not be, or, with a warning, where they cannot be.
+    """Return the folder of the feature cache; None with ``--no-cache``, or with a warning if it is not writable.
 
     Raises:
-        InputError: ``--cache-dir`` names a folder that cannot be written to.
+        InputError: ``--cache-dir`` is not writable.
     """
     if not config.cache:
         return None
@@ -94,12 +94,12 @@ def cache_folder(config: BackboneConfig) -> Path | None:
     if problem and config.cache_dir:
         raise InputError(f"cache_dir is {folder}, which cannot be written to: {problem}")
     if problem:
-        log.warning(f"features are not kept, {folder} cannot be written to: {problem} (name another --cache-dir)")
+        log.warning(f"features are not cached: {folder} cannot be written to: {problem} (give another --cache-dir)")
     return None if problem else folder
 
 
 def beside_weights(config: BackboneConfig, given: str, name: str) -> Path:
-    """The folder that was given, else the folder ``name`` beside the weights; weights of a hub are kept in ``runs``."""
+    """Return ``given``, else the folder ``name`` beside the weights, or below ``runs`` for weights from a hub."""
     if given:
         return Path(given).expanduser()
     if is_remote(config.weights):
@@ -108,25 +108,25 @@ def beside_weights(config: BackboneConfig, given: str, name: str) -> Path:
 
 
 def demand_writable(files: Mapping[str, str]) -> None:
-    """Make the folders of files that are written at the end, with a word, before what may take hours.
+    """Create the folders of output files and check that the files are writable, before work that may take hours.
 
     Args:
-        files: by the names of their settings; empty: none.
+        files: output files by setting name; empty strings are ignored.
 
     Raises:
-        InputError: one of them cannot be written.
+        InputError: a file is not writable.
     """
     for name, file in files.items():
         path = Path(file).expanduser()
         is_new = not path.parent.exists()
         if file and (problem := distributed.on_main(partial(_why_not_writable, path.parent, path))):
-            raise InputError(f"{name} is {file}, which cannot be written: {problem}; choose another place")
+            raise InputError(f"{name} is {file}, which cannot be written: {problem}; give another path")
         if file and is_new:
-            log.info(f"made the folder {path.parent} for {name}")
+            log.info(f"created the folder {path.parent} for {name}")
 
 
 def _why_not_writable(folder: Path, file: Path | None = None) -> str | None:
-    """None where files, or this one, can be written in the folder, which is made."""
+    """Create the folder and return why it, or ``file`` in it, is not writable; None if it is."""
     if file and file.exists() and not file.is_file():
         return "it is a folder" if file.is_dir() else "it is no regular file"
     try:

@@ -1,6 +1,6 @@
-"""Accuracies, 95% intervals and two-sided p-values. Shares, intervals and differences are percent.
+"""Accuracies, 95% intervals and two-sided p-values. Shares, intervals and differences are in percent.
 
-n images, queries or draws; hits [n] of booleans, values [n] in percent.
+n is the number of images, queries or draws; hits are booleans [n], values are percentages [n].
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy  # its submodule stats takes a second to import, and is imported when it is first used
+import scipy  # scipy.stats takes a second to import and is loaded lazily
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
@@ -20,25 +20,25 @@ Values = NDArray[np.float64]
 
 LEVEL = 0.95
 _MAX_ATOMS = 1024
-"""Different values that a bootstrap draws one by one; more are grouped."""
+"""Maximum number of distinct values in a bootstrap; more are grouped."""
 ROUNDING = 2e-5
-"""Percentage points: values closer than this are the same, as result files store them as float32."""
+"""Percentage points below which values count as equal, as result files store float32."""
 
 
 def accuracy(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, top: int) -> float:
-    """Percent of test images whose label is among the first ``top`` predictions; NaN for no images."""
+    """Return the percentage of images whose label is among the first ``top`` predictions; NaN for no images."""
     hits = correct(predictions, labels, top)
     return 100.0 * float(hits.mean()) if len(hits) else float("nan")
 
 
 def correct(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, top: int) -> Hits:
-    """[n]: whether the label is among the first ``top`` predictions [n, up to 5].
+    """Return hits [n]: whether the label is among the first ``top`` predictions [n, up to 5].
 
     Args:
-        labels: [n], or [n, M] where any of M labels is right.
+        labels: [n], or [n, M] if each of M labels is correct.
 
     Raises:
-        InputError: there are no labels, or not one an image.
+        InputError: there are no labels, or their number differs from n.
     """
     if labels is None:
         raise InputError("the test images have no labels: accuracy cannot be measured")
@@ -50,7 +50,7 @@ def correct(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, to
 
 
 def top_accuracies(predictions: NDArray[np.int64], labels: NDArray[np.int64] | None, five: bool) -> dict[str, Any]:
-    """``top1`` and ``top5``, each with a ``*_interval``; those of top-5 are None without ``five``."""
+    """Return ``top1``, ``top5`` and their ``*_interval``; top-5 is None without ``five``."""
     found: dict[str, Any] = {}
     for top, meant in ((1, True), (5, five)):
         hits = correct(predictions, labels, top)
@@ -63,7 +63,7 @@ def top_accuracies(predictions: NDArray[np.int64], labels: NDArray[np.int64] | N
 
 
 def wilson_interval(hits: Hits) -> Interval:
-    """Wilson's score interval of a share of hits (Wilson, JASA 22, 1927); NaN for no images."""
+    """Wilson score interval of the share of hits (Wilson, JASA 22, 1927); NaN for no images."""
     if not len(hits):
         return float("nan"), float("nan")
     found = scipy.stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(LEVEL, method="wilson")
@@ -71,16 +71,16 @@ def wilson_interval(hits: Hits) -> Interval:
 
 
 def all_or_nothing(hit: bool, count: int) -> Interval:
-    """Clopper and Pearson's interval of a share of which ``count`` of ``count``, or none, are hits.
+    """Clopper-Pearson interval of a share with ``count`` hits, or none, in ``count`` trials.
 
-    It also holds for the mean of values from 0 to 100%.
+    It is also valid for the mean of values from 0 to 100%.
     """
     found = scipy.stats.binomtest(count if hit else 0, count).proportion_ci(LEVEL, method="exact")
     return 100.0 * float(found.low), 100.0 * float(found.high)
 
 
 def mean_interval(values: Values) -> Interval | None:
-    """Student's t interval of the mean of percentages; None if the values do not show how much others would differ."""
+    """Student's t interval of the mean of percentages; None if the spread is unknown."""
     if spread_is_unknown(values):
         return None
     found = scipy.stats.ttest_1samp(values, 0).confidence_interval(LEVEL)
@@ -88,23 +88,21 @@ def mean_interval(values: Values) -> Interval | None:
 
 
 def spread_is_unknown(values: Values) -> bool:
-    """A single value, or several equal ones: a t interval would have no width, which is no certainty."""
+    """Return whether there is a single value or all are equal: a t interval would have zero width."""
     return len(values) < 2 or float(np.ptp(values)) <= ROUNDING
 
 
 def query_interval(values: Values) -> Interval | None:
-    """Percentile bootstrap interval of the mean over queries, in percent as the values are; None for no value at all.
+    """Percentile bootstrap interval of the mean over queries in percent; None for no values.
 
-    The queries are drawn anew; the database stays. Queries of one class or one building are treated as independent.
+    Queries are resampled, the database is fixed. Queries of one class or building are treated as independent.
 
-    How often each value is drawn follows a multinomial distribution over the different values, which is drawn from in
-    place of the queries: exact in distribution for up to 1,024 different values, and as quick for a million queries as
-    for a thousand. More values are grouped by equal steps of 1/1024 of their range; the sum of what is drawn within a
-    group is then taken as normal, with the group's own mean and variance. So the mean and the variance of the
-    distribution are exact here too, and no more than about a millionth of the variance is of the normal's shape.
+    The counts of the distinct values are drawn from a multinomial distribution, which is exact for up to 1,024 distinct
+    values and as fast for a million queries as for a thousand. More values are grouped into 1,024 bins of equal width,
+    and the sum within a bin is drawn from a normal distribution with the bin's mean and variance. Mean and variance of
+    the bootstrap distribution remain exact; the normal part is about a millionth of the variance.
 
-    Where all values are 100, or all 0, every draw is the same, which is no certainty: Clopper and Pearson's interval
-    then.
+    If all values are 100 or all are 0, the bootstrap has zero width, and the Clopper-Pearson interval is returned.
     """
     if not len(values):
         return None
@@ -120,7 +118,7 @@ def query_interval(values: Values) -> Interval | None:
 
 
 def _atoms(values: Values) -> tuple[Values, Values, NDArray[np.int64]]:
-    """The different values, or groups of near ones if they are many: mean, variance and number of each, [atoms]."""
+    """Return mean, variance and count [atoms] of each distinct value, or of each bin if there are many."""
     different, counts = np.unique(values, return_counts=True)
     if len(different) <= _MAX_ATOMS:
         return different, np.zeros(len(different)), counts
@@ -137,22 +135,21 @@ def _atoms(values: Values) -> tuple[Values, Values, NDArray[np.int64]]:
 
 
 def discordant(first: Hits, second: Hits) -> tuple[int, int]:
-    """How many images only the first gets right, and how many only the second."""
+    """Return the numbers of images that only the first and only the second gets right."""
     return int((first & ~second).sum()), int((second & ~first).sum())
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """p of McNemar's exact test: is each discordant image a fair coin? (McNemar, Psychometrika 12, 1947.)"""
-    coins = only_first + only_second
-    return float(scipy.stats.binomtest(only_first, coins).pvalue) if coins else 1.0
+    """p-value of McNemar's exact test (McNemar, Psychometrika 12, 1947)."""
+    count = only_first + only_second
+    return float(scipy.stats.binomtest(only_first, count).pvalue) if count else 1.0
 
 
 def paired_interval(first: Hits, second: Hits) -> Interval | None:
-    """Percentile bootstrap interval of the second's accuracy minus the first's, on the same images; None where both
-    have the same images right, which is no certainty.
+    """Percentile bootstrap interval of the second accuracy minus the first on the same images; None if the hits are
+    equal.
 
-    Images are drawn with both answers. The two counts of discordant images are then multinomial, and are drawn
-    directly: scipy's bootstrap would need draws x n memory.
+    The counts of discordant images are multinomial and are drawn directly: scipy's bootstrap needs draws x n memory.
     """
     only_first, only_second = discordant(first, second)
     if not only_first + only_second:
@@ -166,9 +163,9 @@ def paired_interval(first: Hits, second: Hits) -> Interval | None:
 
 
 def paired_means(first: Values, second: Values) -> tuple[Interval | None, float | None]:
-    """Interval of the mean of ``second - first`` on the same queries or draws, and p that it is 0: paired t-test.
+    """Paired t-test of ``second - first`` on the same queries or draws: interval of the mean and p-value.
 
-    None twice if the differences do not show how much others would differ.
+    Both are None if the spread of the differences is unknown.
     """
     if spread_is_unknown(second - first):
         return None, None
@@ -178,7 +175,7 @@ def paired_means(first: Values, second: Values) -> tuple[Interval | None, float 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for being several, in their order (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    """Correct p-values for multiple tests, in their order (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))

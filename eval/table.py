@@ -1,4 +1,4 @@
-"""Figures as columns of text."""
+"""Text and Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Interval = tuple[float, float]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows below a header, the first ``left`` columns flush left, the others flush right."""
+    """Format rows below a header; the first ``left`` columns are left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = []
     for row in (header, *rows):
@@ -23,25 +23,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The same as GitHub's Markdown."""
+    """Format like :func:`table` in GitHub Markdown."""
     rules = ["---"] * left + ["---:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rules, *([*map(escaped, row)] for row in rows)))
 
 
 def escaped(text: str) -> str:
-    """As it is, in Markdown."""
+    """Escape Markdown's special characters."""
     return re.sub(r"([\\`*_<>|])", r"\\\1", text)
 
 
 def percent(value: float | None, interval: Interval | None = None) -> str:
-    """``82.3 [80.9, 83.6]``; ``-`` for a figure that means nothing."""
+    """Format ``82.3 [80.9, 83.6]``; ``-`` for None."""
     if value is None:
         return "-"
     return f"{value:.1f}" + ("" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]")
 
 
 def signed(value: float | None, interval: Interval | None = None) -> str:
-    """``+0.7 [-0.2, +1.6]``; ``-`` for a difference that there is none of."""
+    """Format ``+0.7 [-0.2, +1.6]``; ``-`` for None."""
     if value is None:
         return "-"
     return f"{value:+.1f}" + ("" if interval is None else f" [{interval[0]:+.1f}, {interval[1]:+.1f}]")

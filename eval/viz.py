@@ -1,22 +1,22 @@
-"""Pictures of what a network makes of photographs, whole and at any size: class attention, and patch features.
+"""Visualise class attention and patch features on whole images of any size.
 
     python -m eval.viz attention --weights ckpt.pth photo.jpg another.jpg --size 480 --out attention.png
     python -m eval.viz pca --weights ckpt.pth *.jpg --foreground above --threshold 0.5
 
-``attention`` draws a row an image: the image, the class token's attention in each head of one block, and the mean of
-the heads. Each map goes from its least weight (grey) to its greatest (bright); the caption gives both as multiples of
-the mean weight, and the share that the class token keeps for itself. XCiT's patches never attend to each other, so its
-class-attention blocks are the only ones with such maps; timm's vision transformers have them too.
+``attention`` draws one row per image: the image, the attention map of the class token for each head of a block, and the
+mean over heads. Each map ranges from its minimum (grey) to its maximum (bright). The caption has both as multiples of
+the mean weight, and the attention of the class token to itself. In an XCiT only the class-attention blocks have such
+maps; timm's vision transformers have them in all blocks.
 
 ``pca`` draws the first three principal components over all patches of all images as red, green and blue (DINOv2, arXiv
-2304.07193, figure 1): patches with similar features have similar colours, within an image and across images.
+2304.07193, figure 1). Patches with similar features have similar colours, within and across images.
 
-B batch, N patch tokens, D features, H heads, d = D / H features a head; (h, w) the grid of patches, h * w = N.
+B batch size, N patch tokens, D features, H heads, d = D / H features per head; (h, w) the grid of patches, h * w = N.
 """
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
+# Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
 import math
@@ -53,11 +53,11 @@ Rows = NDArray[np.float32]
 
 MAX_IMAGES = 100
 MAX_PIXELS = 64_000_000
-"""Of one image as the network sees it."""
+"""Maximum number of pixels of an input image."""
 CELL = 224
-"""Pixels of a cell's longer side."""
+"""Longer side of a cell in pixels."""
 MAX_COLUMNS = 5
-"""Of a PCA picture."""
+"""Maximum number of columns of a PCA sheet."""
 _MARGIN, _GAP, _CAPTION = 20, 10, 40
 
 
@@ -66,37 +66,37 @@ class VizConfig(BackboneConfig):
     """Settings of python -m eval.viz."""
 
     what: Annotated[Literal["attention", "pca"], Positional, Group("picture")] = "attention"
-    """What to draw; --what may be left out."""
+    """Visualisation to draw. The flag --what itself may be omitted."""
     images: Annotated[tuple[str, ...], IsPath, Positional, Repeatable] = ()
-    """Image files, and folders of images; --images may be left out before them."""
+    """Image files and folders of images. The flag --images itself may be omitted."""
     size: int = 480
-    """Pixels that an image's shorter side is resized to; 0: as it is. Finer than in training is fine."""
+    """Length of the shorter side after resizing, which may exceed that of training; 0: no resizing."""
     out: Annotated[FilePath, Suffix(".png")] = ""
-    """The picture, a .png file. Default: attention.png or pca.png in this folder."""
+    """Output file. Default: attention.png or pca.png in the current folder."""
     block: int = -1
-    """attention: which block with class attention, counted from 0, or from -1 backwards."""
+    """For attention: index of the block with class attention; negative values count from the end."""
     foreground: Literal["all", "above", "below"] = "all"
-    """pca: colour all patches, or only those whose first component lies above (or below) the threshold; the first
-    component does not tell which of the two is the foreground."""
+    """For pca: colour all patches, or only those with a first component above or below the threshold. Which side is the
+    foreground depends on the images."""
     threshold: Annotated[float, Gt(0), Lt(1)] = 0.5
-    """pca: where the first component is cut, on a scale from its least (0) to its greatest value (1)."""
+    """For pca: threshold of the first component, scaled to the range from 0 to 1."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
-        refuse_changed(self, ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"), "on a picture")
-        refuse_changed(self, ("block",) if self.what == "pca" else ("foreground",), f"on {self.what}")
+        refuse_changed(self, ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"), "for eval.viz")
+        refuse_changed(self, ("block",) if self.what == "pca" else ("foreground",), f"for {self.what}")
         if self.foreground == "all":
             refuse_changed(self, ("threshold",), "without a --foreground")
         if self.size and not 16 <= self.size <= 8192:
-            raise InputError(f"size is {self.size}, expected 16 to 8192 pixels, or 0 for images as they are")
+            raise InputError(f"size is {self.size}, expected 16 to 8192 pixels, or 0 for no resizing")
         if not self.images:
-            raise InputError("no images given: name files or folders, such as photo.jpg or photos/")
+            raise InputError("no images given: add files or folders, such as photo.jpg or photos/")
 
 
 @dataclass
 class Cell:
-    """A picture with a title and a note below it."""
+    """An image with a title and a note below it."""
 
     image: Image.Image
     title: str
@@ -104,11 +104,10 @@ class Cell:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command.
+    """Run the command.
 
     Raises:
-        InputError: a mistake in the command, an image or weights that cannot be used, or a network without class
-            attention.
+        InputError: the command, an image or the weights are invalid, or the network has no class attention.
     """
     config = parse(VizConfig, argv, "python -m eval.viz")
     config = replace(config, images=image_files(config.images))
@@ -121,31 +120,31 @@ def main(argv: Sequence[str]) -> None:
     print(printable(f"written: {path}"))
 
 
-# ---- photographs
+# ---- images
 
 
 def image_files(paths: Sequence[str]) -> tuple[str, ...]:
-    """The files, with those in a folder in its place.
+    """Replace folders by their image files.
 
     Raises:
-        InputError: a folder without images, or too many images.
+        InputError: a folder has no images, or there are too many images.
     """
     found: list[str] = []
     for path in paths:
         folder = open_folder(path, path) if os.path.isdir(path) else None
         found += [path] if folder is None else map(folder.name, range(len(folder)))
     if len(found) > MAX_IMAGES:
-        raise InputError(f"{len(found)} images given, expected at most {MAX_IMAGES}: name fewer")
+        raise InputError(f"{len(found)} images given, expected at most {MAX_IMAGES}: give fewer")
     return tuple(found)
 
 
 def measure_images(
     config: VizConfig, loaded: LoadedBackbone, device: torch.device, measure: Callable[[Tensor], Any]
 ) -> Iterator[tuple[Cell, Any]]:
-    """Each image as a cell, and what ``measure`` makes of its normalised pixels [1, 3, height, width].
+    """Yield each image as a cell with the result of ``measure`` for its normalised pixels [1, 3, height, width].
 
     Raises:
-        InputError: a file that is no image, or one that is too large.
+        InputError: a file is no image or is too large.
     """
     multiple = 1 if isinstance(loaded.backbone, XCiT) else patch_size_of(loaded.backbone)
     with progress_bar(len(config.images), config.what, shown=True) as bar, torch.inference_mode():
@@ -161,13 +160,13 @@ def measure_images(
 
 
 def load_image(path: str, size: int, multiple: int, interpolation: str, white_level: int = WHITE) -> Image.Image:
-    """An image file, whole, its shorter side resized to ``size`` pixels; 0: as it is.
+    """Load a whole image and resize its shorter side to ``size`` pixels; 0: no resizing.
 
     Args:
-        multiple: both sides are rounded to multiples of so many pixels.
+        multiple: round both sides to multiples of this number of pixels.
 
     Raises:
-        InputError: it cannot be read, is no image, or would be too large.
+        InputError: the file is unreadable, is no image, or would be too large.
     """
     try:
         data = Path(path).read_bytes()
@@ -175,12 +174,12 @@ def load_image(path: str, size: int, multiple: int, interpolation: str, white_le
         raise InputError(f"cannot read the image {path}: {one_line(error)}") from error
     image = decode(data, path, white_level)
     short = min(image.size)
-    sides = [max(size, int(size * side / short)) if size else side for side in image.size]  # as torchvision has it
+    sides = [max(size, int(size * side / short)) if size else side for side in image.size]  # as in torchvision
     width, height = (max(1, round(side / multiple)) * multiple for side in sides)
     if width * height > MAX_PIXELS:
         raise InputError(
-            f"{path} would have {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all: give a smaller "
-            "--size, or cut the image"
+            f"{path} would have {width} x {height} pixels, expected at most {MAX_PIXELS:,} in total: give a smaller "
+            "--size or crop the image"
         )
     return image.resize((width, height), Image.Resampling[interpolation.partition("-")[0].upper()])
 
@@ -189,7 +188,7 @@ def load_image(path: str, size: int, multiple: int, interpolation: str, white_le
 
 
 def attention_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.device) -> list[list[Cell]]:
-    """A row an image: the image, each head's map over it, and the mean of the heads."""
+    """Return one row per image: the image, the map of each head over it, and the mean over heads."""
     rows = []
     for cell, (patches, itself) in measure_images(
         config, loaded, device, lambda pixels: attention_maps(loaded.backbone, pixels, config.block)
@@ -207,36 +206,36 @@ def attention_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.devi
 
 @torch.inference_mode()
 def attention_maps(backbone: nn.Module, images: Tensor, block: int = -1) -> tuple[Tensor, Tensor]:
-    """The class token's attention in one block. Over patches, class token and further tokens (registers) it sums to 1.
+    """Compute the attention of the class token in one block; it sums to 1 over patches, class token and registers.
 
     Args:
-        backbone: an XCiT, or a model of timm's whose class token attends in its blocks.
-        images: [B, 3, height, width] of any size that the backbone takes, normalised.
-        block: of the blocks with class attention, counted from 0, or from -1 backwards.
+        backbone: an XCiT, or a timm model with a class token in its attention blocks.
+        images: [B, 3, height, width], normalised.
+        block: index of the block with class attention; negative values count from the end.
 
     Returns:
-        To the patches [B, H, h, w], and to the class token itself [B, H].
+        Attention to the patches [B, H, h, w] and to the class token itself [B, H].
 
     Raises:
-        InputError: the network has no such attention, or no such block.
+        InputError: the network has no class attention, or no such block.
     """
-    model: Any = getattr(backbone, "model", backbone)  # timm's are wrapped
+    model: Any = getattr(backbone, "model", backbone)  # timm models are wrapped
     blocks: Any = getattr(model, "cls_attn_blocks", None) or getattr(model, "blocks", None)
     attention: Any = getattr(blocks[-1], "attn", None) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else None
     ours = isinstance(attention, ClassAttention)
     if not ours and (getattr(model, "cls_token", None) is None or not hasattr(attention, "fused_attn")):
         raise InputError(
-            f"{type(model).__name__} has no attention of a class token: expected an XCiT or a vision transformer; "
-            "python -m eval.viz pca draws the patch features of any network"
+            f"{type(model).__name__} has no class attention, expected an XCiT or a vision transformer: python -m "
+            "eval.viz pca draws the patch features of any network"
         )
     if not -len(blocks) <= block < len(blocks):
-        raise InputError(f"block is {block}, but there are {len(blocks)} blocks with class attention: 0, 1 ... or -1")
+        raise InputError(f"block is {block}, expected {-len(blocks)} to {len(blocks) - 1} for class attention")
     attention = blocks[block].attn
     seen: list[Any] = []
     hooked: nn.Module = attention if ours else attention.attn_drop
     fused = getattr(attention, "fused_attn", False)
     with hooked.register_forward_pre_hook(lambda _, inputs: seen.append(inputs)):
-        attention.fused_attn = False  # timm's fused kernel keeps no weights
+        attention.fused_attn = False  # timm's fused kernel does not expose weights
         h, w = backbone(images).grid
         attention.fused_attn = fused
     weights = class_attention_weights(attention, *seen[0]) if ours else seen[0][0][:, :, 0]
@@ -244,16 +243,16 @@ def attention_maps(backbone: nn.Module, images: Tensor, block: int = -1) -> tupl
 
 
 def class_attention_weights(attention: ClassAttention, cls_token: Tensor, patches: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) of the class token's query (CaiT, arXiv 2103.17239, equations 5 to 7).
+    """Compute softmax(q k^T / sqrt(d)) for the query of the class token (CaiT, arXiv 2103.17239, equations 5 to 7).
 
-    The module itself computes without keys and keeps no weights: this is the plain formula.
+    The module itself computes attention without explicit keys and weights.
 
     Args:
-        cls_token: [B, 1, D], as the module gets it.
-        patches: [B, N, D].
+        cls_token: [B, 1, D], input of the module.
+        patches: [B, N, D], input of the module.
 
     Returns:
-        [B, H, 1 + N], the class token first; each row sums to 1.
+        [B, H, 1 + N], class token first; each row sums to 1.
     """
     (weight_q, weight_k, _), (bias_q, bias_k, _) = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
     heads = (attention.num_heads, -1)
@@ -263,8 +262,8 @@ def class_attention_weights(attention: ClassAttention, cls_token: Tensor, patche
 
 
 def overlay(image: Image.Image, weights: Rows) -> Image.Image:
-    """A map [h, w] over the darkened image, upsampled to its size: the least weight is grey, the greatest brightest."""
-    from matplotlib import colormaps  # it takes a second to import
+    """Overlay a map [h, w], upsampled to the image's size, on the darkened image: minimum grey, maximum brightest."""
+    from matplotlib import colormaps  # takes a second to import
 
     low, high = float(weights.min()), float(weights.max())
     scaled = Image.fromarray((weights - low) / max(high - low, 1e-12))
@@ -279,7 +278,7 @@ def overlay(image: Image.Image, weights: Rows) -> Image.Image:
 
 
 def pca_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.device) -> list[list[Cell]]:
-    """The images in rows, and below each its patches in the colours of three components over all of them."""
+    """Arrange the images in rows, each above its patches coloured by three components over all patches."""
     cells, maps = [], []
     for cell, out in measure_images(config, loaded, device, loaded.backbone):
         cell.note = f"{out.grid[1]} x {out.grid[0]} patches"
@@ -287,11 +286,11 @@ def pca_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.device) ->
         maps.append(out.patch_tokens[0].float().cpu().numpy().reshape(*out.grid, -1))
     features = np.concatenate([tokens.reshape(-1, tokens.shape[2]) for tokens in maps])
     kept = foreground(features, config.threshold, config.foreground)
-    colours = np.full((len(features), 3), (24, 24, 28), dtype=np.uint8)  # dark where --foreground leaves patches out
+    colours = np.full((len(features), 3), (24, 24, 28), dtype=np.uint8)  # patches outside --foreground are dark
     projected, shares = principal_components(features[kept])
     colours[kept] = as_colours(projected)
     percent = ", ".join(f"{100 * share:.0f}%" for share in shares)
-    print(f"{kept.sum():,} of {counted(len(kept), 'patch')}; the components have {percent} of their variance")
+    print(f"{kept.sum():,} of {counted(len(kept), 'patch')}; the components explain {percent} of the variance")
     ends = np.cumsum([tokens[..., 0].size for tokens in maps])
     for cell, tokens, part in zip(cells, maps, np.split(colours, ends[:-1]), strict=True):
         patches = Image.fromarray(part.reshape(*tokens.shape[:2], 3)).resize(cell.image.size, Image.Resampling.NEAREST)
@@ -304,27 +303,26 @@ def pca_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.device) ->
 
 
 def principal_components(features: Rows) -> tuple[Rows, list[float]]:
-    """Projections on the three directions of greatest variance, greatest first.
+    """Project features onto their first three principal components.
 
-    A direction has no sign of its own: each is turned so that its largest entry is positive, which makes the colours
-    the same on every machine.
+    The largest entry of each component is made positive, so that colours are the same on all machines.
 
     Args:
         features: [N, D].
 
     Returns:
-        [N, 3] around 0, and each component's share of the variance.
+        Centred projections [N, 3], and the share of the variance of each component.
 
     Raises:
-        InputError: no more patches, or features, than components; or features that are not finite.
+        InputError: N or D is at most 3, or features are not finite.
     """
     if min(features.shape) <= 3:
         raise InputError(
-            f"{features.shape[0]} patches of {features.shape[1]} features are too few for 3 components: take "
-            "larger or more images, or another --threshold"
+            f"{features.shape[0]} patches of {features.shape[1]} features are too few for 3 components: give more or "
+            "larger images, or another --threshold"
         )
     if not np.isfinite(features).all():
-        raise InputError("the patch features are not finite: the weights are damaged, or their training diverged")
+        raise InputError("the patch features are not finite: the weights are damaged or their training diverged")
     centred = features - features.mean(axis=0, dtype=np.float64).astype(np.float32)
     covariance = np.zeros((features.shape[1], features.shape[1]))
     for start in range(0, len(centred), 8192):  # no float64 copy of all patches
@@ -338,8 +336,8 @@ def principal_components(features: Rows) -> tuple[Rows, list[float]]:
 
 
 def foreground(features: Rows, threshold: float, side: str) -> NDArray[np.bool_]:
-    """[N]: which patches' first component lies ``above`` or ``below`` the threshold, on a scale from its least to its
-    greatest value; ``all``: every patch."""
+    """Return a mask [N] of the patches with a first component, scaled to [0, 1], ``above`` or ``below`` the threshold;
+    ``all``: every patch."""
     if side == "all":
         return np.ones(len(features), dtype=np.bool_)
     first = principal_components(features)[0][:, 0]
@@ -348,17 +346,17 @@ def foreground(features: Rows, threshold: float, side: str) -> NDArray[np.bool_]
 
 
 def as_colours(projected: Rows) -> NDArray[np.uint8]:
-    """[N, 3] to bytes: each component's 1st to 99th percentile is 0 to 255."""
+    """Map components [N, 3] to bytes: the range from the 1st to the 99th percentile becomes 0 to 255."""
     low, high = np.percentile(projected, [1, 99], axis=0)
     scaled = (projected - low) / np.maximum(high - low, 1e-12)
     return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
 
 
-# ---- the picture
+# ---- the sheet
 
 
 def draw_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """Rows of cells below each other; the pictures of a row stand on one line."""
+    """Draw rows of bottom-aligned cells."""
     columns = max(map(len, rows))
     widths = [max(row[column].image.width for row in rows if column < len(row)) for column in range(columns)]
     heights = [max(cell.image.height for cell in row) for row in rows]
@@ -374,7 +372,7 @@ def draw_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
             for text, size, ink, below in ((cell.title, 14, "#1b1f24", 4), (cell.note, 12, "#6b7280", 21)):
                 shown, font = printable(text), ImageFont.load_default(size)
                 while draw.textlength(shown, font=font) > width and len(shown) > 3:
-                    shown = f"...{shown.removeprefix('...')[1:]}"  # the end of a file's name tells the most
+                    shown = f"...{shown.removeprefix('...')[1:]}"  # the end of a file name is the most distinctive
                 draw.text((left, top + height + below), shown, ink, font)
             left += width + _GAP
         top += height + _CAPTION + _GAP
@@ -382,4 +380,4 @@ def draw_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]), less_memory="give a smaller --size, or cut the image")
+    run_main(lambda: main(sys.argv[1:]), less_memory="give a smaller --size or crop the image")

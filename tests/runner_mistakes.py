@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 WRONG = {
-    "knn": "no weights given: use --weights FILE",
+    "knn": "no weights given: add --weights FILE",
     "linear --weights {tmp}/none.pth": "there is no file",
     "extract --weights {tmp} --output-dir {tmp}/v": "is a folder",
     "knn --weights {image}": "is no checkpoint that can be read safely",
@@ -22,7 +22,7 @@ WRONG = {
     "knn W --draws 9": "draws is 9",
     "knn W --probes 9": "probes is 9",
     "knn W --per-class classes.png": "per_class is classes.png",
-    "knn W --approximate ivf": "are searched exactly in no time: leave",
+    "knn W --approximate ivf": "training images, expected 1,000 or more: omit --approximate",
     "knn W --per-class {image}/classes.csv": "which cannot be written",
     "linear --holdout 1": "holdout is 1",
     "linear --crop-scale 0.5 0.2": "crop_scale is 0.5 0.2",
@@ -33,14 +33,14 @@ WRONG = {
     "extract W --data-path {tmp}/bad --output-dir {tmp}/v": "bad.png cannot be read: not an image",
     "linear W --train-data {tmp}/train --val-data {data}/val --epochs 1 --batch-size 2 --holdout 0":
         "broken.jpg cannot be read",
-    "knn --weights {backbone}": "does not say what it was trained on",
+    "knn --weights {backbone}": "does not name its training data",
     "linear W": "less than one global batch of 128",
     "linear W --batch-size 4 --holdout 0.01": "less than one image of any",
-    "extract W --output-dir {image}": "no folder to write to",
+    "extract W --output-dir {image}": "which is not a folder",
     "extract W --output-dir /proc/none/vectors": "cannot create /proc/none",
-    "extract --query {image} --index {tmp}/empty": "is no collection: expected a folder that",
+    "extract --query {image} --index {tmp}/empty": "is no collection: expected a folder written by",
     "knn W --cache-dir {image}": "which cannot be written to",
-    "knn W --json {tmp}": "which cannot be written: it is a folder; choose another",
+    "knn W --json {tmp}": "which cannot be written: it is a folder; give another path",
     "knn W --json .": "json is ., which cannot be written: it is a folder",
-    "linear W --json /dev/null": "cannot be written: it is no regular file; choose",
+    "linear W --json /dev/null": "cannot be written: it is no regular file; give",
 }  # fmt: skip

@@ -97,7 +97,7 @@ def test_what_to_know_beside_the_figures_is_said(tmp_path: Path, compared: Compa
     assert f"warning: only {a} has trained k=10 T=0.07 top-1" in text
     assert f"warning: only {b} has trained k=100 T=0.07 top-1" in text
     assert f"warning: {b} measured the same weights as {a} (f00)" in text
-    assert "other libraries: torch 2" in text
+    assert "other versions: torch 2" in text
     assert [row["difference"] for row in rows] == [None, 2.5]
 
 
@@ -110,7 +110,7 @@ def test_markdown_has_a_rule_below_its_header_and_no_cell_breaks_it(tmp_path: Pa
     assert lines[header + 1].startswith("| --- | --- | ---: |")
     assert lines[header + 2].startswith(r"| k\_1 a\|b |")
     assert r"\< 0.0001 |" in lines[header + 3]
-    assert lines[header + 5].startswith("- interval")
+    assert lines[header + 5].startswith("- differences: ")
 
 
 # ---- what is unlike
@@ -120,7 +120,10 @@ UNLIKE = {
     "protocol": ({"protocol": KNN | {"name": "approximate"}}, "-> approximate"),
     "search": ({"protocol": KNN | {"search": {"probes": 16}}}, "search not set -> "),
     "train": ({"train": noise_source(31, seed=1)}, "30 of 3 classes -> 31 of 3 classes"),
-    "val": ({"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())}, "other val images: as many, but"),
+    "val": (
+        {"val": Subset(noise_source(IMAGES), np.arange(IMAGES)[::-1].copy())},
+        "different val images: same number, but",
+    ),
 }
 
 
@@ -135,7 +138,7 @@ def test_unlike_results_are_compared_only_when_allowed(
     assert clause in sentence
     assert f"(--allow {name} " in sentence
     text, (_, row) = compared(base, b, "--allow", name)
-    assert text.startswith(f"allowed, and unlike {base}: {b}: ")
+    assert text.startswith(f"allowed difference of {b} from {base}: ")
     assert row["difference"] == 5.0
     assert (row["p"] is None) == (name == "val"), "image 5 of the one is not image 5 of the other"
 
@@ -143,7 +146,7 @@ def test_unlike_results_are_compared_only_when_allowed(
 def test_other_contents_labels_or_names_are_refused(tmp_path: Path, base: Path, compared: Compared) -> None:
     for what in ("contents", "labels", "names"):
         b = change(write_result(tmp_path / "b.json", knn_figure(20, hits(320))), "0", "data", "val", what)
-        assert f"but other {what}, or another order (--allow val" in refusal(base, b)[0]
+        assert f"but other {what} or order (--allow val" in refusal(base, b)[0]
     _, (_, row) = compared(base, b, "--allow", "val")
     assert row["p"] is not None, "renamed images are the same"
     assert compared(base, change(b, "", "data", "val", "names"))[1][1]["p"] is not None
@@ -211,7 +214,7 @@ def test_few_shots_are_compared_draw_by_draw_where_the_draws_are_the_same(tmp_pa
     assert (first["percent"], second["difference"], second["only_first"]) == (50.0, 2.0, None)
     assert second["difference_interval"] == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     assert second["p"] == pytest.approx(0.0741799, abs=1e-6)
-    assert "Student's t" in text
+    assert "paired t-test" in text
     assert "McNemar" not in text
     text, (_, row) = compared(a, write_result(tmp_path / "c.json", few(percents, drawn="other rows")))
     assert (row["difference_interval"], row["p"], row["p_holm"]) == (None, None, None)
@@ -221,7 +224,7 @@ def test_few_shots_are_compared_draw_by_draw_where_the_draws_are_the_same(tmp_pa
 def test_draws_of_training_images_in_another_order_or_of_another_seed_are_others(tmp_path: Path) -> None:
     a = write_result(tmp_path / "a.json", few([50.0, 54.0]))
     turned = Subset(noise_source(30, seed=1), np.arange(30)[::-1].copy())
-    assert "other train images" in refusal(a, write_result(tmp_path / "b.json", few([50.0, 55.0]), train=turned))[0]
+    assert "different train images" in refusal(a, write_result(tmp_path / "b.json", few([50.0, 55.0]), train=turned))[0]
     (sentence,) = refusal(a, write_result(tmp_path / "c.json", few([50.0, 54.0], seed=1)))
     assert sentence.endswith("seed 0 -> 1"), "which nothing allows"
 
@@ -353,8 +356,8 @@ def test_what_was_measured_otherwise_is_refused(tmp_path: Path) -> None:
 def test_other_data_and_unknown_names_are_refused(tmp_path: Path) -> None:
     mine = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), transform=EvalTransform())
     train, val = refusal(NAME, mine)
-    assert "other train images: 1,281,167 of 1000 classes -> 30" in train
-    assert val.endswith("other val images: 50,000 of 1000 classes -> 400 of 3 classes"), "which nothing allows"
+    assert "different train images: 1,281,167 of 1000 classes -> 30" in train
+    assert val.endswith("different val images: 50,000 of 1000 classes -> 400 of 3 classes"), "which nothing allows"
     mine = on_imagenet(tmp_path / "b.json")
     assert "did you mean xcit_small_12_p16" in refusal("published:xcit_small_12_p61", mine)[0]
     assert "only published figures" in refusal(NAME, "published:xcit_small_12_p8")[0]

@@ -52,7 +52,7 @@ def test_a_query_is_prepared_and_whitened_as_its_collection_was(place: Place, co
     done(command(*words(place, "--output-dir", tmp_path / "val", *kind, data=place.data / "val")))
     whitening = tmp_path / "w.npz"
     told = done(command("--learn-whitening", whitening, "--index", tmp_path / "val", "--whiten-dim", 6)).out
-    assert "whitening of 128 numbers to 6, learned from 9 vectors" in told
+    assert "whitening from 128 to 6 dimensions, learned from 9 vectors" in told
     whitened = words(place, "--output-dir", tmp_path / "v", "--whiten", whitening)
     refused = command(*whitened)
     assert (refused.code, "pooling is cls+mean there and cls here" in refused.err) == (2, True)
@@ -62,7 +62,7 @@ def test_a_query_is_prepared_and_whitened_as_its_collection_was(place: Place, co
     assert collection.vectors.shape == (COUNT, 6) == (collection.metadata["count"], collection.metadata["dimension"])
     assert collection.vectors == pytest.approx(unit(collection.vectors), abs=1e-6)
     assert collection.metadata["whitening"]["learned_on"]["data"][0]["images"] == 9
-    assert "are whitened already" in command("--learn-whitening", tmp_path / "w2.npz", "--index", tmp_path / "v").err
+    assert "are already whitened" in command("--learn-whitening", tmp_path / "w2.npz", "--index", tmp_path / "v").err
 
     whitening.unlink()  # the collection has its own copy
     wanted = collection.names[5]
@@ -92,7 +92,7 @@ def test_an_approximate_index_states_its_recall_on_the_screen_and_in_the_card(
 ) -> None:
     given = words(place, "--output-dir", tmp_path / "v", "--index-type", "ivfpq")
     refused = command(*given)
-    assert (refused.code, "takes 1,000 images or more, found 24" in refused.err) == (2, True)
+    assert (refused.code, "needs 1,000 images or more, found 24" in refused.err) == (2, True)
     assert not (tmp_path / "v").exists(), "before anything is extracted"
     monkeypatch.setattr(store, "MIN_IVFPQ", 10)
     told = done(command(*given)).out
@@ -113,7 +113,7 @@ def test_added_images_leave_the_bytes_of_one_extraction(place: Place, command: C
     done(command(*words(place, "--output-dir", tmp_path / "all", *kind, data=tmp_path / "all.txt")))
     done(command(*words(place, "--output-dir", tmp_path / "v", *kind, data=train / "bars")))
     add = words(place, "--output-dir", tmp_path / "v", "--add", *kind, data=train / "dots")
-    assert "16 vectors of 64 numbers" in done(command(*add)).out
+    assert "16 vectors of size 64" in done(command(*add)).out
     for name in ("vectors.npy", "paths.txt", "index.faiss"):
         assert (tmp_path / "v" / name).read_bytes() == (tmp_path / "all" / name).read_bytes(), name
     card = open_collection(tmp_path / "v").metadata
@@ -134,7 +134,7 @@ def test_what_cannot_be_added_is_refused_with_the_difference(place: Place, comma
         (place, ("--dtype", "fp16", "--index-type", "hnsw"), train / "dots", "fp16 here; index_type is flat there and"),
         (place, ("--eval-crop", 24), train / "dots", "'crop': 28"),
         (other, (), train / "dots", "weights is"),
-        (place, (), train, "bars 00.jpg already"),
+        (place, (), train, "bars 00.jpg; give other images"),
     ):
         refused = command(*words(changed, "--output-dir", tmp_path / "v", "--add", *more, data=data))
         assert (refused.code, said in refused.err) == (2, True), refused.err
@@ -205,7 +205,7 @@ def test_killed_between_parts_it_goes_on(place: Place, command: Command, straigh
         assert len(there) == count
         assert made.items() <= there.items(), "finished parts are kept as they are"
         made = there
-    assert "resuming: parts of an earlier extraction" in done(command(*killed)).out
+    assert "resuming from the shards of an earlier extraction" in done(command(*killed)).out
     assert content(tmp_path / "killed") == content(straight)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(FILES)
 
@@ -278,11 +278,11 @@ def test_a_damaged_image_is_left_out_only_on_request(place: Place, command: Comm
     refused = command(*given)
     assert refused.code == 2
     assert "waves 03.png cannot be read" in refused.err
-    assert "(--unreadable skip leaves such images out)" in refused.err
+    assert "(--unreadable skip skips unreadable images)" in refused.err
     skipping = (*given, "--unreadable", "skip")
     told = done(command(*skipping)).out
-    assert "resuming: parts of an earlier extraction" in told
-    assert "warning: left out 1 image" in told
+    assert "resuming from the shards of an earlier extraction" in told
+    assert "warning: skipped 1 unreadable image" in told
     for again in (skipping, given):
         assert "already there" in done(command(*again)).out
     collection = open_collection(tmp_path / "v")
@@ -332,7 +332,7 @@ def test_images_that_are_left_out_do_not_count_for_an_index(
     monkeypatch.setattr(store, "MIN_IVFPQ", COUNT)
     flags = ("--output-dir", tmp_path / "v", "--index-type", "ivfpq", "--unreadable", "skip")
     refused = command(*words(place, *flags, data=photos))
-    assert (refused.code, f"takes {COUNT} images or more, found {COUNT - 1}" in refused.err) == (2, True)
+    assert (refused.code, f"needs {COUNT} images or more, found {COUNT - 1}" in refused.err) == (2, True)
 
 
 def test_a_part_of_broken_images_alone_is_left_out(place: Place, command: Command, tmp_path: Path) -> None:
@@ -346,4 +346,4 @@ def test_a_part_of_broken_images_alone_is_left_out(place: Place, command: Comman
     for path in files:
         path.write_bytes(b"broken")
     refused = command(*flags, "--overwrite")
-    assert (refused.code, f"none of the {COUNT} images" in refused.err) == (2, True)
+    assert (refused.code, f"all {COUNT} images" in refused.err) == (2, True)

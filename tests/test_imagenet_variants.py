@@ -98,10 +98,10 @@ def test_other_classes_are_refused(tmp_path: Path, parts: tuple[Source, Source])
     cases = [
         ("imagenet-c:somewhere", "expected imagenet-v2:DIR"),
         (f"sketch:{other}", "n99999999"),
-        (f"imagenet-r:{flat}", "one folder a class"),
+        (f"imagenet-r:{flat}", "one folder per class"),
         (f"imagenet-r:{tmp_path / 'none'}", "no data at"),
         (real(tmp_path, [[]] * 7), "has no label"),
-        (real(tmp_path, [[number] for number in range(7)]), "own label for 1 of 7"),  # in another order
+        (real(tmp_path, [[number] for number in range(7)]), "correct label for only 1 of 7"),  # in another order
     ]
     for word, said in cases:
         with pytest.raises(InputError, match=said):

@@ -91,5 +91,5 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="each of the 3 classes has one image"):
         leave_one_out(features, np.arange(3))
     features[1] = np.nan
-    with pytest.raises(InputError, match="not finite numbers"):
+    with pytest.raises(InputError, match="features are not finite"):
         leave_one_out(features, np.array([0, 0, 1]))

@@ -132,8 +132,8 @@ def test_what_cannot_be_is_refused_with_a_sentence() -> None:
         ((train, labels, test, [], [0.07]), "k is missing"),
         ((train, labels, test, [10], [0.0]), "temperature is 0.0, expected more than 0"),
         ((train[:0], labels[:0], test, [10], [0.07]), "no training image"),
-        ((broken, labels, test, [10], [0.07]), "not finite numbers"),
-        ((train, labels, broken, [10], [0.07]), "not finite numbers"),
+        ((broken, labels, test, [10], [0.07]), "features are not finite"),
+        ((train, labels, broken, [10], [0.07]), "features are not finite"),
     ]
     for arguments, word in cases:
         with pytest.raises(InputError, match=word):

@@ -92,7 +92,7 @@ def test_json_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> None:
             read_ground_truth(tmp_path / "gnd.json")
     os.mkfifo(tmp_path / "pipe.json")
     for name in ("pipe.json", "none.json", "none.pkl"):
-        with pytest.raises(InputError, match="there is no ground truth"):
+        with pytest.raises(InputError, match="found no ground truth"):
             read_ground_truth(tmp_path / name)
 
 

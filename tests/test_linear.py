@@ -255,7 +255,7 @@ def test_float16_is_kept_apart_and_refuses_what_does_not_fit(tmp_path: Path, mon
     whole, half = (kept(tmp_path, 0, MeanColours().eval(), half) for half in (False, True))
     assert half.dtype == np.float16
     assert half.astype(np.float32) == pytest.approx(np.array(whole), rel=1e-3, abs=1e-6)
-    with pytest.raises(InputError, match="does not fit float16"):
+    with pytest.raises(InputError, match="too large for float16"):
         kept(tmp_path / "huge", 0, Huge().eval(), half=True)
     assert not list((tmp_path / "huge").iterdir()), "whole or absent"
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))

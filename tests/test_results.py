@@ -106,7 +106,7 @@ WRONG: list[tuple[object, tuple[Any, ...]]] = [
 @pytest.mark.parametrize(("value", "keys"), WRONG)
 def test_a_damaged_result_is_refused(tmp_path: Path, value: object, keys: tuple[Any, ...]) -> None:
     path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), QUERIES)
-    with pytest.raises(InputError, match=r"a\.json .*expected a file that run_knn\.py"):
+    with pytest.raises(InputError, match=r"a\.json .*expected a file written by run_knn\.py"):
         read_result(str(change(path, value, *keys)))
 
 
@@ -125,7 +125,7 @@ def test_bits_beyond_the_last_image_and_values_that_are_no_percentages_are_refus
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     for path in (tmp_path / "a.json", tmp_path / "none.json", tmp_path):
-        with pytest.raises(InputError, match=r"expected a file that run_knn\.py"):
+        with pytest.raises(InputError, match=r"expected a file written by run_knn\.py"):
             read_result(str(path))
 
 

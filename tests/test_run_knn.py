@@ -119,10 +119,10 @@ def test_left_out_images_count_as_if_they_were_not_there(place: Place, knn: Comm
         assert skipped["data"]["val"][key] == mended["data"]["val"][key], key
     assert skipped["data"]["val"]["fingerprint"] != open_source(str(place.photos / "val")).fingerprint()
 
-    told = f"{tmp_path / 'skip.json'} names them"
+    told = f"listed in {tmp_path / 'skip.json'}"
     parts = {"train": (18, "training"), "val": (15, "validation")}
     for (part, (count, kind)), path in zip(parts.items(), place.broken, strict=True):
-        assert f"1 of {count} {kind} images could not be read and are left out: {path}; {told}" in out
+        assert f"1 of {count} {kind} images are unreadable and skipped: {path}; {told}" in out
         assert skipped["data"][part]["unreadable"] == {"count": 1, "first": [str(path)]}
         assert skipped["data"][part]["images"] == count - 1
     assert "using 17" in out
@@ -145,7 +145,7 @@ def test_where_no_image_can_be_read_there_is_nothing_to_measure(place: Place, he
         path.write_bytes(b"")
     for cache in ((), ("--no-cache",)):
         refused = here(run_knn, *words, *cache)
-        assert (refused.code, "none of the 15 images of" in refused.err) == (2, True)
+        assert (refused.code, "all 15 images of" in refused.err) == (2, True)
 
 
 class Torn(ArraySource):
@@ -227,6 +227,6 @@ def test_knn_while_training_names_left_out_images_once(place: Place, capsys: pyt
     assert 0 <= figures[0]["knn_top1"] <= 100
     said = capsys.readouterr().out
     for number, path in zip(("1 of 18 training", "1 of 15 validation"), place.broken, strict=True):
-        line = f"warning: k-NN while training: {number} images could not be read and are left out: {path}\n"
+        line = f"warning: k-NN during training: {number} images are unreadable and skipped: {path}\n"
         assert said.count(line) == 1
     assert np.isnan(measure(Frozen(Diverged()))["knn_top1"])

@@ -151,7 +151,7 @@ def test_a_labelled_folder_has_figures_with_intervals(place: Place, retrieve: Co
     out, card = measured(retrieve, tmp_path / "f.json", *common, "--ks", 1, 2, 8, 50)
     assert "1 image alone in a class" in out
     assert "warning: k = 50 exceeds the 12 other images" in out
-    assert "12 queries, each among the 12 other images" in out
+    assert "12 queries, each against the 12 other images" in out
     (row,) = card["results"]
     assert row["recall@1_interval"][0] <= row["recall@1"] <= row["recall@2"] <= row["recall@8"]
     assert row["map@r"] <= row["r_precision"]
@@ -162,7 +162,7 @@ def test_a_labelled_folder_has_figures_with_intervals(place: Place, retrieve: Co
 def test_two_processes_report_once_what_one_reports(place: Place, retrieve: Command, tmp_path: Path) -> None:
     words = ("folder", "--device", "cpu", "--weights", place.weights, "--data-path", place.photos, "--no-cache")
     first, second = on_two_ranks(run_retrieval, tmp_path, *words, "--json", tmp_path / "two.json")
-    assert "queries, each among the 11 other images" in first
+    assert "queries, each against the 11 other images" in first
     assert second == ""
     _, one = measured(retrieve, tmp_path / "one.json", *words)
     assert json.loads((tmp_path / "two.json").read_text())["results"] == one["results"]
@@ -227,7 +227,7 @@ def test_duplicates_within_one_set(
         ("duplicates", "--first"),
         ("folder --weights {weights} --data-path {photos}/val/dots", "has no labels"),
         ("folder --csv p.csv", "csv is p.csv"), ("folder --distractors v", "distractors is v"),
-        ("duplicates --data-path {photos}", "first is empty: duplicates takes --first DIR"),
+        ("duplicates --data-path {photos}", "first is empty: duplicates expects --first DIR"),
         ("duplicates --first {photos} --data-path {photos}", "data_path is "),
         ("folder --image-size 64 --data-path {photos}", "image_size is 64, which has no effect where fit is centre"),
         ("paris --eval-crop 64 --data-path {photos}", "eval_crop is 64, which has no effect where fit is whole"),

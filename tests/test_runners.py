@@ -182,7 +182,7 @@ def test_queries_share_a_sheet_and_wrong_ones_are_named(place: Place, here: Here
     (tmp_path / "text.jpg").write_text("not a picture")
     other = tiny_checkpoint(tmp_path / "other", place.data, seed=1)
     for refused, said in (
-        (ended(queries[0], "--weights", other), "did not make the vectors in"),
+        (ended(queries[0], "--weights", other), "is not the backbone of"),
         (ended(tmp_path / "none.jpg"), f"cannot read the query image {tmp_path / 'none.jpg'}: No such file"),
         (ended(tmp_path / "text.jpg"), f"{tmp_path / 'text.jpg'} cannot be read"),
     ):

@@ -74,7 +74,7 @@ def test_drawing_changes_nothing_in_the_network() -> None:
 def test_a_network_without_class_attention_is_refused(name: str) -> None:
     backbone = build_backbone(name).eval()
     backbone.model.cls_token = None
-    with pytest.raises(InputError, match="no attention of a class token"):
+    with pytest.raises(InputError, match="no class attention"):
         viz.attention_maps(backbone, torch.randn(1, 3, 32, 32))
 
 
@@ -162,7 +162,7 @@ def test_images_keep_their_aspect_at_any_size_up_to_a_limit(weights: Path, monke
 
 
 @pytest.mark.parametrize(("typed", "words"), [
-    ("attention photo.jpg", "weights"), ("attention --weights W", "no images given: name files"),
+    ("attention photo.jpg", "weights"), ("attention --weights W", "no images given: add files"),
     ("P --weights W", "what"),
     ("attention --weights W none.jpg", r"none\.jpg"), ("attention --weights W .", "no image in"),
     ("attention --weights W W", "not an image"), ("attention --weights W P --size 7", "size is 7"),
@@ -199,7 +199,7 @@ def test_a_folder_stands_for_its_images_and_a_new_folder_for_the_picture_is_said
     wide = str(weights.parent / "wide.jpg")
     assert viz.image_files([wide, str(weights.parent)])[::2] == (wide, wide)
     viz.main(["attention", str(weights.parent), "--weights", str(weights), "--out", f"{tmp_path}/new/a.png"])
-    assert f"made the folder {tmp_path}/new for out" in capsys.readouterr().out
+    assert f"created the folder {tmp_path}/new for out" in capsys.readouterr().out
 
 
 def test_captions_tell_even_attention_from_nearly_even(weights: Path) -> None:

@@ -75,7 +75,7 @@ def test_an_evaluator_tells_the_guess(
     words = ["--weights", str(tmp_path / "bare.pth"), "--device", "cpu"]
     read, _ = open_backbone(parse(KnnConfig, words, "run_knn.py"))
     assert (read.transform, read.transform_from, read.transform_guess) == (transform, "", guess)
-    assert f"this is a guess: {guess} (--eval-resize" in capsys.readouterr().out
+    assert f"this one is a guess: {guess} (--eval-resize" in capsys.readouterr().out
 
 
 def test_what_the_checkpoint_says_is_no_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

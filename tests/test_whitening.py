@@ -92,7 +92,7 @@ def test_a_file_that_is_no_whitening_is_refused(name: str, tmp_path: Path) -> No
     np.savez(tmp_path / "w.npz", **arrays_of())
     assert load(tmp_path / "w.npz").projection.shape == (4, 2)
     np.savez(tmp_path / "w.npz", **arrays_of(**WRONG[name]))
-    with pytest.raises(InputError, match="is no whitening"):
+    with pytest.raises(InputError, match="is no valid whitening"):
         load(tmp_path / "w.npz")
 
 
@@ -101,7 +101,7 @@ def test_a_member_that_is_no_array_is_refused(name: str, tmp_path: Path) -> None
     with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
         for member in ("mean", "projection", "card"):
             archive.writestr(f"{member}.npy", NO_ARRAYS[name])
-    with pytest.raises(InputError, match="is no whitening"):
+    with pytest.raises(InputError, match="is no valid whitening"):
         load(tmp_path / "w.npz")
 
 
@@ -110,9 +110,9 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     whole = (tmp_path / "w.npz").read_bytes()
     for content in (b"", whole[:-30]):
         (tmp_path / "w.npz").write_bytes(content)
-        with pytest.raises(InputError, match="is no whitening"):
+        with pytest.raises(InputError, match="is no valid whitening"):
             load(tmp_path / "w.npz")
-    with pytest.raises(InputError, match=r"there is no whitening .*--learn-whitening"):
+    with pytest.raises(InputError, match=r"found no whitening .*--learn-whitening"):
         load(tmp_path / "none.npz")
 
 

@@ -1,4 +1,4 @@
-"""k-NN classification of frozen features: :func:`knn_predict` and what is told about it."""
+"""k-NN classification of frozen features: :func:`knn_predict` and its reports."""
 
 from eval.knn.classify import Predictions, knn_predict
 

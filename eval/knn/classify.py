@@ -1,4 +1,4 @@
-"""Weighted k-NN classification (DINO's protocol), by exact faiss search or an approximate index of measured recall.
+"""Weighted k-NN classification (DINO's protocol) by exact faiss search or by an approximate index.
 
 N training images, D features, k neighbours, T temperature, C classes. :mod:`eval.index` builds the indices.
 """
@@ -19,24 +19,27 @@ from eval.index import Index, UnitRows, WithVectors, build_index, search
 
 Rows = NDArray[np.float32]
 Predictions = dict[tuple[int, float], NDArray[np.int64]]
-"""(k, T) to the predicted labels [test images, up to 5], best first."""
+"""Predicted labels [test images, min(5, C)], best first, by (k, T)."""
 Kind = Literal["ivf", "hnsw", "pq"]
 
 RECALL_QUERIES = 1000
-"""Queries that recall is measured on."""
+"""Number of queries on which recall is measured."""
 MIN_TO_APPROXIMATE = 1000
-"""Training images below which the exact search takes milliseconds."""
+"""Minimum number of training images; below it the exact search takes milliseconds."""
 _TOP = 5
 
 
 def clamp_ks(ks: Sequence[int], rows: int) -> tuple[list[int], str]:
-    """The ks that ``rows`` training images allow, ascending, and a notice if any was larger.
+    """Clamp ``ks`` to ``rows`` training images.
+
+    Returns:
+        The ks, ascending, and a notice if any was clamped.
 
     Raises:
-        InputError: a k below 1, or no training image.
+        InputError: a k is below 1, or there are no training images.
     """
     if rows == 0:
-        raise InputError("there is no training image to be a neighbour")
+        raise InputError("found no training images, expected 1 or more")
     if not ks or min(ks) < 1:
         raise InputError(f"k is {min(ks) if ks else 'missing'}, expected 1 or more, such as 10 20 100 200")
     too_large = ", ".join(str(k) for k in sorted(set(ks)) if k > rows)
@@ -53,25 +56,24 @@ def knn_predict(
     progress: bool = False,
     index: Index | None = None,
 ) -> Predictions:
-    """Labels by the vote of the k nearest training images, each with weight exp(cosine similarity / T).
+    """Classify by votes of the k nearest training images, each with weight exp(cosine similarity / T).
 
-    One search at the largest k serves every k and every T. The classes are those that occur in the training labels.
+    One search with the largest k serves every k and T. The C classes are those of the training labels.
 
     Args:
-        train_features: [N, D], not necessarily normalised; may be memory-mapped.
-        train_labels: [N], whole numbers.
+        train_features: [N, D], normalised or not; may be memory-mapped.
+        train_labels: [N], integers.
         test_features: [test images, D]; may be memory-mapped.
-        ks: how many neighbours vote; larger than the training set means all of it.
-        temperatures: 0 < T < infinity; 0.07 is the field's.
-        progress: draw a bar with the time that is left.
-        index: of the rows of ``train_features`` at length 1, such as :func:`approximate_index` builds. Default: exact.
+        ks: numbers of neighbours; clamped to N.
+        temperatures: 0 < T < infinity; 0.07 is usual.
+        progress: show a progress bar.
+        index: index of the unit-length rows of ``train_features``, as from :func:`approximate_index`. Default: exact.
 
     Returns:
-        {(k, T): [test images, min(5, C)]} for every k and T, best first. A class without a vote ranks below all others,
-        lower numbers first.
+        {(k, T): [test images, min(5, C)]}, best first. Classes without votes follow in ascending order.
 
     Raises:
-        InputError: labels missing or of another length, differing D, features that are not finite, or a k or T out of
+        InputError: labels are missing or of another length, D differs, features are not finite, or a k or T is out of
             bounds.
     """
     if train_labels is None or len(train_labels) != len(train_features):
@@ -83,7 +85,7 @@ def knn_predict(
         if not 0 < temperature < float("inf"):
             raise InputError(f"temperature is {temperature}, expected more than 0, such as 0.07")
     usable, _ = clamp_ks(ks, len(train_features))
-    # Votes are counted by position among the classes that occur: numbers may have gaps.
+    # Count votes by position among the classes: labels may have gaps.
     classes, position = np.unique(np.asarray(train_labels, dtype=np.int64), return_inverse=True)
     pairs = [(k, temperature) for k in usable for temperature in dict.fromkeys(temperatures)]
     found = {pair: [np.empty((0, min(_TOP, len(classes))), dtype=np.int64)] for pair in pairs}
@@ -91,8 +93,8 @@ def knn_predict(
     for similarities, rows in search(index, test_features, usable[-1], progress=progress):
         cells = position[rows] + np.arange(len(rows))[:, None] * len(classes)
         for temperature in dict.fromkeys(temperatures):
-            # A factor common to a query's votes changes no order; taking out the largest keeps exp from overflowing.
-            with np.errstate(over="ignore"):  # at the least of all T only the nearest has a vote, exp(-inf) is 0
+            # Subtract the largest similarity so that exp does not overflow; the ranking of the votes is unaffected.
+            with np.errstate(over="ignore"):  # for a tiny T: exp(-inf) = 0 is correct
                 weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
             weights[rows < 0] = 0.0
             votes = np.zeros(len(rows) * len(classes))
@@ -104,9 +106,9 @@ def knn_predict(
 
 
 def _best(votes: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The columns of the largest votes, [queries, min(5, C)], best first, the lower column first among equals.
+    """Return the columns of the largest votes, [queries, min(5, C)], best first, ties by lower column.
 
-    Five passes over the columns: with a thousand classes that is far quicker than sorting them.
+    With a thousand classes, five passes are much faster than sorting.
     """
     left, queries = votes.copy(), np.arange(len(votes))
     columns: NDArray[np.int64] = np.empty((len(left), min(_TOP, left.shape[1])), dtype=np.int64)
@@ -117,38 +119,36 @@ def _best(votes: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def refuse_few(kind: Kind, rows: int) -> None:
-    """Raises:
-    InputError: so few training images that there is nothing to approximate.
-    """
+    """Raise InputError if there are too few training images for an approximate index."""
     if rows < MIN_TO_APPROXIMATE:
         raise InputError(
-            f"approximate is {kind}, but {rows} training images are searched exactly in no time: leave --approximate "
-            f"out, or give {MIN_TO_APPROXIMATE:,} images or more"
+            f"approximate is {kind}, but found only {rows} training images, expected {MIN_TO_APPROXIMATE:,} or more: "
+            "omit --approximate"
         )
 
 
 def approximate_index(
     features: Rows, queries: Rows, kind: Kind, ks: Sequence[int], probes: int = 0, seed: int = 0
 ) -> tuple[WithVectors, dict[str, Any]]:
-    """Build an index and measure it against the exact search on some of the queries.
+    """Build an approximate index and measure its recall on a sample of the queries.
 
-    The exact index is gone before the other is built: there is never more than one in memory.
+    The exact index is freed before the approximate one is built, so that memory holds only one of them.
 
     Args:
-        features: [N, D], not necessarily normalised; may be memory-mapped.
-        queries: [test images, D], of which at most :data:`RECALL_QUERIES` are searched exactly.
-        ks: neighbours to measure recall for, each from 1 to N.
-        probes: lists (``ivf``, ``pq``) or candidates (``hnsw``, at least the largest k) a query looks at; 0: chosen,
-            see :func:`eval.index.build`.
-        seed: chooses the queries.
+        features: [N, D], normalised or not; may be memory-mapped.
+        queries: [test images, D]; recall is measured on at most :data:`RECALL_QUERIES` of them.
+        ks: numbers of neighbours for recall@k, each from 1 to N.
+        probes: lists (``ivf``, ``pq``) or candidates (``hnsw``, at least the largest k) visited per query; 0: chosen by
+            :func:`eval.index.build`.
+        seed: seed of the sample of queries.
 
     Returns:
-        The index, and for the result file ``index`` in faiss's short form, ``probes`` as used, ``vector_bytes`` (links
-        and row numbers come on top), ``recall_percent`` by k over ``recall_queries``, ``queries_with_fewer_than_k``
-        neighbours at the largest k, ``build_seconds``, and ``speedup`` over the exact search.
+        The index and a record for the result file: ``index`` (faiss factory string), ``probes`` (number used),
+        ``vector_bytes`` (without links and row numbers), ``recall_percent`` by k over ``recall_queries``,
+        ``queries_with_fewer_than_k`` neighbours at the largest k, ``build_seconds``, and ``speedup`` over exact search.
 
     Raises:
-        InputError: features that are not finite.
+        InputError: features are not finite.
     """
     vectors, most = UnitRows(features), max(ks)
     sampled = np.random.default_rng([seed, 2]).permutation(len(queries))[:RECALL_QUERIES]
@@ -174,14 +174,14 @@ def approximate_index(
     }  # fmt: skip
     log.info("approximate search: " + ", ".join(f"{key} {value}" for key, value in record.items()))
     if probes not in (0, used):
-        log.warning(f"probes is {probes}, but this index has to look at {used}")
+        log.warning(f"probes is {probes}, but this index uses {used}")
     if record["queries_with_fewer_than_k"]:
-        log.warning(f"some queries found fewer than {most} neighbours: give more --probes, or smaller --ks")
+        log.warning(f"some queries found fewer than {most} neighbours: raise --probes or give smaller --ks")
     return index, record
 
 
 def _neighbours(index: Index, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], float]:
-    """Rows [queries, k], and the seconds that finding them took."""
+    """Return the nearest rows [queries, k] and the search time in seconds."""
     started = time.perf_counter()
     rows = np.concatenate([rows for _, rows in search(index, queries, k)])
     return rows, time.perf_counter() - started

@@ -1,7 +1,7 @@
-"""Which classes are taken for which: a table, and a picture that is legible for ten classes and for a thousand.
+"""Confusion between classes: a per-class table and a confusion matrix, legible for ten classes and for a thousand.
 
-``predicted`` and ``labels`` are class numbers, [images]. Few classes have their names and percentages in the picture.
-Of many, neighbours share a cell. The pairs most often confused are listed by name.
+``predicted`` and ``labels`` are class numbers, [images]. The matrix shows names and percentages for few classes; for
+many, adjacent classes share a cell. The most frequent confusions are listed by name.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from dino_xcit.runtime import atomic
 
 Labels = NDArray[np.int64]
 Names = Sequence[str] | None
-"""Of the classes, by number; None: their numbers stand for them."""
+"""Class names by class number; None: use the numbers."""
 Pairs = dict[tuple[int, int], int]
-"""How many images of a class were predicted as which: {(class, prediction): images}, ascending, without zeros."""
+"""Number of images by (class, prediction), in ascending order, without zeros."""
 
 NAMED = 40
-"""So many classes get their names on both sides."""
+"""Maximum number of classes with names on both axes."""
 WRITTEN = 20
-"""So many classes leave room for a percentage in every cell."""
+"""Maximum number of classes with a percentage in each cell."""
 CELLS = 200
-"""Cells a side when there are more classes than can be named: each is still several pixels wide."""
+"""Maximum number of cells per side, each several pixels wide."""
 LISTED = 30
-"""Pairs in the list beside the cells."""
-_LETTERS = 26
-"""Of a class's name in the picture; the rest is cut."""
+"""Number of listed confusions."""
+_MAX_NAME = 26
+"""Maximum length of a drawn class name."""
 
 
 def class_name(number: int, names: Names) -> str:
-    """The name of a class, or its number where it has none."""
+    """Return the name of a class, or its number as a string."""
     return names[number] if names is not None and 0 <= number < len(names) else str(number)
 
 
 def confusions(predicted: Labels, labels: Labels) -> Pairs:
-    """Counted by pairs, not in a table: of 20,000 classes that would be 3 GB, nearly all of it zeros."""
+    """Count the pairs (class, prediction). A dense matrix of 20,000 classes would take 3 GB."""
     return dict(sorted(Counter(zip(labels.tolist(), predicted.tolist(), strict=True)).items()))
 
 
@@ -49,15 +49,14 @@ def confusions(predicted: Labels, labels: Labels) -> Pairs:
 
 
 def write_per_class(path: Path, predicted: Labels, labels: Labels, names: Names) -> None:
-    """A CSV file with a row for every class that has a name or an image, in the order of their numbers.
+    """Write a CSV file with a row for each class that has a name or an image, in the order of class numbers.
 
-    Columns: class, images, top1, most_confused_with, confused (percent of the class's images). Among rivals that were
-    taken equally often the lowest number is named.
+    Columns: class, images, top1, most_confused_with (the lowest number in a tie), confused (percent of the class).
     """
     pairs = confusions(predicted, labels)
     images = Counter(labels.tolist())
     rivals: dict[int, tuple[int, int]] = {}
-    for (truth, guess), count in pairs.items():  # ascending, so that the first of equal rivals stays
+    for (truth, guess), count in pairs.items():
         if truth != guess and count > rivals.get(truth, (0, 0))[1]:
             rivals[truth] = guess, count
     text = io.StringIO(newline="")
@@ -75,15 +74,15 @@ def write_per_class(path: Path, predicted: Labels, labels: Labels, names: Names)
     atomic.write(path, lambda file: file.write(content))
 
 
-# ---- the picture
+# ---- the matrix
 
 
 def draw_confusion(path: Path, predicted: Labels, labels: Labels, names: Names, title: str) -> None:
-    """Write the picture as a PNG. Classes without an image and without a prediction are left out.
+    """Draw the confusion matrix to a PNG, without classes that have neither images nor predictions.
 
     Args:
         predicted, labels: [images], at least one.
-        title: what was measured, such as ``k-NN, k = 20``.
+        title: name of the measurement, such as ``k-NN, k = 20``.
     """
     import matplotlib
 
@@ -97,7 +96,7 @@ def draw_confusion(path: Path, predicted: Labels, labels: Labels, names: Names, 
     figure, (axis, beside) = plt.subplots(1, 2, figsize=(15.5, 8.6), width_ratios=(8, 4.2), layout="constrained")
     shares = cell_shares(predicted, labels, classes)
     axis.set_facecolor("#d9dde3")  # rows without images
-    # The lower percentages get most of the colours: errors are rare, and what is looked for.
+    # Low percentages get most of the colour range: errors are rare.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.4, 0, 100), interpolation="nearest", aspect="equal")
     figure.colorbar(image, ax=axis, fraction=0.045, pad=0.02, ticks=[0, 1, 5, 20, 50, 100], format="%d %%")
     axis.set(xlabel="predicted (% of the row's images)", ylabel="class")
@@ -113,7 +112,7 @@ def draw_confusion(path: Path, predicted: Labels, labels: Labels, names: Names, 
         beside.barh(place, -share, color="#9ecae1", height=0.8)
         text = f"{-share:.0f}  {_short(truth, names)} \N{RIGHTWARDS ARROW} {_short(guess, names)}"
         beside.text(0.6, place, text, va="center", fontsize=8.5)
-    beside.set(xlim=(0, 100), title="taken for another most often (% of the class's images)")
+    beside.set(xlim=(0, 100), title="most frequent confusions (% of the class's images)")
     beside.invert_yaxis()
     beside.axis("off")
     top1 = 100.0 * float((predicted == labels).mean())
@@ -125,8 +124,8 @@ def draw_confusion(path: Path, predicted: Labels, labels: Labels, names: Names, 
 
 
 def cell_shares(predicted: Labels, labels: Labels, classes: Labels) -> NDArray[np.float64]:
-    """Percent of the images of a row's classes that were predicted as one of a column's: [cells, cells]; NaN in a row
-    without images. Up to :data:`CELLS` classes (ascending) each have their own; of more, neighbours share a cell."""
+    """Return the percentage of each row's images predicted as each column, [cells, cells]; NaN in rows without images.
+    Each of the ascending ``classes`` has its own cell up to :data:`CELLS`; beyond, adjacent classes share cells."""
     cells = min(CELLS, len(classes))
     places = [np.searchsorted(classes, one) * cells // len(classes) for one in (labels, predicted)]
     counts = np.zeros((cells, cells))
@@ -136,7 +135,7 @@ def cell_shares(predicted: Labels, labels: Labels, classes: Labels) -> NDArray[n
 
 
 def _short(number: int, names: Names) -> str:
-    """A name as it is drawn: without letters that no font has, and not too long. ``$`` would begin a formula."""
+    """Shorten a class name and replace unprintable characters; an unescaped ``$`` would start a formula."""
     name = class_name(number, names)
     plain = "".join(letter if letter.isprintable() else "?" for letter in name).replace("$", r"\$")
-    return plain if len(plain) <= _LETTERS else plain[: _LETTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return plain if len(plain) <= _MAX_NAME else plain[: _MAX_NAME - 1] + "\N{HORIZONTAL ELLIPSIS}"

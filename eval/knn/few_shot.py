@@ -1,7 +1,4 @@
-"""k-NN with a few labelled images a class: several draws of them, their mean and deviation.
-
-C classes, D features, n images a class ("shots").
-"""
+"""Few-shot k-NN: n labelled images per class ("shots"), mean and std over several random draws."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ Record = dict[str, Any]
 
 
 def draw(labels: NDArray[np.int64], shots: int, seed: int, number: int) -> NDArray[np.int64]:
-    """Rows of ``shots`` images of every class, ascending; of a class that has fewer, all.
+    """Draw ``shots`` images of each class, or all of a smaller class, and return their rows in ascending order.
 
-    Every image gets a random key that depends on nothing but ``seed`` and ``number``, and the lowest keys of each class
-    are taken. So a draw does not depend on what else is measured, and its images for n shots are among those for more.
+    Each image gets a random key that depends on ``seed``, ``number`` and its row only, and each class keeps its lowest
+    keys. Therefore the images of n shots are a subset of those of more shots.
 
     Args:
-        labels: [images], whole numbers, which may have gaps.
-        number: which draw, from 0.
+        labels: [images], integers, possibly with gaps.
+        number: index of the draw, from 0.
     """
     keys = np.random.default_rng([seed, number]).random(len(labels))
     order = np.lexsort((keys, labels))
@@ -42,26 +39,26 @@ def few_shot(
     train: Features, test: Features, shots: Sequence[int], draws: int, ks: Sequence[int],
     temperatures: Sequence[float], seed: int = 0, progress: bool = False,
 ) -> list[Record]:  # fmt: skip
-    """Top-1 and top-5 in percent with n labelled images a class, for every n, k and T.
+    """Measure top-1 and top-5 in percent with n labelled images per class, for each n, k and T.
 
     Args:
-        train: which the images are drawn from.
-        shots: the n to measure, each at least 1.
-        draws: how many times images are drawn for each n; once where no class has more than n images.
-        ks: neighbours that vote; more than were drawn means all of them, and is reported once, as that number.
+        train: features of the images to draw from.
+        shots: values of n, each at least 1.
+        draws: number of draws for each n; a single one if no class has more than n images.
+        ks: numbers of neighbours; clamped to the number of drawn images, without repetition.
 
     Returns:
-        One record for each (n, k, T): ``shots``, ``k``, ``temperature``, ``classes_with_fewer`` images than n,
-        ``takes_all`` (whether the only draw has all images), ``drawn`` (SHA-256 of the rows of all draws: where two
-        networks' are equal, so are their images), and for ``top1`` and ``top5`` the mean over the draws,
-        ``*_deviation`` (of a sample, n - 1 in its denominator; None for a single draw) and ``*_draws``, each draw's
-        own. Top-5 is None where it would say nothing: up to five classes, or fewer than five neighbours.
+        A record for each (n, k, T): ``shots``, ``k``, ``temperature``, ``classes_with_fewer`` (number of classes with
+        fewer than n images), ``takes_all`` (the draw has all images), ``drawn`` (SHA-256 of the rows of all draws;
+        equal for two networks if they used the same images), and for ``top1`` and ``top5`` the mean over the draws,
+        ``*_deviation`` (sample std; None for a single draw) and ``*_draws`` (the values). Top-5 is None for up to five
+        classes or fewer than five neighbours.
 
     Raises:
-        InputError: no labels, or no image to draw from.
+        InputError: there are no labels or no images.
     """
     if train.labels is None or not len(train.labels):
-        raise InputError("the training images have no labels: nothing can be drawn from each class")
+        raise InputError("the training images have no labels, which --few-shot needs")
     counts = np.unique(train.labels, return_counts=True)[1]
     times = {count: draws if counts.max() > count else 1 for count in shots}
     records: list[Record] = []

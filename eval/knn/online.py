@@ -1,4 +1,4 @@
-"""k-NN while training: an evaluator for run_pretrain.py."""
+"""k-NN during training: an evaluator for run_pretrain.py."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ K, TEMPERATURE = 20, 0.07
 
 
 def build_evaluators(config: PretrainConfig, source: Source, device: torch.device) -> list[Evaluator]:
-    """The k-NN of the run, which measures ``{"knn_top1": percent}``; none where ``knn_every`` is 0.
+    """Build the k-NN evaluator, which measures ``{"knn_top1": percent}``; an empty list if ``knn_every`` is 0.
 
     With ``knn_holdout`` the queries are training images held out from the neighbours, so that settings can be chosen
-    without looking at the validation images. The backbone's mode (train or eval) is left as it was. Training goes on
-    without images that cannot be read, and so does this; the first measurement says how many there are, and which.
+    without the validation images. Unreadable images are skipped and reported at the first measurement.
 
     Raises:
         InputError: labels or the validation part are missing.
@@ -37,15 +36,15 @@ def build_evaluators(config: PretrainConfig, source: Source, device: torch.devic
         train, val = open_parts(config.data_path, config.train_data or None, config.val_data or None)
     if len(train) > config.knn_max_images:
         train = Subset(train, np.linspace(0, len(train) - 1, config.knn_max_images).astype(np.int64))
-    transform, told = config.eval_transform(), set[str]()
+    transform, reported = config.eval_transform(), set[str]()
 
     def features(method: Method, name: str, part: Source) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         found = extract(method.eval_backbone, part, transform, device, progress=False, unreadable="skip", finite=False)
-        assert found.labels is not None  # open_parts and _hold_out see to that
-        if len(found.unreadable) and name not in told:
-            told.add(name)
-            log.warning(f"k-NN while training: {unreadable_notice(name, part, found.unreadable)}")
-        finite = np.isfinite(found.features).all(axis=1)  # of a teacher that diverged nothing can be said
+        assert found.labels is not None  # checked by open_parts and _hold_out
+        if len(found.unreadable) and name not in reported:
+            reported.add(name)
+            log.warning(f"k-NN during training: {unreadable_notice(name, part, found.unreadable)}")
+        finite = np.isfinite(found.features).all(axis=1)  # a diverged teacher gives NaN
         return found.features[finite], found.labels[finite]
 
     def measure(method: Method) -> dict[str, float]:
@@ -60,9 +59,9 @@ def build_evaluators(config: PretrainConfig, source: Source, device: torch.devic
 
 
 def _hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
-    """All but ``count`` images chosen by ``seed``, and those."""
+    """Split off ``count`` images chosen by ``seed``: the remaining images, the held-out images."""
     if source.labels is None:
-        raise InputError(f"knn_holdout is {count}, but {source.url} has no labels to measure with: use --knn-every 0")
+        raise InputError(f"knn_holdout is {count}, but {source.url} has no labels: give --knn-every 0")
     if count >= len(source):
         raise InputError(f"knn_holdout is {count}, but {source.url} has only {len(source)} images")
     order = np.random.default_rng([seed, 1]).permutation(len(source))

@@ -1,1 +1,1 @@
-"""Linear classifiers on frozen features: by SGD on views or kept epochs (sgd, heads), or by L-BFGS (logistic)."""
+"""Linear classifiers on frozen features: SGD on augmented images, and L-BFGS logistic regression."""

@@ -1,25 +1,25 @@
-"""Which features a linear head sees: the class token, and what stands beside it (``--features``).
+"""Input features of linear classifiers (``--features``).
 
-All that the wanted choices need is computed in one forward pass and kept as one row an image; a head sees some columns
-of it, side by side. Which choices there are depends on whether a backbone's blocks have class tokens.
+One forward pass computes the features of all choices as one row per image; each choice is a contiguous range of
+columns. The choices depend on whether the blocks of a backbone have class tokens.
 
-A ViT's have, and the choices are those of DINO's eval_linear.py (facebookresearch/dino) and of DINOv2's linear
-evaluation (arXiv 2304.07193); class tokens and patch tokens are taken through the final norm:
+For a ViT, whose blocks have class tokens, they follow DINO's eval_linear.py (facebookresearch/dino) and DINOv2's linear
+evaluation (arXiv 2304.07193), with the final norm applied to all tokens:
 
-- ``cls``: the last block's class token [D].
-- ``cls+mean``: beside it the mean of its patch tokens [2 D]; DINO's for ViT-B.
-- ``lastN``, such as ``last4``: the class tokens of the last N blocks [N D]; DINO's for ViT-S is ``last4``.
-- ``lastN+mean``: beside them the mean of the last block's patch tokens [(N + 1) D].
+- ``cls``: class token of the last block [D].
+- ``cls+mean``: the same and the mean of its patch tokens [2 D], DINO's choice for ViT-B.
+- ``lastN``, such as ``last4``: class tokens of the last N blocks [N D]; ``last4`` is DINO's choice for ViT-S.
+- ``lastN+mean``: the same and the mean of the last block's patch tokens [(N + 1) D].
 
-An XCiT's class token exists only after class attention, and another network's may not exist at all:
+For an XCiT, whose class token exists only after class attention, and for other networks:
 
-- ``cls``: the feature vector that the backbone gives [D].
-- ``cls+mean``: beside it the mean of the patch tokens of the last block that mixes patches; for XCiT of the last XCA
+- ``cls``: feature vector of the backbone [D].
+- ``cls+mean``: the same and the mean patch token of the last block that mixes patches [2 D]; for XCiT of the last XCA
   block, before class attention and without the final norm.
-- ``lastN``: ``cls+mean`` and the mean patch tokens after each of the N - 1 blocks before, without norm. ``last1`` is
-  ``cls+mean``.
+- ``lastN``: ``cls+mean`` and the mean patch tokens of each of the N - 1 blocks before, without norm [(N + 1) D].
+  ``last1`` equals ``cls+mean``.
 
-B batch, D features of the backbone, W features of a row, n images.
+B batch size, D features of the backbone, W features of a row, n images.
 """
 
 from __future__ import annotations
@@ -39,54 +39,54 @@ _CHOICE = re.compile(r"cls(\+mean)?|last([1-9]\d?)(\+mean)?")
 
 
 def blocks_of(choice: str) -> int:
-    """How many of the last blocks a choice looks into: 0 for ``cls``, 1 for ``cls+mean``.
+    """Return the number of last blocks that a choice needs: 0 for ``cls``, 1 for ``cls+mean``.
 
     Raises:
-        InputError: no such choice.
+        InputError: the choice is unknown.
     """
     found = _CHOICE.fullmatch(choice)
     if found is None:
         raise InputError(
-            f"features has {choice!r}, expected cls, cls+mean, or lastN such as last4 (of a ViT also last4+mean)"
+            f"features has {choice!r}, expected cls, cls+mean, or lastN such as last4 (for a ViT also last4+mean)"
         )
     return int(found[2] or bool(found[1]))
 
 
 class Rows:
-    """Some rows and columns of a matrix that may be memory-mapped: read when asked for, never copied whole."""
+    """Lazy view of some rows and columns of a matrix that may be memory-mapped."""
 
     def __init__(
         self, matrix: NDArray[np.float32], columns: slice | None = None, chosen: NDArray[np.int64] | None = None
     ) -> None:
-        """``chosen``: which rows, in what order; None: all, as of ``columns``."""
+        """Select ``columns`` and rows ``chosen``, in their order; None selects all."""
         self.matrix, self.chosen = matrix, chosen
         self.columns = columns or slice(0, matrix.shape[1])
         self.width = self.columns.stop - self.columns.start
 
     def some(self, rows: NDArray[np.int64]) -> Rows:
-        """Some of these rows."""
+        """Select some of these rows."""
         return Rows(self.matrix, self.columns, rows if self.chosen is None else self.chosen[rows])
 
     def __len__(self) -> int:
         return len(self.matrix if self.chosen is None else self.chosen)
 
     def __getitem__(self, part: slice) -> NDArray[np.float32]:
-        """[those of the rows, width], a copy."""
+        """Return a copy of the rows, [n, width]."""
         return np.array(self.matrix[part if self.chosen is None else self.chosen[part], self.columns])
 
 
 class PooledBackbone(nn.Module):
-    """A frozen backbone whose ``cls_token`` is a row of all that some choices need: [B, W]."""
+    """A frozen backbone whose ``cls_token`` [B, W] is the concatenated features of several choices."""
 
     def __init__(self, backbone: nn.Module, choices: Sequence[str], crop: int, device: torch.device) -> None:
         """Wrap ``backbone``, which is on ``device`` and in eval mode.
 
         Args:
-            choices: see above; ``cls`` is always there.
-            crop: pixels a side of the images, for finding out how wide each part is.
+            choices: choices of features; ``cls`` is always included.
+            crop: image size in pixels, for the forward pass that determines the width of each part.
 
         Raises:
-            InputError: no such choice, or one that the backbone does not have.
+            InputError: a choice is unknown or not supported by the backbone.
         """
         super().__init__()
         self.backbone = backbone
@@ -94,7 +94,7 @@ class PooledBackbone(nn.Module):
         self._blocks, depth = max(wanted.values()), _depth(backbone)
         if self._blocks > max(1, depth):
             name = max(wanted, key=lambda each: wanted[each])
-            has = f"has {depth}" if depth else "does not tell its blocks' tokens"
+            has = f"has {depth}" if depth else "does not return tokens of blocks"
             raise InputError(f"features has {name}, which needs {self._blocks} blocks, but the backbone {has}")
         image = torch.zeros(1, 3, crop, crop, device=device)
         with torch.inference_mode():
@@ -102,25 +102,25 @@ class PooledBackbone(nn.Module):
             for name in wanted:
                 if name.startswith("last") and name.endswith("+mean") and not self._has_class_tokens:
                     raise InputError(
-                        f"features has {name}, but the blocks of this backbone have no class tokens: {name[:-5]} has "
-                        "the means of their patch tokens"
+                        f"features has {name}, but the blocks of this backbone have no class tokens: give "
+                        f"{name[:-5]}, which includes their mean patch tokens"
                     )
             self._mean = self._blocks > 0 and (not self._has_class_tokens or any("+mean" in name for name in wanted))
             widths = [part.shape[1] for part in self._parts(image)] if self._blocks else [int(backbone.embed_dim)]  # type: ignore[arg-type]
         ends: list[int] = np.cumsum(widths).tolist()
         self.embed_dim = ends[-1]
         self.columns = {name: self._columns(name, count, ends) for name, count in wanted.items()}
-        """Of a row, those that each choice sees. ``cls`` is always among them."""
+        """Columns of each choice, including ``cls``."""
 
     @property
     def identity(self) -> str:
-        """Added to the weights' hash, it tells rows apart; empty where a row is the class token."""
+        """Suffix to the hash of the weights that identifies the features of a row; empty if it is the class token."""
         if not self._has_class_tokens:
             return f" cls and {self._blocks} blocks" if self._blocks else ""
         return f"{' mean and' if self._mean else ''} {self._blocks} class tokens"
 
     def forward(self, images: Tensor) -> BackboneOutput:
-        """As the backbone's, but for the class token."""
+        """Run the backbone and return the row of features as the class token."""
         if not self._blocks:
             out: BackboneOutput = self.backbone(images)
             return out
@@ -128,7 +128,7 @@ class PooledBackbone(nn.Module):
         return BackboneOutput(row, row[:, None], (1, 1))
 
     def _parts(self, images: Tensor) -> list[Tensor]:
-        """A row's parts: the mean first for class tokens, so that every choice is one run of columns."""
+        """Compute the parts of a row, ordered so that each choice is a contiguous range of columns."""
         out: BackboneOutput = self.backbone(images, layers=tuple(range(-2, -self._blocks - 1, -1)))
         mean = [out.patch_tokens.float().mean(dim=1)] if self._mean else []
         if self._has_class_tokens:
@@ -136,16 +136,16 @@ class PooledBackbone(nn.Module):
         return [out.cls_token, *mean, *(tokens.float().mean(dim=1) for tokens in out.layers)]
 
     def _columns(self, choice: str, blocks: int, ends: Sequence[int]) -> slice:
-        """``ends``: where each part of a row ends."""
+        """Return the columns of a choice; ``ends`` are the end columns of the parts of a row."""
         if not self._has_class_tokens:
             return slice(0, ends[blocks])
         start = ends[0] if self._mean and not choice.endswith("+mean") else 0
-        return slice(start, ends[max(1, blocks) - 1 + self._mean])  # cls looks into no block before
+        return slice(start, ends[max(1, blocks) - 1 + self._mean])  # cls needs 0 blocks, but has one part
 
 
 def _depth(backbone: nn.Module) -> int:
-    """How many blocks ``layers=`` counts from the end; 0 where the backbone does not say."""
-    blocks = getattr(backbone, "blocks", None)  # an XCiT's XCA blocks
+    """Return the number of blocks that ``layers=`` of the backbone's forward supports; 0 if unknown."""
+    blocks = getattr(backbone, "blocks", None)  # XCA blocks of an XCiT
     if isinstance(blocks, nn.ModuleList):
         return len(blocks)
-    return len(getattr(getattr(backbone, "model", None), "feature_info", ()))  # a timm model's
+    return len(getattr(getattr(backbone, "model", None), "feature_info", ()))  # timm models

@@ -1,4 +1,4 @@
-"""What one linear probe measures, on what, and what is kept of it: everything before the first image.
+"""Setup of a linear probe: backbone, data, settings, and the files that store its progress.
 
 W features of a row (:mod:`eval.linear.pooled`), n images.
 """
@@ -30,7 +30,7 @@ FORMAT = "dino-xcit-linear-1"
 FILE_NAME = "linear.pth"
 LOGREG_NAME = "logreg.pth"
 GAP = 1e-3
-"""The objective of a logistic regression is at most this share of itself above its least value."""
+"""Maximum relative excess of a logistic regression's objective over its minimum."""
 
 SGD = (
     "linear probe on the frozen class token, SGD with momentum 0.9, no weight decay, cosine by epoch, "
@@ -41,18 +41,17 @@ LOGREG = "multinomial logistic regression with an L2 penalty, by L-BFGS on featu
 
 Record = dict[str, Any]
 Settings = dict[str, Any]
-"""All that decides what is learnt, as plain values: two probes are the same where these are equal."""
+"""Plain values that determine the training; two probes are the same if these are equal."""
 
 
 class Probe:
-    """The backbone, the images, the classifiers' settings, and where it is kept. With several processes, all call its
-    methods alike."""
+    """Backbone, images, settings and files of a linear probe. All ranks must call its methods in the same order."""
 
     def __init__(self, config: LinearConfig) -> None:
-        """Open everything, and see that it fits.
+        """Open backbone and data, and check the settings before any image is read.
 
         Raises:
-            InputError: something that was given cannot be used; before any image is looked at.
+            InputError: a setting, the weights or the data are invalid.
         """
         self.started = time.perf_counter()
         self.loaded, self.device = open_backbone(config)
@@ -66,11 +65,11 @@ class Probe:
         self.sampler = StepSampler(len(self.train), config.batch_size_per_gpu, 1, rank, world, config.seed)
         share = config.holdout if config.lrs or config.logreg else 0.0
         self.held = hold_out(self.labels, share, config.seed)
-        """Indices of the training images on which classifiers are chosen."""
+        """Indices of the held-out training images."""
         if share and not len(self.held):
             raise InputError(
                 f"holdout is {share:g}, which is less than one image of any class of {self.train.url}: raise it, "
-                "or --holdout 0 for the paper's learning rate alone"
+                "or give --holdout 0 for the paper's learning rate only"
             )
         self.held_source = Subset(self.train, self.held)
         self.lrs = sorted(config.lrs) if len(self.held) else []
@@ -79,12 +78,12 @@ class Probe:
         self.folder = beside_weights(config, config.output_dir, "linear")
         self.cache = cache_folder(config)
         if config.cached and self.cache is None:
-            raise InputError("cached needs a folder to keep features in: give --cache-dir DIR")
+            raise InputError("cached needs a writable feature cache: give --cache-dir DIR")
         self.identity = self._identity()
         self._features: dict[int, Features] = {}
 
     def _identity(self) -> Settings:
-        """All that decides what the classifiers learn by SGD, and are measured on."""
+        """Return the settings that determine the classifiers trained by SGD and their evaluation."""
         config = self.config
         train, val = (distributed.on_main(part.fingerprint) for part in (self.train, self.val))
         transform = {name: list(v) if isinstance(v, tuple) else v for name, v in self.transform.to_dict().items()}
@@ -93,7 +92,7 @@ class Probe:
             "batch": self.sampler.global_batch, "lr": config.lr, "lrs": sorted(config.lrs), "holdout": config.holdout,
             "crop_scale": list(config.crop_scale), "seed": config.seed,
         }  # fmt: skip
-        # Not named where they are as they were before there was a choice: what was measured then stays comparable.
+        # Defaults are omitted, so that probes from before these settings existed remain comparable.
         if config.features != ("cls",):
             identity["features"] = list(config.features)
         if config.cached:
@@ -101,13 +100,13 @@ class Probe:
         return identity
 
     def identity_of_logreg(self) -> Settings:
-        """All that decides the logistic regression: neither augmentation nor validation images."""
+        """Return the settings that determine the logistic regression."""
         shared = {name: self.identity[name] for name in ("weights", "train", "transform", "holdout", "seed")}
         cs, iterations = sorted(self.config.logreg_cs), self.config.logreg_iterations
         return shared | {"features": list(self.config.features), "cs": cs, "iterations": iterations, "gap": GAP}
 
     def protocol(self) -> Settings:
-        """Name and settings of the classifiers that were trained, and of no others; for the result file."""
+        """Return name and settings of the trained classifiers for the result file."""
         of_sgd = ("epochs", "batch", "lr", "lrs", "crop_scale", "cached") if self.config.sgd else ()
         names = (*of_sgd, "holdout", "seed", "features")
         chosen = {name: self.identity[name] for name in names if name in self.identity}
@@ -119,9 +118,9 @@ class Probe:
         return protocol | ({"logreg": {"name": LOGREG, **regression}} if self.config.logreg else {})
 
     def features(self, source: Source) -> Features:
-        """Of every image of one of this probe's sources, prepared for evaluation: [n, W]. Extracted once."""
+        """Extract the features [n, W] of a source of this probe, once."""
         config = self.config
-        if id(source) not in self._features:  # the probe holds its sources: no other will ever have this id
+        if id(source) not in self._features:  # ids are unique, as the probe keeps its sources alive
             self._features[id(source)] = cached(
                 self.pooled, self.row_hash, source, self.transform, self.device, self.cache,
                 config.batch_size_per_gpu, config.num_workers,
@@ -129,15 +128,15 @@ class Probe:
         return self._features[id(source)]
 
     def rows(self, source: Source) -> dict[str, Rows]:
-        """The same, as each choice of features sees it."""
+        """Return :meth:`features` by choice of features."""
         matrix = self.features(source).features
         return {name: Rows(matrix, columns) for name, columns in self.pooled.columns.items()}
 
     def stored(self, name: str, identity: Settings) -> Record | None:
-        """What the file ``name`` of the probe's folder holds of it, on every process alike.
+        """Read the file ``name`` in the probe's folder, on rank 0 for all ranks; None if absent.
 
         Raises:
-            InputError: it holds another probe, or it is not there and cannot be written.
+            InputError: the file holds another probe, or it is absent and not writable.
         """
         path, content = self.folder / name, None
         if self.config.resume == "auto":
@@ -147,13 +146,13 @@ class Probe:
         return content
 
     def write(self, name: str, content: Mapping[str, Any], identity: Settings) -> None:
-        """Write what belongs to ``identity``, whole or not at all; on the main process."""
+        """Write the file ``name`` atomically on rank 0."""
         if distributed.is_main():
             atomic.write_torch(self.folder / name, {"format": FORMAT, "settings": identity, **content})
 
 
 def for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
-    """The settings with what was left open filled in: as published, or what suits small pictures and a CPU."""
+    """Resolve defaults: the published protocol, or a shorter one for small images on a CPU."""
     small = crop <= SMALL_CROP
     epochs = config.epochs or (SMALL_EPOCHS if small else PAPER_EPOCHS)
     scale = config.crop_scale if any(config.crop_scale) else (SMALL_CROP_SCALE if small else PAPER_CROP_SCALE)
@@ -161,10 +160,10 @@ def for_image_size(config: LinearConfig, crop: int) -> LinearConfig:
 
 
 def read_probe(path: Path, identity: Settings) -> Record | None:
-    """The probe in a file, if there is one. Nothing of it is executed.
+    """Read the probe in a file; None if absent.
 
     Raises:
-        InputError: it is another probe, or the file is no probe at all.
+        InputError: the file holds another probe or is no probe.
     """
     if not path.exists():
         return None

@@ -1,9 +1,9 @@
-"""The classifiers of a probe that learn by SGD on augmented images: the paper's, and the grid beside it.
+"""Linear classifiers trained by SGD on augmented images: the paper's classifier and the grid.
 
-Resumable: linear.pth is written after each epoch, and the order of the images, their views and the steps follow from
-the settings and the epoch alone.
+Training is resumable: linear.pth is written after each epoch, and image order and crops depend only on the settings and
+the epoch.
 
-B batch, D features that a head sees, C classes, L classifiers, n images.
+B batch size, D input features of a classifier, C classes, L classifiers, n images.
 """
 
 from __future__ import annotations
@@ -35,30 +35,29 @@ from eval.stats import accuracy, correct, top_accuracies
 MOMENTUM = 0.9
 INIT_STD = 0.01
 REFERENCE_BATCH = 256
-"""The batch that learning rates are quoted for (DINO, arXiv 2104.14294, appendix F.3)."""
+"""Batch size to which learning rates refer (DINO, arXiv 2104.14294, appendix F.3)."""
 _ROWS_AT_ONCE = 1024
 _COLUMNS_AT_ONCE = 64
 _VARIANCE_FLOOR = 1e-6
 
 
 class LinearHeads:
-    """L linear classifiers with a learning rate each, trained by SGD with momentum 0.9 and no weight decay.
+    """L independent linear classifiers with a learning rate each, trained by SGD with momentum and no weight decay.
 
-    All start from the same weights, N(0, 0.01), and biases of 0. None knows of the others: each ends where it would
-    have ended alone.
+    All start with the same weights from N(0, 0.01^2) and zero biases.
     """
 
     def __init__(
         self, lrs: Sequence[float], classes: int, dim: int, seed: int, device: torch.device,
         standardise: Rows | None = None,
     ) -> None:  # fmt: skip
-        """Fresh classifiers.
+        """Initialise the classifiers.
 
         Args:
-            lrs: [L] highest learning rates, as they are used, not scaled with the batch any more.
-            standardise: n features whose mean and standard deviation the classifiers' input shall be freed of, as a
-                BatchNorm without parameters does. It changes no classifier's family, for it can be folded into the
-                weights (:meth:`folded`), but SGD gets nowhere on features that hardly differ from their mean.
+            lrs: [L] maximum learning rates, already scaled with the batch.
+            standardise: n features whose mean and std standardise the input, like a BatchNorm without parameters. The
+                classifiers remain linear (:meth:`folded`), but SGD converges on features that hardly differ from their
+                mean.
         """
         start = torch.empty(classes, dim).normal_(0.0, INIT_STD, generator=torch.Generator().manual_seed(seed))
         shift, scale = np.zeros(dim), np.ones(dim)
@@ -76,15 +75,13 @@ class LinearHeads:
         }
 
     def step(self, features: Tensor, labels: Tensor, taken: Tensor, lr_factor: float) -> Tensor:
-        """One step of every classifier.
-
-        Under torchrun each process brings its own images; the step is that of all of them together.
+        """Take one SGD step of all classifiers on the images of all ranks.
 
         Args:
             features: [B, D], without gradient.
             labels: [B].
-            taken: [B] of 0 and 1: which images are learnt from. The loss is the mean over those.
-            lr_factor: the schedule's share of the learning rates.
+            taken: [B], 1 for images to train on, 0 for others. The loss is the mean over the former.
+            lr_factor: factor of the learning rates from the schedule.
 
         Returns:
             [L] mean cross-entropies before the step, on the device.
@@ -105,7 +102,7 @@ class LinearHeads:
         return sums / count
 
     def folded(self, head: int) -> tuple[Tensor, Tensor]:
-        """Weight [C, D] and bias [C] of one classifier for features as the backbone gives them, on the CPU."""
+        """Return weight [C, D] and bias [C] of one classifier for features without standardisation, on the CPU."""
         state = self.state_dict()
         weight = state["weight"][head].double() * state["scale"].double()
         bias = state["bias"][head].double() - weight @ state["shift"].double()
@@ -115,23 +112,23 @@ class LinearHeads:
         return (features - self._state["shift"]) * self._state["scale"]
 
     def guesses(self, features: Rows, heads: Sequence[int]) -> NDArray[np.int64]:
-        """The labels that some of the classifiers give to features [n, D], best first: [heads, n, up to 5]."""
+        """Predict the labels of features [n, D] with some classifiers, best first: [heads, n, min(5, C)]."""
         weight, bias = self._state["weight"][list(heads)], self._state["bias"][list(heads)]
         return guesses(lambda rows: linear(self._standard(rows), weight, bias), features, weight.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that decides what a classifier answers and how it goes on learning, on the CPU."""
+        """Return parameters, momenta and standardisation on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Load the result of :meth:`state_dict`."""
         for name, target in self._state.items():
             target.copy_(state[name])
 
 
 @torch.no_grad()
 def guesses(logits: Callable[[Tensor], Tensor], features: Rows, device: torch.device) -> NDArray[np.int64]:
-    """The classes with the largest ``logits(rows [some, D]) -> [..., some, C]``, best first: [..., n, up to 5]."""
+    """Return the classes with the largest ``logits(rows [m, D]) -> [..., m, C]``, best first: [..., n, min(5, C)]."""
     found = []
     for start in range(0, max(1, len(features)), _ROWS_AT_ONCE):
         scores = logits(torch.from_numpy(features[start : start + _ROWS_AT_ONCE]).to(device))
@@ -140,7 +137,7 @@ def guesses(logits: Callable[[Tensor], Tensor], features: Rows, device: torch.de
 
 
 def moments(features: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean [D] and variance [D] in float64, some columns at a time, so that no copy of all of them is made."""
+    """Compute mean [D] and variance [D] in float64, in chunks of columns to limit memory."""
     means, variances, first = np.zeros(features.width), np.zeros(features.width), features.columns.start
     for start in range(0, features.width, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, features.width)
@@ -150,25 +147,25 @@ def moments(features: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Logits of L classifiers: [B, D], [L, C, D], [L, C] to [L, B, C]."""
+    """Compute the logits of L classifiers: [B, D], [L, C, D], [L, C] to [L, B, C]."""
     heads, classes, _ = weight.shape
     logits = features @ weight.flatten(0, 1).t() + bias.flatten()
     return logits.view(len(features), heads, classes).transpose(0, 1)
 
 
 def cosine_factor(epoch: int, epochs: int) -> float:
-    """The learning rate's share in a 0-based epoch: a cosine from 1 towards 0, constant within the epoch."""
+    """Return the learning-rate factor of a 0-based epoch: a cosine from 1 towards 0, constant within an epoch."""
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 def train_heads(probe: Probe, stored: Record | None) -> Record:
-    """Train from the start, or from where this probe stopped, to the last epoch.
+    """Train all epochs, or the remaining ones of an interrupted run.
 
     Args:
-        stored: what linear.pth holds of an earlier run.
+        stored: content of linear.pth from an earlier run.
 
     Returns:
-        What linear.pth holds in the end; on other processes than the main one it is not complete.
+        The final content of linear.pth; complete on rank 0 only.
     """
     config, device, sampler, columns = probe.config, probe.device, probe.sampler, probe.pooled.columns
     batch, epochs, steps = sampler.global_batch, config.epochs, sampler.steps_per_epoch
@@ -192,7 +189,7 @@ def train_heads(probe: Probe, stored: Record | None) -> Record:
     sampler.start_step, sampler.stop_step = done * steps, epochs * steps
     batches = _batches(probe)
     labels, for_paper = torch.from_numpy(probe.labels).to(device), torch.ones(config.batch_size_per_gpu, device=device)
-    for_grid = torch.ones(len(labels), device=device)  # 0 for what is held out
+    for_grid = torch.ones(len(labels), device=device)  # 0 for held-out images
     for_grid[torch.from_numpy(probe.held).to(device)] = 0
     images = steps * batch
     with progress_bar(epochs * images, "probe", shown=distributed.is_main(), done=done * images) as bar:
@@ -211,7 +208,7 @@ def train_heads(probe: Probe, stored: Record | None) -> Record:
             top1, top5 = accuracy(found, val_labels, 1), accuracy(found, val_labels, 5) if probe.classes > 5 else None
             if not math.isfinite(loss.item()):
                 raise InputError(f"lr {config.lr:g} is too high: the loss is not finite in epoch {epoch + 1}; lower it")
-            if top1 > max((record["top1"] for record in content["history"]), default=-1.0):  # the first of equals stays
+            if top1 > max((record["top1"] for record in content["history"]), default=-1.0):  # keep the first in a tie
                 content["best_hits"] = torch.from_numpy(correct(found, val_labels, 1))
             content["history"].append({"epoch": epoch + 1, "loss": loss.item(), "top1": top1, "top5": top5})
             log.info(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.4f}, top-1 {top1:.2f} with the paper's lr")
@@ -229,13 +226,13 @@ def train_heads(probe: Probe, stored: Record | None) -> Record:
 
 
 def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features [B, W] and indices [B] of the training images of each step, as they come or from those kept."""
+    """Yield features [B, W] and indices [B] of the training images of each step, extracted or from the cache."""
     config, transform, device = probe.config, probe.transform, probe.device
     views = Views(probe.train, transform, config.crop_scale, config.seed)
     if not config.cached:
         workers = choose_workers(config.num_workers, distributed.processes_here())
         return live_features(probe.pooled, views, probe.sampler, workers, device)
-    whole = dataclasses.replace(transform, resize=transform.crop)  # views have the crop's size already
+    whole = dataclasses.replace(transform, resize=transform.crop)  # augmented images already have the crop's size
     epochs = [
         cached(
             probe.pooled, probe.row_hash, AugmentedEpoch(views, epoch, probe.identity["train"]), whole, device,
@@ -247,17 +244,17 @@ def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def final_results(probe: Probe, content: Record, paper: LinearHeads, grids: Mapping[str, LinearHeads]) -> Record:
-    """The figures at the end, and the classifier that they recommend.
+    """Compute the final results and choose the recommended classifier.
 
     Args:
-        content: ``history``, a record an epoch of the paper's classifier, and ``best_hits`` [n], whether it was right
-            in its best epoch; None where that was trained before these were kept.
-        grids: for each choice of features a classifier a learning rate. The best is chosen on held-out training images,
-            and it alone ever sees the validation images.
+        content: ``history``, a record of the paper's classifier for each epoch, and ``best_hits`` [n], its hits in the
+            best epoch; None if an older version trained it.
+        grids: classifiers of the grid by choice of features. The best is chosen on held-out training images; only this
+            one is evaluated on the validation images.
 
     Returns:
-        ``results`` and ``figures`` (:meth:`Figure.to_card`) for the card, and ``classifier`` with weight [C, D] and
-        bias [C] for features as the backbone gives them: the grid's choice if there is a grid.
+        ``results`` and ``figures`` (:meth:`Figure.to_card`) for the result file, and ``classifier`` with weight [C, D]
+        and bias [C] for features without standardisation: the best of the grid, or the paper's without a grid.
     """
     lr, history, best_hits = probe.config.lr, content["history"], content["best_hits"]
     val, labels = probe.rows(probe.val), np.asarray(probe.val.labels)

@@ -1,10 +1,10 @@
-"""Training images of the linear probe: RandomResizedCrop and flip, in an order that (seed, epoch) alone decides.
+"""Augmented training images of the linear probe: RandomResizedCrop and flip, in an order given by (seed, epoch).
 
-They are looked at as they come (:func:`live_features`), or the features of a few epochs are kept and come again
-(``--cached``): epoch e then learns from kept epoch e mod E, in an order of its own. The views of a kept epoch are those
-that the full protocol sees in that epoch.
+Features are extracted in each epoch (:func:`live_features`), or those of the first E epochs are cached and repeated
+(``--cached``): epoch e uses cached epoch e mod E in its own order. Cached epochs have the same crops as in the full
+protocol.
 
-B batch, E kept epochs, W features of a row, n images.
+B batch size, E cached epochs, W features of a row, n images.
 """
 
 from __future__ import annotations
@@ -34,43 +34,42 @@ LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _NUMBERS = 2 * CROP_ATTEMPTS + 3
 
 Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels."""
+"""Left, top, right, bottom in pixels."""
 
 
 @dataclass(frozen=True)
 class Views(Dataset[Any]):
-    """Cropped training images. A batch is made whole in one loader process: for pictures of a few dozen pixels, handing
-    them over one by one would take longer than cutting them."""
+    """Cropped training images as whole batches: transferring small images from a worker one by one is slower than
+    cropping them."""
 
     source: Source
     transform: EvalTransform
-    """For the crop's size, mean and standard deviation."""
+    """Transform with crop size, mean and std."""
     scale: tuple[float, float]
-    """Share of the image's area that a crop covers: least, most."""
+    """Minimum and maximum share of the image's area in a crop."""
     seed: int
 
     def __getitem__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor] | InputError:
-        """Images [B, 3, crop, crop] uint8 and which these are [B]; an image that cannot be read makes it that error."""
+        """Return images [B, 3, crop, crop] uint8 and their indices [B], or the error of an unreadable image."""
         pixels = np.empty((len(keys), self.transform.crop, self.transform.crop, 3), dtype=np.uint8)
         try:
             for row, (epoch, index) in enumerate(keys):
                 pixels[row] = self.pixels(epoch, index)
         except InputError as error:
-            # Handed over rather than raised: a loader process would bury the sentence in a traceback.
-            return error
+            return error  # a raised error would come out of a worker inside a traceback
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([index for _, index in keys])
 
     def pixels(self, epoch: int, index: int) -> NDArray[np.uint8]:
-        """[crop, crop, 3]."""
+        """Return an augmented image [crop, crop, 3]."""
         image = decode(self.source.read(index)[0], self.source.name(index), self.transform.white_level)
         return np.asarray(random_view(image, self.transform.crop, self.scale, self.seed, epoch, index))
 
 
 class AugmentedEpoch:
-    """The views of one epoch as a data source, so that their features are kept like any others."""
+    """Augmented images of one epoch as a source, so that their features can be cached."""
 
     def __init__(self, views: Views, epoch: int, fingerprint: str) -> None:
-        """``fingerprint``: of ``views.source``."""
+        """``fingerprint`` is that of ``views.source``."""
         self._views, self._epoch, self._fingerprint = views, epoch, fingerprint
         self.url = f"{views.source.url}, augmented epoch {epoch + 1}"
         self.labels, self.classes, self.name = views.source.labels, views.source.classes, views.source.name
@@ -89,24 +88,24 @@ class AugmentedEpoch:
 def random_view(
     image: Image.Image, size: int, scale: tuple[float, float], seed: int, epoch: int, index: int
 ) -> Image.Image:
-    """RandomResizedCrop (bilinear), then a flip in half of the cases; decided by (seed, epoch, index) alone."""
+    """Apply RandomResizedCrop (bilinear) and a random flip, both determined by (seed, epoch, index)."""
     rng = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, (epoch << 40) | index]))
     numbers: list[float] = rng.random(_NUMBERS).tolist()
     box = draw_crop(image.width, image.height, scale, numbers)
-    # Cropped first, as torchvision does: resize(box=...) would let the filter look beyond the crop.
+    # Crop before resizing, as torchvision does: the filter of resize(box=...) extends beyond the crop.
     view = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if numbers[-1] < 0.5 else view
 
 
 def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequence[float]) -> Box:
-    """torchvision's RandomResizedCrop: the first of ten tries that fits in the picture.
+    """Draw a crop like torchvision's RandomResizedCrop: the first of ten attempts that fits into the image.
 
-    A try draws an area uniformly and an aspect ratio between 3/4 and 4/3 log-uniformly; where none fits, the largest
-    centred crop whose ratio is allowed.
+    Each attempt draws an area uniformly and an aspect ratio between 3/4 and 4/3 log-uniformly. If none fits, return the
+    largest centred crop with an allowed ratio.
 
     Args:
-        scale: share of the picture's area, (least, most).
-        numbers: 23 numbers uniform in [0, 1): two a try, then the crop's place, then one that is not used here.
+        scale: minimum and maximum share of the image's area.
+        numbers: 23 uniform numbers in [0, 1): two per attempt, two for the position, and one unused here.
     """
     low, high = LOG_RATIO
     for attempt in range(CROP_ATTEMPTS):
@@ -124,13 +123,13 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], numbers: Sequ
 def live_features(
     backbone: nn.Module, views: Views, sampler: StepSampler, num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each step its features [B, W] in float32, without gradient, and which images these are [B], on ``device``.
+    """Yield features [B, W] in float32, without gradient, and image indices [B] on ``device`` for each step.
 
     Args:
-        backbone: on ``device``, in eval mode; its class token is the row.
+        backbone: module on ``device``, in eval mode; its class token is the row of features.
 
     Raises:
-        InputError: an image cannot be read, or its features are not finite; it is named.
+        InputError: an image is unreadable or its features are not finite; the message names it.
     """
     loader: DataLoader[Any] = DataLoader(
         views, None, sampler=sampler, num_workers=num_workers, worker_init_fn=worker_init() if num_workers else None,
@@ -149,7 +148,7 @@ def live_features(
 def kept_features(
     epochs: Sequence[NDArray[Any]], sampler: StepSampler, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As :func:`live_features`, from what was kept: ``epochs`` are E arrays [n, W]."""
+    """Yield the same as :func:`live_features` from E cached ``epochs`` [n, W]."""
     for keys in sampler:
         chosen = np.array([index for _, index in keys], dtype=np.int64)
         rows = epochs[keys[0][0] % len(epochs)][chosen].astype(np.float32)
@@ -157,13 +156,13 @@ def kept_features(
 
 
 def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
-    """Indices, ascending, of a share of each class's images, drawn by ``seed``.
+    """Draw a share of each class's images and return their indices in ascending order.
 
-    A class keeps at least one image to learn from.
+    Each class keeps at least one image for training.
 
     Args:
         labels: [images].
-        share: of each class, 0 <= share < 1, rounded to whole images.
+        share: share of each class, 0 <= share < 1, rounded to whole images.
     """
     rng = np.random.default_rng([seed, 2])
     chosen = [

@@ -1,4 +1,4 @@
-"""What vectors find: landmarks (Revisited Oxford and Paris), copies (Copydays), images of the same class, duplicates.
+"""Retrieval benchmarks: Revisited Oxford and Paris, Copydays, leave-one-out among classes, and near duplicates.
 
 N images, D features of a vector, Q queries. Similarity is cosine, and search is exact.
 """
@@ -45,23 +45,23 @@ from eval.setup import cache_folder, open_backbone, open_weights
 from eval.stats import query_interval
 
 Vectors = NDArray[np.float32]
-"""[N, D], not necessarily of length 1; may be memory-mapped, also in float16."""
+"""[N, D], normalised or not; may be memory-mapped, also in float16."""
 
 
-# ---- whole images, where cutting the centre out would lose what is looked for
+# ---- transforms without a centre crop, which may lose the object
 
 
 @dataclass(frozen=True)
 class LongerSide(EvalTransform):
-    """The whole picture in its own proportions, its longer side reduced to ``crop`` pixels and never enlarged.
+    """Reduce the longer side to ``crop`` pixels, keeping the aspect ratio; smaller images are not enlarged.
 
-    As revisitop and DINO prepare Revisited Oxford and Paris: Pillow's ``thumbnail`` with Lanczos. Pictures come out in
-    many sizes, so that they go through the network one by one.
+    This is the transform of revisitop and DINO for Revisited Oxford and Paris: Pillow's ``thumbnail`` with Lanczos. As
+    the output sizes differ, the batch size is 1.
     """
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """[3, height, width] uint8, the longer of both at most ``crop``."""
-        small = image.copy()  # thumbnail changes the picture itself
+        """Return [3, height, width] uint8, the longer side at most ``crop``."""
+        small = image.copy()  # thumbnail works in place
         small.thumbnail((self.crop, self.crop), Image.Resampling.LANCZOS)
         return to_tensor(small)
 
@@ -71,10 +71,10 @@ class LongerSide(EvalTransform):
 
 @dataclass(frozen=True)
 class Square(EvalTransform):
-    """The whole picture squeezed into a square of ``crop`` pixels, bicubic, as DINO prepares Copydays."""
+    """Resize the whole image to a square of ``crop`` pixels, bicubic, as DINO does for Copydays."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """[3, crop, crop] uint8."""
+        """Return [3, crop, crop] uint8."""
         return to_tensor(image.resize((self.crop, self.crop), Image.Resampling.BICUBIC))
 
     def to_dict(self) -> dict[str, object]:
@@ -82,8 +82,7 @@ class Square(EvalTransform):
 
 
 def open_fitted(config: RetrievalConfig) -> tuple[LoadedBackbone, torch.device]:
-    """The backbone, whose transform prepares images as the settings say: ``centre`` as the weights have it; the sizes
-    of ``whole`` and ``square`` are those of DINO's scripts."""
+    """Open the backbone with the transform of ``fit``; default sizes of ``whole`` and ``square`` are DINO's."""
     fit = config.fitted()
     if fit == "centre":
         return open_backbone(config)
@@ -100,27 +99,26 @@ def open_fitted(config: RetrievalConfig) -> tuple[LoadedBackbone, torch.device]:
 
 @dataclass(frozen=True)
 class VectorSet:
-    """A source's images as vectors [N, D], not necessarily of length 1; perhaps memory-mapped."""
+    """Vectors of a source's images."""
 
     source: Source
     vectors: Vectors
     data: dict[str, object]
-    """Which images, for a result file."""
+    """Metadata of the images for the result file."""
     whitening: dict[str, Any] | None
-    """Which one was applied, for a result file."""
+    """Metadata of the applied whitening for the result file."""
     loaded: LoadedBackbone
     device: torch.device
 
 
 def extracted(config: RetrievalConfig, loaded: LoadedBackbone, device: torch.device, source: Source) -> VectorSet:
-    """The vectors of a source's images, on every process; kept beside the weights, or used from there.
+    """Extract the vectors of a source's images, or read them from the feature cache, on every rank.
 
     Raises:
-        InputError: an image cannot be read, or the whitening was learned from other vectors.
+        InputError: an image is unreadable, or the whitening was learned from other vectors.
     """
     descriptor = config.descriptor()
     whitening = load(Path(config.whiten), kind_of(loaded.hash, descriptor)) if config.whiten else None
-    # Pictures of many sizes cannot be in one batch.
     batch = 1 if isinstance(loaded.transform, LongerSide) else config.batch_size_per_gpu
     found = cached(
         loaded.backbone, loaded.hash, source, loaded.transform, device, cache_folder(config), batch,
@@ -137,11 +135,11 @@ def extracted(config: RetrievalConfig, loaded: LoadedBackbone, device: torch.dev
 # ---- results
 
 Answer = tuple[Card, list[Card], dict[str, VectorSet], list[Figure]]
-"""A protocol's settings, rows of figures, what was measured, and the figures by query."""
+"""Protocol, rows of results, vector sets by name, and figures by query."""
 
 
 def means(values: Mapping[str, NDArray[np.float64]]) -> Card:
-    """Each figure's mean over the queries, and its interval; None without a query."""
+    """Compute each measure's mean over the queries and its interval; None without queries."""
     out: Card = {}
     for name, one in values.items():
         out |= {name: float(one.mean()) if len(one) else None, f"{name}_interval": query_interval(one)}
@@ -149,7 +147,7 @@ def means(values: Mapping[str, NDArray[np.float64]]) -> Card:
 
 
 def write_result(config: RetrievalConfig, answer: Answer, seconds: float) -> None:
-    """Write the figures with everything that is needed to repeat them, and to compare them query by query."""
+    """Write the result file, with the values of single queries for paired comparisons."""
     protocol, results, sets, figures = answer
     cards = [figure.to_card() for figure in figures if figure.units]
     data = {name: one.data | (images_card(one.source) if cards else {}) for name, one in sets.items()}
@@ -166,11 +164,12 @@ def write_result(config: RetrievalConfig, answer: Answer, seconds: float) -> Non
 
 
 def rows_of_similarity(queries: Vectors, *database: Vectors, queries_at_once: int = 64) -> Iterator[Vectors]:
-    """For each query its cosine with every vector of the database, [N].
+    """Yield for each query its cosine similarities [N] to the database.
+
+    Memory: one copy of the database and ``queries_at_once`` x N similarities.
 
     Args:
-        database: perhaps several sets, whose rows follow each other. Takes one copy of them, and ``queries_at_once`` x
-            N numbers.
+        database: one or more sets, concatenated.
     """
     others = [unit_rows(rows).T for rows in database]
     for start in range(0, len(queries), queries_at_once):
@@ -179,28 +178,28 @@ def rows_of_similarity(queries: Vectors, *database: Vectors, queries_at_once: in
 
 
 def ranks_of(ranking: NDArray[np.int64], wanted: NDArray[np.int64], junk: Sequence[int] = ()) -> NDArray[np.int64]:
-    """Where the wanted images are in a ranking from which junk was taken out: 0-based, ascending.
+    """Return the 0-based ranks of the positive images in a ranking without junk, ascending.
 
     Args:
-        ranking: [images], rows of the database, best first; each at most once.
-        wanted: rows that are right. One that the ranking does not hold has no rank.
-        junk: rows that count neither as right nor as wrong.
+        ranking: [images], distinct rows of the database, best first.
+        wanted: positive rows; those missing in the ranking have no rank.
+        junk: rows to ignore.
     """
     places = np.flatnonzero(np.isin(ranking, wanted))
     return places - np.searchsorted(np.flatnonzero(np.isin(ranking, junk)), places)
 
 
 def trapezoidal_ap(ranks: NDArray[np.int64], positives: int) -> float:
-    """Area below the precision-recall curve, from 0 to 1, by trapezoids, as the Holidays, Oxford, Revisited Oxford and
-    Paris and Copydays scripts have it.
+    """Compute average precision by the trapezoidal rule, from 0 to 1, as in the scripts of Holidays, Oxford, Revisited
+    Oxford and Paris, and Copydays.
 
-    The right image number j (from 0) at rank r raises recall by one step of 1 / positives. Precision is j / r before
-    it (1 if r is 0) and (j + 1) / (r + 1) with it; the step adds their mean times its width. It differs from the
-    average precision of text retrieval (and of scikit-learn), which takes the second of them alone.
+    The positive number j (from 0) at rank r raises recall by 1 / positives. Precision is j / r before it (1 if r is 0)
+    and (j + 1) / (r + 1) with it; their mean is the height of the step. The average precision of text retrieval and
+    scikit-learn uses the second value only.
 
     Args:
-        ranks: of the right images that were found, 0-based, ascending.
-        positives: how many right images there are, found or not; at least 1.
+        ranks: 0-based ranks of the positives found, ascending.
+        positives: number of positives, found or not; at least 1.
     """
     found = np.arange(len(ranks))
     before = np.where(ranks == 0, 1.0, found / np.maximum(ranks, 1))
@@ -209,12 +208,12 @@ def trapezoidal_ap(ranks: NDArray[np.int64], positives: int) -> float:
 
 
 def precision_at(ranks: NDArray[np.int64], k: int) -> float:
-    """Share of right images among the first k, as revisitop has it: k is no more than the rank of the last right one.
+    """Compute precision at k as in revisitop, with k limited to the position of the last positive.
 
-    So a query with two right images, both first, has precision 1 at 10, and not 0.2.
+    For example, a query with two positives at the first two ranks has a precision at 10 of 1, not 0.2.
 
     Args:
-        ranks: of the right images, 0-based, ascending; at least one.
+        ranks: 0-based ranks of the positives, ascending; at least one.
     """
     among = min(k, int(ranks[-1]) + 1)
     return float((ranks < among).sum() / among)
@@ -228,51 +227,49 @@ SETUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
 }
-"""Each setup's right images, and those that count neither as right nor as wrong."""
+"""Positives and junk of each setup."""
 PRECISION_KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
 class Query:
-    """One query and what it should find."""
+    """A query and its positives."""
 
     name: str
     box: tuple[float, ...]
-    """Left, top, right, bottom of the building in the query's picture, in pixels."""
+    """Left, top, right, bottom of the building in the query image, in pixels."""
     found: dict[str, NDArray[np.int64]]
-    """``easy``, ``hard`` and ``junk`` to rows of the database."""
+    """Rows of the database by ``easy``, ``hard`` and ``junk``."""
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What a ``gnd_*.pkl`` says."""
+    """Content of a ``gnd_*.pkl``."""
 
     path: Path
     sha256: str
     database: tuple[str, ...]
-    """[N] names of images, without ``.jpg``."""
+    """[N] image names without ``.jpg``."""
     queries: tuple[Query, ...]
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """A published pickle, of which nothing is executed, or JSON: ``imlist``, ``qimlist``, and ``gnd`` with ``bbx``,
-    ``easy``, ``hard`` and ``junk`` a query.
+    """Read a published pickle, without executing it, or JSON with the same content: ``imlist``, ``qimlist``, and
+    ``gnd`` with ``bbx``, ``easy``, ``hard`` and ``junk`` for each query.
 
     Raises:
-        InputError: no such file, not safe to read, or not of this content.
+        InputError: the file is missing, unsafe or invalid.
     """
     if not path.is_file() and path.with_suffix(".json").is_file():
         path = path.with_suffix(".json")
     if not path.is_file():
-        raise InputError(f"there is no ground truth {path}: --data-path names its folder, --ground-truth another file")
+        raise InputError(f"found no ground truth {path}: give its folder with --data-path or the file --ground-truth")
     try:
         data = path.read_bytes()
         content: dict[str, list] = json.loads(data) if path.suffix == ".json" else safe_load.read_ground_truth(path)  # type: ignore[assignment]
         database, names = tuple(content["imlist"]), tuple(content["qimlist"])
         for name in (*database, *names):
-            if not re.fullmatch(
-                r"[^./\\:\0][^/\\:\0]{0,199}", name
-            ):  # names become paths below DIR/jpg, and stay there
+            if not re.fullmatch(r"[^./\\:\0][^/\\:\0]{0,199}", name):  # names must not lead out of DIR/jpg
                 raise ValueError(f"{name!r:.80} is no plain file name")
         queries = [_query(name, len(database), entry) for name, entry in zip(names, content["gnd"], strict=True)]
     except InputError:
@@ -289,24 +286,24 @@ def _query(name: str, count: int, entry: dict[str, list[float]]) -> Query:
     for kind in ("easy", "hard", "junk"):
         rows = np.asarray(entry[kind], dtype=np.float64)
         if rows.ndim != 1 or not ((rows >= 0) & (rows < count) & (rows == np.floor(rows))).all():
-            raise ValueError(f"{kind} of query {name} is no list of places among the {count} names in imlist")
+            raise ValueError(f"{kind} of query {name} is no list of indices of the {count} names in imlist")
         found[kind] = rows.astype(np.int64)
     return Query(name, tuple(box.tolist()), found)
 
 
 def open_landmarks(truth: GroundTruth, folder: Path, crop_queries: bool) -> tuple[Source, Source]:
-    """The database and the queries, ``folder``/jpg/NAME.jpg each, in the order of the ground truth.
+    """Open the database and the queries, ``folder``/jpg/NAME.jpg, in the order of the ground truth.
 
     Args:
-        crop_queries: show of each query only its box, as the benchmark's authors do; DINO's script does not.
+        crop_queries: crop queries to their box, as the authors of the benchmark do, unlike DINO's script.
 
     Raises:
-        InputError: an image is not there.
+        InputError: an image is missing.
     """
     jpg, names = folder / "jpg", [query.name for query in truth.queries]
     if missing := [name for name in [*truth.database, *names] if not (jpg / f"{name}.jpg").is_file()]:
-        named = f"{len(missing):,} of the images that {truth.path.name} names, such as {printable(missing[0])}.jpg"
-        raise InputError(f"{jpg} lacks {named}: unpack the published images there, all in one folder")
+        named = f"{len(missing):,} of the images of {truth.path.name}, such as {printable(missing[0])}.jpg"
+        raise InputError(f"{jpg} lacks {named}: unpack all published images into this folder")
     queries: Source = _files(jpg, [f"{name}.jpg" for name in names])
     if crop_queries:
         queries = Boxes(queries, [query.box for query in truth.queries])
@@ -318,7 +315,7 @@ def _files(folder: Path, names: Sequence[str]) -> FileSource:
 
 
 class Boxes:
-    """Another source's pictures, of each only its box."""
+    """Images of another source, cropped to boxes."""
 
     classes: tuple[str, ...] | None = None
     labels: NDArray[np.int64] | None = None
@@ -331,38 +328,37 @@ class Boxes:
         return len(self._source)
 
     def read(self, index: int) -> tuple[Item, int | None]:
-        picture = decode(self._source.read(index)[0], self.name(index))
-        left, top, right, bottom = map(round, self._boxes[index])  # to whole pixels as Pillow's crop does it
-        left, top, right, bottom = max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height)
+        image = decode(self._source.read(index)[0], self.name(index))
+        left, top, right, bottom = map(round, self._boxes[index])  # rounded like in Pillow's crop
+        left, top, right, bottom = max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
         if left >= right or top >= bottom:
             raise InputError(f"the ground truth's box {self._boxes[index]} lies outside of {self.name(index)}")
-        return np.asarray(picture.crop((left, top, right, bottom))), None
+        return np.asarray(image.crop((left, top, right, bottom))), None
 
     def fingerprint(self) -> str:
         return hash_lines([self._source.fingerprint(), *map(repr, self._boxes)])
 
 
 def refuse_known(truth: GroundTruth, distractors: Source) -> None:
-    """Refuse distractors that are images of the benchmark, by their names: right ones among them would count as wrong.
+    """Refuse distractors with the name of a benchmark image, which could be a positive.
 
     Raises:
-        InputError: naming one.
+        InputError: there is such an image; the message names it.
     """
     known = {*truth.database, *(query.name for query in truth.queries)}
     for index in range(len(distractors)):
         if Path(distractors.name(index)).stem in known:
             name = printable(distractors.name(index))
-            raise InputError(f"distractors has {name}, which {truth.path.name} names: give other images")
+            raise InputError(f"distractors has {name}, which is also in {truth.path.name}: give other images")
 
 
 def score_landmarks(truth: GroundTruth, similarities: Iterable[Vectors]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """For each setup ``map``, ``mp@1``, ``mp@5`` and ``mp@10`` of every query, [Q] percent, as revisitop scores them;
-    NaN for a query that has no right image there.
+    """Score each setup like revisitop: ``map``, ``mp@1``, ``mp@5`` and ``mp@10`` [Q] in percent; NaN for queries
+    without positives in the setup.
 
     Args:
-        similarities: for each query its similarity to every database image, [N], and to any number of distractors
-            behind them, [N + distractors]: these are wrong for every query, in every setup, and never junk. Equal
-            similarities rank in this order.
+        similarities: for each query its similarities [N + distractors] to the database and any number of distractors,
+            which are negatives of all queries. Ties rank in this order.
     """
     figures = ("map", *(f"mp@{k}" for k in PRECISION_KS))
     scores = {setup: {figure: np.full(len(truth.queries), np.nan) for figure in figures} for setup in SETUPS}
@@ -382,17 +378,19 @@ def score_landmarks(truth: GroundTruth, similarities: Iterable[Vectors]) -> dict
 
 ORIGINAL, STRONG = "original", "strong"
 COPYDAYS_DEPTH = 20
-"""DINO's script looks at the first 20 pictures found for a copy; an original behind them counts as not found."""
+"""Number of results per copy in DINO's script; an original beyond them counts as not found."""
 
 
 def open_copydays(folder: Path) -> dict[str, tuple[Source, NDArray[np.int64]]]:
-    """``original``, ``strong``, and the weaker blocks that are there, such as ``jpegqual/10``: by name the pictures,
-    and for each picture the number of its scene, which is its name's digits without the last two.
+    """Open the blocks ``original``, ``strong``, and any weaker ones such as ``jpegqual/10``.
 
-    Layout: DIR/original/200000.jpg, DIR/strong/200001.jpg, and DIR/jpegqual/QUALITY and DIR/crops/PERCENT.
+    Layout: DIR/original/200000.jpg, DIR/strong/200001.jpg, DIR/jpegqual/QUALITY and DIR/crops/PERCENT.
+
+    Returns:
+        Images and their scene numbers by block. The scene number is the file name without its last two digits.
 
     Raises:
-        InputError: ``original`` or ``strong`` is missing or empty, or a file has another name.
+        InputError: ``original`` or ``strong`` is missing or empty, or a file name is not a number.
     """
     weak = [path for kind in ("jpegqual", "crops") for path in sorted(folder.glob(f"{kind}/*"), key=_strength)]
     blocks: dict[str, tuple[Source, NDArray[np.int64]]] = {}
@@ -400,12 +398,12 @@ def open_copydays(folder: Path) -> dict[str, tuple[Source, NDArray[np.int64]]]:
         names = sorted(entry.name for entry in path.glob("[!.]*") if entry.name.lower().endswith(IMAGE_SUFFIXES))
         digits = [re.fullmatch(r"([0-9]{1,12})\.[A-Za-z]+", name) for name in names]
         if not names or None in digits:
-            wanted = f"{ORIGINAL}/200000.jpg, {STRONG}/200001.jpg and so on, names that are numbers"
-            raise InputError(f"{path} is no part of Copydays: --data-path names the folder with {wanted}")
+            wanted = f"{ORIGINAL}/200000.jpg, {STRONG}/200001.jpg and other names that are numbers"
+            raise InputError(f"{path} is no part of Copydays: expected in --data-path {wanted}")
         scenes = np.array([int(found[1]) // 100 for found in filter(None, digits)], dtype=np.int64)
         blocks[path.relative_to(folder).as_posix()] = _files(path, names), scenes
         if not np.isin(scenes, blocks[ORIGINAL][1]).all():
-            raise InputError(f"{path} has pictures without an original: unpack all of {folder / ORIGINAL}")
+            raise InputError(f"{path} has images without an original: unpack all of {folder / ORIGINAL}")
     return blocks
 
 
@@ -416,10 +414,10 @@ def _strength(block: Path) -> tuple[int, str]:
 def score_copydays(
     blocks: Mapping[str, tuple[Source, NDArray[np.int64]]], sets: Mapping[str, VectorSet]
 ) -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.int64], Card]]:
-    """For each search, such as ``strong -> original``, the average precisions [Q], the rows that asked, and counts.
+    """Yield for each search, such as ``strong -> original``, average precisions [Q], rows of the queries, and counts.
 
     Args:
-        sets: of each block, and perhaps ``distractors``, which are searched too.
+        sets: vectors of each block, and optionally of ``distractors``, which are added to the database.
     """
     others = [sets["distractors"].vectors] if "distractors" in sets else []
     scene_of_none = np.full(sum(map(len, others)), -1, dtype=np.int64)
@@ -427,21 +425,19 @@ def score_copydays(
         vectors = np.concatenate([sets[database].vectors, *others])
         scenes = np.concatenate([blocks[database][1], scene_of_none])
         depth = min(COPYDAYS_DEPTH, len(scenes)) if database == ORIGINAL else len(scenes)
-        asked = np.flatnonzero(np.isin(blocks[name][1], scenes))  # an original without a strong copy is no query
-        aps = score_copies(sets[name].vectors[asked], blocks[name][1][asked], vectors, scenes, depth)
-        yield f"{name} -> {database}", aps, asked, {"queries": len(aps), "database": len(scenes), "depth": depth}
+        queries = np.flatnonzero(np.isin(blocks[name][1], scenes))  # originals without a strong copy are no queries
+        aps = score_copies(sets[name].vectors[queries], blocks[name][1][queries], vectors, scenes, depth)
+        yield f"{name} -> {database}", aps, queries, {"queries": len(aps), "database": len(scenes), "depth": depth}
 
 
 def score_copies(
     queries: Vectors, query_scenes: NDArray[np.int64], database: Vectors, scenes: NDArray[np.int64], depth: int
 ) -> NDArray[np.float64]:
-    """For each query the average precision of finding the pictures of its scene, [Q] percent.
+    """Compute average precisions [Q] in percent; the positives of a query are the images of its scene.
 
     Args:
-        query_scenes, scenes: [Q] and [N]; a negative number is a distractor, which belongs to nothing. Every query's
-            scene is in the database.
-        depth: how many of the nearest are looked at; a right one behind them counts as not found. Equal similarities
-            rank in the database's order.
+        query_scenes, scenes: [Q] and [N]; negative numbers are distractors. The database has each query's scene.
+        depth: number of ranked results; positives beyond them count as not found. Ties rank in the database's order.
     """
     out = []
     for scene, similarity in zip(query_scenes.tolist(), rows_of_similarity(queries, database), strict=True):
@@ -455,50 +451,49 @@ def score_copies(
 
 RECALL_KS = (1, 2, 4, 8)
 _CELLS_AT_ONCE = 4_000_000
-"""Neighbours held at a time: each takes some 40 bytes (similarity, row, and what is counted with them)."""
+"""Maximum number of neighbours in memory, at about 40 bytes each."""
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall@k, R-precision and mean average precision at R as Musgrave et al. define them (arXiv 2003.08505, section
-    3.2): R is the number of other images of the query's class."""
+    """Recall@k, R-precision and MAP@R (Musgrave et al., arXiv 2003.08505, section 3.2). R is the number of other images
+    of the query's class."""
 
     queries: NDArray[np.int64]
-    """Rows that were queries, ascending: all but those that are alone in their class."""
+    """Rows of the queries, ascending: all images of classes with at least two images."""
     alone: int
-    """Images that are the only one of their class: no query, but among what the others may find."""
+    """Number of images that are alone in their class; they are in the database, but no queries."""
     hits: dict[int, NDArray[np.bool_]]
-    """k to [Q]: is one of the k nearest others of the query's class?"""
+    """[Q] by k: whether one of the k nearest other images is of the query's class."""
     r_precision: NDArray[np.float64]
-    """[Q] percent: share of the query's class among its R nearest."""
+    """[Q] in percent: share of the query's class among the R nearest."""
     map_at_r: NDArray[np.float64]
-    """[Q] percent: mean over the first R places of the precision so far where that place is right, and 0 where it is
-    wrong."""
+    """[Q] in percent: mean over the first R ranks of the precision at that rank, or 0 at ranks of another class."""
 
 
 def leave_one_out(
     features: Vectors, labels: NDArray[np.int64], ks: Sequence[int] = RECALL_KS, progress: bool = False
 ) -> Recall:
-    """Search every image among all others.
+    """Search each image among all others.
 
-    Besides the features there is one copy of them, and some 160 MB for what is found.
+    Memory: one copy of the features and about 160 MB.
 
     Args:
         labels: [N].
-        ks: each at least 1.
+        ks: values of k, each at least 1.
 
     Raises:
-        InputError: features that are not finite, or no class with two images.
+        InputError: features are not finite, or no class has two images.
     """
     _, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
     others = counts[position] - 1
     queries = np.flatnonzero(others > 0)
     if not len(queries):
-        raise InputError(f"each of the {len(counts):,} classes has one image: there is nothing that a query could find")
+        raise InputError(f"each of the {len(counts):,} classes has one image: expected a class with two or more")
     index = build_index(features)
     hits = {k: np.zeros(len(queries), dtype=np.bool_) for k in ks}
     r_precision, map_at_r = np.zeros(len(queries)), np.zeros(len(queries))
-    # Queries of small classes first, as all of a chunk are searched as deep as its largest class demands.
+    # Sort queries by class size, as the largest class determines the search depth of a chunk.
     left = np.argsort(others[queries], kind="stable")
     with progress_bar(len(queries), "search", shown=progress) as bar:
         while len(left):
@@ -522,39 +517,39 @@ def leave_one_out(
 
 IDENTICAL, NEAR = "identical file", "near"
 SHEET_ROWS, SHEET_COLUMNS = 20, 5
-"""In the picture of pairs: images of the second set, and images of the first beside each."""
+"""Contact sheet of pairs: maximum number of images of the second set, and of their matches in the first."""
 _QUERIES_AT_ONCE, _ROWS_AT_ONCE = 1024, 16_384
 _ROUNDING = 1e-6
-"""Of the products of two unit vectors in float32: an image and its copy may come to a little less than 1."""
+"""Tolerance for float32 inner products: the similarity of an image and its copy may be slightly less than 1."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of images, the most similar first; equal ones in the order of the sets."""
+    """Pairs of images, most similar first; ties in the order of the sets."""
 
     first: NDArray[np.int64]
     """[pairs] rows of the first set."""
     second: NDArray[np.int64]
-    """[pairs] rows of the second."""
+    """[pairs] rows of the second set."""
     similarity: NDArray[np.float32]
-    """[pairs] cosine."""
+    """[pairs] cosine similarities."""
 
     def __len__(self) -> int:
         return len(self.similarity)
 
 
 def find_pairs(first: Vectors, second: Vectors | None, threshold: float, most: int) -> Pairs:
-    """All pairs whose cosine similarity is at least ``threshold``, exactly.
+    """Find all pairs with a cosine similarity of at least ``threshold`` by exact search.
 
-    Takes 64 MB for a block of cosines, and as much again for its rows and columns at D = 384, however long the sets.
+    Memory: 128 MB at D = 384, independent of the size of the sets, and 20 bytes per pair.
 
     Args:
-        second: None: pairs within the first set, each once and none of an image with itself.
+        second: None: find pairs within the first set, without duplicates or self-pairs.
         threshold: between -1 and 1.
-        most: pairs that are kept in memory (20 bytes each).
+        most: maximum number of pairs.
 
     Raises:
-        InputError: there are more pairs than ``most``.
+        InputError: there are more than ``most`` pairs.
     """
     others = first if second is None else second
     found, count = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))], 0
@@ -570,7 +565,7 @@ def find_pairs(first: Vectors, second: Vectors | None, threshold: float, most: i
                 found.append((rows + row, columns + column, block[rows, columns]))
                 count += len(rows)
                 if count > most:
-                    raise InputError(f"more than {most:,} pairs are at least {threshold:g} alike: raise --threshold")
+                    raise InputError(f"more than {most:,} pairs have a similarity >= {threshold:g}: raise --threshold")
             bar.update(len(left))
     lefts, rights, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((rights, lefts, -similarity))
@@ -578,7 +573,7 @@ def find_pairs(first: Vectors, second: Vectors | None, threshold: float, most: i
 
 
 def kinds_of(pairs: Pairs, first: Source, second: Source) -> list[str]:
-    """[pairs]: ``identical file`` where both have the same bytes (of an image that is no file: the same pixels), else
+    """Return for each pair ``identical file`` if both have the same bytes (or pixels, if not from files), else
     ``near``."""
     left = {row: _digest(first.read(row)[0]) for row in np.unique(pairs.first).tolist()}
     right = {row: _digest(second.read(row)[0]) for row in np.unique(pairs.second).tolist()}
@@ -592,7 +587,7 @@ def _digest(item: Item) -> bytes:
 
 
 def write_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, second: Source) -> None:
-    """A CSV file, a pair a line: both names, the similarity and the kind. UTF-8; names' other bytes as they are."""
+    """Write a CSV file with one pair per line: names, similarity, kind. Names that are not UTF-8 keep their bytes."""
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(("first", "second", "similarity", "kind"))
@@ -603,9 +598,9 @@ def write_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, s
 
 
 def draw_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, second: Source) -> None:
-    """The images of the second set that are most alike to one of the first, each beside those that it resembles."""
+    """Draw the images of the second set with the most similar pairs, each beside its matches in the first set."""
     blocks = []
-    _, firsts = np.unique(pairs.second, return_index=True)  # of each image its most similar pair, which comes first
+    _, firsts = np.unique(pairs.second, return_index=True)  # the most similar pair of each image
     for row in pairs.second[np.sort(firsts)[:SHEET_ROWS]].tolist():
         beside = np.flatnonzero(pairs.second == row)[:SHEET_COLUMNS].tolist()
         titles = [f"{pairs.similarity[pair]:.4f}  {kinds[pair]}" for pair in beside]

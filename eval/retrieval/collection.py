@@ -1,7 +1,7 @@
-"""Collections: a folder with the vectors of images, their names, a search index, and what they were made of.
+"""Collections: folders with the vectors of images, their names, a search index and metadata.
 
-``vectors.npy`` has a row an image, ``paths.txt`` the images' names in that order, ``index.faiss`` the search index,
-``card.json`` the metadata, and ``whitening.npz`` the whitening where there is one.
+``vectors.npy`` has one row per image, ``paths.txt`` the image names in the same order, ``index.faiss`` the search
+index, ``card.json`` the metadata, and ``whitening.npz`` the whitening, if any.
 
 N images, E features of a backbone's descriptor, W features of a stored vector (E without whitening).
 """
@@ -47,16 +47,14 @@ VECTORS, NAMES, INDEX, METADATA = "vectors.npy", "paths.txt", "index.faiss", "ca
 FILES = (VECTORS, NAMES, INDEX, METADATA)
 WHITENING = "whitening.npz"
 NEW = ".new"
-"""Inside the folder: the files of a collection until all of them are there."""
+"""Subfolder with the files of a collection until all of them are complete."""
 PARTS = ".parts"
-"""Inside the folder: the parts of an extraction that is under way."""
+"""Subfolder with the shards of an unfinished extraction."""
 FORMATS = ("dino-xcit-vectors-1", "dino-xcit-vectors-2")
-"""The first had the class token alone, float32, and an exact index."""
+"""Supported formats. The first had only class tokens, float32 and exact indices."""
 
 _ROWS_AT_ONCE = 8192
-_NOT_FINITE = (
-    "the vectors are not finite numbers (NaN or infinite): the weights are damaged, or their training diverged"
-)
+_NOT_FINITE = "the vectors are not finite (NaN or infinite): the weights are damaged or their training diverged"
 
 Metadata = dict[str, Any]
 
@@ -65,10 +63,10 @@ Metadata = dict[str, Any]
 
 
 def read_metadata(path: Path) -> Metadata:
-    """A collection's metadata; what the first format lacks is filled in.
+    """Read the metadata of a collection; fields that the first format lacks get defaults.
 
     Raises:
-        Exception: of any type where the file is damaged: it is JSON that anybody may have written.
+        Exception: of any type, as the JSON file is untrusted.
     """
     metadata: Metadata = {
         "descriptor": CLASS_TOKEN.to_dict(), "dtype": "fp32", "index": {"type": "flat"}, "whitening": None, "added": [],
@@ -84,7 +82,7 @@ def read_metadata(path: Path) -> Metadata:
     EvalTransform.from_dict(metadata["transform"])
     Descriptor.from_dict(metadata["descriptor"])
     if metadata["count"] != sum(map(images_in, parts_of(metadata))):
-        raise ValueError(f"its count is {metadata['count']}, and its sources have other numbers of images")
+        raise ValueError(f"its count is {metadata['count']}, but its sources have another number of images")
     return metadata
 
 
@@ -97,7 +95,7 @@ def _check_types(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
 def new_metadata(
     config: ExtractConfig, loaded: LoadedBackbone, source: Source, fingerprint: str, whitening: Whitening | None
 ) -> Metadata:
-    """What an extraction is of. ``loaded``'s transform prepares the images; ``fingerprint`` is the source's."""
+    """Build the metadata of an extraction. ``fingerprint`` is that of ``source``."""
     descriptor, dim = config.descriptor(), config.descriptor().width(width_of(loaded.backbone))
     feature, whitened = descriptor.describe(), None
     if whitening is not None:
@@ -126,7 +124,7 @@ def new_metadata(
 
 
 def _absolute(url: str) -> str:
-    """A source's URL, so that it can be opened from another folder."""
+    """Make the URL of a source independent of the current folder."""
     scheme, _, rest = url.partition(":")
     path = os.path.abspath(os.path.expanduser(rest))
     if (scheme in ("tar", "parquet", "imagenet") and not is_remote(rest)) or (scheme == "hf" and os.path.isdir(path)):
@@ -135,7 +133,7 @@ def _absolute(url: str) -> str:
 
 
 def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """All but the images that decides what is in a collection, by name."""
+    """Return all settings that determine the vectors and the index, by name."""
     whitening = metadata["whitening"]
     descriptor = Descriptor.from_dict(metadata["descriptor"])
     return kind_of(metadata["weights"]["hash"], descriptor, metadata["normalised"]) | {
@@ -147,18 +145,18 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parts_of(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sources whose images a collection has, in the order of its rows."""
+    """Return the metadata of a collection's sources, in the order of its rows."""
     return [metadata["data"], *metadata["added"]]
 
 
 def place_of(part: Mapping[str, Any]) -> str:
-    """The URL of a source, from whichever folder it is opened."""
+    """Return a URL that opens a source from the current folder."""
     here = part.get("names_start_from") == os.getcwd()
     return str(part["url"] if here else part.get("absolute_url") or part["url"])
 
 
 def images_in(part: Mapping[str, Any]) -> int:
-    """How many rows a collection has of a source: its images without those that could not be read."""
+    """Return the number of readable images of a source, which is its number of rows."""
     return int(part["images"]) - int((part.get("unreadable") or {"count": 0})["count"])
 
 
@@ -167,53 +165,52 @@ def images_in(part: Mapping[str, Any]) -> int:
 
 @dataclass
 class Collection:
-    """What :func:`write_collection` wrote."""
+    """A collection on disk."""
 
     folder: Path
     metadata: Metadata
     names: list[str]
     """[N], in the order of the rows."""
     vectors: NDArray[np.float16] | NDArray[np.float32]
-    """[N, W], memory-mapped, in the precision that they are kept in."""
+    """[N, W], memory-mapped, in the stored precision."""
     index: faiss.Index
     whitening: Whitening | None = None
 
     @property
     def descriptor(self) -> Descriptor:
-        """How the vector of an image is made, before whitening."""
+        """Descriptor of the vectors before whitening."""
         return Descriptor.from_dict(self.metadata["descriptor"])
 
     @property
     def normalised(self) -> bool:
-        """Whether vectors have length 1."""
+        """Whether vectors have unit length."""
         return bool(self.metadata["normalised"])
 
     def prepared(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Vectors [some, E] as :attr:`descriptor` gives them to [some, W] as the collection keeps them."""
+        """Convert outputs of :attr:`descriptor` [n, E] to vectors of the collection [n, W]."""
         width = len(self.whitening.mean) if self.whitening else self.vectors.shape[1]
         if rows.shape[1] != width:
-            raise InputError(f"{self.folder} is damaged: it has vectors of {width} numbers, {METADATA} says otherwise")
+            raise InputError(f"{self.folder} is damaged: {METADATA} does not match its {width}-dimensional vectors")
         return prepared(rows, self.normalised, self.whitening)
 
     def search(self, queries: NDArray[np.float32], top: int) -> Found:
-        """The nearest rows by inner product: scores and row numbers, [queries, min(top, N)] each, best first.
+        """Search the nearest rows by inner product: scores and row numbers, [Q, min(top, N)] each, best first.
 
         Args:
-            queries: [queries, E], as the collection's descriptor gives them; whitened and normalised here if the
-                collection's vectors are.
+            queries: outputs of the collection's descriptor [Q, E]; whitened and normalised here if the collection is.
         """
         ready = self.prepared(queries)
         scores, rows = WithVectors(self.index, self.vectors).search(ready, min(top, len(self.names)))
-        if self.normalised:  # cosines: the half precision of kept vectors can make 1.0001
+        if self.normalised:  # float16 rounding may give cosines of 1.0001
             scores = np.clip(scores, -1, 1)
         return scores, rows
 
 
 def prepared(rows: NDArray[np.float32], normalised: bool, whitening: Whitening | None) -> NDArray[np.float32]:
-    """Vectors [some, E] as they are compared, [some, W]: to length 1 if ``normalised``, before whitening and after it.
+    """Convert vectors [n, E] to [n, W]: whiten, and if ``normalised``, scale to unit length before and after.
 
     Raises:
-        InputError: they are not finite numbers.
+        InputError: a vector is not finite.
     """
     found = unit_rows(rows) if normalised else np.ascontiguousarray(rows, dtype=np.float32)
     if whitening is not None:
@@ -225,16 +222,16 @@ def prepared(rows: NDArray[np.float32], normalised: bool, whitening: Whitening |
 
 
 def open_collection(folder: Path) -> Collection:
-    """Read what :func:`write_collection` wrote.
+    """Open a collection.
 
     Raises:
-        InputError: it is not there, not complete, or its files disagree.
+        InputError: the collection is missing or incomplete, or its files are inconsistent.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     if len(missing) == len(FILES):
-        raise InputError(f"{folder} is no collection: expected a folder that run_extract.py --output-dir wrote")
+        raise InputError(f"{folder} is no collection: expected a folder written by run_extract.py --output-dir")
     if missing:
-        lacks = f"it lacks {', '.join(missing)}: run the run_extract.py command that wrote it again"
+        lacks = f"it lacks {', '.join(missing)}: repeat the run_extract.py command that wrote it"
         raise InputError(f"{folder} is no complete collection, {lacks}")
     try:
         metadata = read_metadata(folder / METADATA)
@@ -248,25 +245,25 @@ def open_collection(folder: Path) -> Collection:
             counts = f"{len(names)} paths, {index.ntotal} in the index, {metadata['count']} in {METADATA}"
             raise ValueError(f"its files do not belong together: vectors {vectors.shape}, {counts}")
         if whitening and (whitening.hash != metadata["whitening"]["hash"] or whitening.projection.shape[1] != index.d):
-            raise ValueError(f"{WHITENING} is another than {METADATA} names")
-    except Exception as error:  # anybody may have written it: anything may be wrong
-        raise InputError(f"{folder} is damaged ({one_line(error)}): extract it anew") from error
+            raise ValueError(f"{WHITENING} does not match {METADATA}")
+    except Exception as error:  # the files are untrusted
+        raise InputError(f"{folder} is damaged ({one_line(error)}): extract it again") from error
     return Collection(folder, metadata, names, vectors, index, whitening)
 
 
 def read_names(path: Path) -> list[str]:
-    """The names in a ``paths.txt``, one a row of the vectors."""
-    # Not splitlines(): that would also split at characters which are legal in names.
+    """Read the names in a ``paths.txt``, one per row of the vectors."""
+    # Not splitlines(), which also splits at characters that names may contain.
     return [unescape(line) for line in path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]]
 
 
 def escape(name: str) -> str:
-    """A name on one line: backslash, line feed and carriage return as in a Python string."""
+    """Escape backslash, line feed and carriage return as in a Python string."""
     return name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def unescape(line: str) -> str:
-    """The inverse of :func:`escape`."""
+    """Invert :func:`escape`."""
     return "\\".join(part.replace("\\n", "\n").replace("\\r", "\r") for part in line.split("\\\\"))
 
 
@@ -280,18 +277,18 @@ def write_collection(
     metadata: Metadata,
     whitening: Whitening | None = None,
 ) -> Metadata:
-    """Write a collection; the vectors pass through once, and the index is built from the file.
+    """Write a collection in one pass over the vectors and build the index from the file.
 
     Args:
-        rows: [some, E] at a time, in the order of ``names``, as the backbone gives them; they are brought to length 1
-            if ``metadata["normalised"]``, and whitened.
-        metadata: ``count`` is N, ``dimension`` W.
+        rows: chunks [n, E] of descriptor outputs, in the order of ``names``; normalised if ``metadata["normalised"]``,
+            and whitened.
+        metadata: ``count`` is N, ``dimension`` is W.
 
     Returns:
-        The metadata as it was written, with the index's recall.
+        The written metadata, with the recall of the index.
 
     Raises:
-        InputError: the folder cannot be written to, or a vector cannot be kept.
+        InputError: a vector is not finite or exceeds the range of float16.
     """
     ready = (prepared(chunk, metadata["normalised"], whitening) for chunk in _pieces(rows))
     return _write(folder, ready, names, metadata, whitening, None)
@@ -300,10 +297,10 @@ def write_collection(
 def add_to_collection(
     collection: Collection, rows: Iterable[NDArray[np.float32]], names: Iterable[str], part: Metadata
 ) -> Metadata:
-    """Write a collection anew with more images behind those that it has; arguments and return value as above.
+    """Append images to a collection; arguments and return value as in :func:`write_collection`.
 
     Args:
-        part: the metadata of the images' source.
+        part: metadata of the images' source.
     """
     old = collection.vectors
     ready = itertools.chain(_pieces([old]), map(collection.prepared, _pieces(rows)))
@@ -321,7 +318,7 @@ def _write(
     whitening: Whitening | None,
     index: faiss.Index | None,
 ) -> Metadata:
-    """Write all files aside, metadata last, then rename them. ``index``: one that holds the first of the rows."""
+    """Write all files to a subfolder, metadata last, and rename them. ``index`` has the first rows already, if any."""
     half, kind, new = metadata["dtype"] == "fp16", metadata["index"]["type"], folder / NEW
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -343,9 +340,9 @@ def _write(
 
 
 def finish_renaming(folder: Path) -> None:
-    """Rename the files of a collection that are all written, also where a killed process had begun to.
+    """Move complete files out of the subfolder :data:`NEW`, also after an interruption.
 
-    The folder has no metadata meanwhile, so that nothing can open it.
+    The folder has no metadata during the move, so that it cannot be opened.
     """
     new = folder / NEW
     if (new / METADATA).exists():
@@ -368,35 +365,35 @@ def _pieces(arrays: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
 def _in_half(rows: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float16]]:
     for chunk in rows:
         if np.abs(chunk).max(initial=0) > np.finfo(np.float16).max:
-            raise InputError("a vector has a number beyond 65,504, where float16 ends: use --dtype fp32")
+            raise InputError("a vector has a value beyond 65,504, the maximum of float16: give --dtype fp32")
         yield chunk.astype(np.float16)
 
 
-# ---- the folder that an extraction goes into
+# ---- the output folder
 
 
 def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfig, locks: ExitStack) -> str:
-    """Lock a folder for an extraction, and finish what a killed process had all files of. Call it on one process.
+    """Lock a folder for an extraction and complete an interrupted rename. Call it on rank 0 only.
 
     Args:
-        metadata: what is to be extracted.
-        locks: holds the folder until it is closed.
+        metadata: metadata of the extraction.
+        locks: holds the lock until it is closed.
 
     Returns:
-        Why there is nothing to do, for the screen; empty: go on.
+        A log message if there is nothing to do, else an empty string.
 
     Raises:
-        InputError: the folder holds something else, is in use, or cannot be written to.
+        InputError: the folder holds something else, is in use, or is not writable.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir is {folder}, which is no folder to write to")
-    if os.path.realpath(folder) == os.path.realpath(source.url):  # a folder within it is no data, see data/folder.py
+        raise InputError(f"output_dir is {folder}, which is not a folder")
+    if os.path.realpath(folder) == os.path.realpath(source.url):  # data/folder.py ignores collections in subfolders
         raise InputError(f"output_dir is {folder}, the folder of the images: choose another, such as {folder}/vectors")
     refuse_too_few(len(source), config)
     work = folder / PARTS
-    under_way = work.exists() or (folder / NEW).exists()
-    if not under_way and (reason := _nothing_to_do(folder, metadata, source, config)):
-        return reason  # nothing is created
+    unfinished = work.exists() or (folder / NEW).exists()
+    if not unfinished and (reason := _nothing_to_do(folder, metadata, source, config)):
+        return reason
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -410,13 +407,13 @@ def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfi
 
 
 def refuse_too_few(images: int, config: ExtractConfig) -> None:
-    """Raise InputError where so many images are too few for a new index of the type that is wanted."""
+    """Raise InputError if there are too few images for a new index of the chosen type."""
     if config.index_type == "ivfpq" and images < MIN_IVFPQ and not config.add:
-        raise InputError(f"index_type is ivfpq, which takes {MIN_IVFPQ:,} images or more, found {images:,}")
+        raise InputError(f"index_type is ivfpq, which needs {MIN_IVFPQ:,} images or more, found {images:,}")
 
 
 def _nothing_to_do(folder: Path, metadata: Metadata, source: Source, config: ExtractConfig) -> str:
-    """Why, or empty. Refuses a folder that holds something else."""
+    """Return a log message if there is nothing to do, else an empty string; refuse a folder with other content."""
     if not config.add and (config.overwrite or not any((folder / name).exists() for name in FILES)):
         return ""
     another = InputError(f"{folder} holds another extraction: choose another --output-dir, or --overwrite")
@@ -434,18 +431,18 @@ def _nothing_to_do(folder: Path, metadata: Metadata, source: Source, config: Ext
     if not config.add:
         raise another
     if changed:
-        raise InputError(f"cannot add to {folder}: {changed}; repeat the settings that it was written with")
+        raise InputError(f"cannot add to {folder}: {changed}; give the settings with which it was written")
     there = set(collection.names)
     if again := [name for name in map(source.name, range(len(source))) if name in there]:
-        raise InputError(f"cannot add to {folder}: it has an image {again[0]} already; give other images")
+        raise InputError(f"cannot add to {folder}: it already has an image {again[0]}; give other images")
     return ""
 
 
-# ---- an extraction in parts
+# ---- extraction in shards
 
 
 class Part(Subset):
-    """Consecutive images of a source, whose fingerprint is known: to take it looks at every file."""
+    """Consecutive images of a source with a given fingerprint, as computing it visits every file."""
 
     def __init__(self, source: Source, start: int, stop: int, fingerprint: str) -> None:
         super().__init__(source, np.arange(start, stop))
@@ -459,25 +456,26 @@ class Part(Subset):
 def extract_rows(
     folder: Path, loaded: LoadedBackbone, source: Source, fingerprint: str, device: torch.device, config: ExtractConfig
 ) -> tuple[list[NDArray[np.float32]], list[int]]:
-    """The rows [some, E] of the images that can be read, memory-mapped, and the numbers of those that cannot.
+    """Extract memory-mapped chunks of rows [n, E] of the readable images, and the indices of unreadable ones.
 
-    Rows that k-NN or probe kept beside the weights are used again. Others are made in parts, of which the processes
-    share the images. A part is kept below ``folder`` when it is whole, and is not made again. Which images are in a
-    batch depends on neither the processes nor the parts, so that the bits do not either.
+    Rows in the feature cache of k-NN or linear probe are reused. Others are extracted in shards. All ranks share the
+    images of a shard, and complete shards are stored below ``folder`` for resuming. Batches are independent of ranks
+    and shards, so the vectors are identical bit for bit.
 
     Raises:
-        InputError: an image cannot be read, and shall be; or the vectors are not finite numbers.
+        InputError: an image is unreadable and ``--unreadable`` is refuse, all images are unreadable, or a vector is not
+            finite.
     """
     batch, descriptor = config.batch_size_per_gpu, config.descriptor()
     if config.cache:
         shape = (len(source), descriptor.width(width_of(loaded.backbone)))
         beside = beside_weights(config, config.cache_dir, "features")
-        kept = find_kept(loaded.hash, fingerprint, shape, loaded.transform, beside, descriptor)
-        if distributed.broadcast_from_main(kept is not None):
-            return [] if kept is None else [kept], []
+        stored = find_kept(loaded.hash, fingerprint, shape, loaded.transform, beside, descriptor)
+        if distributed.broadcast_from_main(stored is not None):
+            return [] if stored is None else [stored], []
     size = max(1, round(config.shard_images / batch)) * batch
     if any(folder.glob("*/features.npy")):
-        log.info(f"resuming: parts of an earlier extraction are in {folder}")
+        log.info(f"resuming from the shards of an earlier extraction in {folder}")
     rows, unreadable = [], []
     for start in range(0, len(source), size):
         part = Part(source, start, min(start + size, len(source)), fingerprint)
@@ -487,28 +485,28 @@ def extract_rows(
                 descriptor, config.unreadable, whole=False,
             )  # fmt: skip
         except UndecodableImage as error:
-            raise InputError(f"{error} (--unreadable skip leaves such images out)") from error
+            raise InputError(f"{error} (--unreadable skip skips unreadable images)") from error
         if not np.isfinite(found.features).all():
             raise InputError(_NOT_FINITE)
         rows.append(found.features)
         unreadable += (start + found.unreadable).tolist()
     if len(unreadable) == len(source):
-        raise InputError(f"none of the {len(source):,} images of {source.url} can be read: check --data-path")
+        raise InputError(f"all {len(source):,} images of {source.url} are unreadable: check --data-path")
     refuse_too_few(len(source) - len(unreadable), config)
     return rows, unreadable
 
 
-# ---- the images and the weights of a collection, found again
+# ---- images and weights of a collection
 
 
 class CollectedImages:
-    """The images of a collection as a source: found again by their names in the sources it was made of."""
+    """Images of a collection as a source, located by name in the original sources."""
 
     classes: tuple[str, ...] | None = None
     labels: NDArray[np.int64] | None = None
 
     def __init__(self, metadata: Metadata, names: Sequence[str]) -> None:
-        """``names`` [N], as the collection has them."""
+        """``names`` [N] are those of the collection."""
         self._names, self._parts = names, parts_of(metadata)
         self._ends = np.cumsum([images_in(part) for part in self._parts])
         self._opened: dict[int, tuple[Source, dict[str, int]]] = {}
@@ -518,12 +516,14 @@ class CollectedImages:
         return len(self._names)
 
     def read(self, index: int) -> tuple[Item, int | None]:
-        """Raises:
-        InputError: the image is not where it was.
+        """Read an image.
+
+        Raises:
+            InputError: the image has been moved or deleted.
         """
         part, base = self._part(index)
         path = Path(base, self._names[index])
-        if ":" not in part["url"].partition("/")[0] and path.is_file():  # no folder of millions has to be listed
+        if ":" not in part["url"].partition("/")[0] and path.is_file():  # avoids listing a large folder
             return path.read_bytes(), None
         source, place = self._find(index)
         return source.read(place)
@@ -544,23 +544,23 @@ class CollectedImages:
         for name in (self._names[index], os.path.join(base, self._names[index])):
             if (row := rows.get(os.path.normpath(name))) is not None:
                 return source, row
-        raise InputError(f"the image {self._names[index]} is not where it was")
+        raise InputError(f"the image {self._names[index]} has been moved or deleted")
 
     def _part(self, index: int) -> tuple[dict[str, Any], str]:
-        """The source of an image, and the folder from which its relative names start."""
+        """Return the source of an image and the base folder of its relative names."""
         part = self._parts[int(np.searchsorted(self._ends, index, side="right"))]
         return part, part.get("names_start_from") or "."
 
 
 def open_backbone_of(collection: Collection, config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
-    """The backbone that made a collection, with its preparation of images, on this process's device.
+    """Open the backbone of a collection with its transform.
 
     Args:
-        config: its weights, where given, have to be those of the collection, and may lie elsewhere now. Keys that were
-            allowed to be missing or left over then may be so again.
+        config: ``weights`` is the current path of the collection's weights. Default: the path at the extraction. Keys
+            allowed at the extraction are allowed again.
 
     Raises:
-        InputError: the weights cannot be used, or are others than those that made the collection.
+        InputError: the weights are invalid or not those of the collection.
     """
     made_by = collection.metadata["weights"]
     network = made_by.get("network")
@@ -575,5 +575,5 @@ def open_backbone_of(collection: Collection, config: BackboneConfig) -> tuple[Lo
     )
     loaded, device = open_backbone(config, EvalTransform.from_dict(collection.metadata["transform"]))
     if loaded.hash != made_by["hash"]:
-        raise InputError(f"{loaded.path} did not make the vectors in {collection.folder}: --weights names the file")
+        raise InputError(f"{loaded.path} is not the backbone of {collection.folder}: give its --weights")
     return loaded, device

@@ -1,4 +1,4 @@
-"""A picture of what queries found: each query on the left, the nearest images with their scores beside it."""
+"""Contact sheets: each query on the left, its nearest images with scores on the right."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dino_xcit.runtime import atomic
 from dino_xcit.transform import WHITE
 
 TILE = 168
-"""Pixels a side of the square that an image is fitted into."""
+"""Side of an image's square in pixels."""
 COLUMNS = 5
-"""Results in a row."""
-_GAP, _CAPTION, _NAME_LETTERS = 14, 54, 25
+"""Results per row."""
+_GAP, _CAPTION, _MAX_NAME = 14, 54, 25
 
 
 @dataclass
@@ -28,13 +28,13 @@ class Tile:
     """An image with two lines below it."""
 
     image: Image.Image | None
-    """None: it is not there any more; an empty square takes its place."""
+    """None: draw an empty square for a missing image."""
     title: str
     name: str
 
 
 def tile_of(source: Source, row: int, title: str, white_level: int = WHITE) -> Tile:
-    """An image of a source; an empty tile where it cannot be read."""
+    """Build the tile of an image in a source; the tile of an unreadable image is empty."""
     image = None
     with contextlib.suppress(InputError, OSError):
         image = decode(source.read(row)[0], source.name(row), white_level)
@@ -42,10 +42,10 @@ def tile_of(source: Source, row: int, title: str, white_level: int = WHITE) -> T
 
 
 def draw_sheet(blocks: Sequence[tuple[Tile, Sequence[Tile]]], path: Path) -> None:
-    """Draw a PNG: for each query its tile, and beside it those of its results.
+    """Draw queries and their results to a PNG.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
     cells, row = [], 0
     for query, results in blocks:
@@ -64,7 +64,7 @@ def draw_sheet(blocks: Sequence[tuple[Tile, Sequence[Tile]]], path: Path) -> Non
             fitted = _fit(tile.image)
             sheet.paste(fitted, (left + (TILE - fitted.width) // 2, top + (TILE - fitted.height) // 2))
         name = "".join(letter if letter.isprintable() else "?" for letter in tile.name)
-        short = name if len(name) <= _NAME_LETTERS else f"...{name[-_NAME_LETTERS:]}"
+        short = name if len(name) <= _MAX_NAME else f"...{name[-_MAX_NAME:]}"
         draw.text((left, top + TILE + 5), tile.title, "black", ImageFont.load_default(15))
         draw.text((left, top + TILE + 23), short, "gray", ImageFont.load_default(12))
     content = io.BytesIO()
@@ -74,7 +74,7 @@ def draw_sheet(blocks: Sequence[tuple[Tile, Sequence[Tile]]], path: Path) -> Non
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """The whole image, as large as the tile allows; tiny pictures are enlarged by whole pixels, not blurred."""
+    """Resize an image to the tile; tiny images are enlarged by a whole factor without blurring."""
     scale = min(TILE / image.width, TILE / image.height)
     if scale >= 3:
         return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)

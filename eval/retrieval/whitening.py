@@ -1,6 +1,6 @@
-"""PCA whitening of vectors: learned on one set of images, applied to others, kept in a file without pickles.
+"""PCA whitening of vectors, stored in a file without pickles.
 
-N vectors, E their features, W features after whitening.
+N vectors, E features before and W features after whitening.
 """
 
 from __future__ import annotations
@@ -24,32 +24,31 @@ FORMAT = "dino-xcit-whitening-1"
 
 _ROWS_AT_ONCE = 16_384
 _MIN_VARIANCE = 1e-8
-"""Share of the greatest variance below which a direction is noise of float32, and whitening would blow it up."""
+"""Minimum variance of a direction relative to the largest; whitening would amplify float32 noise below it."""
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """y = (x - mean) projection (Jégou and Chum, ECCV 2012): the directions of greatest variance, each scaled to
-    variance 1 on the set it was learned from."""
+    """PCA whitening y = (x - mean) projection (Jégou and Chum, ECCV 2012), with unit variances on the training set."""
 
     mean: NDArray[np.float32]
     """[E]"""
     projection: NDArray[np.float32]
-    """[E, W], greatest variance first."""
+    """[E, W], largest variance first."""
     made_for: dict[str, Any]
-    """What vectors it fits: weights, descriptor, normalised (:func:`kind_of`)."""
+    """Kind of the vectors: weights, descriptor, normalised (:func:`kind_of`)."""
     learned_on: dict[str, Any]
-    """For people: url, images and fingerprint of the set."""
+    """Informative: url, images and fingerprint of the training set."""
 
     def __call__(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[some, E] to [some, W] in float32."""
+        """Whiten rows [n, E] to [n, W] in float32."""
         centered: NDArray[np.float32] = np.asarray(rows, dtype=np.float32) - self.mean
         found: NDArray[np.float32] = centered @ self.projection
         return found
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the numbers."""
+        """SHA-256 of mean and projection."""
         digest = hashlib.sha256(repr(self.projection.shape).encode())
         digest.update(self.mean.astype("<f4").tobytes())
         digest.update(self.projection.astype("<f4").tobytes())
@@ -59,18 +58,18 @@ class Whitening:
 def learn(
     vectors: NDArray[np.floating], dim: int, made_for: Mapping[str, Any], learned_on: Mapping[str, Any]
 ) -> Whitening:
-    """PCA whitening of vectors [N, E]; they are read twice, a piece at a time, and summed in float64.
+    """Learn PCA whitening from vectors [N, E], in two passes over chunks with float64 sums.
 
     Args:
         vectors: may be memory-mapped.
-        dim: W; 0: all directions in which the vectors vary.
+        dim: W; 0: all directions with variance.
 
     Raises:
-        InputError: fewer directions than ``dim``, or fewer than two vectors.
+        InputError: the vectors vary in fewer directions than ``dim``, or there are fewer than two vectors.
     """
     count, width = vectors.shape
     if count < 2:
-        raise InputError(f"whitening is learned from many vectors, found {count}: give --index a larger collection")
+        raise InputError(f"found {count} vectors, but whitening needs more: give --index a larger collection")
     starts = range(0, count, _ROWS_AT_ONCE)
     total, scatter = np.zeros(width), np.zeros((width, width))
     for start in starts:
@@ -86,13 +85,13 @@ def learn(
     if not 0 < chosen <= usable:
         raise InputError(f"whiten_dim is {dim}, but these {count:,} vectors vary in {usable} directions")
     columns = directions[:, :chosen] / np.sqrt(variances[:chosen])
-    # An eigenvector's sign is arbitrary: with the greatest entry positive, a file is the same anywhere.
+    # Fix the sign of each eigenvector, so that files are identical on all machines.
     columns *= np.sign(columns[np.abs(columns).argmax(axis=0), np.arange(chosen)])
     return Whitening(mean.astype(np.float32), columns.astype(np.float32), dict(made_for), dict(learned_on))
 
 
 def save(whitening: Whitening, path: Path) -> None:
-    """Write a ``.npz`` with mean, projection, and JSON as bytes; the same whitening gives the same bytes."""
+    """Write a ``.npz`` with mean, projection and JSON metadata; equal whitenings give equal bytes."""
     metadata = {"format": FORMAT, "made_for": whitening.made_for, "learned_on": whitening.learned_on}
     content = io.BytesIO()
     np.savez(
@@ -106,13 +105,13 @@ def save(whitening: Whitening, path: Path) -> None:
 
 
 def load(path: Path, wanted: Mapping[str, Any] | None = None) -> Whitening:
-    """Read what :func:`save` wrote. Nothing in the file is executed: NumPy refuses pickles.
+    """Read a file written by :func:`save`; NumPy refuses pickles.
 
     Args:
-        wanted: the vectors it has to be made for, see :func:`kind_of`.
+        wanted: required kind of vectors, see :func:`kind_of`.
 
     Raises:
-        InputError: no such file, another kind of file, a damaged one, or one for other vectors.
+        InputError: the file is missing, damaged, of another type, or for another kind of vectors.
     """
     try:
         with np.load(path) as file:
@@ -121,23 +120,23 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None) -> Whitening:
         if metadata["format"] != FORMAT or not mean.dtype == projection.dtype == np.float32:
             raise ValueError(f"its format is not {FORMAT}")
         if projection.ndim != 2 or mean.shape != projection.shape[:1] or not np.isfinite(mean @ projection).all():
-            raise ValueError("its mean [E] and projection [E, W] do not fit, or are not finite")
+            raise ValueError("its mean [E] and projection [E, W] have different shapes or are not finite")
     except FileNotFoundError as error:
-        raise InputError(f"there is no whitening {path}: run_extract.py --learn-whitening learns one") from error
-    except Exception as error:  # NumPy reads headers as Python's literals, of which anything may be wrong
-        raise InputError(f"{path} is no whitening that can be used: {one_line(error)}") from error
+        raise InputError(f"found no whitening {path}: learn one with run_extract.py --learn-whitening") from error
+    except Exception as error:  # NumPy's header parser raises many types for damaged files
+        raise InputError(f"{path} is no valid whitening: {one_line(error)}") from error
     if wanted and (changed := differences(found.made_for, wanted)):
-        raise InputError(f"the whitening {path} was learned from other vectors: {changed}; learn one from such vectors")
+        raise InputError(f"the whitening {path} was learned from other vectors: {changed}; learn another one")
     return found
 
 
 def kind_of(weights: str, descriptor: Descriptor, normalised: bool = True) -> dict[str, Any]:
-    """What makes vectors comparable before whitening, by name. ``weights``: their hash."""
+    """Return the settings that identify vectors before whitening, by name. ``weights`` is a hash."""
     return {"weights": weights, **descriptor.to_dict(), "normalised": normalised}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """``name is this there and that here`` for each setting that differs; empty where none does."""
+    """Describe differing settings as ``name is this there and that here``; empty if there are none."""
     return "; ".join(
         f"{name} is {there.get(name, 'none')!s:.200} there and {here.get(name, 'none')!s:.200} here"
         for name in [*here, *(there.keys() - here.keys())]
