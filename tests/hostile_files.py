@@ -271,26 +271,8 @@ def billion_laughs_as_a_key(path: Path, canary: Path) -> None:
 
 
 @unbounded
-def keys_of_one_hash(path: Path, canary: Path) -> None:
-    same = b"".join(number(place * (2**61 - 1)) + b"N" for place in range(1, 100_000))
-    archive(path, dictionary(args=b"}(" + same + b"u"))
-
-
-@unbounded
 def bytes_made_by_a_call(path: Path, canary: Path) -> None:
     archive(path, dictionary(epoch=called(named("__builtin__", "bytearray"), number(1_000_000_000))))
-
-
-@unbounded
-def bytes_that_double(path: Path, canary: Path) -> None:
-    encode = named("_codecs", "encode") + b"q\x00" + text("x" * 1000) + text("latin1") + b"\x86Rq\x01"
-    double = b"h\x00h\x01" + text("hex") + b"\x86Rq\x01"
-    archive(path, dictionary(epoch=b"(" + encode + double * 20 + b"t"))
-
-
-@unbounded
-def ten_million_instructions(path: Path, canary: Path) -> None:
-    archive(path, dictionary(args=b"(" + b"N" * 10_000_000 + b"t"))
 
 
 # ---- whose backbone would not fit into the memory

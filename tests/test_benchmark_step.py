@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from dino_xcit.errors import InputError, RunStopped
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import against  # noqa: E402
 import step  # noqa: E402
 from step import OurStep, PlainStep, Row, Settings, Worker, draw_crops, normalised  # noqa: E402
 
@@ -33,12 +36,6 @@ def test_a_step_that_computes_something_else_is_found_out(monkeypatch: pytest.Mo
     (_, loss, loss_limit), (_, gradient, gradient_limit) = step.check(TINY, [ROWS["ours-fp32"]], "")
     assert loss > loss_limit
     assert gradient > gradient_limit
-
-
-def test_a_gradient_that_is_missing_is_infinitely_wrong() -> None:
-    one = torch.ones(3)
-    errors = step.relative_errors({"a": 1.1 * one, "x.attn.k.bias": one}, {"a": one, "b": one, "x.attn.k.bias": -one})
-    assert errors == {"a": pytest.approx(0.1), "b": float("inf")}
 
 
 def test_the_timed_steps_do_train() -> None:
@@ -79,6 +76,7 @@ def test_ratios_are_medians_over_the_rounds(capsys: pytest.CaptureFixture[str]) 
 # ---- the processes
 
 
+@pytest.mark.slow
 def test_a_row_in_a_process_of_its_own() -> None:
     with step.process_group() as group:
         worker = Worker(ROWS["ours-fp32"], TINY, "", group)
@@ -86,16 +84,6 @@ def test_a_row_in_a_process_of_its_own() -> None:
     assert len(worker.seconds) == 2
     assert worker.peak > 10e6
     assert worker.about["torch"] == torch.__version__
-
-
-@pytest.mark.parametrize(
-    ("answers", "error"), [("print('{}')", RunStopped), ("""print('{"error": "no such arch"}')""", InputError)]
-)
-def test_an_earlier_worker_that_fails_ends_the_run(tmp_path: Path, answers: str, error: type[Exception]) -> None:
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "step_worker.py").write_text(f"{answers}; input(); raise SystemExit(7)")
-    with step.process_group() as group, pytest.raises(error):
-        Worker(ROWS["ours-fp32"], TINY, "", group, tmp_path).ready()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +95,6 @@ def test_an_earlier_worker_that_fails_ends_the_run(tmp_path: Path, answers: str,
         ("--only ours-fp32,small", "'small'"),
         ("--arch xcit_tiny_12", "xcit_tiny_12_p16"),
         ("--against .", "benchmarks/step.py"),
-        ("--reference /nowhere --quick", "/nowhere"),  # found in a process of its own
     ],
 )
 def test_a_wrong_word_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str) -> None:
@@ -115,3 +102,60 @@ def test_a_wrong_word_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["step.py", *words.split()])
     with pytest.raises(InputError, match=named):
         step.main()
+
+
+# ---- --against DIR: two commits in turn
+
+TURN = """
+import json, os, sys
+from pathlib import Path
+root = Path(__file__).parent.parent
+assert os.environ["PYTHONPATH"] == str(root)
+with (root.parent / "turns").open("a") as file:
+    print(root.name, *sys.argv[1:], file=file)
+turn = len((root.parent / "turns").read_text().splitlines())
+print("a table")
+print(json.dumps({"speed": SPEED * turn, "s": 2.0}))
+"""
+
+
+def checkout(folder: Path, name: str, script: str) -> Path:
+    """A checkout with one benchmark."""
+    (folder / "benchmarks").mkdir(parents=True)
+    (folder / "benchmarks" / name).write_text(script)
+    return folder
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, this: Path, that: Path, rounds: int) -> None:
+    monkeypatch.setattr(against, "ROOT", this)
+    monkeypatch.setattr(against, "exit_on_sigterm", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["new.py", "--k", "1", "2", "--against", str(that), "--against-rounds", "9"])
+    given = argparse.Namespace(against=that, against_rounds=rounds)
+    against.compare_commits(["new.py", "old.py"], {"speed": "more", "s": "less", "new": "less"}, given)
+
+
+def test_both_commits_run_in_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    this = checkout(tmp_path / "this", "new.py", TURN.replace("SPEED", "2"))
+    compare(monkeypatch, this, checkout(tmp_path / "that", "old.py", TURN.replace("SPEED", "1")), rounds=2)
+    assert (tmp_path / "turns").read_text().splitlines() == ["this --k 1 2", "that --k 1 2"] * 2
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["against"]
+    assert found["speed"] == {"ratio": 1.25, "rounds": [1.0, 1.5], "this": 4.0, "that": 3.0, "better": "more"}
+    assert found["s"]["ratio"] == 1.0
+    assert "new" not in found
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "rounds", "error"),
+    [
+        ("import sys; sys.exit(7)", "new.py", 1, RunStopped), ("print('{}')", "new.py", 1, RunStopped),
+        ("", "new.py", 0, InputError), ("", "other.py", 1, InputError),
+    ],
+)  # fmt: skip
+def test_a_comparison_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, name: str, rounds: int, error: type
+) -> None:
+    that = checkout(tmp_path, name, script)
+    with pytest.raises(error):
+        compare(monkeypatch, that, that, rounds)

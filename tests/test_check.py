@@ -16,7 +16,7 @@ from ranks import Server
 from tiny_run import tiny_source
 
 from dino_xcit.data import open_source
-from dino_xcit.data.check import Report, check, main
+from dino_xcit.data.check import check, main
 from dino_xcit.errors import InputError
 
 
@@ -102,14 +102,6 @@ def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:
     assert "2 JPEG, 1 PNG; 0.000 GB; an image: " in "\n".join(report.lines())
 
 
-def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, asked = tiny_source(30), []
-    read = source.read
-    monkeypatch.setattr(source, "read", lambda index: asked.append(index) or read(index))
-    check(source, 0)
-    assert asked == list(range(30))
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -136,10 +128,3 @@ def test_the_parts_of_a_folder_are_checked_one_by_one(
         [part] if part else ["train", "val"]
     )
     assert "2 classes of" in found
-
-
-def test_classes_of_one_size_are_told_once() -> None:
-    report = Report("x", 32, classes={"a": 16, "b": 16})
-    assert "2 classes of 16 images" in report.lines()
-    report.classes["b"] += 1
-    assert "2 classes of 16 (a) to 17 images (b)" in report.lines()

@@ -116,16 +116,6 @@ def test_eval_mode_and_a_rate_of_zero_drop_nothing() -> None:
             assert torch.equal(model(images).cls_token, model(images, drop_path_keys=torch.arange(3)).cls_token)
 
 
-def test_without_keys_torchs_generator_decides() -> None:
-    model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.5))
-    images = torch.randn(8, 3, 16, 16)
-    state = torch.get_rng_state()
-    first, other = model(images).cls_token, model(images).cls_token
-    torch.set_rng_state(state)
-    assert torch.equal(model(images).cls_token, first)
-    assert not torch.equal(other, first)
-
-
 def test_the_teacher_has_no_drop_path() -> None:
     config = tiny_config(drop_path_rate=0.9)
     method = build_state(config, CPU).method

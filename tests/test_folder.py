@@ -302,23 +302,6 @@ def test_an_image_added_at_any_depth_is_found(tree: Path, listings: list[str], w
     assert str(tree / where) not in names(open_source(str(tree)))
 
 
-def test_a_class_that_held_results_or_lay_behind_a_broken_link_is_found_later(
-    tree: Path, listings: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    past, away = tree.stat().st_mtime, tmp_path_factory.mktemp("away") / "owl"
-    (tree / "dog" / "metrics.jsonl").touch()
-    os.utime(tree / "dog", (past, past))
-    assert "dog" not in (open_source(str(tree)).classes or ())
-    (tree / "dog" / "metrics.jsonl").unlink()
-    assert "dog" in (open_source(str(tree)).classes or ())
-    (tree / "owl").symlink_to(away)
-    for path in (tree, tree / "dog"):
-        os.utime(path, (past - 1, past - 1))
-    assert "owl" not in (open_source(str(tree)).classes or ())
-    write_image(away / "0.png")
-    assert "owl" in (open_source(str(tree)).classes or ())
-
-
 def test_a_folder_that_changed_just_now_is_listed_again(tree: Path, listings: list[str]) -> None:
     """Its time may be that of the next change too."""
     os.utime(tree / "dog")
@@ -326,9 +309,3 @@ def test_a_folder_that_changed_just_now_is_listed_again(tree: Path, listings: li
     listings.clear()
     open_source(str(tree))
     assert "dog" in listings
-
-
-def test_few_images_leave_nothing_in_the_cache(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DINO_XCIT_CACHE", str(tree / "kept"))
-    open_source(str(tree))
-    assert not list(tree.glob("kept/index/*.safetensors"))

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import datasets
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +23,7 @@ from data_fixtures import labels, names
 from hostile_archives import packed
 from tiny_run import CPU, tiny_config
 
-from dino_xcit.data import Source, decode, open_parts, open_source
+from dino_xcit.data import Source, open_parts, open_source
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.health import UnreadableLog, read_unreadable
@@ -275,16 +274,3 @@ def test_a_pattern_of_one_part_is_not_taken_for_both(name: str, urls: Urls) -> N
     pattern = open_source(urls[name]["train"], "train").url
     with pytest.raises(InputError, match="is one part: give --train-data and --val-data"):
         open_parts(pattern, None, None)
-
-
-def test_torchvision_decodes_the_same_pictures(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It hands over pixels, not files, so that its own checks of a file apply."""
-    class_folders(tmp_path, {"val": parts["val"]})
-    monkeypatch.setenv("TORCHVISION_DATA", str(tmp_path / "val"))
-    source = open_source("torchvision:ImageFolder")
-    assert source.classes == CLASSES
-    assert labels(source) == [picture.label for picture in parts["val"]]
-    for index, picture in enumerate(parts["val"]):
-        item, label = source.read(index)
-        assert np.array_equal(np.asarray(item), np.asarray(decode(picture.data, "x")))
-        assert label == picture.label

@@ -19,7 +19,6 @@ from scipy.io import savemat
 from dino_xcit.data import Source, open_parts, open_source
 from dino_xcit.data.imagenet import GROUND_TRUTH, KIT, META
 from dino_xcit.errors import InputError
-from dino_xcit.runtime import logging as log
 
 WNIDS = ("n01440764", "n02085620", "n03995372")
 NUMBERS = {"n02085620": 1, "n03995372": 2, "n01440764": 3}
@@ -125,13 +124,6 @@ def test_archives_that_were_moved_are_the_same_data(shipped: Path) -> None:
 
     before = fingerprints(shipped)
     assert fingerprints(shipped.rename(shipped.with_name("elsewhere"))) == before
-
-
-def test_a_set_that_is_not_imagenet_s_size_is_only_mentioned(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log.warn_once.cache_clear()
-    for _ in range(2):
-        open_source(f"imagenet:{shipped}")
-    assert capsys.readouterr().out.count("has 3 classes, ImageNet-1k has 1,000") == 1
 
 
 def test_the_archives_are_looked_through_once(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

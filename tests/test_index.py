@@ -83,12 +83,6 @@ def test_an_outdated_index_is_built_again_and_removed_later(tmp_path: Path, monk
     assert Path(other.file) in stored(tmp_path)
 
 
-def test_what_is_not_worth_keeping_leaves_no_index(tmp_path: Path) -> None:
-    index = Index({}, {"name": Strings.pack(["a"])}, keep=False)
-    assert cached("x", lambda: index, accept_all, tmp_path).file == ""
-    assert stored(tmp_path) == []
-
-
 def test_a_pickled_index_is_a_path_and_a_lost_one_a_sentence(tmp_path: Path) -> None:
     built = Built(length=100_000)
     index = cached("x", built, accept_all, tmp_path)
@@ -120,13 +114,6 @@ def test_a_damaged_index_is_built_again(tmp_path: Path, kind: str) -> None:
     if kind != "a folder":
         assert cached("x", built, accept_all, tmp_path).file
         assert built.times == 2
-
-
-def test_an_index_that_accept_cannot_read_is_built_again(tmp_path: Path) -> None:
-    built = Built()
-    cached("x", built, accept_all, tmp_path)
-    assert_is(cached("x", built, lambda index: bool(index.numbers["absent"][0]), tmp_path), built)
-    assert built.times == 2
 
 
 def test_a_cache_that_cannot_be_written_is_done_without_and_reported_once(

@@ -104,13 +104,6 @@ def test_lars_takes_a_plain_step_where_a_norm_is_zero() -> None:
     assert bool(torch.isfinite(weight).all())
 
 
-def test_lars_skips_parameters_without_gradient() -> None:
-    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
-    weights[0].grad = torch.ones(2)
-    LARS(weights, lr=1.0).step()
-    assert torch.equal(torch.stack(weights), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors_of(copy.deepcopy(optimizer.state_dict()["state"]))
 

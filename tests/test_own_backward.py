@@ -166,30 +166,3 @@ def test_a_branch_that_everybody_drops_still_gives_its_parameters_a_gradient(mod
     for parameter in module.parameters():
         assert parameter.grad is not None
         assert bool((parameter.grad == 0).all())
-
-
-def test_what_stays_in_memory_for_the_backward_pass() -> None:
-    """Bytes that autograd keeps of one MLP and one attention core in bfloat16, a token: x and the layer before GELU;
-    q, k, v and a d x d matrix a head."""
-    tokens, dim, heads = 64, 48, 2
-    width = dim // heads
-
-    def kept(function: Callable[..., Tensor], *given: Tensor) -> int:
-        storages: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            out = function(*given)
-        assert out.requires_grad
-        return sum(storages.values())
-
-    x, qkv = (torch.randn(1, tokens, n * dim, dtype=torch.bfloat16, requires_grad=True) for n in (1, 3))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert kept(Mlp(dim, 4 * dim), x) == 2 * tokens * 5 * dim
-    temperature = nn.Parameter(torch.ones(heads, 1, 1))
-    core = 2 * tokens * 3 * dim + 4 * heads * (width * width + 2 * width)
-    assert kept(direct_attention, qkv, temperature) <= core

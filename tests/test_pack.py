@@ -16,10 +16,8 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from bad_images import encoded, photograph, sideways, write_corpus
-from data_fixtures import write_image
 from dying_child import in_a_child
 from filelock import FileLock
-from hostile_archives import packed
 from PIL import Image
 
 from dino_xcit.data import Source, Subset, open_source, workers
@@ -148,16 +146,6 @@ def test_a_key_is_one_word_without_dots_and_gives_the_name_back(name: str) -> No
     assert unquote(key.partition("_")[2], errors="surrogateescape") == name
 
 
-def test_a_name_as_long_as_a_path_can_be_is_packed_so_that_it_can_be_read(tmp_path: Path, out: Path) -> None:
-    data = encoded(photograph(1), "JPEG")
-    long = ("a/" * 2040 + "1.jpg", "a/" * 2040 + "2.jpg", "ä" * 2000 + ".jpg")
-    (tmp_path / "in.tar").write_bytes(packed(dict.fromkeys(long, data)))
-    pack(open_source(f"tar:{tmp_path}/in.tar"), out, FIVE, 1)
-    shards = open_source(f"tar:{out}/shard-*.tar")
-    assert [shards.read(index)[0] for index in range(len(shards))] == [data] * 3
-    assert "a%2Fa%2F" in shards.name(0)
-
-
 def test_names_are_relative_to_the_folder_or_to_the_list() -> None:
     assert relative_name("/data/x", "/data/x/a/b.jpg") == "a/b.jpg"
     assert relative_name("/data/list.txt", "/data/a/b.jpg") == "a/b.jpg"
@@ -210,15 +198,6 @@ def test_the_longer_side_is_bounded_and_small_files_keep_their_bytes(tmp_path: P
     assert [data for _, data in packed_with(source, None)] == list(files.values())
 
 
-def test_shrunk_pictures_are_444_and_close_to_a_mean_of_what_they_cover(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(noise), "PNG"))
-    ((_, data),) = packed_with(open_source(str(tmp_path)), 80)
-    picture = Image.open(io.BytesIO(data))
-    assert {layer[1:3] for layer in picture.layer} == {(1, 1)}  # type: ignore[attr-defined]
-    assert np.asarray(picture).std() < 30  # without antialiasing 74
-
-
 @pytest.mark.parametrize("max_side", [48, 96])
 def test_pictures_that_lie_on_their_side_are_upright_where_they_are_written_anew(tmp_path: Path, max_side: int) -> None:
     picture = photograph(3)
@@ -245,7 +224,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
     assert len(members(tmp_path / "1")) == 14
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(tmp_path: Path, step: int) -> None:
     source = open_source(str(class_tree(tmp_path / "in")))
     (tmp_path / "in" / "n01" / "n01_3.v1.JPEG").write_bytes(b"broken")
@@ -278,20 +257,6 @@ def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, out: Path, r
         assert pack(source, out, FIVE, readers)[1] == 6
         assert content(out) == expected
     assert (out / "shard-000000.tar").stat().st_mtime_ns == untouched
-
-
-def test_where_fewer_images_can_be_read_than_before_no_old_shard_is_left(tmp_path: Path, out: Path) -> None:
-    paths = [write_image(tmp_path / "in" / f"{number}.png") for number in range(6)]
-    source = open_source(str(tmp_path / "in"))
-    pack(source, out, Options(shard_images=2), 1)
-    (out / "shard-000000.tar").write_bytes(b"")
-    for path in paths[:4]:  # damaged behind the file system's back: neither size nor time changes
-        before = path.stat()
-        path.write_bytes(bytes(before.st_size))
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    packing, _ = pack(source, out, Options(shard_images=2), 1)
-    assert [path.name for path in out.glob("shard-*.tar")] == [shard.name for shard in packing.shards]
-    assert [row["index"] for row in packing.unreadable] == [0, 1, 2, 3]
 
 
 # ---- images that cannot be read
@@ -434,16 +399,6 @@ def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path, out: Path) 
         main([str(tmp_path / "in"), str(out)])
     assert main([str(tmp_path / "in"), str(out), "--part", "val", "--workers", "1"]) == 0
     assert len(items(out)) == 4
-
-
-def test_the_same_source_from_another_folder_is_the_same(
-    tree: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main([str(tree), str(out), "--workers", "1"])
-    assert "images/s" in capsys.readouterr().out
-    monkeypatch.chdir(tree.parent)
-    main([tree.name, str(out), "--workers", "1"])
-    assert "all of it was there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

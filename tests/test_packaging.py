@@ -64,16 +64,6 @@ def test_documents_name_no_file_that_does_not_exist() -> None:
             assert (document.parent / link).exists(), f"{document} links to {link}"
 
 
-def test_the_architecture_captions_every_package_and_nothing_that_does_not_exist() -> None:
-    captions = "".join(line for line in (ROOT / "docs/architecture.md").read_text().splitlines() if line[:3] == "| `")
-    folders = {
-        str(path.parent.relative_to(ROOT)) for top in ("dino_xcit", "eval") for path in ROOT.glob(f"{top}/*/*.py")
-    }
-    assert all(f"`{folder}`" in captions for folder in folders)
-    for path in re.findall(r"`((?:dino_xcit|eval)/[\w/.]+)`", captions):
-        assert (ROOT / path).exists(), path
-
-
 def test_no_function_is_longer_than_80_lines() -> None:
     long = []
     for path in (path for name in ("run_*.py", "dino_xcit/**/*.py", "eval/**/*.py") for path in ROOT.glob(name)):

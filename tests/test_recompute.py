@@ -41,19 +41,6 @@ def test_recomputing_keeps_less() -> None:
     assert bytes_kept(recompute=True) < 0.5 * bytes_kept(recompute=False)
 
 
-def test_nothing_is_recomputed_where_there_is_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr("dino_xcit.models.xcit.recomputed", never)
-    backbone = build_backbone("xcit_pico_4_p4")
-    backbone.activation_checkpointing = True  # type: ignore[assignment]
-    with torch.no_grad():
-        backbone(torch.randn(1, 3, 28, 28))
-    with pytest.raises(AssertionError):
-        backbone(torch.randn(2, 3, 28, 28))
-
-
 @pytest.mark.parametrize("setting", ["activation_checkpointing", "compile"])
 def test_timm_networks_are_refused(setting: str) -> None:
     with pytest.raises(InputError, match=setting):

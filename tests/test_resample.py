@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -55,25 +53,3 @@ def test_pictures_of_extreme_shape(width: int, height: int) -> None:
     out = np.empty((3, 224, 224), dtype=np.uint8)
     resampler.cut(0, 0, height, width, False, out)
     np.testing.assert_array_equal(out, by_pillow(picture, 0, 0, height, width, 224, False))
-
-
-def test_a_large_picture_s_memory_is_let_go() -> None:
-    resampler = Resampler()
-    for side, kept in ((3000, True), (4200, False)):
-        picture = noise(side, side)
-        held = sys.getrefcount(picture)
-        resampler.load(picture)
-        resampler.release()
-        assert sys.getrefcount(picture) == held
-        assert (len(resampler._memory) == side**2) is kept
-
-
-def test_a_small_picture_after_a_large_one_and_the_other_way_round() -> None:
-    """Memory is used again."""
-    resampler = Resampler()
-    for width, height in ((300, 200), (20, 30), (200, 300), (7, 400)):
-        picture = noise(width, height)
-        resampler.load(picture)
-        out = np.empty((3, 48, 48), dtype=np.uint8)
-        resampler.cut(0, 0, height, width, True, out)
-        np.testing.assert_array_equal(out, by_pillow(picture, 0, 0, height, width, 48, True))

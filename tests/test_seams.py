@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from dino_xcit import recipes
 from dino_xcit.data import register_source
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import InputError
-from dino_xcit.methods import Method, Stats, build_method, register_method
+from dino_xcit.methods import Method, Stats, register_method
 from dino_xcit.models import BackboneOutput, register_backbone
 from dino_xcit.optim import Rates
 from dino_xcit.recipes import Recipe, parse_pretrain
@@ -65,7 +64,7 @@ register_backbone("mean-colour", MeanColour)
 
 
 def test_a_backbone(tmp_path: Path, here: Here) -> None:
-    metrics = train(tmp_path, "--arch", "mean-colour", "--drop-path-rate", "0")
+    metrics = train(tmp_path, "--arch", "mean-colour", "--drop-path-rate", "0", "--data-path", "squares:24")
     assert [row["step"] for row in metrics if row["kind"] == "step"] == [1, 2, 3]
     words = ["--weights", tmp_path / "checkpoint.pth", "--ks", "5", "--json", tmp_path / "knn.json", "--device", "cpu"]
     assert here(run_knn, *words).code == 0
@@ -129,19 +128,6 @@ def test_a_best_metric_that_nobody_returns_is_warned_of(tmp_path: Path, capsys: 
     train(tmp_path, "--best-metric", "spraed", evaluators=[("spread", 1, lambda method: {"spread": 1.0})])
     assert "warning: no best.pth: no evaluator returns --best-metric spraed (found spread)" in capsys.readouterr().out
     assert not (tmp_path / "best.pth").exists()
-
-
-def test_two_evaluators_of_one_metric_are_refused(tmp_path: Path) -> None:
-    twice = [("a", 1, lambda method: {"x": 1.0}), ("b", 1, lambda method: {"x": 2.0})]
-    with pytest.raises(ValueError, match="x"):
-        train(tmp_path, evaluators=twice)
-
-
-def test_a_method_that_does_not_derive_from_method_gets_the_optional_attributes() -> None:
-    register_method("bare", lambda config, device: SimpleNamespace())
-    bare = build_method(parse_pretrain(["--method", "bare"])[0], CPU)
-    assert bare.teacher is bare.ddp_student is bare.features is None
-    assert bare.frozen_parameters(None) == ()
 
 
 # ---- observer

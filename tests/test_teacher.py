@@ -60,12 +60,3 @@ def test_the_average_covers_parameters_and_the_statistics_are_the_teachers_own()
         torch.testing.assert_close(buffer, own_buffers[name], rtol=1e-4, atol=1e-5, msg=name)
         if name.endswith("running_mean"):
             assert not torch.allclose(buffer, student_buffers[name], rtol=1e-4, atol=1e-5), name
-
-
-def test_the_student_counts_a_batch_for_each_crop_size_and_the_teacher_one() -> None:
-    state, _ = run(tiny_config(), 3)
-    counts = [
-        {int(value) for name, value in network.named_buffers() if name.endswith("num_batches_tracked")}
-        for network in (state.method.student, state.method.teacher)
-    ]
-    assert counts == [{6}, {3}]

@@ -49,27 +49,6 @@ def test_timms_xcit_and_ours_compute_the_same(tmp_path: Path) -> None:
     assert_same_output(read, theirs)
 
 
-ATTENTION = "cls_attn_blocks.0.attn."
-WHOLE = {f"{ATTENTION}{part}.weight": torch.zeros(4, 4) for part in "qkv"}
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        {key: value for key, value in WHOLE.items() if ".k." not in key},
-        WHOLE | {f"{ATTENTION}qkv.weight": torch.ones(12, 4)},
-        {"pos_embeder.token_projection.weight": torch.ones(4)},
-        {"blocks_token_only.0.attn.q.weight": torch.zeros(4, 4), "head.weight": torch.zeros(10, 4)},  # CaiT's
-    ],
-)
-def test_what_cannot_be_renamed_stays_for_the_comparison_to_name(state: State) -> None:
-    state = state | {"pos_embed.token_projection.weight": torch.zeros(4)}
-    found = backbone_names(state)
-    kept, given = ({key: value for key, value in s.items() if "pos_embed" not in key} for s in (found, state))
-    assert same(kept, given)
-    assert len(found) == len(state)
-
-
 @pytest.mark.parametrize(
     "written",
     [lambda key: key.replace("mlp.", "layers."), lambda key: f"module.{key.replace('last_layer', 'prototypes0')}"],

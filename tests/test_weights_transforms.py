@@ -197,9 +197,3 @@ def test_settings_of_transformers_that_cannot_be_are_refused(tmp_path: Path, cha
     with pytest.raises(InputError, match=r"evaluation transform .*preprocessor_config\.json") as caught:
         prepared(tmp_path, **changes)
     assert "\n" not in str(caught.value)
-
-
-def test_settings_of_transformers_beside_weights_of_another_layout_do_not_count(tmp_path: Path) -> None:
-    place = hf.folder(tmp_path, files.xcit().state_dict(), hf.VIT_CONFIG | {"hidden_act": "relu"}, {"size": "none"})
-    read = load_backbone(place)
-    assert (read.arch, read.transform, read.transform_from) == ("xcit_pico_4_p8", EvalTransform(), "")

@@ -142,50 +142,26 @@ def test_sums_over_16384_tokens_stay_within_float16s_range() -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The operators below autocast: name, tensors, and the dtypes that they compute in."""
+    """The operators below autocast: name, and the dtypes that they compute in."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, list[Tensor], set[torch.dtype]]] = []
+        self.calls: list[tuple[str, set[torch.dtype]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [arg for arg in args if isinstance(arg, Tensor)]
-        told = (kwargs or {}).get("dtype")
+        given, told = {arg.dtype for arg in args if isinstance(arg, Tensor)}, (kwargs or {}).get("dtype")
         if not func.is_view:
-            self.calls.append((func.overloadpacket.__name__, given, {told} if told else {x.dtype for x in given}))
+            self.calls.append((func.overloadpacket.__name__, {told} if told else given))
         return func(*args, **(kwargs or {}))
-
-
-def test_under_autocast_only_products_of_all_tokens_are_in_low_precision() -> None:
-    xca = on_path(random_xca(24, 2), "gram", torch.float32)
-    x = projection(2, 53, 24, seed=1).float()
-    with Seen() as seen:
-        result = result_and_gradients(xca, x, torch.ones(24), x, torch.bfloat16)
-    of_few = [(name, given) for name, given, _ in seen.calls if not any(53 in t.shape for t in given)]
-    low = {name for name, given in of_few if any(t.dtype is torch.bfloat16 for t in given)}
-    assert low <= {"_to_copy", "copy_"}  # to and from it
-    assert result.pop("out").dtype is torch.bfloat16
-    assert {tensor.dtype for tensor in result.values()} == {torch.float32}
 
 
 def test_under_autocast_norms_and_softmax_are_float32() -> None:
     with Seen() as seen, torch.autocast("cpu", torch.bfloat16):
         XCA(64, 4)(torch.randn(2, 50, 64))
     sums = {"_softmax", "sum", "mean", "square", "pow", "sqrt"}
-    dtypes = {name: dtypes for name, _, dtypes in seen.calls if name in sums or "norm" in name}
+    dtypes = {name: dtypes for name, dtypes in seen.calls if name in sums or "norm" in name}
     assert {"_softmax", "sum"} <= dtypes.keys()
     assert all(found == {torch.float32} for found in dtypes.values())
-
-
-def test_a_backward_pass_inside_autocast_gives_the_same_bits() -> None:
-    xca = on_path(random_xca(24, 2), "gram", torch.float32)
-    x = projection(2, 53, 24, seed=1).float()
-    outside = result_and_gradients(xca, x, torch.ones(24), x)
-    out = xca(x, torch.ones(24))
-    with torch.autocast("cpu", torch.bfloat16):
-        gradients = torch.autograd.grad(out, list(xca.parameters()), x)
-    for (name, _), gradient in zip(xca.named_parameters(), gradients, strict=True):
-        assert torch.equal(gradient, outside[name]), name
 
 
 def test_of_the_tokens_only_one_tensor_is_kept_for_the_backward_pass() -> None:
@@ -219,13 +195,7 @@ def test_a_channel_of_zeros_gives_finite_values_and_gradients() -> None:
     assert [name for name, tensor in result.items() if not tensor.isfinite().all()] == []
 
 
-def test_second_derivatives_are_refused_rather_than_wrong() -> None:
-    xca, x = on_path(random_xca(8, 2), "gram"), projection(1, 20, 8, seed=1).requires_grad_()
-    (gradient,) = torch.autograd.grad(xca(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
+@pytest.mark.slow
 def test_the_gram_path_compiles_as_a_whole_forward_and_backward() -> None:
     xca = on_path(random_xca(32, 4), "gram", torch.float32)
     x, gamma = projection(2, 60, 32, seed=1).float(), torch.ones(32)
@@ -251,15 +221,3 @@ def test_many_tokens_take_the_gram_path() -> None:
     by_gram = gram_attention(x, xca.temperature, xca.qkv.weight, xca.qkv.bias, xca.proj.weight, xca.proj.bias)
     assert torch.equal(xca(x), by_gram)
     assert choose(1024, 64, torch.float32, "mps", True) == "direct"  # where nobody has tried it
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("training", [False, True])
-def test_the_choice_turns_once_and_later_in_wider_networks(device: str, dtype: torch.dtype, training: bool) -> None:
-    turns = [0]
-    for dim in (128, 384, 768):
-        choices = [choose(tokens, dim, dtype, device, training) for tokens in range(1, 100_000, 100)]
-        assert choices == sorted(choices)  # "direct" before "gram"
-        turns.append(choices.count("direct"))
-    assert turns == sorted(set(turns))

@@ -19,7 +19,7 @@ from timm.models.xcit import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from dino_xcit.models import XCiT, build_backbone
-from dino_xcit.models.xcit import LPI, XCIT_SIZES
+from dino_xcit.models.xcit import XCIT_SIZES
 
 SIZES = ("nano_12", "tiny_12", "tiny_24", "small_12", "small_24", "medium_24", "large_24")
 TOLERANCE = 1e-5
@@ -206,18 +206,6 @@ def test_layers_returns_the_blocks_in_the_order_asked_for() -> None:
     assert torch.equal(output.patch_tokens, seen[-1])
     with pytest.raises(IndexError):
         model(torch.randn(1, 3, 8, 8), layers=(4,))
-
-
-def test_local_patch_interaction_sees_the_tokens_without_a_copy() -> None:
-    lpi, images = LPI(32), []
-    lpi.conv1.register_forward_pre_hook(lambda _module, inputs: images.append(inputs[0]))
-    tokens = torch.randn(2, 35, 32)
-    out = lpi(tokens, (5, 7))
-    assert images[0].shape == (2, 32, 5, 7)
-    assert images[0].is_contiguous(memory_format=torch.channels_last)
-    assert images[0].data_ptr() == tokens.data_ptr()
-    assert out.shape == tokens.shape
-    assert out.is_contiguous()  # so that the residual that follows reads memory in order
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
