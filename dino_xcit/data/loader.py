@@ -211,8 +211,8 @@ class StepSampler(Sampler[list[Key]]):
         self.steps_per_epoch = length // self.global_batch
         if self.steps_per_epoch == 0:
             raise InputError(
-                f"{length} training images make less than one global batch of {self.global_batch}: lower --batch-size-per-gpu "
-                f"to at most {max(1, length // (accumulation_steps * world_size))}"
+                f"{length} training images make less than one global batch of {self.global_batch}: lower "
+                f"--batch-size-per-gpu to at most {max(1, length // (accumulation_steps * world_size))}"
             )
 
     def epochs(self, step: int) -> int:
