@@ -99,7 +99,7 @@ def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:
     assert 0 < report.read_seconds < report.seconds
     assert 0 < report.decode_seconds < report.seconds
     assert [Path(name).name for name, _ in report.broken] == ["empty.jpg"]
-    assert "2 JPEG, 1 PNG; 0.000 GB; an image: " in "\n".join(report.lines())
+    assert "2 JPEG, 1 PNG; 0.000 GB; per image: " in "\n".join(report.lines())
 
 
 def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> None:

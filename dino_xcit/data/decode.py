@@ -199,7 +199,7 @@ def _decode_file(data: bytes, white_level: int) -> Image.Image:
 
 
 def _without_texts(png: bytes) -> bytes:
-    """Remove the text and profile chunks of a PNG: Pillow refuses large ones, such as XMP, and decoding ignores them."""
+    """Remove text and profile chunks from a PNG: Pillow refuses large ones, such as XMP, and decoding ignores them."""
     kept, place = [png[:8]], 8
     while place < len(png):
         end = place + 12 + int.from_bytes(png[place : place + 4])
