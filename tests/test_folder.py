@@ -77,7 +77,7 @@ def test_what_is_skipped_is_reported(place: tuple[Path, str], capsys: pytest.Cap
     for name in ("a.heic", "dog/b.HEIC", "dog/scan", "dog/IMG 2.10", "dog/labels.json", "dog/.DS_Store"):
         (tree / name).write_bytes(png())
     open_source(url)
-    assert "skipped 2 .heic, 2 without an ending; images end in .jpg" in capsys.readouterr().out
+    assert "skipped 2 .heic, 2 without a suffix; images end in .jpg" in capsys.readouterr().out
     for name in IMAGES:
         (tree / name).unlink()
     with pytest.raises(InputError, match=r"no image in .*2 \.heic"):

@@ -161,7 +161,7 @@ def open_hf(name: str, part: str | None = None) -> HFSource:
     wanted = VAL if part == "val" else ("train",)
     split = next((name for name in wanted if name in found), None)
     if split is None:
-        raise InputError(f"{url} has the parts {', '.join(found)}: expected {' or '.join(wanted)}")
+        raise InputError(f"{url} has the parts {', '.join(found)}, expected {' or '.join(wanted)}")
     return _source(f"{url}/{'val' if part == 'val' else 'train'}", found[split], image, label)
 
 
@@ -324,7 +324,7 @@ def _only(dataset: Any, wanted: str, possible: list[str], candidates: list[str],
     remedy = f"choose one with ?{kind}={candidates[0] if candidates else 'NAME'}" + ", or ?label=none" * (
         kind == "label"
     )
-    raise InputError(f"{found} (of {columns}); {remedy}")
+    raise InputError(f"{found}; the columns are {columns}; {remedy}")
 
 
 def _type_name(feature: Any) -> str:
@@ -356,6 +356,6 @@ def _labels(dataset: Any, column: str, url: str) -> tuple[NDArray[np.int64] | No
         names = getattr(feature, "names", None)
         highest = (len(names) if names else MAX_CLASSES) - 1
         if last > highest:
-            raise InputError(f"column {column!r} of {url} has the label {last}: expected at most {highest:,}")
+            raise InputError(f"column {column!r} of {url} has the label {last}, expected at most {highest:,}")
         classes = names or list(map(str, range(last + 1)))
     return labels, tuple(classes)
