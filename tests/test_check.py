@@ -116,7 +116,7 @@ def test_images_are_read_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> 
         ([], "source is empty"),
         (["absent"], "no data at 'absent'"),
         (["sample:fashion-mnist", "--part", "test"], "part is test, expected one of train, val"),
-        (["sample:fashion-mnist", "--report", "/absent/x.jsonl"], "cannot write /absent/x.jsonl: .*choose another"),
+        (["sample:fashion-mnist", "--report", "/absent/x.jsonl"], "cannot write /absent/x.jsonl: .*give another"),
     ],
 )
 def test_mistakes_become_sentences(argv: list[str], words: str) -> None:

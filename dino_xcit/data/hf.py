@@ -236,7 +236,7 @@ def _of_part(pattern: str, part: str | None) -> str:
             if prefix or not any(path.rpartition("/")[2].startswith(("train", *VAL)) for path in found):
                 return f"{place}/{prefix}*.parquet"
     raise InputError(
-        f"no Parquet file in {pattern} or its sub-folder 'data' has a name that begins with {' or '.join(wanted)}: give "
+        f"no Parquet file in {pattern} or its folder 'data' has a name that begins with {' or '.join(wanted)}: give "
         f"a pattern of files, such as parquet:{pattern.rstrip('/')}/NAME-*.parquet"
     )
 

@@ -32,7 +32,7 @@ Key = tuple[int, int]
 Seconds = tuple[float, float, float]
 """Seconds of reading, decoding and augmenting, measured in the worker."""
 
-# PyTorch warns of more workers than cores. They help with slow disks, and dino_xcit.data.load_monitor measures the need.
+# PyTorch warns if there are more workers than cores, but they help with slow disks: see dino_xcit.data.load_monitor.
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 SUBSTITUTES = 20
