@@ -28,8 +28,8 @@ WRONG = {
     "linear --crop-scale 0.5 0.2": "crop_scale is 0.5 0.2",
     "extract W --data-path {tmp}/none --output-dir {tmp}/v": "no data at",
     "extract W --data-path {tmp}/empty --output-dir {tmp}/v": "no image in",
-    "knn W --data-path {tmp}/empty": "holds no folder 'train'",
-    "knn W --train-data {data}/train/dots --val-data {data}/val": "has no labels, which measuring needs",
+    "knn W --data-path {tmp}/empty": "has no folder 'train'",
+    "knn W --train-data {data}/train/dots --val-data {data}/val": "has no labels.*; evaluation expects",
     "extract W --data-path {tmp}/bad --output-dir {tmp}/v": "bad.png cannot be read: not an image",
     "linear W --train-data {tmp}/train --val-data {data}/val --epochs 1 --batch-size 2 --holdout 0":
         "broken.jpg cannot be read",

@@ -105,7 +105,7 @@ def test_a_part_is_a_folder_beside_other_parts(tmp_path: Path, capsys: pytest.Ca
     assert len(open_source(str(tmp_path / "val"), "train")) == 2  # no part in it: taken whole
     write_image(tmp_path / "extra" / "x" / "0.png")
     assert len(open_source(str(tmp_path), "train")) == 3
-    assert "reads its part train, not its folders extra" in capsys.readouterr().out
+    assert "using the part train, ignoring the folders extra" in capsys.readouterr().out
 
 
 def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_parts_elsewhere_are_found(bucket: str) -> None:
         train, val = open_parts(given, None, None)
         assert (names(train), names(val)) == (["memory://both/train/ape/train.png"], ["memory://both/val/ape/val.png"])
     assert names(open_source("memory://both", "val")) == ["memory://both/val/ape/val.png"]
-    with pytest.raises(InputError, match="holds no folder 'train'"):
+    with pytest.raises(InputError, match="has no folder 'train'"):
         open_parts(bucket, None, None)
 
 

@@ -92,8 +92,8 @@ def open_source(url: str, part: str | None = None) -> Source:
         return open_hf(rest, part)
     if storage.is_remote(url):
         address = url.partition("?")[0].rstrip("/")
-        if not storage.is_remote(address):  # nothing behind the slashes
-            raise InputError(f"{url!r} names no place: expected such as {address}//BUCKET/FOLDER")
+        if not storage.is_remote(address):  # nothing after the slashes
+            raise InputError(f"{url!r} has no path: expected a URL such as {address}//BUCKET/FOLDER")
     else:
         address = str(Path(os.path.expanduser(url)))
         try:
