@@ -29,7 +29,7 @@ WRONG = {
     "extract W --data-path {tmp}/none --output-dir {tmp}/v": "no data at",
     "extract W --data-path {tmp}/empty --output-dir {tmp}/v": "no image in",
     "knn W --data-path {tmp}/empty": "has no folder 'train'",
-    "knn W --train-data {data}/train/dots --val-data {data}/val": "has no labels.*; evaluation expects",
+    "knn W --train-data {data}/train/dots --val-data {data}/val": "evaluation expects one sub-folder per class",
     "extract W --data-path {tmp}/bad --output-dir {tmp}/v": "bad.png cannot be read: not an image",
     "linear W --train-data {tmp}/train --val-data {data}/val --epochs 1 --batch-size 2 --holdout 0":
         "broken.jpg cannot be read",

@@ -134,7 +134,7 @@ def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
         ("x" * 300, "File name too long"),
         (" ", "no data given"),
         ("a\0b", "cannot read a"),
-        ("memory://", "names no place"),
+        ("memory://", "has no path"),
         ("memory://nowhere", "no image in memory://nowhere"),
         ("memory://nowhere/list.txt", r"memory://nowhere/list\.txt"),
         ("memory://bucket/a.tar", r"expected tar:memory://bucket/a\.tar"),

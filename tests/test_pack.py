@@ -347,7 +347,7 @@ def kill_at_five(source: Source, index: int) -> int:
 
 
 def test_a_killed_process_is_a_sentence() -> None:
-    with pytest.raises(InputError, match=r"a process was killed while it read .*fewer --workers"):
+    with pytest.raises(InputError, match=r"a worker was killed near .*fewer --workers"):
         list(workers.each_image(pixels(40), range(40), kill_at_five, 2))
 
 
@@ -396,10 +396,10 @@ def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> 
     (tmp_path / "full" / "thesis.tex").write_text("x")
     (tmp_path / "full" / ".precious.tmp").write_text("x")
     for place, words in (
-        (tree / "out", "it is inside SRC \(.*tree\)"),
-        (tree, "it is inside SRC \(.*tree\)"),
+        (tree / "out", r"it is inside SRC \(.*tree\)"),
+        (tree, r"it is inside SRC \(.*tree\)"),
         (tmp_path / "file", "it is a file"),
-        (tmp_path / "full", r"it holds \.precious\.tmp and no pack\.json"),
+        (tmp_path / "full", r"it contains \.precious\.tmp and no pack\.json"),
         (Path("s3://bucket/x"), "expected a local folder"),
         (Path("/proc/nowhere/out"), "cannot write /proc/nowhere/out"),
     ):

@@ -107,7 +107,7 @@ def test_a_full_set_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ("sample:fashion-mnist/test", "unknown sample"),
         ("torchvision:FashonMNIST", "FashionMNIST"),
         ("torchvision:folder", "no data set"),
-        ("torchvision:ImageFolder", "could not open ImageFolder"),
+        ("torchvision:ImageFolder", "cannot open ImageFolder"),
     ],
 )
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, words: str) -> None:

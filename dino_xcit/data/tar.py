@@ -76,7 +76,7 @@ def scan(
             if info.size < 0:
                 raise InputError(f"{path} is damaged: {info.name[:200]!r} has a negative size; download it again")
             if info.offset_data + (info.size if info.isreg() else 0) > end:
-                raise InputError(f"{path} is cut short within {info.name[:200]!r}: copy or download it again")
+                raise InputError(f"{path} is truncated within {info.name[:200]!r}: copy or download it again")
             name = re.sub(r"^(\./+)+", "", info.name)
             if info.issparse() or not info.isreg():
                 if not info.isdir():
@@ -97,7 +97,7 @@ def scan(
     if stopped_at != bytes(BLOCK):
         if archive.offset == start:
             raise _not_a_tar(stopped_at, path, "no header")
-        where = "is cut short" if len(stopped_at) < BLOCK else "is damaged: it has no valid header"
+        where = "is truncated" if len(stopped_at) < BLOCK else "is damaged: it has no valid header"
         raise InputError(f"{path} {where} after byte {archive.offset:,}: copy or download it again")
 
 
