@@ -125,7 +125,7 @@ def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path, out: P
     with pytest.raises(InputError, match="and they differ"):  # and not over its own source
         pack(shards, out, FIVE, 1)
     (out / "pack.json").unlink()
-    with pytest.raises(InputError, match=r"it contains shard-000000\.tar and no pack\.json"):
+    with pytest.raises(InputError, match=r"it has shard-000000\.tar and no pack\.json"):
         pack(shards, out, FIVE, 1)
 
 
@@ -399,7 +399,7 @@ def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> 
         (tree / "out", r"it is inside SRC \(.*tree\)"),
         (tree, r"it is inside SRC \(.*tree\)"),
         (tmp_path / "file", "it is a file"),
-        (tmp_path / "full", r"it contains \.precious\.tmp and no pack\.json"),
+        (tmp_path / "full", r"it has \.precious\.tmp and no pack\.json"),
         (Path("s3://bucket/x"), "expected a local folder"),
         (Path("/proc/nowhere/out"), "cannot write /proc/nowhere/out"),
     ):

@@ -21,7 +21,7 @@ class MultiCropAugmentation:
     """Transform an image to V = 2 + local_crops_number views.
 
     Args:
-        global_crops_scale, local_crops_scale: Range (min, max) of a crop's share of the image area, 0 < min <= max <= 1.
+        global_crops_scale, local_crops_scale: Range (min, max) of a crop's share of the image area, in (0, 1].
         local_crops_number: Number of local views.
         global_crops_size, local_crops_size: Height and width of the views in pixels.
         crop_ratio: Range (min, max) of width / height of a crop, drawn log-uniformly.
@@ -98,7 +98,7 @@ class MultiCropAugmentation:
         call_first(lambda: self(Image.new("RGB", (8, 8))))
 
     def draw_rows(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
-        """Draw the parameters of all views of an image of ``width`` x ``height`` pixels: [V, columns], see parameters.py.
+        """Draw the parameters of all views of an image of ``width`` x ``height``: [V, columns], see parameters.py.
 
         The row of view v depends only on (seed, epoch, index, v) and the size of the image.
         """

@@ -81,7 +81,7 @@ def box_radius(sigma: float) -> np.float32:
 
 @compiled
 def _mix(value, other, factor):  # type: ignore[no-untyped-def]
-    """Interpolate as ImageEnhance: ``other`` + factor * (value - other), clipped to 0 .. 255, truncated. All float32."""
+    """Interpolate as ImageEnhance: ``other`` + factor * (value - other), clipped to 0 .. 255, truncated. float32."""
     mixed = other + factor * (value - other)
     return np.uint8(_I(min(max(mixed, _F(0)), _F(255))))
 

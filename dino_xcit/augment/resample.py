@@ -32,7 +32,7 @@ class Resampler:
         self._scratch = np.empty(0, dtype=np.uint32)
 
     def load(self, image: NDArray[np.uint8]) -> None:
-        """Set the image of the next views: [height, width, 4] uint8, contiguous. Must not change until :meth:`release`."""
+        """Set the image of the next views: [height, width, 4] uint8, contiguous, unchanged until :meth:`release`."""
         height, width, _ = image.shape
         if len(self._memory) < height * width:
             self._memory = np.empty(height * width, dtype=np.uint32)
@@ -65,7 +65,7 @@ class Resampler:
 
 
 def _read_only(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Return a read-only view, as Numba compiles code for each kind of array."""
+    """Return a read-only view, so that Numba compiles for one kind of array only."""
     values = values.view()
     values.flags.writeable = False
     return values

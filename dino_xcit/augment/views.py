@@ -18,7 +18,7 @@ class ViewMaker:
         self._scratch = np.empty(0, dtype=np.uint8)
 
     def load(self, image: NDArray[np.uint8]) -> None:
-        """Set the image of the next views: [height, width, 4] uint8, contiguous. Must not change until :meth:`release`."""
+        """Set the image of the next views: [height, width, 4] uint8, contiguous, unchanged until :meth:`release`."""
         self._resampler.load(image)
 
     def release(self) -> None:

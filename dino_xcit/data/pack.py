@@ -234,7 +234,7 @@ def _begun(source: Source, path: Path, options: Options, readers: int) -> Packin
     if not (path / MANIFEST).exists():
         foreign = sorted(entry.name for entry in os.scandir(path) if entry.name not in _OURS)
         if foreign:
-            raise InputError(f"cannot pack into {path}: it contains {foreign[0]} and no {MANIFEST}; give an empty folder")
+            raise InputError(f"cannot pack into {path}: it has {foreign[0]} and no {MANIFEST}; give an empty folder")
         atomic.remove_leftovers(path)
         if source.classes is not None:
             atomic.write_json(path / CLASSES, list(source.classes))
