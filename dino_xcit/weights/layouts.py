@@ -47,7 +47,7 @@ class Row(NamedTuple):
     teacher: str
     """Prefix of the backbone and, separated by spaces, possible prefixes of the head."""
     student: str
-    """Likewise for the student."""
+    """The same for the student."""
     identified_by: str = ""
     """Prefixes that identify the layout, each on its own; empty: both backbones together."""
 
