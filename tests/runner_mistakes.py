@@ -10,7 +10,7 @@ WRONG = {
     "knn": "no weights given: use --weights FILE",
     "linear --weights {tmp}/none.pth": "there is no file",
     "extract --weights {tmp} --output-dir {tmp}/v": "is a folder",
-    "knn --weights {image}": "is no checkpoint that can be read safely",
+    "knn --weights {image}": "is not a checkpoint that can be read safely",
     "knn --weights {tmp}/a.json": "a.json is a JSON file: expected weights such as",
     "knn --weights {tmp}/cut.pth": "not fit xcit_pico_4_p4: it lacks norm.weight",
     "knn W --arch xcit_smal_12_p16": "did you mean xcit_small_12_p16",

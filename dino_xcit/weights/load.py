@@ -234,8 +234,8 @@ def compare(
     problems = {
         "lacks": [key for key in missing if not _matches(key, allowed.missing)],
         "has besides": [key for key in left_over if not _matches(key, allowed.unexpected)],
-        "has in another shape": [key for key in both if wanted[key].shape != given[key].shape],
-        "has as another type": [key for key in floats if given[key].dtype not in _FLOATS],
+        "has with another shape": [key for key in both if wanted[key].shape != given[key].shape],
+        "has with another type": [key for key in floats if given[key].dtype not in _FLOATS],
     }
     sentences = [f"it {kind} {shown(keys, 4)}" for kind, keys in problems.items() if keys]
     if sentences:

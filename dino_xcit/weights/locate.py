@@ -90,13 +90,13 @@ def read_file(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path} is a part of {_SHARDED}")
     if not is_safetensors(path):
         return safe_load.read(path)
-    tensors, said = read_safetensors(path)
-    content = {"state_dict": tensors, EXCEPTION: said.get(EXCEPTION, "")}
-    arch = said.get("arch", "")
+    tensors, metadata = read_safetensors(path)
+    content = {"state_dict": tensors, EXCEPTION: metadata.get(EXCEPTION, "")}
+    arch = metadata.get("arch", "")
     if arch.startswith(TIMM) or arch.rpartition("_p")[0] in XCIT_SIZES or vit_shape(arch):  # from an export
         content["args"] = {"arch": arch}
     with safe_load.refusing(path, "file of weights"):
-        return content | {name: json.loads(said[name]) for name in ("eval_transform", ASSUMED) if name in said}
+        return content | {name: json.loads(metadata[name]) for name in ("eval_transform", ASSUMED) if name in metadata}
 
 
 def is_safetensors(path: Path) -> bool:

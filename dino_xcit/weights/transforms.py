@@ -80,24 +80,24 @@ def _of_timm(config: Mapping[str, Any]) -> tuple[EvalTransform | None, str]:
     return EvalTransform.from_dict(values | {"resize": math.floor(side / share), "crop": side}), clause
 
 
-def _of_transformers(said: Mapping[str, Any]) -> tuple[EvalTransform, str]:
+def _of_transformers(settings: Mapping[str, Any]) -> tuple[EvalTransform, str]:
     """Convert preprocessor_config.json to a transform and its deviation.
 
     A shorter side (``shortest_edge``) and a centre crop are applied exactly. Processors that squash images to a square
     (``height`` and ``width``, or a number without a crop, as in ViTImageProcessor) are replaced by a resize of the
     shorter side and a centre crop, which is the same for square images.
     """
-    told = {name: value for name, value in said.items() if value is not None}
-    resizes, rescales, normal = (told.get(f"do_{name}", True) for name in ("resize", "rescale", "normalize"))
-    crops, size = told.get("do_center_crop", False), told["size"]
-    divides = abs(1 / told.get("rescale_factor", 1 / 255) - 255) < 0.1
+    given = {name: value for name, value in settings.items() if value is not None}
+    resizes, rescales, normal = (given.get(f"do_{name}", True) for name in ("resize", "rescale", "normalize"))
+    crops, size = given.get("do_center_crop", False), given["size"]
+    divides = abs(1 / given.get("rescale_factor", 1 / 255) - 255) < 0.1
     if {resizes, rescales, divides} != {True} or not {normal, crops} <= {True, False}:
-        raise ValueError("expected do_resize, do_rescale and a rescale_factor of 1/255")
-    if "crop_size" in told and "do_center_crop" not in told:
+        raise ValueError("expected do_resize and do_rescale true, rescale_factor 1/255, and other do_... true or false")
+    if "crop_size" in given and "do_center_crop" not in given:
         raise ValueError("it has crop_size but not do_center_crop")
-    mean, std = (told["image_mean"], told["image_std"]) if normal else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    stored = {"interpolation": _FILTERS[told["resample"]], "mean": mean, "std": std}
-    stored |= {"resize": _side(size), "crop": _side(told["crop_size"] if crops else size)}
+    mean, std = (given["image_mean"], given["image_std"]) if normal else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    stored = {"interpolation": _FILTERS[given["resample"]], "mean": mean, "std": std}
+    stored |= {"resize": _side(size), "crop": _side(given["crop_size"] if crops else size)}
     clause = "" if crops else ", with a centre crop"
     if "shortest_edge" not in size if isinstance(size, Mapping) else not crops:
         clause = ", but with a centre crop instead of squashing images to squares"
@@ -121,5 +121,5 @@ def _guess(arch: str) -> Preparation:
         return Preparation(EvalTransform(), transform_guess="ImageNet's transform, as in DINOv2's evaluations")
     if shape is not None and shape.side != 224:
         transform = dataclasses.replace(EvalTransform(), resize=round(shape.side * 8 / 7), crop=shape.side)
-        return Preparation(transform, transform_guess=f"ImageNet's transform at {shape.side} pixels, its grid")
+        return Preparation(transform, transform_guess=f"ImageNet's transform at {shape.side} pixels, as its positions")
     return Preparation(EvalTransform(), transform_guess="ImageNet's transform")
