@@ -224,7 +224,7 @@ def test_a_row_may_name_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "there.png").write_bytes(IMAGES[1])
     fsspec.filesystem("memory").pipe_file("/hf/there.png", IMAGES[1])
     rows = [{"bytes": IMAGES[0], "path": "a.png"}, {"bytes": None, "path": path and path.format(tmp_path)}]
-    source = open_source(write(tmp_path, image=rows))
+    source = open_source(write(tmp_path, pa.table({"image": rows})))
     with pytest.raises(InputError, match=words) if words else nullcontext():
         assert source.read(1)[0] == IMAGES[1]
     before = source.fingerprint()
@@ -234,7 +234,7 @@ def test_a_row_may_name_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("kind", [pa.uint8(), pa.uint64(), pa.int16()])
 def test_labels_are_whole_numbers_of_any_type(tmp_path: Path, kind: pa.DataType) -> None:
-    source = open_source(write(tmp_path, image=IMAGES, label=pa.array([0, 1, 2] * 2, kind)))
+    source = open_source(write(tmp_path, pa.table({"image": IMAGES, "label": pa.array([0, 1, 2] * 2, kind)})))
     assert [source.read(index)[1] for index in range(6)] == [0, 1, 2] * 2
 
 
