@@ -196,9 +196,9 @@ def test_nobody_can_allow_everything(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({}, "no checkpoint"), ({"epoch": 3}, "its keys are epoch"), ({"model": 5}, "keys are model"),
+        ({}, "not a checkpoint"), ({"epoch": 3}, "its keys are epoch"), ({"model": 5}, "keys are model"),
         ([1], "contains a list"),
-        ({"teacher": {"head.weight": torch.zeros(1)}}, "no DINO checkpoint"),
+        ({"teacher": {"head.weight": torch.zeros(1)}}, "not a DINO checkpoint"),
         ({"classy_state_dict": {}}, "VISSL"), ({"classy_state_dict": {"base_model": {"model": 3}}}, "VISSL"),
         ({"classy_state_dict": {"base_model": {"model": {"heads": {}}}}}, "VISSL"),
     ],

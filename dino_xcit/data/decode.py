@@ -48,7 +48,7 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-Picture = TypeVar("Picture")
+Decoded = TypeVar("Decoded")
 
 
 class UndecodableImage(InputError):
@@ -160,7 +160,7 @@ def read_header(data: bytes) -> Header:
         return Header("JPEG" if image.format == "MPO" else image.format or "", _orientation(image) in _UPRIGHT)
 
 
-def _guarded(read: Callable[[bytes], Picture], data: bytes, name: str) -> Picture:
+def _guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decoded:
     try:
         # Pillow warns of doubtful EXIF data, and of sizes that are checked here.
         with warnings.catch_warnings():
@@ -225,7 +225,7 @@ def _decode_strictly(data: bytes, white_level: int) -> Image.Image:
         raise ValueError("32 bits per channel, with an unknown white level")
     if upright.mode == "RGB" and upright is not image:
         return upright
-    return upright.convert("RGB")  # if already RGB, a copy that does not hold the file
+    return upright.convert("RGB")  # if already RGB, a copy without a reference to the file
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

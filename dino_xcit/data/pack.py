@@ -240,7 +240,7 @@ def _begun(source: Source, path: Path, options: Options, readers: int) -> Packin
             atomic.write_json(path / CLASSES, list(source.classes))
         packing.save()
         return packing
-    anew = f"give another DST, or start over after: rm -r {shlex.quote(str(path))}"
+    restart = f"give another DST, or start over after: rm -r {shlex.quote(str(path))}"
     try:
         before = json.loads((path / MANIFEST).read_bytes())
         if before["version"] != _VERSION:
@@ -252,14 +252,14 @@ def _begun(source: Source, path: Path, options: Options, readers: int) -> Packin
         same = (before["fingerprint"], before["images"]) == (packing.fingerprint, packing.images)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
-            f"{path / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:100]}): {anew}"
+            f"{path / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:100]}): {restart}"
         ) from error
     if begun != options:
-        raise InputError(f"{path} was begun with {begun}, this command has {options}: use the same options, {anew}")
+        raise InputError(f"{path} was begun with {begun}, this command has {options}: use the same options, {restart}")
     if not same:
         raise InputError(
             f"{path} was begun from {before['source']} with {before['images']:,} images, this command packs "
-            f"{source.url} with {len(source):,}, and they differ (a file was added, removed, changed or moved): {anew}"
+            f"{source.url} with {len(source):,}, and they differ (a file was added, removed, changed or moved): {restart}"
         )
     with ThreadPoolExecutor(max(1, readers)) as pool:
         intact = list(pool.map(partial(_is_intact, path), shards))

@@ -196,8 +196,8 @@ def _read_row(row: Row, state: State, network: str, where: str) -> StoredNetwork
     left_aside = tuple(dict.fromkeys(key.partition(".")[0] for key in others))
     unknown = [part for part in left_aside if "backbone" in part]
     if row.layout is Layout.MODULE and network == "student" and unknown:
-        found = f"backbone and {shown(unknown, 3)}, an unknown layout"
-        raise InputError(f"{where} has {found}: remove --network student, or save the backbone alone")
+        parts = f"backbone and {shown(unknown, 3)}, an unknown layout"
+        raise InputError(f"{where} has {parts}: remove --network student, or save the backbone alone")
     return StoredNetwork(
         state=backbone_names(_under(state, backbone)),
         head=next((found for word in heads if (found := head_names(_under(state, word)))), {}),
