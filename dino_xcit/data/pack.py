@@ -259,7 +259,7 @@ def _begun(source: Source, path: Path, options: Options, readers: int) -> Packin
     if not same:
         raise InputError(
             f"{path} was begun from {before['source']} with {before['images']:,} images, this command packs "
-            f"{source.url} with {len(source):,}, and they differ (a file was added, removed, changed or moved): {restart}"
+            f"{source.url} with {len(source):,}, and they differ (files added, removed, changed or moved): {restart}"
         )
     with ThreadPoolExecutor(max(1, readers)) as pool:
         intact = list(pool.map(partial(_is_intact, path), shards))

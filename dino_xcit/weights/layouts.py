@@ -240,8 +240,10 @@ def _xcit(state: State, where: str) -> str:
     for name, size in XCIT_SIZES.items():
         if (size.dim, size.depth, size.heads) == (dim, depth, heads) and stages < 10:
             return f"{name}_p{2**stages}"
-    sizes = f"{dim} features, {depth} layers and {heads} heads"
-    raise InputError(f"{where} is an XCiT with {sizes}, expected one of {', '.join(XCIT_SIZES)}")
+    raise InputError(
+        f"{where} is an XCiT with {dim} features, {depth} layers and {heads} heads, expected one of "
+        f"{', '.join(XCIT_SIZES)}"
+    )
 
 
 def _vit(state: State, where: str, heads: int) -> str:
