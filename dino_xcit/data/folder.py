@@ -33,15 +33,16 @@ _SETTLED = 2_000_000_000
 
 
 class FileSource:
-    """Image files by path. The paths are a memory-mapped index, which workers share."""
+    """Image files by path. The paths are a memory-mapped index, which workers share.
 
-    def __init__(self, url: str, root: str, index: Index, version: str = "") -> None:
-        """Args:
+    Args:
         url: URL of the source.
         root: Folder of the relative paths.
         index: Columns ``name`` (paths, relative to ``root`` or absolute) and, with labels, ``label`` and ``class``.
         version: Hash of the listed sizes and times; empty: :meth:`fingerprint` reads them from the file system.
-        """
+    """
+
+    def __init__(self, url: str, root: str, index: Index, version: str = "") -> None:
         self.url = url
         self.classes = tuple(index.strings["class"]) if "class" in index.strings else None
         self.labels = index.numbers.get("label")
