@@ -18,14 +18,15 @@ STAGES = ("read", "decode", "augment")
 
 
 class DataLoadMonitor:
-    """Measure the stages of the loader, and warn once if training waits too long for images."""
+    """Measures the stages of the loader, and warns once if training waits too long for images.
 
-    def __init__(self, workers: int, relieve: Callable[[], None] | None = None, cores: int | None = None) -> None:
-        """Args:
+    Args:
         workers: Number of workers of this rank.
         relieve: Moves part of the workers' load to the device. Called once, before any warning.
         cores: Number of cores of this machine; None: the usable ones.
-        """
+    """
+
+    def __init__(self, workers: int, relieve: Callable[[], None] | None = None, cores: int | None = None) -> None:
         self._workers, self._cores, self._relieve = workers, cores or usable_cores(), relieve
         self._seconds, self._images = [0.0, 0.0, 0.0], 0
         self._slow_reports, self._warned = 0, False
