@@ -110,7 +110,7 @@ def each_image(
 ) -> Generator[Result, None, None]:
     """Yield ``work(source, index)`` for each index, in order.
 
-    At most 12 results per worker exist at a time. Close the generator if it is not exhausted.
+    At most 12 results per worker are buffered. Close the generator if it is not exhausted.
 
     Args:
         source: Source of the images.

@@ -210,7 +210,7 @@ def compare(
     Args:
         state: State dict of a backbone, with names as from :func:`dino_xcit.weights.names.backbone_names`.
         own: State dict of the architecture.
-        misfit: Begin of the error message.
+        misfit: Start of the error message.
         allowed: Keys that may be missing or unexpected.
 
     Returns:
