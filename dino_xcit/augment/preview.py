@@ -39,7 +39,7 @@ class PreviewConfig:
     """Settings of python -m dino_xcit.augment preview, in addition to the flags of run_pretrain.py."""
 
     source: Annotated[str, MinLen(1), Positional] = ""
-    """Data set, in any form that --data-path accepts; --source is optional."""
+    """Data set, in any form that --data-path accepts (the flag --source may be omitted)."""
     out: FilePath = "grid.png"
     """Figure to write."""
     images: Annotated[int, Ge(1), Le(100)] = 4

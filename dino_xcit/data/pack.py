@@ -65,9 +65,9 @@ class PackConfig:
     """
 
     source: Annotated[str, MinLen(1), Positional] = ""
-    """Data set, in any form that --data-path accepts: a folder, a list, tar:..., sample:...; --source is optional."""
+    """Data set, in any form that --data-path accepts: a folder, a list, tar:... (the flag --source may be omitted)."""
     destination: Annotated[FilePath, MinLen(1), Positional] = ""
-    """Local folder, absent or empty; --destination is optional."""
+    """Local folder, absent or empty (the flag --destination may be omitted)."""
     part: Literal["", "train", "val"] = ""
     """Part of the source, if it has parts."""
     max_side: Annotated[int, Ge(0)] = 0
