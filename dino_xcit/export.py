@@ -1,13 +1,13 @@
-"""A checkpoint in another library's form, reloaded by that library and compared before it appears (docs/export.md).
+"""Export a checkpoint for another library, reload it with that library and compare the features (docs/export.md).
 
 python -m dino_xcit.export --weights ckpt.pth --to timm|safetensors|hf|onnx|torch-export --out PATH
 
-B batch, N tokens, D features.
+B: batch size, N: tokens, D: features.
 """
 
 from __future__ import annotations
 
-# Before torch: it decides how threads wait for each other.
+# Before torch, as it configures the threads of OpenMP.
 from dino_xcit.runtime import logging as log
 
 import dino_xcit  # isort: skip
@@ -44,16 +44,17 @@ from dino_xcit.weights import LoadedBackbone, load_backbone
 from dino_xcit.weights.names import to_timm
 
 Features = Callable[[Tensor], tuple[Tensor, ...]]
-"""Images [B, 3, height, width], normalised, to the class token [B, D] and perhaps the patch tokens [B, N, D]."""
+"""Normalised images [B, 3, height, width] to class token [B, D] and optionally patch tokens [B, N, D]."""
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
-"""How the files end; the other targets are folders."""
+"""File suffixes. The other targets are folders."""
 FOLDER_FILES = {"model.safetensors", "config.json", "README.md"}
 XCIT_SIZES_COMPARED = ((224, 224), (256, 192), (97, 131))
-"""Height and width: square, not square, and of neither a multiple of any patch."""
+"""(height, width): square, not square, and not a multiple of any patch size."""
 ROUNDINGS, MAX_ROUNDING = 30, 1e-3
-"""A difference of so many times the original's own rounding passes, but never more than that."""
+"""Maximum relative difference: ``ROUNDINGS`` times the rounding error of the original, at most ``MAX_ROUNDING``."""
 MIN_IMAGES, MAX_IMAGES = 3, 4
+"""Number of images to compare the features on."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +62,31 @@ class ExportConfig:
     """Settings of python -m dino_xcit.export."""
 
     weights: str = ""
-    """Checkpoint to export, any that run_knn.py reads."""
+    """Checkpoint to export, in any form that run_knn.py accepts."""
     to: str = ""
-    """timm: a folder for timm.create_model; safetensors: one file with the official names; hf: timm's folder with a
-    README, ready for the Hugging Face Hub; onnx: one file for onnxruntime; torch-export: a .pt2 file."""
+    """Target. timm: a folder for timm.create_model; safetensors: one file with the official names; hf: timm's folder
+    with a README, for the Hugging Face Hub; onnx: one file for onnxruntime; torch-export: a .pt2 file."""
     out: str = ""
-    """Where it goes: a folder for timm and hf, a file for the others."""
+    """Output path: a folder for timm and hf, a file for the other targets."""
     network: Literal["teacher", "student"] = "teacher"
-    """Which network of a checkpoint that holds both."""
+    """Network to export from a checkpoint with both."""
     arch: str = ""
-    """Architecture, where the file neither says nor shows it."""
+    """Architecture, if the file does not determine it."""
     patch_tokens: bool = False
     """onnx and torch-export: a second output, the patch tokens of the last block that mixes patches."""
     images: str = "sample:fashion-mnist"
-    """Images on which the export is compared with its original: a folder, or another form of docs/data.md."""
+    """Images to compare export and original on: a folder, or another form of docs/data.md."""
     tolerance: float = 1e-5
-    """The greatest relative difference between export and original that passes in any case; above it, thirty times
-    the original's own rounding in float32 does."""
+    """Maximum relative difference between export and original. A difference of up to 30 times the original's float32
+    rounding error is accepted too."""
     overwrite: bool = False
-    """Replace what an earlier export left at --out."""
+    """Replace an earlier export at --out."""
 
     def check(self) -> None:
-        """Check every value.
+        """Check all values.
 
         Raises:
-            InputError: names the field, its value and what is expected.
+            InputError: A value is invalid.
         """
         for name, hint in (("weights", "a checkpoint such as runs/.../checkpoint.pth"), ("out", "a path to write to")):
             if not getattr(self, name):
@@ -99,10 +100,10 @@ class ExportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Load, write beside, reload, compare, rename.
+    """Load, write to a temporary path, reload, compare, rename.
 
     Raises:
-        InputError: a mistake in the command or the files, or an export that differs from its original.
+        InputError: The command line or the files are invalid, or the export differs from the original.
     """
     config = parse(ExportConfig, argv, "python -m dino_xcit.export")
     out = Path(os.path.abspath(os.path.expanduser(config.out)))
@@ -110,11 +111,9 @@ def main(argv: Sequence[str]) -> None:
     loaded = load_backbone(config.weights, config.network, config.arch or None)
     print(loaded.describe(), flush=True)
     if not loaded.transform_from:
-        log.warning(
-            f"the file does not say how images are prepared; assumed: {loaded.transform_guess}, {loaded.transform}"
-        )
+        log.warning(f"the file has no evaluation transform; assumed: {loaded.transform_guess}, {loaded.transform}")
     elif loaded.transform_exception:
-        log.warning(f"images are prepared in a way that is {loaded.transform_from}")
+        log.warning(f"the evaluation transform is {loaded.transform_from}")
     images = compared_images(config.images)
     with beside(out) as aside:
         print(f"writing {config.to} ...", flush=True)
@@ -125,14 +124,14 @@ def main(argv: Sequence[str]) -> None:
     print(f"written: {out}; greatest relative difference {greatest:.1e}, on {config.images}")
 
 
-# ---- Where it goes: an export appears whole and checked, or not at all
+# ---- Output path: an export appears complete and checked, or not at all
 
 
 def check_free(config: ExportConfig, out: Path) -> None:
-    """Whether an export may appear at ``out``; before anything is computed.
+    """Check the output path before anything is computed.
 
     Raises:
-        InputError: the name is none for this target, or something is there that may not be replaced.
+        InputError: The suffix does not match the target, or the path exists and may not be replaced.
     """
     suffix = SUFFIXES.get(config.to)
     if suffix and out.suffix != suffix:
@@ -140,25 +139,25 @@ def check_free(config: ExportConfig, out: Path) -> None:
     if not os.path.lexists(out):
         return
     if not config.overwrite:
-        raise InputError(f"{out} is there already: give another --out, or --overwrite to replace it")
+        raise InputError(f"{out} exists: give another --out, or --overwrite to replace it")
     weights = Path(config.weights).expanduser()
     if weights.exists() and any(os.path.samefile(out, path) for path in (weights, *weights.resolve().parents)):
-        raise InputError(f"{out} is or holds the weights that are to be exported, {weights}: give another --out")
+        raise InputError(f"{out} is or contains the weights to export, {weights}: give another --out")
     if suffix and not out.is_file():
-        raise InputError(f"{out} is no file: --out takes the path of the file to write")
-    # A folder is replaced with all that it holds.
+        raise InputError(f"{out} is not a file: give the path of the file to write as --out")
+    # A folder is replaced with all its content.
     if not suffix and (out.is_symlink() or not out.is_dir() or {path.name for path in out.iterdir()} - FOLDER_FILES):
         raise InputError(
-            f"{out} is no earlier export, which holds {', '.join(sorted(FOLDER_FILES))} alone: give another --out"
+            f"{out} is not an earlier export (expected only {', '.join(sorted(FOLDER_FILES))}): give another --out"
         )
 
 
 @contextlib.contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """Where to write; becomes ``out`` if the block ends well, and is removed if not.
+    """Yield a temporary path that is renamed to ``out`` if the block succeeds, else removed.
 
     Raises:
-        InputError: nothing can be written there.
+        InputError: ``out`` is not writable.
     """
     aside, replaced = atomic.aside_of(out), out.with_name(f".{out.name}.old.tmp")
     try:
@@ -176,7 +175,7 @@ def beside(out: Path) -> Iterator[Path]:
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot write {out} ({one_line(error)}): give another --out") from error
     finally:
-        with contextlib.suppress(OSError):  # what went wrong first is what matters
+        with contextlib.suppress(OSError):  # the first error matters more
             _remove(aside)
 
 
@@ -187,16 +186,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# ---- The targets: each writes its form, and returns what the other library computes of it
+# ---- Targets: each writes its form, reloads it, and returns the features function of the other library
 
 
 def metadata(loaded: LoadedBackbone) -> dict[str, str]:
-    """Strings for the metadata of a file.
+    """Return the metadata of an exported file.
 
-    ``arch`` and ``eval_transform`` (JSON) are for :mod:`dino_xcit.weights`. A transform that was guessed is stored as
-    ``assumed_eval_transform``: read back, it stays a guess.
+    :mod:`dino_xcit.weights` reads ``arch`` and ``eval_transform`` (JSON). A guessed transform is stored as
+    ``assumed_eval_transform``, so that it remains a guess.
     """
-    said = {
+    values = {
         "format": "pt",
         "arch": loaded.arch,
         "eval_transform" if loaded.transform_from else "assumed_eval_transform": json.dumps(loaded.transform.to_dict()),
@@ -207,16 +206,16 @@ def metadata(loaded: LoadedBackbone) -> dict[str, str]:
         "data": shown_place(loaded.data or ""),
         "written_by": f"dino_xcit {dino_xcit.__version__}",
     }
-    return {name: printable(value) for name, value in said.items() if value}
+    return {name: printable(value) for name, value in values.items() if value}
 
 
 def shown_place(url: str) -> str:
-    """A data set's address without the folders of the machine it lay on: ``.../imagenet/train``."""
+    """Return a data URL without the machine's folders: ``.../imagenet/train``."""
     return re.sub(r"^(\w{2,}:)?(?!//)(?=[/~]).*?([^/]+/[^/]+)/*$", r"\1.../\2", url)
 
 
 def to_safetensors(loaded: LoadedBackbone, path: Path, _: bool) -> Features:
-    """One file under the names that this project and the official checkpoints use."""
+    """Write one file with the names of this project and the official checkpoints."""
     tensors = {key: value.contiguous() for key, value in loaded.backbone.state_dict().items()}
     safetensors.torch.save_file(tensors, path, metadata(loaded))
     backbone = build_backbone(loaded.arch)
@@ -225,12 +224,12 @@ def to_safetensors(loaded: LoadedBackbone, path: Path, _: bool) -> Features:
 
 
 def to_timm_folder(loaded: LoadedBackbone, folder: Path, _: bool) -> Features:
-    """A folder as ``timm.create_model`` reads it from the disk (``local-dir:``) and from the Hub (``hf-hub:``).
+    """Write a folder for ``timm.create_model``, local (``local-dir:``) or on the Hub (``hf-hub:``).
 
     Raises:
-        InputError: timm has no such network, or cannot prepare its images.
+        InputError: timm lacks the architecture or the interpolation.
     """
-    import timm  # takes a second
+    import timm  # slow to import
 
     transform = loaded.transform
     if transform.interpolation == "nearest-exact":
@@ -238,7 +237,7 @@ def to_timm_folder(loaded: LoadedBackbone, folder: Path, _: bool) -> Features:
     model = _timm_model(loaded)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    # The rest of it, such as the license, is about the weights that timm has under this name.
+    # The other entries, such as the license, describe timm's own weights of this name.
     kept = {name: config["pretrained_cfg"].get(name) for name in ("fixed_input_size", "first_conv", "classifier")}
     config["pretrained_cfg"] = kept | {
         "num_classes": 0,
@@ -249,7 +248,7 @@ def to_timm_folder(loaded: LoadedBackbone, folder: Path, _: bool) -> Features:
         "mean": transform.mean,
         "std": transform.std,
     }
-    if isinstance(loaded.backbone, XCiT):  # of a fixed size, timm would build the network for the crop alone
+    if isinstance(loaded.backbone, XCiT):  # with a fixed size timm would accept images of the crop size only
         config["pretrained_cfg"]["fixed_input_size"] = False
         config["model_args"].pop("img_size", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -269,12 +268,12 @@ def _timm_model(loaded: LoadedBackbone) -> Any:
         raise InputError(f"timm has no name for {loaded.arch}: --to safetensors, onnx or torch-export")
     if backbone.patch_size not in (8, 16):
         raise InputError(
-            f"timm's XCiT knows patches of 8 and 16 pixels, {loaded.arch} has {backbone.patch_size}: "
+            f"timm's XCiT has patches of 8 or 16 pixels, {loaded.arch} of {backbone.patch_size}: "
             "--to safetensors, onnx or torch-export"
         )
     name = f"{loaded.arch}_224"
     args: dict[str, Any] = {}
-    if not timm.is_model(name):  # a size of this project's own: timm's nano with other arguments
+    if not timm.is_model(name):  # a size that only this project has: timm's nano with other arguments
         size = XCIT_SIZES[loaded.arch.rpartition("_p")[0]]
         name = f"xcit_nano_12_p{backbone.patch_size}_224"
         args = {
@@ -293,15 +292,15 @@ def _timm_model(loaded: LoadedBackbone) -> Any:
 
 
 def crop_share(transform: EvalTransform) -> float:
-    """timm's crop_pct: it resizes the shorter side to floor(crop / crop_pct)."""
+    """Return crop_pct for timm, which resizes the shorter side to floor(crop / crop_pct)."""
     share = transform.crop / transform.resize
-    while math.floor(transform.crop / share) < transform.resize:  # rounding
+    while math.floor(transform.crop / share) < transform.resize:  # because of rounding
         share = math.nextafter(share, 0)
     return share
 
 
 def to_hf_folder(loaded: LoadedBackbone, folder: Path, patch_tokens: bool) -> Features:
-    """timm's folder with a README that says where the weights are from and how to load them."""
+    """Write timm's folder and a README with the origin of the weights and the code to load them."""
     from huggingface_hub import ModelCardData
 
     features = to_timm_folder(loaded, folder, patch_tokens)
@@ -316,7 +315,7 @@ def to_hf_folder(loaded: LoadedBackbone, folder: Path, patch_tokens: bool) -> Fe
 
 
 TOLD = ("recipe", "epochs_trained", "batch_size_per_gpu", "optimizer", "lr", "global_crops_size", "local_crops_number")
-"""Stored settings that the README repeats; none of them names a folder of the machine."""
+"""Stored settings for the README. None of them is a local path."""
 README = """\
 ---
 {card}
@@ -342,8 +341,10 @@ features = model(transform(image)[None])
 
 
 class Exported(nn.Module):
-    """Images [B, 3, height, width], normalised, to the class token [B, D]; with ``patch_tokens``, also to those of the
-    last block that mixes patches, [B, N, D], row by row."""
+    """Normalised images [B, 3, height, width] to the class token [B, D].
+
+    With ``patch_tokens`` also to the patch tokens of the last block that mixes patches, [B, N, D], in row-major order.
+    """
 
     def __init__(self, backbone: nn.Module, patch_tokens: bool) -> None:
         super().__init__()
@@ -356,7 +357,7 @@ class Exported(nn.Module):
 
 
 def traced(loaded: LoadedBackbone, patch_tokens: bool) -> torch.export.ExportedProgram:
-    """The network as a graph of PyTorch's plain functions, for any batch, and an XCiT's for any height and width.
+    """Trace the network to a graph of ATen operations, for any batch size and for XCiT any height and width.
 
     Raises:
         InputError: PyTorch cannot trace the network.
@@ -364,39 +365,39 @@ def traced(loaded: LoadedBackbone, patch_tokens: bool) -> torch.export.ExportedP
     shapes, height, width = {0: torch.export.Dim("batch")}, loaded.transform.crop, loaded.transform.crop
     if isinstance(loaded.backbone, XCiT):
         patch = loaded.backbone.patch_size
-        # Two tokens a side at least: PyTorch asks whether a tensor's rows lie apart, which one row alone leaves open.
+        # At least two tokens per side, as PyTorch specializes the strides of a single row.
         shapes |= {2: torch.export.Dim("height", min=patch + 1), 3: torch.export.Dim("width", min=patch + 1)}
         height, width = 4 * patch, 5 * patch
     network = Exported(loaded.backbone, patch_tokens).eval().requires_grad_(False)
     try:
         with fused.plain():
             return torch.export.export(network, (torch.zeros(2, 3, height, width),), dynamic_shapes={"images": shapes})
-    except Exception as error:  # of many kinds
+    except Exception as error:  # torch.export raises many types
         raise InputError(f"PyTorch cannot trace {loaded.arch} ({one_line(error)}): --to timm or safetensors") from error
 
 
 def to_torch_program(loaded: LoadedBackbone, path: Path, patch_tokens: bool) -> Features:
-    """A .pt2 file, a graph that runs without this project's code; its extra files are the metadata."""
+    """Write a .pt2 file, a graph that runs without this project's code, with the metadata as extra files."""
     program = traced(loaded, patch_tokens)
     with open(path, "wb") as file:
         torch.export.save(program, file, extra_files=dict(metadata(loaded)))
     with open(path, "rb") as file:
-        network: Features = torch.export.load(file).module()  # noqa: TID251 - this process wrote it a moment ago
+        network: Features = torch.export.load(file).module()  # noqa: TID251 - written by this process
     return network
 
 
 def to_onnx(loaded: LoadedBackbone, path: Path, patch_tokens: bool) -> Features:
-    """One file, the weights inside, for onnxruntime and whatever else reads ONNX.
+    """Write one ONNX file that includes the weights.
 
     Raises:
-        InputError: a package is missing, or PyTorch cannot turn the network into ONNX.
+        InputError: A package is missing, or PyTorch cannot convert the network to ONNX.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"--to onnx needs {', '.join(missing)}: pip install 'dino-xcit[onnx]'")
     import onnxruntime
 
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # its optimiser logs what it leaves as it is
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # its optimizer logs each skipped node
     try:
         exported = torch.onnx.export(
             traced(loaded, patch_tokens),
@@ -407,7 +408,9 @@ def to_onnx(loaded: LoadedBackbone, path: Path, patch_tokens: bool) -> Features:
             verbose=False,
         )
     except RuntimeError as error:
-        raise InputError(f"{loaded.arch} has no ONNX form ({one_line(error)}): --to timm or safetensors") from error
+        raise InputError(
+            f"cannot convert {loaded.arch} to ONNX ({one_line(error)}): --to timm or safetensors"
+        ) from error
     assert exported is not None
     proto = exported.model_proto
     for name, value in metadata(loaded).items():
@@ -427,30 +430,30 @@ TARGETS: dict[str, Callable[[LoadedBackbone, Path, bool], Features]] = {
     "torch-export": to_torch_program,
 }
 
-# ---- Is it the same network?
+# ---- Comparison with the original
 
 
 def compared_images(url: str) -> list[Image.Image]:
-    """A few images of any source that :func:`dino_xcit.data.open_source` opens.
+    """Return up to :data:`MAX_IMAGES` evenly spaced images of a source.
 
     Raises:
-        InputError: fewer than three, or one that cannot be read.
+        InputError: There are fewer than :data:`MIN_IMAGES`, or one is unreadable.
     """
     source = open_source(url, "val")
     if len(source) < MIN_IMAGES:
-        raise InputError(f"{source.url} holds {len(source)} images, expected at least {MIN_IMAGES} to compare on")
+        raise InputError(f"{source.url} has {len(source)} images, expected at least {MIN_IMAGES} to compare on")
     chosen = np.unique(np.linspace(0, len(source) - 1, MAX_IMAGES).astype(int))
     return [decode(source.read(int(index))[0], source.name(index)) for index in chosen]
 
 
 def compare(loaded: LoadedBackbone, exported: Features, images: list[Image.Image], config: ExportConfig) -> float:
-    """The greatest relative difference of any value, over the greatest value of its output.
+    """Return the maximum difference of any output value, relative to the maximum of the output.
 
-    Two float32 programs that sum in other orders are as far apart as each of them is from the truth, which in a deep
-    network may be more than the tolerance: an XCiT's own rounding is measured against float64.
+    Float32 results with other orders of summation differ by about their rounding error, which in a deep network may
+    exceed the tolerance. For XCiT this rounding error is therefore measured against float64.
 
     Raises:
-        InputError: the export differs by more than rounding, or the original's features are zero or not finite.
+        InputError: The export differs by more than rounding, or the original's features are zero or not finite.
     """
     transform, is_xcit = loaded.transform, isinstance(loaded.backbone, XCiT)
     original = Exported(loaded.backbone, config.patch_tokens)
@@ -476,10 +479,10 @@ def compare(loaded: LoadedBackbone, exported: Features, images: list[Image.Image
 
 
 def difference(expected: Sequence[Tensor], given: Sequence[Tensor]) -> float:
-    """The greatest of |a - b| / max |a| over pairs of outputs; infinite for another shape and for NaN.
+    """Return the maximum of |a - b| / max |a| over pairs of outputs; infinite for unequal shapes and NaN.
 
     Raises:
-        InputError: an expected output is all zero or not finite.
+        InputError: An expected output is all zero or not finite.
     """
     found = []
     for a, b in zip(expected, given, strict=True):
@@ -491,14 +494,14 @@ def difference(expected: Sequence[Tensor], given: Sequence[Tensor]) -> float:
 
 
 def check_timm_transform(folder: Path, transform: EvalTransform, images: list[Image.Image]) -> None:
-    """Hold the transform that timm makes of config.json against the checkpoint's.
+    """Compare timm's transform from config.json with the checkpoint's.
 
     Raises:
-        InputError: they give other pixels.
+        InputError: The pixels differ.
     """
     import timm
 
-    data: Any = timm.data  # its types name none of what it offers
+    data: Any = timm.data  # untyped
     settings = data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))
     theirs = data.create_transform(**settings, is_training=False)
     for image in images:
@@ -506,13 +509,13 @@ def check_timm_transform(folder: Path, transform: EvalTransform, images: list[Im
         given: Tensor = theirs(image)
         if ours.shape != given.shape or float((ours - given).abs().max()) > 1e-5:
             raise InputError(
-                f"timm prepares an image of {image.width} x {image.height} pixels otherwise than the checkpoint asks "
-                f"for ({transform}): export with --to safetensors instead"
+                f"timm prepares an image of {image.width} x {image.height} pixels differently than {transform}: export "
+                "with --to safetensors instead"
             )
 
 
 def command() -> None:
-    """The console entry."""
+    """Console entry point."""
     run_main(lambda: main(sys.argv[1:]))
 
 

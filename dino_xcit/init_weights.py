@@ -1,6 +1,6 @@
-"""A run that starts from a file's weights (``--init-weights``): backbones, and heads where they fit; nothing else.
+"""Initialise the backbones, and matching heads, of a new run from a file (``--init-weights``).
 
-Optimizer, step, schedules and the center start as in any new run.
+Optimizer, step, schedules and center start as in any new run.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from dino_xcit.weights.names import shown
 
 
 def initialise(method: Method, config: PretrainConfig) -> str:
-    """Give student and teacher the weights that ``config.init_weights`` names; what was done, in words for the screen.
+    """Load ``config.init_network`` of ``config.init_weights`` into student and teacher; return a message.
 
-    Both get those of one network of the file, ``config.init_network``. Keys that are allowed to be missing keep the
-    fresh values of this run, the same in both.
+    Keys that are allowed to be missing keep their initial values, which are the same in both.
 
     Raises:
-        InputError: the file cannot be used, or is of another architecture; both are named.
+        InputError: The file cannot be used, or has another architecture.
     """
     if not isinstance(method, StudentTeacher):
         raise InputError(f"init_weights is for methods with a student and a teacher, but method is {config.method}")
-    # The names of timm's models are not read off shapes, so there the settings are believed and the keys checked.
+    # The architecture of timm's models cannot be inferred from shapes, so it is taken from the settings.
     given = config.arch if config.arch.startswith("timm:") else None
     allowed = Allowed(config.allow_missing, config.allow_unexpected)
     read = read_weights(config.init_weights, config.init_network, given, allowed)
@@ -52,18 +51,18 @@ def initialise(method: Method, config: PretrainConfig) -> str:
         "teacher; " + (f"heads start fresh: {why_fresh}" if why_fresh else f"heads too{_lengths(read.head, config)}")
     ]
     if read.allowed:
-        lines.append(f"warning: allowed, though the file does not fit: {shown(read.allowed)}")
-    said = read.transform if read.transform_from else None
-    if said and (said.mean, said.std) != (config.mean, config.std):
+        lines.append(f"warning: allowed mismatches of the file: {shown(read.allowed)}")
+    stored = read.transform if read.transform_from else None
+    if stored and (stored.mean, stored.std) != (config.mean, config.std):
         lines.append(
-            f"warning: those weights are used to images normalised with mean {_rounded(said.mean)} and deviation "
-            f"{_rounded(said.std)}, this run has {_rounded(config.mean)} and {_rounded(config.std)} (--mean, --std)"
+            f"warning: the weights were trained with mean {_rounded(stored.mean)} and std {_rounded(stored.std)}, "
+            f"this run has {_rounded(config.mean)} and {_rounded(config.std)} (--mean, --std)"
         )
     return "\n".join(lines)
 
 
 def _differs_in_assumed_heads(read: StoredWeights, arch: str) -> bool:
-    """Whether the run's transformer is the file's but for its heads, of which the file says nothing."""
+    """Whether the two ViTs differ only in the number of heads, which the file does not determine."""
     found, wanted = vit_shape(read.arch), vit_shape(arch)
     if not read.heads_assumed or found is None or wanted is None:
         return False
@@ -71,7 +70,7 @@ def _differs_in_assumed_heads(read: StoredWeights, arch: str) -> bool:
 
 
 def _why_not(head: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Why a head of the file cannot be used; empty if it can."""
+    """Return why the head of the file cannot be used; empty if it can."""
     if not head:
         return "the file has no DINO head"
     if head.keys() != own.keys():
@@ -84,11 +83,9 @@ def _why_not(head: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def _lengths(head: Mapping[str, Tensor], config: PretrainConfig) -> str:
-    """A word on prototypes that would be frozen at other lengths than 1."""
+    """Return a clause on prototypes that are frozen at norms other than 1."""
     frozen = config.norm_last_layer and not torch.all(head["last_layer.weight_g"] == 1)
-    return (
-        ", whose prototypes' lengths are not 1 and stay frozen (--norm-last-layer false trains them)" if frozen else ""
-    )
+    return ", with prototypes frozen at norms other than 1 (--norm-last-layer false trains them)" if frozen else ""
 
 
 def _rounded(values: tuple[float, ...]) -> str:

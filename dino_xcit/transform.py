@@ -1,4 +1,4 @@
-"""How an image is prepared for a frozen backbone. B batch."""
+"""The evaluation transform: an image to the input of a frozen backbone. B: batch size."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WHITE = (1 << 16) - 1
-"""The value of a 16-bit image that is white, unless ``--white-level`` says otherwise."""
+"""Default white level of 16-bit images (``--white-level``)."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 RGB = tuple[float, float, float]
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""torchvision's words."""
+"""Values of torchvision's InterpolationMode."""
 
 MAX_ASPECT = 16
-"""Of an image's sides: a longer image is resized only where the centre crop is."""
+"""Aspect ratio above which only the region of the centre crop is resized."""
 
 SIDE_LIMIT = 1 << 14
-"""Pixels a side that stored values may ask for: 800 MB of a picture are somebody's mistake."""
-_LARGEST = 1e6
-"""Of a stored mean or deviation, and 1 over it the least deviation: beyond, float32 keeps nothing of the pixels."""
+"""Maximum ``resize`` and ``crop`` in stored transforms: an image of this size takes 800 MB."""
+_MAX_VALUE = 1e6
+"""Maximum of a stored mean or std, and inverse of the minimum std: beyond it, float32 loses the pixel values."""
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the shorter side, cut the centre, normalise: the field's evaluation transform.
+    """Resize the shorter side, crop the centre, normalise.
 
-    The defaults are those of DINO's and XCiT's published figures (REFERENCE: resize 256 bicubic, centre crop 224).
+    The defaults are those of DINO's and XCiT's published figures (resize 256 bicubic, centre crop 224).
     """
 
     resize: int = 256
-    """Pixels of the shorter side."""
+    """Shorter side in pixels."""
     crop: int = 224
-    """Pixels a side of the centre crop; an image narrower than that is padded with black."""
+    """Height and width of the centre crop in pixels. Narrower images are padded with black."""
     interpolation: str = "bicubic"
-    """bicubic, bilinear or lanczos."""
+    """One of :data:`INTERPOLATIONS`."""
     mean: RGB = IMAGENET_MEAN
     std: RGB = IMAGENET_STD
     white_level: int = WHITE
-    """Value of 16-bit images that is white: for :func:`dino_xcit.data.decode`."""
+    """Value of 16-bit images that maps to white, for :func:`dino_xcit.data.decode`."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """[3, crop, crop] uint8: normalisation happens on the device, see :func:`normalise`."""
-        # Here, because training does not need them: torchvision takes two seconds to import.
+        """Resize and crop to [3, crop, crop] uint8. For the normalisation on the device see :func:`normalise`."""
+        # torchvision takes two seconds to import, and training does not need it.
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as TF
 
@@ -65,7 +65,7 @@ class EvalTransform:
         return to_tensor(TF.center_crop(resized, [self.crop, self.crop]))
 
     def _resized_centre(self, image: Image.Image) -> Image.Image:
-        """What the centre crop needs of the resized image: all of it could be gigabytes."""
+        """Resize only the region of the centre crop, as the whole resized image could take gigabytes."""
         short, long = sorted(image.size)
         length = int(self.resize * long / short)
         first = round((length - self.crop) / 2)
@@ -76,18 +76,18 @@ class EvalTransform:
         return image.resize(size, Image.Resampling[self.interpolation.partition("-")[0].upper()], box)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for a JSON card or a checkpoint. The usual white level is left out: 0.1 knew no other."""
+        """Return plain values for JSON or a checkpoint. The default white level is omitted, as in version 0.1."""
         return {name: value for name, value in asdict(self).items() if (name, value) != ("white_level", WHITE)}
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> EvalTransform:
-        """The inverse of :meth:`to_dict`. Nothing of it is believed: it comes from files.
+        """Invert :meth:`to_dict`. The values come from files and are validated.
 
         Raises:
-            InputError: a value that is missing, or cannot be.
+            InputError: A value is missing or invalid.
         """
         if not isinstance(values, Mapping):
-            raise InputError(f"the stored evaluation transform is of type {type(values).__name__}, expected names")
+            raise InputError(f"the stored evaluation transform is a {type(values).__name__}, expected a dictionary")
         try:
             resize, crop = int(str(values["resize"])), int(str(values["crop"]))
             for name, side in (("resize", resize), ("crop", crop)):
@@ -100,20 +100,20 @@ class EvalTransform:
             if interpolation not in INTERPOLATIONS:
                 raise ValueError(f"interpolation is {interpolation!r:.40}, expected one of {', '.join(INTERPOLATIONS)}")
             mean, std = _rgb("mean", values["mean"]), _rgb("std", values["std"])
-            if not all(value >= 1 / _LARGEST for value in std):
+            if not all(value >= 1 / _MAX_VALUE for value in std):
                 raise ValueError(f"std is {_shown(std)}, expected more than 0")
         except KeyError as error:
             raise InputError(f"the stored evaluation transform lacks {error.args[0]}") from error
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: of a tensor among the values
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor
             raise InputError(f"the stored evaluation transform: {one_line(error)}") from error
         return cls(resize, crop, interpolation, mean, std, white_level)
 
 
 def _rgb(name: str, values: object) -> RGB:
     if not isinstance(values, (list, tuple)) or len(values) != 3:
-        raise ValueError(f"{name} is no list, expected three numbers")
+        raise ValueError(f"{name} is not a list of three numbers")
     red, green, blue = (float(value) for value in values)
-    if not all(abs(value) <= _LARGEST for value in (red, green, blue)):  # NaN is not, either
+    if not all(abs(value) <= _MAX_VALUE for value in (red, green, blue)):  # also false for NaN
         raise ValueError(f"{name} is {_shown((red, green, blue))}, expected numbers such as 0.5")
     return red, green, blue
 
@@ -123,17 +123,18 @@ def _shown(values: RGB) -> str:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as uint8 [3, height, width]."""
-    import torch  # here, because settings need none of it
+    """Convert an RGB image to uint8 [3, height, width]."""
+    import torch  # settings are imported without PyTorch
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalise(images: Tensor, mean: RGB, std: RGB) -> Tensor:
-    """(images / 255 - mean) / std, on the images' device.
+    """Compute (images / 255 - mean) / std on the device of the images.
 
     Args:
         images: [B, 3, height, width] uint8.
+        mean, std: RGB values, for pixels in [0, 1].
 
     Returns:
         float32 of the same shape.

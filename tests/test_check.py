@@ -99,7 +99,7 @@ def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:
     assert 0 < report.read_seconds < report.seconds
     assert 0 < report.decode_seconds < report.seconds
     assert [Path(name).name for name, _ in report.broken] == ["empty.jpg"]
-    assert "2 JPEG, 1 PNG; 0.000 GB; an image: " in "\n".join(report.lines())
+    assert "2 JPEG, 1 PNG; 0.000 GB; per image: " in "\n".join(report.lines())
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:
         ([], "source is empty"),
         (["absent"], "no data at 'absent'"),
         (["sample:fashion-mnist", "--part", "test"], "part is test, expected one of train, val"),
-        (["sample:fashion-mnist", "--report", "/absent/x.jsonl"], "cannot write /absent/x.jsonl: .*choose another"),
+        (["sample:fashion-mnist", "--report", "/absent/x.jsonl"], "cannot write /absent/x.jsonl: .*give another"),
     ],
 )
 def test_mistakes_become_sentences(argv: list[str], words: str) -> None:

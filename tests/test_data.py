@@ -62,7 +62,7 @@ def test_missing_parts_and_missing_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no train data"):
         open_parts(None, None, None)
     write_image(tmp_path / "train" / "a" / "0.png")
-    with pytest.raises(InputError, match="holds no folder 'val'"):
+    with pytest.raises(InputError, match="has no folder 'val'"):
         open_parts(str(tmp_path), None, None)
     write_image(tmp_path / "val" / "loose.png")
     with pytest.raises(InputError, match="no labels"):

@@ -245,7 +245,7 @@ def test_an_export_is_replaced_on_request_alone_and_no_other_folder_ever(tmp_pat
             export(weights, target, out)
         export(weights, target, out, "--overwrite")
     (tmp_path / "a" / ".git").mkdir()
-    with pytest.raises(InputError, match="no earlier export"):
+    with pytest.raises(InputError, match="not an earlier export"):
         export(weights, "timm", tmp_path / "a", "--overwrite")
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pth", "a.safetensors", "a"}
 
@@ -258,7 +258,7 @@ def test_an_export_does_not_replace_its_own_input(tmp_path: Path) -> None:
         ("b.safetensors", "safetensors", "a.safetensors"),
         ("a/model.safetensors", "timm", "a"),
     ):
-        with pytest.raises(InputError, match="is or holds the weights"):
+        with pytest.raises(InputError, match="is or contains the weights"):
             export(tmp_path / weights, target, tmp_path / out, "--overwrite")
 
 

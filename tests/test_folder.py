@@ -77,7 +77,7 @@ def test_what_is_skipped_is_reported(place: tuple[Path, str], capsys: pytest.Cap
     for name in ("a.heic", "dog/b.HEIC", "dog/scan", "dog/IMG 2.10", "dog/labels.json", "dog/.DS_Store"):
         (tree / name).write_bytes(png())
     open_source(url)
-    assert "skipped 2 .heic, 2 without an ending; images end in .jpg" in capsys.readouterr().out
+    assert "skipped 2 .heic, 2 without a suffix; images end in .jpg" in capsys.readouterr().out
     for name in IMAGES:
         (tree / name).unlink()
     with pytest.raises(InputError, match=r"no image in .*2 \.heic"):
@@ -105,7 +105,7 @@ def test_a_part_is_a_folder_beside_other_parts(tmp_path: Path, capsys: pytest.Ca
     assert len(open_source(str(tmp_path / "val"), "train")) == 2  # no part in it: taken whole
     write_image(tmp_path / "extra" / "x" / "0.png")
     assert len(open_source(str(tmp_path), "train")) == 3
-    assert "reads its part train, not its folders extra" in capsys.readouterr().out
+    assert "using the part train, ignoring the folders extra" in capsys.readouterr().out
 
 
 def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
         ("x" * 300, "File name too long"),
         (" ", "no data given"),
         ("a\0b", "cannot read a"),
-        ("memory://", "names no place"),
+        ("memory://", "has no path"),
         ("memory://nowhere", "no image in memory://nowhere"),
         ("memory://nowhere/list.txt", r"memory://nowhere/list\.txt"),
         ("memory://bucket/a.tar", r"expected tar:memory://bucket/a\.tar"),
@@ -243,7 +243,7 @@ def test_parts_elsewhere_are_found(bucket: str) -> None:
         train, val = open_parts(given, None, None)
         assert (names(train), names(val)) == (["memory://both/train/ape/train.png"], ["memory://both/val/ape/val.png"])
     assert names(open_source("memory://both", "val")) == ["memory://both/val/ape/val.png"]
-    with pytest.raises(InputError, match="holds no folder 'train'"):
+    with pytest.raises(InputError, match="has no folder 'train'"):
         open_parts(bucket, None, None)
 
 

@@ -132,7 +132,7 @@ def test_images_are_undecoded_whatever_their_column(tmp_path: Path) -> None:
 def test_a_row_without_an_image_is_unreadable_and_no_other(tmp_path: Path) -> None:
     source = open_source(write(tmp_path, hub_table([IMAGES[0], None, IMAGES[2]], None)))
     assert (source.read(0), source.read(2)) == ((IMAGES[0], None), (IMAGES[2], None))
-    with pytest.raises(UndecodableImage, match="the row holds no image"):
+    with pytest.raises(UndecodableImage, match="the row has no image"):
         source.read(1)
     assert source.fingerprint()
 
@@ -141,12 +141,12 @@ TWO = {"jpg": IMAGES, "png": IMAGES}
 
 
 @pytest.mark.parametrize(("columns", "query", "words"), [
-    (TWO, "", "jpg and png may be the images"),
-    ({"a": IMAGES, "b": IMAGES}, "", "has no column of images"),
-    ({"label": [0] * 6}, "", "has no column of images"),
-    (TWO, "?image=jgp", "column 'jgp' .* holds no images; did you mean jpg"),
-    ({"jpg": IMAGES, "label": [0] * 6, "target": [0] * 6}, "", "label and target may be the labels .*label=none"),
-    ({"jpg": IMAGES, "label": [0.5] * 6}, "?label=label", "column 'label' .* holds no labels"),
+    (TWO, "", "several image columns: jpg and png"),
+    ({"a": IMAGES, "b": IMAGES}, "", "has no image column"),
+    ({"label": [0] * 6}, "", "has no image column"),
+    (TWO, "?image=jgp", "column 'jgp' .* has no images; did you mean jpg"),
+    ({"jpg": IMAGES, "label": [0] * 6, "target": [0] * 6}, "", "several label columns: label and target.*label=none"),
+    ({"jpg": IMAGES, "label": [0.5] * 6}, "?label=label", "column 'label' .* has no labels"),
     ({"jpg": IMAGES, "label": [0, 1, None, 1, 0, 1]}, "", "1 of the 6 rows .* have no label in column 'label'"),
     ({"jpg": IMAGES, "label": ["a", None, "b"] * 2}, "", "2 of the 6 rows .* have no label"),
     ({"jpg": IMAGES, "label": [0, 10**9] * 3}, "", "has the label 1000000000, expected at most 999,999"),
@@ -165,7 +165,7 @@ def test_there_may_be_no_labels(tmp_path: Path, labels: tuple[int, ...] | None) 
 @pytest.mark.parametrize("labels", [[True, False], [[1], [0]], [-1, -1]])
 def test_why_there_are_no_labels_is_told(tmp_path: Path, labels: list[Any]) -> None:
     url = write(tmp_path, pa.table({"image": IMAGES[:2], "label": labels}))
-    with pytest.raises(InputError, match=r"no labels.*no class number or name is read from its column label"):
+    with pytest.raises(InputError, match=r"no labels.*its column label .*has no class numbers or names"):
         open_parts(None, url, url)
 
 
@@ -217,7 +217,7 @@ def test_whichever_process_comes_first_writes_the_copy(
 
 @pytest.mark.parametrize(("path", "words"), [
     ("{}/there.png", ""), ("memory://hf/there.png", ""), ("{}/gone.png", "there is no file"),
-    ("zip://x.png::memory://hf/x.zip", "holds no image"), ("there.png", "holds no image"), (None, "holds no image"),
+    ("zip://x.png::memory://hf/x.zip", "has no image"), ("there.png", "has no image"), (None, "has no image"),
 ])  # fmt: skip
 def test_a_row_may_name_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None, words: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -230,6 +230,12 @@ def test_a_row_may_name_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     before = source.fingerprint()
     (tmp_path / "there.png").write_bytes(IMAGES[2])
     assert (source.fingerprint() != before) == (path == "{}/there.png")
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.uint64(), pa.int16()])
+def test_labels_are_whole_numbers_of_any_type(tmp_path: Path, kind: pa.DataType) -> None:
+    source = open_source(write(tmp_path, pa.table({"image": IMAGES, "label": pa.array([0, 1, 2] * 2, kind)})))
+    assert [source.read(index)[1] for index in range(6)] == [0, 1, 2] * 2
 
 
 def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:

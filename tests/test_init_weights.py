@@ -72,14 +72,14 @@ def test_prototypes_whose_lengths_are_not_1_are_said_where_they_would_be_frozen(
     content = files.dino(student, student, 64, teacher_wrapped=False)
     content["teacher"]["head.last_layer.weight_g"] *= 2
     torch.save(content, tmp_path / "full.pth")
-    assert "lengths are not 1 and stay frozen" in begun(tmp_path / "full.pth")[1]
+    assert "frozen at norms other than 1" in begun(tmp_path / "full.pth")[1]
     assert "lengths are not 1" not in begun(tmp_path / "full.pth", norm_last_layer=False)[1]
 
 
 def test_weights_of_other_programs_can_be_trained_on(tmp_path: Path) -> None:
     small = {"global_crops_size": 32, "local_crops_size": 16}
     _, said = begun(files.timm_folder(tmp_path, files.timm_xcit(classes=7), files.XCIT_CONFIG))
-    assert "normalised with mean 0.5 0.5 0.5 and deviation 0.25 0.25 0.25, this run has" in said
+    assert "trained with mean 0.5 0.5 0.5 and std 0.25 0.25 0.25, this run has" in said
     network = timm.create_model("test_vit", num_classes=5)
     torch.save(network.state_dict(), tmp_path / "timm.pth")
     state, said = begun(tmp_path / "timm.pth", arch="timm:test_vit", **small)

@@ -27,8 +27,8 @@ def test_milliseconds_an_image_are_told_by_stage() -> None:
 @pytest.mark.parametrize(
     ("seconds", "workers", "words"),
     [
-        ((0.001, 0.002, 0.1), 2, ["slowest: augment", "2 loader processes a rank, 16 cores", "--num-workers"]),
-        ((0.001, 0.2, 0.1), 2, ["slowest: decode", "files smaller"]),
+        ((0.001, 0.002, 0.1), 2, ["slowest: augment", "2 workers per rank, 16 cores", "--num-workers"]),
+        ((0.001, 0.2, 0.1), 2, ["slowest: decode", "smaller files"]),
         ((0.3, 0.2, 0.1), 2, ["slowest: read", "a faster disk"]),
         ((0.001, 0.002, 0.1), 0, ["the training process itself loads them: raise --num-workers"]),
     ],

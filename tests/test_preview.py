@@ -35,7 +35,7 @@ def test_the_command_draws(tmp_path: Path, photos: Path, capsys: pytest.CaptureF
     out = tmp_path / "views.png"
     main(["preview", str(photos), f"--out={out}", "--images", "2", "--local-crops-number=3"])
     assert Image.open(out).format == "PNG"
-    assert "the views of 2 of 160 images" in capsys.readouterr().out
+    assert "views of 2 of 160 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

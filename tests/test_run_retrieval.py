@@ -223,7 +223,7 @@ def test_duplicates_within_one_set(
     [
         ("", "no protocol"), ("oxfort", "oxfort"), ("oxford --weights {weights}", "data_path"),
         ("paris --data-path {photos}", "gnd_rparis6k.pkl"), ("copydays --data-path {photos}", "Copydays"),
-        ("oxford --data-path {photos} --ground-truth {weights}", "is no ground truth"),
+        ("oxford --data-path {photos} --ground-truth {weights}", "is not a ground truth"),
         ("duplicates", "--first"),
         ("folder --weights {weights} --data-path {photos}/val/dots", "has no labels"),
         ("folder --csv p.csv", "csv is p.csv"), ("folder --distractors v", "distractors is v"),

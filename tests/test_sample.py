@@ -84,7 +84,7 @@ PICTURES = idx(np.zeros((30, 28, 28), np.uint8))
 )
 def test_a_damaged_file_is_named(full_set: Path, data: bytes) -> None:
     (full_set / "train-images-idx3-ubyte.gz").write_bytes(data)
-    with pytest.raises(InputError, match=r"train-images-idx3.*fetch (it|them) anew"):
+    with pytest.raises(InputError, match=r"train-images-idx3.*download (it|them) again"):
         open_source("sample:fashion-mnist-full")
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_file_is_named(full_set: Path, data: bytes) -> None:
 ])  # fmt: skip
 def test_files_that_are_not_the_full_set_are_refused(full_set: Path, kind: str, data: bytes) -> None:
     (full_set / f"train-{kind}-ubyte.gz").write_bytes(gzip.compress(data, 1))
-    with pytest.raises(InputError, match=r"fetch (it|them) anew"):
+    with pytest.raises(InputError, match=r"download (it|them) again"):
         open_source("sample:fashion-mnist-full")
 
 
@@ -113,7 +113,7 @@ def test_a_full_set_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ("sample:fashion-mnist/test", "unknown sample"),
         ("torchvision:FashonMNIST", "FashionMNIST"),
         ("torchvision:folder", "no data set"),
-        ("torchvision:ImageFolder", "could not open ImageFolder"),
+        ("torchvision:ImageFolder", "cannot open ImageFolder"),
     ],
 )
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, words: str) -> None:

@@ -258,17 +258,17 @@ def test_shards_are_looked_through_once_and_again_when_one_changes(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pattern, contents = shards
-    look_through = Mock(side_effect=tar._look_through)
-    monkeypatch.setattr(tar, "_look_through", look_through)
+    index_shard = Mock(side_effect=tar._index_shard)
+    monkeypatch.setattr(tar, "_index_shard", index_shard)
     first, second = open_source(pattern), open_source(pattern)
-    assert look_through.call_count == 3
+    assert index_shard.call_count == 3
     assert names(second) == names(first)
     assert [second.read(index)[0] for index in range(30)] == list(contents.values())
     assert second.fingerprint() == first.fingerprint()
     longer = {"other.jpg": b"new", "other.cls": b"1", "notes.txt": bytes(100_000)}  # all old offsets lie within it
     (tmp_path / "s-1.tar").write_bytes(packed(longer))
     third = open_source(pattern)
-    assert look_through.call_count == 6
+    assert index_shard.call_count == 6
     assert len(third) == 21
     assert third.read(10) == (b"new", 1)
     assert third.fingerprint() != first.fingerprint()

@@ -81,7 +81,7 @@ def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, An
     url, server = web
     server.ranges = False
     (tmp_path / "a.bin").write_bytes(b"0123456789")
-    with pytest.raises(InputError, match="ignores ranges"):
+    with pytest.raises(InputError, match="ignores range requests"):
         storage.read_range(f"{url}/a.bin", 3, 4)
     assert storage.read_file(f"{url}/a.bin", 10) == b"0123456789"
 
@@ -99,5 +99,5 @@ def test_archives_and_folders_are_read(tmp_path: Path, web: tuple[str, Any], mon
     assert names(folder) == [f"{url}/in/cat/a.png"]
     assert (folder.read(0)[1], folder.classes) == (0, ("cat",))
     server.ranges = False
-    with pytest.raises(InputError, match="ignores ranges"):
+    with pytest.raises(InputError, match="ignores range requests"):
         there.read(0)

@@ -141,7 +141,7 @@ def test_gaps_leftovers_and_other_shapes_are_named(written: Written, name: str) 
         f"lacks {name}": {key: value for key, value in state.items() if key != name},
         f"has besides {name}2": state | {f"{name}2": torch.zeros(2)},
         f"another shape {name}": state | {name: torch.zeros(65, 1, 2)},
-        f"another kind of numbers {name}": state | {name: state[name].to(torch.int64)},
+        f"another type {name}": state | {name: state[name].to(torch.int64)},
         f"not finite in {name}": state | {name: state[name] * float("nan")},
     }
     for words, content in wrong.items():
@@ -196,9 +196,9 @@ def test_nobody_can_allow_everything(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({}, "no checkpoint"), ({"epoch": 3}, "its keys are epoch"), ({"model": 5}, "keys are model"),
-        ([1], "holds a list"),
-        ({"teacher": {"head.weight": torch.zeros(1)}}, "no DINO checkpoint"),
+        ({}, "not a checkpoint"), ({"epoch": 3}, "its keys are epoch"), ({"model": 5}, "keys are model"),
+        ([1], "contains a list"),
+        ({"teacher": {"head.weight": torch.zeros(1)}}, "not a DINO checkpoint"),
         ({"classy_state_dict": {}}, "VISSL"), ({"classy_state_dict": {"base_model": {"model": 3}}}, "VISSL"),
         ({"classy_state_dict": {"base_model": {"model": {"heads": {}}}}}, "VISSL"),
     ],

@@ -211,7 +211,7 @@ NOT_READ: dict[str, tuple[dict[str, Tensor], str]] = {
         files.chunked(DINOV2_STATE) | {"blocks.0.2.norm1.weight": torch.zeros(192)}, r"blocks\.0\.0\."
     ),
     "nothing known": ({"a\n\x1b": torch.zeros(1)}, r"first keys: a\?\?"),
-    "a million wrappers": ({"module." * 1_000_000 + "x": torch.zeros(1)}, "cannot tell"),
+    "a million wrappers": ({"module." * 1_000_000 + "x": torch.zeros(1)}, "cannot infer"),
 }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from dino_xcit.weights.locate import ASSUMED, EXCEPTION, read_safetensors
 from eval.config import KnnConfig
 from eval.setup import open_backbone
 
-OF_POSITIONS = "ImageNet's way for 64 pixels, as its positions"
-SQUASHED = ", but for its squashing of images to squares: the centre is cut"
+OF_POSITIONS = "ImageNet's transform at 64 pixels, as its positions"
+SQUASHED = ", but with a centre crop instead of squashing images to squares"
 
 
 def checkpoint(folder: Path, **said: object) -> Path:
@@ -63,8 +63,8 @@ def test_a_deviation_of_zero_or_less_is_refused(tmp_path: Path, written: Callabl
     ("state", "guess", "transform"),
     [
         (files.vit().state_dict(), OF_POSITIONS, EvalTransform(73, 64)),
-        (files.dinov2_vit()[1], "ImageNet's way, as in DINOv2's evaluations", EvalTransform()),
-        (files.xcit().state_dict(), "ImageNet's way", EvalTransform()),
+        (files.dinov2_vit()[1], "ImageNet's transform, as in DINOv2's evaluations", EvalTransform()),
+        (files.xcit().state_dict(), "ImageNet's transform", EvalTransform()),
     ],
     ids=["positions", "dinov2", "xcit"],
 )
@@ -120,7 +120,7 @@ def test_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
     before_0_9 = files.XCIT_CONFIG["pretrained_cfg"] | {"architecture": "xcit_nano_12_p16_224"}
     assert load_backbone(files.timm_folder(tmp_path, files.timm_xcit(), before_0_9)).transform == files.XCIT_TRANSFORM
     read = load_backbone(of_timm(tmp_path, crop_mode="squash"))
-    assert read.transform_from.endswith("but for its crop_mode 'squash': the centre is cut")
+    assert read.transform_from.endswith("but with a centre crop instead of crop_mode 'squash'")
     (tmp_path / "config.json").write_text('{"model_type": "another library"}')
     assert load_backbone(path).transform_from == ""
 
@@ -128,8 +128,8 @@ def test_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"input_size": [3, 64, 32]}, "no square"), ({"input_size": [3, 10**9, 10**9]}, "no square"),
-        ({"input_size": [3, "a", "a"]}, "invalid literal"), ({"crop_pct": float("nan")}, "no square"),
+        ({"input_size": [3, 64, 32]}, "expected a square"), ({"input_size": [3, 10**9, 10**9]}, "expected a square"),
+        ({"input_size": [3, "a", "a"]}, "invalid literal"), ({"crop_pct": float("nan")}, "expected a square"),
         ({"interpolation": "random"}, "'random'"), ({"mean": [0.5]}, "three numbers"),
     ],
 )  # fmt: skip
@@ -143,7 +143,7 @@ def test_settings_of_timm_that_cannot_be_are_refused(tmp_path: Path, change: dic
 def test_settings_that_are_no_json_are_refused(tmp_path: Path, name: str, text: str) -> None:
     path = of_transformers(tmp_path)
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=rf"/{name} is no JSON"):
+    with pytest.raises(InputError, match=rf"/{name} is not a JSON"):
         load_backbone(path)
 
 
@@ -175,7 +175,7 @@ def test_preprocessor_config_json_says_how_images_are_prepared(tmp_path: Path) -
     assert prepared(tmp_path, do_rescale=None, do_resize=None) == (EvalTransform(), "")
     assert prepared(tmp_path, do_normalize=False)[0] == EvalTransform(mean=(0.0,) * 3, std=(1.0,) * 3)
     whole = prepared(tmp_path, do_center_crop=False, resample=2)
-    assert whole == (EvalTransform(256, 256, "bilinear"), ", and the centre is cut")
+    assert whole == (EvalTransform(256, 256, "bilinear"), ", with a centre crop")
     square = {"size": {"height": 64, "width": 64}, "do_center_crop": None, "crop_size": None}
     assert prepared(tmp_path, **square) == (EvalTransform(64, 64), SQUASHED)
     read = load_backbone(of_transformers(tmp_path))

@@ -1,4 +1,4 @@
-"""Multi-crop augmentation: what is drawn for a sample's views, and the views made of it."""
+"""Multi-crop augmentation: random parameters of the views, and their application."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ __all__ = ["MultiCropAugmentation", "ViewKind", "ViewMaker", "ViewParameters", "
 
 
 def __getattr__(name: str) -> Any:
-    """What is listed above, imported when it is first asked for: Numba takes a second, which help need not wait for."""
+    """Import lazily: Numba takes a second to import, and ``--help`` does not need it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = {"ViewMaker": "views", "ViewKind": "parameters", "ViewParameters": "parameters"}.get(name, "multicrop")

@@ -1,7 +1,7 @@
-"""How the loops of this package are compiled, and where the result is kept.
+"""Compile loops with Numba and cache the result.
 
-Numba keeps compiled code beside the file that it is of, else in a cache folder of the user's (NUMBA_CACHE_DIR names
-another), and knows of changes in that file alone: so no compiled function calls one of another file.
+Numba caches compiled code beside the source file, or else in a cache folder of the user (NUMBA_CACHE_DIR). It detects
+changes in this source file only, so compiled functions must not call compiled functions of other files.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ _functions: list[Any] = []
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A function of numbers and arrays, compiled when it is first called. Division by zero is not looked for in it."""
+    """Compile a function of numbers and arrays on its first call. Division by zero raises no exception in it."""
     made: Any
     try:
         made = njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # no folder can be written: a container with a stranger's user id
+    except RuntimeError:  # no writable cache folder, such as in a container with an unknown user id
         made = njit(nogil=True, error_model="numpy")(function)
     _functions.append(made)
     return made
 
 
 def call_first(function: Callable[[], object]) -> None:
-    """Call what calls compiled functions, for the first time in a process.
+    """Make the first call of compiled functions in a process.
 
-    What was kept may be damaged, and the disk may be full: then it is compiled anew, and at last kept nowhere.
+    If it fails, for example because of a damaged cache or a full disk, flush the cache, then disable it.
     """
     for remedy in (lambda made: made._cache.flush(), lambda made: setattr(made, "_cache", NullCache())):
         try:

@@ -1,4 +1,4 @@
-"""DINO's multi-crop augmentation (arXiv 2104.14294, section 4 and appendix): its settings. V views."""
+"""DINO's multi-crop augmentation (arXiv 2104.14294, section 4 and appendix). V: number of views."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from dino_xcit.errors import InputError
 
 
 class MultiCropAugmentation:
-    """An image to V = 2 + local_crops_number views.
+    """Transform an image to V = 2 + local_crops_number views.
 
     Args:
-        global_crops_scale, local_crops_scale: share of the image's area, (least, most), 0 < least <= most <= 1.
-        local_crops_number: how many local views.
-        global_crops_size, local_crops_size: pixels a side.
-        crop_ratio: width / height of a crop, (least, most), drawn log-uniformly.
-        flip: probability of a horizontal flip.
-        jitter: probability of colour jitter; brightness, contrast, saturation, hue: its strengths as torchvision's
-            ColorJitter takes them.
-        gray: probability of losing the colour.
-        global_blur: probabilities of blur for the first and the second global view; local_blur: for local views.
-        blur_radius: (least, most) standard deviation in pixels of the view.
-        solarize: probability for the second global view alone.
+        global_crops_scale, local_crops_scale: Range (min, max) of a crop's share of the image area, in (0, 1].
+        local_crops_number: Number of local views.
+        global_crops_size, local_crops_size: Height and width of the views in pixels.
+        crop_ratio: Range (min, max) of width / height of a crop, drawn log-uniformly.
+        flip: Probability of a horizontal flip.
+        jitter: Probability of colour jitter.
+        brightness, contrast, saturation, hue: Strengths of the jitter, as in torchvision's ColorJitter.
+        gray: Probability of a conversion to grey.
+        global_blur: Probabilities of blur for the first and the second global view.
+        local_blur: Probability of blur for local views.
+        blur_radius: Range (min, max) of the std of the blur, in pixels of the view.
+        solarize: Probability of solarisation for the second global view.
 
     Raises:
-        InputError: a value that cannot be, by name.
+        InputError: A value is out of range.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class MultiCropAugmentation:
             ("local_crops_scale", local_crops_scale),
         ):
             if not 0 < least <= most <= 1:
-                raise InputError(f"{name} is {least} {most}, expected 0 < least <= most <= 1, such as 0.4 1")
+                raise InputError(f"{name} is {least} {most}, expected 0 < min <= max <= 1, such as 0.4 1")
         if not 0 < crop_ratio[0] <= crop_ratio[1] < float("inf"):
-            raise InputError(f"crop_ratio is {crop_ratio}, expected 0 < least <= most, such as 0.75 1.33")
+            raise InputError(f"crop_ratio is {crop_ratio}, expected 0 < min <= max, such as 0.75 1.33")
         for name, size in (("global_crops_size", global_crops_size), ("local_crops_size", local_crops_size)):
             if size < 1:
-                raise InputError(f"{name} is {size}, expected a number of pixels of at least 1")
+                raise InputError(f"{name} is {size}, expected at least 1 pixel")
         if local_crops_number < 0:
             raise InputError(f"local_crops_number is {local_crops_number}, expected 0 or more")
         chances = {"flip": flip, "jitter": jitter, "gray": gray, "local_blur": local_blur, "solarize": solarize}
@@ -82,7 +83,7 @@ class MultiCropAugmentation:
                 raise InputError(f"{name} is {strength}, expected a strength of 0 to 100, such as 0.4")
         if not 0 <= blur_radius[0] <= blur_radius[1] <= 1000:
             raise InputError(
-                f"blur_radius is {blur_radius[0]} {blur_radius[1]}, expected 0 <= least <= most <= 1000, such as 0.1 2"
+                f"blur_radius is {blur_radius[0]} {blur_radius[1]}, expected 0 <= min <= max <= 1000, such as 0.1 2"
             )
         self.views = [
             ViewKind(global_crops_size, global_crops_scale, global_blur[0], 0.0),
@@ -93,22 +94,22 @@ class MultiCropAugmentation:
         self._drawer = Drawer(self.views, shared)
 
     def compile(self) -> None:
-        """Compile what makes views, or load what an earlier process compiled."""
+        """Compile the augmentation, or load it from the cache."""
         call_first(lambda: self(Image.new("RGB", (8, 8))))
 
     def draw_rows(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
-        """What the views of one sample of ``width`` x ``height`` pixels shall be: [V, columns], see parameters.py.
+        """Draw the parameters of all views of an image of ``width`` x ``height``: [V, columns], see parameters.py.
 
-        View v's row depends on (seed, epoch, index, v) and the picture's size alone.
+        The row of view v depends only on (seed, epoch, index, v) and the size of the image.
         """
         return self._drawer.draw(width, height, seed, epoch, index)
 
     def draw(self, width: int, height: int, seed: int, epoch: int, index: int) -> list[ViewParameters]:
-        """The same for people."""
+        """Return the rows of :meth:`draw_rows` in readable form."""
         return [ViewParameters.of(row) for row in self.draw_rows(width, height, seed, epoch, index)]
 
     def __call__(self, image: Image.Image, seed: int = 0, epoch: int = 0, index: int = 0) -> list[Tensor]:
-        """The views of a picture, in RGB: V uint8 tensors [3, size, size], the two global ones first."""
+        """Return the views of an image: V uint8 tensors [3, size, size], RGB, the two global ones first."""
         maker = ViewMaker()
         maker.load(pixels_of(image.convert("RGB")))
         views = [torch.empty(3, kind.size, kind.size, dtype=torch.uint8) for kind in self.views]
@@ -118,7 +119,7 @@ class MultiCropAugmentation:
 
 
 def group_by_size(sizes: Sequence[int]) -> list[list[int]]:
-    """View numbers grouped by crop size, in order of first appearance: one backbone call a group."""
+    """Group view numbers by crop size, in order of first appearance, for one backbone call per group."""
     groups: dict[int, list[int]] = {}
     for view, size in enumerate(sizes):
         groups.setdefault(size, []).append(view)

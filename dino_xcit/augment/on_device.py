@@ -1,13 +1,13 @@
-"""The photometric part of many views at once, on a device: the same bits as dino_xcit/augment/photometric.py.
+"""The photometric part of a batch of views, on a device: the same bits as dino_xcit/augment/photometric.py.
 
-Each operation runs on the views that drew it. Which these are is known on the host, so nothing waits for the device.
-Two things keep the bits the same. Each floating-point operation is a kernel of its own, as a compiler would fuse a
-product and a sum, which rounds once instead of twice: so this is not for torch.compile. And no tensor is divided by a
-Python number, for which CUDA multiplies by the reciprocal: divisors are tensors on the device.
+Each operation runs on the views that drew it. The host has the parameters, so nothing waits for the device.
+Bit equality has two conditions. Each floating-point operation is a separate kernel, as a fused multiply-add rounds once
+instead of twice: do not use torch.compile here. Divisors are tensors on the device, as CUDA replaces a division by a
+Python number with a multiplication by its reciprocal.
 
-The largest temporaries are the blur's, eight bytes a value: 77 MB for 64 blurred views of 224 pixels.
+The largest temporaries are those of the blur, eight bytes per value: 77 MB for 64 blurred views of 224 pixels.
 
-Legend: n views of one size; views [n, 3, size, size] uint8; m of them that an operation is for.
+Shapes: n views of one size, [n, 3, size, size] uint8; m of them are selected by an operation.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION,
 
 _HALF = 1 << 23  # of the blur's 24-bit fixed point
 _WHICH_LEVEL = np.array([[0, 1, 2, 2, 1, 0], [1, 0, 0, 1, 2, 2], [2, 2, 1, 0, 0, 1]])
-"""Of most, middle and low: the one that red, green and blue have in each sixth of the colour circle."""
+"""Level (0: most, 1: middle, 2: low) of red, green and blue in each sixth of the colour circle."""
 
 
 def finish_views(views: Tensor, rows: Tensor) -> Tensor:
-    """Jitter, gray, blur, solarise, in this order.
+    """Apply jitter, grey, blur and solarisation, in this order.
 
     Args:
-        views: [n, 3, size, size] uint8 on any device; its content is lost.
-        rows: [n, columns] float64 on the host, what was drawn for each, see :mod:`dino_xcit.augment.parameters`.
+        views: [n, 3, size, size] uint8 on any device, overwritten.
+        rows: [n, columns] float64 on the host, parameters of the views, see :mod:`dino_xcit.augment.parameters`.
 
     Returns:
         [n, 3, size, size] uint8 on the same device.
@@ -60,7 +60,7 @@ def finish_views(views: Tensor, rows: Tensor) -> Tensor:
 def _apply(
     views: Tensor, chosen: NDArray[np.int64], operation: Callable[..., Tensor], *numbers: NDArray[np.generic]
 ) -> None:
-    """``operation`` on some of the views, with a number or two for each of them, [m, 1, 1, 1]."""
+    """Apply ``operation`` to the chosen views in place, with parameters [m, 1, 1, 1]."""
     if len(chosen) == 0:
         return
     indices = _send(chosen, views.device)
@@ -79,7 +79,7 @@ def _number(value: float, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _mix(views: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
     mixed = views.to(torch.float32).sub_(other).mul_(factor).add_(other)
-    return mixed.clamp_(0, 255).to(torch.uint8)  # towards 0
+    return mixed.clamp_(0, 255).to(torch.uint8)  # truncates
 
 
 def _luma(views: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _solarize(views: Tensor) -> Tensor:
 
 
 def _turn_hue(views: Tensor, turn: Tensor) -> Tensor:
-    """See photometric.py, whose steps these are."""
+    """Turn the hue with the same steps as ``photometric._turn_hue``."""
     six, most_levels = _number(6, views, torch.float32), _number(255, views, torch.float32)
     r, g, b = views.to(torch.float32).split(1, dim=1)
     most, least = torch.maximum(r, torch.maximum(g, b)), torch.minimum(r, torch.minimum(g, b))
@@ -155,7 +155,7 @@ def _blur(reach: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _box(values: Tensor, dim: int, reach: int, whole: Tensor, edge: Tensor) -> Tensor:
-    """A box of 2 * reach + 1 pixels and a share of the two beyond; the border's pixels go on. int64."""
+    """Box blur of 2 * reach + 1 pixels and a fraction of the next two, with replicated borders. int64."""
     size = values.shape[dim]
     places = torch.arange(-reach - 1, size + reach + 1, device=values.device).clamp_(0, size - 1)
     padded = values.index_select(dim, places)

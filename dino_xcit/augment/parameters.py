@@ -1,7 +1,7 @@
-"""What is drawn for the views of a sample: all numbers of all views at once, from (seed, epoch, sample index).
+"""Random parameters of the views of an image, drawn from (seed, epoch, image index). V: number of views.
 
-So the same sample has the same views in any process, and what was drawn can be tested, drawn into a picture, or sent to
-a device, apart from its application. V views.
+An image has the same views in every process. Parameters are separate from their application, so that they can be
+tested, plotted or sent to a device.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ OPERATIONS: Final = {"brightness": BRIGHTNESS, "contrast": CONTRAST, "saturation
 CROP_ATTEMPTS = 10
 _NUMBERS_A_VIEW = 2 * CROP_ATTEMPTS + 16
 
-# ---- the columns of what is drawn for a view: one row of float64
+# ---- columns of the parameters, one row of float64 per view
 TOP, LEFT, HEIGHT, WIDTH, FLIP = range(5)
 JITTER_FIRST = 5
 JITTER = slice(JITTER_FIRST, 13)
-"""(code, factor) of the four operations in the order of application; code -1: none."""
+"""(code, factor) of the four operations in the order of application. Code -1: none."""
 GRAY, SIGMA, SOLARIZE = range(13, 16)
-"""SIGMA: the blur's standard deviation in pixels, as Pillow counts it; -1: no blur."""
+"""SIGMA: std of the blur in pixels, as in Pillow. -1: no blur."""
 COLUMNS = 16
 
 
 @dataclass(frozen=True)
 class ViewKind:
-    """What one kind of view looks like."""
+    """Settings of one kind of view."""
 
     size: int
-    """Pixels a side."""
+    """Height and width in pixels."""
     scale: tuple[float, float]
-    """Share of the image's area that the crop covers."""
+    """Range (min, max) of the crop's share of the image area."""
     blur: float
     """Probability of Gaussian blur."""
     solarize: float
@@ -47,7 +47,7 @@ class ViewKind:
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What was drawn for one view, for people."""
+    """Parameters of one view, in readable form."""
 
     top: int
     left: int
@@ -55,15 +55,15 @@ class ViewParameters:
     width: int
     flip: bool
     jitter: tuple[tuple[str, float], ...]
-    """(operation, factor) in the order of application; empty where the jitter was not drawn."""
+    """(operation, factor) in the order of application; empty without jitter."""
     gray: bool
     blur_radius: float | None
-    """Standard deviation in pixels, as Pillow counts it."""
+    """Std in pixels, as in Pillow; None: no blur."""
     solarize: bool
 
     @classmethod
     def of(cls, row: NDArray[np.float64]) -> ViewParameters:
-        """Read a row."""
+        """Convert a row of parameters."""
         names = list(OPERATIONS)
         jitter = row[JITTER].reshape(4, 2).tolist()
         return cls(
@@ -81,20 +81,20 @@ class ViewParameters:
 
 @dataclass(frozen=True)
 class Chances:
-    """What all views share: probabilities, and ranges to draw from."""
+    """Settings shared by all views: probabilities and ranges."""
 
     ratio: tuple[float, float]
-    """Width / height of a crop, drawn log-uniformly."""
+    """Range (min, max) of width / height of a crop, drawn log-uniformly."""
     flip: float
     jitter: float
     gray: float
     ranges: tuple[tuple[float, float], ...]
-    """(least, most) factor of each of :data:`OPERATIONS`; one whose range is a point is left out."""
+    """Range (min, max) of the factor of each of :data:`OPERATIONS`. An operation with min = max is skipped."""
     blur_radius: tuple[float, float]
 
 
 class Drawer:
-    """Draws what the views of a sample shall be."""
+    """Draws the parameters of the views of an image."""
 
     def __init__(self, kinds: list[ViewKind], chances: Chances) -> None:
         self._kinds = np.array([(*kind.scale, kind.blur, kind.solarize) for kind in kinds])
@@ -103,9 +103,9 @@ class Drawer:
         self._ranges = np.array(chances.ranges)
 
     def draw(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
-        """[V, COLUMNS] for one sample of ``width`` x ``height`` pixels.
+        """Draw the parameters for an image of ``width`` x ``height`` pixels: [V, COLUMNS].
 
-        View v's row depends on (seed, epoch, index, v), the view's kind and the picture's size alone.
+        The row of view v depends only on (seed, epoch, index, v), the kind of the view and the size of the image.
         """
         key = np.array([seed & 0xFFFFFFFFFFFFFFFF, (epoch << 40) | index], dtype=np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key))
@@ -117,13 +117,13 @@ class Drawer:
 
 @compiled
 def _fill(rows, numbers, width, height, kinds, chances, log_ratio, ranges):  # type: ignore[no-untyped-def]
-    """From numbers between 0 and 1, a row of them a view, to what they stand for."""
+    """Convert uniform numbers in [0, 1), one row per view, to parameters."""
     for view in range(len(rows)):
         row, number = rows[view], numbers[view]
         _crop(row, number, width, height, kinds[view], log_ratio)
         flip, jitter, gray, blur, sigma, solarize = number[2 * CROP_ATTEMPTS + 2 : 2 * CROP_ATTEMPTS + 8]
         row[FLIP] = flip < chances[0]
-        # ---- jitter: four factors, in the order of four more numbers
+        # ---- jitter: four factors in random order
         order = np.argsort(number[-8:-4])
         for place in range(4):
             code = order[place]
@@ -138,10 +138,10 @@ def _fill(rows, numbers, width, height, kinds, chances, log_ratio, ranges):  # t
 
 @compiled
 def _crop(row, number, width, height, kind, log_ratio):  # type: ignore[no-untyped-def]
-    """The first of ten tries that fits, as RandomResizedCrop does it.
+    """Draw a crop as torchvision's RandomResizedCrop: the first of ten attempts that fits into the image.
 
-    Each try draws an area uniformly and an aspect ratio log-uniformly; where none fits, the largest centred crop
-    whose ratio is allowed.
+    Each attempt draws an area uniformly and an aspect ratio log-uniformly. If none fits, the crop is the largest
+    centred one with an allowed ratio.
     """
     for attempt in range(CROP_ATTEMPTS):
         area = width * height * (kind[0] + (kind[1] - kind[0]) * number[attempt])

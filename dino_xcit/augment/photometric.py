@@ -1,11 +1,11 @@
 """The photometric part of a view, on one core: Pillow's arithmetic, bit for bit, many times faster.
 
-Each operation here gives what Pillow, or torchvision on a Pillow image, gives for the same factor, to the last bit
-(tests/test_photometric.py: hue for all 16.7 million colours). Numba compiles these loops to vector instructions; they
-use integers and correctly rounded floating-point operations alone, in a fixed order, so that every processor has the
-same bits, and so has a GPU (dino_xcit/augment/on_device.py).
+Each operation gives the same bits as Pillow, or as torchvision on a Pillow image, for the same factor
+(tests/test_photometric.py: hue for all 16.7 million colours). Numba compiles the loops to vector instructions. They use
+only integers and correctly rounded floating-point operations in a fixed order, so all processors and GPUs
+(dino_xcit/augment/on_device.py) give the same bits.
 
-Legend: a view is planar, [3, height, width] uint8; red, green, blue: one of its planes, flat.
+Shapes: a view is [3, height, width] uint8; ``red``, ``green`` and ``blue`` are its planes, flat.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Codes of the jitter's operations; -1: none."""
 
 _I, _U, _F = np.int32, np.uint32, np.float32
-"""Written out at every step: left alone, Numba widens 32-bit integers to 64 bits, at half the speed or less."""
+"""Explicit at every step, as Numba widens 32-bit integers to 64 bits, which halves the speed or worse."""
 
 
 @compiled  # type: ignore[untyped-decorator]
@@ -31,13 +31,15 @@ def finish_view(
     sigma: float,
     solarize: bool,
 ) -> None:
-    """Jitter, gray, blur, solarise, in this order, which is the reference's, in place.
+    """Apply jitter, grey, blur and solarisation in place, in the order of the reference.
 
     Args:
-        view: [3, height, width].
-        scratch: :func:`scratch_size` bytes, whose content is lost.
-        operations: [8], (code, factor) four times, in the order of application.
-        sigma: of the blur, in pixels, as Pillow counts it; negative: no blur.
+        view: [3, height, width], modified in place.
+        scratch: :func:`scratch_size` bytes, overwritten.
+        operations: [8], (code, factor) of four operations in the order of application.
+        gray: Whether to convert the view to grey.
+        sigma: Std of the blur in pixels, as in Pillow. Negative: no blur.
+        solarize: Whether to invert values of 128 and more.
     """
     for number in range(4):
         code, factor = operations[2 * number], operations[2 * number + 1]
@@ -58,16 +60,16 @@ def finish_view(
 
 
 def scratch_size(size: int, sigma: float) -> int:
-    """Bytes that :func:`finish_view` needs for a view of ``size`` pixels a side under at most this ``sigma``."""
+    """Return the scratch bytes of :func:`finish_view` for a view of ``size`` x ``size`` pixels and this ``sigma``."""
     return 2 * size * (size + 2 * (int(box_radius(max(sigma, 0.0))) + 1))
 
 
 @compiled  # type: ignore[untyped-decorator]
 def box_radius(sigma: float) -> np.float32:
-    """Half the width of the box that, applied three times, has the variance of a Gaussian of ``sigma`` pixels.
+    """Return the radius of the box that, applied three times, has the variance of a Gaussian of ``sigma`` pixels.
 
-    Of Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM 2011), with
-    the roundings that Pillow has.
+    Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM 2011), with
+    Pillow's rounding.
     """
     variance = _F(sigma) * _F(sigma) / _F(3)
     length = _F(np.sqrt(12.0 * float(variance) + 1.0))
@@ -79,20 +81,20 @@ def box_radius(sigma: float) -> np.float32:
 
 @compiled
 def _mix(value, other, factor):  # type: ignore[no-untyped-def]
-    """ImageEnhance: ``other`` + factor * (value - other), cut to 0 .. 255 and towards 0. All float32."""
+    """Interpolate as ImageEnhance: ``other`` + factor * (value - other), clipped to 0 .. 255, truncated. float32."""
     mixed = other + factor * (value - other)
     return np.uint8(_I(min(max(mixed, _F(0)), _F(255))))
 
 
 @compiled
 def _gray(red, green, blue):  # type: ignore[no-untyped-def]
-    """Pillow's luma (ITU-R 601-2) in 16-bit fixed point, uint32."""
+    """Compute Pillow's luma (ITU-R 601-2) in 16-bit fixed point, uint32."""
     return _U(_U(_U(red) * _U(19595)) + _U(_U(green) * _U(38470)) + _U(_U(blue) * _U(7471)) + _U(0x8000)) >> _U(16)
 
 
 @compiled
 def _blend(out, other, factor):  # type: ignore[no-untyped-def]
-    """Brightness (with black) and contrast (with the mean gray)."""
+    """Blend with a constant: black for brightness, the mean grey for contrast."""
     values, constant, share = out.ravel(), _F(other), _F(factor)
     for i in range(values.size):
         values[i] = _mix(_F(values[i]), constant, share)
@@ -100,7 +102,7 @@ def _blend(out, other, factor):  # type: ignore[no-untyped-def]
 
 @compiled
 def _mean_gray(out):  # type: ignore[no-untyped-def]
-    """The gray of the mean luma, rounded half up."""
+    """Return the mean luma, rounded half up."""
     _, height, width = out.shape
     total = 0
     for y in range(height):
@@ -131,17 +133,17 @@ def _to_gray(red, green, blue):  # type: ignore[no-untyped-def]
 
 @compiled
 def _turn_hue(red, green, blue, factor):  # type: ignore[no-untyped-def]
-    """To Pillow's HSV of 256 levels each, ``factor`` turns on, and back.
+    """Convert to Pillow's 8-bit HSV, add ``factor`` turns to the hue, and convert back.
 
-    Written without branches, so that it is vectorised. Pillow computes parts of it in double; written as here, float32
-    gives the same levels for every colour and every turn. Of Pillow's ratios one is always 1 where two are summed.
+    Without branches, so that it is vectorised. Pillow computes parts in double; in this form float32 gives the same
+    levels for all colours and turns. Where Pillow adds two of its ratios, one of them is always 1.
     """
-    turn = _F(int(factor * 255) & 255)  # torchvision's: cut towards 0, then modulo 256
+    turn = _F(int(factor * 255) & 255)  # as torchvision: truncated, then modulo 256
     for i in range(red.size):
         r, g, b = _F(red[i]), _F(green[i]), _F(blue[i])
         most, least = max(r, max(g, b)), min(r, min(g, b))
         chroma = most - least
-        # ---- hue in sixths of a turn: x is 1 at a primary colour's neighbour and 0 at its other one
+        # ---- hue in sixths of a turn; x: position of the middle channel, 0 at the maximum and 1 at the minimum
         x = (most - (r + g + b - most - least)) / max(chroma, _F(1))
         if_red = _F(1) - x if b == least else x - _F(1)
         if_green = _F(1) + x if b == least else _F(3) - x
@@ -150,10 +152,10 @@ def _turn_hue(red, green, blue, factor):  # type: ignore[no-untyped-def]
         turned = turned + _F(1) if turned < _F(0) else turned
         hue = _levels(turned) if chroma > _F(0) else _F(0)
         saturation = _levels(chroma / max(most, _F(1))) / _F(255)
-        # ---- turn
+        # ---- rotation
         hue = hue + turn
         hue = hue - _F(256) if hue >= _F(256) else hue
-        # ---- and back: in sector k one channel has the value, one the least, and one lies between
+        # ---- back to RGB: in sector k the channels have the levels most, middle and low
         k = _F(_I(hue * _F(6) / _F(255)))
         part = (hue * _F(6) - _F(255) * k) / _F(255)
         k = k if k < _F(6) else _F(0)
@@ -168,7 +170,7 @@ def _turn_hue(red, green, blue, factor):  # type: ignore[no-untyped-def]
 
 @compiled
 def _levels(share):  # type: ignore[no-untyped-def]
-    """``share`` * 255 without its fraction, as if the product were exact: a float32's is rounded, perhaps upwards."""
+    """Return floor(share * 255) of the exact product, which float32 may round up."""
     product = _F(_I(share * _F(255)))
     return product - _F(1) if share * _F(256) - product < share else product
 
@@ -181,9 +183,9 @@ def _solarize(values):  # type: ignore[no-untyped-def]
 
 @compiled
 def _blur(out, scratch, radius):  # type: ignore[no-untyped-def]
-    """Three box blurs along the rows, then three along the columns; beyond the border its pixels go on.
+    """Apply three box blurs along the rows, then three along the columns, with replicated borders.
 
-    A box of fractional width weighs its two outermost pixels less. Weights are 24-bit fixed point.
+    The two outermost pixels of a box of fractional width have less weight. Weights are 24-bit fixed point.
     """
     _, height, width = out.shape
     reach = int(radius)
@@ -198,7 +200,7 @@ def _blur(out, scratch, radius):  # type: ignore[no-untyped-def]
     for channel in range(3):
         plane = out[channel]
         _copy(plane, first_rows[:, pad : pad + width])
-        # All rows as one: what is computed across the border between two of them lands in the padding.
+        # All rows are filtered as one line: results across the border of two rows end up in the padding.
         _pad(first_rows, pad)
         _box_along(first, second, reach, whole, edge)
         _pad(second_rows, pad)
@@ -239,7 +241,7 @@ def _box_along(values, out, reach, whole, edge):  # type: ignore[no-untyped-def]
         for x in range(count):
             inner = _U(_U(values[x + 1]) + _U(values[x + 2]) + _U(values[x + 3]))
             out[x + 2] = _weigh(inner, _U(_U(values[x]) + _U(values[x + 4])), whole, edge)
-    else:  # a wide box: what comes in is added and what goes out subtracted
+    else:  # a running sum
         inner = _U(0)
         for x in range(1, 2 * reach + 1):
             inner = _U(inner + _U(values[x]))
@@ -252,7 +254,7 @@ def _box_along(values, out, reach, whole, edge):  # type: ignore[no-untyped-def]
 @compiled
 def _box_across(values, out, reach, whole, edge):  # type: ignore[no-untyped-def]
     height, width = values.shape
-    inner = np.zeros(width, dtype=np.uint32)  # of a wide box: the sum of the lines within it
+    inner = np.zeros(width, dtype=np.uint32)  # for wide boxes: running sums of the lines
     if reach > 1:
         for k in range(-reach, reach + 1):
             line = values[min(max(k, 0), height - 1)]

@@ -1,9 +1,8 @@
-"""Look at the views before training on them.
+"""Draw the augmented views of some images.
 
     python -m dino_xcit.augment preview SRC --out grid.png [--images 4] [flags of run_pretrain.py: --recipe sample ...]
 
-A row an image: the picture with the crops drawn into it, then its views as the network gets them, each with what was
-drawn for it.
+Each row has one image with its crop boxes, followed by its views with their parameters.
 """
 
 from __future__ import annotations
@@ -37,26 +36,26 @@ USAGE = "python -m dino_xcit.augment preview SRC --out grid.png [--images N] [fl
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Settings of python -m dino_xcit.augment preview; every other flag is run_pretrain.py's."""
+    """Settings of python -m dino_xcit.augment preview, in addition to the flags of run_pretrain.py."""
 
     source: Annotated[str, MinLen(1), Positional] = ""
-    """The images, whatever --data-path takes; --source may be left out before it."""
+    """Data set, in any form that --data-path accepts (the flag --source may be omitted)."""
     out: FilePath = "grid.png"
-    """The picture."""
+    """Figure to write."""
     images: Annotated[int, Ge(1), Le(100)] = 4
-    """Rows of the picture."""
+    """Number of images, one per row."""
 
 
 def draw_preview(
     source: Source, augmentation: MultiCropAugmentation, picture: Path, images: int = 4, seed: int = 0, epoch: int = 0,
     white_level: int = WHITE,
 ) -> list[int]:  # fmt: skip
-    """Draw the views of ``images`` images, chosen evenly over the source, into a PNG; which images these are.
+    """Draw the views of ``images`` evenly spaced images into a PNG, and return the indices of the images.
 
-    The views are those that a run with this seed sees in this epoch.
+    The views are the same as in this epoch of a run with this seed.
 
     Raises:
-        InputError: an image cannot be read, or the picture cannot be written.
+        InputError: An image is unreadable, or the PNG cannot be written.
     """
     import matplotlib
 
@@ -107,7 +106,7 @@ def _colour(view: int) -> str:
 
 
 def _caption(number: int, kind: ViewKind, view: ViewParameters, image: Image.Image) -> str:
-    """What was drawn: size, share of the area, and each operation with its strength."""
+    """Describe a view: size, share of the image area, and each operation with its strength."""
     share = view.width * view.height / (image.width * image.height)
     words = [f"{'global' if number < 2 else 'local'} {number} · {kind.size} px · {100 * share:.0f}%"]
     words.append(", ".join(f"{name[:3]} {factor:.2f}" for name, factor in view.jitter) or "no jitter")
@@ -119,10 +118,10 @@ def _caption(number: int, kind: ViewKind, view: ViewParameters, image: Image.Ima
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command.
+    """Run the command.
 
     Raises:
-        InputError: a mistake in the command, or in the data.
+        InputError: The command line or the data are invalid.
     """
     command, *words = argv or ["no command"]
     if command not in ("preview", "-h", "--help"):
@@ -134,9 +133,9 @@ def main(argv: Sequence[str]) -> None:
     white_level = choose_white_level(source, run.white_level)
     chosen = draw_preview(source, run.augmentation(), Path(config.out), config.images, run.seed, 0, white_level)
     names = ", ".join(Path(source.name(index)).name for index in chosen[:4])
-    print(f"{config.out}: the views of {len(chosen)} of {len(source):,} images ({names}{' ...' * (len(chosen) > 4)})")
+    print(f"{config.out}: views of {len(chosen)} of {len(source):,} images ({names}{' ...' * (len(chosen) > 4)})")
 
 
 def command() -> None:
-    """The console entry."""
+    """Console entry point."""
     run_main(lambda: main(sys.argv[1:]))

@@ -1,9 +1,9 @@
 """Crop, resize and mirror on one core: Pillow's antialiased bicubic, bit for bit, several times faster.
 
-Pillow resizes along the rows, rounds to eight bits, then along the columns, with weights in 22-bit fixed point; from
-version 13 on in the other order where the height shrinks by much more. So does this. What differs is the order in
-memory: the picture is transposed once, so that each pass adds whole lines to each other, which a processor does 16 or
-32 values at a time. A pixel is four bytes (red, green, blue, unused), so that turning lines into columns moves words.
+Pillow resizes along the rows, rounds to eight bits, then resizes along the columns, with weights in 22-bit fixed point.
+From version 13 it swaps the order if the height shrinks by much more. This module does the same with another memory
+layout: the image is transposed once, so that each pass adds whole lines, 16 or 32 values per instruction. A pixel has
+four bytes (red, green, blue, unused), so that transposing moves 32-bit words.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 from dino_xcit.augment.compiled import compiled
 
 _I, _U = np.int32, np.uint32
-"""Written out at every step: left alone, Numba widens 32-bit integers to 64 bits, at half the speed or less."""
+"""Explicit at every step, as Numba widens 32-bit integers to 64 bits, which halves the speed or worse."""
 
-_BITS = 22  # of the weights: Pillow's PRECISION_BITS
-
+_BITS = 22  # precision of the weights: Pillow's PRECISION_BITS
 
 _KEPT_WORDS = 1 << 24
-"""Memory for pictures of up to so many pixels, 64 MB, is kept for the next one."""
+"""Buffers of up to this number of pixels (64 MB) are kept for the next image."""
 
 
 class Resampler:
-    """Views cut from one picture after another; keeps memory for the next one."""
+    """Cuts views from one image after another, and reuses its buffers."""
 
     def __init__(self) -> None:
         self._rows = np.empty((0, 0), dtype=np.uint32)
@@ -32,17 +31,17 @@ class Resampler:
         self._memory = np.empty(0, dtype=np.uint32)
         self._scratch = np.empty(0, dtype=np.uint32)
 
-    def load(self, picture: NDArray[np.uint8]) -> None:
-        """The picture that the next views are cut from: [height, width, 4] uint8, contiguous, not to be changed."""
-        height, width, _ = picture.shape
+    def load(self, image: NDArray[np.uint8]) -> None:
+        """Set the image of the next views: [height, width, 4] uint8, contiguous, unchanged until :meth:`release`."""
+        height, width, _ = image.shape
         if len(self._memory) < height * width:
             self._memory = np.empty(height * width, dtype=np.uint32)
         columns = self._memory[: height * width].reshape(width, height)
-        self._rows, self._columns = _read_only(picture.view(np.uint32).reshape(height, width)), _read_only(columns)
+        self._rows, self._columns = _read_only(image.view(np.uint32).reshape(height, width)), _read_only(columns)
         _transpose(self._rows, columns)
 
     def release(self) -> None:
-        """Let go of the picture, and of memory beyond what one of usual size takes."""
+        """Free the image and large buffers."""
         self._rows = self._columns = np.empty((0, 0), dtype=np.uint32)
         if len(self._memory) > _KEPT_WORDS:
             self._memory = np.empty(0, dtype=np.uint32)
@@ -50,9 +49,9 @@ class Resampler:
             self._scratch = np.empty(0, dtype=np.uint32)
 
     def cut(self, top: int, left: int, height: int, width: int, flip: bool, out: NDArray[np.uint8]) -> None:
-        """Rows ``top`` to ``top + height``, columns ``left`` to ``left + width``, resized to ``out`` [3, size, size].
+        """Crop, resize and optionally flip the image into ``out`` [3, size, size].
 
-        As ``picture.crop(...).resize((size, size), BICUBIC)`` of Pillow, then mirrored if asked for.
+        Same as Pillow's ``image.crop((left, top, left + width, top + height)).resize((size, size), BICUBIC)``.
         """
         size = out.shape[-1]
         needed = 2 * size * (max(height, width) + size)
@@ -66,17 +65,17 @@ class Resampler:
 
 
 def _read_only(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """A view that cannot be written. Code is compiled for each kind of array: so there is one."""
+    """Return a read-only view, so that Numba compiles for one kind of array only."""
     values = values.view()
     values.flags.writeable = False
     return values
 
 
 @compiled
-def _cut(picture, first, offset, count, length, rows_first, flip, out, scratch):  # type: ignore[no-untyped-def]
-    """``count`` lines from ``first`` on: columns of the picture, or rows where these are to be added first."""
+def _cut(image, first, offset, count, length, rows_first, flip, out, scratch):  # type: ignore[no-untyped-def]
+    """Resize ``count`` lines from ``first`` on. Lines are rows of the image if ``rows_first``, else columns."""
     size = out.shape[-1]
-    lines = picture[first : first + count, offset : offset + length]
+    lines = image[first : first + count, offset : offset + length]
     fewer = scratch[: size * length].reshape(size, length)
     turned = scratch[size * length : 2 * size * length].reshape(length, size)
     small = scratch[2 * size * length : size * (2 * length + size)].reshape(size, size)
@@ -102,7 +101,7 @@ def _cut(picture, first, offset, count, length, rows_first, flip, out, scratch):
 
 @compiled
 def _transpose(values, out):  # type: ignore[no-untyped-def]
-    """[height, width] uint32 to [width, height], 32 lines at a time: two cache lines of ``out``."""
+    """Transpose [height, width] uint32 to [width, height], 32 lines at a time: two cache lines of ``out``."""
     height, width = values.shape
     whole = height - height % 32
     for start in range(0, whole, 32):
@@ -116,11 +115,11 @@ def _transpose(values, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _add_lines(values, out):  # type: ignore[no-untyped-def]
-    """[count, length] to [new count, length]: each new line a weighted sum of old ones, byte for byte."""
+    """Resize [count, length] to [new count, length]. Each new line is a weighted sum of old lines, per byte."""
     count, length = values.shape
     new_count = out.shape[0]
     scale = count / new_count
-    stretch = max(scale, 1.0)  # a smaller picture takes more lines into each of its own: antialiasing
+    stretch = max(scale, 1.0)  # downscaling averages more lines: antialiasing
     support = 2.0 * stretch
     weights = np.empty(int(np.ceil(support)) * 2 + 1, dtype=np.int32)
     shares = np.empty(len(weights))
@@ -139,7 +138,7 @@ def _add_lines(values, out):  # type: ignore[no-untyped-def]
         for i in range(4 * length):
             total[i] = _I(1 << (_BITS - 1))
         tap = 0
-        while tap + 3 < taps:  # four at a time: a quarter of the writing
+        while tap + 3 < taps:  # four at a time: a quarter of the memory writes
             a, b = values[first + tap].view(np.uint8), values[first + tap + 1].view(np.uint8)
             c, d = values[first + tap + 2].view(np.uint8), values[first + tap + 3].view(np.uint8)
             of_a, of_b, of_c, of_d = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
@@ -159,7 +158,7 @@ def _add_lines(values, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _bicubic(x):  # type: ignore[no-untyped-def]
-    """Keys' cubic convolution with a = -1/2, in the order of operations that Pillow has."""
+    """Evaluate Keys' cubic convolution kernel with a = -1/2, in Pillow's order of operations."""
     x = abs(x)
     if x < 1.0:
         return (1.5 * x - 2.5) * x * x + 1

@@ -1,4 +1,4 @@
-"""From a picture and what was drawn to views, on one core."""
+"""Make views from an image and their parameters, on one core."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from dino_xcit.augment.resample import Resampler
 
 
 class ViewMaker:
-    """Makes the views of one picture after another; holds the memory that this takes."""
+    """Makes the views of one image after another, and reuses its buffers."""
 
     def __init__(self) -> None:
         self._resampler = Resampler()
         self._scratch = np.empty(0, dtype=np.uint8)
 
-    def load(self, picture: NDArray[np.uint8]) -> None:
-        """The picture that the next views are made of: [height, width, 4] uint8, contiguous, not to be changed."""
-        self._resampler.load(picture)
+    def load(self, image: NDArray[np.uint8]) -> None:
+        """Set the image of the next views: [height, width, 4] uint8, contiguous, unchanged until :meth:`release`."""
+        self._resampler.load(image)
 
     def release(self) -> None:
-        """Let go of the picture."""
+        """Free the image."""
         self._resampler.release()
 
     def make(self, row: NDArray[np.float64], out: NDArray[np.uint8], photometric: bool = True) -> None:
-        """One view, into ``out`` [3, size, size] uint8, contiguous.
+        """Make one view.
 
         Args:
-            row: what was drawn for it, see :mod:`dino_xcit.augment.parameters`.
-            photometric: False: crop, resize and flip alone; a device does the rest.
+            row: Parameters of the view, see :mod:`dino_xcit.augment.parameters`.
+            out: [3, size, size] uint8, contiguous, overwritten.
+            photometric: Whether to apply the photometric part. False: crop, resize and flip only.
         """
         top, left, height, width, flip = row[: column.FLIP + 1].astype(np.int64).tolist()
         self._resampler.cut(top, left, height, width, bool(flip), out)

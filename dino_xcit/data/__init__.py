@@ -1,4 +1,4 @@
-"""Data sets: read, decoded, augmented and loaded."""
+"""Data sets: sources, decoding and loading."""
 
 from dino_xcit.data.decode import UndecodableImage, decode
 from dino_xcit.data.open import open_parts, open_source, register_source

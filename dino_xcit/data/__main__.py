@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dino_xcit.data import check, pack
 from dino_xcit.errors import InputError, run_main
 
-USAGE = "python -m dino_xcit.data check SRC, or python -m dino_xcit.data pack SRC DST (--help after it says more)"
+USAGE = "python -m dino_xcit.data check SRC, or python -m dino_xcit.data pack SRC DST (each has --help)"
 COMMANDS = {"check": check.main, "pack": pack.main}
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; its exit code.
+    """Run ``check`` or ``pack`` and return the exit code.
 
     Raises:
-        InputError: a mistake in the command, or in the data.
+        InputError: The command line or the data are invalid.
     """
     if list(argv[:1]) in (["-h"], ["--help"]):
         print(USAGE)

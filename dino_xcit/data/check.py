@@ -1,4 +1,4 @@
-"""Look at every image of a data set before training on it: which are broken, which are there twice, how large they are.
+"""Report the unreadable images, duplicates, sizes and classes of a data set.
 
 python -m dino_xcit.data check SRC [--part train|val] [--report FILE.jsonl] [--workers N]
 """
@@ -35,70 +35,70 @@ _SHOWN = 10
 class CheckConfig:
     """Settings of python -m dino_xcit.data check: read and decode every image of a data set.
 
-    It reports which images cannot be read, which are there twice, byte for byte, how large they are, and how quickly
-    this machine reads and decodes them. The exit code is 1 where an image cannot be read.
+    The report lists unreadable images, byte-identical duplicates, image sizes, and the speed of reading and decoding on
+    this machine. The exit code is 1 if an image is unreadable.
     """
 
     source: Annotated[str, MinLen(1), Positional] = ""
-    """The images, whatever --data-path takes: a folder, a list, tar:..., sample:...; --source may be left out."""
+    """Data set, in any form that --data-path accepts: a folder, a list, tar:... (the flag --source may be omitted)."""
     part: Literal["", "train", "val"] = ""
-    """Which part of the source, where it has parts; a folder with train and val is checked part by part."""
+    """Part of the source, if it has parts. Default: both parts of a folder with train and val."""
     report: FilePath = ""
-    """Write a line an image to this .jsonl file."""
+    """Write one line per image to this .jsonl file."""
     workers: Annotated[int, Ge(-1)] = -1
-    """Processes; 0: this one, -1: as many as there are cores."""
+    """Number of processes. 0: the main process only; -1: one per core."""
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What was seen of one image; its line in a report."""
+    """Findings for one image: its line in the report."""
 
     index: int
     name: str
     width: int = 0
     height: int = 0
     bytes: int = 0
-    """Of the file, or of the pixels where the source holds pixels."""
+    """Size of the file, or of the pixel array if the source returns pixels."""
     format: str = ""
-    """JPEG, PNG ... by what the file is, whatever it is called; ``pixels`` where the source holds those."""
+    """Format by content, not by name: JPEG, PNG ...; ``pixels`` if the source returns pixels."""
     digest: str = ""
-    """SHA-256 of these bytes."""
+    """SHA-256 of the bytes."""
     cause: str = ""
-    """Why it cannot be read; empty where it can."""
+    """Why the image is unreadable; empty if it is readable."""
 
 
 @dataclass
 class Report:
-    """What was seen of all images."""
+    """Findings for all images."""
 
     url: str
     images: int
     seconds: float = 0.0
     bytes: int = 0
-    """Of the images that can be read."""
+    """Total size of the readable images."""
     formats: Counter[str] = field(default_factory=Counter)
     read_seconds: float = 0.0
-    """Sum over the images, in the processes that read them."""
+    """Sum over the images, measured in the workers."""
     decode_seconds: float = 0.0
     classes: dict[str, int] = field(default_factory=dict)
-    """Images a class; empty without labels."""
+    """Number of images per class; empty without labels."""
     broken: list[tuple[str, str]] = field(default_factory=list)
-    """(name, cause) of each image that cannot be read."""
+    """(name, cause) of each unreadable image."""
     duplicates: list[list[str]] = field(default_factory=list)
-    """Names of images whose bytes are the same, a group each."""
+    """Groups of names of byte-identical images."""
     across_classes: int = 0
-    """How many of these groups have more than one label."""
+    """Number of groups with more than one label."""
     sides: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(shorter, longer) side in pixels of the smallest, the median and the largest image, by the shorter side."""
 
     def lines(self) -> Iterator[str]:
-        """For the screen."""
+        """Yield the lines of the printed report."""
         speed = f"{self.images / max(self.seconds, 1e-9):,.0f} images/s"
         yield f"{counted(self.images, 'image')} of {self.url} in {self.seconds:.1f} s ({speed})"
         readable = max(1, self.images - len(self.broken))
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.most_common()) or "nothing"
         reading, decoding = (1e3 * total / readable for total in (self.read_seconds, self.decode_seconds))
-        yield f"{formats}; {self.bytes / 1e9:,.3f} GB; an image: {reading:.2f} ms reading, {decoding:.2f} decoding"
+        yield f"{formats}; {self.bytes / 1e9:,.3f} GB; per image: {reading:.2f} ms reading, {decoding:.2f} ms decoding"
         if self.classes:
             least, most = (pick(self.classes, key=self.classes.__getitem__) for pick in (min, max))
             fewest, greatest = self.classes[least], counted(self.classes[most], "image")
@@ -117,19 +117,19 @@ class Report:
 
 
 def look(source: Source, index: int) -> tuple[Looked, float, float]:
-    """Read and decode one image; what was seen, and the seconds of either."""
+    """Read and decode one image; return the findings and the seconds of reading and of decoding."""
     name, began = source.name(index), time.perf_counter()
     try:
         item, _ = source.read(index)
         read = time.perf_counter()
-        picture = decode(item, name)
+        image = decode(item, name)
     except InputError as error:
         return Looked(index, name, cause=error.cause if isinstance(error, UndecodableImage) else str(error)), 0.0, 0.0
     decoded = time.perf_counter()
     data = item if isinstance(item, bytes) else np.ascontiguousarray(item).tobytes()
     kind = read_header(item).format if isinstance(item, bytes) else "pixels"
     digest = hashlib.sha256(data).hexdigest()
-    looked = Looked(index, name, picture.width, picture.height, len(data), kind, digest)
+    looked = Looked(index, name, image.width, image.height, len(data), kind, digest)
     return looked, read - began, decoded - read
 
 
@@ -137,9 +137,9 @@ def check(source: Source, workers: int = -1, rows: TextIO | None = None) -> Repo
     """Read and decode every image.
 
     Args:
-        source: read in its own order.
-        workers: processes; 0 or 1: this one; -1: as many as there are cores.
-        rows: takes a line of JSON an image.
+        source: Images, read in the order of the source.
+        workers: Number of processes. 0 or 1: the calling process only; -1: one per core.
+        rows: File for one line of JSON per image.
     """
     began = time.perf_counter()
     report = Report(source.url, len(source))
@@ -179,26 +179,26 @@ def check(source: Source, workers: int = -1, rows: TextIO | None = None) -> Repo
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; its exit code: 0 if every image can be read, 1 if not.
+    """Run the check and return the exit code: 0 if every image is readable, else 1.
 
     Raises:
-        InputError: a mistake in the command, or no such data.
+        InputError: The command line is invalid, the data cannot be opened, or the report cannot be written.
     """
     config = parse(CheckConfig, argv, "python -m dino_xcit.data check SRC")
     parts = [config.part] if config.part else parts_of(config.source) or [""]
     sources = [open_source(config.source, part or None) for part in parts]
     for source in sources:
-        choose_white_level(source, WHITE)  # warns
+        choose_white_level(source, WHITE)  # for its warning
     try:
-        with ExitStack() as stack:  # opened before hours of reading, in case it cannot be written
+        with ExitStack() as stack:  # opened first: an unwritable report fails before hours of reading
             rows = stack.enter_context(open(config.report, "w", encoding="utf-8")) if config.report else None
             reports = [check(source, config.workers, rows) for source in sources]
     except OSError as error:
         if not config.report:
             raise
-        raise InputError(f"cannot write {config.report}: {error.strerror}; choose another --report") from error
+        raise InputError(f"cannot write {config.report}: {error.strerror}; give another --report") from error
     for text in (line for report in reports for line in report.lines()):
         print(printable(text))
     if config.report:
-        print(f"a line an image: {config.report}", file=sys.stderr)
+        print(f"one line per image: {config.report}", file=sys.stderr)
     return 1 if any(report.broken for report in reports) else 0

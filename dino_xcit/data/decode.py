@@ -1,4 +1,4 @@
-"""From a source's item to an RGB picture: the one place where image files are decoded."""
+"""Decode items of a source to RGB images. All image files are decoded here."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from dino_xcit.transform import WHITE
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 MAX_PIXELS = 160_000_000
-"""Larger pictures are refused before a pixel of them is decoded: medium-format cameras end at 151 million.
+"""Maximum number of pixels, checked before decoding. Medium-format cameras reach 151 million.
 
-So it bounds what decoding needs besides the file: 8 bytes a pixel for most files (Pillow keeps RGB in four, and it is
-there twice), 12 for a turned CMYK, 16 for a WebP and four more where that is transparent; four more for the pixels that
-are handed to augmentation, and there another four.
+The limit bounds the memory of decoding. Besides the file, decoding takes 8 bytes per pixel for most formats (two copies
+at Pillow's four bytes), 12 for a rotated CMYK image, 16 for WebP and 20 for WebP with transparency. Augmentation takes
+8 bytes per pixel more.
 """
 
 _UPRIGHT = {
@@ -41,21 +41,21 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation to what undoes it."""
-_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+"""EXIF orientation to the transposition that undoes it."""
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
 
-# Pillow logs some of its refusals as errors, which Python prints where nobody has set up logging. The error says it.
+# Pillow logs errors that it also raises; without a handler Python would print them to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-Picture = TypeVar("Picture")
+Decoded = TypeVar("Decoded")
 
 
 class UndecodableImage(InputError):
-    """A file is no image that can be read: its name and the cause are in the message."""
+    """An unreadable image. The message has its name, the cause and a remedy."""
 
     cause: str
-    """The clause that says why, on one line, without the file's name and without advice."""
+    """The cause alone, on one line."""
 
     def __init__(self, message: str, cause: str | None = None) -> None:
         super().__init__(message)
@@ -63,15 +63,16 @@ class UndecodableImage(InputError):
 
 
 def decode(item: Item, name: str, white_level: int = WHITE) -> Image.Image:
-    """The item as an upright RGB picture: the first frame of several, without its transparency. By Pillow alone.
+    """Decode an item with Pillow to an upright RGB image: the first frame, without transparency.
 
     Args:
-        item: an encoded file, or uint8 pixels [height, width] or [height, width, 3].
-        name: what to call it in an error.
-        white_level: the value of 16-bit images that becomes white, as larger ones do.
+        item: Encoded file, or uint8 pixels [height, width] or [height, width, 3].
+        name: Name of the image in errors.
+        white_level: Value of 16-bit images that maps to white. Larger values are clipped.
 
     Raises:
-        UndecodableImage: not one of :data:`FORMATS`, damaged, cut short, or larger than :data:`MAX_PIXELS`.
+        UndecodableImage: The file is not one of :data:`FORMATS`, is damaged or truncated, or has more than
+            :data:`MAX_PIXELS`.
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item).convert("RGB")
@@ -79,13 +80,13 @@ def decode(item: Item, name: str, white_level: int = WHITE) -> Image.Image:
 
 
 def decode_pixels(item: Item, name: str, white_level: int = WHITE) -> NDArray[np.uint8]:
-    """The same pixels as :func:`decode`, for augmentation: [height, width, 4], red, green, blue and a byte unused.
+    """Decode an item to the same pixels as :func:`decode`, as [height, width, 4]: red, green, blue, one unused byte.
 
-    Bit for bit: a JPEG without flaws goes straight through libjpeg-turbo, which Pillow has too; what that frowns upon
-    is left to Pillow's judgement.
+    Intact RGB JPEGs are decoded by libjpeg-turbo directly, with the same bits as in Pillow, which uses it too. All
+    other files are decoded by Pillow.
 
     Raises:
-        UndecodableImage: as :func:`decode`.
+        UndecodableImage: As :func:`decode`.
     """
     if isinstance(item, np.ndarray):
         pixels = np.empty((*item.shape[:2], 4), dtype=np.uint8)
@@ -94,29 +95,29 @@ def decode_pixels(item: Item, name: str, white_level: int = WHITE) -> NDArray[np
     return _guarded(partial(_decode_to_pixels, white_level=white_level), item, name)
 
 
-def choose_white_level(source: Source, asked: int) -> int:
-    """``asked``, or where that is 0 what 64 images tell; a warning where their 16-bit files become almost black.
+def choose_white_level(source: Source, level: int) -> int:
+    """Return ``level``, or if it is 0 the white level measured on 64 images.
 
-    It is the least 2^n - 1 that none of their values exceeds: cameras and scanners of 12 bits write files of 16. Every
-    process calls this, the main one reads the images.
+    The measured level is the smallest 2^n - 1 that is not below any 16-bit value, as 12-bit cameras and scanners write
+    16-bit files. Warns if ``level`` makes the 16-bit images almost black. All ranks call this; rank 0 reads the images.
     """
     found = distributed.on_main(partial(_white_level_of, source))
-    if not asked:
+    if not level:
         log.info(f"white level of {source.url}: {found:,}, measured")
-    elif 4 * found < asked:
+    elif 4 * found < level:
         log.warning(
-            f"16-bit images of {source.url} are almost black, with no value above {found:,} where {asked:,} is white: "
-            f"--white-level {found} makes that white"
+            f"16-bit images of {source.url} become almost black: their largest value is at most {found:,}, and white "
+            f"is {level:,}; set --white-level {found}"
         )
-    return asked or found
+    return level or found
 
 
 def _white_level_of(source: Source) -> int:
     highest = 0
     for index in np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)).tolist():
-        if source.name(index).lower().endswith((".jpg", ".jpeg")):  # never of 16 bits
+        if source.name(index).lower().endswith((".jpg", ".jpeg")):  # never 16-bit
             continue
-        with contextlib.suppress(InputError):  # reported where it is used
+        with contextlib.suppress(InputError):  # unreadable images are reported where they are used
             item, _ = source.read(index)
             if isinstance(item, bytes):
                 highest = max(highest, _guarded(_highest_of_16_bits, item, ""))
@@ -136,39 +137,39 @@ def _has_16_bits(image: Image.Image) -> bool:
 
 
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
-    """An RGB picture as [height, width, 4], the last byte unused: Pillow's own layout."""
+    """Return the pixels of an RGB image as [height, width, 4], the last byte unused: Pillow's memory layout."""
     return np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint8).reshape(image.height, image.width, 4)
 
 
 @dataclass(frozen=True)
 class Header:
-    """Of a file that :func:`decode` has accepted."""
+    """Header of a file that :func:`decode` has accepted."""
 
     format: str
     """One of :data:`FORMATS`."""
     is_turned: bool
-    """Whether EXIF says that the picture is to be turned or mirrored before it is looked at."""
+    """Whether the EXIF orientation requires a rotation or a flip."""
 
 
 def read_header(data: bytes) -> Header:
-    """What an encoded image says of itself before a pixel is decoded."""
+    """Read the header of an encoded image, without decoding pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _open(data)
-        # A JPEG that holds several pictures is an MPO to Pillow.
+        # Pillow reports a JPEG with several images as MPO.
         return Header("JPEG" if image.format == "MPO" else image.format or "", _orientation(image) in _UPRIGHT)
 
 
-def _guarded(read: Callable[[bytes], Picture], data: bytes, name: str) -> Picture:
+def _guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decoded:
     try:
-        # Pillow warns of doubtful metadata, and of sizes that are judged here. Undone at once, for others' warnings.
+        # Pillow warns of doubtful EXIF data, and of sizes that are checked here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return read(data)
-    except Exception as error:  # of any class: parsers of damaged files stumble over whatever they meet
+    except Exception as error:  # damaged files make parsers raise any exception
         cause = _cause(data, error)
-    # Raised outside the handler, so that it does not keep a half-decoded picture alive in a traceback.
-    advice = "remove it, or save it anew as a JPEG or PNG; python -m dino_xcit.data pack leaves such images out"
+    # Raised outside the handler, so that no traceback keeps a half-decoded image in memory.
+    advice = "remove it, or save it again as JPEG or PNG; python -m dino_xcit.data pack skips unreadable images"
     raise UndecodableImage(f"{name} cannot be read: {cause}; {advice}", cause)
 
 
@@ -176,14 +177,14 @@ def _decode_to_pixels(data: bytes, white_level: int) -> NDArray[np.uint8]:
     if data[:2] == b"\xff\xd8":
         image = _open(data)
         _check_size(image)
-        # Pillow says what to do with it, and both must have read the same size before memory is taken for it.
+        # Before memory is allocated, both libraries must agree on the size.
         plain = image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1
         if plain and simplejpeg.is_jpeg(data):
             try:
                 height, width, *_ = simplejpeg.decode_jpeg_header(data)
                 if (width, height) == image.size:
                     return simplejpeg.decode_jpeg(data, "RGBA", strict=True)
-            except (ValueError, KeyError):  # KeyError: a sampling that it has no name for
+            except (ValueError, KeyError):  # KeyError: a chroma subsampling unknown to simplejpeg
                 pass
     return pixels_of(_decode_file(data, white_level))
 
@@ -198,7 +199,7 @@ def _decode_file(data: bytes, white_level: int) -> Image.Image:
 
 
 def _without_texts(png: bytes) -> bytes:
-    """Of a PNG whose texts or profile are larger than Pillow unpacks, such as XMP: none of them matters here."""
+    """Remove text and profile chunks from a PNG: Pillow refuses large ones, such as XMP, and decoding ignores them."""
     kept, place = [png[:8]], 8
     while place < len(png):
         end = place + 12 + int.from_bytes(png[place : place + 4])
@@ -211,20 +212,20 @@ def _without_texts(png: bytes) -> bytes:
 def _decode_strictly(data: bytes, white_level: int) -> Image.Image:
     image = _open(data)
     _check_size(image)
-    if image.format == "PNG":  # the only format whose checksums Pillow can check, which it does not when decoding
+    if image.format == "PNG":  # Pillow checks the checksums of PNGs only, and not while decoding
         image.verify()
-        image = _open(data)  # as Pillow demands
+        image = _open(data)  # required after verify()
     _read_strictly(image)
     image.load()
     method = _UPRIGHT.get(_orientation(image))
     upright = image if method is None else image.transpose(method)
     if _has_16_bits(image):
         return _from_16_bits(upright, white_level)
-    if upright.mode in ("I", "F"):  # Pillow's own conversion would cut off at 255 whatever the range is
-        raise ValueError("32 bits a channel, of which it is not known what is white")
+    if upright.mode in ("I", "F"):  # Pillow's conversion would clip at 255
+        raise ValueError("32 bits per channel, with an unknown white level")
     if upright.mode == "RGB" and upright is not image:
         return upright
-    return upright.convert("RGB")  # where it is RGB already, a copy that does not hold the file
+    return upright.convert("RGB")  # if already RGB, a copy without a reference to the file
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -232,23 +233,23 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _check_size(image: ImageFile.ImageFile) -> None:
-    """Refuse what would need much memory or time, from the header alone."""
+    """Raise ValueError if the header declares an image that takes too much memory or time."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS:,}")
     tags = getattr(image, "tag_v2", {})
-    # A tile is decoded into a buffer of its own size, however small the picture.
+    # A tile is decoded into a buffer of its own size, however small the image.
     if tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1) > MAX_PIXELS:
-        raise ValueError("tiles larger than any picture may be")
-    # Each plane is covered once. A small file can list one tile a million times.
+        raise ValueError(f"tiles of more than {MAX_PIXELS:,} pixels")
+    # A small file can list the same tile a million times.
     areas = ((box[2] - box[0]) * (box[3] - box[1]) for _, box, *_ in image.tile if box is not None)
     if sum(areas) > len(image.getbands()) * width * height:
-        raise ValueError("its tiles cover it more than once")
+        raise ValueError("tiles that overlap")
 
 
 def _read_strictly(image: ImageFile.ImageFile) -> None:
-    """Make a file that ends early an error even where other code has told Pillow to put up with it."""
-    if image.format in ("PNG", "WEBP"):  # a PNG was verified, and a WebP is decoded as a whole
+    """Make a truncated file an error even if other code has set ``ImageFile.LOAD_TRUNCATED_IMAGES``."""
+    if image.format in ("PNG", "WEBP"):  # PNGs are verified, WebPs are decoded as a whole
         return
     stream = image.fp
     assert stream is not None
@@ -256,14 +257,14 @@ def _read_strictly(image: ImageFile.ImageFile) -> None:
     def read(count: int) -> bytes:
         block = stream.read(count)
         if not block:
-            raise OSError("the file ends before the picture is complete")
+            raise OSError("the file is truncated")
         return block
 
     image.load_read = read  # type: ignore[attr-defined]
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where it is absent or cannot be read, as the picture is there all the same."""
+    """Return the EXIF orientation, 1 to 8; 1 if it is absent or damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
@@ -272,7 +273,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _from_16_bits(image: Image.Image, white_level: int) -> Image.Image:
-    """The upper eight of the bits that the white level has; Pillow's own conversion would cut off at 255."""
+    """Scale 16-bit values to 8 bits, with ``white_level`` as white. Pillow's conversion would clip at 255."""
     values = np.minimum(np.asarray(image), white_level).astype(np.uint32)
     values *= 256
     values //= white_level + 1
@@ -280,13 +281,13 @@ def _from_16_bits(image: Image.Image, white_level: int) -> Image.Image:
 
 
 def _cause(data: bytes, error: Exception) -> str:
-    """Why a file cannot be read, on one line of at most some 200 characters."""
+    """Return why a file is unreadable, on one line of about 200 characters at most."""
     if not data:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
         claimed = next((name for name in FORMATS if Image.OPEN[name][1](data[:16])), None)  # type: ignore[misc]
         if claimed:
-            return f"it begins like a {claimed}, but its header is damaged or of an unknown kind"
+            return f"it begins like a {claimed}, but its header is damaged or unsupported"
         if data[:1000].lstrip().lower().startswith((b"<!doctype html", b"<html")):
             return "a web page, not an image"
         return f"not an image in a known format ({', '.join(FORMATS)})"

@@ -1,4 +1,4 @@
-"""Images in folders: a folder for each class, a flat folder, or a list of paths; on this machine or remote."""
+"""Images in folders: one folder per class, a flat folder, or a list of paths; local or remote."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ from dino_xcit.runtime import logging as log
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 MIN_KEPT = 10_000
-"""Images from which on an index is stored: fewer are listed in no time."""
+"""Minimum number of images for which the index is stored. Smaller folders are listed quickly."""
 RESULT_FILES = frozenset({"metrics.jsonl", "vectors.npy"})
-"""A sub-folder that holds one of these is a run or a collection of this project: its pictures are no data."""
+"""Files that mark a sub-folder as a run or a collection of this project, which is not data."""
 
 _UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".exr", ".tga")
-"""Formats of images that are not read. Files of these endings, and those without an ending, are reported."""
+"""Suffixes of unsupported image formats. Skipped files with these suffixes, or with none, are reported."""
 _MAX_LIST_BYTES = 4 << 30
 _SETTLED = 2_000_000_000
-"""Nanoseconds after which a folder's time is trusted: some file systems count whole seconds."""
+"""Age in nanoseconds from which a folder's mtime is trusted: some file systems store whole seconds."""
 
 
 class FileSource:
-    """Image files by path. The paths are an index, so that a million of them cost loader processes little."""
+    """Image files by path. The paths are a memory-mapped index, which workers share.
+
+    Args:
+        url: URL of the source.
+        root: Folder of the relative paths.
+        index: Columns ``name`` (paths, relative to ``root`` or absolute) and, with labels, ``label`` and ``class``.
+        version: Hash of the listed sizes and times; empty: :meth:`fingerprint` reads them from the file system.
+    """
 
     def __init__(self, url: str, root: str, index: Index, version: str = "") -> None:
-        """``index``: ``name``, paths relative to ``root`` or absolute; with labels also ``label`` and ``class``.
-
-        ``version`` changes with the files' content where that was listed; empty: the files are asked.
-        """
         self.url = url
         self.classes = tuple(index.strings["class"]) if "class" in index.strings else None
         self.labels = index.numbers.get("label")
         self.label_problem = "".join(index.strings.get("label_problem", ()))
-        """Why there are no labels, where some were expected."""
+        """Why expected labels are missing; else empty."""
         self._root, self._index, self._version = root, index, version
         self._names = index.strings["name"]
 
@@ -62,7 +65,7 @@ class FileSource:
         return data, None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """Of the root, names, labels, and the files' sizes and times; of remote files in a list the names alone."""
+        """Hash the root, names, labels, and the files' sizes and times (not those of remote files in a list)."""
         if self._version:
             return hash_lines([self._root, self._version])
 
@@ -76,16 +79,17 @@ class FileSource:
 
 
 def open_folder(root: str, url: str) -> FileSource:
-    """A folder of images, on this machine or remote.
+    """Open a local or remote folder of images.
 
-    Images that lie directly in ``root`` make it a flat folder without labels, sub-folders included. Otherwise each
-    sub-folder that holds images, at any depth, is a class named after it, numbered in sorted order (the layout of
-    torchvision's ImageFolder). Hidden files and folders, and this project's own results, are left out.
+    If ``root`` directly contains images, it is a flat folder without labels, sub-folders included. Otherwise each
+    sub-folder that contains images, at any depth, is a class named after it, numbered in sorted order (the layout of
+    torchvision's ImageFolder). Hidden files and folders, and results of this project, are skipped.
 
-    What was found is stored, and valid as long as no folder's time has changed. A remote folder is listed each time.
+    The index of a local folder is cached and valid until the mtime of a folder changes. A remote folder is listed each
+    time.
 
     Raises:
-        InputError: there is no image, or the folder cannot be listed.
+        InputError: The folder contains no image, or cannot be listed.
     """
     if storage.is_remote(root):
         root = root.rstrip("/")
@@ -108,32 +112,32 @@ def open_folder(root: str, url: str) -> FileSource:
 
 
 def open_list(file: str, url: str) -> FileSource:
-    """A text file with the path of one image a line; no labels.
+    """Open a text file with one image path per line, without labels.
 
-    Paths are absolute, URLs, or relative to the file's folder. The file may be remote itself. Lines that begin with #
-    and do not end as images do are comments.
+    Paths are absolute, URLs, or relative to the folder of the file. The file may be remote. Lines that begin with # and
+    have no image suffix are comments.
 
     Raises:
-        InputError: it lists nothing, its first path does not exist, or it names a chain of file systems.
+        InputError: The list is empty, its first path does not exist, or a path chains file systems.
     """
     data = storage.read_file(file, _MAX_LIST_BYTES)
-    # Not splitlines, which also splits at letters that a file's name may have. Some editors begin with a mark.
+    # Not splitlines, which also splits at characters that file names may contain.
     text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     lines = [line.strip() for line in text.split("\n")]
     paths = [line for line in lines if line and not (line.startswith("#") and not _is_image(line))]
     folder = storage.folder_of(file)
     if b"\0" in data:
-        raise InputError(f"the file list {file} is not text: expected one path a line")
+        raise InputError(f"the file list {file} is not text: expected one path per line")
     if not paths:
-        raise InputError(f"the file list {file} names no image: expected one path a line")
-    # fsspec can chain file systems, and some of those run what they find.
+        raise InputError(f"the file list {file} names no image: expected one path per line")
+    # fsspec can chain file systems, and some of them execute code.
     chain = next((path for path in paths if storage.is_remote(path) and "::" in path), None)
     if chain is not None:
         raise InputError(f"the file list {file} names {chain!r}, a chain of file systems: expected paths or plain URLs")
     if not storage.is_file(_joined(folder, paths[0])):
         raise InputError(
-            f"the file list {file} names {paths[0]!r}, which is not a file: write paths that are absolute, or relative "
-            f"to {folder}"
+            f"the file list {file} names {paths[0]!r}, which is not a file: expected absolute paths, or paths "
+            f"relative to {folder}"
         )
     version = hash_lines([folder, *paths])
     strings = {"name": Strings.pack(paths), "version": Strings.pack([version])}
@@ -146,7 +150,7 @@ def open_list(file: str, url: str) -> FileSource:
 
 
 class _Found:
-    """Paths below a root, with slashes: images, and a count of what was skipped."""
+    """Paths of images below a root, with slashes, and counts of skipped files."""
 
     def __init__(self) -> None:
         self.images: list[str] = []
@@ -158,21 +162,21 @@ class _Found:
             self.images.append(path)
         elif suffix in _UNREAD:
             self.skipped[suffix] += 1
-        elif not suffix or suffix[1:].isdigit():  # "IMG 2.10" has no ending
-            self.skipped["without an ending"] += 1
+        elif not suffix or suffix[1:].isdigit():  # "IMG 2.10" has no suffix
+            self.skipped["without a suffix"] += 1
 
     def index(self, root: str, version: str = "") -> Index:
-        """The index of a flat folder, or of a folder for each class.
+        """Build the index of a flat folder, or of one folder per class.
 
         Raises:
-            InputError: there is no image.
+            InputError: There is no image.
         """
         skipped = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
         if not self.images:
             there = f" (skipped: {skipped})" if skipped else ""
             raise InputError(
                 f"no image in {root}{there}: expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ... in it or in "
-                "one sub-folder a class"
+                "one sub-folder per class"
             )
         warnings = (
             [f"{printable(root)}: skipped {skipped}; images end in {' '.join(IMAGE_SUFFIXES)}"] if skipped else []
@@ -187,16 +191,16 @@ class _Found:
                 strings["label_problem"] = Strings.pack([problem])
             return Index({}, strings | {"name": Strings.pack(sorted(images))}, keep)
         labels, classes = number_classes([path.partition("/")[0] for path in images])
-        order = np.argsort(labels, kind="stable")  # two spellings of one name may lie apart
+        order = np.argsort(labels, kind="stable")  # Unicode spellings of one class may not be adjacent
         names = Strings.pack(images[place] for place in order)
         return Index({"label": labels[order]}, strings | {"name": names, "class": Strings.pack(classes)}, keep)
 
 
 def _walk(root: str) -> Index:
-    """List a local folder at all depths. Links are followed, but not in circles.
+    """List a local folder at all depths. Follows links, except those to a folder above.
 
     Raises:
-        InputError: a folder cannot be listed.
+        InputError: A folder cannot be listed.
     """
     began, found = time.time_ns(), _Found()
     times: dict[str, int] = {}
@@ -204,11 +208,11 @@ def _walk(root: str) -> Index:
     while waiting:
         relative, above = waiting.pop()
         folder = os.path.join(root, relative)
-        listed_at = _time(folder)  # before it is listed, so that a later change is noticed
+        listed_at = _time(folder)  # before the listing, so that a later change is noticed
         try:
             with os.scandir(folder) as listing:
                 entries = list(listing)
-        except OSError as error:  # skipped, it would be a class that is missing
+        except OSError as error:  # skipping the folder could lose a class
             remedy = f"make it readable, or move it out of {root}" if relative else "check the path"
             raise InputError(f"cannot list the folder {folder}: {one_line(error)}; {remedy}") from error
         times[relative] = listed_at
@@ -229,7 +233,7 @@ def _walk(root: str) -> Index:
             else:
                 found.add(path)
     index = found.index(root)
-    # The target of a broken link can come back without a change of any folder here.
+    # The target of a broken link can reappear without a change of any folder here.
     settled = not found.skipped["broken links"] and max(times.values()) < began - _SETTLED and min(times.values()) >= 0
     return Index(
         {**index.numbers, "folder_time": np.array(list(times.values()), dtype=np.int64)},
@@ -239,7 +243,7 @@ def _walk(root: str) -> Index:
 
 
 def _is_unchanged(root: str) -> Callable[[Index], bool]:
-    """Whether an index of a local folder still holds: for :func:`cached`."""
+    """Return a check of whether an index of a local folder is up to date, for :func:`cached`."""
 
     def accept(index: Index) -> bool:
         times = zip(index.strings["folder"], index.numbers["folder_time"].tolist(), strict=True)
@@ -264,7 +268,7 @@ def _is_image(path: str) -> bool:
 
 
 def _joined(root: str, path: str) -> str:
-    """A path below ``root``, or one that stands for itself."""
+    """Join a path to ``root`` unless it is absolute or a URL."""
     if storage.is_remote(path):
         return path
     if storage.is_remote(root):

@@ -1,7 +1,7 @@
 """Images in Hugging Face datasets: ``hf:NAME_OR_DIR`` and ``parquet:PATTERN``.
 
-The datasets library keeps an Arrow copy of the data and maps it into memory; images stay encoded. Reading one costs its
-own bytes, in any order. One process writes the copy while the others wait.
+The datasets library keeps an Arrow copy of the data and maps it into memory. Images stay encoded, and random access
+reads the bytes of one image only. One process writes the copy while the others wait.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "picture", "photo")
-"""Columns of bytes that hold images, where no column has the type Image."""
+"""Names of image columns of type bytes, used if no column has the type Image."""
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "cls")
-"""Columns of whole numbers or strings that hold labels, where no column has the type ClassLabel."""
+"""Names of label columns of integers or strings, used if no column has the type ClassLabel."""
 VAL = ("val", "validation", "test")
-"""Names of a validation part, the first that is there."""
+"""Names of the validation part, in order of preference."""
 
 _QUERY = re.compile(r"\?((?:image|label)=[^&?]*(?:&(?:image|label)=[^&?]*)*)$")
 
@@ -48,21 +48,21 @@ class HFSource:
     """The rows of a :class:`datasets.Dataset`."""
 
     def __init__(self, url: str, dataset: datasets.Dataset, image: str, label: str | None) -> None:
-        """``image`` and ``label`` are columns.
+        """``image`` and ``label`` are column names.
 
         Raises:
-            InputError: only some rows have a label, or the labels are no class numbers.
+            InputError: Only some rows have a label, or a label is out of range.
         """
         import datasets
 
         self.url, self._image = url, image
         self.labels, self.classes = (None, None) if label is None else _labels(dataset, label, url)
         self.label_problem = ""
-        """Why there are no labels, where some were expected."""
+        """Why expected labels are missing; else empty."""
         if self.labels is None:
             columns = [label] if label else [name for name in dataset.features if name.lower() in LABEL_NAMES]
             kinds = ", ".join(f"{name} ({_type_name(dataset.features[name])})" for name in columns)
-            self.label_problem = f"no class number or name is read from its column {kinds}" if kinds else ""
+            self.label_problem = f"its column {kinds} has no class numbers or names" if kinds else ""
         if isinstance(dataset.features[image], datasets.Image):
             dataset = dataset.cast_column(image, datasets.Image(decode=False))
         self._dataset = dataset.select_columns(image)
@@ -71,18 +71,18 @@ class HFSource:
         return len(self._dataset)
 
     def name(self, index: int) -> str:
-        """Such as ``00000017/cat.jpg``: the row, and the last part of the image's own path."""
+        """Return a name such as ``00000017/cat.jpg``: the row, and the file name of the image if it has one."""
         row = range(len(self))[index]
         path = self._part("path")
         own = None if path is None else path[row].as_py()
         return f"{row:08d}/{os.path.basename(own)}" if own else f"{row:08d}"
 
     def read(self, index: int) -> tuple[Item, int | None]:
-        """Item ``index``.
+        """Read item ``index``.
 
         Raises:
-            UndecodableImage: the row holds no image.
-            InputError: it names a file that cannot be read.
+            UndecodableImage: The row has no image.
+            InputError: The row names a file that cannot be read.
         """
         value = self._dataset[range(len(self))[index]][self._image]
         if isinstance(value, dict):
@@ -90,12 +90,12 @@ class HFSource:
             if value is None and _is_place(path):
                 value = storage.read_file(path, storage.MAX_IMAGE_BYTES)
         if value is None:
-            cause = "the row holds no image"
-            raise UndecodableImage(f"{self.name(index)} cannot be read: {cause}; leave the row out", cause)
+            cause = "the row has no image"
+            raise UndecodableImage(f"{self.name(index)} cannot be read: {cause}; remove the row", cause)
         return value, None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """Of sizes, names and labels, and of the bytes of 64 images; of files that rows name, sizes and times."""
+        """Hash sizes, names, labels, the bytes of 64 images, and the sizes and times of files that rows name."""
         import pyarrow.compute as pc
 
         names, lengths = self._part("path"), pc.binary_length(self._part("bytes"))
@@ -112,7 +112,7 @@ class HFSource:
         return hash_lines([*digests, *(name or "" for name in names.to_pylist()), *states])
 
     def _part(self, field: str) -> pa.ChunkedArray | None:
-        """A field of the image column, or the column itself where it holds bytes alone."""
+        """Return a field of the image column, or the column itself if it is not a struct."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -123,27 +123,26 @@ class HFSource:
 
 
 def _is_place(path: str | None) -> TypeGuard[str]:
-    """Whether the path of an image tells where a file is, as in folders that the library has opened.
+    """Whether the path of an image is a location, as in folders opened by the library, and not only a name.
 
-    A relative one is a name; fsspec can chain file systems, and some of those run what they find.
+    Relative paths are names. Chained file systems of fsspec are refused, as some execute code.
     """
     return path is not None and (os.path.isabs(path) or storage.is_remote(path)) and "::" not in path
 
 
 def open_hf(name: str, part: str | None = None) -> HFSource:
-    """Open a data set of the Hugging Face hub, or what ``save_to_disk`` wrote.
+    """Open a data set of the Hugging Face hub, or a folder written by ``save_to_disk``.
 
     Args:
-        name: ``ORG/NAME``, ``ORG/NAME/CONFIG``, or a folder; ``/train`` or ``/val`` after it chooses the part, and
-            ``?image=COLUMN&label=COLUMN`` the columns (``label=none``: no labels). What the library has in its cache is
-            read without a network.
+        name: ``ORG/NAME``, ``ORG/NAME/CONFIG``, or a folder. A trailing ``/train`` or ``/val`` selects the part, and
+            ``?image=COLUMN&label=COLUMN`` the columns (``label=none``: no labels). Cached data sets need no network.
         part: ``train`` or ``val`` (``validation``, ``test``); None: ``train``.
 
     Raises:
-        InputError: the package is missing; no such data set or part; it is not clear which columns are meant.
+        InputError: The package is missing, the data set or part does not exist, or the columns are ambiguous.
     """
     datasets = _import_datasets()
-    name, image, label = _columns_asked_for(name)
+    name, image, label = _split_query(name)
     name, named = split_part(name)
     part = named or part
     url = f"hf:{name}"
@@ -156,7 +155,7 @@ def open_hf(name: str, part: str | None = None) -> HFSource:
             return datasets.load_dataset(str(folder))
         return datasets.load_dataset(*([name] if name.count("/") < 2 else name.rsplit("/", 1)))
 
-    found = _explaining(url, "check the name, and whether it is in the library's cache or the network is up", load)
+    found = _explaining(url, "check the name and the network", load)
     if isinstance(found, datasets.Dataset):
         found = {"train": found}
     wanted = VAL if part == "val" else ("train",)
@@ -167,20 +166,20 @@ def open_hf(name: str, part: str | None = None) -> HFSource:
 
 
 def open_parquet(pattern: str, part: str | None = None) -> HFSource:
-    """Open Parquet files, copied to Arrow the first time.
+    """Open Parquet files. The first call copies them to Arrow.
 
     Args:
-        pattern: files, as :func:`dino_xcit.data.storage.expand` takes them; or a folder in which, or in whose folder
-            ``data``, the files' names begin with their part, as in the hub's repositories. ``?image=COLUMN`` and
+        pattern: Pattern of files (see :func:`dino_xcit.data.storage.expand`), or a folder. In the folder, or in its
+            sub-folder ``data``, file names begin with the part, as in repositories of the hub. ``?image=COLUMN`` and
             ``?label=COLUMN`` as for :func:`open_hf`.
         part: ``train`` or ``val``, for folders; None: ``train``.
 
     Raises:
-        InputError: the package is missing; no such file, or a damaged one; no room for the copy; it is not clear which
-            columns are meant.
+        InputError: The package is missing, a file is missing or damaged, the disk has no room for the copy, or the
+            columns are ambiguous.
     """
     datasets = _import_datasets()
-    pattern, image, label = _columns_asked_for(pattern)
+    pattern, image, label = _split_query(pattern)
     pattern = _of_part(pattern, part)
     url, paths = f"parquet:{pattern}", expand(pattern)
     cache = cache_folder() / "arrow"
@@ -190,15 +189,15 @@ def open_parquet(pattern: str, part: str | None = None) -> HFSource:
         builder = datasets.load_dataset_builder("parquet", data_files={"train": local}, cache_dir=str(cache))
         if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.isdir(builder.cache_dir):
             _announce_copy(url, paths, Path(builder.cache_dir))
-        builder.download_and_prepare(verification_mode="no_checks")  # the library's lock lets one process copy
+        builder.download_and_prepare(verification_mode="no_checks")  # under the library's lock
         return builder.as_dataset(split="train")
 
     return _source(url, _explaining(url, "expected Parquet files of one data set", load), image, label)
 
 
 def is_folder_of_parquet(pattern: str) -> bool:
-    """Whether a pattern is a folder, which may hold several parts."""
-    pattern = _columns_asked_for(pattern)[0]
+    """Whether a pattern is a folder, which may have several parts."""
+    pattern = _split_query(pattern)[0]
     return not any(letter in pattern for letter in "*?[{") and storage.is_folder(pattern)
 
 
@@ -214,8 +213,8 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _columns_asked_for(address: str) -> tuple[str, str, str]:
-    """An address without its ``?image=...&label=...``, and the two columns or empty strings."""
+def _split_query(address: str) -> tuple[str, str, str]:
+    """Split ``?image=...&label=...`` off an address: (address, image column or "", label column or "")."""
     query = _QUERY.search(address)
     if query is None:
         return address, "", ""
@@ -224,7 +223,7 @@ def _columns_asked_for(address: str) -> tuple[str, str, str]:
 
 
 def _of_part(pattern: str, part: str | None) -> str:
-    """The pattern itself; of a folder that of the part's files, or of all where their names tell no part."""
+    """Turn a folder into the pattern of the files of a part, or of all files if no file name begins with a part."""
     if not is_folder_of_parquet(pattern):
         return pattern
     wanted = VAL if part == "val" else ("train",)
@@ -237,17 +236,17 @@ def _of_part(pattern: str, part: str | None) -> str:
             if prefix or not any(path.rpartition("/")[2].startswith(("train", *VAL)) for path in found):
                 return f"{place}/{prefix}*.parquet"
     raise InputError(
-        f"no Parquet file in {pattern} or its folder 'data' has a name that begins with {' or '.join(wanted)}: give a "
-        f"pattern of files, such as parquet:{pattern.rstrip('/')}/NAME-*.parquet"
+        f"no Parquet file in {pattern} or its folder 'data' has a name that begins with {' or '.join(wanted)}: give "
+        f"a pattern of files, such as parquet:{pattern.rstrip('/')}/NAME-*.parquet"
     )
 
 
 def _downloaded(paths: list[str], cache: Path) -> list[str]:
-    """Copies of remote files; those that changed since are downloaded anew."""
+    """Download remote files that are new or have changed, and return the paths of the copies."""
     folder = cache / "downloads"
     folder.mkdir(parents=True, exist_ok=True)
     options = {"cache_storage": str(folder), "check_files": True}
-    with FileLock(folder / ".lock"):  # one process downloads, the others find its files
+    with FileLock(folder / ".lock"):  # one process downloads, the others use its files
         return fsspec.open_local([f"filecache::{path}" for path in paths], filecache=options)
 
 
@@ -264,13 +263,13 @@ def _announce_copy(url: str, paths: list[str], place: Path) -> None:
 
 
 def _explaining(url: str, remedy: str, load: Callable[[], Any]) -> Any:
-    """What ``load`` returns; whatever the library raises becomes an InputError."""
+    """Return ``load()``, with any exception of the library as an InputError."""
     try:
         return load()
     except InputError:
         raise
     except Exception as error:
-        cause = error.__cause__ or error  # the library's own errors say what it was doing, not what is wrong
+        cause = error.__cause__ or error  # the library's outer error names its operation, not the fault
         raise InputError(f"cannot read {url}: {one_line(cause) or type(cause).__name__}; {remedy}") from error
 
 
@@ -309,22 +308,23 @@ def _label_column(dataset: Any, wanted: str, url: str) -> str | None:
 
 
 def _only(dataset: Any, wanted: str, possible: list[str], candidates: list[str], kind: str, url: str) -> str | None:
-    """The column that was asked for, or the only candidate; None where there is no label."""
+    """Return the requested column, or the only candidate; None if there is no label column."""
     columns = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in list(dataset.features.items())[:20])
     if wanted:
         if wanted not in possible:
             raise InputError(
-                f"column {wanted!r} of {url} holds no {kind}s{near_matches(wanted, possible)}; it has the "
-                f"columns {columns}"
+                f"column {wanted!r} of {url} has no {kind}s{near_matches(wanted, possible)}; the columns are {columns}"
             )
         return wanted
     if len(candidates) == 1 or (not candidates and kind == "label"):
         return candidates[0] if candidates else None
     found = (
-        f"{' and '.join(candidates)} may be the {kind}s of {url}" if candidates else f"{url} has no column of images"
+        f"{url} has several {kind} columns: {' and '.join(candidates)}" if candidates else f"{url} has no image column"
     )
-    remedy = f"say which by ?{kind}={candidates[0] if candidates else 'NAME'}" + ", or ?label=none" * (kind == "label")
-    raise InputError(f"{found}; it has the columns {columns}: {remedy}")
+    remedy = f"choose one with ?{kind}={candidates[0] if candidates else 'NAME'}" + ", or ?label=none" * (
+        kind == "label"
+    )
+    raise InputError(f"{found}; the columns are {columns}; {remedy}")
 
 
 def _type_name(feature: Any) -> str:
@@ -332,7 +332,7 @@ def _type_name(feature: Any) -> str:
 
 
 def _labels(dataset: Any, column: str, url: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """[rows] labels and class names; neither where no row has a label."""
+    """Return labels [rows] and class names; None and None if no row has a label."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -345,12 +345,12 @@ def _labels(dataset: Any, column: str, url: str) -> tuple[NDArray[np.int64] | No
     else:
         labels = np.asarray(pc.fill_null(values.cast(pa.int64()), -1), dtype=np.int64)
     missing, last = int((labels < 0).sum()), int(labels.max())
-    if missing == len(labels):  # the hub's way to publish a test part without its labels
+    if missing == len(labels):  # the hub publishes unlabelled test parts this way
         return None, None
     if missing:
         raise InputError(
-            f"{missing:,} of the {len(labels):,} rows of {url} have no label in column {column!r}: expected one for "
-            "each, or none; to read without labels add ?label=none"
+            f"{missing:,} of the {len(labels):,} rows of {url} have no label in column {column!r}: expected a label in "
+            "every row or in none; add ?label=none to ignore the labels"
         )
     if not feature.dtype.endswith("string"):
         names = getattr(feature, "names", None)

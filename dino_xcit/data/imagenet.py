@@ -1,16 +1,16 @@
-"""ImageNet-1k as its organisers and Kaggle ship it, without unpacking the large archives: ``imagenet:DIR``.
+"""ImageNet-1k as distributed by its organisers and by Kaggle, without unpacking the archives: ``imagenet:DIR``.
 
-What DIR may hold, the first that is there counts:
+Contents of DIR. Of several alternatives the first is used:
 
-- training: ``ILSVRC2012_img_train.tar`` (an archive of one archive a class; images are read at their place in it);
-  Kaggle's ``ILSVRC/Data/CLS-LOC/train``; a folder ``train`` with a folder a class.
+- training: ``ILSVRC2012_img_train.tar`` (one archive per class inside, read in place);
+  Kaggle's ``ILSVRC/Data/CLS-LOC/train``; a folder ``train`` with one folder per class.
 - validation: ``ILSVRC2012_img_val.tar``; a flat folder ``ILSVRC2012_img_val``, ``ILSVRC/Data/CLS-LOC/val`` or ``val``,
-  with the ground truth beside it; a folder ``val`` with a folder a class.
-- ground truth: the organisers' development kit, packed or not, whose ``ILSVRC2012_validation_ground_truth.txt`` has the
-  class number of each image and whose ``meta.mat`` says which WordNet id (wnid, ``n01440764``) that is; or Kaggle's
-  ``LOC_val_solution.csv`` and ``LOC_synset_mapping.txt``, which have the wnids themselves.
+  with the ground truth in DIR; a folder ``val`` with one folder per class.
+- ground truth: the organisers' development kit, packed or unpacked, with the class number of each image in
+  ``ILSVRC2012_validation_ground_truth.txt`` and their WordNet ids (wnids, ``n01440764``) in ``meta.mat``; or Kaggle's
+  ``LOC_val_solution.csv`` and ``LOC_synset_mapping.txt``, which contain wnids.
 
-Classes are wnids in sorted order, as torchvision, timm and DINO number them.
+Classes are wnids in sorted order, numbered as in torchvision, timm and DINO.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ WNID = re.compile(r"n\d{8}")
 _CLASS_ARCHIVE = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 _IMAGE = re.compile(r"(?:.*/)?([^/.][^/]*)\.JPEG", re.IGNORECASE)
 _MAX_BYTES = 64 << 20
-"""Of each file of a ground truth: the largest is Kaggle's table of 2 MB."""
+"""Maximum size of a ground truth file. The largest is Kaggle's table of 2 MB."""
 
 
 def open_imagenet(root: str, part: str) -> Source:
-    """One part of ImageNet-1k, or of a smaller set in the same layout.
+    """Open one part of ImageNet-1k, or of a smaller set in the same layout.
 
     Args:
-        root: DIR above, on this machine.
+        root: Local folder (DIR above).
         part: ``train`` or ``val``.
 
     Raises:
-        InputError: nothing of that kind is there, something is damaged, or the parts do not fit each other.
+        InputError: The part is missing or damaged, or images and ground truth do not match.
     """
     if storage.is_remote(root):
         raise InputError(
-            f"imagenet:{root} is remote: expected a folder on this machine; for archives elsewhere pack it here with "
-            "python -m dino_xcit.data pack, and use tar:URL"
+            f"imagenet:{root} is remote: expected a folder on this machine; for remote data, pack a local copy with "
+            "python -m dino_xcit.data pack and use tar:URL"
         )
     folder, url = Path(root).expanduser().absolute(), f"imagenet:{root}/{part}"
     if not folder.is_dir():
@@ -84,19 +84,19 @@ def _train(root: Path, url: str) -> Source:
         raise InputError(f"no training images in {root}: expected {TRAIN} (from {SITE}), {KAGGLE}/train or train")
     source: Source = open_folder(str(place), url) if place.is_dir() else _train_archive(place, url)
     if source.classes is None:
-        raise InputError(f"{place} has images beside its folders: expected a folder a class, such as n01440764")
+        raise InputError(f"{place} has images beside its folders: expected one folder per class, such as n01440764")
     where, expected = _known_classes(root)
     if expected and source.classes != expected:
         odd = min(set(expected) ^ set(source.classes))
         raise InputError(
-            f"{url} has {len(source.classes):,} classes, {where} names {len(expected):,}, and {odd} is in one of them "
-            f"only: expected the complete set from {SITE}"
+            f"{url} has {len(source.classes):,} classes, {where} names {len(expected):,}, and only one of them has "
+            f"{odd}: expected the complete set from {SITE}"
         )
     return source
 
 
 def _archive(archive: Path, url: str, version: str, build: Callable[[str], Index]) -> TarSource:
-    """A source of one archive; ``version`` hashes what else its index depends on."""
+    """Open one archive as a source; ``version`` hashes the index's further dependencies."""
     path = str(archive)
     version = hash_lines([version, archive.name, *map(str, storage.stamp(path))])
 
@@ -111,7 +111,7 @@ def _archive(archive: Path, url: str, version: str, build: Callable[[str], Index
 
 
 def _train_archive(archive: Path, url: str) -> TarSource:
-    """Where each image lies in an archive of archives, class by class, sorted by name as in folders."""
+    """Open an archive of one archive per class. Images are ordered by class and name, as in folders."""
     path = str(archive)
 
     def build(version: str) -> Index:
@@ -122,7 +122,7 @@ def _train_archive(archive: Path, url: str) -> TarSource:
                 for member in archives:
                     named = _CLASS_ARCHIVE.fullmatch(member.name)
                     if named is None or named[1] in found:
-                        raise InputError(f"{path} holds {member.name}: expected one archive a class, as n01440764.tar")
+                        raise InputError(f"{path} contains {member.name}: expected n01440764.tar ..., one per class")
                     inside = scan(file, f"{path}/{member.name}", member.offset, member.offset + member.size)
                     images = sorted((one for one in inside if _IMAGE.fullmatch(one.name)), key=lambda one: one.name)
                     if not images:
@@ -130,7 +130,7 @@ def _train_archive(archive: Path, url: str) -> TarSource:
                     found[named[1]] = images
                     bar.update()
         if not found:
-            raise InputError(f"{path} is empty: expected one archive a class, as n01440764.tar")
+            raise InputError(f"{path} is empty: expected n01440764.tar ..., one per class")
         classes = sorted(found)
         members = [member for wnid in classes for member in found[wnid]]
         names = [f"{wnid}/{member.name}" for wnid in classes for member in found[wnid]]
@@ -173,37 +173,37 @@ def _val_archive(archive: Path, truth: _Truth, url: str) -> TarSource:
 
 @dataclass(frozen=True)
 class _Truth:
-    """The classes, and each validation image's."""
+    """The classes, and the class of each validation image."""
 
     file: str
-    """Where it stands, for errors."""
+    """File of the ground truth, for errors."""
     classes: tuple[str, ...]
-    """All wnids, sorted: a label is a place among them."""
+    """All wnids, sorted. A label is an index into them."""
     wnid_of: dict[str, str]
-    """Name of the image file without its suffix, to its wnid."""
+    """Image file name without suffix to wnid."""
 
     def labels(self, names: list[str], where: str) -> NDArray[np.int64]:
-        """[len(names)].
+        """Return the labels of image files, [len(names)].
 
         Raises:
-            InputError: these are not the images of the truth.
+            InputError: The images and the ground truth do not match.
         """
         stems = [name.rpartition("/")[2].rpartition(".")[0] for name in names]
         odd = min(set(stems) ^ set(self.wnid_of), default=None)
         if odd is not None or len(stems) != len(self.wnid_of):
             raise InputError(
-                f"{where} holds {len(stems):,} images, {self.file} knows {len(self.wnid_of):,}, and {odd} is in one of "
-                f"them only: expected both complete and of ILSVRC2012, from {SITE}"
+                f"{where} has {len(stems):,} images, {self.file} lists {len(self.wnid_of):,}, and only one of them has "
+                f"{odd}: expected both complete and of ILSVRC2012, from {SITE}"
             )
         number = {wnid: place for place, wnid in enumerate(self.classes)}
         return np.array([number[self.wnid_of[stem]] for stem in stems], dtype=np.int64)
 
 
 def _read_truth(root: Path) -> _Truth:
-    """The truth in an ImageNet folder.
+    """Read the ground truth in an ImageNet folder.
 
     Raises:
-        InputError: there is none, or it is damaged, or contradicts itself.
+        InputError: It is missing, damaged or inconsistent.
     """
     if (root / SOLUTION).is_file():
         where, classes, wnid_of = str(root / SOLUTION), _mapped(root), _solution(root / SOLUTION)
@@ -227,10 +227,10 @@ def _read_truth(root: Path) -> _Truth:
 
 
 def _known_classes(root: Path) -> tuple[str, tuple[str, ...]]:
-    """(where they stand, all wnids sorted); no wnids where there is no list.
+    """Return (file of the list, all wnids sorted), or ("", ()) if there is no list.
 
     Raises:
-        InputError: the list is damaged.
+        InputError: The list is damaged.
     """
     if (root / MAPPING).is_file():
         return str(root / MAPPING), _mapped(root)
@@ -239,15 +239,15 @@ def _known_classes(root: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def _solution(file: Path) -> dict[str, str]:
-    """Kaggle's table: image to wnid."""
+    """Read Kaggle's table: image to wnid."""
     text = storage.read_file(str(file), _MAX_BYTES).decode("utf-8", "replace")
     wnid_of: dict[str, str] = {}
     try:
         rows = csv.DictReader(io.StringIO(text, newline=""))
         for row in rows:
-            (wnid,) = set(row["PredictionString"].split()[0::5])  # a wnid and a box each
+            (wnid,) = set(row["PredictionString"].split()[0::5])  # wnid and box of each object
             if row["ImageId"] in wnid_of:
-                raise ValueError(f"line {rows.line_num} has an image again")
+                raise ValueError(f"line {rows.line_num} repeats an image")
             wnid_of[row["ImageId"]] = wnid
     except (KeyError, AttributeError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
@@ -258,7 +258,7 @@ def _solution(file: Path) -> dict[str, str]:
 
 
 def _mapped(root: Path) -> tuple[str, ...]:
-    """Kaggle's list of classes."""
+    """Read Kaggle's list of classes."""
     lines = storage.read_file(str(root / MAPPING), _MAX_BYTES).decode("utf-8", "replace").splitlines()
     return _checked([line.split()[0] for line in lines if line.strip()], str(root / MAPPING))
 
@@ -297,15 +297,15 @@ def _kit_files(root: Path) -> _Kit | None:
 
 
 def _wnids_by_number(kit: _Kit) -> dict[int, str]:
-    """ILSVRC2012_ID to wnid, of the synsets that have no others below them: the classes."""
-    from scipy.io import loadmat  # here, because few need it and it takes half a second to import
+    """Map ILSVRC2012_ID to wnid, for the synsets without children: the classes."""
+    from scipy.io import loadmat  # slow to import, rarely needed
 
     try:
         synsets: Any = np.atleast_1d(loadmat(io.BytesIO(kit.meta), squeeze_me=True)["synsets"])
         below = synsets["num_children"] if "num_children" in synsets.dtype.names else np.zeros(len(synsets))
         rows = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], below, strict=True)
         classes = [(int(number), str(wnid)) for number, wnid, children in rows if int(children) == 0]
-    except Exception as error:  # of any class: SciPy parses whatever a damaged file holds
+    except Exception as error:  # damaged files make SciPy raise any exception
         reason = f"{kit.where}: {META} is damaged ({type(error).__name__})"
         raise InputError(f"{reason}: download the kit from {SITE}") from error
     _checked([wnid for _, wnid in classes], f"{kit.where}: {META}")

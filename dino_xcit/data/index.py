@@ -1,6 +1,6 @@
-"""The index of a data set: where each item lies. Stored on disk, and mapped into memory by all processes that read it.
+"""The index of a data set: location, name and label of each item. Stored on disk and memory-mapped by all processes.
 
-A million items take about 100 MB. A pickled index is the path of its file.
+A million items take about 100 MB. Pickling an index stores the path of its file only.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from dino_xcit.runtime import atomic
 from dino_xcit.runtime import logging as log
 
 MAX_AGE = 30 * 24 * 3600
-"""Seconds after its last use when an outdated index is removed."""
+"""Seconds since the last use after which an outdated index is removed."""
 
 
 class Strings:
-    """Many texts, such as paths, in one byte string: a million of them are two arrays."""
+    """A sequence of strings, such as paths, stored as two arrays."""
 
     def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
-        """``ends[i]`` is where text i ends in ``text``."""
+        """``ends[i]`` is the end of string i in ``text``."""
         self.text, self.ends = text, ends
 
     @classmethod
     def pack(cls, texts: Iterable[str]) -> Strings:
-        """Of texts in which bytes that are not UTF-8 may be surrogates, as in Python's paths."""
+        """Pack strings. Bytes that are not UTF-8 may be surrogates, as in Python's paths."""
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         ends = np.cumsum([len(one) for one in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
@@ -56,14 +56,14 @@ class Strings:
 
 @dataclass(frozen=True)
 class Index:
-    """Columns of numbers and of texts, of any lengths."""
+    """Columns of integers and of strings. Lengths may differ."""
 
     numbers: Mapping[str, NDArray[np.int64]]
     strings: Mapping[str, Strings]
     keep: bool = True
-    """Whether to store it."""
+    """Whether :func:`cached` stores it."""
     file: str = ""
-    """Where it is stored; empty where it is not."""
+    """File of a stored index; else empty."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file:
@@ -74,18 +74,18 @@ class Index:
 def cached(
     source: str, build: Callable[[], Index], accept: Callable[[Index], bool], cache: Path | None = None
 ) -> Index:
-    """The stored index of a source, or a new one that is stored.
+    """Load the stored index of a source, or build and store it.
 
-    Of several processes that ask at once, one builds and the others wait for it.
+    Of several concurrent processes one builds the index and the others wait.
 
     Args:
-        source: what is indexed, such as its URL.
-        build: makes the index. It should hold what it depends on (sizes and times of files), for ``accept``.
-        accept: whether a stored index is what ``build`` would make now.
-        cache: where to store it; None: :func:`cache_folder`.
+        source: Key of the index, such as a URL.
+        build: Builds the index. For ``accept``, the index should contain its dependencies (sizes and times of files).
+        accept: Whether a stored index is up to date.
+        cache: Folder of the cache; None: :func:`cache_folder`.
 
     Returns:
-        The index, mapped from disk; in this process's memory where it cannot be stored.
+        The index, memory-mapped if it could be stored.
     """
     folder = (cache or cache_folder()) / "index"
     prefix = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:20]
@@ -107,14 +107,12 @@ def cached(
         return _load(stored)
     except (OSError, NotImplementedError) as error:  # no lock, no permission, no space
         reason = getattr(error, "strerror", None) or error
-        log.warn_once(
-            f"cannot store an index in {folder} ({reason}): set DINO_XCIT_CACHE to a folder that can be written"
-        )
+        log.warn_once(f"cannot store an index in {folder} ({reason}): set DINO_XCIT_CACHE to a writable folder")
         return build() if index is None else index
 
 
 def cache_folder() -> Path:
-    """``$DINO_XCIT_CACHE``, or ``~/.cache/dino-xcit``."""
+    """Return ``$DINO_XCIT_CACHE``, or ``~/.cache/dino-xcit``."""
     return Path(os.path.expanduser(os.environ.get("DINO_XCIT_CACHE") or "~/.cache/dino-xcit"))
 
 
@@ -133,7 +131,7 @@ def _locked(path: Path, source: str) -> Iterator[None]:
 
 
 def _find(folder: Path, prefix: str, accept: Callable[[Index], bool]) -> Index | None:
-    """A stored index of the source that is undamaged and accepted."""
+    """Return a stored index of the source that is intact and accepted, or None."""
     for file in sorted(folder.glob(f"{prefix}-*.safetensors")):
         try:
             if _digest(np.memmap(file, mode="r")) != file.stem.rpartition("-")[2]:
@@ -142,13 +140,13 @@ def _find(folder: Path, prefix: str, accept: Callable[[Index], bool]) -> Index |
             if accept(index):
                 os.utime(file)
                 return index
-        except Exception:  # of any class: a file that cannot be used is replaced
+        except Exception:  # any exception: unusable files are replaced
             continue
     return None
 
 
 def _load(file: Path) -> Index:
-    """Map a file that :func:`_store` wrote."""
+    """Memory-map a file written by :func:`_store`."""
     data = np.memmap(file, dtype=np.uint8, mode="r").view(np.ndarray)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")  # safetensors: length, JSON, arrays
     header = json.loads(data[8:start].tobytes())
@@ -163,7 +161,7 @@ def _load(file: Path) -> Index:
 
 
 def _load_again(file: str) -> Index:
-    """A pickled index, in another process."""
+    """Unpickle an index in another process."""
     try:
         return _load(Path(file))
     except OSError as error:
@@ -185,7 +183,7 @@ def _digest(content: Any) -> str:
 
 
 def _remove_outdated(folder: Path, prefix: str, stored: Path) -> None:
-    """Remove the source's indices that have long been out of use. A run may still open newer ones by their path."""
+    """Remove indices of the source unused for :data:`MAX_AGE`. A running process may still open newer ones."""
     for file in folder.glob(f"{prefix}-*.safetensors"):
         if file != stored and time.time() - file.stat().st_mtime > MAX_AGE:
             file.unlink(missing_ok=True)

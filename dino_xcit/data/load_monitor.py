@@ -10,36 +10,38 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 
 MAX_WAIT_SHARE = 0.2
-"""Share of the time that training may wait for images."""
+"""Maximum share of time that training may wait for images without a warning."""
 MIN_SLOW_REPORTS = 3
-"""Consecutive slow reports before a warning, so that the loader's start does not count."""
+"""Consecutive slow reports before a warning, so that the start of the loader does not count."""
 
 STAGES = ("read", "decode", "augment")
 
 
 class DataLoadMonitor:
-    """Sums the time of the loader's stages, and warns once if training waits too long for images."""
+    """Measures the stages of the loader, and warns once if training waits too long for images.
+
+    Args:
+        workers: Number of workers of this rank.
+        relieve: Moves part of the workers' load to the device. Called once, before any warning.
+        cores: Number of cores of this machine; None: the usable ones.
+    """
 
     def __init__(self, workers: int, relieve: Callable[[], None] | None = None, cores: int | None = None) -> None:
-        """``workers``: this rank's loader processes; ``cores``: those that this process may use.
-
-        ``relieve``: moves a part of their work to the device; called before the first warning.
-        """
         self._workers, self._cores, self._relieve = workers, cores or usable_cores(), relieve
         self._seconds, self._images = [0.0, 0.0, 0.0], 0
         self._slow_reports, self._warned = 0, False
 
     def note(self, batches: Iterable[Batch]) -> None:
-        """Add the timings of batches."""
+        """Add the timings of some batches."""
         for batch in batches:
             self._seconds = [total + part for total, part in zip(self._seconds, batch.seconds, strict=True)]
             self._images += len(batch.indices)
 
     def metrics(self, data_wait: float) -> dict[str, float]:
-        """Milliseconds an image and stage since the last call, of one loader process.
+        """Return the milliseconds per image for each stage in one worker, since the last call.
 
         Args:
-            data_wait: share of the time since then for which training waited for images.
+            data_wait: Share of the time since the last call that training waited for images.
         """
         spent = {
             f"{stage}_ms": 1e3 * seconds / max(1, self._images)
@@ -52,7 +54,7 @@ class DataLoadMonitor:
             self._relieve, self._slow_reports = None, 0
             log.info(
                 f"training waits for images {100 * data_wait:.0f}% of the time: moving jitter, blur and solarisation "
-                "to the GPU, with the same bits (--augment-device cpu prevents it)"
+                "to the GPU, with identical results (--augment-device cpu prevents it)"
             )
         elif self._slow_reports >= MIN_SLOW_REPORTS and not self._warned:
             self._warned = True
@@ -63,15 +65,14 @@ class DataLoadMonitor:
         slowest = max(STAGES, key=lambda stage: spent[f"{stage}_ms"])
         parts = ", ".join(f"{stage} {spent[f'{stage}_ms']:.1f}" for stage in STAGES)
         if self._workers == 0:
-            way = "the training process itself loads them: raise --num-workers to 2 or more"
+            remedy = "the training process itself loads them: raise --num-workers to 2 or more"
         else:
-            there = f"{counted(self._workers, 'loader process')} a rank, {counted(self._cores, 'core')} here"
-            way = f"{there}: raise --num-workers"
+            remedy = f"{counted(self._workers, 'worker')} per rank, {counted(self._cores, 'core')}: raise --num-workers"
             if slowest == "read":
-                way += ", or use a faster disk"
+                remedy += ", or use a faster disk"
             if slowest == "decode":
-                way += ", or make the files smaller"
+                remedy += ", or use smaller files"
         return (
             f"training waits for images {100 * data_wait:.0f}% of the time (ms per image: {parts}; slowest: {slowest})"
-            f"; {way}"
+            f"; {remedy}"
         )

@@ -1,4 +1,4 @@
-"""Batches of augmented views, in an order that depends on (seed, step) alone. B batch, V views."""
+"""Batches of augmented views, in an order that depends on (seed, step) only. B: batch size, V: number of views."""
 
 from __future__ import annotations
 
@@ -30,22 +30,21 @@ Key = tuple[int, int]
 """(epoch, index in the source)."""
 
 Seconds = tuple[float, float, float]
-"""Time for reading, decoding and augmenting, in the process that does it."""
+"""Seconds of reading, decoding and augmenting, measured in the worker."""
 
-# PyTorch's advice, said twice, where there are more loader processes than cores: dino_xcit.data.load_monitor measures
-# whether they are too few, and many wait for a slow disk better than few.
+# PyTorch warns if there are more workers than cores, but they help with slow disks: see dino_xcit.data.load_monitor.
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 SUBSTITUTES = 20
-"""So many other images are tried in the place of one that cannot be read."""
+"""Maximum number of other images tried in place of an unreadable one."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that could not be read, and was replaced."""
+    """An unreadable image that was replaced."""
 
     index: int
-    """In the source."""
+    """Index in the source."""
     name: str
     cause: str
     epoch: int
@@ -53,33 +52,32 @@ class Unreadable:
 
 @dataclass
 class Batch:
-    """One forward pass of one process."""
+    """Input of one forward pass on one rank."""
 
     crops: list[Tensor]
-    """One tensor a crop size, [views of that size * B, 3, size, size] uint8, view-major; the global crops first."""
+    """One tensor per crop size, [views of that size * B, 3, size, size] uint8, view-major; the global crops first."""
     views: list[int]
-    """How many views each of those tensors holds."""
+    """Number of views in each of these tensors."""
     epoch: int
     indices: Tensor
-    """[B] int64, which images of the source these are."""
+    """[B] int64, indices of the images in the source."""
     labels: Tensor | None = None
-    """[B] int64, where the source has labels. Methods do not read them; observers may."""
+    """[B] int64 if the source has labels. For observers; methods do not use them."""
     unreadable: list[Unreadable] = field(default_factory=list)
-    """Images that should have been in this batch, and that others stand in for."""
+    """Unreadable images of this batch, which were replaced."""
     seconds: Seconds = (0.0, 0.0, 0.0)
-    """What this batch's images took."""
     unfinished: list[Tensor] | None = None
-    """Where the photometric part is left to the device: what was drawn for each of the crops, a tensor a crop size,
-    [views of that size * B, columns] float64, on the host."""
+    """Parameters of the crops if the device applies the photometric part: one tensor per crop size, [views of that
+    size * B, columns] float64, on the host."""
 
     def pin_memory(self) -> Batch:
-        """Called by the loader where batches go to a GPU."""
+        """Pin the memory of all tensors for the device. Called by the DataLoader."""
         labels = None if self.labels is None else self.labels.pin_memory()
         crops = [crop.pin_memory() for crop in self.crops]
         return replace(self, crops=crops, indices=self.indices.pin_memory(), labels=labels)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device, its views finished; from pinned memory without waiting."""
+        """Move the batch to a device and finish its views. Asynchronous if the memory is pinned."""
         crops = [crop.to(device, non_blocking=True) for crop in self.crops]
         if self.unfinished is not None:
             crops = [finish_views(crop, rows) for crop, rows in zip(crops, self.unfinished, strict=True)]
@@ -89,10 +87,10 @@ class Batch:
 
 
 class MultiCropDataset(Dataset[Batch]):
-    """A list of (epoch, index) to a batch of these images' views.
+    """Map a list of (epoch, index) to a batch of the images' views.
 
-    An image that cannot be read is replaced by another one that follows from (seed, epoch, index) alone, so that the
-    views do not depend on who reads them, or when.
+    An unreadable image is replaced by another one that depends on (seed, epoch, index) only, so that the batch does not
+    depend on the worker.
     """
 
     def __init__(
@@ -103,14 +101,14 @@ class MultiCropDataset(Dataset[Batch]):
         self.seed = seed
         self.groups = group_by_size([view.size for view in augmentation.views])
         self.finish_on_device = torch.zeros(1, dtype=torch.bool).share_memory_()
-        """Set: the photometric part of the views is left to the device. The loader's processes see it at once."""
+        """Whether the device applies the photometric part. In shared memory, so that workers see a change at once."""
         self._maker = ViewMaker()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, keys: list[Key]) -> Batch | UndecodableImage:
-        """What the loader calls: the views are made in their place in the batch."""
+        """Make a batch. Called by the DataLoader; views are written into the batch in place."""
         views = self.augmentation.views
         sizes = [views[group[0]].size for group in self.groups]
         crops = [
@@ -128,18 +126,18 @@ class MultiCropDataset(Dataset[Batch]):
             found = self._read(epoch, index, unreadable, spent)
             if isinstance(found, UndecodableImage):
                 return found
-            candidate, label, picture = found
+            candidate, label, pixels = found
             began = time.perf_counter()
-            self._maker.load(picture)
-            # Keyed by the place in the order, not by the image: a substitute's own turn gives it other views.
-            drawn = self.augmentation.draw_rows(picture.shape[1], picture.shape[0], self.seed, epoch, index)
+            self._maker.load(pixels)
+            # Keyed by the replaced image's index: a replacement gets other views than in its own turn.
+            drawn = self.augmentation.draw_rows(pixels.shape[1], pixels.shape[0], self.seed, epoch, index)
             for group, group_places, group_rows in zip(self.groups, places, rows, strict=True):
                 if leave:
                     group_rows[:, place] = torch.from_numpy(drawn[group])
                 for number, view in enumerate(group):
                     self._maker.make(drawn[view], group_places[number, place], photometric=not leave)
             self._maker.release()
-            del picture, found  # before the next one is decoded: they may be large
+            del pixels, found  # frees the memory before the next image is decoded
             indices.append(candidate)
             labels.append(label)
             spent[2] += time.perf_counter() - began
@@ -157,25 +155,25 @@ class MultiCropDataset(Dataset[Batch]):
     def _read(
         self, epoch: int, index: int, unreadable: list[Unreadable], spent: NDArray[np.float64]
     ) -> tuple[int, int | None, NDArray[np.uint8]] | UndecodableImage:
-        """Which image, or which one in its place, its label, and its pixels."""
+        """Read an image or its replacement; return its index in the source, its label and its pixels."""
         bad: list[Unreadable] = []
         for candidate in self._candidates(epoch, index):
             began = time.perf_counter()
             try:
                 item, label = self.source.read(candidate)
                 read = time.perf_counter()
-                picture = decode_pixels(item, self.source.name(candidate), self.white_level)
+                pixels = decode_pixels(item, self.source.name(candidate), self.white_level)
             except InputError as error:
                 cause = error.cause if isinstance(error, UndecodableImage) else str(error)
                 bad.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
                 continue
             spent[:2] += (read - began, time.perf_counter() - read)
             unreadable += bad
-            return candidate, label, picture
-        # Handed over rather than raised: a loader process would bury the sentence in a traceback.
+            return candidate, label, pixels
+        # Returned, not raised: the DataLoader would wrap the message in a traceback.
         return UndecodableImage(
             f"{bad[0].name} cannot be read ({bad[0].cause}), and neither can {SUBSTITUTES} other images "
-            "drawn in its place: are these images, and is the disk there?"
+            "drawn in its place: check the data path and the disk"
         )
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
@@ -185,12 +183,11 @@ class MultiCropDataset(Dataset[Batch]):
 
 
 class StepSampler(Sampler[list[Key]]):
-    """Which images each process sees in each forward pass of each step.
+    """Yield the keys of each forward pass of one rank.
 
-    Epoch e visits the images in the permutation that (seed, e) gives; step s of an epoch takes the s-th run of
-    ``global_batch`` of them, cut into equal forward passes that are dealt to the processes in turn. So the images of
-    a step depend neither on the number of processes nor on where a run was resumed. A last incomplete batch is left
-    out.
+    Epoch e visits the images in a permutation drawn from (seed, e). Step s of an epoch takes the s-th chunk of
+    ``global_batch`` images, split into equal forward passes that are assigned to the ranks in turn. The images of a
+    step therefore do not depend on the number of ranks or on resuming. The last incomplete batch is dropped.
     """
 
     def __init__(
@@ -216,15 +213,15 @@ class StepSampler(Sampler[list[Key]]):
             )
 
     def epochs(self, step: int) -> int:
-        """The 0-based epoch of the last of ``step`` steps done."""
+        """Return the 0-based epoch of the last of ``step`` completed steps."""
         return (step - 1) // self.steps_per_epoch
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch is over after ``step`` steps."""
+        """Whether an epoch ends after ``step`` steps."""
         return step % self.steps_per_epoch == 0
 
     def ends_run(self, step: int) -> bool:
-        """Whether the run is over after ``step`` steps."""
+        """Whether the run ends after ``step`` steps."""
         return step >= self.stop_step
 
     def __len__(self) -> int:
@@ -242,10 +239,9 @@ class StepSampler(Sampler[list[Key]]):
 
 
 class Loader:
-    """Batches for every forward pass of a sampler, in order, on the device.
+    """Iterate over the batches of a sampler, in order, on the device.
 
-    On a GPU they are copied, and finished, on a stream of their own: the step before is still under way there when the
-    next batch is asked for.
+    On a GPU, batches are copied and finished on a separate stream, in parallel with the previous step.
     """
 
     def __init__(self, dataset: MultiCropDataset, sampler: StepSampler, num_workers: int, device: torch.device) -> None:
@@ -253,11 +249,11 @@ class Loader:
         self.waited = 0.0
         """Seconds that the last step waited for its images."""
         began = time.perf_counter()
-        dataset.augmentation.compile()  # here, rather than in every process
+        dataset.augmentation.compile()  # once, before workers start
         if (took := time.perf_counter() - began) > 2:
-            log.info(f"compiled the augmentation in {took:.0f} s (kept for later runs where it can be)")
+            log.info(f"compiled the augmentation in {took:.0f} s (cached for later runs if possible)")
         self.relieve: Callable[[], None] | None = None
-        """Moves work of the loader's processes to the device, where that is possible."""
+        """Moves part of the workers' load to the device; None if that is not possible."""
         others = multiprocessing.active_children()
         self._batches: Iterator[Batch | UndecodableImage] = iter(
             DataLoader(
@@ -273,17 +269,17 @@ class Loader:
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
 
     def finish_on_device(self) -> None:
-        """From the next images on, leave the photometric part of the views to the device. The views stay the same."""
+        """Apply the photometric part on the device from the next images on. The views stay the same."""
         self._dataset.finish_on_device.fill_(True)
 
     def close(self) -> None:
-        """End the loader's processes; there are no more batches."""
-        self._batches = iter(())  # PyTorch asks them to end, and waits some seconds
+        """Stop the workers and the iteration."""
+        self._batches = iter(())  # PyTorch stops the workers and waits some seconds
         for process in self._processes:
-            process.kill()  # one that waits for a disk does not hear, and Python would wait for it
+            process.kill()  # Python would wait for a worker that is blocked by a disk
 
     def steps(self, passes: int) -> Iterator[list[Batch]]:
-        """The forward passes of each step, ``passes`` at a time; :attr:`waited` is the time that a step waited."""
+        """Yield the ``passes`` batches of each step, and set :attr:`waited`."""
         for step in itertools.count(self._start_step):
             watchdog.phase("waiting for images", step)
             began = time.perf_counter()
@@ -297,10 +293,10 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
-            UndecodableImage: neither an image nor what would stand in for it can be read.
+            UndecodableImage: An image and all its replacements are unreadable.
         """
         batch = next(self._batches)
         if isinstance(batch, UndecodableImage):
@@ -313,7 +309,7 @@ class Loader:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for tensor in (*batch.crops, batch.indices, *([] if batch.labels is None else [batch.labels])):
-            tensor.record_stream(current)  # its memory is not for the other stream while this one reads it
+            tensor.record_stream(current)  # keeps the other stream from reusing memory that this one reads
         return batch
 
 
@@ -327,7 +323,10 @@ def build_loader(
     augment_device: str = "cpu",
     white_level: int = WHITE,
 ) -> Loader:
-    """A loader of ``source``'s views; the last two are settings of :class:`dino_xcit.config.PretrainConfig`."""
+    """Build a loader of views of ``source``.
+
+    For ``augment_device`` and ``white_level`` see :class:`dino_xcit.config.PretrainConfig`.
+    """
     check_augment_device(augment_device, device)
     loader = Loader(MultiCropDataset(source, augmentation, seed, white_level), sampler, num_workers, device)
     if augment_device == "cuda":
@@ -338,11 +337,11 @@ def build_loader(
 
 
 def check_augment_device(augment_device: str, device: torch.device) -> None:
-    """Raise InputError if views are to be finished on a GPU, but training is on the CPU."""
+    """Raise InputError if views would be finished on a GPU while training runs on the CPU."""
     if augment_device == "cuda" and device.type != "cuda":
         raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device auto or cpu")
 
 
 def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:
-    """The dataset makes whole batches: nothing to collate."""
+    """Return the batch unchanged, as the dataset makes whole batches."""
     return batch

@@ -1,4 +1,4 @@
-"""Data as URLs: ``open_source(URL, part)``."""
+"""Open data sets by URL: ``open_source(URL, part)``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FORMS = (
     "sample:fashion-mnist, sample:fashion-mnist-full or torchvision:NAME"
 )
 NAMED = ("sample:", "torchvision:", "imagenet:", "hf:")
-"""Data sets that have a training and a validation part."""
+"""Schemes of data sets with a training and a validation part."""
 FILES = ("tar:", "parquet:")
-"""Data sets by a pattern of the files of one part."""
+"""Schemes of data sets by a pattern of the files of one part."""
 _PARTS = {"train", "val", "valid", "validation", "test"}
 """Names of folders that are parts of a data set rather than classes."""
 
@@ -35,15 +35,16 @@ _REGISTERED: dict[str, Open] = {}
 
 
 def register_source(scheme: str, open: Open) -> None:
-    """Make ``--data-path scheme:REST`` call ``open(REST, part)``, with ``train``, ``val`` or None for the part.
+    """Make ``--data-path scheme:REST`` call ``open(REST, part)``.
 
     Args:
-        open: returns an object with ``len``, ``read(index) -> (bytes or pixels, label or None)`` and ``name(index)``;
-            the other attributes of :class:`Source` where it has them. Loader processes share it, so it holds no open
-            files.
+        scheme: Name before the colon.
+        open: Function of the address and the part (``train``, ``val`` or None). Returns an object with ``len``,
+            ``read(index) -> (bytes or pixels, label or None)`` and ``name(index)``, and optionally the other attributes
+            of :class:`Source`. Workers share the object, so it must not have open files.
 
     Raises:
-        ValueError: the scheme is taken.
+        ValueError: The scheme is taken.
     """
     if f"{scheme}:" in (*NAMED, *FILES) or scheme in _REGISTERED or scheme in fsspec.available_protocols():
         raise ValueError(f"scheme {scheme!r} is taken: choose another name")
@@ -54,21 +55,21 @@ def open_source(url: str, part: str | None = None) -> Source:
     """Open a data set.
 
     Args:
-        url: a folder of images (one sub-folder a class, or a flat folder without labels); a ``.txt`` file with one
-            path a line; ``tar:PATTERN``, archives such as WebDataset's shards (``tar:/data/train-{000..146}.tar``);
+        url: A folder of images (one sub-folder per class, or a flat folder without labels); a ``.txt`` file with one
+            path per line; ``tar:PATTERN``, archives such as WebDataset shards (``tar:/data/train-{000..146}.tar``);
             ``parquet:PATTERN``, Parquet files, or a folder of them; ``hf:NAME_OR_DIR``, a data set of the Hugging
-            Face hub, or what ``save_to_disk`` wrote; ``imagenet:DIR``, ImageNet-1k as it is downloaded;
+            Face hub, or a folder written by ``save_to_disk``; ``imagenet:DIR``, ImageNet-1k as downloaded;
             ``sample:fashion-mnist``, ``sample:fashion-mnist-full`` or ``torchvision:NAME``. Folders, lists, archives
             and Parquet files may be remote (``s3://``, ``gs://``, ``hf://``, ``https://`` ...). A trailing
-            ``/train`` or ``/val`` on the last four chooses the part.
-        part: ``train`` or ``val``. A folder that holds parts is opened there; one that does not is taken whole, as
-            are archives. In a folder of Parquet files, those whose names begin with it. None: the folder as it is; the
-            training part of the others.
+            ``/train`` or ``/val`` on the last four selects the part.
+        part: ``train`` or ``val``. Selects the part's sub-folder, or in a folder of Parquet files the file names that
+            begin with the part. Folders without parts, and archives, are opened whole. None: the whole folder, or the
+            training part of other forms.
 
     Raises:
-        InputError: nothing there, nothing readable in it, or an unknown form.
+        InputError: The data does not exist, has no readable image, or the form of the URL is unknown.
     """
-    if not url.strip():  # an unset variable of a shell; as a path it would be the current folder
+    if not url.strip():  # such as an unset shell variable; as a path it would be the current folder
         raise InputError(f"no data given: expected {FORMS}")
     scheme, colon, rest = url.partition(":")
     if colon and scheme in _REGISTERED:
@@ -91,8 +92,8 @@ def open_source(url: str, part: str | None = None) -> Source:
         return open_hf(rest, part)
     if storage.is_remote(url):
         address = url.partition("?")[0].rstrip("/")
-        if not storage.is_remote(address):  # nothing behind the slashes
-            raise InputError(f"{url!r} names no place: expected such as {address}//BUCKET/FOLDER")
+        if not storage.is_remote(address):  # nothing after the slashes
+            raise InputError(f"{url!r} has no path: expected a URL such as {address}//BUCKET/FOLDER")
     else:
         address = str(Path(os.path.expanduser(url)))
         try:
@@ -115,15 +116,15 @@ def open_source(url: str, part: str | None = None) -> Source:
 
 
 def open_parts(data: str | None, train_data: str | None, val_data: str | None) -> tuple[Source, Source]:
-    """The labelled training and validation parts that an evaluator measures with.
+    """Open the labelled training and validation parts for an evaluator.
 
     Args:
-        data: a data set with both parts: a folder that holds ``train`` and ``val``, that ``train`` folder itself, or
-            one of the named sets.
-        train_data, val_data: either part on its own, whatever :func:`open_source` opens; wins over ``data``.
+        data: Data set with both parts: a folder with ``train`` and ``val``, this ``train`` folder itself, or a data set
+            of the schemes :data:`NAMED`.
+        train_data, val_data: URL of one part, for :func:`open_source`; overrides ``data``.
 
     Raises:
-        InputError: a part is missing, has no labels, or the two disagree about their classes.
+        InputError: A part is missing or has no labels, or the validation part has classes that training lacks.
     """
     if data is not None and not data.startswith(FILES):
         data = split_part(data)[0] if _has_parts(data) else _parent_of_parts(data)
@@ -143,15 +144,15 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
             source = open_source(_inside(data, part), part)
         else:
             if not storage.is_folder(data):
-                open_source(data)  # raises where there is nothing
+                open_source(data)  # raises if there is nothing
             raise InputError(
-                f"{data} holds no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or --{part}-data"
+                f"{data} has no folder {part!r}: give --data-path DIR with DIR/train and DIR/val, or --{part}-data"
             )
         if source.labels is None:
             problem = getattr(source, "label_problem", "")
             raise InputError(
-                f"{source.url} has no labels, which measuring needs{f': {problem}' if problem else ''}; expected one "
-                "sub-folder a class, archives with .cls members, or Parquet files with a column 'label'"
+                f"{source.url} has no labels{f': {problem}' if problem else ''}; evaluation expects one sub-folder per "
+                "class, archives with .cls members, or Parquet files with a column 'label'"
             )
         parts.append(source)
     train, val = parts
@@ -168,32 +169,32 @@ def open_parts(data: str | None, train_data: str | None, val_data: str | None) -
 
 
 def parts_of(url: str) -> list[str]:
-    """``train`` and ``val``, as far as a folder holds them as parts; of another source none."""
+    """Return which of ``train`` and ``val`` a folder has as parts; empty for other sources."""
     folder = url if storage.is_remote(url) else str(Path(os.path.expanduser(url)))
     return [part for part in ("train", "val") if storage.is_folder(folder) and _folder_of_part(folder, part) != folder]
 
 
 def _has_parts(url: str) -> bool:
-    """Whether a set that is not a folder of images holds both parts."""
+    """Whether a URL that is not a folder of images names a data set with both parts."""
     if url.startswith("parquet:"):
         return is_folder_of_parquet(url.removeprefix("parquet:"))
     return (url.startswith(NAMED) and not url.startswith("hf://")) or url.partition(":")[0] in _REGISTERED
 
 
 def _folder_of_part(folder: str, part: str | None) -> str:
-    """A folder's part, where its sub-folders are parts rather than classes; else the folder itself."""
-    if part is None or folder.rpartition("/")[2] == part:  # DIR/train may have a class of trains
+    """Return the sub-folder of a part, or the folder itself if its sub-folders are classes."""
+    if part is None or folder.rpartition("/")[2] == part:  # DIR/train may have a class "train"
         return folder
     names = storage.subfolders(folder)
     if part not in names or not (names <= _PARTS or {"train", "val"} <= names):
         return folder
     if others := sorted(names - _PARTS):
-        log.warn_once(f"{folder}: reads its part {part}, not its folders {', '.join(others[:5])}")
+        log.warn_once(f"{folder}: using the part {part}, ignoring the folders {', '.join(others[:5])}")
     return _inside(folder, part)
 
 
 def _parent_of_parts(data: str) -> str:
-    """The folder that holds ``train`` and ``val``, where one of these is given; otherwise what is given."""
+    """Return the parent folder if a folder ``train`` or ``val`` of a data set is given; else the folder itself."""
     data = data.rstrip("/") if storage.is_remote(data) else str(Path(os.path.expanduser(data)))
     parent, _, name = data.rpartition("/")
     if name not in ("train", "val") or not storage.is_folder(data):

@@ -1,10 +1,10 @@
-"""Any data set as WebDataset shards, on request with smaller pictures: ``python -m dino_xcit.data pack SRC DST``.
+"""Write any data set as WebDataset shards, optionally with smaller images: ``python -m dino_xcit.data pack SRC DST``.
 
-DST gets ``shard-000000.tar`` ..., ``classes.json`` where there are labels, ``pack.json`` (what was packed how, and each
-shard's images, bytes and SHA-256), and ``unreadable.jsonl`` where an image could not be read.
+Files in DST: ``shard-000000.tar`` ..., ``classes.json`` if there are labels, ``pack.json`` (source, options, and
+images, bytes and SHA-256 of each shard), and ``unreadable.jsonl`` if there are unreadable images.
 
-A shard counts when ``pack.json`` lists it. One process writes, in the images' order; others read, decode and shrink.
-So the bytes depend neither on the number of processes nor on how often the command was killed and repeated.
+A shard is complete once ``pack.json`` lists it. One process writes in the order of the images; workers read, decode and
+resize. The output bytes therefore do not depend on the number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -44,55 +44,55 @@ from dino_xcit.runtime.logging import counted, progress_bar
 MANIFEST, CLASSES, UNREADABLE = "pack.json", "classes.json", "unreadable.jsonl"
 SHARD_MB = 256
 MAX_UNREADABLE = 1000
-"""Consecutive unreadable images after which the disk is taken to be gone."""
+"""Maximum number of consecutive unreadable images: more suggest a lost disk."""
 MAX_NAME = 3000
-"""Bytes of a name in a key: readers refuse paths of 4096."""
+"""Maximum bytes of a name in a key, as readers refuse paths of 4096 bytes."""
 
 _VERSION = 1
 _OURS = (CLASSES, ".lock", f".{CLASSES}.tmp", f".{MANIFEST}.tmp")
-"""Files that may be there before the manifest is."""
+"""Files that may precede the manifest."""
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm"}
-"""Of a member, by what its bytes are: a file's own name may be wrong (ImageNet has a PNG called JPEG)."""
+"""Suffix of a member by the format of its bytes, as file names may be wrong (ImageNet has a PNG named .JPEG)."""
 
 
 @dataclass(frozen=True)
 class PackConfig:
-    """Settings of python -m dino_xcit.data pack: write the images of a data set into WebDataset shards.
+    """Settings of python -m dino_xcit.data pack: write the images of a data set as WebDataset shards.
 
-    Killed at any moment, the same command continues with the shard it was at. Train on the result with --data-path
-    'tar:DST/shard-*.tar'. A member is called NUMBER_NAME.jpg, beside NUMBER_NAME.cls with the label; NAME is the
-    image's path in the source with its dots and slashes as in a URL (%2E, %2F).
+    After an interruption the same command continues with the first incomplete shard. Train on the result with
+    --data-path 'tar:DST/shard-*.tar'. Members are named NUMBER_NAME.jpg, with the label in NUMBER_NAME.cls. NAME is the
+    path of the image in the source, with dots and slashes encoded as in a URL (%2E, %2F).
     """
 
     source: Annotated[str, MinLen(1), Positional] = ""
-    """The images, whatever --data-path takes: a folder, a list, tar:..., sample:...; --source may be left out."""
+    """Data set, in any form that --data-path accepts: a folder, a list, tar:... (the flag --source may be omitted)."""
     destination: Annotated[FilePath, MinLen(1), Positional] = ""
-    """A local folder, absent or empty; --destination may be left out."""
+    """Local folder, absent or empty (the flag --destination may be omitted)."""
     part: Literal["", "train", "val"] = ""
-    """Which part of the source, where it has parts."""
+    """Part of the source, if it has parts."""
     max_side: Annotated[int, Ge(0)] = 0
-    """Bound of the LONGER side in pixels (FFCV's max_resolution; not ImageNet's "resize the shorter side"); 0: none,
-    every file's bytes are kept. A larger picture is shrunk, antialiased, turned upright by EXIF and saved as a JPEG
-    without chroma subsampling. Smaller ones keep their bytes, except JPEGs that lie on their side, which are saved
-    anew, upright. Crops are drawn as shares of the area, so they lie where they did, but have fewer pixels: a view is
-    enlarged, and so blurred, where sqrt(share x width x height) is less than its size. At 512 and 4:3 that is a
-    224-pixel view of less than 25.5 % of the area, and a 96-pixel view of less than 4.7 %."""
+    """Maximum LONGER side in pixels (FFCV's max_resolution, not ImageNet's "resize the shorter side"). 0: no maximum,
+    all files are copied unchanged. Larger images are resized with antialiasing, rotated upright by EXIF and saved as
+    JPEG without chroma subsampling. Smaller images are copied unchanged, except rotated JPEGs, which are saved again
+    upright. Crops cover the same share of the area as before but have fewer pixels: a view is enlarged, and so blurred,
+    if sqrt(share x width x height) is less than its size. At 512 and 4:3 this affects 224-pixel views of less than
+    25.5 % of the area, and 96-pixel views of less than 4.7 %."""
     quality: Annotated[int, Ge(1), Le(100)] = 90
-    """Of JPEGs that are written."""
+    """JPEG quality of resized images."""
     shard_mb: Annotated[int, Ge(0)] = 0
-    """Million bytes a shard; 0: 256, or no bound with --shard-images."""
+    """Shard size in MB. 0: 256, or no limit with --shard-images."""
     shard_images: Annotated[int, Ge(0)] = 0
-    """Images a shard; 0: no bound."""
+    """Images per shard. 0: no limit."""
     workers: Annotated[int, Ge(-1)] = -1
-    """Processes; 0: this one, -1: as many as there are cores."""
+    """Number of processes. 0: the main process only; -1: one per core."""
     strict: bool = False
-    """Exit with code 1 if an image was left out."""
+    """Exit with code 1 if an image is unreadable."""
 
     def check(self) -> None:
-        """Check how the settings go together.
+        """Check combinations of settings.
 
         Raises:
-            InputError: names the fields.
+            InputError: Settings exclude each other.
         """
         if self.shard_mb and self.shard_images:
             raise InputError("shard_mb and shard_images are both given, expected one of them")
@@ -100,29 +100,29 @@ class PackConfig:
 
 @dataclass(frozen=True)
 class Options:
-    """What the bytes of the shards depend on. The names are the flags'."""
+    """Settings that determine the bytes of the shards, named like the flags."""
 
     max_side: int | None = None
     quality: int = 90
     shard_mb: int | None = None
-    """A shard ends with the image that makes it so many million bytes long."""
+    """A shard ends with the image that brings it to this size."""
     shard_images: int | None = None
 
     def is_full(self, images: int, written: int) -> bool:
-        """Whether a shard of so many images and bytes ends here."""
+        """Whether a shard with this number of images and bytes is full."""
         by_bytes = self.shard_mb is not None and written >= self.shard_mb * 1_000_000
         return by_bytes or (self.shard_images is not None and images >= self.shard_images)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that was written."""
+    """A written shard. Unreadable images between ``first`` and ``end`` are not in it."""
 
     name: str
     first: int
-    """Which image of the source it begins with."""
+    """Index of its first image in the source."""
     end: int
-    """Which image the next one begins with; those between that are not in it could not be read."""
+    """Index of the first image of the next shard."""
     images: int
     bytes: int
     sha256: str
@@ -130,46 +130,46 @@ class Shard:
 
 @dataclass(frozen=True)
 class Packed:
-    """One image on its way into a shard."""
+    """One image, ready to be written into a shard."""
 
     index: int
     label: int | None = None
     suffix: str = ""
-    """Of the member, without a dot."""
+    """Suffix of the member, without the dot."""
     data: bytes = b""
     cause: str = ""
-    """Why it cannot be read; empty where it can."""
+    """Why the image is unreadable; empty if it is readable."""
 
 
 @dataclass
 class Packing:
-    """What is in a folder of shards."""
+    """State of a folder of shards."""
 
     path: Path
     source: str
     fingerprint: str
     images: int
-    """Of the source."""
+    """Number of images of the source."""
     options: Options
     shards: list[Shard] = field(default_factory=list)
     unreadable: list[dict[str, Any]] = field(default_factory=list)
-    """``index``, ``name`` and ``cause`` of each image of the shards that is left out."""
+    """``index``, ``name`` and ``cause`` of each unreadable image."""
     complete: bool = False
 
     @property
     def end(self) -> int:
-        """Which image comes after the last shard."""
+        """Index of the first image after the last shard."""
         return self.shards[-1].end if self.shards else 0
 
     def remove_other_shards(self) -> None:
-        """Remove the shards that are written again: the new ones can be fewer. A file of another name stays."""
+        """Remove shards that are not in the manifest, as the new ones may be fewer. Other files stay."""
         ours = {shard.name for shard in self.shards}
         for path in self.path.glob(f"shard-{'[0-9]' * 6}.tar"):
             if path.name not in ours:
                 path.unlink()
 
     def save(self) -> None:
-        """Write manifest and list of unreadable images."""
+        """Write the manifest and the list of unreadable images."""
         lines = "".join(json.dumps(row) + "\n" for row in self.unreadable).encode()
         if lines:
             atomic.write(self.path / UNREADABLE, lambda file: file.write(lines))
@@ -183,31 +183,29 @@ class Packing:
 
 
 def pack(source: Source, destination: Path, options: Options, workers: int) -> tuple[Packing, int]:
-    """Write what is missing of the shards of a source.
+    """Write the missing shards of a source.
 
     Args:
-        source: what to pack.
-        destination: a local folder: absent, empty, or one in which the same packing was begun.
-        options: how; the same as before where it was begun.
-        workers: processes that read, decode and shrink; before that, threads that verify the shards that are there.
+        source: Images to pack.
+        destination: Local folder: absent, empty, or with the same packing interrupted.
+        options: Settings of the shards. An interrupted packing continues only with the same options.
+        workers: Number of worker processes, and before that of threads that verify existing shards.
 
     Returns:
-        What is in the folder, and how many images this call read (fewer than there are where it was begun before).
+        The state of the folder, and the number of images read by this call.
 
     Raises:
-        InputError: the folder is in use, another pack's or somebody else's, cannot be written, or is full; no image can
-            be read; a process was killed.
+        InputError: The folder is in use, contains other files, is not writable, or the disk is full; no image is
+            readable; or a worker was killed.
     """
-    _refuse_odd_places(destination, source)
+    _check_destination(destination, source)
     work = partial(pack_image, max_side=options.max_side, quality=options.quality)
     with _explaining_errors(destination), contextlib.ExitStack() as stack:
         destination.mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(FileLock(destination / ".lock", timeout=0))
         except Timeout as error:
-            raise InputError(
-                f"another process packs into {destination}: wait for it to end, or give another DST"
-            ) from error
+            raise InputError(f"another process packs into {destination}: wait for it, or give another DST") from error
         packing = _begun(source, destination, options, workers)
         if packing.complete:
             return packing, 0
@@ -222,8 +220,8 @@ def pack(source: Source, destination: Path, options: Options, workers: int) -> t
         if not packing.shards:
             cause = packing.unreadable[0]["cause"] if packing.unreadable else "there is none"
             raise InputError(
-                f"none of the {len(source):,} images of {source.url} can be read, the first because: {cause}; look at "
-                f"SRC with: python -m dino_xcit.data check {source.url}"
+                f"none of the {len(source):,} images of {source.url} can be read, the first because: {cause}; run "
+                f"python -m dino_xcit.data check {source.url}"
             )
         packing.complete = True
         packing.save()
@@ -231,18 +229,18 @@ def pack(source: Source, destination: Path, options: Options, workers: int) -> t
 
 
 def _begun(source: Source, path: Path, options: Options, readers: int) -> Packing:
-    """What is there of this packing; what comes after the first missing or changed shard is written again."""
+    """Load the state of an interrupted packing, up to the first missing or changed shard, or begin a new one."""
     packing = Packing(path, source.url, source.fingerprint(), len(source), options)
     if not (path / MANIFEST).exists():
         foreign = sorted(entry.name for entry in os.scandir(path) if entry.name not in _OURS)
         if foreign:
-            raise InputError(f"cannot pack into {path}: it holds {foreign[0]} and no {MANIFEST}; give an empty folder")
+            raise InputError(f"cannot pack into {path}: it has {foreign[0]} and no {MANIFEST}; give an empty folder")
         atomic.remove_leftovers(path)
         if source.classes is not None:
             atomic.write_json(path / CLASSES, list(source.classes))
         packing.save()
         return packing
-    anew = f"give another DST, or begin again after: rm -r {shlex.quote(str(path))}"
+    restart = f"give another DST, or start over after: rm -r {shlex.quote(str(path))}"
     try:
         before = json.loads((path / MANIFEST).read_bytes())
         if before["version"] != _VERSION:
@@ -254,25 +252,25 @@ def _begun(source: Source, path: Path, options: Options, readers: int) -> Packin
         same = (before["fingerprint"], before["images"]) == (packing.fingerprint, packing.images)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
-            f"{path / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:100]}): {anew}"
+            f"{path / MANIFEST} is damaged ({type(error).__name__}: {str(error)[:100]}): {restart}"
         ) from error
     if begun != options:
-        raise InputError(f"{path} was begun with {begun}, this command has {options}: repeat it as it was, or {anew}")
+        raise InputError(f"{path} was begun with {begun}, this command has {options}: use the same options, {restart}")
     if not same:
         raise InputError(
             f"{path} was begun from {before['source']} with {before['images']:,} images, this command packs "
-            f"{source.url} with {len(source):,}, and they differ (a file was added, removed, changed or moved): {anew}"
+            f"{source.url} with {len(source):,}, and they differ (files added, removed, changed or moved): {restart}"
         )
     with ThreadPoolExecutor(max(1, readers)) as pool:
-        are_there = list(pool.map(partial(_is_there, path), shards))
-    packing.shards = shards[: are_there.index(False) if False in are_there else None]
-    packing.complete = bool(before["complete"]) and all(are_there)
+        intact = list(pool.map(partial(_is_intact, path), shards))
+    packing.shards = shards[: intact.index(False) if False in intact else None]
+    packing.complete = bool(before["complete"]) and all(intact)
     packing.unreadable = [row for row in unreadable if packing.complete or row["index"] < packing.end]
     atomic.remove_leftovers(path)
     return packing
 
 
-def _is_there(path: Path, shard: Shard) -> bool:
+def _is_intact(path: Path, shard: Shard) -> bool:
     try:
         return atomic.digest_of(path / shard.name) == atomic.Digest(shard.bytes, shard.sha256)
     except OSError:
@@ -280,10 +278,10 @@ def _is_there(path: Path, shard: Shard) -> bool:
 
 
 def _readable(packed: Iterator[Packed], source: Source, packing: Packing, bar: Any) -> Iterator[Packed]:
-    """The images that can be read; the others are noted.
+    """Yield the readable images, and record the unreadable ones.
 
     Raises:
-        InputError: a great many in a row cannot.
+        InputError: :data:`MAX_UNREADABLE` consecutive images are unreadable.
     """
     in_a_row = 0
     for one in packed:
@@ -303,7 +301,7 @@ def _readable(packed: Iterator[Packed], source: Source, packing: Packing, bar: A
 
 
 def _write_shard(packing: Packing, image: Packed, readable: Iterator[Packed], source: Source) -> Packed | None:
-    """Write one shard that begins with ``image``; the image that the next one begins with."""
+    """Write one shard that begins with ``image``; return the first image of the next shard, or None."""
     following: Packed | None = image
     images = 0
 
@@ -317,7 +315,7 @@ def _write_shard(packing: Packing, image: Packed, readable: Iterator[Packed], so
             written += _add_member(file, f"{key}.{following.suffix}", following.data)
             images += 1
             following = next(readable, None)
-        file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of an archive
+        file.write(bytes(2 * tarfile.BLOCKSIZE))  # end of archive
 
     name = f"shard-{len(packing.shards):06d}.tar"
     digest = atomic.write(packing.path / name, fill)
@@ -328,7 +326,7 @@ def _write_shard(packing: Packing, image: Packed, readable: Iterator[Packed], so
 
 
 def _add_member(file: Any, name: str, data: bytes) -> int:
-    """One member without owner and date, so that the same input gives the same bytes; how many they are."""
+    """Write one member without owner and date, for reproducible bytes; return their number."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
@@ -339,48 +337,48 @@ def _add_member(file: Any, name: str, data: bytes) -> int:
 
 
 def pack_image(source: Source, index: int, max_side: int | None, quality: int) -> Packed:
-    """Read and decode an image, and make it smaller if need be.
+    """Read and decode an image, and resize it if it is too large.
 
     Args:
-        source: where from.
-        index: which.
-        max_side: pixels that the longer side has at most; None: every file's bytes are kept.
-        quality: of the JPEGs that are written, 1 to 100.
+        source: Source of the image.
+        index: Index in the source.
+        max_side: Maximum longer side in pixels; None: files are kept unchanged.
+        quality: JPEG quality, 1 to 100.
     """
     try:
         item, label = source.read(index)
-        picture = decode(item, source.name(index))
+        image = decode(item, source.name(index))
     except InputError as error:
         return Packed(index, cause=error.cause if isinstance(error, UndecodableImage) else str(error))
-    too_large = max_side is not None and max(picture.size) > max_side
+    too_large = max_side is not None and max(image.size) > max_side
     if isinstance(item, np.ndarray):
         if not too_large:
             return Packed(index, label, "png", _saved(Image.fromarray(item), "PNG"))
     else:
         header = read_header(item)
-        lies_on_its_side = header.format == "JPEG" and header.is_turned
-        if not too_large and (max_side is None or not lies_on_its_side):
+        is_turned_jpeg = header.format == "JPEG" and header.is_turned
+        if not too_large and (max_side is None or not is_turned_jpeg):
             return Packed(index, label, _SUFFIXES[header.format], item)
     if too_large:
         assert max_side is not None
-        scale = max_side / max(picture.size)
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return Packed(index, label, "jpg", _saved(picture, "JPEG", quality=quality, subsampling="4:4:4", comment=b""))
+        scale = max_side / max(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return Packed(index, label, "jpg", _saved(image, "JPEG", quality=quality, subsampling="4:4:4", comment=b""))
 
 
-def _saved(picture: Image.Image, kind: str, **options: object) -> bytes:
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def key_of(index: int, name: str) -> str:
-    """The part of a member's name before the dot: the image's number, an underscore, and its name in readable form.
+    """Return the WebDataset key of an image, the member's name before the dot: number, underscore, encoded name.
 
-    WebDataset ends a key at the first dot, and readers take folders for classes: so dots, slashes, percent signs and
-    what cannot be printed are written as in a URL. ``urllib.parse.unquote(key.partition("_")[2],
-    errors="surrogateescape")`` is the name again, or its beginning where it is very long.
+    A key ends at the first dot, and readers take folders for classes. Dots, slashes, percent signs and unprintable
+    characters are therefore encoded as in a URL. ``urllib.parse.unquote(key.partition("_")[2],
+    errors="surrogateescape")`` restores the name, truncated after :data:`MAX_NAME` bytes.
     """
     room, kept = MAX_NAME, []
     for letter in name:
@@ -394,7 +392,7 @@ def key_of(index: int, name: str) -> str:
 
 
 def relative_name(url: str, name: str) -> str:
-    """An image's name without the folder or list that its source was opened from."""
+    """Return the name of an image relative to the folder or list of its source."""
     for base in (url, re.sub(r"[^/\\]*$", "", url)):
         folder = base.rstrip("/\\")
         if folder and name.startswith((f"{folder}/", f"{folder}\\")):
@@ -402,35 +400,35 @@ def relative_name(url: str, name: str) -> str:
     return name
 
 
-def _refuse_odd_places(path: Path, source: Source) -> None:
-    if "://" in str(path) or re.match(r"\w+:/[^/]", str(path)):  # a Path has one slash of two
-        raise InputError(f"cannot pack into {path}: DST is a local folder; pack there, then copy it")
+def _check_destination(path: Path, source: Source) -> None:
+    if "://" in str(path) or re.match(r"\w+:/[^/]", str(path)):  # Path merges double slashes
+        raise InputError(f"cannot pack into {path}: expected a local folder; pack there, then copy it")
     if path.exists() and not path.is_dir():
         raise InputError(f"cannot pack into {path}: it is a file; give a folder that is absent or empty")
-    origin = Path(source.url)  # perhaps: a pattern may be longer than any path
+    origin = Path(source.url)  # os.path.isdir also accepts a pattern that is too long for a path
     if os.path.isdir(origin) and path.resolve().is_relative_to(origin.resolve()):
-        raise InputError(f"cannot pack into {path}: it lies in {origin}, which is packed; give a folder outside")
+        raise InputError(f"cannot pack into {path}: it is inside SRC ({origin}); give a folder outside")
 
 
 @contextlib.contextmanager
 def _explaining_errors(path: Path) -> Iterator[None]:
-    """Errors of the operating system while a folder is written, as one sentence."""
+    """Turn OSErrors while a folder is written into InputErrors."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"no space left on the disk for {path}: free some space, then run the same command, which continues "
-                "with the next shard"
+                "with the incomplete shard"
             ) from error
-        raise InputError(f"cannot write {path}: {error.strerror or error}; check it, or give another DST") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}; give another DST") from error
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; its exit code: 0, or 1 under --strict where an image could not be read.
+    """Run the command and return the exit code: 1 if an image is unreadable and --strict is given, else 0.
 
     Raises:
-        InputError: a mistake in the command, or what :func:`pack` raises.
+        InputError: The command line is invalid, or :func:`pack` failed.
     """
     config = parse(PackConfig, argv, "python -m dino_xcit.data pack SRC DST")
     shard_mb = config.shard_mb or (None if config.shard_images else SHARD_MB)
@@ -445,11 +443,11 @@ def main(argv: Sequence[str]) -> int:
     )
     seconds = max(time.perf_counter() - began, 1e-9)
     rate = f"{counted(seen, 'image')} in {seconds:.1f} s ({seen / seconds:,.0f} images/s)"
-    print(rate if seen else "all of it was there already")
+    print(rate if seen else "already complete")
     if packing.unreadable:
         unreadable = counted(len(packing.unreadable), "image")
-        print(f"left out: {unreadable} that cannot be read, listed in {packing.path / UNREADABLE}")
-    print(f"use it as --data-path {shlex.quote(f'tar:{packing.path}/shard-*.tar')}")
+        print(f"skipped {unreadable} that cannot be read, listed in {packing.path / UNREADABLE}")
+    print(f"use with --data-path {shlex.quote(f'tar:{packing.path}/shard-*.tar')}")
     return 1 if packing.unreadable and config.strict else 0
 
 
@@ -458,5 +456,5 @@ def _opened(url: str, part: str | None) -> Source:
     if not os.path.exists(path):
         return open_source(url, part)
     if part is None and len(parts_of(path)) > 1:
-        raise InputError(f"{url} has the parts train and val: pack each on its own, with --part train and --part val")
-    return open_source(os.path.abspath(path), part)  # so that a resumed packing finds the same names from anywhere
+        raise InputError(f"{url} has the parts train and val: pack each separately, with --part train and --part val")
+    return open_source(os.path.abspath(path), part)  # absolute: names do not depend on the current folder

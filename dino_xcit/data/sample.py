@@ -1,6 +1,6 @@
-"""Fashion-MNIST: the subset shipped with this package, and the full set as Debian ships it.
+"""Fashion-MNIST: the subset in this package, and the full set from Debian's package.
 
-70,000 photographs of clothes, 28x28, grey, ten classes (arXiv 1708.07747, MIT licence, see SAMPLE_LICENSE.txt).
+70,000 grey images of clothes, 28x28, ten classes (arXiv 1708.07747, MIT licence, see SAMPLE_LICENSE.txt).
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 EMBEDDED = Path(__file__).parent / "fashion_mnist_sample.npz"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
-
-_MOST_BYTES = 1 << 27
-"""Of a file of the full set, packed or not: the largest has 47 million."""
+_MAX_BYTES = 1 << 27
+"""Maximum size of a file of the full set, packed or not: the largest has 47 MB."""
 
 
 class ArraySource:
-    """Decoded images that lie in memory."""
+    """Decoded images in memory."""
 
     def __init__(
         self, url: str, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: tuple[str, ...]
@@ -59,12 +58,15 @@ class ArraySource:
 
 
 def open_sample(name: str, part: str) -> ArraySource:
-    """``fashion-mnist``: 12,000 training and 3,000 test images, class-balanced, shipped with the package.
-    ``fashion-mnist-full``: 60,000 and 10,000, from Debian's package dataset-fashion-mnist.
+    """Open Fashion-MNIST.
 
     Args:
-        name: one of the two names above.
+        name: ``fashion-mnist``: 12,000 training and 3,000 test images, class-balanced, from this package.
+            ``fashion-mnist-full``: 60,000 and 10,000 images, from Debian's package dataset-fashion-mnist.
         part: ``train`` or ``val`` (the test images).
+
+    Raises:
+        InputError: The name is unknown, or a file is missing or damaged.
     """
     url = f"sample:{name}/{part}"
     if name == "fashion-mnist":
@@ -77,28 +79,28 @@ def open_sample(name: str, part: str) -> ArraySource:
         labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
         fits = images.ndim == 3 and images.size and labels.shape == images.shape[:1] and labels.max() < len(CLASSES)
         if not fits:
-            raise InputError(f"the files {prefix}-* in {folder} are not those of Fashion-MNIST: fetch them anew")
+            raise InputError(f"the files {prefix}-* in {folder} are not Fashion-MNIST: download them again")
         return ArraySource(url, images, labels.astype(np.int64), CLASSES)
-    raise InputError(f"unknown sample {name!r}: there are sample:fashion-mnist and sample:fashion-mnist-full")
+    raise InputError(f"unknown sample {name!r}: expected sample:fashion-mnist or sample:fashion-mnist-full")
 
 
 def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """An IDX file of unsigned bytes (the format of MNIST): two zero bytes, type 8, rank, big-endian sizes, data."""
+    """Read an IDX file of unsigned bytes (MNIST's format): two zero bytes, type 8, rank, big-endian sizes, data."""
     if not path.is_file():
         raise InputError(
-            f"the full Fashion-MNIST is not at {path.parent}: install Debian's package dataset-fashion-mnist, point "
-            "FASHION_MNIST_DIR at the four .gz files, or use torchvision:FashionMNIST where there is a network"
+            f"the full Fashion-MNIST is not in {path.parent}: install Debian's package dataset-fashion-mnist, set "
+            "FASHION_MNIST_DIR to the folder of the four .gz files, or use torchvision:FashionMNIST to download it"
         )
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(read_file(str(path), _MOST_BYTES))) as file:
-            data = file.read(_MOST_BYTES)  # a small file could unpack to any size
+        with gzip.GzipFile(fileobj=io.BytesIO(read_file(str(path), _MAX_BYTES))) as file:
+            data = file.read(_MAX_BYTES)  # a small file could unpack to any size
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}; fetch it anew") from error
+        raise InputError(f"{path} cannot be read: {one_line(error)}; download it again") from error
     if data[:3] != b"\x00\x00\x08" or data[3:4] not in (b"\1", b"\3") or len(data) < 4 + 4 * data[3]:
-        raise InputError(f"{path} is no IDX file of unsigned bytes: fetch it anew")
+        raise InputError(f"{path} is not an IDX file of unsigned bytes: download it again")
     rank = data[3]
     shape = [int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(rank)]
     values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * rank)
     if len(values) != math.prod(shape):
-        raise InputError(f"{path} holds {len(values)} bytes, but says it holds {shape}; fetch it anew")
+        raise InputError(f"{path} has {len(values)} bytes, expected {shape} from its header; download it again")
     return values.reshape(shape)

@@ -1,4 +1,4 @@
-"""What a data set is to this project: numbered items with a name, and perhaps a label."""
+"""The interface of a data set: numbered items with a name and an optional label."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ Item = bytes | NDArray[np.uint8]
 """An encoded image file, or decoded pixels: [height, width] or [height, width, 3], uint8."""
 
 MAX_CLASSES = 1_000_000
-"""A label of this size or more is refused."""
+"""Labels must be less than this."""
 
 _NAMED_PART = re.compile(r"(.+?)/(train|val)/*(\?.*)?", re.DOTALL)
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to images. Implementations hold no open files, so that loader processes can share them."""
+    """Random access to images. Implementations have no open files, so that workers can share them."""
 
     url: str
-    """What :func:`dino_xcit.data.open_source` was given, with the part that was opened."""
+    """URL given to :func:`dino_xcit.data.open_source`, with the opened part."""
     classes: tuple[str, ...] | None
     """Class names in label order; None without labels."""
     labels: NDArray[np.int64] | None
-    """[len], known without reading an image; None without labels."""
+    """[len], available without reading images; None without labels."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Item, int | None]:
-        """Item ``index`` and its label (None without labels)."""
+        """Read item ``index``; return it and its label (None without labels)."""
         ...
 
     def name(self, index: int) -> str:
-        """What a person would call item ``index``: its path where it has one. Unique within the source."""
+        """Return the name of item ``index``, such as its path. Unique within the source."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when the items, their order or their labels change: the key of cached features."""
+        """Return a hash of the items, their order and their labels, the key of the feature cache."""
         ...
 
 
 class MinimalSource(Protocol):
-    """What a source cannot do without."""
+    """The required part of :class:`Source`."""
 
     def __len__(self) -> int: ...
 
@@ -61,7 +61,7 @@ class MinimalSource(Protocol):
 
 
 def completed(source: MinimalSource, url: str) -> Source:
-    """A source with every attribute of :class:`Source`; without ``labels`` it has none for evaluators."""
+    """Add the missing attributes of :class:`Source` to a minimal source."""
     return source if isinstance(source, Source) else _Completed(source, url)
 
 
@@ -84,16 +84,16 @@ class _Completed:
 
 
 def split_part(url: str) -> tuple[str, str | None]:
-    """A data set, and ``train`` or ``val`` where its URL names one: at the end, or before a query as in
+    """Split the part, ``train``, ``val`` or None, off a URL: (``hf:DIR?label=none``, ``val``) of
     ``hf:DIR/val?label=none``."""
     named = _NAMED_PART.fullmatch(url)
     return (named[1] + (named[3] or ""), named[2]) if named else (url, None)
 
 
 def number_classes(names: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
-    """[len(names)] labels, and the distinct names in sorted order, which they number.
+    """Return labels [len(names)], and the class names: the distinct names in sorted order.
 
-    Names are compared in Unicode's composed form (NFC): macOS and Linux write the same name in different bytes.
+    Names are normalized to NFC, as macOS and Linux encode the same name differently.
     """
     composed = [unicodedata.normalize("NFC", name) for name in names]
     classes = sorted(set(composed))
@@ -102,7 +102,7 @@ def number_classes(names: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
 
 
 def hash_lines(lines: Iterable[str]) -> str:
-    """SHA-256 over text lines, in hexadecimal."""
+    """Return the SHA-256 of text lines, in hexadecimal."""
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode("utf-8", "surrogateescape"))
@@ -111,10 +111,10 @@ def hash_lines(lines: Iterable[str]) -> str:
 
 
 def identity(source: Source, samples: int = 1000) -> str:
-    """Which images these are, in which order, at a glance: how many, and a hash of some names evenly spread.
+    """Return the number of images and a hash of ``samples`` evenly spaced names.
 
-    An image more or less, or another order, shows, as numbers shift; what is in the files does not, for which
-    :meth:`Source.fingerprint` is there, which may have to look at each.
+    A fast check that detects added and removed images and another order, but not changed files. For these see
+    :meth:`Source.fingerprint`, which may access every file.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, samples).astype(np.int64)).tolist()
     digest = hash_lines(source.name(index) for index in chosen)
@@ -122,7 +122,7 @@ def identity(source: Source, samples: int = 1000) -> str:
 
 
 class Subset:
-    """Some items of another source, in a given order, on request under other label numbers."""
+    """Some items of another source, in a given order, optionally with other labels."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Subset:
         relabel: NDArray[np.int64] | None = None,
         classes: tuple[str, ...] | None = None,
     ) -> None:
-        """``relabel[old label]`` is the new label, and ``classes`` the names in the new order; both or neither."""
+        """``relabel[old label]`` is the new label, and ``classes`` are the names in the new order; both or neither."""
         self._source = source
         self._indices = indices
         self.url = source.url if len(indices) == len(source) else f"{source.url}[{len(indices)} of {len(source)}]"

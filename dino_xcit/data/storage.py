@@ -1,4 +1,4 @@
-"""Files by path: on this machine, or wherever fsspec reaches (``s3://``, ``gs://``, ``hf://``, ``https://`` ...)."""
+"""Local files, and remote files through fsspec (``s3://``, ``gs://``, ``hf://``, ``https://`` ...)."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Stamp = tuple[int, str]
-"""A file's size in bytes, and a text that changes when the file does."""
+"""Size of a file in bytes, and its modification time or version."""
 
 MAX_REQUESTS = 32
-"""Concurrent requests where many remote files are looked at."""
+"""Maximum number of concurrent requests for remote files."""
 MAX_FILES = 1_000_000
-"""Files that one pattern may name."""
+"""Maximum number of files per pattern."""
 MAX_IMAGE_BYTES = 1 << 30
-"""Of an encoded image; a larger file is no image."""
+"""Maximum size of an encoded image."""
 _READ_AHEAD = 4 << 20
-"""Bytes of each request of :func:`open_file`."""
+"""Bytes per request of :func:`open_file`."""
 _PAUSES = (0.5, 2.0)
-"""Seconds before a failed remote request is tried a second and a third time."""
+"""Seconds before the second and the third attempt of a failed remote request."""
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "generation", "blob_id", "oid"),
     *("Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created"),
 )
-"""Names under which file systems report a file's version, most reliable first."""
+"""Keys under which file systems report the version of a file, most reliable first."""
 _BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}|\{([^{}]*,[^{}]*)\}")
 
 
 class _Absent(InputError):
-    """There is no such file."""
+    """A missing file."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL that fsspec reads, rather than a path on this machine."""
+    """Whether a path is a URL for fsspec rather than a local path."""
     return "://" in path
 
 
 def stamp(path: str) -> Stamp:
-    """A file's size, and its time or what its server calls its version.
+    """Return the size and the modification time or version of a file.
 
     Raises:
-        InputError: there is no such file, or it cannot be reached.
+        InputError: The file is missing or cannot be accessed.
     """
     if not is_remote(path):
         status = _status(path)
@@ -63,17 +63,17 @@ def stamp(path: str) -> Stamp:
     if info.get("type") == "directory":
         raise InputError(f"{path} is a folder: expected a file")
     if not isinstance(info.get("size"), int):
-        raise InputError(f"cannot use {path}: its server does not tell its size; copy it to this machine first")
+        raise InputError(f"cannot use {path}: its server does not report its size; copy it to this machine first")
     return info["size"], _version(info)
 
 
 def stamps(paths: list[str]) -> list[Stamp]:
-    """:func:`stamp` of each path, remote ones concurrently."""
+    """Return :func:`stamp` of each path, concurrently for remote paths."""
     return _of_each(stamp, paths)
 
 
 def state(path: str) -> str:
-    """A local file's size and time in words, or that it is gone; nothing of a remote file, which takes a request."""
+    """Return the size and mtime of a local file as text, ``gone`` if it is missing; empty for remote files."""
     if is_remote(path):
         return ""
     try:
@@ -84,16 +84,16 @@ def state(path: str) -> str:
 
 
 def read_range(path: str, start: int, length: int) -> bytes:
-    """``length`` bytes from byte ``start`` on.
+    """Read ``length`` bytes from byte ``start``.
 
     Raises:
-        InputError: there are fewer, or the file cannot be read.
+        InputError: The file is shorter, or cannot be read.
     """
     if is_remote(path):
         data = ask(path, lambda system, inner: system.cat_file(inner, start=start, end=start + length))
         if len(data) > length:
             raise InputError(
-                f"cannot read a part of {path}: its server ignores ranges; copy the file to this machine first"
+                f"cannot read a part of {path}: its server ignores range requests; copy it to this machine first"
             )
     else:
         with open_file(path) as file:
@@ -101,17 +101,17 @@ def read_range(path: str, start: int, length: int) -> bytes:
             data = file.read(length)
     if len(data) != length:
         raise InputError(
-            f"{path} ends before byte {start + length:,}: it was cut short, or replaced since it was opened; start "
+            f"{path} ends before byte {start + length:,}: it was truncated or replaced after it was opened; start "
             "again when it is complete"
         )
     return data
 
 
 def read_file(path: str, limit: int) -> bytes:
-    """A whole file.
+    """Read a whole file.
 
     Raises:
-        InputError: it has more than ``limit`` bytes, or cannot be read.
+        InputError: The file has more than ``limit`` bytes, or cannot be read.
     """
     if is_remote(path):
         data = ask(path, lambda system, inner: system.cat_file(inner, start=0, end=limit + 1))
@@ -124,13 +124,13 @@ def read_file(path: str, limit: int) -> bytes:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A seekable file, open for reading; a remote one reads ahead.
+    """Open a file for reading, seekable; remote files with read-ahead.
 
     Raises:
-        InputError: it cannot be opened, or its server sends whole files only.
+        InputError: The file cannot be opened, or its server ignores range requests.
     """
     if not is_remote(path):
-        _status(path)  # opening a named pipe would wait for a writer
+        _status(path)  # refuses named pipes, whose opening would block
         try:
             return open(path, "rb")
         except OSError as error:
@@ -142,15 +142,15 @@ def open_file(path: str) -> BinaryIO:
     file = ask(path, opened)
     if not file.seekable():
         file.close()
-        raise InputError(f"{path}: its server ignores ranges; copy the file to this machine first")
+        raise InputError(f"cannot read {path}: its server ignores range requests; copy it to this machine first")
     return file
 
 
 def is_file(path: str) -> bool:
-    """Whether there is a file at a path.
+    """Whether a path is a file.
 
     Raises:
-        InputError: its server cannot be reached, or refuses to tell.
+        InputError: The server cannot be reached, or denies access.
     """
     if not is_remote(path):
         return os.path.isfile(path)
@@ -162,10 +162,10 @@ def is_file(path: str) -> bool:
 
 
 def is_folder(path: str) -> bool:
-    """Whether there is a folder at a path; in an object store, whether names begin with it and a slash.
+    """Whether a path is a folder; in an object store, a prefix of names.
 
     Raises:
-        InputError: its server cannot be reached.
+        InputError: The server cannot be reached.
     """
     if not is_remote(path):
         return os.path.isdir(os.path.expanduser(path))
@@ -176,36 +176,36 @@ def is_folder(path: str) -> bool:
 
 
 def subfolders(path: str) -> set[str]:
-    """Names of the folders in a folder, hidden ones left out; empty where it cannot be listed."""
+    """Return the names of the sub-folders, except hidden ones; empty if the folder cannot be listed."""
     if is_remote(path):
         listed = ask(path, lambda system, inner: system.ls(inner, detail=True))
         names = {info["name"].rstrip("/").rpartition("/")[2] for info in listed if info["type"] == "directory"}
     else:
         try:
             names = {entry.name for entry in os.scandir(path) if entry.is_dir()}
-        except OSError:  # reported where it is read
+        except OSError:  # reported when the folder is read
             return set()
     return {name for name in names if not name.startswith(".")}
 
 
 def folder_of(path: str) -> str:
-    """The folder of a file; of a URL without its query."""
+    """Return the folder of a file, for a URL without the query."""
     return path.partition("?")[0].rpartition("/")[0] if is_remote(path) else os.path.dirname(path) or "."
 
 
 def files_below(folder: str) -> dict[str, Stamp]:
-    """All files at any depth below a remote folder: path within the folder to :func:`stamp`.
+    """List all files below a remote folder: path within the folder to :func:`stamp`.
 
-    The size is -1 where the listing does not tell it, as on web servers.
+    The size is -1 if the listing does not have it, as on web servers.
 
     Raises:
-        InputError: it cannot be listed.
+        InputError: The folder cannot be listed.
     """
 
     def listed(system: AbstractFileSystem, inner: str) -> dict[str, Stamp]:
         system.invalidate_cache()
         found = system.find(inner, detail=True)
-        system.invalidate_cache()  # a million entries take gigabytes there
+        system.invalidate_cache()  # frees gigabytes for a million entries
         top = inner.rstrip("/") + "/"
         return {
             path.removeprefix(top): (info.get("size") if isinstance(info.get("size"), int) else -1, _version(info))
@@ -217,18 +217,18 @@ def files_below(folder: str) -> dict[str, Stamp]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a pattern names, sorted.
+    """Return the files that match a pattern, sorted.
 
     Args:
-        pattern: a path or URL with ranges in braces (``{000..146}``, zero-padded as written), choices in braces
+        pattern: Path or URL with ranges in braces (``{000..146}``, zero-padded as written), choices in braces
             (``{train,val}``) and the wildcards ``*``, ``?`` and ``[abc]`` (in ``http`` URLs ``?`` is literal).
-            A local file of exactly that name is taken as it is.
+            The name of an existing local file is taken literally.
 
     Returns:
-        Paths, absolute where they are local.
+        Paths; local ones are absolute.
 
     Raises:
-        InputError: nothing matches a wildcard, or a file that is named without one is missing.
+        InputError: Nothing matches a wildcard, or a file named without a wildcard is missing.
     """
     if not is_remote(pattern):
         pattern = os.path.abspath(os.path.expanduser(pattern))
@@ -250,12 +250,12 @@ def expand(pattern: str) -> list[str]:
             continue
         if is_folder(name):
             raise InputError(f"{name} is a folder: expected files, or a pattern such as {name}/*")
-        stamp(name)  # raises: absent, no regular file, or what its server says
+        stamp(name)  # raises the cause: missing, not a regular file, or an error of the server
     return sorted({*plain, *matched})
 
 
 def _alternatives(pattern: str) -> Iterator[str]:
-    """A pattern with one choice made in each of its braces, in every way."""
+    """Yield all expansions of the braces in a pattern."""
     braces = _BRACES.search(pattern)
     if braces is None:
         yield pattern
@@ -273,10 +273,10 @@ def _alternatives(pattern: str) -> Iterator[str]:
 
 
 def _match(name: str) -> list[str]:
-    """The files that match a name with wildcards."""
+    """Return the files that match a name with wildcards."""
 
     def matching(system: AbstractFileSystem, inner: str) -> list[str]:
-        system.invalidate_cache()  # an earlier listing may be out of date
+        system.invalidate_cache()  # earlier listings may be outdated
         try:
             found = system.glob(inner, detail=True)
         except FileNotFoundError:
@@ -295,7 +295,7 @@ def _match(name: str) -> list[str]:
 
 
 def explained(path: str, error: Exception) -> InputError:
-    """What went wrong while reading a file, as one sentence."""
+    """Convert an exception raised while reading a file to an InputError."""
     if isinstance(error, InputError):
         return error
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
@@ -303,7 +303,7 @@ def explained(path: str, error: Exception) -> InputError:
         sign_in = ", and which account you are signed in to" if is_remote(path) else ""
         return _Absent(f"there is no file {path}{reason}: check the path{sign_in}")
     if isinstance(error, PermissionError):
-        return InputError(f"no permission to read {path}: {'sign in' if is_remote(path) else 'ask its owner'}")
+        return InputError(f"no permission to read {path}: {'sign in' if is_remote(path) else 'change its permissions'}")
     if isinstance(error, TimeoutError):
         return InputError(f"cannot read {path}: its server did not answer in time; try again")
     text = one_line(error) or "the reader failed"
@@ -311,21 +311,21 @@ def explained(path: str, error: Exception) -> InputError:
 
 
 def ask(path: str, question: Callable[[AbstractFileSystem, str], T]) -> T:
-    """The answer of a path's file system. A request that may succeed later is repeated."""
+    """Call ``question(file system, path)`` for a remote path, with retries after temporary errors."""
     for pause in (*_PAUSES, None):
         try:
             return question(*_file_system(path))
-        except Exception as error:  # of any class: each file system has its own
-            lasting = isinstance(error, (InputError, FileNotFoundError, PermissionError, IsADirectoryError))
-            if lasting or pause is None:
+        except Exception as error:  # each file system has its own exceptions
+            permanent = isinstance(error, (InputError, FileNotFoundError, PermissionError, IsADirectoryError))
+            if permanent or pause is None:
                 raise explained(path, error) from error
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
 def _file_system(path: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URL, and the path in it. fsspec keeps one for each process and thread."""
-    from fsspec.core import url_to_fs  # not at the top: local files do without
+    """Return the file system of a URL, cached by fsspec per process and thread, and the path in it."""
+    from fsspec.core import url_to_fs  # not needed for local files
 
     try:
         return cast("tuple[AbstractFileSystem, str]", url_to_fs(path))
@@ -334,14 +334,16 @@ def _file_system(path: str) -> tuple[AbstractFileSystem, str]:
         remedy = f"pip install {needed.partition('.')[0]}" if needed else str(error)
         raise InputError(f"cannot read {path}: its file system needs another package: {remedy}") from error
     except ValueError as error:
-        raise InputError(f"cannot read {path}: {error}; expected s3://, gs://, hf://, https:// or the like") from error
+        raise InputError(
+            f"cannot read {path}: {error}; expected a URL such as s3://, gs://, hf:// or https://"
+        ) from error
 
 
 def _status(path: str) -> os.stat_result:
-    """Of a regular file on this machine."""
+    """Return the status of a local regular file."""
     try:
         status = os.stat(path)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte, or letters that a path cannot have
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or an invalid character
         raise explained(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
@@ -351,7 +353,7 @@ def _status(path: str) -> os.stat_result:
 
 def _version(info: dict[str, Any]) -> str:
     version = next((info[name] for name in _VERSIONS if info.get(name)), "")
-    # A listing and a single question may give the same time as different types.
+    # Listings and single requests may return the same time as different types.
     return str(version.timestamp() if isinstance(version, datetime) else version)
 
 

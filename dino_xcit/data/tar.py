@@ -1,6 +1,6 @@
-"""Images in tar archives, such as WebDataset's shards: ``tar:PATTERN``. Read in any order, never extracted.
+"""Images in tar archives such as WebDataset shards, with random access and without extraction: ``tar:PATTERN``.
 
-A sample is a set of members whose paths agree up to the first dot of their last part
+A sample is a set of members with the same key, the path up to the first dot of its last component
 (https://github.com/webdataset/webdataset, "The WebDataset Format").
 """
 
@@ -43,28 +43,28 @@ class Member(NamedTuple):
     """A regular file in an archive."""
 
     name: str
-    """Its path, without a leading ``./``; bytes that are not UTF-8 are surrogates."""
+    """Path without a leading ``./``; bytes that are not UTF-8 are surrogates."""
     offset: int
-    """Where its content begins, in bytes from the beginning of the file."""
+    """Offset of the content in the archive, in bytes."""
     size: int
-    """Bytes of its content."""
+    """Size of the content in bytes."""
     check: int
-    """CRC-32 of the header's last block: whether the archive is still the same there."""
+    """CRC-32 of the last block of the header, to detect a changed archive."""
 
 
 def scan(
     file: BinaryIO, path: str, start: int = 0, end: int | None = None, skipped: Counter[str] | None = None
 ) -> Iterator[Member]:
-    """The regular members of an archive, in its order, repeated names included. The caller may seek between two.
+    """Yield the regular members of an archive in order, repeated names included. The caller may seek in the file.
 
     Args:
-        file: what holds the archive.
-        path: its name, for errors.
-        start, end: where in the file the archive lies, in bytes; None: to its end.
-        skipped: counts members that are not regular files, or whose names lead out of the archive.
+        file: File with the archive.
+        path: Name of the archive, for errors.
+        start, end: Range of the archive in the file, in bytes; None: to the end of the file.
+        skipped: Counts members that are not regular files, and names with absolute paths or ``..``.
 
     Raises:
-        InputError: it is not a tar archive, is compressed, cut short or damaged.
+        InputError: The file is not a tar archive, or is compressed, truncated or damaged.
     """
     skipped = Counter() if skipped is None else skipped
     end = file.seek(0, 2) if end is None else end
@@ -72,11 +72,11 @@ def scan(
     try:
         archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         for info in iter(archive.next, None):
-            archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps each
+            archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps them all
             if info.size < 0:
                 raise InputError(f"{path} is damaged: {info.name[:200]!r} has a negative size; download it again")
             if info.offset_data + (info.size if info.isreg() else 0) > end:
-                raise InputError(f"{path} is cut short within {info.name[:200]!r}: copy or download it again")
+                raise InputError(f"{path} is truncated within {info.name[:200]!r}: copy or download it again")
             name = re.sub(r"^(\./+)+", "", info.name)
             if info.issparse() or not info.isreg():
                 if not info.isdir():
@@ -93,18 +93,18 @@ def scan(
             raise
         file.seek(start)
         raise _not_a_tar(file.read(min(BLOCK, end - start)), path, one_line(error)) from error
-    # tarfile takes a damaged header for the end of the archive.
+    # tarfile treats a damaged header as the end of the archive.
     if stopped_at != bytes(BLOCK):
         if archive.offset == start:
             raise _not_a_tar(stopped_at, path, "no header")
-        where = "is cut short" if len(stopped_at) < BLOCK else "is damaged: it has no valid header"
+        where = "is truncated" if len(stopped_at) < BLOCK else "is damaged: it has no valid header"
         raise InputError(f"{path} {where} after byte {archive.offset:,}: copy or download it again")
 
 
 def _not_a_tar(begin: bytes, path: str, reason: str) -> InputError:
     program = next((name for mark, name in _COMPRESSED.items() if begin.startswith(mark)), None)
     if program is not None:
-        return InputError(f"{path} is compressed: decompress it with {program} -d, and give the .tar that comes out")
+        return InputError(f"{path} is compressed: decompress it with {program} -d, and give the resulting .tar")
     if not begin:
         return InputError(f"{path} is empty: expected a tar archive; copy or download it again")
     if begin.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
@@ -114,26 +114,26 @@ def _not_a_tar(begin: bytes, path: str, reason: str) -> InputError:
 
 @dataclass
 class _Shard:
-    """The images of one archive, in its order."""
+    """The images of one archive, in order."""
 
     members: list[Member]
     labels: list[Label]
-    """What a ``.cls`` or ``.json`` says; None where neither does."""
+    """Label of each image, from ``.cls`` or ``.json``; else None."""
     skipped: Counter[str]
 
 
-def _look_through(path: str) -> _Shard:
-    """Read all headers of a shard, and its labels.
+def _index_shard(path: str) -> _Shard:
+    """Read all headers and labels of a shard.
 
-    ``a.v2.cls`` or ``a.v2.json`` labels ``a.v2.jpg``; where there is neither, ``a.cls`` or ``a.json`` does. Of a sample
-    that has other members, too, images with a label of their own are items, or else the one with the shortest ending
-    (``a.jpg`` rather than ``a.mask.png``). Where nothing but images has a key, each is an item.
+    ``a.v2.cls`` or ``a.v2.json`` labels ``a.v2.jpg``; without these, ``a.cls`` or ``a.json`` does. If all members with
+    a key are images, each is an item. Otherwise the items are the images with their own label, or else the one image
+    with the shortest suffix (``a.jpg`` rather than ``a.mask.png``).
 
     Raises:
-        InputError: what :func:`scan` says; a ``.cls`` that is neither number nor name; a label that belongs to no item.
+        InputError: As :func:`scan`; a ``.cls`` is neither number nor name; a label has no image.
     """
     skipped: Counter[str] = Counter()
-    images: defaultdict[str, dict[str, Member]] = defaultdict(dict)  # of each key, by name
+    images: defaultdict[str, dict[str, Member]] = defaultdict(dict)  # key to name to member
     with_others: set[str] = set()
     labels: dict[str, Label] = {}
     classes: set[str] = set()
@@ -151,7 +151,7 @@ def _look_through(path: str) -> _Shard:
                         skipped["images of more than 1 GiB"] += 1
                         continue
                     skipped["earlier members of the same name"] += member.name in found
-                    found[member.name] = member  # the last one, as extracting would leave it
+                    found[member.name] = member  # the last one wins, as in an extraction
                     continue
                 with_others.add(key)
                 if ending.lower() == "cls":
@@ -182,20 +182,20 @@ def _look_through(path: str) -> _Shard:
             shard.labels.append(labels.get(labelled_by))
     if unused:
         raise InputError(
-            f"{path} holds a label in {min(unused)}.cls or .json, but no image that it belongs to: expected both; pack "
-            "the archive again"
+            f"{path} has a label in {min(unused)}.cls or .json, but no image for it: expected both; pack the archive "
+            "again"
         )
     return shard
 
 
 def _key(name: str) -> str:
-    """What the members of a sample have in common: their path up to the first dot of its last part."""
+    """Return the key of a member: its path up to the first dot of the last component."""
     folder, slash, base = name.rpartition("/")
     return f"{folder}{slash}{base.partition('.')[0]}"
 
 
 def _label_of_cls(member: Member, file: BinaryIO, path: str) -> Label:
-    """A number, or a class's name: one line of text that has a letter in it."""
+    """Read a label: a number, or a class name (one line with at least one letter)."""
     file.seek(member.offset)
     text = file.read(min(member.size, _MAX_CLS)).strip()
     if member.size <= _MAX_CLS:
@@ -207,8 +207,8 @@ def _label_of_cls(member: Member, file: BinaryIO, path: str) -> Label:
         if name.isprintable() and "\ufffd" not in name and any(letter.isalpha() for letter in name):
             return name
     raise InputError(
-        f"{path}/{member.name} holds {text[:20]!r}: expected the number of a class, 0 to {MAX_CLASSES - 1:,}, -1 where "
-        f"it is unknown, or a class's name, one line of at most {_MAX_CLS} bytes; pack the archive again"
+        f"{path}/{member.name} contains {text[:20]!r}: expected a class number, 0 to {MAX_CLASSES - 1:,} or -1 for "
+        f"unknown, or a class name, one line of at most {_MAX_CLS} bytes; pack the archive again"
     )
 
 
@@ -227,7 +227,7 @@ def _label_of_json(member: Member, file: BinaryIO, skipped: Counter[str]) -> Lab
 
 
 def _parsed(text: str | bytes) -> Any:
-    """A JSON value; None where it is not JSON."""
+    """Parse JSON; None if invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -235,14 +235,14 @@ def _parsed(text: str | bytes) -> Any:
 
 
 class TarSource:
-    """Images by where they lie in their shards."""
+    """Images by shard and offset."""
 
     def __init__(self, url: str, shards: Sequence[str], index: Index, classes: tuple[str, ...] | None) -> None:
         self.url = url
         self.classes = classes
         self.labels: NDArray[np.int64] | None = index.numbers["label"] if classes is not None else None
         self.label_problem = "".join(index.strings.get("label_problem", ()))
-        """Why there are no labels."""
+        """Why there are no labels; else empty."""
         self._shards, self._index = list(shards), index
         self._names = index.strings["name"]
         bases = [_base(shard) for shard in shards]
@@ -255,21 +255,21 @@ class TarSource:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """``shard.tar/path/in/it.jpg``."""
+        """Return ``shard.tar/path/in/it.jpg``."""
         return f"{self._short[self._index.numbers['shard'][index]]}/{self._names[index]}"
 
     def read(self, index: int) -> tuple[Item, int | None]:
-        """Item ``index``, with one request for its bytes and the header before them.
+        """Read item ``index``, with one request for its header and content.
 
         Raises:
-            InputError: the shard is gone, or holds something else at this place.
+            InputError: The shard is missing or has changed.
         """
         numbers = self._index.numbers
         shard = self._shards[numbers["shard"][index]]
         start = int(numbers["offset"][index]) - BLOCK
         data = storage.read_range(shard, start, int(numbers["size"][index]) + BLOCK)
         if zlib.crc32(data[:BLOCK]) != numbers["check"][index]:
-            raise InputError(f"{self.name(index)} has moved: {shard} was replaced meanwhile; start the command again")
+            raise InputError(f"cannot read {self.name(index)}: {shard} was replaced; start the command again")
         return data[BLOCK:], None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
@@ -278,14 +278,14 @@ class TarSource:
 
 
 def open_tar(pattern: str, url: str) -> TarSource:
-    """The images of all archives that a pattern names (:func:`dino_xcit.data.storage.expand`).
+    """Open the images of all archives that match a pattern (:func:`dino_xcit.data.storage.expand`).
 
-    Labels are those of ``.cls`` members or of ``label`` in ``.json`` members: numbers, or names of classes, which are
-    numbered in sorted order. Where there are none and the images lie in folders, each folder is a class.
-    ``classes.json`` or ``classes.txt`` beside the shards names numbered classes; without it they are "0", "1" ...
+    Labels come from ``.cls`` members or ``label`` in ``.json`` members: class numbers, or class names, which are
+    numbered in sorted order. Without labels each folder in the archives is a class. ``classes.json`` or
+    ``classes.txt`` beside the shards names numbered classes; the default names are "0", "1" ...
 
     Raises:
-        InputError: no such archive, one that cannot be read, or no image in any.
+        InputError: An archive is missing or cannot be read, or there is no image.
     """
     shards = storage.expand(pattern)
     stamps = storage.stamps(shards)
@@ -299,7 +299,7 @@ def open_tar(pattern: str, url: str) -> TarSource:
 
 
 def index_of(members: Sequence[Member], **strings: Sequence[str]) -> Index:
-    """The index of members of one archive, with columns of texts, of which ``name`` and ``version`` are needed."""
+    """Build the index of one archive, with columns of strings; ``name`` and ``version`` are required."""
     return Index(
         {
             "shard": np.zeros(len(members), dtype=np.int64),
@@ -312,13 +312,13 @@ def index_of(members: Sequence[Member], **strings: Sequence[str]) -> Index:
 
 
 def _build(shards: list[str], made_of: list[str]) -> Index:
-    """Look through all shards."""
+    """Index all shards concurrently."""
     found: dict[int, _Shard] = {}
     readers = storage.MAX_REQUESTS if storage.is_remote(shards[0]) else _LOCAL_READERS
     with progress_bar(len(shards), "indexing", shown=len(shards) > 1, unit="shard") as bar:
         pool = ThreadPoolExecutor(min(readers, len(shards)))
         try:
-            places = {pool.submit(_look_through, shard): place for place, shard in enumerate(shards)}
+            places = {pool.submit(_index_shard, shard): place for place, shard in enumerate(shards)}
             for future in as_completed(places):
                 found[places[future]] = future.result()
                 bar.update()
@@ -351,7 +351,7 @@ def _build(shards: list[str], made_of: list[str]) -> Index:
 def _numbered(
     labels: list[Label], members: Sequence[Member], where: str, odd: int
 ) -> tuple[NDArray[np.int64] | None, list[str] | None, str]:
-    """Labels as numbers, the classes' names where they have some, and why there are no labels."""
+    """Return labels as numbers, the class names if labels are names, and why there are no labels."""
     unlabelled = [member.name for member, label in zip(members, labels, strict=True) if label is None]
     if len(unlabelled) == len(labels):
         if odd:
@@ -367,14 +367,14 @@ def _numbered(
     numbers = [label for label in labels if isinstance(label, int)]
     if names and numbers:
         raise InputError(
-            f"{where}: some labels are numbers, others names (such as {numbers[0]} and {names[0]!r}): expected one of "
+            f"{where} has both numbers and names as labels (such as {numbers[0]} and {names[0]!r}): expected one of "
             "the two; pack the archives again"
         )
     return (*number_classes(names), "") if names else (np.array(numbers, dtype=np.int64), None, "")
 
 
 def _classes_of_folders(folders: list[str]) -> list[str] | None:
-    """As in a folder of images: the class is the uppermost folder in which not all images lie."""
+    """Return the class of each folder: the uppermost folder that does not contain all images."""
     distinct = sorted(set(folders))
     split = {folder: folder.split("/") if folder else [] for folder in distinct}
     common = os.path.commonpath(distinct)
@@ -387,7 +387,7 @@ def _classes_of_folders(folders: list[str]) -> list[str] | None:
 
 
 def _classes(index: Index, shard: str) -> tuple[str, ...] | None:
-    """Class names in label order, all different; None without labels."""
+    """Return the distinct class names in label order; None without labels."""
     if "label" not in index.numbers:
         return None
     if "class" in index.strings:
@@ -398,13 +398,13 @@ def _classes(index: Index, shard: str) -> tuple[str, ...] | None:
         path = f"{folder}/{name}"
         try:
             text = storage.read_file(path, _MAX_CLASS_FILE).decode("utf-8", "replace")
-        except InputError:  # mostly absent; not every server tells that from forbidden
+        except InputError:  # usually missing; some servers report "forbidden" instead
             continue
         names = understand(text)
         if names is None or len(names) < count:
             raise InputError(
                 f"{path} names {len(names or []):,} classes, but there are labels up to {count - 1:,}: expected a name "
-                "for each number (a line each, or a JSON list)"
+                "for each number, one per line or as a JSON list"
             )
         again = Counter(names)  # ImageNet has two cranes
         return tuple(f"{name} ({place})" if again[name] > 1 else name for place, name in enumerate(names))
@@ -412,7 +412,7 @@ def _classes(index: Index, shard: str) -> tuple[str, ...] | None:
 
 
 def _names_in_json(text: str) -> list[str] | None:
-    """Of ``["tench", ...]``, ``{"0": "tench", ...}`` or ``{"tench": 0, ...}``."""
+    """Parse ``["tench", ...]``, ``{"0": "tench", ...}`` or ``{"tench": 0, ...}``."""
     value = _parsed(text)
     if isinstance(value, dict):
         by_number = {str(b): a for a, b in value.items()} if all(isinstance(b, int) for b in value.values()) else value
@@ -423,5 +423,5 @@ def _names_in_json(text: str) -> list[str] | None:
 
 
 def _base(shard: str) -> str:
-    """A shard's own name, without the query of a web address, which can be secret."""
+    """Return the file name of a shard, without the query of a URL, which may be secret."""
     return os.path.basename(shard.partition("?")[0] if storage.is_remote(shard) else shard)

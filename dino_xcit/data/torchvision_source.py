@@ -1,4 +1,4 @@
-"""Data sets that torchvision knows how to fetch and read (``torchvision:FashionMNIST``)."""
+"""Data sets that torchvision downloads and decodes (``torchvision:FashionMNIST``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TorchvisionSource:
     """A labelled torchvision data set; images are decoded by torchvision."""
 
     def __init__(self, name: str, part: str, root: Path | None = None) -> None:
-        """``root``: where the files are or shall go; default $TORCHVISION_DATA or ~/.cache/torchvision."""
+        """``root``: folder of the files, also for downloads; default $TORCHVISION_DATA or ~/.cache/torchvision."""
         factory: Any = getattr(torchvision.datasets, name, None)
         if factory is None or not inspect.isclass(factory):
             near = near_matches(name, torchvision.datasets.__all__) or ": expected a name such as torchvision:CIFAR10"
@@ -36,10 +36,10 @@ class TorchvisionSource:
             options["split"] = "train" if part == "train" else "test"
         try:
             self._data: Any = factory(**options)
-        except Exception as error:  # each data set raises its own kinds: RuntimeError, URLError, ValueError ...
+        except Exception as error:  # RuntimeError, URLError, ValueError ..., depending on the data set
             raise InputError(
-                f"torchvision could not open {name} in {root}: {one_line(error)}; put its files there, or name another "
-                "folder in TORCHVISION_DATA"
+                f"torchvision cannot open {name} in {root}: {one_line(error)}; put its files there, or set "
+                "TORCHVISION_DATA to their folder"
             ) from error
         self.url = f"torchvision:{name}/{part}"
         targets = getattr(self._data, "targets", getattr(self._data, "labels", getattr(self._data, "_labels", None)))
@@ -56,9 +56,9 @@ class TorchvisionSource:
     def read(self, index: int) -> tuple[Item, int | None]:
         try:
             pixels = np.asarray(self._data[range(len(self))[index]][0].convert("RGB"))
-        except Exception as error:  # of any class: torchvision reads, and decodes, in many ways
+        except Exception as error:  # any exception, depending on the data set
             cause = one_line(error) or type(error).__name__
-            remedy = "remove the data set's files, so that they are fetched anew"
+            remedy = "remove the files of the data set to download them again"
             raise UndecodableImage(f"{self.name(index)} cannot be read: {cause}; {remedy}", cause) from error
         return pixels, None if self.labels is None else int(self.labels[index])
 
@@ -71,7 +71,7 @@ class TorchvisionSource:
 
 
 def _class_numbers(targets: object, images: int) -> NDArray[np.int64] | None:
-    """[images], or None where a set's targets are no numbers of classes: boxes, attributes, texts."""
+    """Return labels [images], or None if the targets are not class numbers (boxes, attributes, texts)."""
     try:
         labels = np.asarray(targets)
     except ValueError:  # ragged

@@ -1,4 +1,4 @@
-"""Processes that read images: how they are set up, how they end, and a function of every image in several of them."""
+"""Workers, the processes that read images: setup, shutdown, and a parallel map over images."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dino_xcit.runtime.memory import keep_freed_memory
 Result = TypeVar("Result")
 
 MAX_WORKERS = 64
-"""Loader processes on one machine, or sixteen a core if that is more: more are a mistake."""
+"""Maximum number of workers on one machine, or 16 per core if that is more."""
 IMAGES_PER_TASK = 4
-"""Of :func:`each_image`: handing over a task costs some 0.2 ms, an image of a few hundred pixels some 5 ms."""
+"""Images per task of :func:`each_image`. A task costs about 0.2 ms, an image of a few hundred pixels about 5 ms."""
 _TASKS_PER_WORKER = 3
 
 # Registered after multiprocessing's own handler, so that it runs first.
@@ -35,17 +35,20 @@ atexit.register(end_children, only_daemons=True)
 
 
 def usable_cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_workers(wanted: int, processes_here: int, name: str = "num_workers") -> int:
-    """Loader processes for one rank: ``wanted``, or this machine's cores shared among its ranks, ten at most.
+    """Return the number of workers of one rank.
 
-    ``name``: of the setting.
+    Args:
+        wanted: Requested number; negative: the cores of this machine divided by its ranks, 1 to 10.
+        processes_here: Number of ranks on this machine.
+        name: Name of the setting, for errors.
 
     Raises:
-        InputError: so many are wanted that starting them would take the machine's memory and an hour.
+        InputError: More than :data:`MAX_WORKERS` are requested.
     """
     cores = usable_cores()
     chosen = max(1, min(10, cores // max(1, processes_here)))
@@ -61,20 +64,20 @@ def choose_workers(wanted: int, processes_here: int, name: str = "num_workers") 
 
 
 def worker_init() -> Callable[[int], None]:
-    """A DataLoader's ``worker_init_fn``. Call it before the workers start.
+    """Return a ``worker_init_fn`` for a DataLoader. Call this before the workers start.
 
-    Their parent is this process, or, as of Python 3.14 by default, a server that ends when this process does.
+    The parent of the workers is this process, or (the default as of Python 3.14) a server that ends with this process.
     """
-    # The folder of the sockets that hand over tensors. Workers inherit it, and a killed one cannot leave its own.
+    # Creates the folder of the sockets that transfer tensors. Workers inherit it, so killed ones leave none behind.
     multiprocessing.util.get_temp_dir()
     return partial(_set_up_worker, os.getpid() if multiprocessing.get_start_method() == "fork" else None)
 
 
 def _set_up_worker(parent: int | None, _: int) -> None:
-    """Set up a process that reads images: single-threaded, ignores SIGINT and SIGTERM, exits with its parent.
+    """Set up a worker: single-threaded, ignores SIGINT, SIGTERM and SIGUSR1, exits with the thread that started it.
 
-    It exits with the thread that started it. Slurm and terminals signal every process of a job; a worker that died of
-    the signal would end the run before it could save.
+    Slurm and terminals signal all processes of a job. A worker that dies of the signal would end the run before it can
+    save.
     """
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -82,14 +85,14 @@ def _set_up_worker(parent: int | None, _: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform == "linux":
-        die_with_parent = 1  # PR_SET_PDEATHSIG, of prctl(2): a parent killed by SIGKILL cannot clean up
+        die_with_parent = 1  # PR_SET_PDEATHSIG of prctl(2), as a parent killed by SIGKILL cannot clean up
         ctypes.CDLL(None, use_errno=True).prctl(die_with_parent, signal.SIGKILL)
-        if parent is not None and os.getppid() != parent:  # it died just before that
+        if parent is not None and os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
 
 class _Tasks(Dataset[list[Result]]):
-    """Task number to the results of its images."""
+    """Map a task number to the results of its images."""
 
     def __init__(self, source: Source, indices: range, work: Callable[[Source, int], Result]) -> None:
         self.source, self.indices, self.work = source, indices, work
@@ -105,18 +108,18 @@ class _Tasks(Dataset[list[Result]]):
 def each_image(
     source: Source, indices: range, work: Callable[[Source, int], Result], workers: int
 ) -> Generator[Result, None, None]:
-    """``work(source, index)`` for each index, in order.
+    """Yield ``work(source, index)`` for each index, in order.
 
-    At most 12 results a process exist at a time. Close the iterator where it is not taken to its end.
+    At most 12 results per worker are buffered. Close the generator if it is not exhausted.
 
     Args:
-        source: where the images are.
-        indices: which images.
-        work: a function of a module, or a ``functools.partial`` of one; its results must be picklable.
-        workers: processes; 0 or 1: this one; -1: as many as there are cores.
+        source: Source of the images.
+        indices: Indices of the images.
+        work: Function of a module, or a ``functools.partial`` of one. Its results must be picklable.
+        workers: Number of processes. 0 or 1: the calling process only; -1: one per core.
 
     Raises:
-        InputError: a process was killed, or too many are wanted.
+        InputError: A worker was killed, or ``workers`` is too large.
     """
     workers = usable_cores() if workers < 0 else choose_workers(workers, 1, "workers")
     if workers <= 1 or len(indices) <= IMAGES_PER_TASK:
@@ -139,6 +142,6 @@ def each_image(
         if "DataLoader worker" not in str(error):
             raise
         raise InputError(
-            f"a process was killed while it read {source.name(indices[done])} or an image soon after it, as the system "
-            "does where memory runs out: run the same command with fewer --workers"
+            f"a worker was killed near {source.name(indices[done])}, probably because the machine ran out of memory: "
+            "run the same command with fewer --workers"
         ) from error

@@ -1,10 +1,10 @@
-"""Anybody's weights to a frozen backbone: which file, which network in it, which architecture, all said.
+"""Load weights of this and other projects into a frozen backbone.
 
-docs/checkpoints.md lists what is known. Reading executes nothing, and keys that are missing or left over are an error
-unless they were allowed by name. :func:`~dino_xcit.weights.load.read_weights` tells the whole way in order:
-:mod:`~dino_xcit.weights.locate` (where the file is, what lies beside it), :mod:`~dino_xcit.weights.layouts` (which
-network in it, of what architecture), :mod:`~dino_xcit.weights.names` (its keys),
-:mod:`~dino_xcit.weights.transforms` (how its images are prepared).
+docs/checkpoints.md lists the supported layouts. Loading executes no code from files. Missing and unexpected keys are
+errors unless allowed by name. :func:`~dino_xcit.weights.load.read_weights` uses, in order:
+:mod:`~dino_xcit.weights.locate` (the file and its neighbours), :mod:`~dino_xcit.weights.layouts` (the network and its
+architecture), :mod:`~dino_xcit.weights.names` (the keys), :mod:`~dino_xcit.weights.transforms` (the evaluation
+transform).
 """
 
 from dino_xcit.weights.layouts import NETWORKS, ONLY, Layout

@@ -1,4 +1,4 @@
-"""From a file to one network's weights, compared key by key with their architecture, and into a frozen backbone."""
+"""Read one network from a file, compare it key by key with its architecture, and load it into a frozen backbone."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from dino_xcit.weights.names import State, shown
 from dino_xcit.weights.transforms import preparation
 
 CLASSIFIERS = ("head.*", "fc.*", "head_dist.*", "classifier.*")
-"""What stands on a supervised backbone: no part of it, where the architecture has nothing of that name."""
+"""Classifiers on a supervised backbone, ignored unless the architecture has such a key."""
 OF_TRAINING = (
-    "mask_token", "masked_embed",  # what stands for hidden patches: DINOv2, MAE; iBOT's students
+    "mask_token", "masked_embed",  # tokens of masked patches: DINOv2, MAE; iBOT's students
     "decoder_embed.*", "decoder_pos_embed", "decoder_blocks.*", "decoder_norm.*", "decoder_pred.*",  # MAE's decoder
-    "pooler.*",  # transformers' layer on the class token, which no feature of DINO's has been through
+    "pooler.*",  # transformers' layer on the class token, not part of DINO's features
 )  # fmt: skip
-"""What is used while training alone, or stands beside the features: no part of a backbone either."""
+"""Parts that are used in training only or not for features, ignored too."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MOCO_V3_HEADS = {384: 12, 768: 12}
-"""Heads by width (facebookresearch/moco-v3, vits.py): its small transformer has twice those of everybody else's."""
+"""Width to number of heads (facebookresearch/moco-v3, vits.py). Other projects' ViT-S has 6 heads."""
 _COMPUTED: dict[str, list[object]] = {
     "hidden_act": ["gelu"], "qkv_bias": [True], "use_swiglu_ffn": [False],
-    "layer_norm_eps": [1e-12, 1e-6],  # ours is 1e-6: the same to a millionth where the features' variance is 1 or more
+    "layer_norm_eps": [1e-12, 1e-6],  # 1e-6 here: equal to 1e-6 for features of variance >= 1
 }  # fmt: skip
-"""Settings in transformers' config.json of networks that are computed here."""
+"""Supported values in transformers' config.json."""
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Keys that may be missing or left over, by their exact names or by a beginning and ``*``."""
+    """Keys that may be missing or unexpected: exact names, or a prefix and ``*``."""
 
     missing: Sequence[str] = ()
     unexpected: Sequence[str] = ()
 
     def check(self) -> None:
-        """Refuse what would allow everything.
+        """Check the patterns.
 
         Raises:
-            InputError: an empty name, or ``*`` without anything before it.
+            InputError: A pattern is empty, is ``*`` alone, or has ``*`` before its end.
         """
         for pattern in (*self.missing, *self.unexpected):
             if not pattern.strip("*") or "*" in pattern[:-1]:
@@ -60,7 +60,7 @@ class Allowed:
 
 @dataclass(kw_only=True)
 class Provenance:
-    """What is known about one network of a file."""
+    """Origin and metadata of one network of a file."""
 
     arch: str
     network: str
@@ -68,75 +68,74 @@ class Provenance:
     path: Path
     transform: EvalTransform
     data: str | None
-    """What it was trained on, where the file says so."""
+    """Training data, if stored."""
     training: dict[str, Any] = field(default_factory=dict)
-    """The stored settings of the run, and its epochs_trained, where the file has them."""
+    """Settings of the run and ``epochs_trained``, if stored."""
     spec: str = ""
-    """What was asked for: a path, ``hf-hub:ORG/NAME`` or ``timm:NAME``."""
+    """Requested weights: a path, ``hf-hub:ORG/NAME`` or ``timm:NAME``."""
     layout: str = ""
-    """Whose layout the file has, in words."""
+    """Value of :class:`~dino_xcit.weights.layouts.Layout`."""
     left_aside: tuple[str, ...] = ()
-    """Parts of the file that are not this backbone: heads, classifiers, the other network."""
+    """Ignored parts of the file: heads, classifiers, the other network."""
     allowed: tuple[str, ...] = ()
-    """``missing KEY`` and ``unexpected KEY`` for each exception that was made: such a backbone is not the file's."""
+    """``missing KEY`` and ``unexpected KEY`` for each allowed mismatch."""
     transform_from: str = ""
-    """Who says how its images are prepared, and ``transform_exception``; empty: nobody."""
+    """Origin of ``transform``, followed by ``transform_exception``; empty: it is a guess."""
     transform_exception: str = ""
-    """A clause on what ``transform`` cannot express of what they say: ``, but for its squashing of images to squares:
-    the centre is cut``."""
+    """Deviation of ``transform`` from its origin, as a clause such as ``, but the centre is cropped``."""
     transform_guess: str = ""
-    """Where nobody says it, what ``transform`` is and why: ``ImageNet's way for 384 pixels, as its positions``."""
+    """Description of a guessed ``transform``; else empty."""
     classifiers: tuple[str, ...] = ()
-    """Classifiers on the backbone, which were left aside: such a file was trained with labels."""
+    """Ignored classifiers on the backbone, which was therefore trained with labels."""
     heads_assumed: int = 0
-    """A transformer's heads where nobody named them; 0: they are known."""
+    """Number of heads of a ViT if it is a guess; 0: it is known."""
 
 
 @dataclass(kw_only=True)
 class StoredWeights(Provenance):
-    """One network's weights out of a file, compared with its architecture, not yet in a network."""
+    """Weights of one network of a file, which match its architecture."""
 
     state: State
-    """The backbone's, under the architecture's names; without those that were allowed to be missing."""
+    """State dict of the backbone, without keys that were allowed to be missing."""
     head: State
-    """Its DINO head's under DINO's names; empty where the file has none."""
+    """State dict of the DINO head, with DINO's names; empty if the file has none."""
 
 
 @dataclass(kw_only=True)
 class LoadedBackbone(Provenance):
-    """A backbone in eval mode, and where it comes from."""
+    """A frozen backbone in eval mode, with its origin."""
 
     backbone: nn.Module
     hash: str
-    """Of the backbone's weights alone: the same for checkpoint.pth and the backbone.pth written beside it."""
+    """Hash of the backbone's weights, the same for checkpoint.pth and the backbone.pth beside it."""
 
     def describe(self) -> str:
-        """One line for the screen, and one more for each thing that should not go unnoticed."""
+        """Describe the origin in one line, with a further line for each assumption or mismatch."""
         lines = [f"{self.network} {self.arch} from {self.spec or self.path} ({self.layout}; weights {self.hash[:12]})"]
         if self.left_aside:
             lines.append(f"left aside, not the backbone: {shown(self.left_aside)}")
         if self.heads_assumed:
             lines.append(f"heads assumed: {self.heads_assumed} (a family's; --arch names another)")
         if self.allowed:
-            lines.append(f"warning: allowed, though the file does not fit: {shown(self.allowed)}")
+            lines.append(f"warning: allowed mismatches of the file: {shown(self.allowed)}")
         return "\n".join(lines)
 
 
 def load_backbone(
     spec: str | Path, network: str = "teacher", arch: str | None = None, allowed: Allowed | None = None
 ) -> LoadedBackbone:
-    """Read a backbone.
+    """Load a frozen backbone.
 
     Args:
-        spec: a checkpoint file, or a folder as the hub has them; ``hf-hub:ORG/NAME``; or ``timm:NAME``, with timm's
-            pretrained tag or without.
-        network: ``teacher`` or ``student``, for files that hold both.
-        arch: its architecture, where the file neither says nor shows it.
-        allowed: keys that may be missing (they keep the values that an untrained network with seed 0 has) or left over.
+        spec: A checkpoint file, or a folder in the layout of the hub; ``hf-hub:ORG/NAME``; or ``timm:NAME``, with or
+            without timm's pretrained tag.
+        network: ``teacher`` or ``student``, for files with both.
+        arch: Architecture, if the file does not determine it.
+        allowed: Keys that may be missing (initialized as in an untrained network with seed 0) or unexpected.
 
     Raises:
-        InputError: no such file, not readable safely, no such network, another architecture, missing or unknown keys
-            (the first few are named), values that are not finite.
+        InputError: The file is missing or not safely readable, has no such network or another architecture, has missing
+            or unexpected keys (the first few are named), or values that are not finite.
     """
     read = read_weights(spec, network, arch, allowed)
     with torch.random.fork_rng(devices=()):
@@ -151,7 +150,7 @@ def load_backbone(
 def read_weights(
     spec: str | Path, network: str = "teacher", arch: str | None = None, allowed: Allowed | None = None
 ) -> StoredWeights:
-    """As :func:`load_backbone`, without a network to put the weights into, and with the DINO head if any."""
+    """Read weights as :func:`load_backbone`, without building the network, and with the DINO head if any."""
     allowed = allowed or Allowed()
     allowed.check()
     file = open_weights(spec)
@@ -160,7 +159,7 @@ def read_weights(
     args = file.content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     training = dict(args) if isinstance(args, Mapping) else {}
-    if training and "epoch" in file.content:  # of epochs, the settings have those that were planned
+    if training and "epoch" in file.content:  # the settings only have the planned epochs
         training["epochs_trained"] = file.content["epoch"]
     named = str(training.get("arch"))[:100]
     heads = _known_heads(stored, file, named, where)
@@ -182,7 +181,7 @@ def read_weights(
         raise InputError(f"{where} has values that are not finite in {shown(wrong, 4)}: give an earlier checkpoint")
     prepared = preparation(file, name, where, stored.layout is Layout.TRANSFORMERS)
     classifiers = [word for word in left_aside if f"{word}.*" in CLASSIFIERS and f"{word}.weight" in stored.state]
-    if stored.layout in (Layout.MOCO, Layout.MOCO_V3):  # which use no labels: it is the projector that stands there
+    if stored.layout in (Layout.MOCO, Layout.MOCO_V3):  # trained without labels: these keys are its projector
         classifiers = []
     return StoredWeights(
         state=state,
@@ -198,7 +197,7 @@ def read_weights(
         data=str(training["data_path"]) if training.get("data_path") else None,
         training=training,
         classifiers=tuple(classifiers),
-        # Settings may name the family alone, as DINO's do: vit_small.
+        # Settings may name only the family, such as DINO's vit_small.
         heads_assumed=0 if arch or heads or f"{name}_".startswith(f"{named}_") else _heads_of(name),
     )
 
@@ -206,24 +205,25 @@ def read_weights(
 def compare(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], misfit: str, allowed: Allowed
 ) -> tuple[State, tuple[str, ...], tuple[str, ...]]:
-    """Compare a file's weights with an architecture's: every key, every shape.
+    """Compare all keys and shapes of a state dict with those of an architecture.
 
     Args:
-        state: a backbone's weights, under the names of :func:`dino_xcit.weights.names.backbone_names`.
-        own: the architecture's state dict, for its names, shapes and kinds of numbers.
-        misfit: how the message starts.
+        state: State dict of a backbone, with names as from :func:`dino_xcit.weights.names.backbone_names`.
+        own: State dict of the architecture.
+        misfit: Start of the error message.
+        allowed: Keys that may be missing or unexpected.
 
     Returns:
-        What to load, under the architecture's own names; the first words of classifiers and the like that were left
-        aside; ``missing KEY`` or ``unexpected KEY`` for each exception that was made.
+        The state dict to load; the first words of ignored keys, such as ``head``; and ``missing KEY`` or
+        ``unexpected KEY`` for each allowed mismatch.
 
     Raises:
-        InputError: keys are missing, left over, of another shape or kind; the first few are named.
+        InputError: Keys are missing, unexpected, or of another shape or type. The first few are named.
     """
     wrapper = "model." if own and all(key.startswith("model.") for key in own) else ""
     wanted = {key.removeprefix(wrapper): value for key, value in own.items()}
     given = dict(state)
-    if not any(key.endswith("num_batches_tracked") for key in given):  # PyTorch before 0.4.1 did not write them
+    if not any(key.endswith("num_batches_tracked") for key in given):  # files from before PyTorch 0.4.1
         counts = {key.replace("running_mean", "num_batches_tracked") for key in given if key.endswith("running_mean")}
         given |= dict.fromkeys(counts & wanted.keys(), torch.zeros((), dtype=torch.int64))
     unknown = [key for key in given if key not in wanted]
@@ -234,8 +234,8 @@ def compare(
     problems = {
         "lacks": [key for key in missing if not _matches(key, allowed.missing)],
         "has besides": [key for key in left_over if not _matches(key, allowed.unexpected)],
-        "has in another shape": [key for key in both if wanted[key].shape != given[key].shape],
-        "has as another kind of numbers": [key for key in floats if given[key].dtype not in _FLOATS],
+        "has with another shape": [key for key in both if wanted[key].shape != given[key].shape],
+        "has with another type": [key for key in floats if given[key].dtype not in _FLOATS],
     }
     sentences = [f"it {kind} {shown(keys, 4)}" for kind, keys in problems.items() if keys]
     if sentences:
@@ -246,7 +246,7 @@ def compare(
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of a state dict, in order of the names."""
+    """Return the SHA-256 of the names, types, shapes and bytes of a state dict, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -260,11 +260,11 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
 
 
 def _named_arch(named: str, file: WeightsFile) -> str:
-    """The architecture by its name in the settings or in config.json; empty where the shapes must tell."""
+    """Return the architecture named in the stored settings or in config.json; empty if the shapes must determine it."""
     if named.startswith(TIMM) or is_registered(named):
         return named
     beside = str(file.config.get("architecture", ""))[:100]
-    # timm's XCiT is read as this project's, and what a file says of itself goes before what lies beside it.
+    # timm's XCiT is loaded as this project's, and the file's own settings take precedence over config.json.
     return "" if not beside or beside.startswith("xcit_") or "args" in file.content else f"{TIMM}{beside}"
 
 
@@ -274,10 +274,10 @@ def _heads_of(arch: str) -> int:
 
 
 def _known_heads(stored: StoredNetwork, file: WeightsFile, named: str, where: str) -> int:
-    """A transformer's heads by its layout, transformers' config.json or the stored settings; 0: nothing says it.
+    """Return the number of heads of a ViT from its layout, transformers' config.json or the settings; 0: unknown.
 
     Raises:
-        InputError: config.json is of a network that is not computed here.
+        InputError: config.json describes an unsupported network.
     """
     if stored.layout is Layout.MOCO_V3 and "cls_token" in stored.state:
         return _MOCO_V3_HEADS.get(stored.state["cls_token"].shape[-1:].numel(), 0)
@@ -285,15 +285,15 @@ def _known_heads(stored: StoredNetwork, file: WeightsFile, named: str, where: st
         return _heads_of(named)
     for name, computed in _COMPUTED.items():
         if (found := file.config.get(name, computed[0])) not in computed:
-            raise InputError(f"{where}: {CONFIG} has {name} {shown([found])}, only {shown(computed)} is read here")
+            raise InputError(f"{where}: {CONFIG} has {name} {shown([found])}, only {shown(computed)} is supported")
     heads = file.config.get("num_attention_heads", 0)
     return heads if type(heads) is int else 0
 
 
 def _keys_of(arch: str) -> Mapping[str, Tensor]:
-    """An architecture's state dict, without memory: a small file may name or resemble a network of twenty gigabytes."""
+    """Return the state dict of an architecture without allocating memory, as a small file may name a huge network."""
     try:
         with torch.device("meta"):
             return build_backbone(arch).state_dict()
-    except RuntimeError:  # a model of timm's that computes with its weights while it is built
+    except RuntimeError:  # some timm models compute with their weights in the constructor
         return build_backbone(arch).state_dict()

@@ -1,8 +1,8 @@
-"""Keys of a state dict as other programs write them, to the names used here: official XCiT, timm's ViT (DINO's are the
-same), torchvision's ResNet.
+"""Rename state dict keys of other projects to those of this one: official XCiT, timm's (and DINO's) ViT, torchvision's
+ResNet.
 
-Each program is a table of regular expressions. A key that no table knows, or whose new name is taken, keeps its name,
-so that the comparison with the architecture names it. D features, N patches, R registers.
+Each project has a table of regular expressions. A key without a match, or whose new name is taken, keeps its name, so
+that the comparison with the architecture reports it. D: features, N: patches, R: registers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.", "_feature_blocks.", "vit.")
 """Prefixes of DistributedDataParallel, torch.compile, this project's timm backbones, VISSL's trunks and lightly's
 masked transformers."""
 
-# Files have the names of transformers before 5 (encoder.layer.0.attention.attention.query), whichever version wrote
-# them; the networks of version 5 in memory have others (layers.0.attention.q_proj). Both are read.
+# Files of all versions have the names of transformers 4 (encoder.layer.0.attention.attention.query). Networks of
+# version 5 in memory have others (layers.0.attention.q_proj). Both are supported.
 _TRANSFORMERS = (
     (r"^(?:\w+\.){1,2}(?=(?:embeddings|layers?|layernorm|pooler)\.)", ""),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -38,7 +38,7 @@ _TRANSFORMERS = (
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 )
 _TRANSFORMERS_TOKEN = re.compile(r"(?:\w+\.){0,2}embeddings\.cls_token")
-# torchvision's ResNet as nn.Sequential(*list(resnet.children())[:-1]); 2, 3 and 8 have no weights.
+# torchvision's ResNet as nn.Sequential(*list(resnet.children())[:-1]). 2, 3 and 8 have no weights.
 _SEQUENTIAL = (
     (r"^0\.", "conv1."), (r"^1\.", "bn1."),
     (r"^4\.", "layer1."), (r"^5\.", "layer2."), (r"^6\.", "layer3."), (r"^7\.", "layer4."),
@@ -55,27 +55,27 @@ _CHUNKED = re.compile(r"blocks\.\d{1,4}\.(\d{1,4})\.(.+)")
 
 
 def shown(keys: Iterable[object], most: int = 8) -> str:
-    """The first keys of a file in one line, each cut short and without control characters, and how many more."""
+    """Format the first ``most`` keys on one line, truncated and printable, followed by the number of further ones."""
     keys = list(keys)
     text = ", ".join("".join(c if c.isprintable() else "?" for c in str(key)[:80]) for key in keys[:most])
     return f"{text} and {len(keys) - most} more" if len(keys) > most else text
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> State:
-    """Without prefixes of wrappers that every key has, in any order."""
+    """Remove the prefixes of wrappers that all keys have, in any order."""
     out = dict(state)
-    for _ in range(6):  # a key of a file may be a million wrappers long
+    for _ in range(6):  # bounded, as a key of a hostile file may have a million wrappers
         prefix = next((word for word in _WRAPPERS if out and all(key.startswith(word) for key in out)), "")
         out = {key.removeprefix(prefix): value for key, value in out.items()}
     return out
 
 
 def backbone_names(state: Mapping[str, Tensor]) -> State:
-    """A backbone's weights under the names used here."""
+    """Rename the keys of a backbone."""
     out = unwrapped(state)
     if is_transformers(out):
         out = _joined(_renamed(out, _TRANSFORMERS))
-    if "vit.cls_token" in out:  # lightly has a mask_token of its own beside the transformer
+    if "vit.cls_token" in out:  # lightly has a further mask_token beside the ViT
         out = _renamed(out, ((r"^vit\.", ""),))
     if out.keys() >= {"0.weight", "1.running_mean", "4.0.conv1.weight"}:
         out = _renamed(out, _SEQUENTIAL)
@@ -85,25 +85,26 @@ def backbone_names(state: Mapping[str, Tensor]) -> State:
 
 
 def is_transformers(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has the names of a vision transformer of Hugging Face transformers."""
+    """Whether a state dict has the names of a ViT of Hugging Face transformers."""
     return any(_TRANSFORMERS_TOKEN.fullmatch(key) for key in state)
 
 
 def head_names(state: Mapping[str, Tensor]) -> State:
-    """A DINO head's weights under DINO's names, ``mlp.0.weight`` to ``last_layer.weight_v``; empty if it is none."""
+    """Rename the keys of a DINO head to ``mlp.0.weight`` ... ``last_layer.weight_v``; empty if it is not one."""
     kept = {key: value for key, value in unwrapped(state).items() if not key.startswith("last_layer2.")}  # iBOT's
     out = _renamed(kept, _HEAD)
     return out if out.keys() >= {"mlp.0.weight", "last_layer.weight_v"} else {}
 
 
 def to_timm(state: Mapping[str, Tensor]) -> State:
-    """An XCiT's official names to timm's (timm 1.0.31, models/xcit.py), the inverse of :func:`backbone_names`.
+    """Rename the keys of an XCiT to timm's (timm 1.0.31, models/xcit.py), the inverse of :func:`backbone_names`.
 
     Args:
-        state: class attention's ``qkv.weight`` is [3 D, D], ``qkv.bias`` [3 D]; timm has ``q``, ``k`` and ``v``.
+        state: State dict with official names. ``qkv.weight`` [3 D, D] and ``qkv.bias`` [3 D] of the class attention are
+            split into ``q``, ``k`` and ``v``.
 
     Returns:
-        Tensors that share no memory with one another.
+        Tensors that do not share memory with one another.
     """
     out: State = {}
     for key, value in state.items():
@@ -126,7 +127,7 @@ def _renamed(state: Mapping[str, Tensor], table: tuple[tuple[str, str], ...]) ->
 
 
 def _joined(state: State) -> State:
-    """``attn.q``, ``attn.k`` and ``attn.v`` [D, D] as one ``attn.qkv`` [3 D, D], where all are there in one form."""
+    """Join ``attn.q``, ``attn.k`` and ``attn.v`` [D, D] to ``attn.qkv`` [3 D, D], if all exist with equal shapes."""
     out = dict(state)
     for found in filter(None, map(_QUERY.fullmatch, state)):
         whole, *names = (f"{found[1]}{part}{found[2]}" for part in ("qkv", "q", "k", "v"))
@@ -138,16 +139,16 @@ def _joined(state: State) -> State:
 
 
 def _without_chunks(state: State) -> State:
-    """DINOv2 trains in chunks of blocks, ``blocks.CHUNK.BLOCK.norm1.weight``; BLOCK counts through all chunks."""
+    """Remove the chunk number from DINOv2's ``blocks.CHUNK.BLOCK.norm1.weight``, as BLOCK is unique."""
     names = {key: _CHUNKED.sub(r"blocks.\1.\2", key) for key in state if key.startswith("blocks.")}
     chunked = all(name != key for key, name in names.items()) and len(set(names.values())) == len(names)
     return {names[key] if chunked and key in names else key: value for key, value in state.items()}
 
 
 def _registers(state: State) -> State:
-    """DINOv2's registers [1, R, D] as timm has them: positions are of the patches alone.
+    """Convert DINOv2's registers [1, R, D] to timm's form, with position embeddings for patches only.
 
-    The class token's position, the first of ``pos_embed`` [1, 1 + N, D], is added to the class token.
+    The position embedding of the class token, the first of ``pos_embed`` [1, 1 + N, D], is added to the class token.
     """
     registers, token, positions = (state.get(name) for name in ("register_tokens", "cls_token", "pos_embed"))
     if registers is None or token is None or positions is None or "reg_token" in state:
