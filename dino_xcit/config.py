@@ -246,9 +246,7 @@ class PretrainConfig:
             found = f"koleo_weight is {self.koleo_weight:g} and centering is {self.centering}"
             raise InputError(f"{found}, but method simdino uses neither: expected 0 and centering")
         if self.koleo_weight > 0 and self.batch_size_per_gpu < 2:
-            raise InputError(
-                "batch_size_per_gpu is 1, but koleo_weight compares images of a batch: expected at least 2"
-            )
+            raise InputError("batch_size_per_gpu is 1, but koleo_weight compares images: expected at least 2")
         for name in ("train_data", "val_data"):
             value = getattr(self, name)
             if value and (not self.knn_every or self.knn_holdout):
