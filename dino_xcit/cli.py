@@ -208,9 +208,7 @@ def _normalised(flags: Flags, kinds: Mapping[str, Any], paths: Collection[str]) 
         (patch,), arch = flags.pop("patch_size"), " ".join(flags.get("arch", ()))
         size = re.fullmatch(r"(?:vit|deit)_(tiny|small|base)|(xcit_[a-z]+_\d+)", arch)
         if size is None:
-            raise InputError(
-                f"--patch_size is {patch}, --arch is {arch!r}: expected the patch size in --arch, as xcit_small_12_p16"
-            )
+            raise InputError(f"--patch_size is {patch}, --arch is {arch!r}: give both in --arch, as xcit_small_12_p16")
         flags["arch"] = [f"{size[2] or f'vit_{size[1]}_12'}_p{patch}"]
     return flags
 
