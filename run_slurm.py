@@ -99,9 +99,7 @@ def submit(launch: LaunchConfig, command: Sequence[str]) -> Any:
     except ModuleNotFoundError as error:
         raise InputError("submitit is not installed: pip install 'dino-xcit[slurm]'") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: srun is missing or sbatch failed
-        raise InputError(
-            f"cannot submit the job ({one_line(error)}): run this on a Slurm login node, or use torchrun here"
-        ) from error
+        raise InputError(f"cannot submit the job: {one_line(error)}; use a Slurm login node or torchrun") from error
 
 
 def run_task(command: Sequence[str], requeues: int) -> None:
