@@ -28,7 +28,7 @@ UNREAD = 141
 
 DIVERGED, LOST, PREEMPTED = 3, 4, 75
 """Exit codes of a run. DIVERGED: too many consecutive skipped steps, or only skipped steps. LOST: a phase exceeded
---hang-timeout, or a rank or a loader worker died. PREEMPTED: a signal was received and the state saved (75 is EX_TEMPFAIL
+--hang-timeout, or a rank or a loader worker died. PREEMPTED: a signal arrived and the state was saved (75 is EX_TEMPFAIL
 in sysexits.h)."""
 
 
