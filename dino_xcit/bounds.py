@@ -128,7 +128,7 @@ def refuse_changed(config: Any, names: Iterable[str], where: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value != getattr(type(config), name):
-            raise InputError(f"{name} is {shown(value)}, which has no effect {where}: omit it")
+            raise InputError(f"{name} is {shown(value)}, which has no effect {where}: leave it out")
 
 
 def shown(value: object) -> str:
