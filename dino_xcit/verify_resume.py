@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
     """
     verify, flags = parse_known(VerifyConfig, argv, "python -m dino_xcit.verify_resume", annotations_of(PretrainConfig))
     for name in OWN.keys() & read_flags(PretrainConfig, flags).keys():
-        raise InputError(f"--{name} is set by verify_resume: omit it")
+        raise InputError(f"--{name} is set by verify_resume: leave it out")
     config, _ = parse_pretrain(flags)
     if "WORLD_SIZE" in os.environ:
         raise InputError("verify_resume starts its own processes: use --processes N instead of torchrun")
