@@ -28,8 +28,8 @@ UNREAD = 141
 
 DIVERGED, LOST, PREEMPTED = 3, 4, 75
 """Exit codes of a run. DIVERGED: too many consecutive skipped steps, or only skipped steps. LOST: a phase exceeded
---hang-timeout, or a rank or a loader worker died. PREEMPTED: a signal arrived and the state was saved (75 is EX_TEMPFAIL
-in sysexits.h)."""
+--hang-timeout, or a rank or a loader worker died. PREEMPTED: stopped by a signal after a save (75 is EX_TEMPFAIL in
+sysexits.h)."""
 
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
