@@ -29,7 +29,7 @@ class _Job:
 class Saver:
     """Context manager that writes checkpoints in a thread and waits for them at the end. Used on rank 0 only.
 
-    A failed save leaves the older checkpoints unchanged. Training continues until ``max_failures`` consecutive failures.
+    A failed save leaves older checkpoints unchanged. Training continues until ``max_failures`` consecutive failures.
     """
 
     def __init__(self, folder: CheckpointFolder, max_failures: int) -> None:
