@@ -70,7 +70,7 @@ def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, devic
         DIVERGED,
         f"error: {in_a_row} consecutive steps up to step {state.step} were not finite (--max-skipped-steps "
         f"{config.max_skipped_steps}) and did not change the weights; {hint}; then resume with --resume changed and a "
-        "lower --lr, a lower --clip-grad or --precision fp32, or start anew with --resume never",
+        "lower --lr, a lower --clip-grad or --precision fp32, or start from scratch with --resume never",
     )
 
 
