@@ -124,7 +124,7 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def teacher_probabilities(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """Compute softmax((t - center) / T) or its Sinkhorn-Knopp counterpart, [G * B, K], at least float32, no gradient.
+        """Compute softmax((t - center) / T) or its Sinkhorn-Knopp counterpart: [G * B, K], at least float32, detached.
 
         Sinkhorn-Knopp normalises over one forward pass of all ranks, so it must be called on every rank.
         """
@@ -168,8 +168,8 @@ class DINOLoss(nn.Module):
         accum_dtype = torch.promote_types(student_logits.dtype, torch.float32)
         targets = teacher_probabilities.unflatten(0, (self.global_views, batch))
         total = targets.sum(dim=0)
-        # The sum over pairs is linear in the teacher, so each view needs one log-softmax against the sum of its targets:
-        # all teacher views for a local view, all but its own for a global view.
+        # The sum over pairs is linear in the teacher, so each view needs one log-softmax against a sum of targets: all
+        # teacher views for a local view, all but its own for a global view.
         loss = student_logits.new_zeros((), dtype=accum_dtype)
         for view, logits in enumerate(student_logits.unflatten(0, (views, batch)).unbind(0)):
             target = total - targets[view] if view < self.global_views else total
