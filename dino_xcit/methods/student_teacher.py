@@ -135,7 +135,7 @@ def update_ema(
 
 
 def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:
-    """Return one drop-path key per view of each image, a function of (seed, epoch, image, view); shaped like the crops."""
+    """Return one drop-path key per view and image, a function of (seed, epoch, image, view); ordered like the crops."""
     start, keys = 0, []
     image = hash_bits(batch.indices + (batch.epoch << 32)) ^ (seed & 0xFFFFFFFF)
     for views in batch.views:
