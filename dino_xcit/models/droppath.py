@@ -61,7 +61,7 @@ def add_residual(
 ) -> Tensor:
     """Compute x + branch(x) with stochastic depth.
 
-    If ``mask.rows`` is set and the branch treats samples independently (no BatchNorm), it runs on the kept samples only.
+    If ``mask.rows`` is set and samples are independent in the branch (no BatchNorm), it runs on kept samples only.
     """
     if mask is None:
         return x + branch(x)
