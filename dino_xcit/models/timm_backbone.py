@@ -117,7 +117,8 @@ class TimmBackbone(nn.Module):
 def whole_patches(images: Tensor, patch: Sequence[int]) -> Tensor:
     """Crop the rows and columns of incomplete patches.
 
-    The patch embedding of DINO's transformers (a convolution with the stride of its kernel) ignores them; timm's raises.
+    The patch embedding of DINO's transformers (a convolution whose stride is its kernel size) ignores them; timm's
+    raises.
 
     Args:
         images: [B, 3, height, width], normalised.
