@@ -290,7 +290,7 @@ class _GramAttention(torch.autograd.Function):
             d_logits = attention * (d_attention - (d_attention * attention).sum(dim=-1, keepdim=True))
             d_temperature = (d_logits * cosine).sum(dim=(0, 2, 3))[:, None, None]
 
-            # ---- cosine = covariance / norms. Both are y G y'^T + N b_y b_y' for two rows y, y' of [Wq_h; Wk_h], so one
+            # ---- cosine = covariance / norms. Both are y G y'^T + N b_y b_y' for two rows y, y' of [Wq_h; Wk_h], so a
             # symmetric matrix [2d, 2d] per head, times those rows, gives the gradients of rows, biases and G.
             d_cosine = d_logits * temperature.to(wide)
             inverse = squares.clamp_min(MIN_LENGTH**2).rsqrt()
