@@ -112,7 +112,7 @@ class PositionalEncodingFourier(nn.Module):
         return self.token_projection(code).flatten(2).transpose(1, 2)
 
     def _waves(self, length: int, device: torch.device) -> Tensor:
-        """Return [length, 32]: interleaved sin and cos of 16 frequencies of the 1-based position scaled to (0, 2 pi]."""
+        """Return [length, 32]: interleaved sin, cos of 16 frequencies of the 1-based position scaled to (0, 2 pi]."""
         position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
         position = position / (length + 1e-6) * (2 * math.pi)
         pair = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=device)
