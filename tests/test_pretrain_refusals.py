@@ -222,7 +222,7 @@ def test_a_run_begins_from_weights_once_and_resumes_without_them(
 def test_a_foreign_checkpoint_is_refused_and_kept(fresh: Folder) -> None:
     fresh.path.mkdir()
     torch.save({"model": {"weight": torch.zeros(3)}}, fresh.path / "checkpoint.pth")
-    fresh.assert_refused_untouched([], "no checkpoint of this")
+    fresh.assert_refused_untouched([], "its format is None")
 
 
 UNUSABLE = {
