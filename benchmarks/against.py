@@ -146,7 +146,7 @@ def peak_memory() -> int:
 
 
 def memory_status(field: str) -> int:
-    """Return a field of /proc/self/status in bytes: VmHWM (peak resident memory), VmRSS (current), VmData. Linux only."""
+    """Return a field of /proc/self/status in bytes: VmHWM (peak resident memory), VmRSS (current) or VmData."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
