@@ -213,7 +213,7 @@ def crossover(common: Row, quick: bool) -> Iterator[Row]:
 
 
 def contenders(one: Row) -> list[str]:
-    """Return the implementations to measure: "auto" is ours; "direct" is ours without the Gram path, if "auto" uses it."""
+    """Return what to measure: "auto" is ours; "direct" is ours without the Gram path, if "auto" uses it."""
     if one["network"] == VIT:
         return ["timm"]
     tokens = (one["side"] // int(one["network"].rpartition("_p")[2])) ** 2
@@ -244,7 +244,7 @@ PANELS = [("fp32", "seconds"), ("bf16", "seconds"), ("fp32", "peak_MB"), ("bf16"
 
 
 def draw(result: Row, path: Path) -> None:
-    """Draw a row of panels for the forward pass and one for training; one colour per network, one style per contender."""
+    """Draw a row of panels for the forward pass and one for training; colours are networks, styles contenders."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -270,8 +270,8 @@ def draw(result: Row, path: Path) -> None:
         axis.set_xticks(sides, [str(side) for side in sides])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
-        label = "seconds" if quantity == "seconds" else "peak memory, MB"
-        axis.set_title(f"{'training' if training else 'forward'}, {precision}: {label}")
+        unit = "seconds" if quantity == "seconds" else "peak memory, MB"
+        axis.set_title(f"{'training' if training else 'forward'}, {precision}: {unit}")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{result['device_name']}, batch {result['batch']}")
     figure.savefig(path, dpi=80)
