@@ -79,7 +79,7 @@ def seconds(workers: Sequence[Worker], passes: int) -> float:
 
 
 def by_ranks(rounds: int) -> dict[str, tuple[int, float]]:
-    """Return (images, median seconds) per step of one process, two independent ones, and two ranks with 1 or 4 passes."""
+    """Return (images, median seconds) per step of one process, two independent ones, two ranks with 1 or 4 passes."""
     with process_group() as group:
         independent, ranks = start_two(group, together=False), start_two(group, together=True)
         turns = {"1 process": (independent[:1], 1), "2 independent": (independent, 1)}
