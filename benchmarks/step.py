@@ -631,7 +631,7 @@ def chosen_rows(only: str | None, device: str, reference: bool) -> list[Row]:
     names = only.split(",") if only else list(DEFAULT)
     for name in names:
         if name not in rows:
-            raise InputError(f"--only names no row by {name!r}{near_matches(name, rows)} (known: {', '.join(rows)})")
+            raise InputError(f"--only has an unknown row {name!r}{near_matches(name, rows)} (known: {', '.join(rows)})")
     if "reference" in names and not reference:
         print("the reference is not measured: give --reference DIR, a folder with its checkouts")
         names.remove("reference")
