@@ -1,4 +1,4 @@
-"""Pretrain an image encoder without labels, from the first image to the last checkpoint.
+"""Pretrain an image encoder without labels.
 
     python run_pretrain.py                                              the embedded sample, minutes on a CPU
     torchrun --nproc-per-node 8 run_pretrain.py --data-path /data/imagenet/train --arch xcit_small_12_p16
@@ -8,7 +8,7 @@ Read it from top to bottom: settings, data, networks, loop.
 
 from __future__ import annotations
 
-from dino_xcit.cli import check_flags  # before torch: dino_xcit sets how OpenMP threads wait
+from dino_xcit.cli import check_flags  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
 from dino_xcit.config import PretrainConfig
 from dino_xcit.recipes import parse_pretrain
 
@@ -48,12 +48,12 @@ from eval.knn.online import build_evaluators
 
 
 def main() -> None:
-    """Settings and ranks, then the run."""
+    """Parse the command line, join the other ranks and train."""
     config, first_line = parse_pretrain(sys.argv[1:])
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
     check_augment_device(config.augment_device, device)
-    distributed.start(device, config.hang_timeout + 30)  # later than the watchdog, which reports more
+    distributed.start(device, config.hang_timeout + 30)  # the watchdog fires first: its report has more detail
     log.info(first_line)
     choose_kernels(config, device)
     train(config, device)
@@ -65,23 +65,23 @@ def train(
     evaluators: Sequence[Evaluator] | None = None,
     observers: Sequence[Observer] | None = None,
 ) -> None:
-    """One run, new or resumed, into ``config.output_dir``.
+    """Start or resume a run in ``config.output_dir``.
 
     Args:
-        evaluators: run at the ends of epochs; None: k-NN if ``knn_every`` is set.
+        evaluators: called at epoch ends; None: k-NN if ``knn_every`` is set.
         observers: called after each accepted step.
     """
     with Health(config, device) as health, Checkpoints(config) as checkpoints:
-        stored = checkpoints.find()  # empty where the run is new
+        stored = checkpoints.find()  # empty for a new run
         config = keep_global_batch(config, stored)
-        state = build_state(config, device)  # before the data, which may take minutes to list
+        state = build_state(config, device)  # before the data, which can take minutes to index
         source = open_source(config.data_path, "train")
         config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
         workers = choose_workers(config.num_workers, distributed.processes_here())
         if evaluators is None:
             evaluators = build_evaluators(config, source, device)
 
-        # The seed alone decides which image is in which step.
+        # The order of the images depends on the seed only.
         rank, world = distributed.rank(), distributed.world_size()
         sampler = StepSampler(
             len(source), config.batch_size_per_gpu, config.accumulation_steps, rank, world, config.seed
@@ -92,7 +92,7 @@ def train(
         watching = Observers(observers or ())
         run = Run(config, sampler.steps_per_epoch, identity(source))
         checkpoints.begin(stored, state, watching, run)
-        del stored  # a whole checkpoint in memory
+        del stored  # free the memory of the checkpoint
         total_steps = config.epochs * sampler.steps_per_epoch
         sampler.start_step, sampler.stop_step = state.step, min(total_steps, config.max_steps or total_steps)
         describe(config, source, sampler, schedules, state)
@@ -132,7 +132,7 @@ def train(
 def describe(
     config: PretrainConfig, source: Source, sampler: StepSampler, schedules: Schedules, state: TrainState
 ) -> None:
-    """Log what is trained, on what, and from which step."""
+    """Log the data, the model, the device and the first step."""
     parameters = sum(p.numel() for p in state.method.eval_backbone.parameters()) / 1e6
     device = state.skipped_steps.device
     precision = str(choose_precision(config.precision, device)).removeprefix("torch.")
@@ -150,20 +150,20 @@ def describe(
 
 
 def next_command(config: PretrainConfig, source: Source, checkpoints: Checkpoints) -> str:
-    """What a user types after a finished run."""
+    """Return the command that a user runs after a finished run."""
     weights = checkpoints.folder.latest
-    if source.labels is not None and not config.data_path.startswith(("tar:", "parquet:")):  # no validation part
+    if source.labels is not None and not config.data_path.startswith(("tar:", "parquet:")):  # these have no val part
         return f"python run_knn.py --weights {weights}"
     vectors = checkpoints.folder.output_dir / "vectors"
     return f"python run_extract.py --weights {weights} --data-path '{config.data_path}' --output-dir {vectors}"
 
 
 def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
-    """Deterministic kernels with ``--deterministic``, else the fastest ones."""
+    """Select deterministic kernels with ``--deterministic``, otherwise the fastest ones."""
     if device.type == "cpu":
         keep_freed_memory()
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS needs it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
         torch.use_deterministic_algorithms(True)
     else:
         torch.backends.cudnn.benchmark = True
@@ -171,9 +171,9 @@ def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
 
 
 def command() -> None:
-    """The console entry."""
+    """Entry point of the console script."""
     less_memory = (
-        "lower --batch-size-per-gpu (--accumulation-steps makes up for it), the crop sizes or --out-dim, or give "
+        "lower --batch-size-per-gpu (and raise --accumulation-steps), the crop sizes or --out-dim, or use "
         "--activation-checkpointing"
     )
     distributed.run_command(main, less_memory)

@@ -1,4 +1,4 @@
-"""Queue a run on a Slurm cluster, with the runner's own flags. Before its time ends it saves and is queued again.
+"""Submit a run to a Slurm cluster, with the runner's own flags. The job saves and requeues before its time limit.
 
 python run_slurm.py --nodes 2 --gpus-per-node 8 --partition gpu --data-path /data/imagenet/train
 """
@@ -26,32 +26,32 @@ class LaunchConfig:
     """Settings of run_slurm.py; every other flag is the runner's."""
 
     run: Literal["pretrain", "knn", "linear", "extract", "retrieval"] = "pretrain"
-    """What to start: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""
+    """Runner: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""
     nodes: Annotated[int, Ge(1)] = 1
-    """Machines."""
+    """Number of nodes."""
     gpus_per_node: Annotated[int, Ge(0)] = 1
-    """GPUs a machine; 0: none."""
+    """GPUs per node; 0: none."""
     tasks_per_node: Annotated[int, Ge(0)] = 0
-    """Processes a machine; 0: one a GPU, or one where there is none."""
+    """Processes per node; 0: one per GPU, or one without GPUs."""
     cpus_per_task: Annotated[int, Ge(1)] = 10
-    """Cores a process, for its loader processes; docs/scaling.md says how many an architecture needs."""
+    """CPU cores per process, for its loader workers; docs/scaling.md lists the demand by architecture."""
     time: Annotated[str, MinLen(1)] = "1-00:00:00"
-    """Time limit, as Slurm writes it: MINUTES, H:MM:SS, DAYS-HOURS, DAYS-H:MM:SS."""
+    """Time limit in Slurm's format: MINUTES, H:MM:SS, DAYS-HOURS, DAYS-H:MM:SS."""
     partition: str = ""
-    """Slurm's partition; empty: the cluster's default."""
+    """Slurm partition; empty: the cluster's default."""
     slurm_additional: Annotated[tuple[str, ...], Repeatable] = ()
-    """Other options of sbatch: KEY=VALUE, such as account=vision qos=high mem=200G, or KEY, such as exclusive."""
+    """Other sbatch options: KEY=VALUE, such as account=vision qos=high mem=200G, or KEY, such as exclusive."""
     job_dir: Annotated[FilePath, MinLen(1)] = "runs/slurm"
-    """Where jobs and their logs go, JOB_DIR/JOBID_PROCESS_log.out; every machine has to see it."""
+    """Directory of the jobs and their logs, JOB_DIR/JOBID_PROCESS_log.out; must be visible on all nodes."""
     signal_delay: Annotated[int, Ge(1)] = 120
-    """Seconds before the time limit at which the run is told to save; a step and a save must fit in."""
+    """Seconds between the signal to save and the time limit; must cover one step and one save."""
     requeues: Annotated[int, Ge(0)] = 100
-    """How many times the job is queued again at most."""
+    """Maximum number of times that the job is requeued."""
 
 
 def main() -> None:
-    """Check both groups of flags, submit the job, say what to type next."""
-    # Imported here because a task of the job only waits for the runner.
+    """Check the flags of the launcher and the runner, then submit the job."""
+    # Imported here because the tasks of the job do not need them.
     from dino_xcit.config import PretrainConfig
     from dino_xcit.recipes import parse_pretrain
     from eval.config import KnnConfig, LinearConfig
@@ -74,8 +74,12 @@ def main() -> None:
 
 
 def submit(launch: LaunchConfig, command: Sequence[str]) -> Any:
-    """Queue ``command`` on every process of a job; submitit's job. InputError if it cannot be queued."""
-    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which the runners listen to; submitit reads it when imported
+    """Submit a job that runs ``command`` in every process; return submitit's job.
+
+    Raises:
+        InputError: submitit is not installed, or the submission failed.
+    """
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # the runners handle SIGUSR1; submitit reads this on import
     additional: dict[str, Any] = {"job_name": "dino-xcit", "requeue": True, "time": launch.time}
     for option in launch.slurm_additional:
         key, equals, value = option.removeprefix("--").partition("=")
@@ -88,21 +92,21 @@ def submit(launch: LaunchConfig, command: Sequence[str]) -> Any:
             nodes=launch.nodes, gpus_per_node=launch.gpus_per_node or None, cpus_per_task=launch.cpus_per_task,
             ntasks_per_node=launch.tasks_per_node or max(1, launch.gpus_per_node), partition=launch.partition or None,
             signal_delay_s=launch.signal_delay, stderr_to_stdout=True, additional_parameters=additional,
-            setup=["export SUBMITIT_PREEMPT_SIGNAL=USR1"],  # a cluster may hand the job another environment
-            srun_args=["--kill-on-bad-exit=0"],  # the first task must live to queue the job again
+            setup=["export SUBMITIT_PREEMPT_SIGNAL=USR1"],  # the job may not inherit this environment
+            srun_args=["--kill-on-bad-exit=0"],  # the first task must survive to requeue the job
         )  # fmt: skip
         return executor.submit(run_task, command, launch.requeues)
     except ModuleNotFoundError as error:
         raise InputError("submitit is not installed: pip install 'dino-xcit[slurm]'") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: no srun here, or what sbatch said
-        raise InputError(f"the job cannot be submitted: {one_line(error)}; torchrun starts a run here") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: srun is missing or sbatch failed
+        raise InputError(f"cannot submit the job: {one_line(error)}; use a Slurm login node or torchrun") from error
 
 
 def run_task(command: Sequence[str], requeues: int) -> None:
-    """One process of the job: run the command as a child, and end with its exit code.
+    """Run the command as a child of one process of the job, and exit with its code.
 
-    SIGUSR1 (time limit or preemption) and SIGTERM (preemption or scancel) go on to the runner, which saves and ends
-    with code 75. After SIGUSR1 the job is queued again. After SIGTERM alone Slurm decides.
+    SIGUSR1 (time limit or preemption) and SIGTERM (preemption or scancel) are forwarded to the runner, which saves and
+    exits with code 75. After SIGUSR1 the job is requeued. After SIGTERM alone Slurm decides.
     """
     import submitit
 
@@ -118,10 +122,10 @@ def run_task(command: Sequence[str], requeues: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
     child = subprocess.Popen(command, env=os.environ | rank_environment(job))
-    for number in tuple(received):  # came before the child was there
+    for number in tuple(received):  # signals that arrived before the child started
         child.send_signal(number)
     code = child.wait()
-    stopped = code in (PREEMPTED, *(-number for number in STOP_SIGNALS))  # before its first step a signal kills it
+    stopped = code in (PREEMPTED, *(-number for number in STOP_SIGNALS))  # signals kill it before its first step
     if stopped and signal.SIGUSR1 in received and job.global_rank == 0:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         if restarts >= requeues or subprocess.call(["scontrol", "requeue", job.job_id]):
@@ -130,21 +134,21 @@ def run_task(command: Sequence[str], requeues: int) -> None:
 
 
 def rank_environment(job: Any) -> dict[str, str]:
-    """What torchrun would tell a process; ``job`` is submitit's JobEnvironment."""
+    """Return the environment variables that torchrun sets; ``job`` is submitit's JobEnvironment."""
     per_node = job.num_tasks // job.num_nodes
     return {
         "MASTER_ADDR": job.hostnames[0] if job.num_nodes > 1 else "127.0.0.1",
-        "MASTER_PORT": str(20_000 + int(job.raw_job_id) % 10_000),  # below the ports that Linux hands out by itself
+        "MASTER_PORT": str(20_000 + int(job.raw_job_id) % 10_000),  # below Linux's ephemeral ports
         "WORLD_SIZE": str(job.num_tasks),
         "LOCAL_WORLD_SIZE": str(per_node),
         "RANK": str(job.global_rank),
         "LOCAL_RANK": str(job.local_rank),
-        "TORCHELASTIC_RUN_ID": job.job_id,  # the watchdog then ends with its parent
+        "TORCHELASTIC_RUN_ID": job.job_id,  # makes the watchdog stop the rank when its parent dies
     } | ({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if per_node > 1 else {})
 
 
 def command() -> None:
-    """The console entry."""
+    """Entry point of the console script."""
     run_main(main)
 
 

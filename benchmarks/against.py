@@ -1,7 +1,8 @@
-"""What a benchmark is held against: an earlier commit (``--against DIR``) or the code of the reference.
+"""Helpers of the benchmarks: comparison with an earlier commit (``--against DIR``) and with facebookresearch/dino.
 
-``--against DIR`` runs a whole script of this commit and of an earlier one in turn, with the same arguments; each
-imports the code of its own commit. A ratio is this commit's figure over the earlier one's of the same round.
+``--against DIR`` alternates between the scripts of this commit and of an earlier one, with the same arguments; each
+imports the code of its own commit. Ratios are figures of this commit divided by those of the earlier one in the same
+round.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of :func:`compare_commits`."""
+    """Add the flags of :func:`compare_commits`."""
     parser.add_argument("--against", type=Path, metavar="DIR", help="compare with DIR, an earlier commit's checkout")
     parser.add_argument("--against-rounds", type=int, default=3, metavar="N", help="runs of each of the two")
 
 
 def compare_commits(scripts: Sequence[str], figures: Mapping[str, str], given: argparse.Namespace) -> None:
-    """Run this commit's script and the earlier one's in turn; print a table and, as the last line, a JSON object.
+    """Alternate between the scripts of two commits; print a table and, as the last line, a JSON object.
 
     Args:
-        scripts: the script's name in benchmarks/, then its names in earlier commits.
-        figures: keys of the scripts' last line, each with what is better: "more" or "less".
+        scripts: name of the script in benchmarks/, then its names in earlier commits.
+        figures: keys of the scripts' last line, each with the better direction: "more" or "less".
         given: the flags of :func:`add_arguments`.
 
     Raises:
-        InputError: DIR has no such script, or there is no round.
+        InputError: DIR has no such script, or the number of rounds is below 1.
         RunStopped: a run failed, or the two have no figure in common.
     """
     there = [name for name in scripts if (given.against / "benchmarks" / name).is_file()]
@@ -66,7 +67,7 @@ def compare_commits(scripts: Sequence[str], figures: Mapping[str, str], given: a
         print(f"round {number + 1} of {given.against_rounds}", flush=True)
         rounds.append([_run(file, words) for file in files])
     out: dict[str, Any] = {}
-    print(f"{'median (least - greatest)':24} {commits[0]:^32} {commits[1]:^32} {'ratio':^24} better")
+    print(f"{'median (min - max)':24} {commits[0]:^32} {commits[1]:^32} {'ratio':^24} better")
     for name, better in figures.items():
         pairs = [(this[name], that[name]) for this, that in rounds if this.get(name) and that.get(name)]
         if pairs:
@@ -81,9 +82,9 @@ def compare_commits(scripts: Sequence[str], figures: Mapping[str, str], given: a
 
 
 def _run(file: Path, words: Sequence[str]) -> dict[str, Any]:
-    """The JSON object that a script prints last. The script keeps the current directory: paths may be relative."""
+    """Run a script in the current directory and return the JSON object in its last line."""
     command = [sys.executable, str(file), *words]
-    environment = os.environ | {"PYTHONPATH": str(file.parent.parent)}  # before an installed version
+    environment = os.environ | {"PYTHONPATH": str(file.parent.parent)}  # precedes an installed version
     with process_group() as group:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, env=environment, process_group=group, check=False
@@ -94,68 +95,67 @@ def _run(file: Path, words: Sequence[str]) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """``median (least - greatest)``, four digits."""
+    """Format as ``median (min - max)`` with four digits."""
     return f"{median(values):.4g} ({min(values):.4g} - {max(values):.4g})"
 
 
 def commit_of(folder: Path) -> str:
-    """The commit of a checkout, with a plus if files differ from it; the folder where git knows none."""
+    """Return the commit of a checkout, with a plus if it has changes; the folder if it is not a checkout."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or str(folder)
 
 
 def import_peer(folder: Path, name: str) -> Any:
-    """A module of the reference: ``import_peer(DIR, "dino/main_dino.py")`` or ``import_peer(DIR, "xcit/xcit.py")``.
+    """Import a module of the reference, such as ``import_peer(DIR, "dino/main_dino.py")`` or ``"xcit/xcit.py"``.
 
-    Replaces what keeps the module from loading today: a module that PyTorch has given up, and a list of names that
-    main_dino.py downloads.
+    Stubs torch._six, which PyTorch has removed, and a download by main_dino.py.
 
     Raises:
-        InputError: the checkout is not there.
+        InputError: the checkout is missing.
     """
     import torch
 
     file = folder / name
     if not file.is_file():
-        raise InputError(f"no {file}: --reference is a folder with checkouts of facebookresearch's dino/ and xcit/")
+        raise InputError(f"no {file}: --reference needs a folder with checkouts of facebookresearch's dino/ and xcit/")
     six: Any = types.ModuleType("torch._six")
     six.inf = float("inf")
     sys.modules["torch._six"] = six
     torch.hub.list = lambda *_, **__: []  # noqa: TID251
     sys.path.insert(0, str(file.parent))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # timm's, about old import paths
+        warnings.simplefilter("ignore")  # timm warns about old import paths
         module = importlib.import_module(file.stem)
     sys.path.remove(str(file.parent))
     return module
 
 
 def timed(run: Callable[[], T]) -> tuple[T, float, float]:
-    """What a function returns, its seconds by the clock, and those of the processor, of all threads."""
+    """Call a function; return its result, the wall time and the CPU time of all threads, in seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     found = run()
     return found, time.perf_counter() - wall, time.process_time() - cpu
 
 
 def peak_memory() -> int:
-    """The greatest resident memory of this process so far, in bytes."""
-    # On Linux getrusage begins with the peak of the process that started this one.
+    """Return the peak resident memory of this process in bytes."""
+    # On Linux getrusage includes the peak of the parent process.
     if sys.platform == "linux":
         return memory_status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_status(field: str) -> int:
-    """A field of /proc/self/status, in bytes: VmHWM (peak of the resident memory), VmRSS (now), VmData. Linux only."""
+    """Return a field of /proc/self/status in bytes: VmHWM (peak resident memory), VmRSS (current) or VmData."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[int]:
-    """A process group for ``Popen(process_group=...)``, killed as a whole at the end of the block.
+    """Create a process group for ``Popen(process_group=...)``, which is killed at the end of the block.
 
-    A shell in the group kills it when this process dies, of SIGKILL too: the shell's input ends then.
+    A shell in the group kills it when this process dies, even by SIGKILL, because the shell's stdin closes.
     """
     watcher = subprocess.Popen(["sh", "-c", "read -r _; kill -KILL 0"], stdin=subprocess.PIPE, process_group=0)
     with watcher:
@@ -166,10 +166,10 @@ def process_group() -> Iterator[int]:
 
 
 def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns in a forked process, which imports nothing again and whose memory is free afterwards.
+    """Call a function in a forked process, whose memory is freed afterwards, and return its result.
 
     Raises:
-        BrokenProcessPool: the system ended it, as for want of memory.
+        BrokenProcessPool: the process was killed, such as by the out-of-memory killer.
     """
     with ProcessPoolExecutor(1, get_context("fork"), initializer=_exit_with_parent) as pool:
         return pool.submit(work, *arguments).result()
@@ -177,9 +177,9 @@ def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
 
 def _exit_with_parent() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the signal that the parent's death sends
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process as an exception does: ``with`` and ``finally`` clean up."""
+    """Make SIGTERM raise SystemExit, so that ``with`` and ``finally`` clean up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

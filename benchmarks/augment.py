@@ -1,16 +1,16 @@
-"""What an image costs one core from its file to normalised views, beside the pipelines of others.
+"""Time per image on one core from a file to normalised views, compared with other pipelines.
 
     OMP_NUM_THREADS=1 python benchmarks/augment.py --photos DIR [--reference DIR] [--rounds 7] [--device cuda]
         [--against DIR]
 
-DIR holds JPEGs of usual size; ours reads them from the system's cache, the others have them in memory. ``--reference``
-names a folder with a checkout of facebookresearch/dino as ``dino/``. torchvision v2 is written as its documentation
-advises; so is kornia, where it is installed. All pipelines take turns on one thread; a ratio is the median over the
-rounds. ``--device cuda`` also times what is left to the device, and compares its bits. ``--against`` runs this script
-and that of an earlier commit's checkout in turn.
+DIR contains JPEGs of typical size; ours reads them from the page cache, the others have them in memory. ``--reference``
+is a folder with a checkout of facebookresearch/dino as ``dino/``. torchvision v2 and kornia (if installed) follow their
+documentation. All pipelines take turns on one thread; ratios are medians over the rounds. ``--device cuda`` also times
+the GPU part of ours and compares its output with the CPU's. ``--against`` alternates with the script of an earlier
+commit's checkout.
 
-The last line is one JSON object: ``ratio_reference`` is our speed over the reference's, ``ratio_worker`` that of a
-loader process which leaves colours, blur and solarisation to the device.
+The last line is one JSON object: ``ratio_reference`` is our speed divided by the reference's, ``ratio_worker`` that of
+a loader worker that leaves colours, blur and solarisation to the GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: it sets how idle threads wait)
+import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: configures idle OpenMP threads)
 import torch  # noqa: E402
 from against import add_arguments, compare_commits, import_peer, spread, timed  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -48,16 +48,16 @@ from eval.table import table  # noqa: E402
 
 BATCH = 16
 RECIPE = [(224, (0.4, 1.0), 1.0, 0.0), (224, (0.4, 1.0), 0.1, 0.2), *[(96, (0.05, 0.4), 0.5, 0.0)] * 8]
-"""Of each view: pixels a side, share of the area, probability of blur, of solarisation. DINO's, as ours by default."""
+"""Side in pixels, share of the area, probability of blur and of solarisation of each view: DINO's, our defaults."""
 AGAINST = {"ms_ours": "less", "ms_ours_workers_share": "less", "ms_device_share": "less", "ms_torchvision_v2": "less"}
-"""torchvision's tells how much the machine varies."""
+"""torchvision's figure shows the variation of the machine."""
 
 Pipeline = Callable[[int], None]
-"""Takes the first so many images."""
+"""Processes the first N images."""
 
 
 def ours(source: Source, on_device: bool) -> Pipeline:
-    """The loader's own batches: normalised views, or what a loader process does where a GPU finishes the views."""
+    """This project's pipeline to normalised views, or with ``on_device`` only the loader worker's part of it."""
     dataset = dataset_of(source, on_device)
     epochs = itertools.count()
 
@@ -73,21 +73,21 @@ def ours(source: Source, on_device: bool) -> Pipeline:
 
 
 def dataset_of(source: Source, on_device: bool) -> MultiCropDataset:
-    """What the loader processes read from; ``on_device`` leaves views unfinished."""
+    """Return the dataset of the loader workers; ``on_device`` leaves the photometric part to the device."""
     dataset = MultiCropDataset(source, MultiCropAugmentation(), seed=0)
     dataset.finish_on_device.fill_(on_device)
     return dataset
 
 
 def batch_of(dataset: MultiCropDataset, epoch: int, images: range) -> Any:
-    """A batch of views."""
+    """Return a batch of views."""
     return dataset.__getitems__([(epoch, image) for image in images])
 
 
 def image_by_image(
     files: Sequence[bytes], decode: Callable[[bytes], Any], views: Sequence[Callable[[Any], object]]
 ) -> Pipeline:
-    """The pipeline of others: each view of each image."""
+    """A pipeline that computes each view of each image separately."""
 
     def run(count: int) -> None:
         for data in files[:count]:
@@ -105,12 +105,12 @@ def reference(files: Sequence[bytes], folder: Path) -> Pipeline:
 
 
 def to_tensor(data: bytes) -> Tensor:
-    """A file to [3, H, W] uint8, by torchvision."""
+    """Decode a file to [3, H, W] uint8 with torchvision."""
     return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
 
 
 def torchvision_v2(files: Sequence[bytes]) -> Pipeline:
-    """The same recipe on uint8 tensors, as torchvision's documentation advises for speed."""
+    """The same recipe on uint8 tensors, as recommended by torchvision's documentation for speed."""
     views = [
         v2.Compose(
             [
@@ -130,7 +130,7 @@ def torchvision_v2(files: Sequence[bytes]) -> Pipeline:
 
 
 def kornia(files: Sequence[bytes]) -> Pipeline:
-    """The same recipe in kornia, image by image, as sizes differ."""
+    """The same recipe in kornia, image by image because sizes differ."""
     import kornia.augmentation as K
 
     views = [
@@ -150,7 +150,7 @@ def kornia(files: Sequence[bytes]) -> Pipeline:
 
 
 def on_device(source: Source, device: torch.device, rounds: int, images: int = 64) -> dict[str, float]:
-    """What a GPU does to an image's views, in milliseconds, and how far they are from the CPU's, in levels of 255."""
+    """Return the GPU time per image in ms, and the maximum difference from the CPU's views in levels of 255."""
     chosen = range(min(images, len(source)))
     unfinished = batch_of(dataset_of(source, True), 0, chosen).pin_memory()
 
@@ -166,7 +166,7 @@ def on_device(source: Source, device: torch.device, rounds: int, images: int = 6
 
 
 def main() -> None:
-    """The command."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True)
     parser.add_argument("--reference", type=Path)
@@ -177,7 +177,7 @@ def main() -> None:
     if given.against:
         return compare_commits(["augment.py"], AGAINST, given)
     torch.set_num_threads(1)
-    keep_freed_memory()  # as the loader's processes do; here for all pipelines
+    keep_freed_memory()  # as in the loader workers; here for all pipelines
     source = open_source(given.photos)
     files = [data for data in (source.read(index)[0] for index in range(len(source))) if isinstance(data, bytes)]
     if len(files) < len(source):
@@ -191,23 +191,23 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in pipelines}
     for _ in range(given.rounds + 1):
         for name, run in pipelines.items():
-            # kornia takes several times as long as all others: a quarter of the images.
+            # kornia takes several times as long as the others, so use a quarter of the images.
             count = max(1, len(files) // 4) if name == "kornia" else len(files)
             times[name].append(1e3 * timed(partial(run, count))[1] / count)
     result: dict[str, Any] = {"images": len(files), "rounds": given.rounds}
     rows = []
-    for name, (_, *found) in times.items():  # the first round compiles and warms up
+    for name, (_, *found) in times.items():  # drop the first round, which compiles and warms up
         ratios = [theirs / own for theirs, own in zip(found, times["ours"][1:], strict=True)]
         rows.append([name, spread(found), f"{1e3 / median(found):.0f}", spread(ratios)])
         result |= {f"ms_{name}": median(found), f"ratio_{name}": median(ratios)}
     print(f"{len(files)} images, one thread\n")
-    print(table(["", "ms an image", "images/s a core", "x the time of ours"], rows))
+    print(table(["", "ms per image", "images/s per core", "x the time of ours"], rows))
     if given.reference:
         pairs = zip(times["reference"][1:], times["ours_workers_share"][1:], strict=True)
         result["ratio_worker"] = median(theirs / own for theirs, own in pairs)
     if given.device.type == "cuda":
         result |= on_device(source, given.device, given.rounds) | {"device": torch.cuda.get_device_name(given.device)}
-        print(f"the device's share: {result['ms_device_share']:.3f} ms an image")
+        print(f"GPU part: {result['ms_device_share']:.3f} ms per image")
     print(json.dumps(result))
     return None
 

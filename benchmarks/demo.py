@@ -1,9 +1,9 @@
-"""The whole product on the embedded sample: pretrain, k-NN, linear probe, extraction; a table, curves and figures.
+"""Demo on the embedded sample: pretraining, k-NN, linear probe and extraction.
 
     python benchmarks/demo.py [--output-dir runs/demo]      (make demo)
 
-Runs the commands that a user would type, one after the other, and prints each. Leaves results.json, curves.png and the
-files of each command in the output directory. The last line is results.json.
+Prints and runs the user commands. Writes results.json, curves.png and the files of each command to the output
+directory. The last line is results.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from against import exit_on_sigterm
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 10
-"""Neighbours of the figure in the table; knn.json has the others."""
+"""Number of neighbours in the table; knn.json has the others."""
 MODELS = {
     "trained": "this model",
     "untrained": "the same network, untrained",
@@ -30,7 +30,7 @@ MODELS = {
 
 
 def run(script: str, *arguments: str | Path) -> None:
-    """Type a command; end as it ends if it fails."""
+    """Print and run a command; exit with its status if it fails."""
     words = [script, *map(str, arguments)]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     status = subprocess.run([sys.executable, str(ROOT / script), *words[1:]], cwd=ROOT, check=False).returncode
@@ -39,11 +39,11 @@ def run(script: str, *arguments: str | Path) -> None:
 
 
 def main() -> None:
-    """All of it."""
+    """Run the demo and print its table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
     folder: Path = parser.parse_args().output_dir
-    exit_on_sigterm()  # subprocess.run then kills the command that runs
+    exit_on_sigterm()  # so that subprocess.run kills the running command
     weights = folder / "checkpoint.pth"
     started = time.perf_counter()
     run("run_pretrain.py", "--output-dir", folder, "--resume", "never")
@@ -54,14 +54,14 @@ def main() -> None:
     seconds = time.perf_counter() - started
 
     votes = {row["model"]: row for row in json.loads((folder / "knn.json").read_text())["results"] if row["k"] == K}
-    # The probe whose learning rate was chosen on held-out training images.
+    # The learning rate of the grid probe is chosen on held-out training images.
     linear = float(json.loads((folder / "linear.json").read_text())["results"]["grid"]["top1"])
     print(f"\n{'features':30} {'k-NN top-1 (k=10)':>26} {'linear top-1':>14}")
     for model, name in MODELS.items():
         low, high = votes[model]["top1_interval"]
         accuracy = f"{votes[model]['top1']:.1f} [{low:.1f}, {high:.1f}]"
         print(f"{name:30} {accuracy:>26} {f'{linear:.1f}' if model == 'trained' else '':>14}")
-    print(f"curves: {folder / 'curves.png'}; {seconds:.0f} s in all, {pretraining:.0f} s of them pretraining\n")
+    print(f"curves: {folder / 'curves.png'}; {seconds:.0f} s in total, {pretraining:.0f} s for pretraining\n")
     results = {
         "knn_top1": {model: round(votes[model]["top1"], 2) for model in MODELS},
         "linear_top1": round(linear, 2),

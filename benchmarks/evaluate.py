@@ -1,10 +1,10 @@
-"""Extraction, k-NN and linear probe of one checkpoint, as a user types them: seconds of each and of all.
+"""Time of extraction, k-NN and linear probe of one checkpoint with the user commands.
 
     python benchmarks/evaluate.py --weights runs/demo/checkpoint.pth [--limit 120]
 
-The three runners have their defaults, on the images that the checkpoint was trained on, and share only a cache of
-features that is empty at first. Beside the clock's seconds stand the processor's, of all processes: other work on the
-machine changes them little. The last line is one JSON object. Exit code 1: all of it took longer than the limit.
+The three runners use their defaults on the checkpoint's own data, and share an initially empty feature cache. CPU time
+of all processes is listed next to wall time, because it varies less with other load. The last line is one JSON object.
+Exit code 1: the total exceeds the limit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def processor_seconds() -> float:
-    """Of all processes that have ended."""
+    """Return the CPU seconds of all finished child processes."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return spent.ru_utime + spent.ru_stime
 
@@ -41,8 +41,8 @@ def processor_seconds() -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True, help="a checkpoint that remembers labelled images")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of the clock that all of it may take")
+    parser.add_argument("--weights", type=Path, required=True, help="checkpoint trained on labelled data")
+    parser.add_argument("--limit", type=float, default=120.0, help="maximum wall time in seconds")
     given = parser.parse_args()
     seconds: dict[str, tuple[float, float]] = {}
     results: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def main() -> None:
     total = sum(clock for clock, _ in seconds.values())
     seconds["all"] = total, sum(processor for _, processor in seconds.values())
     rows = [[name, f"{clock:.1f}", f"{processor:.1f}"] for name, (clock, processor) in seconds.items()]
-    print(f"\n{table(['command', 'seconds', 'of the processor'], rows)}\n")
+    print(f"\n{table(['command', 'seconds', 'CPU seconds'], rows)}\n")
     if total > given.limit:
         print(f"too slow: {total:.1f} s, expected at most {given.limit:g} s", file=sys.stderr, flush=True)
     figures = {

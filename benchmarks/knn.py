@@ -1,20 +1,20 @@
-"""k-NN at ImageNet's size: beside the way of facebookresearch/dino's eval_knn.py, or approximate search beside exact.
+"""k-NN at ImageNet's size, compared with facebookresearch/dino's eval_knn.py; or approximate and exact search.
 
     python benchmarks/knn.py [--rows 1281167] [--queries 50000] [--rounds 1] [--only ours] [--against DIR]
     python benchmarks/knn.py --approximate ivf hnsw ivfpq [--dimensions 32] [--rows 1281167] [--queries 1000]
 
-Features of 384 numbers around 1,000 class centres, read from a file. ``cpu_`` is the processor's time, of all threads,
-which other work on the machine changes little. The last line is one JSON object.
+Uses 384-dimensional features around 1,000 class centres, read from a file. ``cpu_`` is the CPU time of all threads,
+which varies less with other load. The last line is one JSON object.
 
-Without ``--approximate``: ours is one search for every k; the reference's way, written from its formula, takes a matrix
-product, ``topk`` and a one-hot table of votes for each k. Each runs in a process of its own, in turn, so that each has
-its own peak memory. Ours reads the file and scales to length 1 within ``build``; the reference's way has that done
-before. The neighbours and the accuracy of both are compared. ``--against`` runs this script and that of an earlier
-commit's checkout in turn.
+Without ``--approximate``: ours is one search for all k; the reference, written from its formula, computes a matrix
+product, ``topk`` and a one-hot table of votes for each k. They take turns in separate processes, for separate peak
+memory. ``build`` of ours includes reading the file and L2 normalisation; the reference's figures do not. The script
+compares the neighbours and the accuracy of both. ``--against`` alternates with the script of an earlier commit's
+checkout.
 
-With it: each index is built once, as ``run_knn.py --approximate`` does, and searched with 1, 2 and 4 times its default
-number of probes; the exact search and all of these take turns. The noise around the centres lies in ``--dimensions``
-dimensions: in all 384 it is the hardest case; features of networks vary in far fewer.
+With ``--approximate``: builds each index once, as ``run_knn.py --approximate`` does, and searches it with 1, 2 and 4
+times its default number of probes, in turn with the exact search. The noise around the centres has ``--dimensions``
+dimensions: all 384 are the hardest case; features of networks vary in far fewer.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from eval.table import table  # noqa: E402
 CLASSES = 1000
 TEMPERATURE = 0.07
 COMPARED = 500
-"""Queries whose neighbours are compared."""
+"""Number of queries whose neighbours are compared."""
 CHUNK = 500
-"""Queries at a time of the reference's way: a hundredth of ImageNet's validation images."""
+"""Queries per chunk in the reference: a hundredth of ImageNet's validation images."""
 CENTRES = 0.35
-"""How far the class centres lie from zero, in lengths of the noise: the right class is found now and then."""
+"""Norm of the class centres relative to the noise; chosen for a low but non-zero accuracy."""
 ROWS_AT_ONCE = 65_536
 AGAINST = dict.fromkeys(
     ("ours_build", "ours_cpu_build", "ours_every_k", "ours_cpu_every_k", "ours_peak_gib", "reference_peak_gib"), "less"
@@ -59,7 +59,7 @@ AGAINST = dict.fromkeys(
 
 
 def write_features(path: Path, labels: NDArray[np.int64], dim: int, seed: int, noise_dim: int) -> None:
-    """A .npy file of class centres and normal noise, a piece at a time; the noise lies in ``noise_dim`` dimensions."""
+    """Write a .npy file of class centres plus normal noise in ``noise_dim`` dimensions, in chunks."""
     centres = np.random.default_rng(0).standard_normal((CLASSES, dim), dtype=np.float32)
     directions = np.random.default_rng(4).standard_normal((noise_dim, dim), dtype=np.float32)
     rng = np.random.default_rng(seed)
@@ -73,11 +73,11 @@ def write_features(path: Path, labels: NDArray[np.int64], dim: int, seed: int, n
     features.flush()
 
 
-# ---- beside the reference's way
+# ---- comparison with the reference
 
 
 def ours(folder: Path, ks: list[int]) -> dict[str, float]:
-    """What run_knn.py does with kept features. Leaves predictions and neighbours in the folder; seconds by name."""
+    """Classify as run_knn.py does with cached features; write predictions and neighbours, return times and memory."""
     train, labels, queries = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "labels", "queries"))
     index, build_s, cpu_build = timed(lambda: build_index(train))
     found, every_k, cpu_every_k = timed(
@@ -91,7 +91,7 @@ def ours(folder: Path, ks: list[int]) -> dict[str, float]:
 
 
 def reference(folder: Path, ks: list[int]) -> dict[str, float]:
-    """The reference's way, with its features in memory. Leaves and returns the same."""
+    """Classify as the reference does, with features in memory; write and return the same."""
     train, queries = (torch.from_numpy(unit_rows(np.load(folder / f"{name}.npy"))) for name in ("train", "queries"))
     labels = torch.from_numpy(np.load(folder / "labels.npy"))
     figures: dict[str, float] = {}
@@ -107,10 +107,10 @@ def reference(folder: Path, ks: list[int]) -> dict[str, float]:
 def classify(
     train: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The five classes with the most votes exp(similarity / T), and the k nearest rows; ``train`` is [D, N].
+    """Return the five classes with the most votes exp(similarity / T), and the k nearest rows; ``train`` is [D, N].
 
-    From the formula of the DINO paper's protocol, with the operations that eval_knn.py is known for: mm, topk, a
-    one-hot table [queries * k, C] filled by scatter, a product and a sum, a sort of all classes.
+    Follows the DINO paper's protocol with the operations of eval_knn.py: mm, topk, a one-hot table [queries * k, C]
+    filled by scatter, a product and a sum, a sort of all classes.
     """
     guesses, nearest = [], []
     for start in range(0, len(queries), CHUNK):
@@ -123,9 +123,9 @@ def classify(
 
 
 def compare(folder: Path, truth: NDArray[np.int64], ks: list[int]) -> dict[str, float]:
-    """How alike the two ways' neighbours and accuracies are.
+    """Compare the neighbours and predictions of both.
 
-    ``greatest_gap_there``: where the neighbours differ, the difference of their similarities in float64.
+    ``greatest_gap_there``: maximum difference of similarities in float64 between differing neighbours.
     """
     one, other = np.load(folder / "ours.npz"), np.load(folder / "reference.npz")
     train, queries = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "queries"))
@@ -144,7 +144,7 @@ def compare(folder: Path, truth: NDArray[np.int64], ks: list[int]) -> dict[str, 
 
 
 def worker(way: str, folder: Path, ks: list[int]) -> dict[str, float]:
-    """One way in a process of its own."""
+    """Run ours or the reference in a separate process."""
     words = [sys.executable, __file__, "--worker", way, "--folder", str(folder), "--k", *map(str, ks)]
     with process_group() as group:
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, process_group=group)
@@ -154,7 +154,7 @@ def worker(way: str, folder: Path, ks: list[int]) -> dict[str, float]:
 def beside_reference(
     folder: Path, truth: NDArray[np.int64], ks: list[int], rounds: int, ways: Sequence[str]
 ) -> dict[str, Any]:
-    """Classify in both ways in turn, compare, print; figures for the last line."""
+    """Alternate between ours and the reference, compare and print; return the figures for the last line."""
     found = [{way: worker(way, folder, ks) for way in ways} for _ in range(rounds)]
     figures = {f"{way}_{key}": median(one[way][key] for one in found) for way in ways for key in found[0][way]}
     if len(ways) == 2:
@@ -175,7 +175,7 @@ def beside_reference(
 
 
 def approximate(folder: Path, kinds: Sequence[Kind], ks: list[int], rounds: int) -> dict[str, Any]:
-    """Build the indices, search with all in turn, print; figures for the last line."""
+    """Build the indices, search them in turn and print; return the figures for the last line."""
     train, queries = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "queries"))
     vectors, unit = UnitRows(train), UnitRows(queries)[:]
     flat, _, cpu = timed(lambda: build_index(train))

@@ -1,10 +1,10 @@
-"""A million images: how long it takes to open them, and whether the processes that read them stay small.
+"""Time to open a data set of a million images, and memory of the loader workers that read it.
 
     python benchmarks/open_source.py [--images 1280000] [--read 200000] [--workers 2]
 
-Makes tar shards with that many images and labels, of a few bytes each, in a temporary folder: some 2.6 GB. The memory
-of a loader process is what it has alone because it wrote there (Private_Dirty of /proc), including pages that it copied
-from its parent by counting references. The last line is one JSON object.
+Creates tar shards with that many images and labels of a few bytes each in a temporary folder (about 2.6 GB). The memory
+of a worker is its Private_Dirty in /proc, which includes pages copied from its parent by reference counting. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ IMAGES_A_SHARD = 10_000
 
 
 def member(name: bytes, content: bytes) -> bytes:
-    """A tar header and a content of less than 512 bytes; tarfile would take minutes for a million."""
+    """Return a tar header and content of less than 512 bytes; tarfile takes minutes for a million members."""
     fields = b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % len(content) + b"00000000000\0"
     header = (name.ljust(100, b"\0") + fields + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000").ljust(512, b"\0")
     return header[:148] + b"%06o\0 " % sum(header) + header[156:] + content.ljust(512, b"\0")
 
 
 def make_shards(folder: Path, images: int) -> str:
-    """Shards like those of ImageNet in WebDataset's form; their URL."""
+    """Write shards like ImageNet's in WebDataset format, and return their URL."""
     rng = np.random.default_rng(0)
     for start in range(0, images, IMAGES_A_SHARD):
         with open(folder / f"train-{start:08d}.tar", "wb") as file:
@@ -53,13 +53,13 @@ def make_shards(folder: Path, images: int) -> str:
 
 
 def opening(url: str) -> float:
-    """Seconds of opening a source, in a new process, without Python's own start."""
+    """Return the seconds to open a source in a new process, without the start of Python."""
     command = [sys.executable, __file__, "--only-open", url]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 class Lengths(Dataset[int]):
-    """Reads an image and gives its length."""
+    """Reads an image and returns its length in bytes."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -71,13 +71,13 @@ class Lengths(Dataset[int]):
 
 
 def private_mb(process: int) -> float:
-    """Memory that a process has alone because it wrote there, in MB."""
+    """Return the Private_Dirty memory of a process in MB."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("Private_Dirty:"))
 
 
 def read_through_workers(source: Source, count: int, workers: int, method: str) -> dict[str, Any]:
-    """Read random images in loader processes; their memory at the start, in the middle and at the end."""
+    """Read random images in loader workers; return the time, and their memory at the start, middle and end."""
     before = {process.pid for process in multiprocessing.active_children()}
     loader = DataLoader(
         Lengths(source), 100, sampler=np.random.default_rng(1).integers(len(source), size=count).tolist(),
@@ -94,7 +94,7 @@ def read_through_workers(source: Source, count: int, workers: int, method: str) 
 
 
 def main() -> None:
-    """The measurement."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=1_280_000)
     parser.add_argument("--read", type=int, default=200_000)

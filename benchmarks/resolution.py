@@ -1,13 +1,13 @@
-"""Time and memory against resolution: XCA's two paths, XCiT with them, timm's XCiT, a ViT with quadratic attention.
+"""Time and memory by resolution: the two paths of XCA, XCiT, timm's XCiT, and a ViT with quadratic attention.
 
     python benchmarks/resolution.py [--device cpu|cuda] [--threads 1] [--rounds 5] [--batch 1] [--quick] [--out DIR]
 
-First XCA alone: direct and Gram path in turn, with LayerScale, forward (no gradient) and forward with backward pass;
-from that table come the thresholds of ``choose`` in dino_xcit/models/xca.py. The run fails if the outputs or gradients
-of the two paths differ. Then whole networks without a classifier. Each configuration has a process of its own. Memory
-is the peak above what the process had after the imports and a tiny pass (resident on a CPU, allocated on a GPU), so it
-includes weights and gradients. Times are medians after a first pass; a pass of more than a minute runs once. On a CPU
-with one thread they are the processor's. What does not fit in 20 GB says so.
+First XCA alone: direct and Gram path in turn, with LayerScale, forward only and with the backward pass. The thresholds
+of ``choose`` in dino_xcit/models/xca.py are fitted to this table. The run fails if outputs or gradients of the paths
+differ. Then whole networks without a classifier. Each configuration runs in a separate process. Memory is the increase
+of the peak after the imports and a tiny pass (resident on a CPU, allocated on a GPU), so it includes weights and
+gradients. Times are medians after a warm-up pass; passes above a minute run once. On a CPU with one thread, times are
+CPU time. Configurations above 20 GB are reported as such.
 
 Writes resolution.json and resolution.png to ``--out`` (benchmarks/). The last line is one JSON object.
 """
@@ -49,11 +49,11 @@ LIMIT_GB = 20
 Row = dict[str, Any]
 
 
-# ---- one configuration, in a process of its own
+# ---- one configuration, in a separate process
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Of one call; of a single thread the processor's time, which other processes change less."""
+    """Return the seconds of one call; CPU time with a single thread, because it varies less with other load."""
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else tuple
     wait()
     _, wall, cpu = timed(lambda: (run(), wait()))
@@ -61,14 +61,14 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def outputs(module: nn.Module, inputs: tuple[Tensor, ...], one: Row) -> Tensor:
-    """A forward pass in the precision of ``one``."""
+    """Run a forward pass in the precision of ``one``."""
     with torch.autocast(one["device"], torch.bfloat16, enabled=one["precision"] == "bf16"):
         out = module(*inputs)
     return out if isinstance(out, Tensor) else out.cls_token
 
 
 def a_pass(module: nn.Module, inputs: tuple[Tensor, ...], one: Row) -> Callable[[], None]:
-    """A forward pass without gradient, or a forward and a backward pass whose gradients are let go."""
+    """Return a forward pass without gradients, or a forward and backward pass that discards the gradients."""
 
     def run() -> None:
         with torch.set_grad_enabled(one["training"]):
@@ -82,7 +82,8 @@ def a_pass(module: nn.Module, inputs: tuple[Tensor, ...], one: Row) -> Callable[
 
 
 def random_xca(one: Row) -> tuple[XCA, tuple[Tensor, Tensor]]:
-    """XCA as networks start with it, and a block's input: LayerNorm's output with a common part, and LayerScale."""
+    """Return an XCA with its initial weights, and inputs like a block's: normalised tokens with a common component,
+    and LayerScale."""
     dim = one["dim"]
     torch.manual_seed(0)
     xca = XCA(dim, HEADS[dim])
@@ -94,7 +95,7 @@ def random_xca(one: Row) -> tuple[XCA, tuple[Tensor, Tensor]]:
 
 
 def xca_times(one: Row) -> Row:
-    """Medians of both paths, measured in turn, in milliseconds; with gradients, their difference too."""
+    """Return the median milliseconds of both paths, measured in turn; in training also their difference."""
     xca, inputs = random_xca(one)
     run = a_pass(xca, inputs, one)
     times: dict[str, list[float]] = {"direct": [], "gram": []}
@@ -110,12 +111,12 @@ def xca_times(one: Row) -> Row:
 
 
 def xca_difference(xca: XCA, inputs: tuple[Tensor, ...], one: Row) -> float:
-    """The greatest relative difference between the paths' outputs and gradients."""
+    """Return the maximum relative difference between the outputs and gradients of the paths."""
     found: list[list[Tensor]] = []
     for path in ("direct", "gram"):
         xca.path = path  # type: ignore[assignment]
         out = outputs(xca, inputs, one)
-        if not found:  # one direction for both: an output near 0 may have either sign
+        if not found:  # use the same direction for both: outputs near 0 may differ in sign
             direction = torch.ones_like(out) + out.detach().sign()
         found.append([out.detach(), *torch.autograd.grad(out, [*inputs, *xca.parameters()], direction)])
     pairs = zip(*found, strict=True)
@@ -123,7 +124,7 @@ def xca_difference(xca: XCA, inputs: tuple[Tensor, ...], one: Row) -> float:
 
 
 def prepared(one: Row) -> Callable[[], object]:
-    """The pass that ``one`` describes: of XCA alone, of our network with one of its paths or both, or of timm's."""
+    """Return the pass that ``one`` describes: of XCA alone, of our network, or of timm's."""
     if "network" not in one:
         xca, inputs = random_xca(one)
         xca.path = one["contender"]
@@ -141,13 +142,13 @@ def prepared(one: Row) -> Callable[[], object]:
 
 
 def figures(one: Row) -> Row:
-    """Seconds and peak memory of a pass."""
-    prepared(one | {"side": 32, "tokens": 32, "batch": 2})()  # loads the libraries
+    """Return seconds and peak memory of a pass."""
+    prepared(one | {"side": 32, "tokens": 32, "batch": 2})()  # load the libraries
     gc.collect()
     cpu = one["device"] == "cpu"
     if cpu:
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free: it would hide as much of what follows
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        ctypes.CDLL(None).malloc_trim(0)  # free memory in the allocator would hide as much of the peak
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         limit = memory_status("VmData") + LIMIT_GB * 10**9
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     else:
@@ -167,32 +168,32 @@ def figures(one: Row) -> Row:
 
 
 def device_name(one: Row) -> Row:
-    """What is measured on."""
+    """Return the name of the device."""
     if one["device"] == "cpu":
         return {"device_name": f"CPU, {one['threads']} thread(s)"}
     if not torch.cuda.is_available():
-        raise InputError("--device cuda, but PyTorch finds no GPU here: use --device cpu")
+        raise InputError("--device is cuda, but PyTorch finds no GPU: use --device cpu")
     return {"device_name": torch.cuda.get_device_name()}
 
 
 def found_apart(work: Callable[[Row], Row], one: Row) -> Row:
-    """What ``work`` finds in a process of its own: this one computes nothing and asks for no GPU."""
+    """Run ``work`` in a separate process; this one does not initialise the GPU."""
     try:
         return in_a_process(work, one)
     except BrokenProcessPool:
-        return {"error": "ended by the system: out of memory?"}
+        return {"error": "killed by the system: out of memory?"}
 
 
-# ---- all of them
+# ---- all configurations
 
 
 def show(values: list[Any]) -> None:
-    """A line of a table."""
+    """Print a line of a table."""
     print("  ".join(f"{f'{value:.4g}' if isinstance(value, float) else value!s:>18}" for value in values), flush=True)
 
 
 def crossover(common: Row, quick: bool) -> Iterator[Row]:
-    """XCA alone, a row for each precision, width and number of tokens."""
+    """Yield a row of XCA alone for each precision, width and number of tokens."""
     for precision in DTYPES:
         for dim in (384, 512) if quick else HEADS:
             for tokens in (196, 1024) if quick else TOKENS:
@@ -212,7 +213,7 @@ def crossover(common: Row, quick: bool) -> Iterator[Row]:
 
 
 def contenders(one: Row) -> list[str]:
-    """Who is measured: "auto" is ours; "direct" the same without the Gram path, where "auto" would take that."""
+    """Return what to measure: "auto" is ours; "direct" is ours without the Gram path, if "auto" uses it."""
     if one["network"] == VIT:
         return ["timm"]
     tokens = (one["side"] // int(one["network"].rpartition("_p")[2])) ** 2
@@ -221,7 +222,7 @@ def contenders(one: Row) -> list[str]:
 
 
 def networks(common: Row, quick: bool) -> Iterator[Row]:
-    """Whole networks, a row for each measurement."""
+    """Yield a row for each measurement of a whole network."""
     for name in ["xcit_small_12_p16", "xcit_small_12_p8", VIT] if quick else NETWORKS:
         for side in (224, 384) if quick else SIDES:
             for precision in DTYPES:
@@ -243,7 +244,7 @@ PANELS = [("fp32", "seconds"), ("bf16", "seconds"), ("fp32", "peak_MB"), ("bf16"
 
 
 def draw(result: Row, path: Path) -> None:
-    """A row of panels for the forward pass, one for training; a colour a network, a line style a contender."""
+    """Draw a row of panels for the forward pass and one for training; colours are networks, styles contenders."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,25 +263,25 @@ def draw(result: Row, path: Path) -> None:
             if (row["precision"], row["training"]) == (precision, training) and quantity in row:
                 points.setdefault((row["network"], row["contender"]), []).append((row["side"], row[quantity]))
         for (name, contender), line in points.items():
-            style, marker, who = STYLES[contender]
-            color, label = f"C{names.index(name)}", f"{name}, {who}"
+            style, marker, project = STYLES[contender]
+            color, label = f"C{names.index(name)}", f"{name}, {project}"
             (handles[label],) = axis.plot(*zip(*line, strict=True), style, marker=marker, color=color)
-        axis.set(xscale="log", yscale="log", xlabel="pixels a side")
+        axis.set(xscale="log", yscale="log", xlabel="image side in pixels")
         axis.set_xticks(sides, [str(side) for side in sides])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
-        what = "seconds" if quantity == "seconds" else "peak memory, MB"
-        axis.set_title(f"{'training' if training else 'forward'}, {precision}: {what}")
+        unit = "seconds" if quantity == "seconds" else "peak memory, MB"
+        axis.set_title(f"{'training' if training else 'forward'}, {precision}: {unit}")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{result['device_name']}, batch {result['batch']}")
     figure.savefig(path, dpi=80)
 
 
 def main() -> None:
-    """The command."""
+    """Measure, write the files and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch on a CPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two resolutions, the small networks: a few minutes")

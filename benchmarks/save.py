@@ -1,4 +1,4 @@
-"""What trusting a run costs: how long a save holds the training up, how long it takes, and what each step pays.
+"""Cost of reliability: pause of the training per save, duration of a save, and overhead per step.
 
     python benchmarks/save.py [--arch xcit_small_12_p16] [--out-dim 65536]
 
@@ -34,7 +34,7 @@ from dino_xcit.runtime.health import StopFlags  # noqa: E402
 
 
 def work(seconds: float) -> float:
-    """Products a second of two matrices, in this thread, for about so long."""
+    """Multiply matrices in this thread for about ``seconds``; return the products per second."""
     a = torch.randn(256, 256)
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
@@ -44,11 +44,11 @@ def work(seconds: float) -> float:
 
 
 def measure_saving(settings: Settings, folder: Path) -> dict[str, float]:
-    """Seconds of each part of a save."""
+    """Return the seconds of each part of a save."""
     step = OurStep(settings, Row("ours-fp32", "ours, fp32", "ours", "fp32"))
-    step(draw_crops(settings, 0))  # the optimizer has its moments afterwards
+    step(draw_crops(settings, 0))  # creates the moments of the optimizer
     content = content_of(step.state, Run(step.config, 1000))
-    on_cpu(content)  # the first copy of a process also fetches its memory from the system
+    on_cpu(content)  # warm-up: the first copy also allocates its memory
     copy, copying, _ = timed(lambda: on_cpu(content))
     checkpoints = CheckpointFolder(folder, keep_last=2)
     manifest, writing, _ = timed(partial(checkpoints.write, copy))
@@ -56,7 +56,7 @@ def measure_saving(settings: Settings, folder: Path) -> dict[str, float]:
     _, hashing, _ = timed(lambda: atomic.digest_of(file))
     newest, finding, _ = timed(lambda: not why_damaged(file, manifest) and checkpoints.newest()[0])
     if not newest:
-        raise SystemExit("the checkpoint that was written is not whole")
+        raise SystemExit("the written checkpoint is damaged")
     del copy
     alone = work(2.0)
     saver = Saver(checkpoints, max_failures=1)
@@ -76,7 +76,7 @@ def measure_saving(settings: Settings, folder: Path) -> dict[str, float]:
 
 
 def exchange(rank: int, folder: str) -> None:
-    """One of two gloo processes: microseconds of the all-reduce of the stop flags that each step pays."""
+    """Measure the all-reduce of the stop flags in one of two gloo processes, in microseconds per step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     flags = StopFlags(torch.device("cpu"), 60)

@@ -1,19 +1,19 @@
-"""The training step: images a second and peak memory of this project, of the reference, and of a plain step with timm's
-XCiT; in one run, a step of each in turn.
+"""Training step: images per second and peak memory of this project, of facebookresearch/dino (the reference), and of a
+plain step with timm's XCiT.
 
     python benchmarks/step.py [--reference DIR] [--device cuda] [--batch N] [--rounds 7] [--only ours-fp32,ours-bf16]
         [--quick] [--against DIR]
 
-``--reference`` names a folder with checkouts of facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as
-``xcit/``. First all rows get the same weights and crops: if losses or gradients differ, the run ends with exit code 1.
-Then each row builds its step in a process of its own, and in each round each of them takes a step. Each process has
-its own peak memory, and a ratio is the median over the rounds. ``--against`` adds the steps of an earlier commit, in
-processes that run the code of its checkout. OMP_NUM_THREADS sets the threads of a process. On a CPU all processes keep
-the memory that they free, as run_pretrain.py does.
+``--reference`` is a folder with checkouts of facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as
+``xcit/``. First, all rows get the same weights and crops; if losses or gradients differ, the run ends with exit code 1.
+Then each row builds its step in a separate process, and the processes take turns, one step per round. Ratios are
+medians over the rounds. ``--against`` adds the steps of an earlier commit, in processes that run the code of its
+checkout. OMP_NUM_THREADS sets the threads per process. On a CPU all processes keep freed memory, as run_pretrain.py
+does.
 
-The last line is one JSON object. ``ratio_fp32`` is the speed of ours-fp32 over that of the reference,
-``memory_ratio_fp32`` its memory over the reference's, ``over_timm_fp32`` its speed over that of timm-fp32; likewise for
-the other rows. ``against_fp32`` and ``memory_against_fp32`` compare with the earlier commit.
+The last line is one JSON object. ``ratio_fp32`` is the speed of ours-fp32 divided by the reference's,
+``memory_ratio_fp32`` its memory divided by the reference's, ``over_timm_fp32`` its speed divided by timm-fp32's; the
+other rows have the same figures. ``against_fp32`` and ``memory_against_fp32`` compare with the earlier commit.
 
 Dimensions: B batch, V views, D features, K prototypes.
 """
@@ -40,7 +40,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: it sets how idle threads wait)
+import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: configures idle OpenMP threads)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -62,52 +62,51 @@ from eval.table import table  # noqa: E402
 Precision = Literal["fp32", "bf16", "fp16"]
 State = dict[str, Tensor]
 Step = Callable[..., Tensor]
-"""From crops to the loss of one training step."""
+"""Runs one training step on crops and returns its loss."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The work of a step, the same for all rows."""
+    """Settings of a step, the same for all rows."""
 
     arch: str = "xcit_small_12_p16"
-    """An XCiT that timm has, by this project's name."""
+    """Name of an XCiT that timm has."""
     batch: int = 4
-    """Images a step."""
+    """Images per step."""
     out_dim: int = 65536
-    """Prototypes K."""
+    """Number of prototypes K."""
     local_crops: int = 8
-    """Besides the two global ones."""
+    """Number of local crops."""
     global_size: int = 224
-    """Pixels a side."""
+    """Side of global crops in pixels."""
     local_size: int = 96
-    """Pixels a side."""
+    """Side of local crops in pixels."""
     head_hidden: int = 2048
     """Width of the head's hidden layers."""
     head_bottleneck: int = 256
     """Width of the head's output before the prototypes."""
     drop_path: float = 0.1
-    """Of the student."""
+    """Stochastic depth rate of the student."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """cpu or cuda, for all rows."""
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """(views, pixels a side) of each crop size, the global one first: one pass of the backbone each."""
+        """(views, side in pixels) of each crop size, global crops first; the backbone runs once per crop size."""
         if self.local_crops == 0 or self.local_size == self.global_size:
             return [(2 + self.local_crops, self.global_size)]
         return [(2, self.global_size), (self.local_crops, self.local_size)]
 
 
 QUICK = Settings(arch="xcit_tiny_12_p16", batch=2, out_dim=1024, local_crops=2, global_size=64, local_size=32)
-"""To see that the script runs; its figures say nothing. The smallest network that the reference can train in fp32."""
+"""Smoke test; figures are meaningless. The smallest network that the reference can train in fp32."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. The workers of earlier commits know these fields."""
+    """A row of the table. Workers of earlier commits depend on these fields."""
 
     key: str
-    """What --only and the JSON object call it."""
+    """Name in --only and the JSON object."""
     title: str
     project: str
     """reference, timm or ours."""
@@ -117,7 +116,7 @@ class Row:
 
 
 def rows_for(device: str) -> list[Row]:
-    """All rows. The reference computes by its own defaults: in fp16, but on a CPU in fp32."""
+    """Return all rows. The reference uses its defaults: fp16 on a GPU, fp32 on a CPU."""
     theirs: Precision = "fp16" if device == "cuda" else "fp32"
     return [
         Row("reference", f"facebookresearch/dino + xcit, {theirs}", "reference", theirs),
@@ -132,17 +131,18 @@ def rows_for(device: str) -> list[Row]:
 
 DEFAULT = ("reference", "timm-fp32", "timm-bf16", "ours-fp32", "ours-bf16")
 STEPS_A_TURN = {"cpu": 1, "cuda": 10}
-"""A GPU starts a step while it ends the one before, so several are timed together."""
+"""Steps overlap on a GPU, so several are timed together."""
 
 
 # ---- crops
 
 
 def draw_crops(settings: Settings, number: int) -> list[Tensor]:
-    """Noise, the same in every process: what a loader would hand over for step ``number``.
+    """Draw noise in place of a loader's crops of step ``number``, the same in every process.
 
     Returns:
-        One tensor a crop size, [views of that size * B, 3, size, size] uint8, view-major, on the CPU; pinned for a GPU.
+        One tensor per crop size, [views of that size * B, 3, size, size] uint8, view-major, on the CPU; pinned for a
+        GPU.
     """
     rng = np.random.default_rng([number, settings.batch])
     crops = [
@@ -153,31 +153,31 @@ def draw_crops(settings: Settings, number: int) -> list[Tensor]:
 
 
 def normalised(crops: Sequence[Tensor]) -> list[Tensor]:
-    """The same in float32, as the loaders of the reference and of most others hand crops over."""
+    """Normalise crops to float32, as the loaders of the reference and most others do."""
     floats = [normalise(crop, IMAGENET_MEAN, IMAGENET_STD) for crop in crops]
     return [new.pin_memory() if old.is_pinned() else new for new, old in zip(floats, crops, strict=True)]
 
 
 def view_by_view(crops: Sequence[Tensor], settings: Settings) -> list[Tensor]:
-    """V tensors [B, 3, size, size], as the reference takes them."""
+    """Split crops into V tensors [B, 3, size, size], the input of the reference."""
     return [view.contiguous() for crop in crops for view in crop.split(settings.batch)]
 
 
-# ---- the plain step: DINO from the paper with PyTorch's and timm's parts
+# ---- the plain step: DINO as in the paper, from PyTorch's and timm's modules
 
 STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM, TEACHER_MOMENTUM = 0.1, 0.04, 0.9, 0.996
 LR, WEIGHT_DECAY, CLIP = 1e-5, 0.04, 3.0
-"""They do not change what a step costs; the losses of a few steps shall stay finite."""
+"""Chosen for finite losses over a few steps; they do not affect the cost of a step."""
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """PyTorch's own choice of what runs in 16 bits; nothing for fp32."""
+    """Return an autocast context; a null context for fp32."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, dtypes[precision]) if precision in dtypes else nullcontext()
 
 
 class PlainHead(nn.Module):
-    """DINO's head, [rows, D] to [rows, K], with the names of the published one."""
+    """DINO's head, [rows, D] to [rows, K], with the published parameter names."""
 
     def __init__(self, in_dim: int, settings: Settings) -> None:
         super().__init__()
@@ -196,11 +196,11 @@ class PlainHead(nn.Module):
 
 
 class PlainNetwork(nn.Module):
-    """timm's backbone, once a crop size, and the head over all views."""
+    """timm's backbone, run once per crop size, and the head over all views."""
 
     def __init__(self, settings: Settings, drop_path: float) -> None:
         super().__init__()
-        import timm  # here: the memory of our own rows is measured without it
+        import timm  # not at the top, to exclude it from the memory of our rows
 
         if not timm.is_model(f"{settings.arch}_224"):
             raise InputError(f"--arch is {settings.arch}, expected an XCiT that timm has, such as xcit_small_12_p16")
@@ -208,12 +208,12 @@ class PlainNetwork(nn.Module):
         self.head = PlainHead(self.backbone.num_features, settings)  # type: ignore[arg-type]
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """One tensor a crop size, [views of that size * B, 3, size, size], to [V * B, K]."""
+        """One tensor per crop size, [views of that size * B, 3, size, size], to [V * B, K]."""
         return self.head(torch.cat([self.backbone(crop) for crop in crops]))
 
 
 def plain_names(state: Mapping[str, Tensor], backbone: nn.Module) -> State:
-    """Weights or gradients of a network from the official names to those of :class:`PlainNetwork`."""
+    """Rename weights or gradients of a network from the official names to those of :class:`PlainNetwork`."""
     from timm.models.xcit import checkpoint_filter_fn
 
     official = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
@@ -222,7 +222,7 @@ def plain_names(state: Mapping[str, Tensor], backbone: nn.Module) -> State:
 
 
 def plain_loss(student_logits: Tensor, teacher_logits: Tensor, center: Tensor, views: int) -> Tensor:
-    """Algorithm 1 of arXiv 2104.14294: the mean over pairs of different views of a cross-entropy.
+    """Algorithm 1 of arXiv 2104.14294: mean cross-entropy over pairs of different views.
 
     Args:
         student_logits: [V * B, K], view-major, the global views first.
@@ -258,7 +258,7 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(groups, lr=LR)
 
     def loss(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss of float crops, and the teacher's logits [2 * B, K]."""
+        """Return the loss of float crops, and the teacher's logits [2 * B, K]."""
         with autocast(self.device, self.precision):
             with torch.no_grad():
                 teacher_logits = self.teacher([crops[0][: 2 * self.settings.batch]])
@@ -266,11 +266,11 @@ class PlainStep:
         return plain_loss(student_logits, teacher_logits, self.center, 2 + self.settings.local_crops), teacher_logits
 
     def __call__(self, crops: Sequence[Tensor]) -> Tensor:
-        """One training step over float crops; its loss."""
+        """Run one training step over float crops and return its loss."""
         loss, teacher_logits = self.loss([crop.to(self.device, non_blocking=True) for crop in crops])
         self.optimizer.zero_grad()
         loss.backward()
-        for parameter in self.student.parameters():  # each by its own norm, as the reference does
+        for parameter in self.student.parameters():  # clip each by its own norm, as the reference does
             if parameter.grad is not None:
                 nn.utils.clip_grad_norm_(parameter, CLIP)
         self.optimizer.step()
@@ -282,24 +282,24 @@ class PlainStep:
         return loss.detach()
 
 
-# ---- the reference: facebookresearch/dino over facebookresearch/xcit, by their own code
+# ---- the reference: the code of facebookresearch/dino with facebookresearch/xcit
 
 EPOCH, EPOCHS = 1, 100
-"""Its last layer is frozen in epoch 0 alone."""
+"""The last layer is frozen in epoch 0 only."""
 
 
 class ReferenceStep:
-    """Student, teacher, loss, optimizer, and one pass of the body of their loop (``train_one_epoch``).
+    """Student, teacher, loss, optimizer, and the body of the loop in ``train_one_epoch``.
 
-    On a CPU BatchNorm takes the place of SyncBatchNorm, which has no kernel there. Theirs stands in
-    DistributedDataParallel; without it, as here, one process has less to do.
+    On a CPU, BatchNorm replaces SyncBatchNorm, which has no CPU kernel. The original also wraps the student in
+    DistributedDataParallel, which adds work in a single process; it is omitted here.
     """
 
     def __init__(self, folder: Path, settings: Settings, precision: Precision) -> None:
         xcit, main_dino = import_peer(folder, "xcit/xcit.py"), import_peer(folder, "dino/main_dino.py")
         self.utils = main_dino.utils
         self.settings, self.precision, self.device = settings, precision, torch.device(settings.device)
-        if not dist.is_initialized():  # its loss sums over processes without asking how many there are
+        if not dist.is_initialized():  # its loss always calls all_reduce
             store = f"file://{tempfile.mkdtemp()}/store"
             dist.init_process_group("nccl" if settings.device == "cuda" else "gloo", store, rank=0, world_size=1)
 
@@ -313,7 +313,7 @@ class ReferenceStep:
         if settings.device == "cpu":
             nn.SyncBatchNorm = nn.BatchNorm2d  # type: ignore[misc, assignment]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's, about weight_norm
+            warnings.simplefilter("ignore")  # PyTorch deprecates weight_norm
             self.student, self.teacher = network(settings.drop_path), network(0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
@@ -325,15 +325,15 @@ class ReferenceStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def loss(self, images: Sequence[Tensor]) -> Tensor:
-        """Of V tensors [B, 3, size, size]; their loss moves its center by itself."""
+        """Return the loss of V tensors [B, 3, size, size]; also updates the center."""
         with autocast(self.device, self.precision):
             teacher_output = self.teacher(list(images[:2]))
             return self.dino_loss(self.student(list(images)), teacher_output, EPOCH)
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """One training step; its loss."""
+        """Run one training step and return its loss."""
         loss = self.loss([image.to(self.device, non_blocking=True) for image in images])
-        value = loss.item()  # as theirs: it ends a run whose loss is not finite
+        value = loss.item()  # as in the original, which checks that the loss is finite
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -349,7 +349,7 @@ class ReferenceStep:
         return torch.tensor(value)
 
 
-# ---- ours, as run_pretrain.py takes it
+# ---- ours: the step of run_pretrain.py
 
 
 class OurStep:
@@ -363,37 +363,37 @@ class OurStep:
             local_crops_number=settings.local_crops, batch_size_per_gpu=settings.batch,
             global_crops_size=settings.global_size, local_crops_size=settings.local_size,
             precision=row.precision, activation_checkpointing=row.checkpointing, device=settings.device,
-            warmup_epochs=0.0, freeze_last_layer=0,  # as in all epochs but the first
+            warmup_epochs=0.0, freeze_last_layer=0,  # as in all epochs after the first
         )  # fmt: skip
         self.schedules = Schedules.of(self.config, 1000, settings.batch)
         self.state = build_state(self.config, torch.device(settings.device))
 
     def __call__(self, crops: Sequence[Tensor], passes: int = 1) -> Tensor:
-        """One training step over uint8 crops, ``passes`` times the same; its loss, on the device."""
+        """Run one training step over ``passes`` copies of uint8 crops; return its loss on the device."""
         batch = Batch(list(crops), self.views, epoch=0, indices=torch.arange(self.config.batch_size_per_gpu))
         return train_step(self.state, [batch] * passes, self.schedules, self.config).loss
 
 
-# ---- do the rows do the same work?
+# ---- check that all rows compute the same
 
 LOSS, GRADIENT, BF16 = 1e-4, 1e-3, 1.5
-"""Limits: relative error of a loss, and of any parameter's gradient in fp32; in bf16, errors over the plain step's."""
+"""Maximum relative error of the loss and of each gradient in fp32; in bf16, maximum ratio to the plain step's error."""
 NO_GRADIENT = ".attn.k.bias"
-"""Of class attention. A softmax ignores what all its inputs share, so this gradient is zero but for rounding."""
+"""Bias of the keys in class attention. Softmax cancels it, so its gradient is zero up to rounding."""
 
 
 def check(settings: Settings, rows: Sequence[Row], reference: str) -> list[tuple[str, float, float]]:
-    """Give the rows the same weights and crops, without drop-path, and compare with the plain step in float64.
+    """Compare the rows with the plain step in float64, on the same weights and crops without drop-path.
 
     Returns:
-        (what is compared, relative error, limit) for each comparison.
+        (name, relative error, limit) of each comparison.
     """
     torch.backends.cudnn.allow_tf32 = False
     settings = dataclasses.replace(settings, batch=min(2, settings.batch), drop_path=0.0)
     generator = torch.Generator().manual_seed(0)
 
     def with_noise(state: Mapping[str, Tensor]) -> State:
-        """Fresh biases are 0 and fresh LayerScales may be 1e-5: without noise nothing would depend on them."""
+        """Add noise: initial biases are 0 and initial LayerScales may be 1e-5, which would hide errors."""
         new = {name: value.cpu().clone() for name, value in state.items()}
         for name, value in new.items():
             if value.is_floating_point() and not name.endswith(("running_mean", "running_var", "weight_g")):
@@ -422,7 +422,7 @@ def check(settings: Settings, rows: Sequence[Row], reference: str) -> list[tuple
         method, found = step.state.method, State()
         method.load_state_dict(method.state_dict() | {"student": student, "teacher": teacher})
         for name, parameter in method.trained.named_parameters():
-            if parameter.requires_grad:  # read before the step clips them
+            if parameter.requires_grad:  # read gradients before the step clips them
                 parameter.register_post_accumulate_grad_hook(
                     lambda p, name=name: found.update({name: p.grad.cpu().double()})  # type: ignore[misc]
                 )
@@ -452,18 +452,18 @@ def check(settings: Settings, rows: Sequence[Row], reference: str) -> list[tuple
 
 
 def relative_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """|found - expected| / |expected| of each gradient; infinite for a gradient that only one of the two has."""
+    """Return |found - expected| / |expected| of each gradient; infinite if it is missing in one of the two."""
     errors = dict.fromkeys(found.keys() ^ expected.keys(), float("inf"))
     for name in found.keys() & expected.keys():
         errors[name] = float((found[name] - expected[name]).norm() / expected[name].norm())
     return {name: error for name, error in errors.items() if not name.endswith(NO_GRADIENT)}
 
 
-# ---- a process of each row, which steps when it is told to
+# ---- one worker process per row
 
 
 def build(row: Row, settings: Settings, reference: str) -> tuple[Step, list[list[Tensor]]]:
-    """The step of a row, and two batches of crops in the form in which its own loader hands them over."""
+    """Return the step of a row, and two batches of crops in the format of its loader."""
     batches = [draw_crops(settings, number) for number in range(2)]
     if row.project == "ours":
         return OurStep(settings, row), batches
@@ -475,7 +475,7 @@ def build(row: Row, settings: Settings, reference: str) -> tuple[Step, list[list
 
 
 def serve(task: Mapping[str, Any]) -> None:
-    """Answer each line of JSON on stdin with one on stdout; what the step itself prints goes to stderr."""
+    """Answer each JSON line on stdin with one on stdout; redirect other output to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -485,12 +485,12 @@ def serve(task: Mapping[str, Any]) -> None:
     row, settings, done = Row(**task["row"]), Settings(**task["settings"]), 0
     cuda = settings.device == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
-    if cuda:  # as run_pretrain.py chooses; here for all rows
+    if cuda:  # as in run_pretrain.py; here for all rows
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-    distributed.start(torch.device(settings.device))  # scaling.py makes ranks of these processes
+    distributed.start(torch.device(settings.device))  # in scaling.py the workers are ranks
     gpu = torch.cuda.get_device_name() if cuda else ""
     answer(threads=torch.get_num_threads(), torch=torch.__version__, timm=version("timm"), gpu=gpu)
     for line in sys.stdin:
@@ -508,19 +508,19 @@ def serve(task: Mapping[str, Any]) -> None:
             wait()
             seconds = (perf_counter() - began) / order["count"]
             if cuda:
-                torch.cuda.empty_cache()  # the other rows want the memory; the next turn warms up again
+                torch.cuda.empty_cache()  # the other rows need the memory; the next turn warms up again
             answer(seconds=seconds, loss=float(loss))
         elif order["do"] == "report":
             answer(peak=torch.cuda.max_memory_allocated() if cuda else peak_memory())
 
 
 class Worker:
-    """A row's process, seen from the one that starts it; ``ready`` waits until it has built its step.
+    """Handle of a row's process; ``ready`` waits until it has built its step.
 
     Args:
-        group: its process group.
-        root: the checkout whose code it runs.
-        environment: what it finds in its environment besides.
+        group: process group.
+        root: checkout whose code it runs.
+        environment: additional environment variables.
     """
 
     def __init__(
@@ -529,7 +529,7 @@ class Worker:
         mark = "" if root == ROOT else f", {commit_of(root)}"
         self.row, self.key, self.name = row, row.key + mark, row.title + mark
         task = {"row": dataclasses.asdict(row), "settings": dataclasses.asdict(settings), "reference": reference}
-        script = root / "benchmarks" / "step_worker.py"  # up to 0.1
+        script = root / "benchmarks" / "step_worker.py"  # in version 0.1
         words = [str(script)] if script.is_file() else [str(root / "benchmarks" / "step.py"), "--worker"]
         own = {"PYTHONPATH": str(root), "KMP_BLOCKTIME": "0"}  # Intel's OpenMP: idle threads sleep
         self.process = subprocess.Popen(
@@ -537,15 +537,15 @@ class Worker:
             env=os.environ | own | (environment or {}), process_group=group,
         )  # fmt: skip
         self.about: dict[str, Any] = {}
-        """Threads, versions, the GPU's name."""
+        """Threads, versions and the name of the GPU."""
         self.seconds: list[float] = []
-        """A step of each round."""
+        """Seconds per step of each round."""
         self.peak = 0
-        """Bytes: resident, or allocated on the GPU."""
+        """Peak memory in bytes: resident, or allocated on the GPU."""
         self.send("build")
 
     def send(self, do: str, **values: object) -> None:
-        """Give an order; its answer is to be read."""
+        """Send a command; read its answer with :meth:`answer`."""
         assert self.process.stdin
         print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
 
@@ -553,13 +553,13 @@ class Worker:
         """Wait for the next answer.
 
         Raises:
-            InputError, RunStopped: instead of an answer.
+            InputError, RunStopped: the worker failed.
         """
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            raise RunStopped(1, f"error: the process of {self.name!r} ended with code {code} (-9: too little memory?)")
+            raise RunStopped(1, f"error: the process of {self.name!r} ended with code {code} (-9: out of memory?)")
         values: dict[str, Any] = json.loads(line)
         if "error" in values:
             raise InputError(values["error"])
@@ -571,13 +571,13 @@ class Worker:
         self.answer()
 
     def ask(self, do: str, **values: object) -> dict[str, Any]:
-        """Give an order and wait for the answer."""
+        """Send a command and wait for the answer."""
         self.send(do, **values)
         return self.answer()
 
 
 def take_turns(workers: Sequence[Worker], rounds: int, device: str) -> None:
-    """Time the rows: in each round each takes one turn."""
+    """Time the rows; each takes one turn per round."""
     for row in workers:
         row.ready()
     for row in workers:
@@ -585,18 +585,18 @@ def take_turns(workers: Sequence[Worker], rounds: int, device: str) -> None:
     for number in range(rounds):
         print(f"  round {number + 1} of {rounds}", flush=True)
         for row in workers:
-            # A GPU's memory has gone to the others meanwhile, hence one step without a clock.
+            # On a GPU, one untimed step allocates the memory that the other rows used in between.
             turn = row.ask("steps", warm_up=int(device == "cuda"), count=STEPS_A_TURN[device])
             row.seconds.append(turn["seconds"])
     for row in workers:
         row.peak = row.ask("report")["peak"]
 
 
-# ---- the command
+# ---- command line
 
 
 def report(workers: Sequence[Worker], batch: int) -> dict[str, Any]:
-    """Print two tables; return their figures for the JSON object."""
+    """Print two tables and return their figures for the JSON object."""
     lines, comparisons = [], []
     by_key = {worker.key: worker for worker in workers}
     figures: dict[str, Any] = {"rows": {}}
@@ -604,7 +604,7 @@ def report(workers: Sequence[Worker], batch: int) -> dict[str, Any]:
         speed, peak = batch / median(worker.seconds), worker.peak / 1e6
         lines.append([worker.name, f"{speed:.3g}", spread(worker.seconds), f"{peak:,.0f}"])
         figures["rows"][worker.key] = {"img_per_s": speed, "step_s": worker.seconds, "peak_MB": peak}
-        if worker.row.project != "ours" or worker.key != worker.row.key:  # of others, or of the earlier commit
+        if worker.row.project != "ours" or worker.key != worker.row.key:  # another project or the earlier commit
             continue
         name = worker.key.removeprefix("ours-").replace("-", "_")
         peers = {"ratio": by_key.get("reference"), "over_timm": by_key.get(f"timm-{worker.row.precision}")}
@@ -615,40 +615,40 @@ def report(workers: Sequence[Worker], batch: int) -> dict[str, Any]:
                 speed, memory = median(rounds), worker.peak / peer.peak
                 comparisons.append([f"{worker.name} / {peer.name}", spread(rounds), f"{memory:.3f}"])
                 figures |= {f"{label}_{name}": speed, f"memory_{label}_{name}": memory}
-    print(f"\n{table(['', 'images/s', 'seconds a step', 'peak MB'], lines)}\n")
+    print(f"\n{table(['', 'images/s', 'seconds per step', 'peak MB'], lines)}\n")
     if comparisons:
         print(f"{table(['', 'speed', 'memory'], comparisons)}\n")
     return figures
 
 
 def chosen_rows(only: str | None, device: str, reference: bool) -> list[Row]:
-    """The rows that --only names, or the default ones; without --reference the reference is left out.
+    """Return the rows in --only, or the default ones; without the reference unless --reference is given.
 
     Raises:
-        InputError: --only names no row.
+        InputError: --only has an unknown row.
     """
     rows = {row.key: row for row in rows_for(device)}
     names = only.split(",") if only else list(DEFAULT)
     for name in names:
         if name not in rows:
-            raise InputError(f"--only names no row by {name!r}{near_matches(name, rows)} (known: {', '.join(rows)})")
+            raise InputError(f"--only has an unknown row {name!r}{near_matches(name, rows)} (known: {', '.join(rows)})")
     if "reference" in names and not reference:
-        print("the reference is not measured: --reference DIR names a folder with its checkouts")
+        print("the reference is not measured: give --reference DIR, a folder with its checkouts")
         names.remove("reference")
     return [row for key, row in rows.items() if key in names]
 
 
 def main() -> None:
-    """The command."""
+    """Check the rows, time them and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="folder with the checkouts dino/ and xcit/")
     parser.add_argument("--against", type=Path, metavar="DIR", help="an earlier commit's checkout")
     parser.add_argument("--only", help=f"rows: {', '.join(row.key for row in rows_for('cpu'))}")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="a try with tiny networks; its figures say nothing")
+    parser.add_argument("--quick", action="store_true", help="smoke test with tiny networks; figures are meaningless")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--arch", help="such as xcit_small_12_p8")
-    parser.add_argument("--batch", type=int, help="images a step: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--batch", type=int, help="images per step; default: 4 on a CPU, 64 on a GPU")
     for name in ("--out-dim", "--local-crops", "--global-size", "--local-size"):
         parser.add_argument(name, type=int)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -666,7 +666,7 @@ def main() -> None:
     rows = chosen_rows(given.only, given.device, bool(given.reference))
     reference = str(given.reference.resolve()) if "reference" in [row.key for row in rows] else ""
     if os.getloadavg()[0] > 0.25 * usable_cores():
-        print("warning: other processes are busy: the figures vary more than on an idle machine", file=sys.stderr)
+        print("warning: the machine is busy: figures vary more than on an idle machine", file=sys.stderr)
     print(f"{settings}\n")
     ours = [row for row in rows if row.project == "ours"]
     checks = in_a_process(check, settings, ours, reference)

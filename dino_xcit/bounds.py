@@ -1,6 +1,6 @@
-"""What a setting may be, noted beside it: ``epochs: Annotated[int, Ge(1)] = 100``.
+"""Bounds of settings as annotations: ``epochs: Annotated[int, Ge(1)] = 100``.
 
-The bounds are those of the package annotated_types (Ge, Gt, Le, Lt, MinLen). Of a tuple they hold for each element.
+Bounds come from the package annotated_types (Ge, Gt, Le, Lt, MinLen). For a tuple they apply to each element.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from dino_xcit.errors import InputError
 
 
 class IsPath:
-    """Mark of a path on this machine: the command line expands its ``~``."""
+    """Marks a local path: the command line expands ``~``."""
 
 
 class Positional:
-    """Mark of a setting that words without a flag belong to; several such settings take them in their order."""
+    """Marks a setting that takes words without a flag; several of them are filled in order."""
 
 
 class Repeatable:
-    """Mark of a setting whose flag may be given several times: its values add up."""
+    """Marks a setting whose flag may be repeated: the values are concatenated."""
 
 
 class Unique:
-    """Mark of a tuple whose elements differ, also as they are shown: results are known by them."""
+    """Marks a tuple with distinct elements (as formatted by :func:`shown`), because they identify results."""
 
 
 class ZeroIsAuto:
-    """Mark of a number whose 0 may be typed as ``auto``."""
+    """Marks a number that accepts ``auto`` for 0."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Mark of the first setting of a group: ``--help`` shows it and those that follow under this heading."""
+    """Marks the first setting of a group, which ``--help`` shows under this heading."""
 
     heading: str
 
 
 @dataclass(frozen=True)
 class Suffix:
-    """Mark of a file whose name ends in this."""
+    """Marks a file name with this ending."""
 
     ending: str
 
 
 FilePath = Annotated[str, IsPath]
 Seed = Annotated[int, Ge(0), Lt(1 << 63)]
-"""What all generators of random numbers take."""
+"""Range that all random number generators accept."""
 
 _COMPARISONS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-"""Functions of ``operator`` and the attributes of annotated_types that hold their limits."""
+"""Names of functions in ``operator``, which are also the attributes of annotated_types with the limits."""
 
 
 @cache
 def annotations_of(config: type) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Each field's type and the notes beside it."""
+    """Return the type and the annotations of each field."""
     out = {}
     hints = get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
@@ -72,15 +72,15 @@ def annotations_of(config: type) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 
 def marked(config: type, mark: object) -> tuple[str, ...]:
-    """The fields that have this mark."""
+    """Return the fields with this mark."""
     return tuple(name for name, (_, notes) in annotations_of(config).items() if mark in notes)
 
 
 def check_bounds(config: Any) -> None:
-    """Check each field of a dataclass by itself: its bounds, its choices, and that its numbers are finite.
+    """Check the bounds, the choices and the finiteness of each field of a dataclass.
 
     Raises:
-        InputError: names the field, its value and what is expected.
+        InputError: with the field, its value and the expected values.
     """
     kind: type = type(config)
     for name, notes in annotations_of(kind).items():
@@ -90,14 +90,14 @@ def check_bounds(config: Any) -> None:
 
 
 def refusal(config: type, name: str, value: object, expected: str) -> InputError:
-    """The error for a setting whose value cannot be; its default is the example."""
+    """Return the error for an invalid value of a setting, with its default as an example."""
     default = getattr(config, name)
     example = f", such as {shown(default)}" if default not in ("", ()) else ""
     return InputError(f"{name} is {shown(value)}, expected {expected}{example}")
 
 
 def _unmet(value: Any, kind: Any, notes: Iterable[Any]) -> str:
-    """What is expected instead of the value; empty where it will do."""
+    """Return a description of the expected values, or an empty string if the value is valid."""
     parts = value if isinstance(value, tuple) else (value,)
     if get_origin(kind) is Literal and value not in get_args(kind):
         return f"one of {', '.join(filter(None, get_args(kind)))}"
@@ -117,10 +117,13 @@ def _unmet(value: Any, kind: Any, notes: Iterable[Any]) -> str:
 
 
 def refuse_changed(config: Any, names: Iterable[str], where: str) -> None:
-    """Refuse settings that are not at their defaults where they have no effect.
+    """Reject non-default values of settings that have no effect.
+
+    Args:
+        where: the condition under which they have no effect, such as ``with --no-cache``.
 
     Raises:
-        InputError: names the first of them, its value, and ``where`` it has no effect.
+        InputError: with the first such setting and its value.
     """
     for name in names:
         value = getattr(config, name)
@@ -129,7 +132,7 @@ def refuse_changed(config: Any, names: Iterable[str], where: str) -> None:
 
 
 def shown(value: object) -> str:
-    """A setting's value as it is typed."""
+    """Format a value as on the command line."""
     if isinstance(value, tuple):
         return " ".join(map(shown, value)) or "empty"
     if isinstance(value, bool):

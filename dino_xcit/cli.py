@@ -35,33 +35,32 @@ from dino_xcit.errors import InputError, near_matches, run_main
 
 Config = TypeVar("Config")
 Flags = dict[str, list[str]]
-"""Field name to the words that followed it."""
+"""Field names and the words that follow their flags."""
 
 _BOOLEANS = dict.fromkeys(("true", "on", "1", "yes"), "True") | dict.fromkeys(("false", "off", "0", "no"), "False")
 _IGNORED = ("dist_url", "local_rank")
-"""DINO's flags for what torchrun tells each process."""
+"""DINO's flags for settings that torchrun passes in the environment."""
 _DINO_NAMES = {
     "pretrained_weights": "weights", "checkpoint_key": "network", "nb_knn": "ks", "temperature": "temperatures",
     "batch_size": "batch_size_per_gpu", "imsize": "image_size", "distractors_path": "distractors",
 }  # fmt: skip
-"""What DINO's evaluators (and habit) call a setting, to its name here."""
+"""DINO's names of settings, and their names here."""
 _DINO_HINTS = {
     "n_last_blocks": "give --features last4", "avgpool_patchtokens": "give --features cls+mean",
     "num_labels": "leave it out, the classes of the data are counted", "use_cuda": "give --device cuda",
 }  # fmt: skip
-"""What to type for DINO's flags whose values mean something else here."""
+"""Replacements for DINO's flags whose values have another meaning here."""
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str) -> Config:
-    """A command's settings: flags, then ``--config FILE.yaml``, then the class's defaults; checked.
+    """Parse and check a command line. Precedence: flags, ``--config FILE.yaml``, the defaults of the class.
 
-    ``--global-crops-scale 0.4 1`` and ``--global_crops_scale=0.4 1`` are the same; ``--flag`` alone and ``--no-flag``
-    set a yes-or-no field, as ``--flag true`` does. Of a flag that is given twice the last one wins, unless its field
-    is marked Repeatable. Words without a flag belong to the fields marked Positional. ``--help`` prints all settings
-    and exits.
+    ``--global-crops-scale 0.4 1`` and ``--global_crops_scale=0.4 1`` are equivalent. ``--flag``, ``--no-flag`` and
+    ``--flag true`` set a boolean field. If a flag is repeated, the last one wins, unless its field is marked
+    Repeatable. Words without a flag go to the fields marked Positional. ``--help`` prints all settings and exits.
 
     Raises:
-        InputError: an unknown flag (near matches are given), a word that belongs to no flag, or a value that cannot be.
+        InputError: an unknown flag (the message suggests near matches), an unexpected word, or an invalid value.
     """
     show_help(config, argv, prog)
     return build(config, with_file(config, read_flags(config, argv)), config())
@@ -70,10 +69,10 @@ def parse(config: type[Config], argv: Sequence[str], prog: str) -> Config:
 def parse_known(
     config: type[Config], argv: Sequence[str], prog: str, others: Collection[str]
 ) -> tuple[Config, list[str]]:
-    """The same for a command that hands other flags on: its settings, and the words that are left, in their order.
+    """Parse the flags of ``config`` only; also return the remaining words in order, for another command.
 
     Args:
-        others: names of flags that are handed on and may look like one of the command's own.
+        others: flags of the other command, which are never reported as misspelt flags of this one.
     """
     show_help(config, argv, prog)
     rest: list[str] = []
@@ -82,7 +81,7 @@ def parse_known(
 
 
 def show_help(config: type, argv: Sequence[str], prog: str) -> None:
-    """Where help is asked for, print it and exit: a box for each :class:`dino_xcit.bounds.Group` of settings."""
+    """Print help and exit if ``argv`` has ``--help``: one box per :class:`dino_xcit.bounds.Group` of settings."""
     if "-h" not in argv and "--help" not in argv:
         return
     texts, heading, groups = _texts_of(config), "command", dict[str, list[Any]]()
@@ -93,7 +92,7 @@ def show_help(config: type, argv: Sequence[str], prog: str) -> None:
         groups.setdefault(heading, []).append((field.name, described, field.default))
     boxes = [(name, dataclasses.make_dataclass(name, fields)) for name, fields in groups.items()]
     shown = dataclasses.make_dataclass("Settings", boxes)
-    about = "\n\n".join(  # tyro would join lines that begin with a letter
+    about = "\n\n".join(  # tyro joins lines that begin with a letter
         textwrap.fill(text, 80, subsequent_indent=" ") for text in inspect.cleandoc(config.__doc__ or "").split("\n\n")
     )
     flat = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
@@ -101,7 +100,7 @@ def show_help(config: type, argv: Sequence[str], prog: str) -> None:
 
 
 def _texts_of(config: type) -> dict[str, str]:
-    """The docstring below each field, without its line breaks: tyro would keep some of them."""
+    """Return the docstring below each field, without line breaks: tyro keeps some of them."""
     texts = {}
     for kind in filter(dataclasses.is_dataclass, config.__mro__):
         (tree,) = ast.parse(inspect.getsource(kind)).body
@@ -112,21 +111,21 @@ def _texts_of(config: type) -> dict[str, str]:
 
 
 def check_flags(config: type, prog: str) -> None:
-    """Print help, or refuse an unknown flag, before a command imports PyTorch, which takes seconds."""
+    """Print help or reject unknown flags before a command imports PyTorch, which takes seconds."""
 
     def check() -> None:
         show_help(config, sys.argv[1:], prog)
-        with contextlib.redirect_stderr(io.StringIO()):  # the command itself says which flags it ignores
+        with contextlib.redirect_stderr(io.StringIO()):  # the command itself reports ignored flags
             read_flags(config, sys.argv[1:])
 
     run_main(check)
 
 
 def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None, others: Collection[str] = ()) -> Flags:
-    """Split a command line into flags and their words; :func:`build` reads the words.
+    """Split a command line into flags and their words; :func:`build` converts the words.
 
     Args:
-        rest: takes unknown flags, with all words after them; None: unknown flags are refused.
+        rest: receives unknown flags and the words after them; None: unknown flags are an error.
         others: as in :func:`parse_known`.
 
     Raises:
@@ -145,7 +144,7 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
             flags[name] = []  # the last one wins
         return flags.setdefault(name, [])
 
-    name, words, room = "", list[str](), 0.0  # the last flag, what takes the words after it, and how many
+    name, words, room = "", list[str](), 0.0  # the last flag, the list for its words, how many words it still takes
     for token in argv:
         if token.startswith("--"):
             name, equals, value = token[2:].partition("=")
@@ -178,19 +177,19 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
             rest.append(token)
         else:
             after = f" after --{name}" if name else ""
-            raise InputError(f"cannot place the word {token!r}{after}: give settings as --name value (see --help)")
+            raise InputError(f"unexpected word {token!r}{after}: expected settings as --name value (see --help)")
     return _normalised(flags, kinds, marked(config, IsPath))
 
 
 def _arity(kind: Any) -> float:
-    """How many words a value of this type takes at most."""
+    """Return the maximum number of words of a value of this type."""
     if get_origin(kind) is not tuple:
         return 1
     return math.inf if Ellipsis in get_args(kind) else len(get_args(kind))
 
 
 def _normalised(flags: Flags, kinds: Mapping[str, Any], paths: Collection[str]) -> Flags:
-    """The flags with Python's True and False, paths without ``~``, and what DINO's use_fp16 and patch_size mean."""
+    """Normalise booleans to True and False, expand ``~`` in paths, and translate DINO's use_fp16 and patch_size."""
     for name, words in flags.items():
         if kinds[name] is bool:
             flags[name] = [_BOOLEANS.get(word.lower(), word) for word in words or ["true"]]
@@ -202,8 +201,8 @@ def _normalised(flags: Flags, kinds: Mapping[str, Any], paths: Collection[str]) 
         precision = flags.setdefault("precision", [meant])
         if not meant or (precision == ["fp16"]) is not (meant == "fp16"):
             raise InputError(
-                f"--use_fp16 is {given}, --precision is {' '.join(precision) or 'not given'}: expected true or false, "
-                "and a precision that agrees; or leave --use_fp16 out"
+                f"--use_fp16 is {given}, --precision is {' '.join(precision) or 'not given'}: expected true or false "
+                "and a matching precision; or omit --use_fp16"
             )
     if "patch_size" in flags:
         (patch,), arch = flags.pop("patch_size"), " ".join(flags.get("arch", ()))
@@ -215,10 +214,10 @@ def _normalised(flags: Flags, kinds: Mapping[str, Any], paths: Collection[str]) 
 
 
 def with_file(config: type, flags: Flags) -> Flags:
-    """The flags, and the settings of the YAML file that ``--config`` names where no flag gives them.
+    """Add the settings of the YAML file ``--config`` to the flags; flags take precedence.
 
     Raises:
-        InputError: no such file, no lines of ``name: value``, or as :func:`read_flags`.
+        InputError: the file is missing or has other content than ``name: value`` lines; or as :func:`read_flags`.
     """
     if "config" not in flags:
         return flags
@@ -228,9 +227,9 @@ def with_file(config: type, flags: Flags) -> Flags:
     except OSError as error:
         raise InputError(f"cannot read the config file {path}: {error.strerror}; check --config") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"the config file {path} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"the config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
-        raise InputError(f"the config file {path} holds no settings, expected lines of 'name: value'")
+        raise InputError(f"the config file {path} has no settings, expected lines of 'name: value'")
     argv: list[str] = []
     for key, value in root.value:
         parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
@@ -250,10 +249,10 @@ def with_file(config: type, flags: Flags) -> Flags:
 
 
 def build(config: type[Config], flags: Flags, defaults: Config) -> Config:
-    """The dataclass with ``defaults`` replaced by ``flags``, checked: its bounds, then what its ``check()`` demands.
+    """Replace ``defaults`` by ``flags``; check the bounds and call ``check()`` if the class has it.
 
     Raises:
-        InputError: a word that is no value of its setting, or a value that cannot be.
+        InputError: a word cannot be converted, or a value is invalid.
     """
     values = {name: _value(config, name, words) for name, words in flags.items()}
     found = dataclasses.replace(defaults, **values)  # type: ignore[type-var]  # any dataclass
@@ -267,7 +266,7 @@ _READERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: {"Tru
 
 
 def _value(config: type, name: str, words: Sequence[str]) -> Any:
-    """The words as a value of the setting's type; choices are left to the bounds."""
+    """Convert words to the setting's type; :func:`dino_xcit.bounds.check_bounds` checks choices."""
     kind, notes = annotations_of(config)[name]
     if ZeroIsAuto in notes:
         words = ["0" if word == "auto" else word for word in words]

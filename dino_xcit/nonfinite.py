@@ -1,9 +1,9 @@
-"""Saves the state of a run that ends after too many non-finite steps, and repeats its last step.
+"""Save the state of a run that ends after too many skipped steps, and repeat its last step.
 
     python -m dino_xcit.nonfinite RUN/nonfinite.pth
 
-repeats the last skipped step in one process, with the same weights (skipped steps do not change them),
-images and crops, and names the forward pass and the first module in which something is not finite.
+repeats the last skipped step in one process with the same weights, images and crops, and reports for each forward pass
+the first module with non-finite output.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ STATE, SUMMARY = "nonfinite.pth", "nonfinite.json"
 
 
 def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
-    """Save the state and what the skipped steps saw; the exception to end the run with. All processes call it."""
+    """Save the state and the images of the last skipped step; return the exception that ends the run.
+
+    Must be called on every rank.
+    """
     stopped = RunStopped(DIVERGED, "")
     if distributed.is_main():
         stopped = _keep(state, config, sampler, device)
-    distributed.barrier()  # wait until rank 0 has written the files: the first to leave ends the others
+    distributed.barrier()  # wait for rank 0's files: torchrun ends all ranks when the first one exits
     return stopped
 
 
 def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
     folder = Path(config.output_dir)
     in_a_row = int(state.skipped_in_a_row)
-    step = state.step - 1  # the last one done, counted from 0
+    step = state.step - 1  # the last step, 0-based
     summary = {
         "step": step,
         "epoch": step // sampler.steps_per_epoch,
@@ -67,12 +70,12 @@ def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, devic
         DIVERGED,
         f"error: {in_a_row} consecutive steps up to step {state.step} were not finite (--max-skipped-steps "
         f"{config.max_skipped_steps}) and did not change the weights; {hint}; then resume with --resume changed and a "
-        "lower --lr, a lower --clip-grad or --precision fp32, or start anew with --resume never",
+        "lower --lr, a lower --clip-grad or --precision fp32, or start from scratch with --resume never",
     )
 
 
 def passes_of(sampler: StepSampler, step: int) -> list[list[int]]:
-    """The images of each forward pass of a step (from 0), over all processes, in the order that dealt them out."""
+    """Return the images of each forward pass of the 0-based ``step`` over all ranks, in sampling order."""
     alone = StepSampler(
         sampler.length, sampler.batch_size, sampler.accumulation_steps * sampler.world_size, seed=sampler.seed,
         start_step=step, stop_step=step + 1,
@@ -81,15 +84,15 @@ def passes_of(sampler: StepSampler, step: int) -> list[list[int]]:
 
 
 def repeat(path: Path) -> str:
-    """Do the kept step again; a report.
+    """Repeat the saved step and return a report.
 
     Raises:
-        InputError: no such file, or the step is finite here.
+        InputError: the file is missing or invalid, the images changed, or the step is finite on this machine.
     """
     content = safe_load.read(path)
     summary, stored = content.get("nonfinite"), content.get("args")
     if not isinstance(summary, Mapping) or not isinstance(stored, Mapping):
-        raise InputError(f"{path} holds no skipped step: expected the {STATE} of a run that ended with code {DIVERGED}")
+        raise InputError(f"{path} has no skipped step: expected the {STATE} of a run that ended with code {DIVERGED}")
     config = _config_of(stored, summary)
     device = distributed.choose_device(config.device)
     source = open_source(config.data_path, "train")
@@ -99,7 +102,7 @@ def repeat(path: Path) -> str:
         start_step=step, stop_step=step + 1,
     )  # fmt: skip
     if passes_of(sampler, step) != summary["images_by_forward_pass"]:
-        raise InputError(f"{config.data_path} changed: step {step} would see other images; restore the original data")
+        raise InputError(f"{config.data_path} changed: step {step} would use other images; restore the original data")
     state = build_state(config, device)
     restore(state, content, path)
     state.step = step
@@ -115,13 +118,13 @@ def repeat(path: Path) -> str:
                 [*lines, "the step is finite here: repeat it on the original device with the original PyTorch version"]
             )
         )
-    return "\n".join([*lines, "the step is skipped, as it was then"])
+    return "\n".join([*lines, "the step is skipped again"])
 
 
 def _try(state: TrainState, batch: Batch, schedules: Schedules, config: PretrainConfig) -> str:
-    """A step of one forward pass alone, on a copy of the state, and what was wrong with it."""
+    """Run a step with a single forward pass on a copy of the state; describe its result."""
     trial = copy.deepcopy(state)
-    with _names_of_what_is_not_finite(trial) as names:
+    with _record_nonfinite_modules(trial) as names:
         result = train_step(trial, [batch], schedules, config)
     images = ", ".join(map(str, batch.indices.tolist()[:8])) + (" ..." if len(batch.indices) > 8 else "")
     where = f"first in {names[0]}" if names else "every module's output is finite"
@@ -130,8 +133,8 @@ def _try(state: TrainState, batch: Batch, schedules: Schedules, config: Pretrain
 
 
 @contextmanager
-def _names_of_what_is_not_finite(state: TrainState) -> Iterator[list[str]]:
-    """In this context, the names of the modules whose output is not finite, in the order in which they run."""
+def _record_nonfinite_modules(state: TrainState) -> Iterator[list[str]]:
+    """Yield a list that collects the names of modules with non-finite output, in execution order."""
     names: list[str] = []
     handles = []
     for network_name, network in (("teacher", state.method.teacher), ("student", state.method.trained)):
@@ -139,11 +142,11 @@ def _names_of_what_is_not_finite(state: TrainState) -> Iterator[list[str]]:
             if any(True for _ in module.children()):
                 continue  # report leaf modules only
 
-            def look(_: nn.Module, __: Any, output: object, name: str = f"{network_name}.{name}") -> None:
+            def record(_: nn.Module, __: Any, output: object, name: str = f"{network_name}.{name}") -> None:
                 if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
                     names.append(name)
 
-            handles.append(module.register_forward_hook(look))
+            handles.append(module.register_forward_hook(record))
     try:
         yield names
     finally:
@@ -152,7 +155,7 @@ def _names_of_what_is_not_finite(state: TrainState) -> Iterator[list[str]]:
 
 
 def _config_of(stored: Mapping[str, Any], summary: Mapping[str, Any]) -> PretrainConfig:
-    """The run's settings for one process that does all its forward passes."""
+    """Return the settings of the run for one process that does the forward passes of all ranks."""
     values = {
         field.name: tuple(stored[field.name]) if isinstance(stored[field.name], list) else stored[field.name]
         for field in dataclasses.fields(PretrainConfig)
@@ -164,7 +167,7 @@ def _config_of(stored: Mapping[str, Any], summary: Mapping[str, Any]) -> Pretrai
 
 
 def main() -> None:
-    """The command."""
+    """Repeat the step of the file on the command line."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise InputError(f"expected one file: python -m dino_xcit.nonfinite RUN/{STATE}")
     print(repeat(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Evaluators run at the ends of epochs, observers after each step; neither changes the run."""
+"""Evaluators, which run at epoch ends, and observers, which run after each step. Neither changes the run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dino_xcit.train import StepResult
 
 
 class Evaluator(NamedTuple):
-    """A measurement at the ends of epochs; a plain tuple of the three works too."""
+    """An evaluation at epoch ends; a plain tuple works too."""
 
     name: str
-    """For messages."""
+    """Shown in messages."""
     every: int
-    """Epochs between two measurements; the end of a run is always measured. 0: never."""
+    """Epochs between evaluations, plus one at the end of the run; 0: never."""
     measure: Callable[[Method], Mapping[str, float]]
-    """The method to {metric: value}. Every rank calls it; rank 0's values count."""
+    """Maps the method to {metric: value}. Called on every rank; the values of rank 0 are used."""
 
 
 def evaluate(
@@ -31,10 +31,10 @@ def evaluate(
     run_ends: bool,
     method: Method,
 ) -> dict[str, float]:
-    """The metrics of all evaluators that are due after the 0-based ``epoch``.
+    """Run the evaluators that are due after the 0-based ``epoch`` and return their metrics.
 
     Raises:
-        ValueError: two evaluators give the same metric.
+        ValueError: two evaluators return the same metric.
     """
     metrics: dict[str, float] = {}
     for name, every, measure in evaluators:
@@ -44,28 +44,28 @@ def evaluate(
     return metrics
 
 
-def _add(metrics: dict[str, float], found: Mapping[str, float], giver: str) -> None:
-    if twice := metrics.keys() & found.keys():
-        raise ValueError(f"{giver} repeats {', '.join(sorted(twice))}: rename the metric")
+def _add(metrics: dict[str, float], found: Mapping[str, float], source: str) -> None:
+    if repeated := metrics.keys() & found.keys():
+        raise ValueError(f"{source} repeats {', '.join(sorted(repeated))}: rename the metric")
     metrics |= {name: float(value) for name, value in found.items()}
 
 
 class Observer(Protocol):
-    """Sees every accepted step, in order, and is stored with the checkpoint. It never changes the method.
+    """Receives every accepted step in order; its state is stored in the checkpoint. It must not change the method.
 
-    Every rank has its own; rank 0's state and metrics count. Collectives must be called on every rank.
+    Each rank has its own observer; the state and metrics of rank 0 are used. Collectives must be called on every rank.
     """
 
     def on_step(self, result: StepResult, batch: Batch) -> None:
-        """One accepted step and its last batch on this rank."""
+        """Process one accepted step and its last batch on this rank."""
         ...
 
     def metrics(self) -> Mapping[str, float]:
-        """Numbers for the log, at each logged step."""
+        """Return scalars for the log; called at each logged step."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values. Rank 0 alone calls it."""
+        """Return tensors and plain values; called on rank 0 only."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -74,14 +74,14 @@ class Observer(Protocol):
 
 
 class Observers:
-    """Delivers steps to observers without making the host wait for the device.
+    """Delivers steps to observers without synchronising with the device.
 
-    Only the device knows whether a step was accepted. So on CUDA a step is delivered while the next one runs, and all
-    of them before metrics are read or states are stored.
+    Whether a step was accepted is computed on the device. On CUDA a step is therefore delivered while the next one
+    runs; all pending steps are delivered before metrics are read or states are stored.
     """
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
-        """Raises ValueError where two observers are of the same class: their states would share a name."""
+        """Raises ValueError if two observers have the same class name, which is the key of their state."""
         observers = list(observers)
         self._observers = {type(observer).__name__: observer for observer in observers}
         if len(self._observers) < len(observers):
@@ -89,7 +89,7 @@ class Observers:
         self._pending: deque[tuple[StepResult, Batch, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def on_step(self, result: StepResult, batch: Batch) -> None:
-        """Queue one step, which may still be running."""
+        """Queue a step, which may still be running on the device."""
         if not self._observers:
             return
         arrives = None
@@ -102,7 +102,7 @@ class Observers:
         self.deliver(leave=1 if arrives else 0)
 
     def metrics(self, result: StepResult, method: Method) -> dict[str, float]:
-        """Metrics of the step and of all observers; waits for the device."""
+        """Return the metrics of the step and of all observers; waits for the device."""
         self.deliver()
         metrics = result.metrics(method)
         for name, observer in self._observers.items():
@@ -110,17 +110,17 @@ class Observers:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """By class name, after :meth:`deliver`."""
+        """Return the observers' states by class name. Call :meth:`deliver` first."""
         return {name: observer.state_dict() for name, observer in self._observers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore those that the checkpoint holds; observers that are new start from nothing."""
+        """Restore the observers in the checkpoint; others keep their initial state."""
         for name, observer in self._observers.items():
             if name in state:
                 observer.load_state_dict(state[name])
 
     def deliver(self, leave: int = 0) -> None:
-        """Deliver all but the last ``leave`` steps. Every rank calls it, because observers may call collectives."""
+        """Deliver all but the last ``leave`` steps. Must be called on every rank: observers may call collectives."""
         while len(self._pending) > leave:
             result, batch, accepted, arrives = self._pending.popleft()
             if arrives is not None:

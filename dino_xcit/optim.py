@@ -1,4 +1,4 @@
-"""Schedules, parameter groups, optimizers and gradient clipping. Nothing here waits for the device."""
+"""Schedules, parameter groups, optimizers and gradient clipping, without host synchronisation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dino_xcit.errors import InputError
 class CosineSchedule:
     """Linear from ``warmup_start`` to ``base`` over ``warmup_steps``, then half a cosine to ``final``.
 
-    As the reference numbers its steps: the last warm-up step already has ``base``, the first cosine step has it
-    again, and the last step of the run is one short of ``final``.
+    Steps are numbered as in facebookresearch/dino: the last warm-up step and the first cosine step both have ``base``,
+    and the last step of the run is one step before ``final``.
     """
 
     base: float
@@ -29,7 +29,7 @@ class CosineSchedule:
     warmup_start: float = 0.0
 
     def at(self, step: int) -> float:
-        """The value for the 0-based ``step``; past the end it stays at ``final``."""
+        """Return the value for the 0-based ``step``; ``final`` after the end."""
         if step < self.warmup_steps:
             span = max(1, self.warmup_steps - 1)
             return self.warmup_start + (self.base - self.warmup_start) * step / span
@@ -48,7 +48,7 @@ class LinearByEpoch:
     ramp_epochs: int
 
     def at(self, epoch: int) -> float:
-        """The value for the 0-based ``epoch``."""
+        """Return the value for the 0-based ``epoch``."""
         if epoch >= self.ramp_epochs:
             return self.end
         if self.ramp_epochs == 1:
@@ -61,13 +61,13 @@ class Rates:
     """The scheduled values of one step."""
 
     step: int
-    """From 0."""
+    """0-based."""
     epoch: int
-    """From 0."""
+    """0-based."""
     lr: float
     weight_decay: float
     momentum: float
-    """Share of the teacher that the EMA keeps."""
+    """EMA momentum of the teacher."""
     teacher_temp: float
     """Softmax temperature of the teacher."""
     loss_scale: float | Tensor = 1.0
@@ -76,7 +76,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Schedules:
-    """Every scheduled value of a run, as a function of the step or the epoch."""
+    """All schedules of a run."""
 
     lr: CosineSchedule
     weight_decay: CosineSchedule
@@ -84,11 +84,11 @@ class Schedules:
     teacher_temp: LinearByEpoch
     steps_per_epoch: int
     warning: str = ""
-    """What does not fit the run's length; empty if nothing."""
+    """Settings that do not fit the length of the run; empty if none."""
 
     @classmethod
     def of(cls, config: PretrainConfig, steps_per_epoch: int, global_batch: int) -> Schedules:
-        """The schedules of a run; a warm-up that is not shorter than the run is cut to a tenth of it."""
+        """Build the schedules of a run; a warm-up that covers the whole run is shortened to a tenth of it."""
         total = config.epochs * steps_per_epoch
         warmup, warning = round(config.warmup_epochs * steps_per_epoch), ""
         if warmup >= total:
@@ -118,7 +118,7 @@ class Schedules:
         )
 
     def at(self, step: int, loss_scale: float | Tensor = 1.0) -> Rates:
-        """The values of the 0-based ``step``."""
+        """Return the values of the 0-based ``step``."""
         epoch = step // self.steps_per_epoch
         return Rates(
             step=step,
@@ -132,10 +132,9 @@ class Schedules:
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: with weight decay, and without it for biases and 1-D tensors (norms, LayerScale).
+    """Return two groups: with weight decay, and without it for biases and 1-D tensors (norms, LayerScale).
 
-    The class token, XCA's temperature and a trainable prototype length are not 1-D, so they decay, as in the
-    reference.
+    Class token, XCA temperature and trainable prototype norms are not 1-D, so they decay, as in facebookresearch/dino.
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
@@ -148,8 +147,8 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (arXiv 1708.03888) with momentum, as DINO's ``--optimizer lars``.
 
-    Tensors of more than one dimension get weight decay and a rate scaled by eta * |w| / |gradient|; the others
-    neither. ``found_inf``, a device scalar, makes a step a no-op, as in PyTorch's fused optimizers.
+    Only tensors with more than one dimension get weight decay and a rate scaled by eta * |w| / |gradient|.
+    ``found_inf``, a device scalar, makes a step a no-op, as in PyTorch's fused optimizers.
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; there is no use for a closure here."""
+        """Run one update; ``closure`` is not supported."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -193,9 +192,9 @@ OPTIMIZERS = ("adamw", "sgd", "lars")
 
 
 def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
-    """``adamw``, ``sgd`` (momentum 0.9) or ``lars`` over :func:`parameter_groups`; rates are set at each step.
+    """Build ``adamw``, ``sgd`` (momentum 0.9) or ``lars`` over :func:`parameter_groups`; rates are set at each step.
 
-    The fused kernels take ``found_inf``, so that a bad step is skipped without asking the device.
+    The fused kernels support ``found_inf``, which skips a step without host synchronisation.
     """
     groups = parameter_groups(module)
     if name == "adamw":
@@ -204,7 +203,7 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
         for group in groups:
             for parameter in group["params"]:
-                # Skipping the first step would leave the buffer unset; zero gives the same first update.
+                # A skipped first step would leave the buffer unset; zeros give the same first update.
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     if name == "lars":
@@ -213,7 +212,7 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set this step's learning rate for all groups, and weight decay for those that decay."""
+    """Set the learning rate of all groups, and the weight decay of groups that decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         if group["decays"]:
@@ -228,11 +227,11 @@ def clip_gradients(gradients: Sequence[Tensor], norms: Sequence[Tensor], limit: 
     """Scale gradients in place so that no norm exceeds ``limit``.
 
     Args:
-        gradients: one a parameter.
+        gradients: one per parameter.
         norms: their L2 norms, 0-d.
-        limit: the largest norm allowed; 0 or less leaves the gradients as they are.
-        mode: ``per-parameter``: each gradient by its own norm (the reference's way); ``global``: all by the norm of
-            all together.
+        limit: maximum norm; 0 or less: no clipping.
+        mode: ``per-parameter`` clips each gradient by its own norm (as facebookresearch/dino); ``global`` clips all by
+            their global norm.
     """
     if limit <= 0 or not gradients:
         return

@@ -1,4 +1,4 @@
-"""Named settings, each with what it is for, the command that uses it, and what it gave."""
+"""Recipes: named settings with their purpose, command and result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dino_xcit.errors import InputError, near_matches
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that differ from :class:`dino_xcit.config.PretrainConfig`'s defaults."""
+    """Settings that differ from the defaults of :class:`dino_xcit.config.PretrainConfig`."""
 
     name: str
     purpose: str
@@ -32,7 +32,7 @@ DINO = Recipe(
 
 XCIT_300 = Recipe(
     name="xcit-dino-300ep",
-    purpose="nearest to the published DINO XCiT-S12/16: 300 epochs at batch 1024 (VISSL's settings)",
+    purpose="closest to the published DINO XCiT-S12/16: 300 epochs at batch 1024 (VISSL's settings)",
     command="torchrun --nnodes 2 --nproc-per-node 8 run_pretrain.py --recipe xcit-dino-300ep "
     "--data-path /imagenet/train --arch xcit_small_12_p16",
     result="not measured (published: 76.0 k-NN, 77.8 linear)",
@@ -54,9 +54,9 @@ XCIT_300 = Recipe(
     },
 )
 
-# Grey pictures of 28 pixels. There is no colour to jitter. The outline tells a coat from a shirt, so crops keep their
-# shape and most of the picture, and nothing is mirrored: shoes all point one way. Two small local crops do as well as
-# four. Chosen on held-out training images; docs/log.md has the figures, and how the two networks were chosen.
+# Greyscale images of 28 pixels. Coats and shirts differ by outline, so crops keep the aspect ratio and most of the
+# image. All shoes point the same way, so there are no flips. Two local crops are as good as four.
+# Chosen on held-out training images; docs/log.md has the figures.
 _SMALL_GREY: dict[str, object] = {
     "global_crops_size": 28,
     "local_crops_size": 16,
@@ -80,7 +80,7 @@ _SMALL_GREY: dict[str, object] = {
     "out_dim": 4096,
     "head_hidden_dim": 256,
     "head_bottleneck_dim": 64,
-    "centering": "sinkhorn_knopp",  # in so short a run the moving centre leaves most prototypes unused
+    "centering": "sinkhorn_knopp",  # in a run this short, the moving center leaves most prototypes unused
     "koleo_weight": 0.1,
     "momentum_teacher": 0.98,
     "batch_size_per_gpu": 64,
@@ -89,12 +89,12 @@ _SMALL_GREY: dict[str, object] = {
     "warmup_epochs": 0.3,
     "save_every": 20,
     "knn_every": 2,
-    "knn_holdout": 2000,  # so that the curve does not look at the test images
+    "knn_holdout": 2000,  # keeps the test images out of the training curve
 }
 
 SAMPLE = Recipe(
     name="sample",
-    purpose="minutes on a CPU: 12,000 images of Fashion-MNIST that come with the package",
+    purpose="minutes on a CPU: the embedded sample, 12,000 images of Fashion-MNIST",
     command="python run_pretrain.py",
     result="78.9 k-NN (k = 10), 78.6 linear after 232 s on 2 CPU cores; untrained 70.3, raw pixels 82.3",
     settings=_SMALL_GREY | {"arch": "xcit_pico_4_p8", "epochs": 5},
@@ -132,19 +132,18 @@ def register(recipe: Recipe) -> None:
     RECIPES[recipe.name] = recipe
 
 
-# Larger architectures than these two see the sample once on a CPU. Their local crops are two tokens a side
-# at patch 16 too, so that the tokens have something to say to each other.
+# Larger architectures train one epoch on the sample. Local crops of 20 pixels give 2 x 2 tokens at patch size 16.
 _SMALL_ARCHS = ("xcit_pico_4", "xcit_micro_4")
 _LARGE_ARCH: dict[str, object] = {"epochs": 1, "lr": 5e-4, "warmup_epochs": 0.1, "local_crops_size": 20}
-# timm's transformers refuse sizes that the patch does not divide; XCiT takes any.
+# timm's transformers need sizes divisible by the patch size; XCiT takes any size.
 _TIMM_CROPS: dict[str, object] = {"global_crops_size": 64, "local_crops_size": 32, "eval_crop": 64, "eval_resize": 64}
 
 
 def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
-    """The settings of a recipe; those of the sample are made to fit ``arch`` (None: the recipe's own).
+    """Return the settings of a recipe; sample recipes are adapted to ``arch`` (None: the recipe's own).
 
     Raises:
-        InputError: no such recipe.
+        InputError: the recipe is unknown.
     """
     if name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}{near_matches(name, RECIPES)} (known: {', '.join(RECIPES)})")
@@ -158,12 +157,12 @@ def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
 
 
 def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
-    """run_pretrain.py's settings, and a sentence that says which recipe applies and why.
+    """Parse the settings of run_pretrain.py; also return a sentence that explains the choice of the recipe.
 
-    Precedence: flags, ``--config``, the recipe, defaults. Without data the recipe is ``sample``.
+    Precedence: flags, ``--config``, the recipe, defaults. The default recipe without data is ``sample``.
 
     Raises:
-        InputError: as :func:`dino_xcit.cli.parse`; an unknown recipe, or one that needs data.
+        InputError: as :func:`dino_xcit.cli.parse`; the recipe is unknown or needs data.
     """
     show_help(PretrainConfig, argv, "run_pretrain.py")
     flags = with_file(PretrainConfig, read_flags(PretrainConfig, argv))
@@ -179,5 +178,5 @@ def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
         name = f"{recipe}-{config.arch.replace('timm:', 'timm-').replace('/', '-')}"
         config = dataclasses.replace(config, output_dir=f"runs/{name}")
     embedded = not data and config.data_path == "sample:fashion-mnist"
-    source = f"the images that come with this package ({config.data_path})" if embedded else f"data {config.data_path}"
-    return config, f"recipe {recipe}{why}: {config.arch} on {source}, explicit flags win"
+    source = f"the embedded images ({config.data_path})" if embedded else f"data {config.data_path}"
+    return config, f"recipe {recipe}{why}: {config.arch} on {source}, explicit flags take precedence"

@@ -1,6 +1,6 @@
 """The state of a run, and one optimizer step.
 
-A step does not wait for the device: whether it is accepted is computed and applied there.
+A step does not synchronise with the device: whether it is accepted is computed and applied there.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from dino_xcit.runtime import distributed
 
 @dataclass
 class TrainState:
-    """Everything that a step changes, and so everything that a checkpoint holds."""
+    """Everything that a step changes and a checkpoint contains."""
 
     method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     skipped_steps: Tensor
-    """Steps skipped because something in them was not finite; int64 scalar on the device."""
+    """Number of skipped steps; int64 scalar on the device."""
     skipped_in_a_row: Tensor
-    """Consecutive ones, since the last accepted step; int64 scalar on the device."""
+    """Number of skipped steps since the last accepted one; int64 scalar on the device."""
     step: int = 0
-    """Steps done."""
+    """Completed steps, including skipped ones."""
 
 
 def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
-    """A fresh run: the same weights on every rank."""
+    """Build the state of a new run, with the same weights on every rank."""
     method = build_method(config, device)
     fp16 = choose_precision(config.precision, device) is torch.float16
     return TrainState(
@@ -50,24 +50,24 @@ def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
 
 @dataclass
 class StepResult:
-    """What one step found; every tensor is on the device."""
+    """Results of one step; tensors are on the device."""
 
     rates: Rates
     loss: Tensor
     """Float32 scalar: mean over all forward passes and ranks."""
     gradient_norm: Tensor
-    """Scalar: of all gradients together, before clipping."""
+    """Scalar: global norm before clipping."""
     accepted: Tensor
-    """Boolean scalar: false where the step was skipped."""
+    """Boolean scalar: false if the step was skipped."""
     skipped_steps: Tensor
-    """Skipped steps of the run so far."""
+    """Number of skipped steps of the run so far."""
     stats: Stats
-    """Of the method, summed over all forward passes and ranks."""
+    """Statistics of the method, summed over all forward passes and ranks."""
     features: Tensor | None
-    """[rows, D] of this rank's last forward pass, where the method keeps them."""
+    """[rows, D] of this rank's last forward pass, if the method provides them."""
 
     def metrics(self, method: Method) -> dict[str, float]:
-        """Numbers for the log. Reading them waits for the device."""
+        """Return scalars for the log; waits for the device."""
         on_device = {"loss": self.loss, **method.metrics(self.stats), "gradient_norm": self.gradient_norm}
         rates = {name: getattr(self.rates, name) for name in ("lr", "weight_decay", "momentum", "teacher_temp")}
         return {
@@ -76,15 +76,14 @@ class StepResult:
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules, config: PretrainConfig) -> StepResult:
-    """One optimizer step over the forward passes in ``batches`` (more than one: gradient accumulation).
+    """Run one optimizer step over the forward passes in ``batches`` (more than one: gradient accumulation).
 
-    A step in which the loss, the method's statistics, the gradients or the BatchNorm statistics are not finite on any
-    rank leaves parameters, optimizer, teacher and BatchNorm buffers as they were, on every rank.
+    If the loss, the method's statistics, the gradients or the BatchNorm statistics are not finite on any rank, the step
+    is skipped: parameters, optimizer, teacher and BatchNorm buffers are unchanged on every rank.
     """
     method, optimizer = state.method, state.optimizer
     device = state.skipped_steps.device
-    # Only a timm backbone's dropout draws from PyTorch's generators; seeding each step makes a resumed run draw the
-    # same masks.
+    # Only dropout in timm backbones uses PyTorch's generators; seeding each step makes it reproducible after a resume.
     torch.manual_seed(_generator_seed(config.seed, state.step, distributed.rank()))
     loss_scale = state.scaler.scale(torch.ones((), device=device)) / len(batches)
     rates = schedules.at(state.step, loss_scale)
@@ -98,7 +97,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     optimizer.zero_grad(set_to_none=True)
     loss, stats = torch.zeros((), device=device), Stats()
     for number, batch in enumerate(batches):
-        if number > 0 and buffers:  # each pass starts from the same statistics, as on separate ranks
+        if number > 0 and buffers:  # start each pass from the same statistics, as on separate ranks
             torch._foreach_copy_(buffers, before)
         with distributed.no_sync(method.ddp_student, skip=number + 1 < len(batches)):
             pass_loss, pass_stats = method.forward_backward(batch.to(device), rates)
@@ -107,13 +106,13 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
         loss += pass_loss.detach() / len(batches)
         stats = {name: value + stats[name] if stats else value for name, value in pass_stats.items()}
 
-    # ---- is everything finite, on every rank?
+    # ---- finite check over all ranks
     if state.scaler.is_enabled():
         state.scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in method.trained.parameters() if parameter.grad is not None]
     norms = torch._foreach_norm(gradients)
     gradient_norm = torch.linalg.vector_norm(torch.stack(norms))
-    # Finite activations can have a variance that is not, hence the BatchNorm statistics.
+    # Include the BatchNorm statistics: the variance of finite activations can overflow.
     checked = torch._foreach_norm([loss, *stats.values(), *running_sum], torch.inf)
     finite = torch.isfinite(torch.stack(checked)).all() & torch.isfinite(gradient_norm)
     failures = (~finite).to(torch.float32)
@@ -124,7 +123,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
         torch._foreach_copy_(running, running_sum)
     loss /= distributed.world_size()
 
-    # ---- update, or leave everything as it was
+    # ---- update, or no change if the step is skipped
     clip_gradients(gradients, norms, config.clip_grad, config.clip_mode)
     for parameter in method.frozen_parameters(rates):
         parameter.grad = None

@@ -1,10 +1,9 @@
-"""Is a resumed run the same run, on this machine and with this data?
+"""Check that resuming is exact on this machine and with this data.
 
     python -m dino_xcit.verify_resume [--processes N] FLAGS OF run_pretrain.py
 
-trains 12 steps with these flags twice: once in one go, and once with two SIGKILLs, the second of them while a
-checkpoint is being written. It prints a SHA-256 of both, over all that training changes, and ends with code 2 where
-they differ.
+trains 12 steps twice: once without interruption, and once with two SIGKILLs, the second during a save. It prints the
+SHA-256 of both final states and exits with code 2 if they differ.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ OWN = {
     "max_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "knn_every": 0, "resume": "auto",
     "deterministic": True,
 }  # fmt: skip
-"""Settings that this command decides itself."""
+"""Settings fixed by this command."""
 SCRIPT = Path(__file__).parent.parent / "run_pretrain.py"
 
 
@@ -50,22 +49,22 @@ class VerifyConfig:
     """Settings of python -m dino_xcit.verify_resume; every other flag is run_pretrain.py's."""
 
     processes: Annotated[int, Ge(1)] = 1
-    """Of each run."""
+    """Processes of each run."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run that is started until it is complete."""
+    """A run that is started and resumed until it is complete."""
 
     config: PretrainConfig
     processes: int
     folder: Path
 
     def train(self, until: Callable[[], bool] = lambda: False) -> bool:
-        """Start it, or resume it. Returns whether it was killed: as soon as ``until`` holds, with all its processes.
+        """Start or resume the run, and kill all its processes as soon as ``until`` holds; return whether it was killed.
 
         Raises:
-            InputError: it ended with an error; its own words.
+            InputError: the run failed, with its own error message.
         """
         printed = self.folder.with_suffix(".log")
         ranks = self._start(printed)
@@ -84,19 +83,19 @@ class Trial:
         return bool(alive)
 
     def step(self) -> int:
-        """The last step in its metrics."""
+        """Return the last step in ``metrics.jsonl``."""
         return max((int(record["step"]) for record in read_metrics(self.folder / "metrics.jsonl")), default=0)
 
     def is_saving(self) -> bool:
-        """Whether there is half a checkpoint."""
+        """Whether a checkpoint is partly written."""
         return any((self.folder / FOLDER).glob(".step*.tmp"))
 
     def hash(self) -> str:
-        """Of all that it has learnt."""
+        """Return the SHA-256 of the trained state."""
         return hash_content(safe_load.read(self.folder / LATEST))
 
     def _start(self, printed: Path) -> list[subprocess.Popen[bytes]]:
-        """Its ranks, as torchrun would start them: torchrun itself lets them live when it is killed."""
+        """Start the ranks like torchrun, which itself would leave them running when it is killed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -120,24 +119,24 @@ class Trial:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command: both runs below a temporary folder beside the output directory, which is removed.
+    """Train both runs in a temporary folder next to the output directory, and compare their hashes.
 
     Raises:
-        InputError: a mistake in the flags, a run that ended early, or two different hashes.
+        InputError: invalid flags, a failed run, or different hashes.
     """
     verify, flags = parse_known(VerifyConfig, argv, "python -m dino_xcit.verify_resume", annotations_of(PretrainConfig))
     for name in OWN.keys() & read_flags(PretrainConfig, flags).keys():
-        raise InputError(f"--{name} is set by verify_resume itself: leave it out")
+        raise InputError(f"--{name} is set by verify_resume: leave it out")
     config, _ = parse_pretrain(flags)
     if "WORLD_SIZE" in os.environ:
-        raise InputError("verify_resume starts the processes itself: give it --processes N, without torchrun")
+        raise InputError("verify_resume starts its own processes: use --processes N instead of torchrun")
     trained = dataclasses.replace(config, **OWN, wandb="", train_data="", val_data="")  # type: ignore[arg-type]
     beside = Path(config.output_dir).parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=beside, ignore_cleanup_errors=True) as folder:
         straight, resumed = (Trial(trained, verify.processes, Path(folder, name)) for name in ("straight", "resumed"))
         straight.train()
-        log.info(f"{STEPS} steps in one go          SHA-256 {straight.hash()}")
+        log.info(f"{STEPS} steps, uninterrupted       SHA-256 {straight.hash()}")
         kill_twice(resumed)
         resumed.train()
         log.info(f"{STEPS} steps, killed and resumed  SHA-256 {resumed.hash()}")
@@ -145,30 +144,30 @@ def main(argv: Sequence[str]) -> None:
 
 
 def kill_twice(trial: Trial) -> None:
-    """Between two saves, then inside one; where saves are too fast for that, near the end."""
+    """Kill the run between two saves, then during a save (or near the end if saves are too fast to hit)."""
 
-    def a_save_begins() -> bool:
+    def second_save_begins() -> bool:
         return trial.step() >= 2 * SAVE_EVERY - 1 and trial.is_saving()
 
-    def it_nearly_ends() -> bool:
+    def nearly_done() -> bool:
         return trial.step() >= STEPS - 2
 
-    for until in (lambda: trial.step() >= SAVE_EVERY + 2, lambda: a_save_begins() or it_nearly_ends()):
+    for until in (lambda: trial.step() >= SAVE_EVERY + 2, lambda: second_save_begins() or nearly_done()):
         if trial.train(until):
             log.info(f"SIGKILL after step {trial.step()}{', while saving' if trial.is_saving() else ''}")
 
 
 def compare(straight: str, resumed: str) -> str:
-    """The verdict on two hashes.
+    """Return a sentence for equal hashes.
 
     Raises:
-        InputError: they differ.
+        InputError: the hashes differ.
     """
     if straight != resumed:
         raise InputError("the resumed run DIFFERS from the uninterrupted one")
-    return "resuming is exact: both runs are equal, bit for bit"
+    return "resuming is exact: both runs are equal bit for bit"
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unlike the default, removes the folder
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder is removed
     run_main(lambda: main(sys.argv[1:]))

@@ -85,7 +85,7 @@ def test_damage_at_any_of_fifty_places_is_seen_said_and_passed_over(tmp_path: Pa
         assert path == tmp_path / "checkpoints" / "step00000002.pth", offset
         assert "step00000003" in notices[0], offset
         assert "damaged" in notices[0], offset
-        assert any("going back to the checkpoint of step 2" in notice for notice in notices), offset
+        assert any("falling back to the checkpoint of step 2" in notice for notice in notices), offset
     victim.write_bytes(whole)
     assert newest_step(tmp_path) == 3
 
@@ -94,7 +94,7 @@ def test_where_all_are_damaged_nothing_is_started_anew_in_silence(tmp_path: Path
     filled(tmp_path)
     for path in (tmp_path / "checkpoints").glob("*.pth"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"no checkpoint in .* is whole \(.*step00000003.*--resume never"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is intact \(.*step00000003.*--resume never"):
         CheckpointFolder(tmp_path).newest()
 
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_pth_that_no_manifest_knows_is_passed_over_aloud(tmp_path: 
     latest.write_bytes(data)
     path, notices = CheckpointFolder(tmp_path).newest()
     assert path == tmp_path / "checkpoints" / "step00000003.pth"
-    assert notices == [f"{latest} is damaged or not of this run: using {path}"]
+    assert notices == [f"{latest} is damaged or from another run: using {path}"]
 
 
 def test_a_checkpoint_pth_alone_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_note_of_the_metric_is_no_save(
     saver.note_metric(1, "knn_top1", 40.0)
     saver.wait()
     said = capsys.readouterr().out.splitlines()
-    assert said[-1].startswith("warning: cannot write the metric of step 1 beside its checkpoint")
+    assert said[-1].startswith("warning: cannot write the metric of step 1 to its manifest")
 
 
 def test_a_fault_of_ours_in_a_save_is_not_taken_for_the_disks(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def third(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_under_torchrun_its_own_flag_is_named(third: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="PyTorch sees 2; lower torchrun's --nproc-per-node to 2"):
+    with pytest.raises(InputError, match="PyTorch finds 2; lower torchrun's --nproc-per-node to 2"):
         distributed.choose_device("auto")
 
 

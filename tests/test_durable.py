@@ -77,7 +77,7 @@ def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_old_file_is_
         aside.write_bytes(data)
 
     monkeypatch.setattr(os, "fsync", flip_a_bit)
-    with pytest.raises(atomic.DamagedWrite, match="reads back otherwise"):
+    with pytest.raises(atomic.DamagedWrite, match="differs from the data written"):
         atomic.write_torch(path, {"step": 2})
     assert_as_it_was(path)
 

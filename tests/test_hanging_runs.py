@@ -61,14 +61,14 @@ def test_the_live_rank_ends_in_time_when_the_other_is_stopped(start: Start, stop
     assert codes[live] == LOST, run.err()
     (sentence,) = [line for line in run.err(live).splitlines() if line.startswith("error: ")]
     assert re.search(rf"rank {live}, step \d+ \((training step|exchanging stop flags)\)", sentence)
-    assert "the store does not answer" in sentence if stopped == 0 else "rank 1 at " in sentence
+    assert "the store does not respond" in sentence if stopped == 0 else "rank 1 at " in sentence
     assert_nothing_is_left(run, family, before)
 
 
 @pytest.mark.parametrize(
     ("victim", "number", "codes", "said"),
     [
-        ("loader", signal.SIGKILL, [LOST, LOST], r"rank 1, step \d+ \(.*loader process"),
+        ("loader", signal.SIGKILL, [LOST, LOST], r"rank 1, step \d+ \(.*loader worker"),
         ("loader", signal.SIGSTOP, [LOST, LOST], r"rank 1(, step \d+| at \S+: step \d+) \(waiting for images"),
         ("rank", signal.SIGKILL, [LOST, -signal.SIGKILL], r"rank 0, step \d+ \("),
     ],

@@ -223,5 +223,5 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_resumed(
     data[len(data) // 3] ^= 4
     newest.write_bytes(data)
     said = assert_equal_when_started_again(start, left_alone).out()
-    assert f"warning: {newest} is damaged: its SHA-256 is not that of its manifest" in said
+    assert f"warning: {newest} is damaged: its SHA-256 differs from its manifest" in said
     assert "resuming after step 4 of 6" in said

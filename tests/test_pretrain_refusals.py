@@ -222,7 +222,7 @@ def test_a_run_begins_from_weights_once_and_resumes_without_them(
 def test_a_foreign_checkpoint_is_refused_and_kept(fresh: Folder) -> None:
     fresh.path.mkdir()
     torch.save({"model": {"weight": torch.zeros(3)}}, fresh.path / "checkpoint.pth")
-    fresh.assert_refused_untouched([], "no checkpoint of this")
+    fresh.assert_refused_untouched([], "its format is None")
 
 
 UNUSABLE = {
@@ -300,5 +300,5 @@ def test_a_mistyped_arch_is_found_before_the_data_are_opened(tmp_path: Path) -> 
 
 def test_a_file_in_place_of_the_output_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
-    with pytest.raises(InputError, match="run is no folder: choose"), output_folder(tmp_path / "run"):
+    with pytest.raises(InputError, match="run is not a folder: choose"), output_folder(tmp_path / "run"):
         pass

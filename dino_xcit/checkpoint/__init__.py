@@ -1,1 +1,1 @@
-"""What a checkpoint holds, where it lies, how it is written beside training, and how a run resumes from it."""
+"""Checkpoint contents and folder, asynchronous saving, and resuming."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, for all ranks: rank 0 writes, every rank reads, and all act alike."""
+"""Checkpoints of a run, used on all ranks: rank 0 writes, every rank reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoints:
-    """A context that holds the output directory's lock and ends after the last save.
+    """Context manager that locks the output directory and waits for pending saves at the end.
 
     Raises:
         InputError: (on entering) the directory cannot be written, or another run uses it.
@@ -45,22 +45,22 @@ class Checkpoints:
         self._context.__exit__(*error)
 
     def find(self) -> Stored:
-        """The newest complete checkpoint, or an empty one for a fresh start."""
+        """Return the newest intact checkpoint, or an empty one for a fresh start."""
         return resume.find_stored(self._config, self.folder)
 
     def begin(self, stored: Stored, state: TrainState, observers: Observers, run: Run) -> None:
-        """Restore the state from ``stored`` if there is any, and register it for later saves.
+        """Restore the state from ``stored`` unless it is empty, and register it for later saves.
 
         Raises:
-            InputError: the checkpoint is of another run, or does not fit.
+            InputError: the checkpoint belongs to another run or does not fit.
         """
         if stored:
             resume.refuse_another_run(stored, run)
             restore(state, stored.content, stored.path, observers)
-            if run.config.resume == "changed":  # new settings get a new limit
+            if run.config.resume == "changed":  # the new settings may fix the skipped steps
                 state.skipped_in_a_row.zero_()
             state.step = resume.step_of(stored, run)
-        content_of(state, run)  # raises on every rank if the method takes a reserved key
+        content_of(state, run)  # fails early, on every rank, if the method uses a reserved key
         resume.prepare(run.config, self.folder, stored)
         self._state, self._observers, self._run = state, observers, run
         if self._saver:
@@ -68,11 +68,11 @@ class Checkpoints:
 
     @property
     def save_error(self) -> InputError | None:
-        """The error that ends the run, after so many failed saves in a row; on rank 0 alone."""
+        """The error that ends the run after too many consecutive failed saves; None on other ranks than 0."""
         return self._saver.save_error if self._saver else None
 
     def maybe_save(self, run_ends: bool) -> bool:
-        """Save at the end of each epoch and of the run, and every ``save_every`` steps; whether a save was due."""
+        """Save at the end of each epoch and of the run, and every ``save_every`` steps; return whether it was due."""
         step, config = self._state.step, self._run.config
         epoch_ends = step % self._run.steps_per_epoch == 0
         if self._saver:
@@ -80,20 +80,20 @@ class Checkpoints:
         if not (epoch_ends or run_ends or (config.save_every and step % config.save_every == 0)):
             return False
         self._observers.deliver()
-        # Do not save while steps are skipped: it would prune good checkpoints.
+        # Saving while steps are skipped would prune good checkpoints.
         if self._saver and not int(self._state.skipped_in_a_row):
             watchdog.phase("saving", step)
             self._saver.save(self._content(), keep=self._keeps(step))
         return True
 
     def wait(self) -> None:
-        """Until what was saved is on the disk."""
+        """Wait for pending saves."""
         if self._saver:
             watchdog.phase("saving", self._state.step)
             self._saver.wait()
 
     def note(self, metrics: dict[str, float], run_ends: bool) -> None:
-        """Metrics of the step that was just saved; the best by ``--best-metric`` becomes ``best.pth``."""
+        """Store the metrics of the step just saved; the best by ``--best-metric`` becomes ``best.pth``."""
         name = self._run.config.best_metric
         if self._saver and math.isfinite(metrics.get(name, math.nan)):
             self._saver.note_metric(self._state.step, name, metrics[name])
@@ -104,7 +104,7 @@ class Checkpoints:
         """Save the final state on rank 0; every rank waits for it.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: the checkpoint cannot be written.
         """
         step = self._state.step
         watchdog.phase("saving", step)
@@ -117,7 +117,7 @@ class Checkpoints:
         distributed.on_main(save)
 
     def _keeps(self, step: int) -> bool:
-        """Whether ``saveckp_freq`` keeps the checkpoint of this step for good."""
+        """Whether ``saveckp_freq`` keeps the checkpoint of this step permanently."""
         epoch, within = divmod(step, self._run.steps_per_epoch)
         every = self._run.config.saveckp_freq
         return within == 0 and every > 0 and epoch % every == 0

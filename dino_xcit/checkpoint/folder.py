@@ -1,11 +1,11 @@
-"""The checkpoints of one run on disk: each with a manifest, the newest that is whole, which of them are kept.
+"""Checkpoints of a run on disk: manifests, verification and pruning.
 
-OUTPUT_DIR/checkpoints/step00001200.pth    the state after that step
-OUTPUT_DIR/checkpoints/step00001200.json   its manifest: size, SHA-256, epoch, metric; written after it, so a
-                                           checkpoint with a manifest is complete
-OUTPUT_DIR/checkpoint.pth                  another name of the newest
-OUTPUT_DIR/best.pth                        another name of the best by --best-metric
-OUTPUT_DIR/backbone.pth                    the evaluated backbone alone, of the newest
+OUTPUT_DIR/checkpoints/step00001200.pth    state after step 1200
+OUTPUT_DIR/checkpoints/step00001200.json   manifest: size, SHA-256, epoch, metric; written last, so a checkpoint with a
+                                           manifest is complete
+OUTPUT_DIR/checkpoint.pth                  hard link to the newest checkpoint
+OUTPUT_DIR/best.pth                        hard link to the best checkpoint by --best-metric
+OUTPUT_DIR/backbone.pth                    evaluated backbone of the newest checkpoint
 """
 
 from __future__ import annotations
@@ -25,52 +25,52 @@ from dino_xcit.runtime import atomic
 
 FOLDER, LATEST, BEST, BACKBONE = "checkpoints", "checkpoint.pth", "best.pth", "backbone.pth"
 ANEW = ".starts-anew"
-"""Inside the output directory from the start of a run with ``--resume never`` until earlier checkpoints are gone."""
+"""Marker in the output directory while ``--resume never`` still has to delete earlier checkpoints."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a checkpoint without reading it."""
+    """Metadata of a checkpoint."""
 
     step: int
-    """Steps done."""
+    """Completed steps."""
     epoch: int
-    """Epochs done."""
+    """Completed epochs."""
     size: int
-    """Bytes of the file."""
+    """File size in bytes."""
     sha256: str
-    """Of the file."""
+    """Hash of the file."""
     global_batch: int
-    """Images a step."""
+    """Images per step."""
     world_size: int
-    """Processes that trained it."""
+    """Number of ranks."""
     steps_per_epoch: int = 0
-    """Of the run that wrote it. A run that is resumed with another batch counts other steps."""
+    """Steps per epoch when it was written; resuming with another global batch changes this number."""
     keep: bool = False
-    """Whether it stays however old it is."""
+    """Whether pruning keeps it permanently."""
     metric_name: str = ""
-    """--best-metric, where it was measured."""
+    """Name of --best-metric, if measured."""
     metric: float | None = None
-    """Its value; higher is better."""
+    """Value of --best-metric; higher is better."""
     written: float = 0.0
-    """Seconds since 1970."""
+    """Unix time."""
 
     stem: str = ""
-    """Of its file, without the suffix; not stored."""
+    """File name without suffix; not stored in the manifest."""
 
     @property
     def name(self) -> str:
-        """The checkpoint's file."""
+        """File name of the checkpoint."""
         return f"{self.stem}.pth"
 
     @property
     def progress(self) -> float:
-        """Epochs done, the last in part: what orders checkpoints."""
+        """Completed epochs as a fraction; the sort key of checkpoints."""
         return self.step / (self.steps_per_epoch or 1)
 
 
 class CheckpointFolder:
-    """Writes, finds and prunes the checkpoints of a run. One process writes, see run_lock."""
+    """Writes, finds and prunes the checkpoints of a run. Only one process may write (see run_lock)."""
 
     def __init__(self, output_dir: Path, keep_last: int = 2) -> None:
         self.output_dir = output_dir
@@ -78,17 +78,17 @@ class CheckpointFolder:
         self.latest = output_dir / LATEST
         self._keep_last = keep_last
         self._verified: set[str] = set()
-        """Files that were read back, as a whole, by this object."""
+        """Files whose hash this object has checked."""
 
     # ---- writing
 
     def write(self, content: Mapping[str, Any], keep: bool = False) -> Manifest:
-        """Write :func:`dino_xcit.checkpoint.state.content_of`, its manifest and its other names; then prune.
+        """Write a checkpoint from :func:`dino_xcit.checkpoint.state.content_of`, its manifest and links; then prune.
 
-        A crash at any moment leaves the checkpoint before this one, or this one, whole and found by :meth:`newest`.
+        After a crash at any moment, :meth:`newest` finds either this checkpoint or the previous one.
 
         Raises:
-            OSError: it cannot be written; the others are as they were.
+            OSError: the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         step, steps_per_epoch = int(content["step"]), int(content.get("steps_per_epoch", 0))
@@ -106,7 +106,7 @@ class CheckpointFolder:
         return manifest
 
     def _keep_other_run(self, path: Path, steps_per_epoch: int) -> None:
-        """Give another name to a checkpoint of the same number of steps that was written with another batch."""
+        """Rename a checkpoint with the same step but another number of steps per epoch, instead of overwriting it."""
         manifest = _read_manifest(path.with_suffix(".json"))
         if isinstance(manifest, str) or manifest.steps_per_epoch in (0, steps_per_epoch):
             return
@@ -117,7 +117,7 @@ class CheckpointFolder:
         os.replace(path.with_suffix(".json"), other.with_suffix(".json"))
 
     def finish(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Do the rest of a save that was cut short after its manifest: ``path`` is the newest, and gets its names."""
+        """Complete an interrupted save of the newest checkpoint ``path`` by creating the missing links."""
         if not self.latest.exists() or not _same_bytes(path, self.latest):
             self._give_names(path, content)
         best = _best(self.manifests())
@@ -129,7 +129,7 @@ class CheckpointFolder:
         atomic.give_name(path, self.latest)
 
     def note_metric(self, step: int, name: str, value: float) -> None:
-        """Add the measured --best-metric to a checkpoint's manifest; the best becomes ``best.pth``."""
+        """Store the value of --best-metric in a manifest; the best checkpoint becomes ``best.pth``."""
         manifest = next((one for one in self.manifests() if one.step == step), None)
         if manifest is None:
             return
@@ -141,31 +141,31 @@ class CheckpointFolder:
         self.prune()
 
     def prune(self) -> None:
-        """Remove all but the newest ``keep_last`` that are whole, those marked to be kept, and the best.
+        """Remove all checkpoints except the newest ``keep_last`` intact ones, those marked with ``keep``, and the best.
 
-        A file counts as whole only after it was read and its hash compared: nothing is removed on trust.
+        A checkpoint counts as intact only after its hash was checked.
         """
-        whole = 0
+        intact = 0
         best = _best(self.manifests())
         for path, manifest in self._entries():
             if isinstance(manifest, str):
-                continue  # who knows what it was: perhaps one to be kept, on a file system that is away for a moment
-            if whole < self._keep_last:
-                whole += self._is_whole(manifest)
+                continue  # the checkpoint may be one to keep, and the read error may be temporary
+            if intact < self._keep_last:
+                intact += self._is_intact(manifest)
             elif not (manifest.keep or manifest == best):
-                # The manifest goes first: a file without one is no checkpoint, one without its file a false promise.
+                # Remove the manifest first: a file without a manifest is ignored, the reverse is reported as damage.
                 path.unlink(missing_ok=True)
                 path.with_suffix(".pth").unlink(missing_ok=True)
         for path in self.folder.glob("step*.pth"):
-            if not path.with_suffix(".json").exists():  # a save that was cut short between the two
+            if not path.with_suffix(".json").exists():  # the save was interrupted before its manifest
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove every checkpoint: a run starts anew."""
+        """Remove all checkpoints, for a fresh start."""
         if self.folder.exists():
             for path in sorted(self.folder.glob("step*.json")) + sorted(self.folder.glob("step*.pth")):
                 path.unlink(missing_ok=True)
-        for name in (LATEST, BEST, ANEW):  # the last says that all are gone
+        for name in (LATEST, BEST, ANEW):  # the marker last, when all checkpoints are removed
             (self.output_dir / name).unlink(missing_ok=True)
 
     def _write_manifest(self, manifest: Manifest) -> None:
@@ -173,7 +173,7 @@ class CheckpointFolder:
         del values["stem"]
         atomic.write_json((self.folder / manifest.name).with_suffix(".json"), values | {"checksum": _checksum(values)})
 
-    def _is_whole(self, manifest: Manifest) -> bool:
+    def _is_intact(self, manifest: Manifest) -> bool:
         if manifest.name not in self._verified and why_damaged(self.folder / manifest.name, manifest) is None:
             self._verified.add(manifest.name)
         return manifest.name in self._verified
@@ -181,11 +181,11 @@ class CheckpointFolder:
     # ---- finding
 
     def manifests(self) -> list[Manifest]:
-        """Of all complete checkpoints, newest first; manifests that cannot be read are left out."""
+        """Return the readable manifests, newest first."""
         return [manifest for _, manifest in self._entries() if isinstance(manifest, Manifest)]
 
     def _entries(self) -> list[tuple[Path, Manifest | str]]:
-        """Manifests by their files, newest first; a sentence for one that cannot be read."""
+        """Return (path, manifest) pairs, newest first; a sentence replaces an unreadable manifest."""
         found = [(path, _read_manifest(path)) for path in self.folder.glob("step*.json")]
         last = max((one for _, one in found if isinstance(one, Manifest)), key=lambda one: one.written, default=None)
         steps_per_epoch = (last and last.steps_per_epoch) or 1
@@ -201,13 +201,13 @@ class CheckpointFolder:
         return sorted(found, key=progress, reverse=True)
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose bytes are those that were written, and sentences on what had to be passed over.
+        """Return the newest intact checkpoint, and warnings about damaged ones.
 
-        ``(None, [])`` where the run has saved nothing yet. A ``checkpoint.pth`` alone, without manifests, is taken as
-        it is, which is said: an earlier version wrote it, or somebody put it there.
+        Returns ``(None, [])`` if there is no checkpoint. A ``checkpoint.pth`` without manifests (copied, or from an
+        earlier version) is returned with a warning.
 
         Raises:
-            InputError: there are checkpoints, and all of them are damaged.
+            InputError: all checkpoints are damaged.
         """
         notices = []
         for _, manifest in self._entries():
@@ -219,20 +219,20 @@ class CheckpointFolder:
             if damage is None:
                 self._verified.add(manifest.name)
                 if notices:
-                    notices.append(f"going back to the checkpoint of step {manifest.step}")
-                return file, notices + self._why_latest_is_passed_over(file)
+                    notices.append(f"falling back to the checkpoint of step {manifest.step}")
+                return file, notices + self._check_latest(file)
             notices.append(f"{file} is damaged: {damage}")
         if notices:
             raise InputError(
-                f"no checkpoint in {self.folder} is whole ({'; '.join(notices[:3])}): bring one back from a copy, "
-                "or start anew with --resume never"
+                f"no checkpoint in {self.folder} is intact ({'; '.join(notices[:3])}): restore one from a backup, "
+                "or start from scratch with --resume never"
             )
         if not self.latest.exists():
             return None, []
-        return self.latest, [f"{self.latest} has no manifest in {self.folder}: whether it is whole cannot be known"]
+        return self.latest, [f"{self.latest} has no manifest in {self.folder}: it cannot be verified"]
 
-    def _why_latest_is_passed_over(self, newest: Path) -> list[str]:
-        """A sentence where ``checkpoint.pth`` is none of the files that the manifests speak of."""
+    def _check_latest(self, newest: Path) -> list[str]:
+        """Return a warning if ``checkpoint.pth`` matches no manifest."""
         try:
             if not self.latest.exists() or os.path.samefile(self.latest, newest):
                 return []
@@ -240,47 +240,47 @@ class CheckpointFolder:
         except OSError as error:
             return [f"{self.latest} cannot be read ({error.strerror}): using {newest}"]
         if any((m.size, m.sha256) == (digest.size, digest.sha256) for m in self.manifests()):
-            return []  # a save was cut short before it got to this name
-        return [f"{self.latest} is damaged or not of this run: using {newest}"]
+            return []  # a save was interrupted before it updated the link
+        return [f"{self.latest} is damaged or from another run: using {newest}"]
 
 
 def _with_steps_per_epoch(manifest: Manifest | str, steps_per_epoch: int) -> Manifest | str:
-    """Versions before 0.2 did not write this number: theirs is that of the run now."""
+    """Fill in the number that versions before 0.2 did not store."""
     if isinstance(manifest, str) or manifest.steps_per_epoch:
         return manifest
     return dataclasses.replace(manifest, steps_per_epoch=steps_per_epoch)
 
 
 def _same_bytes(file: Path, other: Path) -> bool:
-    """Whether both hold the same; a copied directory has two files where the original has two names of one."""
+    """Whether both files have the same content; in a copied directory, hard links have become separate files."""
     return os.path.samefile(file, other) or atomic.digest_of(file) == atomic.digest_of(other)
 
 
 def why_damaged(file: Path, manifest: Manifest) -> str | None:
-    """A clause, or None where the file is the one that was written."""
+    """Return a clause that describes the damage, or None if the file matches its manifest."""
     try:
         size = file.stat().st_size
         if size != manifest.size:
-            return f"it has {size:,} bytes, {manifest.size:,} were written"
+            return f"it has {size:,} bytes, expected {manifest.size:,}"
         if atomic.digest_of(file).sha256 != manifest.sha256:
-            return "its SHA-256 is not that of its manifest"
+            return "its SHA-256 differs from its manifest"
     except OSError as error:
         return error.strerror or str(error)
     return None
 
 
 def _read_manifest(path: Path) -> Manifest | str:
-    """The manifest, or a sentence on why it cannot be used."""
+    """Return the manifest, or a sentence if it is damaged."""
     try:
         values = json.loads(path.read_bytes())
         if values.pop("checksum") == _checksum(values):
-            known = {field.name for field in dataclasses.fields(Manifest)}  # an earlier version had others
+            known = {field.name for field in dataclasses.fields(Manifest)}  # earlier versions had other fields
             manifest = Manifest(**{name: value for name, value in values.items() if name in known}, stem=path.stem)
             if path.stem.partition("-")[0] == f"step{manifest.step:08d}":
                 return manifest
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         pass
-    return f"{path} is damaged: it is not the manifest that was written"
+    return f"{path} is damaged: its checksum does not match"
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
@@ -288,7 +288,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _best(manifests: list[Manifest]) -> Manifest | None:
-    """Of manifests, newest first, the best by the metric that was measured last; the later one of equals."""
+    """Return the best manifest by the most recently measured metric; ties go to the newer one."""
     measured = [manifest for manifest in manifests if manifest.metric is not None]
     measured = [manifest for manifest in measured if manifest.metric_name == measured[0].metric_name]
     return max(measured, key=lambda m: (m.metric, m.progress), default=None)

@@ -1,4 +1,4 @@
-"""Where a run starts: its output directory, the checkpoint there, and whether the run may resume from it."""
+"""Start of a run: lock the output directory, find a checkpoint, and check that the run may resume from it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dino_xcit.runtime.run_lock import OWNER, locked
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
-    """The output directory, made if need be, locked against other runs while this context lasts."""
+    """Create the output directory and lock it against other runs during the context."""
     lock = ExitStack()
 
     def take() -> None:
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"the output directory {folder} is no folder: choose another --output-dir")
+            raise InputError(f"the output directory {folder} is not a folder: choose another --output-dir")
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -37,11 +37,11 @@ def output_folder(folder: Path) -> Iterator[None]:
 
     distributed.on_main(take, f"cannot write to the output directory {folder}", "choose another --output-dir")
     try:
-        if unseeing := distributed.ranks_without(folder / OWNER):
-            # Only the main process writes; the others read a checkpoint when the run resumes.
+        if missing := distributed.ranks_without(folder / OWNER):
+            # Other ranks need the directory only to resume.
             log.warning(
-                f"{unseeing} cannot see the output directory of rank 0, {folder}: this run trains, but resuming it "
-                "needs an --output-dir on a disk that all machines share"
+                f"{missing} cannot see the output directory of rank 0, {folder}: the run starts, but resuming needs an "
+                "--output-dir on a disk that all machines share"
             )
         yield
     finally:
@@ -50,7 +50,7 @@ def output_folder(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint that a run resumes from; false where there is none."""
+    """A checkpoint to resume from; false if there is none."""
 
     content: dict[str, Any]
     path: Path
@@ -60,16 +60,20 @@ class Stored:
 
 
 def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored:
-    """The newest whole checkpoint of the output directory; an empty one for a fresh start."""
+    """Return the newest intact checkpoint of the output directory, or an empty one for a fresh start.
+
+    Raises:
+        InputError: the checkpoint cannot be read, is of another version, or is not visible on all ranks.
+    """
 
     def look() -> Path | None:
         atomic.remove_leftovers(checkpoints.output_dir)
         atomic.remove_leftovers(checkpoints.folder)
         if anew := starts_anew(config):
             (checkpoints.output_dir / ANEW).touch()
-        path, damages = (None, []) if anew else checkpoints.newest()
-        for damage in damages:
-            log.warning(damage)
+        path, warnings = (None, []) if anew else checkpoints.newest()
+        for warning in warnings:
+            log.warning(warning)
         return path
 
     path = distributed.on_main(
@@ -77,20 +81,19 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored
     )
     if path is None:
         return Stored({}, checkpoints.latest)
-    if unseeing := distributed.ranks_without(path):
+    if missing := distributed.ranks_without(path):
         raise InputError(
-            f"cannot resume from {path}: {unseeing} cannot see it; name an --output-dir on a disk that all machines "
-            "share, copy it to the same place on each, or start anew with --resume never"
+            f"cannot resume from {path}: {missing} cannot see it; choose an --output-dir on a disk that all machines "
+            "share, copy it to the same place on each machine, or start from scratch with --resume never"
         )
     try:
         content = safe_load.read(path)
     except InputError as error:
-        raise InputError(f"{error}: restore it from a backup, or start anew with --resume never") from error
+        raise InputError(f"{error}: restore it from a backup, or start from scratch with --resume never") from error
     if content.get("format") != FORMAT:
         raise InputError(
-            f"{path} is no checkpoint of this version (format {content.get('format')!r}, expected {FORMAT!r}), so the "
-            f"run cannot be resumed: choose another --output-dir, or --resume never; --init-weights {path} starts from "
-            "its weights"
+            f"cannot resume from {path}: its format is {content.get('format')!r}, expected {FORMAT!r}; choose another "
+            f"--output-dir (with --init-weights {path} to start from its weights), or --resume never"
         )
     return Stored(content, path)
 
@@ -102,10 +105,10 @@ def starts_anew(config: PretrainConfig) -> bool:
 
 
 def prepare(config: PretrainConfig, checkpoints: CheckpointFolder, stored: Stored) -> None:
-    """Delete what ``--resume never`` overwrites, or complete an interrupted save, before the run begins.
+    """Delete old checkpoints for ``--resume never``, or complete an interrupted save.
 
     Raises:
-        InputError: the output directory cannot be written to.
+        InputError: the output directory cannot be written.
     """
 
     def tidy() -> None:
@@ -122,7 +125,11 @@ def prepare(config: PretrainConfig, checkpoints: CheckpointFolder, stored: Store
 
 
 def keep_global_batch(config: PretrainConfig, stored: Stored) -> PretrainConfig:
-    """Adjust accumulation_steps to a changed number of ranks."""
+    """Adjust accumulation_steps to a changed number of ranks.
+
+    Raises:
+        InputError: no number of accumulation steps gives the stored global batch.
+    """
     then, world = stored.content.get("world_size"), distributed.world_size()
     wanted, one_pass = int(stored.content.get("global_batch", 0)), config.batch_size_per_gpu * world
     if not then or then == world or wanted == one_pass * config.accumulation_steps or config.resume == "changed":
@@ -148,7 +155,7 @@ def keep_global_batch(config: PretrainConfig, stored: Stored) -> PretrainConfig:
 
 
 def step_of(stored: Stored, run: Run) -> int:
-    """The step at which this run is as many epochs old as the checkpoint: another batch makes other steps."""
+    """Return the step to resume at: the checkpoint's position in epochs if the number of steps per epoch changed."""
     step, then, now = int(stored.content["step"]), int(stored.content["steps_per_epoch"]), run.steps_per_epoch
     if then == now:
         return step
@@ -159,19 +166,22 @@ def step_of(stored: Stored, run: Run) -> int:
 
 
 def refuse_another_run(stored: Stored, run: Run) -> None:
-    """Raise InputError if settings or images differ and ``--resume changed`` is not given, or if the networks or the
-    optimizer differ."""
+    """Check that the checkpoint belongs to this run.
+
+    Raises:
+        InputError: settings or images differ without ``--resume changed``, or the networks or the optimizer differ.
+    """
     content, path, config, images = stored.content, stored.path, run.config, run.images
     changed = differences(dict(content["args"]), config)
     if images and content.get("images", images) not in ("", images):
         changed.insert(0, f"other images in {config.data_path}: {content['images']} -> {images}")
     for key, now in (("global_batch", run.global_batch), ("steps_per_epoch", run.steps_per_epoch)):
         if content.get(key) != now:
-            changed.append(f"{key} {content.get(key)} -> {now} (--accumulation-steps makes up for fewer processes)")
+            changed.append(f"{key} {content.get(key)} -> {now} (use --accumulation-steps with fewer processes)")
     if changed and config.resume == "auto":
         listed = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
         raise InputError(
-            f"{config.output_dir} holds another run ({listed}): choose another --output-dir, or --resume changed to "
+            f"{config.output_dir} contains another run ({listed}): choose another --output-dir, --resume changed to "
             "resume with the new settings, or --resume never to overwrite it"
         )
     unfit = [
@@ -179,6 +189,6 @@ def refuse_another_run(stored: Stored, run: Run) -> None:
     ]
     if unfit:
         raise InputError(
-            f"cannot resume {path}: the networks or the optimizer differ ({'; '.join(unfit)}); start in another "
-            f"--output-dir, with --init-weights {path} for the weights that fit"
+            f"cannot resume {path}: the networks or the optimizer differ ({'; '.join(unfit)}); choose another "
+            f"--output-dir, with --init-weights {path} to load the matching weights"
         )

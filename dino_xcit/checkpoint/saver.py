@@ -1,4 +1,4 @@
-"""Asynchronous saving: a step waits for a copy of the state, and a thread writes it."""
+"""Asynchronous saving: the training step copies the state to the CPU, and a thread writes the copy."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from dino_xcit.runtime import logging as log
 
 @dataclass
 class _Job:
-    """Something that the thread was given to do."""
+    """A pending task of the thread."""
 
     step: int
     future: Future[object]
     is_save: bool
-    """Or a note on one."""
+    """False: a metric to store in a manifest."""
 
 
 class Saver:
-    """Writes the checkpoints of a run in a thread, in a context that does not end before they are written.
+    """Context manager that writes checkpoints in a thread and waits for them at the end. Used on rank 0 only.
 
-    Used on the main process alone. A save that fails leaves the older checkpoints as they are; training goes on until
-    ``max_failures`` of them failed in a row.
+    A failed save leaves older checkpoints unchanged. Training continues until ``max_failures`` consecutive failures.
     """
 
     def __init__(self, folder: CheckpointFolder, max_failures: int) -> None:
@@ -43,30 +42,30 @@ class Saver:
         self._why = ""
 
     def begin(self, at_step: int) -> None:
-        """``at_step``: the step whose state is on the disk already; 0 for a fresh run, which has nothing to lose."""
+        """Set the last saved step; 0 for a fresh run."""
         self._saved_step = at_step
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # With several ranks the process ends by os._exit: wait at most 5 s for a save. A single process waits for all
-        # writes, because it releases the lock after this.
+        # With several ranks the process ends with os._exit, so wait at most 5 s. A single process waits for all writes,
+        # because it releases the lock afterwards.
         futures.wait([job.future for job in self._under_way], timeout=None if distributed.world_size() == 1 else 5)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def save(self, content: Mapping[str, Any], keep: bool = False) -> None:
-        """Copy ``content`` to the CPU and write it later. Waits for the save before this one: one copy at a time."""
+        """Copy ``content`` to the CPU and write it later. Waits for the previous save, to hold one copy at a time."""
         self.wait()
         copy = on_cpu(content)
         self._under_way.append(_Job(int(content["step"]), self._thread.submit(self.folder.write, copy, keep), True))
 
     def note_metric(self, step: int, name: str, value: float) -> None:
-        """As :meth:`CheckpointFolder.note_metric`, after that checkpoint is written."""
+        """Call :meth:`CheckpointFolder.note_metric` after pending saves."""
         self._under_way.append(_Job(step, self._thread.submit(self.folder.note_metric, step, name, value), False))
 
     def look(self) -> None:
-        """Process finished saves without waiting for the others."""
+        """Process the results of finished tasks without waiting for pending ones."""
         while self._under_way and self._under_way[0].future.done():
             job = self._under_way.pop(0)
             error = job.future.exception()
@@ -78,20 +77,20 @@ class Saver:
                 raise error  # a programming error
             why = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
             if not job.is_save:
-                log.warning(f"cannot write the metric of step {job.step} beside its checkpoint ({why})")
+                log.warning(f"cannot write the metric of step {job.step} to its manifest ({why})")
                 continue
             self._failed_in_a_row += 1
             self._why = why
             log.warning(
                 f"cannot write the checkpoint of step {job.step} ({self._why}): failure {self._failed_in_a_row} of "
-                f"{self._max_failures} in a row that end the run; the last saved step is {self._saved_step}"
+                f"{self._max_failures} before the run ends; the last saved step is {self._saved_step}"
             )
 
     def ensure(self, step: int, content: Callable[[], Mapping[str, Any]], keep: bool = False) -> None:
-        """Return when the state of ``step`` is on the disk; writes it if no save of it has gone well.
+        """Wait until the state of ``step`` is on disk; save it if no save of it succeeded.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: the checkpoint cannot be written.
         """
         self.wait()
         if self._saved_step != step:
@@ -102,7 +101,7 @@ class Saver:
 
     @property
     def save_error(self) -> InputError | None:
-        """The error that ends the run, after so many failed saves in a row."""
+        """The error that ends the run after too many consecutive failed saves."""
         return self._error() if self._failed_in_a_row >= self._max_failures else None
 
     def _error(self) -> InputError:
@@ -112,14 +111,14 @@ class Saver:
         )
 
     def wait(self) -> None:
-        """Until everything that was handed over is on the disk, or has failed."""
+        """Wait until all pending tasks have finished or failed."""
         for job in self._under_way:
             job.future.exception()
         self.look()
 
 
 def on_cpu(value: Any, copies: dict[tuple[Any, ...], Tensor] | None = None) -> Any:
-    """A copy of nested dictionaries, lists and tuples with every tensor copied to the CPU, once each."""
+    """Copy nested dictionaries, lists and tuples with all tensors on the CPU; shared tensors are copied once."""
     copies = {} if copies is None else copies
     if isinstance(value, Tensor):
         same = (value.data_ptr(), value.dtype, value.shape, value.stride())

@@ -1,8 +1,8 @@
-"""What a checkpoint holds, and how a run is restored from it.
+"""Contents of a checkpoint, and restoring a run from it.
 
-How it gets to the disk and back: :mod:`dino_xcit.checkpoint.folder`. The keys of a DINO run are the reference's
-(``student``, ``teacher``, ``optimizer``, ``epoch``, ``args``, ``dino_loss``), so that tools which read its files read
-these; all values are tensors and plain Python values.
+A DINO run has the keys of facebookresearch/dino (``student``, ``teacher``, ``optimizer``, ``epoch``, ``args``,
+``dino_loss``), for compatibility with tools that read them. All values are tensors and plain Python values.
+:mod:`dino_xcit.checkpoint.folder` writes and reads the files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMAT = "dino-xcit-2"
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first step of a run to its last."""
+    """Constants of a run."""
 
     config: PretrainConfig
     steps_per_epoch: int
@@ -38,15 +38,15 @@ class Run:
 
     @property
     def global_batch(self) -> int:
-        """Images a step, over all ranks and forward passes."""
+        """Images per step, over all ranks and forward passes."""
         return self.config.batch_size_per_gpu * self.config.accumulation_steps * distributed.world_size()
 
 
 def content_of(state: TrainState, run: Run, observers: Observers | None = None) -> dict[str, Any]:
-    """What a checkpoint holds. The tensors are the state's own: copy them before the next step.
+    """Return the contents of a checkpoint. The tensors are not copied: copy them before the next step.
 
     Raises:
-        ValueError: the method's ``state_dict`` has one of the other keys.
+        ValueError: the method's ``state_dict`` has a reserved key.
     """
     method = state.method.state_dict()
     content = {
@@ -80,12 +80,12 @@ def restore(state: TrainState, content: Mapping[str, Any], path: Path, observers
     """Load a checkpoint into a state built with the same settings.
 
     Raises:
-        InputError: parts are missing, or shapes differ.
+        InputError: keys are missing or shapes differ.
     """
     try:
         state.method.load_state_dict({key: content[key] for key in content["method_keys"]})
         state.optimizer.load_state_dict(content["optimizer"])
-        if state.scaler.is_enabled() and content["fp16_scaler"]:  # empty: written in another precision
+        if state.scaler.is_enabled() and content["fp16_scaler"]:  # empty if written in another precision
             state.scaler.load_state_dict(content["fp16_scaler"])
         state.step = int(content["step"])
         state.skipped_steps.copy_(content["skipped_steps"])
@@ -98,7 +98,7 @@ def restore(state: TrainState, content: Mapping[str, Any], path: Path, observers
 
 
 def hash_content(content: Mapping[str, Any]) -> str:
-    """SHA-256 over all that training changes: networks, optimizer, loss, scale, counts and step; not the settings."""
+    """Return the SHA-256 of the trained state: networks, optimizer, loss, loss scale, counters and step."""
     digest = hashlib.sha256()
 
     def add(path: str, value: object) -> None:
@@ -115,6 +115,6 @@ def hash_content(content: Mapping[str, Any]) -> str:
         else:
             digest.update(f"{path} {value!r}\n".encode())
 
-    learnt = ("optimizer", "fp16_scaler", "skipped_steps", "skipped_in_a_row", "step", "observers")
-    add("", {key: content[key] for key in (*content["method_keys"], *learnt)})
+    trained = ("optimizer", "fp16_scaler", "skipped_steps", "skipped_in_a_row", "step", "observers")
+    add("", {key: content[key] for key in (*content["method_keys"], *trained)})
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What is trained, and how it learns from one batch: DINO, SimDINO, or a method registered from outside."""
+"""Training methods: DINO, SimDINO, and registered ones."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def register_method(name: str, build: Build) -> None:
 
 
 def build_method(config: PretrainConfig, device: torch.device) -> Method:
-    """A fresh ``config.method``: the same weights on every rank.
+    """Build ``config.method`` with the same initial weights on every rank.
 
     Raises:
-        InputError: no such method, or it cannot train on several ranks.
+        InputError: the method is unknown, or it has no ``ddp_student`` with several ranks.
     """
     if config.method not in _METHODS:
         hint = near_matches(config.method, _METHODS)
@@ -43,7 +43,7 @@ def build_method(config: PretrainConfig, device: torch.device) -> Method:
     method = _METHODS[config.method](config, device)
     optional = {"teacher": None, "ddp_student": None, "features": None, "frozen_parameters": lambda rates: ()}
     for name, default in optional.items():
-        if not hasattr(method, name):  # a class that does not derive from Method
+        if not hasattr(method, name):  # the class does not derive from Method
             setattr(method, name, default)
     if distributed.world_size() > 1 and method.ddp_student is None:
         raise InputError(

@@ -19,7 +19,7 @@ from dino_xcit.runtime import distributed
 
 
 class DINO(StudentTeacher):
-    """Student and teacher agree on the prototypes that each view of an image belongs to."""
+    """DINO: the student predicts the teacher's prototype assignments of other views of the same image."""
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         def build_head(embed_dim: int) -> DINOHead:
@@ -63,10 +63,10 @@ class DINO(StudentTeacher):
         self.loss.update_center(stats["teacher_logits"] / stats["rows"], accepted)
 
     def metrics(self, stats: Stats) -> dict[str, Tensor | float]:
-        """What shows a collapse.
+        """Return indicators of collapse.
 
-        ``teacher_entropy``: 0 when one prototype takes all, ln K when uniform. ``kl`` of the student from the teacher:
-        0 when nothing is left to learn. ``feature_std``: 0 when all images have the same feature.
+        ``teacher_entropy``: 0 if one prototype takes all images, ln K if uniform. ``kl``: divergence of the student
+        from the teacher, 0 if both agree. ``feature_std``: 0 if all images have the same feature.
         """
         return {name: stats[name] / stats["passes"] for name in ("teacher_entropy", "kl", "feature_std")}
 
@@ -84,7 +84,7 @@ class DINO(StudentTeacher):
 
 
 CENTERINGS = ("centering", "sinkhorn_knopp")
-"""DINOv2's names for the two ways to keep all prototypes in use."""
+"""Methods that keep all prototypes in use, by DINOv2's names."""
 
 
 class DINOLoss(nn.Module):
@@ -96,12 +96,12 @@ class DINOLoss(nn.Module):
         out_dim: K.
         student_temp: 0.1 in every published run.
         center_momentum: 0.9 in every published run.
-        global_views: G, the number of views that the teacher sees.
+        global_views: G, the number of the teacher's views.
         centering: ``centering`` subtracts the moving average of the teacher's logits (DINO); ``sinkhorn_knopp``
             spreads the batch over the prototypes (:func:`sinkhorn_knopp`) and ignores the center.
 
     Raises:
-        InputError: another centering.
+        InputError: ``centering`` is unknown.
     """
 
     center: Tensor
@@ -124,9 +124,9 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def teacher_probabilities(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """softmax((t - center) / T), or its Sinkhorn-Knopp counterpart: [G * B, K] float32 at least, without gradient.
+        """Compute softmax((t - center) / T) or its Sinkhorn-Knopp counterpart: [G * B, K], at least float32, detached.
 
-        Sinkhorn-Knopp is over one forward pass of all processes, so all of them must call this together.
+        Sinkhorn-Knopp normalises over one forward pass of all ranks, so it must be called on every rank.
         """
         logits = teacher_logits.detach().to(torch.promote_types(teacher_logits.dtype, torch.float32))
         if self.centering == "sinkhorn_knopp":
@@ -134,7 +134,7 @@ class DINOLoss(nn.Module):
         return ((logits - self.center) / teacher_temp).softmax(dim=-1)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """The mean, over pairs (g, v) with v != g and over samples, of -sum_k q_g[k] log p_v[k].
+        """Compute the mean over pairs (g, v) with v != g and over samples of -sum_k q_g[k] log p_v[k].
 
         Args:
             student_logits: [V * B, K], view-major, the global views first and in the teacher's order.
@@ -142,34 +142,34 @@ class DINOLoss(nn.Module):
             teacher_temp: T.
 
         Returns:
-            A scalar, float32 at least.
+            A scalar, at least float32.
 
         Raises:
-            InputError: the two shapes do not belong together.
+            InputError: the shapes do not match.
         """
         batch, rest = divmod(teacher_logits.shape[0], self.global_views)
         views, odd = divmod(student_logits.shape[0], max(batch, 1))
         if rest or odd or views < self.global_views or views < 2:
             raise InputError(
-                f"{student_logits.shape[0]} student and {teacher_logits.shape[0]} teacher rows do not form "
-                f"{self.global_views} global and at least 2 views of one batch"
+                f"{student_logits.shape[0]} student rows and {teacher_logits.shape[0]} teacher rows do not form "
+                f"{self.global_views} global views and at least 2 views of one batch"
             )
         if not student_logits.shape[1:] == teacher_logits.shape[1:] == self.center.shape[1:]:
             raise InputError(
-                f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} are "
-                f"not both over the {self.center.shape[1]} prototypes of the center"
+                f"student logits are {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)}, "
+                f"expected {self.center.shape[1]} prototypes"
             )
         return self.cross_entropy(student_logits, self.teacher_probabilities(teacher_logits, teacher_temp))
 
     def cross_entropy(self, student_logits: Tensor, teacher_probabilities: Tensor) -> Tensor:
-        """:meth:`forward` from the teacher's probabilities [G * B, K]."""
+        """Compute :meth:`forward` from the teacher's probabilities [G * B, K]."""
         batch = len(teacher_probabilities) // self.global_views
         views = len(student_logits) // batch
         accum_dtype = torch.promote_types(student_logits.dtype, torch.float32)
         targets = teacher_probabilities.unflatten(0, (self.global_views, batch))
         total = targets.sum(dim=0)
-        # The pair sum is linear in the teacher: each view needs one log-softmax, against the sum of its teachers.
-        # A local view has all teachers, a global view all but its own.
+        # The sum over pairs is linear in the teacher, so each view needs one log-softmax against a sum of targets: all
+        # teacher views for a local view, all but its own for a global view.
         loss = student_logits.new_zeros((), dtype=accum_dtype)
         for view, logits in enumerate(student_logits.unflatten(0, (views, batch)).unbind(0)):
             target = total - targets[view] if view < self.global_views else total
@@ -179,10 +179,10 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, batch_mean: Tensor, accepted: Tensor | None = None) -> None:
-        """center <- m * center + (1 - m) * batch_mean, or no change where ``accepted`` is false.
+        """Update center <- m * center + (1 - m) * batch_mean, unless ``accepted`` is false.
 
         Args:
-            batch_mean: [1, K], the mean of the teacher's logits over all its views of the global batch, all ranks.
+            batch_mean: [1, K], mean of the teacher's logits over the global batch.
             accepted: boolean scalar on the device; None: accepted.
         """
         new = self.center * self.center_momentum + batch_mean * (1 - self.center_momentum)
@@ -191,24 +191,24 @@ class DINOLoss(nn.Module):
 
 @torch.no_grad()
 def sinkhorn_knopp(scores: Tensor, iterations: int = 3) -> Tensor:
-    """The rows' softmax, rescaled in turn so that every prototype is used equally over the rows of all processes and
-    every row sums to 1 (SwAV, arXiv 2006.09882, section 3.1; DINOv2 replaces DINO's centering with it).
+    """Assign rows evenly to prototypes by Sinkhorn-Knopp (SwAV, arXiv 2006.09882, section 3.1; used in DINOv2).
 
-    It starts from normalised rows, so that no row underflows; the limit is that of SwAV's code.
+    Alternately rescales columns and rows of the softmax, over the rows of all ranks. Starting from the softmax avoids
+    underflow and has the same limit as SwAV's code.
 
     Args:
-        scores: [rows, K], logits over temperature.
+        scores: [rows, K], logits divided by the temperature.
         iterations: 3 in SwAV and DINOv2.
 
     Returns:
-        [rows, K]; rows sum to 1, columns approach (rows of all processes) / K.
+        [rows, K]; rows sum to 1, columns approach (rows of all ranks) / K.
     """
     start = scores.softmax(dim=-1)
     row_scale = scores.new_ones(scores.shape[0])
     column_scale = scores.new_ones(scores.shape[1])
     tiny = torch.finfo(scores.dtype).tiny
     for _ in range(iterations):
-        # Scaling vectors instead of scaled matrices: two products a round, and one K-vector on the wire.
+        # Scale vectors instead of the matrix: two products per iteration, and an all-reduce of one vector [K].
         column_sum = row_scale @ start
         distributed.all_reduce_sum([column_sum])
         column_scale = 1 / column_sum.clamp_min(tiny)
@@ -217,15 +217,16 @@ def sinkhorn_knopp(scores: Tensor, iterations: int = 3) -> Tensor:
 
 
 def koleo(features: Tensor, views: int) -> Tensor:
-    """The KoLeo regulariser of DINOv2 (arXiv 2304.07193, section 4; Sablayrolles et al., arXiv 1806.03198): -log of the
-    distance to the nearest other image of the batch, on unit vectors, averaged. It spreads the features.
+    """KoLeo regulariser (DINOv2, arXiv 2304.07193, section 4; Sablayrolles et al., arXiv 1806.03198).
+
+    Mean of -log of the distance of each unit vector to its nearest neighbour in the batch.
 
     Args:
-        features: [views * B, D], view-major; each view's images are compared among themselves. B >= 2.
-        views: how many views the rows hold.
+        features: [views * B, D], view-major; neighbours are searched within each view. B >= 2.
+        views: number of views.
 
     Returns:
-        A scalar, float32 at least.
+        A scalar, at least float32.
     """
     accum_dtype = torch.promote_types(features.dtype, torch.float32)
     unit = nn.functional.normalize(features.to(accum_dtype), dim=-1).unflatten(0, (views, -1))
@@ -234,10 +235,10 @@ def koleo(features: Tensor, views: int) -> Tensor:
         similarity.diagonal(dim1=1, dim2=2).fill_(-2.0)
         nearest = similarity.argmax(dim=-1, keepdim=True)
     neighbour = unit.gather(1, nearest.expand_as(unit))
-    # The distance of two equal features is 0: the small number keeps its logarithm and gradient finite.
+    # The epsilon keeps logarithm and gradient finite for equal features.
     return -((unit - neighbour).square().sum(dim=-1) + 1e-8).sqrt().log().mean()
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Mean entropy in nats of the rows of [rows, K]: ln K when uniform, 0 when one prototype takes all."""
+    """Mean entropy in nats of the rows of [rows, K]: ln K if uniform, 0 if one prototype takes all."""
     return torch.special.entr(probabilities).sum(dim=-1).mean()

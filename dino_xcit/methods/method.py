@@ -15,14 +15,15 @@ Stats = dict[str, Tensor]
 
 
 class Method(Protocol):
-    """Subclass it, or offer the same attributes.
+    """Interface of a method: subclass it, or provide the same attributes.
 
-    ``train_step`` owns everything that methods share: accumulation, the finite check, clipping, the optimizer and the
-    BatchNorm statistics. A method owns its networks, its loss and what follows the optimizer's update.
+    ``train_step`` does what methods share: accumulation, the finite check, clipping, the optimizer and the BatchNorm
+    statistics. A method owns its networks, its loss and the updates after the optimizer step.
     """
 
     trained: nn.Module
-    """What the optimizer updates. With several ranks, call it through ``ddp_student`` in ``forward_backward``."""
+    """The network that the optimizer updates. With several ranks, ``forward_backward`` must call it through
+    ``ddp_student``."""
     eval_backbone: nn.Module
     """The backbone that evaluators measure and that ``backbone.pth`` holds."""
     teacher: nn.Module | None = None
@@ -33,35 +34,35 @@ class Method(Protocol):
     """[rows, D] features of the last batch, without gradient; observers read them."""
 
     def forward_backward(self, batch: Batch, rates: Rates) -> tuple[Tensor, Stats]:
-        """One forward and backward pass of this rank over a batch on the device.
+        """Run one forward and backward pass of this rank over a batch on the device.
 
-        Call ``(loss * rates.loss_scale).backward()``; the gradients accumulate in ``trained``.
+        Must call ``(loss * rates.loss_scale).backward()``; gradients accumulate in ``trained``.
 
         Returns:
-            The detached loss, and the statistics that ``after_step`` and ``metrics`` need. A step in which any of them
-            is not finite on any rank is skipped.
+            The detached loss, and statistics for ``after_step`` and ``metrics``. If any of them is not finite on any
+            rank, the step is skipped.
         """
         ...
 
     def after_step(self, stats: Stats, rates: Rates, accepted: Tensor) -> None:
-        """Update what follows the student, such as an EMA teacher.
+        """Update state that follows the student, such as an EMA teacher.
 
         Args:
-            stats: the sums over all passes and ranks of the step.
-            rates: the step's values.
-            accepted: boolean scalar on the device. Where it is false nothing may change, and nothing may wait for it.
+            stats: sums over all passes and ranks of the step.
+            rates: the scheduled values of the step.
+            accepted: boolean scalar on the device; if false, nothing may change. Must not be read on the host.
         """
 
     def metrics(self, stats: Stats) -> dict[str, Tensor | float]:
-        """Scalars for the log, from the sums that ``after_step`` gets."""
+        """Return scalars for the log, from the sums passed to ``after_step``."""
         return {}
 
     def frozen_parameters(self, rates: Rates) -> Iterable[nn.Parameter]:
-        """Parameters of ``trained`` that this step does not update."""
+        """Return the parameters of ``trained`` that this step does not update."""
         return ()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the method: tensors and plain values."""
+        """Return the method's part of a checkpoint: tensors and plain values."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """SimDINO (arXiv 2502.10385): DINO without prototypes. B batch, V views, G global views, p dimensions, m rows.
 
-A coding-rate term keeps the features apart, so there is no centering, no temperature and no last layer to freeze.
+A coding-rate term prevents collapse, so there is no centering, no temperature and no last layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dino_xcit.runtime import distributed
 
 
 class SimDINO(StudentTeacher):
-    """Aligns the unit vectors of student and teacher, and maximises the coding rate of the student's."""
+    """SimDINO: aligns the unit vectors of student and teacher, and maximises the coding rate of the student's."""
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         def build_head(embed_dim: int) -> ProjectionHead:
@@ -43,7 +43,8 @@ class SimDINO(StudentTeacher):
         }
 
     def metrics(self, stats: Stats) -> dict[str, Tensor | float]:
-        """``cosine`` of student and teacher: 1 when they agree. The others: 0 at a collapse."""
+        """Return ``cosine`` of student and teacher (1 if they agree), ``coding_rate`` and ``feature_std`` (0 at a
+        collapse)."""
         return {name: stats[name] / stats["passes"] for name in ("cosine", "coding_rate", "feature_std")}
 
 
@@ -56,23 +57,22 @@ def view_similarity(student: Tensor, teacher: Tensor, global_views: int = GLOBAL
     """
     targets = teacher.detach().unflatten(0, (global_views, -1))
     views = student.unflatten(0, (-1, targets.shape[1]))
-    # The sum over pairs is linear in the teacher: each view meets all teachers but its own at once.
+    # The sum over pairs is linear in the teacher: multiply each view by the sum of all teacher views but its own.
     pairs = (views * targets.sum(dim=0)).sum() - (views[:global_views] * targets).sum()
     return pairs / (global_views * (len(views) - 1) * targets.shape[1])
 
 
 def coding_rate(features: Tensor, eps: float) -> Tensor:
-    """1/2 logdet(I + p / (m eps) Z^T Z), averaged over views; Z holds the rows of all ranks.
+    """Coding rate 1/2 logdet(I + p / (m eps) Z^T Z), averaged over views; Z contains the rows of all ranks.
 
-    Every rank's gradient is N times that of its own rows, so that the mean over N ranks, which
-    DistributedDataParallel takes, is the gradient of the whole batch's rate.
+    Each rank's gradient is multiplied by the number of ranks, because DistributedDataParallel averages the gradients.
 
     Args:
         features: [G, B, p] unit vectors of this rank.
-        eps: the squared precision of the coding (epsilon^2 in the paper); 0.5 in its code.
+        eps: squared coding precision (epsilon^2 in the paper); 0.5 in the paper's code.
 
     Returns:
-        A scalar, float32 at least.
+        A scalar, at least float32.
     """
     z = features.to(torch.promote_types(features.dtype, torch.float32))
     ranks, dim = distributed.world_size(), z.shape[-1]
@@ -83,6 +83,6 @@ def coding_rate(features: Tensor, eps: float) -> Tensor:
             distributed.all_reduce_sum([total])
             covariance = total + ranks * (covariance - covariance.detach())
         identity = torch.eye(dim, dtype=z.dtype, device=z.device)
-        # cholesky_ex does not wait for the device to report an error; features that are not finite skip the step.
+        # cholesky_ex does not synchronise with the device; the finite check catches non-finite features.
         factor = torch.linalg.cholesky_ex(identity + dim / (z.shape[1] * ranks * eps) * covariance).L
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1).mean()

@@ -24,14 +24,14 @@ GLOBAL_VIEWS = 2
 
 
 class StudentTeacher(Method):
-    """The networks that DINO and its relatives share; a subclass adds the loss in ``forward_backward``.
+    """Base class of DINO and SimDINO; a subclass adds the loss in ``forward_backward``.
 
-    The teacher starts as a copy of the student, gets no gradients and stays in train mode: the statistics of its
-    BatchNorm layers come from its own global crops.
+    The teacher starts as a copy of the student, gets no gradients and stays in train mode: its BatchNorm layers use the
+    statistics of its own global crops.
     """
 
     def __init__(self, config: PretrainConfig, device: torch.device, build_head: Callable[[int], nn.Module]) -> None:
-        """``build_head``: the backbone's ``embed_dim`` to the head of one network."""
+        """``build_head``: returns a head for the backbone's ``embed_dim``; called once per network."""
         self.config, self.device = config, device
         self.student = self._network(config.drop_path_rate, build_head)
         self.teacher: MultiCropWrapper = self._network(0.0, build_head)
@@ -53,10 +53,10 @@ class StudentTeacher(Method):
         return network.train()
 
     def forward(self, batch: Batch) -> tuple[MultiCropOutput, MultiCropOutput]:
-        """The student's output over all views and the teacher's over the global ones, view-major."""
+        """Return the student's output over all views and the teacher's over the global views, view-major."""
         config = self.config
         crops = [normalise(crop, config.mean, config.std) for crop in batch.crops]
-        # Local crops of the same size share the first tensor; the global ones come first in it.
+        # Local crops of the same size share the first tensor; global crops come first.
         global_crops = crops[0][: GLOBAL_VIEWS * len(batch.indices)]
         keys = drop_path_keys(batch, config.seed) if config.drop_path_rate > 0 else None
         with self._autocast():
@@ -67,7 +67,7 @@ class StudentTeacher(Method):
         return student, teacher
 
     def after_step(self, stats: Stats, rates: Rates, accepted: Tensor) -> None:
-        """The teacher follows the student."""
+        """Update the teacher as an EMA of the student."""
         update_ema(list(self.teacher.parameters()), list(self.student.parameters()), rates.momentum, accepted)
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,15 +82,15 @@ class StudentTeacher(Method):
         return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype)
 
     def _settle_gradient_buckets(self) -> None:
-        """One pass over noise whose gradients are discarded.
+        """Run one pass over noise and discard its gradients.
 
-        DistributedDataParallel rebuilds its buckets after the first pass, in the order in which gradients arrived, and
-        a sum over more than two ranks depends on the buckets. Without this pass the first step of a resumed run would
-        sum in another order than the same step of an uninterrupted run.
+        DistributedDataParallel rebuilds its buckets after the first pass, and the rounding of a sum over more than two
+        ranks depends on the buckets. Without this pass, the first step of a resumed run would differ from the same step
+        of an uninterrupted run.
         """
         generator = torch.Generator().manual_seed(0)
         sizes = [view.size for view in self.config.augmentation().views]
-        # torch.compile specialises on shapes, so it sees the training's own batch size.
+        # torch.compile specialises on shapes, so use the batch size of the training.
         images = self.config.batch_size_per_gpu if self.config.compile else 2
         crops = [
             torch.randn(images * len(group), 3, sizes[group[0]], sizes[group[0]], generator=generator).to(self.device)
@@ -106,7 +106,7 @@ class StudentTeacher(Method):
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """``auto``, ``fp32``, ``bf16`` or ``fp16`` to the dtype of autocast."""
+    """Return the autocast dtype for ``auto``, ``fp32``, ``bf16`` or ``fp16``."""
     if wanted == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -118,24 +118,24 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def update_ema(
     teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, accepted: Tensor | None = None
 ) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, in place, or no change where ``accepted`` is false.
+    """Update teacher <- momentum * teacher + (1 - momentum) * student in place, unless ``accepted`` is false.
 
     Args:
         teacher, student: parameters in the same order.
-        momentum: the share of the teacher that stays.
-        accepted: boolean scalar on the device; None: accepted. The decision needs no host synchronisation.
+        momentum: share of the teacher that is kept.
+        accepted: boolean scalar on the device, not read on the host; None: accepted.
     """
     student = [parameter.detach() for parameter in student]
     if accepted is None:
         torch._foreach_lerp_(list(teacher), student, 1.0 - momentum)
         return
-    # A skipped step leaves the student as it was, finite: a weight of 0 leaves the teacher's bits as they are.
+    # The student is finite after a skipped step, so a weight of 0 leaves the teacher unchanged bit for bit.
     weight = accepted.to(torch.float32) * (1.0 - momentum)
     torch._foreach_lerp_(list(teacher), student, [weight] * len(teacher))
 
 
 def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:
-    """Keys for drop-path, one a view of each image, from (seed, epoch, image, view) alone; shaped like the crops."""
+    """Return one drop-path key per view and image, a function of (seed, epoch, image, view); ordered like the crops."""
     start, keys = 0, []
     image = hash_bits(batch.indices + (batch.epoch << 32)) ^ (seed & 0xFFFFFFFF)
     for views in batch.views:
@@ -146,9 +146,9 @@ def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:
 
 
 def feature_std(features: Tensor) -> Tensor:
-    """Mean standard deviation, over a batch, of the coordinates of L2-normalised features, times sqrt(D).
+    """Mean std over a batch of the coordinates of L2-normalised features, times sqrt(D).
 
-    1 for features spread evenly over the sphere, 0 when all samples have the same feature: a collapse.
+    1 for features spread evenly over the sphere; 0 for a collapse, where all samples have the same feature.
 
     Args:
         features: [rows, D].

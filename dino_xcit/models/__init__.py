@@ -28,7 +28,7 @@ __all__ = [
 
 
 def backbone_names() -> list[str]:
-    """Every name of an XCiT that :func:`build_backbone` knows."""
+    """Return all XCiT names."""
     return [f"{size}_p{patch}" for size in XCIT_SIZES for patch in PATCH_SIZES]
 
 
@@ -40,8 +40,8 @@ def register_backbone(name: str, build: Callable[..., nn.Module]) -> None:
 
     Args:
         build: returns a module with ``embed_dim`` and ``forward(images: [B, 3, H, W], layers=()) -> BackboneOutput``,
-            the same in train and eval mode. It takes ``drop_path_rate`` if it is to be trained with one. If its
-            ``forward`` takes ``drop_path_keys`` ([B] int64), it gets keys that follow from (seed, epoch, image, view).
+            the same in train and eval mode. It accepts ``drop_path_rate`` if it supports stochastic depth. If its
+            ``forward`` has ``drop_path_keys`` ([B] int64), it gets keys that depend on (seed, epoch, image, view).
 
     Raises:
         ValueError: the name is taken.
@@ -52,22 +52,22 @@ def register_backbone(name: str, build: Callable[..., nn.Module]) -> None:
 
 
 def is_registered(name: object) -> bool:
-    """Whether :func:`register_backbone` was given this name."""
+    """Whether a backbone is registered under this name."""
     return name in _REGISTERED
 
 
 def build_backbone(name: str, **kw: Any) -> nn.Module:
-    """A fresh backbone.
+    """Build a backbone with random weights.
 
     Args:
         name: an official XCiT name such as ``xcit_small_12_p16`` (nano_12, tiny_12, tiny_24, small_12, small_24,
-            medium_24, large_24, with p8, p16 and here also p4), this project's ``xcit_pico_4`` and ``xcit_micro_4``
+            medium_24, large_24, with p8 and p16, here also p4), this project's ``xcit_pico_4`` and ``xcit_micro_4``
             for small images; a vision transformer such as ``vit_small_12_p16`` (:mod:`dino_xcit.models.vit`);
-            ``timm:NAME``; or a name given to :func:`register_backbone`.
-        kw: ``drop_path_rate``, stochastic depth while training, 0 <= rate < 1; a registered backbone may take others.
+            ``timm:NAME``; or a name registered with :func:`register_backbone`.
+        kw: ``drop_path_rate``, stochastic depth in training, 0 <= rate < 1; a registered backbone may accept others.
 
     Raises:
-        InputError: the name is not known (near matches are given), or a registered backbone takes no drop_path_rate.
+        InputError: the name is unknown, or a registered backbone has no ``drop_path_rate``.
     """
     if name in _REGISTERED:
         parameters = inspect.signature(_REGISTERED[name]).parameters

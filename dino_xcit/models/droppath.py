@@ -1,4 +1,4 @@
-"""Stochastic depth that follows from (seed, step, sample) and from nothing else. B batch."""
+"""Stochastic depth as a function of a key per sample, without generator state. B batch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 def hash_bits(keys: Tensor) -> Tensor:
     """Mix int64 ``keys`` of any shape into int64 values whose low 24 bits are uniform.
 
-    Two rounds of multiply and xor-shift, the finaliser of MurmurHash3 (Appleby, public domain), on 32-bit values kept
-    in int64 so that every device computes the same bits.
+    The finaliser of MurmurHash3 (Appleby, public domain) on 32-bit values in int64, so that all devices compute the
+    same bits.
     """
     word = 0xFFFFFFFF
-    # The high word is spread first: keys are often (epoch << 32) + image, and a plain xor would give image 5 of epoch 0
-    # the bits of image 4 of epoch 1.
+    # Mix the high word first: keys are often (epoch << 32) + image, and a plain xor would give image 5 of epoch 0 the
+    # bits of image 4 of epoch 1.
     bits = (keys ^ ((keys >> 32) * 0x9E3779B1)) & word
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & word
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & word
@@ -25,12 +25,12 @@ def hash_bits(keys: Tensor) -> Tensor:
 
 
 def residual_scales(keys: Tensor, branches: int, rate: float) -> Tensor:
-    """What to multiply each residual branch of each sample with: 0 where it is dropped, 1 / (1 - rate) where kept.
+    """Return the scale of each residual branch of each sample: 0 if dropped, 1 / (1 - rate) if kept.
 
     Args:
-        keys: [B] int64, one a sample; equal keys give equal scales on any device, rank or batch position.
-        branches: how many residual branches there are.
-        rate: probability of dropping one, 0 <= rate < 1.
+        keys: [B] int64, one per sample; equal keys give equal scales on any device, rank or batch position.
+        branches: number of residual branches.
+        rate: drop probability, 0 <= rate < 1.
 
     Returns:
         [branches, B, 1, 1] float32.
@@ -42,17 +42,16 @@ def residual_scales(keys: Tensor, branches: int, rate: float) -> Tensor:
 
 
 class DropPathMask(NamedTuple):
-    """What stochastic depth does to one residual branch."""
+    """Stochastic depth of one residual branch."""
 
     scale: Tensor
-    """[B, 1, 1]: of :func:`residual_scales`."""
+    """[B, 1, 1], from :func:`residual_scales`."""
     rows: Tensor | None
-    """The samples that keep the branch, where that can be known without waiting for the device; else None."""
+    """Indices of the samples that keep the branch, on the CPU; None on devices where reading them would synchronise."""
 
 
 def drop_path_masks(scales: Tensor, subset: bool) -> list[DropPathMask]:
-    """One for each branch of ``scales`` [branches, B, 1, 1]; with ``subset``, kept rows are named where they are known
-    on the host."""
+    """Return one mask per branch of ``scales`` [branches, B, 1, 1]; ``subset`` sets ``rows`` on the CPU."""
     subset = subset and scales.device.type == "cpu"
     return [DropPathMask(scale, scale.flatten().nonzero().flatten() if subset else None) for scale in scales]
 
@@ -60,10 +59,9 @@ def drop_path_masks(scales: Tensor, subset: bool) -> list[DropPathMask]:
 def add_residual(
     x: Tensor, branch: Callable[[Tensor], Tensor], mask: DropPathMask | None, independent: bool = True
 ) -> Tensor:
-    """x + branch(x), dropped and scaled for each sample as ``mask`` says.
+    """Compute x + branch(x) with stochastic depth.
 
-    Where the kept samples are known, and samples are independent of each other (not in BatchNorm), the branch is
-    computed for them alone.
+    If ``mask.rows`` is set and samples are independent in the branch (no BatchNorm), it runs on kept samples only.
     """
     if mask is None:
         return x + branch(x)

@@ -1,7 +1,7 @@
-"""Backward passes of our own for the layers of XCiT, each beside its plain twin: the same formula in ordinary PyTorch.
+"""Layers of XCiT with custom backward passes that save memory.
 
-Autograd keeps the output of every operator. These passes keep less and compute the rest again. Each function below
-runs its own pass, or the plain twin within :func:`plain` and where the own pass does not apply.
+Autograd keeps the output of every operator; these passes keep less and recompute the rest. Within :func:`plain`, and
+where a custom pass does not apply, each function runs the same formula in ordinary PyTorch.
 
 B batch, D features, M hidden features, C channels; T stands for any leading dimensions.
 """
@@ -23,7 +23,7 @@ _plain = False
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Compute every layer in ordinary PyTorch: what tracers can follow, and what the tests compare with."""
+    """Compute all layers in ordinary PyTorch, for tracers and as a reference in tests."""
     global _plain
     before, _plain = _plain, True
     try:
@@ -41,16 +41,16 @@ def is_plain() -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would multiply ``x``: autocast's where it is on, which leaves float64 alone."""
+    """Return the dtype in which a linear layer multiplies ``x``: autocast's if enabled, except for float64."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def layer_scaled(gamma: Tensor, layer: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
-    """LayerScale: ``gamma`` [D] * ``layer(x, *inputs)``, as a part of the layer's last weights.
+    """LayerScale: ``gamma`` [D] * ``layer(x, *inputs)``, with gamma folded into the last weights of the layer.
 
-    In float16 gamma multiplies the output: a weight of 0.02 times 1e-5, the start of deep networks, has two bits left.
+    In float16 gamma multiplies the output instead: the folded initial weights (0.02 * 1e-5) would have two bits left.
     """
     if _plain or product_dtype(x) is torch.float16:
         return gamma * layer(x, *inputs)
@@ -58,7 +58,7 @@ def layer_scaled(gamma: Tensor, layer: nn.Module, x: Tensor, *inputs: Any) -> Te
 
 
 def fold_layer_scale(layer_scale: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [D, ...] and bias [D] of a layer whose output ``layer_scale`` [D] multiplies."""
+    """Multiply weight [D, ...] and bias [D] of a layer by ``layer_scale`` [D]."""
     if layer_scale is None:
         return weight, bias
     return layer_scale.view(-1, *[1] * (weight.ndim - 1)) * weight, layer_scale * bias
@@ -68,7 +68,7 @@ def fold_layer_scale(layer_scale: Tensor | None, weight: Tensor, bias: Tensor) -
 
 
 def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, layer_scale: Tensor | None = None) -> Tensor:
-    """``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; x and the hidden layer before GELU stay in memory."""
+    """Compute ``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; keeps x and the hidden layer before GELU for backward."""
     if _plain:
         return F.linear(F.gelu(fc1(x)), *fold_layer_scale(layer_scale, fc2.weight, fc2.bias))
     return _Mlp.apply(x.to(product_dtype(x)), fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer_scale)
@@ -82,7 +82,7 @@ class _Mlp(torch.autograd.Function):
         low = x.dtype
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.linear(x, weight1.to(low), bias1.to(low))
-            weight, bias = fold_layer_scale(gamma, weight2, bias2)  # folded here, it is not kept
+            weight, bias = fold_layer_scale(gamma, weight2, bias2)  # folded here, so that autograd does not keep it
             out = F.linear(F.gelu(hidden), weight.to(low), bias.to(low))
         ctx.save_for_backward(x, hidden, weight1, weight2, bias2, gamma)
         return out
@@ -106,18 +106,18 @@ class _Mlp(torch.autograd.Function):
         return grad_x, grad_weight1, grad_hidden.sum(dim=0).to(full), grad_weight2, grad_bias2, grad_gamma
 
 
-# ---- Stem and LPI: of BatchNorm, GELU and the second convolution the input alone stays in memory
+# ---- Stem and LPI: of BatchNorm, GELU and the second convolution, only the input is kept for backward
 
 
 def norm_gelu(x: Tensor, norm: nn.Module) -> Tensor:
-    """``GELU(norm(x))`` of [B, C, h, w]: the largest maps of the network are in the stem."""
+    """Compute ``GELU(norm(x))`` of [B, C, h, w]."""
     if not _can_be_recomputed(norm):
         return F.gelu(norm(x))
     return _NormGelu.apply(x, norm, norm.weight, norm.bias)
 
 
 def gelu_norm_conv(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise 3x3 convolution of ``norm(GELU(x))``, [B, C, h, w] -> [B, C, h, w]."""
+    """Compute a depthwise 3x3 convolution of ``norm(GELU(x))``, [B, C, h, w] -> [B, C, h, w]."""
     if not _can_be_recomputed(norm):
         return F.conv2d(norm(F.gelu(x)), weight, bias, padding=1, groups=x.shape[1])
     low = product_dtype(x)
@@ -125,8 +125,8 @@ def gelu_norm_conv(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor) -> 
 
 
 def _can_be_recomputed(norm: nn.Module) -> bool:
-    """Whether ``norm`` is PyTorch's own BatchNorm, in training and under autograd. Not under torch.compile, which
-    chooses by itself what it keeps."""
+    """Whether ``norm`` is PyTorch's BatchNorm in training mode, with autograd, without torch.compile (which decides on
+    recomputation itself)."""
     return (
         not _plain
         and type(norm) is nn.BatchNorm2d
@@ -139,21 +139,21 @@ def _can_be_recomputed(norm: nn.Module) -> bool:
 
 
 def _normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """``norm(x)``, running statistics included."""
+    """Compute ``norm(x)`` and update its running statistics."""
     norm.num_batches_tracked += 1  # type: ignore[operator,assignment]
     settings = norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
     return torch.native_batch_norm(x, norm.weight, norm.bias, *settings)[0]  # type: ignore[arg-type]
 
 
 def _normalise_again(x: Tensor, gain: Tensor, offset: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same bits without running statistics; also the batch's mean and 1 / std, for :func:`_norm_backward`."""
+    """Recompute ``norm(x)`` bit for bit without running statistics; also return mean and 1 / std of the batch."""
     return torch.native_batch_norm(x, gain, offset, None, None, True, 0.0, eps)
 
 
 def _norm_backward(
     grad: Tensor, x: Tensor, gain: Tensor, mean: Tensor, inverse_std: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, gain and offset."""
+    """Return the gradients of x, gain and offset."""
     return aten.native_batch_norm_backward(grad, x, gain, None, None, mean, inverse_std, True, eps, [True] * 3)
 
 
@@ -170,7 +170,7 @@ class _NormGelu(torch.autograd.Function):
         x, gain, offset = ctx.saved_tensors
         normed, mean, inverse_std = _normalise_again(x, gain, offset, ctx.eps)
         grad_normed = aten.gelu_backward(grad, normed)
-        del normed  # before the next map of its size is made
+        del normed  # free it before the next allocation of its size
         grad_x, grad_gain, grad_offset = _norm_backward(grad_normed, x, gain, mean, inverse_std, ctx.eps)
         return grad_x, None, grad_gain, grad_offset
 

@@ -13,15 +13,14 @@ from dino_xcit.models.fused import product_dtype
 
 
 class _ProductWithUnitRows(torch.autograd.Function):
-    """x @ (g * v / |v|)^T without ever making g * v / |v|, which for 65,536 prototypes is as large as the backbone.
+    """x @ (g * v / |v|)^T without materialising g * v / |v|, which for 65,536 prototypes is as large as the backbone.
 
-    The lengths of v's rows scale the logits instead, so v is read three times forward and backward and no copy of it
-    in float32 is written.
+    The norms of v's rows scale the logits instead.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
-        # On a CPU, a cast of the prototypes costs more than multiplying a few rows with them in float32.
+        # On a CPU, casting the prototypes costs more than a float32 product with a few rows.
         dtype = x.dtype if x.device.type == "cpu" and len(x) <= 64 else product_dtype(x)
         length = torch.linalg.vector_norm(v, dim=1).clamp_min(1e-12)  # as in torch.nn.functional.normalize
         with torch.autocast(x.device.type, enabled=False):
@@ -36,17 +35,17 @@ class _ProductWithUnitRows(torch.autograd.Function):
         low_x, g, v, low_v, products, length = ctx.saved_tensors
         scale = g.squeeze(1) / length
         scaled = (grad * scale).to(low_x.dtype)
-        along = (grad * products).sum(dim=0)  # how the loss changes with each logit's scale
+        along = (grad * products).sum(dim=0)  # gradient of each logit's scale
         grad_v = (scaled.T @ low_x).to(v.dtype)
         grad_v.addcmul_(v, (along * scale / length.square())[:, None], value=-1)
         return (scaled @ low_v).to(grad.dtype), (along / length)[:, None], grad_v
 
 
 class Prototypes(nn.Module):
-    """A linear layer without bias whose rows are ``weight_g * weight_v / |weight_v|``; float32 at least.
+    """Weight-normalised linear layer without bias: rows are ``weight_g * weight_v / |weight_v|``, at least float32.
 
-    The two names are those of ``torch.nn.utils.weight_norm``, under which every published head is stored. The
-    direction keeps the default initialisation of ``nn.Linear``: only its *length* acts, as an inverse learning rate.
+    Parameter names are those of ``torch.nn.utils.weight_norm``, as in published heads. ``weight_v`` has the default
+    initialisation of ``nn.Linear``; its norm acts as an inverse learning rate.
     """
 
     def __init__(self, in_dim: int, out_dim: int, train_length: bool) -> None:
@@ -84,7 +83,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mlp(x)
-        # Unit length is a sum over 256 products: float32 at least, also under autocast.
+        # Normalise in at least float32, also under autocast: the norm sums many products.
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 

@@ -13,18 +13,18 @@ from dino_xcit.errors import InputError
 
 
 class MultiCropOutput(NamedTuple):
-    """What :class:`MultiCropWrapper` returns; rows are view-major: all samples of view 0, then of view 1, ..."""
+    """Output of :class:`MultiCropWrapper`; rows are view-major: all samples of view 0, then of view 1, ..."""
 
     logits: Tensor
-    """[V * B, K], of the head."""
+    """[V * B, K], output of the head."""
     features: Tensor
-    """[V * B, D], the backbone's class tokens."""
+    """[V * B, D], class tokens of the backbone."""
 
 
 class MultiCropWrapper(nn.Module):
-    """Backbone and head: student and teacher are one of these each.
+    """Backbone and head of the student or the teacher.
 
-    The backbone runs once for each crop size, so that BatchNorm sees each size apart; the head runs once over all.
+    The backbone runs once per crop size, so BatchNorm statistics are per size; the head runs once over all views.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -36,7 +36,12 @@ class MultiCropWrapper(nn.Module):
     def forward(
         self, crops: Sequence[Tensor], drop_path_keys: Sequence[Tensor | None] | None = None
     ) -> MultiCropOutput:
-        """``crops``: one tensor a crop size, [views of that size * B, 3, size, size]; keys to match, or None."""
+        """Run the network over all views.
+
+        Args:
+            crops: one tensor per crop size, [views of that size * B, 3, size, size].
+            drop_path_keys: one tensor [views of that size * B] or None per crop size.
+        """
         if drop_path_keys is None:
             drop_path_keys = [None] * len(crops)
         features = torch.cat([self._features(crop, keys) for crop, keys in zip(crops, drop_path_keys, strict=True)])

@@ -1,4 +1,4 @@
-"""Any timm model as a backbone (``timm:NAME``), behind the same output. B batch, N tokens, D features."""
+"""timm models as backbones (``timm:NAME``). B batch, N tokens, D features."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dino_xcit.models.output import BackboneOutput
 
 
 def build_timm(name: str, drop_path_rate: float = 0.0) -> TimmBackbone:
-    """A fresh model of timm's without its classifier; a pretrained tag in the name (``resnet50.a1_in1k``) is ignored.
+    """Build a timm model with random weights and no classifier; a tag in the name (``resnet50.a1_in1k``) is ignored.
 
     Raises:
-        InputError: timm has no such model; near matches are given.
+        InputError: timm has no such model.
     """
     if not timm.is_model(name):
         known = timm.list_models()
@@ -28,8 +28,8 @@ def build_timm(name: str, drop_path_rate: float = 0.0) -> TimmBackbone:
             f"timm has no model named {name!r}{near_matches(name, known)} (timm {timm.__version__}; "
             "timm.list_models() prints all)"
         )
-    # Crops have several sizes: transformers with a fixed table of positions must interpolate it. Most models take a
-    # drop-path rate, not all.
+    # Transformers must interpolate their position embeddings for several crop sizes. Not all models accept these
+    # options.
     drop_path: dict[str, Any] = {"drop_path_rate": drop_path_rate}
     for options in (drop_path | {"dynamic_img_size": True}, drop_path):
         with contextlib.suppress(TypeError):
@@ -40,9 +40,9 @@ def build_timm(name: str, drop_path_rate: float = 0.0) -> TimmBackbone:
 class TimmBackbone(nn.Module):
     """A timm model without its classifier.
 
-    ``cls_token`` is what the model would give its classifier (class token or pooled map); ``patch_tokens`` its last
-    features without prefix tokens. A timm XCiT normalises and doubles its patch tokens in class attention: ask for
-    ``layers=[-1]`` there to get the last XCA block's.
+    ``cls_token`` is the input of the model's classifier (class token or pooled map); ``patch_tokens`` are its last
+    features without prefix tokens. A timm XCiT normalises and doubles its patch tokens in class attention; use
+    ``layers=[-1]`` for those of the last XCA block.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,17 +55,16 @@ class TimmBackbone(nn.Module):
     def forward(
         self, images: Tensor, layers: Sequence[int] = (), drop_path_keys: Tensor | None = None
     ) -> BackboneOutput:
-        """See :meth:`dino_xcit.models.xcit.XCiT.forward`; ``drop_path_keys`` is not used: timm draws its own masks.
+        """See :meth:`dino_xcit.models.xcit.XCiT.forward`; ``drop_path_keys`` is ignored: timm draws its own masks.
 
-        Of images that are no whole number of patches a plain transformer sees the whole ones, see
-        :func:`whole_patches`.
+        Plain transformers ignore incomplete patches, see :func:`whole_patches`.
 
         Raises:
-            InputError: images of a size that the model cannot take, such as any but one.
+            InputError: the model does not support this image size.
         """
         try:
             return self._features(self._fitted(images), layers)
-        except AssertionError as error:  # how timm's models say it
+        except AssertionError as error:  # timm asserts supported sizes
             raise InputError(
                 f"this model cannot take images of {images.shape[2]} x {images.shape[3]} pixels ({one_line(error)}): "
                 "choose another --eval-crop (run_retrieval.py: --fit centre, or --fit square with --image-size), or "
@@ -74,7 +73,7 @@ class TimmBackbone(nn.Module):
 
     def _fitted(self, images: Tensor) -> Tensor:
         embed = getattr(self.model, "patch_embed", None)
-        # Exactly where timm's embedding would refuse: it neither wants one size nor pads.
+        # These are the cases in which timm's embedding rejects incomplete patches.
         if isinstance(embed, PatchEmbed) and not embed.strict_img_size and not embed.dynamic_img_pad:
             return whole_patches(images, embed.patch_size)
         return images
@@ -89,7 +88,7 @@ class TimmBackbone(nn.Module):
         options |= {"return_prefix_tokens": True} if has_class_token else {}
         features, maps = self.model.forward_intermediates(images, **options)
         output = self._output(features, images)
-        places = [sorted(set(indices)).index(index) for index in indices]  # timm gives each once, in the model's order
+        places = [sorted(set(indices)).index(index) for index in indices]  # timm returns sorted unique layers
         if has_class_token:
             maps, prefixes = zip(*maps, strict=True)
             output.layer_cls = tuple(self.model.norm(prefixes[place][:, 0]) for place in places)
@@ -116,21 +115,20 @@ class TimmBackbone(nn.Module):
 
 
 def whole_patches(images: Tensor, patch: Sequence[int]) -> Tensor:
-    """Images without the last rows and columns that fill no patch, as the patch embedding of DINO's transformers (a
-    convolution of stride and kernel one patch) leaves them out. timm's refuses such images, so that no picture in its
-    own proportions could be shown to one. It is done here, and not where pictures are prepared, because it belongs to
-    the network: an XCiT's stem pads instead.
+    """Crop the rows and columns of incomplete patches.
+
+    The patch embedding of DINO's transformers (a convolution whose stride is its kernel size) ignores them; timm's
+    raises.
 
     Args:
         images: [B, 3, height, width], normalised.
         patch: height and width of a patch.
 
     Returns:
-        [B, 3, h, w], multiples of the patch. A side shorter than one patch is filled up to one with zeros, the mean
-        colour.
+        [B, 3, h, w], multiples of the patch size. A side below one patch is padded with zeros (the mean colour).
     """
     height, width = images.shape[2:]
     if height % patch[0] == 0 and width % patch[1] == 0:
         return images
     rows, columns = (max(1, side // of) * of for side, of in zip((height, width), patch, strict=True))
-    return F.pad(images, (0, columns - width, 0, rows - height))  # a negative number cuts
+    return F.pad(images, (0, columns - width, 0, rows - height))  # negative padding crops

@@ -1,9 +1,9 @@
 """Cross-covariance attention: attention between feature channels, linear in the number of tokens.
 
-XCiT (arXiv 2106.09681), section 3.2. :func:`plain_attention` is the paper's formula. Two paths compute the same with
-backward passes of their own: the direct path makes q, k and v of all tokens, the Gram path one matrix of all tokens.
+XCiT (arXiv 2106.09681), section 3.2. :func:`plain_attention` is the paper's formula. Two paths with custom backward
+passes compute the same: the direct path computes q, k and v of all tokens, the Gram path one Gram matrix per image.
 
-B batch, N tokens, D features, H heads, d = D / H features a head.
+B batch, N tokens, D features, H heads, d = D / H features per head.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dino_xcit.models.fused import product_dtype
 Path = Literal["direct", "gram"]
 
 MIN_LENGTH = 1e-12
-"""The least length that q or k is divided by, as in ``torch.nn.functional.normalize``."""
+"""Lower bound of the norms of q and k, as in ``torch.nn.functional.normalize``."""
 
 
 class XCA(nn.Module):
     """Cross-covariance attention with its projections: [B, N, D] -> [B, N, D]."""
 
     path: Literal["auto", "direct", "gram"] = "auto"
-    """"auto" takes the faster one (:func:`choose`); tests and benchmarks set the others."""
+    """"auto" selects the faster path (:func:`choose`); tests and benchmarks set the others."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class XCA(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layer_scale: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; ``layer_scale`` [D] multiplies the output, as a part of the last projection."""
+        """[B, N, D] -> [B, N, D]; ``layer_scale`` [D] is folded into the output projection."""
         weight, bias = fused.fold_layer_scale(layer_scale, self.proj.weight, self.proj.bias)
         if fused.is_plain():
             return F.linear(plain_attention(self.qkv(x), self.temperature), weight, bias)
@@ -50,23 +50,23 @@ class XCA(nn.Module):
 
 
 def choose(tokens: int, dim: int, dtype: torch.dtype, device_type: str, training: bool) -> Path:
-    """The faster path. The batch does not matter: the Gram matrix is one image's.
+    """Return the faster path. It does not depend on the batch, because Gram matrices are per image.
 
     Args:
         tokens, dim: N, D.
-        dtype: of the products over all tokens (under autocast, autocast's).
-        device_type: "cpu", "cuda" ...; others have the direct path.
-        training: whether a backward pass will follow.
+        dtype: dtype of the products over all tokens (under autocast, autocast's).
+        device_type: "cpu" or "cuda"; other devices use the direct path.
+        training: whether a backward pass follows.
     """
     low = dtype in (torch.bfloat16, torch.float16)
     if device_type == "cpu":
-        # Fitted to D = 64 to 512 on a core with bfloat16 instructions; benchmarks/resolution.py measures it again. The
-        # constant is for the number of operators, the slope for products of D x D matrices, which stay in float32.
+        # Fitted by benchmarks/resolution.py for D = 64 to 512 on a core with bfloat16 instructions. The constant models
+        # the number of operators, the slope the products of D x D matrices, which stay in float32.
         return "gram" if tokens >= (2.5 if low else 1.0) * dim + 256 else "direct"
     if device_type == "cuda":
-        # Not measured: multiplications, in units of D^2. The direct path has 4 N, with the backward pass 12 N; the
-        # other 2 N or 5 N, and 3 D or 8 D in float32, whose rate on an A100 or H100 is a 16th of bfloat16's, or as
-        # TF32 half of it. By this estimate half as much again must be gained.
+        # Estimated, not measured: multiplications in units of D^2. The direct path has 4 N (12 N with the backward
+        # pass), the Gram path 2 N (5 N), plus 3 D (8 D) in float32, which on an A100 or H100 runs at 1/16 of the rate
+        # of bfloat16, or at 1/2 as TF32. Require an estimated speed-up of 1.5.
         as_tf32 = torch.get_float32_matmul_precision() != "highest"
         slowness = (2 if as_tf32 else 16) if low else 1
         direct = 12 * tokens if training else 4 * tokens
@@ -76,24 +76,23 @@ def choose(tokens: int, dim: int, dtype: torch.dtype, device_type: str, training
 
 
 def plain_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
-    """The formula of section 3.2 in ordinary PyTorch; arguments and result of :func:`direct_attention`."""
+    """Compute :func:`direct_attention` by the formula of section 3.2 in ordinary PyTorch."""
     q, k, v = qkv.unflatten(2, (3, len(temperature), -1)).permute(2, 0, 3, 4, 1).unbind(0)  # [B, H, d, N]
     q, k = F.normalize(q, dim=-1, eps=MIN_LENGTH), F.normalize(k, dim=-1, eps=MIN_LENGTH)
     attention = (q @ k.transpose(2, 3) * temperature).softmax(dim=-1)  # [B, H, d, d]
     return (attention @ v).permute(0, 3, 1, 2).flatten(2)
 
 
-# ---- Direct path: autograd would keep q and k in float32, and copy each of them for every product
+# ---- Direct path: unlike autograd, keeps q and k in low precision and does not copy them for every product
 
 
 def direct_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
     """Attention between the channels of each head: softmax(q_hat^T k_hat * temperature) applied to v.
 
-    Lengths, correlations and softmax are float32 at least, also where qkv is not, because a channel's length is a sum
-    over all tokens.
+    Norms, correlations and softmax are at least float32, because the norm of a channel is a sum over all tokens.
 
     Args:
-        qkv: [B, N, 3 * D]: q, then k, then v, heads in order in each of them.
+        qkv: [B, N, 3 * D]: q, k and v, each with its heads in order.
         temperature: [H, 1, 1], learned.
 
     Returns:
@@ -103,7 +102,7 @@ def direct_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
 
 
 class _DirectAttention(torch.autograd.Function):
-    """``correlation`` [B, H, d, d] is q_hat^T k_hat; with q, k, v [B, H, N, d] it is all that backward needs."""
+    """Keeps q, k, v [B, H, N, d], the inverse norms and ``correlation`` [B, H, d, d] = q_hat^T k_hat for backward."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, temperature: Tensor) -> Tensor:
@@ -132,9 +131,9 @@ class _DirectAttention(torch.autograd.Function):
         grad_temperature = along.sum(dim=(0, 2, 3))[:, None, None].to(temperature.dtype)
         grad_correlation, along = grad_scores * temperature, along * temperature
 
-        # C = (q s_q)^T (k s_k) with s = 1 / length: what changes a channel's length only, does not change C.
+        # C = (q s_q)^T (k s_k) with s = 1 / norm does not depend on the norm of a channel, so subtract that component.
         shrink_q, shrink_k = _unclamped(along.sum(dim=-1), scale_q), _unclamped(along.sum(dim=-2), scale_k)
-        if low is torch.float16:  # its range bears unit vectors, not a gradient over two lengths
+        if low is torch.float16:  # a gradient divided by two norms would overflow; unit vectors do not
             unit_q, unit_k = _unit(q, scale_q), _unit(k, scale_k)
             grad_correlation = grad_correlation.to(low)
             grad_q = unit_k @ grad_correlation.mT - unit_q * shrink_q[:, :, None]
@@ -150,32 +149,32 @@ class _DirectAttention(torch.autograd.Function):
 
 
 def _packed(x: Tensor) -> Tensor:
-    """[..., B, H, N, d], contiguous, or each product would copy it. A single image is multiplied as it lies."""
+    """Make [..., B, H, N, d] contiguous, otherwise each product copies it; a single image needs no copy."""
     return x if x.shape[-4] == 1 else x.contiguous()
 
 
 def _inverse_lengths(x: Tensor) -> Tensor:
-    """[B, H, N, d] to 1 / length over the tokens, [B, H, d], float32 at least."""
+    """Return 1 / norm over the tokens of [B, H, N, d]: [B, H, d], at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.is_cuda:
         return torch.linalg.vector_norm(x, dim=2, dtype=wide).clamp_min(MIN_LENGTH).reciprocal()
-    # On a CPU vector_norm takes ten times as long.
+    # vector_norm takes ten times as long on a CPU.
     return x.to(wide).square().sum(dim=2).clamp_min(MIN_LENGTH**2).rsqrt()
 
 
 def _unclamped(along: Tensor, scale: Tensor) -> Tensor:
-    """What a channel's length takes away from its gradient; nothing where the length was clamped."""
+    """Zero the norm component of the gradient where the norm was clamped."""
     return torch.where(scale < 0.999 / MIN_LENGTH, along, 0.0)
 
 
 def _unit(x: Tensor, scale: Tensor) -> Tensor:
-    """[B, H, N, d] with channels of length 1, in x's dtype; a short one's scale would leave float16's range."""
+    """Normalise the channels of [B, H, N, d] in float32 (the scale can exceed float16), and cast to x's dtype."""
     return (x * scale[:, :, None]).to(x.dtype)
 
 
 def _correlation(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor) -> Tensor:
-    """q_hat^T k_hat, [B, H, d, d]. The scales go to whichever is smaller, the N x d factors or the d x d product."""
-    if q.dtype is torch.float16 or q.shape[2] <= q.shape[3]:  # in float16 a sum over many tokens could overflow
+    """Compute q_hat^T k_hat, [B, H, d, d]; scales the smaller of the N x d factors and the d x d product."""
+    if q.dtype is torch.float16 or q.shape[2] <= q.shape[3]:  # a float16 sum over many tokens could overflow
         return (_unit(q, scale_q).mT @ _unit(k, scale_k)).to(scale_q.dtype)
     return (q.mT @ k).to(scale_q.dtype) * scale_q[..., :, None] * scale_k[..., None, :]
 
@@ -185,23 +184,23 @@ def _correlation(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor) -> Tens
 # q, k and v are linear in the tokens, and attention between channels is linear in v. So for one image with normalised
 # tokens X [N, D], their mean m and G = (X - m)^T (X - m) [D, D], and with b = bias + W m for each of q, k and v,
 #
-#     q_h^T k_h = Wq_h G Wk_h^T + N bq_h bk_h^T        (the lengths of q and k: the same with q = k, its diagonal)
-#     A_h       = softmax(temperature_h * q_h^T k_h / lengths)
+#     q_h^T k_h = Wq_h G Wk_h^T + N bq_h bk_h^T        (the squared norms are the diagonals for q = k)
+#     A_h       = softmax(temperature_h * q_h^T k_h / norms)
 #     output    = (X - m) P^T + p,  P = Wproj blockdiag(A_h) Wv,  p = Wproj blockdiag(A_h) bv + bproj
 #
-# is exact, and q, k and v never exist. Two products of the size of all tokens remain of more than four, five of more
-# than twelve with the backward pass, and of the activations only the centred tokens. The price is products of D x D
-# matrices for each image: it pays where tokens are many (``choose``).
+# is exact and does not materialise q, k and v. It needs 2 products over all tokens instead of 4 (5 instead of 12 with
+# the backward pass), and keeps only the centred tokens. In return it needs products of D x D matrices for each image,
+# so it is faster for many tokens (``choose``).
 #
-# The mean is taken out first because a common part of all tokens would drown the rest of G in rounding. What is D x D
-# is float32 at least, whatever autocast says (on a GPU TF32, where float32 products may be that, as run_pretrain.py has
-# it); only products of all tokens are in the lower precision.
+# The mean is subtracted because a large common component of the tokens would cause rounding errors in G. D x D products
+# are at least float32 regardless of autocast (TF32 on a GPU if enabled, as in run_pretrain.py); only products over all
+# tokens use the lower precision.
 
 
 def gram_attention(
     x: Tensor, temperature: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor
 ) -> Tensor:
-    """XCA with its projections, by the Gram matrix; differentiable once.
+    """XCA with its projections by the Gram path; once differentiable.
 
     Args:
         x: [B, N, D].
@@ -210,7 +209,7 @@ def gram_attention(
         proj_weight, proj_bias: [D, D], [D].
 
     Returns:
-        [B, N, D] in :func:`product_dtype`'s dtype, as from any linear layer.
+        [B, N, D] in the dtype of :func:`product_dtype`, like a linear layer.
     """
     return _GramAttention.apply(x, temperature, qkv_weight, qkv_bias, proj_weight, proj_bias)
 
@@ -226,7 +225,7 @@ class _GramAttention(torch.autograd.Function):
         proj_weight: Tensor,
         proj_bias: Tensor,
     ) -> Tensor:
-        low = product_dtype(x)  # of the products over all tokens
+        low = product_dtype(x)  # dtype of the products over all tokens
         with torch.autocast(x.device.type, enabled=False):
             (batch, tokens, _), heads = x.shape, len(temperature)
             wide = torch.promote_types(low, torch.float32)
@@ -239,8 +238,8 @@ class _GramAttention(torch.autograd.Function):
             biases = torch.addmm(qkv_bias.to(wide), mean, qkv_weight.to(wide).T)  # [B, 3D]
             b_qk, b_v = (part.movedim(-1, 0) for part in _split_heads(biases.T, heads))  # [B, H, 2d], [B, H, d]
 
-            # [B, D, D]. On a CPU a bfloat16 product would round its result (PyTorch 2.15); the float32 product that
-            # computes each pair of channels once takes 1.2 times as long.
+            # [B, D, D]. On a CPU a bfloat16 product rounds its result (PyTorch 2.15), so use float32; exploiting the
+            # symmetry, that takes only 1.2 times as long.
             on_gpu = x.device.type == "cuda"
             gram = _product_over_tokens(centred, centred) if on_gpu else _symmetric_product(wide_centred, wide_centred)
             del wide_centred
@@ -265,7 +264,7 @@ class _GramAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """``d_y`` is the loss's gradient with respect to y, with y's name and shape as in the forward pass."""
+        """``d_y`` is the gradient of the loss with respect to y of the forward pass."""
         centred, mean, b_qk, b_v, wg, squares, cosine, attention, linear, temperature, qkv_weight, proj_weight = (
             ctx.saved_tensors
         )
@@ -291,8 +290,8 @@ class _GramAttention(torch.autograd.Function):
             d_logits = attention * (d_attention - (d_attention * attention).sum(dim=-1, keepdim=True))
             d_temperature = (d_logits * cosine).sum(dim=(0, 2, 3))[:, None, None]
 
-            # ---- cosine = covariance / lengths. Both are y G y'^T + N b_y b_y' for two rows y, y' of [Wq_h; Wk_h]. So
-            # one symmetric matrix [2d, 2d] a head, times those rows, gives the gradients of rows, biases and G.
+            # ---- cosine = covariance / norms. Both are y G y'^T + N b_y b_y' for two rows y, y' of [Wq_h; Wk_h], so a
+            # symmetric matrix [2d, 2d] per head, times those rows, gives the gradients of rows, biases and G.
             d_cosine = d_logits * temperature.to(wide)
             inverse = squares.clamp_min(MIN_LENGTH**2).rsqrt()
             inverse_q, inverse_k = inverse.chunk(2, dim=-1)
@@ -313,7 +312,7 @@ class _GramAttention(torch.autograd.Function):
             # ---- b = bias + W m, and X - m
             d_biases = _join_heads(d_b_qk.movedim(0, -1), d_b_v.movedim(0, -1))  # [3D, B]
             d_qkv_weight = torch.addmm(_join_heads(d_w_qk, d_w_v), d_biases, mean)
-            # Every token is in the mean. Centred tokens sum to zero, so G has no part in this.
+            # The gradient of the mean has no term from G, because centred tokens sum to zero.
             d_mean = (d_biases.T @ qkv_weight.to(wide) - torch.einsum("bi,bij->bj", d_offset, linear.to(wide))) / tokens
             d_x = torch.baddbmm(d_mean.to(grad.dtype)[:, None], centred, d_gram.to(grad.dtype))
             d_x.baddbmm_(grad, linear)
@@ -321,10 +320,10 @@ class _GramAttention(torch.autograd.Function):
 
 
 def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, two [B, N, D] -> [B, D, D], where it is known to be symmetric.
+    """Compute a symmetric a^T b of two [B, N, D]: [B, D, D].
 
-    On a CPU, four panels from the diagonal to the right: 5/8 of the multiplications. A GPU has its product done before
-    so many small ones were started.
+    On a CPU, compute four panels from the diagonal to the right, with 5/8 of the multiplications. On a GPU the launches
+    of several small products take longer than one product.
     """
     if a.device.type == "cuda":
         return torch.bmm(a.mT, b)
@@ -339,22 +338,22 @@ def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product_over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, two [B, N, D] -> [B, D, D], float32 at least."""
+    """Compute a^T b of two [B, N, D]: [B, D, D], at least float32."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return torch.bmm(a.mT, b)
     if a.device.type == "cuda":
         return torch.bmm(a.mT, b, out_dtype=torch.float32)
-    if a.dtype is torch.float16:  # its range ends at 65504
+    if a.dtype is torch.float16:  # the sums can exceed 65504
         return torch.bmm(a.mT.to(torch.float32), b.to(torch.float32))
     return torch.bmm(a.mT, b).to(torch.float32)
 
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """[3 D, *] to what makes q and k, [H, 2d, *], q's rows first, and what makes v, [H, d, *]."""
+    """Split [3 D, *] into the rows of q and k, [H, 2d, *], and of v, [H, d, *]."""
     q, k, v = qkv.unflatten(0, (3, heads, -1)).unbind(0)
     return torch.cat((q, k), dim=1), v
 
 
 def _join_heads(qk: Tensor, v: Tensor) -> Tensor:
-    """The way back: [H, 2d, *] and [H, d, *] to [3 D, *]."""
+    """Inverse of :func:`_split_heads`: [H, 2d, *] and [H, d, *] to [3 D, *]."""
     return torch.stack((*qk.chunk(2, dim=1), v)).flatten(0, 2)

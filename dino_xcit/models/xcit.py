@@ -1,12 +1,10 @@
-"""XCiT (arXiv 2106.09681) with the state-dict names of every published checkpoint.
+"""XCiT (arXiv 2106.09681) with the state-dict keys of the published checkpoints.
 
-B batch, N tokens, D features, H heads, d = D / H features a head. Images are [B, 3, height, width] of any size; the
+B batch, N tokens, D features, H heads, d = D / H features per head. Images are [B, 3, height, width] of any size; the
 grid of tokens is ceil(height / patch) x ceil(width / patch).
 
-Tokens are kept as [B, N, D]. Seen as an image [B, D, h, w] that memory is already channels-last, so the convolutions
-of the local patch interaction read and write it without a copy.
-
-fused.py and xca.py compute what is written here with less memory; under ``fused.plain()`` in ordinary PyTorch.
+Tokens are [B, N, D], which is the channels-last layout of [B, D, h, w], so the convolutions of the local patch
+interaction need no copy. fused.py and xca.py have memory-saving implementations of the layers.
 """
 
 from __future__ import annotations
@@ -39,15 +37,15 @@ Masks = tuple[DropPathMask | None, DropPathMask | None, DropPathMask | None]
 
 @dataclass(frozen=True)
 class XCiTSize:
-    """What distinguishes one XCiT from another (paper, table 1, and the official model definitions)."""
+    """Sizes of an XCiT (paper, table 1, and the official model definitions)."""
 
     dim: int
     depth: int
     heads: int
     layer_scale: float
-    """Start value of LayerScale (eta in the paper)."""
+    """Initial LayerScale (eta in the paper)."""
     tokens_norm: bool = True
-    """Whether class attention's second norm covers all tokens (all published models but nano) or CLS alone."""
+    """Whether the second norm of class attention covers all tokens (all published models but nano) or CLS only."""
     class_blocks: int = 2
     mlp_ratio: int = 4
 
@@ -72,7 +70,7 @@ PATCH_SIZES = (4, 8, 16)
 
 
 class ConvPatchEmbed(nn.Module):
-    """Images to tokens by log2(patch) convolutions of stride 2 with BatchNorm, GELU between; widths double up to D."""
+    """Patch embedding by log2(patch) convolutions of stride 2 with BatchNorm and GELU; widths double up to D."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -95,7 +93,7 @@ class ConvPatchEmbed(nn.Module):
 
 
 class PositionalEncodingFourier(nn.Module):
-    """Sines and cosines of the relative position in the grid, projected to D features; works for any grid."""
+    """Sines and cosines of the relative position in the grid, projected to D features; for any grid."""
 
     hidden_dim = 32
     temperature = 10000.0
@@ -105,7 +103,7 @@ class PositionalEncodingFourier(nn.Module):
         self.token_projection = nn.Conv2d(2 * self.hidden_dim, dim, kernel_size=1)
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        """[1, N, D] for a grid of (h, w) tokens."""
+        """Return the encoding [1, N, D] of a grid of (h, w) tokens."""
         height, width = grid
         weight = self.token_projection.weight
         rows = self._waves(height, weight.device)[:, None].expand(-1, width, -1)
@@ -114,7 +112,7 @@ class PositionalEncodingFourier(nn.Module):
         return self.token_projection(code).flatten(2).transpose(1, 2)
 
     def _waves(self, length: int, device: torch.device) -> Tensor:
-        """[length, 32]: interleaved sin, cos of 16 frequencies of the 1-based position scaled to (0, 2 pi]."""
+        """Return [length, 32]: interleaved sin, cos of 16 frequencies of the 1-based position scaled to (0, 2 pi]."""
         position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
         position = position / (length + 1e-6) * (2 * math.pi)
         pair = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=device)
@@ -122,12 +120,12 @@ class PositionalEncodingFourier(nn.Module):
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
-# ---- The layers (XCA: xca.py). Each takes the LayerScale [D] that multiplies its output, see fused.layer_scaled.
+# ---- Layers (XCA is in xca.py). Each takes the LayerScale [D] of its output, see fused.layer_scaled.
 
 
 class LPI(nn.Module):
-    """Local patch interaction, [B, N, D] -> [B, N, D]: neighbouring tokens talk by two depthwise 3x3 convolutions with
-    GELU and BatchNorm between (section 3.3)."""
+    """Local patch interaction, [B, N, D] -> [B, N, D]: two depthwise 3x3 convolutions with GELU and BatchNorm between
+    (section 3.3)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -143,7 +141,7 @@ class LPI(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between, over the last dimension."""
+    """Two linear layers with GELU between."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -155,7 +153,7 @@ class Mlp(nn.Module):
 
 
 class XCABlock(nn.Module):
-    """x + XCA, then x + LPI, then x + MLP, each behind a LayerNorm and scaled by a LayerScale vector."""
+    """x + XCA, then x + LPI, then x + MLP, each with LayerNorm and LayerScale."""
 
     def __init__(self, size: XCiTSize) -> None:
         super().__init__()
@@ -169,22 +167,22 @@ class XCABlock(nn.Module):
         self.gamma1, self.gamma2, self.gamma3 = (nn.Parameter(torch.full((dim,), size.layer_scale)) for _ in range(3))
 
     def forward(self, x: Tensor, grid: tuple[int, int], masks: Masks = (None, None, None)) -> Tensor:
-        """``masks``: which samples drop which of the three branches; None: none."""
+        """``masks``: stochastic depth of the three branches; None: keep all samples."""
         xca, lpi, mlp = masks
         x = add_residual(x, lambda rows: layer_scaled(self.gamma1, self.attn, self.norm1(rows)), xca)
-        # BatchNorm is over all samples, whether they keep the branch or not.
+        # LPI has BatchNorm, so it runs on all samples, including those that drop the branch.
         x = add_residual(x, lambda rows: layer_scaled(self.gamma3, self.local_mp, self.norm3(rows), grid), lpi, False)
         return add_residual(x, lambda rows: layer_scaled(self.gamma2, self.mlp, self.norm2(rows)), mlp)
 
 
-# ---- Class attention (CaiT, arXiv 2103.17239): the patch tokens are gathered into the class token
+# ---- Class attention (CaiT, arXiv 2103.17239)
 
 
 class ClassAttention(nn.Module):
-    """Attention in which the class token alone asks.
+    """Attention with the class token as the only query.
 
-    With a single query neither keys nor values need be made: q^T (W_k x) is (W_k^T q)^T x, and a weighted mean of
-    W_v x is W_v times the weighted mean of x. So a token costs 2 H D multiplications instead of 2 D^2.
+    With a single query, keys and values need not be computed: q^T (W_k x) is (W_k^T q)^T x, and a weighted mean of
+    W_v x is W_v times the weighted mean of x. A token costs 2 H D multiplications instead of 2 D^2.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -195,12 +193,12 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, cls_token: Tensor, patches: Tensor) -> Tensor:
-        """[B, 1, D] and [B, N, D] -> [B, 1, D]; the class token attends to itself, too."""
+        """[B, 1, D] and [B, N, D] -> [B, 1, D]; the class token also attends to itself."""
         weight_q, weight_k, weight_v = self.qkv.weight.chunk(3)
-        bias_q, _, bias_v = self.qkv.bias.chunk(3)  # the keys' adds the same to all scores, which softmax does not see
+        bias_q, _, bias_v = self.qkv.bias.chunk(3)  # softmax cancels the bias of the keys
         q = self._by_head(F.linear(cls_token, weight_q, bias_q) * self.scale)
-        asked = (q @ self._rows_by_head(weight_k)).transpose(0, 1)  # [B, H, D]
-        scores = torch.cat((asked @ cls_token.transpose(1, 2), asked @ patches.transpose(1, 2)), dim=2)
+        query = (q @ self._rows_by_head(weight_k)).transpose(0, 1)  # [B, H, D]
+        scores = torch.cat((query @ cls_token.transpose(1, 2), query @ patches.transpose(1, 2)), dim=2)
         attention = scores.softmax(dim=-1)
         mean = attention[:, :, :1] @ cls_token + attention[:, :, 1:] @ patches  # [B, H, D]
         out = mean.transpose(0, 1) @ self._rows_by_head(weight_v).transpose(1, 2)  # [H, B, d]
@@ -216,11 +214,11 @@ class ClassAttention(nn.Module):
 
 
 class ClassAttentionBlock(nn.Module):
-    """Gathers the patch tokens into the class token; the patch tokens pass through a norm and a residual only.
+    """Class attention and MLP on the class token; patch tokens only get a norm and a residual.
 
-    Two facts of the published models are kept because their weights depend on them: patch tokens receive
-    gamma1 * norm1(x) as if they had been attended to, and with ``tokens_norm`` the second norm replaces x for every
-    token, after which the last residual doubles the patch tokens.
+    Reproduces two quirks of the published models, on which their weights depend: patch tokens receive
+    gamma1 * norm1(x) as if they were the output of the attention, and with ``tokens_norm`` the second norm replaces x
+    for all tokens, after which the last residual doubles the patch tokens.
     """
 
     def __init__(self, size: XCiTSize) -> None:
@@ -234,8 +232,8 @@ class ClassAttentionBlock(nn.Module):
         self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), size.layer_scale)) for _ in range(2))
 
     def forward(self, cls_token: Tensor, patches: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """Class token [B, 1, D] and patch tokens [B, N, D] to the same. The ``last`` block returns the patch tokens as
-        they came, because they have no reader."""
+        """Update class token [B, 1, D] and patch tokens [B, N, D]. The ``last`` block returns the patch tokens
+        unchanged, because they are not used."""
         normed_cls, normed = self.norm1(cls_token), self.norm1(patches)
         cls_token = self.norm2(cls_token + self.gamma1 * self.attn(normed_cls, normed))
         cls_token = cls_token + self.gamma2 * self.mlp(cls_token)
@@ -249,26 +247,26 @@ class ClassAttentionBlock(nn.Module):
 
 
 class XCiT(nn.Module):
-    """The backbone: images [B, 3, height, width] -> :class:`BackboneOutput`, alike in train and eval mode.
+    """XCiT backbone: images [B, 3, height, width] -> :class:`BackboneOutput` in train and eval mode.
 
     Args:
         size: widths and depths.
         patch_size: 4, 8 or 16 (published models: 8 and 16).
-        drop_path_rate: probability that a residual branch of an XCA block is dropped for a sample while training;
-            one constant for all blocks, none in class attention, as in the official code.
+        drop_path_rate: probability of dropping a residual branch of an XCA block for a sample in training; constant
+            over blocks and none in class attention, as in the official code.
     """
 
     def __init__(self, size: XCiTSize, patch_size: int, drop_path_rate: float = 0.0) -> None:
         super().__init__()
         if patch_size not in PATCH_SIZES:
-            raise ValueError(f"patch_size is {patch_size}, but the convolutional stem exists for 4, 8 and 16")
+            raise ValueError(f"patch_size is {patch_size}, expected 4, 8 or 16")
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 <= drop_path_rate < 1")
         self.embed_dim = size.dim
         self.patch_size = patch_size
         self.drop_path_rate = drop_path_rate
         self.activation_checkpointing = False
-        """Whether stem and XCA blocks are computed again in the backward pass instead of kept."""
+        """Whether to recompute the stem and the XCA blocks in the backward pass."""
         self.compiled = False
         self.patch_embed = ConvPatchEmbed(patch_size, size.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
@@ -286,19 +284,19 @@ class XCiT(nn.Module):
 
         Args:
             images: [B, 3, height, width], normalised.
-            layers: indices of XCA blocks (negative ones count from the end) whose patch tokens are wanted.
-            drop_path_keys: [B] int64; while training with drop-path, what sample i drops follows from key i alone.
-                Without keys it follows from torch's default generator.
+            layers: indices of XCA blocks (negative: from the end) whose patch tokens to return.
+            drop_path_keys: [B] int64; the drop-path masks of sample i are a function of key i. None: drawn from torch's
+                default generator.
         """
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         x, grid = recomputed(self.patch_embed, self.patch_embed, images) if recompute else self.patch_embed(images)
-        # The residual stream has the parameters' dtype, also under autocast.
+        # Keep the residual stream in the dtype of the parameters, also under autocast.
         x = x.to(self.cls_token.dtype) + self.pos_embeder(grid)
         masks = self._drop_path_masks(x, drop_path_keys)
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            # Compiled code is for the sizes of training; evaluation has others.
+            # Blocks are compiled for the sizes of training only.
             call = block.forward if self.compiled and not self.training else block
             inputs = (x, grid, masks[index])
             x = recomputed(block, call, *inputs) if recompute else call(*inputs)
@@ -310,16 +308,18 @@ class XCiT(nn.Module):
         return BackboneOutput(self.norm(cls_token[:, 0]), x, grid, tuple(kept[index] for index in wanted))
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Let torch.compile make the XCA blocks' kernels for each shape that training has; in evaluation they run as
-        they are. Stochastic depth then multiplies dropped branches by 0: shapes must not change from step to step."""
+        """Compile the XCA blocks with torch.compile for each shape in training; evaluation runs them eagerly.
+
+        Stochastic depth then multiplies dropped branches by 0, because shapes must not change between steps.
+        """
         self.compiled = True
-        # Each block is a graph of its own. Dynamo would cut it where DistributedDataParallel's messages end.
+        # Each block is one graph; Dynamo must not split it at the buckets of DistributedDataParallel.
         torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
         for block in self.blocks:
             block.compile(backend=backend, dynamic=False)
 
     def _drop_path_masks(self, x: Tensor, keys: Tensor | None) -> list[Masks]:
-        """For each branch of each block."""
+        """Return the masks of each branch of each block."""
         if not self.training or self.drop_path_rate == 0.0:
             return [(None, None, None)] * len(self.blocks)
         if keys is None:
@@ -330,7 +330,7 @@ class XCiT(nn.Module):
 
 
 def _init_linear(module: nn.Module) -> None:
-    """Truncated normal of std 0.02 for linear layers; convolutions keep PyTorch's default (official code)."""
+    """Truncated normal with std 0.02 for linear layers; convolutions keep PyTorch's default (as the official code)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -340,10 +340,10 @@ def _init_linear(module: nn.Module) -> None:
 
 
 def recomputed(block: nn.Module, call: Callable[..., Any], *inputs: Any) -> Any:
-    """``call(*inputs)``, a forward pass of ``block``, of which nothing but the inputs stays in memory.
+    """Run ``call(*inputs)``, a forward pass of ``block``, with activation checkpointing.
 
-    BatchNorm's running statistics change once, although the block runs twice. Nothing in a block draws from PyTorch's
-    generators (stochastic depth comes with the inputs), so their state need not be kept.
+    BatchNorm's running statistics are updated once although the block runs twice. Blocks do not use PyTorch's random
+    generators (the drop-path masks are inputs), so their state is not saved.
     """
     contexts = nullcontext(), _running_statistics_left_alone(block)
     return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
@@ -351,7 +351,7 @@ def recomputed(block: nn.Module, call: Callable[..., Any], *inputs: Any) -> Any:
 
 @contextmanager
 def _running_statistics_left_alone(block: nn.Module) -> Iterator[None]:
-    """What changes in the meantime is a copy of the buffers: PyTorch checks that as many tensors are used again."""
+    """Redirect buffer updates to copies. Not skipped, because checkpointing needs the same number of saved tensors."""
     originals = [(module, module._buffers) for module in block.modules()]
     try:
         for module, buffers in originals:

@@ -1,1 +1,1 @@
-"""The processes of a run, its health, its metrics, and files that are complete or absent."""
+"""Ranks, run health, metrics, logging and atomic files."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their target, flushed to the disk, read back, then renamed."""
+"""Atomic file writes: write to a temporary file, flush to disk, read back, rename."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import torch
 
 @dataclass(frozen=True)
 class Digest:
-    """What a file must look like to be the one that was written."""
+    """Size and hash of a file."""
 
     size: int
     """Bytes."""
     sha256: str
-    """In hexadecimal."""
+    """Hexadecimal."""
 
 
 class DamagedWrite(OSError):
-    """What the disk gave back is not what was written."""
+    """The file read back differs from the data written."""
 
 
 class _HashingFile:
-    """A file being written that knows the digest of what it was given."""
+    """A writable file that hashes its input."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash, self._size = file, hashlib.sha256(), 0
@@ -48,10 +48,10 @@ class _HashingFile:
 
 
 def write(path: Path, fill: Callable[[Any], object]) -> Digest:
-    """Let ``fill(file)`` write a file that appears at ``path`` whole or not at all, a crash of the machine included.
+    """Write a file atomically with ``fill(file)``; a crash of the machine leaves the old file or the new one.
 
     Raises:
-        OSError: it could not be written (a full disk, say), or reads back otherwise; ``path`` is as it was.
+        OSError: the file cannot be written (such as on a full disk) or is damaged; ``path`` is unchanged.
     """
     aside = aside_of(path)
     try:
@@ -60,17 +60,17 @@ def write(path: Path, fill: Callable[[Any], object]) -> Digest:
             fill(hashing)
             file.flush()
             os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk, not from memory
+            if hasattr(os, "posix_fadvise"):  # read back from the disk, not from the page cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         written = hashing.digest()
         if digest_of(aside) != written:
-            raise DamagedWrite(0, "the file reads back otherwise than it was written", str(aside))
+            raise DamagedWrite(0, "the file differs from the data written", str(aside))
         os.replace(aside, path)
     except BaseException as error:
-        # Where the disk is broken even removing may fail: what went wrong first is what matters.
+        # On a broken disk, removing may fail too; report the first error.
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        # torch.save hides the file's own error, such as a full disk, behind an "unexpected pos" of its archive.
+        # torch.save hides the OSError, such as a full disk, behind "unexpected pos".
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -89,7 +89,7 @@ def write_json(path: Path, value: object) -> Digest:
 
 
 def give_name(file: Path, name: Path) -> None:
-    """Make ``name`` another name of ``file``, in one step: a hard link, or a copy where the file system has none."""
+    """Atomically make ``name`` a hard link to ``file``, or a copy if the file system has no hard links."""
     aside = aside_of(name)
     aside.unlink(missing_ok=True)
     try:
@@ -99,30 +99,30 @@ def give_name(file: Path, name: Path) -> None:
             write(name, lambda copy: shutil.copyfileobj(original, copy, 1 << 20))
         return
     os.replace(aside, name)
-    aside.unlink(missing_ok=True)  # rename(2) leaves both names where they already are the same file
+    aside.unlink(missing_ok=True)  # rename(2) does nothing if both names are the same file
     flush_folder(name.parent)
 
 
 def digest_of(path: Path) -> Digest:
-    """Of a file on the disk."""
+    """Return the digest of a file on disk."""
     with open(path, "rb") as file:
         return Digest(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def aside_of(path: Path) -> Path:
-    """Where a file stays until it is whole."""
+    """Return the temporary path of a file while it is written."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written. Call it only where nobody else writes."""
+    """Remove temporary files of killed processes. The caller must be the only writer."""
     for left in folder.glob(".*.tmp"):
         if left.is_file():
             left.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename durable: on POSIX the folder's entry is data too."""
+    """Flush a folder, which makes a rename in it durable on POSIX."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

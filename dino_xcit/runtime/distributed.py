@@ -1,4 +1,4 @@
-"""Ranks, collectives and process start-up. Every function also works in a single process."""
+"""Ranks, collectives and process start-up. All functions also work in a single process."""
 
 from __future__ import annotations
 
@@ -29,46 +29,46 @@ from dino_xcit.errors import LESS_MEMORY, LOST, STOP_SIGNALS, InputError, RunSto
 
 
 def rank() -> int:
-    """This process's number, 0-based; 0 without torchrun."""
+    """Return the rank of this process; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes the run has; 1 without torchrun."""
+    """Return the number of ranks; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process writes files and logs."""
+    """Whether this is rank 0, which writes files and logs."""
     return rank() == 0
 
 
 def processes_here() -> int:
-    """How many processes of this run share this machine; 1 without torchrun."""
+    """Return the number of ranks on this machine; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def choose_device(wanted: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` to this process's device; on a GPU, the one that torchrun's LOCAL_RANK names.
+    """Return the device of this rank for ``auto``, ``cpu`` or ``cuda``; LOCAL_RANK selects the GPU.
 
     Raises:
-        InputError: a GPU was asked for, or more of them than there are.
+        InputError: there is no GPU, or fewer than ranks on this machine.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    queued = "SUBMITIT_EXECUTOR" in os.environ  # by run_slurm.py
+    queued = "SUBMITIT_EXECUTOR" in os.environ  # started by run_slurm.py
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        asked = ", or give run_slurm.py --gpus-per-node" if queued else ""
-        raise InputError(f"device is cuda, but PyTorch sees no GPU: use --device cpu, or install a CUDA build{asked}")
+        slurm = ", or give run_slurm.py --gpus-per-node" if queued else ""
+        raise InputError(f"device is cuda, but PyTorch finds no GPU: use --device cpu, or install a CUDA build{slurm}")
     if local >= torch.cuda.device_count():
-        there = torch.cuda.device_count()
+        count = torch.cuda.device_count()
         remedy = (
             f"give run_slurm.py --gpus-per-node {local + 1} or more, or leave --tasks-per-node out"
             if queued
-            else f"lower torchrun's --nproc-per-node to {there}"
+            else f"lower torchrun's --nproc-per-node to {count}"
         )
-        raise InputError(f"process {local} on this machine has no GPU: PyTorch sees {there}; {remedy}")
+        raise InputError(f"local rank {local} has no GPU: PyTorch finds {count}; {remedy}")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
@@ -77,34 +77,37 @@ _store: Store | None = None
 
 
 def start(device: torch.device, timeout: float = 1800.0) -> None:
-    """Join the other processes if torchrun started this one; NCCL between GPUs, gloo between CPUs.
+    """Join the process group if torchrun started this process; NCCL on GPUs, gloo on CPUs.
 
     Args:
-        timeout: seconds after which an operation that waits for another process is an error.
+        timeout: seconds after which a collective fails.
     """
     global _store
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        patience = timedelta(seconds=timeout)
-        # What init_process_group does by itself; done here because the store is wanted for more than that.
-        _store, own_rank, world = next(rendezvous("env://", timeout=patience))
+        limit = timedelta(seconds=timeout)
+        # init_process_group could do this itself, but the watchdog also needs the store.
+        _store, own_rank, world = next(rendezvous("env://", timeout=limit))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            _store = _without_what_was_before(_store, own_rank, world, timeout)
+            _store = _fresh_store(_store, own_rank, world, timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("run", _store),
             rank=own_rank,
             world_size=world,
-            timeout=patience,
+            timeout=limit,
             device_id=device if device.type == "cuda" else None,
         )
 
 
-def _without_what_was_before(shared: Store, own_rank: int, world: int, timeout: float) -> Store:
-    """A store that is new for these processes.
+def _fresh_store(shared: Store, own_rank: int, world: int, timeout: float) -> Store:
+    """Return a store without keys of previous starts.
 
-    torchrun keeps its store when it starts processes anew (--max-restarts), with the addresses of those that died: gloo
-    then tries to connect to them (PyTorch 2.15). The processes of one start find each other by words that only they
-    know; the count of restarts would not do, because each machine's torchrun has its own.
+    When torchrun restarts the ranks (--max-restarts) it keeps its store, which contains the addresses of the dead
+    ranks; gloo then tries to connect to them (PyTorch 2.15). The ranks of one start agree on a random prefix instead.
+    The restart count cannot be the prefix, because each machine's torchrun has its own.
+
+    Raises:
+        RunStopped: the other ranks did not start within ``timeout`` seconds.
     """
     until = time.monotonic() + timeout
     own = uuid.uuid4().hex
@@ -113,26 +116,26 @@ def _without_what_was_before(shared: Store, own_rank: int, world: int, timeout: 
     while time.monotonic() < until:
         if own_rank == 0:
             others = [f"joins/{number}" for number in range(1, world)]
-            words = [shared.get(key).decode() for key in others if shared.check([key])]
-            shared.set("welcome", " ".join([own, *words]))
+            joined = [shared.get(key).decode() for key in others if shared.check([key])]
+            shared.set("welcome", " ".join([own, *joined]))
             if shared.check([f"{own}/{number}" for number in range(1, world)]):
                 return PrefixStore(own, shared)
         elif shared.check(["welcome"]):
-            start, *words = shared.get("welcome").decode().split()
-            if own in words:
+            start, *joined = shared.get("welcome").decode().split()
+            if own in joined:
                 shared.set(f"{start}/{own_rank}", "here")
                 return PrefixStore(start, shared)
         time.sleep(0.02)
-    raise RunStopped(LOST, f"error: rank {own_rank} waited {timeout:g} s for the other {world - 1} processes to start")
+    raise RunStopped(LOST, f"error: rank {own_rank} waited {timeout:g} s for the other {world - 1} ranks to start")
 
 
 def store() -> Store | None:
-    """The key-value store that the processes of this run share; None for a process alone."""
+    """Return the key-value store that the ranks share; None for a single process."""
     return _store
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group if there is one."""
     global _store
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -140,18 +143,18 @@ def stop() -> None:
 
 
 def raise_if_lost(error: Exception, where: str = "", remedy: str = "run the same command again") -> None:
-    """Raise RunStopped with code LOST if the error says that a loader process or another rank is gone.
+    """Raise RunStopped with code LOST if the error means that a loader worker or another rank died.
 
     Args:
         where: added to the rank in the message, such as ``, step 7 (training step)``.
         remedy: the end of the message.
     """
     text = str(error).lower()
-    # EOFError and ConnectionError: a worker died while it sent a batch. BrokenPipeError: nothing reads stdout.
+    # EOFError and ConnectionError: a worker died while sending a batch. BrokenPipeError: stdout is a closed pipe.
     lost_worker = isinstance(error, RuntimeError) and "dataloader worker (pid" in text
     if lost_worker or (isinstance(error, EOFError | ConnectionError) and not isinstance(error, BrokenPipeError)):
         why = f"{one_line(error) or type(error).__name__}; if it ran out of memory, lower --num-workers"
-        raise RunStopped(LOST, f"error: rank {rank()}{where}: lost a loader process ({why}); {remedy}") from error
+        raise RunStopped(LOST, f"error: rank {rank()}{where}: lost a loader worker ({why}); {remedy}") from error
     words = ("gloo", "nccl error", "connection closed by peer", "connection reset by peer", "broken pipe")
     lost_rank = isinstance(error, RuntimeError) and any(word in text for word in words)
     if "WORLD_SIZE" in os.environ and (lost_rank or isinstance(error, dist.DistError)):
@@ -160,7 +163,7 @@ def raise_if_lost(error: Exception, where: str = "", remedy: str = "run the same
 
 
 def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
-    """Run a console command's ``main`` as :func:`dino_xcit.errors.run_main` does; always leave the process group."""
+    """Run a command's ``main`` with :func:`dino_xcit.errors.run_main`, then leave the process group."""
 
     def run() -> None:
         try:
@@ -174,9 +177,9 @@ def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> Non
     except BaseException as ending:
         code = ending.code if isinstance(ending, SystemExit) else 1
         if code and world_size() > 1:
-            for number in STOP_SIGNALS:  # one more would replace the exit code
+            for number in STOP_SIGNALS:  # another signal would replace the exit code
                 signal.signal(number, signal.SIG_IGN)
-            # Leaving the group in good order would wait for processes that may be gone.
+            # Destroying the process group would wait for ranks that may be dead.
             if not isinstance(ending, SystemExit):
                 traceback.print_exc()
             end_children()
@@ -191,7 +194,7 @@ def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> Non
 
 
 def end_children(only_daemons: bool = False) -> None:
-    """Kill child processes: loader processes ignore SIGTERM, and Python would wait for them when it exits."""
+    """Kill child processes: loader workers ignore SIGTERM, and Python waits for them when it exits."""
     children = [child for child in multiprocessing.active_children() if child.daemon or not only_daemons]
     if children and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise here
@@ -200,13 +203,13 @@ def end_children(only_daemons: bool = False) -> None:
 
 
 def barrier() -> None:
-    """Wait for the other processes."""
+    """Wait for the other ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
-    """Sum float tensors over all processes, in place, in one message."""
+    """Sum float tensors over all ranks in place, in one float32 message."""
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1).to(torch.float32) for tensor in tensors])
@@ -216,7 +219,7 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """All processes' rows [n_r, ...] one below the other in rank order, on every process; n_r may differ."""
+    """Concatenate the rows [n_r, ...] of all ranks in rank order, on every rank; n_r may differ."""
     if world_size() == 1:
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
@@ -233,7 +236,7 @@ T = TypeVar("T")
 
 
 def broadcast_from_main(found: T) -> T:
-    """What the main process found (an error's sentence, a path, None), on every process."""
+    """Return rank 0's value on every rank."""
     if world_size() == 1:
         return found
     box = [found]
@@ -242,13 +245,13 @@ def broadcast_from_main(found: T) -> T:
 
 
 def on_main(work: Callable[[], T], cannot: str = "", remedy: str = "") -> T:
-    """What ``work`` returns on the main process, on every process. Every process calls it.
+    """Run ``work`` on rank 0 and return its result on every rank. Must be called on every rank.
 
     Args:
-        cannot, remedy: the beginning and the end of the sentence that an OSError becomes; empty: it is raised as it is.
+        cannot, remedy: beginning and end of the InputError that replaces an OSError; empty: the OSError is raised.
 
     Raises:
-        InputError: of ``work``, on every process.
+        InputError: raised by ``work``, on every rank.
     """
     found: T | None = None
     refusal = None
@@ -268,7 +271,7 @@ def on_main(work: Callable[[], T], cannot: str = "", remedy: str = "") -> T:
 
 
 def gather_objects(own: T) -> list[T]:
-    """Every process's value, in rank order, on every process."""
+    """Return the values of all ranks in rank order, on every rank."""
     if world_size() == 1:
         return [own]
     box: list[T] = [own] * world_size()
@@ -277,17 +280,17 @@ def gather_objects(own: T) -> list[T]:
 
 
 def ranks_without(path: Path) -> str:
-    """The processes that do not see a file as the main process does: ``process 8 on node2 and 3 more``, or nothing.
+    """Return the ranks that do not have rank 0's file, such as ``process 8 on node2 and 3 more``, or an empty string.
 
-    All processes call it, and get the same answer. The file's first 4 KB decide. A network file system has five seconds
-    to show it.
+    Must be called on every rank; all get the same result. Compares the first 4 KB and waits up to 5 s for a network
+    file system.
     """
     if world_size() == 1:
         return ""
     expected, until = broadcast_from_main(_first_bytes(path)), time.monotonic() + 5
     while (found := _first_bytes(path)) != expected and time.monotonic() < until:
         with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # makes a network file system ask its server
+            os.listdir(path.parent)  # refreshes the cache of a network file system
         time.sleep(0.1)
     own = f"process {rank()} on {socket.gethostname()}" if found != expected else ""
     missing = [name for name in gather_objects(own) if name]
@@ -304,16 +307,16 @@ def _first_bytes(path: Path) -> bytes | None:
 
 
 def wrap_ddp(module: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a module in DistributedDataParallel where there is more than one process.
+    """Wrap a module in DistributedDataParallel if there is more than one rank.
 
     Buffers are not broadcast: train_step averages the BatchNorm statistics in its own all-reduce.
     """
     if world_size() == 1:
         return module
-    # Depthwise gradients have other strides in a dimension of size 1: the same memory.
+    # Depthwise gradients differ in the stride of a dimension of size 1 only, so the layout is the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides", category=UserWarning)
     with warnings.catch_warnings():
-        # PyTorch 2.15 would rather have it called forward_sync_buffers, which 2.11 does not know.
+        # PyTorch 2.15 renamed this argument to forward_sync_buffers, which 2.11 lacks.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         return nn.parallel.DistributedDataParallel(
             module,
@@ -324,8 +327,7 @@ def wrap_ddp(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def no_sync(module: nn.Module | None, skip: bool) -> AbstractContextManager[None]:
-    """A context in which a module wrapped in DDP keeps its gradients local if ``skip``: all but the last forward pass
-    of a step."""
+    """Return DDP's ``no_sync`` context if ``skip``, for all but the last forward pass of a step."""
     if skip and isinstance(module, nn.parallel.DistributedDataParallel):
         return module.no_sync()
     return nullcontext()

@@ -1,7 +1,7 @@
-"""Whether a run may go on: preemption, skipped steps, unreadable images, failed saves. Every rank decides alike.
+"""Conditions that end a run: preemption, too many skipped steps or unreadable images, failed saves.
 
-Collective operations hang where one rank leaves the loop a step before the others. So no rank acts on what it alone
-knows: it raises a flag, and all ranks act on the sum.
+Collectives hang if one rank leaves the loop before the others. Each rank therefore raises a flag, and all ranks act on
+the sum of the flags.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 
 class Health:
-    """A context that handles signals, hangs and lost ranks, and decides when the run stops.
+    """Context manager that handles signals, hangs and lost ranks, and decides when the run stops.
 
     Raises:
-        RunStopped: (from the context) a rank or a loader process was lost.
+        RunStopped: (from the context) a rank or a loader worker was lost.
     """
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
@@ -57,12 +57,12 @@ class Health:
         self._context.__exit__(*error)
 
     def start(self, sampler: StepSampler, monitor: DataLoadMonitor, on_divergence: Callable[[], RunStopped]) -> None:
-        """The loop begins: from here on a signal ends the run after a save.
+        """Start handling signals: from now on a signal ends the run after a save.
 
         Args:
             sampler: the remaining steps.
             monitor: receives every batch.
-            on_divergence: every rank calls it after too many consecutive skipped steps; it saves the failing step.
+            on_divergence: called on every rank after too many consecutive skipped steps; saves the failing step.
         """
         self._sampler, self._monitor, self._on_divergence = sampler, monitor, on_divergence
         folder, max_share = Path(self._config.output_dir), self._config.max_unreadable
@@ -73,13 +73,13 @@ class Health:
         """Exchange flags with the other ranks before a step.
 
         Raises:
-            RunStopped: on every rank; the state is saved if need be.
-            InputError: too many images cannot be read, or checkpoints cannot be written.
+            RunStopped: the run ends, on every rank; after a stop signal the state is saved.
+            InputError: too many images are unreadable, or checkpoints cannot be written.
         """
         watchdog.phase("exchanging stop flags", state.step)
         self._monitor.note(batches)
         seen = state.step * self._sampler.global_batch
-        self._save_error = self._save_error or checkpoints.save_error  # on CUDA it is acted on a step later
+        self._save_error = self._save_error or checkpoints.save_error  # on CUDA the flag takes effect a step later
         flags = self._stop.exchange(
             stop=self._signals.signal_name is not None,
             unreadable=self._unreadable.note(batches),
@@ -93,7 +93,7 @@ class Health:
             raise self._unreadable.refusal(seen) if distributed.is_main() else RunStopped(2, "")
         if flags["cannot_save"]:
             raise self._save_error or RunStopped(2, "")
-        # On a GPU the count is some steps old, and the run may have recovered since.
+        # On a GPU the flag is based on an older count; check the current one.
         if flags["diverged"] and int(state.skipped_in_a_row) >= self._config.max_skipped_steps:
             raise self._on_divergence()
         if flags["stop"]:
@@ -103,7 +103,7 @@ class Health:
         watchdog.phase("compiling the networks" if compiles else "training step", state.step, limit=not compiles)
 
     def finish(self, state: TrainState) -> None:
-        """The loop is over: list the last unreadable images, count the skipped steps, and wait for the other ranks.
+        """List the last unreadable images, report skipped steps, and wait for the other ranks.
 
         Raises:
             RunStopped: every step was skipped.
@@ -112,7 +112,7 @@ class Health:
         skipped, last, scale = int(state.skipped_steps), int(state.skipped_in_a_row), state.scaler.get_scale()
         found = f"{counted(skipped, 'step')} of {state.step} were not finite and were skipped"
         if state.scaler.is_enabled() and scale >= 1:
-            found += f": the loss scale of fp16 is settling (now {scale:g}); train more steps, or give --precision fp32"
+            found += f": the loss scale of fp16 is settling (now {scale:g}); train more steps, or use --precision fp32"
         elif last:
             found += f", including the last {last}: lower --lr or --clip-grad"
         watchdog.phase("leaving", state.step)
@@ -124,14 +124,13 @@ class Health:
 
 
 class StopFlags:
-    """Sums a few small numbers over all ranks on the CPU (gloo), in one all-reduce.
+    """Sums a few integers over all ranks on the CPU (gloo) in one all-reduce.
 
-    Where the device works asynchronously (CUDA) the sum is that of the call before, so that no rank waits for the
-    current step of another; on the CPU it is the sum of this call.
+    On CUDA each call returns the sums of the previous call, so that no rank waits for the current step of another.
     """
 
     def __init__(self, device: torch.device, timeout: float) -> None:
-        """``timeout``: seconds after which waiting for another rank is an error."""
+        """``timeout``: seconds after which the all-reduce fails."""
         self._late = device.type != "cpu"
         self._group: dist.ProcessGroup | None = None
         if distributed.world_size() > 1:
@@ -139,9 +138,9 @@ class StopFlags:
         self._posted: tuple[Tensor, dist.Work] | None = None
 
     def exchange(self, **values: int) -> dict[str, int]:
-        """This rank's values to the sums over all ranks, by name. The first call on CUDA returns zeros.
+        """Return the sums of the values over all ranks, by name. The first call on CUDA returns zeros.
 
-        Every rank calls it equally often, with the same names.
+        Must be called on every rank with the same names.
         """
         own = torch.tensor([int(value) for value in values.values()])
         if self._group is None:
@@ -158,7 +157,7 @@ class StopFlags:
 
 
 class HostCopy:
-    """A number on the device, as the host last knew it: reading never waits for the device."""
+    """Reads a number on the device without waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._known = 0
@@ -166,7 +165,7 @@ class HostCopy:
         self._arrives: torch.cuda.Event | None = None
 
     def read(self, number: Tensor) -> int:
-        """On the CPU the number; on CUDA its value some steps ago."""
+        """Return the number; on CUDA its value some steps ago."""
         if self._copy is None:
             return int(number)
         if self._arrives is None or self._arrives.query():
@@ -179,27 +178,27 @@ class HostCopy:
 
 
 class Preemption:
-    """Whether this process was asked to stop: by Slurm before it takes the machine, by torchrun, or by a person.
+    """Records stop signals, which come from Slurm, torchrun or the user.
 
-    Slurm: ``--signal=USR1@120`` sends SIGUSR1 two minutes before the time limit; a preempted job gets SIGTERM.
+    Slurm's ``--signal=USR1@120`` sends SIGUSR1 two minutes before the time limit; a preempted job gets SIGTERM.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        """The last signal; None: none so far."""
+        """The last signal; None if there was none."""
         self._before: dict[signal.Signals, Any] = {}
 
     def watch(self) -> None:
-        """Take over both signals until :meth:`restore`. Call it from the main thread."""
+        """Handle both signals until :meth:`restore`. Must be called from the main thread."""
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
 
     def restore(self) -> None:
-        """Give the signals back to the handlers before."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def sentence(self, step: int) -> str:
-        """The run's last line."""
+        """Return the last message of the run."""
         by = self.signal_name or "a signal to another rank"
         return f"stopped by {by} after saving step {step}: run the same command to resume"
 
@@ -210,47 +209,47 @@ class Preemption:
 UNREADABLE_FILE = "unreadable_images.jsonl"
 
 _MIN_COUNTED = 10_000
-"""The share is computed over at least so many images."""
+"""Minimum number of images over which the share of unreadable ones is computed."""
 
 
 class UnreadableLog:
-    """Keeps ``unreadable_images.jsonl``: one line for each image that was replaced, with its path and the cause.
+    """Writes ``unreadable_images.jsonl``: one line per replaced image, with its path and the cause.
 
-    Every rank records its own; the main one writes. Each image is listed once.
+    Each rank records its own images; rank 0 writes. Each image is listed once.
     """
 
     def __init__(self, folder: Path, images: int, max_share: float, start_anew: bool) -> None:
-        """``max_share``: the share of the ``images`` that may be unreadable."""
+        """``max_share``: maximum share of unreadable images among ``images``."""
         self.path = folder / UNREADABLE_FILE
         self._images, self._max_share = images, max_share
         self._noted: list[Unreadable] = []
         self._listed: set[int] = set()
         if distributed.is_main():
             try:
-                self._take_up(start_anew)
+                self._open(start_anew)
             except OSError as error:
-                log.warning(f"{self.path} cannot be used ({error.strerror})")
+                log.warning(f"cannot read or write {self.path} ({error.strerror})")
 
-    def _take_up(self, start_anew: bool) -> None:
+    def _open(self, start_anew: bool) -> None:
         if start_anew:
             self.path.unlink(missing_ok=True)
         self._listed = {row["index"] for row in read_unreadable(self.path)}
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write("\n")  # a crash cut the last line short; the next one starts on a line of its own
+                file.write("\n")  # a crash truncated the last line
 
     def __len__(self) -> int:
         return len(self._listed)
 
     def note(self, batches: Iterable[Batch]) -> int:
-        """Record the unreadable images of these batches; return how many."""
+        """Record the unreadable images of these batches and return their number."""
         before = len(self._noted)
         for batch in batches:
             self._noted += batch.unreadable
         return len(self._noted) - before
 
     def write(self) -> None:
-        """Gather what all ranks noted, and list what is new. Every rank calls it."""
+        """Gather the recorded images of all ranks and append new ones. Must be called on every rank."""
         noted, self._noted = self._noted, []
         gathered = [bad for part in distributed.gather_objects(noted) for bad in part]
         if not distributed.is_main():
@@ -273,12 +272,12 @@ class UnreadableLog:
             log.warning(f"{self.path} cannot be written ({error.strerror})")
 
     def too_many(self, seen: int) -> bool:
-        """Whether more than the allowed share of the first ``seen`` images could not be read."""
+        """Whether more than the allowed share of the first ``seen`` images is unreadable."""
         denominator = min(max(seen, _MIN_COUNTED), self._images)
         return len(self._listed) > self._max_share * denominator
 
     def refusal(self, seen: int) -> InputError:
-        """The error for too many unreadable images."""
+        """Return the error for too many unreadable images."""
         return InputError(
             f"{len(self._listed):,} of the first {min(seen, self._images):,} images cannot be read, expected at most "
             f"{100 * self._max_share:g}% (--max-unreadable {self._max_share:g}): {self.path} lists them with their "
@@ -287,7 +286,7 @@ class UnreadableLog:
 
 
 def read_unreadable(path: Path) -> list[dict[str, Any]]:
-    """The lines of an ``unreadable_images.jsonl``; one cut short by a crash is left out."""
+    """Read ``unreadable_images.jsonl``, without lines truncated by a crash."""
     if not path.exists():
         return []
     rows = []

@@ -1,4 +1,4 @@
-"""The console: messages of rank 0 through Python's ``logging``, and progress bars.
+"""Console output: messages of rank 0 through Python's ``logging``, and progress bars.
 
 from dino_xcit.runtime import logging as log
 log.info("resuming after step 12")
@@ -21,9 +21,9 @@ from dino_xcit.runtime import distributed
 
 
 class Console(logging.Handler):
-    """Print to stdout on rank 0, above progress bars.
+    """Prints to stdout on rank 0, above progress bars.
 
-    A full disk or a closed terminal does not end the run. A closed pipe raises.
+    Ignores a full disk and a closed terminal; a closed pipe raises.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -39,7 +39,7 @@ class Console(logging.Handler):
 
 
 logger = logging.getLogger("dino_xcit")
-"""``logging.getLogger("dino_xcit").setLevel("WARNING")`` silences everything but warnings."""
+"""``logging.getLogger("dino_xcit").setLevel("WARNING")`` silences everything except warnings."""
 logger.setLevel(logging.INFO)
 logger.propagate = False
 logger.addHandler(Console())
@@ -63,7 +63,7 @@ warn_once = functools.cache(warning)
 
 
 class Lines(io.TextIOBase):
-    """What tqdm would redraw in place, as lines: for log files."""
+    """Stream that turns tqdm's in-place updates into lines, for log files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -71,14 +71,14 @@ class Lines(io.TextIOBase):
     def write(self, text: str) -> int:
         line = text.replace("\r", "").strip()
         if line:
-            with contextlib.suppress(OSError):  # a log on a full disk does not end a run
+            with contextlib.suppress(OSError):  # a full disk must not end the run
                 self._stream.write(line + "\n")
                 self._stream.flush()
         return len(text)
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 image``, ``2,000 images``, ``0 classes``, ``3 queries``."""
+    """Format a count with its noun: ``1 image``, ``2,000 images``, ``0 classes``, ``3 queries``."""
     if count == 1:
         return f"1 {noun}"
     if noun.endswith("y"):
@@ -87,9 +87,9 @@ def counted(count: int, noun: str) -> str:
 
 
 def progress_bar(total: int, description: str, shown: bool, done: int = 0, unit: str = "img") -> tqdm:
-    """A bar over images, or whatever ``unit`` says, on stderr; on a terminal it vanishes when it is closed.
+    """Return a progress bar on stderr; on a terminal it disappears when closed.
 
-    Into a file it writes a line every 15 s, and none for work that is quicker than that.
+    In a file it writes a line every 15 s, and nothing for shorter work.
     """
     terminal = sys.stderr.isatty()
     return tqdm(

@@ -1,4 +1,4 @@
-"""Memory that a program frees and takes again a moment later."""
+"""Memory allocator settings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, up to 256 MB, for its next blocks of up to 32 MB.
+    """Keep up to 256 MB of freed memory in the process, for blocks of up to 32 MB. No effect without glibc.
 
-    By default glibc gives each block of more than some 100 KB back to the system and asks for it anew, and the system
-    hands it out page by page, filled with zeros: for decoded images and batches that costs as much as computing them.
-    Elsewhere than on glibc: nothing.
+    By default glibc returns each block above about 100 KB to the system when it is freed. For decoded images and
+    batches, the page faults of allocating them again cost as much time as computing them.
     """
     if sys.platform != "linux":
         return

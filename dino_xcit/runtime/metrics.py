@@ -35,26 +35,26 @@ NOT_AVERAGED = ("gradient_norm", "skipped_steps", "lr", "weight_decay", "momentu
 
 
 _COUNTS = ("kind", "step", "steps_per_epoch")
-"""What a line of metrics.jsonl has besides its metrics."""
+"""Fields of metrics.jsonl that are not metrics."""
 
 
 class Mirror(Protocol):
-    """Another place that each record goes to."""
+    """A further destination for records."""
 
     def write(self, kind: str, step: int, values: Record) -> None:
-        """One record, as :meth:`MetricsWriter.write` is given it."""
+        """Write one record, as in :meth:`MetricsWriter.write`."""
         ...
 
     def close(self) -> None:
-        """There are no more."""
+        """Flush and close."""
         ...
 
 
 class TensorBoard:
-    """Event files of the numbers, ``kind/name`` each."""
+    """TensorBoard event files with tags ``kind/name``."""
 
     def __init__(self, folder: Path, from_step: int) -> None:
-        """What an earlier start wrote after ``from_step`` is hidden."""
+        """Hides the records of earlier starts after ``from_step``."""
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self._board = SummaryWriter(str(folder), purge_step=from_step + 1)
@@ -70,13 +70,13 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run with ``trainer_step`` as the x axis. An error disables it with one warning.
 
-    W&B's environment variables configure the rest (WANDB_MODE=offline, WANDB_ENTITY, WANDB_NAME ...). A resumed run
-    continues there; the steps that it repeats after its checkpoint appear twice, and earlier ones keep their numbers
-    where another batch changes them.
+    Other settings come from W&B's environment variables (WANDB_MODE=offline, WANDB_ENTITY, WANDB_NAME ...). A resumed
+    run continues the W&B run. Steps repeated after its checkpoint appear twice, and earlier steps are not renumbered
+    if the batch size changes.
     """
 
     def __init__(self, project: str, folder: Path, from_step: int, config: Mapping[str, Any]) -> None:
-        """``folder`` keeps the W&B run's id in ``wandb.json``; ``from_step`` 0 begins a new one."""
+        """Stores the id of the W&B run in ``folder/wandb.json``; ``from_step`` 0 starts a new one."""
         self._run: Any = None
         with self._tolerated():
             import wandb
@@ -84,13 +84,13 @@ class WandB:
             path = folder / "wandb.json"
             run_id = uuid.uuid4().hex[:12]
             if from_step:
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: a new W&B run
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: a new W&B run
                     run_id = json.loads(path.read_bytes())["id"]
             atomic.write_json(path, {"id": run_id})
             settings = wandb.Settings(
                 run_name=None if "WANDB_NAME" in os.environ else folder.absolute().name,
                 console="off",
-                init_timeout=20,  # shorter than a scheduler waits for a run that it stops
+                init_timeout=20,  # below the grace period of schedulers
                 finish_timeout=20,
                 finish_timeout_raises=True,
             )
@@ -123,7 +123,7 @@ class WandB:
 
 
 def require_wandb(project: str) -> None:
-    """Raise InputError where a project is named and the package wandb is missing."""
+    """Raise InputError if a project is given and the package wandb is missing."""
     if project and importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"wandb is {project}, but the package wandb is not installed: pip install 'dino-xcit[wandb]', or leave "
@@ -132,14 +132,13 @@ def require_wandb(project: str) -> None:
 
 
 class MetricsWriter:
-    """Appends records to ``metrics.jsonl``, and hands them to TensorBoard and to other mirrors."""
+    """Appends records to ``metrics.jsonl`` and passes them to TensorBoard and other mirrors."""
 
     def __init__(self, folder: Path, from_step: int, mirrors: Sequence[Mirror] = (), steps_per_epoch: int = 0) -> None:
-        """Drop the records after ``from_step`` and of an epoch that was cut short: a resumed run writes them again.
+        """Drop the records after ``from_step`` and of an incomplete epoch, which a resumed run writes again.
 
-        Those of a run with another number of steps an epoch get the steps of this one, in TensorBoard too.
-
-        An OSError (such as a full disk) is logged once and does not end the run.
+        If the number of steps per epoch changed, earlier records are renumbered, in TensorBoard too. An OSError (such
+        as a full disk) is logged once and does not end the run.
         """
         self._write_failed, self._steps_per_epoch = False, steps_per_epoch
         self.path = folder / "metrics.jsonl"
@@ -152,8 +151,8 @@ class MetricsWriter:
             aside = self.path.with_name(".metrics.jsonl.tmp")
             aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(aside, self.path)
-            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-            if rows != before:  # event files cannot be changed: they are written anew
+            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+            if rows != before:  # event files cannot be edited, so write them again
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             self._mirrors.append(board := TensorBoard(folder / "tensorboard", from_step))
             for row in kept if rows != before else ():
@@ -161,9 +160,9 @@ class MetricsWriter:
                 board.write(row["kind"], row["step"], values)
 
     def write(self, kind: str, step: int, values: Record) -> None:
-        """One record: ``kind`` is ``step``, ``epoch``, or ``end`` for an epoch cut short by --max-steps.
+        """Write one record. ``kind`` is ``step``, ``epoch``, or ``end`` for an epoch cut short by --max-steps.
 
-        JSON has no NaN, so such a value is written as a string.
+        Non-finite values are written as strings, because JSON has no NaN.
         """
         words = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         with self._warn_once_on_os_error():
@@ -175,12 +174,12 @@ class MetricsWriter:
                 mirror.write(kind, step, values)
 
     def draw(self, picture: Path) -> None:
-        """The curves so far (:func:`draw_curves`)."""
+        """Draw the curves so far (:func:`draw_curves`)."""
         with self._warn_once_on_os_error():
             draw_curves(self.path, picture)
 
     def close(self) -> None:
-        """Flush and close all of them."""
+        """Close the file and all mirrors."""
         with self._warn_once_on_os_error():
             if self._file:
                 self._file.close()
@@ -195,17 +194,17 @@ class MetricsWriter:
         except OSError as error:
             if not self._write_failed:
                 why = error.strerror or error
-                log.warning(f"cannot write metrics to {self.path.parent} ({why}): they are incomplete from here on")
+                log.warning(f"cannot write metrics to {self.path.parent} ({why}): they are incomplete from now on")
             self._write_failed = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a line that is damaged, or cut short by a crash, is left out."""
+    """Read the records of ``metrics.jsonl``, without damaged or truncated lines."""
     if not path.exists():
         return []
     records = []
     for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
+        with contextlib.suppress(ValueError):  # not JSON or not UTF-8
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
                 records.append(record)
@@ -220,29 +219,29 @@ def _with_steps_of(row: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
 
 
 class EpochAverages:
-    """Means of the logged metrics of an epoch."""
+    """Means of the logged metrics over an epoch."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = {}
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Add one logged step. A step with a loss that is not finite was skipped, and does not count."""
+        """Add a logged step, unless its loss is not finite (a skipped step)."""
         if math.isfinite(metrics["loss"]):
             for name, value in metrics.items():
                 if math.isfinite(value):
                     self._values.setdefault(name, []).append(value)
 
     def take(self) -> dict[str, float]:
-        """The means so far; counting starts anew."""
+        """Return the means so far, and reset them."""
         means = {name: sum(values) / len(values) for name, values in self._values.items()}
         self._values = {}
         return means
 
 
 class Progress:
-    """A bar with images/s, the share of time spent waiting for data, and the time left.
+    """Progress bar with images/s, the share of time spent waiting for data, and the remaining time.
 
-    On a terminal it redraws; into a file it writes a line every 15 s.
+    In a file it writes a line every 15 s.
     """
 
     def __init__(self, total_steps: int, done: int, images_a_step: int, shown: bool) -> None:
@@ -263,18 +262,18 @@ class Progress:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """The next rates count from here."""
+        """Reset the clock for the rates."""
         self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def step(self, epoch: int, waited: float) -> None:
-        """One step of this epoch, from 0, is done, ``waited`` seconds of it for data."""
+        """Count one step of the 0-based ``epoch``, which waited ``waited`` seconds for data."""
         self._steps += 1
         self._waited += waited
         self._bar.set_description_str(f"epoch {epoch + 1} ", refresh=False)
         self._bar.update()
 
     def rates(self) -> dict[str, float]:
-        """images/s and data-wait share since the last call."""
+        """Return images/s and the data-wait share since the last call."""
         span = max(time.perf_counter() - self._since, 1e-9)
         rates = {"images_per_s": self._steps * self._images_a_step / span, "data_wait": self._waited / span}
         self.restart_clock()
@@ -289,18 +288,15 @@ class Progress:
         )
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         self._bar.close()
 
 
 class MetricLogger:
-    """All that a run writes about itself: the bar, ``metrics.jsonl`` and its mirrors, means over epochs, curves.
-
-    A context; leaving it closes all of them, however the run ends.
-    """
+    """Context manager for progress bar, ``metrics.jsonl`` and its mirrors, epoch means and curves."""
 
     def __init__(self, config: PretrainConfig, sampler: StepSampler, monitor: DataLoadMonitor) -> None:
-        """Begins where the sampler does; ``monitor`` adds what the data loader spends its time with."""
+        """Starts at the sampler's first step; ``monitor`` adds metrics of the data loader."""
         self._config, self._sampler, self._monitor = config, sampler, monitor
         self._folder, start_step = Path(config.output_dir), sampler.start_step
         self._progress = Progress(sampler.stop_step, start_step, sampler.global_batch, shown=distributed.is_main())
@@ -312,12 +308,12 @@ class MetricLogger:
             self._writer = MetricsWriter(self._folder, start_step, mirrors, sampler.steps_per_epoch)
 
     def step(self, step: int, waited: float, read: Callable[[], Record]) -> None:
-        """One step is done.
+        """Count a step and log its metrics if it is due.
 
         Args:
-            step: steps done.
-            waited: seconds that it waited for images.
-            read: gives the step's metrics; it is called on logged steps only, because it waits for the device.
+            step: number of completed steps.
+            waited: seconds that the step waited for images.
+            read: returns the metrics of the step; called on logged steps only, because it waits for the device.
         """
         epoch = self._sampler.epochs(step)
         self._progress.step(epoch, waited)
@@ -333,7 +329,7 @@ class MetricLogger:
             self._writer.write("step", step, {"epoch": epoch, **metrics})
 
     def epoch(self, step: int, evaluated: Record) -> None:
-        """Log the means and the evaluations of a finished epoch, or of one cut short by the end of the run."""
+        """Log the means and evaluations of an epoch, which may be cut short by the end of the run."""
         means = self._averages.take() | dict(evaluated)
         epoch_ends = self._sampler.ends_epoch(step)
         epoch = self._sampler.epochs(step)
@@ -346,7 +342,7 @@ class MetricLogger:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude what happened since the last step, a save or an evaluation, from images/s."""
+        """Exclude the time since the last step, such as of a save or an evaluation, from images/s."""
         self._progress.restart_clock()
 
     def __enter__(self) -> MetricLogger:
@@ -359,7 +355,7 @@ class MetricLogger:
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Plot loss with entropy and KL, feature spread, k-NN top-1 and images/s as one PNG."""
+    """Plot losses, feature spread, k-NN top-1 and images/s in one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -371,14 +367,14 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     panels = [
         ("Loss and its parts", steps, ["loss", "teacher_entropy", "kl", "cosine", "coding_rate"]),
         ("Feature spread (1: even, 0: collapsed)", steps, ["feature_std"]),
-        ("k-NN top-1 while training (%)", epochs, ["knn_top1"]),
-        ("Images a second", steps, ["images_per_s"]),
+        ("k-NN top-1 during training (%)", epochs, ["knn_top1"]),
+        ("Images per second", steps, ["images_per_s"]),
     ]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for axis, (title, rows, names) in zip(axes.flat, panels, strict=True):
         drawn = False
         for name in names:
-            points = [(row["step"], float(row[name])) for row in rows if name in row]  # "nan" is a word in JSON
+            points = [(row["step"], float(row[name])) for row in rows if name in row]  # NaN is stored as "nan"
             if points:
                 axis.plot(
                     *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 60 else ""

@@ -19,17 +19,17 @@ from dino_xcit.runtime import atomic
 
 LOCK = ".lock"
 OWNER = "run.json"
-"""While a run owns the folder: its host, process, start time and command."""
+"""File with the host, process, start time and command of the run that holds the lock."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other runs. Only the main process of a run calls this.
+    """Lock the folder against other runs. Call it on rank 0 only.
 
-    The kernel drops the lock when the process ends, however it ends. Forked children do not keep it.
+    The kernel releases the lock when the process ends for any reason. Forked children do not hold it.
 
     Raises:
-        InputError: another run owns the folder, or the folder cannot be written to or locked.
+        InputError: another run holds the lock, or the folder cannot be written or locked.
     """
     lock = FileLock(folder / LOCK, blocking=False, thread_local=False, fallback_to_soft=False)
     with contextlib.ExitStack() as stack:
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"cannot lock {folder / LOCK} ({one_line(error)}); choose an --output-dir on a writable file "
                 "system with flock"
             ) from error
-        with contextlib.suppress(OSError):  # a full disk leaves the owner unnamed
+        with contextlib.suppress(OSError):  # on a full disk the lock works without run.json
             (folder / OWNER).unlink(missing_ok=True)
             atomic.write_json(
                 folder / OWNER,
@@ -59,12 +59,12 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # the folder may be gone
+            with contextlib.suppress(OSError):  # the folder may have been deleted
                 (folder / OWNER).unlink()
 
 
 def _owner(folder: Path) -> str:
     try:
         return "process {process} on {host} since {started}".format_map(json.loads((folder / OWNER).read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):  # it has not written the file yet
+    except (OSError, ValueError, KeyError, TypeError):  # the file is not written yet
         return f"owner unknown ({OWNER} is missing)"

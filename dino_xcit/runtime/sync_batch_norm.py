@@ -1,8 +1,8 @@
-"""BatchNorm over the batches of all processes, without the program waiting for the device. R processes, C channels.
+"""BatchNorm over the batches of all ranks without host synchronisation. R ranks, C channels.
 
-``torch.nn.SyncBatchNorm`` computes the same on CUDA, but leaves out processes whose batch is empty, for which it asks
-the device for a number in each layer and forward pass (pytorch#78549): the program cannot run ahead of the device. Here
-all processes have batches of one size, as the loader deals them, so nothing need be asked; and it runs on any device.
+``torch.nn.SyncBatchNorm`` computes the same on CUDA. To support empty batches, it synchronises with the device in each
+layer and forward pass (pytorch#78549). Here all ranks have batches of the same size, so no synchronisation is needed.
+It also runs on the CPU.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dino_xcit.runtime.logging import counted
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm whose mean and variance in training are those of all processes' inputs together: [B, C, ...].
+    """BatchNorm of [B, C, ...] whose training mean and variance are over the inputs of all ranks.
 
-    Every process must call it with an input of the same shape. One message forward, one backward.
+    Every rank must call it with an input of the same shape. One collective in the forward pass, one in the backward.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f"expected an input of two or more dimensions, [B, C, ...], found {input.dim()}")
+            raise ValueError(f"input has {input.dim()} dimensions, expected at least 2: [B, C, ...]")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -47,7 +47,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """timm's BatchNormAct2d likewise: its drop layer and its activation come after the normalisation."""
+    """Synchronised version of timm's BatchNormAct2d: normalisation, then drop layer and activation."""
 
     drop: nn.Module
     act: nn.Module
@@ -58,12 +58,12 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
-    """Turn each BatchNorm in the module into a :class:`SyncBatchNorm`, in place: its tensors, names and hooks stay.
+    """Convert the BatchNorm layers of a module to :class:`SyncBatchNorm` in place; tensors, names and hooks are kept.
 
     timm's BatchNormAct2d keeps its activation, which ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` drops. Other
-    subclasses of BatchNorm stay as they are, and so do layers without running statistics.
+    subclasses of BatchNorm and layers without running statistics are not converted.
     """
-    from timm.layers.norm_act import BatchNormAct2d  # loaded already if a network has one
+    from timm.layers.norm_act import BatchNormAct2d  # slow to import
 
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     for part in module.modules():
@@ -76,9 +76,9 @@ def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with :class:`SyncBatchNorm` on several GPUs, and as it is elsewhere.
+    """Convert the module to :class:`SyncBatchNorm` on several GPUs; return it unchanged otherwise.
 
-    Not on the CPU: there, runs with different numbers of processes give the same result at a fixed microbatch.
+    On the CPU it is unchanged, so that the result does not depend on the number of ranks at a fixed microbatch.
     """
     if device.type != "cuda" or not dist.is_initialized() or dist.get_world_size() == 1:
         return module
@@ -87,24 +87,24 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     if left := [name for name, part in parts if isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm)]:
         some = ", ".join(left[:3]) + " ..." * (len(left) > 3)
         log.warn_once(  # student and teacher have the same layers
-            f"{counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be synchronised: each GPU "
-            "normalises by its own batch there"
+            f"{counted(len(left), 'BatchNorm layer')} of this network ({some}) cannot be synchronised: they use the "
+            "statistics of each GPU's own batch"
         )
     return module
 
 
 def _count(x: Tensor) -> int:
-    """Values of a channel in all processes."""
+    """Return the number of values per channel over all ranks."""
     return x.numel() // x.shape[1] * dist.get_world_size()
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias over all processes; also the mean and the variance [C]."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over all ranks; also returns mean and variance [C]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        # PyTorch's kernels, so that low precision is summed in float32 and no layout is copied.
-        unchanged = torch.zeros_like(weight), torch.ones_like(weight)  # says in which dtype to sum, on the CPU
+        # PyTorch's kernels accumulate low precision in float32 and take any memory layout without a copy.
+        unchanged = torch.zeros_like(weight), torch.ones_like(weight)  # select the accumulation dtype on the CPU
         own_mean, own_variance = torch.batch_norm_update_stats(x, *unchanged, 0.0)
         rows = own_mean.new_empty(dist.get_world_size(), 2, len(own_mean))
         dist.all_gather_into_tensor(rows, torch.stack([own_mean, own_variance])[None])
@@ -120,11 +120,11 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """With y the normalised x, n values a channel, g the gradient times weight / sqrt(var + eps), and sums over all
-        processes: g - sum(g) / n - y sum(g y) / n."""
+        """Gradient of x: g - sum(g) / n - y sum(g y) / n, with y the normalised x, n the number of values per channel,
+        g the output gradient times weight / sqrt(var + eps), and sums over all ranks."""
         x, weight, mean, variance = ctx.saved_tensors
         scale = (variance + ctx.eps).rsqrt()
-        # As if mean and variance were constants. Given twice: CUDA's channels-last kernels take the second pair.
+        # Treat mean and variance as constants. Passed twice: CUDA's channels-last kernels read the second pair.
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, mean, variance, mean, scale, False, ctx.eps, [True, True, True]
         )

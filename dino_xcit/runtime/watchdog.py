@@ -1,4 +1,4 @@
-"""The watchdog ends a process whose main thread stays in one phase for too long, and reports the phase."""
+"""Watchdog that ends a process whose main thread stays in one phase for too long, and reports the phase."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from dino_xcit.errors import LOST
 from dino_xcit.runtime import distributed
 
 TICK = 1.0
-"""Seconds between two looks at the main thread."""
+"""Seconds between checks of the main thread."""
 STORE_TIMEOUT = 3.0
-"""Seconds that the other ranks' phases may take to arrive."""
+"""Seconds to wait for the other ranks' phases."""
 
 RESUMES = "run the same command to resume"
 
 _current: tuple[str, int, bool] = ("starting", 0, False)
-"""Phase, step, and whether the phase has a time limit."""
+"""Phase name, step, and whether the phase has a time limit."""
 
 
 def phase(name: str, step: int | None = None, *, limit: bool = True) -> None:
-    """The main thread enters a phase, in the same step if none is given. Without ``limit`` it may take any time."""
+    """Enter a phase.
+
+    Args:
+        step: None: the current step.
+        limit: whether the phase is subject to the timeout.
+    """
     global _current
     _current = (name, _current[1] if step is None else step, limit)
 
@@ -41,17 +46,17 @@ def progress() -> None:
 
 @contextlib.contextmanager
 def watched(timeout: float) -> Iterator[None]:
-    """A context that ends the process with code :data:`dino_xcit.errors.LOST` when a phase takes over ``timeout`` s.
+    """End the process with code :data:`dino_xcit.errors.LOST` if a phase takes longer than ``timeout`` seconds.
 
-    Before that it prints the tracebacks of all threads, this rank's phase and step, and the phases that the other ranks
-    wrote to the torch.distributed store.
+    Prints the tracebacks of all threads, this rank's phase and step, and the other ranks' phases from the
+    torch.distributed store.
 
     Raises:
-        RunStopped: a loader process died, or the connection to another rank broke.
+        RunStopped: a loader worker died, or the connection to another rank broke.
     """
     phase("starting", 0, limit=False)
     over, store = threading.Event(), distributed.store()
-    # A separate connection: an operation that hangs blocks its connection.
+    # Use a separate connection: a hanging operation blocks its connection.
     arguments = (timeout, over, os.getppid(), None if store is None else store.clone())
     thread = threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True)
     thread.start()
@@ -63,7 +68,7 @@ def watched(timeout: float) -> Iterator[None]:
     finally:
         over.set()
         distributed.end_children()
-        thread.join(timeout=10)  # a thread inside the store while Python shuts down would crash the process
+        thread.join(timeout=10)  # a store operation during interpreter shutdown would crash the process
 
 
 def _watch(timeout: float, over: threading.Event, parent: int, store: Store | None) -> None:
@@ -73,11 +78,11 @@ def _watch(timeout: float, over: threading.Event, parent: int, store: Store | No
         seen, ticks = _current, ticks + 1 if _current is seen else 0
         where = f"step {seen[1]} ({seen[0]})"
         if store is not None:
-            with contextlib.suppress(RuntimeError):  # the store's host is gone
+            with contextlib.suppress(RuntimeError):  # the host of the store died
                 report = f"rank {rank} at {time.strftime('%X')}: {where}, {ticks * TICK:.0f} s"
                 store.set(f"phase/{rank}", f"{time.time():.0f} {report}")
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
-            # torchrun died and can no longer forward signals: treat it as SIGTERM.
+            # torchrun died and can no longer forward signals: act as on SIGTERM.
             parent = os.getppid()
             os.kill(os.getpid(), signal.SIGTERM)
         if seen[2] and ticks * TICK > timeout:
@@ -85,7 +90,7 @@ def _watch(timeout: float, over: threading.Event, parent: int, store: Store | No
             if _current is not seen or over.is_set():
                 continue
             try:
-                with contextlib.suppress(Exception):  # stderr may be no file
+                with contextlib.suppress(Exception):  # stderr may not be a file
                     faulthandler.dump_traceback(all_threads=True)
                 found = f"error: rank {rank}, {where}: no progress within --hang-timeout {timeout:g} s{others}"
                 print(f"{found}; {RESUMES}", file=sys.stderr, flush=True)
@@ -95,7 +100,7 @@ def _watch(timeout: float, over: threading.Event, parent: int, store: Store | No
 
 
 def _other_phases(store: Store | None, rank: int) -> str:
-    """The phases of the eight ranks whose last reports are the oldest."""
+    """Return the phases of the eight ranks with the oldest reports."""
     if store is None:
         return ""
     found: list[str] = []
@@ -107,6 +112,6 @@ def _other_phases(store: Store | None, rank: int) -> str:
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    reader.join(STORE_TIMEOUT)  # a store on a stopped process never answers, whatever its own timeout is
+    reader.join(STORE_TIMEOUT)  # a store in a stopped process ignores its own timeout
     oldest = ", ".join(report.partition(" ")[2] for report in sorted(found)[:8])
-    return f"; last phases of the other ranks: {oldest}" if found else "; the store does not answer"
+    return f"; last phases of the other ranks: {oldest}" if found else "; the store does not respond"
