@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from dino_xcit.errors import InputError, one_line
@@ -120,6 +121,11 @@ def _rgb(name: str, values: object) -> RGB:
 
 def _shown(values: RGB) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels of an RGB image as [height, width, 4], the last byte unused: Pillow's memory layout."""
+    return np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint8).reshape(image.height, image.width, 4)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

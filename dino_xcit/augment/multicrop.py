@@ -13,8 +13,8 @@ from torch import Tensor
 from dino_xcit.augment.compiled import call_first
 from dino_xcit.augment.parameters import Chances, Drawer, ViewKind, ViewParameters
 from dino_xcit.augment.views import ViewMaker
-from dino_xcit.data.decode import pixels_of
 from dino_xcit.errors import InputError
+from dino_xcit.transform import pixels_of
 
 
 class MultiCropAugmentation:

@@ -20,7 +20,7 @@ from dino_xcit.data.source import Item, Source
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from dino_xcit.transform import WHITE
+from dino_xcit.transform import WHITE, pixels_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -134,11 +134,6 @@ def _highest_of_16_bits(data: bytes) -> int:
 
 def _has_16_bits(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-
-
-def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
-    """Return the pixels of an RGB image as [height, width, 4], the last byte unused: Pillow's memory layout."""
-    return np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint8).reshape(image.height, image.width, 4)
 
 
 @dataclass(frozen=True)
