@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from last_words import last_words
 from PIL import Image
 from pretrain_fixtures import SMALL, Ended, Pretrain, Stopped, pretrain_here, two_classes
 from ranks import PRETRAIN, Run, Server, Start, rank_server
@@ -51,7 +50,7 @@ def pretrain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Pretra
     folder = tmp_path_factory.mktemp("pretrain")
 
     def run(*argv: str | Path) -> Ended:
-        done = server.python(PRETRAIN, *last_words(argv), cwd=folder)
+        done = server.python(PRETRAIN, *argv, cwd=folder)
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return run

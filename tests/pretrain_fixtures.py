@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from last_words import last_words
 from PIL import Image
 from tiny_run import tensors_of
 
@@ -56,7 +55,7 @@ def pretrain_here(*words: object) -> Ended:
     with (
         redirect_stdout(out),
         redirect_stderr(err),
-        patch.object(sys, "argv", ["run_pretrain.py", *last_words(words)]),
+        patch.object(sys, "argv", ["run_pretrain.py", *map(str, words)]),
         patch.object(run_pretrain, "choose_kernels"),  # they would hold for all that follows
     ):
         try:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from last_words import last_words
 from torch import Tensor
 
 from dino_xcit.runtime.metrics import read_metrics
@@ -55,7 +54,7 @@ def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
          str(restarts), "--monitor-interval", "0.1", PRETRAIN,
-         *last_words([*SMALL, *flags, "--output-dir", folder])],
+         *map(str, [*SMALL, *flags, "--output-dir", folder])],
         env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -150,7 +149,7 @@ class Server:
         self, output_dir: Path, *flags: str | Path, ranks: int = 2, faults: Sequence[Sequence[Any] | None] = ()
     ) -> Run:
         """A run of ``ranks`` processes; ``faults[rank]`` is the name of a fault and its arguments."""
-        argv = last_words([*SMALL, "--output-dir", output_dir, *flags])
+        argv = map(str, [*SMALL, "--output-dir", output_dir, *flags])
         return self._launch([PRETRAIN, *argv], environments(ranks), output_dir, self.folder, faults)
 
     def launch(self, *words: object, env: dict[str, str] | None = None) -> Run:

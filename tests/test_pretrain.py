@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from PIL import Image
-from pretrain_fixtures import SMALL, STEPS_AN_EPOCH, Ended, Stopped, learnt_in, pretrain_here
+from pretrain_fixtures import STEPS_AN_EPOCH, Ended, Stopped, learnt_in, pretrain_here
 from ranks import ENVIRONMENT, PRETRAIN
-from tiny_run import differing_bits, tiny_config
+from tiny_run import differing_bits
 
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import CheckpointFolder
-from dino_xcit.checkpoint.resume import starts_anew
 from dino_xcit.runtime.metrics import read_metrics
 
 # ---- a run
@@ -87,30 +84,6 @@ def test_the_sample_is_used_without_a_data_path_and_the_first_line_says_so(tmp_p
     assert "no --data-path" in ended.out.splitlines()[0]
     assert "12,000 images" in ended.out
     assert safe_load.read(folder / "checkpoint.pth")["args"]["data_path"] == "sample:fashion-mnist"
-
-
-def test_the_knn_while_training_leaves_out_what_cannot_be_read(labelled_photos: Path, tmp_path: Path) -> None:
-    shutil.copytree(labelled_photos, tmp_path / "photos")
-    for broken in ("train/dark/3.png", "val/bright/1.png"):
-        (tmp_path / "photos" / broken).write_bytes(b"<html>gone</html>")
-    flags = [*SMALL, "--knn-every", "1", "--epochs", "1", "--output-dir", tmp_path / "run"]
-    ended = pretrain_here("--data-path", tmp_path / "photos", *flags, "--max-unreadable", "0.1")
-    assert ended.code == 0, ended.err
-    assert "knn top1" in ended.out
-    (epoch,) = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "epoch"]
-    assert round(epoch["knn_top1"] * 3) in (0, 100, 200, 300)  # of three that can be read
-
-
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_start_after_a_failure_never_forgets_what_resume_never_forgot_at_first(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    config = tiny_config(resume="never")
-    assert starts_anew(config)
-    monkeypatch.setenv(name, "0")
-    assert starts_anew(config)
-    monkeypatch.setenv(name, "1")
-    assert not starts_anew(config)
 
 
 # ---- as a process of its own

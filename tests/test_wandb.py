@@ -15,7 +15,6 @@ from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
-from last_words import last_words
 from ranks import ENVIRONMENT, HERE, SMALL
 
 from dino_xcit.errors import InputError
@@ -100,7 +99,7 @@ def test_a_missing_package_is_said_before_the_run(monkeypatch: pytest.MonkeyPatc
 def pretrain(folder: Path, photos: Path, last: int, **environment: str) -> subprocess.CompletedProcess[str]:
     flags = ["--data-path", photos, "--batch-size-per-gpu", "2", "--output-dir", folder / "run", "--max-steps", last]
     return subprocess.run(
-        [sys.executable, str(HERE.parent / "run_pretrain.py"), *last_words([*SMALL, *flags, "--wandb", "xcit"])],
+        [sys.executable, str(HERE.parent / "run_pretrain.py"), *map(str, [*SMALL, *flags, "--wandb", "xcit"])],
         env=os.environ | ENVIRONMENT | {"HOME": str(folder)} | environment,
         capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
     )  # fmt: skip
