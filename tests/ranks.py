@@ -129,13 +129,8 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "rank_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | ENVIRONMENT,
-            text=True,
-        )
+        command, pipe = [sys.executable, str(HERE / "rank_server.py")], subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | ENVIRONMENT, text=True)
         self._runs = 0
 
     def ask(self, request: dict[str, Any]) -> list[Any]:
@@ -179,20 +174,13 @@ class Server:
         self._runs += 1
         names = [f"{self._runs}-{rank}" for rank in range(len(told))]
         logs = [(self.folder / f"{name}.out", self.folder / f"{name}.err") for name in names]
-        requests = [
-            {
-                "words": words,
-                "env": environment,
-                "cwd": str(cwd),
-                "out": str(logs[rank][0]),
-                "err": str(logs[rank][1]),
-                "fault": list(faults[rank] or []) if rank < len(faults) else [],
-            }
-            for rank, environment in enumerate(told)
-        ]
-        for out, err in logs:
+        requests = []
+        for rank, (environment, (out, err)) in enumerate(zip(told, logs, strict=True)):
             out.touch()
             err.touch()
+            fault = list(faults[rank] or []) if rank < len(faults) else []
+            where = {"cwd": str(cwd), "out": str(out), "err": str(err)}
+            requests.append({"words": words, "env": environment, "fault": fault, **where})
         return Run(self, self.ask({"start": requests}), logs, folder)
 
     def close(self) -> None:

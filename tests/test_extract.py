@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from dying_child import run_in_a_child
 from eval_fixtures import noise_source, tiny_checkpoint, unit
 from extract_fixtures import COUNT, Place, content, done, new_place, words
@@ -18,7 +17,6 @@ from run_here import Command, Here, on_two_ranks
 
 import run_extract
 from dino_xcit.errors import InputError
-from dino_xcit.weights import load_backbone
 from eval.retrieval import collection as store
 from eval.retrieval.collection import FILES, claim, open_collection
 from eval.retrieval_config import ExtractConfig
@@ -71,20 +69,6 @@ def test_a_query_is_prepared_and_whitened_as_its_collection_was(place: Place, co
     first = json.loads((tmp_path / "q.json").read_text())["results"][0]
     assert (first["path"], first["row"]) == (wanted, 5)
     assert first["score"] == pytest.approx(1, abs=1e-4), "the query's vector is the stored one"
-
-
-def test_a_query_allows_the_keys_that_its_collection_lacked(place: Place, command: Command, tmp_path: Path) -> None:
-    state = dict(load_backbone(place.weights).backbone.state_dict())
-    del state["norm.bias"], state["norm.weight"]
-    torch.save(state | {"extra": torch.zeros(2)}, tmp_path / "lost.pth")
-    allowed = ("--allow-missing", "norm.*", "--allow-unexpected", "extra")
-    made = Place(place.data, tmp_path / "lost.pth")
-    done(command(*words(made, "--output-dir", tmp_path / "v", *allowed, data=place.data / "val")))
-    collection = open_collection(tmp_path / "v")
-    assert collection.metadata["weights"]["allowed"] == [
-        "missing norm.bias", "missing norm.weight", "unexpected extra"
-    ]  # fmt: skip
-    assert "1.0000" in done(command("--query", collection.names[3], "--index", tmp_path / "v", "--top", 1)).out
 
 
 def test_an_approximate_index_states_its_recall_on_the_screen_and_in_the_card(
@@ -144,19 +128,6 @@ def test_what_cannot_be_added_is_refused_with_the_difference(place: Place, comma
 
 
 # ---- what a query leaves
-
-
-def test_a_query_is_answered_where_no_sheet_can_be_written(
-    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    done(command(*words(place, "--output-dir", tmp_path / "v", "--json=~/v.json", data=place.data / "val")))
-    assert json.loads((tmp_path / "v.json").read_text())["count"] == 9
-    (tmp_path / "v" / "contact_sheet.png").mkdir()
-    query = ("--query", next((place.data / "val" / "bars").iterdir()), "--index", tmp_path / "v")
-    assert "warning: cannot write the contact sheet" in done(command(*query, "--json=~/q.json")).out
-    assert len(json.loads((tmp_path / "q.json").read_text())["results"]) == 9
-    assert command(*query, "--sheet", tmp_path / f"{'s' * 250}.png").code == 2
 
 
 # ---- where a collection may lie
@@ -322,17 +293,6 @@ def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
             claim(tmp_path / "v", {}, source, config, second)
     with ExitStack() as third:
         assert claim(tmp_path / "v", {}, source, config, third) == ""
-
-
-def test_images_that_are_left_out_do_not_count_for_an_index(
-    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = shutil.copytree(place.data / "train", tmp_path / "photos")
-    next(photos.rglob("*.*")).write_bytes(b"broken")
-    monkeypatch.setattr(store, "MIN_IVFPQ", COUNT)
-    flags = ("--output-dir", tmp_path / "v", "--index-type", "ivfpq", "--unreadable", "skip")
-    refused = command(*words(place, *flags, data=photos))
-    assert (refused.code, f"takes {COUNT} images or more, found {COUNT - 1}" in refused.err) == (2, True)
 
 
 def test_a_part_of_broken_images_alone_is_left_out(place: Place, command: Command, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from pretrain_fixtures import STEPS_AN_EPOCH, Ended, Stopped, learnt_in, pretrain_here
-from ranks import ENVIRONMENT, PRETRAIN
+from pretrain_fixtures import STEPS_AN_EPOCH, Stopped, pretrain_here
+from ranks import ENVIRONMENT, PRETRAIN, state_in
+from run_here import Outcome
 from tiny_run import differing_bits
 
 from dino_xcit import safe_load
@@ -53,8 +54,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_that_was_measured_on_the_way(
         *flags, "--output-dir", straight, "--knn-every", "1", "--saveckp-freq", "2", "--num-workers", "2"
     )
     assert whole.code == 0, whole.err
-    assert differing_bits(learnt_in(folder), learnt_in(straight)) == []
-    assert int(learnt_in(folder)["/step"]) == 3 * STEPS_AN_EPOCH
+    assert differing_bits(state_in(folder), state_in(straight)) == []
+    assert int(state_in(folder)["/step"]) == 3 * STEPS_AN_EPOCH
 
     # The metrics of the interrupted run are those of the other: the truth has no gap and no step twice.
     def losses(run: Path) -> dict[int, float]:
@@ -98,5 +99,5 @@ def test_the_plain_command_works_from_another_directory(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    Ended(ended.returncode, ended.stdout, ended.stderr).assert_refused("xcit_small_12_p16")
+    Outcome(ended.returncode, ended.stdout, ended.stderr).assert_refused("xcit_small_12_p16")
     assert "sample" in ended.stdout.splitlines()[0]

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from pretrain_fixtures import SMALL, Ended, Stopped, files_of, learnt_in, pretrain_here
+from pretrain_fixtures import SMALL, Stopped, files_of, pretrain_here
+from ranks import state_in
+from run_here import Outcome
 from tiny_run import CPU, differing_bits, tiny_config
 
 from dino_xcit import safe_load
@@ -32,7 +34,7 @@ class Folder:
     path: Path
     flags: list[Any]
 
-    def __call__(self, *flags: object) -> Ended:
+    def __call__(self, *flags: object) -> Outcome:
         return pretrain_here(*self.flags, *flags)
 
     def steps(self) -> list[int]:
@@ -122,7 +124,7 @@ def test_resume_changed_resumes_and_resume_never_starts_anew(begun: Folder, stop
     anew = begun("--resume", "never", "--max-steps", "2")
     assert anew.code == 0, anew.err
     assert "after step" not in anew.out
-    assert differing_bits(learnt_in(begun.path), learnt_in(stopped.folder)) == []
+    assert differing_bits(state_in(begun.path), state_in(stopped.folder)) == []
     assert begun.steps() == [1, 2]
 
 
