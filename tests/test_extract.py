@@ -123,7 +123,8 @@ def test_what_cannot_be_added_is_refused_with_the_difference(place: Place, comma
         refused = command(*words(changed, "--output-dir", tmp_path / "v", "--add", *more, data=data))
         assert (refused.code, said in refused.err) == (2, True), refused.err
         assert content(tmp_path / "v") == before
-    assert "is no complete collection" in command(*words(place, "--output-dir", tmp_path / "none", "--add")).err
+    refused = command(*words(place, "--output-dir", tmp_path / "none", "--add"))
+    assert "is no collection: expected a folder" in refused.err
     assert not (tmp_path / "none").exists()
 
 

@@ -61,6 +61,8 @@ def words_of(weights: Path, folder: Path, *flags: object, batch: int = 4) -> lis
     }  # fmt: skip
     if "--no-sgd" not in flags:
         settings |= {"--epochs": (3,), "--lrs": (0.5, 0.01), "--crop-scale": (0.5, 1)}
+    if "--no-cache" in flags:
+        del settings["--cache-dir"]
     if "--logreg" in flags:
         settings |= {"--logreg-cs": (1, 0.01, 100)}
     given = {name: words for name, words in settings.items() if name not in flags}
