@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from last_words import last_words
 from PIL import Image
-from pretrain_fixtures import SMALL, Ended, Pretrain, Stopped, pretrain_here, two_classes
-from ranks import PRETRAIN, Run, Server, Start, rank_server
+from pretrain_fixtures import SMALL, Stopped, pretrain_here, two_classes
+from ranks import Run, Server, Start, rank_server
 from run_here import Here, run_here
 
 torch.set_num_threads(1)
@@ -43,18 +42,6 @@ def start(server: Server, photos: Path, tmp_path: Path) -> Start:
         return server.start(tmp_path / name, "--data-path", photos, *flags, **options)
 
     return begin
-
-
-@pytest.fixture(scope="session")
-def pretrain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Pretrain:
-    """``pretrain(*flags)`` runs run_pretrain.py in a process of its own, in a directory that was empty at first."""
-    folder = tmp_path_factory.mktemp("pretrain")
-
-    def run(*argv: str | Path) -> Ended:
-        done = server.python(PRETRAIN, *last_words(argv), cwd=folder)
-        return Ended(done.returncode, done.stdout, done.stderr)
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the tests of run_extract.py share: images, weights that were trained on them, and words of a command line."""
+"""What tests of runners share: images, weights that were trained on them, and words of a command line."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Place(NamedTuple):
     weights: Path
 
 
-def new_place(folder: Path) -> Place:
+def new_place(folder: Path, train: int = 8, val: int = 3) -> Place:
     """A labelled image tree, and weights that were trained on it."""
-    tree = image_tree(folder / "photos")
+    tree = image_tree(folder / "photos", train, val)
     return Place(tree, tiny_checkpoint(folder / "run", tree))
 
 

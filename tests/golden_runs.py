@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from last_words import last_words
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -163,7 +162,7 @@ def ten_features(weights: str | Path) -> NDArray[np.float32]:
 
 def losses(flags: list[str], folder: str, count: int = 20) -> dict[str, list[float]]:
     """The figures of ``count`` steps, and the k-NN after each epoch."""
-    words = last_words(["--data-path", "photos", *TINY, "--knn-every", "1", *flags])
+    words = ["--data-path", "photos", *TINY, "--knn-every", "1", *flags]
     run("run_pretrain.py", *words, "--max-steps", str(count), "--output-dir", folder)
     records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     found = {name: [row[name] for row in records if row["kind"] == "step"] for name in STEP_FIGURES}

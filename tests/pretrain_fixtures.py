@@ -6,7 +6,6 @@ import hashlib
 import io
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
-from last_words import last_words
 from PIL import Image
-from tiny_run import tensors_of
+from run_here import Outcome
 
 SMALL = [
     "--arch", "xcit_pico_4_p4", "--out-dim", "16", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
@@ -27,28 +24,7 @@ SMALL = [
 STEPS_AN_EPOCH = 4
 
 
-@dataclass
-class Ended:
-    """A run that is over."""
-
-    code: int
-    out: str
-    err: str
-
-    def assert_refused(self, *words: str) -> None:
-        """Exit code 2, and one sentence with these words as the last line of stderr."""
-        assert "Traceback" not in self.err
-        last = self.err.strip().splitlines()[-1]
-        assert last.startswith("error: "), self.err
-        for word in words:
-            assert word in last
-        assert self.code == 2
-
-
-Pretrain = Callable[..., Ended]
-
-
-def pretrain_here(*words: object) -> Ended:
+def pretrain_here(*words: object) -> Outcome:
     """Run run_pretrain.py's console entry in this process."""
     import run_pretrain
 
@@ -56,14 +32,14 @@ def pretrain_here(*words: object) -> Ended:
     with (
         redirect_stdout(out),
         redirect_stderr(err),
-        patch.object(sys, "argv", ["run_pretrain.py", *last_words(words)]),
+        patch.object(sys, "argv", ["run_pretrain.py", *map(str, words)]),
         patch.object(run_pretrain, "choose_kernels"),  # they would hold for all that follows
     ):
         try:
             run_pretrain.command()
         except SystemExit as end:
             code = int(end.code or 0)
-    return Ended(code, out.getvalue(), err.getvalue())
+    return Outcome(code, out.getvalue(), err.getvalue())
 
 
 def two_classes(folder: Path) -> Path:
@@ -87,18 +63,13 @@ def files_of(folder: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def learnt_in(folder: Path) -> dict[str, torch.Tensor]:
-    content = torch.load(folder / "checkpoint.pth", weights_only=True)
-    return tensors_of({name: content[name] for name in ("student", "teacher", "optimizer", "dino_loss", "step")})
-
-
 @dataclass
 class Stopped:
     """A run that was stopped after two steps."""
 
     folder: Path
     flags: list[Any]
-    ended: Ended
+    ended: Outcome
 
     def copy(self, to: Path) -> tuple[Path, list[Any]]:
         """The same run in another directory, and the flags that continue it there."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from last_words import last_words
 from torch import Tensor
 
 from dino_xcit.runtime.metrics import read_metrics
@@ -55,7 +54,7 @@ def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
          str(restarts), "--monitor-interval", "0.1", PRETRAIN,
-         *last_words([*SMALL, *flags, "--output-dir", folder])],
+         *map(str, [*SMALL, *flags, "--output-dir", folder])],
         env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -130,13 +129,8 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "rank_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | ENVIRONMENT,
-            text=True,
-        )
+        command, pipe = [sys.executable, str(HERE / "rank_server.py")], subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | ENVIRONMENT, text=True)
         self._runs = 0
 
     def ask(self, request: dict[str, Any]) -> list[Any]:
@@ -150,7 +144,7 @@ class Server:
         self, output_dir: Path, *flags: str | Path, ranks: int = 2, faults: Sequence[Sequence[Any] | None] = ()
     ) -> Run:
         """A run of ``ranks`` processes; ``faults[rank]`` is the name of a fault and its arguments."""
-        argv = last_words([*SMALL, "--output-dir", output_dir, *flags])
+        argv = map(str, [*SMALL, "--output-dir", output_dir, *flags])
         return self._launch([PRETRAIN, *argv], environments(ranks), output_dir, self.folder, faults)
 
     def launch(self, *words: object, env: dict[str, str] | None = None) -> Run:
@@ -180,20 +174,13 @@ class Server:
         self._runs += 1
         names = [f"{self._runs}-{rank}" for rank in range(len(told))]
         logs = [(self.folder / f"{name}.out", self.folder / f"{name}.err") for name in names]
-        requests = [
-            {
-                "words": words,
-                "env": environment,
-                "cwd": str(cwd),
-                "out": str(logs[rank][0]),
-                "err": str(logs[rank][1]),
-                "fault": list(faults[rank] or []) if rank < len(faults) else [],
-            }
-            for rank, environment in enumerate(told)
-        ]
-        for out, err in logs:
+        requests = []
+        for rank, (environment, (out, err)) in enumerate(zip(told, logs, strict=True)):
             out.touch()
             err.touch()
+            fault = list(faults[rank] or []) if rank < len(faults) else []
+            where = {"cwd": str(cwd), "out": str(out), "err": str(err)}
+            requests.append({"words": words, "env": environment, "fault": fault, **where})
         return Run(self, self.ask({"start": requests}), logs, folder)
 
     def close(self) -> None:

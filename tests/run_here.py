@@ -25,6 +25,15 @@ class Outcome(NamedTuple):
     out: str
     err: str
 
+    def assert_refused(self, *words: str) -> None:
+        """Exit code 2, and one sentence with these words as the last line of stderr."""
+        assert "Traceback" not in self.err
+        last = self.err.strip().splitlines()[-1]
+        assert last.startswith("error: "), self.err
+        for word in words:
+            assert word in last
+        assert self.code == 2
+
 
 Here = Callable[..., Outcome]
 """``here(run_extract, "--query", image)``: the runner's module, then the words of its command line, of any type."""

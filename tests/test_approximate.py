@@ -89,14 +89,6 @@ def test_features_that_hardly_differ_are_told_apart(kind: Kind) -> None:
     assert approximate_index(alike[100:], alike[:100], kind, [20])[1]["recall_percent"]["20"] > 90
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_zeros_are_like_nothing(kind: Kind) -> None:
-    """By distance they are as near as a cosine of 0.5."""
-    index, _ = approximate_index(np.pad(TRAIN, ((0, 1), (0, 0))), QUERIES, kind, [ROWS + 1], probes=ROWS + 1)
-    ((similarities, rows),) = search(index, -QUERIES, ROWS + 1)
-    assert similarities[rows == ROWS] == pytest.approx(0, abs=1e-6)
-
-
 def test_too_few_probes_find_too_few_neighbours_and_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     graph = approximate_index(TRAIN, QUERIES, "hnsw", [20, 200], probes=3)[1]
     assert (graph["probes"], graph["queries_with_fewer_than_k"]) == (200, 0), "as many candidates as neighbours"

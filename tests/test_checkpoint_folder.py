@@ -13,7 +13,7 @@ import torch
 
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import CheckpointFolder
-from dino_xcit.checkpoint.saver import Saver, on_cpu
+from dino_xcit.checkpoint.saver import Saver
 from dino_xcit.errors import InputError
 
 
@@ -234,27 +234,6 @@ def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     assert [p.name for p in (tmp_path / "checkpoints").glob(".*")] == []
 
 
-def test_a_note_of_the_metric_is_no_save(
-    tmp_path: Path, full: threading.Event, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The save of step 2 fails; that the note on it does nothing, without an error, does not make it saved."""
-    saver = Saver(CheckpointFolder(tmp_path), max_failures=2)
-    saver.begin(0)
-    saver.ensure(1, lambda: content(1))
-    full.set()
-    for step in (2, 3):
-        saver.save(content(step))
-        saver.note_metric(step, "knn_top1", 50.0)
-    with pytest.raises(InputError, match="resumes after step 1"):
-        saver.ensure(3, lambda: content(3))
-    assert saver.save_error
-    assert newest_step(tmp_path) == 1
-    saver.note_metric(1, "knn_top1", 40.0)
-    saver.wait()
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1].startswith("warning: cannot write the metric of step 1 to its manifest")
-
-
 def test_a_fault_of_ours_in_a_save_is_not_taken_for_the_disks(tmp_path: Path) -> None:
     saver = Saver(CheckpointFolder(tmp_path), max_failures=3)
     broken = content(1)
@@ -304,30 +283,3 @@ def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path, may_wr
     stored, expected = safe_load.read(tmp_path / "checkpoint.pth"), content(1)
     for part in ("backbone", "teacher"):
         assert all(torch.equal(stored[part][name], tensor) for name, tensor in expected[part].items())
-
-
-def test_a_copy_shares_nothing() -> None:
-    original = {"a": [torch.ones(2), {"b": (torch.zeros(3, requires_grad=True), 4)}], "c": "word"}
-    copy = on_cpu(original)
-    original["a"][0].add_(1)  # type: ignore[union-attr, index]
-    assert copy["a"][0].tolist() == [1.0, 1.0]
-    assert copy["a"][1]["b"][1] == 4
-    assert not copy["a"][1]["b"][0].requires_grad
-    assert copy["c"] == "word"
-
-
-def test_values_of_another_metric_are_not_compared(tmp_path: Path) -> None:
-    checkpoints = CheckpointFolder(tmp_path)
-    for step, name, value in ((1, "knn_top1", 60.0), (2, "spread", 0.4), (3, "spread", 0.3)):
-        checkpoints.write(content(step))
-        checkpoints.note_metric(step, name, value)
-    assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000002.pth")
-
-
-def test_checkpoints_of_a_version_that_wrote_no_steps_per_epoch_are_older_than_new_ones(tmp_path: Path) -> None:
-    filled(tmp_path)
-    checkpoints = CheckpointFolder(tmp_path)
-    for step in (4, 5):
-        checkpoints.write(content(step) | {"steps_per_epoch": 10})
-    assert steps_in(tmp_path) == [4, 5]
-    assert newest_step(tmp_path) == 5

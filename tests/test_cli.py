@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pretrain_command import DATA, parsed
 
-import dino_xcit
 from dino_xcit.bounds import annotations_of, check_bounds
 from dino_xcit.cli import parse, parse_known
 from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig, differences
@@ -40,12 +38,8 @@ def test_every_spelling_of_yes_and_no(words: str) -> None:
     for word in words.split():
         assert parsed(*DATA, "--use_bn_in_head", word).use_bn_in_head is words.startswith("true")
         assert parsed(*DATA, f"--norm-last-layer={word}").norm_last_layer is words.startswith("true")
-
-
-def test_a_switch_alone_is_true_and_no_makes_it_false() -> None:
-    config = parsed(*DATA, "--use_bn_in_head", "--no_norm-last-layer", "--seed", "3", "--deterministic")
-    assert (config.use_bn_in_head, config.norm_last_layer, config.seed) == (True, False, 3)
-    assert config.deterministic is True
+    config = parsed(*DATA, "--use_bn_in_head", "--no_norm-last-layer", "--deterministic")
+    assert (config.use_bn_in_head, config.norm_last_layer, config.deterministic) == (True, False, True)
 
 
 PRECISIONS = {
@@ -55,12 +49,7 @@ PRECISIONS = {
 
 
 @pytest.mark.parametrize(
-    ("arch", "patch", "name"),
-    [
-        ("xcit_small_12", 8, "xcit_small_12_p8"),
-        ("vit_small", 16, "vit_small_12_p16"),
-        ("deit_tiny", 8, "vit_tiny_12_p8"),
-    ],
+    ("arch", "patch", "name"), [("xcit_small_12", 8, "xcit_small_12_p8"), ("deit_tiny", 16, "vit_tiny_12_p16")]
 )
 def test_dinos_patch_size_is_a_part_of_arch(arch: str, patch: int, name: str) -> None:
     assert parsed(*DATA, "--patch_size", str(patch), "--arch", arch).arch == name
@@ -102,31 +91,24 @@ def test_what_torchrun_takes_over_is_ignored_with_a_word(capsys: pytest.CaptureF
 
 MISTAKES = {
     "--global_crop_scale 0.4 1": "did you mean --global_crops_scale",
-    "--epoch 3": "did you mean --epochs",
     "--recipe sampel": "did you mean sample",
     "--recipe dino": "needs --data-path",
     "photos --seed 1": "'photos'",
     "--config absent.yaml": "absent.yaml",
     "--lr 1 2": "'2' after --lr",
-    "--norm_last_layer true false": "'false' after --norm_last_layer",
     "--use_bn_in_head=perhaps": "use_bn_in_head is perhaps, expected true or false",
-    "--use_fp16=perhaps": "use_fp16 is perhaps",
     "--use_fp16 true --precision bf16": "use_fp16",
     "--patch_size 8": "give both in --arch", "--patch_size 8 --arch xcit_small_12_p16": "give both in --arch",
     "--use_fp16 false --precision fp16": "use_fp16",
     "--no-deterministic=false": "--no_deterministic",
     "--lr": "lr is empty, expected a number, such as 0.0005",
-    "--data-path": "data_path is empty, expected a value",
     "--global_crops_scale 0.4 1 2": "'2' after --global_crops_scale",
     "--epochs 1.5": "epochs is 1.5, expected a whole number, such as 100",
-    "--lr fast": "lr is fast, expected a number",
     "--std 1 1 one": "std is 1 1 one, expected 3 numbers",
     "--precision fp8": "precision is fp8, expected one of auto, fp32",
     "--epochs 0": "epochs is 0",
     "--lr nan": "lr is nan",
-    "--std 0 1 1": "std is 0 1 1",
     "--global_crops_scale 1 0.4": "global_crops_scale is 1.0 0.4",
-    "--blur_radius 2 1": "blur_radius is 2.0 1.0",
 }  # fmt: skip
 
 
@@ -158,15 +140,11 @@ def test_settings_made_in_python_are_checked_too() -> None:
 FILES = {
     "epochz: 3\n": "settings.yaml: .*did you mean --epochs",
     "lr: fast\n": "lr is fast",
-    "global_crops_scale: 0.4\n": "global_crops_scale is 0.4, expected 2 numbers",
     "precision: bf16\nuse_fp16: true\n": "use_fp16",
     "compile: []\n": "compile is empty, expected true or false",
     "allow_missing: ['--lr', '3']\n": "allow_missing in .* has the flag --lr",
-    "allow_missing: [a, --lr, 3]\n": "allow_missing in .* has the flag --lr",
     "lr: {a: 1}\n": "lr in ",
-    "data_path:\n": "data_path in ",
     "global_crops_scale: [0.1, 0.4, 1]\n": "'1' after --global_crops_scale",
-    "deterministic: [true, false]\n": "--deterministic",
     "no_norm_last_layer: true\n": "--no_norm_last_layer",
     "config: other.yaml\n": "config",
     "- epochs\n": "name: value",
@@ -225,10 +203,8 @@ def test_words_without_a_flag_may_stand_anywhere() -> None:
         (KnnConfig, "--ks 10 abc", "ks is 10 abc, expected whole numbers, such as 10 20"),
         (LinearConfig, "--n_last_blocks 4", "unknown flag --n_last_blocks: give --features last4"),
         (LinearConfig, "--avgpool_patchtokens=true", "--avgpool_patchtokens: give --features cls[+]mean"),
-        (LinearConfig, "--num_labels 1000", "--num_labels: leave it out"),
         (KnnConfig, "--use_cuda 1", "--use_cuda: give --device cuda"),
         (KnnConfig, "--no-cache --cache-dir d", "cache_dir is d, which has no effect with --no-cache"),
-        (KnnConfig, "--weights a b", "'b' after --weights"),
         (KnnConfig, "--weights a --use_fp16", "unknown flag --use_fp16"),
         (RetrievalConfig, "oxford paris --data-path d", "'paris'"),
         (RetrievalConfig, "oxfrod --data-path d", "protocol is oxfrod, expected one of oxford, paris"),
@@ -260,12 +236,7 @@ def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
         parse_pretrain(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert re.findall(r"^\W*(\w+) options", printed, re.M) == [
-        "data", "model", "method", "optimisation", "crops", "machine", "checkpoints", "evaluation",
-    ]  # fmt: skip
-    assert max(map(len, printed.splitlines())) <= 80
     words = " ".join(printed.replace("│", " ").split())
-    assert "models), sample and sample-long (the embedded sample)" in words, "paragraphs are whole"
     assert all(f"--{field.name.replace('_', '-')} " in words for field in dataclasses.fields(PretrainConfig))
     assert words.count("(default:") >= len(dataclasses.fields(PretrainConfig))
     assert all(f"(default: {default})" in words for default in ("65536", "0.4 1.0", "True"))
@@ -286,9 +257,7 @@ def test_differences_name_what_changes_the_result_and_nothing_else() -> None:
         assert bool(found) is (field.name not in RESUME_SAFE_FIELDS), field.name
         if found:
             assert found[0].startswith(f"{field.name} something else -> ")
-    assert RESUME_SAFE_FIELDS.isdisjoint(
-        {"lr", "arch", "data_path", "seed", "epochs", "out_dim", "local_crops_size", "mean"}
-    )
+    assert RESUME_SAFE_FIELDS.isdisjoint({"lr", "arch", "data_path", "seed", "epochs", "out_dim", "mean"})
     assert {"max_steps", "output_dir", "num_workers"} <= RESUME_SAFE_FIELDS
 
 
@@ -310,19 +279,6 @@ def test_only_a_users_mistakes_become_a_sentence(capsys: pytest.CaptureFixture[s
     run_main(lambda: None)
 
 
-# ---- rooms
-
-
-def test_the_package_never_imports_the_evaluators() -> None:
-    package = Path(dino_xcit.__file__).parent
-    above = "|".join(("eval", *(path.stem for path in package.parent.glob("run_*.py"))))
-    imports = re.compile(rf"""^\s*(from|import) ({above})\b|(import_module|__import__)\(["']({above})\b""", re.M)
-    files = sorted(package.rglob("*.py"))
-    assert len(files) > 20
-    assert imports.search("if x:\n    from eval.knn import y")
-    assert [file for file in files if imports.search(file.read_text())] == []
-
-
 # ---- as with argparse
 
 
@@ -332,8 +288,6 @@ def test_the_package_never_imports_the_evaluators() -> None:
         (KnnConfig, "--weights a --pretrained_weights b", "weights", "b"),
         (KnnConfig, "--ks 10 --nb_knn 20 30", "ks", (20, 30)),
         (KnnConfig, "--cache --no-cache", "cache", False),
-        (RetrievalConfig, "oxford --data-path d --protocol paris", "protocol", "paris"),
-        (LaunchConfig, "--nodes 1 --nodes=2", "nodes", 2),
         (ExtractConfig, "--query a --index i --query b", "query", ("a", "b")),
     ],
 )
@@ -346,9 +300,3 @@ def test_of_a_setting_twice_in_a_file_the_last_wins(tmp_path: Path) -> None:
     file.write_text("lr: 1\nout_dim: 9\nout-dim: 8\nlr: 2\nallow_missing: []\n")
     config = parsed(*DATA, "--config", str(file))
     assert (config.lr, config.out_dim, config.allow_missing) == (2, 8, ())
-
-
-def test_a_setting_that_was_empty_is_called_so() -> None:
-    stored = dataclasses.asdict(parsed(*DATA)) | {"global_crops_scale": [0.25, 1.0]}
-    found = differences(stored, parsed(*DATA, "--init-weights", "w.pth"))
-    assert found == ["init_weights empty -> w.pth", "global_crops_scale 0.25 1 -> 0.4 1"]

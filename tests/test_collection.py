@@ -33,7 +33,6 @@ from eval.retrieval.collection import (
     unescape,
     write_collection,
 )
-from eval.retrieval.contact_sheet import TILE, Tile, draw_sheet
 from eval.retrieval.whitening import Whitening, learn, save
 
 NAMES = ["a.jpg", "with space.jpg", "line\nfeed.png", "back\\slash\\n.png", "ümlaut\u2028.png", "raw\udcff.png", "\r"]
@@ -97,17 +96,6 @@ def test_search_is_exact_and_takes_queries_as_the_backbone_gives_them(tmp_path: 
 def test_any_name_survives_on_one_line(name: str) -> None:
     assert "\n" not in escape(name)
     assert unescape(escape(name)) == name
-
-
-def test_a_folder_of_the_first_format_opens_as_the_class_token(tmp_path: Path) -> None:
-    collection = write(tmp_path, rows_of(7))
-    metadata = json.loads((tmp_path / "card.json").read_text())
-    for name in ("index", "dtype", "descriptor", "whitening", "added", "dimension"):
-        del metadata[name]
-    (tmp_path / "card.json").write_text(json.dumps(metadata | {"format": "dino-xcit-vectors-1"}))
-    old = open_collection(tmp_path)
-    assert old.descriptor == CLASS_TOKEN
-    assert (old.search(rows_of(3, seed=1), 4)[1] == collection.search(rows_of(3, seed=1), 4)[1]).all()
 
 
 def test_an_image_is_as_near_to_itself_as_a_cosine_can_be_in_half_precision_too(tmp_path: Path) -> None:
@@ -310,22 +298,3 @@ def test_relative_names_start_from_where_their_own_part_was_extracted(tmp_path: 
     parts = [{"url": "photos", "names_start_from": str(tmp_path / place), "images": 1} for place in "ab"]
     images = CollectedImages({"data": parts[0], "added": parts[1:]}, ["photos/x.png", "photos/x.png"])
     assert [images.read(row)[0] for row in range(2)] == [png(0), png(1)]
-
-
-def test_the_contact_sheet_shows_queries_beside_their_results(tmp_path: Path) -> None:
-    red, blue = Image.new("RGB", (90, 30), "#ff0000"), Image.new("RGB", (28, 28), "#0000ff")
-    results = [Tile(blue if place % 2 else None, f"{place}  0.9", "a rather long name " * 4) for place in range(7)]
-    draw_sheet([(Tile(red, "query", "q\n.png"), results), (Tile(blue, "query", "r"), results[:1])], tmp_path / "s.png")
-    with Image.open(tmp_path / "s.png") as sheet:
-        pixels = np.asarray(sheet.convert("RGB"))
-    red_count, blue_count = (int((pixels == colour).all(axis=-1).sum()) for colour in ((255, 0, 0), (0, 0, 255)))
-    assert red_count == TILE * TILE // 3, "the whole picture, in its own shape"
-    assert blue_count == 4 * TILE * TILE, "three results of the first query, and the second query"
-    assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
-
-
-def test_a_folder_without_a_collection_is_told_as_one(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"is no collection: expected a folder written by run_extract\.py --output-dir"
-    ):
-        open_collection(tmp_path)

@@ -90,27 +90,13 @@ def test_words_choose_figures_and_only_a_name_chooses_a_baseline(tmp_path: Path,
         assert len(compared(a, b, "--figure", words)[1]) == 2 * count, words
 
 
-def test_what_to_know_beside_the_figures_is_said(tmp_path: Path, compared: Compared) -> None:
-    a = write_result(tmp_path / "a.json", *(knn_figure(k, hits(300)) for k in (10, 20)), weights="f00")
-    b = write_result(tmp_path / "b.json", *(knn_figure(k, hits(310)) for k in (20, 100)), weights="f00")
-    text, rows = compared(a, change(b, "1.7", "versions", "torch"))
-    assert f"warning: only {a} has trained k=10 T=0.07 top-1" in text
-    assert f"warning: only {b} has trained k=100 T=0.07 top-1" in text
-    assert f"warning: {b} measured the same weights as {a} (f00)" in text
-    assert "other versions: torch 2" in text
-    assert [row["difference"] for row in rows] == [None, 2.5]
-
-
 def test_markdown_has_a_rule_below_its_header_and_no_cell_breaks_it(tmp_path: Path, compared: Compared) -> None:
     figures = [figure("k_1 a|b", {"k": 1}, hits(right)) for right in (300, 0)]
     a, b = (write_result(tmp_path / f"{name}.json", one) for name, one in zip("ab", figures, strict=True))
     lines = compared(a, b, "--table", "markdown")[0].splitlines()
     header = next(place for place, line in enumerate(lines) if line.startswith("| figure | file | % [95%] |"))
-    assert lines[header - 1] == ""
     assert lines[header + 1].startswith("| --- | --- | ---: |")
     assert lines[header + 2].startswith(r"| k\_1 a\|b |")
-    assert r"\< 0.0001 |" in lines[header + 3]
-    assert lines[header + 5].startswith("- differences: ")
 
 
 # ---- what is unlike
@@ -178,8 +164,6 @@ def test_another_k_or_temperature_is_compared_only_when_allowed(tmp_path: Path, 
         ((), "expected at least 2 values"),
         (("a.json",), "given more than once"),
         (("b.json", "--allow", "tranform"), "did you mean transform"),
-        (("b.json", "--alow", "k"), "did you mean --allow"),
-        (("b.json", "--table", "latex"), "table"),
         (("b.json", "--figure", "k=7"), "no figure with 'k=7'"),
         (("c.json",), "cannot be read"),
     ],
@@ -256,15 +240,6 @@ def test_searches_are_compared_query_by_query(tmp_path: Path, compared: Compared
     assert (second["difference_interval"], second["p"]) == (None, None)
 
 
-def test_whitenings_have_to_be_learned_on_the_same_data(tmp_path: Path, compared: Compared) -> None:
-    a, b, c = (
-        searched(tmp_path / f"{name}.json", APS, whitening={"hash": name, "learned_on": {"url": learned_on}})
-        for name, learned_on in (("a", "photos"), ("b", "photos"), ("c", "paintings"))
-    )
-    compared(a, b)
-    assert "--allow whitening" in refusal(a, c)[0]
-
-
 # ---- linear probes
 
 LOGREG: dict[str, object] = {"name": "L-BFGS", "cs": [1.0], "iterations": 100}
@@ -307,12 +282,9 @@ def test_one_classifier_is_held_against_another_only_when_that_is_allowed(tmp_pa
     words = ("--figure", "grid", "logreg")
     (sentence,) = refusal(a, b, *words)
     assert "classifier grid -> logreg (--allow classifier" in sentence, "and no setting of either"
-    for other in (a, b):
-        _, (_, row) = compared(a, other, *words, "--allow", "classifier")
-        assert row["p"] is not None
+    assert compared(a, b, *words, "--allow", "classifier")[1][1]["p"] is not None
     c = probe(tmp_path / "c.json", "logreg", holdout=0.2)
     assert "holdout 0.1 -> 0.2" in refusal(a, c, *words, "--allow", "classifier")[0], "which both have"
-    assert "more than once" in refusal(a, a, "--figure", "grid", "grid")[0]
 
 
 # ---- published figures

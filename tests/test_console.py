@@ -1,26 +1,23 @@
-"""What is shown on the screen."""
+"""What is shown on the screen: names, lines of the main process, out of memory, readers that go away."""
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from pretrain_fixtures import SMALL, pretrain_here
 
 from dino_xcit.errors import InputError, printable, run_main
-from dino_xcit.runtime.logging import progress_bar
-
-
-def test_a_bar_says_what_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
-    with progress_bar(8, "indexing", shown=True, unit="shard") as bar:
-        bar.delay = bar.mininterval = 0
-        bar.update(4)
-        bar.refresh()
-    assert "indexing" in shown.getvalue()
-    assert "shard/s" in shown.getvalue() or "s/shard" in shown.getvalue()
+from dino_xcit.runtime import logging as log
 
 
 def test_names_and_sentences_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,13 +44,10 @@ PRINT = "print('much' * 100_000)"
 
 
 @pytest.mark.parametrize(("stream", "does", "code", "options"), [
-    ("stdout", PRINT, 141, []),
     ("stdout", PRINT, 141, ["-u"]),  # as run_slurm.py starts a run
-    ("stdout", "print('a word')", 141, []),  # too little to be written before the end
     ("stdout", "print('a word'); sys.exit(0)", 141, []),  # as --help does
     ("stdout", "print('a word'); raise InputError('a mistake')", 2, []),
     ("stdout", "print('a word'); raise KeyboardInterrupt", 130, []),
-    ("stderr", "print('a word', file=sys.stderr)", 141, []),
     ("stderr", "raise InputError('a mistake')", 2, []),
 ])  # fmt: skip
 def test_a_command_whose_reader_went_away_ends_without_a_traceback(
@@ -84,3 +78,98 @@ def test_a_command_without_a_screen_runs_all_the_same(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stdout", None)
     run_main(lambda: print("a word"))
     monkeypatch.undo()
+
+
+# ---- lines of the main process: a full disk is no error, a closed pipe is one
+
+
+ROOT = Path(__file__).parent.parent
+
+
+class Failing(io.StringIO):
+    """A stdout that cannot be written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+def test_only_the_main_rank_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    log.info("a")
+    log.warning("b")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    log.info("c")
+    assert capsys.readouterr() == ("a\nwarning: b\n", "")
+
+
+def test_a_full_disk_is_borne_and_a_closed_pipe_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    log.info("nowhere")
+    monkeypatch.setattr(sys, "stdout", Failing(errno.ENOSPC))
+    monkeypatch.setattr(sys, "stderr", Failing(errno.ENOSPC))
+    log.info("lost")
+    with log.progress_bar(2, "reading", shown=True) as bar:
+        bar.delay = bar.mininterval = 0
+        bar.update()
+    monkeypatch.setattr(sys, "stdout", Failing(errno.EPIPE))
+    with pytest.raises(BrokenPipeError):
+        log.info("unread")
+
+
+@pytest.mark.parametrize("through", ["log.info", "print"])
+def test_names_that_are_not_utf8_are_printed_as_escapes_under_a_strict_encoding(through: str) -> None:
+    code = (
+        "from dino_xcit.errors import run_main; from dino_xcit.runtime import logging as log;"
+        f"run_main(lambda: {through}('caf\\udce9.jpg'))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert (done.stdout, done.returncode) == ("caf\\udce9.jpg\n", 0), done.stderr
+
+
+# ---- memory that does not suffice
+
+
+def in_torch() -> None:
+    torch.empty(1 << 50)
+
+
+def in_numpy() -> None:
+    np.ones(1 << 50, np.uint8)
+
+
+def on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 8 GiB")
+
+
+@pytest.mark.parametrize(
+    ("main", "amount"), [(in_torch, "4,503,599.6 GB"), (in_numpy, "1.00 PiB"), (on_a_gpu, "20.50 GiB")]
+)
+def test_the_sentence_has_the_amount_and_flags_of_nobody_else(
+    capsys: pytest.CaptureFixture[str], main: Callable[[], None], amount: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out of memory ({amount} more were asked for): ")
+    assert said.count("\n") == 1
+    assert not any(flag in said for flag in ("--out-dim", "--accumulation-steps", "alloc_cpu.cpp"))
+
+
+def test_pretraining_names_its_own_flags(labelled_photos: Path) -> None:
+    ended = pretrain_here("--data-path", labelled_photos, *SMALL, "--out-dim", "100000000000")
+    ended.assert_refused("out of memory", "--batch-size-per-gpu", "--accumulation-steps", "--out-dim")
+
+
+def test_the_standard_logging_level_applies(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("dino_xcit")
+    logger.setLevel("WARNING")
+    log.info("100% hidden")
+    log.warning("100% shown")
+    logger.setLevel("INFO")
+    assert capsys.readouterr().out == "warning: 100% shown\n"

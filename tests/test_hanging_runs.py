@@ -69,7 +69,13 @@ def test_the_live_rank_ends_in_time_when_the_other_is_stopped(start: Start, stop
     ("victim", "number", "codes", "said"),
     [
         ("loader", signal.SIGKILL, [LOST, LOST], r"rank 1, step \d+ \(.*loader worker"),
-        ("loader", signal.SIGSTOP, [LOST, LOST], r"rank 1(, step \d+| at \S+: step \d+) \(waiting for images"),
+        pytest.param(
+            "loader",
+            signal.SIGSTOP,
+            [LOST, LOST],
+            r"rank 1(, step \d+| at \S+: step \d+) \(waiting for images",
+            marks=pytest.mark.slow,
+        ),
         ("rank", signal.SIGKILL, [LOST, -signal.SIGKILL], r"rank 0, step \d+ \("),
     ],
     ids=["killed loader", "stopped loader", "killed rank"],

@@ -99,6 +99,7 @@ def test_two_hundred_steps_with_twenty_kills_at_least_five_of_them_inside_a_save
     assert run.kills_inside_a_save >= 5
 
 
+@pytest.mark.slow
 def test_three_processes_resume_exactly_too(start: Start, tmp_path: Path) -> None:
     """A sum of three numbers depends on its order, and so on how DistributedDataParallel packs its messages."""
     flags = ["--batch-size-per-gpu", BATCH, "--save-every", "3", "--drop-path-rate", "0.3"]

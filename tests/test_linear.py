@@ -235,13 +235,8 @@ def test_a_kept_epoch_holds_the_views_that_the_probe_sees_in_that_epoch(tmp_path
 
 
 def test_whatever_decides_the_views_gives_them_a_place_of_their_own() -> None:
-    decided = [
-        (views(), 0, "f"),
-        (views(), 1, "f"),
-        (views(), 0, "g"),
-        (views(seed=6), 0, "f"),
-        (views((0.2, 1)), 0, "f"),
-    ]
+    others = [(views(), 1, "f"), (views(), 0, "g"), (views(seed=6), 0, "f"), (views((0.2, 1)), 0, "f")]
+    decided = [(views(), 0, "f"), *others]
     assert len({AugmentedEpoch(*one).fingerprint() for one in decided}) == len(decided)
 
 

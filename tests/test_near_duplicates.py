@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -50,21 +49,6 @@ def test_no_pair_is_no_error_and_too_many_are() -> None:
     assert none.first.dtype == np.int64
     with pytest.raises(InputError, match="more than 29 pairs"):
         find_pairs(first, first, -1.0, 29)
-
-
-def test_memory_does_not_grow_with_the_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table of 5,000 x 5,000 cosines would be 100 MB; the sets have 0.6 MB each."""
-    monkeypatch.setattr(eval.retrieval.benchmarks, "_QUERIES_AT_ONCE", 128)
-    monkeypatch.setattr(eval.retrieval.benchmarks, "_ROWS_AT_ONCE", 1024)
-    rows = np.random.default_rng(0).normal(size=(5_000, 32)).astype(np.float32)
-    np.save(tmp_path / "rows.npy", rows)
-    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    tracemalloc.start()
-    pairs = find_pairs(mapped, mapped, 0.9999, 100_000)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(pairs) == 5_000
-    assert peak < 3_000_000
 
 
 def pairs_of(*found: tuple[int, int, float]) -> Pairs:

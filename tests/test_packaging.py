@@ -70,3 +70,10 @@ def test_no_function_is_longer_than_80_lines() -> None:
         functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
         long += [(path.name, one.name) for one in functions if one.end_lineno - one.lineno >= 80]
     assert long == []
+
+
+def test_the_package_never_imports_the_evaluators() -> None:
+    above = "|".join(("eval", *(path.stem for path in ROOT.glob("run_*.py"))))
+    imports = re.compile(rf"^\s*(from|import) ({above})\b", re.M)
+    assert imports.search("if x:\n    from eval.knn import y")
+    assert [file for file in (ROOT / "dino_xcit").rglob("*.py") if imports.search(file.read_text())] == []

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from PIL import Image
-from pretrain_fixtures import SMALL, STEPS_AN_EPOCH, Ended, Stopped, learnt_in, pretrain_here
-from ranks import ENVIRONMENT, PRETRAIN
-from tiny_run import differing_bits, tiny_config
+from pretrain_fixtures import STEPS_AN_EPOCH, Stopped, pretrain_here
+from ranks import ENVIRONMENT, PRETRAIN, state_in
+from run_here import Outcome
+from tiny_run import differing_bits
 
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import CheckpointFolder
-from dino_xcit.checkpoint.resume import starts_anew
 from dino_xcit.runtime.metrics import read_metrics
 
 # ---- a run
@@ -56,8 +54,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_that_was_measured_on_the_way(
         *flags, "--output-dir", straight, "--knn-every", "1", "--saveckp-freq", "2", "--num-workers", "2"
     )
     assert whole.code == 0, whole.err
-    assert differing_bits(learnt_in(folder), learnt_in(straight)) == []
-    assert int(learnt_in(folder)["/step"]) == 3 * STEPS_AN_EPOCH
+    assert differing_bits(state_in(folder), state_in(straight)) == []
+    assert int(state_in(folder)["/step"]) == 3 * STEPS_AN_EPOCH
 
     # The metrics of the interrupted run are those of the other: the truth has no gap and no step twice.
     def losses(run: Path) -> dict[int, float]:
@@ -89,30 +87,6 @@ def test_the_sample_is_used_without_a_data_path_and_the_first_line_says_so(tmp_p
     assert safe_load.read(folder / "checkpoint.pth")["args"]["data_path"] == "sample:fashion-mnist"
 
 
-def test_the_knn_while_training_leaves_out_what_cannot_be_read(labelled_photos: Path, tmp_path: Path) -> None:
-    shutil.copytree(labelled_photos, tmp_path / "photos")
-    for broken in ("train/dark/3.png", "val/bright/1.png"):
-        (tmp_path / "photos" / broken).write_bytes(b"<html>gone</html>")
-    flags = [*SMALL, "--knn-every", "1", "--epochs", "1", "--output-dir", tmp_path / "run"]
-    ended = pretrain_here("--data-path", tmp_path / "photos", *flags, "--max-unreadable", "0.1")
-    assert ended.code == 0, ended.err
-    assert "knn top1" in ended.out
-    (epoch,) = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "epoch"]
-    assert round(epoch["knn_top1"] * 3) in (0, 100, 200, 300)  # of three that can be read
-
-
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_start_after_a_failure_never_forgets_what_resume_never_forgot_at_first(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    config = tiny_config(resume="never")
-    assert starts_anew(config)
-    monkeypatch.setenv(name, "0")
-    assert starts_anew(config)
-    monkeypatch.setenv(name, "1")
-    assert not starts_anew(config)
-
-
 # ---- as a process of its own
 
 
@@ -125,5 +99,5 @@ def test_the_plain_command_works_from_another_directory(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    Ended(ended.returncode, ended.stdout, ended.stderr).assert_refused("xcit_small_12_p16")
+    Outcome(ended.returncode, ended.stdout, ended.stderr).assert_refused("xcit_small_12_p16")
     assert "sample" in ended.stdout.splitlines()[0]

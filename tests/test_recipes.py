@@ -25,16 +25,11 @@ def test_the_defaults_are_the_reference_s_where_it_has_no_flag() -> None:
 
 def test_the_first_line_names_the_recipe_and_why() -> None:
     config, line = parse_pretrain([])
-    assert "sample" in line
     assert "no --data-path" in line
-    assert config.recipe == "sample"
-    assert config.data_path == "sample:fashion-mnist"
+    assert (config.recipe, config.data_path) == ("sample", "sample:fashion-mnist")
     config, line = parse_pretrain(DATA)
     assert "dino" in line
-    assert "photos" in line
     assert config.recipe == "dino"
-    _, line = parse_pretrain([*DATA, "--recipe", "xcit-dino-300ep"])
-    assert "xcit-dino-300ep" in line
 
 
 def test_the_published_recipe_has_the_published_values() -> None:

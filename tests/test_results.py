@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from eval_fixtures import image_tree, noise_source
-from golden_runs import GOLDEN
 from PIL import Image
 from result_fixtures import change, hits, knn_figure, write_result
 
@@ -46,10 +44,6 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     np.testing.assert_allclose(result.figures[1].values, QUERIES.values, rtol=1e-6)
     assert result.transform["antialias"] is True
     assert result.transform["mean"] == [0.485, 0.456, 0.406], "as JSON has it, whoever compares"
-    assert [*json.loads(path.read_text())] == [
-        "format", "measure", "protocol", "results", "weights", "data", "transform", "figures", "device", "processes",
-        "seconds", "date", "versions",
-    ]  # fmt: skip
 
 
 # ---- which images
@@ -80,13 +74,6 @@ def test_images_that_were_saved_anew_or_relabelled_are_others(tmp_path: Path) ->
 
 
 # ---- reading
-
-
-@pytest.mark.parametrize("name", ["knn", "linear", "retrieval"])
-def test_files_of_0_1_are_read(name: str) -> None:
-    result = read_result(str(GOLDEN / f"{name}.json"))
-    assert result.figures
-    assert all(part.contents and part.labels for part in result.images().values())
 
 
 WRONG: list[tuple[object, tuple[Any, ...]]] = [

@@ -51,22 +51,16 @@ def test_everything_at_once_is_printed_and_written(
     models = ["trained", "untrained", "pixels", "pixels_normalised"]
     assert [(row["model"], row["k"]) for row in card["results"]] == [(model, k) for model in models for k in (3, 20)]
     assert all(row["top5"] is None for row in card["results"]), "three classes: top-5 means nothing"
-    assert "recall@k %" in done.out
     assert card["approximate"]["trained"]["index"] == "IVF18,Flat"
     for row in card["results"]:
         measured = card["approximate"][row["model"]]
         assert row["recall"] == measured["recall_percent"][str(row["k"])] > 50
-        assert measured["recall_queries"] == 15
-    assert "approximate search" in card["protocol"]["name"]
     assert card["protocol"]["search"] == {"approximate": "ivf", "probes": 16}, "as they were used, none was asked for"
 
     few = card["few_shot"]
-    assert (few["draws"], few["seed"]) == (3, 2)
     trained = {(row["shots"], row["k"]): row for row in few["results"] if row["model"] == "trained"}
     assert list(trained) == [(1, 3), (5, 3), (5, 15), (30, 3), (30, 20)]
     assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "30 are all"
-    assert "fewer than 30 training images" in done.out
-    assert len({row["model"] for row in few["results"]}) == 4
 
     with open(tmp_path / "classes.csv", newline="") as file:
         table = list(csv.DictReader(file))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from last_words import last_words
 from PIL import Image
 from ranks import SMALL
 from run_here import Here
@@ -37,7 +36,7 @@ CPU = torch.device("cpu")
 def train(folder: Path, *flags: str, steps: int = 3, **seams: Any) -> list[dict[str, Any]]:
     """Three steps of a small run; its metrics."""
     words = [*SMALL, "--data-path", "sample:fashion-mnist", "--batch-size-per-gpu", "4", "--max-steps", str(steps)]
-    words = last_words([*words, *flags, "--output-dir", folder])
+    words = [*words, *flags, "--output-dir", str(folder)]
     run_pretrain.train(parse_pretrain(words)[0], CPU, **seams)
     return read_metrics(folder / "metrics.jsonl")
 

@@ -12,17 +12,7 @@ from eval_fixtures import unit
 from numpy.typing import NDArray
 
 import eval.index
-from eval.index import (
-    MIN_IVFPQ,
-    Found,
-    WithVectors,
-    add_rows,
-    build,
-    describe,
-    exact_search,
-    read_index,
-    recall,
-)
+from eval.index import MIN_IVFPQ, Found, WithVectors, add_rows, build, describe, exact_search, read_index, recall
 
 
 def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:

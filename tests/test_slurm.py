@@ -31,7 +31,7 @@ ROOT = HERE.parent
 @pytest.mark.parametrize(("typed", "words"), [
     ("--node 2", "--nodes"), ("--epoch 3", "--epochs"), ("--nodes two", "nodes is two"), ("--nodes 0", "nodes is 0"),
     ("--run sleep", "sleep"), ("--nodes 2 3", "'3'"), ("--run knn --ks 0", "ks is 0"), ("--run knn", "--weights"),
-    ("--run knn x --weights y", "'x'"), ("--run extract --weights x", "output_dir"), ("--run retrieval", "protocol"),
+    ("--run retrieval", "protocol"),
 ])  # fmt: skip
 def test_flags_are_checked_before_anything_is_queued(monkeypatch: pytest.MonkeyPatch, typed: str, words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["run_slurm.py", *typed.split()])

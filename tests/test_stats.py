@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from eval.stats import (
-    _atoms,
     all_or_nothing,
     discordant,
     holm,
@@ -123,15 +122,3 @@ def test_the_interval_agrees_with_drawing_every_query(count: int, shape: str) ->
     # lie on a grid, to which either quantile goes up or down.
     room = 0.25 * values.std() / math.sqrt(count) + (100 / count if shape == "hits" else 0)
     assert query_interval(values) == query_interval(values) == pytest.approx(drawn_anew(values, 2000), abs=room)
-
-
-def test_grouped_values_keep_the_mean_and_the_variance() -> None:
-    values = np.random.default_rng(4).exponential(1, 20_000)
-    mean, variance, counts = _atoms(values)
-    assert len(mean) <= 1024
-    assert counts.sum() == len(values)
-    assert counts @ mean == pytest.approx(values.sum())
-    assert counts @ (variance + (mean - values.mean()) ** 2) == pytest.approx(len(values) * values.var())
-    assert counts @ variance < 1e-3 * len(values) * values.var()
-    few, none, times = _atoms(np.array([2.0, 1.0, 2.0]))
-    assert (few.tolist(), none.tolist(), times.tolist()) == ([1.0, 2.0], [0.0, 0.0], [1, 2])

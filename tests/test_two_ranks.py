@@ -11,6 +11,7 @@ from ranks import Server
 from tiny_run import CPU, differing_bits
 from torch import nn
 
+from dino_xcit.errors import InputError
 from dino_xcit.methods.dino import sinkhorn_knopp
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
@@ -110,4 +111,28 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert distributed.choose_device("auto") == CPU
     assert distributed.choose_device("cpu") == CPU
     with pytest.raises(ValueError, match="--device cpu"):
+        distributed.choose_device("cuda")
+
+
+# ---- a process without a GPU of its own
+
+
+@pytest.fixture
+def third(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The third process of a machine with two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    return monkeypatch
+
+
+def test_the_flags_of_torchrun_or_of_the_launcher_are_named(third: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="PyTorch finds 2; lower torchrun's --nproc-per-node to 2"):
+        distributed.choose_device("auto")
+    third.setenv("SUBMITIT_EXECUTOR", "slurm")
+    with pytest.raises(InputError, match=r"run_slurm\.py --gpus-per-node 3 or more, or leave --tasks-per-node out"):
+        distributed.choose_device("auto")
+    third.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"or give run_slurm\.py --gpus-per-node"):
         distributed.choose_device("cuda")

@@ -1,22 +1,16 @@
 """Metrics on Weights & Biases: what arrives there, under which run, and that its failures stay its own.
 
-A small stand-in takes the module's place; where the real package is installed, runs of real processes use it offline.
+A small stand-in takes the module's place.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
-from last_words import last_words
-from ranks import ENVIRONMENT, HERE, SMALL
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime.metrics import MetricsWriter, WandB, read_metrics, require_wandb
@@ -77,57 +71,8 @@ def test_a_failure_is_one_warning_and_the_other_metrics_are_complete(
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_the_folder_names_the_run_unless_the_environment_does(
-    tmp_path: Path, fake: Mock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("WANDB_NAME", raising=False)
-    finished(tmp_path)
-    monkeypatch.setenv("WANDB_NAME", "mine")
-    finished(tmp_path)
-    assert [values["settings"]["run_name"] for values in begun(fake)] == [tmp_path.name, None]
-
-
 def test_a_missing_package_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     require_wandb("")
     with pytest.raises(InputError):
         require_wandb("xcit")
-
-
-# ---- the real package
-
-
-def pretrain(folder: Path, photos: Path, last: int, **environment: str) -> subprocess.CompletedProcess[str]:
-    flags = ["--data-path", photos, "--batch-size-per-gpu", "2", "--output-dir", folder / "run", "--max-steps", last]
-    return subprocess.run(
-        [sys.executable, str(HERE.parent / "run_pretrain.py"), *last_words([*SMALL, *flags, "--wandb", "xcit"])],
-        env=os.environ | ENVIRONMENT | {"HOME": str(folder)} | environment,
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the package wandb is not installed")
-
-
-@needs_wandb
-@pytest.mark.slow
-def test_offline_a_run_and_its_continuation_are_one_run_there(tmp_path: Path, photos: Path) -> None:
-    for last in (3, 5):
-        ended = pretrain(tmp_path, photos, last, WANDB_MODE="offline")
-        assert ended.returncode == 0, ended.stderr
-        assert "warning" not in ended.stdout
-    run_id = json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]
-    kept = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert len(kept) == 2
-    assert all(b"step/loss" in path.read_bytes() for path in kept)
-
-
-@needs_wandb
-@pytest.mark.slow
-def test_without_a_network_or_a_key_the_run_ends_well_with_one_warning(tmp_path: Path, photos: Path) -> None:
-    ended = pretrain(
-        tmp_path, photos, 3, WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9"
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("warning: ") == 1
-    assert max(record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3

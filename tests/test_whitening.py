@@ -114,10 +114,3 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
             load(tmp_path / "w.npz")
     with pytest.raises(InputError, match=r"found no whitening .*--learn-whitening"):
         load(tmp_path / "none.npz")
-
-
-def test_a_whitening_for_other_vectors_is_refused_with_the_difference(tmp_path: Path) -> None:
-    save(learned(correlated()), tmp_path / "w.npz")
-    assert load(tmp_path / "w.npz", KIND).made_for == KIND
-    with pytest.raises(InputError, match="pooling is gem there and cls here"):
-        load(tmp_path / "w.npz", KIND | {"pooling": "cls"})

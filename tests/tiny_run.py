@@ -104,26 +104,14 @@ def tensors_of(value: object, prefix: str = "") -> dict[str, Tensor]:
 
 def learnt(state: TrainState) -> dict[str, Tensor]:
     """All that a step may change, but not the step's number, the count of rejections and the rates it was given."""
-    return tensors_of(
-        {
-            "method": state.method.state_dict(),
-            "optimizer": state.optimizer.state_dict()["state"],
-        }
-    )
+    return tensors_of({"method": state.method.state_dict(), "optimizer": state.optimizer.state_dict()["state"]})
 
 
 def differing_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     """The paths whose bits (or types, or shapes) are not the same in both, or that one of them lacks."""
 
-    def bits(tensor: Tensor) -> bytes:
-        return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    def bits(tensor: Tensor) -> tuple[object, ...]:
+        return tensor.shape, tensor.dtype, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
-    return sorted(
-        path
-        for path in a.keys() | b.keys()
-        if path not in a
-        or path not in b
-        or a[path].shape != b[path].shape
-        or a[path].dtype != b[path].dtype
-        or bits(a[path]) != bits(b[path])
-    )
+    both = a.keys() & b.keys()
+    return sorted({*(a.keys() ^ b.keys()), *(path for path in both if bits(a[path]) != bits(b[path]))})

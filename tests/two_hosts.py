@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from last_words import last_words
 from ranks import ENVIRONMENT, HERE, SMALL
 
 PORT = 29400
@@ -47,7 +46,7 @@ class Host:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
                     "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{endpoint}:{PORT}", "--rdzv-id", "run",
                     "--monitor-interval", "0.1"]  # fmt: skip
-        script = [str(HERE.parent / "run_pretrain.py"), *last_words([*SMALL, *flags, "--output-dir", output_dir])]
+        script = [str(HERE.parent / "run_pretrain.py"), *map(str, [*SMALL, *flags, "--output-dir", output_dir])]
         command, environment = [*as_host, *torchrun, *script], os.environ | ENVIRONMENT
         with err.open("w") if err else nullcontext(subprocess.PIPE) as stderr:
             return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
