@@ -99,8 +99,9 @@ def losses_in(folder: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "step"]
 
 
-def test_one_two_and_four_processes_have_the_same_losses(start: Start) -> None:
-    """4, 2 and 1 forward passes of 4 images a step: 16 images either way."""
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_ranks_have_the_losses_of_one(start: Start, ranks: int) -> None:
+    """4, 2 and 1 forward passes of 4 images per step: 16 images in each case."""
     flags = ["--batch-size-per-gpu", "4", "--max-steps", STEPS, "--lr", "2e-3", "--lr-reference-batch", "0"]
 
     def losses(name: str, ranks: int, drop_path: float = 0.2) -> list[float]:
@@ -109,10 +110,9 @@ def test_one_two_and_four_processes_have_the_same_losses(start: Start) -> None:
         assert run.wait() == [0] * ranks, run.err()
         return losses_in(run.folder)
 
-    one, two, four = (losses(str(ranks), ranks) for ranks in (1, 2, 4))
+    one = losses("one", 1)
     assert len(one) == STEPS
-    assert two == pytest.approx(one, abs=TOLERANCE)
-    assert four == pytest.approx(one, abs=TOLERANCE)
+    assert losses("several", ranks) == pytest.approx(one, abs=TOLERANCE)
     assert max(one) - min(one) > 0.5  # it learns something
     # A control: the tolerance is far below what a few other masks of drop-path do.
     other = losses("other", 1, 0.21)
