@@ -186,7 +186,7 @@ class Server:
     def close(self) -> None:
         """End it, and every rank that still runs."""
         self._process.stdin.close()
-        self._process.wait(timeout=20)
+        self._process.wait(timeout=120)
         self._process.stdout.close()
 
 

@@ -156,7 +156,7 @@ def test_the_sentence_has_the_amount_and_flags_of_nobody_else(
         run_main(main)
     assert caught.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: out of memory ({amount} more were asked for): ")
+    assert said.startswith(f"error: out of memory (tried to allocate {amount}): ")
     assert said.count("\n") == 1
     assert not any(flag in said for flag in ("--out-dim", "--accumulation-steps", "alloc_cpu.cpp"))
 

@@ -80,7 +80,7 @@ def test_resuming_anywhere_continues_the_same_sequence(start: int) -> None:
 
 
 def test_fewer_images_than_a_batch_are_refused_with_what_would_do() -> None:
-    with pytest.raises(InputError, match=r"10 images .* 16: .*batch-size-per-gpu to at most 2"):
+    with pytest.raises(InputError, match=r"10 training images .* 16: .*batch-size-per-gpu to at most 2"):
         StepSampler(10, 4, accumulation_steps=2, world_size=2)
     StepSampler(16, 4, accumulation_steps=2, world_size=2)
 

@@ -65,8 +65,6 @@ def words_of(weights: Path, folder: Path, *flags: object, batch: int = 4) -> lis
         del settings["--cache-dir"]
     if "--logreg" in flags:
         settings |= {"--logreg-cs": (1, 0.01, 100)}
-    if "--no-cache" in flags:
-        del settings["--cache-dir"]
     given = {name: words for name, words in settings.items() if name not in flags}
     return [*(word for name, words in given.items() for word in (name, *words)), *flags]
 

@@ -99,7 +99,8 @@ def losses_in(folder: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "step"]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_several_ranks_have_the_losses_of_one(start: Start, ranks: int) -> None:
     """4, 2 and 1 forward passes of 4 images per step: 16 images in each case."""
     flags = ["--batch-size-per-gpu", "4", "--max-steps", STEPS, "--lr", "2e-3", "--lr-reference-batch", "0"]

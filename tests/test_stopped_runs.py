@@ -42,7 +42,7 @@ def last_step_in(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("number", "rank"),
     [
-        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
         (signal.SIGUSR1, 0),
         pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
@@ -211,7 +211,10 @@ def learnt_at(folder: Path, step: int) -> dict[str, Any]:
     return tensors_of(parts | {"moments": content["optimizer"]["state"]})
 
 
-@pytest.mark.parametrize("what", ["activations", "teacher", pytest.param("gradients", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param("activations", marks=pytest.mark.slow), "teacher", pytest.param("gradients", marks=pytest.mark.slow)],
+)
 def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any_and_is_counted(
     start: Start, what: str
 ) -> None:

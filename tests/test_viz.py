@@ -118,7 +118,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, photo: Image.Image) -> Pat
 
 
 @pytest.mark.parametrize(("words", "columns", "printed"), [
-    ("attention", 6, "made the folder"), ("pca", 1, "992 of 992 patches"),
+    ("attention", 6, "created the folder"), ("pca", 1, "992 of 992 patches"),
     ("pca --foreground below --threshold 0.7", 1, ""),
 ])  # fmt: skip
 def test_a_picture_of_two_images(
