@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dino_xcit.errors import InputError
 from dino_xcit.weights import ONLY, Layout, LoadedBackbone, load_backbone, read_weights
 from dino_xcit.weights.layouts import architecture_of
+from dino_xcit.weights.load import CLASSIFIERS, OF_TRAINING
 
 IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(5))
 VIT, XCIT, RESNET = "vit_tiny_2_p16_64", "xcit_pico_4_p8", "timm:resnet18"
@@ -240,3 +242,16 @@ def test_moco_v3s_small_transformer_has_twelve_heads(tmp_path: Path) -> None:
     read = load_backbone(saved(tmp_path, files.moco_v3(network, network)))
     assert (read.arch, read.heads_assumed) == ("vit_small_2_p16_64_h12", 0)
     assert_same_output(read, network)
+
+
+# ---- docs/checkpoints.md
+
+
+def test_documentation_names_every_layout_and_every_ignored_key() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    table = text.partition("## Layouts")[2].partition("## Architectures")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    assert {row[1].strip() for row in rows[2:]} == set(Layout)
+    named = set(re.findall(r"`([\w.]+)`", text.partition("Ignored, and reported:")[2].partition("\n\n")[0]))
+    for key in (*CLASSIFIERS, *OF_TRAINING):
+        assert {key, key.rstrip("*"), key.rstrip(".*")} & named or key.startswith("decoder_"), key
