@@ -18,7 +18,6 @@ if __name__ == "__main__":
     check_flags(ExtractConfig, "run_extract.py")
 
 import contextlib
-import os
 import shutil
 import sys
 import time
@@ -40,8 +39,8 @@ from eval.features import unreadable_card
 from eval.results import now, write_json
 from eval.retrieval import collection as store
 from eval.retrieval import whitening as whitening_file
-from eval.retrieval.contact_sheet import Tile, draw_sheet, tile_of
 from eval.setup import demand_writable, open_backbone
+from eval.sheet import Cell, tile, tile_of, write_contact_sheet
 
 MAX_DRAWN = 100
 """Results per query in the contact sheet: 12,000 would take gigabytes."""
@@ -161,10 +160,10 @@ def look_up(config: ExtractConfig) -> None:
     # ---- ranked paths and contact sheet
     collected = store.CollectedImages(collection.metadata, collection.names)
     results: list[dict[str, Any]] = []
-    blocks: list[tuple[Tile, list[Tile]]] = []
+    blocks: list[tuple[Cell, list[Cell]]] = []
     for query, image, near, places in zip(config.query, images, scores.tolist(), rows.tolist(), strict=True):
         log.info(f"query {query}")
-        blocks.append((Tile(image, "query", os.path.basename(query)), []))
+        blocks.append((tile(image, "query", query), []))
         for rank, (score, row) in enumerate(zip(near, places, strict=True), start=1):
             if row < 0:  # an approximate index may find fewer than top
                 break
@@ -178,7 +177,7 @@ def look_up(config: ExtractConfig) -> None:
         write_json(Path(config.json), {"measure": "query", "results": results, "index": collection.metadata})
     sheet = Path(config.sheet) if config.sheet else collection.folder / "contact_sheet.png"
     try:
-        draw_sheet(blocks, sheet)
+        write_contact_sheet(sheet, blocks)
         log.info(f"contact sheet: {sheet}")
     except OSError as error:
         log.warning(f"cannot write the contact sheet {sheet}: {error.strerror}; choose another file with --sheet")

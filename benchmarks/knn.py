@@ -1,7 +1,7 @@
 """k-NN at ImageNet's size, compared with facebookresearch/dino's eval_knn.py; or approximate and exact search.
 
     python benchmarks/knn.py [--rows 1281167] [--queries 50000] [--rounds 1] [--only ours] [--against DIR]
-    python benchmarks/knn.py --approximate ivf hnsw ivfpq [--dimensions 32] [--rows 1281167] [--queries 1000]
+    python benchmarks/knn.py --approximate ivf hnsw [--dimensions 32] [--rows 1281167] [--queries 1000]
 
 Uses 384-dimensional features around 1,000 class centres, read from a file. ``cpu_`` is the CPU time of all threads,
 which varies less with other load. The last line is one JSON object.
@@ -40,7 +40,7 @@ from against import add_arguments, compare_commits, exit_on_sigterm, peak_memory
 from numpy.typing import NDArray  # noqa: E402
 
 from dino_xcit.errors import run_main  # noqa: E402
-from eval.index import Kind, UnitRows, WithVectors, build, build_index, percent_found, search, unit_rows  # noqa: E402
+from eval.index import Kind, build, build_index, percent_found, search, unit_rows  # noqa: E402
 from eval.knn import knn_predict  # noqa: E402
 from eval.table import table  # noqa: E402
 
@@ -177,7 +177,7 @@ def beside_reference(
 def approximate(folder: Path, kinds: Sequence[Kind], ks: list[int], rounds: int) -> dict[str, Any]:
     """Build the indices, search them in turn and print; return the figures for the last line."""
     train, queries = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "queries"))
-    vectors, unit = UnitRows(train), UnitRows(queries)[:]
+    vectors, unit = unit_rows(train), unit_rows(queries)
     flat, _, cpu = timed(lambda: build_index(train))
     ways: dict[tuple[str, int], Any] = {("exact", len(train)): flat}
     build_cpu = {"exact": cpu}
@@ -194,8 +194,7 @@ def approximate(folder: Path, kinds: Sequence[Kind], ks: list[int], rounds: int)
                 index.hnsw.efSearch = probes
             elif name != "exact":
                 index.nprobe = probes
-            searched = flat if name == "exact" else WithVectors(index, vectors)
-            found, _, cpu = timed(lambda searched=searched: list(search(searched, queries, max(ks))))  # type: ignore[misc]
+            found, _, cpu = timed(lambda index=index: list(search(index, queries, max(ks))))  # type: ignore[misc]
             seconds[name, probes].append(cpu)
             rows = np.concatenate([rows for _, rows in found])
             if name == "exact":
@@ -223,7 +222,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=["ours", "reference"])
-    parser.add_argument("--approximate", choices=["ivf", "hnsw", "ivfpq"], nargs="+", metavar="KIND")
+    parser.add_argument("--approximate", choices=["ivf", "hnsw"], nargs="+", metavar="KIND")
     parser.add_argument("--dimensions", type=int, default=384, help="of the noise around the class centres")
     parser.add_argument("--worker", choices=["ours", "reference"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -125,11 +125,11 @@ class KnnConfig(BackboneConfig):
     --temperatures."""
     confusion: Annotated[FilePath, IsOutput, Suffix(".png")] = ""
     """Draw the confusion matrix to this .png file; for the first of --ks and --temperatures."""
-    approximate: Literal["no", "ivf", "hnsw", "pq"] = "no"
-    """Approximate search: ivf (inverted lists), hnsw (graph), pq (inverted lists of product-quantised codes). The
-    recall against exact search is measured and reported."""
+    approximate: Literal["no", "ivf", "hnsw"] = "no"
+    """Approximate search: ivf (inverted lists) or hnsw (graph). The recall against exact search is measured and
+    reported."""
     probes: Annotated[int, Ge(0)] = 0
-    """Lists (ivf, pq) or candidates (hnsw, at least the largest of --ks) that an approximate search visits per query;
+    """Lists (ivf) or candidates (hnsw, at least the largest of --ks) that an approximate search visits per query;
     0: chosen from the number of images."""
 
     def check(self) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 # Import before torch: it sets how OpenMP threads wait.
 import dino_xcit  # noqa: F401  # isort: skip
 
-import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -107,11 +106,10 @@ def read_head(path: Path, shape: tuple[int, int]) -> tuple[Any, Any]:
         InputError: the file is missing, unsafe, or not a state_dict with both tensors in these shapes.
     """
     state: Any = safe_load.read(path).get("state_dict")
-    with contextlib.suppress(AttributeError, KeyError, TypeError):
-        weight, bias = (state[f"module.linear.{name}"].float().numpy() for name in ("weight", "bias"))
-        if (weight.shape, bias.shape) == (shape, shape[:1]):
-            return weight, bias
-    raise InputError(f"{path} is no linear head of this network: expected module.linear.weight of {shape} and bias")
+    found: Any = [state.get(f"module.linear.{key}") if isinstance(state, dict) else None for key in ("weight", "bias")]
+    if [getattr(tensor, "shape", None) for tensor in found] != [shape, shape[:1]]:
+        raise InputError(f"{path} is no linear head of this network: expected module.linear.weight of {shape} and bias")
+    return found[0].float().numpy(), found[1].float().numpy()
 
 
 def main() -> None:

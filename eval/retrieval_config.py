@@ -53,9 +53,8 @@ class ExtractConfig(VectorConfig):
     """Scale each vector to unit length, so that inner products are cosine similarities."""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Type of the stored vectors."""
-    index_type: Literal["flat", "hnsw", "ivfpq"] = "flat"
-    """flat: exact search. hnsw (graph) and ivfpq (codes of half a byte per two dimensions) are approximate; their
-    recall is measured and written to card.json."""
+    index_type: Literal["flat", "hnsw"] = "flat"
+    """flat: exact search. hnsw: approximate search in a graph; its recall is measured and written to card.json."""
     shard_images: Annotated[int, Ge(1)] = 16384
     """Approximate number of images per shard. A killed run loses at most the current shard."""
     unreadable: Literal["refuse", "skip"] = "refuse"

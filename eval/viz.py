@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from annotated_types import Gt, Lt
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,6 +48,7 @@ from dino_xcit.weights import LoadedBackbone
 from eval.config import BackboneConfig
 from eval.pooling import patch_size_of
 from eval.setup import demand_writable, open_weights
+from eval.sheet import Cell, draw_sheet
 
 Rows = NDArray[np.float32]
 
@@ -58,7 +59,8 @@ CELL = 224
 """Longer side of a cell in pixels."""
 MAX_COLUMNS = 5
 """Maximum number of columns of a PCA sheet."""
-_MARGIN, _GAP, _CAPTION = 20, 10, 40
+_GAP = 5
+"""Pixels between an image and its patches."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,6 @@ class VizConfig(BackboneConfig):
             raise InputError(f"size is {self.size}, expected 16 to 8192 pixels, or 0 for no resizing")
         if not self.images:
             raise InputError("no images given: add files or folders, such as photo.jpg or photos/")
-
-
-@dataclass
-class Cell:
-    """An image with a title and a note below it."""
-
-    image: Image.Image
-    title: str
-    note: str
 
 
 def main(argv: Sequence[str]) -> None:
@@ -294,9 +287,9 @@ def pca_rows(config: VizConfig, loaded: LoadedBackbone, device: torch.device) ->
     ends = np.cumsum([tokens[..., 0].size for tokens in maps])
     for cell, tokens, part in zip(cells, maps, np.split(colours, ends[:-1]), strict=True):
         patches = Image.fromarray(part.reshape(*tokens.shape[:2], 3)).resize(cell.image.size, Image.Resampling.NEAREST)
-        both = Image.new("RGB", (patches.width, 2 * patches.height + _GAP // 2), "white")
+        both = Image.new("RGB", (patches.width, 2 * patches.height + _GAP), "white")
         both.paste(cell.image)
-        both.paste(patches, (0, patches.height + _GAP // 2))
+        both.paste(patches, (0, patches.height + _GAP))
         cell.image = both
     columns = math.ceil(len(cells) / math.ceil(len(cells) / MAX_COLUMNS))
     return [list(cells[first : first + columns]) for first in range(0, len(cells), columns)]
@@ -350,33 +343,6 @@ def as_colours(projected: Rows) -> NDArray[np.uint8]:
     low, high = np.percentile(projected, [1, 99], axis=0)
     scaled = (projected - low) / np.maximum(high - low, 1e-12)
     return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
-
-
-# ---- the sheet
-
-
-def draw_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """Draw rows of bottom-aligned cells."""
-    columns = max(map(len, rows))
-    widths = [max(row[column].image.width for row in rows if column < len(row)) for column in range(columns)]
-    heights = [max(cell.image.height for cell in row) for row in rows]
-    whole_width = 2 * _MARGIN + sum(widths) + (columns - 1) * _GAP
-    whole_height = 2 * _MARGIN + sum(heights) + len(rows) * _CAPTION + (len(rows) - 1) * _GAP
-    sheet = Image.new("RGB", (whole_width, whole_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    top = _MARGIN
-    for row, height in zip(rows, heights, strict=True):
-        left = _MARGIN
-        for cell, width in zip(row, widths, strict=False):
-            sheet.paste(cell.image, (left, top + height - cell.image.height))
-            for text, size, ink, below in ((cell.title, 14, "#1b1f24", 4), (cell.note, 12, "#6b7280", 21)):
-                shown, font = printable(text), ImageFont.load_default(size)
-                while draw.textlength(shown, font=font) > width and len(shown) > 3:
-                    shown = f"...{shown.removeprefix('...')[1:]}"  # the end of a file name is the most distinctive
-                draw.text((left, top + height + below), shown, ink, font)
-            left += width + _GAP
-        top += height + _CAPTION + _GAP
-    return sheet
 
 
 if __name__ == "__main__":

@@ -44,14 +44,13 @@ def test_recall_is_the_share_of_the_exact_neighbours_found(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_neighbours_have_their_exact_similarities(kind: Kind) -> None:
-    """Also those that codes found: they are scored by the vectors themselves, however long those are."""
     index, _ = approximate_index(TRAIN, QUERIES, kind, [10], ROWS)
     ((similarities, rows),) = search(index, QUERIES, 10)
     ((exact, _),) = search(build_index(TRAIN), QUERIES, 10)
     own = (unit_rows(QUERIES)[:, None] * unit_rows(TRAIN)[rows]).sum(axis=2)
     assert similarities == pytest.approx(own, abs=1e-5)
     assert (np.diff(similarities, axis=1) <= 0).all()
-    assert kind == "pq" or similarities == pytest.approx(exact, abs=1e-5)
+    assert similarities == pytest.approx(exact, abs=1e-5)
 
 
 def test_looking_into_all_lists_is_the_exact_classifier(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +82,7 @@ def test_neighbours_that_were_not_found_have_no_vote() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_that_hardly_differ_are_told_apart(kind: Kind) -> None:
-    """Cosines of 0.999 between any two: codes scored by inner product find next to nothing there."""
+    """Cosines of 0.999 between any two."""
     rng = np.random.default_rng(0)
     alike = (1 + 0.003 * clouds(2000, 3) + 0.001 * rng.normal(size=(2000, DIM))).astype(np.float32)
     assert approximate_index(alike[100:], alike[:100], kind, [20])[1]["recall_percent"]["20"] > 90

@@ -49,7 +49,7 @@ def metadata_of(count: int, normalised: bool = True, **changes: Any) -> dict[str
         "whitening": None,
         "index": {"type": "flat"},
         "weights": {"hash": "w", "path": "/weights.pth", "network": "teacher", "arch": "xcit_pico_4_p4"},
-        "data": {"fingerprint": "d", "url": "photos", "images": count},
+        "data": {"fingerprint": "d", "url": "photos", "names_start_from": ".", "images": count},
         "added": [],
         "transform": EvalTransform().to_dict(),
     } | changes
@@ -263,13 +263,14 @@ def part_of(url: str, left_out: tuple[int, ...] = ()) -> tuple[dict[str, Any], l
     """The metadata and the names of a source of which some images were left out."""
     source = open_source(url)
     names = [source.name(index) for index in range(len(source)) if index not in left_out]
-    return {"url": url, "images": len(source), "unreadable": {"count": len(left_out)}}, names
+    part = {"url": url, "names_start_from": ".", "images": len(source), "unreadable": {"count": len(left_out)}}
+    return part, names
 
 
 def test_images_are_found_in_their_own_source_whatever_was_left_out(source_url: str) -> None:
     sample = open_source("sample:fashion-mnist", "val")
     first, names = part_of(source_url, LEFT_OUT)
-    second = {"url": "sample:fashion-mnist/val", "images": len(sample)}
+    second = {"url": "sample:fashion-mnist/val", "names_start_from": ".", "images": len(sample)}
     names += [sample.name(index) for index in range(len(sample))]
     images = CollectedImages({"data": first, "added": [second]}, names)
     kept = [number for number in range(COUNT) if number not in LEFT_OUT]
@@ -285,7 +286,7 @@ def test_what_is_gone_is_no_other_picture(source_url: str) -> None:
 
 
 def test_a_source_that_is_gone_is_refused(tmp_path: Path) -> None:
-    gone = {"url": str(tmp_path / "none"), "images": 1}
+    gone = {"url": str(tmp_path / "none"), "names_start_from": ".", "images": 1}
     with pytest.raises(InputError, match="no data at"):
         CollectedImages({"data": gone, "added": []}, ["none/a.png"]).read(0)
 

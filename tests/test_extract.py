@@ -17,7 +17,6 @@ from run_here import Command, Here, on_two_ranks
 
 import run_extract
 from dino_xcit.errors import InputError
-from eval.retrieval import collection as store
 from eval.retrieval.collection import FILES, claim, open_collection
 from eval.retrieval_config import ExtractConfig
 
@@ -72,18 +71,13 @@ def test_a_query_is_prepared_and_whitened_as_its_collection_was(place: Place, co
 
 
 def test_an_approximate_index_states_its_recall_on_the_screen_and_in_the_card(
-    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, command: Command, tmp_path: Path
 ) -> None:
-    given = words(place, "--output-dir", tmp_path / "v", "--index-type", "ivfpq")
-    refused = command(*given)
-    assert (refused.code, "needs 1,000 images or more, found 24" in refused.err) == (2, True)
-    assert not (tmp_path / "v").exists(), "before anything is extracted"
-    monkeypatch.setattr(store, "MIN_IVFPQ", 10)
-    told = done(command(*given)).out
+    told = done(command(*words(place, "--output-dir", tmp_path / "v", "--index-type", "hnsw"))).out
     collection = open_collection(tmp_path / "v")
     recall, name = collection.metadata["index"]["recall"], collection.names[2]
-    assert f"index ivfpq: recall@10 {recall['percent']:.1f} % of exact search" in told
-    assert f"1  1.0000  {name}" in done(command("--query", name, "--index", tmp_path / "v", "--top", 2)).out
+    assert f"index hnsw: recall@10 {recall['percent']:.1f} % of exact search" in told
+    assert f"{COUNT}  " in done(command("--query", name, "--index", tmp_path / "v", "--top", COUNT)).out
 
 
 # ---- images that are added later
@@ -294,17 +288,6 @@ def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
             claim(tmp_path / "v", {}, source, config, second)
     with ExitStack() as third:
         assert claim(tmp_path / "v", {}, source, config, third) == ""
-
-
-def test_images_that_are_left_out_do_not_count_for_an_index(
-    place: Place, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = shutil.copytree(place.data / "train", tmp_path / "photos")
-    next(photos.rglob("*.*")).write_bytes(b"broken")
-    monkeypatch.setattr(store, "MIN_IVFPQ", COUNT)
-    flags = ("--output-dir", tmp_path / "v", "--index-type", "ivfpq", "--unreadable", "skip")
-    refused = command(*words(place, *flags, data=photos))
-    assert (refused.code, f"needs {COUNT} images or more, found {COUNT - 1}" in refused.err) == (2, True)
 
 
 def test_a_part_of_broken_images_alone_is_left_out(place: Place, command: Command, tmp_path: Path) -> None:

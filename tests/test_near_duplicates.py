@@ -15,7 +15,7 @@ import eval.retrieval.benchmarks
 from dino_xcit.data import ArraySource, open_source
 from dino_xcit.errors import InputError
 from eval.retrieval.benchmarks import IDENTICAL, NEAR, Pairs, draw_pairs, find_pairs, kinds_of, write_pairs
-from eval.retrieval.contact_sheet import TILE
+from eval.sheet import TILE
 
 
 def points(count: int, seed: int) -> NDArray[np.float32]:
@@ -102,7 +102,7 @@ def test_the_picture_shows_each_image_of_the_second_set_beside_what_it_resembles
     draw_pairs(tmp_path / "p.png", pairs, [NEAR] * 8, coloured(10, (0, 0, 255)), coloured(5, (255, 0, 0)))
     with Image.open(tmp_path / "p.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
-    tile = (30 * (TILE // 30)) ** 2
+    tile = TILE**2
     assert int((pixels == (255, 0, 0)).all(axis=-1).sum()) == 2 * tile, "two images of the second set"
     assert int((pixels == (0, 0, 255)).all(axis=-1).sum()) == 6 * tile, "five of seven beside one, and one"
 

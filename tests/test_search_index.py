@@ -12,7 +12,7 @@ from eval_fixtures import unit
 from numpy.typing import NDArray
 
 import eval.index
-from eval.index import MIN_IVFPQ, Found, WithVectors, add_rows, build, describe, exact_search, read_index, recall
+from eval.index import Found, add_rows, build, describe, exact_search, read_index, recall
 
 
 def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
@@ -20,20 +20,6 @@ def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(9).normal(size=(100, width))
     return unit(centres[rng.integers(0, 100, count)] + 0.7 * rng.normal(size=(count, width))).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def many() -> NDArray[np.float32]:
-    return vectors_of(3 * MIN_IVFPQ, 32)
-
-
-@pytest.fixture(scope="module")
-def ivfpq(many: NDArray[np.float32]) -> Any:
-    return build("ivfpq", many)
-
-
-def search(index: faiss.Index, vectors: NDArray[Any], queries: NDArray[np.float32], top: int) -> Found:
-    return WithVectors(index, vectors).search(queries, top)
 
 
 def truth(vectors: NDArray[Any], queries: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -52,7 +38,7 @@ def check_exact(found: Found, vectors: NDArray[Any], queries: NDArray[np.float32
 def test_flat_is_exact_for_the_vectors_as_they_are_kept(dtype: type) -> None:
     vectors, queries = vectors_of(500).astype(dtype), vectors_of(20, seed=1)
     index = build("flat", vectors)
-    check_exact(search(index, vectors, queries, 7), vectors, queries, 7)
+    check_exact(index.search(queries, 7), vectors, queries, 7)
     assert describe(index, "flat", vectors) == {"type": "flat", "exact": True}
     assert (index.reconstruct_n(0, 500) == vectors.astype(np.float32)).all()
     assert index.sa_code_size() == 16 * vectors.itemsize, "half precision halves the index, too"
@@ -82,35 +68,13 @@ def test_vectors_as_near_as_the_last_one_wanted_count_as_found() -> None:
     assert recall(build("flat", vectors), vectors, np.arange(300), 5) == 100.0
 
 
-def test_product_codes_find_candidates_and_the_vectors_put_them_in_order(
-    many: NDArray[np.float32], ivfpq: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queries = vectors_of(50, 32, seed=1)
-    scores, rows = search(ivfpq, many, queries, 10)
-    products = truth(many, queries)
-    assert scores == pytest.approx(np.take_along_axis(products, rows, axis=1), abs=1e-5), (
-        "of the vectors, not the codes"
-    )
-    assert (np.diff(scores, axis=1) <= 0).all()
-    monkeypatch.setattr(eval.index, "_NUMBERS_AT_ONCE", 7 * 140 * 32)
-    assert (search(ivfpq, many, queries, 10)[1] == rows).all()
-    assert search(ivfpq, many, queries[:0], 10)[1].shape == (0, 10)
-    card = describe(ivfpq, "ivfpq", many)
-    assert card["parameters"]["bytes_a_vector"] == 8
-    assert 80 < card["recall"]["percent"] <= 100
-    coarse = ivfpq.search(queries, 10)[1]
-    best = np.sort(-products, axis=1)[:, 9:10]
-    by_codes, anew = ((-np.take_along_axis(products, found, axis=1) <= best).mean() for found in (coarse, rows))
-    assert anew > by_codes + 0.05, "scoring anew is worth its time"
-
-
-def test_rows_are_added_behind_the_others_whatever_the_index(many: NDArray[np.float32]) -> None:
+def test_rows_are_added_behind_the_others_whatever_the_index() -> None:
     more = vectors_of(30, seed=2)
     for kind in ("flat", "hnsw"):
         first = vectors_of(300)
         index = build(kind, first)  # type: ignore[arg-type]
         add_rows(index, more)
-        scores, rows = search(index, np.concatenate([first, more]), more, 1)
+        scores, rows = index.search(more, 1)
         assert (rows[:, 0] == 300 + np.arange(30)).all()
         assert scores == pytest.approx(np.ones((30, 1)), abs=1e-5)
 
@@ -119,12 +83,6 @@ def with_a_common_part(count: int, share: float) -> NDArray[np.float32]:
     """Vectors of length 1 that differ by ``share`` only, as a network's features do: their cosines are all near 1."""
     rng = np.random.default_rng(4)
     return unit(rng.normal(size=32) / 32**0.5 + share * vectors_of(count, 32)).astype(np.float32)
-
-
-def test_product_codes_see_what_a_common_part_leaves_of_the_vectors() -> None:
-    vectors = with_a_common_part(2 * MIN_IVFPQ, 0.03)
-    assert (vectors[:100] @ vectors[100:200].T).mean() > 0.998
-    assert describe(build("ivfpq", vectors), "ivfpq", vectors)["recall"]["percent"] > 80
 
 
 def test_neighbours_that_are_missed_count_as_missed_however_near_all_are() -> None:
@@ -139,14 +97,11 @@ def test_neighbours_that_are_missed_count_as_missed_however_near_all_are() -> No
     [
         ("flat", [faiss.IndexLSH(32, 8), faiss.IndexFlatL2(32)]),
         ("hnsw", [faiss.IndexLSH(32, 8), faiss.IndexHNSWFlat(32, 8, faiss.METRIC_L2)]),
-        ("ivfpq", [faiss.IndexLSH(32, 8)]),
     ],
 )
-def test_an_index_of_another_kind_or_metric_is_refused(
-    kind: Any, others: list[faiss.Index], many: NDArray[np.float32], ivfpq: Any, tmp_path: Path
-) -> None:
+def test_an_index_of_another_kind_or_metric_is_refused(kind: Any, others: list[faiss.Index], tmp_path: Path) -> None:
     path = tmp_path / "i.faiss"
-    right = ivfpq if kind == "ivfpq" else build(kind, many[:500])
+    right = build(kind, vectors_of(500, 32))
     faiss.write_index(right, str(path))
     assert read_index(path, kind).ntotal == right.ntotal
     for other in others:
@@ -155,7 +110,8 @@ def test_an_index_of_another_kind_or_metric_is_refused(
             read_index(path, kind)
 
 
-def test_an_index_reads_and_writes_no_other_file(many: NDArray[np.float32], tmp_path: Path) -> None:
+def test_an_index_reads_and_writes_no_other_file(tmp_path: Path) -> None:
+    many = vectors_of(3000, 32)
     victim = tmp_path / "elsewhere" / "victim.bin"
     victim.parent.mkdir()
     index: Any = faiss.index_factory(32, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
@@ -169,7 +125,7 @@ def test_an_index_reads_and_writes_no_other_file(many: NDArray[np.float32], tmp_
     del index, lists
     victim.write_bytes(b"secret" * 100_000)
     with pytest.raises(RuntimeError, match=r"collection/victim\.bin"):  # looked for beside the index, and nowhere else
-        read_index(folder / "i.faiss", "ivfpq")
+        read_index(folder / "i.faiss", "flat")
     assert victim.read_bytes() == b"secret" * 100_000
 
 

@@ -6,21 +6,23 @@ N training images, D features, k neighbours, T temperature, C classes. :mod:`eva
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 from eval import index as faiss_index
-from eval.index import Index, UnitRows, WithVectors, build_index, search
+from eval.index import build_index, exact_search, search, unit_rows
 
+T = TypeVar("T")
 Rows = NDArray[np.float32]
 Predictions = dict[tuple[int, float], NDArray[np.int64]]
 """Predicted labels [test images, min(5, C)], best first, by (k, T)."""
-Kind = Literal["ivf", "hnsw", "pq"]
+Kind = Literal["ivf", "hnsw"]
 
 RECALL_QUERIES = 1000
 """Number of queries on which recall is measured."""
@@ -54,7 +56,7 @@ def knn_predict(
     ks: Sequence[int],
     temperatures: Sequence[float],
     progress: bool = False,
-    index: Index | None = None,
+    index: faiss.Index | None = None,
 ) -> Predictions:
     """Classify by votes of the k nearest training images, each with weight exp(cosine similarity / T).
 
@@ -129,16 +131,16 @@ def refuse_few(kind: Kind, rows: int) -> None:
 
 def approximate_index(
     features: Rows, queries: Rows, kind: Kind, ks: Sequence[int], probes: int = 0, seed: int = 0
-) -> tuple[WithVectors, dict[str, Any]]:
+) -> tuple[faiss.Index, dict[str, Any]]:
     """Build an approximate index and measure its recall on a sample of the queries.
 
-    The exact index is freed before the approximate one is built, so that memory holds only one of them.
+    Memory: the unit-length features and the index, N x D x 4 bytes each.
 
     Args:
         features: [N, D], normalised or not; may be memory-mapped.
         queries: [test images, D]; recall is measured on at most :data:`RECALL_QUERIES` of them.
         ks: numbers of neighbours for recall@k, each from 1 to N.
-        probes: lists (``ivf``, ``pq``) or candidates (``hnsw``, at least the largest k) visited per query; 0: chosen by
+        probes: lists (``ivf``) or candidates (``hnsw``, at least the largest k) visited per query; 0: chosen by
             :func:`eval.index.build`.
         seed: seed of the sample of queries.
 
@@ -150,25 +152,19 @@ def approximate_index(
     Raises:
         InputError: features are not finite.
     """
-    vectors, most = UnitRows(features), max(ks)
+    vectors, most = unit_rows(features), max(ks)
     sampled = np.random.default_rng([seed, 2]).permutation(len(queries))[:RECALL_QUERIES]
-    sample = np.asarray(queries[np.sort(sampled)])
-    exact, exact_seconds = _neighbours(build_index(features), sample, most)
-    started = time.perf_counter()
-    built: Any = faiss_index.build("ivfpq" if kind == "pq" else kind, vectors, probes, most)
-    build_seconds = time.perf_counter() - started
-    index, unit = WithVectors(built, vectors), UnitRows(sample)[:]
-    found, seconds = _neighbours(index, sample, most)
-    row_bytes = 4 * vectors.shape[1]
-    if kind == "hnsw":
-        name, used = f"HNSW{faiss_index.LINKS},Flat", built.hnsw.efSearch
-    elif kind == "ivf":
-        name, used = f"IVF{built.nlist},Flat", built.nprobe
-    else:
-        name, used, row_bytes = f"IVF{built.nlist},PQ{built.pq.M}x{built.pq.nbits}", built.nprobe, built.pq.code_size
+    sample = unit_rows(queries[np.sort(sampled)])
+    (_, exact), exact_seconds = _timed(lambda: exact_search(vectors, sample, most))
+    index: Any
+    index, build_seconds = _timed(lambda: faiss_index.build(kind, vectors, probes, most))
+    (_, found), seconds = _timed(lambda: index.search(sample, most))
+    graph = kind == "hnsw"
+    name = f"HNSW{faiss_index.LINKS},Flat" if graph else f"IVF{index.nlist},Flat"
+    used = index.hnsw.efSearch if graph else index.nprobe
     record = {
-        "index": name, "probes": used, "vector_bytes": len(vectors) * row_bytes,
-        "recall_percent": {str(k): faiss_index.percent_found(vectors, unit, exact[:, :k], found[:, :k]) for k in ks},
+        "index": name, "probes": used, "vector_bytes": vectors.nbytes,
+        "recall_percent": {str(k): faiss_index.percent_found(vectors, sample, exact[:, :k], found[:, :k]) for k in ks},
         "recall_queries": len(sample), "queries_with_fewer_than_k": int((found < 0).any(axis=1).sum()),
         "build_seconds": round(build_seconds, 2), "speedup": round(exact_seconds / seconds, 2),
     }  # fmt: skip
@@ -180,8 +176,7 @@ def approximate_index(
     return index, record
 
 
-def _neighbours(index: Index, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], float]:
-    """Return the nearest rows [queries, k] and the search time in seconds."""
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
+    """Return the result of a call and its time in seconds."""
     started = time.perf_counter()
-    rows = np.concatenate([rows for _, rows in search(index, queries, k)])
-    return rows, time.perf_counter() - started
+    return call(), time.perf_counter() - started

@@ -38,10 +38,10 @@ from eval.features import cached
 from eval.index import build_index, unit_rows, without_self
 from eval.results import Card, Figure, data_card, images_card, result_card, write_json
 from eval.retrieval.collection import prepared
-from eval.retrieval.contact_sheet import draw_sheet, tile_of
 from eval.retrieval.whitening import kind_of, load
 from eval.retrieval_config import RetrievalConfig
 from eval.setup import cache_folder, open_backbone, open_weights
+from eval.sheet import tile_of, write_contact_sheet
 from eval.stats import query_interval
 
 Vectors = NDArray[np.float32]
@@ -606,4 +606,4 @@ def draw_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, se
         titles = [f"{pairs.similarity[pair]:.4f}  {kinds[pair]}" for pair in beside]
         tiles = [tile_of(first, int(pairs.first[pair]), title) for pair, title in zip(beside, titles, strict=True)]
         blocks.append((tile_of(second, row, f"image {row}"), tiles))
-    draw_sheet(blocks, path)
+    write_contact_sheet(path, blocks)

@@ -8,6 +8,7 @@ N images, E features of a backbone's descriptor, W features of a stored vector (
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -26,7 +27,6 @@ from numpy.typing import NDArray
 
 from dino_xcit.data import Source, UndecodableImage, open_source
 from dino_xcit.data.source import Item, Subset, hash_lines
-from dino_xcit.data.storage import is_remote
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
@@ -35,8 +35,8 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from eval.config import BackboneConfig
 from eval.features import cached, find_kept, width_of, write_rows
-from eval.index import MIN_IVFPQ, Found, WithVectors, add_rows, build, describe, read_index, unit_rows
-from eval.pooling import CLASS_TOKEN, Descriptor
+from eval.index import Found, add_rows, build, describe, read_index, unit_rows
+from eval.pooling import Descriptor
 from eval.results import data_card, now, versions, weights_card
 from eval.retrieval import whitening as whitening_file
 from eval.retrieval.whitening import Whitening, differences, kind_of
@@ -50,8 +50,7 @@ NEW = ".new"
 """Subfolder with the files of a collection until all of them are complete."""
 PARTS = ".parts"
 """Subfolder with the shards of an unfinished extraction."""
-FORMATS = ("dino-xcit-vectors-1", "dino-xcit-vectors-2")
-"""Supported formats. The first had only class tokens, float32 and exact indices."""
+FORMAT = "dino-xcit-vectors-2"
 
 _ROWS_AT_ONCE = 8192
 _NOT_FINITE = "the vectors are not finite (NaN or infinite): the weights are damaged or their training diverged"
@@ -63,22 +62,19 @@ Metadata = dict[str, Any]
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read the metadata of a collection; fields that the first format lacks get defaults.
+    """Read the metadata of a collection.
 
     Raises:
         Exception: of any type, as the JSON file is untrusted.
     """
-    metadata: Metadata = {
-        "descriptor": CLASS_TOKEN.to_dict(), "dtype": "fp32", "index": {"type": "flat"}, "whitening": None, "added": [],
-    } | json.loads(path.read_bytes())  # fmt: skip
-    if metadata["format"] not in FORMATS:
-        raise ValueError(f"its format is {metadata['format']!r:.40}, expected one of {', '.join(FORMATS)}")
+    metadata: Metadata = json.loads(path.read_bytes())
+    if metadata["format"] != FORMAT:
+        raise ValueError(f"its format is {metadata['format']!r:.40}, expected {FORMAT}")
     text = str | None
     _check_types(metadata, {"count": int, "normalised": bool, "dtype": str, "weights": dict, "index": dict})
     _check_types(metadata["weights"], {"hash": str, "path": str, "network": text, "arch": text, "allowed": list | None})
     for part in parts_of(metadata):
-        _check_types(part, {"url": str, "images": int, "fingerprint": str})
-        _check_types(part, {"absolute_url": text, "names_start_from": text})
+        _check_types(part, {"url": str, "images": int, "fingerprint": str, "names_start_from": str})
     EvalTransform.from_dict(metadata["transform"])
     Descriptor.from_dict(metadata["descriptor"])
     if metadata["count"] != sum(map(images_in, parts_of(metadata))):
@@ -102,9 +98,8 @@ def new_metadata(
         dim = whitening.projection.shape[1]
         feature += f"; PCA-whitened to {dim} numbers"
         whitened = {"hash": whitening.hash, "dimension": dim, "learned_on": whitening.learned_on}
-    place = {"absolute_url": _absolute(source.url), "names_start_from": os.getcwd()}
     metadata: Metadata = {
-        "format": FORMATS[-1],
+        "format": FORMAT,
         "count": len(source),
         "dimension": dim,
         "normalised": config.normalise,
@@ -114,22 +109,13 @@ def new_metadata(
         "whitening": whitened,
         "index": {"type": config.index_type},
         "weights": weights_card(loaded),
-        "data": data_card(source, fingerprint) | place,
+        "data": data_card(source, fingerprint) | {"names_start_from": os.getcwd()},
         "added": [],
         "transform": loaded.transform.to_dict(),
         "date": now(),
         "versions": versions(),
     }
     return dict(json.loads(json.dumps(metadata)))
-
-
-def _absolute(url: str) -> str:
-    """Make the URL of a source independent of the current folder."""
-    scheme, _, rest = url.partition(":")
-    path = os.path.abspath(os.path.expanduser(rest))
-    if (scheme in ("tar", "parquet", "imagenet") and not is_remote(rest)) or (scheme == "hf" and os.path.isdir(path)):
-        return f"{scheme}:{path}"
-    return os.path.abspath(url) if os.path.exists(url) else url
 
 
 def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,12 +133,6 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def parts_of(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the metadata of a collection's sources, in the order of its rows."""
     return [metadata["data"], *metadata["added"]]
-
-
-def place_of(part: Mapping[str, Any]) -> str:
-    """Return a URL that opens a source from the current folder."""
-    here = part.get("names_start_from") == os.getcwd()
-    return str(part["url"] if here else part.get("absolute_url") or part["url"])
 
 
 def images_in(part: Mapping[str, Any]) -> int:
@@ -200,7 +180,10 @@ class Collection:
             queries: outputs of the collection's descriptor [Q, E]; whitened and normalised here if the collection is.
         """
         ready = self.prepared(queries)
-        scores, rows = WithVectors(self.index, self.vectors).search(ready, min(top, len(self.names)))
+        top, index = min(top, len(self.names)), faiss.downcast_index(self.index)
+        if isinstance(index, faiss.IndexHNSW):  # finds at most as many as it visits
+            index.hnsw.efSearch = max(index.hnsw.efSearch, top)
+        scores, rows = index.search(ready, top)
         if self.normalised:  # float16 rounding may give cosines of 1.0001
             scores = np.clip(scores, -1, 1)
         return scores, rows
@@ -304,7 +287,7 @@ def add_to_collection(
     """
     old = collection.vectors
     ready = itertools.chain(_pieces([old]), map(collection.prepared, _pieces(rows)))
-    metadata = collection.metadata | {"format": FORMATS[-1], "added": [*collection.metadata["added"], part]}
+    metadata = collection.metadata | {"added": [*collection.metadata["added"], part]}
     metadata |= {"count": len(old) + images_in(part), "dimension": old.shape[1]}
     names = [*collection.names, *names]
     return _write(collection.folder, ready, names, metadata, collection.whitening, collection.index)
@@ -389,7 +372,6 @@ def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfi
         raise InputError(f"output_dir is {folder}, which is not a folder")
     if os.path.realpath(folder) == os.path.realpath(source.url):  # data/folder.py ignores collections in subfolders
         raise InputError(f"output_dir is {folder}, the folder of the images: choose another, such as {folder}/vectors")
-    refuse_too_few(len(source), config)
     work = folder / PARTS
     unfinished = work.exists() or (folder / NEW).exists()
     if not unfinished and (reason := _nothing_to_do(folder, metadata, source, config)):
@@ -404,12 +386,6 @@ def claim(folder: Path, metadata: Metadata, source: Source, config: ExtractConfi
     if reason:
         shutil.rmtree(work, ignore_errors=True)
     return reason
-
-
-def refuse_too_few(images: int, config: ExtractConfig) -> None:
-    """Raise InputError if there are too few images for a new index of the chosen type."""
-    if config.index_type == "ivfpq" and images < MIN_IVFPQ and not config.add:
-        raise InputError(f"index_type is ivfpq, which needs {MIN_IVFPQ:,} images or more, found {images:,}")
 
 
 def _nothing_to_do(folder: Path, metadata: Metadata, source: Source, config: ExtractConfig) -> str:
@@ -492,7 +468,6 @@ def extract_rows(
         unreadable += (start + found.unreadable).tolist()
     if len(unreadable) == len(source):
         raise InputError(f"all {len(source):,} images of {source.url} are unreadable: check --data-path")
-    refuse_too_few(len(source) - len(unreadable), config)
     return rows, unreadable
 
 
@@ -521,35 +496,25 @@ class CollectedImages:
         Raises:
             InputError: the image has been moved or deleted.
         """
-        part, base = self._part(index)
-        path = Path(base, self._names[index])
-        if ":" not in part["url"].partition("/")[0] and path.is_file():  # avoids listing a large folder
-            return path.read_bytes(), None
-        source, place = self._find(index)
-        return source.read(place)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part, name = self._parts[number], self._names[index]
+        base = part["names_start_from"]
+        with contextlib.chdir(base if os.path.isdir(base) else "."):
+            if ":" not in part["url"].partition("/")[0] and os.path.isfile(name):  # avoids listing a large folder
+                return Path(name).read_bytes(), None
+            if number not in self._opened:
+                source = open_source(part["url"])
+                self._opened[number] = source, {source.name(row): row for row in range(len(source))}
+            source, rows = self._opened[number]
+            if name not in rows:
+                raise InputError(f"the image {name} has been moved or deleted")
+            return source.read(rows[name])
 
     def name(self, index: int) -> str:
         return self._names[index]
 
     def fingerprint(self) -> str:
         return hash_lines(self._names)
-
-    def _find(self, index: int) -> tuple[Source, int]:
-        part, base = self._part(index)
-        key = id(part)
-        if key not in self._opened:
-            source = open_source(place_of(part))
-            self._opened[key] = source, {os.path.normpath(source.name(row)): row for row in range(len(source))}
-        source, rows = self._opened[key]
-        for name in (self._names[index], os.path.join(base, self._names[index])):
-            if (row := rows.get(os.path.normpath(name))) is not None:
-                return source, row
-        raise InputError(f"the image {self._names[index]} has been moved or deleted")
-
-    def _part(self, index: int) -> tuple[dict[str, Any], str]:
-        """Return the source of an image and the base folder of its relative names."""
-        part = self._parts[int(np.searchsorted(self._ends, index, side="right"))]
-        return part, part.get("names_start_from") or "."
 
 
 def open_backbone_of(collection: Collection, config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
