@@ -88,7 +88,8 @@ def show_help(config: type, argv: Sequence[str], prog: str) -> None:
     for field in dataclasses.fields(config):
         kind, notes = annotations_of(config)[field.name]
         heading = next((note.heading for note in notes if isinstance(note, Group)), heading)
-        described = Annotated[kind, tyro.conf.arg(help=texts[field.name])]  # type: ignore[valid-type]
+        hint = "" if field.default in ("", ()) else None  # None: tyro shows the default
+        described = Annotated[kind, tyro.conf.arg(help=texts[field.name], help_behavior_hint=hint)]  # type: ignore[valid-type]
         groups.setdefault(heading, []).append((field.name, described, field.default))
     boxes = [(name, dataclasses.make_dataclass(name, fields)) for name, fields in groups.items()]
     shown = dataclasses.make_dataclass("Settings", boxes)

@@ -15,13 +15,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor, nn
 
 from dino_xcit import safe_load
+from dino_xcit.bounds import FilePath, Positional
 from dino_xcit.checkpoint.state import Run, content_of, restore
+from dino_xcit.cli import parse
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import open_source
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
@@ -33,6 +36,15 @@ from dino_xcit.runtime.logging import counted
 from dino_xcit.train import TrainState, build_state, train_step
 
 STATE, SUMMARY = "nonfinite.pth", "nonfinite.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class NonfiniteConfig:
+    """Settings of python -m dino_xcit.nonfinite: repeat the last step of a run that ended after too many skipped steps,
+    and name the first module with non-finite output."""
+
+    file: Annotated[FilePath, MinLen(1), Positional] = ""
+    """The nonfinite.pth of the run's output directory (the flag --file may be omitted)."""
 
 
 def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
@@ -168,9 +180,7 @@ def _config_of(stored: Mapping[str, Any], summary: Mapping[str, Any]) -> Pretrai
 
 def main() -> None:
     """Repeat the step of the file on the command line."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise InputError(f"expected one file: python -m dino_xcit.nonfinite RUN/{STATE}")
-    print(repeat(Path(sys.argv[1])))
+    print(repeat(Path(parse(NonfiniteConfig, sys.argv[1:], "python -m dino_xcit.nonfinite").file)))
 
 
 if __name__ == "__main__":

@@ -260,3 +260,18 @@ def test_settings_import_nothing_heavy() -> None:
     settings = "dino_xcit.recipes, eval.config, eval.retrieval_config, run_slurm"
     program = f"import sys, {settings}; sys.exit(bool({{'torch', 'numba', 'scipy', 'faiss'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["pretrain", "knn", "linear", "extract", "retrieval", "slurm"])
+def test_console_script_rejects_unknown_flag_before_importing_torch(name: str) -> None:
+    program = f"""
+import sys
+from dino_xcit import console
+sys.argv = ["dino-xcit-{name}", "--unknown", "1"]
+try:
+    console.{name}()
+except SystemExit as end:
+    sys.exit(10 * int(end.code) + ("torch" in sys.modules))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, "unknown flag --unknown" in ended.stderr) == (20, True), ended.stderr
