@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import runpy
-from functools import partial
+from collections.abc import Callable
 
-_run = partial(runpy.run_module, run_name="__main__", alter_sys=True)
 
-pretrain = partial(_run, "run_pretrain")
-knn = partial(_run, "run_knn")
-linear = partial(_run, "run_linear")
-extract = partial(_run, "run_extract")
-retrieval = partial(_run, "run_retrieval")
-slurm = partial(_run, "run_slurm")
+def _program(module: str) -> Callable[[], None]:
+    def run() -> None:  # returns None: the script passes the result to sys.exit
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+    return run
+
+
+pretrain = _program("run_pretrain")
+knn = _program("run_knn")
+linear = _program("run_linear")
+extract = _program("run_extract")
+retrieval = _program("run_retrieval")
+slurm = _program("run_slurm")

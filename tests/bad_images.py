@@ -1,4 +1,4 @@
-"""A flat folder such as people have: photographs, odd kinds of image, and files that are no image at all."""
+"""A realistic flat folder: photographs, unusual kinds of images, and files that are not images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from PIL import Image
 from dino_xcit.data.decode import UndecodableImage, decode
 
 WIDTH, HEIGHT = 96, 72
-"""Of every decodable picture, upright."""
+"""Size of every decodable image, upright."""
 
 
 def photograph(seed: int) -> Image.Image:
-    """A colourful picture with smooth parts, an edge and some grain; another one for another seed."""
+    """Generate a colour image with smooth parts, an edge and noise, different for each seed."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
     slope, turn = rng.uniform(0.03, 0.12, 3), rng.uniform(0, 6, 3)
@@ -33,26 +33,26 @@ def photograph(seed: int) -> Image.Image:
 
 
 def encoded(image: Image.Image, format_name: str, **options: object) -> bytes:
-    """The image as a file of that format, with what ``Image.save`` takes as options."""
+    """Encode the image as a file of this format, with options of ``Image.save``."""
     buffer = io.BytesIO()
     image.save(buffer, format_name, **options)
     return buffer.getvalue()
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """One chunk of a PNG, with a right checksum."""
+    """Build one chunk of a PNG, with a valid checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(width: int, height: int, scanlines: bytes, *chunks: bytes, bits: int = 8, colour: int = 0) -> bytes:
-    """A PNG of any claimed size around any data; colour 0 is grey, 2 RGB."""
+    """Build a PNG with any claimed size and any data; colour 0 is grey, 2 is RGB."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     pixels = png_chunk(b"IDAT", zlib.compress(scanlines, 9))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + png_chunk(b"IEND", b"")
 
 
 def sideways(image: Image.Image) -> bytes:
-    """A JPEG that lies on its side, with EXIF's word that it has to be turned."""
+    """Encode a JPEG that is rotated by 90 degrees, with the EXIF orientation that restores it."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
@@ -91,12 +91,12 @@ ODDITIES: dict[str, Callable[[Image.Image], bytes]] = {
     "packed.tif": lambda image: encoded(image, "TIFF", compression="tiff_lzw"),
     "plain.bmp": lambda image: encoded(image, "BMP"),
 }
-"""Kinds of image that a collection holds a few of, by what they are called: to their file."""
+"""Encoders of unusual kinds of images, by file name."""
 
 
 @functools.cache
 def large_pngs() -> dict[str, bytes]:
-    """Files of which the pixels are too many; they take long to pack."""
+    """Return files with too many pixels; cached, as they take long to compress."""
     return {
         "claims to be large.png": png(50_000, 50_000, bytes(1000), colour=2),
         "large.png": png(13_000, 13_000, bytes(13_000 * (13_000 // 8 + 1)), bits=1),
@@ -104,7 +104,7 @@ def large_pngs() -> dict[str, bytes]:
 
 
 def undecodable(image: Image.Image, seed: int) -> dict[str, bytes]:
-    """Files that are refused, by what they are called; some of them made from ``image``."""
+    """Return undecodable files by name, some of them made from ``image``."""
     jpeg, whole = encoded(image, "JPEG", quality=90), encoded(image, "PNG")
     return {
         "cut short.jpg": jpeg[: len(jpeg) * 2 // 3],
@@ -118,12 +118,12 @@ def undecodable(image: Image.Image, seed: int) -> dict[str, bytes]:
 
 
 def write_corpus(folder: Path, good: int, seed: int) -> tuple[list[Path], list[Path]]:
-    """Write ``good`` decodable images, every oddity among them where there is room, and one bad file of each kind.
+    """Write ``good`` decodable images, the first of :data:`ODDITIES` among them, and one bad file of each kind.
 
-    The names begin with numbers in an order that ``seed`` shuffles, so that bad files lie between good ones.
+    File names start with numbers that ``seed`` shuffles, so that bad files are between good ones.
 
     Returns:
-        (decodable, undecodable), each in the order of their names.
+        Decodable and undecodable files, each in the order of their names.
     """
     files: list[tuple[str, bytes, bool]] = []
     makers = list(ODDITIES.items())[:good]
@@ -148,7 +148,7 @@ def write_corpus(folder: Path, good: int, seed: int) -> tuple[list[Path], list[P
 
 
 def files_of_all_formats(seed: int) -> list[bytes]:
-    """Whole small files of every format that is decoded, with metadata where the format has some."""
+    """Return intact small files of every supported format, with metadata where the format has any."""
     picture = photograph(seed)
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
@@ -171,20 +171,20 @@ def files_of_all_formats(seed: int) -> list[bytes]:
 
 
 def mutate(whole: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-    """One to eight changes of a file: flipped bits, other bytes and numbers, cuts, parts of itself or of ``other``."""
+    """Change a file one to eight times: bits, bytes, integers, cuts, and pieces of itself or of ``other``."""
     data = bytearray(whole)
     for _ in range(rng.integers(1, 9)):
         length = len(data)
         if length < 8:
             break
-        # Half of the changes where the header is.
+        # Half of the changes affect the header.
         place = int(rng.integers(min(length, 200) if rng.random() < 0.5 else length))
         match int(rng.integers(8)):
             case 0 | 1:
                 data[place] ^= 1 << int(rng.integers(8))
             case 2:
                 data[place] = int(rng.integers(256))
-            case 3:  # a number of two or four bytes, at the edge of what it can hold
+            case 3:  # an integer of two or four bytes, mostly at the limits of its range
                 width = int(rng.choice([2, 4]))
                 value = int(rng.choice([0, 1, 0x7F, 0xFF, 0x100, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF]))
                 order: Literal["little", "big"] = "little" if rng.random() < 0.5 else "big"
@@ -205,7 +205,7 @@ def mutate(whole: bytes, other: bytes, rng: np.random.Generator) -> bytes:
 
 
 def refusal(data: bytes) -> UndecodableImage:
-    """How decoding it fails, as it must."""
+    """Return the error of decoding the data, which must fail with one line."""
     with pytest.raises(UndecodableImage) as caught:
         decode(data, "holiday/1.jpg")
     assert str(caught.value).startswith(f"holiday/1.jpg cannot be read: {caught.value.cause}; remove it")

@@ -1,4 +1,4 @@
-"""Folders of pictures that the tests of data sets open."""
+"""Image folders for the tests of data sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def names(source: Source) -> list[str]:
 
 
 def parts_tree(root: Path, train: tuple[str, ...], val: tuple[str, ...]) -> Path:
-    """A picture of each class in root/train and root/val."""
+    """Write one image per class to root/train and to root/val."""
     for part, classes in (("train", train), ("val", val)):
         for name in classes:
             write_image(root / part / name / "0.png")
@@ -32,7 +32,7 @@ def labels(source: Source) -> list[int] | None:
 
 
 def odd_tree(folder: Path) -> Path:
-    """Images of three classes in folders of theirs, and what has to be passed over."""
+    """Write class folders with images of three classes, and files and folders that a data set must skip."""
     for path in ("dog/b.png", "dog/a.jpg", "cat/deep/er/c.PNG", "cat/d.jpeg", "ant/e.webp"):
         write_image(folder / path)
     (folder / "cat" / "notes.txt").write_text("no image")

@@ -1,4 +1,4 @@
-"""What the evaluators' tests measure: small data, and backbones that are small or made up."""
+"""Small data sets, a synthetic backbone and a small checkpoint for the tests of the evaluators."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ SMALL = EvalTransform(resize=8, crop=8, interpolation="bilinear")
 
 
 class MeanColours(nn.Module):
-    """A backbone whose features can be checked by eye: the mean of each channel, and of each half of the picture.
-    Counts the images it was asked for."""
+    """Backbone with simple features: the mean of each channel, and of the left and right half of the image.
+
+    ``seen`` counts the images that it received.
+    """
 
     embed_dim = 5
 
@@ -42,7 +44,7 @@ class MeanColours(nn.Module):
 def noise_source(
     count: int, seed: int = 0, size: int = 8, classes: int = 3, kind: type[ArraySource] = ArraySource
 ) -> ArraySource:
-    """Random colour pictures whose brightness tells the class, in a random order of classes."""
+    """Make noise images whose brightness determines the class, in random order of classes."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % classes).astype(np.int64)
     base = (40 + 170 * labels / max(1, classes - 1))[:, None, None, None]
@@ -57,7 +59,7 @@ def unit(rows: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _picture(name: str, rng: np.random.Generator) -> Image.Image:
-    """40 x 32 pixels of a class's pattern, with other colours and places each time."""
+    """Draw the pattern of a class on 40 x 32 pixels, with random colours and a random offset."""
     rows, columns = np.mgrid[0:32, 0:40]
     place = rng.integers(0, 8)
     pattern = {
@@ -70,7 +72,7 @@ def _picture(name: str, rng: np.random.Generator) -> Image.Image:
 
 
 def image_tree(folder: Path, train: int = 8, val: int = 3) -> Path:
-    """``folder``/{train,val}/{bars,dots,waves}: JPEG and PNG files, so many a class."""
+    """Write ``train`` and ``val`` JPEG and PNG images per class to ``folder``/{train,val}/{bars,dots,waves}."""
     rng = np.random.default_rng(7)
     for part, count in (("train", train), ("val", val)):
         for name in CLASSES:
@@ -82,7 +84,7 @@ def image_tree(folder: Path, train: int = 8, val: int = 3) -> Path:
 
 
 def tiny_checkpoint(folder: Path, data: Path | str, seed: int = 0) -> Path:
-    """A checkpoint.pth, with its backbone.pth beside it, as a run that has not taken a step would leave it."""
+    """Save checkpoint.pth and backbone.pth of a run at step 0."""
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(data_path=str(data), output_dir=str(folder), out_dim=16, seed=seed)
     return save(build_state(config, CPU), config, steps_per_epoch=1)

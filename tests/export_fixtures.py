@@ -1,4 +1,4 @@
-"""What the export's tests export: checkpoints of small networks in which every number matters."""
+"""Checkpoints of small networks for the export tests, in which every value affects the output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = EvalTransform(32, 28, "bilinear", (0.286, 0.286, 0.286), (0.353, 0.353, 
 
 
 def scrambled(arch: str) -> nn.Module:
-    """A network in which no weight, scale or statistic is 0 or 1, so that each of them matters."""
+    """Return a network without weights, scales or statistics of 0 or 1, so that each affects the output."""
     torch.manual_seed(1)
     backbone = build_backbone(arch)
     with torch.no_grad():

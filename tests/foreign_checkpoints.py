@@ -1,9 +1,9 @@
-"""Files as other programs write them, with their real key names: DINO, DINOv2, iBOT, MoCo, MAE, VISSL, lightly,
-solo-learn, timm, torchvision. Those of Hugging Face transformers are in transformers_files.py.
+"""Checkpoints in the layouts of DINO, DINOv2, iBOT, MoCo, MAE, VISSL, lightly, solo-learn, timm and torchvision.
 
-The networks are small, or torchvision's smallest; the names are those that the programs' own code gives (read in
-facebookresearch/dino, dinov2, moco, moco-v3, mae and vissl, bytedance/ibot, lightly-ai/lightly, vturrisi/solo-learn and
-timm 1.0.31).
+Those of Hugging Face transformers are in transformers_files.py.
+
+The networks are small, or the smallest of torchvision. The key names follow the source code of facebookresearch/dino,
+dinov2, moco, moco-v3, mae and vissl, bytedance/ibot, lightly-ai/lightly, vturrisi/solo-learn and timm 1.0.31.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ State = dict[str, Tensor]
 def vit(
     seed: int = 0, side: int = 64, patch: int = 16, width: int = 192, heads: int = 3, depth: int = 2, **more: Any
 ) -> VisionTransformer:
-    """Two blocks of DINO's vit_tiny."""
+    """Build DINO's vit_tiny, by default with two blocks."""
     torch.manual_seed(seed)
     more |= {"num_classes": 0, "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
     network = VisionTransformer(side, patch, embed_dim=width, depth=depth, num_heads=heads, **more)
@@ -39,20 +39,20 @@ def vit(
 
 
 def xcit(seed: int = 0) -> nn.Module:
-    """This project's XCiT, whose official names every published XCiT file has."""
+    """Build this project's XCiT, which has the official key names of all published XCiT files."""
     torch.manual_seed(seed)
     return shaken(build_backbone("xcit_pico_4_p8"), seed)
 
 
 def timm_xcit(seed: int = 0, classes: int = 0) -> Xcit:
-    """timm's XCiT of the same sizes, under timm's names."""
+    """Build timm's XCiT of the same size, with timm's key names."""
     torch.manual_seed(seed)
     return shaken(Xcit(patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=classes, tokens_norm=True), seed)
 
 
 @cache
 def resnet(seed: int = 0) -> nn.Module:
-    """torchvision's smallest, without its classifier as DINO and solo-learn take it away."""
+    """Build torchvision's smallest ResNet without its classifier, as DINO and solo-learn do."""
     torch.manual_seed(seed)
     network = torchvision.models.resnet18()
     network.fc = nn.Identity()
@@ -60,7 +60,7 @@ def resnet(seed: int = 0) -> nn.Module:
 
 
 def shaken(network: Any, seed: int) -> Any:
-    """In eval mode, with no weight, bias or statistic left at 0 or 1, so that each of them matters."""
+    """Move all weights, biases and statistics away from 0 and 1, so that each affects the output; use eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in (*network.parameters(), *network.buffers()):
@@ -72,7 +72,7 @@ def shaken(network: Any, seed: int) -> Any:
 
 
 def head(width: int, seed: int = 0) -> State:
-    """A DINO head's weights, 8 and 6 wide, for 12 prototypes."""
+    """Return the weights of a DINO head with hidden width 8, bottleneck width 6 and 12 prototypes."""
     torch.manual_seed(seed)
     return dict(DINOHead(width, 12, hidden_dim=8, bottleneck_dim=6).state_dict())
 
@@ -86,7 +86,7 @@ def _with_head(wrapper: str, backbone: State, head: State) -> State:
 
 
 def dino(student: nn.Module, teacher: nn.Module, width: int, teacher_wrapped: bool = False) -> dict[str, Any]:
-    """main_dino.py: the student in DistributedDataParallel, the teacher only if it has BatchNorm."""
+    """Layout of main_dino.py: the student is in DistributedDataParallel, the teacher only if it has BatchNorm."""
     return {
         "student": _with_head("module.", dict(student.state_dict()), head(width, 1)),
         "teacher": _with_head("module." if teacher_wrapped else "", dict(teacher.state_dict()), head(width, 2)),
@@ -97,11 +97,11 @@ def dino(student: nn.Module, teacher: nn.Module, width: int, teacher_wrapped: bo
 
 
 def dinov2_vit(seed: int = 0, registers: int = 0, side: int = 56) -> tuple[VisionTransformer, State]:
-    """A transformer as DINOv2's, and its weights as a ``..._pretrain.pth`` has them."""
+    """Return a ViT like DINOv2's, and its weights in the layout of ``..._pretrain.pth``."""
     more: dict[str, Any] = {"reg_tokens": registers, "no_embed_class": True} if registers else {}
     network = vit(seed, side=side, patch=14, depth=4, init_values=1.0, **more)
     state = dict(network.state_dict())
-    if registers:  # DINOv2 has a position for the class token, timm's network has it in the token
+    if registers:  # DINOv2 stores the position of the class token separately; timm adds it to the token
         position = torch.rand(1, 1, 192, generator=torch.Generator().manual_seed(seed))
         state["pos_embed"] = torch.cat([position, state["pos_embed"]], dim=1)
         state["register_tokens"] = state.pop("reg_token")
@@ -112,7 +112,7 @@ def dinov2_vit(seed: int = 0, registers: int = 0, side: int = 56) -> tuple[Visio
 
 
 def chunked(state: State, blocks_a_chunk: int = 2) -> State:
-    """As DINOv2 trains: chunks of blocks, in which the numbers go on."""
+    """Rename blocks as in DINOv2's training: in chunks, with block numbers that continue across chunks."""
 
     def name(key: str) -> str:
         _, number, rest = key.split(".", 2)
@@ -122,13 +122,13 @@ def chunked(state: State, blocks_a_chunk: int = 2) -> State:
 
 
 def dinov2_network(state: State, seed: int) -> State:
-    """Backbone, the head of whole images and that of patches, as in teacher_checkpoint.pth."""
+    """Return the backbone, the DINO head and the iBOT head, as in teacher_checkpoint.pth."""
     heads = prefixed("dino_head.", head(192, seed=seed)) | prefixed("ibot_head.", head(192, seed=seed + 10))
     return prefixed("backbone.", state) | heads
 
 
 def moco_v3(student: nn.Module, teacher: nn.Module, projector: str = "head") -> dict[str, Any]:
-    """main_moco.py; ``projector``: the name that an encoder has for its classifier, ``head`` or ``fc``."""
+    """Layout of main_moco.py. ``projector`` is the encoder's name for its classifier, ``head`` or ``fc``."""
     layers = {"0.weight": torch.zeros(8, 4), "1.weight": torch.zeros(8), "1.running_mean": torch.zeros(8)}
     state = prefixed("module.predictor.", layers)
     for name, network in (("base_encoder", student), ("momentum_encoder", teacher)):
@@ -137,7 +137,7 @@ def moco_v3(student: nn.Module, teacher: nn.Module, projector: str = "head") -> 
 
 
 def moco(student: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
-    """facebookresearch/moco's second version; its published files have the student alone."""
+    """Layout of facebookresearch/moco, version 2. Its published files have only the student."""
     layer = {"fc.0.weight": torch.zeros(4, 512), "fc.0.bias": torch.zeros(4)}
     state = prefixed("module.encoder_q.", dict(student.state_dict()) | layer)
     if teacher is not None:
@@ -147,7 +147,7 @@ def moco(student: nn.Module, teacher: nn.Module | None) -> dict[str, Any]:
 
 
 def mae(network: nn.Module) -> dict[str, Any]:
-    """A MAE with its decoder, as mae_visualize_... and checkpoint-N.pth have it."""
+    """Layout of a MAE with its decoder, as in mae_visualize_... and checkpoint-N.pth."""
     decoder = {
         "mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8),
         "decoder_embed.weight": torch.zeros(8, 192), "decoder_embed.bias": torch.zeros(8),
@@ -158,7 +158,7 @@ def mae(network: nn.Module) -> dict[str, Any]:
 
 
 def ibot(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
-    """main_ibot.py: DINO's layout, with a second last layer for patches and the student's token for hidden patches."""
+    """Layout of main_ibot.py: as DINO, with a second last layer for patches and the student's mask token."""
 
     second = {"last_layer2.weight_g": torch.ones(9, 1), "last_layer2.weight_v": torch.zeros(9, 6)}
     masked = dict(student.state_dict()) | {"masked_embed": torch.zeros(1, 192)}
@@ -172,7 +172,7 @@ def ibot(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
 
 
 def vissl(trunk: State, heads: State | None = None, teacher: State | None = None) -> dict[str, Any]:
-    """``teacher``: its trunk, under the names that the DINO loss's state dict has for it."""
+    """Layout of VISSL. ``teacher`` is the teacher's trunk, stored in the state dict of the DINO loss."""
     model = {"model": {"trunk": trunk, "heads": heads or {}}, "meta": {"trunk": {}, "heads": []}}
     content = {"phase_idx": 9, "classy_state_dict": {"train": True, "base_model": model}}
     if teacher is not None:
@@ -185,7 +185,7 @@ def vissl_resnet(network: nn.Module) -> dict[str, Any]:
 
 
 def vissl_dino(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
-    """VISSL's DINO of an XCiT, with a dino_head as the first of the student's heads."""
+    """Layout of VISSL's DINO with an XCiT; the first head of the student is a dino_head."""
     heads = {f"0.{key.replace('last_layer', 'prototypes0')}": value for key, value in head(64).items()}
     return vissl(dict(student.state_dict()), heads, dict(teacher.state_dict()))
 
@@ -204,7 +204,7 @@ def lightly_module(network: nn.Module) -> dict[str, Any]:
 
 
 def lightly_example(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
-    """lightly's DINO example: torchvision's ResNet as a Sequential without its last layer."""
+    """Layout of lightly's DINO example: torchvision's ResNet as a Sequential without its last layer."""
 
     def cut(network: nn.Module) -> State:
         return dict(nn.Sequential(*list(network.children())[:-1]).state_dict())
@@ -215,7 +215,7 @@ def lightly_example(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
 
 
 def lightly_benchmark(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
-    """lightly's ImageNet benchmark: the teacher is the "backbone", each a timm transformer inside a module."""
+    """Layout of lightly's ImageNet benchmark: "backbone" is the teacher, and both networks wrap a timm ViT."""
     return lightning(
         prefixed("backbone.vit.", teacher.state_dict())
         | prefixed("projection_head.", lightly_head(192))
@@ -226,7 +226,7 @@ def lightly_benchmark(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
 
 
 def lightly_moco(query: nn.Module, key: nn.Module) -> dict[str, Any]:
-    """lightly's MoCo v2 benchmark: what encodes the keys, and follows the other, is the "backbone"."""
+    """Layout of lightly's MoCo v2 benchmark: "backbone" is the key encoder, which follows the query encoder."""
     layer = {"layers.0.weight": torch.zeros(4, 512), "layers.0.bias": torch.zeros(4)}
     return lightning(
         prefixed("backbone.", key.state_dict())
@@ -238,7 +238,7 @@ def lightly_moco(query: nn.Module, key: nn.Module) -> dict[str, Any]:
 
 
 def lightly_momentum(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
-    """lightly's momentum methods: BYOL, MoCo."""
+    """Layout of lightly's momentum methods, such as BYOL and MoCo."""
     both = prefixed("backbone.", student.state_dict()) | prefixed("backbone_momentum.", teacher.state_dict())
     return lightning(both | {"projection_head.layers.0.weight": torch.zeros(4, 512)})
 
@@ -262,7 +262,7 @@ XCIT_CONFIG: dict[str, Any] = {
         "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "classifier": "head",
     },
 }  # fmt: skip
-"""A config.json as timm writes it."""
+"""Content of a config.json from timm."""
 XCIT_TRANSFORM = EvalTransform(resize=80, crop=64, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
@@ -273,14 +273,14 @@ def save_safetensors(path: Path, state: Mapping[str, Tensor], said: Mapping[str,
 
 
 def timm_folder(folder: Path, network: nn.Module, config: Mapping[str, Any]) -> Path:
-    """What ``timm.models.save_for_hf`` leaves: model.safetensors, and config.json beside it."""
+    """Write a folder as ``timm.models.save_for_hf`` does: model.safetensors and config.json. Return the former."""
     path = save_safetensors(folder / "model.safetensors", network.state_dict())
     (folder / "config.json").write_text(json.dumps(config))
     return path
 
 
 def hub_snapshot(cache: Path, repository: str) -> Path:
-    """The folder in which the cache of huggingface_hub has the files of a repository that was downloaded."""
+    """Return the snapshot folder of a repository in the cache of huggingface_hub, and write its ``refs/main``."""
     root = cache / f"models--{repository.replace('/', '--')}"
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text("0" * 40)

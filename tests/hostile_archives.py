@@ -1,4 +1,4 @@
-"""Archives that are cut short, damaged, no archives at all, or that lead out of where they are unpacked."""
+"""Tar archives that are truncated, damaged, not archives at all, or whose names lead out of the target folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def png(shade: int = 0) -> bytes:
 
 
 def packed(contents: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
-    """An archive as tarfile writes it."""
+    """Return an archive written by tarfile."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
         for name, data in contents.items():
@@ -29,11 +29,11 @@ def packed(contents: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
 END = bytes(1024)
 GOOD = packed({"a.png": png()})
 GOOD_MEMBER = GOOD[:1024]
-"""The header and the content, which fits into one block, of a.png."""
+"""Header and content of a.png, one block each."""
 
 
 def header(name: bytes, size: int | bytes, kind: bytes = b"0", linkname: bytes = b"") -> bytes:
-    """512 bytes whose checksum is right, whatever else they say."""
+    """Return a header of 512 bytes with a valid checksum; the other fields may be invalid."""
     field = b"%011o\0" % size if isinstance(size, int) else size.ljust(12, b"\0")
     block = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0" + b" " * 8
     block = (block + kind + linkname.ljust(100, b"\0") + b"ustar\x0000").ljust(512, b"\0")
@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "label without an image": (packed({"a.png": png(), "b.cls": b"1"}), r"a label in b\.cls"),
     "label beside a closer one": (packed({"a.v2.png": png(), "a.v2.cls": b"1", "a.cls": b"0"}), r"a label in a\.cls"),
 }
-"""Archives that cannot be used, and what the sentence must match."""
+"""Unusable archives, each with the pattern of its error message."""
 
 LEAD_OUT = b"".join(header(name, 0) for name in (b"/etc/b.png", b"../b.png", b"x/../../b.png", b"./../b.png"))
 SPARSE = record("GNU.sparse.major", "0") + record("GNU.sparse.minor", "1") + record("GNU.sparse.map", "0,512")
@@ -101,9 +101,9 @@ SKIPPED: dict[str, tuple[bytes, str]] = {
     "names that lead out": (LEAD_OUT + GOOD, "4 names that lead out"),
     "odd but harmless": (
         header(b"g", 20, b"g") + padded(b"20 comment=from git\n") + header(b"d/", 0, b"5")
-        # hidden files, and JSON that is nested too deeply
+        # hidden files, and too deeply nested JSON
         + header(b".b.png", 0) + header(b"d/._c.png", 0) + padded(header(b"a.json", 100_000) + b"[" * 100_000) + GOOD,
         "",
     ),
 }  # fmt: skip
-"""Archives with one good image, a.png, and what is said of the rest."""
+"""Archives with one valid image, a.png, each with the warning about the skipped members."""

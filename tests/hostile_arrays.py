@@ -1,10 +1,10 @@
-"""What stands where a .npy file should: its header is Python's literals, of which anything may be wrong."""
+"""Invalid .npy files: their headers are Python literals, any part of which may be wrong."""
 
 from __future__ import annotations
 
 
 def header(text: str) -> bytes:
-    """A .npy file of version 1 with such a header, and no numbers."""
+    """Build a version 1 .npy file with this header and no data."""
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 

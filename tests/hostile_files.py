@@ -1,4 +1,4 @@
-"""Checkpoints that would run a program, exhaust the memory or lie about what they hold, each made by one function."""
+"""Hostile checkpoints: they run a program, exhaust the memory or claim false content. One function writes each."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from hostile_parts import (
 )
 
 PROGRAMS: dict[str, Maker] = {}
-"""Files with a program that runs where the file is trusted."""
+"""Files with a program that runs if the file is loaded without safety checks."""
 OTHERS: dict[str, Maker] = {}
 UNBOUNDED: dict[str, Maker] = {}
-"""Files whose time or memory only a pickle interpreter could bound."""
+"""Files whose time or memory could be bounded only by interpreting the pickle."""
 LARGE: dict[str, Maker] = {}
-"""Honest as files, but what they name or resemble takes gigabytes."""
+"""Valid files that name or resemble a network of several gigabytes."""
 
 
 def into(makers: dict[str, Maker]) -> Callable[[Maker], Maker]:
-    """A decorator that puts a function into one of the above, under its name."""
+    """Return a decorator that registers a function in ``makers`` by name."""
 
     def put(maker: Maker) -> Maker:
         makers[maker.__name__] = maker
@@ -55,7 +55,7 @@ def into(makers: dict[str, Maker]) -> Callable[[Maker], Maker]:
 
 program, other, unbounded, large = map(into, (PROGRAMS, OTHERS, UNBOUNDED, LARGE))
 
-# ---- that run a program
+# ---- files that run a program
 
 
 @program
@@ -122,7 +122,7 @@ def method_in_the_namespace(path: Path, canary: Path) -> None:
     archive(path, dictionary(args=named("argparse", "Namespace") + b")\x81" + hidden + b"b" + hidden + b"b"))
 
 
-# ---- whose archive lies
+# ---- archives with false claims
 
 
 @other
@@ -144,7 +144,7 @@ def entry_longer_than_the_file(path: Path, canary: Path) -> None:
 
 @other
 def entries_in_one_place(path: Path, canary: Path) -> None:
-    """Two hundred storages of a hundred megabytes in twelve."""
+    """200 storages of 12 MB in the same 12 MB of the file."""
     each = [Entry(f"data/{key}", b"", 12_000_000, at=0 if key else None) for key in range(200)]
     each[0].data = bytes(12_000_000)
     body = b"}(" + b"".join(text(str(k)) + tensor(storage(3_000_000, str(k)), (3_000_000,), (1,)) for k in range(200))
@@ -156,7 +156,7 @@ def two_directories(path: Path, canary: Path) -> None:
     honest = zipped(Entry("data.pkl", pickled(HONEST)), *TAIL)
     archive(path, named("posix", "system"), Entry("data/0", bytes(16)))
     within = bytearray(path.read_bytes())
-    within[-2:] = struct.pack("<H", len(honest))  # the second is a comment of the first
+    within[-2:] = struct.pack("<H", len(honest))  # the second archive is a comment of the first
     path.write_bytes(bytes(within) + honest)
 
 
@@ -177,12 +177,12 @@ def pickle_of_thirty_megabytes(path: Path, canary: Path) -> None:
     archive(path, dictionary(words=b"(" + text("x" * 10_000) * 3000 + b"t"))
 
 
-# ---- whose pickle lies
+# ---- pickles with false claims
 
 BODIES: dict[str, bytes] = {
     "storage_of_a_trillion": dictionary(weight=tensor(storage(10**12), (10**12,), (1,))),
     "shape_of_a_trillion": dictionary(weight=tensor(storage(4), (10**6, 10**6), (10**6, 1))),
-    # PyTorch lengthens the storage, and gives whatever the memory held.
+    # PyTorch enlarges the storage and exposes uninitialised memory.
     "shape_of_six_gigabytes": dictionary(weight=tensor(storage(4), (1_500_000_000,), (1,))),
     "tensor_behind_its_storage": dictionary(weight=tensor(storage(4), (2, 2), (3, 1))),
     "tensor_made_by_a_call": dictionary(weight=called(named("torch", "FloatTensor"), number(10**12))),
@@ -191,7 +191,7 @@ BODIES: dict[str, bytes] = {
     "lists_a_hundred_thousand_deep": dictionary(args=b"]" * 100_000 + b"a" * 99_999),
     "text_of_four_gigabytes": dictionary(epoch=b"X" + struct.pack("<I", 2**32 - 1)),
 }
-"""What is in an archive that is honest otherwise."""
+"""Pickles of otherwise valid archives."""
 TENSORS: dict[str, torch.Tensor] = {
     "tensor_repeated_a_trillion_times": torch.zeros(1).expand(10**6, 10**6),
     "sparse_tensor_of_a_trillion": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6), check_invariants=True),
@@ -223,13 +223,13 @@ def storage_of_forty_gigabytes_in_the_old_format(path: Path, canary: Path) -> No
 
 @other
 def storage_that_is_never_filled_in_the_old_format(path: Path, canary: Path) -> None:
-    """It would show whatever the memory held."""
+    """The tensor would expose uninitialised memory."""
     old_format(path, dictionary(weight=tensor(storage(10**6, legacy=True), (10**6,), (1,))), b"]", b"")
 
 
 @other
 def tar_archive_in_the_old_format(path: Path, canary: Path) -> None:
-    """Both at once: PyTorch tries the tar archive first, whose header claims eight gigabytes."""
+    """Both formats at once. PyTorch tries the tar archive first, whose header claims 8 GiB."""
     torch.save(0, path, _use_new_zipfile_serialization=False)
     member = tarfile.TarInfo(path.read_bytes()[:26].decode("latin1"))
     member.type, member.size = tarfile.XHDTYPE, 8 * 2**30 - 1
@@ -261,12 +261,12 @@ def number_type_of_numpys_with_a_false_state(path: Path, canary: Path) -> None:
     archive(path, dictionary(epoch=dtype + state + b"b"))
 
 
-# ---- whose time or memory only a pickle interpreter could bound
+# ---- files with unbounded time or memory
 
 
 @unbounded
 def billion_laughs_as_a_key(path: Path, canary: Path) -> None:
-    """Python hashes a tuple anew for every place it is in."""
+    """Python hashes a tuple again for each of its references."""
     archive(path, b"})" + b"q\x00h\x00\x86" * 40 + b"Ns")
 
 
@@ -275,7 +275,7 @@ def bytes_made_by_a_call(path: Path, canary: Path) -> None:
     archive(path, dictionary(epoch=called(named("__builtin__", "bytearray"), number(1_000_000_000))))
 
 
-# ---- whose backbone would not fit into the memory
+# ---- files whose backbone exceeds the memory
 
 
 @large

@@ -1,4 +1,4 @@
-"""Ground truths, which are pickles by custom, that would run a program, exhaust the memory or lie."""
+"""Hostile ground-truth files: pickles that run a program, exhaust memory or declare false sizes."""
 
 from __future__ import annotations
 

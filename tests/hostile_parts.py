@@ -1,4 +1,4 @@
-"""What hostile files are put together from: pickles and zip archives byte by byte, as ``torch.save`` writes none."""
+"""Parts of hostile files: pickles and zip archives built byte by byte that ``torch.save`` would never write."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 Maker = Callable[[Path, Path], None]
-"""Writes a file; the second path is the canary, which exists once the file's program has run."""
+"""Writes a file to the first path. Its program, if executed, creates the second path, the canary."""
 
 
 class Runs:
-    """Runs a program where it is unpickled."""
+    """Runs a program when unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -27,7 +27,7 @@ class Runs:
         return os.system, (f"touch '{self.canary}'",)
 
 
-# ---- pickles of protocol 2, put together
+# ---- pickles of protocol 2
 
 
 def pickled(body: bytes) -> bytes:
@@ -69,7 +69,7 @@ def tensor(stored: bytes, size: tuple[int, ...], stride: tuple[int, ...]) -> byt
     return called(rebuild, stored, number(0), shape(*size), shape(*stride), b"\x89", hooks)
 
 
-# ---- zip archives, put together
+# ---- zip archives
 
 
 @dataclass
@@ -77,10 +77,10 @@ class Entry:
     name: str
     data: bytes = b""
     claims: int | None = None
-    """How long the archive says that it is when unpacked; as long as ``data`` if None."""
+    """Unpacked size in the archive's headers; None: the size of ``data``."""
     deflated: bool = False
     at: int | None = None
-    """Where the archive says that it starts; where it does, if None."""
+    """Offset of the entry in the archive's directory; None: the true offset."""
 
 
 def zipped(*entries: Entry, prefix: str = "archive/") -> bytes:
@@ -105,13 +105,13 @@ def zipped(*entries: Entry, prefix: str = "archive/") -> bytes:
 
 
 def archive(path: Path, body: bytes, *entries: Entry) -> None:
-    """A checkpoint of today's format: the pickle, a storage of four numbers, and whatever comes besides."""
+    """Write a checkpoint in the zip format: pickle, version, and ``entries``, by default a storage of four numbers."""
     honest = [Entry("data.pkl", pickled(body)), Entry("version", b"3\n")]
     path.write_bytes(zipped(*honest, *(entries or [Entry("data/0", bytes(16))])))
 
 
 def zeros_deflated(count: int) -> bytes:
-    """What unpacks to ``count`` times ten million zeros."""
+    """Return a deflate stream of ``count`` times ten million zero bytes."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = packer.compress(bytes(10_000_000)) + packer.flush(zlib.Z_FULL_FLUSH)
     return block * count + packer.flush()
@@ -128,4 +128,4 @@ def old_format(path: Path, body: bytes, keys: bytes, after: bytes) -> None:
 
 
 LAUGHS = b"q\x00]h\x00ah\x00a\x86" * 40
-"""What is on the stack becomes a pair of itself and of a list of it twice, and that forty times."""
+"""Replaces the top X of the stack by (X, [X, X]) forty times: exponential size when expanded (billion laughs)."""

@@ -17,6 +17,7 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from pathlib import Path
@@ -24,8 +25,23 @@ from typing import Any
 
 import faults
 
-IMPORTED = ("run_pretrain", "run_linear", "run_extract", "matplotlib.pyplot")
-"""What takes seconds to import, and is only imported here."""
+IMPORTED = ("run_pretrain", "run_linear", "run_extract", "matplotlib.pyplot", "torch._dynamo")
+"""Modules that take seconds to import. Optimizers import torch._dynamo when they are built."""
+
+
+def warm_up() -> None:
+    """Load what each forked process would load again: compiled augmentation code, fonts, lazily imported modules."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    from tiny_run import tiny_config
+
+    from dino_xcit.runtime.metrics import draw_curves
+
+    tiny_config().augmentation().compile()
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder, "metrics.jsonl")
+        metrics.write_text('{"kind": "step", "step": 1, "loss": 1.0}\n')
+        draw_curves(metrics, Path(folder, "curves.png"))
 
 
 def run_as_main(words: list[str], cwd: str, out: str, err: str) -> int:
@@ -83,8 +99,7 @@ def start(request: dict[str, Any]) -> int:
 
 def main() -> None:
     """Serve until stdin ends."""
-    for module in IMPORTED:
-        importlib.import_module(module)
+    warm_up()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     started: list[int] = []

@@ -1,7 +1,8 @@
-"""Reads files, each in a process of its own, and says what that took, without importing PyTorch anew each time.
+"""Read files in forked processes and measure time and memory, without importing PyTorch again for each file.
 
-A line of JSON on stdin, ``{"reader": ..., "path": ...}``, becomes a forked process; a line ``{"seconds": ...,
-"megabytes": ..., "error": ..., "sentence": ...}`` answers. ``megabytes`` is what its peak of resident memory grew by.
+Each line of JSON on stdin, ``{"reader": ..., "path": ...}``, starts a forked process. The answer is a line on stdout,
+``{"seconds": ..., "megabytes": ..., "error": ..., "sentence": ...}``. ``megabytes`` is the growth of the process's peak
+resident memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import timm  # noqa: F401  (load_backbone imports it for timm's networks: not what is measured here)
+import timm  # noqa: F401  (imported before forking: load_backbone imports it, which is not to be measured)
 import torch
 
 from dino_xcit import safe_load
@@ -55,7 +56,7 @@ def main() -> None:
         out, into = os.pipe()
         child = os.fork()
         if child == 0:
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing, whatever else the machine does
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # CPU time, which does not depend on the load of the machine
             signal.alarm(20 * SECONDS)
             os.write(into, json.dumps(measured(**json.loads(line))).encode()[:60_000])
             os._exit(0)
@@ -65,7 +66,7 @@ def main() -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         ended = {"seconds": float(SECONDS), "megabytes": 0.0, "error": f"ended with {code}", "sentence": ""}
         print(answer.decode() if code == 0 else json.dumps(ended), flush=True)
-    os._exit(0)  # taking PyTorch apart takes seconds, and has nothing to show
+    os._exit(0)  # skips the teardown of PyTorch, which takes seconds
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Result files for the tests of comparing: hits that were chosen, everything else as the evaluators write it."""
+"""Result files for tests of eval.compare, with chosen hits and all other fields as the evaluators write them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KNN: dict[str, object] = {"name": KNN_PROTOCOL, "ks": [20], "temperatures": [0.0
 
 
 def hits(right: int, seed: int = 0, images: int = IMAGES) -> NDArray[np.bool_]:
-    """So many of the images are right, in a random order."""
+    """Return hits [images] of which ``right`` are True, in random order."""
     return np.random.default_rng(seed).permutation(np.arange(images) < right)
 
 
@@ -45,7 +45,7 @@ def write_result(
     train: Source | None = None,
     val: Source | None = None,
 ) -> Path:
-    """A result file; without ``weights``, the file's name tells them from others'."""
+    """Write a result file. ``weights`` is the hash of the weights. Default: the stem of the file name."""
     parts = {"train": train or noise_source(30, seed=1), "val": val or noise_source(IMAGES)}
     loaded = LoadedBackbone(
         backbone=nn.Identity(),
@@ -63,7 +63,7 @@ def write_result(
 
 
 def change(path: Path, value: object, *keys: Any) -> Path:
-    """Put a value into a result file."""
+    """Replace the value at ``keys`` in a result file."""
     card = json.loads(path.read_text())
     place = card
     for key in keys[:-1]:
@@ -74,14 +74,14 @@ def change(path: Path, value: object, *keys: Any) -> Path:
 
 
 def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, list[dict[str, Any]]]:
-    """What python -m eval.compare prints, and its comparisons."""
+    """Run python -m eval.compare and return its output and its comparisons."""
     capsys.readouterr()
     main([*map(str, words), "--json", str(tmp_path / "out.json")])
     return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["comparisons"]
 
 
 def refusal(*words: object) -> list[str]:
-    """The sentences with which python -m eval.compare refuses."""
+    """Return the lines of the error with which python -m eval.compare refuses its input."""
     with pytest.raises(InputError) as error:
         main([str(word) for word in words])
     return str(error.value).split("\n")

@@ -1,4 +1,4 @@
-"""Approximate search: what it finds, and that it says how much."""
+"""Approximate search: neighbours, recall and warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS, DIM = 1500, 20
 
 
 def clouds(rows: int, seed: int) -> NDArray[np.float32]:
-    """Points around 30 centres, of any length; together far from zero, as features are."""
+    """Return points of varying length around 30 centres that lie far from zero, as features do."""
     centres = 4 + np.random.default_rng(99).normal(size=(30, DIM))
     rng = np.random.default_rng(seed)
     points = centres[rng.integers(30, size=rows)] + 0.5 * rng.normal(size=(rows, DIM))
@@ -30,7 +30,7 @@ TRAIN, QUERIES = clouds(ROWS, 1), clouds(200, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recall_is_the_share_of_the_exact_neighbours_found(kind: Kind) -> None:
+def test_approximate_index_recall_equals_brute_force_recall(kind: Kind) -> None:
     index, record = approximate_index(TRAIN, QUERIES, kind, [5, 20])
     similarity = unit_rows(QUERIES).astype(np.float64) @ unit_rows(TRAIN).astype(np.float64).T
     ours = np.concatenate([rows for _, rows in search(index, QUERIES, 20)])
@@ -43,7 +43,7 @@ def test_recall_is_the_share_of_the_exact_neighbours_found(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neighbours_have_their_exact_similarities(kind: Kind) -> None:
+def test_approximate_neighbours_have_exact_similarities(kind: Kind) -> None:
     index, _ = approximate_index(TRAIN, QUERIES, kind, [10], ROWS)
     ((similarities, rows),) = search(index, QUERIES, 10)
     ((exact, _),) = search(build_index(TRAIN), QUERIES, 10)
@@ -53,23 +53,23 @@ def test_neighbours_have_their_exact_similarities(kind: Kind) -> None:
     assert similarities == pytest.approx(exact, abs=1e-5)
 
 
-def test_looking_into_all_lists_is_the_exact_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ivf_index_with_all_lists_equals_exact_classifier(capsys: pytest.CaptureFixture[str]) -> None:
     labels = np.random.default_rng(0).integers(0, 7, ROWS)
     index, record = approximate_index(TRAIN, QUERIES, "ivf", [5, 20], 10**6)
-    assert record["probes"] == 77, "no more than there are lists"
+    assert record["probes"] == 77, "probes must be clamped to the number of lists"
     assert "probes is 1000000" in capsys.readouterr().out
     exact = knn_predict(TRAIN, labels, QUERIES, [5, 20], [0.07])
     approximate = knn_predict(TRAIN, labels, QUERIES, [5, 20], [0.07], index=index)
     assert all((approximate[key] == exact[key]).all() for key in exact)
 
 
-def test_neighbours_that_were_not_found_have_no_vote() -> None:
-    """Lists around the first two axes, of which a query sees one."""
+def test_missing_neighbours_have_no_vote() -> None:
+    """There is one list per axis, and each query searches one list."""
     train = unit_rows(np.array([[1, 0], [1, 0.1], [0.1, 1]], dtype=np.float32))
     queries, labels = np.eye(2, dtype=np.float32), np.array([3, 3, 8])
     for chosen, counts, voted in (
         ([0, 1, 2], [2, 1], [[3, 8], [8, 3]]),
-        ([0, 1, 1], [3, 0], [[3, 8], [3, 8]]),  # no class has a vote: the lowest number first
+        ([0, 1, 1], [3, 0], [[3, 8], [3, 8]]),  # no votes for the second query: classes in ascending order
     ):
         centres = faiss.IndexFlatL2(2)
         centres.add(np.eye(2, dtype=np.float32))
@@ -81,16 +81,16 @@ def test_neighbours_that_were_not_found_have_no_vote() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_that_hardly_differ_are_told_apart(kind: Kind) -> None:
-    """Cosines of 0.999 between any two."""
+def test_approximate_recall_is_high_for_nearly_equal_features(kind: Kind) -> None:
+    """All pairs have a cosine similarity of about 0.999."""
     rng = np.random.default_rng(0)
     alike = (1 + 0.003 * clouds(2000, 3) + 0.001 * rng.normal(size=(2000, DIM))).astype(np.float32)
     assert approximate_index(alike[100:], alike[:100], kind, [20])[1]["recall_percent"]["20"] > 90
 
 
-def test_too_few_probes_find_too_few_neighbours_and_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_low_probes_are_raised_for_hnsw_and_warned_about_for_ivf(capsys: pytest.CaptureFixture[str]) -> None:
     graph = approximate_index(TRAIN, QUERIES, "hnsw", [20, 200], probes=3)[1]
-    assert (graph["probes"], graph["queries_with_fewer_than_k"]) == (200, 0), "as many candidates as neighbours"
+    assert (graph["probes"], graph["queries_with_fewer_than_k"]) == (200, 0), "HNSW must visit at least k candidates"
     assert "probes is 3" in capsys.readouterr().out
     index, lists = approximate_index(TRAIN, QUERIES, "ivf", [5, 200], probes=1)
     ((_, rows),) = search(index, QUERIES, 200)

@@ -1,4 +1,4 @@
-"""Multi-crop augmentation: its distributions, its pixels, and what its randomness depends on."""
+"""Multi-crop augmentation: distributions, pixels and reproducibility."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dino_xcit.augment import MultiCropAugmentation, ViewKind, ViewParameters, g
 from dino_xcit.errors import InputError
 
 SAMPLES = 1500
-GLOBAL_1, GLOBAL_2, LOCAL = 0, 1, 2  # places of the views in a sample
+GLOBAL_1, GLOBAL_2, LOCAL = 0, 1, 2  # indices of the views in a sample
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list[list[ViewParameters]]:
-    """The reference's augmentation on many samples of a picture of usual shape: two global and two local views."""
+    """Parameters of DINO's augmentation for many images of 500 x 375 pixels: two global and two local views each."""
     augmentation = MultiCropAugmentation(local_crops_number=2)
     return [augmentation.draw(500, 375, seed=0, epoch=0, index=index) for index in range(SAMPLES)]
 
@@ -34,11 +34,11 @@ def share(flags: list[bool]) -> float:
 
 
 def binomial(probability: float, count: int = SAMPLES) -> Any:
-    """Equal within five deviations of a binomial share; exactly, for 0 and 1."""
+    """Expect a binomial share within five std; 0 and 1 exactly."""
     return pytest.approx(probability, abs=5 * math.sqrt(probability * (1 - probability) / count))
 
 
-def test_the_defaults_are_the_reference_s() -> None:
+def test_default_views_match_dino() -> None:
     views = MultiCropAugmentation().views
     assert views[0] == ViewKind(224, (0.4, 1.0), 1.0, 0.0)
     assert views[1] == ViewKind(224, (0.4, 1.0), 0.1, 0.2)
@@ -48,7 +48,7 @@ def test_the_defaults_are_the_reference_s() -> None:
 @pytest.mark.parametrize(
     ("view", "blur", "solarize"), [(GLOBAL_1, 1.0, 0.0), (GLOBAL_2, 0.1, 0.2), (LOCAL, 0.5, 0.0), (LOCAL + 1, 0.5, 0.0)]
 )
-def test_operations_have_their_probabilities(
+def test_operations_occur_with_their_probabilities(
     drawn: list[list[ViewParameters]], view: int, blur: float, solarize: float
 ) -> None:
     views = [sample[view] for sample in drawn]
@@ -70,7 +70,7 @@ def test_operations_and_views_are_drawn_independently(drawn: list[list[ViewParam
     assert np.abs(correlation).max() < 5 / math.sqrt(SAMPLES)
 
 
-def test_probabilities_are_settings() -> None:
+def test_operation_probabilities_are_configurable() -> None:
     augmentation = MultiCropAugmentation(
         local_crops_number=1, flip=0.0, jitter=1.0, gray=1.0, global_blur=(0.0, 1.0), local_blur=0.0, solarize=1.0
     )
@@ -85,7 +85,7 @@ def test_probabilities_are_settings() -> None:
 @pytest.mark.parametrize(
     ("size", "view"), [((500, 375), GLOBAL_1), ((500, 375), LOCAL), ((60, 400), GLOBAL_2), ((33, 30), LOCAL)]
 )
-def test_crops_are_distributed_as_torchvisions_random_resized_crop(size: tuple[int, int], view: int) -> None:
+def test_crop_distribution_matches_torchvision(size: tuple[int, int], view: int) -> None:
     scale = [0.05, 0.4] if view == LOCAL else [0.4, 1.0]
     augmentation = MultiCropAugmentation(local_crops_number=1)
     views = [augmentation.draw(*size, 3, 0, index)[view] for index in range(SAMPLES)]
@@ -93,19 +93,19 @@ def test_crops_are_distributed_as_torchvisions_random_resized_crop(size: tuple[i
     picture = Image.new("L", size)
     theirs = np.array([RandomResizedCrop.get_params(picture, scale, [3 / 4, 4 / 3]) for _ in range(SAMPLES)]).T  # type: ignore[arg-type]
     for name, a, b in zip(("top", "left", "height", "width"), ours, theirs, strict=True):
-        assert stats.ks_2samp(a, b).pvalue > 1e-3, name
-    assert stats.ks_2samp(ours[2] * ours[3], theirs[2] * theirs[3]).pvalue > 1e-3, "area"
-    assert stats.ks_2samp(ours[3] / ours[2], theirs[3] / theirs[2]).pvalue > 1e-3, "ratio"
+        assert stats.ks_2samp(a, b).pvalue > 1e-3, f"{name} differs"
+    assert stats.ks_2samp(ours[2] * ours[3], theirs[2] * theirs[3]).pvalue > 1e-3, "area differs"
+    assert stats.ks_2samp(ours[3] / ours[2], theirs[3] / theirs[2]).pvalue > 1e-3, "aspect ratio differs"
 
 
-def test_the_last_row_and_column_can_be_reached() -> None:
+def test_crops_reach_every_image_border() -> None:
     augmentation = MultiCropAugmentation(local_crops_number=1)
     crops = [augmentation.draw(6, 6, 0, 0, index)[LOCAL] for index in range(200)]
     assert (min(v.top for v in crops), max(v.top + v.height for v in crops)) == (0, 6)
     assert (min(v.left for v in crops), max(v.left + v.width for v in crops)) == (0, 6)
 
 
-def test_all_orders_of_the_jitter_are_equally_likely(drawn: list[list[ViewParameters]]) -> None:
+def test_jitter_orders_are_equally_likely(drawn: list[list[ViewParameters]]) -> None:
     orders = collections.Counter(
         tuple(name for name, _ in view.jitter) for sample in drawn for view in sample if view.jitter
     )
@@ -130,7 +130,7 @@ def test_blur_radius_is_uniform_over_its_range(drawn: list[list[ViewParameters]]
 
 
 def by_torchvision(image: Image.Image, size: int, v: ViewParameters) -> Image.Image:
-    """The reference's pipeline with torchvision's functions on Pillow images, at given parameters."""
+    """Apply DINO's pipeline with given parameters, with torchvision's functions on Pillow images."""
     view = TF.resized_crop(image, v.top, v.left, v.height, v.width, [size, size], InterpolationMode.BICUBIC)
     if v.flip:
         view = TF.hflip(view)
@@ -145,8 +145,8 @@ def by_torchvision(image: Image.Image, size: int, v: ViewParameters) -> Image.Im
     return view
 
 
-def test_pixels_equal_torchvisions_at_the_same_parameters(photo: Image.Image) -> None:
-    """The order of the operations too: where several are drawn, another order gives other pixels."""
+def test_view_pixels_match_torchvision_for_equal_parameters(photo: Image.Image) -> None:
+    """This covers the order of operations: with several operations, another order gives other pixels."""
     augmentation = MultiCropAugmentation(
         local_crops_number=2, global_crops_size=40, local_crops_size=17, solarize=0.5, global_blur=(0.5, 0.5)
     )
@@ -161,29 +161,29 @@ def test_pixels_equal_torchvisions_at_the_same_parameters(photo: Image.Image) ->
             names = ("flip", "jitter", "gray", "blur_radius", "solarize")
             drawn_names = [name for name in names if getattr(drawn_view, name)]
             seen.update([*drawn_names, *map("+".join, itertools.combinations(drawn_names, 2))])
-    assert len(seen) == 5 + 10  # each operation, and each pair of them
+    assert len(seen) == 5 + 10  # each operation and each pair of operations
 
 
-def test_the_same_sample_always_has_the_same_views(photo: Image.Image) -> None:
+def test_views_are_reproducible_despite_global_random_state(photo: Image.Image) -> None:
     first = MultiCropAugmentation(global_crops_size=24, local_crops_size=12)(photo, seed=3, epoch=2, index=77)
     torch.manual_seed(99)
-    np.random.seed(99)  # what a user's own code might do
+    np.random.seed(99)  # user code may set global seeds
     again = MultiCropAugmentation(global_crops_size=24, local_crops_size=12)(photo, seed=3, epoch=2, index=77)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_seed_epoch_and_index_each_give_other_views() -> None:
+def test_seed_epoch_and_index_each_change_the_views() -> None:
     augmentation = MultiCropAugmentation()
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 1, 2), (0, 2, 1)]
     keys += [(2**63, 0, 0), (2**63 + 1, 0, 0), (0, 0, 2**31)]
     views = [tuple(augmentation.draw(400, 300, *key)) for key in keys]
     assert len(set(views)) == len(keys)
     for sample in views:
-        assert len(set(sample)) == 10  # and the views of a sample differ from one another
+        assert len(set(sample)) == 10  # the views of a sample differ from one another
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (3, 2000), (2000, 3), (2, 2)])
-def test_pictures_of_extreme_shape_give_views(size: tuple[int, int]) -> None:
+def test_extreme_image_shapes_give_valid_views(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     augmentation = MultiCropAugmentation(local_crops_number=2, global_crops_size=16, local_crops_size=8)
     for index in range(20):
@@ -196,10 +196,10 @@ def test_pictures_of_extreme_shape_give_views(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("size", "crop"), [((1000, 10), (0, 493, 10, 13)), ((10, 1000), (493, 0, 13, 10))], ids=["wide", "tall"]
 )
-def test_where_no_try_fits_the_largest_centred_crop_is_cut(
+def test_largest_centred_crop_is_used_if_no_random_crop_fits(
     size: tuple[int, int], crop: tuple[int, int, int, int]
 ) -> None:
-    """As torchvision: of 1000 x 10 pixels a crop of 4:3, in the middle."""
+    """Like torchvision: an image of 1000 x 10 pixels gives a centred 4:3 crop."""
     view = MultiCropAugmentation(global_crops_scale=(1.0, 1.0)).draw(*size, 0, 0, 0)[GLOBAL_1]
     assert (view.top, view.left, view.height, view.width) == crop
 
@@ -222,6 +222,6 @@ NAN, INF = float("nan"), float("inf")
     {"contrast": NAN}, {"saturation": -0.2}, {"blur_radius": (-1.0, 2.0)}, {"blur_radius": (2.0, 1.0)},
     {"blur_radius": (0.1, 1e8)}, {"blur_radius": (NAN, NAN)},
 ])  # fmt: skip
-def test_values_that_cannot_be_are_refused_by_name(setting: dict[str, Any]) -> None:
+def test_invalid_setting_is_refused_by_name(setting: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{next(iter(setting))} is "):
         MultiCropAugmentation(**setting)

@@ -1,4 +1,4 @@
-"""The look at a data set before training on it."""
+"""The check of a data set before training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dino_xcit.errors import InputError
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_exactly_the_broken_files_are_reported_whoever_looks(tmp_path: Path, workers: int) -> None:
+def test_check_reports_exactly_the_broken_files(tmp_path: Path, workers: int) -> None:
     _, bad = write_corpus(tmp_path, good=13, seed=3)
     report = check(open_source(str(tmp_path)), workers)
     assert {Path(name) for name, _ in report.broken} == set(bad)
@@ -29,7 +29,7 @@ def test_exactly_the_broken_files_are_reported_whoever_looks(tmp_path: Path, wor
     assert report.images == 13 + len(bad)
 
 
-def test_duplicates_sizes_and_classes_are_counted(tmp_path: Path) -> None:
+def test_check_counts_duplicates_and_classes(tmp_path: Path) -> None:
     images = {"ant/a.png": 1, "ant/b.png": 2, "ant/copy.png": 1, "bee/c.png": 3, "bee/elsewhere.png": 1}
     for name, seed in images.items():
         write_image(tmp_path / name, shade=50 * seed)
@@ -44,18 +44,18 @@ def test_duplicates_sizes_and_classes_are_counted(tmp_path: Path) -> None:
     assert "2 classes of " in lines
 
 
-def test_more_processes_than_anybody_means_are_refused() -> None:
+def test_excessive_worker_count_is_refused() -> None:
     with pytest.raises(InputError, match=r"workers is 100000 \(1 rank, .* such as --workers \d"):
         check(tiny_source(10), 100_000)
 
 
-def test_sources_that_hold_pixels_are_checked_too() -> None:
+def test_check_accepts_source_of_decoded_pixels() -> None:
     report = check(tiny_source(10), 0)
     assert (report.broken, report.duplicates) == ([], [])
     assert report.sides["median"] == (28, 28)
 
 
-def test_the_command_reports_and_its_exit_code_says_whether_all_is_well(server: Server, tmp_path: Path) -> None:
+def test_check_command_writes_report_and_fails_on_broken_images(server: Server, tmp_path: Path) -> None:
     good, bad = write_corpus(tmp_path / "corpus", good=13, seed=1)
     listed = tmp_path / "seen.jsonl"
     ended = server.python("-m", "dino_xcit.data", "check", tmp_path / "corpus", "--report", listed)
@@ -75,7 +75,7 @@ def test_the_command_reports_and_its_exit_code_says_whether_all_is_well(server: 
     assert main(["sample:fashion-mnist/val", "--workers", "0"]) == 0
 
 
-def test_names_that_no_terminal_can_show_are_shown_as_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_command_escapes_unprintable_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", shown := io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     (tmp_path / "no\udcffutf8\x1b[2J.jpg").write_bytes(b"")
     assert main([str(tmp_path), "--workers", "0"]) == 1
@@ -83,7 +83,7 @@ def test_names_that_no_terminal_can_show_are_shown_as_escapes(tmp_path: Path, mo
     assert r"/no\udcffutf8\x1b[2J.jpg: empty file" in shown.read()
 
 
-def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:
+def test_check_reports_formats_sizes_bytes_and_times(tmp_path: Path) -> None:
     files = {
         "a.jpg": encoded(photograph(1), "JPEG"),
         "b.jpg": encoded(photograph(2).resize((50, 200)), "JPEG"),
@@ -111,13 +111,13 @@ def test_formats_sizes_bytes_and_times_are_told(tmp_path: Path) -> None:
         (["sample:fashion-mnist", "--report", "/absent/x.jsonl"], "cannot write /absent/x.jsonl: .*give another"),
     ],
 )
-def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
+def test_check_command_refuses_invalid_arguments(argv: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         main(argv)
 
 
 @pytest.mark.parametrize("part", ["", "train", "val"])
-def test_the_parts_of_a_folder_are_checked_one_by_one(
+def test_check_command_checks_each_part_of_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
 ) -> None:
     for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"):

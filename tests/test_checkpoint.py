@@ -1,4 +1,4 @@
-"""Our own checkpoints: whole, exact, readable without executing anything, never half written."""
+"""Checkpoints of pretraining: bit-exact resume, content, other precisions, and missing parts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def restored(path: Path, config: PretrainConfig) -> TrainState:
 
 @pytest.mark.parametrize(
     ("optimizer", "first", "last"),
-    [("adamw", 5, 7), ("sgd", 1, 2), ("lars", 1, 2)],  # at step 6 an epoch ends and the last layer thaws
+    [("adamw", 5, 7), ("sgd", 1, 2), ("lars", 1, 2)],  # at step 6 an epoch ends and the last layer is unfrozen
 )
-def test_a_checkpoint_keeps_every_bit_and_a_resumed_run_too(
+def test_resumed_run_matches_uninterrupted_run_bit_for_bit(
     tmp_path: Path, optimizer: str, first: int, last: int
 ) -> None:
     config = settings_in(tmp_path, optimizer=optimizer)
@@ -39,7 +39,7 @@ def test_a_checkpoint_keeps_every_bit_and_a_resumed_run_too(
     straight.skipped_in_a_row += 2
     path = save(straight, config)
     assert path == tmp_path / "checkpoint.pth"
-    torch.manual_seed(77)  # a new process has another history
+    torch.manual_seed(77)  # a new process has another RNG state
     resumed = restored(path, config)
     assert differing_bits(learnt(straight), learnt(resumed)) == []
     assert resumed.optimizer.state_dict()["param_groups"] == straight.optimizer.state_dict()["param_groups"]
@@ -50,7 +50,7 @@ def test_a_checkpoint_keeps_every_bit_and_a_resumed_run_too(
     assert differing_bits(learnt(straight), learnt(resumed)) == []
 
 
-def test_the_file_has_dinos_keys_and_backbone_pth_the_teachers_backbone(tmp_path: Path) -> None:
+def test_checkpoint_has_dino_keys_and_backbone_pth_has_the_teacher(tmp_path: Path) -> None:
     config = settings_in(tmp_path, momentum_teacher=0.5)
     state, _ = run(config, 2)
     save(state, config)
@@ -69,8 +69,8 @@ def test_the_file_has_dinos_keys_and_backbone_pth_the_teachers_backbone(tmp_path
     assert all(torch.equal(value, content["teacher"][f"backbone.{name[1:]}"]) for name, value in backbone.items())
 
 
-def test_a_run_resumes_in_another_precision(tmp_path: Path) -> None:
-    """A checkpoint of an fp32 run holds no loss scale; an fp16 run starts with its own."""
+def test_run_resumes_in_another_precision(tmp_path: Path) -> None:
+    """A checkpoint of an fp32 run has no loss scale, so the fp16 run starts with the initial one."""
     config, half = settings_in(tmp_path), settings_in(tmp_path, precision="fp16")
     state, _ = run(config, 1)
     resumed = restored(save(state, config), half)
@@ -82,7 +82,7 @@ def test_a_run_resumes_in_another_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["student", "teacher", "optimizer", "dino_loss", "step"])
-def test_a_checkpoint_that_lacks_a_part_is_refused_by_its_name(tmp_path: Path, lost: str) -> None:
+def test_checkpoint_without_a_part_is_refused_and_part_named(tmp_path: Path, lost: str) -> None:
     config = settings_in(tmp_path)
     state = build_state(config, CPU)
     content = content_of(state, Run(config, 6))

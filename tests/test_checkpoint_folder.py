@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: found whole, passed over where damaged, pruned only when safe."""
+"""Checkpoints of a run on disk: the newest intact one is found, damaged ones are skipped, pruning is safe."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def newest_step(folder: Path) -> int:
     return int(safe_load.read(path)["step"])
 
 
-def test_the_newest_is_found_and_named_and_its_backbone_lies_beside_it(tmp_path: Path) -> None:
+def test_newest_checkpoint_is_found_with_its_link_and_backbone(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
     path, notices = CheckpointFolder(tmp_path).newest()
     assert path == tmp_path / "checkpoints" / "step00000003.pth"
@@ -62,13 +62,13 @@ def test_the_newest_is_found_and_named_and_its_backbone_lies_beside_it(tmp_path:
 
 
 def places(size: int, count: int = 50) -> list[int]:
-    """``count`` offsets over a whole file, its first and last byte among them."""
+    """Return ``count`` evenly spaced offsets in a file, including its first and last byte."""
     return sorted({round(share * (size - 1) / (count - 1)) for share in range(count)})
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".json"])
 @pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_damage_at_any_of_fifty_places_is_seen_said_and_passed_over(tmp_path: Path, suffix: str, damage: str) -> None:
+def test_newest_skips_checkpoint_damaged_at_any_of_fifty_offsets(tmp_path: Path, suffix: str, damage: str) -> None:
     filled(tmp_path)
     victim = tmp_path / "checkpoints" / f"step00000003{suffix}"
     whole = victim.read_bytes()
@@ -90,7 +90,7 @@ def test_damage_at_any_of_fifty_places_is_seen_said_and_passed_over(tmp_path: Pa
     assert newest_step(tmp_path) == 3
 
 
-def test_where_all_are_damaged_nothing_is_started_anew_in_silence(tmp_path: Path) -> None:
+def test_newest_raises_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     filled(tmp_path)
     for path in (tmp_path / "checkpoints").glob("*.pth"):
         path.write_bytes(path.read_bytes()[:-1])
@@ -98,28 +98,28 @@ def test_where_all_are_damaged_nothing_is_started_anew_in_silence(tmp_path: Path
         CheckpointFolder(tmp_path).newest()
 
 
-def test_a_checkpoint_pth_that_no_manifest_knows_is_passed_over_aloud(tmp_path: Path) -> None:
+def test_newest_ignores_checkpoint_pth_unknown_to_manifests_with_warning(tmp_path: Path) -> None:
     filled(tmp_path)
     latest = tmp_path / "checkpoint.pth"
     data = bytearray(latest.read_bytes())
     data[100] ^= 1
-    latest.unlink()  # no longer the same file as the step's
+    latest.unlink()  # breaks the hard link to the checkpoint of the step
     latest.write_bytes(data)
     path, notices = CheckpointFolder(tmp_path).newest()
     assert path == tmp_path / "checkpoints" / "step00000003.pth"
     assert notices == [f"{latest} is damaged or from another run: using {path}"]
 
 
-def test_a_checkpoint_pth_alone_is_taken_as_it_is(tmp_path: Path) -> None:
-    """An earlier version wrote it, or somebody copied it."""
+def test_newest_accepts_checkpoint_pth_without_manifests_with_warning(tmp_path: Path) -> None:
+    """Such a file is a copy, or from an earlier version."""
     torch.save(content(7), tmp_path / "checkpoint.pth")
     path, (notice,) = CheckpointFolder(tmp_path).newest()
     assert path == tmp_path / "checkpoint.pth"
     assert "has no manifest" in notice
 
 
-def test_a_file_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
-    """A save that was cut short between the two."""
+def test_checkpoint_without_manifest_is_ignored_and_pruned(tmp_path: Path) -> None:
+    """The save was interrupted between file and manifest."""
     filled(tmp_path)
     torch.save(content(4), tmp_path / "checkpoints" / "step00000004.pth")
     assert newest_step(tmp_path) == 3
@@ -127,10 +127,10 @@ def test_a_file_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [2, 3]
 
 
-# ---- what is kept
+# ---- pruning
 
 
-def test_the_last_n_every_kth_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_prune_keeps_last_n_marked_and_best_checkpoints(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path, keep_last=2)
     for step in range(1, 10):
         checkpoints.write(content(step), keep=step % 4 == 0)
@@ -141,17 +141,17 @@ def test_the_last_n_every_kth_and_the_best_are_kept(tmp_path: Path) -> None:
     assert knn == {9: 19.0, 8: 18.0, 4: 14.0, 3: 55.0}
 
 
-def test_pruning_counts_only_checkpoints_that_were_read_back_whole(tmp_path: Path) -> None:
+def test_prune_counts_only_intact_checkpoints(tmp_path: Path) -> None:
     filled(tmp_path, steps=4, keep_last=9)
     damaged = tmp_path / "checkpoints" / "step00000003.pth"
     damaged.write_bytes(damaged.read_bytes()[:-5])
     CheckpointFolder(tmp_path, keep_last=2).prune()
-    # 4 and 2 are whole; 3 does not count as one of the two, and may not push 2 out
+    # 4 and 2 are intact; 3 is damaged, so it does not count towards keep_last and 2 must stay
     assert steps_in(tmp_path) == [2, 3, 4]
 
 
-def test_pruning_leaves_alone_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that is away for a moment must not cost the checkpoint that was to be kept."""
+def test_prune_keeps_checkpoint_with_unreadable_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary read error must not remove a checkpoint that is marked to be kept."""
     checkpoints = CheckpointFolder(tmp_path, keep_last=1)
     checkpoints.write(content(1), keep=True)
     read = Path.read_bytes
@@ -168,7 +168,7 @@ def test_pruning_leaves_alone_what_it_cannot_read(tmp_path: Path, monkeypatch: p
     assert steps_in(tmp_path) == [1, 3]
 
 
-def test_the_rest_of_a_save_that_was_cut_short_is_done_at_the_next_start(tmp_path: Path) -> None:
+def test_finish_completes_links_of_interrupted_save(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
     checkpoints.note_metric(3, "knn_top1", 50.0)
     (tmp_path / "best.pth").unlink()
@@ -181,7 +181,7 @@ def test_the_rest_of_a_save_that_was_cut_short_is_done_at_the_next_start(tmp_pat
         assert os.path.samefile(tmp_path / name, path)
 
 
-def test_starting_anew_forgets_them_all(tmp_path: Path) -> None:
+def test_clear_removes_all_checkpoints(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
     checkpoints.note_metric(3, "knn_top1", 50.0)
     checkpoints.clear()
@@ -189,12 +189,12 @@ def test_starting_anew_forgets_them_all(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["backbone.pth", "checkpoints"]
 
 
-# ---- disks that fail
+# ---- disk failures
 
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """While it is set, the disk is full."""
+    """Event; while it is set, the disk is full."""
     fsync, full = os.fsync, threading.Event()
 
     def fail_while_full(descriptor: int) -> None:
@@ -206,7 +206,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return full
 
 
-def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
+def test_saver_keeps_old_checkpoints_and_raises_after_max_failures(
     tmp_path: Path, full: threading.Event, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saver = Saver(CheckpointFolder(tmp_path), max_failures=3)
@@ -234,7 +234,7 @@ def test_a_save_that_fails_leaves_the_others_and_is_borne_so_many_times(
     assert [p.name for p in (tmp_path / "checkpoints").glob(".*")] == []
 
 
-def test_a_fault_of_ours_in_a_save_is_not_taken_for_the_disks(tmp_path: Path) -> None:
+def test_saver_raises_programming_errors_unchanged(tmp_path: Path) -> None:
     saver = Saver(CheckpointFolder(tmp_path), max_failures=3)
     broken = content(1)
     del broken["epoch"]
@@ -243,12 +243,12 @@ def test_a_fault_of_ours_in_a_save_is_not_taken_for_the_disks(tmp_path: Path) ->
         saver.ensure(1, lambda: content(1))
 
 
-# ---- beside the training
+# ---- asynchronous writes
 
 
 @pytest.fixture
 def may_write(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """No checkpoint is written before it is set."""
+    """Event; checkpoints are written only after it is set."""
     write, may_write = CheckpointFolder.write, threading.Event()
 
     def waiting(self: CheckpointFolder, *arguments: Any) -> object:
@@ -259,9 +259,7 @@ def may_write(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return may_write
 
 
-def test_the_saver_does_not_leave_its_context_before_the_disk_is_done(
-    tmp_path: Path, may_write: threading.Event
-) -> None:
+def test_saver_context_exit_waits_for_pending_write(tmp_path: Path, may_write: threading.Event) -> None:
     with Saver(CheckpointFolder(tmp_path), max_failures=1) as saver:
         saver.save(content(1))
         threading.Timer(0.1, may_write.set).start()
@@ -269,12 +267,12 @@ def test_the_saver_does_not_leave_its_context_before_the_disk_is_done(
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
-def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path, may_write: threading.Event) -> None:
-    """Training goes on while the disk writes: the copy must be complete before ``save`` returns."""
+def test_saver_writes_state_at_time_of_call(tmp_path: Path, may_write: threading.Event) -> None:
+    """Training continues during the write, so the copy must be complete before ``save`` returns."""
     state = content(1)
     saver = Saver(CheckpointFolder(tmp_path), max_failures=1)
     saver.save(state)
-    assert not (tmp_path / "checkpoint.pth").exists()  # it came back before the disk was done
+    assert not (tmp_path / "checkpoint.pth").exists()  # save returned before the write
     tensors = state["backbone"] | state["teacher"]
     for tensor in tensors.values():
         tensor.zero_()

@@ -1,4 +1,4 @@
-"""Collections: written whole or not at all, searched exactly, their images found again, damage refused."""
+"""Collections: writing and search, atomic writes, refusal of damaged files, lookup of images."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def write(folder: Path, rows: NDArray[np.float32], normalised: bool = True, **ch
     return open_collection(folder)
 
 
-# ---- what is written and found
+# ---- writing and search
 
 
-def test_vectors_names_and_index_belong_row_by_row(tmp_path: Path) -> None:
+def test_vectors_names_and_index_have_same_row_order(tmp_path: Path) -> None:
     collection = write(tmp_path / "new" / "vectors", rows_of(7))
     vectors = np.load(tmp_path / "new" / "vectors" / "vectors.npy")
     assert vectors.dtype == np.float32
@@ -80,7 +80,7 @@ def test_vectors_names_and_index_belong_row_by_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_search_is_exact_and_takes_queries_as_the_backbone_gives_them(tmp_path: Path, normalised: bool) -> None:
+def test_search_is_exact_for_raw_backbone_outputs(tmp_path: Path, normalised: bool) -> None:
     rows, queries = rows_of(7), rows_of(3, seed=1)
     collection = write(tmp_path, rows, normalised)
     products = unit(queries) @ unit(rows).T if normalised else queries @ rows.T
@@ -93,13 +93,13 @@ def test_search_is_exact_and_takes_queries_as_the_backbone_gives_them(tmp_path: 
 
 
 @pytest.mark.parametrize("name", [*NAMES, "\\", "\\\\n", "\\\n", "a\\\\\r\nb"])
-def test_any_name_survives_on_one_line(name: str) -> None:
+def test_escaped_name_is_one_line_and_unescapes_to_original(name: str) -> None:
     assert "\n" not in escape(name)
     assert unescape(escape(name)) == name
 
 
-def test_an_image_is_as_near_to_itself_as_a_cosine_can_be_in_half_precision_too(tmp_path: Path) -> None:
-    # Rounded to half precision some of these rows are longer than 1: their product with themselves was 1.00002.
+def test_self_similarity_is_at_most_one_in_half_precision(tmp_path: Path) -> None:
+    # Rounding to half precision makes some rows longer than 1: their product with themselves was 1.00002.
     rows = rows_of(7, seed=3)
     collection = write(tmp_path, rows, dtype="fp16")
     assert collection.vectors.dtype == np.float16
@@ -109,7 +109,7 @@ def test_an_image_is_as_near_to_itself_as_a_cosine_can_be_in_half_precision_too(
     assert scores.max() == 1
 
 
-def test_numbers_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
+def test_values_beyond_half_precision_and_nan_are_refused(tmp_path: Path) -> None:
     rows = 1e5 * rows_of(7)
     with pytest.raises(InputError, match="float16"):
         write(tmp_path, rows, normalised=False, dtype="fp16")
@@ -127,7 +127,7 @@ def whitened(folder: Path, normalised: bool = True) -> tuple[Collection, Whiteni
     return open_collection(folder), whitening
 
 
-def test_whitened_vectors_are_normalised_before_and_after_and_so_are_queries(tmp_path: Path) -> None:
+def test_vectors_and_queries_are_normalised_before_and_after_whitening(tmp_path: Path) -> None:
     collection, whitening = whitened(tmp_path / "unit")
     rows = unit(rows_of(7)).astype(np.float32)
     assert collection.vectors == pytest.approx(unit((rows - whitening.mean) @ whitening.projection), abs=1e-5)
@@ -138,10 +138,10 @@ def test_whitened_vectors_are_normalised_before_and_after_and_so_are_queries(tmp
     assert plain.vectors == pytest.approx((rows_of(7) - whitening.mean) @ whitening.projection, rel=1e-4)
 
 
-# ---- whole or not at all
+# ---- atomic writes
 
 
-def test_an_extraction_that_breaks_off_leaves_the_old_one_whole(tmp_path: Path) -> None:
+def test_interrupted_write_keeps_previous_collection(tmp_path: Path) -> None:
     write(tmp_path, rows_of(7))
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
 
@@ -154,7 +154,7 @@ def test_an_extraction_that_breaks_off_leaves_the_old_one_whole(tmp_path: Path) 
     assert {name: (tmp_path / name).read_bytes() for name in FILES} == before
 
 
-def test_files_that_a_killed_process_did_not_rename_are_renamed_later(tmp_path: Path) -> None:
+def test_finish_renaming_completes_interrupted_renaming(tmp_path: Path) -> None:
     write(tmp_path / "old", rows_of(5, seed=4))
     write(tmp_path / "old" / ".new", rows_of(7))
     (tmp_path / "old" / "card.json").unlink()
@@ -166,7 +166,7 @@ def test_files_that_a_killed_process_did_not_rename_are_renamed_later(tmp_path: 
     assert sorted(path.name for path in (tmp_path / "old").iterdir()) == sorted(FILES)
 
 
-def test_a_collection_keeps_its_own_whitening_and_refuses_another(tmp_path: Path) -> None:
+def test_mismatched_or_missing_whitening_is_refused_and_stale_one_removed(tmp_path: Path) -> None:
     whitened(tmp_path)
     save(learn(rows_of(40, seed=3), 3, {}, {}), tmp_path / "whitening.npz")
     with pytest.raises(InputError, match=r"whitening\.npz"):
@@ -176,13 +176,13 @@ def test_a_collection_keeps_its_own_whitening_and_refuses_another(tmp_path: Path
         open_collection(tmp_path)
     whitened(tmp_path)
     assert write(tmp_path, rows_of(7)).whitening is None
-    assert not (tmp_path / "whitening.npz").exists(), "that of the collection before"
+    assert not (tmp_path / "whitening.npz").exists(), "the whitening of the previous collection remains"
 
 
 # ---- damage
 
 
-def test_files_that_are_cut_or_of_two_collections_are_refused(tmp_path: Path) -> None:
+def test_truncated_file_or_file_of_another_collection_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", rows_of(7))
     write(tmp_path / "b", rows_of(6, dim=6), dtype="fp16")
     for name in FILES:
@@ -205,7 +205,7 @@ DAMAGE: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("path", "value"), DAMAGE)
-def test_metadata_of_another_type_or_out_of_bounds_is_damage(tmp_path: Path, path: str, value: Any) -> None:
+def test_metadata_of_wrong_type_or_out_of_bounds_is_refused(tmp_path: Path, path: str, value: Any) -> None:
     write(tmp_path, rows_of(7))
     metadata = copy.deepcopy(metadata_of(7))
     *above, last = path.split(".")
@@ -216,7 +216,7 @@ def test_metadata_of_another_type_or_out_of_bounds_is_damage(tmp_path: Path, pat
 
 
 @pytest.mark.parametrize("text", ["{", "null", "[]", '{"a": ' * 100_000, "9" * 10_000, "\udcff"])
-def test_what_is_no_metadata_is_damage(tmp_path: Path, text: str) -> None:
+def test_invalid_metadata_file_is_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path, rows_of(7))
     (tmp_path / "card.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match="is damaged"):
@@ -224,20 +224,20 @@ def test_what_is_no_metadata_is_damage(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", NO_ARRAYS)
-def test_vectors_that_are_no_table_of_numbers_are_damage(tmp_path: Path, name: str) -> None:
+def test_invalid_vectors_file_is_refused(tmp_path: Path, name: str) -> None:
     write(tmp_path, rows_of(7))
     (tmp_path / "vectors.npy").write_bytes(NO_ARRAYS[name])
     with pytest.raises(InputError, match="is damaged"):
         open_collection(tmp_path)
 
 
-# ---- images found again
+# ---- lookup of images
 
 COUNT, LEFT_OUT = 6, (1, 4)
 
 
 def png(number: int) -> bytes:
-    """A picture of one colour, which tells its number."""
+    """Return a PNG of one colour that depends on ``number``."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (10 * number, 0, 200)).save(file, "PNG")
     return file.getvalue()
@@ -260,14 +260,14 @@ def source_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def part_of(url: str, left_out: tuple[int, ...] = ()) -> tuple[dict[str, Any], list[str]]:
-    """The metadata and the names of a source of which some images were left out."""
+    """Return the metadata and names of a source whose images ``left_out`` are unreadable."""
     source = open_source(url)
     names = [source.name(index) for index in range(len(source)) if index not in left_out]
     part = {"url": url, "names_start_from": ".", "images": len(source), "unreadable": {"count": len(left_out)}}
     return part, names
 
 
-def test_images_are_found_in_their_own_source_whatever_was_left_out(source_url: str) -> None:
+def test_images_are_read_from_their_sources_despite_unreadable_images(source_url: str) -> None:
     sample = open_source("sample:fashion-mnist", "val")
     first, names = part_of(source_url, LEFT_OUT)
     second = {"url": "sample:fashion-mnist/val", "names_start_from": ".", "images": len(sample)}
@@ -278,21 +278,21 @@ def test_images_are_found_in_their_own_source_whatever_was_left_out(source_url: 
     assert (np.asarray(images.read(len(kept) + 7)[0]) == sample.read(7)[0]).all()
 
 
-def test_what_is_gone_is_no_other_picture(source_url: str) -> None:
+def test_missing_image_raises_instead_of_reading_another(source_url: str) -> None:
     part, names = part_of(source_url)
     images = CollectedImages({"data": part, "added": []}, [*names[:2], "gone.png", *names[3:]])
     with pytest.raises(InputError, match=r"gone\.png"):
         images.read(2)
 
 
-def test_a_source_that_is_gone_is_refused(tmp_path: Path) -> None:
+def test_missing_source_is_refused(tmp_path: Path) -> None:
     gone = {"url": str(tmp_path / "none"), "names_start_from": ".", "images": 1}
     with pytest.raises(InputError, match="no data at"):
         CollectedImages({"data": gone, "added": []}, ["none/a.png"]).read(0)
 
 
-def test_relative_names_start_from_where_their_own_part_was_extracted(tmp_path: Path) -> None:
-    """Both places have a file of that name."""
+def test_relative_names_start_from_working_directory_of_their_extraction(tmp_path: Path) -> None:
+    """Both directories have a file of the same relative name."""
     for number, place in enumerate("ab"):
         (tmp_path / place / "photos").mkdir(parents=True)
         (tmp_path / place / "photos" / "x.png").write_bytes(png(number))

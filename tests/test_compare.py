@@ -1,4 +1,4 @@
-"""python -m eval.compare: figures by hand, and what it refuses to compare."""
+"""python -m eval.compare: comparisons against manual calculations, and refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def flipped(found: np.ndarray, lost: int, won: int) -> np.ndarray:
-    """Hits that lose so many images and win so many."""
+    """Return a copy of ``found`` with ``lost`` hits turned into misses and ``won`` misses into hits."""
     out = found.copy()
     out[np.flatnonzero(found)[:lost]] = False
     out[np.flatnonzero(~found)[:won]] = True
@@ -52,7 +52,7 @@ def flipped(found: np.ndarray, lost: int, won: int) -> np.ndarray:
 # ---- images
 
 
-def test_two_results_are_compared_image_by_image(tmp_path: Path, base: Path, compared: Compared) -> None:
+def test_compare_pairs_two_results_by_image(tmp_path: Path, base: Path, compared: Compared) -> None:
     other = write_result(tmp_path / "b.json", knn_figure(20, flipped(hits(300), lost=5, won=21)))
     text, (first, second) = compared(base, other)
     assert (first["percent"], first["difference"]) == (75.0, None)
@@ -66,7 +66,7 @@ def test_two_results_are_compared_image_by_image(tmp_path: Path, base: Path, com
     assert "McNemar" in text
 
 
-def test_several_results_are_held_against_the_first_and_their_p_corrected(tmp_path: Path, compared: Compared) -> None:
+def test_compare_corrects_p_values_of_several_results_by_holm(tmp_path: Path, compared: Compared) -> None:
     a = write_result(tmp_path / "a.json", *(knn_figure(k, hits(300)) for k in (20, 10)))
     others = [
         write_result(tmp_path / f"{name}.json", *(knn_figure(k, flipped(hits(300), *change)) for k in (20, 10)))
@@ -82,7 +82,7 @@ def test_several_results_are_held_against_the_first_and_their_p_corrected(tmp_pa
     assert "corrected for the 2 tests" in compared(a, *others, "--figure", "k=10")[0]
 
 
-def test_words_choose_figures_and_only_a_name_chooses_a_baseline(tmp_path: Path, compared: Compared) -> None:
+def test_figure_words_select_figures_but_baselines_only_by_name(tmp_path: Path, compared: Compared) -> None:
     figures = (*(knn_figure(k, hits(300)) for k in (20, 200)), knn_figure(20, hits(310), model="pixels"), few([50, 51]))
     a, b = (write_result(tmp_path / f"{name}.json", *figures) for name in "ab")
     cases = {"": 3, "top-1 k=20": 2, "trained k=20 T=0.07 top-1": 1, "k=200": 1, "pixels k=20": 1}
@@ -90,7 +90,7 @@ def test_words_choose_figures_and_only_a_name_chooses_a_baseline(tmp_path: Path,
         assert len(compared(a, b, "--figure", words)[1]) == 2 * count, words
 
 
-def test_markdown_has_a_rule_below_its_header_and_no_cell_breaks_it(tmp_path: Path, compared: Compared) -> None:
+def test_markdown_table_has_header_rule_and_escaped_cells(tmp_path: Path, compared: Compared) -> None:
     figures = [figure("k_1 a|b", {"k": 1}, hits(right)) for right in (300, 0)]
     a, b = (write_result(tmp_path / f"{name}.json", one) for name, one in zip("ab", figures, strict=True))
     lines = compared(a, b, "--table", "markdown")[0].splitlines()
@@ -99,7 +99,7 @@ def test_markdown_has_a_rule_below_its_header_and_no_cell_breaks_it(tmp_path: Pa
     assert lines[header + 2].startswith(r"| k\_1 a\|b |")
 
 
-# ---- what is unlike
+# ---- differing protocols and data
 
 UNLIKE = {
     "transform": ({"transform": LARGER}, "transform: crop 8 -> 28, resize 8 -> 32"),
@@ -114,7 +114,7 @@ UNLIKE = {
 
 
 @pytest.mark.parametrize("name", UNLIKE)
-def test_unlike_results_are_compared_only_when_allowed(
+def test_compare_refuses_differing_protocols_and_data_unless_allowed(
     tmp_path: Path, base: Path, compared: Compared, name: str
 ) -> None:
     changed, clause = UNLIKE[name]
@@ -126,34 +126,34 @@ def test_unlike_results_are_compared_only_when_allowed(
     text, (_, row) = compared(base, b, "--allow", name)
     assert text.startswith(f"allowed difference of {b} from {base}: ")
     assert row["difference"] == 5.0
-    assert (row["p"] is None) == (name == "val"), "image 5 of the one is not image 5 of the other"
+    assert (row["p"] is None) == (name == "val"), "other validation images must not be paired"
 
 
-def test_other_contents_labels_or_names_are_refused(tmp_path: Path, base: Path, compared: Compared) -> None:
+def test_compare_refuses_other_image_contents_labels_or_names(tmp_path: Path, base: Path, compared: Compared) -> None:
     for what in ("contents", "labels", "names"):
         b = change(write_result(tmp_path / "b.json", knn_figure(20, hits(320))), "0", "data", "val", what)
         assert f"but other {what} or order (--allow val" in refusal(base, b)[0]
     _, (_, row) = compared(base, b, "--allow", "val")
-    assert row["p"] is not None, "renamed images are the same"
+    assert row["p"] is not None, "renamed images must be paired"
     assert compared(base, change(b, "", "data", "val", "names"))[1][1]["p"] is not None
 
 
-def test_every_difference_of_every_file_has_a_sentence_of_its_own(tmp_path: Path, base: Path) -> None:
+def test_compare_refusal_has_one_line_per_difference_and_file(tmp_path: Path, base: Path) -> None:
     train = noise_source(31, seed=1)
     b = write_result(tmp_path / "b.json", knn_figure(20, hits(300)), transform=LARGER, train=train)
     c = write_result(tmp_path / "c.json", figure("paper", {"classifier": "paper"}, hits(300)), measure="linear")
     sentences = refusal(base, b, c)
     assert [sentence.split(" cannot")[0] for sentence in sentences] == [str(b), str(b), str(c)]
-    assert sentences[2].endswith("measure knn -> linear"), "which nothing allows"
+    assert sentences[2].endswith("measure knn -> linear"), "message offers --allow"
     assert len(refusal(base, b, "--allow", "train")) == 1
 
 
-def test_another_k_or_temperature_is_compared_only_when_allowed(tmp_path: Path, base: Path, compared: Compared) -> None:
+def test_compare_refuses_other_k_or_temperature_unless_allowed(tmp_path: Path, base: Path, compared: Compared) -> None:
     b = write_result(tmp_path / "b.json", knn_figure(10, hits(320), 0.1), knn_figure(5, hits(320), 0.1))
     refused = refusal(base, b)
     assert "T 0.07 -> 0.1 (--allow T" in refused[0]
     assert "k 20 -> 10 (--allow k" in refused[1]
-    assert len(refusal(base, b, "--allow", "k")) == 1, "T still differs"
+    assert len(refusal(base, b, "--allow", "k")) == 1, "T must still be refused"
     _, rows = compared(base, b, "--allow", "k", "T")
     assert [row["figure"].split()[1] for row in rows] == ["k=20", "k=10", "k=5"]
 
@@ -168,7 +168,7 @@ def test_another_k_or_temperature_is_compared_only_when_allowed(tmp_path: Path, 
         (("c.json",), "cannot be read"),
     ],
 )
-def test_mistakes_in_the_command_are_refused(
+def test_compare_refuses_invalid_arguments(
     base: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], sentence: str
 ) -> None:
     monkeypatch.chdir(base.parent)
@@ -176,10 +176,10 @@ def test_mistakes_in_the_command_are_refused(
     assert sentence in refusal("a.json", *words)[0]
 
 
-def test_a_refusal_ends_with_code_2(tmp_path: Path, base: Path, here: Here) -> None:
+def test_compare_refusal_exits_with_code_2(tmp_path: Path, base: Path, here: Here) -> None:
     b = write_result(tmp_path / "b.json", knn_figure(20, hits(300)), transform=LARGER)
     ended = here(eval.compare, base, b)
-    assert (ended.code, ended.out) == (2, ""), "no table of what cannot be compared"
+    assert (ended.code, ended.out) == (2, ""), "a refusal must not print a table"
     assert ended.err.startswith(f"error: {b} cannot be compared")
 
 
@@ -191,7 +191,7 @@ def few(top1: list[float], drawn: str = "d", seed: int = 0, takes_all: bool = Fa
     return few_shot_figure("trained", record, len(top1), seed)
 
 
-def test_few_shots_are_compared_draw_by_draw_where_the_draws_are_the_same(tmp_path: Path, compared: Compared) -> None:
+def test_few_shot_results_are_paired_by_draw_if_draws_are_equal(tmp_path: Path, compared: Compared) -> None:
     percents = [52.0, 55.0, 49.0]
     a = write_result(tmp_path / "a.json", few([50.0, 54.0, 46.0]))
     text, (first, second) = compared(a, write_result(tmp_path / "b.json", few(percents)))
@@ -205,19 +205,19 @@ def test_few_shots_are_compared_draw_by_draw_where_the_draws_are_the_same(tmp_pa
     assert "no p: " in text
 
 
-def test_draws_of_training_images_in_another_order_or_of_another_seed_are_others(tmp_path: Path) -> None:
+def test_few_shot_results_of_other_image_order_or_seed_are_refused(tmp_path: Path) -> None:
     a = write_result(tmp_path / "a.json", few([50.0, 54.0]))
     turned = Subset(noise_source(30, seed=1), np.arange(30)[::-1].copy())
     assert "different train images" in refusal(a, write_result(tmp_path / "b.json", few([50.0, 55.0]), train=turned))[0]
     (sentence,) = refusal(a, write_result(tmp_path / "c.json", few([50.0, 54.0], seed=1)))
-    assert sentence.endswith("seed 0 -> 1"), "which nothing allows"
+    assert sentence.endswith("seed 0 -> 1"), "message offers --allow"
 
 
 # ---- searches
 
 
 def searched(path: Path, found: np.ndarray, rows: np.ndarray | None = None, **changed: object) -> Path:
-    """A result as run_retrieval.py folder writes it."""
+    """Write a result in the format of run_retrieval.py folder."""
     asked = np.arange(len(found)) if rows is None else rows
     one = query_figure("mAP@R", {"figure": "mAP@R"}, found, asked)
     protocol = {"name": "leave-one-out", "whitening": None, **changed}
@@ -227,13 +227,13 @@ def searched(path: Path, found: np.ndarray, rows: np.ndarray | None = None, **ch
 APS = np.random.default_rng(0).uniform(0, 100, 60)
 
 
-def test_searches_are_compared_query_by_query(tmp_path: Path, compared: Compared) -> None:
+def test_retrieval_results_are_paired_by_query(tmp_path: Path, compared: Compared) -> None:
     gains = np.random.default_rng(1).normal(1, 2, 60)
     a, b = searched(tmp_path / "a.json", APS), searched(tmp_path / "b.json", np.clip(APS + gains, 0, 100))
     _, (first, second) = compared(a, b)
     assert first["percent"] == pytest.approx(APS.mean())
     low, high = second["difference_interval"]
-    assert low < second["difference"] < high < low + 1.5, "in pairs: each mean alone is known to +- 7"
+    assert low < second["difference"] < high < low + 1.5, "the interval must be paired: that of each mean is +- 7"
     assert second["p"] < 0.01
     assert (second["unit"], second["units"]) == ("query", 60)
     _, (_, second) = compared(a, searched(tmp_path / "c.json", APS, np.arange(60) + 1))
@@ -247,7 +247,7 @@ PROBE: dict[str, object] = {"name": "SGD", "epochs": 8, "lr": 0.001, "lrs": [0.1
 
 
 def probe(path: Path, kinds: str, **changed: object) -> Path:
-    """A result with figures of these classifiers, each 5 points better than the one before."""
+    """Write a result with figures of these classifiers, each 5 points better than the previous one."""
     figures = [
         figure(f"{kind}, top-1", {"classifier": kind}, hits(300 + 20 * n)) for n, kind in enumerate(kinds.split())
     ]
@@ -267,7 +267,7 @@ def probe(path: Path, kinds: str, **changed: object) -> Path:
         ("logreg", {"logreg": LOGREG | {"cs": [10.0]}}, "cs [1.0] -> [10.0] (--allow cs"),
     ],
 )
-def test_each_kind_of_classifier_is_held_to_its_own_settings(
+def test_compare_checks_only_settings_that_affect_each_classifier(
     tmp_path: Path, compared: Compared, kinds: str, changed: dict[str, object], clause: str
 ) -> None:
     a, b = probe(tmp_path / "a.json", "paper grid logreg"), probe(tmp_path / "b.json", kinds, **changed)
@@ -277,14 +277,14 @@ def test_each_kind_of_classifier_is_held_to_its_own_settings(
         assert len(compared(a, b)[1]) == 2 * len(kinds.split())
 
 
-def test_one_classifier_is_held_against_another_only_when_that_is_allowed(tmp_path: Path, compared: Compared) -> None:
+def test_compare_refuses_other_classifier_unless_allowed(tmp_path: Path, compared: Compared) -> None:
     a, b = probe(tmp_path / "a.json", "grid logreg"), probe(tmp_path / "b.json", "logreg", epochs=9)
     words = ("--figure", "grid", "logreg")
     (sentence,) = refusal(a, b, *words)
-    assert "classifier grid -> logreg (--allow classifier" in sentence, "and no setting of either"
+    assert "classifier grid -> logreg (--allow classifier" in sentence
     assert compared(a, b, *words, "--allow", "classifier")[1][1]["p"] is not None
     c = probe(tmp_path / "c.json", "logreg", holdout=0.2)
-    assert "holdout 0.1 -> 0.2" in refusal(a, c, *words, "--allow", "classifier")[0], "which both have"
+    assert "holdout 0.1 -> 0.2" in refusal(a, c, *words, "--allow", "classifier")[0], "ignores a shared setting"
 
 
 # ---- published figures
@@ -296,14 +296,14 @@ AS_PUBLISHED = {"name": "linear", "epochs": 100, "lr": 0.001, "crop_scale": [0.0
 
 
 def on_imagenet(path: Path, *figures: Figure, transform: EvalTransform | None = None, **more: Any) -> Path:
-    """A result whose data have ImageNet-1k's numbers."""
+    """Write a result with the numbers of images and classes of ImageNet-1k."""
     write_result(path, *(figures or (knn_figure(20, RIGHT),)), transform=transform or EvalTransform(), **more)
     for part, images in (("train", TRAIN), ("val", VAL)):
         change(change(path, images, "data", part, "images"), CLASSES, "data", part, "classes")
     return path
 
 
-def test_results_are_held_against_published_figures_without_significance(tmp_path: Path, compared: Compared) -> None:
+def test_published_figures_are_compared_without_significance_test(tmp_path: Path, compared: Compared) -> None:
     a = on_imagenet(tmp_path / "a.json", knn_figure(10, RIGHT), knn_figure(20, RIGHT))
     b = on_imagenet(tmp_path / "b.json")
     text, rows = compared(NAME, a, b)
@@ -315,7 +315,7 @@ def test_results_are_held_against_published_figures_without_significance(tmp_pat
     assert compared(NAME, linear)[1][1]["difference"] == pytest.approx(0.2)
 
 
-def test_what_was_measured_otherwise_is_refused(tmp_path: Path) -> None:
+def test_published_figures_refuse_results_of_other_protocols(tmp_path: Path) -> None:
     linear: dict[str, Any] = {"measure": "linear", "protocol": AS_PUBLISHED | {"cached": "4 epochs"}}
     for figures, changed, clause in (
         ((), {"transform": LARGER}, "transform: crop 224 -> 28"),
@@ -325,22 +325,22 @@ def test_what_was_measured_otherwise_is_refused(tmp_path: Path) -> None:
         assert clause in refusal(NAME, on_imagenet(tmp_path / "a.json", *figures, **changed))[0]
 
 
-def test_other_data_and_unknown_names_are_refused(tmp_path: Path) -> None:
+def test_published_figures_refuse_other_data_and_unknown_names(tmp_path: Path) -> None:
     mine = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), transform=EvalTransform())
     train, val = refusal(NAME, mine)
     assert "different train images: 1,281,167 of 1000 classes -> 30" in train
-    assert val.endswith("different val images: 50,000 of 1000 classes -> 400 of 3 classes"), "which nothing allows"
+    assert val.endswith("different val images: 50,000 of 1000 classes -> 400 of 3 classes"), "message offers --allow"
     mine = on_imagenet(tmp_path / "b.json")
     assert "did you mean xcit_small_12_p16" in refusal("published:xcit_small_12_p61", mine)[0]
     assert "only published figures" in refusal(NAME, "published:xcit_small_12_p8")[0]
     assert "no retrieval figure" in refusal(NAME, write_result(tmp_path / "c.json", BEST, measure="retrieval"))[0]
 
 
-# ---- what the runners write
+# ---- results of the runners
 
 
-def test_what_the_runners_write_is_compared(tmp_path: Path, here: Here, compared: Compared) -> None:
-    """Each result beside a copy of itself; the seed of the copy's network is another."""
+def test_compare_accepts_results_of_the_runners(tmp_path: Path, here: Here, compared: Compared) -> None:
+    """Each result is compared with a copy of itself that has another hash of weights."""
     tree = image_tree(tmp_path / "photos")
     weights = tiny_checkpoint(tmp_path / "run", tree)
 

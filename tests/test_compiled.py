@@ -1,4 +1,4 @@
-"""Compiled code is kept where it can be, and does without where it cannot."""
+"""Numba compilation with a usable, an unwritable and a damaged cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from dino_xcit.augment.compiled import call_first, compiled
 
 
-def test_a_function_is_compiled_where_no_folder_can_be_written() -> None:
-    """Of a function that is in no file, Numba says what it says of folders that cannot be written."""
+def test_function_is_compiled_without_writable_cache_folder() -> None:
+    """For a function without a source file, Numba raises the same error as for an unwritable cache folder."""
     names: dict[str, object] = {}
     exec("def add(a, b):\n    return a + b", names)
     function = names["add"]
@@ -32,7 +32,7 @@ print([loop(2, 3) for loop in loops])
 """
 
 
-def test_damaged_code_is_compiled_anew(tmp_path: Path) -> None:
+def test_damaged_cache_is_recompiled(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(LOOPS)
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -49,8 +49,8 @@ def test_damaged_code_is_compiled_anew(tmp_path: Path) -> None:
     assert printed() == expected
 
 
-def test_what_fails_for_another_reason_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dino_xcit.augment.compiled._functions", [])  # what is kept for others stays
+def test_call_first_raises_error_that_persists_after_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dino_xcit.augment.compiled._functions", [])  # other compiled functions keep their caches
     calls: list[int] = []
 
     def fail() -> None:

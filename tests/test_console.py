@@ -1,4 +1,4 @@
-"""What is shown on the screen: names, lines of the main process, out of memory, readers that go away."""
+"""Console output: escaped names, closed pipes, messages of the main process, out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.runtime import logging as log
 
 
-def test_names_and_sentences_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_escapes_terminal_control_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     def mistake() -> None:
         raise InputError("in a.tar: b\x1b]0;x\x07.cls holds 'x'\nand more")
 
@@ -31,7 +31,7 @@ def test_names_and_sentences_cannot_steer_a_terminal(capsys: pytest.CaptureFixtu
     assert printable("a\x1b[2J\n\udcff\u202egpj.jpg") == r"a\x1b[2J\n\udcff\u202egpj.jpg"
 
 
-# ---- what nobody reads
+# ---- closed pipes
 
 SAYS_MORE = """
 import sys
@@ -50,9 +50,7 @@ PRINT = "print('much' * 100_000)"
     ("stdout", "print('a word'); raise KeyboardInterrupt", 130, []),
     ("stderr", "raise InputError('a mistake')", 2, []),
 ])  # fmt: skip
-def test_a_command_whose_reader_went_away_ends_without_a_traceback(
-    stream: str, does: str, code: int, options: list[str]
-) -> None:
+def test_closed_pipe_ends_command_without_traceback(stream: str, does: str, code: int, options: list[str]) -> None:
     with subprocess.Popen(
         [sys.executable, *options, "-c", SAYS_MORE.format(does)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""},
@@ -66,7 +64,7 @@ def test_a_command_whose_reader_went_away_ends_without_a_traceback(
     assert "Traceback" not in said
 
 
-def test_a_pipe_that_breaks_elsewhere_is_a_fault_of_ours() -> None:
+def test_broken_pipe_error_unrelated_to_output_is_raised() -> None:
     def main() -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -74,20 +72,20 @@ def test_a_pipe_that_breaks_elsewhere_is_a_fault_of_ours() -> None:
         run_main(main)
 
 
-def test_a_command_without_a_screen_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_without_stdout_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     run_main(lambda: print("a word"))
     monkeypatch.undo()
 
 
-# ---- lines of the main process: a full disk is no error, a closed pipe is one
+# ---- messages of the main process: a full disk is ignored, a closed pipe raises
 
 
 ROOT = Path(__file__).parent.parent
 
 
 class Failing(io.StringIO):
-    """A stdout that cannot be written."""
+    """Stream whose writes fail with an errno."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -97,7 +95,7 @@ class Failing(io.StringIO):
         raise OSError(self.number, os.strerror(self.number))
 
 
-def test_only_the_main_rank_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_main_rank_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     log.info("a")
     log.warning("b")
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
@@ -106,7 +104,7 @@ def test_only_the_main_rank_prints(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr() == ("a\nwarning: b\n", "")
 
 
-def test_a_full_disk_is_borne_and_a_closed_pipe_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_ignores_full_disk_and_raises_on_closed_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     log.info("nowhere")
     monkeypatch.setattr(sys, "stdout", Failing(errno.ENOSPC))
@@ -121,7 +119,7 @@ def test_a_full_disk_is_borne_and_a_closed_pipe_is_not(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("through", ["log.info", "print"])
-def test_names_that_are_not_utf8_are_printed_as_escapes_under_a_strict_encoding(through: str) -> None:
+def test_non_utf8_names_are_printed_as_escapes_with_strict_encoding(through: str) -> None:
     code = (
         "from dino_xcit.errors import run_main; from dino_xcit.runtime import logging as log;"
         f"run_main(lambda: {through}('caf\\udce9.jpg'))"
@@ -131,7 +129,7 @@ def test_names_that_are_not_utf8_are_printed_as_escapes_under_a_strict_encoding(
     assert (done.stdout, done.returncode) == ("caf\\udce9.jpg\n", 0), done.stderr
 
 
-# ---- memory that does not suffice
+# ---- out of memory
 
 
 def in_torch() -> None:
@@ -149,7 +147,7 @@ def on_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("main", "amount"), [(in_torch, "4,503,599.6 GB"), (in_numpy, "1.00 PiB"), (on_a_gpu, "20.50 GiB")]
 )
-def test_the_sentence_has_the_amount_and_flags_of_nobody_else(
+def test_out_of_memory_message_has_amount_and_no_command_flags(
     capsys: pytest.CaptureFixture[str], main: Callable[[], None], amount: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -161,12 +159,12 @@ def test_the_sentence_has_the_amount_and_flags_of_nobody_else(
     assert not any(flag in said for flag in ("--out-dim", "--accumulation-steps", "alloc_cpu.cpp"))
 
 
-def test_pretraining_names_its_own_flags(labelled_photos: Path) -> None:
+def test_pretraining_out_of_memory_message_names_its_flags(labelled_photos: Path) -> None:
     ended = pretrain_here("--data-path", labelled_photos, *SMALL, "--out-dim", "100000000000")
     ended.assert_refused("out of memory", "--batch-size-per-gpu", "--accumulation-steps", "--out-dim")
 
 
-def test_the_standard_logging_level_applies(capsys: pytest.CaptureFixture[str]) -> None:
+def test_logging_level_filters_messages(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("dino_xcit")
     logger.setLevel("WARNING")
     log.info("100% hidden")

@@ -1,4 +1,4 @@
-"""Data sets by URL: both parts of them, subsets, and fingerprints."""
+"""Data sets by URL: training and validation parts, subsets, and fingerprints."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ def tree(tmp_path: Path) -> Path:
     return odd_tree(tmp_path)
 
 
-# ---- both parts
+# ---- training and validation parts
 
 
 @pytest.mark.parametrize("given", ["", "/train", "/val", "/train/"])
-def test_both_parts_come_from_a_folder_or_from_one_of_its_parts(tmp_path: Path, given: str) -> None:
+def test_open_parts_finds_both_parts_from_folder_or_one_part(tmp_path: Path, given: str) -> None:
     parts_tree(tmp_path, ("a", "b"), ("a", "b"))
     both = open_parts(f"{tmp_path}{given}", None, None)
     assert [Path(part.name(0)).parents[1] for part in both] == [tmp_path / "train", tmp_path / "val"]
 
 
-def test_classes_are_numbered_as_in_the_training_part(tmp_path: Path) -> None:
+def test_open_parts_numbers_classes_as_in_training_part(tmp_path: Path) -> None:
     train, val = open_parts(str(parts_tree(tmp_path, ("ape", "bee", "cow"), ("bee", "cow"))), None, None)
     assert train.classes == val.classes == ("ape", "bee", "cow")
     assert labels(val) == [val.read(index)[1] for index in range(2)] == [1, 2]
 
 
-def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+def test_open_parts_refuses_validation_class_missing_from_training(tmp_path: Path) -> None:
     parts_tree(tmp_path, ("ape",), ("ape", "yak"))
     with pytest.raises(InputError, match="yak"):
         open_parts(str(tmp_path), None, None)
 
 
-def test_each_part_can_be_given_on_its_own(tmp_path: Path) -> None:
+def test_open_parts_accepts_parts_in_separate_locations(tmp_path: Path) -> None:
     one, two = (parts_tree(tmp_path / name, ("a",), ("a",)) for name in ("one", "two"))
     for given, expected in (
         ((str(one), None, str(two / "val")), (one / "train", two / "val")),
@@ -54,11 +54,11 @@ def test_each_part_can_be_given_on_its_own(tmp_path: Path) -> None:
     (None, "sample:fashion-mnist", "sample:fashion-mnist"), ("sample:fashion-mnist/train", None, None),
     ("sample:fashion-mnist/train/", None, None), ("sample:fashion-mnist/val", None, None),
 ])  # fmt: skip
-def test_both_parts_of_a_named_set_are_found(given: tuple[str | None, ...]) -> None:
+def test_open_parts_finds_both_parts_of_named_data_set(given: tuple[str | None, ...]) -> None:
     assert [len(part) for part in open_parts(*given)] == [12_000, 3_000]
 
 
-def test_missing_parts_and_missing_labels_are_refused(tmp_path: Path) -> None:
+def test_open_parts_refuses_missing_parts_and_missing_labels(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no train data"):
         open_parts(None, None, None)
     write_image(tmp_path / "train" / "a" / "0.png")
@@ -72,7 +72,7 @@ def test_missing_parts_and_missing_labels_are_refused(tmp_path: Path) -> None:
 # ---- subsets and fingerprints
 
 
-def test_a_subset_renumbers_items_and_labels(tree: Path) -> None:
+def test_subset_selects_and_reorders_items_and_labels(tree: Path) -> None:
     source = open_source(str(tree))
     subset = Subset(source, np.array([4, 1]))
     assert isinstance(subset, Source)
@@ -83,7 +83,7 @@ def test_a_subset_renumbers_items_and_labels(tree: Path) -> None:
     assert subset.classes == source.classes
 
 
-def test_fingerprints_change_with_items_order_labels_and_content(tree: Path) -> None:
+def test_fingerprint_changes_with_items_order_labels_and_content(tree: Path) -> None:
     source = open_source(str(tree))
     found = [
         source.fingerprint(),
@@ -103,7 +103,7 @@ def test_fingerprints_change_with_items_order_labels_and_content(tree: Path) -> 
     assert len(set(found)) == 8
 
 
-def test_the_sample_s_fingerprint_follows_its_pixels_and_labels() -> None:
+def test_array_source_fingerprint_depends_on_pixels_and_labels() -> None:
     def fingerprint(images: NDArray[np.uint8], *labels: int) -> str:
         return ArraySource("x", images, np.array(labels), ("a", "b")).fingerprint()
 
@@ -122,12 +122,12 @@ def test_the_sample_s_fingerprint_follows_its_pixels_and_labels() -> None:
     ("hf:train/val", "hf:train", "val"), ("imagenet:/a?/train", "imagenet:/a?", "train"), ("/train", "/train", None),
     ("sample:trains", "sample:trains", None),
 ])  # fmt: skip
-def test_a_part_is_split_off_a_url(url: str, name: str, part: str | None) -> None:
+def test_split_part_separates_part_from_url(url: str, name: str, part: str | None) -> None:
     assert split_part(url) == (name, part)
 
 
 @pytest.mark.parametrize("data", ["absent", "absent/train", "absent.txt"])
-def test_data_that_are_not_there_are_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+def test_open_parts_reports_nonexistent_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="there is no such file"):
         open_parts(data, None, None)

@@ -1,4 +1,4 @@
-"""Odd images become what they should, and bad ones are refused with their cause."""
+"""Decoding of unusual images, and refusal of bad ones with their cause."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def pixels(image: Image.Image) -> NDArray[np.int64]:
     return np.asarray(image).astype(np.int64)
 
 
-# ---- what is decoded
+# ---- decoding
 
 GREY = ("grey.jpg", "grey with alpha.png", "sixteen bits.png")
 EXACT = ("grey with alpha.png", "sixteen bits.png", "animated.webp", "plain.tif", "packed.tif", "plain.bmp")
 
 
 @pytest.mark.parametrize("kind", sorted(ODDITIES))
-def test_odd_images_become_the_photograph_they_were_made_of(kind: str) -> None:
-    """In its colours, upright, and the first frame of animations, whose second one is black."""
+def test_decode_restores_photograph_from_unusual_files(kind: str) -> None:
+    """In colour, upright, and the first frame of animations, whose second frame is black."""
     photo = photograph(4)
     wanted = photo.convert("L").convert("RGB") if kind in GREY else photo
     picture = decode(ODDITIES[kind](photo), kind)
@@ -48,12 +48,12 @@ def test_odd_images_become_the_photograph_they_were_made_of(kind: str) -> None:
         assert abs(pixels(picture).mean() - pixels(photo.convert("L")).mean()) < 8
         return
     error = np.abs(pixels(picture) - pixels(wanted)).mean()
-    # Another picture, a turned one or another frame would be much farther away.
+    # A different image, orientation or frame would have a much larger error.
     farther = np.abs(pixels(picture) - pixels(wanted.rotate(180))).mean() / 2
     assert error < (1e-9 if kind in EXACT else min(16, farther))
 
 
-def test_transparent_parts_keep_the_colours_that_are_stored() -> None:
+def test_decode_keeps_stored_colours_of_transparent_pixels() -> None:
     photo = photograph(5)
     clear = photo.convert("RGBA")
     clear.putalpha(0)
@@ -65,7 +65,7 @@ def test_transparent_parts_keep_the_colours_that_are_stored() -> None:
         assert (pixels(decode(encoded(palette, "PNG", transparency=transparency), "x")) == wanted).all()
 
 
-def test_sixteen_bits_of_grey_are_scaled_in_every_format() -> None:
+def test_decode_scales_16_bit_grey_in_every_format() -> None:
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     files = [encoded(Image.fromarray(ramp), format_name) for format_name in ("PNG", "TIFF")]
     files.append(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
@@ -73,7 +73,8 @@ def test_sixteen_bits_of_grey_are_scaled_in_every_format() -> None:
         assert (pixels(decode(data, "x"))[..., 1] == ramp >> 8).all()
 
 
-def test_channels_of_which_white_is_not_known_are_refused() -> None:
+def test_decode_refuses_channels_of_32_bits() -> None:
+    # Their white level is unknown.
     for mode in ("F", "I"):
         assert "32 bits per channel" in refusal(encoded(Image.new(mode, (4, 4), 1), "TIFF")).cause
 
@@ -83,14 +84,14 @@ TURNED_BY = {
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,  # stored turned to the left: tag 6 says "turn to the right"
+    6: Image.Transpose.ROTATE_90,  # stored rotated left, because tag 6 requests a rotation to the right
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_the_picture_upright(photo: Image.Image, orientation: int) -> None:
+def test_decode_applies_exif_orientation(photo: Image.Image, orientation: int) -> None:
     stored = photo if orientation == 1 else photo.transpose(TURNED_BY[orientation])
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -99,13 +100,13 @@ def test_exif_orientation_turns_the_picture_upright(photo: Image.Image, orientat
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3)])
-def test_arrays_are_pictures_already(shape: tuple[int, ...]) -> None:
+def test_decode_accepts_pixel_arrays(shape: tuple[int, ...]) -> None:
     item = np.arange(math.prod(shape), dtype=np.uint8).reshape(shape)
     expected = item if item.ndim == 3 else np.stack([item] * 3, axis=-1)
     np.testing.assert_array_equal(np.asarray(decode(item, "x")), expected)
 
 
-# ---- what is refused
+# ---- refusals
 
 CAUSES = {
     "cut short.jpg": "the file is truncated",
@@ -120,13 +121,13 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("kind", sorted(CAUSES))
-def test_bad_files_are_refused_with_their_cause(kind: str) -> None:
+def test_decode_refuses_bad_files_with_cause(kind: str) -> None:
     error = refusal(undecodable(photograph(4), 4)[kind])
     assert isinstance(error, InputError)
     assert re.search(CAUSES[kind], error.cause)
 
 
-def test_what_is_in_no_format_of_the_list_is_refused() -> None:
+def test_decode_refuses_unsupported_formats_and_damaged_headers() -> None:
     whole = encoded(photograph(1), "PNG")
     foreign = (encoded(photograph(1), name) for name in ("PDF", "ICO"))
     for data in (b"hello", bytes(1000), whole[:60], whole[:16] + b"\x7f" + whole[17:], *foreign):
@@ -142,8 +143,10 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("kind", list(WHOLE))
-def test_a_file_cut_anywhere_is_never_half_a_picture(kind: str, lenient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor where other code has told Pillow to fill up what is missing. Only what follows the last pixel may lack."""
+def test_decode_of_truncated_file_raises_or_returns_all_pixels(
+    kind: str, lenient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if other code sets LOAD_TRUNCATED_IMAGES. Only bytes after the last pixel may be missing."""
     data = encoded(photograph(6), kind.split()[-1], **WHOLE[kind])
     whole = pixels(decode(data, "whole"))
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
@@ -152,13 +155,13 @@ def test_a_file_cut_anywhere_is_never_half_a_picture(kind: str, lenient: bool, m
             picture = decode(data[:length], "cut")
         except UndecodableImage:
             continue
-        assert length >= len(data) - 4, f"{len(data) - length} bytes lack"
-        assert (pixels(picture) == whole).all(), length
+        assert length >= len(data) - 4, f"decoded without the last {len(data) - length} bytes"
+        assert (pixels(picture) == whole).all(), f"wrong pixels from the first {length} bytes"
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
-def test_texts_and_profiles_of_any_size_are_left_aside() -> None:
-    """Such as the XMP of image editors, and what unpacks to 30 MB."""
+def test_decode_ignores_png_texts_and_profiles_of_any_size() -> None:
+    """Such as XMP of image editors, and chunks that decompress to 30 MB."""
     photo, large = photograph(1), zlib.compress(bytes(30_000_000), 9)
     plain = encoded(photo, "PNG")
     for chunk in (
@@ -170,7 +173,7 @@ def test_texts_and_profiles_of_any_size_are_left_aside() -> None:
         assert decode(with_chunk, "x").tobytes() == photo.tobytes()
 
 
-def test_damaged_exif_leaves_the_picture_as_it_is_stored(capfd: pytest.CaptureFixture[str]) -> None:
+def test_decode_ignores_damaged_exif_silently(capfd: pytest.CaptureFixture[str]) -> None:
     photo = photograph(2)
     for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(20)):
         for format_name in ("PNG", "WEBP", "JPEG"):
@@ -179,7 +182,7 @@ def test_damaged_exif_leaves_the_picture_as_it_is_stored(capfd: pytest.CaptureFi
 
 
 def tiff(tags: Mapping[int, tuple[int, ...]], data: bytes) -> bytes:
-    """A grey TIFF of 64 x 64 pixels with these tags besides, and data at byte 8."""
+    """Return a grey TIFF of 64 x 64 pixels with additional ``tags``, and ``data`` at byte 8."""
     entries, arrays = b"", b""
     base: dict[int, tuple[int, ...]] = {256: (64,), 257: (64,), 258: (8,), 259: (1,), 262: (1,), 277: (1,)}
     for tag, values in sorted((base | dict(tags)).items()):
@@ -191,7 +194,7 @@ def tiff(tags: Mapping[int, tuple[int, ...]], data: bytes) -> bytes:
     return b"II*\0" + struct.pack("<L", 8 + len(data) + len(arrays)) + data + arrays + directory
 
 
-def test_tiles_that_lie_about_their_size_or_number_are_refused() -> None:
+def test_decode_refuses_tiff_with_oversized_or_overlapping_tiles() -> None:
     packed = zlib.compress(bytes(range(64)) * 64)
     tile = {259: (8,), 324: (8,), 325: (len(packed),)}
     ramp = decode(tiff(tile | {322: (64,), 323: (64,)}, packed), "x")
@@ -208,24 +211,24 @@ RAISED = (KeyError(259), RuntimeError("two\nlines " + "x" * 1000), RecursionErro
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
-def test_whatever_the_library_raises_becomes_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_reports_any_library_error_in_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(photograph(1), "PNG")
     monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=error))
     refused = refusal(data)
     assert type(error).__name__ in refused.cause or refused.cause == "not enough memory to decode it"
     assert len(refused.cause) < 300
-    assert refused.__cause__ is None  # a traceback would keep what was decoded so far
+    assert refused.__cause__ is None  # a traceback would keep the half-decoded image in memory
     assert refused.__context__ is None
 
 
-def test_an_interruption_is_none_of_the_images_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_does_not_catch_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(photograph(1), "PNG")
     monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         decode(data, "x")
 
 
-def test_the_cause_survives_the_way_between_processes() -> None:
+def test_undecodable_image_keeps_cause_when_pickled() -> None:
     error = refusal(b"<html>")
     again = pickle.loads(pickle.dumps(error))
     assert again.cause == error.cause == "a web page, not an image"
@@ -235,7 +238,7 @@ def test_the_cause_survives_the_way_between_processes() -> None:
 @pytest.mark.parametrize(
     ("bits", "ending"), [(8, "png"), (12, "png"), (12, "tif"), (12, "pgm"), (14, "png"), (16, "png")]
 )
-def test_the_bits_that_16_bit_files_use_are_measured_and_read(
+def test_white_level_of_16_bit_files_is_measured_and_applied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int, ending: str
 ) -> None:
     white = 2**bits - 1

@@ -1,4 +1,4 @@
-"""Neither bombs nor damaged images cost much memory or time; measured in processes of their own."""
+"""Memory and time limits of decoding bombs and damaged images, measured in subprocesses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from dino_xcit.data.decode import FORMATS, MAX_PIXELS, UndecodableImage, decode
 
 
 def in_a_process(server: Server, function: Callable[[int], None], number: int) -> dict[str, float]:
-    """What ``function`` of this file prints as JSON in its last line; a crash or an error fails the test."""
+    """Run ``function`` of this file in a subprocess and return the JSON of its last output line.
+
+    The test fails if the subprocess does.
+    """
     module = Path(__file__).stem
     done = server.python("-c", f"import {module}; {module}.{function.__name__}({number})", timeout=300)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-3000:]}"
@@ -32,7 +35,10 @@ def in_a_process(server: Server, function: Callable[[int], None], number: int) -
 
 
 def peak_mb() -> float:
-    """Of this process; getrusage's includes what the process that started it had, which would hide everything."""
+    """Return the peak memory of this process.
+
+    getrusage includes the peak of the parent process, which would mask the increase.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
@@ -40,7 +46,7 @@ def peak_mb() -> float:
 
 
 def decode_bombs(_: int) -> None:
-    Image.MAX_IMAGE_PIXELS = None  # the limit of our own has to do
+    Image.MAX_IMAGE_PIXELS = None  # leaves only our own limit
     webp = encoded(photograph(1), "WEBP", lossless=True)
     bombs = [
         *large_pngs().values(),
@@ -74,7 +80,7 @@ def decode_mutants(count: int) -> None:
     files = files_of_all_formats(11)
     for whole in files:
         decode(whole, "whole")
-    warnings.simplefilter("error")  # none may get out of the decoder
+    warnings.simplefilter("error")  # the decoder must not emit warnings
     before, begin, slowest = peak_mb(), time.process_time(), 0.0
     causes = Counter[str]()
     for number in range(count):
@@ -103,9 +109,9 @@ def decode_mutants(count: int) -> None:
     print(json.dumps(report))
 
 
-# Of a hundred thousand some claim, and have, as many pixels as they may.
+# Some of the 100,000 mutants have the maximum number of pixels and need the higher limit.
 @pytest.mark.parametrize(("count", "most_mb"), [(1000, 450), pytest.param(100_000, 1950, marks=pytest.mark.slow)])
-def test_mutated_images_end_in_a_picture_or_a_typed_error(server: Server, count: int, most_mb: float) -> None:
+def test_mutated_image_is_decoded_or_raises_undecodable_image(server: Server, count: int, most_mb: float) -> None:
     report = in_a_process(server, decode_mutants, count)
     assert report["decoded"] + report["refused"] == count
     assert report["decoded"] > count / 20
@@ -115,6 +121,6 @@ def test_mutated_images_end_in_a_picture_or_a_typed_error(server: Server, count:
     assert report["slowest_s"] < 10
 
 
-def test_every_allowed_format_is_among_the_mutated() -> None:
+def test_mutation_corpus_contains_every_allowed_format() -> None:
     formats = {Image.open(io.BytesIO(data)).format for data in files_of_all_formats(11)}
     assert formats == {*FORMATS, "MPO"}

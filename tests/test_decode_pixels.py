@@ -1,4 +1,4 @@
-"""The short way from a JPEG to pixels gives what Pillow gives: the same pixels, or the same refusal."""
+"""The fast JPEG path of decode_pixels returns the same pixels, or raises the same error, as decode with Pillow."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def outcome(item: Item, *, short: bool) -> bytes | str:
 
 
 @pytest.mark.parametrize("kind", sorted(ODDITIES))
-def test_odd_images_have_the_same_pixels(kind: str) -> None:
+def test_decode_pixels_equals_decode_for_unusual_images(kind: str) -> None:
     data = ODDITIES[kind](photograph(4))
     assert outcome(data, short=True) == outcome(data, short=False)
     assert decode_pixels(data, kind).shape == (*np.asarray(decode(data, kind)).shape[:2], 4)
 
 
 @pytest.mark.parametrize("kind", sorted(undecodable(photograph(4), 4)))
-def test_bad_images_have_the_same_refusal(kind: str) -> None:
+def test_decode_pixels_and_decode_refuse_bad_images_alike(kind: str) -> None:
     data = undecodable(photograph(4), 4)[kind]
     found = outcome(data, short=True)
     assert found == outcome(data, short=False)
@@ -42,7 +42,7 @@ def test_bad_images_have_the_same_refusal(kind: str) -> None:
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("quality", [5, 75, 100])
-def test_every_kind_of_jpeg_has_pillow_s_pixels(subsampling: str, progressive: bool, quality: int) -> None:
+def test_decode_pixels_equals_decode_for_every_kind_of_jpeg(subsampling: str, progressive: bool, quality: int) -> None:
     for width, height in ((97, 61), (16, 16), (1, 1), (7, 300)):
         image = photograph(6).resize((width, height))
         data = encoded(image, "JPEG", subsampling=subsampling, progressive=progressive, quality=quality)
@@ -52,13 +52,13 @@ def test_every_kind_of_jpeg_has_pillow_s_pixels(subsampling: str, progressive: b
 
 
 @pytest.mark.parametrize("sampling", range(256))
-def test_every_sampling_that_a_header_may_claim_has_the_same_outcome(sampling: int) -> None:
+def test_decode_pixels_equals_decode_for_every_sampling_factor(sampling: int) -> None:
     data = bytearray(encoded(photograph(6).resize((32, 32)), "JPEG"))
-    data[data.index(b"\xff\xc0") + 11] = sampling  # of the first component
+    data[data.index(b"\xff\xc0") + 11] = sampling  # sampling factors of the first component
     assert outcome(bytes(data), short=True) == outcome(bytes(data), short=False)
 
 
-def test_a_plain_jpeg_takes_the_short_way_and_a_turned_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_jpeg_takes_fast_path_and_rotated_jpeg_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     short_way = Mock(side_effect=simplejpeg.decode_jpeg)
     monkeypatch.setattr(simplejpeg, "decode_jpeg", short_way)
     decode_pixels(encoded(photograph(1), "JPEG"), "plain")
@@ -68,13 +68,13 @@ def test_a_plain_jpeg_takes_the_short_way_and_a_turned_one_does_not(monkeypatch:
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
-def test_pixels_in_memory(shape: tuple[int, ...]) -> None:
+def test_decode_pixels_equals_decode_for_arrays(shape: tuple[int, ...]) -> None:
     item = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     assert outcome(item, short=True) == outcome(item, short=False)
 
 
 def compare_mutants(count: int) -> None:
-    """In a process of its own: a library that crashes takes it along."""
+    """Compare both decoders on mutated JPEGs. Call it in a separate process, because a library may crash."""
     rng = np.random.default_rng(12)
     jpegs = [data for data in files_of_all_formats(12) if data[:2] == b"\xff\xd8"]
     jpegs += [encoded(photograph(seed), "JPEG", progressive=bool(seed % 2)) for seed in range(6)]
@@ -88,7 +88,7 @@ def compare_mutants(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [600, pytest.param(12_000, marks=pytest.mark.slow)])
-def test_mutated_jpegs_have_the_same_pixels_or_the_same_refusal(server: Server, count: int) -> None:
+def test_decode_pixels_equals_decode_for_mutated_jpegs(server: Server, count: int) -> None:
     code = f"import test_decode_pixels; test_decode_pixels.compare_mutants({count})"
     done = server.python("-c", code, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

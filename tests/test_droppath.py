@@ -1,4 +1,4 @@
-"""Stochastic depth: what it drops, and where it acts."""
+"""Drop path: which branches it drops, and where it applies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def batch_of(indices: list[int], epoch: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
-def test_the_share_of_dropped_branches_is_the_rate(rate: float) -> None:
+def test_share_of_dropped_branches_equals_rate(rate: float) -> None:
     scales = residual_scales(torch.arange(4000), 36, rate)
     assert scales.shape == (36, 4000, 1, 1)
     dropped = scales == 0
     assert torch.equal(scales[~dropped], torch.full_like(scales[~dropped], 1 / (1 - rate)))
-    # In all, for each branch, and for each run of keys: within five deviations of a binomial.
+    # In total, per branch, and per 400 keys: within five std of a binomial distribution.
     for part in (dropped, *dropped.unbind(0), *dropped.flatten(1).split(400, dim=1)):
         assert abs(int(part.sum()) - rate * part.numel()) < 5 * math.sqrt(rate * (1 - rate) * part.numel())
 
@@ -40,7 +40,7 @@ def test_branches_and_neighbouring_keys_drop_independently() -> None:
         assert abs(float(torch.corrcoef(pair)[0, 1])) < 5 / math.sqrt(pair.shape[1])
 
 
-def test_what_is_dropped_depends_on_the_key_alone() -> None:
+def test_dropped_branches_depend_on_key_only() -> None:
     keys = torch.randint(1 << 62, (50,))
     order = torch.randperm(50)
     scales = residual_scales(keys, 9, 0.4)
@@ -48,13 +48,13 @@ def test_what_is_dropped_depends_on_the_key_alone() -> None:
     assert torch.equal(residual_scales(keys[7:8], 9, 0.4), scales[:, 7:8])
 
 
-def test_every_epoch_image_and_view_has_a_key_of_its_own() -> None:
+def test_keys_are_unique_per_epoch_image_and_view() -> None:
     """Image 5 of epoch 0 must not drop the branches of image 4 of epoch 1."""
     keys = torch.cat([key for epoch in range(8) for key in drop_path_keys(batch_of(list(range(256)), epoch), seed=0)])
     assert len(keys.unique()) == len(keys) == 8 * 256 * 6
 
 
-def test_keys_follow_the_image_and_not_its_place_in_the_batch() -> None:
+def test_keys_do_not_depend_on_position_in_batch() -> None:
     together, alone = (drop_path_keys(batch_of(indices, epoch=2), seed=7) for indices in ([3, 8, 5, 40], [5]))
     assert [key.shape for key in together] == [(8,), (16,)]
     for group, single in zip(together, alone, strict=True):
@@ -62,7 +62,7 @@ def test_keys_follow_the_image_and_not_its_place_in_the_batch() -> None:
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}])
-def test_another_seed_or_epoch_drops_others(other: dict[str, int]) -> None:
+def test_other_seed_or_epoch_drops_branches_independently(other: dict[str, int]) -> None:
     def dropped(seed: int = 0, epoch: int = 0) -> Tensor:
         keys = torch.cat(drop_path_keys(batch_of(list(range(500)), epoch), seed))
         return residual_scales(keys, 12, 0.5).flatten() == 0
@@ -72,7 +72,7 @@ def test_another_seed_or_epoch_drops_others(other: dict[str, int]) -> None:
 
 
 def frozen_statistics(model: nn.Module) -> nn.Module:
-    """Train mode, but BatchNorm does not mix the samples of a batch."""
+    """Set train mode, but BatchNorm to eval mode: it must not mix the samples of a batch."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -80,8 +80,8 @@ def frozen_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_each_kept_branch_is_scaled_and_each_dropped_branch_is_absent() -> None:
-    """The block written out by hand, with the scales of its three branches in the order XCA, LPI, MLP."""
+def test_kept_branches_are_scaled_and_dropped_branches_are_absent() -> None:
+    """The reference is the block written out, with the scales of its branches in the order XCA, LPI, MLP."""
     model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.4))
     keys = torch.arange(8)
     scales = residual_scales(keys, 12, 0.4).view(4, 3, 8, 1, 1)
@@ -98,7 +98,7 @@ def test_each_kept_branch_is_scaled_and_each_dropped_branch_is_absent() -> None:
 
 
 def test_class_attention_has_no_drop_path() -> None:
-    """At a rate of nearly one every XCA branch is gone, but the class token still gathers from the patches."""
+    """At a rate of nearly 1 all branches of XCA blocks are dropped, but the class token still attends to patches."""
     model = frozen_statistics(build_backbone("xcit_pico_4_p4", drop_path_rate=0.999999))
     images, keys = torch.randn(4, 3, 16, 16), torch.arange(4)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_class_attention_has_no_drop_path() -> None:
     assert float(output.cls_token.std(dim=0).mean()) > 1e-3
 
 
-def test_eval_mode_and_a_rate_of_zero_drop_nothing() -> None:
+def test_eval_mode_and_zero_rate_drop_nothing() -> None:
     dropping, plain = build_backbone("xcit_pico_4_p4", drop_path_rate=0.5), build_backbone("xcit_pico_4_p4")
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_eval_mode_and_a_rate_of_zero_drop_nothing() -> None:
             assert torch.equal(model(images).cls_token, model(images, drop_path_keys=torch.arange(3)).cls_token)
 
 
-def test_the_teacher_has_no_drop_path() -> None:
+def test_teacher_has_no_drop_path() -> None:
     config = tiny_config(drop_path_rate=0.9)
     method = build_state(config, CPU).method
     (batch,) = next(steps(config, 0, 1))

@@ -1,4 +1,4 @@
-"""Exports: what other libraries compute of them, what may be replaced, and what the command refuses."""
+"""Exports: features in other libraries, replacement of earlier exports, and refusals."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Compute = Callable[[Tensor], Any]
 
 @pytest.fixture(autouse=True)
 def _small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports are compared with their originals at a twentieth of the usual pixels."""
+    """Compare exports with their originals at about a twentieth of the usual number of pixels."""
     monkeypatch.setattr(exports, "XCIT_SIZES_COMPARED", ((48, 48), (56, 40), (37, 51)))
 
 
 # ---- safetensors
 
 
-def test_safetensors_has_official_names_and_says_where_it_is_from(tmp_path: Path) -> None:
+def test_safetensors_export_has_official_names_and_origin_metadata(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path, data_path="/home/somebody/imagenet/train")
     export(weights, "safetensors", tmp_path / "out.safetensors")
     loaded = load_backbone(weights)
@@ -58,8 +58,8 @@ def test_safetensors_has_official_names_and_says_where_it_is_from(tmp_path: Path
 # ---- timm and the Hub
 
 
-def test_timm_classifies_as_we_do(tmp_path: Path) -> None:
-    """Features by timm's network from images that timm prepared; neighbours vote the same for every image."""
+def test_timm_export_gives_same_features_and_knn_predictions(tmp_path: Path) -> None:
+    """timm prepares the images and computes the features."""
     weights = checkpoint(tmp_path)
     export(weights, "timm", tmp_path / "out")
     loaded, back = load_backbone(weights), load_backbone(tmp_path / "out" / "model.safetensors")
@@ -78,17 +78,17 @@ def test_timm_classifies_as_we_do(tmp_path: Path) -> None:
         assert close(torch.from_numpy(theirs[-1]), torch.from_numpy(ours[-1]))
     expected, found = (knn_predict(a, labels[0], b, [1, 20], [0.07]) for a, b in (ours, theirs))
     assert all((expected[key] == found[key]).all() for key in expected)
-    assert len(np.unique(expected[20, 0.07][:, 0])) > 3  # (it does tell images apart)
+    assert len(np.unique(expected[20, 0.07][:, 0])) > 3  # the predictions are not trivial
 
 
-def test_an_official_size_has_timms_own_name_and_takes_any_size_and_classifier(tmp_path: Path) -> None:
+def test_timm_export_of_official_size_loads_under_timms_own_name(tmp_path: Path) -> None:
     export(checkpoint(tmp_path, "xcit_nano_12_p16"), "timm", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "xcit_nano_12_p16_224"
-    assert not {"license", "tag"} & config["pretrained_cfg"].keys()  # they are of timm's weights
+    assert not {"license", "tag"} & config["pretrained_cfg"].keys()  # those of timm's own weights do not apply
     original, weights = scrambled("xcit_nano_12_p16"), tmp_path / "out" / "model.safetensors"
     model = timm.create_model(config["architecture"], checkpoint_path=str(weights), num_classes=0).eval()
-    images = torch.randn(2, 3, 96, 64)
+    images = torch.randn(2, 3, 96, 64)  # other sizes than the 224 pixels in the name
     with torch.no_grad():
         assert close(model(images), original(images).cls_token)
     fresh = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=7)
@@ -96,7 +96,7 @@ def test_an_official_size_has_timms_own_name_and_takes_any_size_and_classifier(t
     assert torch.equal(fresh.norm.weight, original.norm.weight)  # type: ignore[union-attr]
 
 
-def test_another_timm_model_exports_under_its_name(tmp_path: Path) -> None:
+def test_timm_export_of_timm_model_gives_same_features(tmp_path: Path) -> None:
     backbone = scrambled("timm:test_vit")
     export(checkpoint(tmp_path, "timm:test_vit", EvalTransform(64, 64)), "timm", tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -105,26 +105,26 @@ def test_another_timm_model_exports_under_its_name(tmp_path: Path) -> None:
         assert torch.equal(model(images), backbone(images).cls_token)
 
 
-def test_a_patch_that_timm_lacks_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
+def test_timm_export_refuses_patch_size_that_timm_lacks_with_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--to safetensors"):
         export(checkpoint(tmp_path, "xcit_pico_4_p4"), "timm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_timm_resizes_to_the_same_number_of_pixels_for_every_size() -> None:
+def test_crop_share_gives_exact_resize_in_timm_for_every_size() -> None:
     for crop in range(16, 520, 7):
         for resize in {*range(crop, 2 * crop, 3), crop - 5}:
             assert math.floor(crop / crop_share(EvalTransform(resize, crop))) == resize
 
 
-def test_images_that_timm_prepares_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_export_refuses_different_image_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exports, "crop_share", lambda transform: 1.0)
     with pytest.raises(InputError, match="timm prepares"):
         export(checkpoint(tmp_path), "timm", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pth"]
 
 
-def test_the_hubs_folder_has_a_readme_that_says_what_the_file_says(tmp_path: Path) -> None:
+def test_hf_export_readme_has_settings_but_no_local_paths_or_markup(tmp_path: Path) -> None:
     evil = "<script>\n```\n# z"
     args = {"data_path": "/home/somebody/pets", "lr": 3e-4, "output_dir": "/home/somebody/x", "recipe": evil}
     weights = checkpoint(tmp_path, epochs=100, **args)
@@ -136,7 +136,7 @@ def test_the_hubs_folder_has_a_readme_that_says_what_the_file_says(tmp_path: Pat
     for line in ("lr: 0.0003", "trained on: .../somebody/pets", f"weights (SHA-256): {load_backbone(weights).hash}"):
         assert f"\n{line}\n" in text
     assert "/home" not in text
-    assert "\nepochs_trained: 7\n" in text  # not those that were planned
+    assert "\nepochs_trained: 7\n" in text  # the trained epochs, not the planned ones
     assert "epochs: 100" not in text
     assert text.count("\n```") == 4
 
@@ -149,11 +149,11 @@ def test_the_hubs_folder_has_a_readme_that_says_what_the_file_says(tmp_path: Pat
         ("hf:org/name", "hf:org/name"), ("s3://bucket/a/b/c", "s3://bucket/a/b/c"),
     ],
 )  # fmt: skip
-def test_a_data_set_is_named_without_the_machines_folders(url: str, shown: str) -> None:
+def test_shown_place_hides_local_folders(url: str, shown: str) -> None:
     assert shown_place(url) == shown
 
 
-# ---- Graphs
+# ---- ONNX and torch.export
 
 
 def onnx_session(path: Path) -> Compute:
@@ -173,7 +173,7 @@ def torch_program(path: Path) -> Compute:
     ("target", "load"),
     [("onnx", onnx_session), pytest.param("torch-export", torch_program, marks=pytest.mark.slow)],
 )
-def test_a_graph_computes_the_same_at_any_size_and_batch(
+def test_graph_export_matches_backbone_at_any_size_and_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, load: Callable[[Path], Compute]
 ) -> None:
     if target == "onnx":
@@ -190,13 +190,13 @@ def test_a_graph_computes_the_same_at_any_size_and_batch(
         assert close(patch_tokens, expected.patch_tokens)
 
 
-def test_a_package_that_is_missing_is_named_with_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_export_names_missing_packages_and_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exports.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="onnxruntime: pip install"):
         export(checkpoint(tmp_path), "onnx", tmp_path / "out.onnx")
 
 
-# ---- What is compared, and when it is the same
+# ---- Comparison with the original
 
 
 def _keys_as_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ def _keys_as_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out | {f"{first}v.weight": out[f"{first}k.weight"].clone()}
 
 
-def test_an_export_that_differs_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_export_is_refused_and_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, out = checkpoint(tmp_path), tmp_path / "out"
     export(weights, "timm", out)
     first = (out / "model.safetensors").read_bytes()
@@ -216,7 +216,7 @@ def test_an_export_that_differs_replaces_nothing(tmp_path: Path, monkeypatch: py
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pth", "out"}
 
 
-def test_differences_are_relative_and_those_of_shape_and_nan_without_bound() -> None:
+def test_difference_is_relative_and_infinite_for_unequal_shapes_and_nan() -> None:
     expected, wrong = torch.tensor([[1.0, -4.0]]), torch.tensor([[1.0, float("nan")]])
     assert difference([expected], [expected + 1]) == 0.25
     for given in ([expected, wrong], [wrong, expected], [expected, expected[:, :1]]):
@@ -226,7 +226,7 @@ def test_differences_are_relative_and_those_of_shape_and_nan_without_bound() -> 
             difference([nothing], [expected])
 
 
-def test_fewer_than_three_images_are_refused(tmp_path: Path, photos: Path) -> None:
+def test_export_refuses_fewer_than_three_images(tmp_path: Path, photos: Path) -> None:
     export(checkpoint(tmp_path), "safetensors", tmp_path / "a.safetensors", "--images", str(photos))
     few = tmp_path / "few.txt"
     few.write_text("".join(f"{path}\n" for path in sorted(photos.iterdir())[:2]))
@@ -234,10 +234,10 @@ def test_fewer_than_three_images_are_refused(tmp_path: Path, photos: Path) -> No
         export(tmp_path / "ckpt.pth", "safetensors", tmp_path / "b.safetensors", "--images", str(few))
 
 
-# ---- What may be replaced
+# ---- Replacement of earlier exports
 
 
-def test_an_export_is_replaced_on_request_alone_and_no_other_folder_ever(tmp_path: Path) -> None:
+def test_export_replaces_only_earlier_exports_with_overwrite(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path)
     for target, out in (("safetensors", tmp_path / "a.safetensors"), ("timm", tmp_path / "a")):
         export(weights, target, out)
@@ -250,7 +250,7 @@ def test_an_export_is_replaced_on_request_alone_and_no_other_folder_ever(tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pth", "a.safetensors", "a"}
 
 
-def test_an_export_does_not_replace_its_own_input(tmp_path: Path) -> None:
+def test_export_does_not_replace_its_own_input(tmp_path: Path) -> None:
     export(checkpoint(tmp_path), "safetensors", tmp_path / "a.safetensors")
     export(tmp_path / "ckpt.pth", "timm", tmp_path / "a")
     (tmp_path / "b.safetensors").symlink_to(tmp_path / "a.safetensors")
@@ -263,7 +263,7 @@ def test_an_export_does_not_replace_its_own_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("target", "name"), [("safetensors", f"{'x' * 300}.safetensors"), ("timm", "x" * 300)])
-def test_a_place_where_nothing_can_be_written_is_refused(tmp_path: Path, target: str, name: str) -> None:
+def test_export_to_unwritable_path_is_refused(tmp_path: Path, target: str, name: str) -> None:
     with pytest.raises(InputError, match="cannot write"):
         export(checkpoint(tmp_path), target, tmp_path / name)
 
@@ -280,7 +280,7 @@ def test_a_place_where_nothing_can_be_written_is_refused(tmp_path: Path, target:
         ("--weights a.pth --out b --to timm --tolerance nan", "tolerance"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_written(
+def test_export_refuses_invalid_arguments_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: str, word: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -289,7 +289,7 @@ def test_mistakes_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_ends_with_two_for_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_command_exits_with_2_on_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["export", "--weights", "/nowhere/a.pth", "--to", "timm", "--out", "/nowhere/b"])
     with pytest.raises(SystemExit) as ended:
         command()

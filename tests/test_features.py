@@ -1,4 +1,4 @@
-"""Extraction in order, and the cache: never the wrong features, never half a file."""
+"""Feature extraction and the feature cache: order of the rows, no stale features, no partial files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def extract_cached(backbone: MeanColours, cache: Path | None, **changes: Any) ->
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(4, 0), (3, 2), (100, 0)])
-def test_rows_are_the_backbones_answers_in_the_order_of_the_source(batch_size: int, workers: int) -> None:
+def test_feature_rows_equal_backbone_outputs_in_source_order(batch_size: int, workers: int) -> None:
     source = noise_source(10)
     found = extract_cached(MeanColours(), None, batch_size=batch_size, num_workers=workers)
     backbone = MeanColours().eval()
@@ -38,7 +38,7 @@ def test_rows_are_the_backbones_answers_in_the_order_of_the_source(batch_size: i
     assert found.features.dtype == np.float32
 
 
-def test_the_backbone_measures_in_eval_mode_and_gets_its_mode_back() -> None:
+def test_extract_uses_eval_mode_and_restores_training_mode() -> None:
     backbone = build_backbone("xcit_pico_4_p4").train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     extract(backbone, noise_source(6), SMALL, CPU, progress=False)
@@ -46,14 +46,14 @@ def test_the_backbone_measures_in_eval_mode_and_gets_its_mode_back() -> None:
     assert all((value == before[name]).all() for name, value in backbone.state_dict().items())
 
 
-def test_a_damaged_image_that_a_loader_process_finds_is_named(tmp_path: Path) -> None:
+def test_unreadable_image_in_worker_is_named_in_error(tmp_path: Path) -> None:
     tree = image_tree(tmp_path / "data")
     (tree / "val" / "dots" / "dots 01.png").write_bytes(b"not a picture")
     with pytest.raises(UndecodableImage, match=r"dots 01\.png"):
         extract(MeanColours(), open_source(str(tree / "val")), SMALL, CPU, 2, progress=False)
 
 
-def test_kept_features_are_used_again(tmp_path: Path) -> None:
+def test_cached_features_are_reused(tmp_path: Path) -> None:
     backbone = MeanColours()
     first, again = (extract_cached(backbone, tmp_path) for _ in range(2))
     assert backbone.seen == 10
@@ -65,7 +65,7 @@ def test_kept_features_are_used_again(tmp_path: Path) -> None:
     assert backbone.seen == 20
 
 
-def test_other_weights_data_labels_or_preprocessing_are_extracted_anew(tmp_path: Path) -> None:
+def test_changed_weights_data_transform_or_descriptor_misses_cache(tmp_path: Path) -> None:
     backbone = MeanColours()
     extract_cached(backbone, tmp_path)
     relabelled = noise_source(10)
@@ -82,7 +82,7 @@ def test_other_weights_data_labels_or_preprocessing_are_extracted_anew(tmp_path:
 
 
 @pytest.mark.parametrize("length", [-8, 0])
-def test_a_damaged_file_is_replaced(tmp_path: Path, length: int) -> None:
+def test_damaged_cache_file_is_replaced(tmp_path: Path, length: int) -> None:
     extract_cached(MeanColours(), tmp_path)
     (kept,) = tmp_path.glob("*/features.npy")
     whole = kept.read_bytes()
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, length: int) -> None:
     assert (backbone.seen, kept.read_bytes()) == (10, whole)
 
 
-def test_what_a_killed_process_left_is_swept_but_work_in_progress_is_not(tmp_path: Path) -> None:
+def test_abandoned_temporary_folder_is_deleted_and_recent_one_kept(tmp_path: Path) -> None:
     for name, age in ((".abandoned.1.tmp", 7200), (".busy.2.tmp", 10)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "features.npy").write_bytes(b"half")
@@ -103,7 +103,7 @@ def test_what_a_killed_process_left_is_swept_but_work_in_progress_is_not(tmp_pat
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_written_rows_read_back_as_an_array_and_a_wrong_count_is_a_fault(tmp_path: Path, half: bool) -> None:
+def test_write_rows_round_trips_and_refuses_wrong_row_count(tmp_path: Path, half: bool) -> None:
     rows = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float16 if half else np.float32)
     for count, fewer in ((7, False), (1_000_000, True)):
         write_rows(tmp_path / "rows.npy", [rows[:4], rows[4:]], (count, 3), half, fewer)
@@ -113,7 +113,7 @@ def test_written_rows_read_back_as_an_array_and_a_wrong_count_is_a_fault(tmp_pat
             write_rows(tmp_path / "rows.npy", [rows], (count, 3), half, fewer)
 
 
-def test_pixel_baselines_are_the_prepared_pictures() -> None:
+def test_pixel_baselines_equal_transformed_images() -> None:
     source = noise_source(4)
     raw = extract(Pixels(SMALL, normalised=False), source, SMALL, CPU, progress=False).features
     assert raw.shape == (4, 3 * 8 * 8)

@@ -1,4 +1,4 @@
-"""k-NN with a few images a class: what is drawn, and what is reported about the draws."""
+"""Few-shot k-NN: the drawn images and the records over the draws."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def clouds(images: int, classes: int, seed: int, spread: float = 1.5) -> Feature
 
 
 @pytest.mark.parametrize("shots", [1, 2, 5])
-def test_so_many_images_of_each_class_are_drawn_and_all_where_there_are_fewer(shots: int) -> None:
+def test_draw_takes_n_images_per_class_or_all_of_a_smaller_class(shots: int) -> None:
     rows = draw(LABELS, shots, seed=0, number=0)
     assert (np.diff(rows) > 0).all()
     counts = {label: int((LABELS[rows] == label).sum()) for label in (-1, 4, 9)}
     assert counts == {-1: 1, 4: shots, 9: shots}
 
 
-def test_a_draw_depends_on_seed_and_number_alone_grows_with_the_shots_and_is_fair() -> None:
+def test_draws_are_nested_uniform_and_vary_with_seed_and_number() -> None:
     one, two, five = (set(draw(LABELS, shots, 7, 3).tolist()) for shots in (1, 2, 5))
     assert one < two < five
     assert len({tuple(draw(LABELS, 2, seed, number)) for seed in (7, 8) for number in range(5)}) > 5
@@ -41,12 +41,12 @@ def test_a_draw_depends_on_seed_and_number_alone_grows_with_the_shots_and_is_fai
         assert counts[label == LABELS] == pytest.approx(1500 * 2 / images, rel=0.1)
 
 
-def test_the_records_are_mean_and_deviation_over_the_draws() -> None:
+def test_few_shot_records_mean_and_std_over_draws() -> None:
     train, test = clouds(400, 8, seed=1), clouds(90, 8, seed=2)
     assert train.labels is not None
     records = few_shot(train, test, [1, 3], 4, [2, 10, 20], [0.07, 0.5], seed=5)
     keys = [(record["shots"], record["k"], record["temperature"]) for record in records]
-    # Eight images are drawn at one a class, so that 10 and 20 are the same eight neighbours.
+    # One image of each of eight classes is drawn, so k = 10 and k = 20 are both clamped to 8.
     assert keys == [(n, k, t) for n, ks in ((1, (2, 8)), (3, (2, 10, 20))) for k in ks for t in (0.07, 0.5)]
     for record in records:
         expected = []
@@ -58,28 +58,28 @@ def test_the_records_are_mean_and_deviation_over_the_draws() -> None:
         assert record["top1_draws"] == list(top1)
         assert record["top1"] == pytest.approx(statistics.mean(top1))
         assert record["top1_deviation"] == pytest.approx(statistics.stdev(top1))
-        # Two neighbours name two classes.
+        # Two neighbours have at most two classes, so top-5 is undefined.
         assert record["top5"] == (None if record["k"] == 2 else pytest.approx(statistics.mean(top5)))
         assert record["classes_with_fewer"] == 0
 
 
-def test_more_images_a_class_than_there_are_is_the_whole_training_set_once() -> None:
+def test_few_shot_above_class_size_uses_whole_training_set_once() -> None:
     train = clouds(60, 3, seed=1)
     assert train.labels is not None
-    train.labels[train.labels == 2] = 700  # a gap in the numbers
+    train.labels[train.labels == 2] = 700  # a gap in the label numbers
     (record,) = few_shot(train, train, [500], 3, [5], [0.07])
     guesses = knn_predict(train.features, train.labels, train.features, [5], [0.07])[5, 0.07]
-    assert record["top1_draws"] == [accuracy(guesses, train.labels, 1)], "every draw is the same"
+    assert record["top1_draws"] == [accuracy(guesses, train.labels, 1)], "identical draws must be measured once"
     assert (record["top1_deviation"], record["takes_all"], record["classes_with_fewer"]) == (None, True, 3)
-    assert record["top5"] is None, "three classes: top-5 means nothing"
+    assert record["top5"] is None, "top-5 is undefined for three classes"
     figures = [few_shot_figure("trained", record, 3, seed) for seed in (0, 1)]
-    assert figures[0].settings == figures[1].settings, "the seed decides nothing"
+    assert figures[0].settings == figures[1].settings, "the seed must not matter if all images are drawn"
     most = int(np.unique(train.labels, return_counts=True)[1].max())
     records = few_shot(train, train, [most - 1, most], 3, [5], [0.07])
     assert [len(record["top1_draws"]) for record in records] == [3, 1]
 
 
-def test_classes_without_a_training_image_and_images_without_labels() -> None:
+def test_few_shot_counts_unseen_classes_as_errors_and_requires_labels() -> None:
     train = clouds(30, 1, seed=1)
     (record,) = few_shot(train, Features(train.features, np.array([0] * 20 + [5] * 10)), [2], 2, [10], [0.07])
     assert record["top1_draws"] == [pytest.approx(100 * 20 / 30)] * 2

@@ -1,4 +1,4 @@
-"""Folders and lists of images, here and elsewhere."""
+"""Local and remote folders and lists of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["local", "remote"])
 def place(request: pytest.FixtureRequest, tree: Path) -> tuple[Path, str]:
-    """A folder, and a URL of it: its path, or one that fsspec opens."""
+    """A folder and its URL: the local path, or a ``file://`` URL that fsspec opens."""
     return tree, str(tree) if request.param == "local" else f"file://{tree}"
 
 
@@ -37,7 +37,7 @@ def relative(source: Source, url: str) -> list[str]:
 IMAGES = ["ant/e.webp", "cat/d.jpeg", "cat/deep/er/c.PNG", "dog/a.jpg", "dog/b.png"]
 
 
-def test_a_tree_of_class_folders_is_read_as_imagefolder_does(place: tuple[Path, str]) -> None:
+def test_class_folders_are_read_like_imagefolder(place: tuple[Path, str]) -> None:
     tree, url = place
     source = open_source(url)
     assert isinstance(source, Source)
@@ -52,7 +52,7 @@ def test_a_tree_of_class_folders_is_read_as_imagefolder_does(place: tuple[Path, 
         source.read(3)
 
 
-def test_images_directly_in_the_folder_make_it_flat_and_the_reason_is_told(place: tuple[Path, str]) -> None:
+def test_loose_image_makes_folder_flat_and_error_gives_the_reason(place: tuple[Path, str]) -> None:
     tree, url = place
     write_image(tree / "loose.png")
     source = open_source(url)
@@ -62,7 +62,7 @@ def test_images_directly_in_the_folder_make_it_flat_and_the_reason_is_told(place
         open_parts(None, url, url)
 
 
-def test_hidden_folders_and_own_results_are_never_data(place: tuple[Path, str]) -> None:
+def test_hidden_folders_and_run_outputs_are_skipped(place: tuple[Path, str]) -> None:
     tree, url = place
     for name in (".cache/x.png", "dog/.ipynb_checkpoints/0.png", "dog/.thumbnails/large/x.png", "cat/.d.png"):
         write_image(tree / name)
@@ -72,7 +72,7 @@ def test_hidden_folders_and_own_results_are_never_data(place: tuple[Path, str]) 
     assert relative(open_source(url), url) == IMAGES
 
 
-def test_what_is_skipped_is_reported(place: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_files_are_reported(place: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     tree, url = place
     for name in ("a.heic", "dog/b.HEIC", "dog/scan", "dog/IMG 2.10", "dog/labels.json", "dog/.DS_Store"):
         (tree / name).write_bytes(png())
@@ -84,13 +84,13 @@ def test_what_is_skipped_is_reported(place: tuple[Path, str], capsys: pytest.Cap
         open_source(url)
 
 
-def test_two_spellings_of_a_name_are_one_class(tmp_path: Path) -> None:
+def test_unicode_spellings_of_a_name_are_one_class(tmp_path: Path) -> None:
     composed, split = (unicodedata.normalize(form, "Möwe") for form in ("NFC", "NFD"))
     train, val = open_parts(str(parts_tree(tmp_path, (composed, "zebra"), (split, "zebra"))), None, None)
     assert train.classes == val.classes == (composed, "zebra")
 
 
-def test_names_survive_whatever_letters_they_have(tmp_path: Path) -> None:
+def test_unusual_file_names_are_read(tmp_path: Path) -> None:
     odd = ["a b.png", "ä.png", "zero\udcff.png", "new\nline.png", "日本.png"]
     for name in odd:
         (tmp_path / name).write_bytes(png())
@@ -99,17 +99,17 @@ def test_names_survive_whatever_letters_they_have(tmp_path: Path) -> None:
     assert [source.read(index)[0] for index in range(len(odd))] == [png()] * len(odd)
 
 
-def test_a_part_is_a_folder_beside_other_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_part_folder_is_used_and_other_folders_are_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts_tree(tmp_path, ("a", "b", "c"), ("a", "b"))
     assert [len(open_source(str(tmp_path), part)) for part in ("train", "val", None)] == [3, 2, 5]
-    assert len(open_source(str(tmp_path / "val"), "train")) == 2  # no part in it: taken whole
+    assert len(open_source(str(tmp_path / "val"), "train")) == 2  # has no part folders, so it is read whole
     write_image(tmp_path / "extra" / "x" / "0.png")
     assert len(open_source(str(tmp_path), "train")) == 3
     assert "using the part train, ignoring the folders extra" in capsys.readouterr().out
 
 
-def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
-    """CIFAR-100 has one, between tractor and trout."""
+def test_class_named_train_is_not_a_part(tmp_path: Path) -> None:
+    """CIFAR-100 has such a class, between tractor and trout."""
     classes = ("tractor", "train", "trout")
     parts_tree(tmp_path, classes, classes)
     inside = str(tmp_path / "train")
@@ -140,7 +140,7 @@ def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
         ("memory://bucket/a.tar", r"expected tar:memory://bucket/a\.tar"),
     ],
 )
-def test_what_is_no_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, words: str) -> None:
+def test_invalid_data_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, words: str) -> None:
     (tmp_path / "empty").mkdir()
     write_image(tmp_path / "one.png")
     monkeypatch.chdir(tmp_path)
@@ -148,16 +148,16 @@ def test_what_is_no_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_source(url)
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlistable_folder_is_named_in_the_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
-    def listing(path: str) -> object:  # root may list everything: no mode of a folder could show it
+    def listing(path: str) -> object:  # mocked, as root can list folders of any mode
         if str(path).rstrip("/") in closed:
             raise PermissionError(errno.EACCES, "Permission denied")
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", listing)
-    (tree / "lost+found").mkdir()  # at the top of many disks, and closed to all but root
+    (tree / "lost+found").mkdir()  # many disks have this folder, and only root can list it
     closed = {f"{tree}/lost+found"}
     assert open_source(str(tree)).classes == ("ant", "cat", "dog")
     for name in (f"{tree}/cat/deep", str(tree)):
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tree: Path, monkeypatch: pytest
             open_source(str(tree))
 
 
-def test_links_are_followed_but_not_in_circles(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_are_followed_without_cycles(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tree / "cat" / "deep" / "up").symlink_to(tree / "cat")
     (tree / "cat" / "top").symlink_to("..")
     (tree / "dog" / "itself").symlink_to(tree / "dog" / "itself")
@@ -179,10 +179,10 @@ def test_links_are_followed_but_not_in_circles(tree: Path, capsys: pytest.Captur
     assert "skipped 3 broken links, 2 links to a folder above" in capsys.readouterr().out
 
 
-# ---- lists
+# ---- list files
 
 
-def test_a_list_of_paths_is_relative_to_the_list_or_absolute(tmp_path: Path) -> None:
+def test_list_paths_are_absolute_or_relative_to_the_list(tmp_path: Path) -> None:
     first, second, third = (write_image(tmp_path / "in" / name) for name in ("a.png", "sub/c d.png", "#1.png"))
     far = write_image(tmp_path / "far" / "b.png")
     (tmp_path / "in" / "list.txt").write_text(f"# four\na.png\n\n{far}\n  sub/c d.png  \n#1.png\na.png\n")
@@ -192,11 +192,11 @@ def test_a_list_of_paths_is_relative_to_the_list_or_absolute(tmp_path: Path) -> 
     assert source.read(1) == (far.read_bytes(), None)
 
 
-def test_a_list_has_a_path_a_line_whatever_letters_are_in_it(tmp_path: Path) -> None:
+def test_list_lines_may_contain_unicode_line_separators(tmp_path: Path) -> None:
     odd = ["a\u2028b.png", "a\x0bb.png", "a\x85b.png", "plain.png"]
     for name in odd:
         write_image(tmp_path / name)
-    (tmp_path / "list.txt").write_bytes("\r\n".join(odd).encode("utf-8-sig"))  # as Windows' editors write it
+    (tmp_path / "list.txt").write_bytes("\r\n".join(odd).encode("utf-8-sig"))  # as Windows editors write it
     assert [Path(name).name for name in names(open_source(str(tmp_path / "list.txt")))] == odd
 
 
@@ -209,25 +209,25 @@ def test_a_list_has_a_path_a_line_whatever_letters_are_in_it(tmp_path: Path) -> 
         (b"list.txt\nreference://a.jpg::file:///evil.json\n", "a chain of file systems"),
     ],
 )
-def test_lists_that_cannot_be_used_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+def test_invalid_list_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(InputError, match=words):
         open_source(str(tmp_path / "list.txt"))
 
 
-# ---- elsewhere
+# ---- remote storage
 
 
 @pytest.fixture
 def bucket(tree: Path) -> str:
-    """``tree`` in fsspec's memory."""
+    """URL of a copy of ``tree`` in fsspec's in-memory file system."""
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     memory.put(f"{tree}/", "/bucket", recursive=True)
     return "memory://bucket"
 
 
-def test_a_remote_folder_is_another_when_a_file_changes(bucket: str) -> None:
+def test_remote_folder_fingerprint_changes_with_a_file(bucket: str) -> None:
     there = open_source(bucket)
     before = there.fingerprint()
     assert open_source(bucket + "/").fingerprint() == before
@@ -235,7 +235,7 @@ def test_a_remote_folder_is_another_when_a_file_changes(bucket: str) -> None:
     assert open_source(bucket).fingerprint() != before
 
 
-def test_parts_elsewhere_are_found(bucket: str) -> None:
+def test_remote_parts_are_found(bucket: str) -> None:
     memory = fsspec.filesystem("memory")
     for part in ("train", "val"):
         memory.pipe_file(f"/both/{part}/ape/{part}.png", b"x")
@@ -247,7 +247,7 @@ def test_parts_elsewhere_are_found(bucket: str) -> None:
         open_parts(bucket, None, None)
 
 
-def test_lists_elsewhere_and_of_what_is_elsewhere(tree: Path, bucket: str) -> None:
+def test_lists_and_their_images_may_be_local_or_remote(tree: Path, bucket: str) -> None:
     here = tree / "dog" / "a.jpg"
     text = f"dog/b.png\n{here}\n{bucket}/ant/e.webp\n"
     fsspec.filesystem("memory").pipe_file("/bucket/list.txt", text.encode())
@@ -257,12 +257,12 @@ def test_lists_elsewhere_and_of_what_is_elsewhere(tree: Path, bucket: str) -> No
     assert [local.read(index) for index in range(3)] == [there.read(index) for index in range(3)]
 
 
-# ---- folders that are listed once
+# ---- cached folder listings
 
 
 @pytest.fixture
 def listings(tree: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders of ``tree``, all an hour old, that are listed from now on; small ones are stored too."""
+    """Folders of ``tree`` listed from now on. All are an hour old, and even small listings are cached."""
     monkeypatch.setenv("DINO_XCIT_CACHE", str(tree / ".cache"))
     monkeypatch.setattr(folder, "MIN_KEPT", 1)
     past = tree.stat().st_mtime - 3600
@@ -280,7 +280,7 @@ def listings(tree: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return listed
 
 
-def test_a_folder_that_has_not_changed_is_not_listed_again(tree: Path, listings: list[str]) -> None:
+def test_unchanged_folder_is_not_listed_again(tree: Path, listings: list[str]) -> None:
     first = open_source(str(tree))
     assert sorted(listings) == [".", "ant", "cat", "cat/deep", "cat/deep/er", "dog", "empty"]
     listings.clear()
@@ -294,7 +294,7 @@ def test_a_folder_that_has_not_changed_is_not_listed_again(tree: Path, listings:
 
 
 @pytest.mark.parametrize("where", ["z.png", "cat/deep/er/z.png", "new/z.png", "empty/z.png"])
-def test_an_image_added_at_any_depth_is_found(tree: Path, listings: list[str], where: str) -> None:
+def test_cached_listing_follows_added_and_removed_images(tree: Path, listings: list[str], where: str) -> None:
     open_source(str(tree))
     write_image(tree / where)
     assert str(tree / where) in names(open_source(str(tree)))
@@ -302,8 +302,8 @@ def test_an_image_added_at_any_depth_is_found(tree: Path, listings: list[str], w
     assert str(tree / where) not in names(open_source(str(tree)))
 
 
-def test_a_folder_that_changed_just_now_is_listed_again(tree: Path, listings: list[str]) -> None:
-    """Its time may be that of the next change too."""
+def test_recently_changed_folder_is_listed_again(tree: Path, listings: list[str]) -> None:
+    """The next change may have the same modification time."""
     os.utime(tree / "dog")
     open_source(str(tree))
     listings.clear()

@@ -1,7 +1,7 @@
-"""The same pictures in every form a data set may have: what reads them and measures sees no difference.
+"""The same images in every form of data set: all forms give equal items, batches and evaluation parts.
 
-24 labelled pictures of three classes for training, one of which is cut short, and six for validation; once in folders,
-and once in each other form, in the same order.
+The training part has 24 labelled images of three classes, one of them truncated. The validation part has six images.
+Every form has the images in the same order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dino_xcit.runtime.health import UnreadableLog, read_unreadable
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 BROKEN = 17
-"""Of the training part, in the order of all forms."""
+"""Index of the truncated training image in every form."""
 
 
 class Picture(NamedTuple):
@@ -41,7 +41,7 @@ class Picture(NamedTuple):
 
 Parts = dict[str, list[Picture]]
 Writer = Callable[[Path, Parts], dict[str, str]]
-"""Write both parts into a folder; the URL of each."""
+"""Writes both parts to a folder and returns the URL of each."""
 
 FORMS: dict[str, Writer] = {}
 
@@ -52,13 +52,13 @@ def form(writer: Writer) -> Writer:
 
 
 def make_parts() -> Parts:
-    """Pictures in the order of their names, which is that of their classes."""
+    """Make the images of both parts, sorted by name and class."""
     parts: Parts = {"train": [], "val": []}
     for part, count in (("train", 8), ("val", 2)):
         for place in range(3 * count):
             label, number = divmod(place, count)
             data = encoded(photograph(100 * label + number), "PNG" if number % 5 == 4 else "JPEG")
-            # ImageNet too has a PNG that is called a JPEG.
+            # ImageNet also has a PNG file with the suffix JPEG.
             name = f"{CLASSES[label]}_{number}.JPEG" if part == "train" else f"ILSVRC2012_val_{place:08d}.JPEG"
             parts[part].append(Picture(label, name, data))
     return parts
@@ -92,7 +92,7 @@ def file_list(folder: Path, parts: Parts) -> dict[str, str]:
 
 
 def write_shards(folder: Path, parts: Parts, members: Callable[[Picture], dict[str, bytes]]) -> dict[str, str]:
-    """Three shards a part."""
+    """Write three shards per part."""
     for part, pictures in parts.items():
         for number in range(3):
             third = pictures[number * len(pictures) // 3 : (number + 1) * len(pictures) // 3]
@@ -118,7 +118,7 @@ def archives_of_class_folders(folder: Path, parts: Parts) -> dict[str, str]:
 
 @form
 def parquet_of_the_hub(folder: Path, parts: Parts) -> dict[str, str]:
-    """Two files a part, of row groups of five, as ``datasets`` writes them."""
+    """Write two files per part with row groups of five, as ``datasets`` does."""
     (folder / "data").mkdir()
     features = {"image": {"_type": "Image"}, "label": {"names": CLASSES, "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -142,7 +142,7 @@ def saved_by_datasets(folder: Path, parts: Parts) -> dict[str, str]:
 
 @form
 def imagenet_as_downloaded(folder: Path, parts: Parts) -> dict[str, str]:
-    """The organisers' archive of an archive a class for training, Kaggle's folders and tables for validation."""
+    """Write the official training archive, with one archive per class, and Kaggle's validation folder and tables."""
     archives = {
         f"{wnid}.tar": packed({picture.name: picture.data for picture in parts["train"] if picture.label == label})
         for label, wnid in enumerate(CLASSES)
@@ -160,7 +160,7 @@ def imagenet_as_downloaded(folder: Path, parts: Parts) -> dict[str, str]:
 
 
 def remote(writer: Writer, folder: Path, parts: Parts) -> dict[str, str]:
-    """The same files, in fsspec's memory."""
+    """Copy the files of ``writer`` to fsspec's in-memory file system."""
     urls = writer(folder, parts)
     far = fsspec.filesystem("memory")
     for path in sorted(folder.rglob("*")):
@@ -180,7 +180,7 @@ Urls = dict[str, dict[str, str]]
 
 @pytest.fixture(scope="module")
 def parts() -> Parts:
-    """One picture cannot be read."""
+    """Both parts, with training image ``BROKEN`` truncated."""
     made = make_parts()
     one = made["train"][BROKEN]
     made["train"][BROKEN] = one._replace(data=one.data[: len(one.data) // 2])
@@ -196,7 +196,7 @@ def urls(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Url
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_every_form_has_the_same_bytes_labels_and_classes(name: str, part: str, urls: Urls, parts: Parts) -> None:
+def test_every_form_gives_equal_bytes_labels_and_classes(name: str, part: str, urls: Urls, parts: Parts) -> None:
     source = open_source(urls[name][part], part)
     labelled = name not in WITHOUT_LABELS
     assert [source.read(index) for index in range(len(source))] == [
@@ -207,12 +207,12 @@ def test_every_form_has_the_same_bytes_labels_and_classes(name: str, part: str, 
     shown = names(source)
     assert len(set(shown)) == len(shown)
     assert [name.rpartition("/")[2] for name in shown] == [picture.name for picture in parts[part]]
-    # What a source calls itself opens it again: a checkpoint remembers no more.
+    # The URL that a source reports must open the same data again.
     assert open_source(source.url, part).fingerprint() == source.fingerprint()
 
 
 def batches_of(source: Source, workers: int) -> list[Batch]:
-    """Two epochs."""
+    """Load two epochs."""
     sampler = StepSampler(len(source), 8, seed=3, start_step=0, stop_step=6)
     return list(build_loader(source, tiny_config().augmentation(), sampler, 3, workers, CPU))
 
@@ -227,7 +227,7 @@ def expected(urls: Urls) -> list[Batch]:
     [*((name, 0) for name in FORMS if name != "class folders"), ("remote webdataset shards", 2),
      ("parquet of the hub", 2), ("imagenet as downloaded", 2)],
 )  # fmt: skip
-def test_a_broken_image_is_replaced_by_the_same_one_and_listed_in_every_form(
+def test_unreadable_image_is_replaced_and_logged_equally_in_every_form(
     name: str, workers: int, urls: Urls, expected: list[Batch], tmp_path: Path
 ) -> None:
     source = open_source(urls[name]["train"], "train")
@@ -246,7 +246,7 @@ def test_a_broken_image_is_replaced_by_the_same_one_and_listed_in_every_form(
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_evaluators_take_both_parts_of_every_form_with_labels(name: str, urls: Urls, parts: Parts) -> None:
+def test_open_parts_accepts_every_labelled_form(name: str, urls: Urls, parts: Parts) -> None:
     both = open_parts(None, urls[name]["train"], urls[name]["val"])
     for source, pictures in zip(both, parts.values(), strict=True):
         assert source.classes == CLASSES
@@ -257,20 +257,20 @@ def test_evaluators_take_both_parts_of_every_form_with_labels(name: str, urls: U
     "class folders", "parquet of the hub", "imagenet as downloaded", "saved by datasets", "remote class folders",
     "remote parquet of the hub",
 ])  # fmt: skip
-def test_forms_that_hold_both_parts_are_given_to_evaluators_at_once(name: str, urls: Urls) -> None:
+def test_open_parts_finds_both_parts_from_one_url(name: str, urls: Urls) -> None:
     train, val = open_parts(urls[name]["train"].removesuffix("/train"), None, None)
     assert (len(train), len(val)) == (24, 6)
     assert train.classes == val.classes == CLASSES
 
 
 @pytest.mark.parametrize("name", WITHOUT_LABELS)
-def test_forms_without_labels_are_refused_by_evaluators_alone(name: str, urls: Urls) -> None:
+def test_open_parts_refuses_forms_without_labels(name: str, urls: Urls) -> None:
     with pytest.raises(InputError, match="has no labels"):
         open_parts(None, urls[name]["train"], urls[name]["val"])
 
 
 @pytest.mark.parametrize("name", ["webdataset shards", "parquet of the hub"])
-def test_a_pattern_of_one_part_is_not_taken_for_both(name: str, urls: Urls) -> None:
+def test_open_parts_refuses_pattern_of_a_single_part(name: str, urls: Urls) -> None:
     pattern = open_source(urls[name]["train"], "train").url
     with pytest.raises(InputError, match="is one part: give --train-data and --val-data"):
         open_parts(pattern, None, None)

@@ -1,4 +1,4 @@
-"""The projection head: its start, its names, its unit vectors."""
+"""The projection head: initialisation, parameter names, and normalised features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dino_xcit.train import build_state
 
 
 def published_layout(in_dim: int, hidden: int, bottleneck: int, out_dim: int, use_bn: bool) -> nn.Module:
-    """The head's modules as the paper's appendix describes them, with PyTorch's own weight normalisation."""
+    """Build the head of the paper's appendix, with PyTorch's own weight normalisation."""
     layers: list[nn.Module] = []
     for width in (in_dim, hidden):
         norm = [nn.BatchNorm1d(hidden)] if use_bn else []
@@ -28,7 +28,7 @@ def published_layout(in_dim: int, hidden: int, bottleneck: int, out_dim: int, us
 
 @pytest.mark.parametrize("use_bn", [False, True])
 @pytest.mark.parametrize("norm_last_layer", [False, True])
-def test_equals_weight_norm_in_values_and_gradients(use_bn: bool, norm_last_layer: bool) -> None:
+def test_head_equals_weight_norm_in_values_and_gradients(use_bn: bool, norm_last_layer: bool) -> None:
     ours = DINOHead(24, 40, use_bn, norm_last_layer, hidden_dim=32, bottleneck_dim=12).double()
     theirs = published_layout(24, 32, 12, 40, use_bn).double()
     with torch.no_grad():
@@ -50,13 +50,13 @@ def test_equals_weight_norm_in_values_and_gradients(use_bn: bool, norm_last_laye
 
 
 @torch.no_grad()
-def test_the_three_layers_start_from_a_normal_of_002_and_the_prototypes_from_linears_default() -> None:
+def test_mlp_starts_normal_with_std_002_and_prototypes_like_linear() -> None:
     head = DINOHead(384, 2000)
     for index in (0, 2, 4):
         layer = head.mlp[index]
         assert isinstance(layer, nn.Linear)
         assert float(layer.weight.std()) == pytest.approx(0.02, rel=0.01)
-        # a normal has 68.3% within one deviation
+        # a normal distribution has 68.3% within one std
         assert float((layer.weight.abs() < 0.02).double().mean()) == pytest.approx(0.683, abs=0.004)
         assert bool((layer.bias == 0).all())
     direction = head.last_layer.weight_v
@@ -66,7 +66,7 @@ def test_the_three_layers_start_from_a_normal_of_002_and_the_prototypes_from_lin
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
-def test_prototype_lengths_start_at_one_and_are_frozen_or_trained(norm_last_layer: bool) -> None:
+def test_prototype_norms_start_at_one_and_norm_last_layer_freezes_them(norm_last_layer: bool) -> None:
     config = tiny_config(norm_last_layer=norm_last_layer, freeze_last_layer=0)
     state = build_state(config, CPU)
     layer = state.method.student.head.last_layer
@@ -76,12 +76,12 @@ def test_prototype_lengths_start_at_one_and_are_frozen_or_trained(norm_last_laye
     assert (layer.weight_g.grad is None) is norm_last_layer
 
 
-def test_under_autocast_the_unit_vectors_are_float32() -> None:
+def test_normalised_features_are_float32_under_autocast() -> None:
     head, x = DINOHead(64, 50, hidden_dim=128, bottleneck_dim=256), torch.randn(20, 64)
     seen: list[Tensor] = []
     head.last_layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         low = head(x)
     assert seen[0].dtype is torch.float32
-    assert float((seen[0].norm(dim=1) - 1).abs().max()) < 1e-5  # in bfloat16 it would be off by up to 0.004
+    assert float((seen[0].norm(dim=1) - 1).abs().max()) < 1e-5  # in bfloat16 the error is up to 0.004
     assert float((low - head(x)).detach().abs().max()) < 0.01

@@ -33,7 +33,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hub_table(images: Sequence[bytes | None] = IMAGES, labels: Sequence[int] | None = (0, 1, 2, 0, 1, 2)) -> pa.Table:
-    """As the hub's files are: a structure of bytes and path, and numbers whose names are in the metadata."""
+    """Build a table like the hub's files: images as structs of bytes and path, class names in the metadata."""
     rows = [{"bytes": image, "path": f"folder/n{number}.JPEG"} for number, image in enumerate(images)]
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     columns = {"image": pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
@@ -45,18 +45,18 @@ def hub_table(images: Sequence[bytes | None] = IMAGES, labels: Sequence[int] | N
 
 
 def write(folder: Path, table: pa.Table) -> str:
-    """The URL of the table's file."""
+    """Write the table to a Parquet file and return its URL."""
     pq.write_table(table, folder / "x.parquet")
     return f"parquet:{folder}/x.parquet"
 
 
 def loaded(folder: Path) -> datasets.DatasetDict:
-    """The hub's table as the library loads it."""
+    """Load :func:`hub_table` with the datasets library."""
     write(folder, hub_table())
     return datasets.load_dataset("parquet", data_files=str(folder / "x.parquet"), cache_dir=str(folder / "hf"))
 
 
-def test_a_file_of_the_hub_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hub_parquet_files_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
         pq.write_table(hub_table(), tmp_path / f"train-{number}.parquet")
     source = open_source(f"parquet:{tmp_path}/train-*.parquet")
@@ -68,7 +68,7 @@ def test_a_file_of_the_hub_is_read(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [source.name(index) for index in (7, -1)] == ["00000007/n1.JPEG", "00000011/n5.JPEG"]
     with pytest.raises(IndexError):
         source.read(12)
-    again = pickle.loads(pickle.dumps(source))  # as a loader process gets it
+    again = pickle.loads(pickle.dumps(source))  # loader workers unpickle the source
     assert again.read(3) == source.read(3)
     assert again.fingerprint() == source.fingerprint() == open_source(source.url).fingerprint()
     assert "copying" not in capsys.readouterr().out
@@ -77,12 +77,12 @@ def test_a_file_of_the_hub_is_read(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("changed", [
     {"images": IMAGES[::-1]}, {"labels": (1, 1, 2, 0, 1, 2)},
 ])  # fmt: skip
-def test_the_fingerprint_follows_images_order_and_labels(tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_fingerprint_depends_on_image_order_and_labels(tmp_path: Path, changed: dict[str, Any]) -> None:
     first, second = (open_source(write(tmp_path, hub_table(**o))).fingerprint() for o in ({}, changed))
     assert first != second
 
 
-def test_parts_are_found_by_the_names_of_a_folders_files(tmp_path: Path) -> None:
+def test_parts_are_selected_by_file_name_prefix(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for part, labels in (("train", (0,) * 6), ("validation", (1,) * 6), ("test", (-1,) * 6)):
         pq.write_table(hub_table(labels=labels), tmp_path / "data" / f"{part}-00000-of-00001.parquet")
@@ -94,7 +94,7 @@ def test_parts_are_found_by_the_names_of_a_folders_files(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("url", ["hf:{}", "hf:{}/val"])
-def test_what_save_to_disk_wrote_is_read(tmp_path: Path, url: str) -> None:
+def test_save_to_disk_folder_is_read(tmp_path: Path, url: str) -> None:
     whole = loaded(tmp_path)["train"]
     datasets.DatasetDict({"train": whole, "test": whole.select([4, 2])}).save_to_disk(tmp_path / "d")
     source = open_source(url.format(tmp_path / "d"))
@@ -111,7 +111,7 @@ def test_what_save_to_disk_wrote_is_read(tmp_path: Path, url: str) -> None:
     ("hf:org/name", ("org/name",)), ("hf:org/name/config", ("org/name", "config")),
     ("hf:org/name/train?label=none", ("org/name",)),
 ])  # fmt: skip
-def test_a_name_of_the_hub_is_handed_on(
+def test_hub_name_is_passed_to_load_dataset(
     url: str, asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Mock(return_value=loaded(tmp_path))
@@ -122,14 +122,14 @@ def test_a_name_of_the_hub_is_handed_on(
     assert (source.labels is None) == url.endswith("none")
 
 
-def test_images_are_undecoded_whatever_their_column(tmp_path: Path) -> None:
+def test_images_stay_encoded_for_every_column_type(tmp_path: Path) -> None:
     for column in (IMAGES, [{"bytes": image} for image in IMAGES]):
         table = pa.table({"photo": column, "species": list("bacbac")})
         source = open_source(write(tmp_path, table) + "?label=species")
         assert (source.read(2), source.classes, source.name(2)) == ((IMAGES[2], 2), ("a", "b", "c"), "00000002")
 
 
-def test_a_row_without_an_image_is_unreadable_and_no_other(tmp_path: Path) -> None:
+def test_only_row_without_image_is_unreadable(tmp_path: Path) -> None:
     source = open_source(write(tmp_path, hub_table([IMAGES[0], None, IMAGES[2]], None)))
     assert (source.read(0), source.read(2)) == ((IMAGES[0], None), (IMAGES[2], None))
     with pytest.raises(UndecodableImage, match="the row has no image"):
@@ -151,25 +151,27 @@ TWO = {"jpg": IMAGES, "png": IMAGES}
     ({"jpg": IMAGES, "label": ["a", None, "b"] * 2}, "", "2 of the 6 rows .* have no label"),
     ({"jpg": IMAGES, "label": [0, 10**9] * 3}, "", "has the label 1000000000, expected at most 999,999"),
 ])  # fmt: skip
-def test_what_is_unclear_is_refused_by_name(tmp_path: Path, columns: dict[str, Any], query: str, words: str) -> None:
+def test_ambiguous_or_invalid_column_is_refused(
+    tmp_path: Path, columns: dict[str, Any], query: str, words: str
+) -> None:
     with pytest.raises(InputError, match=words):
         open_source(write(tmp_path, pa.table(columns)) + query)
 
 
 @pytest.mark.parametrize("labels", [None, (-1,) * 6])
-def test_there_may_be_no_labels(tmp_path: Path, labels: tuple[int, ...] | None) -> None:
+def test_labels_are_optional(tmp_path: Path, labels: tuple[int, ...] | None) -> None:
     source = open_source(write(tmp_path, hub_table(labels=labels)))
     assert source.labels is source.classes is source.read(0)[1] is None
 
 
 @pytest.mark.parametrize("labels", [[True, False], [[1], [0]], [-1, -1]])
-def test_why_there_are_no_labels_is_told(tmp_path: Path, labels: list[Any]) -> None:
+def test_error_explains_why_labels_are_missing(tmp_path: Path, labels: list[Any]) -> None:
     url = write(tmp_path, pa.table({"image": IMAGES[:2], "label": labels}))
     with pytest.raises(InputError, match=r"no labels.*its column label .*has no class numbers or names"):
         open_parts(None, url, url)
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_data_set_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(hub_table(), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
     pq.write_table(pa.table({"other": [1]}), tmp_path / "c.parquet")
@@ -184,7 +186,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         open_source("hf:nobody/nothing")
 
 
-def test_a_copy_for_which_there_is_no_room_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrow_copy_is_refused_before_writing_if_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = write(tmp_path, hub_table())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(InputError, match=r"0\.0 GB free: set DINO_XCIT_CACHE to a folder on a larger disk"):
@@ -192,7 +194,7 @@ def test_a_copy_for_which_there_is_no_room_is_refused_first(tmp_path: Path, monk
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def test_a_remote_file_is_downloaded_once_and_anew_when_it_changed(tmp_path: Path) -> None:
+def test_changed_remote_file_is_downloaded_again(tmp_path: Path) -> None:
     far = fsspec.filesystem("memory")
     for images in (IMAGES, IMAGES[::-1]):
         write(tmp_path, hub_table(images))
@@ -200,17 +202,17 @@ def test_a_remote_file_is_downloaded_once_and_anew_when_it_changed(tmp_path: Pat
         assert open_source("parquet:memory://hf/x.parquet").read(0)[0] == images[0]
 
 
-def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_datasets_package_error_gives_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'dino-xcit\[hf\]'"):
         open_source(f"parquet:{tmp_path}/x.parquet")
 
 
-def test_whichever_process_comes_first_writes_the_copy(
+def test_arrow_copy_is_written_without_local_rank_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pq.write_table(hub_table(), tmp_path / "x.parquet")
-    monkeypatch.setenv("LOCAL_RANK", "1")  # and rank 0 never comes
+    monkeypatch.setenv("LOCAL_RANK", "1")  # rank 0 never opens the files
     assert len(open_source(f"parquet:{tmp_path}/x.parquet")) == len(IMAGES)
     assert "copying" not in capsys.readouterr().out
 
@@ -219,7 +221,9 @@ def test_whichever_process_comes_first_writes_the_copy(
     ("{}/there.png", ""), ("memory://hf/there.png", ""), ("{}/gone.png", "there is no file"),
     ("zip://x.png::memory://hf/x.zip", "has no image"), ("there.png", "has no image"), (None, "has no image"),
 ])  # fmt: skip
-def test_a_row_may_name_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None, words: str) -> None:
+def test_row_may_reference_an_image_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None, words: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.png").write_bytes(IMAGES[1])
     fsspec.filesystem("memory").pipe_file("/hf/there.png", IMAGES[1])
@@ -233,12 +237,12 @@ def test_a_row_may_name_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("kind", [pa.uint8(), pa.uint64(), pa.int16()])
-def test_labels_are_whole_numbers_of_any_type(tmp_path: Path, kind: pa.DataType) -> None:
+def test_labels_of_any_integer_type_are_read(tmp_path: Path, kind: pa.DataType) -> None:
     source = open_source(write(tmp_path, pa.table({"image": IMAGES, "label": pa.array([0, 1, 2] * 2, kind)})))
     assert [source.read(index)[1] for index in range(6)] == [0, 1, 2] * 2
 
 
-def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
+def test_label_without_class_name_is_refused(tmp_path: Path) -> None:
     pq.write_table(hub_table(labels=(0, 1, 2, 3, 0, 1)), tmp_path / "x.parquet")
     with pytest.raises(InputError, match="has the label 3, expected at most 2"):
         open_source(f"parquet:{tmp_path}/x.parquet")

@@ -1,4 +1,4 @@
-"""ImageNet as it is downloaded: stand-ins of three classes in every layout, and what can be wrong with them."""
+"""ImageNet as downloaded: stand-ins with three classes in every layout, and damaged ones."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dino_xcit.errors import InputError
 
 WNIDS = ("n01440764", "n02085620", "n03995372")
 NUMBERS = {"n02085620": 1, "n03995372": 2, "n01440764": 3}
-"""ILSVRC2012_ID: not in the order of the wnids, as in the real kit."""
+"""ILSVRC2012_ID by wnid. The order differs from that of the wnids, as in the real kit."""
 VAL = ("n03995372", "n01440764", "n02085620", "n02085620", "n01440764", "n03995372")
-"""The class of each validation image, in order."""
+"""Class of each validation image, in order."""
 
 
 TRAIN_IMAGES = {
@@ -39,13 +39,13 @@ ARCHIVES = {
     f"{wnid}.tar": packed({name[10:]: data for name, data in TRAIN_IMAGES.items() if name.startswith(wnid)})
     for wnid in reversed(WNIDS)
 }
-"""The last class first, as archives need not be sorted."""
+"""In descending order, as archives need not be sorted."""
 TRAIN, VALIDATION, KIT_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", f"{KIT}.tar.gz"
 
 
 def meta_mat(numbers: dict[str, int] = NUMBERS) -> bytes:
     rows = [(number, wnid, "some words", 0) for wnid, number in numbers.items()]
-    rows.append((99, "n00001740", "entity", 3))  # above the others
+    rows.append((99, "n00001740", "entity", 3))  # parent of the other classes
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": np.array(rows, dtype=kinds).reshape(-1, 1)}, do_compression=True)
@@ -101,7 +101,7 @@ def shipped(tmp_path: Path) -> Path:
 
 
 def read_all(source: Source) -> dict[str, tuple[object, int | None]]:
-    """Name of the file to (bytes, label)."""
+    """Return (bytes, label) of each image by file name."""
     return {source.name(index).rpartition("/")[2]: source.read(index) for index in range(len(source))}
 
 
@@ -110,7 +110,7 @@ def test_every_layout_gives_the_same_images_labels_and_classes(tmp_path: Path, l
     lay_out(tmp_path / "in")
     train, val = open_parts(f"imagenet:{tmp_path}/in", None, None)
     assert train.classes == val.classes == WNIDS
-    in_order = sorted(TRAIN_IMAGES)  # as in a sorted folder
+    in_order = sorted(TRAIN_IMAGES)  # order of a sorted folder
     assert [name.rpartition("/")[2] for name in names(train)] == [name[10:] for name in in_order]
     assert labels(train) == [0] * 3 + [1] * 3 + [2] * 3
     assert read_all(train) == {name[10:]: (TRAIN_IMAGES[name], WNIDS.index(name[:9])) for name in in_order}
@@ -118,7 +118,7 @@ def test_every_layout_gives_the_same_images_labels_and_classes(tmp_path: Path, l
     assert read_all(val) == {name: (data, WNIDS.index(wnid)) for (name, data), wnid in expected}
 
 
-def test_archives_that_were_moved_are_the_same_data(shipped: Path) -> None:
+def test_fingerprint_is_independent_of_archive_location(shipped: Path) -> None:
     def fingerprints(root: Path) -> list[str]:
         return [open_source(f"imagenet:{root}", part).fingerprint() for part in ("train", "val")]
 
@@ -126,17 +126,17 @@ def test_archives_that_were_moved_are_the_same_data(shipped: Path) -> None:
     assert fingerprints(shipped.rename(shipped.with_name("elsewhere"))) == before
 
 
-def test_the_archives_are_looked_through_once(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_are_scanned_once(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("train", "val"):
         first = open_source(f"imagenet:{shipped}", part)
         with monkeypatch.context() as patch:
-            patch.setattr("dino_xcit.data.imagenet.scan", None)  # would be a TypeError
+            patch.setattr("dino_xcit.data.imagenet.scan", None)  # a second scan raises TypeError
             again = open_source(f"imagenet:{shipped}", part)
         assert read_all(again) == read_all(first)
         assert again.fingerprint() == first.fingerprint()
 
 
-def test_a_changed_truth_changes_labels_and_fingerprint(shipped: Path) -> None:
+def test_changed_ground_truth_changes_labels_and_fingerprint(shipped: Path) -> None:
     before = open_source(f"imagenet:{shipped}", "val")
     truth(3, 3, 2, 1, 1, 2)(shipped)
     after = open_source(f"imagenet:{shipped}", "val")
@@ -144,7 +144,7 @@ def test_a_changed_truth_changes_labels_and_fingerprint(shipped: Path) -> None:
     assert after.fingerprint() != before.fingerprint()
 
 
-# ---- what can be wrong
+# ---- damaged and missing data
 
 Damage = Callable[[Path], None]
 
@@ -198,7 +198,7 @@ def gone(name: str) -> Damage:
     ("val", replaced(KIT_ARCHIVE, b"<html>"), "devkit_t12.tar.gz is damaged"),
     ("val", replaced(KIT_ARCHIVE, gzip.compress(packed({"a": b""}))), "devkit_t12.tar.gz is damaged"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_a_sentence(shipped: Path, part: str, damage: Damage, words: str) -> None:
+def test_damaged_or_inconsistent_data_is_refused(shipped: Path, part: str, damage: Damage, words: str) -> None:
     damage(shipped)
     with pytest.raises(InputError, match=words):
         open_source(f"imagenet:{shipped}", part)
@@ -210,21 +210,21 @@ def test_what_does_not_fit_is_a_sentence(shipped: Path, part: str, damage: Damag
     ("LOC_val_solution.csv", b"ImageId,PredictionString\nx,n00000000 1 2 3 4\n"),
     ("LOC_synset_mapping.txt", b"tench\n"), ("LOC_synset_mapping.txt", b"n01440764 a\nn01440764 a\n"),
 ])  # fmt: skip
-def test_kaggle_s_tables_are_checked(tmp_path: Path, name: str, data: bytes) -> None:
+def test_damaged_kaggle_table_is_refused(tmp_path: Path, name: str, data: bytes) -> None:
     kaggle(tmp_path / "in")
     (tmp_path / "in" / name).write_bytes(data)
     with pytest.raises(InputError, match=name):
         open_source(f"imagenet:{tmp_path}/in", "val")
 
 
-def test_a_class_that_kaggle_s_table_lists_must_be_there(tmp_path: Path) -> None:
+def test_missing_class_of_kaggle_table_is_refused(tmp_path: Path) -> None:
     kaggle(tmp_path / "in")
     shutil.rmtree(tmp_path / "in/ILSVRC/Data/CLS-LOC/train/n02085620")
     with pytest.raises(InputError, match=r"has 2 classes, .*LOC_synset_mapping.txt names 3, .* has n02085620"):
         open_source(f"imagenet:{tmp_path}/in")
 
 
-def test_folders_that_are_absent_or_remote_are_refused(tmp_path: Path) -> None:
+def test_missing_or_remote_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no folder .*absent: expected one with ILSVRC2012_img_train.tar"):
         open_source(f"imagenet:{tmp_path}/absent")
     with pytest.raises(InputError, match="expected a folder on this machine"):
@@ -233,7 +233,7 @@ def test_folders_that_are_absent_or_remote_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lay_out", [partly_unpacked, kaggle])
 @pytest.mark.parametrize("hidden", ["._ILSVRC2012_val_00000001.JPEG", ".ILSVRC2012_val_00000001.JPEG"])
-def test_hidden_files_beside_the_validation_images_are_left_out(
+def test_hidden_files_beside_validation_images_are_ignored(
     tmp_path: Path, lay_out: Callable[[Path], None], hidden: str
 ) -> None:
     lay_out(tmp_path / "in")

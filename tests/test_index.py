@@ -1,4 +1,4 @@
-"""The stored index: kept, found again, shared between processes, replaced where it is damaged."""
+"""The stored index of a data set: reuse, sharing between processes, and replacement if damaged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = ["a", "", "ü/ß.png", "new\nline", "zero\udcff", "日本"]
 
 
 class Built:
-    """An index, and how often it was built."""
+    """Builds an index and counts the builds."""
 
     def __init__(self, value: int = 1, length: int = 6) -> None:
         self.value, self.length, self.times = value, length, 0
@@ -49,7 +49,7 @@ def stored(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.glob("index/*.safetensors"))
 
 
-def test_texts_are_found_by_number() -> None:
+def test_strings_are_indexed_by_position() -> None:
     texts = Strings.pack(TEXTS)
     assert list(texts) == TEXTS
     assert texts[-1] == "日本"
@@ -58,7 +58,7 @@ def test_texts_are_found_by_number() -> None:
             texts[beyond]
 
 
-def test_an_index_is_built_once_and_mapped_after(tmp_path: Path) -> None:
+def test_index_is_built_once_and_memory_mapped(tmp_path: Path) -> None:
     built = Built()
     for _ in range(3):
         index = cached("x", built, accept_all, tmp_path)
@@ -70,7 +70,7 @@ def test_an_index_is_built_once_and_mapped_after(tmp_path: Path) -> None:
     assert built.times == 1
 
 
-def test_an_outdated_index_is_built_again_and_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outdated_index_is_rebuilt_and_removed_after_max_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Built(1), Built(2)
     used = cached("x", first, accept_all, tmp_path)
     other = cached("y", first, accept_all, tmp_path)
@@ -83,13 +83,13 @@ def test_an_outdated_index_is_built_again_and_removed_later(tmp_path: Path, monk
     assert Path(other.file) in stored(tmp_path)
 
 
-def test_a_pickled_index_is_a_path_and_a_lost_one_a_sentence(tmp_path: Path) -> None:
+def test_pickled_index_is_a_path_and_missing_file_raises_input_error(tmp_path: Path) -> None:
     built = Built(length=100_000)
     index = cached("x", built, accept_all, tmp_path)
     travelling = pickle.dumps(index)
     assert len(travelling) < 1000
     assert_is(pickle.loads(travelling), built)
-    assert_is(pickle.loads(pickle.dumps(built())), built)  # one that is nowhere but in memory
+    assert_is(pickle.loads(pickle.dumps(built())), built)  # an index that is not stored
     os.unlink(index.file)
     with pytest.raises(InputError, match="was removed"):
         pickle.loads(travelling)
@@ -105,7 +105,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_index_is_built_again(tmp_path: Path, kind: str) -> None:
+def test_damaged_index_is_rebuilt(tmp_path: Path, kind: str) -> None:
     built = Built()
     cached("x", built, accept_all, tmp_path)
     DAMAGES[kind](stored(tmp_path)[0])
@@ -116,7 +116,7 @@ def test_a_damaged_index_is_built_again(tmp_path: Path, kind: str) -> None:
         assert built.times == 2
 
 
-def test_a_cache_that_cannot_be_written_is_done_without_and_reported_once(
+def test_unwritable_cache_is_bypassed_and_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log.warn_once.cache_clear()
@@ -130,7 +130,7 @@ def test_a_cache_that_cannot_be_written_is_done_without_and_reported_once(
     assert capsys.readouterr().out.count("set DINO_XCIT_CACHE") == 1
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_returns_built_index_without_storing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "write", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     built = Built()
     assert_is(cached("x", built, accept_all, tmp_path), built)
@@ -149,7 +149,7 @@ def _build_slowly(folder: Path, go: Event, record: Path) -> None:
     assert_is(cached("x", build, accept_all, folder), Built())
 
 
-def test_of_processes_that_start_together_one_builds(tmp_path: Path) -> None:
+def test_only_one_of_concurrent_processes_builds_the_index(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     go = context.Event()
     record = tmp_path / "record"

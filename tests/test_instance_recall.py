@@ -1,4 +1,4 @@
-"""Leave-one-out and Copydays' figures by hand and against their definitions, one query at a time in float64."""
+"""Leave-one-out and Copydays metrics against hand computations and definitions, one query at a time in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eval.retrieval.benchmarks import leave_one_out, open_copydays, score_copies
 
 
 def on_a_circle(*degrees: float) -> NDArray[np.float32]:
-    """Points whose cosine falls with the angle between them, of different lengths."""
+    """Return points of different lengths at the given angles; their cosine falls with the angle between them."""
     angles = np.radians(degrees)
     lengths = np.linspace(1, 5, len(degrees))[:, None]
     return (lengths * np.stack([np.cos(angles), np.sin(angles)], axis=1)).astype(np.float32)
@@ -26,7 +26,7 @@ def on_a_circle(*degrees: float) -> NDArray[np.float32]:
 def by_definition(
     features: NDArray[np.float32], labels: NDArray[np.int64], ks: tuple[int, ...]
 ) -> list[tuple[list[bool], float, float]]:
-    """For each query: hit at each k, R-precision, mean average precision at R (Musgrave et al., section 3.2)."""
+    """Return hit at each k, R-precision and MAP@R (Musgrave et al., section 3.2) for each query."""
     rows = unit(features)
     out = []
     for query in range(len(rows)):
@@ -40,14 +40,13 @@ def by_definition(
     return out
 
 
-def test_figures_by_hand() -> None:
-    # Places on a circle:  a 0, a 10, b 13, a 30, b 50; c 90 is alone in its class.
-    # Query a 0:  nearest 10 (a), 13 (b), 30 ...: R = 2: right, wrong. R-precision 1/2, mAP@R = (1 + 0) / 2.
-    # Query a 10: nearest 13 (b), 0 (a), 30 ...:  wrong, right at the 2nd: 1/2, and (0 + 1/2) / 2 = 1/4.
-    # Query b 13: nearest 10 (a); R = 1: 0 and 0. Its class comes after 10, 0 and 30: a hit at 4, not at 2.
-    # Query a 30: nearest 13 (b), then at 20 both 10 (a) and 50 (b). To have no tie, b is at 51: 10 is 2nd.
-    #             wrong, right: 1/2 and 1/4.
-    # Query b 51: nearest 30 (a): 0 and 0. Next 13 (38 away) and c 90 (39 away): a hit at 2.
+def test_leave_one_out_matches_hand_computation() -> None:
+    # Classes and angles: a 0, a 10, b 13, a 30, b 51; c 90 is the only image of its class. R = 2 for a and 1 for b.
+    # Query a 0:  nearest 10 (a), 13 (b): right, wrong. R-precision 1/2, MAP@R (1 + 0) / 2 = 1/2.
+    # Query a 10: nearest 13 (b), 0 (a): wrong, right. R-precision 1/2, MAP@R (0 + 1/2) / 2 = 1/4.
+    # Query b 13: nearest 10 (a): both 0. The first b follows 10, 0 and 30: a hit at 4, not at 2.
+    # Query a 30: nearest 13 (b), 10 (a): wrong, right. R-precision 1/2, MAP@R 1/4. With b at 50, 10 and 50 would tie.
+    # Query b 51: nearest 30 (a): both 0. Next are 13 (38 away) and 90 (39 away): a hit at 2.
     features = on_a_circle(0, 10, 13, 30, 51, 90)
     found = leave_one_out(features, np.array([7, 7, 3, 7, 3, 9]), (1, 2, 4))
     assert (found.queries.tolist(), found.alone) == ([0, 1, 2, 3, 4], 1)
@@ -58,10 +57,10 @@ def test_figures_by_hand() -> None:
 
 
 @pytest.mark.parametrize("cells", [4_000_000, 700])
-def test_equals_the_definition_however_the_queries_are_cut(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+def test_leave_one_out_matches_definition_for_any_chunk_size(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
     monkeypatch.setattr(eval.retrieval.benchmarks, "_CELLS_AT_ONCE", cells)
     rng = np.random.default_rng(2)
-    # Classes of 1, 2, 5, 20 and 90 images, in a random order, their clouds overlapping.
+    # Overlapping classes of 1, 1, 2, 5, 20 and 90 images, in random order.
     labels = rng.permutation(np.repeat([4, 11, 5, 0, 8, 2], [1, 2, 5, 20, 90, 1]))
     features = (rng.normal(size=(12, 6))[labels] + 1.5 * rng.normal(size=(len(labels), 6))).astype(np.float32)
     ks = (1, 2, 4, 8)
@@ -73,24 +72,24 @@ def test_equals_the_definition_however_the_queries_are_cut(monkeypatch: pytest.M
     assert found.map_at_r == pytest.approx([100 * m for _, _, m in expected], rel=1e-6)
 
 
-def test_an_image_never_finds_itself_even_among_exact_copies() -> None:
-    # Five copies of one picture under two labels: whichever comes first, none may count itself.
+def test_leave_one_out_excludes_query_among_exact_copies() -> None:
+    # Five copies with two labels: the four others of each query include one of its class, in any order.
     features = np.tile(np.array([[1, 2, 3]], dtype=np.float32), (5, 1))
     found = leave_one_out(features, np.array([0, 0, 1, 1, 1]), (4,))
     assert found.hits[4].tolist() == [True] * 5
     alone = leave_one_out(np.eye(3, dtype=np.float32)[[0, 0, 1]], np.array([0, 1, 1]), (1,))
     assert alone.queries.tolist() == [1, 2]
-    assert not alone.hits[1][0], "its copy is of another class"
+    assert not alone.hits[1][0], "the query found itself: its copy has another label"
 
 
-def test_a_k_beyond_the_images_means_all_of_them() -> None:
+def test_leave_one_out_with_k_beyond_image_count_uses_all_images() -> None:
     features = on_a_circle(0, 10, 20)
     found = leave_one_out(features, np.array([0, 1, 0]), (1, 50))
     assert found.hits[1].tolist() == [False, False]
     assert found.hits[50].tolist() == [True, True]
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_leave_one_out_refuses_single_image_classes_and_nan_features() -> None:
     features = on_a_circle(0, 10, 20)
     with pytest.raises(InputError, match="each of the 3 classes has one image"):
         leave_one_out(features, np.arange(3))
@@ -99,7 +98,7 @@ def test_what_cannot_be_is_refused() -> None:
         leave_one_out(features, np.array([0, 0, 1]))
 
 
-# ---- Copydays: which pictures belong together, and what is scored
+# ---- Copydays: scenes and scores
 
 
 def picture(path: Path) -> None:
@@ -117,7 +116,7 @@ def layout(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_names_without_their_last_two_digits_tell_what_belongs_together(tmp_path: Path) -> None:
+def test_copydays_scene_is_file_name_without_last_two_digits(tmp_path: Path) -> None:
     layout(
         tmp_path, "original/200000.jpg", "original/200100.jpg", "original/215600.jpg", "strong/200001.jpg",
         "strong/200002.jpg", "strong/215699.JPG", "jpegqual/3/200100.jpg", "jpegqual/10/200000.jpg",
@@ -131,7 +130,7 @@ def test_names_without_their_last_two_digits_tell_what_belongs_together(tmp_path
     assert [Path(source.name(row)).name for row in range(3)] == ["200001.jpg", "200002.jpg", "215699.JPG"]
 
 
-def test_what_is_no_copydays_is_refused(tmp_path: Path) -> None:
+def test_wrong_copydays_layout_is_refused(tmp_path: Path) -> None:
     for names, wrong in (
         ((), "original"), (("original/200000.jpg",), "strong"), (("strong/200001.jpg", "strong/200101.jpg"), "without"),
         (("strong/copy.jpg",), "strong"),
@@ -141,13 +140,14 @@ def test_what_is_no_copydays_is_refused(tmp_path: Path) -> None:
             open_copydays(tmp_path)
 
 
-def test_average_precisions_by_hand() -> None:
-    """A database of five directions; queries' cosines can be read off their entries.
+def test_score_copies_matches_hand_computation() -> None:
+    """The database rows are orthogonal, so the entries of a query are proportional to its cosines.
 
-    Query 1 (scene 7) ranks rows 2 0 3 1 4. Scene 7 is row 0, at the second place: (0 + 1/2) / 2 = 1/4.
-    Query 2 (scene 8) ranks rows 4 3 1 0 2. Scene 8 is rows 1 and 3, second and third:
-        (0 + 1/2) / 2 = 1/4 and (1/2 + 2/3) / 2 = 7/12, together 10/12, each half as wide: 5/12.
-    Of the first two alone, query 2 finds row 3 only: 1/4 / 2 = 1/8. Row 2 is a distractor, and row 4.
+    Rows 2 and 4 are distractors.
+    Query 1 (scene 7) ranks rows 2 0 3 1 4. Its positive, row 0, has rank 2: AP = (0 + 1/2) / 2 = 1/4.
+    Query 2 (scene 8) ranks rows 4 3 1 0 2. Its positives, rows 3 and 1, have ranks 2 and 3. Each contributes half of
+        (0 + 1/2) / 2 = 1/4 and (1/2 + 2/3) / 2 = 7/12: AP = 5/12.
+    At depth 2, query 2 finds row 3 only: AP = 1/4 / 2 = 1/8.
     """
     database, scenes = np.eye(5, dtype=np.float32) * 3, np.array([7, 8, -1, 8, -1])
     queries = np.array([[0.8, 0.4, 0.9, 0.6, 0.1], [0.3, 0.5, 0.1, 0.7, 0.9]], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The k-NN classifier against its definition in float64, the reference's formulation, and scikit-learn."""
+"""k-NN classifier against its definition in float64 and the formulation of the reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArra
 
 
 def clusters(train: int = 300, test: int = 80, classes: int = 8, dim: int = 16, spread: float = 1.5) -> Data:
-    """Overlapping clouds of points of many lengths: train features and labels, test features and labels."""
+    """Return overlapping clusters of vectors of varying norm: train features and labels, test features and labels."""
     rng = np.random.default_rng(3)
     centres = rng.normal(size=(classes, dim))
 
@@ -35,7 +35,7 @@ def clusters(train: int = 300, test: int = 80, classes: int = 8, dim: int = 16, 
 
 
 def by_definition(data: Data, k: int, temperature: float) -> list[list[int]]:
-    """One query at a time, one vote at a time, in float64."""
+    """Predict one query at a time, adding one vote at a time, in float64."""
     train, labels, test, _ = data
     out = []
     for query in unit(test):
@@ -48,7 +48,7 @@ def by_definition(data: Data, k: int, temperature: float) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.02), (20, 0.07), (20, 1.0), (300, 0.07), (300, 1.0)])
-def test_equals_the_definition_in_float64(k: int, temperature: float) -> None:
+def test_knn_predict_equals_definition_in_float64(k: int, temperature: float) -> None:
     data = clusters()
     train, labels, test, _ = data
     found = knn_predict(train, labels, test, [k], [temperature])[k, temperature]
@@ -56,9 +56,9 @@ def test_equals_the_definition_in_float64(k: int, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.5, 4.0])
-def test_top1_and_top5_are_the_references_for_every_k(spread: float) -> None:
-    """On one set of features, however few classes get a vote. The order of classes without a vote is chance there (its
-    sort is not stable), and the lower number first here: a stable sort of the same votes."""
+def test_top1_and_top5_equal_reference_for_every_k(spread: float) -> None:
+    """Includes queries with votes for fewer than five classes. The reference's sort is not stable, so its order of
+    classes without votes is arbitrary. Here the lower number comes first, as in a stable sort of the same votes."""
     train, labels, test, answers = clusters(train=1500, test=400, classes=40, spread=spread)
     ks = [5, 10, 20, 100, 200]
     found = knn_predict(train, labels, test, ks, [0.07])
@@ -77,7 +77,7 @@ def test_top1_and_top5_are_the_references_for_every_k(spread: float) -> None:
             assert (correct(found[k, 0.07], answers, top) == as_it_is)[enough | (top == 1)].all()
 
 
-def test_any_number_of_test_images() -> None:
+def test_predictions_do_not_depend_on_number_of_test_images() -> None:
     train, labels, test, _ = clusters(test=2500)
     whole = knn_predict(train, labels, test, [7], [0.07])[7, 0.07]
     assert (knn_predict(train, labels, test[:1], [7], [0.07])[7, 0.07] == whole[:1]).all()
@@ -85,7 +85,7 @@ def test_any_number_of_test_images() -> None:
     assert knn_predict(train, labels, test[:0], [7], [0.07])[7, 0.07].shape == (0, 5)
 
 
-def test_classes_are_those_of_the_training_labels_however_they_are_numbered() -> None:
+def test_knn_predict_supports_arbitrary_class_numbers() -> None:
     train, labels, test, _ = clusters()
     names = np.array([0, 3, 4, 900_000_000_000, 7, -2, 1000, 12])
     plain = knn_predict(train, labels, test, [20], [0.07])[20, 0.07]
@@ -94,7 +94,7 @@ def test_classes_are_those_of_the_training_labels_however_they_are_numbered() ->
     assert np.isin(renamed, names).all()
 
 
-def test_classes_without_a_vote_come_last_lowest_number_first() -> None:
+def test_classes_without_votes_come_last_in_ascending_order() -> None:
     train, labels = np.eye(7, dtype=np.float32), np.array([6, 5, 4, 3, 2, 1, 0])
     query = np.array([[0, 0, 1, 0.5, 0, 0, 0]], dtype=np.float32)
     assert knn_predict(train, labels, query, [2], [0.07])[2, 0.07].tolist() == [[4, 3, 0, 1, 2]]
@@ -104,24 +104,24 @@ def test_classes_without_a_vote_come_last_lowest_number_first() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("temperature", [1e-4, 1e-320])
-def test_a_very_low_temperature_neither_overflows_nor_changes_the_nearest(temperature: float) -> None:
+def test_very_low_temperature_predicts_nearest_without_overflow(temperature: float) -> None:
     train, labels, test, _ = clusters()
     cold = knn_predict(train, labels, test, [20], [temperature])[20, temperature]
     assert (cold[:, 0] == knn_predict(train, labels, test, [1], [0.07])[1, 0.07][:, 0]).all()
 
 
-def test_k_beyond_the_training_set_means_all_of_it() -> None:
+def test_k_above_training_set_size_is_clamped() -> None:
     train, labels, test, _ = clusters(train=30)
     found = knn_predict(train, labels, test, [200, 10, 10], [0.5, 0.07, 0.07])
     assert list(found) == [(200, 0.5), (200, 0.07), (10, 0.5), (10, 0.07)]
     for (k, temperature), together in found.items():
         alone = knn_predict(train, labels, test, [min(k, 30)], [temperature])
-        assert (together == alone[min(k, 30), temperature]).all(), "one search serves every k and temperature"
+        assert (together == alone[min(k, 30), temperature]).all(), "a joint search differs from separate ones"
     assert clamp_ks([10, 200, 100], 30) == ([10, 30], "k = 100, 200 exceeds the 30 training images: using 30")
     assert clamp_ks([20, 10], 30) == ([10, 20], "")
 
 
-def test_what_cannot_be_is_refused_with_a_sentence() -> None:
+def test_invalid_inputs_are_refused() -> None:
     train, labels, test, _ = clusters(train=30)
     broken = train.copy()
     broken[4, 2] = np.nan
@@ -140,8 +140,8 @@ def test_what_cannot_be_is_refused_with_a_sentence() -> None:
             knn_predict(*arguments)  # type: ignore[arg-type]
 
 
-def test_memory_mapped_features_are_never_copied_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 1.28 M x 384 the index (2 GB) must be the only copy: here NumPy may take a tenth of the file."""
+def test_memory_mapped_features_are_not_copied_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1.28 M x 384 the index (2 GB) must be the only copy. Here NumPy may allocate a tenth of the file."""
     rows, dim = 100_000, 32
     features = np.lib.format.open_memmap(tmp_path / "features.npy", mode="w+", dtype=np.float32, shape=(rows, dim))
     features[:] = np.random.default_rng(0).normal(size=(rows, dim))
@@ -160,7 +160,7 @@ def test_memory_mapped_features_are_never_copied_whole(tmp_path: Path, monkeypat
     assert (predicted == knn_predict(np.array(mapped), labels, queries, [20], [0.07])[20, 0.07]).all()
 
 
-def test_accuracy_counts_the_label_among_the_first_guesses() -> None:
+def test_accuracy_counts_label_among_first_guesses() -> None:
     guesses = np.array([[1, 2, 3], [2, 1, 3], [3, 1, 2], [1, 3, 2]])
     truth = np.array([1, 1, 1, 7])
     assert (accuracy(guesses, truth, 1), accuracy(guesses, truth, 2)) == (25.0, 75.0)

@@ -1,4 +1,4 @@
-"""Revisited Oxford and Paris: the ground truth as published, the queries' boxes, and the scores by hand."""
+"""Revisited Oxford and Paris: ground truth, query boxes, scores, and transforms of whole images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DATABASE = [f"all_souls_{number:06d}" for number in range(8)]
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    """Two queries over eight images, in the published form."""
+    """A ground truth of two queries over eight images, in the published format."""
     first = {"bbx": [2.4, 1.0, 11.6, 9.0], "easy": np.array([0, 6]), "hard": [1], "junk": np.array([5])}
     second = {"bbx": np.array([0.0, 0.0, 8.0, 8.0]), "easy": [2], "hard": np.array([]), "junk": []}
     return {"imlist": DATABASE, "qimlist": ["query_1", "query_2"], "gnd": [first | changes, second]}
@@ -50,7 +50,7 @@ def written(path: Path, value: Any) -> Path:
 
 
 def score(truth: GroundTruth, *rankings: list[int]) -> dict[tuple[str, str], NDArray[np.float64]]:
-    """Shares by setup and figure, from the rows of each query, best first: its similarity falls along them."""
+    """Compute scores from 0 to 1 by setup and metric. A ranking has the database rows of one query, best first."""
     falling = [np.array([-ranking.index(row) for row in range(len(ranking))], np.float32) for ranking in rankings]
     found = score_landmarks(truth, falling)
     return {(setup, figure): found[setup][figure] / 100 for setup in found for figure in found[setup]}
@@ -60,7 +60,7 @@ def score(truth: GroundTruth, *rankings: list[int]) -> dict[tuple[str, str], NDA
 
 
 @pytest.mark.parametrize("name", ["gnd_roxford5k.pkl", "gnd_roxford5k.json"])
-def test_a_pickle_and_json_say_the_same(tmp_path: Path, name: str) -> None:
+def test_pickle_and_json_give_the_same_ground_truth(tmp_path: Path, name: str) -> None:
     truth = read_ground_truth(written(tmp_path / name, content()))
     first, second = truth.queries
     assert truth.database == tuple(DATABASE)
@@ -80,12 +80,12 @@ def test_a_pickle_and_json_say_the_same(tmp_path: Path, name: str) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["gnd.pkl", "gnd.json"])
-def test_what_is_no_ground_truth_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+def test_invalid_ground_truth_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(InputError, match="is no ground truth"):
         read_ground_truth(written(tmp_path / name, value))
 
 
-def test_json_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> None:
+def test_damaged_json_pipe_and_missing_file_are_refused(tmp_path: Path) -> None:
     for data in (b"\xff", b"[" * 100_000, b"9" * 5000):
         (tmp_path / "gnd.json").write_bytes(data)
         with pytest.raises(InputError, match="is no ground truth"):
@@ -101,7 +101,7 @@ def test_json_that_is_none_and_files_that_are_not_there(tmp_path: Path) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A data set in the published layout, whose queries are white outside of their box."""
+    """A data set in the published layout, whose first query is black in its box and white outside."""
     (tmp_path / "jpg").mkdir()
     rng = np.random.default_rng(0)
     for name in DATABASE:
@@ -114,22 +114,22 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_queries_are_cut_to_their_box_and_images_are_in_the_order_of_the_ground_truth(place: Path) -> None:
+def test_queries_are_cropped_and_images_follow_ground_truth_order(place: Path) -> None:
     truth = read_ground_truth(place / "gnd_roxford5k.pkl")
     images, queries = open_landmarks(truth, place, crop_queries=True)
     assert [Path(images.name(row)).stem for row in range(len(images))] == DATABASE
     pixels, _ = queries.read(0)
     assert isinstance(pixels, np.ndarray)
-    # 2.4 1.0 11.6 9.0 in whole pixels: 2 1 12 9.
+    # The box 2.4 1.0 11.6 9.0 is rounded to 2 1 12 9.
     assert pixels.shape == (8, 10, 3)
-    assert pixels.mean() < 8, "the black part alone"
+    assert pixels.mean() < 8, "the crop is not the black box"
     _, whole = open_landmarks(truth, place, crop_queries=False)
     assert isinstance(whole.read(0)[0], bytes)
     assert queries.name(0) == whole.name(0)
     assert queries.fingerprint() != whole.fingerprint()
 
 
-def test_images_that_are_missing_are_counted_and_one_is_named(place: Path) -> None:
+def test_missing_images_are_counted_and_one_is_named(place: Path) -> None:
     truth = read_ground_truth(place / "gnd_roxford5k.pkl")
     (place / "jpg" / f"{DATABASE[3]}.jpg").unlink()
     (place / "jpg" / "query_2.jpg").unlink()
@@ -140,14 +140,17 @@ def test_images_that_are_missing_are_counted_and_one_is_named(place: Path) -> No
 # ---- scores
 
 
-def test_scores_by_hand(tmp_path: Path) -> None:
-    """Query 1 ranks 3 0 5 1 2 4 6 7. Easy 0 and 6, hard 1, junk 5.
+def test_scores_equal_hand_calculation(tmp_path: Path) -> None:
+    """Query 1 ranks 3 0 5 1 2 4 6 7. Images 0 and 6 are easy, 1 is hard, 5 is junk. Ranks start at 0.
 
-    Medium, without 5: right at 1, 2 and 5 (from 0). Precision before and with each: 0 and 1/2, 1/2 and 2/3, 2/5 and
-        3/6; means 1/4, 7/12, 9/20; AP = 77/180. The last right one is 6th: of 5, 2 are right; 10 means 6: 3 of 6.
-    Easy, without 5 and 1: 0 at 1, 6 at 4: (1/4 + (1/4 + 2/5) / 2) / 2 = 23/80. The last is 5th: 2 of 5, also at 10.
-    Hard, without 5, 0 and 6: 1 at 1: (0 + 1/2) / 2 = 1/4. The last is 2nd: 1 of 2 at 5 and at 10.
-    Query 2 has 2 at the first place, easy; nothing is hard: no figure there.
+    Medium, without 5: the positives have ranks 1, 2 and 5. Precision before and with each is 0 and 1/2, 1/2 and 2/3,
+        2/5 and 3/6; the means are 1/4, 7/12 and 9/20; AP = 77/180. The last positive is 6th, which limits k = 10 to 6:
+        precision is 2/5 at 5 and 3/6 at 10.
+    Easy, without 5 and 1: the ranks are 1 and 4; AP = (1/4 + (1/4 + 2/5) / 2) / 2 = 23/80. The last positive is 5th:
+        precision is 2/5 at 5 and at 10.
+    Hard, without 5, 0 and 6: the rank is 1; AP = (0 + 1/2) / 2 = 1/4. The last positive is 2nd: precision is 1/2 at 5
+        and at 10.
+    Query 2 has its only positive at rank 0. It is easy, so that the hard scores are NaN.
     """
     truth = read_ground_truth(written(tmp_path / "gnd.pkl", content()))
     scores = score(truth, [3, 0, 5, 1, 2, 4, 6, 7], [2, 0, 1, 3, 4, 5, 6, 7])
@@ -161,14 +164,14 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert all(math.isnan(scores["hard", f"mp@{k}"][1]) for k in PRECISION_KS)
 
 
-def test_a_distractor_as_similar_as_an_image_of_the_benchmark_ranks_behind_it(tmp_path: Path) -> None:
+def test_distractor_ranks_behind_equally_similar_benchmark_image(tmp_path: Path) -> None:
     truth = read_ground_truth(written(tmp_path / "gnd.pkl", content()))
     level = np.zeros(10, dtype=np.float32)
     both, alone = (score_landmarks(truth, [rows, rows])["hard"]["map"][0] for rows in (level, level[:8]))
     assert both == alone
 
 
-def test_distractors_of_the_benchmark_itself_are_refused_by_name(place: Path) -> None:
+def test_distractor_from_the_benchmark_is_refused_and_named(place: Path) -> None:
     truth = read_ground_truth(place / "gnd_roxford5k.pkl")
     database, queries = open_landmarks(truth, place, crop_queries=True)
     for own, name in ((database, "all_souls_000000"), (queries, "query_1")):
@@ -178,8 +181,8 @@ def test_distractors_of_the_benchmark_itself_are_refused_by_name(place: Path) ->
 
 
 def brute_force(ranking: list[int], right: list[int], junk: list[int]) -> tuple[float, list[float]]:
-    """One image at a time: average precision as the area below straight lines between the points of the curve, and
-    precision at 1, 5 and 10 but not beyond the last right image."""
+    """Score a ranking image by image: average precision is the area below the piecewise linear precision-recall curve;
+    precision at 1, 5 and 10 is limited to the rank of the last positive."""
     kept = [image for image in ranking if image not in junk]
     area, count, last = 0.0, 0, (0.0, 1.0)
     for place, image in enumerate(kept, start=1):
@@ -193,7 +196,7 @@ def brute_force(ranking: list[int], right: list[int], junk: list[int]) -> tuple[
 
 @pytest.mark.parametrize("distractors", [0, 7])
 def test_scores_equal_brute_force_on_random_ground_truths(tmp_path: Path, distractors: int) -> None:
-    """Distractors have the rows behind the ground truth's: they are wrong for every query, and never junk."""
+    """Distractors follow the rows of the ground truth. They are negatives of every query, and never junk."""
     rng, count = np.random.default_rng(distractors), 60
     gnd, rankings = [], []
     for _ in range(8):
@@ -213,7 +216,7 @@ def test_scores_equal_brute_force_on_random_ground_truths(tmp_path: Path, distra
             assert [scores[setup, f"mp@{k}"][query] for k in PRECISION_KS] == pytest.approx(precisions)
 
 
-def test_a_box_that_is_not_in_its_picture_is_refused(place: Path) -> None:
+def test_box_outside_its_image_is_refused(place: Path) -> None:
     truth = read_ground_truth(written(place / "gnd_roxford5k.pkl", content(bbx=[30, 0, 40, 9])))
     with pytest.raises(InputError, match="lies outside of"):
         open_landmarks(truth, place, crop_queries=True)[1].read(0)
@@ -223,21 +226,21 @@ def test_a_box_that_is_not_in_its_picture_is_refused(place: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "expected"), [(64, (44, 64)), (90, (62, 90)), (130, (90, 130)), (500, (90, 130))])
-def test_the_longer_side_is_pillows_thumbnail(photo: Image.Image, size: int, expected: tuple[int, int]) -> None:
+def test_longer_side_equals_pillow_thumbnail(photo: Image.Image, size: int, expected: tuple[int, int]) -> None:
     before = photo.tobytes()
     pixels = LongerSide(size, size)(photo)
     peer = photo.copy()
     peer.thumbnail((size, size), Image.Resampling.LANCZOS)
     assert tuple(pixels.shape) == (3, *expected)
     assert (pixels.permute(1, 2, 0).numpy() == np.asarray(peer)).all()
-    assert photo.tobytes() == before, "the picture that was handed in stays as it is"
+    assert photo.tobytes() == before, "the transform changed its input"
 
 
-def test_the_square_is_torchvisions_bicubic_resize_of_both_sides(photo: Image.Image) -> None:
+def test_square_equals_torchvision_bicubic_resize(photo: Image.Image) -> None:
     peer = transforms.Resize((48, 48), interpolation=transforms.InterpolationMode.BICUBIC)(photo)
     assert torch.equal(Square(48, 48)(photo), torch.from_numpy(np.array(peer)).permute(2, 0, 1))
 
 
-def test_kept_features_of_other_fits_are_other_features() -> None:
+def test_transforms_of_different_fits_have_different_metadata() -> None:
     cards = [kind(48, 48, "bicubic").to_dict() for kind in (EvalTransform, LongerSide, Square)]
     assert len({repr(sorted(card.items())) for card in cards}) == 3

@@ -1,4 +1,4 @@
-"""The linear probe against torch's own SGD and schedule, torchvision's crops, and what holding out must mean."""
+"""The linear probe: SGD and schedule against torch, crops against torchvision, held-out images and cached epochs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COUNT = 22
 
 
 def batches(count: int, size: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Features whose class can be told from them, and labels."""
+    """Make features clustered by class, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(9))
     labels = torch.randint(CLASSES, (count, size), generator=generator)
@@ -49,7 +49,7 @@ def heads_of(lrs: Sequence[float], seed: int = 0) -> LinearHeads:
     return LinearHeads(lrs, CLASSES, DIM, seed, CPU)
 
 
-def test_each_classifier_ends_where_torchs_sgd_would_have_taken_it_alone() -> None:
+def test_linear_heads_match_independent_torch_sgd() -> None:
     lrs, epochs, data = [0.001, 0.05, 1.0], 3, batches(5)
     heads = heads_of(lrs)
     start = heads.state_dict()
@@ -71,7 +71,7 @@ def test_each_classifier_ends_where_torchs_sgd_would_have_taken_it_alone() -> No
         assert torch.allclose(bias, peer.bias, atol=1e-5)
 
 
-def test_images_that_are_held_out_teach_nothing() -> None:
+def test_held_out_images_do_not_affect_training() -> None:
     taken = torch.tensor([1.0, 0.0] * 8)
     masked, only, fresh = (heads_of([0.1]) for _ in range(3))
     for features, labels in batches(4):
@@ -83,7 +83,7 @@ def test_images_that_are_held_out_teach_nothing() -> None:
     assert torch.equal(fresh.folded(0)[0], before)
 
 
-def test_standardising_is_folded_into_a_classifier_of_the_raw_features() -> None:
+def test_standardisation_is_folded_into_raw_feature_classifier() -> None:
     raw = 5 + 0.01 * torch.cat([features for features, _ in batches(10)])
     heads, plain = LinearHeads([0.5], CLASSES, DIM, 0, CPU, standardise=rows(raw)), heads_of([0.5])
     for features, labels in batches(20):
@@ -98,7 +98,7 @@ def test_standardising_is_folded_into_a_classifier_of_the_raw_features() -> None
 
 
 def opposites() -> LinearHeads:
-    """Two classifiers of seven features: the identity, and its opposite."""
+    """Make two classifiers of seven features: the identity and its negation."""
     heads = LinearHeads([0.1, 1.0], 7, 7, 0, CPU)
     state = heads.state_dict()
     state["weight"][0], state["weight"][1] = torch.eye(7), -torch.eye(7)
@@ -106,16 +106,16 @@ def opposites() -> LinearHeads:
     return heads
 
 
-def test_guesses_are_the_first_five_best_first() -> None:
+def test_guesses_are_the_top_five_classes_in_order() -> None:
     features = np.array([[7, 6, 5, 4, 3, 2, 1]])
     assert opposites().guesses(rows(features), [0, 1]).tolist() == [[[0, 1, 2, 3, 4]], [[6, 5, 4, 3, 2]]]
     assert opposites().guesses(rows(features[:0]), [1]).shape == (1, 0, 5)
 
 
-# ---- images
+# ---- views
 
 
-def test_crops_have_the_areas_ratios_and_places_of_torchvisions() -> None:
+def test_crop_distribution_matches_torchvision() -> None:
     rng, scale, picture = np.random.default_rng(0), (0.08, 1.0), Image.new("RGB", (60, 40))
     boxes = np.array([draw_crop(60, 40, scale, rng.random(23).tolist()) for _ in range(2500)])
     ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]])
@@ -128,7 +128,7 @@ def test_crops_have_the_areas_ratios_and_places_of_torchvisions() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 10), (10, 1000), (1, 1), (3, 1)])
-def test_pictures_that_no_crop_fits_give_the_largest_allowed_centre(width: int, height: int) -> None:
+def test_largest_centred_crop_is_used_if_no_random_crop_fits(width: int, height: int) -> None:
     left, top, right, bottom = draw_crop(width, height, (0.99, 1.0), [0.999] * 23)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -137,7 +137,7 @@ def test_pictures_that_no_crop_fits_give_the_largest_allowed_centre(width: int, 
         assert (right - left) / (bottom - top) == pytest.approx(4 / 3 if width > height else 3 / 4, abs=0.05)
 
 
-def test_a_view_is_torchvisions_resized_crop_and_flip(photo: Image.Image) -> None:
+def test_view_matches_torchvision_resized_crop_and_flip(photo: Image.Image) -> None:
     flipped = 0
     for index in range(12):
         view = np.asarray(random_view(photo, 24, (0.08, 1.0), seed=1, epoch=2, index=index))
@@ -152,7 +152,7 @@ def test_a_view_is_torchvisions_resized_crop_and_flip(photo: Image.Image) -> Non
 
 
 class Diverged(MeanColours):
-    """The features of the third image of each batch are not finite."""
+    """Backbone with non-finite features for the third image of each batch."""
 
     def forward(self, images: Tensor) -> BackboneOutput:
         out = super().forward(images)
@@ -168,14 +168,14 @@ def steps_of(
 
 
 class SignalsIgnored(ArraySource):
-    """Read only where SIGINT is ignored, as in loader processes that are set up like all others."""
+    """Source that asserts that SIGINT is ignored, as in all loader workers."""
 
     def read(self, index: int) -> Any:
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         return super().read(index)
 
 
-def test_steps_are_the_same_with_any_number_of_loaders_and_processes() -> None:
+def test_live_features_are_independent_of_workers_and_ranks() -> None:
     alone, helped = steps_of(noise_source(20)), steps_of(noise_source(20, kind=SignalsIgnored), 2)
     halves = [steps_of(noise_source(20), 0, rank, 2) for rank in (0, 1)]
     assert [features.shape for features, _ in alone] == [(6, 5)] * 8
@@ -185,7 +185,7 @@ def test_steps_are_the_same_with_any_number_of_loaders_and_processes() -> None:
             assert torch.allclose(one, torch.cat([first, second]))
 
 
-def test_a_damaged_training_image_is_named_and_one_whose_features_are_not_finite(tmp_path: Path) -> None:
+def test_unreadable_image_and_non_finite_features_name_the_image(tmp_path: Path) -> None:
     tree = image_tree(tmp_path / "data")
     (tree / "train" / "bars" / "bars 03.png").write_bytes(b"")
     with pytest.raises(UndecodableImage, match=r"bars 03\.png cannot be read: empty file"):
@@ -195,7 +195,7 @@ def test_a_damaged_training_image_is_named_and_one_whose_features_are_not_finite
         steps_of(noise_source(20), kind=Diverged)
 
 
-def test_the_held_out_part_is_a_share_of_every_class_and_repeatable() -> None:
+def test_hold_out_is_stratified_and_deterministic() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [100, 50, 10]))
     held = hold_out(labels, 0.1, seed=0)
     assert np.bincount(labels[held]).tolist() == [10, 5, 1]
@@ -203,10 +203,10 @@ def test_the_held_out_part_is_a_share_of_every_class_and_repeatable() -> None:
     assert (held == hold_out(labels, 0.1, seed=0)).all()
     assert (held != hold_out(labels, 0.1, seed=1)).any()
     assert len(hold_out(labels, 0.0, seed=0)) == 0
-    assert len(hold_out(np.array([0, 1, 1]), 0.9, seed=0)) == 1, "a class keeps an image to learn from"
+    assert len(hold_out(np.array([0, 1, 1]), 0.9, seed=0)) == 1, "a class has no training image left"
 
 
-# ---- augmented epochs that are kept
+# ---- cached augmented epochs
 
 
 def views(scale: tuple[float, float] = (0.3, 1.0), seed: int = 5) -> Views:
@@ -217,24 +217,26 @@ def kept(folder: Path, epoch: int, backbone: torch.nn.Module, half: bool = False
     return cached(backbone, "w", AugmentedEpoch(views(), epoch, "f"), SMALL, CPU, folder, 4, 0, half=half).features
 
 
-def test_a_kept_epoch_holds_the_views_that_the_probe_sees_in_that_epoch(tmp_path: Path) -> None:
+def test_cached_epoch_equals_live_features(tmp_path: Path) -> None:
     backbone = MeanColours().eval()
     epochs = [kept(tmp_path, epoch, backbone) for epoch in range(2)]
     assert [rows.shape for rows in epochs] == [(COUNT, 5)] * 2
-    assert not np.allclose(*epochs), "each epoch has crops of its own"
+    assert not np.allclose(*epochs), "two epochs have equal crops"
     samplers = [StepSampler(COUNT, 4, seed=5, stop_step=20) for _ in range(2)]
     live = list(live_features(backbone, views(), samplers[0], 0, CPU))
     stored = list(kept_features(epochs, samplers[1], CPU))
     assert len(live) == len(stored) == 20
     for step, ((ours, indices), (theirs, same)) in enumerate(zip(stored, live, strict=True)):
-        assert torch.equal(indices, same), "the order is the full protocol's in every epoch"
+        assert torch.equal(indices, same), "the order differs from the full protocol"
         if step < 10:
             assert torch.allclose(ours, theirs, atol=1e-6)
         else:
-            assert torch.allclose(ours, torch.from_numpy(epochs[step // 5 % 2][indices.numpy()])), "they come again"
+            assert torch.allclose(ours, torch.from_numpy(epochs[step // 5 % 2][indices.numpy()])), (
+                "the epochs do not repeat"
+            )
 
 
-def test_whatever_decides_the_views_gives_them_a_place_of_their_own() -> None:
+def test_augmented_epoch_fingerprint_depends_on_every_setting() -> None:
     others = [(views(), 1, "f"), (views(), 0, "g"), (views(seed=6), 0, "f"), (views((0.2, 1)), 0, "f")]
     decided = [(views(), 0, "f"), *others]
     assert len({AugmentedEpoch(*one).fingerprint() for one in decided}) == len(decided)
@@ -246,23 +248,25 @@ class Huge(MeanColours):
         return BackboneOutput(out.cls_token * 1e6, out.patch_tokens, out.grid)
 
 
-def test_float16_is_kept_apart_and_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_cache_is_separate_and_refuses_overflow_and_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, half = (kept(tmp_path, 0, MeanColours().eval(), half) for half in (False, True))
     assert half.dtype == np.float16
     assert half.astype(np.float32) == pytest.approx(np.array(whole), rel=1e-3, abs=1e-6)
     with pytest.raises(InputError, match="too large for float16"):
         kept(tmp_path / "huge", 0, Huge().eval(), half=True)
-    assert not list((tmp_path / "huge").iterdir()), "whole or absent"
+    assert not list((tmp_path / "huge").iterdir()), "a partial cache is left behind"
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(InputError, match="GiB free"):
         kept(tmp_path / "full", 0, MeanColours().eval())
 
 
-# ---- figures and file
+# ---- results and probe file
 
 
-def test_the_grid_is_chosen_on_held_out_images_and_only_then_measured() -> None:
-    """Of two classifiers, one is right on the held-out images and the other on the validation images."""
+def test_grid_is_selected_on_held_out_images() -> None:
+    """One of two classifiers is correct on the held-out images, the other on the validation images."""
     eye, numbers = rows(np.eye(7)), np.arange(7)
     probe: Any = SimpleNamespace(
         config=SimpleNamespace(lr=0.001), lrs=[0.1, 1.0], labels=numbers, held=numbers, held_source="held",
@@ -277,7 +281,7 @@ def test_the_grid_is_chosen_on_held_out_images_and_only_then_measured() -> None:
     assert torch.equal(found["classifier"]["weight"], torch.eye(7))
 
 
-def test_a_probe_file_is_refused_to_another_probe(tmp_path: Path) -> None:
+def test_probe_file_of_another_probe_or_damaged_file_is_refused(tmp_path: Path) -> None:
     file, settings = tmp_path / "linear.pth", {"lr": 0.001, "lrs": [0.1, 1.0], "weights": "a" * 64}
     assert read_probe(file, settings) is None
     torch.save({"format": FORMAT, "settings": settings, "epoch": 1}, file)

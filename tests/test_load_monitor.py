@@ -1,4 +1,4 @@
-"""Training that waits for images is told so, once, and for what."""
+"""The load monitor: timings per stage, and one warning if training waits for images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def batch(seconds: Seconds, images: int = 4) -> Batch:
     return Batch([], [], 0, torch.zeros(images, dtype=torch.int64), seconds=seconds)
 
 
-def test_milliseconds_an_image_are_told_by_stage() -> None:
+def test_load_monitor_reports_milliseconds_per_image_by_stage() -> None:
     monitor = DataLoadMonitor(2, cores=16)
     monitor.note([batch((0.004, 0.04, 0.4)), batch((0.004, 0.0, 0.0))])
     assert monitor.metrics(0.0) == pytest.approx({"read_ms": 1.0, "decode_ms": 5.0, "augment_ms": 50.0})
@@ -33,11 +33,11 @@ def test_milliseconds_an_image_are_told_by_stage() -> None:
         ((0.001, 0.002, 0.1), 0, ["the training process itself loads them: raise --num-workers"]),
     ],
 )
-def test_the_slow_stage_is_named_once_after_a_while(
+def test_slowest_stage_is_warned_about_once_after_repeated_waits(
     seconds: Seconds, workers: int, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     monitor = DataLoadMonitor(workers, cores=16)
-    for data_wait in (0.9, 0.9, 0.1, 0.9, 0.9):  # a slow start is no starvation
+    for data_wait in (0.9, 0.9, 0.1, 0.9, 0.9):  # two slow reports in a row are too few for a warning
         monitor.metrics(data_wait)
     assert capsys.readouterr().out == ""
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_the_slow_stage_is_named_once_after_a_while(
         assert word in sentence
 
 
-def test_work_moves_to_the_gpu_before_anything_is_complained_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_moves_to_gpu_before_the_first_warning(capsys: pytest.CaptureFixture[str]) -> None:
     relieve = Mock()
     monitor = DataLoadMonitor(2, relieve, cores=16)
     for _ in range(3):
@@ -61,7 +61,7 @@ def test_work_moves_to_the_gpu_before_anything_is_complained_of(capsys: pytest.C
     assert not said.startswith("warning")
     for _ in range(2):
         monitor.metrics(0.45)
-    assert capsys.readouterr().out == ""  # it has time to work
+    assert capsys.readouterr().out == ""  # the move gets time to take effect
     for _ in range(3):
         monitor.metrics(0.45)
     relieve.assert_called_once()
@@ -71,7 +71,7 @@ def test_work_moves_to_the_gpu_before_anything_is_complained_of(capsys: pytest.C
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_measures_each_stage(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+def test_loader_measures_each_stage(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     source = tiny_source(8)
     read = source.read
 

@@ -1,4 +1,4 @@
-"""Which images a step sees, and that nothing but (seed, step) decides it."""
+"""Loader: the images and views of a step depend on (seed, step) only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keys(
     return out
 
 
-def test_an_epoch_visits_every_image_once() -> None:
+def test_sampler_visits_every_image_once_per_epoch() -> None:
     visited = keys(40, 8, stop_step=10)
     for epoch in range(2):
         batches = visited[5 * epoch : 5 * epoch + 5]
@@ -40,7 +40,7 @@ def test_an_epoch_visits_every_image_once() -> None:
     assert visited[:5] != [[(0, index) for _, index in batch] for batch in visited[5:]]
 
 
-def test_an_incomplete_last_batch_is_left_out_and_differs_between_epochs() -> None:
+def test_sampler_drops_incomplete_last_batch_of_other_images_each_epoch() -> None:
     visited = keys(43, 8, stop_step=10)
     assert all(len(batch) == 8 for batch in visited)
     left_out = [set(range(43)) - {i for batch in visited[5 * e : 5 * e + 5] for _, i in batch} for e in range(2)]
@@ -48,7 +48,7 @@ def test_an_incomplete_last_batch_is_left_out_and_differs_between_epochs() -> No
     assert left_out[0] != left_out[1]
 
 
-def test_the_order_depends_on_the_seed_and_is_shuffled() -> None:
+def test_sampler_order_is_shuffled_and_depends_on_seed() -> None:
     first, second = keys(40, 8), keys(40, 8, seed=1)
     assert first != second
     assert first == keys(40, 8)
@@ -56,7 +56,7 @@ def test_the_order_depends_on_the_seed_and_is_shuffled() -> None:
 
 
 def global_batches(accumulation: int, world: int, batch: int) -> list[list[Key]]:
-    """For each step, the keys of all forward passes of all processes, in the order of part and rank."""
+    """Return for each step the keys of all forward passes of all ranks, ordered by part, then by rank."""
     ranks = [keys(50, batch, accumulation, rank, world) for rank in range(world)]
     steps = []
     for step in range(6):
@@ -65,7 +65,7 @@ def global_batches(accumulation: int, world: int, batch: int) -> list[list[Key]]
     return steps
 
 
-def test_a_step_s_images_do_not_depend_on_processes_or_accumulation() -> None:
+def test_sampler_step_does_not_depend_on_ranks_or_accumulation() -> None:
     expected = global_batches(1, 1, 8)
     assert global_batches(2, 1, 4) == expected
     assert global_batches(1, 2, 4) == expected
@@ -74,18 +74,18 @@ def test_a_step_s_images_do_not_depend_on_processes_or_accumulation() -> None:
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 6, 7])
-def test_resuming_anywhere_continues_the_same_sequence(start: int) -> None:
+def test_sampler_resumed_at_any_step_continues_same_sequence(start: int) -> None:
     whole = keys(40, 4, accumulation=2, stop_step=10)
     assert keys(40, 4, accumulation=2, start_step=start, stop_step=10) == whole[2 * start :]
 
 
-def test_fewer_images_than_a_batch_are_refused_with_what_would_do() -> None:
+def test_sampler_refuses_too_few_images_and_suggests_batch_size() -> None:
     with pytest.raises(InputError, match=r"10 training images .* 16: .*batch-size-per-gpu to at most 2"):
         StepSampler(10, 4, accumulation_steps=2, world_size=2)
     StepSampler(16, 4, accumulation_steps=2, world_size=2)
 
 
-def test_a_finished_run_has_no_batches() -> None:
+def test_sampler_of_finished_run_is_empty() -> None:
     assert len(StepSampler(40, 8, start_step=5, stop_step=5)) == 0
     assert list(StepSampler(40, 8, start_step=7, stop_step=5)) == []
 
@@ -110,7 +110,7 @@ def assert_same_batches(a: list[Batch], b: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_views_finished_on_the_device_are_the_same_to_the_last_bit(workers: int) -> None:
+def test_views_finished_on_device_are_bitwise_equal(workers: int) -> None:
     plain = list(load(tiny_source(10), workers))
     moved = load(tiny_source(10), workers)
     moved.finish_on_device()
@@ -118,8 +118,8 @@ def test_views_finished_on_the_device_are_the_same_to_the_last_bit(workers: int)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_finishes_the_views_can_change_while_batches_are_under_way(workers: int) -> None:
-    """The loader's processes have begun; that they obey shows in what they send."""
+def test_loader_can_switch_to_finish_on_device_while_iterating(workers: int) -> None:
+    """The workers have already started; the batches that they send show whether they switch."""
     loader = load(tiny_source(10), workers, stop=12)
     sent: list[bool] = []
     pass_on = Batch.to
@@ -135,7 +135,7 @@ def test_what_finishes_the_views_can_change_while_batches_are_under_way(workers:
         batches += list(loader)
     assert sent[:2] == [False, False]
     assert sent[-1]
-    assert sum(sent) >= 12 - 2 - 2 * workers  # each process may have had two batches in hand
+    assert sum(sent) >= 12 - 2 - 2 * workers  # each worker may have prefetched two batches
     assert_same_batches(batches, list(load(tiny_source(10), 0, stop=12)))
 
 
@@ -155,18 +155,18 @@ if __name__ == "__main__":
 """
 
 
-def test_a_program_that_leaves_a_loader_behind_ends(tmp_path: Path) -> None:
-    """Its processes are deaf to SIGTERM, by which multiprocessing ends what it waits for; the disk does not answer."""
+def test_process_with_unclosed_loader_exits(tmp_path: Path) -> None:
+    """The workers ignore SIGTERM, which multiprocessing sends before it waits for them, and the disk blocks."""
     script = tmp_path / "leave.py"
     script.write_text(LEAVES)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, script], env=environment, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr  # of more processes than cores: whether training waits is measured
+    assert "Warning" not in done.stderr  # more workers than cores are allowed: they help with slow disks
 
 
-def test_crops_are_view_major_and_grouped_by_size() -> None:
-    """And those that (seed, epoch, image) says: not the batch, nor the place in it."""
+def test_crops_are_view_major_grouped_by_size_and_seeded_by_image() -> None:
+    """Views depend on (seed, epoch, image), not on the batch or the position in it."""
     source = tiny_source(10)
     batches = list(load(source, 0))
     assert [batch.epoch for batch in batches] == [0, 0, 1, 1]
@@ -182,7 +182,7 @@ def test_crops_are_view_major_and_grouped_by_size() -> None:
 
 
 def folder_with_bad_images(folder: Path, count: int, bad: dict[int, bytes]) -> Source:
-    """Images 00.png, 01.png ... of noise; ``bad`` ones are other bytes."""
+    """Write noise images 00.png, 01.png, ...; the files in ``bad`` have the given bytes."""
     for index in range(count):
         pixels = np.random.default_rng(index).integers(0, 256, (12, 9, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:02d}.png")
@@ -191,7 +191,7 @@ def folder_with_bad_images(folder: Path, count: int, bad: dict[int, bytes]) -> S
     return open_source(str(folder))
 
 
-def test_exactly_the_images_that_cannot_be_read_are_replaced_and_named(tmp_path: Path) -> None:
+def test_loader_replaces_and_reports_exactly_the_unreadable_images(tmp_path: Path) -> None:
     source = folder_with_bad_images(tmp_path, 12, {3: b"<html>gone</html>", 7: b"", 11: b"\x89PNG\r\n\x1a\n"})
     (tmp_path / "05.png").unlink()
     batches = list(load(source, 0, batch=4, stop=3))
@@ -208,7 +208,7 @@ def test_exactly_the_images_that_cannot_be_read_are_replaced_and_named(tmp_path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_batches_do_not_depend_on_workers_or_on_where_a_run_was_resumed(tmp_path: Path, workers: int) -> None:
+def test_batches_do_not_depend_on_workers_or_resume_step(tmp_path: Path, workers: int) -> None:
     source = folder_with_bad_images(tmp_path, 12, {1: b"x", 2: b"x", 9: b"x"})
     whole = list(load(source, 0, stop=6))
     again = list(load(source, workers, stop=6))
@@ -218,7 +218,7 @@ def test_batches_do_not_depend_on_workers_or_on_where_a_run_was_resumed(tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_where_nothing_can_be_read_the_run_ends_with_one_sentence(tmp_path: Path, workers: int) -> None:
+def test_loader_raises_one_line_error_if_all_images_are_unreadable(tmp_path: Path, workers: int) -> None:
     source = folder_with_bad_images(tmp_path, 4, dict.fromkeys(range(4), b"<html>gone</html>"))
     with pytest.raises(UndecodableImage, match=r"\.png cannot be read \(.* neither can 20 other") as caught:
         list(load(source, workers, batch=2, stop=2))
@@ -226,7 +226,7 @@ def test_where_nothing_can_be_read_the_run_ends_with_one_sentence(tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
-def test_the_number_of_workers_is_the_one_wanted_or_this_process_s_share_of_the_cores() -> None:
+def test_choose_workers_returns_request_or_share_of_cores() -> None:
     assert choose_workers(0, 4) == 0
     assert choose_workers(7, 4) == 7
     cores = choose_workers(-1, 1)
@@ -235,7 +235,7 @@ def test_the_number_of_workers_is_the_one_wanted_or_this_process_s_share_of_the_
     assert all(choose_workers(-1, n) <= cores for n in range(1, 9))
 
 
-def test_more_workers_than_anybody_means_are_refused() -> None:
+def test_choose_workers_refuses_excessive_request() -> None:
     assert choose_workers(64, 1) == 64
     with pytest.raises(InputError, match=r"num_workers is 100000 \(2 ranks, .* here\), .* such as --num-workers \d"):
         choose_workers(100_000, 2)

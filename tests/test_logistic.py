@@ -1,4 +1,4 @@
-"""Our logistic regression against scikit-learn's."""
+"""Logistic regression by L-BFGS against scikit-learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = 4
 
 
 def problem(images: int = 300, dim: int = 12, noise: float = 2.0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Classes that overlap, in features far from 0 and of unlike sizes, as a backbone's are."""
+    """Return overlapping classes. As in a backbone, feature means are far from 0 and scales differ."""
     rng = np.random.default_rng(0)
     labels = np.arange(images) % CLASSES
     centres = np.random.default_rng(5).normal(size=(CLASSES, dim))
@@ -28,7 +28,7 @@ def solve(features: NDArray[np.float32], labels: NDArray[np.int64], c: float, pa
 
 
 @pytest.mark.parametrize("c", [1e-4, 1.0, 100.0])
-def test_the_solution_is_scikit_learns(c: float) -> None:
+def test_solution_matches_scikit_learn(c: float) -> None:
     sklearn = pytest.importorskip("sklearn.linear_model")
     features, labels = problem()
     peer = sklearn.LogisticRegression(C=c, tol=1e-10, max_iter=100_000).fit(features.astype(np.float64), labels)
@@ -40,8 +40,8 @@ def test_the_solution_is_scikit_learns(c: float) -> None:
 
 
 @pytest.mark.parametrize("c", [1.0, 1e5])
-def test_classes_that_can_be_parted_are_solved_or_said_not_to_be(c: float) -> None:
-    """Small derivatives are no solution where the loss is flat: C = 1e5 once ended 220 times too high, "converged"."""
+def test_separable_classes_reach_minimum_or_are_reported_unconverged(c: float) -> None:
+    """A flat loss has small derivatives far from the minimum: C = 1e5 once "converged" at 220 times the minimum."""
     sklearn = pytest.importorskip("sklearn.linear_model")
     features, labels = problem(noise=0.1)
     features /= features.std(axis=0)
@@ -63,8 +63,8 @@ def test_classes_that_can_be_parted_are_solved_or_said_not_to_be(c: float) -> No
     assert impatient["gradient"] > TOLERANCE
 
 
-def test_axes_without_any_spread_do_no_harm() -> None:
-    """A LayerNorm's features sum to a constant; others are always 0."""
+def test_features_with_constant_directions_converge() -> None:
+    """Features after a LayerNorm sum to a constant; other features are always 0."""
     features, labels = problem()
     flat = np.concatenate([features, np.zeros((300, 2), np.float32), -features.sum(axis=1, keepdims=True)], axis=1)
     found = solve(flat, labels, 10.0)
@@ -72,7 +72,7 @@ def test_axes_without_any_spread_do_no_harm() -> None:
     assert float(found["weight"][:, 12:14].abs().max()) < 1e-5
 
 
-def test_starting_elsewhere_ends_in_the_same_place() -> None:
+def test_warm_start_reaches_same_solution() -> None:
     features, labels = problem()
     regression = LogisticRegression(Rows(features), labels, CLASSES, CPU)
     fresh, before = regression.solve(1.0, 1000), regression.solve(0.1, 1000)
@@ -81,7 +81,7 @@ def test_starting_elsewhere_ends_in_the_same_place() -> None:
     assert regression.solve(1.0, 1000, (fresh["weight"], fresh["bias"]))["iterations"] <= 2
 
 
-def test_features_that_are_read_again_and_again_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncached_features_give_same_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = problem()
     kept = solve(features, labels, 1.0)
     monkeypatch.setattr("eval.linear.logistic._KEPT_BYTES", 0)
@@ -90,6 +90,6 @@ def test_features_that_are_read_again_and_again_give_the_same_bits(monkeypatch: 
     assert torch.allclose(solve(features, labels, 1.0)["weight"], kept["weight"], atol=1e-3)
 
 
-def test_guesses_come_best_first() -> None:
+def test_classify_returns_top_five_classes_best_first() -> None:
     rows = Rows(np.array([[1, 5, 2, 4, 3, 0]], dtype=np.float32))
     assert classify(torch.eye(6), torch.zeros(6), rows, CPU).tolist() == [[1, 3, 4, 2, 0]]

@@ -1,4 +1,4 @@
-"""The DINO loss against the paper's double sum, in float64."""
+"""The DINO loss against the double sum of the paper in float64; Sinkhorn-Knopp, entropy, feature std and KoLeo."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def case(views: int, teachers: int = 2, student_temp: float = 0.1) -> tuple[DINO
     [(2, 2, 0.04, 0.1), (2, 3, 0.07, 0.1), (2, 10, 0.04, 0.1), (2, 4, 0.05, 0.3), (1, 2, 0.05, 0.1), (1, 5, 0.05, 0.1),
      (3, 4, 0.05, 0.1)],
 )  # fmt: skip
-def test_value_and_gradient_are_those_of_the_double_sum(
+def test_loss_and_gradient_equal_double_sum(
     teachers: int, views: int, teacher_temp: float, student_temp: float
 ) -> None:
     loss, student, teacher = case(views, teachers, student_temp)
@@ -50,11 +50,11 @@ def test_value_and_gradient_are_those_of_the_double_sum(
     (gradient,) = torch.autograd.grad(value, student)
     (oracle_gradient,) = torch.autograd.grad(expected, student)
     torch.testing.assert_close(gradient, oracle_gradient, rtol=1e-10, atol=1e-14)
-    in_pairs = gradient[B:] if teachers == 1 else gradient  # a lone teacher's view has no pair
+    in_pairs = gradient[B:] if teachers == 1 else gradient  # the view of a single teacher is in no pair
     assert float(in_pairs.abs().min()) > 0
 
 
-def test_no_gradient_reaches_the_teacher_or_the_centre() -> None:
+def test_no_gradient_reaches_teacher_or_center() -> None:
     loss, student, teacher = case(4)
     teacher.requires_grad_()
     loss(student, teacher, 0.04).backward()
@@ -63,21 +63,21 @@ def test_no_gradient_reaches_the_teacher_or_the_centre() -> None:
     assert not loss.teacher_probabilities(teacher, 0.04).requires_grad
 
 
-def test_the_centre_moves_only_when_told_and_then_as_a_moving_average() -> None:
+def test_center_is_moving_average_and_changes_only_in_update_center() -> None:
     loss, student, teacher = case(4)
     before = loss.center.clone()
     first = loss(student, teacher, 0.04)
-    assert torch.equal(loss.center, before)  # forward is pure
+    assert torch.equal(loss.center, before)  # forward has no side effects
     assert torch.equal(loss(student, teacher, 0.04), first)
     mean = teacher.mean(dim=0, keepdim=True)
     loss.update_center(mean)
     torch.testing.assert_close(loss.center, 0.9 * before + 0.1 * mean, rtol=1e-14, atol=0)
-    # and what comes next uses the new one
+    # The next loss uses the new center.
     torch.testing.assert_close(loss(student, teacher, 0.04), oracle(student, teacher, loss.center, 0.04))
     assert not torch.equal(loss(student, teacher, 0.04), first)
 
 
-def test_a_rejected_step_leaves_the_centre_s_bits() -> None:
+def test_skipped_step_keeps_center_bitwise() -> None:
     loss = DINOLoss(K, center_momentum=0.5)
     loss.center.copy_(torch.randn(1, K))
     before = loss.center.clone()
@@ -88,7 +88,7 @@ def test_a_rejected_step_leaves_the_centre_s_bits() -> None:
 
 
 def sinkhorn_oracle(scores: Tensor, iterations: int) -> Tensor:
-    """Softmax rows; then, in turn, columns scaled to the same sum and rows to 1."""
+    """Return softmax rows, with columns scaled to equal sums and rows scaled to 1 alternately."""
     table = torch.exp(scores) / torch.exp(scores).sum(dim=1, keepdim=True)
     rows, columns = table.shape
     for _ in range(iterations):
@@ -98,20 +98,20 @@ def sinkhorn_oracle(scores: Tensor, iterations: int) -> Tensor:
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 7])
-def test_sinkhorn_knopp_is_the_softmax_scaled_in_turn(iterations: int) -> None:
+def test_sinkhorn_knopp_equals_alternating_scaling_of_softmax(iterations: int) -> None:
     scores = 3 * torch.randn(6, K, dtype=torch.float64)
     expected = sinkhorn_oracle(scores, iterations)
     torch.testing.assert_close(sinkhorn_knopp(scores, iterations), expected, rtol=1e-12, atol=0)
 
 
-def test_sinkhorn_knopp_survives_scores_beyond_float32_s_exponentials() -> None:
+def test_sinkhorn_knopp_is_finite_for_scores_beyond_float32_exp() -> None:
     shared = sinkhorn_knopp(1e3 * torch.randn(20, K))
     assert bool(torch.isfinite(shared).all())
     torch.testing.assert_close(shared.sum(dim=1), torch.ones(20))
-    assert bool(sinkhorn_knopp(torch.full((4, K), float("nan"))).isnan().all())  # so that the step is rejected
+    assert bool(sinkhorn_knopp(torch.full((4, K), float("nan"))).isnan().all())  # so that the step is skipped
 
 
-def test_the_loss_with_sinkhorn_knopp_has_its_targets_and_ignores_the_centre() -> None:
+def test_loss_with_sinkhorn_knopp_uses_its_targets_and_ignores_center() -> None:
     loss, student, teacher = case(4)
     loss.centering = "sinkhorn_knopp"
     targets = sinkhorn_oracle(teacher / 0.05, 3).chunk(2)
@@ -123,13 +123,13 @@ def test_the_loss_with_sinkhorn_knopp_has_its_targets_and_ignores_the_centre() -
     assert torch.equal(loss(student, teacher, 0.05), value)
 
 
-def test_another_centering_is_refused() -> None:
+def test_unknown_centering_is_refused() -> None:
     with pytest.raises(InputError, match="sinkhorn_knopp"):
         DINOLoss(K, centering="sinkhorn")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_low_precision_logits_give_a_float32_loss(dtype: torch.dtype) -> None:
+def test_low_precision_logits_give_float32_loss(dtype: torch.dtype) -> None:
     loss = DINOLoss(K)
     student, teacher = torch.randn(4 * B, K).to(dtype), torch.randn(2 * B, K).to(dtype)
     value = loss(student, teacher, 0.04)
@@ -147,33 +147,33 @@ def test_large_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
-        ((B, K), (2 * B, K)),  # fewer views than global ones
-        ((7, K), (2 * B, K)),  # rows that do not divide
+        ((B, K), (2 * B, K)),  # fewer student views than teacher views
+        ((7, K), (2 * B, K)),  # not a multiple of the batch size
         ((4 * B, K), (5, K)),
         ((0, K), (0, K)),
-        ((4 * B, K), (2 * B, K - 1)),  # other prototypes
-        ((4 * B, 1), (2 * B, K)),  # broadcasting must not hide it
+        ((4 * B, K), (2 * B, K - 1)),  # different numbers of prototypes
+        ((4 * B, 1), (2 * B, K)),  # must not broadcast
         ((4 * B, K), (2 * B, 1)),
-        ((4 * B, K + 1), (2 * B, K + 1)),  # not the centre's
+        ((4 * B, K + 1), (2 * B, K + 1)),  # not the size of the center
         ((4 * B, K, 1), (2 * B, K)),
     ],
 )
-def test_shapes_that_do_not_belong_together_are_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-    with pytest.raises(InputError):
+def test_inconsistent_shapes_are_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"do not form 2 global views|expected \d+ prototypes"):
         DINOLoss(K)(torch.randn(student), torch.randn(teacher), 0.04)
 
 
-def test_one_global_view_needs_a_second_view() -> None:
-    with pytest.raises(InputError):
+def test_single_global_view_without_other_view_is_refused() -> None:
+    with pytest.raises(InputError, match="do not form 1 global views"):
         DINOLoss(K, global_views=1)(torch.randn(B, K), torch.randn(B, K), 0.04)
 
 
-def test_the_entropy_of_certain_rows_is_zero() -> None:
+def test_entropy_of_one_hot_rows_is_zero() -> None:
     assert float(entropy(torch.eye(K))) == 0
 
 
-def test_cross_entropy_is_entropy_plus_divergence() -> None:
-    """loss = H(teacher) + KL(teacher, student) on average over the pairs: the identity the log relies on."""
+def test_loss_equals_teacher_entropy_plus_kl_divergence() -> None:
+    """The logged metrics rely on loss = H(teacher) + KL(teacher, student), averaged over the pairs."""
     loss, student, teacher = case(5)
     targets = loss.teacher_probabilities(teacher, 0.06)
     log_p, views = (student.detach() / 0.1).log_softmax(dim=1).chunk(5), targets.chunk(2)
@@ -183,15 +183,15 @@ def test_cross_entropy_is_entropy_plus_divergence() -> None:
     torch.testing.assert_close(loss(student, teacher, 0.06).detach(), expected)
 
 
-def test_feature_std_is_one_when_spread_and_zero_when_collapsed() -> None:
+def test_feature_std_is_one_for_spread_and_zero_for_collapsed_features() -> None:
     assert float(feature_std(torch.randn(20_000, 32))) == pytest.approx(1.0, abs=0.01)
     assert float(feature_std(torch.ones(100, 32))) == pytest.approx(0.0, abs=1e-5)
     spread = torch.randn(500, 16)
-    stretched = spread * torch.rand(500, 1).add(0.1)  # lengths do not matter
+    stretched = spread * torch.rand(500, 1).add(0.1)  # norms do not matter
     torch.testing.assert_close(feature_std(stretched), feature_std(spread), rtol=1e-5, atol=0)
 
 
-def test_koleo_is_minus_the_log_distance_to_the_nearest_other_image_of_the_view() -> None:
+def test_koleo_equals_mean_negative_log_distance_to_nearest_neighbour() -> None:
     features = torch.randn(2 * 6, 5, dtype=torch.float64, requires_grad=True)
     terms = []
     for view in features.view(2, 6, 5):
@@ -206,7 +206,7 @@ def test_koleo_is_minus_the_log_distance_to_the_nearest_other_image_of_the_view(
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
 
 
-def test_koleo_stays_finite_where_two_images_have_the_same_feature() -> None:
+def test_koleo_is_finite_for_equal_features() -> None:
     features = torch.ones(4, 5, requires_grad=True)
     value = koleo(features, 1)
     value.backward()

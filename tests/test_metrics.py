@@ -1,4 +1,4 @@
-"""What a run says about itself."""
+"""Metrics of a run: metrics.jsonl, rates, curves and TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def steps_of(folder: Path) -> list[int]:
     return [record["step"] for record in read_metrics(folder / "metrics.jsonl")]
 
 
-def test_records_are_lines_of_json(tmp_path: Path) -> None:
+def test_metrics_writer_writes_json_lines(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, 0, steps_per_epoch=4)
     writer.write("step", 3, {"epoch": 0, "loss": 2.5})
-    # readable at once: a crash loses at most the line that is being written
+    # lines are flushed, so a crash loses at most the line being written
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line) == {"kind": "step", "step": 3, "steps_per_epoch": 4, "epoch": 0, "loss": 2.5}
     writer.write("epoch", 4, {"epoch": 0, "loss": 2.0})
@@ -38,7 +38,7 @@ def test_records_are_lines_of_json(tmp_path: Path) -> None:
     assert [record["kind"] for record in read_metrics(tmp_path / "metrics.jsonl")] == ["step", "epoch"]
 
 
-def test_a_resumed_run_appends_and_writes_the_steps_after_its_checkpoint_anew(tmp_path: Path) -> None:
+def test_resumed_run_replaces_steps_after_its_checkpoint(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 5, from_step=0)
     write_steps(tmp_path, 4, 6, from_step=3, loss=100.0)
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -48,7 +48,7 @@ def test_a_resumed_run_appends_and_writes_the_steps_after_its_checkpoint_anew(tm
     assert steps_of(tmp_path) == [1, 2]
 
 
-def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+def test_non_finite_metrics_stay_valid_json(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, 0)
     writer.write("step", 1, {"loss": float("nan"), "gradient_norm": float("inf"), "lr": 0.5})
     writer.close()
@@ -64,29 +64,27 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """``time.perf_counter`` gives its ``now``."""
+    """Fake ``time.perf_counter`` that returns ``clock.now``."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     return clock
 
 
-def test_rates_count_images_and_the_share_of_waiting_since_the_last_call(clock: SimpleNamespace) -> None:
+def test_rates_measure_throughput_and_data_wait_since_last_call(clock: SimpleNamespace) -> None:
     progress = Progress(total_steps=100, done=0, images_a_step=32, shown=False)
     for _ in range(5):
         clock.now += 2.0
         progress.step(0, waited=0.5)
     assert progress.rates() == pytest.approx({"images_per_s": 16.0, "data_wait": 0.25})
-    clock.now += 50.0  # saving and measuring do not count
+    clock.now += 50.0  # saving and evaluation do not count
     progress.restart_clock()
     clock.now += 1.0
     progress.step(0, waited=0.0)
     assert progress.rates() == pytest.approx({"images_per_s": 32.0, "data_wait": 0.0})
 
 
-def test_curves_are_drawn_and_not_bent_by_a_loss_that_is_not_finite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Matplotlib takes a list that holds the word "nan" for names of categories, in the order of their coming."""
+def test_curves_stay_numeric_with_non_finite_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib treats a list that contains the string "nan" as categories, in order of appearance."""
     writer = MetricsWriter(tmp_path, 0)
     for step in range(1, 30):
         writer.write("step", step, {"loss": float("nan") if step == 7 else 5 / step, "kl": 1.0, "images_per_s": 100.0})
@@ -101,23 +99,23 @@ def test_curves_are_drawn_and_not_bent_by_a_loss_that_is_not_finite(
     assert finite.sum() == 28
 
 
-def test_curves_of_a_run_that_measured_nothing_are_drawn_all_the_same(tmp_path: Path) -> None:
+def test_curves_are_drawn_without_metrics(tmp_path: Path) -> None:
     draw_curves(tmp_path / "absent.jsonl", tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 300
 
 
-def test_damaged_lines_and_one_cut_short_by_a_crash_are_left_out(tmp_path: Path) -> None:
+def test_damaged_and_truncated_lines_are_skipped(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 3, 0)
     path = tmp_path / "metrics.jsonl"
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x80  # in the second line; no UTF-8 any more
+    data[len(data) // 2] ^= 0x80  # makes the second line invalid UTF-8
     path.write_bytes(bytes(data) + b'5\n[]\n{}\n{"kind": "step", "step": 3, "lo')
     assert steps_of(tmp_path) == [1, 3]
     write_steps(tmp_path, 4, 4, 3)
     assert steps_of(tmp_path) == [1, 3, 4]
 
 
-def test_metrics_that_cannot_be_written_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_metrics_file_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = MetricsWriter(tmp_path, 0)
     assert writer._file is not None
     writer._file.close()
@@ -129,7 +127,7 @@ def test_metrics_that_cannot_be_written_are_said_once(tmp_path: Path, capsys: py
     assert str(tmp_path) in line
 
 
-def test_tensorboard_has_the_steps_of_metrics_jsonl_after_another_batch_too(tmp_path: Path) -> None:
+def test_tensorboard_steps_match_metrics_jsonl_after_batch_size_change(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps_per_epoch, from_step, steps in ((4, 0, range(1, 7)), (2, 3, (4, 5)), (2, 4, (5,))):

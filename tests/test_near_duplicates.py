@@ -1,4 +1,4 @@
-"""Near duplicates: every pair and no other, in bounded memory; identical files told apart; the report."""
+"""Near duplicates: pairs above the threshold, search in chunks, identical files, the table and the sheet."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("within_one_set", [False, True])
-def test_all_pairs_above_the_threshold_and_no_other_the_most_similar_first(within_one_set: bool) -> None:
-    """Within one set each pair comes once, and no image with itself."""
+def test_find_pairs_returns_exactly_pairs_above_threshold_best_first(within_one_set: bool) -> None:
+    """Within one set, each pair appears once and no image is paired with itself."""
     first, second = points(45, 0), None if within_one_set else points(38, 1)
     cosine = unit(first) @ unit(first if second is None else second).T
     expected = np.argwhere(np.triu(cosine, k=1) >= 0.9 if within_one_set else cosine >= 0.9)
@@ -42,7 +42,7 @@ def test_all_pairs_above_the_threshold_and_no_other_the_most_similar_first(withi
     assert (np.diff(pairs.similarity) <= 0).all()
 
 
-def test_no_pair_is_no_error_and_too_many_are() -> None:
+def test_find_pairs_accepts_no_pairs_and_refuses_too_many() -> None:
     first = points(30, 0)
     none = find_pairs(first, -first[:1], 1.0, 10)
     assert len(none) == 0
@@ -56,7 +56,7 @@ def pairs_of(*found: tuple[int, int, float]) -> Pairs:
     return Pairs(first, second, similarity.astype(np.float32))
 
 
-def test_identical_files_are_told_from_near_ones(tmp_path: Path, photo: Image.Image) -> None:
+def test_kinds_of_distinguishes_identical_files_from_near_duplicates(tmp_path: Path, photo: Image.Image) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     photo.save(tmp_path / "first/a.png")
@@ -69,7 +69,7 @@ def test_identical_files_are_told_from_near_ones(tmp_path: Path, photo: Image.Im
 
 
 class Named(ArraySource):
-    """Pictures with names of their own."""
+    """Array source with chosen image names."""
 
     names: tuple[str, ...] = ()
 
@@ -84,7 +84,7 @@ def coloured(count: int, colour: tuple[int, int, int], *names: str) -> Named:
     return source
 
 
-def test_the_table_of_pairs_takes_any_name(tmp_path: Path) -> None:
+def test_pairs_csv_preserves_any_image_name(tmp_path: Path) -> None:
     first = coloured(2, (0, 0, 0), "a,b.jpg", 'say "x"\n.jpg')
     second = coloured(2, (0, 0, 0), "ümlaut.jpg", "raw\udcff.jpg")
     write_pairs(tmp_path / "pairs.csv", pairs_of((1, 0, 1.0), (0, 1, 0.9512345)), [IDENTICAL, NEAR], first, second)
@@ -97,17 +97,17 @@ def test_the_table_of_pairs_takes_any_name(tmp_path: Path) -> None:
     ]
 
 
-def test_the_picture_shows_each_image_of_the_second_set_beside_what_it_resembles(tmp_path: Path) -> None:
+def test_pairs_sheet_shows_at_most_five_matches_per_second_image(tmp_path: Path) -> None:
     pairs = pairs_of(*((row, 3, 1.0 - row / 100) for row in range(7)), (9, 4, 0.9))
     draw_pairs(tmp_path / "p.png", pairs, [NEAR] * 8, coloured(10, (0, 0, 255)), coloured(5, (255, 0, 0)))
     with Image.open(tmp_path / "p.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     tile = TILE**2
-    assert int((pixels == (255, 0, 0)).all(axis=-1).sum()) == 2 * tile, "two images of the second set"
-    assert int((pixels == (0, 0, 255)).all(axis=-1).sum()) == 6 * tile, "five of seven beside one, and one"
+    assert int((pixels == (255, 0, 0)).all(axis=-1).sum()) == 2 * tile, "expected 2 images of the second set"
+    assert int((pixels == (0, 0, 255)).all(axis=-1).sum()) == 6 * tile, "expected 5 + 1 of the 7 + 1 matches"
 
 
-def test_copies_are_found_at_a_threshold_of_one() -> None:
+def test_find_pairs_finds_copies_at_threshold_one() -> None:
     features = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
     pairs = find_pairs(features, features.copy(), 1.0, 1000)
     assert sorted(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == [(i, i) for i in range(200)]

@@ -1,4 +1,4 @@
-"""Observers on a device that works asynchronously: a step is delivered one step late, and only if it was accepted."""
+"""Observers on an asynchronous device: accepted steps are delivered one step late, skipped steps never."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dino_xcit.observers import Observers
 
 
 class OnCuda(Tensor):
-    """A CPU tensor that says it is on a GPU."""
+    """A CPU tensor with is_cuda set."""
 
     is_cuda = True  # type: ignore[assignment]
 
 
-def test_a_step_is_delivered_while_the_next_one_runs_and_a_skipped_one_never(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_observers_deliver_accepted_steps_one_step_late_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
     event = Mock()
@@ -31,7 +31,7 @@ def test_a_step_is_delivered_while_the_next_one_runs_and_a_skipped_one_never(mon
         flag = torch.tensor(accepted).as_subclass(OnCuda)
         result = SimpleNamespace(accepted=flag, metrics=lambda method: {})
         observers.on_step(result, number)
-        flag.fill_(not accepted)  # the device reuses it: the copy counts
+        flag.fill_(not accepted)  # the device reuses the flag, so the observers need their own copy
         return result
 
     step(0, accepted=True)

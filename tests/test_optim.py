@@ -27,7 +27,7 @@ def grouped_names(module: nn.Module) -> tuple[set[str], set[str]]:
     return {names[id(p)] for p in decayed["params"]}, {names[id(p)] for p in exempt["params"]}
 
 
-def test_biases_and_vectors_are_exempt_from_weight_decay_and_nothing_else() -> None:
+def test_only_biases_and_vectors_are_exempt_from_weight_decay() -> None:
     decayed, exempt = grouped_names(network())
     tokens = {f"backbone.{name}" for name in ("cls_token", "blocks.0.attn.temperature", "blocks.0.attn.qkv.weight")}
     assert {*tokens, "head.last_layer.weight_g", "head.last_layer.weight_v"} <= decayed
@@ -38,7 +38,7 @@ def test_biases_and_vectors_are_exempt_from_weight_decay_and_nothing_else() -> N
     assert decayed | exempt == set(shapes)
 
 
-def test_a_frozen_prototype_length_is_in_no_group() -> None:
+def test_frozen_prototype_norm_is_in_no_parameter_group() -> None:
     decayed, exempt = grouped_names(network(norm_last_layer=True))
     assert "head.last_layer.weight_g" not in decayed | exempt
 
@@ -58,7 +58,7 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, count: int, **rat
 
 
 def formula(name: str, count: int, lr: float, weight_decay: float) -> list[Tensor]:
-    """``count`` steps in float64 from the optimizers' definitions, on the gradients of :func:`train`."""
+    """Compute ``count`` steps in float64 from the definition of the optimizer, with the gradients of :func:`train`."""
     generator = torch.Generator().manual_seed(9)
     parameters = [p.detach().double() for p in layer().parameters()]
     states: list[dict[str, Tensor]] = [{} for _ in parameters]
@@ -84,7 +84,7 @@ def formula(name: str, count: int, lr: float, weight_decay: float) -> list[Tenso
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_five_steps_follow_the_formula(name: str) -> None:
+def test_optimizer_matches_its_formula_over_five_steps(name: str) -> None:
     module = layer()
     train(module, build_optimizer(name, module), 5, lr=0.02, weight_decay=0.3)
     start = list(layer().parameters())
@@ -93,7 +93,7 @@ def test_five_steps_follow_the_formula(name: str) -> None:
         assert not torch.equal(got, first)
 
 
-def test_lars_takes_a_plain_step_where_a_norm_is_zero() -> None:
+def test_lars_takes_plain_step_if_a_norm_is_zero() -> None:
     weight = nn.Parameter(torch.zeros(2, 2))
     optimizer = LARS([{"params": [weight]}], lr=0.5, weight_decay=0.0)
     weight.grad = torch.ones(2, 2)
@@ -109,7 +109,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def poisoned_step(module: nn.Module, optimizer: Any, poison: float) -> None:
-    """A step that the optimizer is told to reject; the next one is not."""
+    """Take a step with ``found_inf`` set, which the optimizer must reject, and clear it afterwards."""
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, poison)
     optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
@@ -118,7 +118,7 @@ def poisoned_step(module: nn.Module, optimizer: Any, poison: float) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_found_inf_leaves_parameters_and_state_bit_by_bit(name: str) -> None:
+def test_found_inf_leaves_parameters_and_state_unchanged(name: str) -> None:
     module = layer()
     optimizer = build_optimizer(name, module)
     train(module, optimizer, 3, lr=0.02, weight_decay=0.3)
@@ -133,7 +133,7 @@ def test_found_inf_leaves_parameters_and_state_bit_by_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_first_step_that_is_rejected_does_not_change_what_the_second_does(name: str) -> None:
+def test_rejected_first_step_does_not_affect_later_steps(name: str) -> None:
     straight, stumbled = layer(), layer()
     optimizers = [build_optimizer(name, module) for module in (straight, stumbled)]
     set_rates(optimizers[1], lr=0.02, weight_decay=0.3)
@@ -153,7 +153,7 @@ def clipped(limit: float, mode: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("limit", [0.05, 3.0])
-def test_per_parameter_clipping_is_the_reference_s(limit: float) -> None:
+def test_per_parameter_clipping_matches_reference_formula(limit: float) -> None:
     for got, gradient in zip(clipped(limit, "per-parameter"), GRADIENTS, strict=True):
         norm = float(gradient.double().norm())
         factor = limit / (norm + 1e-6)
@@ -163,7 +163,7 @@ def test_per_parameter_clipping_is_the_reference_s(limit: float) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.05, 1000.0])
-def test_global_clipping_is_pytorch_s(limit: float) -> None:
+def test_global_clipping_matches_pytorch(limit: float) -> None:
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in GRADIENTS]
     for parameter, gradient in zip(parameters, GRADIENTS, strict=True):
         parameter.grad = gradient.clone()
@@ -173,11 +173,11 @@ def test_global_clipping_is_pytorch_s(limit: float) -> None:
 
 
 @pytest.mark.parametrize("mode", ["per-parameter", "global"])
-def test_a_limit_of_zero_clips_nothing(mode: str) -> None:
+def test_zero_limit_disables_clipping(mode: str) -> None:
     assert all(torch.equal(got, gradient) for got, gradient in zip(clipped(0.0, mode), GRADIENTS, strict=True))
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_clip_mode_and_optimizer_are_refused() -> None:
     with pytest.raises(InputError, match="clip_mode"):
         clipped(1.0, "value")
     with pytest.raises(InputError, match="adamw, sgd, lars"):

@@ -1,4 +1,4 @@
-"""The layers with a backward pass of their own, against their plain twins under autograd."""
+"""Layers with a custom backward pass, compared with their plain versions under autograd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def shaken(module: nn.Module) -> nn.Module:
-    """In float64, every parameter somewhere else than at its start, so that none is 0 or 1 by design."""
+    """Copy a module in float64 and perturb every parameter, so that none is exactly 0 or 1."""
     module = copy.deepcopy(module).double()
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
@@ -35,7 +35,10 @@ def shaken(module: nn.Module) -> nn.Module:
 def compare(
     ours: Callable[..., Tensor], module: nn.Module, *inputs: Tensor, plain: Callable[..., Tensor] | None = None
 ) -> None:
-    """Value, every gradient and every buffer, in float64; without ``plain``, against ours in ordinary PyTorch."""
+    """Compare outputs, gradients and buffers of ``ours`` and ``plain`` in float64.
+
+    ``plain`` defaults to ``ours`` under ``fused.plain()``.
+    """
     found, expected = [], []
     for function, into in ((ours, found), (plain or ours, expected)):
         own = copy.deepcopy(module)
@@ -53,7 +56,7 @@ def compare(
     ("layer", "tokens", "inputs"),
     [(Mlp(6, 20), 5, ()), (LPI(6), 12, ((3, 4),)), (XCA(18, 3), 1, ()), (XCA(18, 3), 5, ()), (XCA(18, 3), 40, ())],
 )  # fewer and more tokens than the 6 channels of a head
-def test_layers_of_a_block(layer: nn.Module, tokens: int, inputs: tuple[Any, ...], scaled: bool) -> None:
+def test_block_layers_match_autograd(layer: nn.Module, tokens: int, inputs: tuple[Any, ...], scaled: bool) -> None:
     dim = 18 if isinstance(layer, XCA) else 6
 
     def ours(both: Any, x: Tensor) -> Tensor:
@@ -63,12 +66,12 @@ def test_layers_of_a_block(layer: nn.Module, tokens: int, inputs: tuple[Any, ...
     compare(ours, module, noise(2, tokens, dim) + 0.3)
 
 
-def test_patch_embedding() -> None:
+def test_patch_embedding_matches_autograd() -> None:
     compare(lambda m, x: m(x)[0], shaken(ConvPatchEmbed(8, 12)), noise(2, 3, 21, 16))
 
 
-def test_the_plain_twins_have_no_function_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the comparisons above would compare a pass with itself."""
+def test_plain_versions_use_no_custom_autograd_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the comparisons above would compare a backward pass with itself."""
 
     def refuse(*_: object) -> None:
         raise AssertionError
@@ -91,8 +94,8 @@ def test_the_plain_twins_have_no_function_of_their_own(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0, 1e-7])
-def test_a_channel_near_zero_has_a_finite_output_and_gradient(dtype: torch.dtype, value: float) -> None:
-    """Its gradient is large; beyond float16's range it is infinite there, and the loss scaler rejects the step."""
+def test_xca_output_and_gradient_are_finite_for_near_zero_channels(dtype: torch.dtype, value: float) -> None:
+    """The gradient of such a channel is large. In float16 it can be infinite, and the loss scaler rejects the step."""
     qkv = noise(1, 9, 24).to(dtype)
     qkv[:, :, [3, 12]] = value  # of q and of k
     qkv.requires_grad_()
@@ -109,9 +112,11 @@ def test_a_channel_near_zero_has_a_finite_output_and_gradient(dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("spread", "size"), [(0.4, 1.0), (8.0, 1e-3)])
-def test_low_precision_attention_is_as_good_as_the_plain_one(dtype: torch.dtype, spread: float, size: float) -> None:
-    """Long channels and small gradients: a gradient divided by two lengths would leave float16's range. The plain
-    formula has its lengths and softmax in float32, as under autocast."""
+def test_low_precision_xca_is_as_accurate_as_plain_attention(dtype: torch.dtype, spread: float, size: float) -> None:
+    """With large norms and small gradients, a gradient divided by both norms leaves the range of float16.
+
+    The plain formula computes norms and softmax in float32, as under autocast.
+    """
 
     def plain(x: Tensor, t: Tensor) -> Tensor:
         q, k, v = x.reshape(2, 196, 3, 4, -1).permute(2, 0, 3, 4, 1).unbind(0)
@@ -123,7 +128,7 @@ def test_low_precision_attention_is_as_good_as_the_plain_one(dtype: torch.dtype,
     weights = size * noise(2, 196, 4 * 24, seed=2)
 
     def gradients(function: Callable[..., Tensor], given: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Of q, k and v."""
+        """Return the gradients of q, k and v."""
         x = given.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(function(x, t), x, weights.to(given.dtype))
         return gradient.double().unflatten(2, (3, -1)).unbind(2)
@@ -135,15 +140,15 @@ def test_low_precision_attention_is_as_good_as_the_plain_one(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_layer_scale_of_deep_networks_survives_low_precision(precision: torch.dtype) -> None:
-    """1e-5 times a weight has two bits left in float16; there it is applied to the output."""
+def test_small_layer_scale_is_accurate_in_low_precision(precision: torch.dtype) -> None:
+    """In float16, 1e-5 times an initial weight keeps only two bits, so the output is scaled instead."""
     module, x, gamma = Mlp(32, 128), torch.randn(4, 32), torch.full((32,), 1e-5)
     with torch.autocast("cpu", precision):
         out = fused.layer_scaled(gamma, module, x)
     torch.testing.assert_close(out.float(), gamma * module(x), rtol=0, atol=2e-2 * 1e-5 * 0.5)
 
 
-def test_computing_kept_samples_alone_is_the_same_as_multiplying_the_others_by_zero() -> None:
+def test_drop_path_on_subset_equals_multiplication_by_zero() -> None:
     scales = residual_scales(torch.arange(40), 1, 0.4)
     subset, everybody = drop_path_masks(scales, subset=True)[0], drop_path_masks(scales, subset=False)[0]
     assert subset.rows is not None
@@ -157,8 +162,8 @@ def test_computing_kept_samples_alone_is_the_same_as_multiplying_the_others_by_z
 
 
 @pytest.mark.parametrize("module", [Mlp(8, 16), XCA(8, 2), nn.Linear(8, 8)])
-def test_a_branch_that_everybody_drops_still_gives_its_parameters_a_gradient(module: nn.Module) -> None:
-    """DistributedDataParallel waits for each of them."""
+def test_fully_dropped_branch_gives_parameters_zero_gradients(module: nn.Module) -> None:
+    """DistributedDataParallel waits for a gradient of every parameter."""
     x = torch.randn(3, 5, 8, requires_grad=True)
     out = add_residual(x, module, DropPathMask(torch.zeros(3, 1, 1), torch.empty(0, dtype=torch.int64)))
     assert torch.equal(out, x)

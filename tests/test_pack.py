@@ -1,4 +1,4 @@
-"""Packing a data set into shards: what is in them, whatever interrupts it, and what is refused."""
+"""Packing a data set into shards: contents, resizing, interruptions, unreadable images, refused destinations."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def out(tmp_path: Path) -> Path:
 
 
 def pixels(count: int) -> Source:
-    """So many pictures of 28 x 28 pixels with labels."""
+    """Return ``count`` labelled images of 28 x 28 pixels."""
     return Subset(open_source("sample:fashion-mnist", "train"), np.arange(count))
 
 
 def class_tree(root: Path, images: int = 6) -> Path:
-    """Two classes of JPEGs and PNGs of 96 x 72."""
+    """Write two classes of JPEG and PNG images of 96 x 72 pixels."""
     for label, name in enumerate(("n01", "n02")):
         (root / name).mkdir(parents=True)
         for number in range(images):
@@ -62,12 +62,12 @@ def class_tree(root: Path, images: int = 6) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
+    """Return the bytes of every file of a folder except the lock file."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def members(folder: Path) -> dict[str, bytes]:
-    """Every member of every shard, in order."""
+    """Return the bytes of every member of every shard, in order."""
     found = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as archive:
@@ -79,7 +79,7 @@ def members(folder: Path) -> dict[str, bytes]:
 
 
 def items(folder: Path) -> list[tuple[str, bytes, int | None]]:
-    """(original name, image bytes, label) of what was packed, in order."""
+    """Return (original name, image bytes, label) of each packed image, in order."""
     found = members(folder)
     labels = {name.removesuffix(".cls"): int(data) for name, data in found.items() if name.endswith(".cls")}
     images = [(name.partition(".")[0], data) for name, data in found.items() if not name.endswith(".cls")]
@@ -90,10 +90,10 @@ def originals(source: Source, root: Path) -> list[tuple[str, Any, int | None]]:
     return [(str(Path(source.name(i)).relative_to(root)), *source.read(i)) for i in range(len(source))]
 
 
-# ---- what is in the shards
+# ---- contents of the shards
 
 
-def test_bytes_labels_classes_names_and_order_come_back(tree: Path, out: Path) -> None:
+def test_shards_preserve_bytes_labels_classes_names_and_order(tree: Path, out: Path) -> None:
     source = open_source(str(tree))
     folder, seen = pack(source, out, FIVE, 1)
     assert seen == 12
@@ -110,24 +110,25 @@ def test_bytes_labels_classes_names_and_order_come_back(tree: Path, out: Path) -
         assert (len(data), hashlib.sha256(data).hexdigest()) == (row["bytes"], row["sha256"])
 
 
-def test_the_shards_open_as_the_same_data_set(tree: Path, tmp_path: Path, out: Path) -> None:
+def test_shards_open_as_same_data_set(tree: Path, tmp_path: Path, out: Path) -> None:
     source = open_source(str(tree))
     pack(source, out, FIVE, 1)
     shards = open_source(f"tar:{out}/shard-*.tar")
     assert shards.classes == source.classes
     np.testing.assert_array_equal(shards.labels, source.labels)
     assert [shards.read(index) for index in range(len(shards))] == [source.read(index) for index in range(12)]
-    # and once more, from shards to shards
+    # Packing the shards again gives the same members.
     pack(shards, tmp_path / "again", Options(shard_images=7), 1)
     assert [rest for _, *rest in items(tmp_path / "again")] == [rest for _, *rest in items(out)]
-    with pytest.raises(InputError, match="and they differ"):  # and not over its own source
+    with pytest.raises(InputError, match="and they differ"):  # a source is never overwritten
         pack(shards, out, FIVE, 1)
     (out / "pack.json").unlink()
     with pytest.raises(InputError, match=r"it has shard-000000\.tar and no pack\.json"):
         pack(shards, out, FIVE, 1)
 
 
-def test_a_heap_has_no_labels_and_no_classes(tree: Path, out: Path) -> None:
+def test_flat_folder_is_packed_without_labels_and_classes(tree: Path, out: Path) -> None:
+    # An image beside the class folders makes the folder flat.
     (tree / "loose.jpg").write_bytes(encoded(photograph(7), "JPEG"))
     source = open_source(str(tree))
     pack(source, out, FIVE, 1)
@@ -139,21 +140,21 @@ def test_a_heap_has_no_labels_and_no_classes(tree: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a/b.c/d.e.jpg", "100%.png", "a\\b.jpg", "日本/ä b.png", "new\nline.png", "zero\udcff.png", "../up.jpg"]
 )
-def test_a_key_is_one_word_without_dots_and_gives_the_name_back(name: str) -> None:
+def test_key_has_no_dots_or_separators_and_decodes_to_name(name: str) -> None:
     key = key_of(7, name)
     assert key.startswith("00000007_")
     assert not set("./\\\n") & set(key)
     assert unquote(key.partition("_")[2], errors="surrogateescape") == name
 
 
-def test_names_are_relative_to_the_folder_or_to_the_list() -> None:
+def test_relative_name_starts_from_folder_or_list_file() -> None:
     assert relative_name("/data/x", "/data/x/a/b.jpg") == "a/b.jpg"
     assert relative_name("/data/list.txt", "/data/a/b.jpg") == "a/b.jpg"
     assert relative_name("/data/list.txt", "/far/b.jpg") == "/far/b.jpg"
     assert relative_name("sample:x/train", "sample:x/train/00012") == "00012"
 
 
-def test_pixels_are_packed_without_loss(out: Path) -> None:
+def test_pixel_arrays_are_packed_losslessly(out: Path) -> None:
     source = pixels(7)
     assert pack(source, out, FIVE, 1)[1] == 7
     for index, (_, data, label) in enumerate(items(out)):
@@ -162,7 +163,7 @@ def test_pixels_are_packed_without_loss(out: Path) -> None:
         assert label == expected
 
 
-def test_a_shard_ends_with_the_image_that_makes_it_large_enough(tmp_path: Path, out: Path) -> None:
+def test_shard_ends_with_image_that_reaches_shard_mb(tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(6):
         (tmp_path / "in" / f"{number}.bmp").write_bytes(encoded(Image.new("RGB", (400, 400)), "BMP"))  # 480 kB
@@ -170,7 +171,7 @@ def test_a_shard_ends_with_the_image_that_makes_it_large_enough(tmp_path: Path, 
     assert [shard.images for shard in folder.shards] == [3, 3]
 
 
-# ---- smaller pictures
+# ---- resizing
 
 
 def packed_with(source: Source, max_side: int | None) -> list[tuple[str, bytes]]:
@@ -178,7 +179,7 @@ def packed_with(source: Source, max_side: int | None) -> list[tuple[str, bytes]]
     return [(one.suffix, one.data) for one in found]
 
 
-def test_the_longer_side_is_bounded_and_small_files_keep_their_bytes(tmp_path: Path) -> None:
+def test_max_side_resizes_large_images_and_copies_small_files(tmp_path: Path) -> None:
     wide = photograph(1).resize((400, 100))
     files = {
         "a_large.jpg": encoded(wide, "JPEG"),
@@ -199,7 +200,7 @@ def test_the_longer_side_is_bounded_and_small_files_keep_their_bytes(tmp_path: P
 
 
 @pytest.mark.parametrize("max_side", [48, 96])
-def test_pictures_that_lie_on_their_side_are_upright_where_they_are_written_anew(tmp_path: Path, max_side: int) -> None:
+def test_exif_rotation_is_applied_with_max_side_and_kept_without(tmp_path: Path, max_side: int) -> None:
     picture = photograph(3)
     (tmp_path / "a.jpg").write_bytes(sideways(picture))
     source = open_source(str(tmp_path))
@@ -212,10 +213,10 @@ def test_pictures_that_lie_on_their_side_are_upright_where_they_are_written_anew
     assert packed_with(source, None) == [("jpg", (tmp_path / "a.jpg").read_bytes())]
 
 
-# ---- interrupted
+# ---- workers and interruptions
 
 
-def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_output_bytes_are_independent_of_worker_count(tmp_path: Path) -> None:
     write_corpus(tmp_path / "in", good=14, seed=2)
     source = open_source(str(tmp_path / "in"))
     for number in (1, 2):
@@ -225,7 +226,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(tmp_path: Path, step: int) -> None:
+def test_packing_again_after_kill_gives_identical_bytes(tmp_path: Path, step: int) -> None:
     source = open_source(str(class_tree(tmp_path / "in")))
     (tmp_path / "in" / "n01" / "n01_3.v1.JPEG").write_bytes(b"broken")
     pack(source, tmp_path / "whole", FIVE, 1)
@@ -240,12 +241,12 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(tmp_path: Pat
         pack(source, broken, FIVE, 1)
         assert content(broken) == expected
         again = [path for path, when in kept.items() if path.stat().st_mtime_ns != when]
-        assert len(again) <= 1  # the one that had its name already, but was not listed yet
+        assert len(again) <= 1  # a shard that was renamed but not yet listed in the manifest
     assert number > 25
 
 
 @pytest.mark.parametrize("readers", [1, 4])
-def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, out: Path, readers: int) -> None:
+def test_empty_or_damaged_shard_is_packed_again(tree: Path, out: Path, readers: int) -> None:
     (tree / "n01" / "n01_0.v1.JPEG").write_bytes(b"broken")
     source = open_source(str(tree))
     pack(source, out, FIVE, 1)
@@ -259,31 +260,31 @@ def test_shards_that_are_gone_or_damaged_are_made_again(tree: Path, out: Path, r
     assert (out / "shard-000000.tar").stat().st_mtime_ns == untouched
 
 
-# ---- images that cannot be read
+# ---- unreadable images
 
 
-def test_unreadable_images_are_left_out_and_listed(
+def test_unreadable_images_are_skipped_and_listed(
     tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = write_corpus(tmp_path / "in", good=10, seed=4)
     command = [str(tmp_path / "in"), str(out), "--workers", "1"]
     assert main(command) == 0
     assert f"skipped {len(bad)} images that cannot be read" in capsys.readouterr().out
-    assert main([*command, "--strict"]) == 1  # also where all is there already
+    assert main([*command, "--strict"]) == 1  # also if packing is already complete
     rows = [json.loads(line) for line in (out / "unreadable.jsonl").read_text().splitlines()]
     assert [Path(row["name"]) for row in rows] == bad
     assert all(row["cause"] for row in rows)
     assert items(out) == [(path.name, path.read_bytes(), None) for path in good]
 
 
-def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path, out: Path) -> None:
+def test_source_without_readable_images_is_refused(tmp_path: Path, out: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"none of the 1 images .* can be read, the first because: empty file"):
         main([str(tmp_path / "in"), str(out), "--workers", "1"])
 
 
-def test_a_disk_that_goes_away_ends_the_packing(
+def test_too_many_consecutive_unreadable_images_stop_packing(
     tree: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_UNREADABLE", 4)
@@ -311,15 +312,15 @@ def kill_at_five(source: Source, index: int) -> int:
     return index
 
 
-def test_a_killed_process_is_a_sentence() -> None:
+def test_killed_worker_raises_input_error() -> None:
     with pytest.raises(InputError, match=r"a worker was killed near .*fewer --workers"):
         list(workers.each_image(pixels(40), range(40), kill_at_five, 2))
 
 
-# ---- disks and folders
+# ---- full disk and unusable destinations
 
 
-def test_a_full_disk_leaves_nothing_half_written(
+def test_full_disk_leaves_no_partial_file_and_packing_resumes(
     tree: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(str(tree))
@@ -342,7 +343,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_other_options_and_other_images_are_refused_by_name(tree: Path, out: Path) -> None:
+def test_changed_options_or_images_are_refused(tree: Path, out: Path) -> None:
     pack(open_source(str(tree)), out, Options(max_side=64, shard_images=5), 1)
     before = content(out)
     for options in (Options(max_side=32, shard_images=5), Options(shard_images=5), Options(max_side=64, shard_mb=5)):
@@ -354,7 +355,7 @@ def test_other_options_and_other_images_are_refused_by_name(tree: Path, out: Pat
     assert content(out) == before
 
 
-def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> None:
+def test_unusable_destination_is_refused(tree: Path, tmp_path: Path) -> None:
     source = open_source(str(tree))
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
@@ -373,7 +374,7 @@ def test_folders_that_cannot_be_used_are_refused(tree: Path, tmp_path: Path) -> 
     assert len(content(tmp_path / "full")) == 2
 
 
-def test_two_packings_into_one_folder_do_not_meet(tree: Path, out: Path) -> None:
+def test_concurrent_packing_into_same_folder_is_refused(tree: Path, out: Path) -> None:
     (out).mkdir()
     with FileLock(out / ".lock"), pytest.raises(InputError, match="another process packs into"):
         pack(open_source(str(tree)), out, FIVE, 1)
@@ -381,7 +382,7 @@ def test_two_packings_into_one_folder_do_not_meet(tree: Path, out: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"version": 2}', "[" * 100_000])
-def test_a_damaged_manifest_is_a_sentence(tree: Path, out: Path, damage: str) -> None:
+def test_damaged_manifest_is_refused(tree: Path, out: Path, damage: str) -> None:
     source = open_source(str(tree))
     pack(source, out, FIVE, 1)
     (out / "pack.json").write_text(damage)
@@ -392,7 +393,7 @@ def test_a_damaged_manifest_is_a_sentence(tree: Path, out: Path, damage: str) ->
 # ---- the command
 
 
-def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path, out: Path) -> None:
+def test_parts_of_folder_must_be_packed_separately(tmp_path: Path, out: Path) -> None:
     for part in ("train", "val"):
         class_tree(tmp_path / "in" / part, images=2)
     with pytest.raises(InputError, match="parts train and val: pack each"):
@@ -412,6 +413,6 @@ def test_the_parts_of_a_folder_are_packed_one_by_one(tmp_path: Path, out: Path) 
         (["pack", "absent", "y"], "no data at 'absent'"),
     ],
 )
-def test_mistakes_become_sentences(argv: list[str], words: str) -> None:
+def test_invalid_command_line_raises_input_error(argv: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         data_command(argv)

@@ -1,4 +1,4 @@
-"""The photometric operations: Pillow's bits, and torchvision's on Pillow's images, on the host and on a device."""
+"""Photometric operations on host and device: bitwise equal to Pillow, and to torchvision on Pillow images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pictures(photo: Image.Image) -> list[Image.Image]:
 def finish(
     image: Image.Image, jitter: list[float], gray: bool = False, sigma: float = -1.0, solarize: bool = False
 ) -> NDArray[np.uint8]:
-    """One view by both implementations, which must agree."""
+    """Finish one view with both implementations and assert that they agree."""
     view = planes(image)
     row = np.zeros(column.COLUMNS)
     row[column.JITTER], row[column.GRAY], row[column.SIGMA], row[column.SOLARIZE] = jitter, gray, sigma, solarize
@@ -50,7 +50,7 @@ def finish(
     [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)],
     ids=["brightness", "contrast", "saturation"],
 )
-def test_blends_have_torchvision_s_bits(
+def test_jitter_blends_match_torchvision_bitwise(
     photo: Image.Image, code: int, by_torchvision: Callable[[Image.Image, float], Image.Image], factor: float
 ) -> None:
     for image in pictures(photo):
@@ -60,7 +60,7 @@ def test_blends_have_torchvision_s_bits(
 
 @pytest.fixture(scope="module", params=["a million", pytest.param("all", marks=pytest.mark.slow)])
 def colours(request: pytest.FixtureRequest) -> NDArray[np.uint8]:
-    """[3, rows, 4096]: a million colours, or every one there is."""
+    """Colours [3, rows, 4096]: a million random ones, or all 2**24."""
     number = np.arange(1 << 24, dtype=np.uint32)
     if request.param == "a million":
         number = np.random.default_rng(1).choice(number, 1 << 20, replace=False)
@@ -69,14 +69,14 @@ def colours(request: pytest.FixtureRequest) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("factor", [-0.1, 0.0, 0.037, 0.5])
-def test_hue_has_torchvision_s_bits_for_every_colour(colours: NDArray[np.uint8], factor: float) -> None:
+def test_hue_matches_torchvision_bitwise_for_all_colours(colours: NDArray[np.uint8], factor: float) -> None:
     image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
     view = colours.copy()
     finish_view(view, np.empty(0, dtype=np.uint8), np.array([HUE, factor, *NONE[2:]]), False, -1.0, False)
     assert np.array_equal(view, np.asarray(TF.adjust_hue(image, factor)).transpose(2, 0, 1))
 
 
-def test_hue_on_a_device_has_the_same_bits_for_every_colour(colours: NDArray[np.uint8]) -> None:
+def test_finish_views_hue_matches_host_bitwise_for_all_colours(colours: NDArray[np.uint8]) -> None:
     views = colours.reshape(3, -1, 256, 256).transpose(1, 0, 2, 3).copy()
     row = np.zeros((len(views), column.COLUMNS))
     row[:, column.JITTER], row[:, column.SIGMA] = [HUE, -0.07, *NONE[2:]], -1
@@ -86,7 +86,7 @@ def test_hue_on_a_device_has_the_same_bits_for_every_colour(colours: NDArray[np.
         assert np.array_equal(view, expected)
 
 
-def test_every_turn_of_the_hue_has_torchvision_s_bits() -> None:
+def test_hue_matches_torchvision_bitwise_for_all_shifts() -> None:
     noise = np.random.default_rng(2).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     for factor in np.linspace(-0.5, 0.5, 301):
@@ -94,7 +94,7 @@ def test_every_turn_of_the_hue_has_torchvision_s_bits() -> None:
         np.testing.assert_array_equal(finish(image, [HUE, float(factor), *NONE[2:]]), expected)
 
 
-def test_gray_and_solarisation_have_pillow_s_bits(photo: Image.Image) -> None:
+def test_gray_and_solarize_match_pillow_bitwise(photo: Image.Image) -> None:
     for image in pictures(photo):
         gray = image.convert("L").convert("RGB")
         np.testing.assert_array_equal(finish(image, NONE, gray=True), planes(gray))
@@ -104,8 +104,8 @@ def test_gray_and_solarisation_have_pillow_s_bits(photo: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("sigma", [*np.linspace(0.0, 2.0, 21), 2.3, 2.6, 3.0, 4.7, 9.0])
-def test_blur_has_pillow_s_bits(sigma: float) -> None:
-    """Borders too, and pictures narrower than the blur is wide."""
+def test_blur_matches_pillow_bitwise(sigma: float) -> None:
+    """Includes image borders, and images narrower than the blur."""
     rng = np.random.default_rng(3)
     for width, height in ((83, 61), (30, 40), (5, 3), (1, 1)):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -114,7 +114,7 @@ def test_blur_has_pillow_s_bits(sigma: float) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_has_the_same_bits() -> None:
+def test_finish_views_on_gpu_matches_host_bitwise() -> None:
     augmentation = MultiCropAugmentation(local_crops_number=8, solarize=0.5)
     maker, rng = ViewMaker(), np.random.default_rng(5)
     for index in range(40):
@@ -127,7 +127,7 @@ def test_a_gpu_has_the_same_bits() -> None:
             np.testing.assert_array_equal(on_gpu[0].cpu().numpy(), view)
 
 
-def test_a_whole_batch_finished_on_a_device_has_the_same_bits() -> None:
+def test_finish_views_of_whole_batch_matches_host_bitwise() -> None:
     settings: dict[str, Any] = {"global_crops_size": 48, "local_crops_size": 20, "solarize": 0.5, "hue": 0.5}
     augmentation = MultiCropAugmentation(local_crops_number=20, blur_radius=(0.1, 5.0), **settings)
     maker, rng = ViewMaker(), np.random.default_rng(4)

@@ -1,4 +1,4 @@
-"""What a linear head sees of a backbone's output, and of features that lie on the disk."""
+"""Input features of linear heads: pooled backbone outputs, and rows of a file on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def images(size: int = 32) -> Tensor:
 
 
 @torch.no_grad()
-def test_a_row_is_the_class_token_and_the_mean_patch_tokens_of_the_last_blocks_of_an_xcit() -> None:
+def test_xcit_row_is_class_token_and_mean_patch_tokens_of_last_blocks() -> None:
     backbone = build_backbone("xcit_pico_4_p4").eval()
     pooled = PooledBackbone(backbone, ("cls+mean", "last3"), 32, CPU).eval()
     assert pooled.columns == {"cls": slice(0, 64), "cls+mean": slice(0, 128), "last3": slice(0, 256)}
@@ -34,8 +34,8 @@ def test_a_row_is_the_class_token_and_the_mean_patch_tokens_of_the_last_blocks_o
 
 @torch.no_grad()
 @pytest.mark.parametrize("arch", ["timm:vit_tiny_patch16_224", "vit_tiny_5_p8_ls_reg4"])
-def test_a_vit_s_choices_are_dinos_and_dinov2s(arch: str) -> None:
-    """By hand: the class tokens of the last blocks through the final norm, and the mean of the last patch tokens."""
+def test_vit_features_match_dino_and_dinov2(arch: str) -> None:
+    """The expected features use the final norm on the class tokens of the last blocks and on the last patch tokens."""
     backbone = build_backbone(arch).eval()
     for name, value in backbone.named_parameters():
         value.add_(0.3 * torch.rand_like(value) if "gamma" in name else 0.01)
@@ -58,7 +58,7 @@ def test_a_vit_s_choices_are_dinos_and_dinov2s(arch: str) -> None:
             torch.testing.assert_close(row[:, pooled.columns[name]], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_a_vit_with_and_without_the_mean_are_told_apart() -> None:
+def test_identity_distinguishes_vit_rows_with_and_without_mean() -> None:
     backbone = build_backbone("vit_tiny_5_p8").eval()
     rows = [("last4",), ("last3",), ("last4+mean",), ("cls+mean",), ("last4", "cls+mean")]
     said = [PooledBackbone(backbone, choices, 32, CPU).identity for choices in rows]
@@ -68,7 +68,7 @@ def test_rows_of_a_vit_with_and_without_the_mean_are_told_apart() -> None:
 
 
 @torch.no_grad()
-def test_the_class_token_alone_is_the_backbones_own_to_the_last_bit() -> None:
+def test_class_token_choice_is_bitwise_the_backbone_output() -> None:
     backbone = build_backbone("xcit_pico_4_p4").eval()
     pooled = PooledBackbone(backbone, ("cls",), 32, CPU)
     x = images()
@@ -76,7 +76,7 @@ def test_the_class_token_alone_is_the_backbones_own_to_the_last_bit() -> None:
     assert pooled.identity == ""
 
 
-def test_a_choice_that_cannot_be_is_a_sentence() -> None:
+def test_invalid_or_unsupported_feature_choice_is_refused() -> None:
     assert [blocks_of(name) for name in ("cls", "cls+mean", "last1", "last12")] == [0, 1, 1, 12]
     for wrong in ("mean", "last", "last0", "last100", "last4+cls", "last4+mean+mean"):
         with pytest.raises(InputError, match="expected cls"):
@@ -86,7 +86,7 @@ def test_a_choice_that_cannot_be_is_a_sentence() -> None:
             PooledBackbone(build_backbone("xcit_pico_4_p4").eval(), choices, 32, CPU)
 
 
-def test_rows_are_read_from_the_disk_when_asked_for(tmp_path: Path) -> None:
+def test_rows_select_rows_and_columns_of_a_memory_mapped_file(tmp_path: Path) -> None:
     matrix = np.random.default_rng(0).normal(size=(40, 130)).astype(np.float32)
     np.save(tmp_path / "m.npy", matrix)
     chosen = np.array([3, 30, 7])

@@ -1,4 +1,4 @@
-"""From a backbone's output to one vector: each pooling against its formula, the sizes, and what is refused."""
+"""Image descriptors: each pooling against its formula, scales, widths, and invalid settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vectors(backbone: nn.Module, images: Tensor, **settings: Any) -> Any:
 
 
 @torch.inference_mode()
-def test_each_pooling_is_its_formula_on_the_last_blocks_tokens(backbone: nn.Module, images: Tensor) -> None:
+def test_pooling_matches_its_formula(backbone: nn.Module, images: Tensor) -> None:
     out = backbone(images)
     cls_token, tokens = out.cls_token.double().numpy(), out.patch_tokens.double().numpy()
     assert (vectors(backbone, images) == out.cls_token.numpy()).all()
@@ -46,7 +46,7 @@ def test_each_pooling_is_its_formula_on_the_last_blocks_tokens(backbone: nn.Modu
         assert vectors(backbone, images, pooling=pooled, gem_p=4.0) == pytest.approx(both, abs=1e-5)
 
 
-def test_gem_lies_between_mean_and_maximum_and_takes_tokens_of_any_size() -> None:
+def test_gem_matches_its_formula_without_float32_overflow() -> None:
     tokens = torch.tensor([[[1.0, 2e15], [3.0, 4e15], [-5.0, 0.0]]])
     found = gem(tokens, 3.0)
     assert found[0, 0].item() == pytest.approx((28 / 3) ** (1 / 3))
@@ -56,45 +56,45 @@ def test_gem_lies_between_mean_and_maximum_and_takes_tokens_of_any_size() -> Non
 
 
 @torch.inference_mode()
-def test_scales_are_averaged_at_length_one(backbone: nn.Module, images: Tensor) -> None:
+def test_multi_scale_vector_is_mean_of_normalised_vectors(backbone: nn.Module, images: Tensor) -> None:
     scales = (1.0, 0.7071, 1.4142)
     singly = [vectors(backbone, images, pooling="gem", scales=(scale,)) for scale in scales]
     expected = unit(sum(unit(one) for one in singly))
     found = vectors(backbone, images, pooling="gem", scales=scales)
     assert found == pytest.approx(expected, abs=1e-6)
-    assert not np.allclose(found, unit(singly[0]), atol=1e-4), "the other sizes take part"
+    assert not np.allclose(found, unit(singly[0]), atol=1e-4), "the other scales have no effect"
 
 
 @torch.inference_mode()
-def test_scaled_sides_are_whole_patches_and_scale_one_is_the_image_itself() -> None:
+def test_rescaled_rounds_sides_to_whole_patches_and_keeps_scale_one() -> None:
     images = torch.rand(1, 3, 224, 100)
     sizes = [rescaled(images, scale, 16).shape[2:] for scale in (0.7071, 0.01)]
-    assert sizes == [(160, 64), (16, 16)], "at least one patch"
+    assert sizes == [(160, 64), (16, 16)], "a side is not rounded to whole patches, at least one"
     assert rescaled(images, 0.7071, 1).shape[2:] == (158, 71)
     assert rescaled(images, 1.0, 16) is images
 
 
-def test_backbones_say_their_patch_size() -> None:
+def test_patch_size_of_returns_patch_size_of_each_backbone() -> None:
     names = ("xcit_pico_4_p4", "timm:vit_tiny_patch16_224", "timm:resnet18")
     assert [patch_size_of(build_backbone(name)) for name in names] == [4, 16, 1]
 
 
-def test_the_width_is_that_of_the_vectors(backbone: nn.Module, images: Tensor) -> None:
+def test_descriptor_width_equals_vector_width(backbone: nn.Module, images: Tensor) -> None:
     for pooling in get_args(Pooling):
         assert Descriptor(pooling).width(64) == vectors(backbone, images, pooling=pooling).shape[1]
 
 
-def test_what_decides_a_vector_goes_through_plain_values_and_back() -> None:
+def test_descriptor_round_trips_through_dict() -> None:
     for descriptor in (CLASS_TOKEN, Descriptor("gem", 4.5, (0.5, 1.0)), Descriptor("cls+gem", 4.0)):
         assert Descriptor.from_dict(descriptor.to_dict()) == descriptor
-    assert "gem_p" not in CLASS_TOKEN.to_dict(), "an exponent that nothing uses makes no difference"
+    assert "gem_p" not in CLASS_TOKEN.to_dict(), "an unused exponent is stored"
 
 
 @pytest.mark.parametrize(("field", "value"), [
     ("pooling", "max"), ("pooling", ["cls"]), ("scales", (9.0,)), ("scales", ()), ("scales", (1.0, -1.0)),
     ("scales", (1.0, float("inf"))), ("scales", (1.0, 1.0)), ("gem_p", 0.0), ("gem_p", 101.0), ("gem_p", float("nan")),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused(field: str, value: Any) -> None:
+def test_invalid_descriptor_setting_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=field):
         Descriptor(**{field: value}).check()
     with pytest.raises(InputError, match=field):
@@ -102,6 +102,6 @@ def test_what_cannot_be_is_refused(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"pooling": "cls"}, {"pooling": "cls", "scales": 3}, {"scales": ["x"]}, []])
-def test_a_stored_descriptor_that_is_none_is_refused(values: Any) -> None:
+def test_malformed_stored_descriptor_is_refused(values: Any) -> None:
     with pytest.raises(InputError, match="stored descriptor"):
         Descriptor.from_dict(values)

@@ -1,4 +1,4 @@
-"""The picture of the views."""
+"""Preview of augmented views: python -m dino_xcit.augment preview."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dino_xcit.data import open_source
 from dino_xcit.errors import InputError
 
 
-def test_the_picture_shows_the_views_that_a_run_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preview_draws_the_views_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     augmentation, source = tiny_config().augmentation(), tiny_source(10)
@@ -26,12 +26,16 @@ def test_the_picture_shows_the_views_that_a_run_sees(tmp_path: Path, monkeypatch
         assert (np.asarray(axis.images[0].get_array()) == view.permute(1, 2, 0).numpy()).all()
 
 
-def test_a_name_that_is_not_utf8_is_drawn_as_escapes(tmp_path: Path) -> None:
+def test_preview_accepts_image_name_that_is_not_utf8(tmp_path: Path) -> None:
     Image.new("RGB", (30, 30)).save(tmp_path / "caf\udce9.png")
     draw_preview(open_source(str(tmp_path)), tiny_config().augmentation(), tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert len(grid.getcolors(1 << 20) or ()) > 2, "images and captions are drawn"
 
 
-def test_the_command_draws(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_command_writes_png_and_reports_counts(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "views.png"
     main(["preview", str(photos), f"--out={out}", "--images", "2", "--local-crops-number=3"])
     assert Image.open(out).format == "PNG"
@@ -51,7 +55,7 @@ def test_the_command_draws(tmp_path: Path, photos: Path, capsys: pytest.CaptureF
         (["preview", "SRC", "--local-crop-number", "3"], "did you mean --local_crops_number"),
     ],
 )
-def test_mistakes_become_sentences(
+def test_preview_command_refuses_invalid_arguments(
     argv: list[str], words: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Where run_pretrain.py's settings come from: defaults, recipes, a file, flags, in this order."""
+"""Settings of run_pretrain.py: flags override the file, the file overrides the recipe, the recipe the defaults."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.recipes import RECIPES, parse_pretrain, recipe_settings
 
 
-def test_the_defaults_are_the_reference_s_where_it_has_no_flag() -> None:
-    """Those that it has a flag for: test_all_of_dinos_flags_are_known."""
+def test_defaults_equal_dinos_hard_coded_values() -> None:
+    """tests/test_cli.py covers the values for which DINO has a flag."""
     config = PretrainConfig()
     expected = {
         "clip_mode": "per-parameter", "lr_reference_batch": 256, "global_crops_size": 224, "local_crops_size": 96,
@@ -23,7 +23,7 @@ def test_the_defaults_are_the_reference_s_where_it_has_no_flag() -> None:
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_the_first_line_names_the_recipe_and_why() -> None:
+def test_parse_pretrain_reports_recipe_and_reason() -> None:
     config, line = parse_pretrain([])
     assert "no --data-path" in line
     assert (config.recipe, config.data_path) == ("sample", "sample:fashion-mnist")
@@ -32,7 +32,7 @@ def test_the_first_line_names_the_recipe_and_why() -> None:
     assert config.recipe == "dino"
 
 
-def test_the_published_recipe_has_the_published_values() -> None:
+def test_published_recipe_has_published_values() -> None:
     config = parsed(*DATA, "--recipe", "xcit-dino-300ep")
     expected = {
         "epochs": 300, "lr": 1e-3, "lr_reference_batch": 0, "min_lr": 4e-5, "warmup_start_lr": 4e-5,
@@ -47,17 +47,17 @@ def test_the_published_recipe_has_the_published_values() -> None:
 @pytest.mark.parametrize(
     "arch", ["xcit_pico_4_p4", "xcit_small_12_p16", "xcit_small_12_p8", "timm:vit_tiny_patch16_224"]
 )
-def test_the_sample_s_crops_give_every_patch_size_a_grid(arch: str) -> None:
+def test_sample_recipe_crops_fit_every_patch_size(arch: str) -> None:
     config = parsed("--arch", arch)
     patch = 4 if arch.endswith("p4") else 8 if arch.endswith("p8") else 16
-    assert config.local_crops_size > patch  # two tokens a side or more, so that they can interact
+    assert config.local_crops_size > patch  # at least two tokens per side, so that tokens can interact
     assert config.global_crops_size > config.local_crops_size
-    if arch.startswith("timm:"):  # whose transformers refuse sizes that the patch does not divide
+    if arch.startswith("timm:"):  # timm's ViTs refuse sizes that are no multiple of the patch
         assert config.local_crops_size % patch == config.global_crops_size % patch == 0
-    assert config.global_crops_size <= 64  # not 224: the first command must finish on a CPU
+    assert config.global_crops_size <= 64  # far below 224, so that the first command finishes on a CPU
 
 
-def test_flags_beat_the_file_which_beats_the_recipe_which_beats_the_defaults(tmp_path: Path) -> None:
+def test_settings_precedence_is_flag_file_recipe_default(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
         "recipe: xcit-dino-300ep\ndata_path: photos\nepochs: 50\nlocal-crops-scale: [0.1, 0.2]\nlr: 1e-4\n"
@@ -74,7 +74,7 @@ def test_flags_beat_the_file_which_beats_the_recipe_which_beats_the_defaults(tmp
     assert parsed(f"--config={file}").lr == 1e-4
 
 
-def test_the_output_directory_is_named_after_recipe_and_architecture() -> None:
+def test_output_dir_default_names_recipe_and_architecture() -> None:
     assert parsed("--arch", "xcit_nano_12_p16").output_dir == "runs/sample-xcit_nano_12_p16"
     assert parsed(*DATA, "--arch", "timm:vit_tiny_patch16_224").output_dir == "runs/dino-timm-vit_tiny_patch16_224"
     assert parsed(*DATA, "--output-dir", "x/y").output_dir == "x/y"

@@ -1,4 +1,4 @@
-"""Activation checkpointing and torch.compile: less memory or other kernels, and the same training."""
+"""Activation checkpointing and torch.compile leave the training results unchanged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dino_xcit.train import TrainState, build_state
 
 
 @pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 1), ("bf16", 2)])
-def test_recomputing_leaves_every_bit_of_the_training_as_it_is(precision: str, accumulation: int) -> None:
-    """BatchNorm's running statistics among them: each block runs twice, and they may change once."""
+def test_activation_checkpointing_leaves_training_bit_identical(precision: str, accumulation: int) -> None:
+    """This includes the running statistics of BatchNorm: each block runs twice but must update them once."""
     config = tiny_config(precision=precision, accumulation_steps=accumulation)
     kept, _ = run(config, 2)
     again, _ = run(dataclasses.replace(config, activation_checkpointing=True), 2)
@@ -26,7 +26,7 @@ def test_recomputing_leaves_every_bit_of_the_training_as_it_is(precision: str, a
 
 
 def bytes_kept(recompute: bool) -> int:
-    """What autograd keeps of a forward pass, parameters aside."""
+    """Return the bytes that autograd saves in a forward pass, without the parameters."""
     backbone = build_backbone("xcit_pico_4_p4", drop_path_rate=0.1)
     backbone.activation_checkpointing = recompute  # type: ignore[assignment]
     own = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
@@ -37,18 +37,18 @@ def bytes_kept(recompute: bool) -> int:
     return sum(size for place, size in storages.items() if place not in own)
 
 
-def test_recomputing_keeps_less() -> None:
+def test_activation_checkpointing_at_least_halves_saved_memory() -> None:
     assert bytes_kept(recompute=True) < 0.5 * bytes_kept(recompute=False)
 
 
 @pytest.mark.parametrize("setting", ["activation_checkpointing", "compile"])
-def test_timm_networks_are_refused(setting: str) -> None:
+def test_timm_architecture_is_refused_with_checkpointing_and_compile(setting: str) -> None:
     with pytest.raises(InputError, match=setting):
         PretrainConfig(arch="timm:resnet18", **{setting: True})  # type: ignore[arg-type]
 
 
 def graphs(config: PretrainConfig, steps: int) -> tuple[TrainState, list[nn.Module]]:
-    """Train with Dynamo and autograd's tracing but PyTorch's own kernels: no compiler, seconds instead of a minute."""
+    """Train with Dynamo and AOTAutograd but eager kernels, in seconds; return the state and the compiled graphs."""
     torch._dynamo.reset()
     made: list[nn.Module] = []
 
@@ -63,32 +63,32 @@ def graphs(config: PretrainConfig, steps: int) -> tuple[TrainState, list[nn.Modu
     return state, made
 
 
-def test_a_compiled_run_trains_alike_and_compiles_once_a_shape() -> None:
+def test_compiled_run_matches_eager_run_and_compiles_once_per_shape() -> None:
     config = tiny_config(drop_path_rate=0.2)
     plain, _ = run(config, 2)
     state, made = graphs(config, 2)
-    # Student's global and local crops, teacher's global ones; the blocks of a network share them.
+    # Student on global and local crops, teacher on global crops; all blocks of a network share a graph.
     assert len(made) == 3
     found, expected = (tensors_of(one.method.state_dict()) for one in (state, plain))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     backbone = state.method.teacher.backbone.eval()
     with torch.no_grad():
         backbone(torch.randn(3, 3, 36, 28))
-    assert len(made) == 3  # evaluation, of any size, runs as it is
+    assert len(made) == 3  # evaluation runs eagerly at any image size
     torch._dynamo.reset()
 
 
-def test_compile_in_the_settings_compiles_both_networks() -> None:
-    method = build_state(tiny_config(compile=True), CPU).method  # nothing is compiled before the first step
+def test_compile_setting_compiles_student_and_teacher() -> None:
+    method = build_state(tiny_config(compile=True), CPU).method  # compilation starts with the first step
     assert method.student.backbone.compiled
     assert method.teacher.backbone.compiled
 
 
 @pytest.mark.slow
-def test_a_step_in_bf16_with_compiled_kernels_and_recomputation() -> None:
-    """The whole way through the C++ compiler: about a minute.
+def test_compiled_bf16_run_with_checkpointing_matches_uncompiled_run() -> None:
+    """Use the C++ compiler, which takes about a minute.
 
-    SGD, because AdamW's first update is the gradient's sign, which rounding turns where the gradient is near 0.
+    The optimizer is SGD: the first update of AdamW is the sign of the gradient, which rounding flips near 0.
     """
     torch._dynamo.reset()
     config = tiny_config(precision="bf16", compile=True, activation_checkpointing=True, optimizer="sgd", lr=0.05)

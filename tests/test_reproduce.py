@@ -1,6 +1,6 @@
-"""python -m eval.reproduce on a stand-in of ImageNet's layout: figures, pass and fail, and what is refused.
+"""python -m eval.reproduce on small data in ImageNet's layout: accuracies, pass and fail, and refusals.
 
-The published files and ImageNet are not here: figures of the stand-in are put in the place of the published ones.
+The published weights and ImageNet are not available, so accuracies of the small data replace the published ones.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def publish(monkeypatch: pytest.MonkeyPatch, knn: float, linear: float) -> None:
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """{train,val}/CLASS/: eight and six images of three classes."""
+    """{train,val}/CLASS/: eight training and six validation images for each of three classes."""
     return image_tree(tmp_path_factory.mktemp("imagenet"), train=8, val=6)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file as DINO's trainer leaves it; its student is another network than its teacher."""
+    """A checkpoint in the format of DINO's trainer; student and teacher have different weights."""
     torch.manual_seed(1)
     teacher, student = (build_backbone(ARCH).state_dict() for _ in range(2))
     networks = {
@@ -59,7 +59,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A head as DINO publishes it; untrained, so that it is wrong about some images."""
+    """A head in DINO's published format; it is untrained, so some predictions are wrong."""
     path = tmp_path_factory.mktemp("linear") / "dino_linearweights.pth"
     state = {"module.linear.weight": torch.randn(3, 64) / 8, "module.linear.bias": torch.tensor([0.1, -0.1, 0.0])}
     torch.save({"epoch": 100, "state_dict": state, "optimizer": {}, "scheduler": {}, "best_acc": 77.8}, path)
@@ -73,7 +73,7 @@ def config_of(weights: Path, data: Path, *flags: object) -> ReproduceConfig:
 
 @pytest.fixture(scope="module")
 def measured(imagenet: Path, weights: Path, linear: Path) -> tuple[float, float]:
-    """k-NN and linear top-1 in percent by their definitions, one image at a time, with torchvision's transforms."""
+    """k-NN and linear top-1 in percent by definition, one image at a time, with torchvision's transforms."""
     network = build_backbone(ARCH).eval()
     teacher = torch.load(weights, weights_only=True)["teacher"]
     network.load_state_dict({name.removeprefix("module.backbone."): value for name, value in teacher.items()})
@@ -105,11 +105,11 @@ def measured(imagenet: Path, weights: Path, linear: Path) -> tuple[float, float]
     return 100 * right["knn"] / len(asked), 100 * right["linear"] / len(asked)
 
 
-def test_the_figures_are_those_of_the_definition(
+def test_reproduce_accuracies_match_reference_implementation(
     imagenet: Path, weights: Path, linear: Path, measured: tuple[float, float], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    assert len({0.0, 100.0, *measured}) == 4  # a figure that could come of anything shows nothing
+    assert len({0.0, 100.0, *measured}) == 4  # trivial or equal accuracies would prove nothing
     publish(monkeypatch, measured[0] + 0.3, measured[1] - 0.4)
     verdicts = reproduce(config_of(weights, imagenet, "--linear", linear, "--json", tmp_path / "out.json"))
     assert [one["measure"] for one in verdicts] == ["k-NN", "linear"]
@@ -123,7 +123,7 @@ def test_the_figures_are_those_of_the_definition(
 @pytest.mark.parametrize(
     ("off", "code", "said"), [(0.3, 0, "pass"), (0.4, 1, "fail: k-NN of"), (-9.0, 1, "fail: k-NN of")]
 )
-def test_the_command_ends_with_0_if_every_figure_is_within_the_tolerance_and_else_with_1(
+def test_reproduce_exit_code_is_1_if_accuracy_is_outside_tolerance(
     imagenet: Path, weights: Path, measured: tuple[float, float], off: float, code: int, said: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -140,18 +140,24 @@ def test_the_command_ends_with_0_if_every_figure_is_within_the_tolerance_and_els
     assert said in (captured.err if code else captured.out.splitlines()[-1])
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize(
-    "changed", [{"PUBLISHED": {"xcit_small_12_p16": {}}}, {"TRAIN": 25}, {"VAL": 19}, {"CLASSES": 1000}]
+    ("changed", "words"),
+    [
+        ({"PUBLISHED": {"xcit_small_12_p16": {}}}, "expected one of xcit_small_12_p16"),
+        ({"TRAIN": 25}, "training and validation images and classes"),
+        ({"VAL": 19}, "training and validation images and classes"),
+        ({"CLASSES": 1000}, "training and validation images and classes"),
+    ],
 )
-def test_a_network_without_a_published_figure_and_other_data_are_refused(
-    imagenet: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+def test_reproduce_refuses_unpublished_network_and_other_data(
+    imagenet: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], words: str
 ) -> None:
     for name, value in changed.items():
         monkeypatch.setattr(eval.reproduce, name, value)
-    with pytest.raises(InputError, match="expected"):
+    with pytest.raises(InputError, match=words):
         reproduce(config_of(weights, imagenet))
 
 
@@ -159,7 +165,7 @@ def test_a_network_without_a_published_figure_and_other_data_are_refused(
     None, {"linear.weight": torch.zeros(3, 64)}, {"module.linear.weight": 3, "module.linear.bias": 4},
     {"module.linear.weight": torch.zeros(3, 64), "module.linear.bias": torch.zeros(4)},
 ])  # fmt: skip
-def test_a_head_of_another_kind_is_refused(tmp_path: Path, state: object) -> None:
+def test_read_head_refuses_missing_or_misshapen_tensors(tmp_path: Path, state: object) -> None:
     torch.save({"state_dict": state}, tmp_path / "head.pth")
     with pytest.raises(InputError, match="no linear head of this network"):
         read_head(tmp_path / "head.pth", (3, 64))
@@ -167,6 +173,8 @@ def test_a_head_of_another_kind_is_refused(tmp_path: Path, state: object) -> Non
 
 @pytest.mark.parametrize("flags", [("--eval-crop", 384), ("--network", "student"), ("--allow-missing", "norm.bias"),
                                    ("--tolerance", -1)])  # fmt: skip
-def test_settings_of_another_measurement_are_refused(imagenet: Path, weights: Path, flags: tuple[object, ...]) -> None:
+def test_reproduce_refuses_flags_that_change_the_protocol(
+    imagenet: Path, weights: Path, flags: tuple[object, ...]
+) -> None:
     with pytest.raises(InputError, match=r"leave it out|tolerance is -1"):
         config_of(weights, imagenet, *flags)

@@ -1,4 +1,4 @@
-"""Crop and resize: Pillow's bits, for every shape."""
+"""Crop and resize equal Pillow bit for bit, for every shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dino_xcit.augment.resample import Resampler
 
 
 def noise(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Noise is the hardest picture: it has every step, and sums beyond black and white."""
+    """Random pixels: the hardest image, as it has steps of all sizes and bicubic sums beyond 0 and 255."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
 
 
@@ -25,7 +25,7 @@ def by_pillow(
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.slow)])
-def test_any_crop_of_any_picture_has_pillow_s_bits(count: int) -> None:
+def test_random_crops_equal_pillow_bit_for_bit(count: int) -> None:
     rng = np.random.default_rng(1)
     resampler = Resampler()
     rows_first = 0
@@ -42,11 +42,11 @@ def test_any_crop_of_any_picture_has_pillow_s_bits(count: int) -> None:
             expected = by_pillow(picture, top, left, crop_height, crop_width, size, flip)
             np.testing.assert_array_equal(out, expected, err_msg=f"{width} x {height}: {top, left} {size}")
             rows_first += crop_height > size and crop_height - size > 2 * (crop_width - size)
-    assert count / 2 < rows_first < 3.5 * count  # both orders of the passes
+    assert count / 2 < rows_first < 3.5 * count  # both orders of the two passes occur
 
 
 @pytest.mark.parametrize(("width", "height"), [(224, 224), (224, 448), (225, 224), (4000, 3), (3, 4000), (1, 1)])
-def test_pictures_of_extreme_shape(width: int, height: int) -> None:
+def test_images_of_extreme_shape_equal_pillow(width: int, height: int) -> None:
     picture = noise(width, height)
     resampler = Resampler()
     resampler.load(picture)

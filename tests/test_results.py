@@ -1,4 +1,4 @@
-"""Result files: what they hold, that they are whole or not there, and that damaged ones are refused."""
+"""Result files: content, identity of images, atomic write, and refusal of damaged files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DRAWS = {"shots": 5, "k": 20, "temperature": 0.07, "top1_draws": [50.0, 54.5], "
 
 
 @pytest.mark.parametrize("images", [0, 1, 8, 9, 50_000])
-def test_hits_come_back_bit_by_bit(images: int) -> None:
+def test_packed_hits_round_trip(images: int) -> None:
     found = np.random.default_rng(images).random(images) < 0.7
     packed = str(figure("any", {}, found).to_card()["hits"])
     assert (unpack(packed, images) == found).all()
-    assert len(packed) <= -(-images // 6) + 4, "ImageNet's 50,000 images are 8 KB of text"
+    assert len(packed) <= -(-images // 6) + 4, "packed hits are too long: 50,000 images of ImageNet should take 8 KB"
 
 
-def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_result_reads_back_as_written(tmp_path: Path) -> None:
     few = few_shot_figure("pixels", DRAWS, 2, 0)
     path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), QUERIES, few)
     result = read_result(str(path))
@@ -43,13 +43,13 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (result.figures[0].hits == hits(300)).all()
     np.testing.assert_allclose(result.figures[1].values, QUERIES.values, rtol=1e-6)
     assert result.transform["antialias"] is True
-    assert result.transform["mean"] == [0.485, 0.456, 0.406], "as JSON has it, whoever compares"
+    assert result.transform["mean"] == [0.485, 0.456, 0.406], "the mean is not a list, as in JSON"
 
 
-# ---- which images
+# ---- identity of images
 
 
-def test_images_are_the_same_wherever_they_lie(tmp_path: Path) -> None:
+def test_image_hashes_do_not_depend_on_location_or_packing(tmp_path: Path) -> None:
     folder = image_tree(tmp_path / "photos", train=1, val=2) / "val"
     shutil.copytree(folder, tmp_path / "moved")
     pack.main([str(folder), str(tmp_path / "once")])
@@ -59,7 +59,7 @@ def test_images_are_the_same_wherever_they_lie(tmp_path: Path) -> None:
         assert images_card(open_source(place)) == wanted
 
 
-def test_images_that_were_saved_anew_or_relabelled_are_others(tmp_path: Path) -> None:
+def test_image_hashes_change_if_images_are_rewritten_or_relabelled(tmp_path: Path) -> None:
     folder = image_tree(tmp_path / "photos", train=1, val=2) / "val"
     before = images_card(open_source(str(folder)))
     for path in folder.rglob("*.*"):
@@ -91,13 +91,13 @@ WRONG: list[tuple[object, tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize(("value", "keys"), WRONG)
-def test_a_damaged_result_is_refused(tmp_path: Path, value: object, keys: tuple[Any, ...]) -> None:
+def test_damaged_result_is_refused(tmp_path: Path, value: object, keys: tuple[Any, ...]) -> None:
     path = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), QUERIES)
     with pytest.raises(InputError, match=r"a\.json .*expected a file written by run_knn\.py"):
         read_result(str(change(path, value, *keys)))
 
 
-def test_bits_beyond_the_last_image_and_values_that_are_no_percentages_are_refused() -> None:
+def test_surplus_hit_bits_and_values_outside_0_to_100_are_refused() -> None:
     assert unpack("/g==", 7).all()
     with pytest.raises(ValueError, match="expected 7"):
         unpack("/w==", 7)
@@ -109,7 +109,7 @@ def test_bits_beyond_the_last_image_and_values_that_are_no_percentages_are_refus
 @pytest.mark.parametrize(
     "text", ["", "{", "[" * 100_000, '{"measure": NaN}', "[1, 2]", "\x00", '"knn"', '{"format": ' + "9" * 5000 + "}"]
 )
-def test_a_file_that_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
+def test_file_that_is_not_a_result_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     for path in (tmp_path / "a.json", tmp_path / "none.json", tmp_path):
         with pytest.raises(InputError, match=r"expected a file written by run_knn\.py"):
@@ -119,7 +119,7 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
 # ---- writing
 
 
-def test_a_number_that_json_has_no_word_for_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_write_json_of_infinity_raises_and_keeps_previous_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("of before")
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"long": list(range(100_000)), "T": math.inf})
@@ -127,13 +127,13 @@ def test_a_number_that_json_has_no_word_for_leaves_nothing_behind(tmp_path: Path
     assert (tmp_path / "a.json").read_text() == "of before"
 
 
-def test_what_cannot_be_replaced_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_write_json_over_a_folder_is_refused_without_leftovers(tmp_path: Path) -> None:
     (tmp_path / "a.json").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*a\.json: Is a directory"):
         write_json(tmp_path / "a.json", {})
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_figures_of_one_name_are_never_written(tmp_path: Path) -> None:
+def test_two_figures_with_the_same_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the same name"):
         write_result(tmp_path / "a.json", knn_figure(20, hits(5)), knn_figure(20, hits(6)))

@@ -1,5 +1,7 @@
-"""run_knn.py beyond the plain figures: few shots, classes, approximate search, several processes; images that cannot be
-read, which the k-NN while training leaves out, too."""
+"""run_knn.py with few shots, metrics by class, approximate search, two ranks and unreadable images.
+
+The k-NN during training skips unreadable images, too.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,15 @@ QUICK = ("--num-workers", 0, "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint trained on 84 pictures of three classes, with 15 to validate on."""
+    """A checkpoint and its data set: three classes, 84 training and 15 validation images."""
     folder = tmp_path_factory.mktemp("knn")
     return tiny_checkpoint(folder / "run", image_tree(folder / "photos", train=28, val=5))
 
 
-def test_everything_at_once_is_printed_and_written(
+def test_all_options_together_write_consistent_results(
     weights: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files are named from the home folder."""
+    """The output paths start with ``~``."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("eval.knn.classify.MIN_TO_APPROXIMATE", 84)
     done = here(
@@ -50,32 +52,32 @@ def test_everything_at_once_is_printed_and_written(
 
     models = ["trained", "untrained", "pixels", "pixels_normalised"]
     assert [(row["model"], row["k"]) for row in card["results"]] == [(model, k) for model in models for k in (3, 20)]
-    assert all(row["top5"] is None for row in card["results"]), "three classes: top-5 means nothing"
+    assert all(row["top5"] is None for row in card["results"]), "top-5 is undefined for three classes"
     assert card["approximate"]["trained"]["index"] == "IVF18,Flat"
     for row in card["results"]:
         measured = card["approximate"][row["model"]]
         assert row["recall"] == measured["recall_percent"][str(row["k"])] > 50
-    assert card["protocol"]["search"] == {"approximate": "ivf", "probes": 16}, "as they were used, none was asked for"
+    assert card["protocol"]["search"] == {"approximate": "ivf", "probes": 16}, "the default number of probes is missing"
 
     few = card["few_shot"]
     trained = {(row["shots"], row["k"]): row for row in few["results"] if row["model"] == "trained"}
     assert list(trained) == [(1, 3), (5, 3), (5, 15), (30, 3), (30, 20)]
-    assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "30 are all"
+    assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "30 shots take all images"
 
     with open(tmp_path / "classes.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["class"] for row in table] == list(CLASSES)
-    first = card["results"][1]  # k = 20, the first of --ks as it was typed
+    first = card["results"][1]  # k = 20, the first of --ks on the command line
     assert sum(float(row["top1"]) for row in table) / 3 == pytest.approx(first["top1"], abs=0.01)
     with Image.open(tmp_path / "classes.png") as picture:
         assert min(picture.size) > 300
 
 
-# ---- images that cannot be read
+# ---- unreadable images
 
 
 class Place:
-    """A checkpoint, and the images that it was trained on: some of them are broken."""
+    """A checkpoint and its data set, in which one image per part is unreadable."""
 
     def __init__(self, folder: Path) -> None:
         self.photos = image_tree(folder / "photos", train=6, val=5)
@@ -95,13 +97,13 @@ def knn(here: Here, place: Place) -> Command:
     return functools.partial(here, run_knn, "--weights", place.weights, "--ks", 3, 18, *QUICK, "--no-cache")
 
 
-def test_a_broken_image_ends_the_run_by_name(knn: Command) -> None:
+def test_unreadable_image_ends_the_run_and_is_named(knn: Command) -> None:
     refused = knn()
     assert (refused.code, "dots 01.png cannot be read" in refused.err) == (2, True)
     assert "--unreadable skip" in refused.err
 
 
-def test_left_out_images_count_as_if_they_were_not_there(place: Place, knn: Command, tmp_path: Path) -> None:
+def test_skipped_images_give_the_results_of_removed_images(place: Place, knn: Command, tmp_path: Path) -> None:
     shutil.copytree(place.photos, tmp_path / "mended")
     for path in place.broken:
         (tmp_path / "mended" / path.relative_to(place.photos)).unlink()
@@ -122,7 +124,7 @@ def test_left_out_images_count_as_if_they_were_not_there(place: Place, knn: Comm
     assert "using 17" in out
 
 
-def test_two_processes_report_once_what_one_reports(place: Place, tmp_path: Path, here: Here) -> None:
+def test_two_ranks_report_once_and_match_one_process(place: Place, tmp_path: Path, here: Here) -> None:
     words = ("--weights", place.weights, "--unreadable", "skip", "--no-cache", "--few-shot", 2, *QUICK)
     said = on_two_ranks(run_knn, tmp_path, *words, "--json", tmp_path / "2.json")
     assert [text.count("top-1 % [95% interval]") for text in said] == [1, 0]
@@ -132,18 +134,20 @@ def test_two_processes_report_once_what_one_reports(place: Place, tmp_path: Path
     assert (one["results"], one["few_shot"]) == (two["results"], two["few_shot"])
 
 
-def test_where_no_image_can_be_read_there_is_nothing_to_measure(place: Place, here: Here, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_split_without_readable_images_is_refused(place: Place, here: Here, tmp_path: Path, split: str) -> None:
     words = ("--weights", place.weights, "--unreadable", "skip", "--data-path", tmp_path / "bad", *QUICK)
     shutil.copytree(place.photos, tmp_path / "bad")
-    for path in (tmp_path / "bad" / "val").rglob("*.*"):
+    files = [path for path in (tmp_path / "bad" / split).rglob("*.*") if path.is_file()]
+    for path in files:
         path.write_bytes(b"")
     for cache in ((), ("--no-cache",)):
         refused = here(run_knn, *words, *cache)
-        assert (refused.code, "all 15 images of" in refused.err) == (2, True)
+        assert (refused.code, f"all {len(files)} images of" in refused.err) == (2, True)
 
 
 class Torn(ArraySource):
-    """Some of its images are no images."""
+    """A source with unreadable images."""
 
     torn: tuple[int, ...] = (2, 7)
 
@@ -159,12 +163,12 @@ def kept(source: Source, cache: Path | None, backbone: MeanColours, **more: Any)
     return cached(backbone, "w", source, SMALL, CPU, cache, batch_size=4, num_workers=0, **more)
 
 
-def test_rows_without_some_images_are_kept_and_never_served_where_such_are_refused(tmp_path: Path) -> None:
+def test_feature_cache_with_skipped_images_is_reused_for_skip_only(tmp_path: Path) -> None:
     whole, backbone = extract(MeanColours(), noise_source(10), SMALL, CPU, progress=False), MeanColours()
     read = [number for number in range(10) if number not in Torn.torn]
     for cache, seen in ((None, 8), (tmp_path, 16), (tmp_path, 16)):
         found = kept(torn(), cache, backbone, unreadable="skip")
-        assert backbone.seen == seen, "the second time they are there"
+        assert backbone.seen == seen, "the second run with a cache extracts features again"
         assert (np.asarray(found.features) == whole.features[read]).all()
         assert found.unreadable.tolist() == [2, 7]
         assert found.labels is not None
@@ -173,14 +177,14 @@ def test_rows_without_some_images_are_kept_and_never_served_where_such_are_refus
     assert find_kept("w", torn().fingerprint(), (10, 5), SMALL, tmp_path) is None
     with pytest.raises(InputError, match="cannot be read"):
         kept(torn(), tmp_path, MeanColours())
-    # Where all could be read, both ways have the same rows, and only one of them extracts.
+    # If all images are readable, both modes have the same rows and share the feature cache.
     complete = MeanColours()
     kept(noise_source(10, seed=1), tmp_path, complete, unreadable="skip")
     kept(noise_source(10, seed=1), tmp_path, complete)
     assert complete.seen == 10
 
 
-def test_a_damaged_list_of_left_out_images_is_replaced(tmp_path: Path) -> None:
+def test_damaged_list_of_skipped_images_is_replaced(tmp_path: Path) -> None:
     kept(torn(), tmp_path, MeanColours(), unreadable="skip")
     (path,) = tmp_path.glob("*/unreadable.npy")
     path.write_bytes(path.read_bytes()[:-8])
@@ -190,7 +194,7 @@ def test_a_damaged_list_of_left_out_images_is_replaced(tmp_path: Path) -> None:
 
 
 class Diverged(MeanColours):
-    """Its features are not numbers."""
+    """A backbone whose features are NaN."""
 
     def forward(self, images: Any) -> Any:
         found = super().forward(images)
@@ -198,7 +202,7 @@ class Diverged(MeanColours):
         return found
 
 
-def test_a_network_that_diverged_is_refused_with_the_first_image_that_shows_it(tmp_path: Path) -> None:
+def test_non_finite_features_are_refused_with_the_first_image_named(tmp_path: Path) -> None:
     for source, unreadable in ((noise_source(10), "refuse"), (torn(), "skip")):
         with pytest.raises(InputError, match="0 are not finite"):
             kept(source, tmp_path, Diverged(), unreadable=unreadable)
@@ -206,13 +210,13 @@ def test_a_network_that_diverged_is_refused_with_the_first_image_that_shows_it(t
 
 
 class Frozen(Method):
-    """A method of which only the backbone is asked for."""
+    """A method with nothing but a backbone for evaluation."""
 
     def __init__(self, backbone: MeanColours) -> None:
         self.eval_backbone = backbone
 
 
-def test_knn_while_training_names_left_out_images_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_knn_during_training_names_skipped_images_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(data_path=str(place.photos), knn_every=1, output_dir="unused")
     ((name, every, measure),) = build_evaluators(config, open_source(str(place.photos / "train")), CPU)
     assert (name, every) == ("knn", 1)

@@ -1,4 +1,4 @@
-"""run_linear.py with choices of features, kept epochs, regressions, variants; by two processes; killed."""
+"""run_linear.py: choices of features, cached epochs, logistic regression, ImageNet variants, two ranks, kills."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Probe = Callable[..., tuple[int, str, dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint on 30 training and 9 validation images of three classes named by wnids."""
+    """A checkpoint, and 30 training and 9 validation images of three classes named by wnids."""
     folder = tmp_path_factory.mktemp("choices")
     tree = image_tree(folder / "photos", train=10)
     for part in ("train", "val"):
@@ -39,7 +39,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def probe(weights: Path, tmp_path: Path, here: Here) -> Probe:
-    """Runs a probe in this process, with a folder and a result file of the name given."""
+    """Function that runs a probe in this process, with an output folder and result file of the given name."""
 
     def run(name: str, *flags: object) -> tuple[int, str, dict[str, Any]]:
         done = here(run_linear, *words_of(weights, tmp_path / name, *flags))
@@ -54,7 +54,7 @@ def card_of(folder: Path) -> dict[str, Any]:
 
 
 def words_of(weights: Path, folder: Path, *flags: object, batch: int = 4) -> list[object]:
-    """Settings of a small probe, without those that ``flags`` give, or that decide nothing beside them."""
+    """Return the flags of a small probe: ``flags``, and defaults for those that are missing and would be used."""
     settings: dict[str, tuple[object, ...]] = {
         "--weights": (weights,), "--output-dir": (folder,), "--json": (folder / "card.json",), "--batch-size": (batch,),
         "--num-workers": (0,), "--holdout": (0.2,), "--cache-dir": (folder / "features",), "--device": ("cpu",),
@@ -71,7 +71,7 @@ def words_of(weights: Path, folder: Path, *flags: object, batch: int = 4) -> lis
 
 @pytest.fixture(scope="module")
 def whole(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a probe with all choices at once."""
+    """Output folder of a probe with all choices at once."""
     folder = tmp_path_factory.mktemp("whole")
     assert forked(run_linear, folder, *words_of(weights, folder, *ALL)) == [0]
     return folder
@@ -85,7 +85,7 @@ def tensors(folder: Path, name: str = "linear.pth") -> dict[str, Any]:
     return content
 
 
-def test_each_choice_of_features_has_the_grid_and_every_c(whole: Path) -> None:
+def test_each_choice_of_features_has_grid_and_all_values_of_c(whole: Path) -> None:
     card = card_of(whole)
     grid, logreg = card["results"]["grid"], card["results"]["logreg"]
     assert list(grid["held_out_top1_by_features"]) == ["cls", "cls+mean", "last3"]
@@ -98,7 +98,7 @@ def test_each_choice_of_features_has_the_grid_and_every_c(whole: Path) -> None:
     assert shapes == {"cls": (2, 3, 64), "cls+mean": (2, 3, 128), "last3": (2, 3, 256)}
 
 
-def test_two_processes_measure_what_one_does(whole: Path, tmp_path: Path, weights: Path) -> None:
+def test_two_ranks_match_single_process(whole: Path, tmp_path: Path, weights: Path) -> None:
     on_two_ranks(run_linear, tmp_path, *words_of(weights, tmp_path / "two", *ALL, batch=2))
     one, two = card_of(whole), card_of(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -113,7 +113,7 @@ def test_two_processes_measure_what_one_does(whole: Path, tmp_path: Path, weight
     assert float((weight - other).abs().max()) < 1e-2 * float(other.abs().max())
 
 
-def test_kept_epochs_as_many_as_are_asked_for_are_the_full_protocol(probe: Probe, tmp_path: Path) -> None:
+def test_caching_all_epochs_equals_full_protocol(probe: Probe, tmp_path: Path) -> None:
     words = ("--epochs", 2, "--cached", "--cached-precision", "float32", "--cached-epochs")
     for name, flags in {"full": words[:2], "kept": (*words, 9), "fewer": (*words, 1)}.items():
         assert probe(name, *flags)[0] == 0
@@ -123,7 +123,7 @@ def test_kept_epochs_as_many_as_are_asked_for_are_the_full_protocol(probe: Probe
     assert not torch.allclose(full["grid"]["cls"]["weight"], fewer["grid"]["cls"]["weight"], 0, 1e-3)
 
 
-def test_a_regression_is_added_to_a_finished_probe_and_other_ones_are_refused(probe: Probe, tmp_path: Path) -> None:
+def test_logreg_is_added_to_finished_probe_and_changed_setting_refused(probe: Probe, tmp_path: Path) -> None:
     assert probe("p", "--epochs", 1)[0] == 0
     before = (tmp_path / "p" / "linear.pth").read_bytes()
     code, out, card = probe("p", "--epochs", 1, "--logreg")
@@ -139,7 +139,7 @@ def test_a_regression_is_added_to_a_finished_probe_and_other_ones_are_refused(pr
     assert "logreg.pth holds another probe (iterations 1000 -> 5)" in out
 
 
-def test_a_regression_alone_needs_no_sgd(probe: Probe, tmp_path: Path) -> None:
+def test_logreg_runs_without_sgd(probe: Probe, tmp_path: Path) -> None:
     alone = ("--no-sgd", "--logreg", "--logreg-cs", 1, "--holdout", 0, "--logreg-iterations", 1)
     code, out, card = probe("alone", *alone)
     assert code == 0, out
@@ -151,7 +151,7 @@ def test_a_regression_alone_needs_no_sgd(probe: Probe, tmp_path: Path) -> None:
     assert not (tmp_path / "alone" / "linear.pth").exists()
 
 
-def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tmp_path: Path, weights: Path) -> None:
+def test_recommended_classifier_is_evaluated_on_imagenet_variants(probe: Probe, tmp_path: Path, weights: Path) -> None:
     val = weights.parent.parent / "photos" / "val"
     v2, restricted = tmp_path / "v2", tmp_path / "a"
     for number, wnid in enumerate(sorted(WNIDS.values())):
@@ -167,7 +167,7 @@ def test_the_recommended_classifier_is_measured_on_the_variants(probe: Probe, tm
     assert code == 0, out
     also = card["results"]["also"]
     best = card["results"][also["classifier"]]
-    assert also["imagenet-v2"]["top1"] == pytest.approx(best["top1"]), "the same images in other folders"
+    assert also["imagenet-v2"]["top1"] == pytest.approx(best["top1"]), "accuracies on the same images differ"
     assert also["sketch"]["top1"] == pytest.approx(best["top1"])
     assert (also["imagenet-a"]["images"], also["imagenet-a"]["classes"]) == (6, 2)
     assert also["real"]["images"] == 8
@@ -190,16 +190,16 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
-def test_mistakes_are_sentences(probe: Probe, typed: str) -> None:
+def test_invalid_flags_are_refused(probe: Probe, typed: str) -> None:
     code, out, _ = probe("wrong", *typed.split())
     assert (code, MISTAKES[typed] in out) == (2, True), out
 
 
-# ---- killed
+# ---- kills
 
 
 class Death(NamedTuple):
-    """SIGKILL to a process as it calls a function for the ``call``-th time (from 1)."""
+    """Sends SIGKILL to a process at its ``call``-th call of a function (from 1)."""
 
     owner: Any
     name: str
@@ -218,15 +218,15 @@ class Death(NamedTuple):
 
 
 STEPS, GRIDS = 7, 2
-"""Of an epoch; and of choices of features, each with a grid that takes every step beside the paper's classifier."""
+"""Steps per epoch, and choices of features. The grid of each choice steps along with the paper's classifier."""
 WITHIN_EPOCH_2 = Death(LinearHeads, "step", (STEPS + 3) * (1 + GRIDS))
-"""Counted from where a run goes on: for one that goes on with epoch 2, it is within epoch 3."""
+"""Calls are counted per process: one that resumes with epoch 2 dies in epoch 3."""
 THE_THIRD_FILE = Death(os, "replace", 3)
-"""Two files appear, and of the next there is only what was written aside."""
+"""Two atomic writes complete. The third leaves only its temporary file."""
 
 
 def bits(value: Any) -> Any:
-    """Values that are equal where all bits are, without seconds."""
+    """Convert to values that are equal only if all bits are, without ``seconds``."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.contiguous().numpy().tobytes()
     if isinstance(value, dict):
@@ -235,18 +235,18 @@ def bits(value: Any) -> Any:
 
 
 def left_by(folder: Path) -> dict[str, Any]:
-    """All that a probe leaves, features included; and that nothing else is left."""
+    """Return all output of a probe, including features, and assert that no temporary file is left."""
     card = json.loads((folder / "card.json").read_text())
     found = {name: bits(torch.load(folder / name, weights_only=True)) for name in ("linear.pth", "logreg.pth")}
     found |= {name: card[name] for name in ("results", "figures", "history", "protocol")}
-    # What a killed process had begun to extract lies aside for an hour: another may be at it.
+    # Temporary folders of killed extractions stay for an hour, as another process may be writing them.
     found |= {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("features/[!.]*/*.npy")}
     assert not [path.name for path in folder.glob(".*")]
     return found
 
 
 def killed_and_gone_on(weights: Path, folder: Path, deaths: list[Death], more: Sequence[str], ranks: int) -> Any:
-    """What a probe leaves that dies again and again, each time a little later, then lives."""
+    """Return all output of a probe that is killed and resumed once per death, then completes."""
     flags = ("--features", "cls", "last3", "--logreg", "--logreg-cs", 0.01, 1, *more)
     command = words_of(weights, folder, *flags, batch=4 // ranks)
     for death in deaths:
@@ -257,8 +257,8 @@ def killed_and_gone_on(weights: Path, folder: Path, deaths: list[Death], more: S
 
 WITHIN = [
     WITHIN_EPOCH_2,
-    WITHIN_EPOCH_2,  # now in epoch 3
-    Death(os, "replace", 2),  # linear.pth of the last epoch is there, logreg.pth is not yet
+    WITHIN_EPOCH_2,  # in epoch 3
+    Death(os, "replace", 2),  # linear.pth of the last epoch exists, logreg.pth does not yet
     Death(LogisticRegression, "solve", 2),
     Death(os, "replace", 2),
 ]
@@ -269,13 +269,13 @@ CACHED = ("--cached", "--cached-epochs", "2")
     ("ranks", "more", "deaths"),
     [
         pytest.param(1, (), WITHIN, marks=pytest.mark.slow),
-        # The features of training, held-out and validation images and of two kept epochs, linear.pth three times,
-        # logreg.pth once a regression and once in the end, the result file.
+        # Files: features of training, held-out and validation images and of two cached epochs, linear.pth three
+        # times, logreg.pth once per regression and once at the end, the result file.
         (1, CACHED, [THE_THIRD_FILE] * 5),
         pytest.param(2, (), [WITHIN_EPOCH_2, WITHIN[3]], marks=pytest.mark.slow),
     ],
 )
-def test_a_probe_that_is_killed_ends_with_the_bits_of_one_that_is_not(
+def test_resume_after_kill_matches_uninterrupted_probe_bitwise(
     weights: Path, tmp_path: Path, ranks: int, more: tuple[str, ...], deaths: list[Death]
 ) -> None:
     found = killed_and_gone_on(weights, tmp_path / "killed", deaths, more, ranks)

@@ -1,4 +1,4 @@
-"""run_retrieval.py as a user types it: figures that can be told beforehand, and mistakes."""
+"""run_retrieval.py from the command line: metrics on data with known results, and user errors."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture
 def retrieve(here: Here) -> Command:
-    """Runs run_retrieval.py in this process."""
+    """Return a function that runs run_retrieval.py in this process."""
     return functools.partial(here, run_retrieval)
 
 
 def noise(seed: int, width: int = 40, height: int = 32) -> NDArray[np.uint8]:
-    """A picture like no other: coarse blocks of random colours."""
+    """Return an image of coarse blocks with random colours, distinct for each seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     return blocks.repeat(8, axis=0).repeat(8, axis=1)
 
 
 def save(pixels: NDArray[np.uint8], path: Path, quality: int = 95) -> None:
-    """Write a picture, and the folders above it."""
+    """Write an image and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, quality=quality)
 
@@ -48,7 +48,7 @@ def save(pixels: NDArray[np.uint8], path: Path, quality: int = 95) -> None:
 
 @pytest.fixture
 def oxford(tmp_path: Path) -> Path:
-    """Two buildings. Queries show them in a box within other things; the database has each as it is in the box."""
+    """Two buildings: each query shows one in a box on a random background; the database has the content of the box."""
     folder = tmp_path / "roxford5k"
     names = [f"oxford_{number:06d}" for number in range(6)]
     for number, name in enumerate(names):
@@ -58,7 +58,7 @@ def oxford(tmp_path: Path) -> Path:
         scene = noise(100 + number, 96, 80)
         scene[24:56, 16:56] = noise(number)
         save(scene, folder / f"jpg/query_{number}.jpg")
-        # The building itself is easy in the first query and hard in the second; the next picture is junk.
+        # The building is easy for the first query and hard for the second; database image 2 is junk for both.
         found = {"easy": [0], "hard": []} if number == 0 else {"easy": [], "hard": [1]}
         gnd.append({"bbx": [16, 24, 56, 56], "junk": [2], **found})
     (folder / "gnd_roxford5k.json").write_text(
@@ -67,12 +67,12 @@ def oxford(tmp_path: Path) -> Path:
     return folder
 
 
-def test_landmarks_cut_queries_to_their_box(place: Place, oxford: Path, retrieve: Command, tmp_path: Path) -> None:
+def test_landmarks_crop_queries_to_their_box(place: Place, oxford: Path, retrieve: Command, tmp_path: Path) -> None:
     common = ("oxford", "--weights", place.weights, "--data-path", oxford, "--imsize", 32, "--no-cache")
     out, card = measured(retrieve, tmp_path / "o.json", *common)
     assert "images: whole picture, longer side reduced" in out
     rows = {row["setup"]: row for row in card["results"]}
-    # Within its box each query is its building's very picture, a JPEG away: found first.
+    # Inside its box each query equals its database image up to JPEG compression, so it ranks first.
     found = {setup: (row["map"], row["queries"]) for setup, row in rows.items()}
     assert found == {"easy": (100, 1), "medium": (100, 2), "hard": (100, 1)}
     assert rows["hard"]["ap"] == {"query_0": None, "query_1": 100}
@@ -83,7 +83,7 @@ def test_landmarks_cut_queries_to_their_box(place: Place, oxford: Path, retrieve
 
     _, other = measured(retrieve, tmp_path / "w.json", *common, "--queries", "whole")
     assert other["protocol"]["queries"] == "whole pictures"
-    assert other["results"] != card["results"], "the box was of use"
+    assert other["results"] != card["results"], "cropping to the box has no effect on the results"
 
 
 # ---- Copydays
@@ -95,7 +95,7 @@ def copydays(tmp_path: Path) -> Path:
     for number in range(5):
         save(noise(number), folder / f"original/{200000 + 100 * number}.jpg")
         save(noise(number), folder / f"jpegqual/75/{200000 + 100 * number}.jpg", quality=75)
-    for number in range(4):  # the last has no strong copy
+    for number in range(4):  # the last original has no strong copy
         save(noise(number)[:, 4:], folder / f"strong/{200001 + 100 * number}.jpg")
     save(noise(0)[4:], folder / "strong/200002.jpg")
     return folder
@@ -113,16 +113,16 @@ def test_copydays_searches_in_both_directions(place: Place, copydays: Path, retr
         "strong -> original": (5, size, size), "jpegqual/75 -> original": (5, size, size),
         "original -> strong": (4, size, size),
     }  # fmt: skip
-    assert rows["jpegqual/75 -> original"]["map"] == 100, "hardly another picture"
+    assert rows["jpegqual/75 -> original"]["map"] == 100, "a JPEG copy of quality 75 does not rank its original first"
     assert 0 < rows["strong -> original"]["map"] <= 100
     figures = {one.name: one for one in read_result(str(tmp_path / "c.json")).figures}
     assert figures["strong -> original mAP"].unit == "query"
 
 
-# ---- any labelled folder
+# ---- labelled folders
 
 
-def test_a_labelled_folder_has_figures_with_intervals(place: Place, retrieve: Command, tmp_path: Path) -> None:
+def test_labelled_folder_gives_metrics_with_intervals(place: Place, retrieve: Command, tmp_path: Path) -> None:
     shutil.copytree(place.data / "val", tmp_path / "val")
     save(noise(1), tmp_path / "val" / "alone" / "one.png")
     common = ("folder", "--weights", place.weights, "--no-cache", "--data-path", tmp_path / "val")
@@ -136,7 +136,7 @@ def test_a_labelled_folder_has_figures_with_intervals(place: Place, retrieve: Co
         assert f"{row[key]:.1f} [" in out
 
 
-def test_two_processes_report_once_what_one_reports(place: Place, retrieve: Command, tmp_path: Path) -> None:
+def test_two_ranks_report_once_and_match_one_process(place: Place, retrieve: Command, tmp_path: Path) -> None:
     words = ("folder", "--device", "cpu", "--weights", place.weights, "--data-path", place.data, "--no-cache")
     first, second = on_two_ranks(run_retrieval, tmp_path, *words, "--json", tmp_path / "two.json")
     assert "queries, each against the 11 other images" in first
@@ -150,7 +150,7 @@ def test_two_processes_report_once_what_one_reports(place: Place, retrieve: Comm
 
 @pytest.fixture
 def two_sets(tmp_path: Path) -> tuple[Path, Path]:
-    """Of six test pictures one is a training file, and another the same picture saved anew."""
+    """Training and test images: of six test images, one is a copied training file and one a training image as JPEG."""
     train, test = tmp_path / "train", tmp_path / "test"
     for number in range(8):
         save(noise(number), train / f"{number}.png")
@@ -161,7 +161,7 @@ def two_sets(tmp_path: Path) -> tuple[Path, Path]:
     return train, test
 
 
-def test_duplicates_name_the_pairs_and_tell_identical_files(
+def test_duplicates_lists_pairs_and_marks_identical_files(
     place: Place, two_sets: tuple[Path, Path], retrieve: Command, tmp_path: Path
 ) -> None:
     train, test = two_sets
@@ -181,7 +181,7 @@ def test_duplicates_name_the_pairs_and_tell_identical_files(
         assert sheet.width > 300
 
 
-# ---- mistakes
+# ---- user errors
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_duplicates_name_the_pairs_and_tell_identical_files(
         ("folder --whiten none.npz --weights {weights} --data-path {photos}", "none.npz"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_sentence(place: Place, retrieve: Command, typed: str, word: str) -> None:
+def test_user_error_prints_one_line_and_exits_with_2(place: Place, retrieve: Command, typed: str, word: str) -> None:
     done = retrieve(*typed.format(weights=place.weights, photos=place.data).split())
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert word in done.err

@@ -1,4 +1,4 @@
-"""Files of others: what would run, explode or lie is refused at once; what is honest reads, whatever wrote it."""
+"""Safe loading of untrusted files: hostile files are refused quickly, and valid files of every layout are read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Ask = Callable[[str, Path], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    """Has a file read in a process of its own; what that took and how it ended."""
+    """Read a file in a separate process; return its time, memory and error."""
     command = [sys.executable, str(ROOT / "tests/reading_server.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -54,13 +54,13 @@ def assert_refused(taken: dict[str, Any], path: Path) -> None:
     assert str(path) in taken["sentence"]
     assert "\n" not in taken["sentence"]
     assert len(taken["sentence"]) < 600
-    assert "weights_only" not in taken["sentence"]  # PyTorch's text tells how to run it all the same
+    assert "weights_only" not in taken["sentence"]  # PyTorch's message recommends unsafe loading
     assert taken["seconds"] < SECONDS, taken
     assert taken["megabytes"] < MEGABYTES, taken
 
 
 @pytest.mark.parametrize("name", [*PROGRAMS, *OTHERS])
-def test_a_hostile_checkpoint_is_refused_at_once_and_nothing_runs(tmp_path: Path, ask: Ask, name: str) -> None:
+def test_hostile_checkpoint_is_refused_quickly_and_not_executed(tmp_path: Path, ask: Ask, name: str) -> None:
     path, canary = tmp_path / "hostile.pth", tmp_path / "ran"
     (PROGRAMS | OTHERS)[name](path, canary)
     for reader in ("read", "load_backbone") if name in PROGRAMS else ("read",):
@@ -74,8 +74,8 @@ def test_a_hostile_checkpoint_is_refused_at_once_and_nothing_runs(tmp_path: Path
 @pytest.mark.parametrize(
     "name", ["bytes_made_by_a_call", pytest.param("billion_laughs_as_a_key", marks=pytest.mark.slow)]
 )
-def test_a_checkpoint_that_takes_time_or_memory_never_reads(tmp_path: Path, ask: Ask, name: str) -> None:
-    """It is refused, or ended here by the limit of the process that reads it."""
+def test_unbounded_checkpoint_is_refused_or_exceeds_time_limit(tmp_path: Path, ask: Ask, name: str) -> None:
+    """SIGPROF ends the reading process after its limit of CPU time."""
     path, canary = tmp_path / "hostile.pth", tmp_path / "ran"
     UNBOUNDED[name](path, canary)
     assert ask("read", path)["error"] in ("InputError", f"ended with {-signal.SIGPROF}")
@@ -83,14 +83,14 @@ def test_a_checkpoint_that_takes_time_or_memory_never_reads(tmp_path: Path, ask:
 
 
 @pytest.mark.parametrize("maker", LARGE.values(), ids=LARGE)
-def test_a_small_file_that_claims_a_large_network_is_refused(tmp_path: Path, ask: Ask, maker: Maker) -> None:
+def test_small_file_that_claims_a_large_network_is_refused(tmp_path: Path, ask: Ask, maker: Maker) -> None:
     maker(tmp_path / "small.pth", tmp_path / "ran")
     assert ask("read", tmp_path / "small.pth")["error"] is None
     assert_refused(ask("load_backbone", tmp_path / "small.pth"), tmp_path / "small.pth")
 
 
 @pytest.mark.parametrize("name", GROUND_TRUTHS)
-def test_a_hostile_ground_truth_is_refused_at_once_and_nothing_runs(tmp_path: Path, ask: Ask, name: str) -> None:
+def test_hostile_ground_truth_is_refused_quickly_and_not_executed(tmp_path: Path, ask: Ask, name: str) -> None:
     path, canary = tmp_path / "gnd.pkl", tmp_path / "ran"
     GROUND_TRUTHS[name](path, canary)
     assert_refused(ask("read_ground_truth", path), path)
@@ -101,7 +101,7 @@ def test_a_hostile_ground_truth_is_refused_at_once_and_nothing_runs(tmp_path: Pa
 
 
 @pytest.mark.parametrize("reader", [safe_load.read, safe_load.read_ground_truth, load_backbone])
-def test_pipes_devices_folders_and_missing_files_have_their_sentences(tmp_path: Path, reader: Any) -> None:
+def test_pipes_devices_folders_and_missing_files_are_refused(tmp_path: Path, reader: Any) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(InputError, match="pipe or a device"):
@@ -113,7 +113,7 @@ def test_pipes_devices_folders_and_missing_files_have_their_sentences(tmp_path: 
 
 @pytest.mark.parametrize("cut", [0, 3, 20, 300, -100, -1])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_cut_short_is_refused(tmp_path: Path, cut: int, zipped: bool) -> None:
+def test_truncated_file_is_refused(tmp_path: Path, cut: int, zipped: bool) -> None:
     path = tmp_path / "b.pth"
     torch.save(fresh_state(), path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
@@ -123,7 +123,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, cut: int, zipped: bool) -> 
 
 
 @pytest.mark.parametrize("changes", [20, pytest.param(150, marks=pytest.mark.slow)])
-def test_bytes_changed_at_random_never_end_in_another_error(tmp_path: Path, changes: int) -> None:
+def test_randomly_changed_files_raise_no_other_error_than_input_error(tmp_path: Path, changes: int) -> None:
     path = tmp_path / "b.pth"
     generator = torch.Generator().manual_seed(0)
     refused = 0
@@ -144,11 +144,11 @@ def test_bytes_changed_at_random_never_end_in_another_error(tmp_path: Path, chan
     assert 0 < refused < 2 * changes
 
 
-# ---- honest files
+# ---- valid checkpoints
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_honest_files_of_every_layout_read_as_they_were_written(tmp_path: Path, zipped: bool) -> None:
+def test_valid_checkpoint_reads_back_as_written(tmp_path: Path, zipped: bool) -> None:
     state = torch.nn.BatchNorm2d(3).state_dict()  # an OrderedDict with an attribute
     shared = torch.arange(12.0)
     content = {
@@ -176,13 +176,13 @@ def test_honest_files_of_every_layout_read_as_they_were_written(tmp_path: Path, 
     assert [type(number) for number in back["numbers"][:3]] == [np.float64, np.float32, np.int64]
 
 
-def test_a_file_with_thousands_of_tensors_reads(tmp_path: Path) -> None:
-    """As many as DINO's checkpoint of a network with forty layers has."""
+def test_checkpoint_with_thousands_of_tensors_is_read(tmp_path: Path) -> None:
+    """A DINO checkpoint of a network with forty layers has as many tensors."""
     torch.save({str(place): torch.full((1,), place) for place in range(4000)}, tmp_path / "b.pth")
     assert safe_load.read(tmp_path / "b.pth")["3999"].item() == 3999
 
 
-def test_the_content_itself_is_looked_at_too() -> None:
+def test_check_content_refuses_objects_hostile_tensors_and_repetition() -> None:
     honest = {"a": torch.zeros(3), "b": [1, "x", {2: (None, 3.0)}]}
     safe_load.check_content(honest, room=1000)
     inside, attributed = torch.zeros(4), torch.zeros(4)
@@ -206,7 +206,7 @@ def test_the_content_itself_is_looked_at_too() -> None:
         {"teacher": {"backbone.a": torch.zeros(1)}, "args": {"arch": "timm:" + "a\n" * 10_000}},
     ],
 )  # fmt: skip
-def test_names_and_shapes_that_no_backbone_has_are_refused_in_one_line(tmp_path: Path, content: object) -> None:
+def test_invalid_backbone_names_and_shapes_are_refused_in_one_line(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "b.pth")
     with pytest.raises(InputError) as caught:
         load_backbone(tmp_path / "b.pth")
@@ -218,14 +218,14 @@ HUGE = {"resize": 1, "crop": 1, "interpolation": "bicubic", "mean": [10**400] * 
 
 
 @pytest.mark.parametrize("stored", [None, 3, {"resize": "x"}, [torch.zeros(300, 3)], HUGE])
-def test_an_evaluation_transform_that_is_none_is_refused_in_one_line(tmp_path: Path, stored: Any) -> None:
+def test_invalid_eval_transform_is_refused_in_one_line(tmp_path: Path, stored: Any) -> None:
     full_dino_file(tmp_path / "full.pth", eval_transform=stored)
     with pytest.raises(InputError, match=r"full\.pth") as caught:
         load_backbone(tmp_path / "full.pth")
     assert "\n" not in str(caught.value)
 
 
-# ---- honest ground truths
+# ---- valid ground truths
 
 
 def ground_truth() -> dict[str, Any]:
@@ -238,7 +238,7 @@ def ground_truth() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("protocol", range(5))
-def test_honest_ground_truths_read_in_every_protocol(tmp_path: Path, protocol: int) -> None:
+def test_ground_truth_is_read_in_every_pickle_protocol(tmp_path: Path, protocol: int) -> None:
     (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(ground_truth(), protocol))
     back: Any = safe_load.read_ground_truth(tmp_path / "gnd.pkl")
     there, here = ground_truth()["gnd"][0], back["gnd"][0]
@@ -249,8 +249,8 @@ def test_honest_ground_truths_read_in_every_protocol(tmp_path: Path, protocol: i
         assert type(here[name]) is type(value)
 
 
-def test_a_ground_truth_of_python_2_reads_with_its_text_as_latin_1(tmp_path: Path) -> None:
-    # {'gnd': [array([1, 2], dtype=int16), 7L], 'caf\xe9': u'x'}, as Python 2 writes it in protocol 2.
+def test_ground_truth_of_python_2_is_read_with_latin_1_text(tmp_path: Path) -> None:
+    # {'gnd': [array([1, 2], dtype=int16), 7L], 'caf\xe9': u'x'}, pickled by Python 2 in protocol 2.
     data = (
         b"\x80\x02}q\x00(U\x03gnd]q\x01(cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02\x85"
         b"cnumpy\ndtype\nU\x02i2K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
@@ -264,7 +264,7 @@ def test_a_ground_truth_of_python_2_reads_with_its_text_as_latin_1(tmp_path: Pat
     assert back["café"] == "x"
 
 
-def test_a_ground_truth_as_large_as_the_published_ones_reads(tmp_path: Path) -> None:
+def test_ground_truth_of_published_size_is_read(tmp_path: Path) -> None:
     queries = [{"easy": list(range(900))} for _ in range(70)]
     content = {"imlist": [f"paris_{n:06d}" for n in range(6322)], "gnd": queries}
     (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(content))

@@ -1,4 +1,4 @@
-"""The embedded sample, the full set it is of, and torchvision's sets."""
+"""The embedded sample, the full Fashion-MNIST, and torchvision's data sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dino_xcit.data.torchvision_source import TorchvisionSource
 from dino_xcit.errors import InputError
 
 
-def test_the_sample_is_balanced_and_small_and_comes_with_its_licence() -> None:
+def test_sample_is_balanced_small_and_has_licence_file() -> None:
     for part, count in (("train", 12_000), ("val", 3_000)):
         source = open_source("sample:fashion-mnist", part)
         assert len(source) == count
@@ -37,7 +37,7 @@ def test_the_sample_is_balanced_and_small_and_comes_with_its_licence() -> None:
     assert "Zalando" in licence
 
 
-def test_the_sample_holds_different_pictures() -> None:
+def test_sample_has_few_duplicate_images() -> None:
     train, val = open_parts("sample:fashion-mnist", None, None)
     assert isinstance(train, ArraySource)
     assert isinstance(val, ArraySource)
@@ -53,7 +53,7 @@ def idx(array: NDArray[np.uint8]) -> bytes:
 
 @pytest.fixture
 def full_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A little Fashion-MNIST in the files of Debian's package."""
+    """A small Fashion-MNIST with the file names of Debian's package."""
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 30), ("t10k", 20)):
         images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
@@ -64,7 +64,7 @@ def full_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_full_set_is_read_from_idx_files(full_set: Path) -> None:
+def test_full_set_is_read_from_idx_files(full_set: Path) -> None:
     train, val = open_parts("sample:fashion-mnist-full", None, None)
     assert (len(train), len(val)) == (30, 20)
     first = np.random.default_rng(0).integers(0, 256, (30, 28, 28), dtype=np.uint8)[0]
@@ -82,7 +82,7 @@ PICTURES = idx(np.zeros((30, 28, 28), np.uint8))
     [b"", b"no gzip at all", gzip.compress(PICTURES)[:-10], gzip.compress(b"PNG"), gzip.compress(PICTURES[:-5])],
     ids=["empty", "other format", "cut", "other content", "short"],
 )
-def test_a_damaged_file_is_named(full_set: Path, data: bytes) -> None:
+def test_damaged_idx_file_is_named_in_error(full_set: Path, data: bytes) -> None:
     (full_set / "train-images-idx3-ubyte.gz").write_bytes(data)
     with pytest.raises(InputError, match=r"train-images-idx3.*download (it|them) again"):
         open_source("sample:fashion-mnist-full")
@@ -94,13 +94,13 @@ def test_a_damaged_file_is_named(full_set: Path, data: bytes) -> None:
     ("images-idx3", idx(np.zeros((0, 28, 28), np.uint8))), ("images-idx3", bytes(200_000_000)),
     ("labels-idx1", idx(np.full(30, 10, np.uint8))),
 ])  # fmt: skip
-def test_files_that_are_not_the_full_set_are_refused(full_set: Path, kind: str, data: bytes) -> None:
+def test_idx_file_with_wrong_content_is_refused(full_set: Path, kind: str, data: bytes) -> None:
     (full_set / f"train-{kind}-ubyte.gz").write_bytes(gzip.compress(data, 1))
     with pytest.raises(InputError, match=r"download (it|them) again"):
         open_source("sample:fashion-mnist-full")
 
 
-def test_a_full_set_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_full_set_names_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASHION_MNIST_DIR", "/absent")
     with pytest.raises(InputError, match="FASHION_MNIST_DIR"):
         open_source("sample:fashion-mnist-full")
@@ -116,13 +116,13 @@ def test_a_full_set_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ("torchvision:ImageFolder", "cannot open ImageFolder"),
     ],
 )
-def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, words: str) -> None:
+def test_unknown_data_set_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, words: str) -> None:
     monkeypatch.setenv("TORCHVISION_DATA", str(tmp_path))
     with pytest.raises(InputError, match=words):
         open_source(url)
 
 
-def test_a_torchvision_set_is_read_where_its_files_are(full_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_set_is_read_from_local_files(full_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = full_set / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for file in full_set.glob("*.gz"):
@@ -141,7 +141,7 @@ def test_a_torchvision_set_is_read_where_its_files_are(full_set: Path, monkeypat
 
 
 class OneBroken(torch.utils.data.Dataset[Any]):
-    """What torchvision's sets do where a file is damaged: an error of whatever class."""
+    """A torchvision data set with a damaged file. The class of the exception depends on the data set."""
 
     targets: object = (2, 0, 1)
     classes = ("a", "b", "c")
@@ -158,7 +158,7 @@ class OneBroken(torch.utils.data.Dataset[Any]):
         return Image.new("L", (4, 3), 50 * index), index
 
 
-def test_a_broken_image_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_torchvision_image_raises_undecodable_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets, "OneBroken", OneBroken, raising=False)
     source = TorchvisionSource("OneBroken", "train", tmp_path)
     assert source.read(2)[1] == 1
@@ -172,7 +172,7 @@ def test_a_broken_image_can_be_replaced(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "targets", [["a", "b", "c"], [[1, 2], [3], []], [0, 1], [0, -1, 1], [0, 10**6, 1], [{}, {}, {}]]
 )
-def test_targets_that_are_no_classes_are_no_labels(
+def test_targets_other_than_class_numbers_give_no_labels(
     targets: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Odd(OneBroken):

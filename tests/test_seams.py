@@ -1,4 +1,4 @@
-"""Each seam: something registered from outside trains three steps, and no other file is touched."""
+"""Extension points: each component registered from outside trains for three steps without changes to other files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def train(folder: Path, *flags: str, steps: int = 3, **seams: Any) -> list[dict[str, Any]]:
-    """Three steps of a small run; its metrics."""
+    """Train a small run for ``steps`` steps and return its metrics."""
     words = [*SMALL, "--data-path", "sample:fashion-mnist", "--batch-size-per-gpu", "4", "--max-steps", str(steps)]
     words = [*words, *flags, "--output-dir", str(folder)]
     run_pretrain.train(parse_pretrain(words)[0], CPU, **seams)
@@ -45,7 +45,7 @@ def train(folder: Path, *flags: str, steps: int = 3, **seams: Any) -> list[dict[
 
 
 class MeanColour(nn.Module):
-    """A backbone: the mean colour of each quarter, and of the image."""
+    """Backbone: features of the mean colour of each quarter, and their mean."""
 
     embed_dim = 8
 
@@ -54,7 +54,7 @@ class MeanColour(nn.Module):
         self.colour = nn.Linear(3, self.embed_dim)
 
     def forward(self, images: Tensor, layers: tuple[int, ...] = ()) -> BackboneOutput:
-        """[B, 3, H, W] to features."""
+        """Map images [B, 3, H, W] to features."""
         tokens = self.colour(nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).mT)
         return BackboneOutput(tokens.mean(dim=1), tokens, (2, 2), tuple(tokens for _ in layers))
 
@@ -62,7 +62,7 @@ class MeanColour(nn.Module):
 register_backbone("mean-colour", MeanColour)
 
 
-def test_a_backbone(tmp_path: Path, here: Here) -> None:
+def test_registered_backbone_trains_and_is_evaluated(tmp_path: Path, here: Here) -> None:
     metrics = train(tmp_path, "--arch", "mean-colour", "--drop-path-rate", "0", "--data-path", "squares:24")
     assert [row["step"] for row in metrics if row["kind"] == "step"] == [1, 2, 3]
     words = ["--weights", tmp_path / "checkpoint.pth", "--ks", "5", "--json", tmp_path / "knn.json", "--device", "cpu"]
@@ -70,7 +70,7 @@ def test_a_backbone(tmp_path: Path, here: Here) -> None:
     assert 0 < json.loads((tmp_path / "knn.json").read_text())["results"][0]["top1"] <= 100
 
 
-def test_a_backbone_without_stochastic_depth_is_refused_one(tmp_path: Path) -> None:
+def test_drop_path_rate_is_refused_for_backbone_without_drop_path(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="drop-path-rate 0"):
         train(tmp_path, "--arch", "mean-colour", "--drop-path-rate", "0.1")
 
@@ -79,7 +79,7 @@ def test_a_backbone_without_stochastic_depth_is_refused_one(tmp_path: Path) -> N
 
 
 class Squares:
-    """A source: grey squares, encoded as PNG."""
+    """Data source: grey squares, encoded as PNG."""
 
     def __init__(self, count: str, part: str | None) -> None:
         self.count = int(count) if part == "train" else 4
@@ -100,7 +100,7 @@ class Squares:
 register_source("squares", Squares)
 
 
-def test_a_data_source_with_labels(tmp_path: Path) -> None:
+def test_registered_data_source_with_labels_trains(tmp_path: Path) -> None:
     metrics = train(tmp_path, "--data-path", "squares:24", "--knn-every", "1")
     assert 0 <= metrics[-1]["knn_top1"] <= 100
 
@@ -108,9 +108,9 @@ def test_a_data_source_with_labels(tmp_path: Path) -> None:
 # ---- evaluator
 
 
-def test_evaluators(tmp_path: Path) -> None:
+def test_evaluators_run_at_their_interval_and_select_best_checkpoint(tmp_path: Path) -> None:
     def spread(method: Method) -> Mapping[str, float]:
-        assert (tmp_path / "checkpoint.pth").exists()  # the step that is measured is on the disk
+        assert (tmp_path / "checkpoint.pth").exists()  # the evaluated step is saved first
         return {"spread": float(sum(p.std() for p in method.eval_backbone.parameters() if p.numel() > 1))}
 
     evaluators = [("spread", 1, spread), ("seldom", 5, lambda method: {"last": 1.0}), ("never", 0, lambda method: {})]
@@ -123,7 +123,7 @@ def test_evaluators(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == best["step"]
 
 
-def test_a_best_metric_that_nobody_returns_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_best_metric_gives_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, "--best-metric", "spraed", evaluators=[("spread", 1, lambda method: {"spread": 1.0})])
     assert "warning: no best.pth: no evaluator returns --best-metric spraed (found spread)" in capsys.readouterr().out
     assert not (tmp_path / "best.pth").exists()
@@ -133,7 +133,7 @@ def test_a_best_metric_that_nobody_returns_is_warned_of(tmp_path: Path, capsys: 
 
 
 class Labels:
-    """An observer: how many images of each label were seen."""
+    """Observer: counts the images of each label."""
 
     def __init__(self) -> None:
         self.seen = torch.zeros(10, dtype=torch.int64)
@@ -153,7 +153,7 @@ class Labels:
         self.seen = state["seen"].clone()
 
 
-def test_an_observer_is_stored_with_the_checkpoint(tmp_path: Path) -> None:
+def test_observer_state_is_saved_and_resumed(tmp_path: Path) -> None:
     train(tmp_path, steps=1, observers=[Labels()])
     resumed, whole = Labels(), Labels()
     metrics = train(tmp_path, steps=3, observers=[resumed])
@@ -166,7 +166,7 @@ def test_an_observer_is_stored_with_the_checkpoint(tmp_path: Path) -> None:
 
 
 class Autoencoder(Method):
-    """A method: the mean grey of each quarter of the first view from its features."""
+    """Method: predicts the mean grey of each quarter of the first view from its features."""
 
     def __init__(self, config: Any, device: torch.device) -> None:
         self.eval_backbone = MeanColour().to(device)
@@ -198,7 +198,7 @@ class Autoencoder(Method):
 register_method("autoencoder", Autoencoder)
 
 
-def test_a_method(tmp_path: Path) -> None:
+def test_registered_method_trains_resumes_and_saves_backbone(tmp_path: Path) -> None:
     flags = ["--method", "autoencoder", "--arch", "mean-colour", "--data-path", "squares:4", "--lr", "2"]
     flags += ["--epochs", "9"]
     train(tmp_path, *flags, steps=1)
@@ -218,8 +218,8 @@ def test_a_method(tmp_path: Path) -> None:
 # ---- recipe
 
 
-def test_a_recipe(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    request.addfinalizer(lambda: recipes.RECIPES.pop("tiny", None))  # other tests go through all recipes
+def test_registered_recipe_applies_and_bad_setting_is_refused(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: recipes.RECIPES.pop("tiny", None))  # other tests iterate over all recipes
     recipes.register(Recipe("tiny", "a test", "--recipe tiny", "not measured", {"koleo_weight": 0.5}))
     assert parse_pretrain(["--recipe", "tiny", "--data-path", "sample:fashion-mnist"])[0].koleo_weight == 0.5
     train(tmp_path, "--recipe", "tiny")
@@ -227,7 +227,7 @@ def test_a_recipe(tmp_path: Path, request: pytest.FixtureRequest) -> None:
         recipes.register(Recipe("other", "a test", "", "", {"no_such_setting": 1}))
 
 
-# ---- names that are taken
+# ---- duplicate names
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,6 @@ def test_a_recipe(tmp_path: Path, request: pytest.FixtureRequest) -> None:
         (recipes.register, (Recipe("dino", "", "", ""),)),
     ],
 )
-def test_a_name_is_given_once(register: Callable[..., None], words: tuple[Any, ...]) -> None:
+def test_duplicate_name_is_refused_at_registration(register: Callable[..., None], words: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match=r"taken|registered"):
         register(*words)

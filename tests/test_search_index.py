@@ -1,4 +1,4 @@
-"""The indices of a collection: what they find against the exact answer, and the recall that they state."""
+"""Search indices of a collection: results against brute force, measured recall, untrusted index files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eval.index import Found, add_rows, build, describe, exact_search, read_inde
 
 
 def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
-    """In a hundred clouds, at length 1."""
+    """Return unit vectors in 100 clusters."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(9).normal(size=(100, width))
     return unit(centres[rng.integers(0, 100, count)] + 0.7 * rng.normal(size=(count, width))).astype(np.float32)
@@ -27,7 +27,7 @@ def truth(vectors: NDArray[Any], queries: NDArray[np.float32]) -> NDArray[np.flo
 
 
 def check_exact(found: Found, vectors: NDArray[Any], queries: NDArray[np.float32], top: int) -> None:
-    """The ``top`` largest products with all vectors, the largest first."""
+    """Check that ``found`` has the ``top`` largest inner products with all vectors, largest first."""
     scores, rows = found
     products = truth(vectors, queries)
     assert (rows == np.argsort(-products, axis=1)[:, :top]).all()
@@ -35,20 +35,20 @@ def check_exact(found: Found, vectors: NDArray[Any], queries: NDArray[np.float32
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_flat_is_exact_for_the_vectors_as_they_are_kept(dtype: type) -> None:
+def test_flat_index_is_exact_in_stored_precision(dtype: type) -> None:
     vectors, queries = vectors_of(500).astype(dtype), vectors_of(20, seed=1)
     index = build("flat", vectors)
     check_exact(index.search(queries, 7), vectors, queries, 7)
     assert describe(index, "flat", vectors) == {"type": "flat", "exact": True}
     assert (index.reconstruct_n(0, 500) == vectors.astype(np.float32)).all()
-    assert index.sa_code_size() == 16 * vectors.itemsize, "half precision halves the index, too"
+    assert index.sa_code_size() == 16 * vectors.itemsize, "the index does not store vectors in their own precision"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_the_graphs_recall_is_what_a_comparison_with_all_vectors_gives(dtype: type) -> None:
+def test_hnsw_recall_equals_brute_force_recall(dtype: type) -> None:
     vectors = vectors_of(1500, 24).astype(dtype)
     index = build("hnsw", vectors)
-    index.hnsw.efSearch = 12  # so that it misses some
+    index.hnsw.efSearch = 12  # low enough to miss some neighbours
     card = describe(index, "hnsw", vectors)
     chosen = np.unique(np.linspace(0, 1499, 1000).astype(np.int64))
     products = truth(vectors, vectors[chosen].astype(np.float32))
@@ -63,12 +63,12 @@ def test_the_graphs_recall_is_what_a_comparison_with_all_vectors_gives(dtype: ty
     assert (card["exact"], card["recall"]["at"], card["recall"]["queries"]) == (False, 10, 1000)
 
 
-def test_vectors_as_near_as_the_last_one_wanted_count_as_found() -> None:
+def test_recall_counts_ties_with_last_neighbour_as_found() -> None:
     vectors = np.repeat(vectors_of(10), 30, axis=0)
     assert recall(build("flat", vectors), vectors, np.arange(300), 5) == 100.0
 
 
-def test_rows_are_added_behind_the_others_whatever_the_index() -> None:
+def test_add_rows_appends_to_flat_and_hnsw_index() -> None:
     more = vectors_of(30, seed=2)
     for kind in ("flat", "hnsw"):
         first = vectors_of(300)
@@ -80,14 +80,14 @@ def test_rows_are_added_behind_the_others_whatever_the_index() -> None:
 
 
 def with_a_common_part(count: int, share: float) -> NDArray[np.float32]:
-    """Vectors of length 1 that differ by ``share`` only, as a network's features do: their cosines are all near 1."""
+    """Return unit vectors that differ only by ``share``: like those of a network's features, all cosines are near 1."""
     rng = np.random.default_rng(4)
     return unit(rng.normal(size=32) / 32**0.5 + share * vectors_of(count, 32)).astype(np.float32)
 
 
-def test_neighbours_that_are_missed_count_as_missed_however_near_all_are() -> None:
+def test_recall_counts_missed_neighbours_if_all_cosines_are_near_one() -> None:
     vectors = with_a_common_part(600, 0.002)
-    wrong = build("flat", vectors[::-1].copy())  # finds the rows of other vectors
+    wrong = build("flat", vectors[::-1].copy())  # in reversed order: returns wrong rows
     assert recall(wrong, vectors, np.arange(600), 10) < 10
     assert recall(build("flat", vectors), vectors, np.arange(600), 10) > 95
 
@@ -99,7 +99,7 @@ def test_neighbours_that_are_missed_count_as_missed_however_near_all_are() -> No
         ("hnsw", [faiss.IndexLSH(32, 8), faiss.IndexHNSWFlat(32, 8, faiss.METRIC_L2)]),
     ],
 )
-def test_an_index_of_another_kind_or_metric_is_refused(kind: Any, others: list[faiss.Index], tmp_path: Path) -> None:
+def test_read_index_refuses_other_kind_or_metric(kind: Any, others: list[faiss.Index], tmp_path: Path) -> None:
     path = tmp_path / "i.faiss"
     right = build(kind, vectors_of(500, 32))
     faiss.write_index(right, str(path))
@@ -110,7 +110,7 @@ def test_an_index_of_another_kind_or_metric_is_refused(kind: Any, others: list[f
             read_index(path, kind)
 
 
-def test_an_index_reads_and_writes_no_other_file(tmp_path: Path) -> None:
+def test_read_index_opens_no_file_outside_its_folder(tmp_path: Path) -> None:
     many = vectors_of(3000, 32)
     victim = tmp_path / "elsewhere" / "victim.bin"
     victim.parent.mkdir()
@@ -124,12 +124,12 @@ def test_an_index_reads_and_writes_no_other_file(tmp_path: Path) -> None:
     faiss.write_index(index, str(folder / "i.faiss"))
     del index, lists
     victim.write_bytes(b"secret" * 100_000)
-    with pytest.raises(RuntimeError, match=r"collection/victim\.bin"):  # looked for beside the index, and nowhere else
+    with pytest.raises(RuntimeError, match=r"collection/victim\.bin"):  # searched only beside the index
         read_index(folder / "i.faiss", "flat")
     assert victim.read_bytes() == b"secret" * 100_000
 
 
-def test_exact_search_without_an_index_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_search_matches_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
     monkeypatch.setattr(eval.index, "_ROWS_AT_ONCE", 64)
     check_exact(exact_search(vectors, queries, 9), vectors, queries, 9)

@@ -1,4 +1,4 @@
-"""SimDINO's loss beside the formula in float64, its gradient, two ranks, training. B batch, V views, p dimensions."""
+"""SimDINO: loss against the formulas in float64, gradients, two ranks, training. B batch, V views, p dimensions."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def unit_rows(rows: int, seed: int) -> torch.Tensor:
 
 
 def rate_of(z: NDArray[np.float64], eps: float) -> float:
-    """1/2 logdet(I + p / (m eps) Z^T Z), by the eigenvalues."""
+    """Compute 1/2 logdet(I + p / (m eps) Z^T Z) from the eigenvalues."""
     rows, dim = z.shape
     return 0.5 * float(np.log1p(dim / (rows * eps) * np.linalg.eigvalsh(z.T @ z)).sum())
 
 
 @pytest.mark.parametrize("eps", [0.5, 0.05])
-def test_the_coding_rate_is_the_formula(eps: float) -> None:
+def test_coding_rate_matches_formula(eps: float) -> None:
     views = [unit_rows(B, seed) for seed in (1, 2)]
     expected = np.mean([rate_of(view.numpy(), eps) for view in views])
     assert float(coding_rate(torch.stack(views), eps)) == pytest.approx(expected, rel=1e-12)
     assert float(coding_rate(torch.stack(views).float(), eps)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_similarity_is_the_mean_cosine_over_pairs_of_different_views() -> None:
+def test_view_similarity_is_mean_cosine_over_pairs_of_different_views() -> None:
     student, teacher = unit_rows(V * B, 1), unit_rows(2 * B, 2)
     views = [(s, t) for g, t in enumerate(teacher.chunk(2)) for v, s in enumerate(student.chunk(V)) if g != v]
     pairs = [float((s * t).sum(dim=1).mean()) for s, t in views]
     assert float(view_similarity(student, teacher)) == pytest.approx(np.mean(pairs), rel=1e-12)
 
 
-def test_gradients() -> None:
+def test_simdino_loss_passes_gradcheck() -> None:
     teacher = unit_rows(2 * B, 2)
     raw = torch.randn(V * B, P, dtype=torch.float64, requires_grad=True)
 
@@ -54,8 +54,8 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(loss, raw)
 
 
-def test_two_ranks_have_the_rate_and_the_gradient_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DDP averages the gradients over ranks, so the mean of both ranks' must be the whole batch's."""
+def test_coding_rate_and_gradient_on_two_ranks_match_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP averages the gradients over ranks, so the average must equal the gradient of the whole batch."""
     whole = unit_rows(2 * B, 3).reshape(1, 2 * B, P).requires_grad_()
     expected = coding_rate(whole, 0.5)
     expected.backward()
@@ -63,7 +63,7 @@ def test_two_ranks_have_the_rate_and_the_gradient_of_the_whole_batch(monkeypatch
     covariances = [half.detach().mT @ half.detach() for half in halves]
     monkeypatch.setattr("dino_xcit.methods.simdino.distributed.world_size", lambda: 2)
     assert whole.grad is not None
-    # Each rank holds half of the rows: its mean over ranks, 1/2 of its own gradient, is the whole batch's.
+    # Each rank holds half of the rows, so the average over ranks is half of its own gradient.
     for half, other, part in zip(halves, reversed(covariances), whole.grad.chunk(2, dim=1), strict=True):
         add_the_other = partial(lambda other, tensors: tensors[0].add_(other), other)
         monkeypatch.setattr("dino_xcit.methods.simdino.distributed.all_reduce_sum", add_the_other)
@@ -72,7 +72,7 @@ def test_two_ranks_have_the_rate_and_the_gradient_of_the_whole_batch(monkeypatch
         torch.testing.assert_close(torch.autograd.grad(rate, half)[0] / 2, part)
 
 
-def test_a_run_trains_and_is_resumed_exactly() -> None:
+def test_simdino_run_trains_and_resumes_exactly() -> None:
     config = tiny_config(method="simdino", lr=1e-3)
     state, results = run(config, 12)
     assert all(bool(result.accepted) for result in results)

@@ -1,4 +1,4 @@
-"""Files by path, here and elsewhere."""
+"""Local and remote files by path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dino_xcit.errors import InputError
 
 @pytest.fixture
 def memory() -> str:
-    """An empty place in fsspec's memory."""
+    """URL of an empty folder in fsspec's in-memory file system."""
     fsspec.filesystem("memory").store.clear()
     return "memory://bucket"
 
@@ -40,14 +40,12 @@ def names(folder: Path, *given: str) -> list[str]:
     ("{008..011}", ["008", "009", "010", "011"]), ("{011..008}", ["008", "009", "010", "011"]),
     ("{8..11}", ["10", "11", "8", "9"]), ("{0..10}", ["0", "1", "10", *"23456789"]), ("{0..3}", [*"0123"]),
 ])  # fmt: skip
-def test_a_range_in_braces_keeps_its_zeros_and_a_lone_zero_is_none(
-    tmp_path: Path, braces: str, numbers: list[str]
-) -> None:
+def test_brace_range_keeps_zero_padding(tmp_path: Path, braces: str, numbers: list[str]) -> None:
     expected = names(tmp_path, *(f"{number}.tar" for number in numbers))
     assert expand(f"{tmp_path}/{braces}.tar") == expected
 
 
-def test_wildcards_find_files_and_no_folders(tmp_path: Path) -> None:
+def test_wildcards_match_files_but_not_folders(tmp_path: Path) -> None:
     expected = names(tmp_path, "a1.tar", "a2.tar", "b1.tar")
     (tmp_path / "a3.tar").mkdir()
     assert expand(f"{tmp_path}/*.tar") == expected
@@ -57,7 +55,7 @@ def test_wildcards_find_files_and_no_folders(tmp_path: Path) -> None:
     assert expand(f"{tmp_path}/{{a{{1..2}},b1}}.tar") == expected
 
 
-def test_local_patterns_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_patterns_expand_to_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = names(tmp_path, "a.tar")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -65,7 +63,7 @@ def test_local_patterns_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["photos [2020] {a,b}.tar", "{x}.tar"])
-def test_a_file_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
+def test_existing_file_with_pattern_characters_is_taken_literally(tmp_path: Path, name: str) -> None:
     expected = names(tmp_path, name)
     assert expand(f"{tmp_path}/{name}") == expected
 
@@ -81,14 +79,16 @@ def test_a_file_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path
         ("{0..9}" * 12, "more than 1,000 files"),
     ],
 )
-def test_what_no_file_has_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, words: str) -> None:
+def test_unmatched_or_oversized_pattern_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, words: str
+) -> None:
     monkeypatch.setattr(storage, "MAX_FILES", 1000)
     names(tmp_path, "s-0.tar", "s-1.tar", "s-3.tar")
     with pytest.raises(InputError, match=words):
         expand(f"{tmp_path}/{pattern}")
 
 
-def test_patterns_work_elsewhere_too(memory: str) -> None:
+def test_patterns_expand_on_remote_storage(memory: str) -> None:
     for name in ("a-00.tar", "a-01.tar", "b-00.tar", "sub/c.tar"):
         put(f"{memory}/{name}", b"x")
     assert [path[-8:] for path in expand(f"{memory}/*.tar")] == ["a-00.tar", "a-01.tar", "b-00.tar"]
@@ -105,25 +105,25 @@ def test_patterns_work_elsewhere_too(memory: str) -> None:
 
 @pytest.fixture(params=["local", "memory"])
 def digits(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
-    """The path of a file that holds b"0123456789"."""
+    """Path of a file that contains b"0123456789"."""
     path = str(tmp_path / "digits") if request.param == "local" else f"{memory}/digits"
     put(path, b"0123456789")
     return path
 
 
-def test_ranges_are_read_exactly(digits: str) -> None:
+def test_read_range_returns_the_requested_bytes(digits: str) -> None:
     assert storage.read_range(digits, 3, 4) == b"3456"
     assert storage.read_range(digits, 0, 10) == b"0123456789"
     assert storage.read_range(digits, 4, 0) == b""
 
 
-def test_a_range_beyond_the_end_is_an_error(digits: str) -> None:
+def test_read_range_beyond_the_end_is_refused(digits: str) -> None:
     for start, length in ((8, 3), (10, 1), (50, 1)):
         with pytest.raises(InputError, match="digits ends before byte"):
             storage.read_range(digits, start, length)
 
 
-def test_a_whole_file_is_read_up_to_a_limit(digits: str) -> None:
+def test_read_file_reads_whole_files_up_to_a_limit(digits: str) -> None:
     assert storage.read_file(digits, 10) == b"0123456789"
     with pytest.raises(InputError, match="more than 9 bytes"):
         storage.read_file(digits, 9)
@@ -131,7 +131,7 @@ def test_a_whole_file_is_read_up_to_a_limit(digits: str) -> None:
     assert storage.read_file(digits, 9) == b""
 
 
-def test_the_stamp_tells_the_size_and_changes_with_the_file(digits: str) -> None:
+def test_stamp_contains_size_and_changes_with_the_file(digits: str) -> None:
     before = storage.stamp(digits)
     assert storage.stamp(digits) == before
     put(digits, b"9876543210")
@@ -143,7 +143,7 @@ def test_the_stamp_tells_the_size_and_changes_with_the_file(digits: str) -> None
     assert storage.stamps([digits, digits]) == [after, after]
 
 
-def test_missing_files_and_folders_are_sentences(digits: str) -> None:
+def test_missing_files_and_folders_raise_input_error(digits: str) -> None:
     absent, folder = digits + "-absent", digits.rpartition("/")[0]
     for ask in (storage.stamp, storage.open_file, lambda path: storage.read_file(path, 9)):
         with pytest.raises(InputError, match="absent"):
@@ -154,13 +154,13 @@ def test_missing_files_and_folders_are_sentences(digits: str) -> None:
         storage.read_range(absent, 0, 1)
 
 
-def test_a_pipe_is_never_waited_for(tmp_path: Path) -> None:
+def test_named_pipe_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(InputError, match=r"pipe\.jpg is a device, pipe or socket"):
         storage.read_file(str(tmp_path / "pipe.jpg"), 9)
 
 
-def test_everything_below_a_remote_folder_is_listed(memory: str) -> None:
+def test_files_below_lists_a_remote_folder_recursively(memory: str) -> None:
     for name in ("a.png", "x/b.png", "x/y/c.png"):
         put(f"{memory}/top/{name}", name.encode())
     put(f"{memory}/top-other/d.png", b"")
@@ -169,17 +169,17 @@ def test_everything_below_a_remote_folder_is_listed(memory: str) -> None:
     assert found["x/b.png"] == storage.stamp(f"{memory}/top/x/b.png")
 
 
-# ---- what is missing
+# ---- errors
 
 
 @pytest.mark.parametrize(("url", "package"), [("s3://bucket/x", "s3fs"), ("gs://bucket/x", "gcsfs")])
-def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, url: str, package: str) -> None:
+def test_missing_package_error_gives_install_command(monkeypatch: pytest.MonkeyPatch, url: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=f"pip install {package}"):
         storage.read_range(url, 0, 1)
 
 
-def test_unknown_schemes_are_refused() -> None:
+def test_unknown_scheme_is_refused() -> None:
     with pytest.raises(InputError, match="s4"):
         expand("s4://bucket/{0..1}.tar")
 
@@ -193,7 +193,7 @@ def test_unknown_schemes_are_refused() -> None:
         (KeyError("a"), 9, 3),
     ],
 )
-def test_what_may_pass_is_tried_thrice(
+def test_remote_read_is_retried_twice_except_for_permission_errors(
     monkeypatch: pytest.MonkeyPatch, error: Exception, failures: int, asked: int
 ) -> None:
     system = Mock()
@@ -208,6 +208,6 @@ def test_what_may_pass_is_tried_thrice(
     assert system.cat_file.call_count == asked
 
 
-def test_a_chain_of_file_systems_is_listed_without_wildcards(memory: str) -> None:
+def test_wildcard_in_a_chained_url_is_refused(memory: str) -> None:
     with pytest.raises(InputError, match=r"has a wildcard and a chain of file systems: list the files"):
         expand(f"filecache::{memory}/a-*.tar")

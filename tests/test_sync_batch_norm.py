@@ -1,4 +1,4 @@
-"""BatchNorm over two processes is that of one process with both batches."""
+"""SyncBatchNorm on two ranks against BatchNorm in one process with both batches."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from dino_xcit.runtime.sync_batch_norm import SyncBatchNorm, convert_sync_batch_
 
 @pytest.fixture(scope="module")
 def halves(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes computed (batch_norm_process.py)."""
+    """Results of the two ranks of batch_norm_process.py."""
     out = tmp_path_factory.mktemp("halves") / "rank"
     server.two_ranks("batch_norm_process.py", out, timeout=120)
     return [torch.load(f"{out}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_two_halves_give_what_the_whole_batch_gives(halves: list[dict[str, Any]], name: str) -> None:
-    """In float64: outputs, all gradients, running statistics, and what evaluation makes of them."""
+def test_two_ranks_match_single_process_on_whole_batch(halves: list[dict[str, Any]], name: str) -> None:
+    """Outputs, all gradients, running statistics and outputs in eval mode agree in float64."""
     whole = run(layer_of(name), batch_of(name))
     for key in ("y", "x.grad", "eval"):
         torch.testing.assert_close(torch.cat([half[name][key] for half in halves]), whole[key])
-    for key in ("0.weight", "0.bias"):  # their gradients, which DistributedDataParallel adds up
+    for key in ("0.weight", "0.bias"):  # parameter gradients add up over the ranks
         torch.testing.assert_close(sum(half[name][key] for half in halves), whole[key])
     for half in halves:
         for key in ("0.running_mean", "0.running_var", "0.num_batches_tracked"):
             torch.testing.assert_close(half[name][key], whole[key])
-    # A control: without exchange it is something else.
+    # Control: without synchronisation the outputs differ.
     alone = run(layer_of(name), batch_of(name).chunk(2)[0])
     assert not torch.allclose(alone["y"], whole["y"][:3], atol=0.1)
 
 
-def test_the_layout_stays_as_it_was(halves: list[dict[str, Any]]) -> None:
+def test_channels_last_layout_is_preserved(halves: list[dict[str, Any]]) -> None:
     for key in ("y", "x.grad"):
         assert halves[0]["channels last"][key].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_bfloat16_is_summed_in_float32(halves: list[dict[str, Any]]) -> None:
+def test_bfloat16_inputs_accumulate_in_float32(halves: list[dict[str, Any]]) -> None:
     whole = run(layer_of("image"), batch_of("image").bfloat16().double())
     for half, rows in zip(halves, (slice(0, 3), slice(3, 6)), strict=True):
         assert half["bfloat16"]["y"].dtype == half["bfloat16"]["x.grad"].dtype == torch.bfloat16
@@ -53,7 +53,7 @@ def test_bfloat16_is_summed_in_float32(halves: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(half["bfloat16"]["y"].double(), whole["y"][rows], rtol=0.02, atol=0.02)
 
 
-def test_a_backbone_keeps_its_names_and_tensors_and_every_batchnorm_is_shared() -> None:
+def test_convert_keeps_state_dict_and_converts_every_batch_norm() -> None:
     backbone = build_backbone("xcit_pico_4_p4")
     before = backbone.state_dict(keep_vars=True)
     norms = sum(isinstance(part, nn.BatchNorm2d) for part in backbone.modules())
@@ -70,12 +70,12 @@ class WithActivation(nn.BatchNorm2d):
         return super().forward(input).relu()
 
 
-def test_a_class_derived_from_batchnorm_keeps_what_it_does_besides() -> None:
+def test_convert_leaves_subclasses_and_non_affine_layers_unchanged() -> None:
     module = nn.Sequential(WithActivation(3), nn.BatchNorm2d(3, affine=False))
     assert [type(part) for part in convert_sync_batch_norm(module)] == [WithActivation, nn.BatchNorm2d]
 
 
-def test_gpus_share_it_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronise_batch_norm_converts_on_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     module = synchronise_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cuda"))

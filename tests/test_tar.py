@@ -1,4 +1,4 @@
-"""Tar archives as data sets: members, samples, labels, damage, the stored index, other processes, remote shards."""
+"""Tar archives as data sets: members, damage, samples, labels, the cached index, pickling, remote shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scan(path: Path, start: int = 0, end: int | None = None) -> list[Member]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Shards:
-    """Three shards of ten images with labels; the pattern, and each image's bytes by its name."""
+    """Three shards of ten labelled images each: their pattern, and the bytes of each image by name."""
     rng = np.random.default_rng(0)
     contents: dict[str, bytes] = {}
     for shard in range(3):
@@ -50,7 +50,7 @@ def shards(tmp_path: Path) -> Shards:
 # ---- members
 
 
-def test_every_image_is_read_byte_by_byte_in_any_order(shards: Shards) -> None:
+def test_images_are_read_exactly_in_any_order(shards: Shards) -> None:
     pattern, contents = shards
     source = open_source(pattern)
     assert isinstance(source, Source)
@@ -65,7 +65,7 @@ def test_every_image_is_read_byte_by_byte_in_any_order(shards: Shards) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_found_as_tarfile_finds_them(tmp_path: Path, form: int) -> None:
+def test_scan_finds_same_members_as_tarfile(tmp_path: Path, form: int) -> None:
     contents = {"a.png": b"1", "d/" * 20 + "b.png": b"22", "ü/ß.png": bytes(513), "e.png": b"", "f/g.h.png": bytes(512)}
     if form != tarfile.USTAR_FORMAT:
         contents |= {"long/" * 60 + "name.png": b"333", "x" * 180 + ".jpg": b"4"}
@@ -77,7 +77,7 @@ def test_members_are_found_as_tarfile_finds_them(tmp_path: Path, form: int) -> N
     assert [name for name, _, _ in expected] == list(contents)
 
 
-def test_a_size_in_an_extended_header_counts(tmp_path: Path) -> None:
+def test_size_in_pax_header_overrides_size_in_header(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(pax(record("size", "5")) + header(b"a.jpg", 0) + b"12345" + bytes(507) + GOOD)
     assert scan(tmp_path / "a.tar")[0][:3] == ("a.jpg", 1536, 5)
     assert open_source(f"tar:{tmp_path}/a.tar").read(0)[0] == b"12345"
@@ -87,7 +87,7 @@ def test_a_size_in_an_extended_header_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Path, kind: str) -> None:
+def test_unusable_archive_is_refused_with_one_line_error(tmp_path: Path, kind: str) -> None:
     content, pattern = REFUSED[kind]
     (tmp_path / "bad.tar").write_bytes(content)
     with pytest.raises(InputError, match=pattern) as caught:
@@ -97,7 +97,7 @@ def test_an_archive_that_cannot_be_used_is_refused_with_a_sentence(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", SKIPPED)
-def test_what_is_no_regular_image_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_skipped_members_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     content, said = SKIPPED[kind]
     (tmp_path / "odd.tar").write_bytes(content)
     source = open_source(f"tar:{tmp_path}/odd.tar")
@@ -108,7 +108,7 @@ def test_what_is_no_regular_image_is_counted(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_random_damage_never_escapes_as_another_error(tmp_path: Path, count: int) -> None:
+def test_random_damage_raises_no_error_other_than_input_error(tmp_path: Path, count: int) -> None:
     rng = np.random.default_rng(3)
     members = {"a.png": png(), "a.cls": b"1", "n" * 150 + ".png": png(), "ü" * 60 + ".jpg": b"x"}
     whole = padded(packed(members, tarfile.PAX_FORMAT).rstrip(b"\0")) + END
@@ -119,7 +119,7 @@ def test_random_damage_never_escapes_as_another_error(tmp_path: Path, count: int
         for place in rng.integers(0, max(1, len(data)), size=rng.integers(1, 6)):
             if data:
                 data[place] = rng.integers(256)
-        if rng.random() < 0.7:  # with right checksums damage goes deeper
+        if rng.random() < 0.7:  # valid checksums let damage reach later checks
             for place in range(0, len(data) - 511, 512):
                 if data[place + 257 : place + 262] == b"ustar":
                     data[place + 148 : place + 156] = b" " * 8
@@ -141,7 +141,7 @@ def written(tmp_path: Path, contents: dict[str, bytes], name: str = "a.tar") -> 
     return f"tar:{tmp_path / name}"
 
 
-def test_one_image_is_taken_of_a_sample_that_has_a_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labelled_sample_gives_one_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = {"1.mask.png": b"m", "1.jpg": b"a", "1.png": b"b", "1.cls": b" 0\n"}
     source = open_source(written(tmp_path, first | {"2.x.PNG": b"c", "2.cls": b"1"}))
     assert names(source) == ["a.tar/1.jpg", "a.tar/2.x.PNG"]
@@ -149,8 +149,8 @@ def test_one_image_is_taken_of_a_sample_that_has_a_label(tmp_path: Path, capsys:
     assert "skipped 2 further images of a sample" in capsys.readouterr().out
 
 
-def test_a_label_belongs_to_the_image_of_its_name(tmp_path: Path) -> None:
-    """Its key ends at the last dot where there is such an image, else at the first."""
+def test_label_applies_to_image_with_same_key(tmp_path: Path) -> None:
+    """The key of a label ends at the last dot if there is such an image, else at the first dot."""
     contents = {f"in/{n:03d}.v2.{end}": data for n in range(3) for end, data in (("jpg", b"a"), ("cls", b"%d" % n))}
     contents |= {"in/003.jpg": b"a", "in/003.mask.png": b"b", "in/003.cls": b"7"}
     contents |= {"in/004.a.jpg": b"a", "in/004.b.jpg": b"b", "in/004.a.cls": b"4", "in/004.b.json": b'{"label": 5}'}
@@ -158,13 +158,13 @@ def test_a_label_belongs_to_the_image_of_its_name(tmp_path: Path) -> None:
     assert labels(source) == [0, 1, 2, 7, 4, 5]
 
 
-def test_images_alone_are_items_each_whatever_dots_their_names_have(tmp_path: Path) -> None:
+def test_images_without_labels_are_separate_items(tmp_path: Path) -> None:
     url = written(tmp_path, {"2020.01.01.jpg": b"a", "2020.01.02.jpg": b"b", "x.jpg": b"c", "x.png": b"d"})
     source = open_source(url)
     assert [source.read(index) for index in range(4)] == [(b"a", None), (b"b", None), (b"c", None), (b"d", None)]
 
 
-def test_of_repeated_names_the_last_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_member_of_repeated_name_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = packed({"1.jpg": b"old", "2.jpg": b"two"}), packed({"1.jpg": b"new"})
     (tmp_path / "a.tar").write_bytes(first[:2048] + second)
     source = open_source(f"tar:{tmp_path}/a.tar")
@@ -172,7 +172,7 @@ def test_of_repeated_names_the_last_is_taken(tmp_path: Path, capsys: pytest.Capt
     assert "1 earlier members of the same name" in capsys.readouterr().out
 
 
-def test_shards_of_the_same_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+def test_shards_of_same_name_in_two_folders_are_distinguished(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         written(tmp_path / folder, {"1.jpg": folder.encode()})
@@ -180,7 +180,7 @@ def test_shards_of_the_same_name_in_two_folders_are_told_apart(tmp_path: Path) -
     assert found == [f"{tmp_path}/a/a.tar/1.jpg", f"{tmp_path}/b/a.tar/1.jpg"]
 
 
-def test_folders_are_classes_where_nothing_else_says_so(tmp_path: Path) -> None:
+def test_folders_are_classes_without_other_labels(tmp_path: Path) -> None:
     url = written(tmp_path, {"./in/train/dog/1.jpg": b"a", "in/train/cat/2.jpg": b"b", "in/train/dog/deep/3.jpg": b"c"})
     source = open_source(url)
     assert source.classes == ("cat", "dog")
@@ -190,20 +190,20 @@ def test_folders_are_classes_where_nothing_else_says_so(tmp_path: Path) -> None:
     assert open_source(written(tmp_path, {"x/1.jpg": b"a", "2.jpg": b"b"}, "d.tar")).classes is None
 
 
-def test_labels_in_json_are_numbers_or_names(tmp_path: Path) -> None:
+def test_json_labels_are_numbers_or_names(tmp_path: Path) -> None:
     contents = {"1.jpg": b"a", "1.json": b'{"label": 2}', "2.jpg": b"b", "2.json": b'{"label": 0, "more": [1]}'}
     source = open_source(written(tmp_path, contents))
     assert (labels(source), source.classes) == ([2, 0], ("0", "1", "2"))
     contents |= {"1.json": b'{"label": "yak"}', "2.json": b'{"label": "ape"}'}
     source = open_source(written(tmp_path, contents, "b.tar"))
     assert (labels(source), source.classes) == ([1, 0], ("ape", "yak"))
-    contents |= {"1.cls": b"1", "2.cls": b"0"}
-    assert labels(open_source(written(tmp_path, contents, "c.tar"))) == [1, 0]
+    contents |= {"1.cls": b"0", "2.cls": b"1"}
+    assert labels(open_source(written(tmp_path, contents, "c.tar"))) == [0, 1], ".cls takes precedence over .json"
 
 
-def test_a_set_in_which_some_labels_are_missing_has_none_and_says_why(tmp_path: Path) -> None:
+def test_missing_labels_of_some_images_disable_labels_with_reason(tmp_path: Path) -> None:
     contents = {"1.jpg": b"a", "1.cls": b"0", "2.jpg": b"b", "3.jpg": b"c", "3.cls": b"-1"}
-    for _ in range(2):  # from the stored index too
+    for _ in range(2):  # the second time from the cached index
         source = open_source(written(tmp_path, contents))
         assert source.labels is source.classes is source.read(0)[1] is None
         with pytest.raises(InputError, match=r"no labels.*2 of 3 images have no label, such as 2\.jpg"):
@@ -219,7 +219,7 @@ def test_a_set_in_which_some_labels_are_missing_has_none_and_says_why(tmp_path: 
         ({"a/1.jpg": b"a", "b/2.jpg": b"b", "stray.jpg": b"c"}, "some images lie beside its folders"),
     ],
 )
-def test_why_there_are_no_labels_is_told(tmp_path: Path, contents: dict[str, bytes], why: str) -> None:
+def test_error_states_why_there_are_no_labels(tmp_path: Path, contents: dict[str, bytes], why: str) -> None:
     url = written(tmp_path, contents)
     with pytest.raises(InputError, match=f"no labels.*{why}"):
         open_parts(None, url, url)
@@ -233,7 +233,7 @@ def test_why_there_are_no_labels_is_told(tmp_path: Path, contents: dict[str, byt
         ("classes.json", '{"1": "tench", "0": "crane", "2": "crane"}'),
     ],
 )
-def test_a_file_beside_the_shards_names_the_classes(tmp_path: Path, file: str, text: str) -> None:
+def test_classes_file_beside_shards_names_classes(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).write_text(text)
     source = open_source(written(tmp_path, {"1.jpg": b"a", "1.cls": b"2", "2.jpg": b"b", "2.cls": b"1"}))
     assert source.classes == ("crane (0)", "tench", "crane (2)")
@@ -242,21 +242,19 @@ def test_a_file_beside_the_shards_names_the_classes(tmp_path: Path, file: str, t
         open_source(f"tar:{tmp_path}/a.tar")
 
 
-def test_names_in_cls_members_are_classes_in_sorted_order(tmp_path: Path) -> None:
+def test_cls_names_become_classes_in_sorted_order(tmp_path: Path) -> None:
     given = {"a": b"tench\n", "b": b"crane", "c": b"tench", "d": "Käfer 2".encode()}
     contents = {f"{key}.png": png() for key in given} | {f"{key}.cls": name for key, name in given.items()}
     source = open_source(written(tmp_path, contents))
     assert source.classes == ("Käfer 2", "crane", "tench")
     assert labels(source) == [2, 1, 2, 0]
-    assert open_source(source.url).fingerprint() == source.fingerprint()  # from the stored index
+    assert open_source(source.url).fingerprint() == source.fingerprint()  # from the cached index
 
 
-# ---- the index
+# ---- cached index
 
 
-def test_shards_are_looked_through_once_and_again_when_one_changes(
-    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_is_reused_until_a_shard_changes(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern, contents = shards
     index_shard = Mock(side_effect=tar._index_shard)
     monkeypatch.setattr(tar, "_index_shard", index_shard)
@@ -265,7 +263,7 @@ def test_shards_are_looked_through_once_and_again_when_one_changes(
     assert names(second) == names(first)
     assert [second.read(index)[0] for index in range(30)] == list(contents.values())
     assert second.fingerprint() == first.fingerprint()
-    longer = {"other.jpg": b"new", "other.cls": b"1", "notes.txt": bytes(100_000)}  # all old offsets lie within it
+    longer = {"other.jpg": b"new", "other.cls": b"1", "notes.txt": bytes(100_000)}  # longer than all old offsets
     (tmp_path / "s-1.tar").write_bytes(packed(longer))
     third = open_source(pattern)
     assert index_shard.call_count == 6
@@ -274,7 +272,7 @@ def test_shards_are_looked_through_once_and_again_when_one_changes(
     assert third.fingerprint() != first.fingerprint()
 
 
-def test_a_shard_that_is_replaced_in_use_is_an_error(shards: Shards, tmp_path: Path) -> None:
+def test_shard_replaced_or_deleted_in_use_raises_error(shards: Shards, tmp_path: Path) -> None:
     source = open_source(shards[0])
     (tmp_path / "s-0.tar").write_bytes(packed({f"{number}.jpg": bytes(2000) for number in range(40)}))
     (tmp_path / "s-1.tar").write_bytes(GOOD)
@@ -287,7 +285,7 @@ def test_a_shard_that_is_replaced_in_use_is_an_error(shards: Shards, tmp_path: P
 # ---- other processes
 
 
-def test_a_source_travels_to_other_processes_as_a_path(tmp_path: Path) -> None:
+def test_pickled_source_is_small_and_reads_the_same(tmp_path: Path) -> None:
     members = b"".join(header(b"%08d.jpg" % number, 0) for number in range(1000))
     (tmp_path / "a.tar").write_bytes(members + END)
     source = open_source(f"tar:{tmp_path}/a.tar")
@@ -300,10 +298,10 @@ def test_a_source_travels_to_other_processes_as_a_path(tmp_path: Path) -> None:
     assert again.fingerprint() == source.fingerprint()
 
 
-# ---- elsewhere
+# ---- remote shards
 
 
-def test_archives_elsewhere_are_read_as_those_here(shards: Shards, tmp_path: Path) -> None:
+def test_remote_shards_are_read_like_local_ones(shards: Shards, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     for file in tmp_path.glob("*.tar"):

@@ -1,4 +1,4 @@
-"""The momentum teacher."""
+"""The teacher: EMA of the student, skipped steps, and BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tensors(seed: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99999, 1.0])
 @pytest.mark.parametrize("accepted", [None, True])
-def test_is_the_exponential_moving_average(momentum: float, accepted: bool | None) -> None:
+def test_update_ema_equals_exponential_moving_average(momentum: float, accepted: bool | None) -> None:
     teacher, student = tensors(1), tensors(2)
     expected = [momentum * t.double() + (1 - momentum) * s.double() for t, s in zip(teacher, student, strict=True)]
     update_ema(teacher, student, momentum, None if accepted is None else torch.tensor(accepted))
@@ -26,23 +26,23 @@ def test_is_the_exponential_moving_average(momentum: float, accepted: bool | Non
     assert differing_bits(tensors_of(tensors(2)), tensors_of(student)) == []
 
 
-def test_a_rejected_step_leaves_the_bits() -> None:
+def test_update_ema_keeps_teacher_bits_after_skipped_step() -> None:
     teacher, student = tensors(1), tensors(2)
     before = tensors_of(teacher)
     update_ema(teacher, student, 0.9, torch.tensor(False))
     assert differing_bits(before, tensors_of(teacher)) == []
 
 
-def test_a_run_starts_with_equal_networks_and_a_teacher_that_trains_only_by_the_average() -> None:
+def test_teacher_starts_equal_to_student_without_gradients() -> None:
     state = build_state(tiny_config(), CPU)
     assert differing_bits(state.method.student.state_dict(), state.method.teacher.state_dict()) == []
     assert state.method.teacher.training
     assert not any(parameter.requires_grad for parameter in state.method.teacher.parameters())
 
 
-def test_the_average_covers_parameters_and_the_statistics_are_the_teachers_own() -> None:
-    """After a step: teacher parameters = m * old + (1 - m) * student's new; its BatchNorm statistics are those of its
-    own global views, not an average with the student's."""
+def test_teacher_averages_parameters_but_not_batch_norm_statistics() -> None:
+    """After a step, teacher parameters are m * old + (1 - m) * student. The teacher's BatchNorm statistics are those of
+    its own global crops, not an average with the student's."""
     config = tiny_config(momentum_teacher=0.9)
     state, _ = run(config, 0)
     old = {name: value.double() for name, value in state.method.teacher.named_parameters()}

@@ -1,4 +1,4 @@
-"""``timm:NAME`` behind the same output as our own XCiT."""
+"""Backbones of timm (``timm:NAME``): the same output structure as our XCiT."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from dino_xcit.errors import InputError
 from dino_xcit.models import DINOHead, MultiCropWrapper, build_backbone
 
-# Class token, distilled pair of tokens, pooled map, map kept as [B, h, w, D], and maps that are widened after pooling.
+# In order: class token, class and distillation token, pooled map, map [B, h, w, D], map widened after pooling.
 NAMES = [
     "test_vit", "deit_tiny_distilled_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_output_has_the_promised_shapes_at_both_crop_sizes(name: str) -> None:
+def test_timm_output_has_documented_shapes_at_both_crop_sizes(name: str) -> None:
     model = build_backbone(f"timm:{name}", drop_path_rate=0.1)
     for side in (160, 96):
         output = model(torch.randn(2, 3, side, side))
@@ -27,7 +27,7 @@ def test_output_has_the_promised_shapes_at_both_crop_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "xcit_nano_12_p16_224", "resnet18"])
-def test_layers_come_in_the_order_asked_for(name: str) -> None:
+def test_timm_layers_are_returned_in_requested_order(name: str) -> None:
     model = build_backbone(f"timm:{name}").eval()
     images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_layers_come_in_the_order_asked_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_1_p16_32", "timm:test_vit"])
-def test_a_transformer_sees_the_whole_patches_of_an_image_as_a_convolution_of_that_stride_does(name: str) -> None:
+def test_vit_drops_partial_patches_like_a_strided_convolution(name: str) -> None:
     model = build_backbone(name).eval()
     images = torch.randn(1, 3, 79, 50)
     with torch.no_grad():
@@ -53,13 +53,13 @@ def test_a_transformer_sees_the_whole_patches_of_an_image_as_a_convolution_of_th
     assert bool(narrow.cls_token.isfinite().all())
 
 
-def test_images_that_a_model_of_one_size_cannot_take_are_refused_in_one_sentence() -> None:
+def test_fixed_size_model_refuses_other_image_sizes() -> None:
     model = build_backbone("timm:resmlp_12_224")
     with pytest.raises(InputError, match=r"cannot take images of 65 x 64 pixels .*--eval-crop .*--fit centre"):
         model(torch.rand(1, 3, 65, 64))
 
 
-def test_patch_tokens_lie_row_by_row_without_the_class_token() -> None:
+def test_timm_patch_tokens_keep_timm_order_without_class_token() -> None:
     model = build_backbone("timm:vit_tiny_patch16_224").eval()
     images = torch.randn(1, 3, 64, 112)
     with torch.no_grad():
@@ -69,12 +69,12 @@ def test_patch_tokens_lie_row_by_row_without_the_class_token() -> None:
     assert torch.equal(output.cls_token, whole[:, 0])
 
 
-def test_drop_path_is_given_to_the_model_that_has_it() -> None:
+def test_drop_path_rate_reaches_the_timm_model() -> None:
     model = build_backbone("timm:vit_tiny_patch16_224", drop_path_rate=0.3)
     rates = [float(module.drop_prob) for module in model.modules() if type(module).__name__ == "DropPath"]  # type: ignore[arg-type]
     assert max(rates) == pytest.approx(0.3)
 
 
-def test_an_unknown_timm_name_is_refused_with_near_matches() -> None:
+def test_unknown_timm_name_is_refused_with_near_matches() -> None:
     with pytest.raises(ValueError, match=r"resnet18"):
         build_backbone("timm:resnet81")

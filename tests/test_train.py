@@ -1,4 +1,4 @@
-"""One training step: what it computes, what it leaves alone, what it rejects."""
+"""One training step: results, skipped steps, frozen last layer, clipping, precision and metrics."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from dino_xcit.methods.student_teacher import feature_std
 from dino_xcit.train import TrainState, build_state, train_step
 from dino_xcit.transform import normalise
 
-# Regenerate (only when the mathematics is meant to change, and say so in the commit), with PYTHONPATH=.:tests
+# Regenerate only for an intended change of the mathematics, and mention it in the commit. With PYTHONPATH=.:tests
 #   python -c "from tiny_run import *; print([round(float(r.loss), 5) for r in run(tiny_config(), 10)[1]])"
 GOLDEN = [2.56046, 3.38142, 2.45692, 2.23663, 2.14314, 2.17795, 2.11824, 1.89464, 2.14661, 1.99153]
 
 
-def test_ten_steps_give_the_golden_losses() -> None:
+def test_ten_steps_reproduce_golden_losses() -> None:
     _, results = run(tiny_config(), 10)
     assert [float(result.loss) for result in results] == pytest.approx(GOLDEN, abs=1e-4)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_other_weights() -> None:
+def test_same_seed_gives_same_bits_and_other_seed_other_weights() -> None:
     first, second = (learnt(run(tiny_config(), 2)[0]) for _ in range(2))
     assert differing_bits(first, second) == []
     other, _ = run(tiny_config(seed=1), 2)
     assert len(differing_bits(first, learnt(other))) > 100
 
 
-def test_the_step_is_the_algorithm_written_out() -> None:
-    """Teacher on the global views, student on all, loss, gradient, one SGD step, moving averages: by hand."""
+def test_train_step_equals_manual_computation() -> None:
+    """Teacher on the global views, student on all views, loss, gradient, one SGD step, moving averages."""
     config = tiny_config(
         optimizer="sgd", lr=0.1, clip_grad=0.0, freeze_last_layer=0, drop_path_rate=0.0, weight_decay=0.02,
         weight_decay_end=0.02, momentum_teacher=0.9, teacher_temp=0.06, warmup_teacher_temp=0.06,
@@ -73,14 +73,14 @@ def test_the_step_is_the_algorithm_written_out() -> None:
 
 
 def frozen_statistics(state: TrainState) -> TrainState:
-    """BatchNorm with fixed statistics: where a batch's mean enters, no split of the batch can be equal."""
+    """Fix the statistics of BatchNorm, as batch statistics differ between a batch and its halves."""
     for module in (*state.method.student.modules(), *state.method.teacher.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     return state
 
 
-def test_two_accumulated_halves_equal_the_whole_batch_where_batchnorm_does_not_mix() -> None:
+def test_accumulated_halves_equal_whole_batch_with_frozen_batch_norm() -> None:
     whole = tiny_config(batch_size_per_gpu=8, optimizer="sgd", lr=0.05, drop_path_rate=0.2)
     halves = dataclasses.replace(whole, batch_size_per_gpu=4, accumulation_steps=2)
     states = []
@@ -93,15 +93,15 @@ def test_two_accumulated_halves_equal_the_whole_batch_where_batchnorm_does_not_m
     for name, parameter in states[0][0].method.student.named_parameters():
         torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-4, atol=2e-6, msg=name)
         if name.endswith("qkv.weight"):
-            assert float((parameter - start[name]).detach().abs().max()) > 1e-3  # it did learn
+            assert float((parameter - start[name]).detach().abs().max()) > 1e-3  # training changed the weights
     torch.testing.assert_close(states[0][0].method.loss.center, states[1][0].method.loss.center, rtol=1e-4, atol=1e-7)
 
 
-# ---- rejected steps
+# ---- skipped steps
 
 
 def poison(what: str, state: TrainState, batch: Batch) -> tuple[Batch, Any]:
-    """Make one number of the next step not finite: the batch to train on, and a hook to remove afterwards, or None."""
+    """Make one value of the next step non-finite; return the batch and a hook to remove afterwards, or None."""
     student = state.method.student
     if what == "global view":
         return dataclasses.replace(batch, crops=[spoilt(batch.crops[0], float("nan")), *batch.crops[1:]]), None
@@ -112,7 +112,7 @@ def poison(what: str, state: TrainState, batch: Batch) -> tuple[Batch, Any]:
         return batch, weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([2]), float("nan")))
     if what == "frozen gradient":
         return batch, student.head.last_layer.weight_v.register_hook(lambda gradient: gradient * float("inf"))
-    assert what == "teacher logits"  # the softmax of minus infinity is a clean zero: the loss alone does not show it
+    assert what == "teacher logits"  # softmax maps -inf to zero, so the loss stays finite
     return batch, state.method.teacher.head.register_forward_hook(lambda _, __, out: spoilt(out, -float("inf")))
 
 
@@ -126,7 +126,7 @@ def spoilt(values: Tensor, number: float) -> Tensor:
     ("what", "optimizer", "first", "passes"),
     [
         ("global view", "adamw", 2, 1),
-        ("global view", "adamw", 0, 1),  # where the optimizer has no state yet
+        ("global view", "adamw", 0, 1),  # the optimizer has no state yet
         ("global view", "adamw", 1, 3),  # the second of three passes
         ("local view", "adamw", 2, 1),
         ("gradient", "adamw", 2, 1),
@@ -135,7 +135,7 @@ def spoilt(values: Tensor, number: float) -> Tensor:
         ("teacher logits", "adamw", 2, 1),
     ],
 )
-def test_a_step_with_a_number_that_is_not_finite_leaves_every_bit(
+def test_step_with_non_finite_value_is_skipped_and_changes_no_bit(
     what: str, optimizer: str, first: int, passes: int
 ) -> None:
     config = tiny_config(optimizer=optimizer, drop_path_rate=0.0, batch_size_per_gpu=4, accumulation_steps=passes)
@@ -162,7 +162,7 @@ def test_a_step_with_a_number_that_is_not_finite_leaves_every_bit(
 # ---- frozen last layer, clipping
 
 
-def test_the_last_layer_does_not_move_in_its_frozen_epochs_and_moves_afterwards() -> None:
+def test_last_layer_is_fixed_during_frozen_epochs_and_trains_afterwards() -> None:
     config = tiny_config(freeze_last_layer=1, norm_last_layer=False)
     state = build_state(config, CPU)
     epoch = IMAGES // config.batch_size_per_gpu
@@ -176,11 +176,11 @@ def test_the_last_layer_does_not_move_in_its_frozen_epochs_and_moves_afterwards(
     run(config, epoch, state)
     assert differing_bits(start, last_layers()) == []
     run(config, epoch + 1, state)
-    assert len(differing_bits(start, last_layers())) == 4  # length and direction, student and teacher
+    assert len(differing_bits(start, last_layers())) == 4  # weight_g and weight_v of student and teacher
 
 
 @pytest.mark.parametrize("mode", ["per-parameter", "global"])
-def test_the_clip_limit_bounds_what_a_step_changes(mode: str) -> None:
+def test_clip_grad_bounds_parameter_change(mode: str) -> None:
     config = tiny_config(
         optimizer="sgd", lr=1.0, clip_grad=0.01, clip_mode=mode, weight_decay=0.0, weight_decay_end=0.0,
         freeze_last_layer=0,
@@ -198,10 +198,10 @@ def test_the_clip_limit_bounds_what_a_step_changes(mode: str) -> None:
         assert float(moved.norm()) > 0.02
 
 
-# ---- views, precision, figures
+# ---- views, precision, metrics
 
 
-def test_local_crops_of_the_global_size_share_the_pass_but_not_the_teacher() -> None:
+def test_local_crops_of_global_size_share_batch_but_skip_teacher() -> None:
     config = tiny_config(local_crops_size=28, local_crops_scale=(0.4, 1.0))
     (batch,) = next(steps(config, 0, 1))
     assert batch.views == [4]
@@ -214,13 +214,13 @@ def test_local_crops_of_the_global_size_share_the_pass_but_not_the_teacher() -> 
     torch.testing.assert_close(results[0].features, expected.features)
 
 
-def test_a_run_without_local_crops_trains() -> None:
+def test_step_without_local_crops_is_accepted() -> None:
     _, (result,) = run(tiny_config(local_crops_number=0), 1)
     assert bool(result.accepted)
 
 
-def test_a_bf16_step_stays_near_fp32() -> None:
-    config = tiny_config(lr=1e-4, seed=1)  # AdamW's first step is a sign, which for some seeds differs where it is tiny
+def test_bf16_steps_stay_close_to_fp32() -> None:
+    config = tiny_config(lr=1e-4, seed=1)  # AdamW's first step is a sign; with some seeds tiny gradients flip it
     _, exact = run(config, 3)
     state, low = run(dataclasses.replace(config, precision="bf16"), 3)
     assert all(bool(result.accepted) for result in low)
@@ -232,13 +232,13 @@ def test_a_bf16_step_stays_near_fp32() -> None:
 
 
 def with_scale(state: TrainState, scale: float) -> TrainState:
-    """The first steps of a run search for a scale; start from one that fits (so narrow a head has steep gradients)."""
+    """Set a fitting loss scale, which a run finds only in its first steps. This narrow head has large gradients."""
     state.scaler.scale(torch.zeros(()))
     state.scaler.update(scale)
     return state
 
 
-def test_fp16_scales_the_loss_and_not_the_step() -> None:
+def test_fp16_loss_scale_does_not_change_step() -> None:
     config = tiny_config(optimizer="sgd", lr=1e-4, clip_grad=0.0, drop_path_rate=0.0)
     plain, exact = run(config, 1)
     half = dataclasses.replace(config, precision="fp16")
@@ -254,7 +254,7 @@ def test_fp16_scales_the_loss_and_not_the_step() -> None:
     assert float((half_way - whole_way).norm()) < 0.1 * float((whole_way - origin).norm())
 
 
-def test_an_fp16_overflow_is_rejected_and_lowers_the_scale() -> None:
+def test_fp16_overflow_skips_step_and_lowers_scale() -> None:
     config = tiny_config(precision="fp16")
     state = with_scale(build_state(config, CPU), 8.0)
     run(config, 1, state)
@@ -272,7 +272,7 @@ def test_an_fp16_overflow_is_rejected_and_lowers_the_scale() -> None:
     assert differing_bits(before, learnt(state)) != []
 
 
-def test_the_logged_figures_are_what_they_are_called() -> None:
+def test_step_metrics_equal_their_definitions() -> None:
     config = tiny_config(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=2, warmup_epochs=1.0)
     state = build_state(config, CPU)
     center = state.method.loss.center.clone()
@@ -285,11 +285,11 @@ def test_the_logged_figures_are_what_they_are_called() -> None:
     assert figures["loss"] == pytest.approx(float(result.loss))
     assert figures["gradient_norm"] == pytest.approx(float(result.gradient_norm))
     assert figures["feature_std"] == pytest.approx(float(feature_std(features)))
-    assert figures["lr"] == 0.0  # the first step of a warm-up
+    assert figures["lr"] == 0.0  # first step of the warm-up
     assert figures["weight_decay"] == pytest.approx(0.04)
     assert figures["momentum"] == pytest.approx(0.996)
     assert figures["teacher_temp"] == pytest.approx(0.04)
-    # The identity loss = entropy + divergence holds with the centre that the loss used.
+    # loss = entropy + divergence holds for the center that the loss used.
     used = entropy(((logits - center) / 0.04).softmax(dim=1))
     assert figures["teacher_entropy"] == pytest.approx(float(used), rel=1e-5)
     assert figures["kl"] == pytest.approx(figures["loss"] - figures["teacher_entropy"])

@@ -13,7 +13,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, normalise
 
 
-def test_the_usual_transform_equals_torchvisions_pipeline(photo: Image.Image) -> None:
+def test_default_transform_equals_torchvision_pipeline(photo: Image.Image) -> None:
     pipeline = transforms.Compose(
         [
             transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
@@ -31,10 +31,10 @@ def test_the_usual_transform_equals_torchvisions_pipeline(photo: Image.Image) ->
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (40, 64)])
-def test_long_images_are_not_resized_as_a_whole(
+def test_crop_of_very_long_image_matches_resize_of_whole_image(
     interpolation: str, resize: int, crop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Grey: Pillow clips after the first of its two passes, whose order depends on the sizes.
+    # Mid-grey: Pillow clips after the first of its two passes, whose order depends on the sizes.
     grain = np.random.default_rng(0).integers(80, 176, (7, 300, 3), dtype=np.uint8)
     transform = EvalTransform(resize, crop, interpolation)
     for pixels in (grain, grain.transpose(1, 0, 2)):
@@ -44,17 +44,17 @@ def test_long_images_are_not_resized_as_a_whole(
             patch.setattr("dino_xcit.transform.MAX_ASPECT", 1000)
             whole = transform(image)
         assert (ours.int() - whole.int()).abs().max() <= 2
-    assert EvalTransform()(Image.new("RGB", (10_000_000, 1))).shape == (3, 224, 224)  # else 2 TB
+    assert EvalTransform()(Image.new("RGB", (10_000_000, 1))).shape == (3, 224, 224)  # resized as a whole: 2 TB
 
 
-def test_a_crop_larger_than_the_image_is_padded_with_black() -> None:
+def test_crop_larger_than_image_is_padded_with_black() -> None:
     out = EvalTransform(resize=10, crop=20)(Image.new("RGB", (10, 10), (200, 100, 50)))
     assert out.shape == (3, 20, 20)
     assert out[:, 0, 0].tolist() == [0, 0, 0]
     assert out[:, 10, 10].tolist() == [200, 100, 50]
 
 
-def test_it_survives_being_stored_as_plain_values() -> None:
+def test_transform_round_trips_through_plain_values() -> None:
     transform = EvalTransform(72, 64, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     stored = transform.to_dict()
     assert EvalTransform.from_dict(stored) == transform
@@ -70,7 +70,7 @@ def test_it_survives_being_stored_as_plain_values() -> None:
         {"std": None}, {"std": [0, 0, 0]}, {"std": [0.2, -1, 0.2]}, {"std": [float("nan")] * 3}, {"std": [1e-320] * 3},
     ],
 )  # fmt: skip
-def test_stored_values_that_cannot_be_are_refused(broken: dict[str, object]) -> None:
+def test_invalid_stored_transform_is_refused(broken: dict[str, object]) -> None:
     with pytest.raises(InputError, match="evaluation transform"):
         EvalTransform.from_dict(EvalTransform().to_dict() | broken)
     for nothing in ({}, [], 3):
@@ -78,7 +78,7 @@ def test_stored_values_that_cannot_be_are_refused(broken: dict[str, object]) -> 
             EvalTransform.from_dict(nothing)  # type: ignore[arg-type]
 
 
-def test_a_run_s_transform_keeps_the_share_of_256_to_224() -> None:
+def test_eval_transform_of_run_keeps_256_to_224_ratio_by_default() -> None:
     assert tiny_config(global_crops_size=224).eval_transform().resize == 256
     assert tiny_config(global_crops_size=224).eval_transform().crop == 224
     own = tiny_config(eval_resize=30, eval_crop=28, mean=(0.1, 0.2, 0.3)).eval_transform()
@@ -86,7 +86,7 @@ def test_a_run_s_transform_keeps_the_share_of_256_to_224() -> None:
 
 
 @pytest.mark.parametrize("stored", [{}, {"white_level": 4095}])
-def test_the_white_level_is_stored_where_it_is_not_the_usual_one(stored: dict[str, int]) -> None:
+def test_white_level_is_stored_only_if_not_default(stored: dict[str, int]) -> None:
     own = tiny_config(**stored).eval_transform()
     assert own.to_dict().keys() - {"resize", "crop", "interpolation", "mean", "std"} == stored.keys()
     assert EvalTransform.from_dict(own.to_dict()) == own

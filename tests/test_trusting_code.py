@@ -1,4 +1,4 @@
-"""Nothing but one file of ours opens what may hold a program: no line of ours, and ruff says so."""
+"""Only dino_xcit/safe_load.py opens files that may contain programs: checked in the syntax trees and by ruff."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def lines_that_trust(source: str) -> list[int]:
-    """Lines that let pickles be read: ``allow_pickle`` and ``weights_only`` with any other value than the safe one."""
+    """Return the lines that allow pickles: ``allow_pickle`` or ``weights_only`` without its safe literal value."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
@@ -34,11 +34,11 @@ def lines_that_trust(source: str) -> list[int]:
         "read(path, **{'allow_pickle': True})", "torch.load(path, weights_only=False)",
     ],
 )  # fmt: skip
-def test_lines_that_trust_a_file_are_found(planted: str) -> None:
+def test_lines_that_trust_detects_unsafe_load_arguments(planted: str) -> None:
     assert lines_that_trust(f"import numpy as np\n\n{planted}\n") == [3]
 
 
-def test_no_line_of_ours_trusts_a_file() -> None:
+def test_source_code_has_no_unsafe_load_arguments() -> None:
     files = [path for folder in ("dino_xcit", "eval", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
     files += ROOT.glob("run_*.py")
     assert len(files) > 40
@@ -46,7 +46,7 @@ def test_no_line_of_ours_trusts_a_file() -> None:
     assert "weights_only=True" in (ROOT / "dino_xcit/safe_load.py").read_text()
 
 
-def test_ruff_refuses_readers_that_trust_everywhere_but_in_one_file() -> None:
+def test_ruff_bans_unsafe_loaders_outside_safe_load() -> None:
     calls = ("torch.load(1)", "torch.jit.load(1)", "joblib.load(1)", "yaml.load(1)")
     readers = "\n".join(["import joblib, pickle, torch, yaml", *calls, "yaml.safe_load(1)"])
     for name in ("eval/planted.py", "run_planted.py", "dino_xcit/safe_load.py"):

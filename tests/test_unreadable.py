@@ -1,4 +1,4 @@
-"""The list of images that could not be read."""
+"""UnreadableLog: the list of unreadable images of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def log_in(folder: Path, images: int = 1000, anew: bool = False) -> UnreadableLo
     return UnreadableLog(folder, images, 0.05, anew)
 
 
-def test_each_image_is_listed_once_with_its_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_image_is_listed_once_with_its_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = log_in(tmp_path)
     assert log.note([batch(5), batch()]) == 1
     assert log.note([batch(2, 9)]) == 2
@@ -31,17 +31,17 @@ def test_each_image_is_listed_once_with_its_cause(tmp_path: Path, capsys: pytest
     assert [(row["index"], row["epoch"]) for row in rows] == [(2, 0), (5, 0), (9, 0), (11, 1)]
     assert rows[0] == {"index": 2, "name": "/photos/2.jpg", "cause": "empty file", "epoch": 0}
     assert len(log) == 4
-    (said,) = capsys.readouterr().out.splitlines()  # once, not for each
+    (said,) = capsys.readouterr().out.splitlines()  # one warning for all images
     assert said.startswith("warning: cannot read /photos/2.jpg (empty file)")
 
 
-def test_a_resumed_run_goes_on_with_its_list_and_a_new_one_starts_another(tmp_path: Path) -> None:
+def test_resume_appends_to_list_and_new_run_clears_it(tmp_path: Path) -> None:
     first = log_in(tmp_path)
     first.note([batch(1, 2)])
     first.write()
     path = tmp_path / "unreadable_images.jsonl"
     with open(path, "a") as file:
-        file.write('{"index": 3, "na')  # killed while writing
+        file.write('{"index": 3, "na')  # line truncated by a kill
     second = log_in(tmp_path)
     second.note([batch(2, 4)])
     second.write()
@@ -55,15 +55,15 @@ def test_a_resumed_run_goes_on_with_its_list_and_a_new_one_starts_another(tmp_pa
     [
         (1000, 50, 1000, False),
         (1000, 51, 1000, True),
-        (1000, 51, 60, True),  # a small set is judged as a whole
-        (1_000_000, 400, 500, False),  # 400 of 500: the share of so few says little ...
-        (1_000_000, 501, 600, True),  # ... but not for ever
+        (1000, 51, 60, True),  # small data set: the denominator is its size
+        (1_000_000, 400, 500, False),  # 80% of the images seen, but within 5% of the minimum count of 10,000
+        (1_000_000, 501, 600, True),  # above 5% of the minimum count
         (1_000_000, 2000, 100_000, False),
         (1_000_000, 5001, 100_000, True),
-        (1000, 51, 90_000, True),  # many epochs: each image counts once
+        (1000, 51, 90_000, True),  # several epochs: the denominator is the size of the data set
     ],
 )
-def test_too_many_is_a_share_of_the_images(tmp_path: Path, images: int, bad: int, seen: int, too_many: bool) -> None:
+def test_too_many_compares_share_with_limit(tmp_path: Path, images: int, bad: int, seen: int, too_many: bool) -> None:
     log = log_in(tmp_path, images=images)
     log.note([batch(*range(bad))])
     log.write()
@@ -71,7 +71,7 @@ def test_too_many_is_a_share_of_the_images(tmp_path: Path, images: int, bad: int
     assert f"{bad:,} of the first {min(seen, images):,} images cannot be read" in str(log.refusal(seen))
 
 
-def test_a_disk_that_is_full_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_write_gives_warning_and_keeps_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = log_in(tmp_path)
     (tmp_path / "unreadable_images.jsonl").mkdir()
     log.note([batch(1)])
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_does_not_end_the_run(tmp_path: Path, capsys: pytest
     assert len(log) == 1
 
 
-def test_names_with_any_bytes_are_kept(tmp_path: Path) -> None:
+def test_name_with_undecodable_bytes_round_trips(tmp_path: Path) -> None:
     log = log_in(tmp_path)
     name = b"caf\xe9 \n.jpg".decode("utf-8", "surrogateescape")
     log.note([batch(0, name=name)])

@@ -1,4 +1,4 @@
-"""Vision transformers by name: the name says every size, and every size has one name."""
+"""Vision transformers by name: names and sizes map one to one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dino_xcit.models import build_backbone
 from dino_xcit.models.vit import VIT_FAMILIES, VitShape, vit_shape
 
 
-def test_a_name_and_its_sizes_are_each_others() -> None:
+def test_vit_shape_name_is_unique_and_round_trips() -> None:
     sizes = itertools.product(VIT_FAMILIES, (12,), (14,), (224, 448), (2, 16), (False, True), (0, 4))
     shapes = [VitShape(*size) for size in sizes]
     shapes.append(VitShape("small", 12, 14, 224, VIT_FAMILIES["small"][1], False, 0))
@@ -23,7 +23,7 @@ def test_a_name_and_its_sizes_are_each_others() -> None:
     assert {"vit_small_12_p14", "vit_small_12_p14_448_h2_ls_reg4"} <= names
 
 
-def test_the_networks_are_timms_dinov2() -> None:
+def test_vit_has_heads_and_parameter_shapes_of_timm_dinov2() -> None:
     for ours, theirs in (
         ("vit_small_12_p14_518_ls", "vit_small_patch14_dinov2"),
         ("vit_base_12_p14_518_ls_reg4", "vit_base_patch14_reg4_dinov2"),
@@ -36,10 +36,11 @@ def test_the_networks_are_timms_dinov2() -> None:
         assert own.model.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
 
 
-def test_heads_registers_and_layer_scale_are_those_of_the_name() -> None:
+def test_vit_name_sets_heads_registers_and_layer_scale() -> None:
     backbone = build_backbone("vit_tiny_1_p16_32_h6_ls_reg3").eval()
     assert backbone.model.blocks[0].attn.num_heads == 6
     assert float(backbone.model.blocks[0].ls1.gamma.detach().mean()) == pytest.approx(1e-5)
+    assert backbone.model.reg_token.shape == (1, 3, 192)
     out = backbone(torch.rand(2, 3, 32, 48))
     assert out.grid == (2, 3)
     assert out.patch_tokens.shape == (2, 6, 192)
@@ -50,7 +51,7 @@ def test_heads_registers_and_layer_scale_are_those_of_the_name() -> None:
     ["vit_small_12_p16_h7", "vit_small_12_p16_h0", "vit_small_0_p16", "vit_small_12_p15", "vit_small_12_p16_8",
      "vit_giant_12_p16", "vit_small_12_p16_reg4_ls", "vit_"],
 )  # fmt: skip
-def test_a_name_of_no_network_is_refused(name: str) -> None:
+def test_invalid_vit_name_is_refused(name: str) -> None:
     assert vit_shape(name) is None
     with pytest.raises(InputError, match="unknown arch"):
         build_backbone(name)

@@ -1,4 +1,4 @@
-"""python -m eval.viz: the weights are the network's own, and pictures show them."""
+"""python -m eval.viz: attention maps, principal components, and the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eval import viz
 
 
 def random_xcit() -> XCiT:
-    """A small XCiT whose heads do look somewhere, and in different places."""
+    """A small XCiT whose heads have different, non-uniform attention maps."""
     backbone = build_backbone("xcit_pico_4_p8").eval()
     assert isinstance(backbone, XCiT)
     for block in backbone.cls_attn_blocks:
@@ -32,7 +32,7 @@ def random_xcit() -> XCiT:
 # ---- attention
 
 
-def test_the_weights_give_the_modules_own_output() -> None:
+def test_class_attention_weights_reproduce_module_output() -> None:
     module = ClassAttention(32, 4).double().eval()
     torch.nn.init.normal_(module.qkv.weight, std=0.5)
     torch.nn.init.normal_(module.qkv.bias)
@@ -46,20 +46,20 @@ def test_the_weights_give_the_modules_own_output() -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1, -1])
-def test_an_xcits_maps_are_those_of_the_same_network_in_timm(block: int) -> None:
-    """Built by timm, with our weights under its names; a size and aspect that neither was made for."""
+def test_xcit_attention_maps_equal_timm(block: int) -> None:
+    """The reference is timm's network with our weights; neither was built for this image size and aspect ratio."""
     ours = random_xcit()
     peer = Xcit(patch_size=8, embed_dim=64, depth=4, num_heads=4, eta=1.0, tokens_norm=True, num_classes=0).eval()
     peer.load_state_dict(to_timm(ours.state_dict()))
     images = torch.randn(2, 3, 40, 64)
     found, expected = (viz.attention_maps(network, images, block) for network in (ours, TimmBackbone(peer)))
     assert found[0].shape == (2, 4, 5, 8)
-    assert found[0].std() > 0.005, "uniform maps would agree whatever the code does"
+    assert found[0].std() > 0.005, "maps are uniform, so that the comparison proves nothing"
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found[0].sum(dim=(2, 3)) + found[1], torch.ones(2, 4))
 
 
-def test_drawing_changes_nothing_in_the_network() -> None:
+def test_attention_maps_leave_network_unchanged() -> None:
     images = torch.randn(1, 3, 48, 64)
     for backbone, shape in ((random_xcit(), (1, 4, 6, 8)), (build_backbone("vit_tiny_2_p16").eval(), (1, 3, 3, 4))):
         before = backbone(images).cls_token
@@ -71,7 +71,7 @@ def test_drawing_changes_nothing_in_the_network() -> None:
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "timm:vit_tiny_patch16_224"])
-def test_a_network_without_class_attention_is_refused(name: str) -> None:
+def test_network_without_class_attention_is_refused(name: str) -> None:
     backbone = build_backbone(name).eval()
     backbone.model.cls_token = None
     with pytest.raises(InputError, match="no class attention"):
@@ -81,7 +81,7 @@ def test_a_network_without_class_attention_is_refused(name: str) -> None:
 # ---- components
 
 
-def test_components_are_scikit_learns_up_to_a_sign_that_the_order_of_the_patches_does_not_change() -> None:
+def test_components_equal_scikit_learn_up_to_signs_in_any_patch_order() -> None:
     rng = np.random.default_rng(0)
     features = (rng.normal(size=(500, 12)) * np.arange(12, 0, -1) + 100).astype(np.float32)
     found, shares = viz.principal_components(features)
@@ -92,7 +92,7 @@ def test_components_are_scikit_learns_up_to_a_sign_that_the_order_of_the_patches
     assert viz.principal_components(features[::-1].copy())[0] == pytest.approx(found[::-1], abs=1e-2)
 
 
-def test_the_foreground_is_one_side_of_the_first_component() -> None:
+def test_foreground_is_one_side_of_first_component() -> None:
     objects = np.arange(300) < 100
     features = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
     features[objects] += 20
@@ -100,7 +100,7 @@ def test_the_foreground_is_one_side_of_the_first_component() -> None:
     assert (viz.foreground(features, 0.5, "below") == ~objects).all()
 
 
-def test_features_that_are_not_finite_are_refused() -> None:
+def test_non_finite_features_are_refused() -> None:
     with pytest.raises(InputError, match="not finite"):
         viz.principal_components(np.full((9, 8), np.nan, dtype=np.float32))
 
@@ -110,7 +110,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, photo: Image.Image) -> Path:
-    """A checkpoint, with two photographs beside it."""
+    """A checkpoint, with two photographs in the same folder."""
     folder = tmp_path_factory.mktemp("viz")
     photo.save(folder / "wide.jpg")
     photo.resize((50, 120)).save(folder / "a [tall] name that is longer than its picture is wide.png")
@@ -121,10 +121,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory, photo: Image.Image) -> Pat
     ("attention", 6, "created the folder"), ("pca", 1, "992 of 992 patches"),
     ("pca --foreground below --threshold 0.7", 1, ""),
 ])  # fmt: skip
-def test_a_picture_of_two_images(
+def test_command_writes_sheet_of_two_images(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, columns: int, printed: str
 ) -> None:
-    """Attention: an image, four heads, their mean. PCA: 16 x 23 and 16 x 39 patches of 4 pixels."""
+    """Attention has six columns: image, four heads and their mean. PCA has 16 x 23 and 16 x 39 patches of 4 pixels."""
     out = tmp_path / "new" / "picture.png"
     images = [str(path) for path in sorted(weights.parent.glob("*.[jp][pn]g"))]
     viz.main([*words.split(), "--weights", str(weights), "--size", "64", "--out", str(out), "--images", *images])
@@ -134,7 +134,7 @@ def test_a_picture_of_two_images(
     assert [path.name for path in out.parent.iterdir()] == ["picture.png"]
 
 
-def test_images_keep_their_aspect_at_any_size_up_to_a_limit(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_image_keeps_aspect_ratio_and_limits_pixels(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = str(weights.parent / "wide.jpg")
     assert [viz.load_image(wide, size, 1, "bicubic").size for size in (45, 0)] == [(65, 45), (130, 90)]
     assert viz.load_image(wide, 0, 16, "bicubic").size == (128, 96)
@@ -153,7 +153,7 @@ def test_images_keep_their_aspect_at_any_size_up_to_a_limit(weights: Path, monke
     ("attention --weights W" + 101 * " P", "101 images"), ("pca --weights W P --block 0", "block is 0"),
     ("pca --weights W P --size 16 --foreground above --threshold 0.999", "too few"),
 ])  # fmt: skip
-def test_mistakes_are_refused_and_leave_nothing(
+def test_invalid_commands_are_refused_without_output(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -164,8 +164,8 @@ def test_mistakes_are_refused_and_leave_nothing(
 
 
 @pytest.mark.parametrize("what", ["attention", "pca"])
-def test_a_vision_transformer_takes_photographs_of_any_shape(what: str, tmp_path: Path) -> None:
-    """It takes multiples of its patch only: 480 x 721 became 480 x 720."""
+def test_vision_transformer_accepts_images_of_any_shape(what: str, tmp_path: Path) -> None:
+    """The network accepts multiples of its patch size only, so that 480 x 721 pixels become 480 x 720."""
     Image.effect_noise((91, 60), 60).convert("RGB").save(tmp_path / "odd.png")
     torch.save(build_backbone("timm:vit_tiny_patch16_224").model.state_dict(), tmp_path / "vit.pth")
     words = f"{what} {tmp_path}/odd.png --weights {tmp_path}/vit.pth --arch timm:vit_tiny_patch16_224 --size 0"
@@ -173,6 +173,6 @@ def test_a_vision_transformer_takes_photographs_of_any_shape(what: str, tmp_path
     assert (tmp_path / "picture.png").is_file()
 
 
-def test_a_folder_stands_for_its_images(weights: Path) -> None:
+def test_folder_is_replaced_by_its_images(weights: Path) -> None:
     wide = str(weights.parent / "wide.jpg")
     assert viz.image_files([wide, str(weights.parent)])[::2] == (wide, wide)

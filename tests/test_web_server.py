@@ -1,4 +1,4 @@
-"""Files, archives and folders on a web server."""
+"""Files, archives and folders read over HTTP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dino_xcit.errors import InputError
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; knows ranges where the server does."""
+    """Serves a folder, with range requests if ``server.ranges`` is true."""
 
     def do_GET(self) -> None:
         path = Path(self.translate_path(self.path))
@@ -44,7 +44,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]:
-    """The URL of ``tmp_path``."""
+    """Serve ``tmp_path``; yield its URL and the server."""
     pytest.importorskip("aiohttp")
 
     class Here(Handler):
@@ -60,7 +60,7 @@ def web(tmp_path: Path) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]
     server.server_close()
 
 
-def test_a_web_server_is_read_by_ranges(tmp_path: Path, web: tuple[str, Any]) -> None:
+def test_http_files_are_read_by_range_requests(tmp_path: Path, web: tuple[str, Any]) -> None:
     url, _ = web
     (tmp_path / "a-0.bin").write_bytes(b"x")
     (tmp_path / "a-1.bin").write_bytes(b"0123456789")
@@ -77,7 +77,7 @@ def test_a_web_server_is_read_by_ranges(tmp_path: Path, web: tuple[str, Any]) ->
         storage.read_range(f"{url}/absent", 0, 1)
 
 
-def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, Any]) -> None:
+def test_server_without_ranges_refuses_read_range_but_reads_whole_file(tmp_path: Path, web: tuple[str, Any]) -> None:
     url, server = web
     server.ranges = False
     (tmp_path / "a.bin").write_bytes(b"0123456789")
@@ -86,7 +86,9 @@ def test_a_web_server_without_ranges_is_named(tmp_path: Path, web: tuple[str, An
     assert storage.read_file(f"{url}/a.bin", 10) == b"0123456789"
 
 
-def test_archives_and_folders_are_read(tmp_path: Path, web: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_and_folders_are_read_over_http(
+    tmp_path: Path, web: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, server = web
     monkeypatch.setenv("DINO_XCIT_CACHE", str(tmp_path / ".cache"))
     images = {f"{number}.jpg": os.urandom(3000) for number in range(3)}

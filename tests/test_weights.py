@@ -1,4 +1,4 @@
-"""Reading checkpoints: the right network, strictly, executing nothing."""
+"""Checkpoint reading: choice of the network, inferred architecture, strict comparison of keys, hash."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def fresh_state(seed: int = 0, arch: str = ARCH) -> dict[str, Tensor]:
 
 
 def full_dino_file(path: Path, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A file as DINO's trainer writes it for XCiT: DistributedDataParallel's prefix on both networks, the arguments
-    as a Namespace, and learning rates as the NumPy numbers of its schedules. Returns (student, teacher)."""
+    """Write a file as DINO's trainer does for XCiT, and return (student, teacher).
+
+    Both networks have the prefix of DistributedDataParallel, the arguments are a Namespace, and the learning rates are
+    NumPy numbers from the schedules.
+    """
     student, teacher = fresh_state(1), fresh_state(2)
     head = {"module.head.mlp.0.weight": torch.randn(4, 64), "module.head.last_layer.weight_g": torch.ones(9, 1)}
     rates = {"lr": np.linspace(0, 5e-4, 5)[3], "weight_decay": np.float64(0.04), "betas": (0.9, 0.9), "params": [0]}
@@ -65,7 +68,7 @@ Written = Callable[[object], Path]
 
 @pytest.fixture
 def written(tmp_path: Path) -> Written:
-    """Saves a content, always at one path."""
+    """Return a function that saves its argument, always to the same path."""
 
     def write(content: object) -> Path:
         torch.save(content, tmp_path / "b.pth")
@@ -74,7 +77,7 @@ def written(tmp_path: Path) -> Written:
     return write
 
 
-def test_our_checkpoint_gives_the_network_asked_for(tmp_path: Path) -> None:
+def test_own_checkpoint_gives_requested_network(tmp_path: Path) -> None:
     config = tiny_config(output_dir=str(tmp_path), momentum_teacher=0.5, eval_crop=28, eval_resize=30)
     state, _ = run(config, 2)
     path = save(state, config)
@@ -88,19 +91,19 @@ def test_our_checkpoint_gives_the_network_asked_for(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.backbone.parameters())
 
 
-def test_a_full_dino_file_says_how_it_was_trained(tmp_path: Path) -> None:
+def test_full_dino_file_gives_teacher_and_training_settings(tmp_path: Path) -> None:
     _, teacher = full_dino_file(tmp_path / "full.pth")
     read = load_backbone(tmp_path / "full.pth")
     assert same(read.backbone.state_dict(), teacher)
     assert (read.data, read.transform, read.training["lr"]) == ("/imagenet/train", EvalTransform(), 0.0005)
-    with pytest.raises(pickle.UnpicklingError):  # allowing DINO's namespace ended with the reading
+    with pytest.raises(pickle.UnpicklingError):  # the permission for DINO's Namespace ends with the reading
         torch.load(tmp_path / "full.pth", weights_only=True)
     with pytest.raises(InputError, match="expected one of teacher, student"):
         load_backbone(tmp_path / "full.pth", network="ema")
 
 
-def test_a_full_dino_file_written_with_an_older_numpy_reads_too(tmp_path: Path) -> None:
-    """Before NumPy 2 its numbers were pickled under numpy.core; every published file is of that time."""
+def test_full_dino_file_from_older_numpy_is_read(tmp_path: Path) -> None:
+    """NumPy before 2 pickles its numbers under numpy.core, as in every published file."""
     _, teacher = full_dino_file(tmp_path / "new.pth")
     with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
         for entry in new.infolist():
@@ -110,11 +113,11 @@ def test_a_full_dino_file_written_with_an_older_numpy_reads_too(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "xcit_micro_4_p4", "xcit_pico_4_p8"])
-def test_the_architecture_is_read_off_the_shapes(written: Written, arch: str) -> None:
+def test_architecture_is_inferred_from_shapes(written: Written, arch: str) -> None:
     assert load_backbone(written(fresh_state(arch=arch))).arch == arch
 
 
-def test_a_timm_backbone_needs_its_name_or_a_checkpoint_that_says_it(written: Written) -> None:
+def test_timm_backbone_requires_given_or_stored_architecture(written: Written) -> None:
     state = build_backbone("timm:test_vit").state_dict()
     with pytest.raises(InputError, match="--arch"):
         load_backbone(written(state))
@@ -123,19 +126,19 @@ def test_a_timm_backbone_needs_its_name_or_a_checkpoint_that_says_it(written: Wr
     assert load_backbone(path).arch == "timm:test_vit"
 
 
-def test_a_file_whose_name_is_no_utf8_is_read_and_told(tmp_path: Path) -> None:
+def test_non_utf8_file_name_is_read_from_pth_and_refused_for_safetensors(tmp_path: Path) -> None:
     torch.save(fresh_state(), tmp_path / "caf\udce9.pth")
     log.info(load_backbone(tmp_path / "caf\udce9.pth").describe())
     files.save_safetensors(tmp_path / "a", fresh_state()).rename(tmp_path / "caf\udce9.safetensors")
-    with pytest.raises(InputError, match="not valid UTF-8"):  # by its own library
+    with pytest.raises(InputError, match="not valid UTF-8"):  # by the safetensors library
         load_backbone(tmp_path / "caf\udce9.safetensors")
 
 
-# ---- what does not fit
+# ---- mismatches
 
 
 @pytest.mark.parametrize("name", ["cls_token", "blocks.3.mlp.fc1.weight"])
-def test_gaps_leftovers_and_other_shapes_are_named(written: Written, name: str) -> None:
+def test_missing_unexpected_and_mismatched_keys_are_named(written: Written, name: str) -> None:
     state = fresh_state()
     wrong: dict[str, dict[str, Tensor]] = {
         f"lacks {name}": {key: value for key, value in state.items() if key != name},
@@ -150,14 +153,15 @@ def test_gaps_leftovers_and_other_shapes_are_named(written: Written, name: str) 
                 load_backbone(written(layout), arch=ARCH)
 
 
-def test_a_head_that_is_not_finite_is_refused_too(written: Written) -> None:
+def test_non_finite_head_is_refused(written: Written) -> None:
     content = files.dino(files.xcit(), files.xcit(), 64)
     content["teacher"]["head.last_layer.weight_v"][0, 0] = float("inf")
     with pytest.raises(InputError, match="not finite in last_layer"):
         load_backbone(written(content))
 
 
-def test_counts_of_batches_that_old_files_do_not_have_are_no_gap_but_one_lost_count_is(written: Written) -> None:
+def test_num_batches_tracked_may_be_missing_in_all_layers_but_not_in_one(written: Written) -> None:
+    # Files from before PyTorch 0.4.1 have no num_batches_tracked.
     state = dict(files.resnet().state_dict())
     counts = [key for key in state if key.endswith("num_batches_tracked")]
     load_backbone(written({key: value for key, value in state.items() if key not in counts}))
@@ -166,12 +170,12 @@ def test_counts_of_batches_that_old_files_do_not_have_are_no_gap_but_one_lost_co
         load_backbone(written(state))
 
 
-def test_another_architecture_is_told_with_the_one_it_looks_like(written: Written) -> None:
+def test_architecture_mismatch_names_inferred_architecture(written: Written) -> None:
     with pytest.raises(InputError, match=r"xcit_nano_12_p4, it looks like xcit_pico_4_p4: it lacks .* and \d+ more"):
         load_backbone(written(fresh_state()), arch="xcit_nano_12_p4")
 
 
-def test_what_is_allowed_by_name_passes_with_the_same_untrained_values_each_time(written: Written) -> None:
+def test_allowed_mismatches_load_with_reproducible_initial_values(written: Written) -> None:
     state = fresh_state() | {"mask_token2": torch.zeros(2)}
     lost = sorted(key for key in state if key.startswith("cls_attn_blocks.1.mlp."))
     path = written({key: value for key, value in state.items() if key not in lost})
@@ -188,7 +192,7 @@ def test_what_is_allowed_by_name_passes_with_the_same_untrained_values_each_time
 
 
 @pytest.mark.parametrize("pattern", ["*", "", "a*b"])
-def test_nobody_can_allow_everything(pattern: str) -> None:
+def test_invalid_or_catch_all_allow_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(InputError, match="take keys"):
         load_backbone("any.pth", allowed=Allowed(missing=(pattern,)))
 
@@ -203,23 +207,23 @@ def test_nobody_can_allow_everything(pattern: str) -> None:
         ({"classy_state_dict": {"base_model": {"model": {"heads": {}}}}}, "VISSL"),
     ],
 )  # fmt: skip
-def test_files_of_no_known_kind_are_told_by_what_they_hold(written: Written, content: object, words: str) -> None:
+def test_unknown_file_is_refused_with_description_of_content(written: Written, content: object, words: str) -> None:
     with pytest.raises(InputError, match=words):
         load_backbone(written(content))
 
 
-def test_lightly_trains_checkpoints_are_told_as_such(written: Written) -> None:
+def test_lightly_train_checkpoint_is_refused_with_hint_to_exported_file(written: Written) -> None:
     content = {"state_dict": fresh_state(), "lightly_train": {"models": {"model": torch.nn.Linear(1, 1)}}}
     with pytest.raises(InputError, match=r"exported_last\.pt"):
         load_backbone(written(content))
 
 
-def test_the_hash_follows_names_types_shapes_and_values() -> None:
+def test_hash_state_depends_on_names_types_shapes_and_values() -> None:
     base = {"a": torch.arange(6.0), "b": torch.tensor(3)}
     value = hash_state(base)
     assert value == "fe1d46c25a7f12c257ef7aed3dfc4231a4c46a9cf7e97ed695e9f5f125826823"
-    assert hash_state({"b": torch.tensor(3), "a": torch.arange(6.0)}) == value  # order does not matter
-    assert hash_state({"a": torch.arange(12.0)[::2] / 2, "b": torch.tensor(3)}) == value  # nor the strides
+    assert hash_state({"b": torch.tensor(3), "a": torch.arange(6.0)}) == value  # independent of the order
+    assert hash_state({"a": torch.arange(12.0)[::2] / 2, "b": torch.tensor(3)}) == value  # independent of the strides
     values = (base["a"] + 1e-6, base["a"].view(2, 3), base["a"].long())
     others = [*(base | {"a": value} for value in values), {"a": base["a"]}, {"a": base["a"], "c": base["b"]}]
     assert len({value, *(hash_state(other) for other in others)}) == 6

@@ -1,4 +1,4 @@
-"""Where weights lie: .safetensors files, folders, the Hugging Face hub, timm's list; and what is refused there."""
+"""Sources of weights: .safetensors files, folders, the Hugging Face hub and timm; and their refusals."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from dino_xcit.weights import load_backbone
 # ---- .safetensors files
 
 
-def test_half_precision_weights_are_widened_without_loss(tmp_path: Path) -> None:
+def test_half_precision_safetensors_are_widened_without_loss(tmp_path: Path) -> None:
     state = files.xcit().half().state_dict()
     read = load_backbone(files.save_safetensors(tmp_path / "half.safetensors", state)).backbone.state_dict()
     assert all(value.dtype in (torch.float32, torch.int64) for value in read.values())
     assert all(torch.equal(read[key].to(value.dtype), value) for key, value in state.items())
 
 
-def test_the_kind_of_file_is_seen_without_its_name(tmp_path: Path) -> None:
-    """The hub's cache has blobs that are named by their hash."""
+def test_safetensors_file_is_detected_without_suffix(tmp_path: Path) -> None:
+    """Blobs in the hub's cache are named by their hash."""
     path = files.save_safetensors(tmp_path / "0a1b2c", files.xcit().state_dict())
     assert load_backbone(path).arch == "xcit_pico_4_p8"
 
@@ -56,7 +56,7 @@ HOSTILE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_file_that_is_no_safetensors_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+def test_invalid_safetensors_file_is_refused_with_one_short_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.safetensors").write_bytes(HOSTILE[name])
     with pytest.raises(InputError, match=r"x\.safetensors") as caught:
         load_backbone(tmp_path / "x.safetensors")
@@ -65,7 +65,7 @@ def test_a_file_that_is_no_safetensors_is_refused_in_one_sentence(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
-def test_a_pointer_of_git_lfs_is_told_as_such(tmp_path: Path, name: str) -> None:
+def test_git_lfs_pointer_is_refused_with_remedy(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(InputError, match="git lfs pull"):
         load_backbone(tmp_path / name)
@@ -82,14 +82,14 @@ def test_a_pointer_of_git_lfs_is_told_as_such(tmp_path: Path, name: str) -> None
         ((".metadata", "__0_0.distcp"), "dcp_to_torch"),
     ],
 )  # fmt: skip
-def test_a_folder_without_a_known_file_says_what_it_is(tmp_path: Path, inside: tuple[str, ...], words: str) -> None:
+def test_folder_without_known_weights_is_refused_with_hint(tmp_path: Path, inside: tuple[str, ...], words: str) -> None:
     for name in inside:
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=words):
         load_backbone(tmp_path)
 
 
-def test_shards_pipes_and_absent_files_are_refused_without_waiting(tmp_path: Path) -> None:
+def test_shard_pipe_and_missing_file_are_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     shard = files.save_safetensors(tmp_path / "model-00001-of-00002.safetensors", {"a": torch.zeros(1)})
     for name, words in (("pipe.safetensors", "pipe"), ("absent", "there is no file"), (shard.name, "shard")):
@@ -97,14 +97,14 @@ def test_shards_pipes_and_absent_files_are_refused_without_waiting(tmp_path: Pat
             load_backbone(tmp_path / name)
 
 
-# ---- the hub and timm's list
+# ---- the hub and timm
 
 Hub = Callable[..., None]
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """huggingface_hub without a network, and what it finds in its cache."""
+    """Take huggingface_hub offline; return a function that puts a repository into its cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
@@ -114,7 +114,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return put
 
 
-def test_a_repository_of_the_hub_is_read_with_its_settings(hub: Hub) -> None:
+def test_hub_repository_is_loaded_with_its_transform(hub: Hub) -> None:
     network = files.timm_xcit()
     hub("someone/xcit-pico", network, files.XCIT_CONFIG)
     read = load_backbone("hf-hub:someone/xcit-pico")
@@ -123,7 +123,7 @@ def test_a_repository_of_the_hub_is_read_with_its_settings(hub: Hub) -> None:
     assert read.arch == "xcit_pico_4_p8"
 
 
-def test_a_name_of_timm_is_read_with_its_tag_and_timms_settings(hub: Hub) -> None:
+def test_timm_name_is_loaded_with_tag_and_timms_transform(hub: Hub) -> None:
     network = timm.create_model("test_vit", pretrained=False)
     hub("timm/test_vit.r160_in1k", network, {})
     for name in ("timm:test_vit.r160_in1k", "timm:test_vit"):
@@ -148,7 +148,7 @@ def test_a_name_of_timm_is_read_with_its_tag_and_timms_settings(hub: Hub) -> Non
         ("timm:resnet81", "did you mean .*timm:resnet"), ("timm:resnet18.nobody", "did you mean .*timm:resnet18"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_fetched_is_one_sentence(spec: str, words: str) -> None:
+def test_unavailable_remote_weights_are_refused_with_one_line(spec: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         load_backbone(spec)
     assert "\n" not in str(caught.value)

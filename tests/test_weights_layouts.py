@@ -1,4 +1,4 @@
-"""Every layout of a file: the network that is asked for comes out as its own program computes it."""
+"""Checkpoint layouts: the loaded network must reproduce the output of the original network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def saved(folder: Path, content: object) -> Path:
 
 @torch.no_grad()
 def output(network: nn.Module, side: int = 64) -> Tensor:
-    """[3, D]: what a network gives for three images, ours or its own program's."""
+    """Return the output [3, D] of a network, ours or the original, for three images."""
     found: Any = network(IMAGES[:, :, :side, :side])
     return (found if isinstance(found, Tensor) else found.cls_token).flatten(1)
 
@@ -39,7 +39,7 @@ def output(network: nn.Module, side: int = 64) -> Tensor:
 def assert_same_output(loaded: LoadedBackbone, original: nn.Module, side: int = 64) -> None:
     ours, theirs = output(loaded.backbone, side), output(original, side)
     assert ours.shape == theirs.shape
-    assert float((theirs[0] - theirs[1]).norm() / theirs[0].norm()) > 1e-3  # it tells images apart, and is finite
+    assert float((theirs[0] - theirs[1]).norm() / theirs[0].norm()) > 1e-3  # finite, and different for each image
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6 * float(theirs.abs().max()))
 
 
@@ -62,11 +62,11 @@ BOTH: dict[str, tuple[Callable[[int], nn.Module], Callable[[nn.Module, nn.Module
     "moco": (files.resnet, files.moco, RESNET, Layout.MOCO, "fc"),
 }
 HEADS = {"dino-vit": 2, "dino-xcit": 2, "ibot": 2, "lightly-example": 0, "lightly-benchmark": 0, "solo-learn": 0}
-"""Seeds of the teachers' DINO heads; the others have none."""
+"""Seeds of the teachers' DINO heads, for files that have one."""
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_student_and_teacher_compute_what_they_did(tmp_path: Path, name: str) -> None:
+def test_student_and_teacher_match_original_outputs(tmp_path: Path, name: str) -> None:
     make, write, arch, layout, left_aside = BOTH[name]
     networks = {"student": make(1), "teacher": make(2)}
     path = saved(tmp_path, write(*networks.values()))
@@ -83,7 +83,7 @@ def test_student_and_teacher_compute_what_they_did(tmp_path: Path, name: str) ->
         assert read_weights(path).head == {}
 
 
-def test_a_file_with_one_of_two_networks_says_which(tmp_path: Path) -> None:
+def test_file_with_student_only_names_network_flag(tmp_path: Path) -> None:
     student = files.resnet(1)
     path = saved(tmp_path, files.moco(student, None))
     with pytest.raises(InputError, match="--network student"):
@@ -91,7 +91,7 @@ def test_a_file_with_one_of_two_networks_says_which(tmp_path: Path) -> None:
     assert_same_output(load_backbone(path, "student"), student)
 
 
-def test_of_two_backbones_under_unknown_names_none_is_taken_for_the_student(tmp_path: Path) -> None:
+def test_backbone_with_unknown_prefix_is_not_taken_as_student(tmp_path: Path) -> None:
     first, second = files.xcit(1), files.xcit(2)
     both = files.prefixed("backbone.", first.state_dict()) | files.prefixed("target_backbone.", second.state_dict())
     path = saved(tmp_path, files.lightning(both))
@@ -120,7 +120,7 @@ ONE: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], str, L
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_the_only_network_computes_what_it_did(tmp_path: Path, name: str) -> None:
+def test_only_network_matches_original_output(tmp_path: Path, name: str) -> None:
     make, write, arch, layout, left_aside = ONE[name]
     network = make()
     read = load_backbone(saved(tmp_path, write(network)))
@@ -131,7 +131,7 @@ def test_the_only_network_computes_what_it_did(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("prefix", ["module._orig_mod.", "backbone.", "model."])
-def test_wrappers_of_a_bare_backbone_are_taken_off(tmp_path: Path, prefix: str) -> None:
+def test_wrapper_prefix_of_bare_backbone_is_removed(tmp_path: Path, prefix: str) -> None:
     network = files.xcit()
     read = load_backbone(saved(tmp_path, files.prefixed(prefix, network.state_dict())))
     assert not differing_bits(read.backbone.state_dict(), network.state_dict())
@@ -141,7 +141,7 @@ def test_wrappers_of_a_bare_backbone_are_taken_off(tmp_path: Path, prefix: str) 
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-def test_dinov2s_backbones_are_read_bare_and_as_timm_has_them(tmp_path: Path, registers: int) -> None:
+def test_dinov2_backbone_is_read_with_original_and_timm_names(tmp_path: Path, registers: int) -> None:
     network, state = files.dinov2_vit(registers=registers)
     assert state["pos_embed"].shape == (1, 1 + 16, 192)
     read = load_backbone(saved(tmp_path, state))
@@ -151,7 +151,7 @@ def test_dinov2s_backbones_are_read_bare_and_as_timm_has_them(tmp_path: Path, re
     assert_same_output(load_backbone(saved(tmp_path, network.state_dict())), network, 56)
 
 
-def test_dinov2s_training_states_are_read_though_their_blocks_lie_in_chunks(tmp_path: Path) -> None:
+def test_dinov2_training_checkpoint_with_chunked_blocks_is_read(tmp_path: Path) -> None:
     networks = {name: files.dinov2_vit(seed) for name, seed in (("student", 1), ("teacher", 2))}
     parts = {name: files.dinov2_network(files.chunked(state), seed=2) for name, (_, state) in networks.items()}
     assert {"backbone.blocks.0.0.norm1.weight", "backbone.blocks.1.3.norm1.weight"} <= parts["teacher"].keys()
@@ -169,7 +169,7 @@ def test_dinov2s_training_states_are_read_though_their_blocks_lie_in_chunks(tmp_
 @pytest.mark.parametrize(
     ("shape", "registers"), [((1, 1), 0), ((1, 17, 192, 1), 4), ((1, 17, 8), 4), ((1, 21, 192), 4), ((), 0)]
 )
-def test_positions_that_do_not_fit_are_refused(tmp_path: Path, shape: tuple[int, ...], registers: int) -> None:
+def test_mismatched_position_embedding_is_refused(tmp_path: Path, shape: tuple[int, ...], registers: int) -> None:
     state = files.dinov2_vit(registers=registers)[1] | {"pos_embed": torch.zeros(shape)}
     with pytest.raises(InputError) as caught:
         load_backbone(saved(tmp_path, state))
@@ -180,12 +180,12 @@ def test_positions_that_do_not_fit_are_refused(tmp_path: Path, shape: tuple[int,
 
 
 @pytest.mark.parametrize(("side", "patch", "name"), [(64, 8, "vit_tiny_2_p8_64"), (224, 32, "vit_tiny_2_p32")])
-def test_a_transformer_shows_its_patch_size_and_its_image_size(side: int, patch: int, name: str) -> None:
+def test_vit_patch_size_and_image_size_are_inferred(side: int, patch: int, name: str) -> None:
     assert architecture_of(files.vit(side=side, patch=patch).state_dict(), "") == name
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
-def test_a_resnet_shows_its_depth(name: str) -> None:
+def test_resnet_depth_is_inferred(name: str) -> None:
     with torch.device("meta"):
         state = torchvision.models.get_model(name, weights=None).state_dict()
     assert architecture_of(state, "") == f"timm:{name}"
@@ -218,7 +218,7 @@ NOT_READ: dict[str, tuple[dict[str, Tensor], str]] = {
 
 
 @pytest.mark.parametrize("name", NOT_READ)
-def test_a_network_that_is_not_read_is_named(tmp_path: Path, name: str) -> None:
+def test_unsupported_network_is_refused_with_short_hint(tmp_path: Path, name: str) -> None:
     state, words = NOT_READ[name]
     with pytest.raises(InputError, match=words) as caught:
         load_backbone(saved(tmp_path, state))
@@ -226,10 +226,10 @@ def test_a_network_that_is_not_read_is_named(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_heads_that_nobody_named_are_said_to_be_assumed(tmp_path: Path) -> None:
+def test_unknown_number_of_heads_is_reported_as_assumed(tmp_path: Path) -> None:
     assert "heads assumed: 3" in load_backbone(saved(tmp_path, VIT_STATE)).describe()
     assert load_backbone(tmp_path / "file.pth", arch=VIT).heads_assumed == 0
-    for named, heads in (("vit_tiny", 3), (f"{VIT}_h6", 6)):  # DINO's settings, and this project's
+    for named, heads in (("vit_tiny", 3), (f"{VIT}_h6", 6)):  # names in the settings of DINO and of this project
         network = files.vit(heads=heads)
         content = {"teacher": files.prefixed("backbone.", network.state_dict()), "args": {"arch": named}}
         read = load_backbone(saved(tmp_path, content))
@@ -237,7 +237,7 @@ def test_heads_that_nobody_named_are_said_to_be_assumed(tmp_path: Path) -> None:
         assert_same_output(read, network)
 
 
-def test_moco_v3s_small_transformer_has_twelve_heads(tmp_path: Path) -> None:
+def test_moco_v3_vit_small_has_twelve_heads(tmp_path: Path) -> None:
     network = files.vit(width=384, heads=12)
     read = load_backbone(saved(tmp_path, files.moco_v3(network, network)))
     assert (read.arch, read.heads_assumed) == ("vit_small_2_p16_64_h12", 0)

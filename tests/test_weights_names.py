@@ -1,4 +1,4 @@
-"""Other programs' names and ours: exact inverses, checked against timm's own reading of official files."""
+"""Conversion of state dict names: exact inverses, compared with timm's own filter for official files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 
 def xcit_state() -> State:
-    """Every number another, so that no two can be exchanged unseen."""
+    """Return a state dict in which every number is unique, so that a swap is detected."""
     state = build_backbone("xcit_pico_4_p4").state_dict()
     sizes = [value.numel() for value in state.values()]
     pairs = zip(state.items(), torch.arange(sum(sizes)).split(sizes), strict=True)
@@ -31,17 +31,17 @@ def same(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_to_timm_and_back_is_the_same_and_timms_own_filter_agrees() -> None:
+def test_to_timm_round_trip_is_exact_and_matches_timms_filter() -> None:
     there = to_timm(xcit_state())
     assert not same(there, xcit_state())
     assert same(backbone_names(there), xcit_state())
     model = Xcit(embed_dim=64, depth=4, num_heads=4, tokens_norm=True, num_classes=0)
     assert same(there, checkpoint_filter_fn(xcit_state(), model))
-    assert len({value.untyped_storage().data_ptr() for value in there.values()}) == len(there)  # no memory is shared
+    assert len({value.untyped_storage().data_ptr() for value in there.values()}) == len(there)  # no shared memory
 
 
 @torch.no_grad()
-def test_timms_xcit_and_ours_compute_the_same(tmp_path: Path) -> None:
+def test_load_backbone_of_timm_xcit_reproduces_timms_outputs(tmp_path: Path) -> None:
     theirs = files.timm_xcit(classes=7)
     read = load_backbone(files.timm_folder(tmp_path, theirs, files.XCIT_CONFIG))
     assert (read.arch, read.classifiers) == ("xcit_pico_4_p8", ("head",))
@@ -54,12 +54,12 @@ def test_timms_xcit_and_ours_compute_the_same(tmp_path: Path) -> None:
     [lambda key: key.replace("mlp.", "layers."), lambda key: f"module.{key.replace('last_layer', 'prototypes0')}"],
     ids=["lightly", "vissl"],
 )
-def test_a_dino_head_is_known_by_any_of_its_names(written: Callable[[str], str]) -> None:
+def test_head_names_converts_lightly_and_vissl_names(written: Callable[[str], str]) -> None:
     head = files.head(64)
     assert same(head_names({written(key): value for key, value in head.items()}), head)
 
 
-def test_a_head_of_pytorchs_newer_weight_norm_is_dinos() -> None:
+def test_head_names_converts_parametrized_weight_norm() -> None:
     newer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 12, bias=False))
     mlp = {key: value for key, value in files.head(64).items() if key.startswith("mlp.")}
     read = head_names(mlp | files.prefixed("last_layer.", newer.state_dict()))

@@ -1,4 +1,4 @@
-"""Who says how images are prepared: the checkpoint, config.json, preprocessor_config.json; else it is a guess."""
+"""Source of the evaluation transform: the checkpoint, config.json or preprocessor_config.json; otherwise a guess."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def of_transformers(folder: Path, **said: object) -> Path:
 @pytest.mark.parametrize(
     ("written", "bad"), [(checkpoint, 0.0), (exported, -1.0), (of_timm, float("nan")), (of_transformers, 0.0)]
 )
-def test_a_deviation_of_zero_or_less_is_refused(tmp_path: Path, written: Callable[..., Path], bad: float) -> None:
+def test_transform_with_nonpositive_or_nan_std_is_refused(
+    tmp_path: Path, written: Callable[..., Path], bad: float
+) -> None:
     with pytest.raises(InputError, match=rf"{tmp_path}.*std is 0\.2, {bad:g}, 0\.2"):
         load_backbone(written(tmp_path, std=[0.2, bad, 0.2]))
 
@@ -68,7 +70,7 @@ def test_a_deviation_of_zero_or_less_is_refused(tmp_path: Path, written: Callabl
     ],
     ids=["positions", "dinov2", "xcit"],
 )
-def test_an_evaluator_tells_the_guess(
+def test_evaluator_warns_of_guessed_transform(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], state: dict[str, Any], guess: str, transform: EvalTransform
 ) -> None:
     torch.save(state, tmp_path / "bare.pth")
@@ -78,14 +80,14 @@ def test_an_evaluator_tells_the_guess(
     assert f"this one is a guess: {guess} (--eval-resize" in capsys.readouterr().out
 
 
-def test_what_the_checkpoint_says_is_no_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transform_stored_in_checkpoint_is_not_a_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--weights", str(checkpoint(tmp_path, resize=64)), "--device", "cpu"]
     read, _ = open_backbone(parse(KnnConfig, words, "run_knn.py"))
     assert (read.transform, read.transform_from) == (EvalTransform(resize=64), "the checkpoint's")
     assert "guess" not in capsys.readouterr().out
 
 
-def test_an_export_does_not_store_a_guess_as_the_checkpoints(tmp_path: Path) -> None:
+def test_export_stores_guessed_transform_as_a_guess(tmp_path: Path) -> None:
     torch.save(files.vit().state_dict(), tmp_path / "bare.pth")
     export(tmp_path / "bare.pth", "safetensors", tmp_path / "out.safetensors")
     metadata = read_safetensors(tmp_path / "out.safetensors")[1]
@@ -95,9 +97,11 @@ def test_an_export_does_not_store_a_guess_as_the_checkpoints(tmp_path: Path) -> 
     assert (again.transform, again.transform_guess) == (EvalTransform(73, 64), OF_POSITIONS)
 
 
-def test_an_export_keeps_what_the_transform_cannot_express(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_keeps_transform_exception_and_prints_it_sanitised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = of_transformers(tmp_path / "hf", size={"height": 64, "width": 64})
-    for number in range(2):  # an export of an export too
+    for number in range(2):  # also an export of an export
         export(source, "safetensors", tmp_path / f"{number}.safetensors")
         source = tmp_path / f"{number}.safetensors"
         assert f"{SQUASHED}\n" in capsys.readouterr().out
@@ -113,7 +117,7 @@ def test_an_export_keeps_what_the_transform_cannot_express(tmp_path: Path, capsy
 # ---- timm's config.json
 
 
-def test_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
+def test_timm_config_json_sets_transform(tmp_path: Path) -> None:
     path = of_timm(tmp_path)
     read = load_backbone(path)
     assert (read.transform, read.transform_from) == (files.XCIT_TRANSFORM, "config.json's of model.safetensors")
@@ -133,21 +137,21 @@ def test_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
         ({"interpolation": "random"}, "'random'"), ({"mean": [0.5]}, "three numbers"),
     ],
 )  # fmt: skip
-def test_settings_of_timm_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_invalid_timm_transform_settings_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=rf"config\.json.*{words}"):
         load_backbone(of_timm(tmp_path, **change))
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 @pytest.mark.parametrize("text", ["", "[" * 100_000, '{"a": "' + "x" * 2**20 + '"}', "[1]"])
-def test_settings_that_are_no_json_are_refused(tmp_path: Path, name: str, text: str) -> None:
+def test_settings_file_that_is_no_json_object_is_refused(tmp_path: Path, name: str, text: str) -> None:
     path = of_transformers(tmp_path)
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=rf"/{name} is not a JSON"):
         load_backbone(path)
 
 
-def test_what_a_file_says_of_itself_goes_before_the_config_json_beside_it(tmp_path: Path) -> None:
+def test_file_metadata_takes_precedence_over_config_json(tmp_path: Path) -> None:
     other = {"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 99, 99], "mean": [0] * 3, "std": [1] * 3}}
     network = timm.create_model("test_vit", pretrained=False, num_classes=0)
     path = files.timm_folder(tmp_path, network, other)
@@ -155,7 +159,7 @@ def test_what_a_file_says_of_itself_goes_before_the_config_json_beside_it(tmp_pa
         load_backbone(path)
     files.save_safetensors(path, network.state_dict(), {"arch": "timm:test_vit"})
     read = load_backbone(path)
-    assert (read.arch, read.transform.crop) == ("timm:test_vit", 99)  # the metadata do not say how images are prepared
+    assert (read.arch, read.transform.crop) == ("timm:test_vit", 99)  # the metadata has no transform
     said = {"arch": "timm:test_vit", "eval_transform": json.dumps(files.XCIT_TRANSFORM.to_dict())}
     assert load_backbone(files.save_safetensors(path, network.state_dict(), said)).transform == files.XCIT_TRANSFORM
 
@@ -170,7 +174,7 @@ def prepared(path: Path, **said: object) -> tuple[EvalTransform, str]:
     return read.transform, clause
 
 
-def test_preprocessor_config_json_says_how_images_are_prepared(tmp_path: Path) -> None:
+def test_transformers_preprocessor_config_json_sets_transform(tmp_path: Path) -> None:
     assert prepared(tmp_path) == (EvalTransform(), "")
     assert prepared(tmp_path, do_rescale=None, do_resize=None) == (EvalTransform(), "")
     assert prepared(tmp_path, do_normalize=False)[0] == EvalTransform(mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -193,7 +197,7 @@ def test_preprocessor_config_json_says_how_images_are_prepared(tmp_path: Path) -
         {"size": {"shortest_edge": True}}, {"crop_size": {"shortest_edge": -1}},
     ],
 )  # fmt: skip
-def test_settings_of_transformers_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_invalid_transformers_transform_settings_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"evaluation transform .*preprocessor_config\.json") as caught:
         prepared(tmp_path, **changes)
     assert "\n" not in str(caught.value)

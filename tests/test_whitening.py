@@ -1,4 +1,4 @@
-"""Whitening against its definition and scikit-learn, and its file: never executed, never trusted."""
+"""PCA whitening: agreement with scikit-learn, its file, and refusal of invalid files."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def learned(vectors: Any, dim: int = 0) -> Whitening:
     return learn(vectors, dim, KIND, SET)
 
 
-def test_it_is_scikit_learns_whitening_up_to_the_sign_of_each_direction() -> None:
+def test_whitening_equals_scikit_learn_up_to_signs() -> None:
     vectors, others = correlated(), correlated(20)
     peer = PCA(3, whiten=True).fit(vectors.astype(np.float64)).transform(others.astype(np.float64))
     found = learned(vectors, 3)(others)
     assert found == pytest.approx(peer * np.sign(peer[0] * found[0]), abs=1e-4)
 
 
-def test_mapped_float16_vectors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learn_in_chunks_from_mapped_float16_equals_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = correlated().astype(np.float16)
     np.save(tmp_path / "v.npy", vectors)
     whole = learned(vectors)
@@ -47,9 +47,9 @@ def test_mapped_float16_vectors_are_read_in_pieces(tmp_path: Path, monkeypatch: 
     assert pieces.mean == pytest.approx(whole.mean, abs=1e-6)
 
 
-def test_directions_in_which_nothing_varies_are_left_out() -> None:
+def test_directions_without_variance_are_left_out() -> None:
     vectors = correlated(6, 8)
-    assert learned(vectors).projection.shape == (8, 5), "six points vary in five directions"
+    assert learned(vectors).projection.shape == (8, 5), "six vectors vary in five directions"
     with pytest.raises(InputError, match="vary in 5 directions"):
         learned(vectors, 6)
     with pytest.raises(InputError, match="vary in 0 directions"):
@@ -58,7 +58,7 @@ def test_directions_in_which_nothing_varies_are_left_out() -> None:
         learned(vectors[:1])
 
 
-def test_a_file_gives_back_the_same_whitening_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+def test_saved_whitening_reloads_equal_and_file_is_deterministic(tmp_path: Path) -> None:
     whitening = learned(correlated(), 5)
     save(whitening, tmp_path / "new" / "w.npz")
     back = load(tmp_path / "new" / "w.npz")
@@ -88,7 +88,7 @@ WRONG: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_file_that_is_no_whitening_is_refused(name: str, tmp_path: Path) -> None:
+def test_invalid_whitening_file_is_refused(name: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", **arrays_of())
     assert load(tmp_path / "w.npz").projection.shape == (4, 2)
     np.savez(tmp_path / "w.npz", **arrays_of(**WRONG[name]))
@@ -97,7 +97,7 @@ def test_a_file_that_is_no_whitening_is_refused(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", NO_ARRAYS)
-def test_a_member_that_is_no_array_is_refused(name: str, tmp_path: Path) -> None:
+def test_whitening_with_invalid_array_is_refused(name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
         for member in ("mean", "projection", "card"):
             archive.writestr(f"{member}.npy", NO_ARRAYS[name])
@@ -105,7 +105,7 @@ def test_a_member_that_is_no_array_is_refused(name: str, tmp_path: Path) -> None
         load(tmp_path / "w.npz")
 
 
-def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
+def test_empty_truncated_or_missing_whitening_is_refused(tmp_path: Path) -> None:
     save(learned(correlated()), tmp_path / "w.npz")
     whole = (tmp_path / "w.npz").read_bytes()
     for content in (b"", whole[:-30]):

@@ -1,4 +1,4 @@
-"""Cross-covariance attention: its two paths against the plain formula, float64, and finite differences."""
+"""Cross-covariance attention: both paths against the plain formula, float64, and finite differences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATHS: tuple[Path, ...] = ("direct", "gram")
 
 
 def random_xca(dim: int, heads: int, deviation: float = 0.1, temperature: float = 1.0, seed: int = 0) -> XCA:
-    """Float64, with biases and temperatures that hide nothing."""
+    """Return a float64 XCA with nonzero biases and distinct temperatures, so that errors in them show."""
     generator = torch.Generator().manual_seed(seed)
     xca = XCA(dim, heads).double()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def projection(*shape: int, seed: int) -> Tensor:
 
 
 def tokens_like_a_networks(batch: int, tokens: int, dim: int, common: float, seed: int) -> Tensor:
-    """LayerNorm's output for correlated features of which all tokens share a part ``common`` times the usual size."""
+    """Return LayerNorm's output for correlated features; all tokens share a component of ``common`` times their std."""
     scales = torch.logspace(0, -1.5, dim, dtype=torch.float64)
     basis = projection(dim, dim, seed=seed + 1) * scales[:, None]
     features = projection(batch, tokens, dim, seed=seed + 2) @ basis
@@ -48,7 +48,7 @@ def tokens_like_a_networks(batch: int, tokens: int, dim: int, common: float, see
 def result_and_gradients(
     xca: XCA, x: Tensor, layer_scale: Tensor, direction: Tensor, autocast: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The output, and the gradients of its product with ``direction``, by name."""
+    """Return by name the output and the gradients of its inner product with ``direction``."""
     inputs = {"x": x.detach().clone().requires_grad_(), "layer_scale": layer_scale.detach().clone().requires_grad_()}
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         out = xca(inputs["x"], inputs["layer_scale"])
@@ -72,7 +72,7 @@ def above(limit: float, found: dict[str, Tensor], exact: dict[str, Tensor]) -> d
 
 
 @pytest.mark.parametrize(("batch", "tokens", "dim", "heads"), [(2, 50, 32, 4), (1, 7, 24, 2)])
-def test_both_paths_compute_the_plain_formula_and_its_gradients(batch: int, tokens: int, dim: int, heads: int) -> None:
+def test_xca_paths_match_plain_attention_and_its_gradients(batch: int, tokens: int, dim: int, heads: int) -> None:
     xca, gamma = random_xca(dim, heads, deviation=0.3), projection(dim, seed=2)
     x, direction = tokens_like_a_networks(batch, tokens, dim, 1.0, seed=3), projection(batch, tokens, dim, seed=1)
     with fused.plain():
@@ -83,7 +83,7 @@ def test_both_paths_compute_the_plain_formula_and_its_gradients(batch: int, toke
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_gradients_are_those_of_finite_differences(path: Path) -> None:
+def test_xca_gradients_match_finite_differences(path: Path) -> None:
     xca = on_path(random_xca(6, 2, deviation=0.5), path)
     names = [name for name, _ in xca.named_parameters()]
 
@@ -94,7 +94,7 @@ def test_the_gradients_are_those_of_finite_differences(path: Path) -> None:
     assert torch.autograd.gradcheck(function, tuple(tensor.clone().requires_grad_() for tensor in inputs))
 
 
-def test_in_float32_the_gram_path_is_within_1e5_of_the_direct_one() -> None:
+def test_gram_path_matches_direct_path_within_1e5_in_float32() -> None:
     xca, gamma = random_xca(96, 4, temperature=5.0), projection(96, seed=2)
     x, direction = tokens_like_a_networks(2, 784, 96, 4.0, seed=3), projection(2, 784, 96, seed=1)
     direct, gram = (
@@ -104,8 +104,8 @@ def test_in_float32_the_gram_path_is_within_1e5_of_the_direct_one() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "common"), [(torch.bfloat16, 4.0), (torch.float16, 0.5)])
-def test_under_autocast_the_gram_path_is_no_worse_than_the_direct_one(dtype: torch.dtype, common: float) -> None:
-    """Of output and each gradient, against float64, the median over five networks and images."""
+def test_gram_path_error_is_at_most_direct_path_error_under_autocast(dtype: torch.dtype, common: float) -> None:
+    """Compares medians over five networks and images of the errors of output and gradients against float64."""
     found: dict[str, dict[str, list[float]]] = {path: {} for path in PATHS}
     for seed in range(5):
         xca, gamma = random_xca(64, 4, temperature=3.0, seed=seed), 1 + 0.1 * projection(64, seed=seed)
@@ -120,21 +120,21 @@ def test_under_autocast_the_gram_path_is_no_worse_than_the_direct_one(dtype: tor
     assert worse == set()
 
 
-def test_a_large_part_that_all_tokens_share_does_not_drown_the_rest() -> None:
-    """Without taking the mean out first, float32 would lose here what the direct path keeps."""
+def test_gram_path_is_accurate_with_large_common_token_component() -> None:
+    """Without subtracting the mean, the Gram path would lose digits in float32 that the direct path keeps."""
     xca, gamma = random_xca(64, 4, temperature=5.0), torch.ones(64, dtype=torch.float64)
     x = projection(1, 600, 64, seed=1) + 300.0
     with torch.no_grad():
-        xca.qkv.weight.sub_(xca.qkv.weight.mean(dim=1, keepdim=True))  # q, k and v do not see the common part
+        xca.qkv.weight.sub_(xca.qkv.weight.mean(dim=1, keepdim=True))  # q, k and v ignore the common component
     exact = result_and_gradients(on_path(xca, "direct"), x, gamma, x)
     low = (result_and_gradients(on_path(xca, path, torch.float32), x.float(), gamma.float(), x) for path in PATHS)
     direct, gram = (errors(found, exact)["out"] for found in low)
     assert gram < 3 * direct < 1e-3
 
 
-def test_sums_over_16384_tokens_stay_within_float16s_range() -> None:
+def test_gram_path_does_not_overflow_float16_over_16384_tokens() -> None:
     xca, gamma = random_xca(16, 2, deviation=0.5), torch.ones(16, dtype=torch.float64)
-    x = 4 * projection(1, 16384, 16, seed=1) + 2.0  # a channel's squares sum to 5 times the greatest float16
+    x = 4 * projection(1, 16384, 16, seed=1) + 2.0  # the sum of a channel's squares is 5 times the largest float16
     direction = projection(1, 16384, 16, seed=2) + x
     exact = result_and_gradients(on_path(xca, "direct"), x, gamma, direction)
     low = result_and_gradients(on_path(xca, "gram", torch.float32), x.float(), gamma.float(), direction, torch.float16)
@@ -142,7 +142,7 @@ def test_sums_over_16384_tokens_stay_within_float16s_range() -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The operators below autocast: name, and the dtypes that they compute in."""
+    """Record the operators below autocast: the name and the dtypes of the computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,16 +155,16 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_under_autocast_norms_and_softmax_are_float32() -> None:
+def test_xca_norms_and_softmax_are_float32_under_autocast() -> None:
     with Seen() as seen, torch.autocast("cpu", torch.bfloat16):
         XCA(64, 4)(torch.randn(2, 50, 64))
     sums = {"_softmax", "sum", "mean", "square", "pow", "sqrt"}
-    dtypes = {name: dtypes for name, dtypes in seen.calls if name in sums or "norm" in name}
-    assert {"_softmax", "sum"} <= dtypes.keys()
-    assert all(found == {torch.float32} for found in dtypes.values())
+    found = [(name, dtypes) for name, dtypes in seen.calls if name in sums or "norm" in name]
+    assert {"_softmax", "sum"} <= {name for name, _ in found}
+    assert all(dtypes == {torch.float32} for _, dtypes in found), found
 
 
-def test_of_the_tokens_only_one_tensor_is_kept_for_the_backward_pass() -> None:
+def test_gram_path_saves_one_token_tensor_for_backward() -> None:
     xca, kept = on_path(random_xca(24, 2), "gram"), []
     x = projection(2, 530, 24, seed=1).requires_grad_()
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -173,22 +173,22 @@ def test_of_the_tokens_only_one_tensor_is_kept_for_the_backward_pass() -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_an_empty_batch_has_an_empty_result_and_gradients_of_zero(path: Path) -> None:
-    """Drop-path can drop a branch for everybody."""
+def test_xca_empty_batch_gives_empty_output_and_zero_gradients(path: Path) -> None:
+    """Drop path can drop all samples of a branch."""
     xca, x = on_path(random_xca(32, 4), path), torch.zeros(0, 50, 32, dtype=torch.float64)
     result = result_and_gradients(xca, x, projection(32, seed=2), x)
     assert result.pop("out").shape == result.pop("x").shape == (0, 50, 32)
     assert [name for name, gradient in result.items() if gradient.any()] == []
 
 
-def test_a_channel_of_zeros_gives_finite_values_and_gradients() -> None:
-    """A length of zero must not divide: the official code's normalize has a floor of 1e-12.
+def test_gram_path_is_finite_for_channels_of_zeros() -> None:
+    """The official code's normalize clamps norms to at least 1e-12, so a zero norm does not divide.
 
-    test_own_backward.py has the direct path's.
+    tests/test_own_backward.py covers the direct path.
     """
     xca = random_xca(32, 4)
     with torch.no_grad():
-        xca.qkv.weight[[0, 40]] = 0.0  # one of q and one of k
+        xca.qkv.weight[[0, 40]] = 0.0  # one channel of q and one of k
         xca.qkv.bias[[0, 40]] = 0.0
     x = projection(2, 50, 32, seed=1)
     result = result_and_gradients(on_path(xca, "gram", torch.float32), x.float(), torch.ones(32), x)
@@ -196,7 +196,7 @@ def test_a_channel_of_zeros_gives_finite_values_and_gradients() -> None:
 
 
 @pytest.mark.slow
-def test_the_gram_path_compiles_as_a_whole_forward_and_backward() -> None:
+def test_gram_path_compiles_without_graph_break() -> None:
     xca = on_path(random_xca(32, 4), "gram", torch.float32)
     x, gamma = projection(2, 60, 32, seed=1).float(), torch.ones(32)
     expected = result_and_gradients(xca, x, gamma, x, torch.bfloat16)
@@ -208,7 +208,7 @@ def test_the_gram_path_compiles_as_a_whole_forward_and_backward() -> None:
 
 
 @pytest.mark.parametrize("tokens", [36, 196])
-def test_small_crops_take_the_direct_path_with_its_bits(tokens: int) -> None:
+def test_small_crops_take_direct_path(tokens: int) -> None:
     xca, x = random_xca(384, 8).float(), projection(1, tokens, 384, seed=1).float()
     expected = xca.proj(direct_attention(xca.qkv(x), xca.temperature))
     assert torch.equal(xca(x), expected)
@@ -216,8 +216,8 @@ def test_small_crops_take_the_direct_path_with_its_bits(tokens: int) -> None:
     assert {choose(tokens, 384, *case) for case in cases} == {"direct"}
 
 
-def test_many_tokens_take_the_gram_path() -> None:
+def test_many_tokens_take_gram_path() -> None:
     xca, x = random_xca(64, 4), projection(1, 1024, 64, seed=1)
     by_gram = gram_attention(x, xca.temperature, xca.qkv.weight, xca.qkv.bias, xca.proj.weight, xca.proj.bias)
     assert torch.equal(xca(x), by_gram)
-    assert choose(1024, 64, torch.float32, "mps", True) == "direct"  # where nobody has tried it
+    assert choose(1024, 64, torch.float32, "mps", True) == "direct"  # the Gram path is untested on MPS

@@ -1,9 +1,9 @@
-"""XCiT against timm's, with weights that timm's own filter remaps from the official names.
+"""XCiT against timm's, with weights that timm's own filter converts from the official names.
 
-Comparisons are in float64, so that a tolerance of 1e-5 measures mathematics and not the order of float32 sums, and
-with random values added to every parameter and running statistic, so that LayerScale at 1e-5 or a bias at zero hides
-nothing. Where the largest sizes would take minutes the number of XCA blocks is cut in both models: all blocks are
-alike, and that the full depth has the right blocks is tested by their names and shapes.
+Comparisons are in float64, so that a tolerance of 1e-5 measures mathematics and not the order of float32 sums. Random
+values are added to all parameters and running statistics, as LayerScale of 1e-5 or biases of zero would hide errors.
+The largest sizes would take minutes, so both models have fewer XCA blocks. All blocks are alike, and another test
+compares names and shapes at full depth.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SLOW = pytest.mark.slow
 
 
 def ours_and_timms(name: str, depth: int | None = None) -> tuple[XCiT, nn.Module]:
-    """Both networks with the same random float64 weights; timm's loads them strictly through its own filter."""
+    """Return both networks with the same random float64 weights; timm's loads them strictly through its own filter."""
     size_name, _, patch = name.rpartition("_p")
     size = XCIT_SIZES[size_name]
     size = dataclasses.replace(size, depth=depth or size.depth)
@@ -51,7 +51,7 @@ def ours_and_timms(name: str, depth: int | None = None) -> tuple[XCiT, nn.Module
 
 
 def error(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
-    """|a - b| / |b|, with a floor under |b| for tensors that are zero but for rounding."""
+    """Return |a - b| / |b|; ``floor`` is the minimum of |b|, for tensors that are zero up to rounding."""
     a, b = a.detach(), b.detach()
     return float((a - b).norm() / max(float(b.norm()), floor))
 
@@ -61,7 +61,7 @@ def projection(shape: torch.Size, seed: int) -> Tensor:
 
 
 def assert_same_forward_and_gradients(ours: XCiT, theirs: nn.Module, images: Tensor) -> None:
-    seen: list[Tensor] = []  # the tokens of timm's last XCA block
+    seen: list[Tensor] = []  # tokens after timm's last XCA block
     theirs.blocks[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))  # type: ignore[union-attr,operator,index]
     inputs = [images.clone().requires_grad_() for _ in range(2)]
     output = ours(inputs[0])
@@ -77,18 +77,18 @@ def assert_same_forward_and_gradients(ours: XCiT, theirs: nn.Module, images: Ten
     ((cls_token * on_cls).sum() + (seen[0] * on_patches).mean()).backward()
     assert error(*(x.grad for x in inputs)) < TOLERANCE
 
-    # The filter that renames and splits weights renames and splits their gradients.
+    # The filter renames and splits gradients in the same way as weights.
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(ours.parameters()))
     mapped = checkpoint_filter_fn(gradients, theirs)
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert mapped.keys() == expected.keys()
-    # The bias of a class attention's keys has no gradient in exact arithmetic: softmax does not see it.
+    # The key bias of class attention has zero gradient in exact arithmetic: softmax is invariant to it.
     floor = 1e-8 * max(float(gradient.norm()) for gradient in expected.values())
     wrong = {name: error(mapped[name], expected[name], floor) for name in expected}
     assert {name: value for name, value in wrong.items() if not value < TOLERANCE} == {}
 
-    # BatchNorm: the same running statistics afterwards, changed in train mode only.
+    # BatchNorm has the same running statistics after the forward pass.
     state = checkpoint_filter_fn(dict(ours.state_dict()), theirs)
     for name, buffer in theirs.named_buffers():
         torch.testing.assert_close(state[name], buffer, rtol=TOLERANCE, atol=1e-9)
@@ -97,29 +97,29 @@ def assert_same_forward_and_gradients(ours: XCiT, theirs: nn.Module, images: Ten
 @pytest.mark.parametrize(
     ("name", "depth", "height", "width"),
     [
-        # Two blocks of each family; with those, tiny_24 is tiny_12, and small_24 small_12.
+        # Two blocks of each family: at this depth tiny_24 equals tiny_12, and small_24 equals small_12.
         *((f"xcit_{size}_p16", 2, 75, 109) for size in ("nano_12", "tiny_12", "small_12")),
         *((f"xcit_{size}_p8", 2, 51, 37) for size in ("nano_12", "tiny_12")),
         *(pytest.param(f"xcit_{size}_p16", 2, 75, 109, marks=SLOW) for size in ("medium_24", "large_24")),
         *(pytest.param(f"xcit_{size}_p8", 2, 51, 37, marks=SLOW) for size in ("small_12", "medium_24", "large_24")),
-        # The size at which they are trained.
+        # Training resolution.
         ("xcit_nano_12_p16", 1, 224, 224),
         *(pytest.param(name, 1, 224, 224, marks=SLOW) for name in ("xcit_nano_12_p8", "xcit_small_12_p16")),
-        # The full depth.
+        # Full depth.
         ("xcit_nano_12_p16", None, 64, 80),
         pytest.param("xcit_tiny_24_p16", None, 64, 80, marks=SLOW),
     ],
 )
-def test_forward_gradients_and_statistics_are_timms(name: str, depth: int | None, height: int, width: int) -> None:
+def test_forward_gradients_and_statistics_match_timm(name: str, depth: int | None, height: int, width: int) -> None:
     ours, theirs = ours_and_timms(name, depth)
     for train in (True, False):
         images = projection(torch.Size((2, 3, height, width)), 4)
         assert_same_forward_and_gradients(ours.train(train), theirs.train(train), images)
 
 
-@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_tiny_12_p16"])  # without and with a norm of the tokens
-def test_class_attention_hands_on_the_patch_tokens_as_timms_does(name: str) -> None:
-    """The next block's norm hides from the class token how long they are, but a reader of them sees it."""
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_tiny_12_p16"])  # without and with tokens_norm
+def test_class_attention_block_returns_same_patch_tokens_as_timm(name: str) -> None:
+    """The next block normalises the patch tokens, so a wrong scale would show only in the tokens themselves."""
     ours, theirs = ours_and_timms(name, depth=1)
     tokens = projection(torch.Size((2, 10, ours.embed_dim)), 8)
     for block, expected in zip(ours.cls_attn_blocks, theirs.cls_attn_blocks, strict=True):  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def test_class_attention_hands_on_the_patch_tokens_as_timms_does(name: str) -> N
 
 
 @pytest.mark.parametrize("name", [*(f"xcit_{size}_p16" for size in SIZES), "xcit_nano_12_p8"])
-def test_names_and_shapes_at_full_depth_are_those_that_timms_filter_expects(name: str) -> None:
+def test_names_and_shapes_at_full_depth_match_timm(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name)
         theirs = timm.create_model(f"{name}_224", num_classes=0)
@@ -140,9 +140,9 @@ def test_names_and_shapes_at_full_depth_are_those_that_timms_filter_expects(name
 
 
 @pytest.mark.parametrize("patch", [4, 8, 16])
-def test_the_gradient_of_a_single_image_is_that_of_numerical_differences(patch: int) -> None:
-    """With one image the strides of a batch of tokens are ambiguous, and PyTorch 2.15's BatchNorm then gives timm's
-    XCiT a wrong gradient on CPUs, so here the oracle is the forward pass itself."""
+def test_gradient_of_single_image_equals_finite_differences(patch: int) -> None:
+    """With one image the strides of the batch of tokens are ambiguous. PyTorch 2.15's BatchNorm then gives timm's XCiT
+    a wrong gradient on the CPU, so the reference is the forward pass itself."""
     model = build_backbone(f"xcit_pico_4_p{patch}").double()
     images, direction = projection(torch.Size((1, 3, 75, 61)), 4), projection(torch.Size((1, 3, 75, 61)), 5)
     direction /= direction.norm()
@@ -165,7 +165,7 @@ def test_the_gradient_of_a_single_image_is_that_of_numerical_differences(patch: 
     ("name", "eta"),
     [("xcit_nano_12_p16", 1.0), ("xcit_tiny_24_p16", 1e-5)],
 )
-def test_fresh_weights_follow_the_official_initialisation(name: str, eta: float) -> None:
+def test_initial_weights_follow_official_initialisation(name: str, eta: float) -> None:
     model = build_backbone(name)
     for key, parameter in model.requires_grad_(False).named_parameters():
         if "gamma" in key:
@@ -174,7 +174,7 @@ def test_fresh_weights_follow_the_official_initialisation(name: str, eta: float)
             assert (parameter == 1).all(), key
         elif re.search(r"(qkv|proj|fc1|fc2)\.weight$", key) and "patch_embed" not in key:
             assert float(parameter.std()) == pytest.approx(0.02, rel=0.05), key
-            # a normal has 68.3% within one deviation, PyTorch's default uniform 57.7%
+            # share within one std: 68.3% for a normal, 57.7% for PyTorch's default uniform distribution
             assert float((parameter.abs() < 0.02).float().mean()) == pytest.approx(0.683, abs=0.02), key
         elif re.search(r"(qkv|attn\.proj|fc1|fc2)\.bias$", key):
             assert (parameter == 0).all(), key
@@ -185,7 +185,7 @@ def test_fresh_weights_follow_the_official_initialisation(name: str, eta: float)
 
 @pytest.mark.parametrize("patch", [4, 8, 16])
 @pytest.mark.parametrize("sides", [(1, 1), (7, 61), (33, 16)])
-def test_any_height_and_width_gives_a_grid_rounded_up(patch: int, sides: tuple[int, int]) -> None:
+def test_grid_is_rounded_up_for_any_height_and_width(patch: int, sides: tuple[int, int]) -> None:
     model = build_backbone(f"xcit_pico_4_p{patch}").eval()
     with torch.no_grad():
         output = model(torch.randn(2, 3, *sides))
@@ -195,7 +195,7 @@ def test_any_height_and_width_gives_a_grid_rounded_up(patch: int, sides: tuple[i
     assert bool(torch.isfinite(output.cls_token).all())
 
 
-def test_layers_returns_the_blocks_in_the_order_asked_for() -> None:
+def test_layers_returns_blocks_in_requested_order() -> None:
     model = build_backbone("xcit_pico_4_p4").eval()
     seen: list[Tensor] = []
     for block in model.blocks:  # type: ignore[union-attr]
@@ -209,7 +209,7 @@ def test_layers_returns_the_blocks_in_the_order_asked_for() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_backbone_in_low_precision_throughout_still_runs(dtype: torch.dtype) -> None:
+def test_backbone_in_low_precision_stays_close_to_float32(dtype: torch.dtype) -> None:
     model = build_backbone("xcit_pico_4_p8").eval()
     images = torch.randn(2, 3, 40, 24)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_a_backbone_in_low_precision_throughout_still_runs(dtype: torch.dtype) -
     assert error(found.float(), expected) < 0.1
 
 
-def test_unknown_names_are_refused_with_near_matches() -> None:
+def test_unknown_arch_and_invalid_drop_path_rate_are_refused() -> None:
     for name in ("xcit_smal_12_p16", "xcit_small_12", "xcit_small_12_p32"):
         with pytest.raises(ValueError, match=r"unknown arch.*xcit_small_12_p16"):
             build_backbone(name)

@@ -1,4 +1,4 @@
-"""Files of Hugging Face transformers' vision transformers, written by the library itself."""
+"""Checkpoints of vision transformers, written by Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 WIDTH, SIDE = 192, 64
-"""As vit_tiny, of two blocks."""
+"""Width of vit_tiny, and image side in pixels."""
 MODELS = {"vit": "ViT", "dinov2": "Dinov2", "registers": "Dinov2WithRegisters"}
 VIT_CONFIG: dict[str, Any] = {
     "architectures": ["ViTModel"], "hidden_act": "gelu", "hidden_size": WIDTH, "image_size": SIDE,
@@ -33,8 +33,8 @@ DINOV2_PREPROCESSOR: dict[str, Any] = {
 
 @cache
 def model(kind: str, heads: int = 3) -> Any:
-    """A network of two blocks with random weights."""
-    import transformers  # takes seconds
+    """Build a network of two blocks with random weights."""
+    import transformers  # the import takes seconds
 
     config = getattr(transformers, f"{MODELS[kind]}Config")(
         hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=4 * WIDTH, image_size=SIDE,
@@ -45,7 +45,7 @@ def model(kind: str, heads: int = 3) -> Any:
 
 @cache
 def weights(kind: str) -> Mapping[str, Tensor]:
-    """The weights of :func:`model` under the names that files have."""
+    """Return the weights of :func:`model` under their names in a saved file."""
     with tempfile.TemporaryDirectory() as place:
         model(kind).save_pretrained(place)
         return {key: value.clone() for key, value in load_file(Path(place) / "model.safetensors").items()}
@@ -54,7 +54,7 @@ def weights(kind: str) -> Mapping[str, Tensor]:
 def folder(
     path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None
 ) -> Path:
-    """What ``save_pretrained`` of a model and of its image processor leave."""
+    """Write the files that ``save_pretrained`` of a model and of its image processor writes."""
     files.save_safetensors(path / "model.safetensors", state, {"format": "pt"})
     (path / "config.json").write_text(json.dumps(config))
     if preprocessor is not None:
