@@ -175,7 +175,7 @@ def test_shard_ends_with_image_that_reaches_shard_mb(tmp_path: Path, out: Path) 
 
 
 def packed_with(source: Source, max_side: int | None) -> list[tuple[str, bytes]]:
-    found = [pack_image(source, index, max_side, 90) for index in range(len(source))]
+    found = [pack_image(source, index, Options(max_side)) for index in range(len(source))]
     return [(one.suffix, one.data) for one in found]
 
 
@@ -197,6 +197,15 @@ def test_max_side_resizes_large_images_and_copies_small_files(tmp_path: Path) ->
     for (_, data), original in list(zip(shrunk, files.values(), strict=True))[2:]:
         assert data == original
     assert [data for _, data in packed_with(source, None)] == list(files.values())
+
+
+@pytest.mark.parametrize(("typed", "brightest"), [("auto", 255), ("4095", 255), ("65535", 15)])
+def test_white_level_scales_resized_16_bit_images(tmp_path: Path, typed: str, brightest: int) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full((64, 64), 4095, dtype=np.uint16)).save(tmp_path / "in" / "scan.png")
+    main([str(tmp_path / "in"), str(tmp_path / "out"), "--max-side", "32", "--white-level", typed])
+    packed = open_source(f"tar:{tmp_path}/out/shard-*.tar")
+    assert np.asarray(Image.open(io.BytesIO(packed.read(0)[0]))).max() == brightest
 
 
 @pytest.mark.parametrize("max_side", [48, 96])

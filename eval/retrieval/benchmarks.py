@@ -32,7 +32,7 @@ from dino_xcit.errors import InputError, one_line, printable
 from dino_xcit.runtime import atomic
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
-from dino_xcit.transform import EvalTransform, to_tensor
+from dino_xcit.transform import WHITE, EvalTransform, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.features import cached
 from eval.index import build_index, unit_rows, without_self
@@ -597,13 +597,18 @@ def write_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, s
     atomic.write(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
-def draw_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, second: Source) -> None:
+def draw_pairs(
+    path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, second: Source, white_level: int = WHITE
+) -> None:
     """Draw the images of the second set with the most similar pairs, each beside its matches in the first set."""
     blocks = []
     _, firsts = np.unique(pairs.second, return_index=True)  # the most similar pair of each image
     for row in pairs.second[np.sort(firsts)[:SHEET_ROWS]].tolist():
         beside = np.flatnonzero(pairs.second == row)[:SHEET_COLUMNS].tolist()
         titles = [f"{pairs.similarity[pair]:.4f}  {kinds[pair]}" for pair in beside]
-        tiles = [tile_of(first, int(pairs.first[pair]), title) for pair, title in zip(beside, titles, strict=True)]
-        blocks.append((tile_of(second, row, f"image {row}"), tiles))
+        tiles = [
+            tile_of(first, int(pairs.first[pair]), title, white_level)
+            for pair, title in zip(beside, titles, strict=True)
+        ]
+        blocks.append((tile_of(second, row, f"image {row}", white_level), tiles))
     write_contact_sheet(path, blocks)
