@@ -1,4 +1,4 @@
-"""One of two processes with half a batch each, started by test_sync_batch_norm.py with a file name."""
+"""One of two ranks with half a batch each; started by test_sync_batch_norm.py with the prefix of its output file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = {"image": (6, 5, 4, 3), "channels last": (6, 5, 4, 3), "rows": (6, 5), 
 
 
 def batch_of(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Whose channels have means and deviations of their own, and another mean in its second half."""
+    """Return a batch whose channels differ in std; the second half has another mean."""
     shape = SHAPES[name]
     x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     x = x * torch.arange(1, 6).view(1, 5, *[1] * (len(shape) - 2)) + 3
@@ -25,8 +25,8 @@ def batch_of(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def layer_of(name: str) -> nn.Module:
-    """The same on every process, with a weight and bias that are not 1 and 0."""
-    kinds = {"rows": nn.BatchNorm1d, "timm": BatchNormAct2d}  # the latter with a ReLU, in place
+    """Return a layer with non-default weight and bias, the same on every rank."""
+    kinds = {"rows": nn.BatchNorm1d, "timm": BatchNormAct2d}  # BatchNormAct2d applies ReLU in place
     layer = kinds.get(name, nn.BatchNorm2d)(5)
     with torch.no_grad():
         layer.weight.copy_(torch.linspace(0.5, 2, 5))
@@ -35,7 +35,7 @@ def layer_of(name: str) -> nn.Module:
 
 
 def run(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Twice forward and backward of a loss that is not linear; all that comes of it."""
+    """Run forward and backward twice with a nonlinear loss; return outputs, gradients, buffers and eval outputs."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     for _ in range(2):
         y = layer(x)
@@ -47,7 +47,7 @@ def run(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Each shape in float64, one in bfloat16."""
+    """Run every shape in float64, and one with bfloat16 inputs."""
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     rank = distributed.rank()

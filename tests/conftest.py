@@ -1,10 +1,10 @@
-"""What all tests share: one thread, and a seed that does not depend on which test ran before."""
+"""Fixtures shared by all tests, which use one thread and start from the same seed."""
 
 from __future__ import annotations
 
 import os
 
-# Before torch is imported, so that processes started by the tests inherit it.
+# Set before torch is imported; processes started by the tests inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
@@ -29,14 +29,14 @@ def _same_seed_for_every_test() -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Starts runs of real processes."""
+    """Server that starts runs of real processes."""
     with rank_server(tmp_path_factory.mktemp("ranks")) as started:
         yield started
 
 
 @pytest.fixture
 def start(server: Server, photos: Path, tmp_path: Path) -> Start:
-    """``start(*flags)`` starts a run of two processes on the photos, in ``tmp_path / "run"``."""
+    """``start(*flags)`` starts a run of two ranks on the photos in ``tmp_path / "run"``."""
 
     def begin(*flags: object, name: str = "run", **options: Any) -> Run:
         return server.start(tmp_path / name, "--data-path", photos, *flags, **options)
@@ -46,13 +46,13 @@ def start(server: Server, photos: Path, tmp_path: Path) -> Start:
 
 @pytest.fixture(scope="session")
 def labelled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DIR/train and DIR/val with two classes: 16 and 4 pictures."""
+    """Folder with train and val, two classes each: 16 and 4 images."""
     return two_classes(tmp_path_factory.mktemp("labelled"))
 
 
 @pytest.fixture(scope="session")
 def stopped(labelled_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
-    """A run that was stopped after two steps; ``copy`` it before it is carried on."""
+    """A run that stopped after two steps; ``copy`` it before resuming."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     flags = ["--data-path", labelled_photos, *SMALL, "--output-dir", folder]
     return Stopped(folder, flags, pretrain_here("--max-steps", "2", *flags))
@@ -60,13 +60,13 @@ def stopped(labelled_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    """Runs a runner's console entry in this process."""
+    """Function that calls the console entry of a runner in this process."""
     return run_here(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A flat folder of 160 small pictures of noise."""
+    """A flat folder of 160 small noise images."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for index in range(160):
@@ -76,7 +76,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photo() -> Image.Image:
-    """A colourful picture of 130 x 90 pixels with smooth and sharp parts."""
+    """A colour image of 130 x 90 pixels with smooth and sharp regions."""
     rng = np.random.default_rng(5)
     rows, columns = np.mgrid[0:90, 0:130]
     waves = np.stack([np.sin(rows / 9 + 2), np.cos(columns / 13), np.sin((rows + columns) / 17)], axis=-1)

@@ -1,4 +1,4 @@
-"""Forked processes that a test may kill at a chosen operation on files."""
+"""Forked processes that a test can kill at a chosen file operation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.trunca
 
 
 def fork(act: Callable[[], object], log: Path) -> int:
-    """A process that does this, with what it prints in ``log``, and ends; its id."""
+    """Fork a process that calls ``act`` and exits, with stdout and stderr in ``log``; return its process ID."""
     child = os.fork()
     if child:
         return child
@@ -35,19 +35,20 @@ def fork(act: Callable[[], object], log: Path) -> int:
 
 
 def end_of(child: int) -> int:
-    """Its exit code, or minus the signal that ended it."""
+    """Wait for the process and return its exit code, or the negative number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def in_a_child(
     act: Callable[[], object], log: Path, folder: Path, die_at: int = 0, die_at_part: int = 0
 ) -> tuple[int, str]:
-    """How a forked process ended that does this, and what it printed.
+    """Call ``act`` in a forked process and return its exit code and output.
+
+    A process that is not killed prints the number of operations as its last line.
 
     Args:
-        die_at: SIGKILL just before the operation of that number (from 1) on a file or folder below ``folder``.
-        die_at_part: SIGKILL just before the next operation when so many parts of an extraction are whole.
-            With neither it lives, and prints the count of operations last.
+        die_at: send SIGKILL just before this operation (from 1) on a file or folder below ``folder``.
+        die_at_part: send SIGKILL just before the first operation after this many complete parts of an extraction.
     """
 
     def watched() -> None:
@@ -61,7 +62,7 @@ def in_a_child(
 def run_in_a_child(
     runner: ModuleType, words: Sequence[object], log: Path, folder: Path, die_at: int = 0, die_at_part: int = 0
 ) -> tuple[int, str]:
-    """The same of a runner's command."""
+    """Run a runner's command as :func:`in_a_child` does."""
 
     def command() -> None:
         sys.argv = [f"{runner.__name__}.py", *map(str, words)]
@@ -71,7 +72,7 @@ def run_in_a_child(
 
 
 def _watch(folder: str, die_at: int, die_at_part: int) -> list[int]:
-    """Count the operations on files below ``folder`` that Python reports to audit hooks."""
+    """Count the file operations below ``folder`` that Python reports to audit hooks, and kill this process at one."""
     seen, parts = [0], [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

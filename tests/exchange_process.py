@@ -1,7 +1,7 @@
-"""One of two processes that train a network of full size, and write down what they exchange, and when.
+"""One of two processes that train a full-size network and record their collective operations.
 
-Started by test_scale_out.py with a file name; the images are small, so that a step takes little: what is exchanged
-depends on the weights alone.
+test_scale_out.py starts it with a file name. The images are small to keep steps short: messages depend only on the
+weights.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dino_xcit.train import build_state, train_step
 
 CONFIG = tiny_config(
     arch="xcit_small_12_p16", out_dim=65536, head_hidden_dim=2048, head_bottleneck_dim=256, batch_size_per_gpu=2,
-    accumulation_steps=2, global_crops_size=32, drop_path_rate=0.0,  # on the CPU, it looks which samples are kept
+    accumulation_steps=2, global_crops_size=32, drop_path_rate=0.0,  # on the CPU, drop path calls nonzero
 )  # fmt: skip
 HOST_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
-"""Operations whose result the program needs before it can go on: on a GPU it would wait."""
+"""Operations whose result the host needs before it continues; on a GPU they synchronise."""
 
 
 class Messages(TorchDispatchMode):
-    """Every message that PyTorch sends, DistributedDataParallel's too, while this is the context."""
+    """Record all c10d operations, including those of DistributedDataParallel, while this context is active."""
 
     def __init__(self, gradients: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Messages(TorchDispatchMode):
         self.seen: list[dict[str, Any]] = []
         self.host_waits: list[str] = []
         self.arrived = 0
-        """Gradients accumulated so far."""
+        """Number of gradients accumulated so far."""
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -60,7 +60,7 @@ class Messages(TorchDispatchMode):
 
 
 def main() -> None:
-    """Steps of one pass, of one again, and of two; then what a logged step asks for."""
+    """Train steps of one, one and two forward passes, then compute the metrics of a logged step."""
     torch.set_num_threads(1)
     distributed.start(CPU)
     rank, world = distributed.rank(), distributed.world_size()
@@ -97,7 +97,7 @@ def main() -> None:
         "gradients": len(trained),
         "gradient_bytes": sum(parameter.nbytes for parameter in trained.values()),
         "prototype_bytes": state.method.student.head.last_layer.weight_v.nbytes,
-        "own_bytes": state.method.loss.center.nbytes + running + 7 * 4,  # and flag, loss, rows, passes, 3 metrics
+        "own_bytes": state.method.loss.center.nbytes + running + 7 * 4,  # plus flag, loss, rows, passes, 3 metrics
         "steps": seen,
         "logged": logged,
     }

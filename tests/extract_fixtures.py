@@ -1,4 +1,4 @@
-"""What tests of runners share: images, weights that were trained on them, and words of a command line."""
+"""Shared fixtures of the runner tests: images, weights trained on them, and command-line flags."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from eval_fixtures import CLASSES, image_tree, tiny_checkpoint
 from run_here import Outcome
 
 COUNT = 8 * len(CLASSES)
-"""Training images."""
+"""Number of training images."""
 
 
 class Place(NamedTuple):
-    """Where images and weights are."""
+    """Paths of the images and of the weights."""
 
     data: Path
     weights: Path
 
 
 def new_place(folder: Path, train: int = 8, val: int = 3) -> Place:
-    """A labelled image tree, and weights that were trained on it."""
+    """Create a labelled image tree and weights trained on it; ``train`` and ``val`` count the images per class."""
     tree = image_tree(folder / "photos", train, val)
     return Place(tree, tiny_checkpoint(folder / "run", tree))
 
 
 def words(place: Place, *more: object, data: object = None) -> tuple[object, ...]:
-    """Flags that every extraction has: small parts, nothing kept."""
+    """Return the flags common to all extractions: small shards, no feature cache."""
     return (
         "--weights", place.weights, "--data-path", data or place.data / "train", "--no-cache", "--batch-size", 2,
         "--shard-images", 4, "--num-workers", 0, *more,
@@ -35,7 +35,7 @@ def words(place: Place, *more: object, data: object = None) -> tuple[object, ...
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """All files by name, the card without what tells the time."""
+    """Return the contents of all files by name; card.json is parsed and its date removed."""
     files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     card = json.loads(files["card.json"])
     del card["date"]
@@ -43,6 +43,6 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def done(outcome: Outcome) -> Outcome:
-    """A command's outcome, if it ended well."""
+    """Assert that a command succeeded and return its outcome."""
     assert outcome.code == 0, outcome.out + outcome.err
     return outcome

@@ -1,7 +1,7 @@
-"""sbatch, srun and scontrol for one machine, without Slurm: what a job is told, and what it asks for.
+"""Simulated sbatch, srun and scontrol for one machine without Slurm.
 
-``sbatch`` starts the batch script in the background; ``srun`` starts the tasks with the numbers that Slurm gives them;
-``scontrol`` notes what it was asked, and the script starts again when it has ended, as after ``scontrol requeue``.
+``sbatch`` starts the batch script in the background. ``srun`` starts the tasks with Slurm's rank variables.
+``scontrol`` records its arguments and restarts the script after its end, as ``scontrol requeue`` does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def srun(*words: str) -> None:
 
 
 def install(folder: Path) -> dict[str, str]:
-    """The three commands below ``folder``, and the environment in which they are found."""
+    """Install the three commands below ``folder`` and return the environment variables that they need."""
     python = f"exec {sys.executable} {__file__}"
     note = 'cd $FAKE_SLURM; echo "$@" >> asked; [ ! -e refuses ] && touch requeue'
     (folder / "bin").mkdir()

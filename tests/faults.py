@@ -1,4 +1,4 @@
-"""Faults that a test puts into a real process of a run before it starts. Each takes plain words: they come as JSON."""
+"""Faults that a test injects into a process of a real run before it starts. All arguments come from JSON."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Step = Callable[..., train.StepResult]
 
 
 def around_each_step(do: Callable[..., train.StepResult]) -> None:
-    """``do(step, *arguments)`` takes the place of ``step(*arguments)``."""
+    """Replace each training step ``step(*arguments)`` by ``do(step, *arguments)``."""
     train.train_step = partial(do, train.train_step)
 
 
 def none() -> None:
-    """A healthy process."""
+    """Inject no fault."""
 
 
 # ---- saving
 
 
 def die_at_file_operation(folder: str, first_step: int, number: int) -> None:
-    """Die just before the ``number``-th operation on files below ``folder`` since the save of ``first_step`` began.
+    """Kill the process just before the ``number``-th file operation below ``folder`` since the save of ``first_step``.
 
-    The operations are those that Python reports to audit hooks (open, rename, link, remove, mkdir, ...) and fsync, in
-    the thread that saves: the main thread goes on meanwhile, and its operations would make the count a matter of luck.
+    Counts the saver thread's operations: those that Python reports to audit hooks (open, rename, link, remove, mkdir,
+    ...) and fsync. Operations of the main thread, which runs in parallel, would make the count random.
     """
     seen = [-1]
 
@@ -74,13 +74,13 @@ def die_at_file_operation(folder: str, first_step: int, number: int) -> None:
 
 
 def die_in_the_middle_of_a_file(bytes_of_a_file: int) -> None:
-    """The kernel ends the process (SIGXFSZ) at exactly that byte of the first file that grows so long."""
+    """Let the kernel kill the process (SIGXFSZ) at exactly this byte of the first file that grows to it."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, resource.RLIM_INFINITY))
 
 
 def full_disk_while(flag: str) -> None:
-    """Every flush to the disk fails with ENOSPC as long as the file ``flag`` exists."""
+    """Make every fsync fail with ENOSPC while the file ``flag`` exists."""
     fsync = os.fsync
 
     def full(descriptor: int) -> None:
@@ -92,7 +92,7 @@ def full_disk_while(flag: str) -> None:
 
 
 def slow_saves(seconds: float) -> None:
-    """Each checkpoint is so much longer unfinished: so that a test has the time to hit one."""
+    """Delay the completion of each checkpoint, so that a test can act while one is unfinished."""
     write = atomic.write
 
     def slowly(path: Path, fill: Any) -> atomic.Digest:
@@ -106,13 +106,18 @@ def slow_saves(seconds: float) -> None:
     atomic.write = slowly
 
 
-# ---- numbers that are not finite
+# ---- non-finite values
 
 
 def spoil(what: str, first_step: int, last_step: int) -> None:
-    """From step ``first_step`` to ``last_step`` (from 0) this rank's ``activations``, ``gradients`` or ``teacher`` are
-    not finite. A bad activation reaches the other ranks through the shared gradients; a bad logit of the teacher, whose
-    softmax is a clean zero, only if the ranks tell each other."""
+    """Make values on this rank non-finite from step ``first_step`` to ``last_step`` (both from 0).
+
+    A non-finite activation reaches the other ranks through the averaged gradients. A teacher logit of -inf has
+    a softmax of exactly zero; the other ranks detect it only through an exchanged flag.
+
+    Args:
+        what: ``activations``, ``gradients`` or ``teacher`` (a logit).
+    """
 
     def one_minus_infinity(_module: object, _inputs: object, output: Any) -> Any:
         output = output.clone()
@@ -137,11 +142,11 @@ def spoil(what: str, first_step: int, last_step: int) -> None:
     around_each_step(spoilt)
 
 
-# ---- the pace of a run
+# ---- delays
 
 
 def slow_steps(seconds: float) -> None:
-    """Each step takes so much longer: a test can act within one."""
+    """Delay each step, so that a test can act within one."""
 
     def slowly(step: Step, *arguments: Any) -> train.StepResult:
         time.sleep(seconds)
@@ -151,7 +156,7 @@ def slow_steps(seconds: float) -> None:
 
 
 def slow_evaluation(seconds: float) -> None:
-    """Each evaluation takes so much longer: a test can act within one."""
+    """Delay each evaluation, so that a test can act within one."""
     evaluate = observers.evaluate
 
     def slowly(*arguments: Any) -> dict[str, float]:
@@ -162,16 +167,16 @@ def slow_evaluation(seconds: float) -> None:
 
 
 def together(*several: list[Any]) -> None:
-    """More than one of them."""
+    """Inject several faults."""
     for name, *arguments in several:
         globals()[name](*arguments)
 
 
-# ---- looking on
+# ---- recording
 
 
 def record_random_state(path: str) -> None:
-    """After each step, the hash of PyTorch's generator is what this file says."""
+    """After each step, write the step and the hash of PyTorch's random state to the file ``path``."""
 
     def recorded(step: Step, state: train.TrainState, *arguments: Any) -> train.StepResult:
         result = step(state, *arguments)
@@ -183,7 +188,7 @@ def record_random_state(path: str) -> None:
 
 
 def record_images(path: str) -> None:
-    """A line of JSON a step: its number, and the images of each of this rank's forward passes."""
+    """Append a line of JSON per step to ``path``: its number and this rank's image indices for each forward pass."""
 
     def recorded(step: Step, state: train.TrainState, batches: Any, *arguments: Any) -> train.StepResult:
         with open(path, "a") as file:

@@ -1,8 +1,8 @@
-"""The commands behind the golden files: ``python tests/golden_runs.py`` writes tests/golden/ anew.
+"""Commands that create the golden files: ``python tests/golden_runs.py`` rewrites tests/golden/.
 
-The files come from the code of 0.1 and prove that later code computes the same numbers (test_golden.py). Write them
-anew only where a number is meant to change. Code is reached as a user reaches it: by the runners' command lines, and by
-``load_backbone`` and ``extract``.
+The files come from the code of 0.1; test_golden.py checks that later code computes the same numbers. Rewrite them only
+when a number is meant to change. The commands use public interfaces: the runners' command lines, ``load_backbone`` and
+``extract``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from eval.features import extract
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
-# ---- the commands; all paths are relative to the folder in which they run
+# ---- commands; all paths are relative to the working directory
 
 HERE = ("--device", "cpu", "--num-workers", "0")
 TINY = (
@@ -41,7 +41,7 @@ TINY = (
     "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "2", "--batch-size-per-gpu", "4",
     "--epochs", "4", "--lr", "0.002", "--lr-reference-batch", "0", "--warmup-epochs", "0", "--log-every", "1",
 )  # fmt: skip
-"""A run of 12 steps an epoch on the 48 training images."""
+"""Flags of a run with 12 steps per epoch on the 48 training images."""
 
 LOSSES = tuple(
     flags.split()
@@ -54,14 +54,14 @@ LOSSES = tuple(
         "--precision bf16 --knn-every 0",
     )
 )
-"""Runs whose losses are kept. bf16 has no k-NN: a neighbour more or less is a large step for a small error."""
+"""Flags of the runs whose losses are stored. bf16 has no k-NN: a small error can change a neighbour."""
 
 STEP_FIGURES = ("loss", "gradient_norm", "teacher_entropy", "kl", "feature_std")
 
 WEIGHTS = "run/checkpoint.pth"
 MEASURE = ("--weights", WEIGHTS, *HERE, "--no-cache")
 TWO_STEPS = ("run_pretrain.py", "--data-path", "photos", *TINY, "--max-steps", "2", "--precision", "fp32")
-"""Ends in the flags ``--output-dir FOLDER``."""
+"""Callers append ``--output-dir FOLDER``."""
 COMMANDS: dict[str, tuple[str, ...]] = {
     "knn": (
         "run_knn.py", *MEASURE, "--data-path", "photos", "--ks", "1", "3", "10", "--temperatures", "0.07", "0.5",
@@ -82,13 +82,13 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--scales", "1", "0.7071",
     ),
 }  # fmt: skip
-"""The commands that measure, in order; each writes NAME.json."""
+"""Evaluation commands in order; each writes NAME.json."""
 COLLECTION = ("vectors.npy", "paths.txt", "card.json", "index.faiss")
 PROBE = ("linear.pth", "logreg.pth")
 
 
 def run(script: str, *words: str) -> None:
-    """``python SCRIPT WORDS``, in this process and the current folder."""
+    """Run ``python SCRIPT WORDS`` in this process and the working directory, and restore the global settings."""
     before = sys.argv, torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = [script, *words]
@@ -105,7 +105,7 @@ def run(script: str, *words: str) -> None:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """One of :data:`COMMANDS`, and the result file that it writes."""
+    """Run one of :data:`COMMANDS` and return its result file."""
     run(*COMMANDS[name], "--json", f"{name}.json")
     return read_json(Path(f"{name}.json"))
 
@@ -114,11 +114,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-# ---- the images
+# ---- images
 
 
 def picture(group: int, number: int) -> NDArray[np.uint8]:
-    """24 x 20 pixels, of which the group decides the pattern; all else is noise."""
+    """Return an image of 24 x 20 pixels: a pattern per group, with random shift, brightness and noise."""
     pattern = np.random.default_rng(group).uniform(60, 200, (6, 5, 3)).repeat(4, axis=0).repeat(4, axis=1)
     rng = np.random.default_rng([group, number])
     pixels = np.roll(pattern, rng.integers(0, 6, 2), axis=(0, 1)) + rng.normal(rng.uniform(-40, 40), 50, (24, 20, 3))
@@ -126,7 +126,7 @@ def picture(group: int, number: int) -> NDArray[np.uint8]:
 
 
 def write_photos(folder: Path) -> None:
-    """``folder``/train and /val with six classes: 48 and 24 pictures."""
+    """Write ``folder``/train and ``folder``/val with six classes: 48 and 24 images."""
     for group, number in itertools.product(range(6), range(12)):
         place = folder / ("train" if number < 8 else "val") / str(group)
         place.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def write_photos(folder: Path) -> None:
 
 
 class TenImages:
-    """A source without files."""
+    """Image source of ten generated images, without files."""
 
     url, classes, labels = "ten images", None, None
 
@@ -152,16 +152,16 @@ class TenImages:
 
 
 def ten_features(weights: str | Path) -> NDArray[np.float32]:
-    """Of the teacher [10, D]; the images are prepared as checkpoint.pth says, for backbone.pth says nothing."""
+    """Return features of the teacher [10, D]. The transform comes from checkpoint.pth: backbone.pth stores none."""
     backbone, transform, cpu = load_backbone(weights).backbone, load_backbone(WEIGHTS).transform, torch.device("cpu")
     return extract(backbone, TenImages(), transform, cpu, num_workers=0, progress=False).features
 
 
-# ---- what is kept of a run
+# ---- stored results of a run
 
 
 def losses(flags: list[str], folder: str, count: int = 20) -> dict[str, list[float]]:
-    """The figures of ``count`` steps, and the k-NN after each epoch."""
+    """Train and return the metrics of ``count`` steps and the k-NN accuracy after each epoch."""
     words = ["--data-path", "photos", *TINY, "--knn-every", "1", *flags]
     run("run_pretrain.py", *words, "--max-steps", str(count), "--output-dir", folder)
     records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
@@ -170,7 +170,7 @@ def losses(flags: list[str], folder: str, count: int = 20) -> dict[str, list[flo
 
 
 def parameters(path: Path) -> dict[str, list[float]]:
-    """Of each tensor in a checkpoint: length, mean, first and last value."""
+    """Return the L2 norm, mean, first and last value of each tensor in a checkpoint."""
     content = torch.load(path, weights_only=True)
     return {
         name: [float(tensor.norm()), float(tensor.mean()), float(tensor.flatten()[0]), float(tensor.flatten()[-1])]
@@ -181,7 +181,7 @@ def parameters(path: Path) -> dict[str, list[float]]:
 
 
 def tensors(value: object, path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """All that are nested in mappings and lists."""
+    """Yield all tensors in nested mappings, lists and tuples, with their paths."""
     if isinstance(value, torch.Tensor):
         yield path, value.detach().double()
     elif isinstance(value, Mapping):
@@ -193,15 +193,15 @@ def tensors(value: object, path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def unpack_weights(folder: Path) -> None:
-    """The golden checkpoint.pth and backbone.pth."""
+    """Extract the golden checkpoint.pth and backbone.pth to ``folder``."""
     with tarfile.open(GOLDEN / "weights.tar.xz") as archive:
         archive.extractall(folder, filter="data")
 
 
 def pack_weights(folder: Path) -> None:
-    """One archive, for most of backbone.pth is in checkpoint.pth too.
+    """Pack both files into one archive, because checkpoint.pth repeats most of backbone.pth.
 
-    Of checkpoint.pth, 5 MB, the teacher stays, and all that is no tensor; parameters.json has figures of the others.
+    Drops the student and the optimizer from checkpoint.pth (5 MB); parameters.json summarises their tensors.
     """
     content = torch.load(folder / "checkpoint.pth", weights_only=True)
     torch.save({key: content[key] for key in content if key not in ("student", "optimizer")}, folder / "checkpoint.pth")
@@ -210,11 +210,11 @@ def pack_weights(folder: Path) -> None:
             archive.add(folder / name, name)
 
 
-# ---- writing them
+# ---- writing the golden files
 
 
 def main() -> None:
-    """Write tests/golden/."""
+    """Rewrite tests/golden/."""
     torch.set_num_threads(1)
     shutil.rmtree(GOLDEN, ignore_errors=True)
     GOLDEN.mkdir()
@@ -236,7 +236,7 @@ def main() -> None:
 
 
 def _write_json(name: str, content: object, here: str = "/nowhere") -> None:
-    """Without the path of the folder that the commands ran in."""
+    """Write JSON below tests/golden/, with the working directory ``here`` removed from paths."""
     text = json.dumps(content, indent=1)
     (GOLDEN / name).write_text(text.replace(f"{here}/", "").replace(here, ".") + "\n")
 

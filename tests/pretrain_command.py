@@ -1,4 +1,4 @@
-"""What run_pretrain.py makes of a command line."""
+"""Settings that run_pretrain.py parses from a command line."""
 
 from __future__ import annotations
 

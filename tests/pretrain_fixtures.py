@@ -1,4 +1,4 @@
-"""What the tests of run_pretrain.py run, and what they look at afterwards."""
+"""Helpers of the tests of run_pretrain.py: run it, generate images, and record the files of a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS_AN_EPOCH = 4
 
 
 def pretrain_here(*words: object) -> Outcome:
-    """Run run_pretrain.py's console entry in this process."""
+    """Run the console entry of run_pretrain.py in this process."""
     import run_pretrain
 
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -33,7 +33,7 @@ def pretrain_here(*words: object) -> Outcome:
         redirect_stdout(out),
         redirect_stderr(err),
         patch.object(sys, "argv", ["run_pretrain.py", *map(str, words)]),
-        patch.object(run_pretrain, "choose_kernels"),  # they would hold for all that follows
+        patch.object(run_pretrain, "choose_kernels"),  # its settings would affect all later tests
     ):
         try:
             run_pretrain.command()
@@ -43,7 +43,7 @@ def pretrain_here(*words: object) -> Outcome:
 
 
 def two_classes(folder: Path) -> Path:
-    """DIR/train and DIR/val with two classes: 16 and 4 pictures."""
+    """Create DIR/train and DIR/val with two classes: 16 and 4 images."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 2)):
         for number, name in enumerate(("dark", "bright")):
@@ -55,7 +55,7 @@ def two_classes(folder: Path) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, tuple[str, int]]:
-    """Content and time of every file below a folder; but for the marks of who was there last."""
+    """Return hash and modification time of every file below a folder, except lock and start markers."""
     return {
         str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -65,13 +65,13 @@ def files_of(folder: Path) -> dict[str, tuple[str, int]]:
 
 @dataclass
 class Stopped:
-    """A run that was stopped after two steps."""
+    """A run stopped after two steps."""
 
     folder: Path
     flags: list[Any]
     ended: Outcome
 
     def copy(self, to: Path) -> tuple[Path, list[Any]]:
-        """The same run in another directory, and the flags that continue it there."""
+        """Copy the run to another directory; return the directory and the flags that resume the run there."""
         shutil.copytree(self.folder, to)
         return to, [*self.flags[:-1], to]

@@ -1,4 +1,4 @@
-"""One process of a two-process run, started by test_two_ranks.py: does its part and writes what it saw to a file."""
+"""One rank of a two-rank run that test_two_ranks.py starts; it writes its results to a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dino_xcit.train import build_state, train_step
 STEPS = 3
 SCORES = 3 * torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
 
-# Per scenario: one process with `accumulation_steps` passes a step; two processes do half of them each.
+# One process runs `accumulation_steps` forward passes per step; each of two processes runs half of them.
 SCENARIOS: dict[str, PretrainConfig] = {
     "sgd": tiny_config(batch_size_per_gpu=4, accumulation_steps=2, optimizer="sgd", lr=0.05, drop_path_rate=0.2),
     "adamw": tiny_config(batch_size_per_gpu=4, accumulation_steps=2, drop_path_rate=0.2),
@@ -28,7 +28,7 @@ SCENARIOS: dict[str, PretrainConfig] = {
 
 
 def train(config: PretrainConfig, rank: int, world_size: int) -> dict[str, Any]:
-    """Three steps; what was learnt, seen and lost."""
+    """Train three steps and return the learnt state, losses, image indices and number of skipped steps."""
     sampler = sampler_of(config, rank, world_size)
     schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
     state = build_state(config, CPU)
@@ -40,7 +40,10 @@ def train(config: PretrainConfig, rank: int, world_size: int) -> dict[str, Any]:
 
 
 def late_sums(rank: int) -> list[dict[str, int]]:
-    """As on a GPU: each process says something else, some of it in the last call, which nobody hears."""
+    """Return the sums of StopFlags with the one-call delay of CUDA.
+
+    Each rank passes other values. No call returns the sums of the last one.
+    """
     flags = StopFlags(CPU, timeout=30)
     flags._late = True
     said = [{"stop": rank}, {}, {"unreadable": 2 + rank, "diverged": 1 - rank}, {"stop": 1}, {"stop": 1}]
@@ -49,7 +52,7 @@ def late_sums(rank: int) -> list[dict[str, int]]:
 
 
 def main() -> None:
-    """Run every scenario of two processes."""
+    """Run every scenario and collective operation, and save the results of this rank."""
     torch.set_num_threads(1)
     distributed.start(CPU)
     rank = distributed.rank()

@@ -1,11 +1,12 @@
-"""Starts Python programs again and again, as ``python WORDS`` would, without importing PyTorch anew each time.
+"""Run Python programs in forked processes, as ``python WORDS`` would, without importing PyTorch again for each.
 
-A line of JSON on stdin is a request, a line on stdout its answer:
+Each line of JSON on stdin is a request. The answer is a line on stdout:
 
 - ``{"start": [{"words": [...], "env": {...}, "cwd": ..., "out": ..., "err": ..., "fault": [name, ...]}, ...]}`` forks a
-  process for each entry that runs, after ``faults.name(...)``, what ``python`` would be given: a script, ``-m MODULE``
-  or ``-c CODE``, each with its arguments; answers their pids;
-- ``{"poll": [pid, ...]}`` answers their exit codes, null for those that still run, minus the signal for killed ones.
+  process for each entry. The process calls ``faults.name(...)`` and then runs ``words``, the arguments of ``python``: a
+  script, ``-m MODULE`` or ``-c CODE``, each with its own arguments. The answer lists the process IDs.
+- ``{"poll": [pid, ...]}``: the answer lists the exit codes, null for running processes, and the negative signal number
+  for killed ones.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from typing import Any
 import faults
 
 IMPORTED = ("run_pretrain", "run_linear", "run_extract", "matplotlib.pyplot", "torch._dynamo")
-"""Modules that take seconds to import. Optimizers import torch._dynamo when they are built."""
+"""Modules that take seconds to import. Constructing an optimizer imports torch._dynamo."""
 
 
 def warm_up() -> None:
-    """Load what each forked process would load again: compiled augmentation code, fonts, lazily imported modules."""
+    """Load modules, compiled augmentation code and fonts once, so that forked processes inherit them."""
     for module in IMPORTED:
         importlib.import_module(module)
     from tiny_run import tiny_config
@@ -45,7 +46,7 @@ def warm_up() -> None:
 
 
 def run_as_main(words: list[str], cwd: str, out: str, err: str) -> int:
-    """Redirect this process, run the program in it, and return the exit code that Python would end with."""
+    """Redirect the standard streams, run the program in this process and return the exit code of Python."""
     os.chdir(cwd)
     for path, descriptor in (("/dev/null", 0), (out, 1), (err, 2)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -64,7 +65,7 @@ def run_as_main(words: list[str], cwd: str, out: str, err: str) -> int:
 
 
 def run_words(words: list[str]) -> None:
-    """A script, ``-m MODULE`` or ``-c CODE``, each with its arguments."""
+    """Run a script, ``-m MODULE`` or ``-c CODE``, each with its arguments."""
     first, *rest = words
     if first == "-m":
         sys.argv = rest
@@ -79,7 +80,7 @@ def run_words(words: list[str]) -> None:
 
 
 def start(request: dict[str, Any]) -> int:
-    """Fork one process; its pid."""
+    """Fork one process and return its process ID."""
     child = os.fork()
     if child:
         return child
@@ -88,7 +89,7 @@ def start(request: dict[str, Any]) -> int:
     name, *arguments = request["fault"] or ["none"]
     getattr(faults, name)(*arguments)
     code = run_as_main(request["words"], request["cwd"], request["out"], request["err"])
-    for thread in threading.enumerate():  # as the interpreter does: a saver finishes what it has begun
+    for thread in threading.enumerate():  # as at interpreter exit: saver threads finish their files
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     atexit._run_exitfuncs()
@@ -119,7 +120,7 @@ def main() -> None:
     for pid in started:
         if pid not in ended:
             os.kill(pid, signal.SIGKILL)
-    os._exit(0)  # taking all that was imported apart takes seconds, and has nothing to show
+    os._exit(0)  # skips interpreter shutdown, which takes seconds
 
 
 if __name__ == "__main__":

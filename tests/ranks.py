@@ -1,4 +1,4 @@
-"""A pretraining run of one or more real processes that a test can hurt: start, wait for a step, signal, look."""
+"""Pretraining runs of one or more real processes: start them, wait for a step, send signals, read their output."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ SMALL = [
     "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1", "--num-workers", "0",
     "--device", "cpu", "--knn-every", "0", "--log-every", "1", "--warmup-epochs", "0", "--epochs", "4",
 ]  # fmt: skip
-"""A run whose steps take some hundredths of a second."""
+"""Flags of a run whose steps take tens of milliseconds."""
 
 
 Start = Callable[..., "Run"]
-"""``start(*flags, name="run", ranks=2, faults=())``: a run on the photos, in the test's folder."""
+"""``start(*flags, name="run", ranks=2, faults=())`` starts a run on the photos, in the folder of the test."""
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
-    """What tells each rank of a run where it is, as torchrun would."""
+    """Return the environment variables that torchrun would set for each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,7 +50,7 @@ def environments(ranks: int) -> list[dict[str, str]]:
 
 
 def torchrun(folder: Path, *flags: object, restarts: int = 0) -> subprocess.Popen[str]:
-    """Two processes of run_pretrain.py under torchrun."""
+    """Start two processes of run_pretrain.py under torchrun."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
          str(restarts), "--monitor-interval", "0.1", PRETRAIN,
@@ -65,7 +65,7 @@ def children_of(pid: int) -> list[int]:
 
 @dataclass
 class Run:
-    """Processes of one run, rank by rank."""
+    """Processes of one run, in rank order."""
 
     server: Server
     pids: list[int]
@@ -74,14 +74,14 @@ class Run:
     started: float = field(default_factory=time.monotonic)
 
     def codes(self) -> list[int | None]:
-        """Exit codes so far."""
+        """Return the exit codes; None for a running process."""
         return self.server.ask({"poll": self.pids})
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes, when all have ended.
+        """Wait until all processes have ended and return their exit codes.
 
         Raises:
-            TimeoutError: with what they printed; they are killed.
+            TimeoutError: with their output; the processes are killed.
         """
         until = time.monotonic() + timeout
         while None in (codes := self.codes()):
@@ -92,40 +92,40 @@ class Run:
         return [code for code in codes if code is not None]
 
     def kill(self, rank: int | None = None) -> None:
-        """SIGKILL to one rank, or to all."""
+        """Send SIGKILL to one rank, or to all."""
         for pid in self.pids if rank is None else [self.pids[rank]]:
             self.send(signal.SIGKILL, self.pids.index(pid))
 
     def send(self, number: signal.Signals, rank: int) -> None:
-        """A signal to one rank."""
+        """Send a signal to one rank, if it is running."""
         if self.codes()[rank] is None:
             os.kill(self.pids[rank], number)
 
     def out(self, rank: int | None = None) -> str:
-        """What was printed to stdout by a rank, or by all."""
+        """Return the stdout of one rank, or of all."""
         return "".join(out.read_text() for out, _ in (self.logs if rank is None else [self.logs[rank]]))
 
     def err(self, rank: int | None = None) -> str:
-        """The same of stderr."""
+        """Return the stderr of one rank, or of all."""
         return "".join(err.read_text() for _, err in (self.logs if rank is None else [self.logs[rank]]))
 
     def until(self, happened: Callable[[], bool], timeout: float = 120) -> None:
-        """Wait, looking every few milliseconds, until something is so, or the run ended."""
+        """Poll every few milliseconds until a condition holds; fail if the run has ended or the time is up."""
         until, asked = time.monotonic() + timeout, time.monotonic()
         while not happened():
             time.sleep(0.005)
             if time.monotonic() - asked > 0.5:
                 asked = time.monotonic()
-                assert None in self.codes(), f"the run ended early:\n{self.out()}\n{self.err()}"
-                assert time.monotonic() < until, f"it did not happen:\n{self.out()}\n{self.err()}"
+                assert None in self.codes(), f"the run ended before the condition held:\n{self.out()}\n{self.err()}"
+                assert time.monotonic() < until, f"timed out after {timeout} s:\n{self.out()}\n{self.err()}"
 
     def until_step(self, step: int) -> None:
-        """Wait until a step is in the metrics."""
+        """Wait until the metrics reach a step."""
         self.until(lambda: any(record["step"] >= step for record in read_metrics(self.folder / "metrics.jsonl")))
 
 
 class Server:
-    """tests/rank_server.py, and the processes it has started, which need not import PyTorch."""
+    """Client of tests/rank_server.py, which forks processes that have imported PyTorch already."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -134,7 +134,7 @@ class Server:
         self._runs = 0
 
     def ask(self, request: dict[str, Any]) -> list[Any]:
-        """One request, one answer."""
+        """Send one request and return its answer."""
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer: list[Any] = json.loads(self._process.stdout.readline())
@@ -143,22 +143,22 @@ class Server:
     def start(
         self, output_dir: Path, *flags: str | Path, ranks: int = 2, faults: Sequence[Sequence[Any] | None] = ()
     ) -> Run:
-        """A run of ``ranks`` processes; ``faults[rank]`` is the name of a fault and its arguments."""
+        """Start a run of ``ranks`` processes; ``faults[rank]`` is the name of a fault and its arguments."""
         argv = map(str, [*SMALL, "--output-dir", output_dir, *flags])
         return self._launch([PRETRAIN, *argv], environments(ranks), output_dir, self.folder, faults)
 
     def launch(self, *words: object, env: dict[str, str] | None = None) -> Run:
-        """``python WORDS`` in a process of its own, which may be looked at and killed."""
+        """Start ``python WORDS`` in a separate process and return without waiting for it."""
         return self._launch([*map(str, words)], [env or {}], self.folder, self.folder, ())
 
     def python(self, *words: object, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """``python WORDS`` in a process of its own, when it has ended."""
+        """Run ``python WORDS`` in a separate process until it ends."""
         run = self._launch([*map(str, words)], [{}], self.folder, cwd or self.folder, ())
         (code,) = run.wait(timeout)
         return subprocess.CompletedProcess(words, code, run.out(), run.err())
 
     def two_ranks(self, script: str, out: Path, timeout: float) -> None:
-        """Run a script of this folder as two ranks, each given ``out``, and see both end well."""
+        """Run a script of this folder on two ranks with the argument ``out``; both must succeed."""
         run = self._launch([str(HERE / script), str(out)], environments(2), self.folder, self.folder, ())
         assert run.wait(timeout) == [0, 0], run.err()
 
@@ -170,7 +170,7 @@ class Server:
         cwd: Path,
         faults: Sequence[Sequence[Any] | None],
     ) -> Run:
-        """A process for each element of ``told``, what its environment has besides."""
+        """Start one process per element of ``told``, its additional environment variables."""
         self._runs += 1
         names = [f"{self._runs}-{rank}" for rank in range(len(told))]
         logs = [(self.folder / f"{name}.out", self.folder / f"{name}.err") for name in names]
@@ -184,7 +184,7 @@ class Server:
         return Run(self, self.ask({"start": requests}), logs, folder)
 
     def close(self) -> None:
-        """End it, and every rank that still runs."""
+        """End the server and every running rank."""
         self._process.stdin.close()
         self._process.wait(timeout=120)
         self._process.stdout.close()
@@ -192,7 +192,7 @@ class Server:
 
 @contextmanager
 def rank_server(folder: Path) -> Iterator[Server]:
-    """A server, ended with all that it has started."""
+    """Provide a server, and end it with all its processes."""
     server = Server(folder)
     try:
         yield server
@@ -201,7 +201,7 @@ def rank_server(folder: Path) -> Iterator[Server]:
 
 
 def state_in(output_dir: Path) -> dict[str, Tensor]:
-    """All that training changes, of the newest checkpoint, by path."""
+    """Return the trained state in ``checkpoint.pth``, by path."""
     from tiny_run import tensors_of
 
     content = torch.load(output_dir / "checkpoint.pth", weights_only=True)

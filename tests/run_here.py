@@ -1,4 +1,4 @@
-"""A runner's console entry, called in the tests' own process or in forks of it: nothing is imported anew."""
+"""Run the console entry of a runner in the process of the tests or in forks of it, without new imports."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ranks import environments
 
 
 class Outcome(NamedTuple):
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
     def assert_refused(self, *words: str) -> None:
-        """Exit code 2, and one sentence with these words as the last line of stderr."""
+        """Check that the exit code is 2 and that the last line of stderr is an error with these words."""
         assert "Traceback" not in self.err
         last = self.err.strip().splitlines()[-1]
         assert last.startswith("error: "), self.err
@@ -36,13 +36,13 @@ class Outcome(NamedTuple):
 
 
 Here = Callable[..., Outcome]
-"""``here(run_extract, "--query", image)``: the runner's module, then the words of its command line, of any type."""
+"""``here(run_extract, "--query", image)``: the runner's module, then its arguments, of any type."""
 Command = Callable[..., Outcome]
-"""The same of one runner, without its module."""
+"""Like :data:`Here`, for a fixed runner."""
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    """What the fixture ``here`` gives to a test."""
+    """Return the function that the fixture ``here`` provides."""
 
     def run(runner: ModuleType, *words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", [f"{runner.__name__}.py", *map(str, words)])
@@ -59,7 +59,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def measured(command: Command, file: Path, *words: object) -> tuple[str, dict[str, Any]]:
-    """What a command prints and the result file that it writes, if it ends well."""
+    """Run a command that must succeed; return its stdout and the content of its result file."""
     done = command(*words, "--json", file)
     assert done.code == 0, done.out + done.err
     return done.out, json.loads(file.read_text())
@@ -68,13 +68,14 @@ def measured(command: Command, file: Path, *words: object) -> tuple[str, dict[st
 def forked(
     runner: ModuleType, out: Path, *words: object, ranks: int = 1, before: Callable[[], None] | None = None
 ) -> list[int]:
-    """Fork the ranks of a command. What each prints is in ``out/said-RANK``, and its errors in ``out/log-RANK``.
+    """Fork the ranks of a command. Each writes its stdout to ``out/said-RANK`` and its stderr to ``out/log-RANK``.
 
     Args:
-        before: what the first rank does beforehand. If it ends in failure the others are killed, as torchrun does it.
+        before: called by the first rank before the command. If the first rank fails, the others are killed, as by
+            torchrun.
 
     Returns:
-        The ranks' exit codes, minus the signals that ended them.
+        The exit codes of the ranks; the negative signal number for a rank killed by a signal.
     """
 
     def run(rank: int, told: dict[str, str]) -> None:
@@ -97,6 +98,6 @@ def forked(
 
 
 def on_two_ranks(runner: ModuleType, out: Path, *words: object) -> list[str]:
-    """What each of two ranks prints that run a command together and end well."""
+    """Run a command on two ranks, which must succeed; return the stdout of each."""
     assert forked(runner, out, *words, ranks=2) == [0, 0], [(out / f"log-{rank}").read_text() for rank in range(2)]
     return [(out / f"said-{rank}").read_text() for rank in range(2)]

@@ -1,4 +1,4 @@
-"""One of two processes that are told one name for two folders, or one for both; started by test_shared_folder.py."""
+"""One of two ranks with separate or shared output directories of the same name; started by test_shared_folder.py."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dino_xcit.runtime import distributed
 
 
 def main() -> None:
-    """As run_pretrain.py begins, twice: the second time there is a checkpoint."""
+    """Begin a run like run_pretrain.py, twice for each kind of directory: first without, then with a checkpoint."""
     distributed.start(CPU)
     rank, out = distributed.rank(), Path(sys.argv[1])
     said: dict[str, list[str]] = {}
     for name, place in (("apart", out / str(rank)), ("together", out)):
         place.mkdir(exist_ok=True)
-        os.chdir(place)  # as machines with a disk of their own each, or with a common one
+        os.chdir(place)  # emulates machines with separate disks or a shared one
         said[name] = []
         for _ in range(2):
             heard = io.StringIO()

@@ -1,4 +1,4 @@
-"""benchmarks/step.py: the rows do the same work, the arithmetic of its table; what the benchmarks refuse."""
+"""benchmarks/step.py: equal work of the rows, arithmetic of the table, refused flags, and --against."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ TINY = Settings("xcit_nano_12_p16", 2, 64, 2, 32, 16, head_hidden=32, head_bottl
 ROWS = {row.key: row for row in step.rows_for("cpu")}
 
 
-def test_our_rows_have_the_loss_and_gradients_of_the_plain_step() -> None:
+def test_own_rows_match_loss_and_gradients_of_plain_step() -> None:
     found = step.check(TINY, [ROWS["ours-fp32"], ROWS["ours-bf16"], ROWS["ours-fp32-ckpt"]], "")
     assert len(found) == 5
     assert all(error <= limit for _, error, limit in found)
 
 
-def test_a_step_that_computes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_detects_different_student_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "STUDENT_TEMP", 0.11)
     (_, loss, loss_limit), (_, gradient, gradient_limit) = step.check(TINY, [ROWS["ours-fp32"]], "")
     assert loss > loss_limit
     assert gradient > gradient_limit
 
 
-def test_the_timed_steps_do_train() -> None:
+def test_timed_steps_update_student_and_teacher() -> None:
     plain, ours = PlainStep(TINY, "fp32"), OurStep(TINY, ROWS["ours-fp32"])
     for run, student, teacher in (
         (lambda crops: plain(normalised(crops)), plain.student, plain.teacher),
@@ -49,18 +49,18 @@ def test_the_timed_steps_do_train() -> None:
         assert all(bool(torch.isfinite(run(draw_crops(TINY, number)))) for number in range(2))
         moved = [not torch.equal(old, new) for old, new in zip(before, networks, strict=True)]
         half = len(moved) // 2
-        assert sum(moved[:half]) == half - 1  # the length of the prototypes is fixed
-        assert sum(moved[half:]) > 0.2 * half  # an average that small does not move what is near 1
+        assert sum(moved[:half]) == half - 1  # the norm of the prototypes is fixed
+        assert sum(moved[half:]) > 0.2 * half  # the EMA update is too small to change values near 1
 
 
-# ---- the table
+# ---- table
 
 
 def measured(row: Row, seconds: list[float], peak: int, mark: str = "") -> Any:
     return SimpleNamespace(row=row, key=row.key + mark, name=row.title + mark, seconds=seconds, peak=peak)
 
 
-def test_ratios_are_medians_over_the_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_ratios_are_medians_over_rounds(capsys: pytest.CaptureFixture[str]) -> None:
     reference = measured(ROWS["reference"], [6.0, 9.0, 4.0], 500)
     timm = measured(ROWS["timm-fp32"], [2.0, 2.25, 1.0], 600)
     ours = measured(ROWS["ours-fp32"], [2.0, 4.5, 1.0], 300)
@@ -73,11 +73,11 @@ def test_ratios_are_medians_over_the_rounds(capsys: pytest.CaptureFixture[str]) 
     assert "3 (2 - 4)" in capsys.readouterr().out
 
 
-# ---- the processes
+# ---- worker processes and flags
 
 
 @pytest.mark.slow
-def test_a_row_in_a_process_of_its_own() -> None:
+def test_worker_measures_row_in_separate_process() -> None:
     with step.process_group() as group:
         worker = Worker(ROWS["ours-fp32"], TINY, "", group)
         step.take_turns([worker], 2, "cpu")
@@ -97,14 +97,16 @@ def test_a_row_in_a_process_of_its_own() -> None:
         ("--against .", "benchmarks/step.py"),
     ],
 )
-def test_a_wrong_word_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str) -> None:
+def test_step_benchmark_refuses_invalid_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["step.py", *words.split()])
     with pytest.raises(InputError, match=named):
         step.main()
 
 
-# ---- --against DIR: two commits in turn
+# ---- --against DIR: alternation between two commits
 
 TURN = """
 import json, os, sys
@@ -120,7 +122,7 @@ print(json.dumps({"speed": SPEED * turn, "s": 2.0}))
 
 
 def checkout(folder: Path, name: str, script: str) -> Path:
-    """A checkout with one benchmark."""
+    """Create a checkout with one benchmark script."""
     (folder / "benchmarks").mkdir(parents=True)
     (folder / "benchmarks" / name).write_text(script)
     return folder
@@ -134,7 +136,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, this: Path, that: Path, rounds: int
     against.compare_commits(["new.py", "old.py"], {"speed": "more", "s": "less", "new": "less"}, given)
 
 
-def test_both_commits_run_in_turn(
+def test_compare_commits_alternates_and_reports_median_ratios(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     this = checkout(tmp_path / "this", "new.py", TURN.replace("SPEED", "2"))
@@ -153,7 +155,7 @@ def test_both_commits_run_in_turn(
         ("", "new.py", 0, InputError), ("", "other.py", 1, InputError),
     ],
 )  # fmt: skip
-def test_a_comparison_that_cannot_be_is_refused(
+def test_compare_commits_raises_for_failed_runs_and_invalid_flags(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, name: str, rounds: int, error: type
 ) -> None:
     that = checkout(tmp_path, name, script)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic file writes: a failed write keeps the old file and leaves no temporary file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dino_xcit.runtime import atomic
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file that is to be replaced."""
+    """An existing file to replace."""
     path = tmp_path / "checkpoint.pth"
     atomic.write_torch(path, {"step": 1})
     return path
@@ -28,7 +28,7 @@ def assert_as_it_was(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pth"]
 
 
-def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+def test_write_returns_digest_of_file(tmp_path: Path) -> None:
     for name, digest in (
         ("a.pth", atomic.write_torch(tmp_path / "a.pth", {"weights": torch.randn(300, 300)})),
         ("a.json", atomic.write_json(tmp_path / "a.json", {"step": 3})),
@@ -39,8 +39,8 @@ def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == {"step": 3}
 
 
-@pytest.mark.parametrize("numbers", [1, 100_000])  # found out when the file is flushed, and within torch.save
-def test_a_full_disk_is_reported_as_such_and_leaves_the_old_file(
+@pytest.mark.parametrize("numbers", [1, 100_000])  # the error occurs at the flush, or within torch.save
+def test_write_to_full_disk_raises_enospc_and_keeps_old_file(
     path: Path, monkeypatch: pytest.MonkeyPatch, numbers: int
 ) -> None:
     def on_a_full_disk(path: Path, mode: str) -> IO[bytes]:
@@ -54,7 +54,9 @@ def test_a_full_disk_is_reported_as_such_and_leaves_the_old_file(
     assert_as_it_was(path)
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_no_rest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_keeps_old_file_and_removes_temporary_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(_descriptor: int) -> None:
         raise KeyboardInterrupt
 
@@ -64,9 +66,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rest(path: Path, monkey
     assert_as_it_was(path)
 
 
-def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_old_file_is_replaced(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_detects_corrupted_bytes_and_keeps_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync = os.fsync
 
     def flip_a_bit(descriptor: int) -> None:
@@ -82,19 +82,19 @@ def test_a_disk_that_gives_back_other_bytes_is_found_out_before_the_old_file_is_
     assert_as_it_was(path)
 
 
-def test_a_second_name_is_the_same_file_and_replaces_what_had_it(tmp_path: Path) -> None:
+def test_give_name_links_file_and_replaces_old_link(tmp_path: Path) -> None:
     first, second, name = tmp_path / "first", tmp_path / "second", tmp_path / "latest"
     first.write_bytes(b"1")
     second.write_bytes(b"2")
     atomic.give_name(first, name)
     assert os.path.samefile(first, name)
     atomic.give_name(second, name)
-    atomic.give_name(second, name)  # once more does no harm
+    atomic.give_name(second, name)  # repeating it changes nothing
     assert os.path.samefile(second, name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "latest", "second"]
 
 
-def test_where_there_are_no_hard_links_a_name_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_give_name_copies_file_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, name = tmp_path / "file", tmp_path / "latest"
     file.write_bytes(b"12345")
 
@@ -107,7 +107,7 @@ def test_where_there_are_no_hard_links_a_name_is_a_copy(tmp_path: Path, monkeypa
     assert not os.path.samefile(file, name)
 
 
-def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_remove_leftovers_deletes_only_temporary_files(tmp_path: Path) -> None:
     for name in (".checkpoint.pth.tmp", ".a.json.tmp", "checkpoint.pth", ".lock"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / ".features.tmp").mkdir()

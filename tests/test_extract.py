@@ -1,4 +1,4 @@
-"""run_extract.py: what vectors are, additions, queries, mistakes; killed, shared by processes, with images missing."""
+"""run_extract.py: vectors, --add, queries, invalid flags, kills, two ranks, unreadable images, existing folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def straight(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An extraction that nothing disturbed."""
+    """An uninterrupted extraction."""
     folder = tmp_path_factory.mktemp("straight")
     code, log = run_in_a_child(run_extract, words(place, "--output-dir", folder / "v"), folder / "log", folder)
     assert code == 0, log
@@ -37,14 +37,14 @@ def straight(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(here: Here) -> Command:
-    """Runs run_extract.py in this process."""
+    """Run run_extract.py in this process."""
     return functools.partial(here, run_extract)
 
 
-# ---- what a vector is
+# ---- vectors
 
 
-def test_a_query_is_prepared_and_whitened_as_its_collection_was(place: Place, command: Command, tmp_path: Path) -> None:
+def test_query_uses_transform_and_whitening_of_collection(place: Place, command: Command, tmp_path: Path) -> None:
     kind = ("--pooling", "cls+mean", "--scales", 1, 0.7071, 1.4142, "--eval-crop", 24, "--eval-resize", 40)
     done(command(*words(place, "--output-dir", tmp_path / "val", *kind, data=place.data / "val")))
     whitening = tmp_path / "w.npz"
@@ -67,10 +67,10 @@ def test_a_query_is_prepared_and_whitened_as_its_collection_was(place: Place, co
     assert "resize to 40, centre crop 24" in told
     first = json.loads((tmp_path / "q.json").read_text())["results"][0]
     assert (first["path"], first["row"]) == (wanted, 5)
-    assert first["score"] == pytest.approx(1, abs=1e-4), "the query's vector is the stored one"
+    assert first["score"] == pytest.approx(1, abs=1e-4), "the vector of the query differs from the stored one"
 
 
-def test_an_approximate_index_states_its_recall_on_the_screen_and_in_the_card(
+def test_approximate_index_prints_its_recall_and_stores_it_in_metadata(
     place: Place, command: Command, tmp_path: Path
 ) -> None:
     told = done(command(*words(place, "--output-dir", tmp_path / "v", "--index-type", "hnsw"))).out
@@ -80,10 +80,10 @@ def test_an_approximate_index_states_its_recall_on_the_screen_and_in_the_card(
     assert f"{COUNT}  " in done(command("--query", name, "--index", tmp_path / "v", "--top", COUNT)).out
 
 
-# ---- images that are added later
+# ---- --add
 
 
-def test_added_images_leave_the_bytes_of_one_extraction(place: Place, command: Command, tmp_path: Path) -> None:
+def test_add_writes_same_bytes_as_single_extraction(place: Place, command: Command, tmp_path: Path) -> None:
     train = place.data / "train"
     images = [*sorted((train / "bars").iterdir()), *sorted((train / "dots").iterdir())]
     (tmp_path / "all.txt").write_text("\n".join(map(str, images)))
@@ -102,7 +102,7 @@ def test_added_images_leave_the_bytes_of_one_extraction(place: Place, command: C
     assert query.out.splitlines()[-2].split(maxsplit=2)[::2] == ["1", str(images[12])]
 
 
-def test_what_cannot_be_added_is_refused_with_the_difference(place: Place, command: Command, tmp_path: Path) -> None:
+def test_add_refuses_mismatch_and_names_difference(place: Place, command: Command, tmp_path: Path) -> None:
     train = place.data / "train"
     done(command(*words(place, "--output-dir", tmp_path / "v", data=train / "bars")))
     before = content(tmp_path / "v")
@@ -122,13 +122,10 @@ def test_what_cannot_be_added_is_refused_with_the_difference(place: Place, comma
     assert not (tmp_path / "none").exists()
 
 
-# ---- what a query leaves
+# ---- collection inside the folder of its images
 
 
-# ---- where a collection may lie
-
-
-def test_a_collection_may_lie_among_its_images(place: Place, command: Command, tmp_path: Path) -> None:
+def test_collection_in_subfolder_of_its_images_is_not_extracted(place: Place, command: Command, tmp_path: Path) -> None:
     images = tmp_path / "images"
     shutil.copytree(place.data / "val", images)
     assert "the folder of the images" in command(*words(place, "--output-dir", images, data=images)).err
@@ -136,10 +133,10 @@ def test_a_collection_may_lie_among_its_images(place: Place, command: Command, t
     done(command(*given))
     query = ("--query", images / "bars" / "bars 00.jpg", "--index", images / "v")
     assert f"contact sheet: {images}/v" in done(command(*query)).out
-    assert "already there" in done(command(*given)).out, "the contact sheet is no image of the data"
+    assert "already there" in done(command(*given)).out, "the contact sheet counts as an image of the data"
 
 
-# ---- mistakes
+# ---- invalid flags
 
 
 @pytest.mark.parametrize(
@@ -151,7 +148,7 @@ def test_a_collection_may_lie_among_its_images(place: Place, command: Command, t
         ("--output-dir v --add --overwrite", "--add"),
     ],
 )  # fmt: skip
-def test_a_mistake_names_the_setting(typed: str, name: str, command: Command) -> None:
+def test_invalid_flags_error_names_setting(typed: str, name: str, command: Command) -> None:
     refused = command(*typed.split())
     assert refused.code == 2
     assert name in refused.err
@@ -160,7 +157,9 @@ def test_a_mistake_names_the_setting(typed: str, name: str, command: Command) ->
 # ---- kills
 
 
-def test_killed_between_parts_it_goes_on(place: Place, command: Command, straight: Path, tmp_path: Path) -> None:
+def test_extraction_resumes_after_kill_between_shards(
+    place: Place, command: Command, straight: Path, tmp_path: Path
+) -> None:
     killed = words(place, "--output-dir", tmp_path / "killed")
     made: dict[Path, int] = {}
     for more, count in ((1, 1), (2, 3)):
@@ -169,7 +168,7 @@ def test_killed_between_parts_it_goes_on(place: Place, command: Command, straigh
         parts = (tmp_path / "killed" / ".parts").glob("*/features.npy")
         there = {path: path.stat().st_mtime_ns for path in parts}
         assert len(there) == count
-        assert made.items() <= there.items(), "finished parts are kept as they are"
+        assert made.items() <= there.items(), "a complete shard was deleted or rewritten"
         made = there
     assert "resuming from the shards of an earlier extraction" in done(command(*killed)).out
     assert content(tmp_path / "killed") == content(straight)
@@ -177,7 +176,7 @@ def test_killed_between_parts_it_goes_on(place: Place, command: Command, straigh
 
 
 def kill_at_each(place: Place, command: Command, tmp_path: Path, straight: Path, step: int) -> int:
-    """Kill at every ``step``-th operation on a file, go on, compare. How many were killed."""
+    """Kill at every ``step``-th file operation, resume and compare the files; return the number of kills."""
     wanted = content(straight)
     folder = tmp_path / "counted"
     code, log = run_in_a_child(run_extract, words(place, "--output-dir", folder), tmp_path / "log", folder)
@@ -196,17 +195,17 @@ def kill_at_each(place: Place, command: Command, tmp_path: Path, straight: Path,
 
 
 @pytest.mark.parametrize(("step", "most"), [(23, 4), pytest.param(1, 60, marks=pytest.mark.slow)])
-def test_killed_at_a_file_operation_the_same_command_ends_with_the_same_bytes(
+def test_extraction_resumed_after_kill_at_file_operation_is_identical(
     place: Place, command: Command, straight: Path, tmp_path: Path, step: int, most: int
 ) -> None:
     assert kill_at_each(place, command, tmp_path, straight, step) >= most
 
 
 @pytest.mark.parametrize(("early", "late"), [(60, 6), pytest.param(20, 3, marks=pytest.mark.slow)])
-def test_killed_while_adding_nothing_is_lost_and_the_same_command_ends_it(
+def test_add_resumed_after_kill_at_file_operation_is_identical(
     place: Place, command: Command, tmp_path: Path, early: int, late: int
 ) -> None:
-    """At every so many operations, and more often among the last ones, which put files into their places."""
+    """Kills are denser among the last file operations, which rename the files."""
     done(command(*words(place, "--output-dir", tmp_path / "first", data=place.data / "train" / "bars")))
 
     def adding(folder: Path) -> tuple[object, ...]:
@@ -224,19 +223,19 @@ def test_killed_while_adding_nothing_is_lost_and_the_same_command_ends_it(
         assert content(folder) == wanted, number
 
 
-# ---- processes
+# ---- two ranks
 
 
-def test_two_processes_leave_the_bytes_of_one(place: Place, straight: Path, tmp_path: Path) -> None:
+def test_two_ranks_write_same_bytes_as_one_process(place: Place, straight: Path, tmp_path: Path) -> None:
     on_two_ranks(run_extract, tmp_path, *words(place, "--output-dir", tmp_path / "two", "--device", "cpu"))
     assert content(tmp_path / "two") == content(straight)
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(FILES)
 
 
-# ---- images that cannot be read
+# ---- unreadable images
 
 
-def test_a_damaged_image_is_left_out_only_on_request(place: Place, command: Command, tmp_path: Path) -> None:
+def test_unreadable_image_is_refused_unless_skip_is_given(place: Place, command: Command, tmp_path: Path) -> None:
     shutil.copytree(place.data / "train", tmp_path / "train")
     broken = tmp_path / "train" / "waves" / "waves 03.png"
     broken.write_bytes(b"not a picture")
@@ -258,10 +257,12 @@ def test_a_damaged_image_is_left_out_only_on_request(place: Place, command: Comm
     assert f"1  1.0000  {last}" in done(command("--query", last, "--index", tmp_path / "v", "--top", 1)).out
 
 
-# ---- what is there already
+# ---- existing folders
 
 
-def test_extractions_are_not_mixed(place: Place, command: Command, straight: Path, tmp_path: Path) -> None:
+def test_shards_of_another_extraction_are_not_reused(
+    place: Place, command: Command, straight: Path, tmp_path: Path
+) -> None:
     given = words(place, "--output-dir", tmp_path / "v")
     gem = (*given, "--pooling", "gem")
     assert run_in_a_child(run_extract, gem, tmp_path / "log", tmp_path / "v", die_at_part=2)[0] == -9
@@ -269,7 +270,9 @@ def test_extractions_are_not_mixed(place: Place, command: Command, straight: Pat
     assert content(tmp_path / "v") == content(straight)
 
 
-def test_damage_is_replaced_on_request(place: Place, command: Command, straight: Path, tmp_path: Path) -> None:
+def test_damaged_collection_is_refused_unless_overwrite_is_given(
+    place: Place, command: Command, straight: Path, tmp_path: Path
+) -> None:
     shutil.copytree(straight, tmp_path / "v")
     (tmp_path / "v" / "index.faiss").write_bytes(b"IxF")
     given = words(place, "--output-dir", tmp_path / "v")
@@ -280,7 +283,7 @@ def test_damage_is_replaced_on_request(place: Place, command: Command, straight:
     assert content(tmp_path / "v") == content(straight)
 
 
-def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
+def test_claim_refuses_folder_in_use_by_another_extraction(tmp_path: Path) -> None:
     config, source = ExtractConfig(output_dir="v"), noise_source(3)
     with ExitStack() as first, ExitStack() as second:
         assert claim(tmp_path / "v", {}, source, config, first) == ""
@@ -290,10 +293,10 @@ def test_two_extractions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
         assert claim(tmp_path / "v", {}, source, config, third) == ""
 
 
-def test_a_part_of_broken_images_alone_is_left_out(place: Place, command: Command, tmp_path: Path) -> None:
+def test_shard_with_only_unreadable_images_is_skipped(place: Place, command: Command, tmp_path: Path) -> None:
     photos = shutil.copytree(place.data / "train", tmp_path / "photos")
     files = sorted(photos.rglob("*.*"))
-    for path in files[4:8]:  # the second part
+    for path in files[4:8]:  # the second shard
         path.write_bytes(b"broken")
     flags = words(place, "--output-dir", tmp_path / "v", "--unreadable", "skip", data=photos)
     done(command(*flags))

@@ -1,6 +1,6 @@
-"""Today's code computes what the code of 0.1 computed: the golden files, and what wrote them (golden_runs.py).
+"""The code reproduces the results of version 0.1 in tests/golden (written by golden_runs.py).
 
-Written on a CPU with one thread. On another kind of processor the last digits differ, and 20 steps magnify them.
+The golden files come from one CPU thread. Another processor model changes the last digits, and 20 steps amplify that.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from golden_runs import GOLDEN
 
 Figures = dict[tuple[object, ...], Any]
 
-# ---- where a result file has its figures: where keys are renamed, these read both names. Intervals of accuracies are
-# left out: 0.1 had bootstrap intervals, now they are Wilson's.
+# ---- metrics of the result files, without confidence intervals: 0.1 had bootstrap intervals, now they are Wilson
+# intervals.
 
 
 def knn_figures(card: dict[str, Any]) -> Figures:
@@ -53,7 +53,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figures]] = {
 
 
 def probe_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Of linear.pth or logreg.pth: what its classifiers have learnt."""
+    """Return the weights and biases of the classifiers in linear.pth or logreg.pth."""
     content = torch.load(file, weights_only=True)
     learnt = {path: tensor for path, tensor in runs.tensors(content, "") if path.endswith(("/weight", "/bias"))}
     assert len(learnt) >= 2
@@ -61,7 +61,7 @@ def probe_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def networks(file: Path) -> dict[str, torch.Tensor]:
-    """Of checkpoint.pth: what is kept of it."""
+    """Return the tensors of teacher and loss in checkpoint.pth; the golden checkpoint has no student."""
     content = torch.load(file, weights_only=True)
     return dict(runs.tensors({"teacher": content["teacher"], "dino_loss": content["dino_loss"]}, ""))
 
@@ -71,7 +71,7 @@ def networks(file: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def _beside_the_golden_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test runs where the images are, and run/ with the weights of 0.1."""
+    """Run each test in a folder with the images in photos/ and the weights of 0.1 in run/."""
     monkeypatch.chdir(tmp_path)
     runs.write_photos(Path("photos"))
     runs.unpack_weights(Path("run"))
@@ -88,31 +88,31 @@ def assert_close(new: Figures, old: Figures, tolerance: float = 1e-5) -> None:
     ("number", "count"),
     [(0, 12), (1, 3), (2, 3), (3, 3), (4, 3), (5, 3), *(pytest.param(n, 20, marks=pytest.mark.slow) for n in range(6))],
 )
-def test_a_run_has_the_same_losses(number: int, count: int) -> None:
-    """An epoch with k-NN and three steps of each other run; all twenty steps if slow."""
+def test_training_reproduces_golden_metrics(number: int, count: int) -> None:
+    """Run 0 trains one epoch and evaluates k-NN; the others train three steps. Slow cases train all 20 steps."""
     flags = runs.LOSSES[number]
     golden = {name: values[:count] for name, values in runs.read_json(GOLDEN / "losses.json")[" ".join(flags)].items()}
     new = runs.losses(flags, "new", count)
     assert len(new["loss"]) == len(golden["loss"]) == count
-    if count < 20:  # where a run stops within an epoch, 0.1 had no k-NN
+    if count < 20:  # shorter runs evaluate k-NN at their end, the golden run did not
         golden["knn_top1"], new["knn_top1"] = golden["knn_top1"][: count // 12], new["knn_top1"][: count // 12]
-    # 0.1 took the entropy with the centre that it had just updated, so that loss = entropy + KL did not hold.
+    # 0.1 computed the entropy with the updated center, so loss = entropy + KL did not hold.
     assert np.add(new["teacher_entropy"], new["kl"]) == pytest.approx(new["loss"], rel=1e-5)
     compared = set(golden) - ({"teacher_entropy", "kl"} if "sinkhorn_knopp" not in flags else set())
-    if "--accumulation-steps" in flags:  # 0.1 took it from the last forward pass, now it is the mean over all
+    if "--accumulation-steps" in flags:  # 0.1 used the last forward pass, now it is the mean over all
         compared.remove("feature_std")
     chosen = [{name: metrics[name] for name in compared} for metrics in (new, golden)]
     assert_close(*chosen, 1e-3 if "bf16" in flags else 1e-5)
 
 
-def test_two_steps_give_the_same_checkpoint() -> None:
+def test_two_training_steps_reproduce_golden_checkpoint() -> None:
     runs.run(*runs.TWO_STEPS, "--output-dir", "new")
     assert_close(runs.parameters(Path("new/checkpoint.pth")), runs.read_json(GOLDEN / "parameters.json"), 1e-6)
     assert_tensors(networks(Path("new/checkpoint.pth")), networks(Path(runs.WEIGHTS)), 1e-6)
     np.testing.assert_allclose(runs.ten_features("new/backbone.pth"), np.load(GOLDEN / "features.npy"), 1e-5, 1e-5)
 
 
-def test_a_run_of_0_1_is_not_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_from_version_0_1_checkpoint_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="code 2"):
         runs.run(*runs.TWO_STEPS, "--output-dir", "run")
     assert "--init-weights run/checkpoint.pth" in capsys.readouterr().err.splitlines()[-1]
@@ -124,14 +124,14 @@ def assert_tensors(new: dict[str, torch.Tensor], old: dict[str, torch.Tensor], t
         torch.testing.assert_close(new[name], old[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_stored_weights_have_the_same_features() -> None:
+def test_stored_weights_reproduce_golden_features() -> None:
     for name in ("checkpoint.pth", "backbone.pth"):
         np.testing.assert_allclose(runs.ten_features(f"run/{name}"), np.load(GOLDEN / "features.npy"), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_runner_finds_the_same_figures(name: str) -> None:
-    if name == "query":  # in a collection of 0.1
+def test_runner_reproduces_golden_results(name: str) -> None:
+    if name == "query":  # search the collection written by 0.1
         shutil.copytree(GOLDEN / "collection", "collection")
     figures = FIGURES[name]
     assert_close(figures(runs.measure(name)), figures(runs.read_json(GOLDEN / f"{name}.json")))

@@ -1,4 +1,4 @@
-"""Real runs in which a process hangs or dies: the live ranks end in time with code 4 and leave nothing behind."""
+"""Real runs in which a process hangs or dies: live ranks exit in time with code 4; no process or memory is left."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def alive(pid: int) -> bool:
 
 
 def family_of(run: Run) -> set[int]:
-    """Its ranks and their loader processes."""
+    """Return the PIDs of the ranks and of their loader workers."""
     return {*run.pids, *(child for pid in run.pids for child in children_of(pid))}
 
 
@@ -44,12 +44,12 @@ def assert_nothing_is_left(run: Run, family: set[int], shared_before: set[str]) 
 
 
 @pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_live_rank_ends_in_time_when_the_other_is_stopped(start: Start, stopped: int) -> None:
-    """SIGSTOP. Rank 0 also holds the store."""
+def test_live_rank_exits_in_time_when_other_rank_is_stopped(start: Start, stopped: int) -> None:
+    """SIGSTOP stops the other rank. Rank 0 also hosts the store."""
     before, live = shared_memory(), 1 - stopped
     run = start(*FLAGS, "--num-workers", "1")
     run.until_step(4)
-    time.sleep(1.5)  # both have written their phase to the store
+    time.sleep(1.5)  # both ranks have written their phase to the store
     family = family_of(run)
     assert len(family) == 4
     began = time.monotonic()
@@ -80,7 +80,7 @@ def test_the_live_rank_ends_in_time_when_the_other_is_stopped(start: Start, stop
     ],
     ids=["killed loader", "stopped loader", "killed rank"],
 )
-def test_a_process_that_dies_or_stands_still_ends_the_run_in_time(
+def test_killed_or_stopped_process_ends_run_in_time(
     start: Start, victim: str, number: signal.Signals, codes: list[int], said: str
 ) -> None:
     before = shared_memory()

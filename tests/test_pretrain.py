@@ -1,4 +1,4 @@
-"""run_pretrain.py as a user runs it: a process, its output, its exit code and its files."""
+"""The command line of run_pretrain.py: output, exit code and files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.runtime.metrics import read_metrics
 
-# ---- a run
+# ---- runs in this process
 
 
-def test_a_run_of_two_steps_ends_with_a_complete_checkpoint(stopped: Stopped, labelled_photos: Path) -> None:
+def test_two_step_run_prints_setup_and_writes_checkpoint(stopped: Stopped, labelled_photos: Path) -> None:
     assert stopped.ended.code == 0, stopped.ended.err
     assert str(labelled_photos) in stopped.ended.out.splitlines()[0]
     assert "16 images" in stopped.ended.out
     assert "1 process on cpu in float32" in stopped.ended.out
-    assert "warmup_epochs" in stopped.ended.out  # ten epochs of warm-up in a run of three: shortened, with a notice
+    assert "warmup_epochs" in stopped.ended.out  # warning: 10 warm-up epochs in a run of 3 are shortened
     content = safe_load.read(stopped.folder / "checkpoint.pth")
     assert content["step"] == 2
     assert content["args"]["max_steps"] == 2
@@ -32,7 +32,7 @@ def test_a_run_of_two_steps_ends_with_a_complete_checkpoint(stopped: Stopped, la
     assert [path.name for path in stopped.folder.glob(".*")] == [".lock"]
 
 
-def test_a_run_writes_metrics_tensorboard_and_curves(stopped: Stopped) -> None:
+def test_run_writes_metrics_tensorboard_and_curves(stopped: Stopped) -> None:
     records = read_metrics(stopped.folder / "metrics.jsonl")
     assert [(record["kind"], record["step"]) for record in records] == [("step", 1), ("step", 2), ("end", 2)]
     of_the_method = {"loss", "teacher_entropy", "kl", "feature_std"}
@@ -42,9 +42,8 @@ def test_a_run_writes_metrics_tensorboard_and_curves(stopped: Stopped) -> None:
     assert Image.open(stopped.folder / "curves.png").size[0] > 300
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_that_was_measured_on_the_way(
-    stopped: Stopped, tmp_path: Path
-) -> None:
+def test_resumed_run_matches_uninterrupted_run_with_knn_evaluation(stopped: Stopped, tmp_path: Path) -> None:
+    """Evaluation, kept checkpoints and loader workers in the uninterrupted run do not change training."""
     folder, flags = stopped.copy(tmp_path / "resumed")
     resumed = pretrain_here(*flags)
     assert resumed.code == 0, resumed.err
@@ -57,7 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_that_was_measured_on_the_way(
     assert differing_bits(state_in(folder), state_in(straight)) == []
     assert int(state_in(folder)["/step"]) == 3 * STEPS_AN_EPOCH
 
-    # The metrics of the interrupted run are those of the other: the truth has no gap and no step twice.
+    # Both runs log the same losses, without missing or repeated steps.
     def losses(run: Path) -> dict[int, float]:
         steps = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "step"]
         assert [record["step"] for record in steps] == list(range(1, 13))
@@ -70,7 +69,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_that_was_measured_on_the_way(
     assert "knn top1" in whole.out
     assert sorted(p.name for p in straight.glob("*.pth")) == ["backbone.pth", "best.pth", "checkpoint.pth"]
     manifests = {manifest.step: manifest for manifest in CheckpointFolder(straight).manifests()}
-    assert {8, 12} <= manifests.keys() <= {4, 8, 12}  # 8 of --saveckp-freq, 12 as the newest, 4 if it is the best
+    assert {8, 12} <= manifests.keys() <= {4, 8, 12}  # 8 by --saveckp-freq, 12 as the newest, 4 if it is the best
     assert manifests[8].keep
     measured = {record["step"]: record["knn_top1"] for record in epochs}
     assert all(manifest.metric == measured[step] for step, manifest in manifests.items())
@@ -78,7 +77,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_that_was_measured_on_the_way(
     assert measured[best] == max(measured.values())
 
 
-def test_the_sample_is_used_without_a_data_path_and_the_first_line_says_so(tmp_path: Path) -> None:
+def test_run_without_data_path_uses_sample_and_reports_it_first(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = pretrain_here("--max-steps", "1", "--batch-size-per-gpu", "4", "--knn-every", "0", "--output-dir", folder)
     assert ended.code == 0, ended.err
@@ -87,10 +86,10 @@ def test_the_sample_is_used_without_a_data_path_and_the_first_line_says_so(tmp_p
     assert safe_load.read(folder / "checkpoint.pth")["args"]["data_path"] == "sample:fashion-mnist"
 
 
-# ---- as a process of its own
+# ---- the script in a separate process
 
 
-def test_the_plain_command_works_from_another_directory(tmp_path: Path) -> None:
+def test_script_in_another_directory_refuses_misspelt_arch(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, PRETRAIN, "--arch", "xcit_smal_12_p16"],
         cwd=tmp_path,

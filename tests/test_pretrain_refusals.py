@@ -1,4 +1,4 @@
-"""What run_pretrain.py refuses, and what of a run it resumes: nothing that is there is lost."""
+"""Settings and output directories that run_pretrain.py refuses or resumes, without loss of existing files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from run_pretrain import train
 
 @dataclass
 class Folder:
-    """An output directory, and the command that trains into it; called with further flags it runs."""
+    """An output directory and the flags of its run. A call with further flags runs run_pretrain.py."""
 
     path: Path
     flags: list[Any]
@@ -42,7 +42,7 @@ class Folder:
         return [row["step"] for row in read_metrics(self.path / "metrics.jsonl") if row["kind"] == "step"]
 
     def assert_refused_untouched(self, flags: Sequence[object], *words: str) -> None:
-        """The run ends with a sentence that has these words, and leaves the folder as it was."""
+        """Check that the run is refused with these words and that the folder is unchanged."""
         before = files_of(self.path)
         self(*flags).assert_refused(*words)
         assert files_of(self.path) == before
@@ -50,14 +50,14 @@ class Folder:
 
 @pytest.fixture
 def fresh(labelled_photos: Path, tmp_path: Path) -> Folder:
-    """16 images in batches of 4; nothing has been trained yet."""
+    """A run over 16 images in batches of 4, before its start."""
     folder = tmp_path / "run"
     return Folder(folder, ["--data-path", labelled_photos, *SMALL, "--output-dir", folder])
 
 
 @pytest.fixture
 def begun(stopped: Stopped, tmp_path: Path) -> Folder:
-    """The same after two steps."""
+    """The same run after two steps."""
     return Folder(*stopped.copy(tmp_path / "run"))
 
 
@@ -76,46 +76,42 @@ def begun(stopped: Stopped, tmp_path: Path) -> Folder:
     }.items(),
     ids=" ".join,
 )  # fmt: skip
-def test_an_output_directory_of_another_run_is_refused_untouched(begun: Folder, typed: tuple[str, str]) -> None:
+def test_changed_or_invalid_settings_are_refused_without_file_changes(begun: Folder, typed: tuple[str, str]) -> None:
     begun.assert_refused_untouched([*typed[0].split(), "--max-steps", "3"], typed[1])
 
 
-def test_an_output_directory_that_another_run_holds_is_refused_untouched(begun: Folder) -> None:
+def test_locked_output_directory_is_refused_without_file_changes(begun: Folder) -> None:
     with locked(begun.path):
         begun.assert_refused_untouched([], f"process {os.getpid()} ", "--output-dir")
 
 
-def test_an_output_directory_that_cannot_be_written_to_is_refused_before_the_first_step(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # as root every folder can be written to
+def test_unwritable_output_directory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root can write to every folder
     with pytest.raises(InputError, match="cannot write to the output directory"), output_folder(tmp_path):
         pass
 
 
-def test_other_images_under_the_same_path_are_refused_and_named(
-    fresh: Folder, labelled_photos: Path, tmp_path: Path
-) -> None:
-    """Another image shifts the numbers of those behind it, so that an epoch would see some twice and others never."""
+def test_changed_images_under_same_path_are_refused(fresh: Folder, labelled_photos: Path, tmp_path: Path) -> None:
+    """A changed image shifts the indices of later ones: an epoch would use some images twice and others never."""
     images = shutil.copytree(labelled_photos, tmp_path / "photos")
     assert fresh("--data-path", images, "--max-steps", "1").code == 0
     (images / "train" / "dark" / "0.png").rename(images / "train" / "dark" / "9.png")
     fresh.assert_refused_untouched(["--data-path", images], "16 images", "--resume changed")
 
 
-def test_another_global_batch_is_refused_even_where_an_epoch_has_as_many_steps(fresh: Folder) -> None:
-    """16 images are 2 steps of 8 and 2 steps of 7; the learning rate and the images of each step differ."""
+def test_run_with_changed_global_batch_is_refused_at_equal_epoch_length(fresh: Folder) -> None:
+    """16 images give 2 steps with a batch of 8 or 7, but learning rate and images of each step differ."""
     assert fresh("--batch-size-per-gpu", "8", "--max-steps", "1").code == 0
     fresh.assert_refused_untouched(["--batch-size-per-gpu", "7"], "batch")
 
 
-def test_the_same_global_batch_in_smaller_passes_is_the_same_run(begun: Folder) -> None:
+def test_run_resumes_with_accumulation_at_same_global_batch(begun: Folder) -> None:
     ended = begun("--batch-size-per-gpu", "2", "--accumulation-steps", "2", "--max-steps", "3")
     assert ended.code == 0, ended.err
     assert "after step 2" in ended.out
 
 
-def test_resume_changed_resumes_and_resume_never_starts_anew(begun: Folder, stopped: Stopped) -> None:
+def test_resume_changed_mode_continues_and_never_mode_starts_over(begun: Folder, stopped: Stopped) -> None:
     changed = begun("--lr", "0.3", "--resume", "changed", "--max-steps", "3")
     assert changed.code == 0, changed.err
     assert "after step 2" in changed.out
@@ -130,24 +126,25 @@ def test_resume_changed_resumes_and_resume_never_starts_anew(begun: Folder, stop
 
 
 @pytest.mark.parametrize(("batch", "step"), [(8, 3), (2, 12)])
-def test_another_batch_resumes_at_the_epoch_that_was_reached(begun: Folder, batch: int, step: int) -> None:
-    """16 images in batches of 4, stopped after 6 steps of 4 an epoch."""
+def test_resume_with_changed_batch_size_keeps_epoch_position(begun: Folder, batch: int, step: int) -> None:
+    """16 images in batches of 4 give 4 steps per epoch; the run stops after 6 steps."""
     assert begun("--max-steps", "6", "--saveckp-freq", "1").code == 0
     other = ["--batch-size-per-gpu", batch, "--saveckp-freq", "1"]
     resumed = begun(*other, "--resume", "changed", "--max-steps", step + 1)
     assert resumed.code == 0, resumed.err
     assert f"step 6, 1.50 epochs, is now {step}" in resumed.out
     again = begun(*other, "--max-steps", step + 2)
-    assert f"after step {step + 1} of" in again.out  # from its own checkpoint, not from one with more steps
+    assert f"after step {step + 1} of" in again.out  # resumes from its own checkpoint, not from the old step 6
     kept = {path.name for path in (begun.path / "checkpoints").iterdir()}
-    assert {"step00000004.pth", "step00000004-4.pth"} & kept
+    earlier = "step00000004-4.pth" if batch == 8 else "step00000004.pth"  # batch 8 saves its own step 4
+    assert earlier in kept
     steps = begun.steps()
     assert steps == sorted(steps)
     assert steps[-2:] == [step + 1, step + 2]
 
 
 @pytest.mark.parametrize("last", [1, 2])
-def test_a_run_that_is_complete_says_why_and_what_is_next_and_touches_nothing(begun: Folder, last: int) -> None:
+def test_complete_run_prints_reason_and_next_command_and_keeps_files(begun: Folder, last: int) -> None:
     before = files_of(begun.path)
     ended = begun("--max-steps", last)
     assert ended.code == 0
@@ -157,9 +154,7 @@ def test_a_run_that_is_complete_says_why_and_what_is_next_and_touches_nothing(be
     assert files_of(begun.path) == before
 
 
-def test_a_run_begins_from_weights_once_and_resumes_without_them(
-    fresh: Folder, stopped: Stopped, tmp_path: Path
-) -> None:
+def test_init_weights_are_read_at_start_and_not_on_resume(fresh: Folder, stopped: Stopped, tmp_path: Path) -> None:
     source = tmp_path / "weights.pth"
     shutil.copy(stopped.folder / "checkpoint.pth", source)
     initial = ["--init-weights", source]
@@ -171,7 +166,7 @@ def test_a_run_begins_from_weights_once_and_resumes_without_them(
     assert "heads too" in ended.out
     content, before = (safe_load.read(path) for path in (fresh.path / "checkpoint.pth", source))
     assert (content["step"], content["args"]["init_weights"]) == (1, str(source))
-    # The first step's learning rate is 0: the student's weights are still the ones it began with.
+    # The learning rate of the first step is 0, so the student still has its initial weights.
     weights = [key for key in content["student"] if not key.endswith(("running_mean", "running_var", "tracked"))]
     assert len(weights) > 50
     assert all(torch.equal(content["student"][key], before["teacher"][key]) for key in weights)
@@ -185,7 +180,7 @@ def test_a_run_begins_from_weights_once_and_resumes_without_them(
     assert safe_load.read(fresh.path / "checkpoint.pth")["step"] == 2
 
 
-def test_a_foreign_checkpoint_is_refused_and_kept(fresh: Folder) -> None:
+def test_foreign_checkpoint_is_refused_and_kept(fresh: Folder) -> None:
     fresh.path.mkdir()
     torch.save({"model": {"weight": torch.zeros(3)}}, fresh.path / "checkpoint.pth")
     fresh.assert_refused_untouched([], "its format is None")
@@ -208,7 +203,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("typed", UNUSABLE)
-def test_what_cannot_be_is_refused_in_one_sentence(
+def test_unusable_settings_are_refused_in_one_sentence(
     fresh: Folder, labelled_photos: Path, tmp_path: Path, typed: str
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -218,7 +213,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_resume_never_that_is_restarted_starts_anew_until_what_was_there_is_gone(
+def test_restart_starts_anew_until_old_checkpoints_are_cleared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     config, folder = tiny_config(resume="never", output_dir=str(tmp_path)), CheckpointFolder(tmp_path)
@@ -240,7 +235,7 @@ def test_resume_never_that_is_restarted_starts_anew_until_what_was_there_is_gone
         ("fp32", 1.0, "including the last 3: lower --lr"),
     ],
 )
-def test_a_run_whose_steps_were_all_skipped_ends_with_code_three(
+def test_health_finish_raises_if_all_steps_skipped_and_warns_if_some(
     precision: str, scale: float, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(precision=precision, output_dir=str(tmp_path))
@@ -259,7 +254,7 @@ def test_a_run_whose_steps_were_all_skipped_ends_with_code_three(
     assert re.search(f"warning: 3 steps of 4 .*{words}", capsys.readouterr().out)
 
 
-def test_a_mistyped_arch_is_found_before_the_data_are_opened(tmp_path: Path) -> None:
+def test_unknown_arch_is_refused_before_data_is_opened(tmp_path: Path) -> None:
     config = tiny_config(arch="xcit_pico_4_p3", data_path=str(tmp_path / "absent"), output_dir=str(tmp_path / "run"))
     with pytest.raises(InputError, match="unknown arch 'xcit_pico_4_p3'"):
         train(config, CPU)

@@ -1,4 +1,4 @@
-"""run_knn.py, run_linear.py and run_extract.py as a user types them; test_golden.py has their figures."""
+"""Command lines of run_knn.py, run_linear.py and run_extract.py; test_golden.py checks their numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture
 def place(original: Place, tmp_path: Path) -> Place:
-    """The checkpoint anew, so that nothing is kept beside it; the data are shared and must not be changed."""
+    """A fresh copy of the checkpoint without a feature cache. Tests share the data and must not modify it."""
     weights = tmp_path / "run" / "checkpoint.pth"
     shutil.copytree(original.weights.parent, weights.parent, ignore=shutil.ignore_patterns("features", "linear"))
     return Place(original.data, weights)
@@ -44,7 +44,7 @@ def place(original: Place, tmp_path: Path) -> Place:
 # ---- k-NN
 
 
-def test_knn_knows_dinos_flag_names_and_takes_parts_one_by_one(place: Place, here: Here, tmp_path: Path) -> None:
+def test_knn_accepts_dino_flag_names_and_separate_data_parts(place: Place, here: Here, tmp_path: Path) -> None:
     first = here(
         run_knn, "--pretrained_weights", place.weights, "--checkpoint_key", "student", "--nb_knn", 5,
         "--temperature=0.1", "--batch_size_per_gpu", 7, "--data_path", place.data,
@@ -57,15 +57,15 @@ def test_knn_knows_dinos_flag_names_and_takes_parts_one_by_one(place: Place, her
         functools.partial(here, run_knn), tmp_path / "knn.json", "--weights", place.weights, "--network", "student",
         "--train-data", place.data / "train", "--val-data", place.data / "val", "--ks", 5, "--temperatures", 0.1,
     )  # fmt: skip
-    assert first.out.splitlines()[-1] in out.splitlines(), "the row of figures"
+    assert first.out.splitlines()[-1] in out.splitlines(), "the two commands print different results"
     assert [card["data"][part]["images"] for part in ("train", "val")] == [TRAIN, VAL]
-    assert sorted((place.weights.parent / "features").iterdir()) == kept, "nothing was extracted anew"
+    assert sorted((place.weights.parent / "features").iterdir()) == kept, "the second command adds to the feature cache"
 
 
 # ---- linear probe
 
 
-def test_linear_saves_its_classifier_and_replaces_it_if_told_to(place: Place, here: Here, tmp_path: Path) -> None:
+def test_linear_saves_probe_and_replaces_it_only_with_resume_never(place: Place, here: Here, tmp_path: Path) -> None:
     words = (
         "--weights", place.weights, "--epochs", 2, "--batch-size-per-gpu", 4, "--num-workers", 0, "--lrs", 0.5, 2, 0.01,
     )  # fmt: skip
@@ -78,7 +78,7 @@ def test_linear_saves_its_classifier_and_replaces_it_if_told_to(place: Place, he
     assert grid["held_out_top1"] == max(top1 for _, top1 in grid["held_out_top1_by_lr"])
     assert card["results"]["paper"]["best_epoch"]["top1"] == max(epoch["top1"] for epoch in card["history"])
     assert [epoch["epoch"] for epoch in card["history"]] == [1, 2]
-    assert card["protocol"]["crop_scale"] == [1.0, 1.0], "small pictures stay whole"
+    assert card["protocol"]["crop_scale"] == [1.0, 1.0], "the default crops small images"
 
     file = place.weights.parent / "linear" / "linear.pth"
     stored = torch.load(file, weights_only=True)
@@ -96,14 +96,14 @@ def test_linear_saves_its_classifier_and_replaces_it_if_told_to(place: Place, he
     assert refused.code == 2
     assert f"{file} holds another probe (" in refused.err
     _, card = measured(linear, result, *other, "--resume", "never")
-    assert list(card["results"]) == ["paper"], "nothing is held out to choose of a grid"
+    assert list(card["results"]) == ["paper"], "results include a grid without held-out images"
     assert card["protocol"]["crop_scale"] == [0.08, 1.0]
 
 
-# ---- extraction and look-up
+# ---- extraction and queries
 
 
-def test_extract_does_nothing_twice_and_nothing_over_another(place: Place, here: Here, tmp_path: Path) -> None:
+def test_extract_skips_finished_output_and_refuses_other_output(place: Place, here: Here, tmp_path: Path) -> None:
     words = ("--weights", place.weights, "--data-path", place.data / "val", "--output-dir", tmp_path / "vectors")
     assert here(run_extract, *words).code == 0
     before = (tmp_path / "vectors" / "card.json").read_bytes()
@@ -119,7 +119,7 @@ def test_extract_does_nothing_twice_and_nothing_over_another(place: Place, here:
     assert not np.allclose(np.linalg.norm(raw, axis=1), 1, atol=1e-2)
 
 
-def test_extract_takes_over_features_that_knn_kept(place: Place, here: Here, tmp_path: Path) -> None:
+def test_extract_output_equals_features_cached_by_knn(place: Place, here: Here, tmp_path: Path) -> None:
     assert here(run_knn, "--weights", place.weights, "--ks", 3).code == 0
     kept = (place.weights.parent / "features").glob("*/features.npy")
     assert here(run_extract, "--weights", place.weights, "--output-dir", tmp_path, "--no-normalise").code == 0
@@ -127,12 +127,12 @@ def test_extract_takes_over_features_that_knn_kept(place: Place, here: Here, tmp
     assert (taken == np.load(max(kept, key=lambda path: path.stat().st_size))).all()
 
 
-# ---- what a user gets wrong
+# ---- user errors
 
 
 @pytest.fixture(scope="module")
 def names(original: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the words of a mistake stand for."""
+    """Paths for the placeholders in WRONG."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "empty").mkdir()
     (folder / "bad").mkdir()
@@ -179,11 +179,11 @@ WRONG = {
     "knn W --json {tmp}": "which cannot be written: it is a folder; give another path",
     "linear W --json /dev/null": "cannot be written: it is no regular file; give",
 }  # fmt: skip
-"""``{weights}`` and the like are filled in by :func:`names`; W is ``--weights {weights}``."""
+"""Command lines and their error messages. :func:`names` fills in the placeholders; W is ``--weights {weights}``."""
 
 
 @pytest.mark.parametrize("mistake", WRONG)
-def test_a_mistake_ends_in_one_sentence_and_exit_code_two(mistake: str, names: dict[str, Path], here: Here) -> None:
+def test_user_error_prints_one_line_and_exits_with_code_two(mistake: str, names: dict[str, Path], here: Here) -> None:
     runner, *words = mistake.replace(" W", " --weights {weights}").split()
     module = {"knn": run_knn, "linear": run_linear, "extract": run_extract}[runner]
     done = here(module, *[word.format(**names) for word in words], "--device", "cpu")
@@ -193,7 +193,7 @@ def test_a_mistake_ends_in_one_sentence_and_exit_code_two(mistake: str, names: d
     assert WRONG[mistake] in done.err
 
 
-def test_queries_share_a_sheet_and_wrong_ones_are_named(place: Place, here: Here, tmp_path: Path) -> None:
+def test_queries_share_one_sheet_and_invalid_queries_are_refused(place: Place, here: Here, tmp_path: Path) -> None:
     index = tmp_path / "vectors"
     assert here(run_extract, "--weights", place.weights, "--output-dir", index).code == 0
     queries = [place.data / "val" / name / f"{name} 00.jpg" for name in CLASSES]
@@ -210,7 +210,8 @@ def test_queries_share_a_sheet_and_wrong_ones_are_named(place: Place, here: Here
     def ended(query: Path, *more: object) -> Outcome:
         return here(run_extract, "--query", query, "--index", index, *more)
 
-    assert ended(queries[0], "--weights", place.weights.with_name("backbone.pth")).code == 0, "the very same weights"
+    # backbone.pth has the same weights as the indexed checkpoint.pth.
+    assert ended(queries[0], "--weights", place.weights.with_name("backbone.pth")).code == 0
     (tmp_path / "text.jpg").write_text("not a picture")
     other = tiny_checkpoint(tmp_path / "other", place.data, seed=1)
     for refused, said in (
@@ -223,7 +224,7 @@ def test_queries_share_a_sheet_and_wrong_ones_are_named(place: Place, here: Here
     assert f"there is no file {place.weights}" in ended(queries[0]).err
 
 
-def test_a_mistake_has_exit_code_two_as_a_process_too(tmp_path: Path) -> None:
+def test_user_error_exits_with_code_two_in_a_subprocess(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "run_knn.py"), "--weights", "none.pth"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
@@ -241,7 +242,7 @@ COMMANDS = [
 
 
 def processor_time(*words: str) -> float:
-    """User and system time of a child process, in seconds."""
+    """Run Python with ``words`` and return its user and system time in seconds."""
     before = os.times()
     subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=False)
     after = os.times()
@@ -250,13 +251,13 @@ def processor_time(*words: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--help", "--mistyped"])
-def test_help_and_a_mistyped_flag_take_little_more_than_importing_torch(flag: str) -> None:
+def test_help_and_mistyped_flag_take_at_most_1_5_torch_imports(flag: str) -> None:
     limit = 1.5 * min(processor_time("-c", "import torch") for _ in range(3))
     for command in COMMANDS:
         assert any(processor_time(*command.split(), flag) <= limit for _ in range(3)), command
 
 
-def test_settings_import_nothing_heavy() -> None:
+def test_settings_modules_do_not_import_heavy_packages() -> None:
     settings = "dino_xcit.recipes, eval.config, eval.retrieval_config, run_slurm"
     program = f"import sys, {settings}; sys.exit(bool({{'torch', 'numba', 'scipy', 'faiss'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

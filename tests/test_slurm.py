@@ -1,4 +1,4 @@
-"""run_slurm.py: its flags, what a job is told on a made-up Slurm, and a run that is stopped and resumed."""
+"""run_slurm.py: flags, the environment of a job on a simulated Slurm, and requeueing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dino_xcit.errors import PREEMPTED, InputError
 from dino_xcit.runtime.metrics import read_metrics
 from run_slurm import LaunchConfig, submit
 
-os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported
+os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # submitit reads this on import
 pytest.importorskip("submitit")
 ROOT = HERE.parent
 
@@ -33,14 +33,14 @@ ROOT = HERE.parent
     ("--run sleep", "sleep"), ("--nodes 2 3", "'3'"), ("--run knn --ks 0", "ks is 0"), ("--run knn", "--weights"),
     ("--run retrieval", "protocol"),
 ])  # fmt: skip
-def test_flags_are_checked_before_anything_is_queued(monkeypatch: pytest.MonkeyPatch, typed: str, words: str) -> None:
+def test_invalid_flags_are_refused_before_submission(monkeypatch: pytest.MonkeyPatch, typed: str, words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["run_slurm.py", *typed.split()])
     monkeypatch.delattr(run_slurm, "submit")
     with pytest.raises(InputError, match=words):
         run_slurm.main()
 
 
-def test_a_missing_submitit_or_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_submitit_or_slurm_error_names_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="torchrun"):
         submit(LaunchConfig(job_dir=str(tmp_path / "jobs")), ("true",))
@@ -49,7 +49,7 @@ def test_a_missing_submitit_or_slurm_is_named(tmp_path: Path, monkeypatch: pytes
         submit(LaunchConfig(), ("true",))
 
 
-# ---- a job on a made-up Slurm
+# ---- jobs on a simulated Slurm
 
 RUNNER = """
 import json, os, signal, sys, time
@@ -76,14 +76,14 @@ def wait_for(there: Callable[[], object]) -> None:
 
 
 def end(folder: Path) -> tuple[list[int], int]:
-    """The exit codes of the job's processes at their last start, and how often it was queued again."""
+    """Wait for the job and return the exit codes of its last start and the number of requeue requests."""
     wait_for((folder / "ended").exists)
     asked = (folder / "asked").read_text() if (folder / "asked").exists() else ""
     return [int(code) for code in (folder / "codes").read_text().split()], asked.count("requeue 4711\n")
 
 
 def send(folder: Path, number: signal.Signals) -> None:
-    """A signal to the tasks alone, as Slurm does where it tracks processes by control groups."""
+    """Send a signal to the tasks only, as Slurm does when it tracks processes with control groups."""
     for task in (folder / "tasks").read_text().split():
         os.kill(int(task), number)
 
@@ -97,7 +97,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def queue(folder: Path, first: str, *signals: signal.Signals, **changes: Any) -> tuple[list[int], int]:
-    """RUNNER on two machines, and the signals once it is running; as :func:`end`."""
+    """Submit RUNNER on two nodes, send the signals once both ranks run, and return the result of :func:`end`."""
     command = (sys.executable, str(folder / "runner.py"), str(folder), first)
     submit(LaunchConfig(nodes=2, job_dir=str(folder / "jobs"), **changes), command)
     for number in signals:
@@ -106,7 +106,7 @@ def queue(folder: Path, first: str, *signals: signal.Signals, **changes: Any) ->
     return end(folder)
 
 
-def test_the_batch_script_and_the_processes_are_told_what_the_flags_say(folder: Path) -> None:
+def test_batch_script_and_rank_environment_follow_the_flags(folder: Path) -> None:
     additional = ("qos=high", "--job-name=mine", "exclusive", "comment=$(rm)")
     shape = {"gpus_per_node": 0, "tasks_per_node": 2, "cpus_per_task": 12, "partition": "gpu", "signal_delay": 90}
     assert queue(folder, "0", time="2-00:00:30", slurm_additional=additional, **shape) == ([0] * 4, 0)
@@ -127,7 +127,7 @@ USR1, TERM = signal.SIGUSR1, signal.SIGTERM
     ("wait", [TERM], 100, False, PREEMPTED, 0), ("wait", [USR1], 0, False, PREEMPTED, 0),
     ("wait", [USR1], 100, True, PREEMPTED, 1), ("4", [], 100, False, 4, 0),
 ], ids=["time limit", "preempted", "cancelled", "too often", "refused", "ends by itself"])  # fmt: skip
-def test_a_run_that_has_to_end_saves_and_the_job_is_then_queued_again(
+def test_stop_signal_saves_run_and_sigusr1_requeues_job(
     folder: Path, first: str, signals: list[signal.Signals], requeues: int, refuses: bool, code: int, asked: int
 ) -> None:
     if refuses:
@@ -142,7 +142,7 @@ def test_a_run_that_has_to_end_saves_and_the_job_is_then_queued_again(
 
 
 @pytest.mark.slow
-def test_a_real_run_is_stopped_queued_again_and_resumed(photos: Path, folder: Path) -> None:
+def test_pretraining_resumes_after_sigusr1_and_requeue(photos: Path, folder: Path) -> None:
     launch = f"--gpus-per-node 0 --tasks-per-node 2 --job-dir {folder}/jobs --output-dir {folder}/run"
     run = f"--data-path {photos} --batch-size-per-gpu 2 --max-steps 60"
     words = [str(ROOT / "run_slurm.py"), *launch.split(), *SMALL, *run.split()]

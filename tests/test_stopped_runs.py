@@ -1,4 +1,4 @@
-"""Runs of real processes that are asked to stop, that resume with other numbers of processes, that diverge."""
+"""Runs of real processes: stop signals, resuming on another number of ranks, and non-finite steps."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SHORT = ["--batch-size-per-gpu", "2", "--epochs", "5", "--max-steps", "12", "--h
 
 @pytest.fixture(scope="module")
 def left_alone(server: Server, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes, twelve steps."""
+    """An uninterrupted run of two ranks and twelve steps."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     assert server.start(folder, "--data-path", photos, *SHORT).wait() == [0, 0]
     return folder
 
 
 def last_step_in(folder: Path) -> int:
-    """The last step in the metrics."""
+    """Return the last step in metrics.jsonl; 0 without records."""
     return max((record["step"] for record in read_metrics(folder / "metrics.jsonl")), default=0)
 
 
-# ---- asked to stop
+# ---- stop signals
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def last_step_in(folder: Path) -> int:
         pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_to_any_process_saves_the_same_step_on_all_and_loses_none(
+def test_stop_signal_to_any_rank_saves_last_step_and_resumes_exactly(
     start: Start, left_alone: Path, number: signal.Signals, rank: int
 ) -> None:
     run = start(*SHORT, faults=[["slow_steps", 0.2]] * 2)
@@ -57,7 +57,7 @@ def test_a_signal_to_any_process_saves_the_same_step_on_all_and_loses_none(
     assert run.wait(30) == [PREEMPTED, PREEMPTED], run.err()
     assert "Traceback" not in run.err()
     step = int(state_in(run.folder)["/step"])
-    assert step == last_step_in(run.folder)  # the last step that was done is the one that is saved
+    assert step == last_step_in(run.folder)  # the last completed step is saved
     assert f"after saving step {step}: run the same command to resume" in run.err()
     assert ("stopped by " + number.name in run.err()) == (rank == 0)
     again = start(*SHORT)
@@ -66,10 +66,8 @@ def test_a_signal_to_any_process_saves_the_same_step_on_all_and_loses_none(
     assert differing_bits(state_in(run.folder), state_in(left_alone)) == []
 
 
-def test_a_signal_to_the_whole_job_reaches_loader_processes_too_and_does_no_harm(
-    start: Start, left_alone: Path
-) -> None:
-    """As Slurm and terminals send it: to every process there is."""
+def test_stop_signal_to_ranks_and_loader_workers_resumes_exactly(start: Start, left_alone: Path) -> None:
+    """Slurm and terminals signal every process of a job."""
     flags = [*SHORT, "--num-workers", "2"]
     run = start(*flags, faults=[["slow_steps", 0.2]] * 2)
     run.until_step(3)
@@ -80,8 +78,8 @@ def test_a_signal_to_the_whole_job_reaches_loader_processes_too_and_does_no_harm
     assert differing_bits(state_in(run.folder), state_in(left_alone)) == []
 
 
-def test_a_signal_while_the_knn_is_measured_is_answered_after_it(start: Start, labelled_photos: Path) -> None:
-    """The step is on the disk before the measurement begins, whatever happens in it."""
+def test_stop_signal_during_knn_evaluation_takes_effect_after_it(start: Start, labelled_photos: Path) -> None:
+    """The step is saved before the evaluation begins, so a crash in the evaluation loses no step."""
     flags = ["--data-path", labelled_photos, "--batch-size-per-gpu", "2", "--knn-every", "1", "--hang-timeout", "60"]
     run = start(*flags, faults=[["slow_evaluation", 1.5]] * 2)  # four steps an epoch
     run.until(lambda: CheckpointFolder(run.folder).newest()[0] is not None)
@@ -95,7 +93,7 @@ def test_a_signal_while_the_knn_is_measured_is_answered_after_it(start: Start, l
 
 
 def ranks_below(pid: int) -> list[int]:
-    """The processes that torchrun has started."""
+    """Return the PIDs of the ranks that torchrun has started."""
     return [child for child in children_of(pid) if "run_pretrain.py" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
@@ -107,8 +105,8 @@ def wait_for_step(folder: Path, step: int, timeout: float = 90) -> None:
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_resumes(photos: Path, tmp_path: Path) -> None:
-    """One run meets both: SIGKILL to one rank (torchrun starts both anew), later SIGTERM to torchrun itself."""
+def test_torchrun_restarts_ranks_after_kill_and_saves_on_sigterm(photos: Path, tmp_path: Path) -> None:
+    """SIGKILL to one rank makes torchrun restart both ranks; SIGTERM then goes to torchrun itself."""
     folder = tmp_path / "run"
     flags = ["--data-path", photos, *SHORT, "--max-steps", "400", "--epochs", "20", "--save-every", "2"]
     job = torchrun(folder, *flags, restarts=2)
@@ -117,7 +115,7 @@ def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_resumes(phot
     assert len(before) == 2
     os.kill(before[1], signal.SIGKILL)
     until = time.monotonic() + 60
-    while len(set(ranks_below(job.pid)) - set(before)) < 2:  # new ones, without anybody's doing
+    while len(set(ranks_below(job.pid)) - set(before)) < 2:  # torchrun starts both ranks again
         assert time.monotonic() < until
         time.sleep(0.05)
     wait_for_step(folder, last_step_in(folder) + 4)
@@ -129,8 +127,8 @@ def test_under_torchrun_a_killed_rank_is_replaced_and_a_stopped_job_resumes(phot
     assert f"after saving step {step}" in err
 
 
-def test_ranks_whose_torchrun_was_killed_save_and_end(photos: Path, tmp_path: Path) -> None:
-    """They would train on unseen, and hold the directory."""
+def test_ranks_save_and_exit_when_torchrun_is_killed(photos: Path, tmp_path: Path) -> None:
+    """Orphaned ranks would otherwise keep training and hold the lock of the output directory."""
     folder = tmp_path / "run"
     job = torchrun(folder, "--data-path", photos, *SHORT, "--max-steps", "3000", "--epochs", "100")
     wait_for_step(folder, 3)
@@ -146,11 +144,11 @@ def test_ranks_whose_torchrun_was_killed_save_and_end(photos: Path, tmp_path: Pa
     assert step == last_step_in(folder) < 3000
 
 
-# ---- another number of processes
+# ---- another number of ranks
 
 
 def images_by_step(paths: list[Path]) -> dict[int, list[int]]:
-    """Per step: the images of its forward passes, in the order of part and rank."""
+    """Return the images of each step, ordered by forward pass and rank."""
     by_step: dict[int, list[list[list[int]]]] = {}
     for path in paths:
         for line in path.read_text().splitlines():
@@ -163,7 +161,7 @@ def images_by_step(paths: list[Path]) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.slow)])
-def test_two_one_two_processes_see_the_same_images_and_lose_the_same(start: Start, tmp_path: Path, steps: int) -> None:
+def test_resuming_on_one_then_two_ranks_keeps_images_and_losses(start: Start, tmp_path: Path, steps: int) -> None:
     first, second = steps // 3, 2 * steps // 3
     flags = ["--batch-size-per-gpu", "4", "--epochs", "5", "--drop-path-rate", "0.1"]
 
@@ -193,14 +191,14 @@ def test_two_one_two_processes_see_the_same_images_and_lose_the_same(start: Star
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_processes_that_cannot_share_the_global_batch_are_told_what_could(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indivisible_global_batch_is_refused_with_usable_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     stored = Stored({"world_size": 1, "global_batch": 3}, Path("checkpoint.pth"))
     with pytest.raises(InputError, match=r"the global batch of 3 \(from 1 process\) on 2 processes.*start 1 process"):
         keep_global_batch(tiny_config(batch_size_per_gpu=3), stored)
 
 
-# ---- numbers that are not finite
+# ---- non-finite steps
 
 SPOILT = ["--batch-size-per-gpu", "2", "--save-every", "1", "--keep-last", "20", "--use-bn-in-head", "true"]
 
@@ -215,27 +213,23 @@ def learnt_at(folder: Path, step: int) -> dict[str, Any]:
     "what",
     [pytest.param("activations", marks=pytest.mark.slow), "teacher", pytest.param("gradients", marks=pytest.mark.slow)],
 )
-def test_a_step_that_is_not_finite_on_one_process_changes_nothing_on_any_and_is_counted(
-    start: Start, what: str
-) -> None:
-    faults = [["none"], ["spoil", what, 3, 4]]  # on rank 1 alone
+def test_nonfinite_step_on_one_rank_is_skipped_on_all_ranks_and_counted(start: Start, what: str) -> None:
+    faults = [["none"], ["spoil", what, 3, 4]]  # on rank 1 only
     run = start(*SPOILT, "--max-steps", "5", faults=faults)
     assert run.wait() == [0, 0], run.err()
     folder = run.folder
     assert any(path.endswith("running_var") for path in learnt_at(folder, 3))
-    assert not (folder / "checkpoints" / "step00000004.pth").exists()  # there was nothing new to save
-    assert differing_bits(learnt_at(folder, 3), learnt_at(folder, 5)) == []  # the end of the run
+    assert not (folder / "checkpoints" / "step00000004.pth").exists()  # a skipped step has nothing new to save
+    assert differing_bits(learnt_at(folder, 3), learnt_at(folder, 5)) == []  # step 5 is saved at the end of the run
     again = start(*SPOILT, "--max-steps", "6")
     assert again.wait() == [0, 0], again.err()
-    assert differing_bits(learnt_at(folder, 5), learnt_at(folder, 6)) != []  # and it goes on
+    assert differing_bits(learnt_at(folder, 5), learnt_at(folder, 6)) != []  # training continues
     counted = {record["step"]: record["skipped_steps"] for record in read_metrics(folder / "metrics.jsonl")
                if record["kind"] == "step"}  # fmt: skip
     assert counted == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2, 6: 2}
 
 
-def test_after_so_many_in_a_row_all_processes_end_with_a_code_and_the_batch_is_kept(
-    start: Start, tmp_path: Path
-) -> None:
+def test_max_skipped_steps_ends_all_ranks_and_records_batch(start: Start, tmp_path: Path) -> None:
     recorded = [["record_images", str(tmp_path / str(rank))] for rank in range(2)]
     faults = [recorded[0], ["together", recorded[1], ["spoil", "gradients", 3, 1000]]]
     run = start(*SPOILT, "--max-skipped-steps", "4", "--max-steps", "100", faults=faults)
@@ -247,11 +241,11 @@ def test_after_so_many_in_a_row_all_processes_end_with_a_code_and_the_batch_is_k
     seen = images_by_step([tmp_path / "0", tmp_path / "1"])[6]
     assert [image for part in kept["images_by_forward_pass"] for image in part] == seen
     newest, _ = CheckpointFolder(run.folder).newest()
-    assert newest == run.folder / "checkpoints" / "step00000003.pth"  # the checkpoints are as they were
+    assert newest == run.folder / "checkpoints" / "step00000003.pth"  # skipped steps were not saved
 
 
-def test_one_command_repeats_the_step_that_was_not_finite_and_says_where(start: Start, server: Server) -> None:
-    """Two processes whose weights have grown beyond all numbers; one process sees it again."""
+def test_nonfinite_command_repeats_skipped_step_and_names_first_module(start: Start, server: Server) -> None:
+    """The weights of two ranks overflow; a single process reproduces the step."""
     flags = ["--batch-size-per-gpu", "2", "--optimizer", "sgd", "--lr", "1e22", "--lr-reference-batch", "0"]
     run = start(*flags, "--clip-grad", "0", "--max-skipped-steps", "3", "--max-steps", "20")
     folder = run.folder

@@ -1,4 +1,4 @@
-"""Two gloo processes at half the passes equal one process, at the same microbatch."""
+"""Two gloo ranks with half the accumulation steps match one process with the same microbatch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Seen = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What each of two processes saw."""
+    """Results of the two ranks of rank_process.py."""
     out = tmp_path_factory.mktemp("ranks") / "rank"
     server.two_ranks("rank_process.py", out, timeout=180)
     return [torch.load(f"{out}-{rank}.pt", weights_only=False) for rank in range(2)]
@@ -29,17 +29,17 @@ def ranks(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """What one process saw, scenario by scenario."""
+    """Results of a single process, by scenario."""
     return {name: train(config, 0, 1) for name, config in SCENARIOS.items()}
 
 
 def trainable(path: str) -> bool:
-    """Parameters and centre: BatchNorm's running statistics are averaged over processes, not chained over passes."""
+    """Return False for BatchNorm's running statistics: they are averaged over ranks, but chained over passes."""
     return not path.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 @pytest.mark.parametrize("scenario", ["sgd", "accumulating"])
-def test_two_processes_learn_what_one_learns(ranks: Seen, alone: dict[str, Any], scenario: str) -> None:
+def test_sgd_on_two_ranks_matches_one_process(ranks: Seen, alone: dict[str, Any], scenario: str) -> None:
     one, two = alone[scenario], ranks[0][scenario]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     compared = 0
@@ -51,40 +51,40 @@ def test_two_processes_learn_what_one_learns(ranks: Seen, alone: dict[str, Any],
     assert "/method/dino_loss/center" in one["learnt"]
 
 
-def test_adamw_agrees_but_for_gradients_that_are_only_rounding(ranks: Seen, alone: dict[str, Any]) -> None:
-    """AdamW turns the sign of a gradient of 1e-9 into a whole step: parameters agree, but for a few."""
+def test_adamw_on_two_ranks_matches_one_process_up_to_rounding(ranks: Seen, alone: dict[str, Any]) -> None:
+    """AdamW turns the sign of a gradient of 1e-9 into a full step, so a few parameters may differ."""
     one, two = alone["adamw"], ranks[0]["adamw"]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     both = ("/method/student", "/method/teacher")
     networks = [path for path in one["learnt"] if trainable(path) and path.startswith(both)]
-    # the keys' bias of class attention has no gradient but rounding
+    # in class attention, the gradient of the key bias is only rounding error
     networks = [path for path in networks if not ("cls_attn_blocks" in path and path.endswith("qkv.bias"))]
     off = torch.cat([(one["learnt"][path] - two["learnt"][path]).abs().flatten() for path in networks])
     assert float((off > 2e-5).double().mean()) < 0.002
 
 
-def test_late_sums_are_those_of_the_call_before_and_the_same_on_both(ranks: Seen) -> None:
-    """What a GPU run acts on; the number of calls is the same on both, so both leave at the same one."""
+def test_late_stop_flags_return_sums_of_previous_call_on_both_ranks(ranks: Seen) -> None:
+    """On a GPU, StopFlags return late sums. All ranks make the same number of calls and leave at the same step."""
     for rank in ranks:
         sums = [{topic: count for topic, count in call.items() if count} for call in rank["late sums"]]
         assert sums == [{}, {"stop": 1}, {}, {"unreadable": 5, "diverged": 1}, {"stop": 2}]
 
 
 @pytest.mark.parametrize("scenario", ["sgd", "accumulating"])
-def test_each_process_sees_its_half_of_the_same_images(ranks: Seen, alone: dict[str, Any], scenario: str) -> None:
+def test_two_ranks_split_the_images_of_one_process(ranks: Seen, alone: dict[str, Any], scenario: str) -> None:
     halves = [ranks[rank][scenario]["indices"] for rank in range(2)]
     dealt = [[part for pair in zip(*step, strict=True) for part in pair] for step in zip(*halves, strict=True)]
     assert dealt == alone[scenario]["indices"]
 
 
-def test_all_processes_hold_the_same_bits(ranks: Seen) -> None:
+def test_ranks_have_bitwise_equal_state_and_losses(ranks: Seen) -> None:
     for scenario in SCENARIOS:
         assert differing_bits(ranks[0][scenario]["learnt"], ranks[1][scenario]["learnt"]) == []
         assert ranks[0][scenario]["losses"] == ranks[1][scenario]["losses"]
         assert ranks[0][scenario]["skipped"] == 0
 
 
-def test_processes_know_themselves_and_share_rows_sums_and_decisions(ranks: Seen) -> None:
+def test_distributed_gathers_sums_and_broadcasts_over_two_ranks(ranks: Seen) -> None:
     assert [seen["world"] for seen in ranks] == [(0, 2, True), (1, 2, False)]
     for seen in ranks:
         assert torch.equal(seen["gathered"], torch.tensor([0.0, 0, 1, 1, 1, 1, 1])[:, None].expand(7, 4))
@@ -94,19 +94,19 @@ def test_processes_know_themselves_and_share_rows_sums_and_decisions(ranks: Seen
         assert seen["decided"] == ["no data", None]
 
 
-def test_sinkhorn_knopp_spreads_the_rows_of_both_processes(ranks: Seen) -> None:
+def test_sinkhorn_knopp_normalises_over_rows_of_both_ranks(ranks: Seen) -> None:
     together = torch.cat([seen["sinkhorn"] for seen in ranks])
     torch.testing.assert_close(together, sinkhorn_knopp(SCORES))
     assert not torch.allclose(together[:5], sinkhorn_knopp(SCORES[:5]), atol=0.01)
 
 
-def test_batchnorm_is_synchronised_only_where_that_can_run() -> None:
+def test_synchronise_batch_norm_keeps_module_in_single_cpu_process() -> None:
     module = nn.Sequential(nn.BatchNorm2d(3))
     assert synchronise_batch_norm(module, CPU) is module
     assert not any(isinstance(part, SyncBatchNorm) for part in module.modules())
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_device_without_gpu_uses_cpu_and_refuses_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.choose_device("auto") == CPU
     assert distributed.choose_device("cpu") == CPU
@@ -114,12 +114,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         distributed.choose_device("cuda")
 
 
-# ---- a process without a GPU of its own
+# ---- more ranks than GPUs
 
 
 @pytest.fixture
 def third(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The third process of a machine with two GPUs."""
+    """Environment of the third rank on a machine with two GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -127,7 +127,7 @@ def third(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_the_flags_of_torchrun_or_of_the_launcher_are_named(third: pytest.MonkeyPatch) -> None:
+def test_missing_gpu_error_names_flags_of_torchrun_or_run_slurm(third: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="PyTorch finds 2; lower torchrun's --nproc-per-node to 2"):
         distributed.choose_device("auto")
     third.setenv("SUBMITIT_EXECUTOR", "slurm")

@@ -1,4 +1,4 @@
-"""python -m dino_xcit.verify_resume: the user's own proof."""
+"""python -m dino_xcit.verify_resume: equal hashes after two kills, and refused flags."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dino_xcit import verify_resume
 from dino_xcit.errors import InputError
 
 DECIDED = " --knn-every 0 --log-every 1"
-"""By the command itself."""
+"""Flags that verify_resume sets itself."""
 FLAGS = " ".join(SMALL).replace(DECIDED, "").split()
 FLAGS += ["--data-path", "sample:fashion-mnist", "--batch-size-per-gpu", "32"]
 
 
 class Forked:
-    """Stands in for ``subprocess.Popen``: a fork of the server, which need not import PyTorch."""
+    """Replacement of ``subprocess.Popen`` that forks the server, which has imported PyTorch already."""
 
     def __init__(self, server: Server, command: list[str], env: dict[str, str]) -> None:
         self._run = server.launch(*command[1:], env=env)
@@ -33,7 +33,7 @@ class Forked:
 
 
 def assert_proven(said: str, folder: Path) -> None:
-    """Both hashes are the same, both kills came on the way, and nothing is left behind."""
+    """Check that both hashes are equal, both kills interrupted the run, and no files are left."""
     first, second = re.findall(r"SHA-256 ([0-9a-f]{64})", said)
     assert first == second
     assert "resuming is exact" in said
@@ -43,7 +43,7 @@ def assert_proven(said: str, folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_it_prints_two_hashes_that_are_the_same_and_leaves_nothing_behind(
+def test_verify_resume_prints_equal_hashes_and_removes_its_files(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     popen = SimpleNamespace(Popen=lambda command, env, **_: Forked(server, command, env))
@@ -53,14 +53,14 @@ def test_it_prints_two_hashes_that_are_the_same_and_leaves_nothing_behind(
 
 
 @pytest.mark.slow
-def test_the_command_proves_it_for_two_processes(server: Server, tmp_path: Path) -> None:
+def test_verify_resume_command_succeeds_with_two_processes(server: Server, tmp_path: Path) -> None:
     words = ["-m", "dino_xcit.verify_resume", "--processes", 2, *FLAGS, "--output-dir", tmp_path / "run"]
     ended = server.python(*words, timeout=240)
     assert ended.returncode == 0, ended.stderr
     assert_proven(ended.stdout, tmp_path)
 
 
-def test_a_difference_is_an_error() -> None:
+def test_compare_raises_if_hashes_differ() -> None:
     assert "resuming is exact" in verify_resume.compare("a" * 64, "a" * 64)
     with pytest.raises(InputError, match="DIFFERS"):
         verify_resume.compare("a" * 64, "b" * 64)
@@ -76,7 +76,7 @@ def test_a_difference_is_an_error() -> None:
         (["--arch", "xcit_smal_12_p16"], "xcit_small_12_p16"),
     ],
 )
-def test_mistakes_become_sentences(argv: list[str], words: str, tmp_path: Path) -> None:
+def test_verify_resume_refuses_invalid_flags(argv: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=words):
         verify_resume.main([*argv, "--output-dir", str(tmp_path / "run")])
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,4 @@
-"""Metrics on Weights & Biases: what arrives there, under which run, and that its failures stay its own.
-
-A small stand-in takes the module's place.
-"""
+"""Weights & Biases logging: records, run ids and tolerated errors. A mock replaces the module wandb."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from dino_xcit.runtime.metrics import MetricsWriter, WandB, read_metrics, requir
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Both the module and the run that it begins."""
+    """Mock of both the module and the run that ``init`` returns."""
     module = Mock()
     module.init.return_value = module
     module.Settings = dict
@@ -27,7 +24,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 
 def begun(fake: Mock) -> list[dict[str, Any]]:
-    """What each run began with."""
+    """Return the keyword arguments of each ``init`` call."""
     return [init.kwargs for init in fake.init.call_args_list]
 
 
@@ -38,7 +35,7 @@ def finished(folder: Path, from_step: int = 0) -> None:
     writer.close()
 
 
-def test_records_arrive_with_the_step_as_axis(tmp_path: Path, fake: Mock) -> None:
+def test_wandb_records_use_trainer_step_as_axis(tmp_path: Path, fake: Mock) -> None:
     finished(tmp_path)
     assert [logged.args[0] for logged in fake.log.call_args_list] == [
         {"step/epoch": 0, "step/loss": 2.5, "trainer_step": 1},
@@ -50,7 +47,7 @@ def test_records_arrive_with_the_step_as_axis(tmp_path: Path, fake: Mock) -> Non
     assert (values["project"], values["config"]) == ("xcit", {"lr": 0.1})
 
 
-def test_a_resumed_run_continues_under_its_id_and_a_new_one_gets_another(tmp_path: Path, fake: Mock) -> None:
+def test_resumed_run_keeps_wandb_id_and_fresh_run_gets_new_id(tmp_path: Path, fake: Mock) -> None:
     for from_step in (0, 10, 20, 0, 5):
         finished(tmp_path, from_step)
     first, second, third, anew, last = (values["id"] for values in begun(fake))
@@ -60,7 +57,7 @@ def test_a_resumed_run_continues_under_its_id_and_a_new_one_gets_another(tmp_pat
 
 
 @pytest.mark.parametrize("what", ["init", "log", "finish"])
-def test_a_failure_is_one_warning_and_the_other_metrics_are_complete(
+def test_wandb_error_gives_one_warning_and_keeps_metrics_complete(
     tmp_path: Path, fake: Mock, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     getattr(fake, what).side_effect = RuntimeError("the server\nsaid no")
@@ -71,7 +68,7 @@ def test_a_failure_is_one_warning_and_the_other_metrics_are_complete(
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_missing_package_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wandb_package_is_refused_only_with_a_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     require_wandb("")
     with pytest.raises(InputError):

@@ -1,4 +1,4 @@
-"""The watchdog ends a phase that takes too long, unless the phase has no limit."""
+"""Watchdog: time limits of phases and errors from lost processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dino_xcit.runtime import distributed, watchdog
 
 @pytest.fixture
 def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """With which the watchdog, which looks ten times a second, would have ended this process."""
+    """Exit codes that the watchdog passes to ``os._exit``, which only records them. It checks ten times a second."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(watchdog, "TICK", 0.1)
@@ -24,18 +24,18 @@ def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("limit", [False, True])
-def test_only_a_phase_with_a_limit_is_ended(codes: list[int], capfd: pytest.CaptureFixture[str], limit: bool) -> None:
+def test_watchdog_ends_only_phase_with_limit(codes: list[int], capfd: pytest.CaptureFixture[str], limit: bool) -> None:
     with watchdog.watched(0.2):
         watchdog.phase("indexing", 3, limit=limit)
         time.sleep(0.8)
     assert set(codes) == ({LOST} if limit else set())
     said = capfd.readouterr().err
-    assert ("Current thread" in said) is limit  # faulthandler's
+    assert ("Current thread" in said) is limit  # printed by faulthandler
     assert ("error: rank 0, step 3 (indexing)" in said) is limit
 
 
 @pytest.mark.parametrize("renew", [lambda step: watchdog.phase("training step", step), lambda _: watchdog.progress()])
-def test_phases_that_change_or_make_progress_are_never_too_long(codes: list[int], renew: Callable[[int], None]) -> None:
+def test_phase_change_or_progress_resets_watchdog_timer(codes: list[int], renew: Callable[[int], None]) -> None:
     with watchdog.watched(0.5):
         watchdog.phase("evaluating", 3)
         for step in range(10):
@@ -48,7 +48,7 @@ def test_phases_that_change_or_make_progress_are_never_too_long(codes: list[int]
     "error",
     [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), EOFError(), dist.DistNetworkError("gone")],
 )
-def test_lost_processes_stop_the_run_with_the_phase(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_process_raises_run_stopped_with_the_phase(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
 
@@ -66,7 +66,7 @@ def test_lost_processes_stop_the_run_with_the_phase(error: Exception, monkeypatc
 @pytest.mark.parametrize(
     "error", [ZeroDivisionError(), BrokenPipeError(), RuntimeError("Caught KeyError in DataLoader worker process 0.")]
 )
-def test_other_errors_pass_and_the_thread_ends(error: Exception) -> None:
+def test_other_errors_propagate_and_watchdog_thread_ends(error: Exception) -> None:
     with pytest.raises(type(error)), watchdog.watched(60):
         raise error
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}

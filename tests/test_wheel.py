@@ -1,4 +1,4 @@
-"""The release: a wheel that is built, installed into a fresh environment and run there."""
+"""Release artifacts: the wheel, installed and run in a fresh environment, and the citation file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import dino_xcit
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_wheel_runs_in_a_fresh_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_installs_and_runs_in_fresh_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling anew takes 25 s
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # compilation takes 25 s
     source = tmp_path / "source"
     source.mkdir()
     for path in (*ROOT.glob("run_*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))):
@@ -36,7 +36,7 @@ def test_the_wheel_runs_in_a_fresh_environment(tmp_path: Path, monkeypatch: pyte
     venv.create(environment)
     packages = environment / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
     subprocess.run([*pip, "--python", environment / "bin" / "python", "install", "--no-deps", wheel], check=True)
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # behind the wheel's own files
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # searched after the files of the wheel
     flags = "--device cpu --batch-size-per-gpu 2 --max-steps 1 --num-workers 0 --out-dim 64 --output-dir run"
     run = [environment / "bin" / "dino-xcit-pretrain", *shlex.split(flags)]
     subprocess.run(run, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
@@ -44,6 +44,6 @@ def test_the_wheel_runs_in_a_fresh_environment(tmp_path: Path, monkeypatch: pyte
     assert (packages / "dino_xcit" / "py.typed").is_file()
 
 
-def test_the_citation_names_the_version() -> None:
+def test_citation_version_equals_package_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == dino_xcit.__version__

@@ -1,4 +1,4 @@
-"""A pretraining run small enough for tests: its settings, its batches, and its state as comparable values."""
+"""A small pretraining run: configuration, batches, training, and bitwise comparison of states."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGES = 48
 
 
 def tiny_config(**changes: Any) -> PretrainConfig:
-    """Two global and two local views of 28 and 16 pixels, a 4-layer XCiT, 48 prototypes, 6 steps an epoch."""
+    """Return settings: 2 global and 2 local views of 28 and 16 pixels, 4 layers, 48 prototypes, 6 steps/epoch."""
     settings: dict[str, Any] = {
         "arch": "xcit_pico_4_p4",
         "data_path": "sample:fashion-mnist",
@@ -51,7 +51,7 @@ def tiny_config(**changes: Any) -> PretrainConfig:
 
 @lru_cache(maxsize=2)
 def tiny_source(count: int = IMAGES) -> Source:
-    """The first images of the embedded sample."""
+    """Return the first ``count`` images of the embedded sample."""
     return Subset(open_source("sample:fashion-mnist", "train"), np.arange(count))
 
 
@@ -62,7 +62,7 @@ def sampler_of(config: PretrainConfig, rank: int = 0, world_size: int = 1) -> St
 
 
 def steps(config: PretrainConfig, first: int, last: int, rank: int = 0, world_size: int = 1) -> Iterator[list[Batch]]:
-    """For each step from ``first`` up to ``last`` (not included): its forward passes in this process."""
+    """Yield the batches of this rank for each step from ``first`` to ``last`` (exclusive), one per forward pass."""
     sampler = sampler_of(config, rank, world_size)
     sampler.start_step, sampler.stop_step = first, last
     loader = build_loader(tiny_source(), config.augmentation(), sampler, config.seed, 0, CPU)
@@ -82,14 +82,14 @@ def schedules_of(config: PretrainConfig) -> Schedules:
 
 
 def save(state: TrainState, config: PretrainConfig, steps_per_epoch: int = 6) -> Path:
-    """Write the checkpoint of a state into ``config.output_dir``, as a run does; its ``checkpoint.pth``."""
+    """Write a checkpoint into ``config.output_dir`` as a run does, and return the path of ``checkpoint.pth``."""
     folder = CheckpointFolder(Path(config.output_dir))
     folder.write(on_cpu(content_of(state, Run(config, steps_per_epoch))))
     return folder.latest
 
 
 def tensors_of(value: object, prefix: str = "") -> dict[str, Tensor]:
-    """Every tensor (a copy) and number in nested mappings and sequences, by its path."""
+    """Return every tensor (copied) and number in nested mappings and sequences, by path."""
     if isinstance(value, Tensor):
         return {prefix: value.detach().clone()}
     if isinstance(value, bool | int | float):
@@ -103,12 +103,12 @@ def tensors_of(value: object, prefix: str = "") -> dict[str, Tensor]:
 
 
 def learnt(state: TrainState) -> dict[str, Tensor]:
-    """All that a step may change, but not the step's number, the count of rejections and the rates it was given."""
+    """Return the state that a step may change, without step number, skipped-step counts and scheduled rates."""
     return tensors_of({"method": state.method.state_dict(), "optimizer": state.optimizer.state_dict()["state"]})
 
 
 def differing_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
-    """The paths whose bits (or types, or shapes) are not the same in both, or that one of them lacks."""
+    """Return the paths whose bits, types or shapes differ, or that only one mapping has."""
 
     def bits(tensor: Tensor) -> tuple[object, ...]:
         return tensor.shape, tensor.dtype, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

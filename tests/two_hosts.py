@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces of Linux joined by a cable (veth), each with a name of its own."""
+"""Two hosts on one machine: Linux network namespaces with separate hostnames, joined by a veth pair."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ CARD = "eth0"
 
 
 def ip(*words: str) -> str:
-    """iproute2's command.
+    """Run iproute2's ``ip`` and return its output.
 
     Raises:
-        subprocess.CalledProcessError: with what it said, in ``stderr``.
+        subprocess.CalledProcessError: the command failed; ``stderr`` has its message.
     """
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=20).stdout
 
 
 @dataclass
 class Host:
-    """One of them."""
+    """One host: a network namespace."""
 
     name: str
     address: str
     names: Path
-    """Which host has which address: what it finds as /etc/hosts."""
+    """Hosts file with the addresses of both hosts, mounted as /etc/hosts."""
 
     def torchrun(
         self, endpoint: str, output_dir: Path, *flags: object, err: Path | None = None
     ) -> subprocess.Popen[str]:
-        """One rank of two; ``endpoint`` is the host where the ranks meet, ``err`` where its stderr goes."""
+        """Start one of two ranks. ``endpoint`` is the rendezvous host, ``err`` the file for stderr."""
         as_host = ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount", "sh", "-c",
                    'echo "$0" > /proc/sys/kernel/hostname && mount --bind "$1" /etc/hosts && shift && exec "$@"',
                    self.name, str(self.names)]  # fmt: skip
@@ -52,12 +52,12 @@ class Host:
             return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
     def ranks(self) -> list[int]:
-        """Its processes that train: torchrun's children."""
+        """Return the process IDs of the training processes, the children of torchrun."""
         pids = map(int, ip("netns", "pids", self.name).split())
         return [pid for pid in pids if "torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_text()]
 
     def vanish(self) -> None:
-        """As if the cable had been pulled: nothing arrives any more, and nobody is told."""
+        """Take the network interface down, as if the cable were unplugged: connections stay open, packets are lost."""
         ip("-n", self.name, "link", "set", CARD, "down")
 
     def remove(self) -> None:
@@ -68,10 +68,10 @@ class Host:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
-    """They see each other, and nobody else; ``folder`` is for their list of names.
+    """Create two hosts that reach only each other; their hosts file is in ``folder``.
 
     Raises:
-        OSError: namespaces cannot be made here, and why.
+        OSError: network namespaces cannot be created; the message gives the reason.
     """
     if missing := [command for command in ("ip", "unshare") if not shutil.which(command)]:
         raise OSError(f"no {' and no '.join(missing)} command (iproute2, util-linux)")
