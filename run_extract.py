@@ -191,7 +191,7 @@ def _read(path: str) -> bytes:
 
 
 def command() -> None:
-    """Console entry point."""
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
     distributed.run_command(main)
 
 

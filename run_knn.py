@@ -208,7 +208,7 @@ def results_table(records: list[Record]) -> str:
 
 
 def command() -> None:
-    """Console entry point."""
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
     distributed.run_command(main)
 
 

@@ -170,7 +170,7 @@ def print_results(results: Record, config: LinearConfig) -> None:
 
 
 def command() -> None:
-    """Console entry point."""
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
     distributed.run_command(main)
 
 

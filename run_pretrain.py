@@ -31,6 +31,7 @@ from dino_xcit.data import Source, open_source
 from dino_xcit.data.decode import choose_white_level
 from dino_xcit.data.load_monitor import DataLoadMonitor
 from dino_xcit.data.loader import StepSampler, build_loader, check_augment_device
+from dino_xcit.data.open import has_validation
 from dino_xcit.data.source import identity
 from dino_xcit.data.workers import choose_workers
 from dino_xcit.init_weights import initialise
@@ -152,7 +153,7 @@ def describe(
 def next_command(config: PretrainConfig, source: Source, checkpoints: Checkpoints) -> str:
     """Return the command that a user runs after a finished run."""
     weights = checkpoints.folder.latest
-    if source.labels is not None and not config.data_path.startswith(("tar:", "parquet:")):  # these have no val part
+    if source.labels is not None and has_validation(config.data_path):
         return f"python run_knn.py --weights {weights}"
     vectors = checkpoints.folder.output_dir / "vectors"
     return f"python run_extract.py --weights {weights} --data-path '{config.data_path}' --output-dir {vectors}"
@@ -171,7 +172,7 @@ def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
 
 
 def command() -> None:
-    """Entry point of the console script."""
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
     less_memory = (
         "lower --batch-size-per-gpu (and raise --accumulation-steps), the crop sizes or --out-dim, or use "
         "--activation-checkpointing"

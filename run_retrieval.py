@@ -193,7 +193,7 @@ def _print(results: Sequence[Any], labels: Sequence[str], figures: Sequence[str]
 
 
 def command() -> None:
-    """Console entry point."""
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
     distributed.run_command(main)
 
 

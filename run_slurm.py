@@ -26,7 +26,7 @@ class LaunchConfig:
     """Settings of run_slurm.py; every other flag is the runner's."""
 
     run: Literal["pretrain", "knn", "linear", "extract", "retrieval"] = "pretrain"
-    """Runner: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""
+    """Command to run: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""
     nodes: Annotated[int, Ge(1)] = 1
     """Number of nodes."""
     gpus_per_node: Annotated[int, Ge(0)] = 1
@@ -34,7 +34,7 @@ class LaunchConfig:
     tasks_per_node: Annotated[int, Ge(0)] = 0
     """Processes per node; 0: one per GPU, or one without GPUs."""
     cpus_per_task: Annotated[int, Ge(1)] = 10
-    """CPU cores per process, for its loader workers; docs/scaling.md lists the demand by architecture."""
+    """CPU cores per process, for its loader workers; docs/scaling.md estimates the demand."""
     time: Annotated[str, MinLen(1)] = "1-00:00:00"
     """Time limit in Slurm's format: MINUTES, H:MM:SS, DAYS-HOURS, DAYS-H:MM:SS."""
     partition: str = ""
@@ -42,7 +42,7 @@ class LaunchConfig:
     slurm_additional: Annotated[tuple[str, ...], Repeatable] = ()
     """Other sbatch options: KEY=VALUE, such as account=vision qos=high mem=200G, or KEY, such as exclusive."""
     job_dir: Annotated[FilePath, MinLen(1)] = "runs/slurm"
-    """Directory of the jobs and their logs, JOB_DIR/JOBID_PROCESS_log.out; must be visible on all nodes."""
+    """Directory of the jobs and their logs, JOB_DIR/JOBID_RANK_log.out; must be visible on all nodes."""
     signal_delay: Annotated[int, Ge(1)] = 120
     """Seconds between the signal to save and the time limit; must cover one step and one save."""
     requeues: Annotated[int, Ge(0)] = 100
@@ -148,7 +148,7 @@ def rank_environment(job: Any) -> dict[str, str]:
 
 
 def command() -> None:
-    """Entry point of the console script."""
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
     run_main(main)
 
 

@@ -2,9 +2,8 @@
 
 import os
 
-# OpenMP reads this when PyTorch is loaded, so a program imports dino_xcit before torch. By default a thread that waits
-# for its fellows burns its core for milliseconds, which on a CPU shared with loader processes costs five times the
-# speed (docs/log.md). Somebody who has chosen a policy keeps it.
+# Import dino_xcit before torch: OpenMP reads this when PyTorch loads. By default, idle threads of GNU OpenMP spin for
+# milliseconds, which slows training several times on cores shared with loader workers.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

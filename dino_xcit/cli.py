@@ -135,8 +135,8 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
     kinds = {name: kind for name, (kind, _) in annotations_of(config).items()}
     if rest is None:
         kinds["config"] = str
-    if "precision" in kinds:
-        kinds |= {"use_fp16": bool, "patch_size": int}
+    kinds |= {"use_fp16": bool} if "precision" in kinds else {}
+    kinds |= {"patch_size": int} if "arch" in kinds else {}
     positional, repeatable = list(marked(config, Positional)), marked(config, Repeatable)
     flags: Flags = {}
 
@@ -206,10 +206,10 @@ def _normalised(flags: Flags, kinds: Mapping[str, Any], paths: Collection[str]) 
                 "and a matching precision; or omit --use_fp16"
             )
     if "patch_size" in flags:
-        (patch,), arch = flags.pop("patch_size"), " ".join(flags.get("arch", ()))
+        patch, arch = " ".join(flags.pop("patch_size")), " ".join(flags.get("arch", ()))
         size = re.fullmatch(r"(?:vit|deit)_(tiny|small|base)|(xcit_[a-z]+_\d+)", arch)
-        if size is None:
-            raise InputError(f"--patch_size is {patch}, --arch is {arch!r}: give both in --arch, as xcit_small_12_p16")
+        if size is None or not patch:
+            raise InputError(f"--patch_size is {patch!r}, --arch is {arch!r}: give both in --arch: xcit_small_12_p16")
         flags["arch"] = [f"{size[2] or f'vit_{size[1]}_12'}_p{patch}"]
     return flags
 

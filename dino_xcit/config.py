@@ -37,8 +37,9 @@ class PretrainConfig:
     """Settings of run_pretrain.py. Precedence: flags, then --config FILE.yaml, then the recipe, then these defaults."""
 
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
-    """Named settings: dino (the defaults of facebookresearch/dino), xcit-dino-300ep (closest to the published XCiT
-    models), sample and sample-long (the embedded sample). Default: sample without --data-path, else dino."""
+    """Named set of settings: dino (the defaults of facebookresearch/dino), xcit-dino-300ep (closest to the published
+    XCiT models), sample (the embedded images of Fashion-MNIST), sample-long (all of Fashion-MNIST). Default: sample
+    without --data-path, else dino."""
     data_path: str = ""
     """Training images: a folder (with or without class sub-folders), a .txt list of paths, tar:PATTERN (WebDataset),
     parquet:PATTERN, hf:NAME_OR_DIR (Hugging Face datasets), imagenet:DIR (as downloaded), sample:fashion-mnist,
@@ -53,18 +54,18 @@ class PretrainConfig:
     init_network: Literal["teacher", "student"] = "teacher"
     """Network to load from init_weights, for files that contain both."""
     allow_missing: tuple[str, ...] = ()
-    """Backbone keys that may be missing from init_weights, by name or as PREFIX*: they keep their random weights."""
+    """Backbone keys that may be missing from init_weights, by name or as PREFIX*; they keep their random weights."""
     allow_unexpected: tuple[str, ...] = ()
-    """Keys of init_weights that the backbone may lack, by name or as PREFIX*: they are ignored."""
+    """Keys of init_weights that may be missing from the backbone, by name or as PREFIX*; they are ignored."""
     drop_path_rate: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Stochastic depth rate of the student."""
 
     method: Annotated[str, StateField, Group("method")] = "dino"
     """Training method: dino, simdino, or one registered with dino_xcit.methods.register_method."""
     out_dim: Annotated[int, Ge(2), StateField] = 65536
-    """Number of prototypes K of the DINO head."""
+    """Number of prototypes K of the DINO head; not used by simdino."""
     norm_last_layer: Annotated[bool, StateField] = True
-    """Fix the norm of the prototypes at 1. true is more stable; false gives better features for small models."""
+    """Fix the norm of the prototypes at 1. True is more stable; False gives better features for small models."""
     use_bn_in_head: Annotated[bool, StateField] = False
     """Use BatchNorm in the hidden layers of the head."""
     head_hidden_dim: Annotated[int, Ge(1), StateField] = 2048
@@ -87,11 +88,11 @@ class PretrainConfig:
     center_momentum: Annotated[float, Ge(0), Le(1)] = 0.9
     """EMA momentum of the center; no effect with sinkhorn_knopp."""
     koleo_weight: Annotated[float, Ge(0)] = 0.0
-    """Weight of DINOv2's KoLeo regulariser, which spreads the student's features of the global crops; DINO uses 0."""
+    """Weight of DINOv2's KoLeo regulariser, which spreads the student's features of the global crops; 0 in DINO."""
     coding_rate_weight: Annotated[float, Ge(0)] = 1.0
-    """Weight of SimDINO's coding rate, multiplied by (p + m) / (p m) for m images in p dimensions."""
+    """For simdino: weight of the coding rate, multiplied by (p + m) / (p m) for m images and p dimensions."""
     coding_rate_eps: Annotated[float, Gt(0)] = 0.5
-    """Squared precision of SimDINO's coding rate; smaller values spread the features more."""
+    """For simdino: squared precision of the coding rate; smaller values spread the features more."""
 
     epochs: Annotated[int, Ge(1), Group("optimisation")] = 100
     """Number of epochs."""
@@ -104,7 +105,7 @@ class PretrainConfig:
     lr: Annotated[float, Ge(0)] = 0.0005
     """Peak learning rate for a global batch of lr_reference_batch images; scaled linearly with the global batch."""
     lr_reference_batch: Annotated[int, Ge(0)] = 256
-    """Global batch to which lr refers; 0: do not scale lr."""
+    """Global batch size to which lr refers; 0: do not scale lr."""
     min_lr: Annotated[float, Ge(0)] = 1e-6
     """Learning rate at the end of the run."""
     warmup_epochs: Annotated[float, Ge(0)] = 10.0
@@ -115,12 +116,13 @@ class PretrainConfig:
     """Weight decay of the first step."""
     weight_decay_end: Annotated[float, Ge(0)] = 0.4
     """Weight decay of the last step, reached with a cosine schedule."""
-    clip_grad: float = 3.0
+    clip_grad: Annotated[float, Ge(0)] = 3.0
     """Maximum gradient norm; 0: no clipping."""
     clip_mode: Literal["per-parameter", "global"] = "per-parameter"
-    """Whether clip_grad limits the norm of each parameter's gradient (as in DINO) or their global norm."""
+    """What clip_grad limits: the norm of each parameter's gradient (as in DINO), or the global norm of all
+    gradients."""
     freeze_last_layer: Annotated[int, Ge(0)] = 1
-    """Number of first epochs in which the prototypes are frozen."""
+    """Number of epochs at the start in which the prototypes are frozen."""
 
     global_crops_scale: Annotated[tuple[float, float], Group("crops")] = (0.4, 1.0)
     """Minimum and maximum share of the image area in a global crop."""
@@ -145,7 +147,7 @@ class PretrainConfig:
     saturation: float = 0.2
     """Strength of the saturation jitter."""
     hue: float = 0.1
-    """Strength of the hue jitter, in turns of the colour circle."""
+    """Strength of the hue jitter, as a fraction of the colour circle."""
     gray: float = 0.2
     """Probability of conversion to greyscale."""
     global_blur: tuple[float, float] = (1.0, 0.1)
@@ -169,26 +171,26 @@ class PretrainConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], ResumeSafe] = "auto"
     """Device for training; auto: a GPU if available."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the networks; auto: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU. DINO's
-    --use_fp16 true|false means fp16 or fp32 and must agree with --precision."""
+    """Precision of the networks; auto: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU. DINO's flag
+    --use_fp16 true|false selects fp16 or fp32 and must not contradict --precision."""
     activation_checkpointing: Annotated[bool, ResumeSafe] = False
-    """Recompute the stem and the XCA blocks in the backward pass: less memory, more time, the same result (bit for bit
-    with deterministic kernels, as on the CPU). Only for this project's XCiT."""
+    """Recompute the stem and the XCA (cross-covariance attention) blocks in the backward pass: less memory, more time,
+    the same result (bit for bit with deterministic kernels, as on the CPU). Only for this project's XCiT."""
     compile: Annotated[bool, ResumeSafe] = False
     """Compile the XCA blocks with torch.compile. The first step then takes minutes; later runs use the compile cache.
-    No gain in our measurements on the CPU; not measured on GPUs. Only for this project's XCiT."""
+    Measured on the CPU, it is not faster; not measured on GPUs. Only for this project's XCiT."""
     deterministic: Annotated[bool, ResumeSafe] = False
     """Use deterministic kernels only; slower on a GPU."""
     num_workers: Annotated[int, Ge(-1), ResumeSafe] = -1
-    """Loader workers per rank; -1: chosen from the available cores."""
+    """Loader workers per rank; -1: the available cores per rank, at most 10."""
     augment_device: Annotated[Literal["auto", "cpu", "cuda"], ResumeSafe] = "auto"
-    """Device for colour jitter, blur and solarisation: cpu, in the loader workers; cuda, when training on a GPU; auto:
-    cpu, then cuda once a GPU waits for images. The views are equal bit for bit."""
+    """Device for colour jitter, blur and solarisation. cpu: in the loader workers; cuda: on the training GPU; auto:
+    cpu, then cuda once the GPU waits for images. The views are bit-identical."""
     hang_timeout: Annotated[float, Ge(1), ResumeSafe] = 600.0
     """Seconds that one phase may take without progress before the run ends with code 4. Set it above the longest
     phase, such as the k-NN search."""
     max_unreadable: Annotated[float, Ge(0), ResumeSafe] = 0.05
-    """Maximum share of unreadable images, which are replaced by others; above it the run ends."""
+    """Maximum share of unreadable images, which are replaced by others; the run ends if it is exceeded."""
 
     output_dir: Annotated[FilePath, ResumeSafe, Group("checkpoints")] = ""
     """Directory for checkpoints, metrics and curves. Default: runs/RECIPE-ARCH."""
@@ -205,15 +207,15 @@ class PretrainConfig:
     max_failed_saves: Annotated[int, Ge(1), ResumeSafe] = 3
     """Number of consecutive failed saves (such as on a full disk) that ends the run."""
     max_skipped_steps: Annotated[int, Ge(1), ResumeSafe] = 30
-    """Number of consecutive skipped steps that ends the run with code 3. fp16 skips a few steps at the start, until its
-    loss scale settles."""
+    """Number of consecutive skipped steps (not finite, weights unchanged) that ends the run with code 3. fp16 skips a
+    few steps at the start, until its loss scale settles."""
     max_steps: Annotated[int, Ge(0), ResumeSafe] = 0
     """Number of steps after which the run saves and stops; 0: stop after the last epoch. Does not change schedules."""
     log_every: Annotated[int, Ge(1), ResumeSafe] = 10
     """Steps between logged metrics; only logged steps synchronise with the device."""
     wandb: Annotated[str, ResumeSafe] = ""
-    """Weights & Biases project for the metrics; empty: none. Needs pip install 'dino-xcit[wandb]', and wandb login or
-    WANDB_MODE=offline."""
+    """Weights & Biases project to log the metrics to; empty: none. Needs pip install 'dino-xcit[wandb]', and wandb
+    login or WANDB_MODE=offline."""
 
     best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = "knn_top1"
     """Evaluator metric that selects best.pth; higher is better."""
@@ -225,13 +227,14 @@ class PretrainConfig:
     knn_max_images: Annotated[int, Ge(1), ResumeSafe] = 100_000
     """Maximum number of training images for the k-NN during training (evenly spaced)."""
     train_data: Annotated[str, ResumeSafe] = ""
-    """Labelled training images for the k-NN during training; empty: those of data_path."""
+    """Labelled training images for the k-NN during training. Default: those of data_path."""
     val_data: Annotated[str, ResumeSafe] = ""
-    """Labelled validation images for the k-NN during training; empty: those next to data_path."""
+    """Labelled validation images for the k-NN during training. Default: the validation part of data_path."""
     eval_resize: Annotated[int, Ge(0), ResumeSafe] = 0
-    """Shorter side for evaluation, stored in the checkpoint; 0: 8/7 of the crop, such as 256 for 224."""
+    """Length of the shorter side after resizing for evaluation, stored in the checkpoint; 0: 8/7 of the crop, such as
+    256 for 224."""
     eval_crop: Annotated[int, Ge(0), ResumeSafe] = 0
-    """Centre crop for evaluation, stored in the checkpoint; 0: global_crops_size."""
+    """Size of the centre crop for evaluation, stored in the checkpoint; 0: global_crops_size."""
 
     def __post_init__(self) -> None:
         """Check all values.
@@ -250,8 +253,10 @@ class PretrainConfig:
         for name in ("train_data", "val_data"):
             value = getattr(self, name)
             if value and (not self.knn_every or self.knn_holdout):
-                found = f"knn_holdout is {self.knn_holdout}" if self.knn_every else "knn_every is 0"
-                raise InputError(f"{name} is {value}, but {found}: expected knn_every 1, knn_holdout 0, or no {name}")
+                why = "no k-NN runs during training (knn_every is 0)"
+                if self.knn_every:
+                    why = f"the k-NN during training uses held-out images (knn_holdout is {self.knn_holdout})"
+                raise InputError(f"{name} is {value}, but {why}: leave {name} out, or change that setting")
         for name in ("activation_checkpointing", "compile"):
             if getattr(self, name) and self.arch.startswith(("timm:", "vit_")):
                 raise InputError(f"{name} needs this project's XCiT, but arch is {self.arch}: expected {name} false")

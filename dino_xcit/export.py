@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image, ImageOps
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 
 from dino_xcit.cli import parse
 from dino_xcit.data import decode, open_source
+from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models import build_backbone, fused
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
@@ -64,21 +64,21 @@ class ExportConfig:
     weights: str = ""
     """Checkpoint to export, in any form that run_knn.py accepts."""
     to: str = ""
-    """Target. timm: a folder for timm.create_model; safetensors: one file with the official names; hf: timm's folder
-    with a README, for the Hugging Face Hub; onnx: one file for onnxruntime; torch-export: a .pt2 file."""
+    """Format. timm: a folder for timm.create_model; safetensors: one file with the official key names; hf: timm's
+    folder with a README, for the Hugging Face Hub; onnx: one file for onnxruntime; torch-export: a .pt2 file."""
     out: str = ""
-    """Output path: a folder for timm and hf, a file for the other targets."""
+    """Output path: a folder for timm and hf, a file for the other formats."""
     network: Literal["teacher", "student"] = "teacher"
-    """Network to export from a checkpoint with both."""
+    """Network to export if the checkpoint contains both."""
     arch: str = ""
     """Architecture, if the file does not determine it."""
     patch_tokens: bool = False
-    """onnx and torch-export: a second output, the patch tokens of the last block that mixes patches."""
+    """For onnx and torch-export: also output the patch tokens of the last block that mixes patches."""
     images: str = "sample:fashion-mnist"
     """Images to compare export and original on: a folder, or another form of docs/data.md."""
     tolerance: float = 1e-5
-    """Maximum relative difference between export and original. A difference of up to 30 times the original's float32
-    rounding error is accepted too."""
+    """Maximum relative difference between export and original. For an XCiT, up to 30 times the original's float32
+    rounding error (at most 1e-3) is accepted too."""
     overwrite: bool = False
     """Replace an earlier export at --out."""
 
@@ -442,8 +442,8 @@ def compared_images(url: str) -> list[Image.Image]:
     source = open_source(url, "val")
     if len(source) < MIN_IMAGES:
         raise InputError(f"{source.url} has {len(source)} images, expected at least {MIN_IMAGES} to compare on")
-    chosen = np.unique(np.linspace(0, len(source) - 1, MAX_IMAGES).astype(int))
-    return [decode(source.read(int(index))[0], source.name(index)) for index in chosen]
+    chosen = evenly_spaced(len(source), MAX_IMAGES)
+    return [decode(source.read(index)[0], source.name(index)) for index in chosen]
 
 
 def compare(loaded: LoadedBackbone, exported: Features, images: list[Image.Image], config: ExportConfig) -> float:
@@ -515,7 +515,7 @@ def check_timm_transform(folder: Path, transform: EvalTransform, images: list[Im
 
 
 def command() -> None:
-    """Console entry point."""
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
     run_main(lambda: main(sys.argv[1:]))
 
 

@@ -1,6 +1,6 @@
 """The state of a run, and one optimizer step.
 
-A step does not synchronise with the device: whether it is accepted is computed and applied there.
+The host never waits for the device in a step: the decision to accept or skip it stays a tensor there.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class VerifyConfig:
     """Settings of python -m dino_xcit.verify_resume; every other flag is run_pretrain.py's."""
 
     processes: Annotated[int, Ge(1)] = 1
-    """Processes of each run."""
+    """Number of processes of each run."""
 
 
 @dataclass(frozen=True)

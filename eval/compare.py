@@ -435,7 +435,7 @@ def _show(lines: Sequence[str], markdown: bool) -> None:
 
 
 def command() -> None:
-    """Console entry point."""
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
     run_main(lambda: main(sys.argv[1:]))
 
 

@@ -55,23 +55,22 @@ class BackboneConfig:
     arch: str = ""
     """Architecture. Default: inferred from the file."""
     allow_missing: tuple[str, ...] = ()
-    """Keys of the backbone that may be missing from the file: names, or prefixes followed by *. They keep their initial
-    values."""
+    """Backbone keys that may be missing from the file, by name or as PREFIX*; they keep their random weights."""
     allow_unexpected: tuple[str, ...] = ()
-    """Keys of the file that may be missing from the backbone: names, or prefixes followed by *. They are ignored."""
+    """Keys of the file that may be missing from the backbone, by name or as PREFIX*; they are ignored."""
     data_path: Annotated[str, Group("data")] = ""
     """Images: a folder, a .txt list, tar:PATTERN, parquet:PATTERN, hf:NAME_OR_DIR, imagenet:DIR, sample:fashion-mnist,
     torchvision:NAME; see docs/data.md. Default: the training data of the checkpoint."""
     eval_resize: Annotated[int, Ge(0)] = 0
-    """Length of the shorter side after resizing; 0: from the checkpoint, else 8/7 of the crop."""
+    """Length of the shorter side after resizing; 0: 8/7 of --eval-crop if that is given, else from the weights."""
     eval_crop: Annotated[int, Ge(0)] = 0
-    """Size of the centre crop; 0: from the checkpoint, else 224."""
+    """Size of the centre crop; 0: from the weights, see docs/checkpoints.md."""
     white_level: Annotated[int, Ge(0), Le(WHITE)] = 0
-    """Pixel value of white in 16-bit grey images, such as 4095; 0: from the checkpoint, else 65535."""
+    """White value of 16-bit greyscale images, such as 4095 for 12-bit data; 0: from the checkpoint, else 65535."""
     batch_size_per_gpu: Annotated[int, Ge(1), Group("machine")] = 128
     """Images per forward pass and rank (alias: --batch-size)."""
     num_workers: Annotated[int, Ge(-1)] = -1
-    """Loader workers per rank; -1: chosen from the number of cores."""
+    """Loader workers per rank; -1: the available cores per rank, at most 10."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: a GPU if one is available."""
     cache: bool = True
@@ -121,10 +120,10 @@ class KnnConfig(BackboneConfig):
     unreadable: Literal["refuse", "skip"] = "refuse"
     """Handling of unreadable images: end the run with the image's name, or skip and count them."""
     per_class: Annotated[FilePath, IsOutput, Suffix(".csv")] = ""
-    """Write images, top-1 and most confused class for each class to this .csv file; for the first of --ks and
-    --temperatures."""
+    """Write number of images, top-1 and most frequent wrong class of each class to this .csv file, at the first of --ks
+    and --temperatures."""
     confusion: Annotated[FilePath, IsOutput, Suffix(".png")] = ""
-    """Draw the confusion matrix to this .png file; for the first of --ks and --temperatures."""
+    """Draw the confusion matrix at the first of --ks and --temperatures to this .png file."""
     approximate: Literal["no", "ivf", "hnsw"] = "no"
     """Approximate search: ivf (inverted lists) or hnsw (graph). The recall against exact search is measured and
     reported."""
@@ -154,19 +153,19 @@ class LinearConfig(BackboneConfig):
     epochs: Annotated[int, Ge(0), Group("optimisation")] = 0
     """Passes over the training images; 0: 100 as published, or 8 for images of at most 64 pixels."""
     lr: Annotated[float, Gt(0)] = 0.001
-    """The paper's learning rate for a global batch of 256; scaled linearly with the batch."""
+    """Learning rate of the paper's classifier for a global batch of 256; scaled linearly with the global batch."""
     lrs: Annotated[tuple[float, ...], Gt(0), Unique] = (
         1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0,
         2.0, 5.0,
     )  # fmt: skip
-    """Grid of learning rates, scaled like --lr and trained on the same forward pass. The best is chosen on held-out
-    training images."""
+    """Grid of learning rates, scaled like --lr; their classifiers train on the same forward pass. The best is selected
+    on held-out training images."""
     features: Annotated[tuple[str, ...], MinLen(1), Unique, Group("evaluation")] = ("cls",)
     """Input features of the grid and of the logistic regression: cls, cls+mean (class token and mean of the patch
     tokens), lastN such as last4 (class tokens of the last N blocks); see docs/linear.md. Several values share one
     forward pass. The paper's classifier always uses the class token."""
     holdout: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of the training images held out from the grid to choose the best classifier; 0: no grid."""
+    """Share of the training images that is held out to select the best classifier; 0: no grid."""
     sgd: bool = True
     """Train the paper's classifier and the grid. --no-sgd: logistic regression only."""
     cached: bool = False
@@ -180,13 +179,13 @@ class LinearConfig(BackboneConfig):
     logreg_cs: Annotated[tuple[float, ...], Gt(0), MinLen(1), Unique] = tuple(
         float(f"{10 ** (step / 4 - 6):.3g}") for step in range(45)
     )
-    """Inverse strengths of the L2 penalty (scikit-learn's C); the best is chosen on held-out training images. Default:
-    DINOv2's grid of 45 values from 1e-6 to 1e5, four per decade."""
+    """Inverse strengths of the L2 penalty (scikit-learn's C); the best is selected on held-out training images. The
+    default is DINOv2's grid, four values per decade."""
     logreg_iterations: Annotated[int, Ge(1)] = 1000
     """Maximum number of L-BFGS iterations for each C."""
     also: tuple[str, ...] = ()
-    """Variants of ImageNet's validation set on which to evaluate the recommended classifier: imagenet-v2:DIR,
-    imagenet-a:DIR, imagenet-r:DIR, sketch:DIR, real:FILE.json."""
+    """Variants of ImageNet's validation set on which to evaluate the classifier with the best held-out accuracy:
+    imagenet-v2:DIR, imagenet-a:DIR, imagenet-r:DIR, sketch:DIR, real:FILE.json."""
     crop_scale: Annotated[tuple[float, float], Group("crops")] = (0.0, 0.0)
     """Minimum and maximum share of a training image's area in a crop; 0 0: 0.08 1 as published, or 1 1 for images of at
     most 64 pixels."""
@@ -195,7 +194,8 @@ class LinearConfig(BackboneConfig):
     output_dir: Annotated[FilePath, Group("checkpoints")] = ""
     """Folder for linear.pth and logreg.pth. Default: linear/ beside the weights."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: resume if output_dir holds this probe, refuse if it holds another. never: start anew and overwrite."""
+    """auto: resume if output_dir contains this probe, fail if it contains another; never: start from scratch and
+    overwrite."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -240,8 +240,8 @@ class CompareConfig:
     allow: tuple[str, ...] = ()
     """Differences to accept, by the names in the error message: transform, train, val, k, T, classifier ..."""
     figure: tuple[str, ...] = ()
-    """Compare only figures with these words in their names, such as k=20 or "grid last"; either one value for all files
-    or one per file, such as grid logreg."""
+    """Compare only figures (results) with these words in their names, such as k=20 or "grid last". Give one value for
+    all files, or one per file, such as grid logreg."""
     table: Literal["text", "markdown"] = "text"
     """Format of the table."""
     json: FilePath = ""

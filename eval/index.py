@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_xcit.data.source import evenly_spaced
 from dino_xcit.data.workers import usable_cores
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
@@ -149,7 +150,7 @@ def build(kind: Kind, vectors: Rows, nprobe: int = 0, k: int = 10) -> faiss.Inde
         index.nprobe = min(nprobe or max(16, lists // 16), lists)
         index.cp.niter = _KMEANS_PASSES
         index.cp.min_points_per_centroid = 1  # no warning for few vectors: recall is measured
-        index.train(vectors[_spread(count, max(_TRAINING_PER_LIST * lists, _MIN_TRAINING))].astype(np.float32))
+        index.train(vectors[evenly_spaced(count, max(_TRAINING_PER_LIST * lists, _MIN_TRAINING))].astype(np.float32))
     add_rows(index, vectors)
     return index
 
@@ -182,11 +183,6 @@ def read_index(path: Path, kind: str) -> faiss.Index:
     return index
 
 
-def _spread(count: int, wanted: int) -> NDArray[np.int64]:
-    """Return at most ``wanted`` rows evenly spread over ``count``, as sources are often sorted by class."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64))
-
-
 # ---- recall
 
 
@@ -197,7 +193,7 @@ def describe(index: Any, kind: Kind, vectors: Rows) -> dict[str, Any]:
         hnsw = index.hnsw
         found["parameters"] = {"links": LINKS, "ef_construction": hnsw.efConstruction, "ef_search": hnsw.efSearch}
     if kind == "hnsw" and len(vectors) > 1:
-        k, chosen = min(RECALL_AT, len(vectors) - 1), _spread(len(vectors), _RECALL_QUERIES)
+        k, chosen = min(RECALL_AT, len(vectors) - 1), np.array(evenly_spaced(len(vectors), _RECALL_QUERIES))
         found["recall"] = {
             "at": k,
             "percent": round(recall(index, vectors, chosen, k), 2),

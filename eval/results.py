@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import dino_xcit
 from dino_xcit.data import Source
+from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.atomic import write as atomic_write
@@ -373,8 +374,8 @@ def images_card(source: Source) -> Card:
     for index in range(len(source)):
         labels.update(f"{None if source.labels is None else int(source.labels[index])}\n".encode())
         names.update(f"{own_name(source.name(index))}\n".encode("utf-8", "surrogateescape"))
-    for index in np.unique(np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(np.int64)):
-        item, _ = source.read(int(index))
+    for index in evenly_spaced(len(source), SAMPLED):
+        item, _ = source.read(index)
         contents.update(item if isinstance(item, bytes) else item.tobytes())
     return {"contents": contents.hexdigest(), "labels": labels.hexdigest(), "names": names.hexdigest()}
 

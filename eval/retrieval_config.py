@@ -48,7 +48,7 @@ class ExtractConfig(VectorConfig):
     from a collection (--learn-whitening)."""
 
     output_dir: Annotated[FilePath, Group("collection")] = ""
-    """Folder for vectors.npy, paths.txt, index.faiss and card.json."""
+    """Folder of the collection: vectors.npy, paths.txt, index.faiss and card.json (metadata)."""
     normalise: bool = True
     """Scale each vector to unit length, so that inner products are cosine similarities."""
     dtype: Literal["fp32", "fp16"] = "fp32"
@@ -64,17 +64,18 @@ class ExtractConfig(VectorConfig):
     add: bool = False
     """Add the images of data_path to the collection in output_dir; weights and settings must be the same."""
     learn_whitening: Annotated[FilePath, IsOutput, Group("whitening")] = ""
-    """Learn PCA whitening from the vectors in INDEX and write it to this file."""
+    """Learn PCA whitening from the vectors of the collection --index, and write it to this file."""
     whiten_dim: Annotated[int, Ge(0)] = 0
     """Dimensions after the learned whitening; 0: all."""
     query: Annotated[tuple[str, ...], IsPath, Repeatable, Group("query")] = ()
     """Image files to search for."""
     index: FilePath = ""
-    """Collection to search or to learn whitening from. Default for --query: OUTPUT_DIR."""
+    """Folder of the collection to search or to learn whitening from. Default for --query: OUTPUT_DIR."""
     top: Annotated[int, Ge(1)] = 10
     """Number of nearest images to show."""
     sheet: Annotated[FilePath, IsOutput] = ""
-    """Contact sheet of the queries and their results. Default: contact_sheet.png in the folder of the collection."""
+    """Draw the queries and their results to this .png file. Default: contact_sheet.png in the folder of the
+    collection."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -130,7 +131,8 @@ class RetrievalConfig(VectorConfig):
     to image_size. square: resize to image_size x image_size. auto: whole for oxford and paris, square for copydays,
     else centre."""
     image_size: Annotated[int, Ge(0)] = 0
-    """Size in pixels for whole and square (alias: --imsize); 0: 224 for whole, 320 for square, as in DINO's scripts."""
+    """Size in pixels for --fit whole and square (alias: --imsize); 0: 224 for whole, 320 for square, as in DINO's
+    scripts."""
     ground_truth: FilePath = ""
     """For oxford and paris: the ground truth. Default: DATA_PATH/gnd_roxford5k.pkl or gnd_rparis6k.pkl."""
     queries: Literal["box", "whole"] = "box"
@@ -148,11 +150,11 @@ class RetrievalConfig(VectorConfig):
     threshold: Annotated[float, Ge(-1), Le(1)] = 0.95
     """For duplicates: minimum cosine similarity of a pair."""
     most_pairs: Annotated[int, Ge(1)] = 1_000_000
-    """For duplicates: maximum number of pairs; more end the run."""
+    """For duplicates: maximum number of pairs; more are an error."""
     csv: Annotated[FilePath, IsOutput] = ""
-    """For duplicates: write the pairs to this file."""
+    """For duplicates: write the pairs to this .csv file."""
     sheet: Annotated[FilePath, IsOutput] = ""
-    """For duplicates: draw the most similar pairs to this PNG."""
+    """For duplicates: draw the most similar pairs to this .png file."""
 
     def fitted(self) -> str:
         """Resolve ``fit``: ``centre``, ``whole`` or ``square``."""

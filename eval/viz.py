@@ -228,9 +228,11 @@ def attention_maps(backbone: nn.Module, images: Tensor, block: int = -1) -> tupl
     hooked: nn.Module = attention if ours else attention.attn_drop
     fused = getattr(attention, "fused_attn", False)
     with hooked.register_forward_pre_hook(lambda _, inputs: seen.append(inputs)):
-        attention.fused_attn = False  # timm's fused kernel does not expose weights
-        h, w = backbone(images).grid
-        attention.fused_attn = fused
+        try:
+            attention.fused_attn = False  # timm's fused kernel does not expose weights
+            h, w = backbone(images).grid
+        finally:
+            attention.fused_attn = fused
     weights = class_attention_weights(attention, *seen[0]) if ours else seen[0][0][:, :, 0]
     return weights[:, :, -h * w :].unflatten(2, (h, w)), weights[:, :, 0]
 

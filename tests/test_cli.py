@@ -53,6 +53,8 @@ PRECISIONS = {
 )
 def test_dino_flag_patch_size_becomes_part_of_arch(arch: str, patch: int, name: str) -> None:
     assert parsed(*DATA, "--patch_size", str(patch), "--arch", arch).arch == name
+    words = ["--weights", "w.pth", "--patch_size", str(patch), "--arch", arch]
+    assert parse(KnnConfig, words, "run_knn.py").arch == name
 
 
 @pytest.mark.parametrize("typed", PRECISIONS)
@@ -95,9 +97,11 @@ MISTAKES = {
     "--recipe dino": "needs --data-path",
     "photos --seed 1": "'photos'",
     "--config absent.yaml": "absent.yaml",
+    "--clip-grad -1": "clip_grad is -1",
     "--lr 1 2": "'2' after --lr",
     "--use_bn_in_head=perhaps": "use_bn_in_head is perhaps, expected true or false",
     "--use_fp16 true --precision bf16": "use_fp16",
+    "--arch xcit_small_12 --patch_size": "give both in --arch",
     "--patch_size 8": "give both in --arch", "--patch_size 8 --arch xcit_small_12_p16": "give both in --arch",
     "--use_fp16 false --precision fp16": "use_fp16",
     "--no-deterministic=false": "--no_deterministic",

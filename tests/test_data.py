@@ -10,6 +10,7 @@ from data_fixtures import labels, names, odd_tree, parts_tree, write_image
 from numpy.typing import NDArray
 
 from dino_xcit.data import ArraySource, Source, Subset, open_parts, open_source
+from dino_xcit.data.open import has_validation
 from dino_xcit.data.source import split_part
 from dino_xcit.errors import InputError
 
@@ -56,6 +57,15 @@ def test_open_parts_accepts_parts_in_separate_locations(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_open_parts_finds_both_parts_of_named_data_set(given: tuple[str | None, ...]) -> None:
     assert [len(part) for part in open_parts(*given)] == [12_000, 3_000]
+
+
+def test_has_validation_agrees_with_open_parts(tmp_path: Path) -> None:
+    parts_tree(tmp_path / "parts", ("a",), ("a",))
+    for url, expected in (
+        (tmp_path / "parts", True), (tmp_path / "parts" / "train", False), ("sample:fashion-mnist", True),
+        ("tar:shards-*.tar", False), ("parquet:images-*.parquet", False),
+    ):  # fmt: skip
+        assert has_validation(str(url)) == expected, url
 
 
 def test_open_parts_refuses_missing_parts_and_missing_labels(tmp_path: Path) -> None:

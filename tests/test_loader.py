@@ -83,6 +83,8 @@ def test_sampler_refuses_too_few_images_and_suggests_batch_size() -> None:
     with pytest.raises(InputError, match=r"10 training images .* 16: .*batch-size-per-gpu to at most 2"):
         StepSampler(10, 4, accumulation_steps=2, world_size=2)
     StepSampler(16, 4, accumulation_steps=2, world_size=2)
+    with pytest.raises(InputError, match="use fewer ranks or more images"):
+        StepSampler(4, 1, world_size=8)
 
 
 def test_sampler_of_finished_run_is_empty() -> None:

@@ -171,6 +171,7 @@ WRONG = {
         "broken.jpg cannot be read",
     "knn --weights {backbone}": "does not name its training data",
     "linear W": "less than one global batch of 128",
+    "linear W --no-sgd --logreg --holdout 0.01": "less than one image of any",
     "linear W --batch-size 4 --holdout 0.01": "less than one image of any",
     "extract W --output-dir {image}": "which is not a folder",
     "extract W --output-dir /proc/none/vectors": "cannot create /proc/none",

@@ -78,3 +78,8 @@ def test_drop_path_rate_reaches_the_timm_model() -> None:
 def test_unknown_timm_name_is_refused_with_near_matches() -> None:
     with pytest.raises(ValueError, match=r"resnet18"):
         build_backbone("timm:resnet81")
+
+
+def test_drop_path_rate_is_refused_for_timm_model_without_stochastic_depth() -> None:
+    with pytest.raises(InputError, match=r"timm:vgg11 has no stochastic depth: give --drop-path-rate 0"):
+        build_backbone("timm:vgg11", drop_path_rate=0.1)

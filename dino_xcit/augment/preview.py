@@ -21,6 +21,7 @@ from dino_xcit.cli import parse_known
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, decode, open_source
 from dino_xcit.data.decode import choose_white_level
+from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.recipes import parse_pretrain
 from dino_xcit.transform import WHITE
@@ -62,7 +63,7 @@ def draw_preview(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    chosen = sorted({int(index) for index in np.linspace(0, len(source) - 1, images)})
+    chosen = evenly_spaced(len(source), images)
     columns = 1 + len(augmentation.views)
     figure, axes = plt.subplots(
         len(chosen), columns, figsize=(1.7 * columns, 2.35 * len(chosen)), squeeze=False, layout="constrained"

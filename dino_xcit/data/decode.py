@@ -16,7 +16,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from dino_xcit.data.source import Item, Source
+from dino_xcit.data.source import Item, Source, evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
@@ -114,7 +114,7 @@ def choose_white_level(source: Source, level: int) -> int:
 
 def _white_level_of(source: Source) -> int:
     highest = 0
-    for index in np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)).tolist():
+    for index in evenly_spaced(len(source), 64):
         if source.name(index).lower().endswith((".jpg", ".jpeg")):  # never 16-bit
             continue
         with contextlib.suppress(InputError):  # unreadable images are reported where they are used

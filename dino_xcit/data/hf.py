@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dino_xcit.data import storage
 from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.index import cache_folder
-from dino_xcit.data.source import MAX_CLASSES, Item, hash_lines, number_classes, split_part
+from dino_xcit.data.source import MAX_CLASSES, Item, evenly_spaced, hash_lines, number_classes, split_part
 from dino_xcit.data.storage import expand
 from dino_xcit.errors import InputError, near_matches, one_line
 from dino_xcit.runtime import distributed
@@ -102,7 +102,7 @@ class HFSource:
         sizes = [np.asarray(pc.fill_null(lengths, -1), dtype=np.int64)]
         if self.labels is not None:
             sizes.append(self.labels)
-        some = np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64)).tolist()
+        some = evenly_spaced(len(self), 64)
         images = (self._dataset[row][self._image] for row in some)
         contents = (image["bytes"] if isinstance(image, dict) else image for image in images)
         digests = [hashlib.sha256(content or b"").hexdigest() for content in (*(s.tobytes() for s in sizes), *contents)]

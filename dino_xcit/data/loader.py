@@ -207,9 +207,10 @@ class StepSampler(Sampler[list[Key]]):
         self.global_batch = batch_size * accumulation_steps * world_size
         self.steps_per_epoch = length // self.global_batch
         if self.steps_per_epoch == 0:
+            most = length // (accumulation_steps * world_size)
+            remedy = f"lower --batch-size-per-gpu to at most {most}" if most else "use fewer ranks or more images"
             raise InputError(
-                f"{length} training images make less than one global batch of {self.global_batch}: lower "
-                f"--batch-size-per-gpu to at most {max(1, length // (accumulation_steps * world_size))}"
+                f"{length} training images make less than one global batch of {self.global_batch}: {remedy}"
             )
 
     def epochs(self, step: int) -> int:

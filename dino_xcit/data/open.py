@@ -174,6 +174,11 @@ def parts_of(url: str) -> list[str]:
     return [part for part in ("train", "val") if storage.is_folder(folder) and _folder_of_part(folder, part) != folder]
 
 
+def has_validation(url: str) -> bool:
+    """Whether :func:`open_parts` finds a validation part of ``url``, as far as names show."""
+    return _has_parts(url) or (not url.startswith(FILES) and storage.is_folder(_inside(url, "val")))
+
+
 def _has_parts(url: str) -> bool:
     """Whether a URL that is not a folder of images names a data set with both parts."""
     if url.startswith("parquet:"):

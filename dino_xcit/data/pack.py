@@ -68,16 +68,16 @@ class PackConfig:
     source: Annotated[str, MinLen(1), Positional] = ""
     """Data set, in any form that --data-path accepts: a folder, a list, tar:... (the flag --source may be omitted)."""
     destination: Annotated[FilePath, MinLen(1), Positional] = ""
-    """Local folder, absent or empty (the flag --destination may be omitted)."""
+    """New or empty local folder for the shards (the flag --destination may be omitted)."""
     part: Literal["", "train", "val"] = ""
-    """Part of the source, if it has parts."""
+    """Part of the source, if it has parts. Required for a folder with train and val."""
     max_side: Annotated[int, Ge(0)] = 0
-    """Maximum LONGER side in pixels (FFCV's max_resolution, not ImageNet's "resize the shorter side"). 0: no maximum,
-    all files are copied unchanged. Larger images are resized with antialiasing, rotated upright by EXIF and saved as
-    JPEG without chroma subsampling. Smaller images are copied unchanged, except rotated JPEGs, which are saved again
-    upright. Crops cover the same share of the area as before but have fewer pixels: a view is enlarged, and so blurred,
-    if sqrt(share x width x height) is less than its size. At 512 and 4:3 this affects 224-pixel views of less than
-    25.5 % of the area, and 96-pixel views of less than 4.7 %."""
+    """Maximum length of the LONGER side in pixels (like FFCV's max_resolution, unlike ImageNet's resize of the shorter
+    side). 0: no maximum, all files are copied unchanged. Larger images are resized with antialiasing, rotated upright
+    by EXIF and saved as JPEG without chroma subsampling. Smaller images are copied unchanged, except rotated JPEGs,
+    which are saved again upright. Crops cover the same share of the area as before but have fewer pixels: a view is
+    enlarged, and therefore blurred, if sqrt(share x width x height) is less than its size. At 512 and 4:3 this affects
+    224-pixel views of less than 25.5 % of the area, and 96-pixel views of less than 4.7 %."""
     quality: Annotated[int, Ge(1), Le(100)] = 90
     """JPEG quality of resized images."""
     white_level: Annotated[int, Ge(0), Le(WHITE), ZeroIsAuto] = WHITE

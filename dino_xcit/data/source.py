@@ -101,6 +101,11 @@ def number_classes(names: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
     return np.array([number[name] for name in composed], dtype=np.int64), classes
 
 
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """Return at most ``wanted`` indices evenly spaced over ``range(count)``, the first and the last included."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)).tolist()
+
+
 def hash_lines(lines: Iterable[str]) -> str:
     """Return the SHA-256 of text lines, in hexadecimal."""
     digest = hashlib.sha256()
@@ -116,7 +121,7 @@ def identity(source: Source, samples: int = 1000) -> str:
     A fast check that detects added and removed images and another order, but not changed files. For these see
     :meth:`Source.fingerprint`, which may access every file.
     """
-    chosen = np.unique(np.linspace(0, len(source) - 1, samples).astype(np.int64)).tolist()
+    chosen = evenly_spaced(len(source), samples)
     digest = hash_lines(source.name(index) for index in chosen)
     return f"{len(source)} images, {digest[:12]}"
 

@@ -20,7 +20,7 @@ def build_timm(name: str, drop_path_rate: float = 0.0) -> TimmBackbone:
     """Build a timm model with random weights and no classifier; a tag in the name (``resnet50.a1_in1k``) is ignored.
 
     Raises:
-        InputError: timm has no such model.
+        InputError: timm has no such model, or the model has no stochastic depth but ``drop_path_rate`` is not 0.
     """
     if not timm.is_model(name):
         known = timm.list_models()
@@ -34,6 +34,8 @@ def build_timm(name: str, drop_path_rate: float = 0.0) -> TimmBackbone:
     for options in (drop_path | {"dynamic_img_size": True}, drop_path):
         with contextlib.suppress(TypeError):
             return TimmBackbone(timm.create_model(name, num_classes=0, **options))
+    if drop_path_rate:
+        raise InputError(f"backbone timm:{name} has no stochastic depth: give --drop-path-rate 0")
     return TimmBackbone(timm.create_model(name, num_classes=0))
 
 

@@ -351,7 +351,8 @@ def recomputed(block: nn.Module, call: Callable[..., Any], *inputs: Any) -> Any:
 
 @contextmanager
 def _running_statistics_left_alone(block: nn.Module) -> Iterator[None]:
-    """Redirect buffer updates to copies. Not skipped, because checkpointing needs the same number of saved tensors."""
+    """Point the buffers at copies, which the recomputation updates instead. Without any update autograd would save
+    other tensors than in the first pass, which ``checkpoint`` refuses."""
     originals = [(module, module._buffers) for module in block.modules()]
     try:
         for module, buffers in originals:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset, open_parts
+from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.methods import Method
 from dino_xcit.observers import Evaluator
@@ -35,7 +36,7 @@ def build_evaluators(config: PretrainConfig, source: Source, device: torch.devic
     else:
         train, val = open_parts(config.data_path, config.train_data or None, config.val_data or None)
     if len(train) > config.knn_max_images:
-        train = Subset(train, np.linspace(0, len(train) - 1, config.knn_max_images).astype(np.int64))
+        train = Subset(train, np.array(evenly_spaced(len(train), config.knn_max_images)))
     transform, reported = config.eval_transform(), set[str]()
 
     def features(method: Method, name: str, part: Source) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -62,7 +62,8 @@ class Probe:
         self.labels = np.asarray(self.train.labels)
         self.classes = len(self.train.classes) if self.train.classes else int(self.labels.max()) + 1
         rank, world = distributed.rank(), distributed.world_size()
-        self.sampler = StepSampler(len(self.train), config.batch_size_per_gpu, 1, rank, world, config.seed)
+        batch = config.batch_size_per_gpu if config.sgd else 1  # logistic regression has no batches
+        self.sampler = StepSampler(len(self.train), batch, 1, rank, world, config.seed)
         share = config.holdout if config.lrs or config.logreg else 0.0
         self.held = hold_out(self.labels, share, config.seed)
         """Indices of the held-out training images."""
