@@ -23,7 +23,7 @@ from dino_xcit.errors import PREEMPTED, STOP_SIGNALS, InputError, one_line, run_
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Settings of run_slurm.py; every other flag is the runner's."""
+    """Submit a runner as a Slurm job. The flags of the runner are accepted as well."""
 
     run: Literal["pretrain", "knn", "linear", "extract", "retrieval"] = "pretrain"
     """Command to run: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""

@@ -3,6 +3,7 @@ plain step with timm's XCiT.
 
     python benchmarks/step.py [--reference DIR] [--device cuda] [--batch N] [--rounds 7] [--only ours-fp32,ours-bf16]
         [--quick] [--against DIR]
+    python benchmarks/step.py --count [--batch 64]
 
 ``--reference`` is a folder with checkouts of facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as
 ``xcit/``. First, all rows get the same weights and crops; if losses or gradients differ, the run ends with exit code 1.
@@ -14,6 +15,10 @@ does.
 The last line is one JSON object. ``ratio_fp32`` is the speed of ours-fp32 divided by the reference's,
 ``memory_ratio_fp32`` its memory divided by the reference's, ``over_timm_fp32`` its speed divided by timm-fp32's; the
 other rows have the same figures. ``against_fp32`` and ``memory_against_fp32`` compare with the earlier commit.
+
+``--count`` runs a step of XCiT-S12/16 in bf16 on fake CUDA tensors (fake_cuda.py) without timing. The last line is
+``{"eager": {"launches": ..., "GB": ..., "update": ...}, "waits": ...}``: kernel launches, bytes touched, the launches
+outside of forward and backward passes, and operators or copies for which the host waits.
 
 Dimensions: B batch, V views, D features, K prototypes.
 """
@@ -45,6 +50,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from against import commit_of, exit_on_sigterm, import_peer, in_a_process, peak_memory, process_group, spread  # noqa: E402
+from fake_cuda import Ledger, fake_step  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -638,6 +644,20 @@ def chosen_rows(only: str | None, device: str, reference: bool) -> list[Row]:
     return [row for key, row in rows.items() if key in names]
 
 
+def count(batch: int) -> None:
+    """Count the launches and bytes of a step on a GPU, and print."""
+    ledger = Ledger()
+    with ledger:
+        fake_step(batch=batch)
+    totals = {phase or "all": ledger.total(phase) for phase in (*ledger.bytes, "")}
+    print(table(["phase", "launches", "GB"], [[phase, str(n), f"{gb:.1f}"] for phase, (n, gb) in totals.items()]))
+    waits = [*ledger.waits, *ledger.blocking_copies]
+    print(*waits, sep="\n", end="\n" * bool(waits))
+    launches, gigabytes = totals["all"]
+    eager = {"launches": launches, "GB": round(gigabytes, 1), "update": totals["update"][0]}
+    print(json.dumps({"eager": eager, "waits": len(waits)}))
+
+
 def main() -> None:
     """Check the rows, time them and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -651,10 +671,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images per step; default: 4 on a CPU, 64 on a GPU")
     for name in ("--out-dim", "--local-crops", "--global-size", "--local-size"):
         parser.add_argument(name, type=int)
+    parser.add_argument("--count", action="store_true", help="count launches and bytes on fake CUDA tensors")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         return serve(json.loads(given.worker))
+    if given.count:
+        return count(given.batch or 64)
     if given.rounds < 1:
         raise InputError(f"--rounds is {given.rounds}, expected at least 1")
     if given.against and not (given.against / "benchmarks" / "step.py").is_file():

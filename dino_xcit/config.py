@@ -34,7 +34,7 @@ class StateField:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of run_pretrain.py. Precedence: flags, then --config FILE.yaml, then the recipe, then these defaults."""
+    """Pretrain an image encoder. Precedence of settings: flags, --config FILE.yaml, the recipe, these defaults."""
 
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
     """Named set of settings: dino (the defaults of facebookresearch/dino), xcit-dino-300ep (closest to the published

@@ -59,7 +59,7 @@ MIN_IMAGES, MAX_IMAGES = 3, 4
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Settings of python -m dino_xcit.export."""
+    """Export a backbone, and compare the exported network with the original."""
 
     weights: str = ""
     """Checkpoint to export, in any form that run_knn.py accepts."""

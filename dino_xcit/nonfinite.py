@@ -40,8 +40,8 @@ STATE, SUMMARY = "nonfinite.pth", "nonfinite.json"
 
 @dataclasses.dataclass(frozen=True)
 class NonfiniteConfig:
-    """Settings of python -m dino_xcit.nonfinite: repeat the last step of a run that ended after too many skipped steps,
-    and name the first module with non-finite output."""
+    """Repeat the last step of a run that ended after too many skipped steps, and name the first module with non-finite
+    output."""
 
     file: Annotated[FilePath, MinLen(1), Positional] = ""
     """The nonfinite.pth of the run's output directory (the flag --file may be omitted)."""

@@ -166,26 +166,39 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Run one update; ``closure`` is not supported."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad
-                if parameter.ndim > 1:
-                    update = update + group["weight_decay"] * parameter
-                    length, update_length = parameter.norm(), update.norm()
-                    scaled = (length > 0) & (update_length > 0)
-                    update = update * torch.where(scaled, group["eta"] * length / update_length, 1.0)
-                state = self.state[parameter]
-                if "mu" not in state:
-                    state["mu"] = torch.zeros_like(parameter)
-                mu = state["mu"] * group["momentum"] + update
-                moved = parameter - group["lr"] * mu
-                if self.found_inf is not None:
-                    rejected = self.found_inf.bool()
-                    mu = torch.where(rejected, state["mu"], mu)
-                    moved = torch.where(rejected, parameter, moved)
-                state["mu"].copy_(mu)
-                parameter.copy_(moved)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+            decayed = self._scaled_updates(matrices, group["weight_decay"], group["eta"]) if matrices else []
+            scaled = iter(decayed)
+            updates = [next(scaled) if parameter.ndim > 1 else parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                if "mu" not in self.state[parameter]:
+                    self.state[parameter]["mu"] = torch.zeros_like(parameter)
+            mus = [self.state[parameter]["mu"] for parameter in parameters]
+            lr, momentum = group["lr"], group["momentum"]
+            if self.found_inf is not None:  # updates of 0, as 0 * NaN is NaN
+                rejected = self.found_inf.bool()
+                flat = torch.where(rejected, 0.0, torch.cat([update.reshape(-1) for update in updates]))
+                parts = flat.split([update.numel() for update in updates])
+                updates = [part.view_as(update) for part, update in zip(parts, updates, strict=True)]
+                lr, momentum = (
+                    torch.where(rejected, skipped, value) for skipped, value in ((0.0, lr), (1.0, momentum))
+                )
+            torch._foreach_mul_(mus, momentum)
+            torch._foreach_add_(mus, updates)
+            torch._foreach_sub_(parameters, torch._foreach_mul(mus, lr))
+
+    @staticmethod
+    def _scaled_updates(matrices: list[Tensor], weight_decay: float, eta: float) -> list[Tensor]:
+        """Return gradient plus weight decay of each matrix, scaled to eta times the matrix's norm."""
+        gradients: list[Any] = [matrix.grad for matrix in matrices]
+        updates = list(torch._foreach_add(gradients, matrices, alpha=weight_decay))
+        lengths, update_lengths = (torch.stack(torch._foreach_norm(tensors)) for tensors in (matrices, updates))
+        usable = (lengths > 0) & (update_lengths > 0)
+        scale_each(updates, torch.where(usable, eta * lengths / update_lengths, 1.0))
+        return updates
 
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -223,23 +236,32 @@ CLIP_MODES = ("per-parameter", "global")
 
 
 @torch.no_grad()
-def clip_gradients(gradients: Sequence[Tensor], norms: Sequence[Tensor], limit: float, mode: str) -> None:
+def clip_gradients(gradients: Sequence[Tensor], norms: Tensor, limit: float, mode: str) -> None:
     """Scale gradients in place so that no norm exceeds ``limit``.
 
     Args:
         gradients: one per parameter.
-        norms: their L2 norms, 0-d.
-        limit: maximum norm; 0 or less: no clipping.
+        norms: their L2 norms, [len(gradients)].
+        limit: maximum norm; 0: no clipping.
         mode: ``per-parameter`` clips each gradient by its own norm (as facebookresearch/dino); ``global`` clips all by
             their global norm.
     """
     if limit <= 0 or not gradients:
         return
     if mode == "global":
-        total = torch.linalg.vector_norm(torch.stack(list(norms)))
-        factors = [(limit / (total + 1e-6)).clamp(max=1.0)] * len(gradients)
+        total = torch.linalg.vector_norm(norms)
+        torch._foreach_mul_(list(gradients), (limit / (total + 1e-6)).clamp(max=1.0))
     elif mode == "per-parameter":
-        factors = list((limit / (torch.stack(list(norms)) + 1e-6)).clamp(max=1.0).unbind(0))
+        scale_each(gradients, (limit / (norms + 1e-6)).clamp(max=1.0))
     else:
         raise InputError(f"clip_mode is {mode!r}, expected one of {', '.join(CLIP_MODES)}")
-    torch._foreach_mul_(list(gradients), factors)
+
+
+def scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """Multiply each tensor in place by its own factor, [len(tensors)]."""
+    scalars = factors.unbind()
+    if factors.is_cuda:  # foreach operators launch one kernel per tensor unless shapes and strides are equal
+        flat = torch.cat([scalar.expand(tensor.numel()) for scalar, tensor in zip(scalars, tensors, strict=True)])
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        scalars = tuple(p.as_strided(t.shape, t.stride()) for p, t in zip(parts, tensors, strict=True))
+    torch._foreach_mul_(list(tensors), list(scalars))

@@ -5,12 +5,12 @@ The host never waits for the device in a step: the decision to accept or skip it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
@@ -18,6 +18,26 @@ from dino_xcit.methods import Method, Stats, build_method
 from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.optim import Rates, Schedules, build_optimizer, clip_gradients, set_rates
 from dino_xcit.runtime import distributed
+
+
+class Buffers:
+    """Buffers of one or more networks, read and written as one flat tensor per dtype: few launches on a GPU."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for module in modules:
+            for buffer in module.buffers():
+                self._by_dtype.setdefault(buffer.dtype, []).append(buffer)
+
+    def read(self) -> dict[torch.dtype, Tensor]:
+        """Return copies of the buffers, [elements] by dtype."""
+        return {kind: torch.cat([one.reshape(-1) for one in buffers]) for kind, buffers in self._by_dtype.items()}
+
+    def write(self, flat: Mapping[torch.dtype, Tensor]) -> None:
+        """Set the buffers to values as returned by :meth:`read`."""
+        for kind, buffers in self._by_dtype.items():
+            parts = flat[kind].split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(one) for part, one in zip(parts, buffers, strict=True)])
 
 
 @dataclass
@@ -33,6 +53,15 @@ class TrainState:
     """Number of skipped steps since the last accepted one; int64 scalar on the device."""
     step: int = 0
     """Completed steps, including skipped ones."""
+    parameters: list[nn.Parameter] = field(init=False)
+    """Those of ``method.trained``."""
+    buffers: Buffers = field(init=False)
+    """Those of the method's networks in train mode. A skipped step restores them."""
+
+    def __post_init__(self) -> None:
+        networks = (self.method.trained, self.method.teacher)
+        self.parameters = list(self.method.trained.parameters())
+        self.buffers = Buffers(*(network for network in networks if network is not None))
 
 
 def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
@@ -84,43 +113,43 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     method, optimizer = state.method, state.optimizer
     device = state.skipped_steps.device
     # Only dropout in timm backbones uses PyTorch's generators; seeding each step makes it reproducible after a resume.
-    torch.manual_seed(_generator_seed(config.seed, state.step, distributed.rank()))
+    distributed.seed_generators(_generator_seed(config.seed, state.step, distributed.rank()), device)
     loss_scale = state.scaler.scale(torch.ones((), device=device)) / len(batches)
     rates = schedules.at(state.step, loss_scale)
     set_rates(optimizer, rates.lr, rates.weight_decay)
-    buffers = [*method.trained.buffers(), *(method.teacher.buffers() if method.teacher is not None else ())]
-    before = [buffer.clone() for buffer in buffers]
-    running = [buffer for buffer in buffers if buffer.is_floating_point()]
-    running_sum = [torch.zeros_like(buffer) for buffer in running]
+    before = state.buffers.read()
+    # Sums of the BatchNorm statistics after each forward pass.
+    statistics = {kind: torch.zeros_like(flat) for kind, flat in before.items() if kind.is_floating_point}
 
     # ---- teacher, student, loss, gradients
     optimizer.zero_grad(set_to_none=True)
     loss, stats = torch.zeros((), device=device), Stats()
     for number, batch in enumerate(batches):
-        if number > 0 and buffers:  # start each pass from the same statistics, as on separate ranks
-            torch._foreach_copy_(buffers, before)
+        if number > 0:  # start each pass from the same statistics, as on separate ranks
+            state.buffers.write(before)
         with distributed.no_sync(method.ddp_student, skip=number + 1 < len(batches)):
             pass_loss, pass_stats = method.forward_backward(batch.to(device), rates)
-        if running:
-            torch._foreach_add_(running_sum, running)
+        after = state.buffers.read()
+        for kind, total in statistics.items():
+            total += after[kind]
         loss += pass_loss.detach() / len(batches)
         stats = {name: value + stats[name] if stats else value for name, value in pass_stats.items()}
 
     # ---- finite check over all ranks
     if state.scaler.is_enabled():
         state.scaler.unscale_(optimizer)
-    gradients = [parameter.grad for parameter in method.trained.parameters() if parameter.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    gradient_norm = torch.linalg.vector_norm(torch.stack(norms))
+    gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    gradient_norm = torch.linalg.vector_norm(norms)
     # Include the BatchNorm statistics: the variance of finite activations can overflow.
-    checked = torch._foreach_norm([loss, *stats.values(), *running_sum], torch.inf)
-    finite = torch.isfinite(torch.stack(checked)).all() & torch.isfinite(gradient_norm)
+    checked = torch._foreach_norm([loss, *stats.values(), *statistics.values()], torch.inf)
+    finite = torch.stack([*checked, gradient_norm]).amax() < torch.inf  # the maximum propagates NaN
     failures = (~finite).to(torch.float32)
-    distributed.all_reduce_sum([failures, loss, *stats.values(), *running_sum])
-    accepted = failures == 0
-    if running:
-        torch._foreach_div_(running_sum, distributed.world_size() * len(batches))
-        torch._foreach_copy_(running, running_sum)
+    distributed.all_reduce_sum([failures, loss, *stats.values(), *statistics.values()])
+    rejected = failures > 0
+    accepted = ~rejected
+    after |= {kind: total / (distributed.world_size() * len(batches)) for kind, total in statistics.items()}
+    state.buffers.write({kind: torch.where(accepted, new, before[kind]) for kind, new in after.items()})
     loss /= distributed.world_size()
 
     # ---- update, or no change if the step is skipped
@@ -128,17 +157,15 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     for parameter in method.frozen_parameters(rates):
         parameter.grad = None
     optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = (~accepted).to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.found_inf = rejected.to(torch.float32)  # type: ignore[attr-defined]
     optimizer.step()
     if state.scaler.is_enabled():
         state.scaler.update()
     method.after_step(stats, rates, accepted)
-    for buffer, old in zip(buffers, before, strict=True):
-        buffer.copy_(torch.where(accepted, buffer, old))
-    state.skipped_steps += ~accepted
-    state.skipped_in_a_row.copy_(torch.where(accepted, 0, state.skipped_in_a_row + 1))
+    state.skipped_steps = state.skipped_steps + rejected
+    state.skipped_in_a_row.add_(1).mul_(rejected)
     state.step += 1
-    return StepResult(rates, loss, gradient_norm, accepted, state.skipped_steps.clone(), stats, method.features)
+    return StepResult(rates, loss, gradient_norm, accepted, state.skipped_steps, stats, method.features)
 
 
 def _generator_seed(seed: int, step: int, rank: int) -> int:

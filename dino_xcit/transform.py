@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from dino_xcit.errors import InputError, one_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 WHITE = (1 << 16) - 1
@@ -147,6 +149,15 @@ def normalise(images: Tensor, mean: RGB, std: RGB) -> Tensor:
     """
     import torch
 
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, 3, 1, 1)
+    scale, shift = _scale_and_shift(mean, std, images.device)
     return images.to(torch.float32).mul_(scale).add_(shift)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(mean: RGB, std: RGB, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return factors and offsets of :func:`normalise`, [1, 3, 1, 1]; cached, because copying them to a GPU waits."""
+    import torch
+
+    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    with torch.inference_mode(False):  # inference tensors could not be used in training
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (scale, shift))  # type: ignore[return-value]

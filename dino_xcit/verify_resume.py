@@ -46,7 +46,7 @@ SCRIPT = Path(__file__).parent.parent / "run_pretrain.py"
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Settings of python -m dino_xcit.verify_resume; every other flag is run_pretrain.py's."""
+    """Compare an uninterrupted run with a killed and resumed one. The flags of run_pretrain.py are accepted as well."""
 
     processes: Annotated[int, Ge(1)] = 1
     """Number of processes of each run."""

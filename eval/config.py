@@ -99,7 +99,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class KnnConfig(BackboneConfig):
-    """Settings of run_knn.py."""
+    """Evaluate frozen features by k-NN classification."""
 
     train_data: Annotated[str, Group("data")] = ""
     """Labelled images to search for neighbours. Default: DATA_PATH/train."""
@@ -144,7 +144,8 @@ class KnnConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class LinearConfig(BackboneConfig):
-    """Settings of run_linear.py. The defaults are the published protocol and a grid of learning rates."""
+    """Evaluate frozen features by linear classification. The defaults are the published protocol and a grid of learning
+    rates."""
 
     train_data: Annotated[str, Group("data")] = ""
     """Labelled training images. Default: DATA_PATH/train."""
@@ -232,7 +233,7 @@ class LinearConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Settings of python -m eval.compare."""
+    """Compare result files with paired significance tests."""
 
     files: Annotated[tuple[str, ...], MinLen(2), IsPath, Positional, Repeatable] = ()
     """Result files (--json of run_knn.py, run_linear.py, run_retrieval.py) and published:NAME. All are compared with

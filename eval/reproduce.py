@@ -40,7 +40,7 @@ from eval.stats import correct, wilson_interval
 
 @dataclass(frozen=True)
 class ReproduceConfig(BackboneConfig):
-    """Settings of python -m eval.reproduce."""
+    """Compare published weights with their published accuracy."""
 
     linear: FilePath = ""
     """Published linear classifier of the same network (dino_..._linearweights.pth). Default: only k-NN."""

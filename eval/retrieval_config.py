@@ -44,8 +44,7 @@ class VectorConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class ExtractConfig(VectorConfig):
-    """Settings of run_extract.py: write vectors (--output-dir), search a collection (--query), or learn a whitening
-    from a collection (--learn-whitening)."""
+    """Extract vectors of images (--output-dir), search them (--query), or learn a whitening (--learn-whitening)."""
 
     output_dir: Annotated[FilePath, Group("collection")] = ""
     """Folder of the collection: vectors.npy, paths.txt, index.faiss and card.json (metadata)."""
@@ -117,7 +116,7 @@ _PROTOCOLS_OF = {
 
 @dataclass(frozen=True)
 class RetrievalConfig(VectorConfig):
-    """Settings of run_retrieval.py. DATA_PATH is the folder of the benchmark as published (oxford, paris, copydays) or
+    """Evaluate image retrieval. DATA_PATH is the folder of the benchmark as published (oxford, paris, copydays) or
     the labelled images (folder)."""
 
     protocol: Annotated[

@@ -65,7 +65,7 @@ _GAP = 5
 
 @dataclass(frozen=True)
 class VizConfig(BackboneConfig):
-    """Settings of python -m eval.viz."""
+    """Draw attention maps or patch features."""
 
     what: Annotated[Literal["attention", "pca"], Positional, Group("picture")] = "attention"
     """Visualisation to draw. The flag --what itself may be omitted."""

@@ -148,7 +148,7 @@ GRADIENTS = [torch.full((3, 3), 2.0), torch.full((4,), 0.1), torch.tensor([[30.0
 
 def clipped(limit: float, mode: str) -> list[Tensor]:
     gradients = [gradient.clone() for gradient in GRADIENTS]
-    clip_gradients(gradients, torch._foreach_norm(gradients), limit, mode)
+    clip_gradients(gradients, torch.stack(torch._foreach_norm(gradients)), limit, mode)
     return gradients
 
 

@@ -418,6 +418,7 @@ def test_parts_of_folder_must_be_packed_separately(tmp_path: Path, out: Path) ->
         (["pakc"], "'pakc'"),
         (["pack", "x"], "destination is empty"),
         (["pack", "x", "y", "--max-side", "-1"], "max_side is -1"),
+        (["pack", "x", "y", "--white-level", "4095"], "white_level is 4095"),
         (["pack", "x", "y", "--shard-mb", "1", "--shard-images", "1"], "shard_mb and shard_images"),
         (["pack", "absent", "y"], "no data at 'absent'"),
     ],

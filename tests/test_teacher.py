@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_run import CPU, differing_bits, run, steps, tensors_of, tiny_config
 
-from dino_xcit.methods.student_teacher import update_ema
+from dino_xcit.methods.student_teacher import flattened, update_ema
 from dino_xcit.train import build_state
 
 
@@ -15,22 +15,36 @@ def tensors(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in ((4, 5), (7,), (1, 1, 3), (2, 3, 3, 3))]
 
 
+def flat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.detach().flatten() for part in parts])
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99999, 1.0])
 @pytest.mark.parametrize("accepted", [None, True])
 def test_update_ema_equals_exponential_moving_average(momentum: float, accepted: bool | None) -> None:
-    teacher, student = tensors(1), tensors(2)
-    expected = [momentum * t.double() + (1 - momentum) * s.double() for t, s in zip(teacher, student, strict=True)]
+    teacher, student = flat(tensors(1)), tensors(2)
+    expected = momentum * teacher.double() + (1 - momentum) * flat(student).double()
     update_ema(teacher, student, momentum, None if accepted is None else torch.tensor(accepted))
-    for got, want in zip(teacher, expected, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(teacher.double(), expected, rtol=1e-6, atol=1e-7)
     assert differing_bits(tensors_of(tensors(2)), tensors_of(student)) == []
 
 
 def test_update_ema_keeps_teacher_bits_after_skipped_step() -> None:
-    teacher, student = tensors(1), tensors(2)
+    teacher, student = flat(tensors(1)), tensors(2)
     before = tensors_of(teacher)
     update_ema(teacher, student, 0.9, torch.tensor(False))
     assert differing_bits(before, tensors_of(teacher)) == []
+
+
+def test_flattened_parameters_are_views_of_one_vector() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(5, 2))
+    before = tensors_of(network.state_dict())
+    vector = flattened(network)
+    assert differing_bits(before, tensors_of(network.state_dict())) == []
+    vector += 1
+    assert all((network.state_dict()[name[1:]] == value + 1).all() for name, value in before.items())
+    network.load_state_dict({name[1:]: value for name, value in before.items()})
+    assert (vector == flat(list(network.parameters()))).all()
 
 
 def test_teacher_starts_equal_to_student_without_gradients() -> None:

@@ -37,7 +37,7 @@ USAGE = "python -m dino_xcit.augment preview SRC --out grid.png [--images N] [fl
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Settings of python -m dino_xcit.augment preview, in addition to the flags of run_pretrain.py."""
+    """Draw the crops that pretraining sees. The flags of run_pretrain.py are accepted as well."""
 
     source: Annotated[str, MinLen(1), Positional] = ""
     """Data set, in any form that --data-path accepts (the flag --source may be omitted)."""

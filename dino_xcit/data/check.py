@@ -33,7 +33,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Settings of python -m dino_xcit.data check: read and decode every image of a data set.
+    """Read and decode every image of a data set.
 
     The report lists unreadable images, byte-identical duplicates, image sizes, and the speed of reading and decoding on
     this machine. The exit code is 1 if an image is unreadable.

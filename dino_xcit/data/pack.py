@@ -31,7 +31,7 @@ from annotated_types import Ge, Le, MinLen
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto
+from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto, refuse_changed
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
 from dino_xcit.data.decode import choose_white_level, read_header
@@ -58,7 +58,7 @@ _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "
 
 @dataclass(frozen=True)
 class PackConfig:
-    """Settings of python -m dino_xcit.data pack: write the images of a data set as WebDataset shards.
+    """Write the images of a data set as WebDataset shards.
 
     After an interruption the same command continues with the first incomplete shard. Train on the result with
     --data-path 'tar:DST/shard-*.tar'. Members are named NUMBER_NAME.jpg, with the label in NUMBER_NAME.cls. NAME is the
@@ -97,6 +97,8 @@ class PackConfig:
         Raises:
             InputError: Settings exclude each other.
         """
+        if not self.max_side:
+            refuse_changed(self, ("quality", "white_level"), "without --max-side")
         if self.shard_mb and self.shard_images:
             raise InputError("shard_mb and shard_images are both given, expected one of them")
 

@@ -37,6 +37,8 @@ class StudentTeacher(Method):
         self.teacher: MultiCropWrapper = self._network(0.0, build_head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        self._teacher_parameters = flattened(self.teacher)
+        self._student_parameters = list(self.student.parameters())
         self.trained, self.eval_backbone = self.student, self.teacher.backbone
         self.ddp_student = distributed.wrap_ddp(self.student, device)
         if distributed.world_size() > 1:
@@ -68,7 +70,7 @@ class StudentTeacher(Method):
 
     def after_step(self, stats: Stats, rates: Rates, accepted: Tensor) -> None:
         """Update the teacher as an EMA of the student."""
-        update_ema(list(self.teacher.parameters()), list(self.student.parameters()), rates.momentum, accepted)
+        update_ema(self._teacher_parameters, self._student_parameters, rates.momentum, accepted)
 
     def state_dict(self) -> dict[str, Any]:
         return {"student": self.student.state_dict(), "teacher": self.teacher.state_dict()}
@@ -110,28 +112,36 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # GPUs before Ampere emulate bfloat16, slowly.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
 
 
+def flattened(network: nn.Module) -> Tensor:
+    """Make all parameters of a network views of one vector, and return it."""
+    parameters = list(network.parameters())
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part.view_as(parameter)
+    return flat
+
+
 @torch.no_grad()
-def update_ema(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, accepted: Tensor | None = None
-) -> None:
+def update_ema(teacher: Tensor, student: Sequence[Tensor], momentum: float, accepted: Tensor | None = None) -> None:
     """Update teacher <- momentum * teacher + (1 - momentum) * student in place, unless ``accepted`` is false.
 
     Args:
-        teacher, student: parameters in the same order.
+        teacher: all parameters as one vector, as from :func:`flattened`.
+        student: parameters in the same order.
         momentum: share of the teacher that is kept.
         accepted: boolean scalar on the device, not read on the host; None: accepted.
     """
-    student = [parameter.detach() for parameter in student]
-    if accepted is None:
-        torch._foreach_lerp_(list(teacher), student, 1.0 - momentum)
-        return
-    # The student is finite after a skipped step, so a weight of 0 leaves the teacher unchanged bit for bit.
-    weight = accepted.to(torch.float32) * (1.0 - momentum)
-    torch._foreach_lerp_(list(teacher), student, [weight] * len(teacher))
+    weight: float | Tensor = 1.0 - momentum
+    if accepted is not None:
+        # The student is finite after a skipped step, so a weight of 0 leaves the teacher unchanged bit for bit.
+        weight = accepted.to(torch.float32) * weight
+    teacher.lerp_(torch.cat([parameter.detach().reshape(-1) for parameter in student]), weight)
 
 
 def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:

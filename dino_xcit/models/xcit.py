@@ -9,7 +9,6 @@ interaction need no copy. fused.py and xca.py have memory-saving implementations
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -356,7 +355,7 @@ def _running_statistics_left_alone(block: nn.Module) -> Iterator[None]:
     originals = [(module, module._buffers) for module in block.modules()]
     try:
         for module, buffers in originals:
-            module._buffers = copy.deepcopy(buffers)
+            module._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
         yield
     finally:
         for module, buffers in originals:

@@ -73,6 +73,13 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", local)
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's generators of the CPU and of this rank's GPU; ``torch.manual_seed`` seeds all GPUs."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 _store: Store | None = None
 
 

@@ -89,7 +89,9 @@ def open_fitted(config: RetrievalConfig) -> tuple[LoadedBackbone, torch.device]:
     loaded, device = open_weights(config)
     kind, interpolation, pixels = (LongerSide, "lanczos", 224) if fit == "whole" else (Square, "bicubic", 320)
     pixels = config.image_size or pixels
-    transform = kind(pixels, pixels, interpolation, loaded.transform.mean, loaded.transform.std)
+    stored = loaded.transform
+    white_level = config.white_level or stored.white_level
+    transform = kind(pixels, pixels, interpolation, stored.mean, stored.std, white_level)
     log.info(f"images: {transform.to_dict()['shape']}, {pixels} pixels (--fit, --image-size)")
     return dataclasses.replace(loaded, transform=transform), device
 

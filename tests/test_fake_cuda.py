@@ -1,0 +1,181 @@
+"""The code that a GPU runs, on fake CUDA tensors: no device wait, no blocking copy, no mixed devices, few launches.
+
+The backward pass needs a C++ compiler and a process of its own (benchmarks/fake_cuda.py).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.methods.student_teacher import choose_precision
+from dino_xcit.models.xca import XCA
+from dino_xcit.runtime import distributed
+from dino_xcit.train import build_state
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import fake_cuda  # noqa: E402
+
+CUDA = fake_cuda.CUDA
+SMALL = {"out_dim": 512, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "local_crops_number": 2}
+
+MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 6509, 74, 181.9
+"""Ceilings for a step of S12/16 at batch 64 in bf16. Lower them with the figures."""
+
+
+def assert_clean(ledger: fake_cuda.Ledger) -> None:
+    found = (ledger.waits, ledger.blocking_copies, ledger.mixed_devices, dict(ledger.slow_foreach))
+    assert found == ([], [], [], {})
+
+
+# ---- forward pass
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("arch", ["xcit_pico_4_p16", "xcit_pico_4_p8", "gram path", "vit_tiny_2_p16", "timm:resnet18"])
+def test_forward_pass_never_waits_for_the_device(arch: str, precision: Any) -> None:
+    gram = arch == "gram path"
+    config = PretrainConfig(
+        arch="xcit_pico_4_p8" if gram else arch, device="cuda", precision=precision, batch_size_per_gpu=4, **SMALL
+    )  # type: ignore[arg-type]
+    ledger = fake_cuda.Ledger()
+    with fake_cuda.fake_cuda():
+        method: Any = build_state(config, CUDA).method
+        for module in method.student.modules():
+            if isinstance(module, XCA):
+                module.path = "gram" if gram else "auto"
+        batch = fake_cuda.fake_batch(config)
+        method.forward(batch)  # copies constants to the device once
+        with ledger:
+            student, teacher = method.forward(batch)
+        assert student.logits.shape == (4 * 4, 512)
+        assert {student.logits.device, teacher.logits.device, teacher.features.device} == {CUDA}
+    assert_clean(ledger)
+    assert ledger.total()[0] > 100
+
+
+# ---- whole steps, in processes of their own
+
+CASES: dict[str, dict[str, Any]] = {
+    "accumulation": {"accumulation_steps": 2},
+    "checkpointing": {"activation_checkpointing": True},
+    "fp16": {"precision": "fp16"},
+    "fp32": {"precision": "fp32"},
+    "sgd": {"optimizer": "sgd", "clip_mode": "global"},
+    "lars": {"optimizer": "lars"},
+    "sinkhorn and koleo": {"centering": "sinkhorn_knopp", "koleo_weight": 0.1},
+    "simdino": {"method": "simdino"},
+    "BatchNorm in the head": {"use_bn_in_head": True, "norm_last_layer": False},
+    "no drop path": {"drop_path_rate": 0.0},
+    "gram path": {"arch": "xcit_nano_12_p8", "global_crops_size": 512, "local_crops_size": 384},
+    "vit": {"arch": "vit_tiny_12_p16"},
+    "resnet": {"arch": "timm:resnet18"},
+}
+STEP = """
+import json, sys
+sys.path[:0] = sys.argv[1:3]
+import fake_cuda
+fake_cuda.enable_backward()
+for settings in json.loads(sys.argv[3]):
+    ledger = fake_cuda.Ledger()
+    with ledger:
+        state = fake_cuda.fake_step(**settings)
+    gradients = [
+        [[stride for stride, size in zip(one.stride(), one.shape) if size > 1] for one in (parameter.grad, parameter)]
+        for parameter in state.parameters if parameter.grad is not None
+    ]
+    print(json.dumps({
+        "clean": [ledger.waits, ledger.blocking_copies, ledger.mixed_devices, ledger.slow_foreach],
+        "strides": [len(gradients), sum(one != other for one, other in gradients)],
+        "total": ledger.total(), "update": ledger.total("update")[0],
+    }))
+"""
+
+needs_compiler = pytest.mark.skipif(
+    torch.version.cuda is not None and fake_cuda.compiler() is None, reason="no C++ compiler for the backward pass"
+)
+
+
+def steps(*settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run a step with each of these settings in one process."""
+    words = [sys.executable, "-c", STEP, str(BENCHMARKS.parent), str(BENCHMARKS), json.dumps(settings)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[str, Any]]:
+    """A step of S12/16 with AdamW, and one of a small network with LARS."""
+    return steps({}, {"batch": 2, "arch": "xcit_pico_4_p16", "optimizer": "lars"} | SMALL)
+
+
+@needs_compiler
+def test_step_of_s12_is_clean_and_stays_below_its_ceilings(measured: list[dict[str, Any]]) -> None:
+    found = measured[0]
+    assert found["clean"] == [[], [], [], {}]
+    assert found["strides"][0] > 300
+    assert found["strides"][1] == 0
+    launches, gigabytes = found["total"]
+    assert (launches <= MAX_LAUNCHES, gigabytes <= MAX_GB + 0.05) == (True, True), found
+    assert found["update"] <= MAX_UPDATE_LAUNCHES
+
+
+@needs_compiler
+def test_lars_launches_do_not_grow_with_the_number_of_tensors(measured: list[dict[str, Any]]) -> None:
+    assert measured[1]["clean"] == [[], [], [], {}]
+    assert measured[1]["update"] < 120
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_step_is_clean_in_every_setting(case: str) -> None:
+    (found,) = steps({"batch": 4, "arch": "xcit_nano_12_p16"} | SMALL | CASES[case])
+    assert found["clean"] == [[], [], [], {}]
+    assert found["strides"][1] == 0
+    assert found["update"] < 200
+
+
+def test_count_without_compiler_ends_with_one_sentence() -> None:
+    words = [sys.executable, str(BENCHMARKS / "step.py"), "--count"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, env={"PATH": "/nonexistent"})
+    if torch.version.cuda is None:
+        pytest.skip("a CPU build needs no compiler")
+    assert (ended.returncode, "found no C++ compiler" in ended.stderr) == (2, True), ended.stderr
+
+
+# ---- what depends on the device
+
+
+def test_gpu_that_emulates_bfloat16_trains_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turing (T4, RTX 20) supports bfloat16 only by emulation."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert choose_precision("auto", CUDA) is torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert choose_precision("auto", CUDA) is torch.bfloat16
+
+
+def test_seed_generators_seeds_only_the_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds every GPU"))
+    distributed.seed_generators(7, CUDA)
+    assert seeded == [7]
+    assert torch.initial_seed() == 7
+
+
+def test_modules_are_left_unchanged_after_fake_cuda() -> None:
+    with fake_cuda.fake_cuda():
+        assert torch.zeros(2, device=CUDA).is_cuda
+    assert nn.Linear(2, 2).to(torch.float64).weight.dtype is torch.float64
