@@ -233,7 +233,7 @@ def attention_maps(backbone: nn.Module, images: Tensor, block: int = -1) -> tupl
             h, w = backbone(images).grid
         finally:
             attention.fused_attn = fused
-    weights = class_attention_weights(attention, *seen[0]) if ours else seen[0][0][:, :, 0]
+    weights = class_attention_weights(attention, *seen[0][:2]) if ours else seen[0][0][:, :, 0]
     return weights[:, :, -h * w :].unflatten(2, (h, w)), weights[:, :, 0]
 
 

@@ -91,7 +91,7 @@ def test_kept_branches_are_scaled_and_dropped_branches_are_absent() -> None:
         x = x + model.pos_embeder(grid)  # type: ignore[operator]
         for block, (xca, lpi, mlp) in zip(model.blocks, scales, strict=True):  # type: ignore[arg-type]
             x = x + xca * block.gamma1 * block.attn(block.norm1(x))  # type: ignore[operator,union-attr]
-            x = x + lpi * block.gamma3 * block.local_mp(block.norm3(x), grid)  # type: ignore[operator,union-attr]
+            x = x + lpi * block.gamma3 * block.local_mp(block.norm3(x), ((len(x), grid),))  # type: ignore[operator,union-attr]
             x = x + mlp * block.gamma2 * block.mlp(block.norm2(x))  # type: ignore[operator,union-attr]
         output = model(images, drop_path_keys=keys)
     torch.testing.assert_close(output.patch_tokens, x, rtol=1e-5, atol=1e-5)

@@ -54,7 +54,13 @@ def compare(
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(
     ("layer", "tokens", "inputs"),
-    [(Mlp(6, 20), 5, ()), (LPI(6), 12, ((3, 4),)), (XCA(18, 3), 1, ()), (XCA(18, 3), 5, ()), (XCA(18, 3), 40, ())],
+    [
+        (Mlp(6, 20), 5, ()),
+        (LPI(6), 12, (((2, (3, 4)),),)),
+        (XCA(18, 3), 1, ()),
+        (XCA(18, 3), 5, ()),
+        (XCA(18, 3), 40, ()),
+    ],
 )  # fewer and more tokens than the 6 channels of a head
 def test_block_layers_match_autograd(layer: nn.Module, tokens: int, inputs: tuple[Any, ...], scaled: bool) -> None:
     dim = 18 if isinstance(layer, XCA) else 6
@@ -81,7 +87,7 @@ def test_plain_versions_use_no_custom_autograd_function(monkeypatch: pytest.Monk
     stem, images = ConvPatchEmbed(8, 12), torch.randn(2, 3, 16, 16)
     cases = [
         (Mlp(6, 8), (tokens,)),
-        (LPI(6), (tokens, (15, 20))),
+        (LPI(6), (tokens, ((2, (15, 20)),))),
         (XCA(6, 2), (tokens,)),
         (XCA(6, 2), (tokens[:, :9],)),
     ]

@@ -22,18 +22,19 @@ def flat(parts: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99999, 1.0])
 @pytest.mark.parametrize("accepted", [None, True])
 def test_update_ema_equals_exponential_moving_average(momentum: float, accepted: bool | None) -> None:
-    teacher, student = flat(tensors(1)), tensors(2)
-    expected = momentum * teacher.double() + (1 - momentum) * flat(student).double()
-    update_ema(teacher, student, momentum, None if accepted is None else torch.tensor(accepted))
-    torch.testing.assert_close(teacher.double(), expected, rtol=1e-6, atol=1e-7)
+    student = tensors(2)
+    for teacher in (tensors(1), [flat(tensors(1))]):
+        expected = momentum * flat(teacher).double() + (1 - momentum) * flat(student).double()
+        update_ema(teacher, student, momentum, None if accepted is None else torch.tensor(accepted))
+        torch.testing.assert_close(flat(teacher).double(), expected, rtol=1e-6, atol=1e-7)
     assert differing_bits(tensors_of(tensors(2)), tensors_of(student)) == []
 
 
 def test_update_ema_keeps_teacher_bits_after_skipped_step() -> None:
-    teacher, student = flat(tensors(1)), tensors(2)
-    before = tensors_of(teacher)
-    update_ema(teacher, student, 0.9, torch.tensor(False))
-    assert differing_bits(before, tensors_of(teacher)) == []
+    for teacher in (tensors(1), [flat(tensors(1))]):
+        before = tensors_of(teacher)
+        update_ema(teacher, tensors(2), 0.9, torch.tensor(False))
+        assert differing_bits(before, tensors_of(teacher)) == []
 
 
 def test_flattened_parameters_are_views_of_one_vector() -> None:

@@ -51,7 +51,7 @@ def result_and_gradients(
     """Return by name the output and the gradients of its inner product with ``direction``."""
     inputs = {"x": x.detach().clone().requires_grad_(), "layer_scale": layer_scale.detach().clone().requires_grad_()}
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        out = xca(inputs["x"], inputs["layer_scale"])
+        out = xca(inputs["x"], layer_scale=inputs["layer_scale"])
     wanted = inputs | dict(xca.named_parameters())
     gradients = torch.autograd.grad(out, list(wanted.values()), direction.to(out.dtype))
     return {"out": out.detach()} | dict(zip(wanted, gradients, strict=True))
@@ -88,7 +88,7 @@ def test_xca_gradients_match_finite_differences(path: Path) -> None:
     names = [name for name, _ in xca.named_parameters()]
 
     def function(x: Tensor, layer_scale: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(xca, dict(zip(names, parameters, strict=True)), (x, layer_scale))
+        return torch.func.functional_call(xca, dict(zip(names, parameters, strict=True)), (x, (), layer_scale))
 
     inputs = (projection(2, 9, 6, seed=1) + 1.0, projection(6, seed=2), *(p.detach() for p in xca.parameters()))
     assert torch.autograd.gradcheck(function, tuple(tensor.clone().requires_grad_() for tensor in inputs))

@@ -123,9 +123,9 @@ def test_class_attention_block_returns_same_patch_tokens_as_timm(name: str) -> N
     ours, theirs = ours_and_timms(name, depth=1)
     tokens = projection(torch.Size((2, 10, ours.embed_dim)), 8)
     for block, expected in zip(ours.cls_attn_blocks, theirs.cls_attn_blocks, strict=True):  # type: ignore[arg-type]
-        cls_token, patches = block(tokens[:, :1], tokens[:, 1:], last=False)
+        cls_token, patches = block(tokens[:, :1], tokens[:, 1:], (), last=False)
         assert error(torch.cat((cls_token, patches), dim=1), expected(tokens)) < TOLERANCE
-        alone, same = block(tokens[:, :1], tokens[:, 1:], last=True)
+        alone, same = block(tokens[:, :1], tokens[:, 1:], (), last=True)
         assert torch.equal(alone, cls_token)
         assert torch.equal(same, tokens[:, 1:])
 

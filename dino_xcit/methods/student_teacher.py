@@ -37,7 +37,9 @@ class StudentTeacher(Method):
         self.teacher: MultiCropWrapper = self._network(0.0, build_head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self._teacher_parameters = flattened(self.teacher)
+        # On a GPU, one vector takes one kernel; on a CPU, a vector of the student would cost a copy of it.
+        on_gpu = device.type == "cuda"
+        self._teacher_parameters = [flattened(self.teacher)] if on_gpu else list(self.teacher.parameters())
         self._student_parameters = list(self.student.parameters())
         self.trained, self.eval_backbone = self.student, self.teacher.backbone
         self.ddp_student = distributed.wrap_ddp(self.student, device)
@@ -128,20 +130,24 @@ def flattened(network: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def update_ema(teacher: Tensor, student: Sequence[Tensor], momentum: float, accepted: Tensor | None = None) -> None:
+def update_ema(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, accepted: Tensor | None = None
+) -> None:
     """Update teacher <- momentum * teacher + (1 - momentum) * student in place, unless ``accepted`` is false.
 
     Args:
-        teacher: all parameters as one vector, as from :func:`flattened`.
+        teacher: parameters, or one vector of all of them as from :func:`flattened`.
         student: parameters in the same order.
         momentum: share of the teacher that is kept.
         accepted: boolean scalar on the device, not read on the host; None: accepted.
     """
-    weight: float | Tensor = 1.0 - momentum
-    if accepted is not None:
-        # The student is finite after a skipped step, so a weight of 0 leaves the teacher unchanged bit for bit.
-        weight = accepted.to(torch.float32) * weight
-    teacher.lerp_(torch.cat([parameter.detach().reshape(-1) for parameter in student]), weight)
+    student = [parameter.detach() for parameter in student]
+    if len(teacher) < len(student):
+        student = [torch.cat([parameter.reshape(-1) for parameter in student])]
+    # The student is finite after a skipped step, so a weight of 0 leaves the teacher unchanged bit for bit.
+    weight = torch.tensor(1.0 - momentum) if accepted is None else accepted.to(torch.float32) * (1.0 - momentum)
+    for one, other in zip(teacher, student, strict=True):
+        one.lerp_(other, weight)
 
 
 def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:

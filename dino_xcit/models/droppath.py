@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def hash_bits(keys: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class DropPathMask(NamedTuple):
     """Stochastic depth of one residual branch."""
 
     scale: Tensor
-    """[B, 1, 1], from :func:`residual_scales`."""
+    """[B, 1, 1], from :func:`residual_scales`; [T, 1] for the tokens of several crop sizes."""
     rows: Tensor | None
     """Indices of the samples that keep the branch, on the CPU; None on devices where reading them would synchronise."""
 
@@ -66,6 +67,25 @@ def add_residual(
     if mask is None:
         return x + branch(x)
     if mask.rows is None or not independent:
-        return x + mask.scale * branch(x)
+        return _add_scaled(x, branch(x), mask.scale) if x.is_cuda else x + mask.scale * branch(x)
     kept = branch(x.index_select(0, mask.rows))
     return x.index_add(0, mask.rows, mask.scale[mask.rows] * kept)
+
+
+def _add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+    """Compute x + scale * branch without intermediate tensors in the precision of x, to save memory traffic on GPUs."""
+    return _AddScaled.apply(x, branch, scale)
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = branch.dtype
+        return torch.addcmul(x, branch, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return grad, torch.mul(grad, scale, out=torch.empty_like(grad, dtype=ctx.dtype)), None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
+from dino_xcit.models.xcit import XCiT
 
 
 class MultiCropOutput(NamedTuple):
@@ -24,11 +26,13 @@ class MultiCropOutput(NamedTuple):
 class MultiCropWrapper(nn.Module):
     """Backbone and head of the student or the teacher.
 
-    The backbone runs once per crop size, so BatchNorm statistics are per size; the head runs once over all views.
+    BatchNorm statistics of the backbone are per crop size; the head runs once over all views.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
+        self.pack_crops: bool | None = None
+        """Whether an XCiT runs once for all crop sizes; None: on a GPU, where that takes fewer launches."""
         self._takes_keys = "drop_path_keys" in inspect.signature(backbone.forward).parameters
         self.backbone = backbone
         self.head = head
@@ -44,17 +48,30 @@ class MultiCropWrapper(nn.Module):
         """
         if drop_path_keys is None:
             drop_path_keys = [None] * len(crops)
-        features = torch.cat([self._features(crop, keys) for crop, keys in zip(crops, drop_path_keys, strict=True)])
+        pack = crops[0].is_cuda if self.pack_crops is None else self.pack_crops
+        with _explaining_single_values(crops):
+            if pack and len(crops) > 1 and isinstance(self.backbone, XCiT):
+                features = self.backbone.forward_crops(crops, drop_path_keys)
+            else:
+                pairs = zip(crops, drop_path_keys, strict=True)
+                features = torch.cat([self._features(crop, keys) for crop, keys in pairs])
         return MultiCropOutput(self.head(features), features)
 
     def _features(self, crops: Tensor, keys: Tensor | None) -> Tensor:
-        try:
-            output = self.backbone(crops, drop_path_keys=keys) if self._takes_keys else self.backbone(crops)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise InputError(
-                f"BatchNorm needs more than one value: a single crop of {crops.shape[-1]} px makes one token; raise "
-                "--batch-size-per-gpu, or the size or number of the crops"
-            ) from error
-        return output.cls_token
+        output = self.backbone(crops, drop_path_keys=keys) if self._takes_keys else self.backbone(crops)
+        features: Tensor = output.cls_token
+        return features
+
+
+@contextmanager
+def _explaining_single_values(crops: Sequence[Tensor]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        smallest = min(crop.shape[-1] for crop in crops)
+        raise InputError(
+            f"BatchNorm needs more than one value: a single crop of {smallest} px makes one token; raise "
+            "--batch-size-per-gpu, or the size or number of the crops"
+        ) from error

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from dino_xcit.models import fused
 from dino_xcit.models.fused import product_dtype
+from dino_xcit.models.sizes import Sizes, join_sizes, split_sizes
 
 Path = Literal["direct", "gram"]
+aten = torch.ops.aten
 
 MIN_LENGTH = 1e-12
 """Lower bound of the norms of q and k, as in ``torch.nn.functional.normalize``."""
@@ -36,17 +38,29 @@ class XCA(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, layer_scale: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; ``layer_scale`` [D] is folded into the output projection."""
+    def forward(self, x: Tensor, sizes: Sizes = (), layer_scale: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D], or [T, D] -> [T, D] for several crop ``sizes``.
+
+        ``layer_scale`` [D] is folded into the output projection.
+        """
         weight, bias = fused.fold_layer_scale(layer_scale, self.proj.weight, self.proj.bias)
+        parts = split_sizes(x, sizes)
         if fused.is_plain():
-            return F.linear(plain_attention(self.qkv(x), self.temperature), weight, bias)
-        path = self.path
-        if path == "auto":
-            path = choose(x.shape[1], x.shape[2], product_dtype(x), x.device.type, torch.is_grad_enabled())
-        if path == "gram":
-            return gram_attention(x, self.temperature, self.qkv.weight, self.qkv.bias, weight, bias)
-        return F.linear(direct_attention(self.qkv(x), self.temperature), weight, bias)
+            return join_sizes(
+                [F.linear(plain_attention(self.qkv(part), self.temperature), weight, bias) for part in parts]
+            )
+        paths = [self.path if self.path != "auto" else self._choose(part) for part in parts]
+        if "gram" not in paths:
+            return F.linear(direct_attention(self.qkv(x), self.temperature, sizes), weight, bias)
+        return join_sizes([
+            gram_attention(part, self.temperature, self.qkv.weight, self.qkv.bias, weight, bias)
+            if path == "gram" else F.linear(direct_attention(self.qkv(part), self.temperature), weight, bias)
+            for part, path in zip(parts, paths, strict=True)
+        ])  # fmt: skip
+
+    @staticmethod
+    def _choose(x: Tensor) -> Path:
+        return choose(x.shape[1], x.shape[2], product_dtype(x), x.device.type, torch.is_grad_enabled())
 
 
 def choose(tokens: int, dim: int, dtype: torch.dtype, device_type: str, training: bool) -> Path:
@@ -86,66 +100,83 @@ def plain_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
 # ---- Direct path: unlike autograd, keeps q and k in low precision and does not copy them for every product
 
 
-def direct_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
+def direct_attention(qkv: Tensor, temperature: Tensor, sizes: Sizes = ()) -> Tensor:
     """Attention between the channels of each head: softmax(q_hat^T k_hat * temperature) applied to v.
 
     Norms, correlations and softmax are at least float32, because the norm of a channel is a sum over all tokens.
 
     Args:
-        qkv: [B, N, 3 * D]: q, k and v, each with its heads in order.
+        qkv: [B, N, 3 * D] or [T, 3 * D]: q, k and v, each with its heads in order.
         temperature: [H, 1, 1], learned.
+        sizes: crop sizes, if there are several.
 
     Returns:
-        [B, N, D] in qkv's dtype.
+        [B, N, D] or [T, D] in qkv's dtype.
     """
-    return _DirectAttention.apply(qkv, temperature)
+    return _DirectAttention.apply(qkv, temperature, sizes)
 
 
 class _DirectAttention(torch.autograd.Function):
-    """Keeps q, k, v [B, H, N, d], the inverse norms and ``correlation`` [B, H, d, d] = q_hat^T k_hat for backward."""
+    """Keeps for each crop size q, k, v [B, H, N, d], the inverse norms [B, H, d], and the scores [B, H, d, d] =
+    temperature * q_hat^T k_hat for backward."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, temperature: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, temperature: Tensor, sizes: Sizes) -> Tensor:
+        heads, saved = len(temperature), [temperature]
+        out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
         with torch.autocast(qkv.device.type, enabled=False):
-            q, k, v = _packed(qkv.unflatten(2, (3, len(temperature), -1)).permute(2, 0, 3, 1, 4)).unbind(0)
-            scale_q, scale_k = _inverse_lengths(q), _inverse_lengths(k)
-            correlation = _correlation(q, k, scale_q, scale_k)
-            attention = (correlation * temperature).softmax(dim=-1)
-            out = v @ attention.to(v.dtype).mT
-        ctx.save_for_backward(q, k, v, scale_q, scale_k, correlation, temperature)
-        return out.transpose(1, 2).flatten(2)
+            for part, target in zip(split_sizes(qkv, sizes), split_sizes(out, sizes), strict=True):
+                packed = _packed(part.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4))
+                q, k, v = packed.unbind(0)
+                scale_q, scale_k = _inverse_lengths(packed[:2]).unbind(0)
+                scores = _scores(q, k, scale_q, scale_k, temperature)
+                attention = scores.softmax(dim=-1)
+                target.unflatten(2, (heads, -1)).copy_((v @ attention.to(v.dtype).mT).transpose(1, 2))
+                saved += [q, k, v, scale_q, scale_k, scores]
+        ctx.save_for_backward(*saved)
+        ctx.sizes = sizes
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v, scale_q, scale_k, correlation, temperature = ctx.saved_tensors
-        low, wide = q.dtype, correlation.dtype
-        grad_out = _packed(grad.to(low).unflatten(2, (len(temperature), -1)).transpose(1, 2))
-        attention = (correlation * temperature).softmax(dim=-1)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        temperature, *saved = ctx.saved_tensors
+        heads, low, of_temperature = len(temperature), saved[0].dtype, []
+        of_qkv = grad.new_empty(*grad.shape[:-1], 3 * grad.shape[-1], dtype=low)
+        parts = split_sizes(grad.to(low), ctx.sizes), split_sizes(of_qkv, ctx.sizes)
+        for number, (part, target) in enumerate(zip(*parts, strict=True)):
+            q, k, v, scale_q, scale_k, scores = saved[6 * number : 6 * number + 6]
+            grad_out = _packed(part.unflatten(2, (heads, -1)).transpose(1, 2))
+            attention = scores.softmax(dim=-1)
 
-        # out = v A^T, A = softmax(temperature * C)
-        grad_attention = (grad_out.mT @ v).to(wide)
-        grad_scores = attention * (grad_attention - (grad_attention * attention).sum(dim=-1, keepdim=True))
-        grad_v = grad_out @ attention.to(low)
-        along = grad_scores * correlation
-        grad_temperature = along.sum(dim=(0, 2, 3))[:, None, None].to(temperature.dtype)
-        grad_correlation, along = grad_scores * temperature, along * temperature
+            # out = v A^T, A = softmax(S)
+            grad_attention = _product_of_heads(grad_out, v)
+            grad_scores = aten._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
+            grad_v = grad_out @ attention.to(low)
 
-        # C = (q s_q)^T (k s_k) with s = 1 / norm does not depend on the norm of a channel, so subtract that component.
-        shrink_q, shrink_k = _unclamped(along.sum(dim=-1), scale_q), _unclamped(along.sum(dim=-2), scale_k)
-        if low is torch.float16:  # a gradient divided by two norms would overflow; unit vectors do not
-            unit_q, unit_k = _unit(q, scale_q), _unit(k, scale_k)
-            grad_correlation = grad_correlation.to(low)
-            grad_q = unit_k @ grad_correlation.mT - unit_q * shrink_q[:, :, None]
-            grad_k = unit_q @ grad_correlation - unit_k * shrink_k[:, :, None]
-            grad_q, grad_k = (grad_q * scale_q[:, :, None]).to(low), (grad_k * scale_k[:, :, None]).to(low)
-        else:
-            grad_product = (grad_correlation * scale_q[..., :, None] * scale_k[..., None, :]).to(low)
-            grad_q = k @ grad_product.mT
-            grad_q.addcmul_(q, (shrink_q * scale_q.square()).to(low)[:, :, None], value=-1)
-            grad_k = q @ grad_product
-            grad_k.addcmul_(k, (shrink_k * scale_k.square()).to(low)[:, :, None], value=-1)
-        return torch.stack((grad_q, grad_k, grad_v)).permute(1, 3, 0, 2, 4).flatten(2), grad_temperature
+            # S = temperature * (q s_q)^T (k s_k), with s = 1 / norm, does not depend on the norm of a channel: subtract
+            # that component.
+            along = grad_scores * scores
+            along_q, along_k = along.sum(dim=-1), along.sum(dim=-2)  # [B, H, d]
+            of_temperature.append(along_q.sum(dim=(0, 2)))
+            shrink_q, shrink_k = _unclamped(along_q, scale_q), _unclamped(along_k, scale_k)
+            if low is torch.float16:  # a gradient divided by two norms would overflow; unit vectors do not
+                unit_q, unit_k = _unit(q, scale_q), _unit(k, scale_k)
+                grad_product = (grad_scores * temperature).to(low)
+                grad_q = unit_k @ grad_product.mT - unit_q * shrink_q[:, :, None]
+                grad_k = unit_q @ grad_product - unit_k * shrink_k[:, :, None]
+                grad_q, grad_k = (grad_q * scale_q[:, :, None]).to(low), (grad_k * scale_k[:, :, None]).to(low)
+            else:
+                scaled = grad_scores * (scale_q * temperature[:, :, 0])[..., :, None]
+                grad_product = torch.mul(scaled, scale_k[..., None, :], out=torch.empty_like(scaled, dtype=low))
+                grad_q = k @ grad_product.mT
+                grad_q.addcmul_(q, (shrink_q * scale_q.square()).to(low)[:, :, None], value=-1)
+                grad_k = q @ grad_product
+                grad_k.addcmul_(k, (shrink_k * scale_k.square()).to(low)[:, :, None], value=-1)
+            by_token = [gradient.transpose(1, 2)[:, :, None] for gradient in (grad_q, grad_k, grad_v)]
+            torch.cat(by_token, dim=2, out=target.unflatten(2, (3, heads, -1)))
+        along = sum(of_temperature[1:], of_temperature[0])[:, None, None]  # gradient times temperature
+        return of_qkv, (along / (temperature + 1e-30)).to(temperature.dtype), None  # a temperature of 0 gets 0
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -154,29 +185,40 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _inverse_lengths(x: Tensor) -> Tensor:
-    """Return 1 / norm over the tokens of [B, H, N, d]: [B, H, d], at least float32."""
+    """Return 1 / norm over the tokens of [..., N, d]: [..., d], at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.is_cuda:
-        return torch.linalg.vector_norm(x, dim=2, dtype=wide).clamp_min(MIN_LENGTH).reciprocal()
+        return torch.linalg.vector_norm(x, dim=-2, dtype=wide).clamp_min(MIN_LENGTH).reciprocal()
     # vector_norm takes ten times as long on a CPU.
-    return x.to(wide).square().sum(dim=2).clamp_min(MIN_LENGTH**2).rsqrt()
+    return x.to(wide).square().sum(dim=-2).clamp_min(MIN_LENGTH**2).rsqrt()
 
 
 def _unclamped(along: Tensor, scale: Tensor) -> Tensor:
     """Zero the norm component of the gradient where the norm was clamped."""
-    return torch.where(scale < 0.999 / MIN_LENGTH, along, 0.0)
+    return along.masked_fill(scale >= 0.999 / MIN_LENGTH, 0.0)
 
 
 def _unit(x: Tensor, scale: Tensor) -> Tensor:
     """Normalise the channels of [B, H, N, d] in float32 (the scale can exceed float16), and cast to x's dtype."""
-    return (x * scale[:, :, None]).to(x.dtype)
+    return torch.mul(x, scale[:, :, None], out=torch.empty_like(x))
 
 
-def _correlation(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor) -> Tensor:
-    """Compute q_hat^T k_hat, [B, H, d, d]; scales the smaller of the N x d factors and the d x d product."""
+def _scores(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor, temperature: Tensor) -> Tensor:
+    """Compute temperature * q_hat^T k_hat, [B, H, d, d]; scales the smaller of the N x d factors and the product."""
+    if q.is_cuda:  # one pass less over [B, H, d, d]
+        scale_q = scale_q * temperature[:, :, 0]
     if q.dtype is torch.float16 or q.shape[2] <= q.shape[3]:  # a float16 sum over many tokens could overflow
-        return (_unit(q, scale_q).mT @ _unit(k, scale_k)).to(scale_q.dtype)
-    return (q.mT @ k).to(scale_q.dtype) * scale_q[..., :, None] * scale_k[..., None, :]
+        product = _product_of_heads(_unit(q, scale_q), _unit(k, scale_k))
+    else:
+        product = _product_of_heads(q, k) * scale_q[..., :, None] * scale_k[..., None, :]
+    return product if q.is_cuda else product * temperature
+
+
+def _product_of_heads(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a^T b of two [B, H, N, d]: [B, H, d, d], at least float32."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a.flatten(0, 1).mT, b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    return (a.mT @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 # ---- Gram path: one linear map per image

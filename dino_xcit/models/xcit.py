@@ -26,6 +26,7 @@ from dino_xcit.models import fused
 from dino_xcit.models.droppath import DropPathMask, add_residual, drop_path_masks, residual_scales
 from dino_xcit.models.fused import layer_scaled
 from dino_xcit.models.output import BackboneOutput
+from dino_xcit.models.sizes import Sizes, join_sizes, split_sizes
 from dino_xcit.models.xca import XCA
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -123,8 +124,8 @@ class PositionalEncodingFourier(nn.Module):
 
 
 class LPI(nn.Module):
-    """Local patch interaction, [B, N, D] -> [B, N, D]: two depthwise 3x3 convolutions with GELU and BatchNorm between
-    (section 3.3)."""
+    """Local patch interaction (section 3.3), tokens -> tokens: two depthwise 3x3 convolutions with GELU and BatchNorm
+    between."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -132,11 +133,14 @@ class LPI(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
         self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], layer_scale: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sizes: Sizes, layer_scale: Tensor | None = None) -> Tensor:
         assert self.conv2.bias is not None
         weight, bias = fused.fold_layer_scale(layer_scale, self.conv2.weight, self.conv2.bias)
-        image = self.conv1(x.transpose(1, 2).unflatten(2, grid))  # a view: [B, N, D] is channels-last [B, D, h, w]
-        return fused.gelu_norm_conv(image, self.bn, weight, bias).flatten(2).transpose(1, 2)
+        outs = []
+        for tokens, (_, grid) in zip(split_sizes(x.to(fused.product_dtype(x)), sizes), sizes, strict=True):
+            image = self.conv1(tokens.transpose(1, 2).unflatten(2, grid))  # a view: the channels-last layout
+            outs.append(fused.gelu_norm_conv(image, self.bn, weight, bias).flatten(2).transpose(1, 2))
+        return join_sizes(outs)
 
 
 class Mlp(nn.Module):
@@ -165,12 +169,12 @@ class XCABlock(nn.Module):
         self.local_mp = LPI(dim)
         self.gamma1, self.gamma2, self.gamma3 = (nn.Parameter(torch.full((dim,), size.layer_scale)) for _ in range(3))
 
-    def forward(self, x: Tensor, grid: tuple[int, int], masks: Masks = (None, None, None)) -> Tensor:
+    def forward(self, x: Tensor, sizes: Sizes, masks: Masks = (None, None, None)) -> Tensor:
         """``masks``: stochastic depth of the three branches; None: keep all samples."""
         xca, lpi, mlp = masks
-        x = add_residual(x, lambda rows: layer_scaled(self.gamma1, self.attn, self.norm1(rows)), xca)
+        x = add_residual(x, lambda rows: layer_scaled(self.gamma1, self.attn, self.norm1(rows), sizes), xca)
         # LPI has BatchNorm, so it runs on all samples, including those that drop the branch.
-        x = add_residual(x, lambda rows: layer_scaled(self.gamma3, self.local_mp, self.norm3(rows), grid), lpi, False)
+        x = add_residual(x, lambda rows: layer_scaled(self.gamma3, self.local_mp, self.norm3(rows), sizes), lpi, False)
         return add_residual(x, lambda rows: layer_scaled(self.gamma2, self.mlp, self.norm2(rows)), mlp)
 
 
@@ -191,17 +195,26 @@ class ClassAttention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, cls_token: Tensor, patches: Tensor) -> Tensor:
-        """[B, 1, D] and [B, N, D] -> [B, 1, D]; the class token also attends to itself."""
+    def forward(self, cls_token: Tensor, patches: Tensor, sizes: Sizes = ()) -> Tensor:
+        """[B, 1, D] and [B, N, D] or [T, D] -> [B, 1, D]; the class token also attends to itself."""
         weight_q, weight_k, weight_v = self.qkv.weight.chunk(3)
         bias_q, _, bias_v = self.qkv.bias.chunk(3)  # softmax cancels the bias of the keys
         q = self._by_head(F.linear(cls_token, weight_q, bias_q) * self.scale)
         query = (q @ self._rows_by_head(weight_k)).transpose(0, 1)  # [B, H, D]
-        scores = torch.cat((query @ cls_token.transpose(1, 2), query @ patches.transpose(1, 2)), dim=2)
-        attention = scores.softmax(dim=-1)
-        mean = attention[:, :, :1] @ cls_token + attention[:, :, 1:] @ patches  # [B, H, D]
+        parts = split_sizes(patches, sizes)
+        images = [part.shape[0] for part in parts]
+        mean = torch.cat(
+            [self._mean(*of_size) for of_size in zip(query.split(images), cls_token.split(images), parts, strict=True)]
+        )  # [B, H, D]
         out = mean.transpose(0, 1) @ self._rows_by_head(weight_v).transpose(1, 2)  # [H, B, d]
         return self.proj(out.transpose(0, 1).flatten(1)[:, None] + bias_v)
+
+    @staticmethod
+    def _mean(query: Tensor, cls_token: Tensor, patches: Tensor) -> Tensor:
+        """Return the mean of class token and patches of one crop size, weighted by attention: [B, H, D]."""
+        scores = torch.cat((query @ cls_token.transpose(1, 2), query @ patches.transpose(1, 2)), dim=2)
+        attention = scores.softmax(dim=-1)
+        return attention[:, :, :1] @ cls_token + attention[:, :, 1:] @ patches
 
     def _by_head(self, x: Tensor) -> Tensor:
         """[B, 1, D] -> [H, B, d]."""
@@ -230,11 +243,11 @@ class ClassAttentionBlock(nn.Module):
         self.mlp = Mlp(dim, dim * size.mlp_ratio)
         self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), size.layer_scale)) for _ in range(2))
 
-    def forward(self, cls_token: Tensor, patches: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """Update class token [B, 1, D] and patch tokens [B, N, D]. The ``last`` block returns the patch tokens
-        unchanged, because they are not used."""
+    def forward(self, cls_token: Tensor, patches: Tensor, sizes: Sizes, last: bool) -> tuple[Tensor, Tensor]:
+        """Update class token [B, 1, D] and patch tokens. The ``last`` block returns the patch tokens unchanged, because
+        they are not used."""
         normed_cls, normed = self.norm1(cls_token), self.norm1(patches)
-        cls_token = self.norm2(cls_token + self.gamma1 * self.attn(normed_cls, normed))
+        cls_token = self.norm2(cls_token + self.gamma1 * self.attn(normed_cls, normed, sizes))
         cls_token = cls_token + self.gamma2 * self.mlp(cls_token)
         if not last:
             patches = patches + self.gamma1 * normed
@@ -287,24 +300,48 @@ class XCiT(nn.Module):
             drop_path_keys: [B] int64; the drop-path masks of sample i are a function of key i. None: drawn from torch's
                 default generator.
         """
+        cls_token, x, kept, sizes = self._run([images], [drop_path_keys], layers)
+        return BackboneOutput(cls_token, x, sizes[0][1], kept)
+
+    def forward_crops(self, crops: Sequence[Tensor], drop_path_keys: Sequence[Tensor | None]) -> Tensor:
+        """Class tokens [B of all crop sizes, D] of crops of several sizes, with one call per layer.
+
+        Equal to calling the network on each size and concatenating, up to rounding. BatchNorm statistics are per size.
+
+        Args:
+            crops: [B, 3, height, width] for each crop size.
+            drop_path_keys: [B] or None for each crop size.
+        """
+        return self._run(crops, drop_path_keys, ())[0]
+
+    def _run(
+        self, crops: Sequence[Tensor], keys: Sequence[Tensor | None], layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Sizes]:
+        """Return class tokens [B, D] after the last norm, tokens, tokens of ``layers``, and crop sizes."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        x, grid = recomputed(self.patch_embed, self.patch_embed, images) if recompute else self.patch_embed(images)
-        # Keep the residual stream in the dtype of the parameters, also under autocast.
-        x = x.to(self.cls_token.dtype) + self.pos_embeder(grid)
-        masks = self._drop_path_masks(x, drop_path_keys)
+        parts, grids = [], []
+        for crop in crops:
+            x, grid = recomputed(self.patch_embed, self.patch_embed, crop) if recompute else self.patch_embed(crop)
+            # Keep the residual stream in the dtype of the parameters, also under autocast.
+            parts.append(x.to(self.cls_token.dtype) + self.pos_embeder(grid))
+            grids.append(grid)
+        sizes: Sizes = tuple((part.shape[0], grid) for part, grid in zip(parts, grids, strict=True))
+        x = join_sizes(parts)
+        masks = self._drop_path_masks(sizes, keys, x.device)
         wanted = [range(len(self.blocks))[layer] for layer in layers]
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             # Blocks are compiled for the sizes of training only.
             call = block.forward if self.compiled and not self.training else block
-            inputs = (x, grid, masks[index])
+            inputs = (x, sizes, masks[index])
             x = recomputed(block, call, *inputs) if recompute else call(*inputs)
             if index in wanted:
                 kept[index] = x
-        cls_token, patches = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x
+        images = sum(count for count, _ in sizes)
+        cls_token, patches = self.cls_token.expand(images, -1, -1).to(x.dtype), x
         for index, block in enumerate(self.cls_attn_blocks):
-            cls_token, patches = block(cls_token, patches, last=index + 1 == len(self.cls_attn_blocks))
-        return BackboneOutput(self.norm(cls_token[:, 0]), x, grid, tuple(kept[index] for index in wanted))
+            cls_token, patches = block(cls_token, patches, sizes, last=index + 1 == len(self.cls_attn_blocks))
+        return self.norm(cls_token[:, 0]), x, tuple(kept[index] for index in wanted), sizes
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the XCA blocks with torch.compile for each shape in training; evaluation runs them eagerly.
@@ -317,14 +354,20 @@ class XCiT(nn.Module):
         for block in self.blocks:
             block.compile(backend=backend, dynamic=False)
 
-    def _drop_path_masks(self, x: Tensor, keys: Tensor | None) -> list[Masks]:
+    def _drop_path_masks(self, sizes: Sizes, keys: Sequence[Tensor | None], device: torch.device) -> list[Masks]:
         """Return the masks of each branch of each block."""
         if not self.training or self.drop_path_rate == 0.0:
             return [(None, None, None)] * len(self.blocks)
-        if keys is None:
-            keys = torch.randint(1 << 62, (x.shape[0],), device=x.device)
-        scales = residual_scales(keys, 3 * len(self.blocks), self.drop_path_rate)
-        masks = drop_path_masks(scales, subset=not self.compiled)
+        given = [
+            torch.randint(1 << 62, (images,), device=device) if key is None else key
+            for key, (images, _) in zip(keys, sizes, strict=True)
+        ]
+        scales = residual_scales(torch.cat(given), 3 * len(self.blocks), self.drop_path_rate)
+        if len(sizes) > 1:  # one per token: [branches, T, 1]
+            images = [images for images, _ in sizes]
+            parts = zip(scales[..., 0].split(images, dim=1), sizes, strict=True)
+            scales = torch.cat([part.expand(-1, -1, h * w).flatten(1) for part, (_, (h, w)) in parts], dim=1)[..., None]
+        masks = drop_path_masks(scales, subset=not self.compiled and len(sizes) == 1)
         return list(zip(masks[::3], masks[1::3], masks[2::3], strict=True))
 
 
