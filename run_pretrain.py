@@ -78,7 +78,7 @@ def train(
         state = build_state(config, device)  # before the data, which can take minutes to index
         source = open_source(config.data_path, "train")
         config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
-        workers = choose_workers(config.num_workers, distributed.processes_here())
+        workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
         if evaluators is None:
             evaluators = build_evaluators(config, source, device)
 
@@ -108,7 +108,7 @@ def train(
             source, config.augmentation(), sampler, config.seed, workers, device, config.augment_device,
             config.white_level,
         )  # fmt: skip
-        monitor = DataLoadMonitor(workers, loader.relieve)
+        monitor = DataLoadMonitor(workers)
         health.start(sampler, monitor, on_divergence=partial(nonfinite.keep, state, config, sampler, device))
         with MetricLogger(config, sampler, monitor) as metrics:
             for batches in loader.steps(config.accumulation_steps):

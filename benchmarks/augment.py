@@ -74,9 +74,7 @@ def ours(source: Source, on_device: bool) -> Pipeline:
 
 def dataset_of(source: Source, on_device: bool) -> MultiCropDataset:
     """Return the dataset of the loader workers; ``on_device`` leaves the photometric part to the device."""
-    dataset = MultiCropDataset(source, MultiCropAugmentation(), seed=0)
-    dataset.finish_on_device.fill_(on_device)
-    return dataset
+    return MultiCropDataset(source, MultiCropAugmentation(), seed=0, finish_on_device=on_device)
 
 
 def batch_of(dataset: MultiCropDataset, epoch: int, images: range) -> Any:

@@ -182,10 +182,10 @@ class PretrainConfig:
     deterministic: Annotated[bool, ResumeSafe] = False
     """Use deterministic kernels only; slower on a GPU."""
     num_workers: Annotated[int, Ge(-1), ResumeSafe] = -1
-    """Loader workers per rank; -1: the available cores per rank, at most 10."""
-    augment_device: Annotated[Literal["auto", "cpu", "cuda"], ResumeSafe] = "auto"
-    """Device for colour jitter, blur and solarisation. cpu: in the loader workers; cuda: on the training GPU; auto:
-    cpu, then cuda once the GPU waits for images. The views are bit-identical."""
+    """Loader workers per rank; -1: the available cores per rank, at most 10 (20 with a GPU)."""
+    augment_device: Annotated[Literal["cpu", "cuda"], ResumeSafe] = "cpu"
+    """Device for colour jitter, blur and solarisation. cpu: in the loader workers; cuda: on the training GPU (not
+    measured on one). The views are bit-identical."""
     hang_timeout: Annotated[float, Ge(1), ResumeSafe] = 600.0
     """Seconds that one phase may take without progress before the run ends with code 4. Set it above the longest
     phase, such as the k-NN search."""

@@ -96,7 +96,7 @@ def image_batches(
         num_workers: loader workers; -1: chosen.
     """
     few = num_workers < 0 and total < _MIN_FOR_WORKERS
-    workers = 0 if few else choose_workers(num_workers, distributed.processes_here())
+    workers = 0 if few else choose_workers(num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
     yield from DataLoader(
         TransformedImages(source, transform),
         batch_sampler=indices,  # type: ignore[arg-type]  # iterated over once

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -47,27 +46,6 @@ def test_slowest_stage_is_warned_about_once_after_repeated_waits(
     assert sentence.startswith("warning: training waits for images 45% of the time")
     for word in words:
         assert word in sentence
-
-
-def test_load_moves_to_gpu_before_the_first_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    relieve = Mock()
-    monitor = DataLoadMonitor(2, relieve, cores=16)
-    for _ in range(3):
-        relieve.assert_not_called()
-        monitor.metrics(0.45)
-    relieve.assert_called_once()
-    (said,) = capsys.readouterr().out.splitlines()
-    assert "to the GPU" in said
-    assert not said.startswith("warning")
-    for _ in range(2):
-        monitor.metrics(0.45)
-    assert capsys.readouterr().out == ""  # the move gets time to take effect
-    for _ in range(3):
-        monitor.metrics(0.45)
-    relieve.assert_called_once()
-    (said,) = capsys.readouterr().out.splitlines()
-    assert said.startswith("warning")
-    assert "--num-workers" in said
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -15,7 +15,8 @@ from tiny_run import CPU, tiny_source
 
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.data import Source, UndecodableImage, open_source
-from dino_xcit.data.loader import Batch, Loader, StepSampler, build_loader
+from dino_xcit.data import workers as workers_module
+from dino_xcit.data.loader import Batch, Loader, MultiCropDataset, StepSampler, build_loader
 from dino_xcit.data.workers import choose_workers
 from dino_xcit.errors import InputError
 
@@ -114,31 +115,12 @@ def assert_same_batches(a: list[Batch], b: list[Batch]) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_views_finished_on_device_are_bitwise_equal(workers: int) -> None:
     plain = list(load(tiny_source(10), workers))
-    moved = load(tiny_source(10), workers)
-    moved.finish_on_device()
-    assert_same_batches(list(moved), plain)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_loader_can_switch_to_finish_on_device_while_iterating(workers: int) -> None:
-    """The workers have already started; the batches that they send show whether they switch."""
-    loader = load(tiny_source(10), workers, stop=12)
-    sent: list[bool] = []
-    pass_on = Batch.to
-
-    def note(batch: Batch, device: torch.device) -> Batch:
-        sent.append(batch.unfinished is not None)
-        return pass_on(batch, device)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batch, "to", note)
-        batches = [next(loader), next(loader)]
-        loader.finish_on_device()
-        batches += list(loader)
-    assert sent[:2] == [False, False]
-    assert sent[-1]
-    assert sum(sent) >= 12 - 2 - 2 * workers  # each worker may have prefetched two batches
-    assert_same_batches(batches, list(load(tiny_source(10), 0, stop=12)))
+    sampler = StepSampler(10, 4, seed=5, stop_step=len(plain))
+    dataset = MultiCropDataset(tiny_source(10), AUGMENTATION, 5, finish_on_device=True)
+    sent = dataset.__getitems__(next(iter(sampler)))
+    assert isinstance(sent, Batch)
+    assert sent.unfinished is not None
+    assert_same_batches(list(Loader(dataset, sampler, workers, CPU)), plain)
 
 
 LEAVES = """
@@ -235,6 +217,12 @@ def test_choose_workers_returns_request_or_share_of_cores() -> None:
     assert 1 <= cores <= 10
     assert choose_workers(-1, 1000) == 1
     assert all(choose_workers(-1, n) <= cores for n in range(1, 9))
+
+
+def test_choose_workers_leaves_two_cores_of_a_large_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "usable_cores", lambda: 96)
+    assert [choose_workers(-1, ranks, on_gpu=True) for ranks in (1, 6, 8, 96)] == [20, 14, 10, 1]
+    assert [choose_workers(-1, ranks) for ranks in (1, 8)] == [10, 10]
 
 
 def test_choose_workers_refuses_excessive_request() -> None:

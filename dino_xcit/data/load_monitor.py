@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from dino_xcit.data.loader import Batch
 from dino_xcit.data.workers import usable_cores
@@ -22,12 +22,11 @@ class DataLoadMonitor:
 
     Args:
         workers: Number of workers of this rank.
-        relieve: Moves part of the workers' load to the device. Called once, before any warning.
         cores: Number of cores of this machine; None: the usable ones.
     """
 
-    def __init__(self, workers: int, relieve: Callable[[], None] | None = None, cores: int | None = None) -> None:
-        self._workers, self._cores, self._relieve = workers, cores or usable_cores(), relieve
+    def __init__(self, workers: int, cores: int | None = None) -> None:
+        self._workers, self._cores = workers, cores or usable_cores()
         self._seconds, self._images = [0.0, 0.0, 0.0], 0
         self._slow_reports, self._warned = 0, False
 
@@ -49,14 +48,7 @@ class DataLoadMonitor:
         }
         self._seconds, self._images = [0.0, 0.0, 0.0], 0
         self._slow_reports = self._slow_reports + 1 if data_wait > MAX_WAIT_SHARE else 0
-        if self._slow_reports >= MIN_SLOW_REPORTS and self._relieve:
-            self._relieve()
-            self._relieve, self._slow_reports = None, 0
-            log.info(
-                f"training waits for images {100 * data_wait:.0f}% of the time: moving jitter, blur and solarisation "
-                "to the GPU, with identical results (--augment-device cpu prevents it)"
-            )
-        elif self._slow_reports >= MIN_SLOW_REPORTS and not self._warned:
+        if self._slow_reports >= MIN_SLOW_REPORTS and not self._warned:
             self._warned = True
             log.warning(self._sentence(data_wait, spent))
         return spent
@@ -72,6 +64,8 @@ class DataLoadMonitor:
                 remedy += ", or use a faster disk"
             if slowest == "decode":
                 remedy += ", or use smaller files"
+            if slowest == "augment":
+                remedy += ", or on a GPU try --augment-device cuda"
         return (
             f"training waits for images {100 * data_wait:.0f}% of the time (ms per image: {parts}; slowest: {slowest})"
             f"; {remedy}"

@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -94,14 +94,14 @@ class MultiCropDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, source: Source, augmentation: MultiCropAugmentation, seed: int, white_level: int = WHITE
-    ) -> None:
-        self.source, self.white_level = source, white_level
+        self, source: Source, augmentation: MultiCropAugmentation, seed: int, white_level: int = WHITE,
+        finish_on_device: bool = False,
+    ) -> None:  # fmt: skip
+        """``finish_on_device``: whether the device applies the photometric part (:meth:`Batch.to`)."""
+        self.source, self.white_level, self.finish_on_device = source, white_level, finish_on_device
         self.augmentation = augmentation
         self.seed = seed
         self.groups = group_by_size([view.size for view in augmentation.views])
-        self.finish_on_device = torch.zeros(1, dtype=torch.bool).share_memory_()
-        """Whether the device applies the photometric part. In shared memory, so that workers see a change at once."""
         self._maker = ViewMaker()
 
     def __len__(self) -> int:
@@ -117,7 +117,7 @@ class MultiCropDataset(Dataset[Batch]):
         ]
         rows = [torch.empty(len(group), len(keys), COLUMNS, dtype=torch.float64) for group in self.groups]
         places = [group.numpy() for group in crops]
-        leave = bool(self.finish_on_device)
+        leave = self.finish_on_device
         indices: list[int] = []
         labels: list[int | None] = []
         unreadable: list[Unreadable] = []
@@ -246,15 +246,13 @@ class Loader:
     """
 
     def __init__(self, dataset: MultiCropDataset, sampler: StepSampler, num_workers: int, device: torch.device) -> None:
-        self._dataset, self._device, self._start_step = dataset, device, sampler.start_step
+        self._device, self._start_step = device, sampler.start_step
         self.waited = 0.0
         """Seconds that the last step waited for its images."""
         began = time.perf_counter()
         dataset.augmentation.compile()  # once, before workers start
         if (took := time.perf_counter() - began) > 2:
             log.info(f"compiled the augmentation in {took:.0f} s (cached for later runs if possible)")
-        self.relieve: Callable[[], None] | None = None
-        """Moves part of the workers' load to the device; None if that is not possible."""
         others = multiprocessing.active_children()
         self._batches: Iterator[Batch | UndecodableImage] = iter(
             DataLoader(
@@ -268,10 +266,6 @@ class Loader:
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
-
-    def finish_on_device(self) -> None:
-        """Apply the photometric part on the device from the next images on. The views stay the same."""
-        self._dataset.finish_on_device.fill_(True)
 
     def close(self) -> None:
         """Stop the workers and the iteration."""
@@ -329,18 +323,14 @@ def build_loader(
     For ``augment_device`` and ``white_level`` see :class:`dino_xcit.config.PretrainConfig`.
     """
     check_augment_device(augment_device, device)
-    loader = Loader(MultiCropDataset(source, augmentation, seed, white_level), sampler, num_workers, device)
-    if augment_device == "cuda":
-        loader.finish_on_device()
-    elif augment_device == "auto" and device.type == "cuda":
-        loader.relieve = loader.finish_on_device
-    return loader
+    dataset = MultiCropDataset(source, augmentation, seed, white_level, finish_on_device=augment_device == "cuda")
+    return Loader(dataset, sampler, num_workers, device)
 
 
 def check_augment_device(augment_device: str, device: torch.device) -> None:
     """Raise InputError if views would be finished on a GPU while training runs on the CPU."""
     if augment_device == "cuda" and device.type != "cuda":
-        raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device auto or cpu")
+        raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device cpu")
 
 
 def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:

@@ -39,19 +39,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_workers(wanted: int, processes_here: int, name: str = "num_workers") -> int:
+def choose_workers(wanted: int, processes_here: int, name: str = "num_workers", on_gpu: bool = False) -> int:
     """Return the number of workers of one rank.
 
     Args:
-        wanted: Requested number; negative: the cores of this machine divided by its ranks, 1 to 10.
+        wanted: Requested number; negative: the cores of this machine divided by its ranks, 1 to 10, on a GPU up to 20.
         processes_here: Number of ranks on this machine.
         name: Name of the setting, for errors.
+        on_gpu: Whether the rank computes on a GPU and leaves its cores, but two, to the workers.
 
     Raises:
         InputError: More than :data:`MAX_WORKERS` are requested.
     """
     cores = usable_cores()
-    chosen = max(1, min(10, cores // max(1, processes_here)))
+    share = cores // max(1, processes_here)
+    chosen = max(1, min(10, share), min(20, share - 2) if on_gpu else 0)
     if wanted < 0:
         return chosen
     most = max(max(MAX_WORKERS, 16 * cores) // max(1, processes_here), chosen)
