@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -62,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error", FutureWarning)
     main()

@@ -18,6 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 
+# PyTorch 2.14 renamed it, and the old name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm of [B, C, ...] whose training mean and variance are over the inputs of all ranks.
@@ -107,7 +110,7 @@ class _Normalise(torch.autograd.Function):
         unchanged = torch.zeros_like(weight), torch.ones_like(weight)  # select the accumulation dtype on the CPU
         own_mean, own_variance = torch.batch_norm_update_stats(x, *unchanged, 0.0)
         rows = own_mean.new_empty(dist.get_world_size(), 2, len(own_mean))
-        dist.all_gather_into_tensor(rows, torch.stack([own_mean, own_variance])[None])
+        _all_gather(rows, torch.stack([own_mean, own_variance])[None])
         means, variances = rows.unbind(1)  # [R, C]
         mean = means.mean(dim=0)
         variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
