@@ -31,6 +31,7 @@ from eval.features import Features, cached, fingerprint_without, unreadable_card
 from eval.knn.classify import Predictions, approximate_index, clamp_ks, knn_predict, refuse_few
 from eval.knn.confusion import draw_confusion, write_per_class
 from eval.knn.few_shot import few_shot
+from eval.pooling import Descriptor
 from eval.results import (
     KNN_PROTOCOL,
     Figure,
@@ -68,6 +69,7 @@ def main() -> None:
     indices: dict[str, Record] = {}
     figures: list[Figure] = []
 
+    descriptor = Descriptor(precision=config.precision)
     models = [("trained", loaded.backbone, loaded.hash)]
     if config.baselines:
         models += baselines(loaded, len(train) + len(val), device)
@@ -76,7 +78,7 @@ def main() -> None:
         how = loaded.transform, device, folder if weights_hash else None, config.batch_size_per_gpu, config.num_workers
         try:
             known, queries = (
-                cached(backbone, weights_hash, part, *how, unreadable=config.unreadable) for part in (train, val)
+                cached(backbone, weights_hash, part, *how, descriptor, config.unreadable) for part in (train, val)
             )
         except UndecodableImage as error:
             raise InputError(f"{error}; or add --unreadable skip to evaluate without such images") from error
@@ -164,6 +166,8 @@ def protocol_of(config: KnnConfig, ks: list[int], indices: dict[str, Record]) ->
         "name": KNN_PROTOCOL, "ks": ks, "temperatures": list(config.temperatures),
         "interval": "95% Wilson score interval over the validation images",
     }  # fmt: skip
+    if config.precision != "fp32":
+        protocol["precision"] = config.precision
     if indices:
         protocol["name"] = KNN_PROTOCOL.replace("exact", "approximate")
         protocol["search"] = {"approximate": config.approximate, "probes": indices["trained"]["probes"]}

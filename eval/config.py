@@ -73,6 +73,8 @@ class BackboneConfig:
     """Loader workers per rank; -1: the available cores per rank, at most 10."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: a GPU if one is available."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the backbone's products (autocast); part of the feature cache's key and of the results."""
     cache: bool = True
     """Cache extracted features and reuse cached ones."""
     cache_dir: FilePath = ""

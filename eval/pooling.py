@@ -10,8 +10,9 @@ B batch, N patch tokens, D features of the backbone, E features of the vector.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt, Le, MinLen
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from dino_xcit.bounds import Unique, check_bounds
 from dino_xcit.errors import InputError
+from dino_xcit.methods.student_teacher import choose_precision
 from eval.config import Pooling
 
 EPS = 1e-6
@@ -42,6 +44,8 @@ class Descriptor:
     scales: Annotated[tuple[float, ...], Gt(0), Le(8), MinLen(1), Unique] = (1.0,)
     """Factors of the sides of the transformed image. With more than one, the vector is the normalised mean of the
     normalised vectors of all scales."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the backbone's products."""
 
     def check(self) -> None:
         """Check all values.
@@ -68,7 +72,8 @@ class Descriptor:
         return F.normalize(torch.stack([F.normalize(vector, dim=1) for vector in vectors]).mean(dim=0), dim=1)
 
     def _at(self, scale: float, backbone: nn.Module, images: Tensor) -> Tensor:
-        out = backbone(rescaled(images, scale, patch_size_of(backbone)))
+        with autocast(self.precision, images.device):
+            out = backbone(rescaled(images, scale, patch_size_of(backbone)))
         cls_token, tokens = out.cls_token.float(), out.patch_tokens.float()
         if self.pooling == "cls":
             return cls_token
@@ -85,12 +90,14 @@ class Descriptor:
             what = f"class token and {what}, each of length 1"
         if self.scales != (1.0,):
             what += f"; image scaled by {', '.join(f'{scale:g}' for scale in self.scales)}"
-        return what + (", vectors averaged" if len(self.scales) > 1 else "")
+        what += ", vectors averaged" if len(self.scales) > 1 else ""
+        return what + (f"; backbone in {self.precision}" if self.precision != "fp32" else "")
 
     def to_dict(self) -> dict[str, object]:
         """Return the settings as plain values."""
         exponent = {"gem_p": self.gem_p} if "gem" in self.pooling else {}
-        return {"pooling": self.pooling, **exponent, "scales": list(self.scales)}
+        precision = {"precision": self.precision} if self.precision != "fp32" else {}
+        return {"pooling": self.pooling, **exponent, "scales": list(self.scales), **precision}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Descriptor:
@@ -101,11 +108,17 @@ class Descriptor:
         """
         try:
             scales = tuple(map(float, values["scales"]))
-            found = cls(values["pooling"], float(values.get("gem_p", cls.gem_p)), scales)
+            exponent, precision = float(values.get("gem_p", cls.gem_p)), values.get("precision", cls.precision)
+            found = cls(values["pooling"], exponent, scales, precision)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the stored descriptor {str(values)[:200]} is invalid: {error!r:.100}") from error
         found.check()
         return found
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context that computes products on ``device`` in ``precision``."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, choose_precision(precision, device))
 
 
 CLASS_TOKEN = Descriptor()

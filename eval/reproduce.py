@@ -54,7 +54,8 @@ class ReproduceConfig(BackboneConfig):
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`; the published protocol is fixed."""
         super().check()
-        refuse_changed(self, ("eval_resize", "eval_crop", "network", "allow_missing", "allow_unexpected"), "here")
+        fixed = ("eval_resize", "eval_crop", "network", "allow_missing", "allow_unexpected", "precision")
+        refuse_changed(self, fixed, "here")
 
 
 def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
@@ -93,9 +94,8 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     if config.json:
         protocol = {"name": KNN_PROTOCOL, "k": K, "temperature": TEMPERATURE, "linear": config.linear or None}
         data = {"train": data_card(train, known.fingerprint), "val": data_card(val, queries.fingerprint)}
-        seconds = time.perf_counter() - started
-        card = result_card("reproduce", protocol, verdicts, loaded, data, loaded.transform, device, seconds)
-        write_json(Path(config.json), card)
+        about = loaded, data, loaded.transform, device, time.perf_counter() - started
+        write_json(Path(config.json), result_card("reproduce", protocol, verdicts, *about))
     return verdicts
 
 

@@ -34,7 +34,7 @@ class VectorConfig(BackboneConfig):
         """Build the descriptor from these settings."""
         from eval.pooling import Descriptor
 
-        return Descriptor(self.pooling, self.gem_p, self.scales)
+        return Descriptor(self.pooling, self.gem_p, self.scales, self.precision)
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -100,7 +100,7 @@ class ExtractConfig(VectorConfig):
 
 _STORED_IN_CARD = (
     "pooling", "gem_p", "scales", "whiten", "normalise", "dtype", "index_type", "eval_crop", "eval_resize", "add",
-    "overwrite", "data_path", "shard_images", "unreadable",
+    "overwrite", "data_path", "shard_images", "unreadable", "precision",
 )  # fmt: skip
 """Settings of run_extract.py that --query reads from the collection's card.json or does not use."""
 

@@ -86,7 +86,8 @@ class VizConfig(BackboneConfig):
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
-        refuse_changed(self, ("data_path", "eval_resize", "eval_crop", "cache_dir", "json"), "for eval.viz")
+        unused = ("data_path", "eval_resize", "eval_crop", "cache_dir", "json", "precision")
+        refuse_changed(self, unused, "for eval.viz")
         refuse_changed(self, ("block",) if self.what == "pca" else ("foreground",), f"for {self.what}")
         if self.foreground == "all":
             refuse_changed(self, ("threshold",), "without a --foreground")

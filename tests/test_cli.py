@@ -209,7 +209,7 @@ def test_positional_words_are_accepted_anywhere() -> None:
         (LinearConfig, "--avgpool_patchtokens=true", "--avgpool_patchtokens: give --features cls[+]mean"),
         (KnnConfig, "--use_cuda 1", "--use_cuda: give --device cuda"),
         (KnnConfig, "--no-cache --cache-dir d", "cache_dir is d, which has no effect with --no-cache"),
-        (KnnConfig, "--weights a --use_fp16", "unknown flag --use_fp16"),
+        (PackConfig, "a b --use_fp16", "unknown flag --use_fp16"),
         (RetrievalConfig, "oxford paris --data-path d", "'paris'"),
         (RetrievalConfig, "oxfrod --data-path d", "protocol is oxfrod, expected one of oxford, paris"),
         (VizConfig, "atention a.jpg", "what is atention, expected one of attention, pca"),

@@ -74,7 +74,7 @@ def test_changed_weights_data_transform_or_descriptor_misses_cache(tmp_path: Pat
         {"weights_hash": "other"}, {"source": noise_source(10, seed=1)}, {"source": relabelled},
         {"transform": EvalTransform(resize=8, crop=6, interpolation="bilinear")},
         {"transform": EvalTransform(resize=8, crop=8, interpolation="bilinear", mean=(0, 0, 0))},
-        {"descriptor": Descriptor(scales=(0.5,))},
+        {"descriptor": Descriptor(scales=(0.5,))}, {"descriptor": Descriptor(precision="bf16")},
     ]  # fmt: skip
     for number, changes in enumerate(others, start=1):
         assert len(extract_cached(backbone, tmp_path, **changes).features) == 10

@@ -11,7 +11,7 @@ from eval_fixtures import unit
 from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
-from dino_xcit.models import build_backbone
+from dino_xcit.models import BackboneOutput, build_backbone
 from eval.pooling import CLASS_TOKEN, Descriptor, Pooling, gem, patch_size_of, rescaled
 
 
@@ -105,3 +105,25 @@ def test_invalid_descriptor_setting_is_refused(field: str, value: Any) -> None:
 def test_malformed_stored_descriptor_is_refused(values: Any) -> None:
     with pytest.raises(InputError, match="stored descriptor"):
         Descriptor.from_dict(values)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_is_used_and_stored(precision: Any) -> None:
+    seen: list[torch.dtype] = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 4)
+
+        def forward(self, images: torch.Tensor) -> BackboneOutput:
+            tokens = self.layer(images.mean(dim=(2, 3)))
+            seen.append(tokens.dtype)
+            return BackboneOutput(tokens, tokens[:, None], (1, 1))
+
+    descriptor = Descriptor(precision=precision)
+    assert descriptor(Watched(), torch.randn(2, 3, 8, 8)).dtype is torch.float32
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float16]
+    assert Descriptor.from_dict(descriptor.to_dict()) == descriptor
+    assert "precision" not in Descriptor().to_dict()
+    assert precision in descriptor.describe()

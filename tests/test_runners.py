@@ -21,7 +21,9 @@ from run_here import Here, Outcome, measured
 import run_extract
 import run_knn
 import run_linear
+from dino_xcit.errors import InputError
 from dino_xcit.weights import load_backbone
+from eval.compare import main as compare_main
 from eval.features import find_kept
 
 ROOT = Path(run_knn.__file__).parent
@@ -98,6 +100,34 @@ def test_linear_saves_probe_and_replaces_it_only_with_resume_never(place: Place,
     _, card = measured(linear, result, *other, "--resume", "never")
     assert list(card["results"]) == ["paper"], "results include a grid without held-out images"
     assert card["protocol"]["crop_scale"] == [0.08, 1.0]
+
+
+# ---- precision
+
+
+def test_precision_is_part_of_cache_key_and_protocol(place: Place, here: Here, tmp_path: Path) -> None:
+    knn = functools.partial(here, run_knn, "--weights", place.weights, "--ks", 5)
+    cards = [measured(knn, tmp_path / f"{one}.json", "--precision", one)[1] for one in ("fp32", "bf16")]
+    assert [card["protocol"].get("precision") for card in cards] == [None, "bf16"]
+    assert len(list((place.weights.parent / "features").iterdir())) == 4, "bf16 features have entries of their own"
+    with pytest.raises(InputError, match="precision"):
+        compare_main([str(tmp_path / "fp32.json"), str(tmp_path / "bf16.json")])
+    linear = functools.partial(here, run_linear, "--weights", place.weights, "--no-sgd", "--logreg", "--holdout", 0.3)
+    _, card = measured(linear, tmp_path / "linear.json", "--precision", "bf16")
+    assert card["protocol"]["precision"] == "bf16"
+    refused = linear("--precision", "fp16")
+    assert (refused.code, "precision bf16 -> fp16" in refused.err) == (2, True)
+
+
+def test_query_uses_the_precision_of_the_collection(place: Place, here: Here, tmp_path: Path) -> None:
+    words = ("--weights", place.weights, "--data-path", place.data / "val", "--precision", "bf16")
+    assert here(run_extract, *words, "--output-dir", tmp_path / "v").code == 0
+    assert json.loads((tmp_path / "v" / "card.json").read_text())["descriptor"]["precision"] == "bf16"
+    image = next((place.data / "val").rglob("*.png"))
+    found = here(run_extract, "--query", image, "--index", tmp_path / "v", "--top", 1)
+    assert "   1  1.0000  " in found.out
+    refused = here(run_extract, "--query", image, "--index", tmp_path / "v", "--precision", "bf16")
+    assert (refused.code, "precision is bf16" in refused.err) == (2, True)
 
 
 # ---- extraction and queries

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
 from dino_xcit.models import BackboneOutput
+from eval.pooling import autocast
 
 _CHOICE = re.compile(r"cls(\+mean)?|last([1-9]\d?)(\+mean)?")
 
@@ -78,18 +79,21 @@ class Rows:
 class PooledBackbone(nn.Module):
     """A frozen backbone whose ``cls_token`` [B, W] is the concatenated features of several choices."""
 
-    def __init__(self, backbone: nn.Module, choices: Sequence[str], crop: int, device: torch.device) -> None:
+    def __init__(
+        self, backbone: nn.Module, choices: Sequence[str], crop: int, device: torch.device, precision: str = "fp32"
+    ) -> None:
         """Wrap ``backbone``, which is on ``device`` and in eval mode.
 
         Args:
             choices: choices of features; ``cls`` is always included.
             crop: image size in pixels, for the forward pass that determines the width of each part.
+            precision: of the backbone's products.
 
         Raises:
             InputError: a choice is unknown or not supported by the backbone.
         """
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self._precision = backbone, precision
         wanted = {"cls": 0} | {name: blocks_of(name) for name in choices}
         self._blocks, depth = max(wanted.values()), _depth(backbone)
         if self._blocks > max(1, depth):
@@ -114,17 +118,17 @@ class PooledBackbone(nn.Module):
 
     @property
     def identity(self) -> str:
-        """Suffix to the hash of the weights that identifies the features of a row; empty if it is the class token."""
+        """Suffix to the hash of the weights that identifies the features of a row; empty for class tokens in fp32."""
+        precision = f" {self._precision}" if self._precision != "fp32" else ""
         if not self._has_class_tokens:
-            return f" cls and {self._blocks} blocks" if self._blocks else ""
-        return f"{' mean and' if self._mean else ''} {self._blocks} class tokens"
+            return (f" cls and {self._blocks} blocks" if self._blocks else "") + precision
+        return f"{' mean and' if self._mean else ''} {self._blocks} class tokens{precision}"
 
     def forward(self, images: Tensor) -> BackboneOutput:
         """Run the backbone and return the row of features as the class token."""
-        if not self._blocks:
-            out: BackboneOutput = self.backbone(images)
-            return out
-        row = torch.cat([part.float() for part in self._parts(images)], dim=1)
+        with autocast(self._precision, images.device):
+            parts = self._parts(images) if self._blocks else [self.backbone(images).cls_token]
+        row = torch.cat([part.float() for part in parts], dim=1)
         return BackboneOutput(row, row[:, None], (1, 1))
 
     def _parts(self, images: Tensor) -> list[Tensor]:

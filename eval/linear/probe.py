@@ -74,7 +74,9 @@ class Probe:
             )
         self.held_source = Subset(self.train, self.held)
         self.lrs = sorted(config.lrs) if len(self.held) else []
-        self.pooled = PooledBackbone(self.loaded.backbone, config.features, self.transform.crop, self.device).eval()
+        self.pooled = PooledBackbone(
+            self.loaded.backbone, config.features, self.transform.crop, self.device, config.precision
+        ).eval()
         self.row_hash = self.loaded.hash + self.pooled.identity
         self.folder = beside_weights(config, config.output_dir, "linear")
         self.cache = cache_folder(config)
@@ -96,20 +98,23 @@ class Probe:
         # Defaults are omitted, so that probes from before these settings existed remain comparable.
         if config.features != ("cls",):
             identity["features"] = list(config.features)
+        if config.precision != "fp32":
+            identity["precision"] = config.precision
         if config.cached:
             identity["cached"] = f"{min(config.cached_epochs, config.epochs)} epochs, {config.cached_precision}"
         return identity
 
     def identity_of_logreg(self) -> Settings:
         """Return the settings that determine the logistic regression."""
-        shared = {name: self.identity[name] for name in ("weights", "train", "transform", "holdout", "seed")}
+        names = ("weights", "train", "transform", "holdout", "seed", "precision")
+        shared = {name: self.identity[name] for name in names if name in self.identity}
         cs, iterations = sorted(self.config.logreg_cs), self.config.logreg_iterations
         return shared | {"features": list(self.config.features), "cs": cs, "iterations": iterations, "gap": GAP}
 
     def protocol(self) -> Settings:
         """Return name and settings of the trained classifiers for the result file."""
         of_sgd = ("epochs", "batch", "lr", "lrs", "crop_scale", "cached") if self.config.sgd else ()
-        names = (*of_sgd, "holdout", "seed", "features")
+        names = (*of_sgd, "holdout", "seed", "features", "precision")
         chosen = {name: self.identity[name] for name in names if name in self.identity}
         regression = {name: self.identity_of_logreg()[name] for name in ("cs", "iterations", "gap")}
         if not self.config.sgd:
