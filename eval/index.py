@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import faiss
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dino_xcit.data.source import evenly_spaced
@@ -77,15 +78,38 @@ Rows = NDArray[np.float16] | NDArray[np.float32]
 # ---- search
 
 
-def use_all_cores() -> None:
-    """Let rank 0 search with all cores while other ranks wait; torchrun sets one thread per rank."""
+def use_cores(searching: int = 1) -> None:
+    """Share the cores among the ranks of this machine that search; torchrun sets one thread per rank."""
     if distributed.world_size() > 1:
-        faiss.omp_set_num_threads(usable_cores())
+        faiss.omp_set_num_threads(max(1, usable_cores() // searching))
 
 
-def build_index(features: NDArray[np.float32]) -> faiss.IndexFlatIP:
-    """Build an exact index of the unit rows of features [N, D], which takes N x D x 4 bytes."""
-    use_all_cores()
+class DeviceIndex:
+    """Exact search on a GPU, with the interface of a faiss index."""
+
+    def __init__(self, features: NDArray[np.float32], device: torch.device) -> None:
+        """Copy the unit rows of features [N, D] to the device."""
+        self._rows = torch.from_numpy(unit_rows(features)).to(device)
+
+    def search(self, queries: NDArray[np.float32], top: int) -> Found:
+        """Return inner products and row numbers, [Q, min(top, N)] each, best first; float32 without TF32."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            products = torch.from_numpy(queries).to(self._rows.device) @ self._rows.T
+        finally:
+            torch.set_float32_matmul_precision(before)
+        scores, rows = products.topk(min(top, len(self._rows)))
+        return scores.cpu().numpy(), rows.cpu().numpy()
+
+
+def build_index(features: NDArray[np.float32], searching: int = 1) -> faiss.IndexFlatIP:
+    """Build an exact index of the unit rows of features [N, D], which takes N x D x 4 bytes.
+
+    Args:
+        searching: number of ranks of this machine that search at the same time.
+    """
+    use_cores(searching)
     index = faiss.IndexFlatIP(features.shape[1])
     for start in range(0, len(features), _ROWS_AT_ONCE):
         index.add(unit_rows(features[start : start + _ROWS_AT_ONCE]))
@@ -93,7 +117,7 @@ def build_index(features: NDArray[np.float32]) -> faiss.IndexFlatIP:
 
 
 def search(
-    index: faiss.Index, queries: NDArray[np.float32], k: int, chunk: int = 1024, progress: bool = False
+    index: faiss.Index | DeviceIndex, queries: NDArray[np.float32], k: int, chunk: int = 1024, progress: bool = False
 ) -> Iterator[Found]:
     """Yield cosine similarities and row numbers, [chunk, k] each, best first, for each chunk of queries.
 
@@ -112,7 +136,7 @@ def exact_search(vectors: Rows, queries: NDArray[np.float32], top: int) -> Found
     Returns:
         Scores and row numbers, [Q, min(top, N)] each, best first.
     """
-    use_all_cores()
+    use_cores()
     heap: Any = faiss.ResultHeap(len(queries), min(top, len(vectors)), keep_max=True)  # type: ignore[attr-defined]
     for start in range(0, len(vectors), _ROWS_AT_ONCE):
         piece = np.ascontiguousarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float32)

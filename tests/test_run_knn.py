@@ -23,7 +23,9 @@ import run_knn
 from dino_xcit.data import ArraySource, Source, open_source
 from dino_xcit.errors import InputError
 from dino_xcit.methods import Method
+from dino_xcit.runtime import distributed
 from eval.features import Features, cached, extract, find_kept
+from eval.knn import online
 from eval.knn.online import build_evaluators
 
 QUICK = ("--num-workers", 0, "--device", "cpu")
@@ -228,3 +230,25 @@ def test_knn_during_training_names_skipped_images_once(place: Place, capsys: pyt
         line = f"warning: k-NN during training: {number} images are unreadable and skipped: {path}\n"
         assert said.count(line) == 1
     assert np.isnan(measure(Frozen(Diverged()))["knn_top1"])
+
+
+def test_ranks_share_the_queries_of_knn_during_training(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(data_path=str(place.photos), knn_every=1)
+    ((_, _, measure),) = build_evaluators(config, open_source(str(place.photos / "train")), CPU)
+    stored: dict[str, Features] = {}
+
+    def extract_once(backbone: Any, part: Any, *words: Any, **settings: Any) -> Features:
+        if part.url not in stored:
+            stored[part.url] = extract(backbone, part, *words, **settings)
+        return stored[part.url]
+
+    monkeypatch.setattr(online, "extract", extract_once)
+    whole, shares = measure(Frozen(MeanColours()))["knn_top1"], []
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda tensors: None)
+    monkeypatch.setattr("faiss.omp_set_num_threads", lambda count: None)  # later tests fork this process
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        shares.append(measure(Frozen(MeanColours()))["knn_top1"])
+    assert max(shares) < whole
+    assert sum(shares) == pytest.approx(whole)

@@ -8,11 +8,12 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
 import eval.index
-from eval.index import Found, add_rows, build, describe, exact_search, read_index, recall
+from eval.index import DeviceIndex, Found, add_rows, build, describe, exact_search, read_index, recall
 
 
 def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
@@ -134,3 +135,10 @@ def test_exact_search_matches_definition(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(eval.index, "_ROWS_AT_ONCE", 64)
     check_exact(exact_search(vectors, queries, 9), vectors, queries, 9)
     assert exact_search(vectors, queries, 10_000)[1].shape == (20, 500)
+
+
+def test_device_index_finds_what_faiss_finds() -> None:
+    vectors, queries = vectors_of(500), vectors_of(20, seed=1)
+    index = DeviceIndex(5 * vectors, torch.device("cpu"))
+    check_exact(index.search(queries, 9), vectors, queries, 9)
+    assert index.search(queries, 1000)[1].shape == (20, 500)

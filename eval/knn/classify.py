@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 from eval import index as faiss_index
-from eval.index import build_index, exact_search, search, unit_rows
+from eval.index import DeviceIndex, build_index, exact_search, search, unit_rows
 
 T = TypeVar("T")
 Rows = NDArray[np.float32]
@@ -56,7 +56,7 @@ def knn_predict(
     ks: Sequence[int],
     temperatures: Sequence[float],
     progress: bool = False,
-    index: faiss.Index | None = None,
+    index: faiss.Index | DeviceIndex | None = None,
 ) -> Predictions:
     """Classify by votes of the k nearest training images, each with weight exp(cosine similarity / T).
 

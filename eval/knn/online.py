@@ -12,10 +12,12 @@ from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.methods import Method
 from dino_xcit.observers import Evaluator
+from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.features import extract, unreadable_notice
+from eval.index import DeviceIndex, build_index
 from eval.knn.classify import knn_predict
-from eval.stats import accuracy
+from eval.stats import correct
 
 K, TEMPERATURE = 20, 0.07
 
@@ -53,8 +55,13 @@ def build_evaluators(config: PretrainConfig, source: Source, device: torch.devic
         queries, answers = features(method, "validation", val)
         if not len(neighbours) or not len(queries):
             return {"knn_top1": float("nan")}
-        predicted = knn_predict(neighbours, labels, queries, [K], [TEMPERATURE])
-        return {"knn_top1": accuracy(predicted[K, TEMPERATURE], answers, 1)}
+        on_gpu = device.type == "cuda"
+        index = DeviceIndex(neighbours, device) if on_gpu else build_index(neighbours, distributed.processes_here())
+        mine = slice(distributed.rank(), None, distributed.world_size())  # the ranks share the queries
+        predicted = knn_predict(neighbours, labels, queries[mine], [K], [TEMPERATURE], index=index)
+        hits = torch.tensor(float(correct(predicted[K, TEMPERATURE], answers[mine], 1).sum()), device=device)
+        distributed.all_reduce_sum([hits])
+        return {"knn_top1": 100.0 * float(hits) / len(queries)}
 
     return [Evaluator("knn", config.knn_every, measure)]
 
