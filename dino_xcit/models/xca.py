@@ -117,8 +117,11 @@ def direct_attention(qkv: Tensor, temperature: Tensor, sizes: Sizes = ()) -> Ten
 
 
 class _DirectAttention(torch.autograd.Function):
-    """Keeps for each crop size q, k, v [B, H, N, d], the inverse norms [B, H, d], and the scores [B, H, d, d] =
-    temperature * q_hat^T k_hat for backward."""
+    """Keeps for each crop size q, k, v [B, H, N, d], the inverse norms [B, H, d] and ``correlation`` [B, H, d, d] =
+    q_hat^T k_hat for backward.
+
+    On a GPU the temperature is folded into ``correlation``, which saves passes over [B, H, d, d].
+    """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, temperature: Tensor, sizes: Sizes) -> Tensor:
@@ -129,10 +132,10 @@ class _DirectAttention(torch.autograd.Function):
                 packed = _packed(part.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4))
                 q, k, v = packed.unbind(0)
                 scale_q, scale_k = _inverse_lengths(packed[:2]).unbind(0)
-                scores = _scores(q, k, scale_q, scale_k, temperature)
-                attention = scores.softmax(dim=-1)
+                correlation = _correlation(q, k, scale_q * temperature[:, :, 0] if q.is_cuda else scale_q, scale_k)
+                attention = (correlation if q.is_cuda else correlation * temperature).softmax(dim=-1)
                 target.unflatten(2, (heads, -1)).copy_((v @ attention.to(v.dtype).mT).transpose(1, 2))
-                saved += [q, k, v, scale_q, scale_k, scores]
+                saved += [q, k, v, scale_q, scale_k, correlation]
         ctx.save_for_backward(*saved)
         ctx.sizes = sizes
         return out
@@ -145,20 +148,27 @@ class _DirectAttention(torch.autograd.Function):
         of_qkv = grad.new_empty(*grad.shape[:-1], 3 * grad.shape[-1], dtype=low)
         parts = split_sizes(grad.to(low), ctx.sizes), split_sizes(of_qkv, ctx.sizes)
         for number, (part, target) in enumerate(zip(*parts, strict=True)):
-            q, k, v, scale_q, scale_k, scores = saved[6 * number : 6 * number + 6]
+            q, k, v, scale_q, scale_k, correlation = saved[6 * number : 6 * number + 6]
             grad_out = _packed(part.unflatten(2, (heads, -1)).transpose(1, 2))
-            attention = scores.softmax(dim=-1)
+            attention = (correlation if q.is_cuda else correlation * temperature).softmax(dim=-1)
 
-            # out = v A^T, A = softmax(S)
+            # out = v A^T, A = softmax(temperature * C)
             grad_attention = _product_of_heads(grad_out, v)
-            grad_scores = aten._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
+            if q.is_cuda:
+                grad_scores = aten._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
+            else:
+                grad_scores = attention * (grad_attention - (grad_attention * attention).sum(dim=-1, keepdim=True))
             grad_v = grad_out @ attention.to(low)
 
-            # S = temperature * (q s_q)^T (k s_k), with s = 1 / norm, does not depend on the norm of a channel: subtract
-            # that component.
-            along = grad_scores * scores
-            along_q, along_k = along.sum(dim=-1), along.sum(dim=-2)  # [B, H, d]
-            of_temperature.append(along_q.sum(dim=(0, 2)))
+            # C = (q s_q)^T (k s_k) with s = 1 / norm does not depend on the norm of a channel: subtract that component.
+            along = grad_scores * correlation
+            if q.is_cuda:
+                along_q, along_k = along.sum(dim=-1), along.sum(dim=-2)  # [B, H, d]
+                of_temperature.append(along_q.sum(dim=(0, 2)) / (temperature[:, 0, 0] + 1e-30))  # 0 for 0
+            else:
+                of_temperature.append(along.sum(dim=(0, 2, 3)))
+                along = along * temperature
+                along_q, along_k = along.sum(dim=-1), along.sum(dim=-2)
             shrink_q, shrink_k = _unclamped(along_q, scale_q), _unclamped(along_k, scale_k)
             if low is torch.float16:  # a gradient divided by two norms would overflow; unit vectors do not
                 unit_q, unit_k = _unit(q, scale_q), _unit(k, scale_k)
@@ -167,7 +177,10 @@ class _DirectAttention(torch.autograd.Function):
                 grad_k = unit_q @ grad_product - unit_k * shrink_k[:, :, None]
                 grad_q, grad_k = (grad_q * scale_q[:, :, None]).to(low), (grad_k * scale_k[:, :, None]).to(low)
             else:
-                scaled = grad_scores * (scale_q * temperature[:, :, 0])[..., :, None]
+                if q.is_cuda:
+                    scaled = grad_scores * (scale_q * temperature[:, :, 0])[..., :, None]
+                else:
+                    scaled = grad_scores * temperature * scale_q[..., :, None]
                 grad_product = torch.mul(scaled, scale_k[..., None, :], out=torch.empty_like(scaled, dtype=low))
                 grad_q = k @ grad_product.mT
                 grad_q.addcmul_(q, (shrink_q * scale_q.square()).to(low)[:, :, None], value=-1)
@@ -175,8 +188,7 @@ class _DirectAttention(torch.autograd.Function):
                 grad_k.addcmul_(k, (shrink_k * scale_k.square()).to(low)[:, :, None], value=-1)
             by_token = [gradient.transpose(1, 2)[:, :, None] for gradient in (grad_q, grad_k, grad_v)]
             torch.cat(by_token, dim=2, out=target.unflatten(2, (3, heads, -1)))
-        along = sum(of_temperature[1:], of_temperature[0])[:, None, None]  # gradient times temperature
-        return of_qkv, (along / (temperature + 1e-30)).to(temperature.dtype), None  # a temperature of 0 gets 0
+        return of_qkv, sum(of_temperature[1:], of_temperature[0])[:, None, None].to(temperature.dtype), None
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -203,15 +215,11 @@ def _unit(x: Tensor, scale: Tensor) -> Tensor:
     return torch.mul(x, scale[:, :, None], out=torch.empty_like(x))
 
 
-def _scores(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor, temperature: Tensor) -> Tensor:
-    """Compute temperature * q_hat^T k_hat, [B, H, d, d]; scales the smaller of the N x d factors and the product."""
-    if q.is_cuda:  # one pass less over [B, H, d, d]
-        scale_q = scale_q * temperature[:, :, 0]
+def _correlation(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor) -> Tensor:
+    """Compute q_hat^T k_hat, [B, H, d, d]; scales the smaller of the N x d factors and the d x d product."""
     if q.dtype is torch.float16 or q.shape[2] <= q.shape[3]:  # a float16 sum over many tokens could overflow
-        product = _product_of_heads(_unit(q, scale_q), _unit(k, scale_k))
-    else:
-        product = _product_of_heads(q, k) * scale_q[..., :, None] * scale_k[..., None, :]
-    return product if q.is_cuda else product * temperature
+        return _product_of_heads(_unit(q, scale_q), _unit(k, scale_k))
+    return _product_of_heads(q, k) * scale_q[..., :, None] * scale_k[..., None, :]
 
 
 def _product_of_heads(a: Tensor, b: Tensor) -> Tensor:
