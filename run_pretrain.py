@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from shlex import quote
 
 import torch
 
@@ -152,11 +153,11 @@ def describe(
 
 def next_command(config: PretrainConfig, source: Source, checkpoints: Checkpoints) -> str:
     """Return the command that a user runs after a finished run."""
-    weights = checkpoints.folder.latest
+    weights = quote(str(checkpoints.folder.latest))
     if source.labels is not None and has_validation(config.data_path):
         return f"python run_knn.py --weights {weights}"
-    vectors = checkpoints.folder.output_dir / "vectors"
-    return f"python run_extract.py --weights {weights} --data-path '{config.data_path}' --output-dir {vectors}"
+    vectors = quote(str(checkpoints.folder.output_dir / "vectors"))
+    return f"python run_extract.py --weights {weights} --data-path {quote(config.data_path)} --output-dir {vectors}"
 
 
 def choose_kernels(config: PretrainConfig, device: torch.device) -> None:

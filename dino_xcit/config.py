@@ -189,7 +189,7 @@ class PretrainConfig:
     hang_timeout: Annotated[float, Ge(1), ResumeSafe] = 600.0
     """Seconds that one phase may take without progress before the run ends with code 4. Set it above the longest
     phase, such as the k-NN search."""
-    max_unreadable: Annotated[float, Ge(0), ResumeSafe] = 0.05
+    max_unreadable: Annotated[float, Ge(0), Le(1), ResumeSafe] = 0.05
     """Maximum share of unreadable images, which are replaced by others; the run ends if it is exceeded."""
 
     output_dir: Annotated[FilePath, ResumeSafe, Group("checkpoints")] = ""

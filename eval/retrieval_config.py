@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-from dino_xcit.bounds import FilePath, Group, IsPath, Positional, Repeatable, refuse_changed, shown
+from dino_xcit.bounds import FilePath, Group, IsPath, Positional, Repeatable, Suffix, refuse_changed, shown
 from dino_xcit.errors import InputError
 from eval.config import BackboneConfig, IsOutput, Pooling
 
@@ -72,7 +72,7 @@ class ExtractConfig(VectorConfig):
     """Folder of the collection to search or to learn whitening from. Default for --query: OUTPUT_DIR."""
     top: Annotated[int, Ge(1)] = 10
     """Number of nearest images to show."""
-    sheet: Annotated[FilePath, IsOutput] = ""
+    sheet: Annotated[FilePath, IsOutput, Suffix(".png")] = ""
     """Draw the queries and their results to this .png file. Default: contact_sheet.png in the folder of the
     collection."""
 
@@ -152,7 +152,7 @@ class RetrievalConfig(VectorConfig):
     """For duplicates: maximum number of pairs; more are an error."""
     csv: Annotated[FilePath, IsOutput] = ""
     """For duplicates: write the pairs to this .csv file."""
-    sheet: Annotated[FilePath, IsOutput] = ""
+    sheet: Annotated[FilePath, IsOutput, Suffix(".png")] = ""
     """For duplicates: draw the most similar pairs to this .png file."""
 
     def fitted(self) -> str:

@@ -98,7 +98,9 @@ class Health:
             raise self._on_divergence()
         if flags["stop"]:
             checkpoints.finish()
-            raise RunStopped(PREEMPTED, self._signals.sentence(state.step) if distributed.is_main() else "")
+            raise RunStopped(
+                PREEMPTED, self._signals.sentence(state.step, self._config.resume) if distributed.is_main() else ""
+            )
         compiles = self._config.compile and state.step == self._sampler.start_step
         watchdog.phase("compiling the networks" if compiles else "training step", state.step, limit=not compiles)
 
@@ -197,10 +199,11 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def sentence(self, step: int) -> str:
-        """Return the last message of the run."""
+    def sentence(self, step: int, resume: str) -> str:
+        """Return the last message of a run with ``--resume`` ``resume``."""
         by = self.signal_name or "a signal to another rank"
-        return f"stopped by {by} after saving step {step}: run the same command to resume"
+        without = " without --resume never" if resume == "never" else ""
+        return f"stopped by {by} after saving step {step}: run the same command{without} to resume"
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
