@@ -9,7 +9,7 @@ import torch
 from tiny_run import CPU, schedules_of, steps, tiny_config
 
 from dino_xcit.models import XCiT, build_backbone
-from dino_xcit.models.droppath import _add_scaled
+from dino_xcit.models.droppath import _AddScaled
 from dino_xcit.models.sizes import Sizes, join_sizes, split_sizes
 from dino_xcit.models.xca import XCA
 from dino_xcit.train import build_state
@@ -84,7 +84,7 @@ def test_add_scaled_matches_its_formula(dtype: torch.dtype) -> None:
     scale = torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25, 1.25], dtype=wide)[:, None]
     direction = torch.randn(6, 5, generator=generator).to(wide)
     results = []
-    for function in (_add_scaled, lambda x, branch, scale: x + scale * branch):
+    for function in (_AddScaled.apply, lambda x, branch, scale: x + scale * branch):
         out = function(x, branch, scale)
         results.append((out.detach(), *torch.autograd.grad((out * direction).sum(), (x, branch))))
     for ours, expected in zip(*results, strict=True):

@@ -67,17 +67,14 @@ def add_residual(
     if mask is None:
         return x + branch(x)
     if mask.rows is None or not independent:
-        return _add_scaled(x, branch(x), mask.scale) if x.is_cuda else x + mask.scale * branch(x)
+        return _AddScaled.apply(x, branch(x), mask.scale) if x.is_cuda else x + mask.scale * branch(x)
     kept = branch(x.index_select(0, mask.rows))
     return x.index_add(0, mask.rows, mask.scale[mask.rows] * kept)
 
 
-def _add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
-    """Compute x + scale * branch without intermediate tensors in the precision of x, to save memory traffic on GPUs."""
-    return _AddScaled.apply(x, branch, scale)
-
-
 class _AddScaled(torch.autograd.Function):
+    """x + scale * branch without intermediate tensors in the precision of x, to save memory traffic on GPUs."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
