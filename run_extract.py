@@ -6,7 +6,7 @@
     python run_extract.py --learn-whitening whitening.npz --index vectors-of-other-photos/
 
 Writes vectors.npy (one row per image), paths.txt (image names in the same order), index.faiss (inner product) and
-card.json (weights, transform, pooling, data, date). The same command resumes an interrupted extraction.
+metadata.json (weights, transform, pooling, data, date). The same command resumes an interrupted extraction.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.transform import EvalTransform, normalise
 from dino_xcit.weights import LoadedBackbone
-from eval.features import unreadable_card
+from eval.features import unreadable_metadata
 from eval.results import now, write_json
 from eval.retrieval import collection as store
 from eval.retrieval import whitening as whitening_file
@@ -107,7 +107,7 @@ def extract(config: ExtractConfig) -> None:
         left_out = set(unreadable)
         names = [source.name(index) for index in range(len(source)) if index not in left_out]
         if unreadable:
-            metadata["data"]["unreadable"] = unreadable_card([source.name(index) for index in unreadable])
+            metadata["data"]["unreadable"] = unreadable_metadata([source.name(index) for index in unreadable])
         if config.add:
             written = store.add_to_collection(store.open_collection(folder), rows, names, metadata["data"])
         else:
@@ -118,7 +118,7 @@ def extract(config: ExtractConfig) -> None:
     seconds = time.perf_counter() - started
     log.info(f"{counted(written['count'], 'vector')} of size {written['dimension']} in {folder} ({seconds:.1f} s)")
     if unreadable:
-        log.warning(f"skipped {counted(len(unreadable), 'unreadable image')}, listed in card.json")
+        log.warning(f"skipped {counted(len(unreadable), 'unreadable image')}, listed in metadata.json")
     if recall := written["index"].get("recall"):
         log.info(f"index {config.index_type}: recall@{recall['at']} {recall['percent']:.1f} % of exact search")
     log.info(f"search it with: python run_extract.py --query IMAGE --index {folder} --top 10")

@@ -27,20 +27,20 @@ from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.baselines import baselines
-from eval.features import Features, cached, fingerprint_without, unreadable_card, unreadable_notice
+from eval.features import Features, cached, fingerprint_without, unreadable_metadata, unreadable_notice
 from eval.knn.classify import Predictions, approximate_index, clamp_ks, knn_predict, refuse_few
 from eval.knn.confusion import draw_confusion, write_per_class
 from eval.knn.few_shot import few_shot
 from eval.pooling import Descriptor
 from eval.results import (
     KNN_PROTOCOL,
-    Figure,
+    Metric,
     Setting,
-    data_card,
-    few_shot_figure,
-    figure,
-    images_card,
-    result_card,
+    data_metadata,
+    few_shot_metric,
+    images_metadata,
+    metric,
+    result_content,
     write_json,
 )
 from eval.setup import cache_folder, labelled_parts, open_backbone
@@ -67,7 +67,7 @@ def main() -> None:
     results: list[Record] = []
     few: list[Record] = []
     indices: dict[str, Record] = {}
-    figures: list[Figure] = []
+    metrics: list[Metric] = []
 
     descriptor = Descriptor(precision=config.precision)
     models = [("trained", loaded.backbone, loaded.hash)]
@@ -83,8 +83,8 @@ def main() -> None:
         except UndecodableImage as error:
             raise InputError(f"{error}; or add --unreadable skip to evaluate without such images") from error
         if model == "trained":
-            train, train_card = readable("training", train, known, config)
-            val, val_card = readable("validation", val, queries, config)
+            train, train_metadata = readable("training", train, known, config)
+            val, val_metadata = readable("validation", val, queries, config)
             ks, notice = clamp_ks(config.ks, len(train))
             if notice:
                 log.warning(notice)
@@ -103,7 +103,7 @@ def main() -> None:
         recalls = indices[model]["recall_percent"] if index else {}
         records, shown = scored(model, predictions, known, queries, recalls)
         results += records
-        figures += shown
+        metrics += shown
         if model == "trained":
             by_class(predictions, val, config, len(train))
         if config.few_shot:
@@ -111,7 +111,7 @@ def main() -> None:
                 known, queries, config.few_shot, config.draws, config.ks, config.temperatures, config.seed, True
             ):
                 few.append({"model": model, **record})
-                figures.append(few_shot_figure(model, record, config.draws, config.seed))
+                metrics.append(few_shot_metric(model, record, config.draws, config.seed))
     if not distributed.is_main():
         return
 
@@ -119,35 +119,35 @@ def main() -> None:
     print_results(results, few, config.draws)
     if config.json:
         protocol = protocol_of(config, ks, indices)
-        data = {"train": train_card | images_card(train), "val": val_card | images_card(val)}
-        seconds, plain = time.perf_counter() - started, [one.to_card() for one in figures]
-        card = result_card("knn", protocol, results, loaded, data, loaded.transform, device, seconds, plain)
+        data = {"train": train_metadata | images_metadata(train), "val": val_metadata | images_metadata(val)}
+        seconds, plain = time.perf_counter() - started, [one.to_dict() for one in metrics]
+        metadata = result_content("knn", protocol, results, loaded, data, loaded.transform, device, seconds, plain)
         if few:
-            card["few_shot"] = {"draws": config.draws, "seed": config.seed, "results": few}
+            metadata["few_shot"] = {"draws": config.draws, "seed": config.seed, "results": few}
         if indices:
-            card["approximate"] = indices
-        write_json(Path(config.json).expanduser(), card)
+            metadata["approximate"] = indices
+        write_json(Path(config.json).expanduser(), metadata)
         log.info(f"written: {config.json}")
 
 
 def readable(name: str, source: Source, features: Features, config: KnnConfig) -> tuple[Source, Record]:
     """Return the readable images and their metadata; warn about unreadable ones."""
     unreadable = features.unreadable
-    card = data_card(source, fingerprint_without(features.fingerprint, unreadable))
+    metadata = data_metadata(source, fingerprint_without(features.fingerprint, unreadable))
     if not len(unreadable):
-        return source, card
+        return source, metadata
     listed = f"; listed in {config.json}" if config.json else ""
     log.warning(unreadable_notice(name, source, unreadable) + listed)
     read = Subset(source, np.delete(np.arange(len(source)), unreadable))
     names = [source.name(int(index)) for index in unreadable]
-    return read, card | {"images": len(read), "unreadable": unreadable_card(names)}
+    return read, metadata | {"images": len(read), "unreadable": unreadable_metadata(names)}
 
 
 def scored(
     model: str, predictions: Predictions, known: Features, queries: Features, recalls: dict[str, float]
-) -> tuple[list[Record], list[Figure]]:
-    """Compute accuracies and figures for each k and T. ``recalls``: recall of an approximate search by k."""
-    records, figures = [], []
+) -> tuple[list[Record], list[Metric]]:
+    """Compute accuracies and metrics for each k and T. ``recalls``: recall of an approximate search by k."""
+    records, metrics = [], []
     classes = len(np.unique(np.asarray(known.labels)))
     for (k, temperature), guesses in predictions.items():
         # Top-5 is trivial for up to 5 classes and undefined for fewer than 5 neighbours.
@@ -156,8 +156,8 @@ def scored(
         settings: dict[str, Setting] = {"model": model, "k": k, "T": temperature}
         name, hits = f"{model} k={k} T={temperature:g} top-1", correct(guesses, queries.labels, 1)
         records.append({"model": model, "k": k, "temperature": temperature, **tops, **recall})
-        figures.append(figure(name, settings, hits, model != "trained"))
-    return records, figures
+        metrics.append(metric(name, settings, hits, model != "trained"))
+    return records, metrics
 
 
 def protocol_of(config: KnnConfig, ks: list[int], indices: dict[str, Record]) -> Record:

@@ -33,7 +33,7 @@ from eval.linear.logistic import classify, logistic_results, search
 from eval.linear.pooled import Rows
 from eval.linear.probe import FILE_NAME, LOGREG_NAME, Probe, Record
 from eval.linear.sgd import train_heads
-from eval.results import data_card, figure, images_card, result_card, write_json
+from eval.results import data_metadata, images_metadata, metric, result_content, write_json
 from eval.stats import top_accuracies
 from eval.table import percent, table
 
@@ -47,7 +47,7 @@ def main() -> None:
     heads: Record = (probe.stored(FILE_NAME, probe.identity) if config.sgd else None) or {}
     logreg: Record = (probe.stored(LOGREG_NAME, probe.identity_of_logreg()) if config.logreg else None) or {}
     results: Record = {}
-    figures: list[Any] = []
+    metrics: list[Any] = []
 
     # ---- the paper's classifier and the grid: SGD on augmented images
     if "results" in heads:
@@ -55,13 +55,13 @@ def main() -> None:
     elif config.sgd:
         heads = train_heads(probe, heads)
     results |= heads.get("results", {})
-    figures += heads.get("figures", [])
+    metrics += heads.get("metrics", [])
 
     # ---- logistic regression: L-BFGS on fixed features
     if config.logreg:
         logreg = search(probe, logreg)
         results["logreg"], hits = logistic_results(probe, logreg)
-        figures.append(figure("logreg, top-1", {"classifier": "logreg"}, hits).to_card())
+        metrics.append(metric("logreg, top-1", {"classifier": "logreg"}, hits).to_dict())
 
     # ---- the recommended classifier on ImageNet's variants
     for variant in probe.variants:
@@ -84,12 +84,12 @@ def main() -> None:
         results["also"] = {"classifier": best["name"], "features": best["features"], **also}
     if config.json:
         parts = (("train", probe.train), ("val", probe.val))
-        data = {name: data_card(part, probe.identity[name]) | images_card(part) for name, part in parts}
+        data = {name: data_metadata(part, probe.identity[name]) | images_metadata(part) for name, part in parts}
         seconds = sum(float(part.get("seconds", 0.0)) for part in (heads, logreg))
-        card = result_card(
-            "linear", probe.protocol(), results, probe.loaded, data, probe.transform, probe.device, seconds, figures
+        metadata = result_content(
+            "linear", probe.protocol(), results, probe.loaded, data, probe.transform, probe.device, seconds, metrics
         )
-        write_json(Path(config.json).expanduser(), card | {"history": heads.get("history", [])})
+        write_json(Path(config.json).expanduser(), metadata | {"history": heads.get("history", [])})
         log.info(f"written: {config.json}")
     log.info(f"classifier: {probe.folder / (LOGREG_NAME if best['name'] == 'logreg' else FILE_NAME)} ({best['name']})")
 
@@ -120,7 +120,7 @@ def measured(variant: Variant, probe: Probe, classifier: Record) -> Record:
     among = np.arange(len(classifier["weight"])) if variant.among is None else variant.among
     guesses = among[classify(classifier["weight"][among], classifier["bias"][among], rows, probe.device)]
     found = top_accuracies(guesses, variant.labels, five=len(among) > 5)
-    data = {"labels": variant.fingerprint} | data_card(source, features.fingerprint)
+    data = {"labels": variant.fingerprint} | data_metadata(source, features.fingerprint)
     return {"images": len(rows), "classes": len(among), **found, "data": data}
 
 

@@ -31,7 +31,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
-from eval.results import Card, query_figure
+from eval.results import Metadata, query_metric
 from eval.retrieval import benchmarks
 from eval.retrieval.benchmarks import Answer, extracted, means, open_fitted
 from eval.setup import demand_writable
@@ -69,25 +69,25 @@ def landmarks(config: RetrievalConfig) -> Answer | None:
     if not distributed.is_main():
         return None
 
-    # ---- figures
+    # ---- metrics
     searched = [sets[name].vectors for name in ("database", "distractors") if name in sets]
     similarities = benchmarks.rows_of_similarity(sets["queries"].vectors, *searched)
-    names, results, figures = [query.name for query in truth.queries], [], []
+    names, results, metrics = [query.name for query in truth.queries], [], []
     for setup, scores in benchmarks.score_landmarks(truth, similarities).items():
         scored = np.flatnonzero(~np.isnan(scores["map"]))
-        row: Card = {"setup": setup, "queries": len(scored), "database": sum(map(len, searched))}
+        row: Metadata = {"setup": setup, "queries": len(scored), "database": sum(map(len, searched))}
         row |= means({name: values[scored] for name, values in scores.items()})
         aps = [None if np.isnan(ap) else ap for ap in scores["map"].tolist()]
         results.append(row | {"ap": dict(zip(names, aps, strict=True))})
-        figures.append(query_figure(f"{setup} mAP", {"setup": setup}, scores["map"][scored], scored))
+        metrics.append(query_metric(f"{setup} mAP", {"setup": setup}, scores["map"][scored], scored))
     _print(results, ("setup", "queries", "database"), tuple(scores))
-    protocol: Card = {
+    protocol: Metadata = {
         "name": f"Revisited {config.protocol.title()} (arXiv 1803.11285), mAP and mP@k as revisitop scores them",
         "ground_truth": {"file": truth.path.name, "sha256": truth.sha256},
         "queries": "cut to their box" if config.queries == "box" else "whole pictures",
         "distractors": len(sources["distractors"]) if config.distractors else 0,
     }
-    return protocol, results, sets, figures
+    return protocol, results, sets, metrics
 
 
 def copydays(config: RetrievalConfig) -> Answer | None:
@@ -102,18 +102,18 @@ def copydays(config: RetrievalConfig) -> Answer | None:
     if not distributed.is_main():
         return None
 
-    # ---- figures
-    results, figures = [], []
+    # ---- metrics
+    results, metrics = [], []
     for search, aps, queries, counts in benchmarks.score_copydays(blocks, sets):
         results.append({"search": search} | counts | means({"map": aps}))
-        figures.append(query_figure(f"{search} mAP", {"search": search}, aps, queries))
+        metrics.append(query_metric(f"{search} mAP", {"search": search}, aps, queries))
     _print(results, ("search", "queries", "database", "depth"), ("map",))
-    protocol: Card = {
+    protocol: Metadata = {
         "name": "Copydays, mAP by trapezoids",
         "X -> original": "X searches originals and distractors; the first 20 count, as in DINO's script",
         "original -> strong": "originals search strong copies and distractors; all of the ranking counts",
     }
-    return protocol, results, sets, figures
+    return protocol, results, sets, metrics
 
 
 def folder(config: RetrievalConfig) -> Answer | None:
@@ -131,20 +131,20 @@ def folder(config: RetrievalConfig) -> Answer | None:
     if max(config.ks) >= len(source):
         log.warning(f"k = {max(config.ks)} exceeds the {len(source) - 1:,} other images: using all of them")
 
-    # ---- figures
+    # ---- metrics
     found = benchmarks.leave_one_out(images.vectors, source.labels, config.ks, progress=True)
     values: dict[str, NDArray[Any]] = {f"recall@{k}": found.hits[k] for k in config.ks}
     values |= {"R-precision": found.r_precision, "mAP@R": found.map_at_r}
-    figures = [query_figure(name, {"figure": name}, one, found.queries) for name, one in values.items()]
+    metrics = [query_metric(name, {"metric": name}, one, found.queries) for name, one in values.items()]
     shares = {name: 100.0 * one if one.dtype == np.bool_ else one for name, one in values.items()}
     shares = {name.lower().replace("-", "_"): one for name, one in shares.items()}
-    results: list[Card] = [{"queries": len(found.queries), "left_out": found.alone} | means(shares)]
+    results: list[Metadata] = [{"queries": len(found.queries), "left_out": found.alone} | means(shares)]
     if found.alone:
         log.info(f"{counted(found.alone, 'image')} alone in a class: in the database, but not used as a query")
     log.info(f"{counted(len(found.queries), 'query')}, each against the {len(source) - 1:,} other images")
     _print(results, (), tuple(shares))
     name = "leave-one-out by cosine, exact; recall@k, R-precision, mAP@R (arXiv 2003.08505), means over queries"
-    return {"name": name, "ks": list(config.ks)}, results, {"images": images}, figures
+    return {"name": name, "ks": list(config.ks)}, results, {"images": images}, metrics
 
 
 def duplicates(config: RetrievalConfig) -> Answer | None:
@@ -163,7 +163,7 @@ def duplicates(config: RetrievalConfig) -> Answer | None:
     both = first.source, (second or first).source
     same = (kinds := benchmarks.kinds_of(pairs, *both)).count(benchmarks.IDENTICAL)
     log.info(f"{counted(len(pairs), 'pair')} of at least {config.threshold:g}, {same:,} of them identical files")
-    row: Card = {"pairs": len(pairs), "identical": same}
+    row: Metadata = {"pairs": len(pairs), "identical": same}
     paired = {"first": pairs.first, "second": pairs.second}
     if second is None:
         paired = {"first": np.concatenate([pairs.first, pairs.second])}
@@ -183,13 +183,13 @@ def duplicates(config: RetrievalConfig) -> Answer | None:
     return {"name": name, "threshold": config.threshold, "within_one_set": not second}, [row], sets, []
 
 
-def _print(results: Sequence[Any], labels: Sequence[str], figures: Sequence[str]) -> None:
+def _print(results: Sequence[Any], labels: Sequence[str], metrics: Sequence[str]) -> None:
     """Log a table: columns of labels, then percentages with intervals."""
     rows = []
     for row in results:
-        shares = [percent(row[name], row[f"{name}_interval"]) for name in figures]
+        shares = [percent(row[name], row[f"{name}_interval"]) for name in metrics]
         rows.append([*(str(row[name]) for name in labels), *shares])
-    log.info(table([*labels, *(f"{name} % [95%]" for name in figures)], rows))
+    log.info(table([*labels, *(f"{name} % [95%]" for name in metrics)], rows))
 
 
 def command() -> None:

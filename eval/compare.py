@@ -2,9 +2,9 @@
 
     python -m eval.compare a.json b.json ...
     python -m eval.compare published:xcit_small_12_p16 mine.json
-    python -m eval.compare linear.json linear.json --figure grid logreg --allow classifier
+    python -m eval.compare linear.json linear.json --metric grid logreg --allow classifier
 
-Each result is compared with the first. For each figure of both, the table has the value with its interval, the
+Each result is compared with the first. For each metric of both, the table has the value with its interval, the
 difference with its paired interval, a p-value, and for hits the numbers of images that only one of the two has right.
 """
 
@@ -25,28 +25,28 @@ from dino_xcit.errors import InputError, near_matches, printable, run_main
 from dino_xcit.transform import EvalTransform
 from eval import results, stats
 from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, CompareConfig
-from eval.results import KNN_PROTOCOL, Card, Figure, Images, Result, Setting, read_result, transform_card
+from eval.results import KNN_PROTOCOL, Images, Metadata, Metric, Result, Setting, read_result, transform_metadata
 from eval.table import Interval, escaped, markdown_table, percent, signed, table
 
 PREFIX = "published:"
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
 """Images and classes of ImageNet-1k."""
 K, TEMPERATURE = 20, 0.07
-"""The published k-NN figures do not state k; the DINO paper's evaluation protocol uses 20."""
+"""The published k-NN metrics do not state k; the DINO paper's evaluation protocol uses 20."""
 
 PUBLISHED = {
     "xcit_small_12_p16": {"knn": 76.0, "linear": 77.8},
     "xcit_small_12_p8": {"knn": 77.1, "linear": 79.2},
     "xcit_medium_24_p16": {"knn": 76.4, "linear": 78.8},
     "xcit_medium_24_p8": {"knn": 77.9, "linear": 80.3},
-    "vit_small_p16_100ep": {"knn": 69.3},  # its linear figure uses 4 blocks, unlike the paper's classifier here
+    "vit_small_p16_100ep": {"knn": 69.3},  # its linear probe uses 4 blocks, unlike the paper's classifier here
 }
 """Top-1 on ImageNet-1k's validation images, percent: facebookresearch/dino, README."""
 
 IGNORED = {"ks", "temperatures", "interval", "published"}
-"""Protocol entries that do not affect a single figure, which has its own k and T."""
+"""Protocol entries that do not affect a single metric, which has its own k and T."""
 OVERLOOKED = {"k": {"k"}, "T": {"T"}, "classifier": {"classifier", "epoch"}}
-"""Settings in which compared figures may differ, by the word for ``--allow``."""
+"""Settings in which compared metrics may differ, by the word for ``--allow``."""
 SGD, HELD_OUT = {"epochs", "batch", "crop_scale", "cached", "seed"}, {"holdout", "seed", "features"}
 CLASSIFIERS = {
     "paper": SGD | {"lr"},
@@ -55,19 +55,19 @@ CLASSIFIERS = {
 }
 """Settings of a linear probe that affect each of its classifiers."""
 
-Pairs = Sequence[tuple[Figure, Figure]]
-"""Pairs of a figure of the first result and the figure of another result to compare it with."""
+Pairs = Sequence[tuple[Metric, Metric]]
+"""Pairs of a metric of the first result and the metric of another result to compare it with."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A result of the command line with the selected figures."""
+    """A result of the command line with the selected metrics."""
 
     label: str
     result: Result
-    figures: tuple[Figure, ...]
+    metrics: tuple[Metric, ...]
     published: str = ""
-    """Source of a published figure; empty for a measured result."""
+    """Source of a published result; empty for a measured result."""
 
     @property
     def weights(self) -> str:
@@ -88,9 +88,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of the table: a figure of one file compared with the first file's."""
+    """A row of the table: a metric of one file compared with the first file's."""
 
-    figure: str
+    metric: str
     file: str
     percent: float
     interval: Interval | None
@@ -102,7 +102,7 @@ class Comparison:
     """Percentage points relative to the first file; None for the first file itself."""
     difference_interval: Interval | None = None
     only_first: int | None = None
-    """Images or queries that only the first file has right; None if the figures are not paired or not hits."""
+    """Images or queries that only the first file has right; None if the metrics are not paired or not hits."""
     only_this: int | None = None
     p: float | None = None
     p_holm: float | None = None
@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
         InputError: the command is wrong, a file is not a result file, or results differ (one line per difference).
     """
     config = parse(CompareConfig, argv, "python -m eval.compare")
-    entries = open_entries(config.files, config.figure)
+    entries = open_entries(config.files, config.metric)
     first = entries[0]
     others = [(other, pair_up(first, other, config.allow)) for other in entries[1:]]
     unlike = [(other, one) for other, pairs in others for one in differences(first, other, pairs)]
@@ -154,21 +154,21 @@ def open_entries(files: Sequence[str], words: Sequence[str]) -> list[Entry]:
     """Open result files and ``published:NAME`` in the given order.
 
     Args:
-        words: words in the names of the selected figures: one string for all files, one per file, or none for all
-            figures.
+        words: words in the names of the selected metrics: one string for all files, one per file, or none for all
+            metrics.
 
     Raises:
-        InputError: there is no measured result, a file is repeated with the same figures or is unreadable, or a figure
+        InputError: there is no measured result, a file is repeated with the same metrics or is unreadable, or a metric
             does not exist.
     """
     words = list(words) if len(words) == len(files) else [*words, ""][:1] * len(files)
     given = list(zip(files, words, strict=True))
     places = [(file if file.startswith(PREFIX) else os.path.realpath(file), one) for file, one in given]
     if len(set(places)) < len(places):
-        raise InputError("a file is given more than once: give other files, or one --figure WORDS per file")
+        raise InputError("a file is given more than once: give other files, or one --metric WORDS per file")
     measured = {file: read_result(file) for file in files if not file.startswith(PREFIX)}
     if not measured:
-        raise InputError("only published figures given, expected at least one result file: add one")
+        raise InputError("only published results given, expected at least one result file: add one")
     measure = next(iter(measured.values())).measure
     return [
         _chosen(file, measured[file], one) if file in measured else _published(file, measure) for file, one in given
@@ -176,62 +176,62 @@ def open_entries(files: Sequence[str], words: Sequence[str]) -> list[Entry]:
 
 
 def _chosen(label: str, result: Result, words: str) -> Entry:
-    """Select the figure named ``words``, or those with all of these words in their names; baselines only by name."""
+    """Select the metric named ``words``, or those with all of these words in their names; baselines only by name."""
     wanted = set(words.split())
-    kept = tuple(one for one in result.figures if one.name == words) or tuple(
+    kept = tuple(one for one in result.metrics if one.name == words) or tuple(
         one
-        for one in result.figures
+        for one in result.metrics
         if wanted <= set(one.name.replace(",", " ").split())
         and not (one.baseline and one.settings.get("model") not in wanted)
     )
     if not kept:
-        names = "; ".join(one.name for one in result.figures[:8])
-        raise InputError(f"{label} has no figure with {words!r} in its name; it has: {names}")
+        names = "; ".join(one.name for one in result.metrics[:8])
+        raise InputError(f"{label} has no metric with {words!r} in its name; it has: {names}")
     return Entry(label, result, kept)
 
 
 def _published(label: str, measure: str) -> Entry:
-    """Wrap a published figure as a result with the known parts of its protocol."""
+    """Wrap a published result as a result with the known parts of its protocol."""
     name = label.removeprefix(PREFIX)
     if measure not in PUBLISHED.get(name, ()):
         raise InputError(
-            f"no {measure} figure was published as {name!r}{near_matches(name, PUBLISHED)}; expected k-NN or linear "
+            f"no {measure} result was published as {name!r}{near_matches(name, PUBLISHED)}; expected k-NN or linear "
             f"results and one of {', '.join(PUBLISHED)}"
         )
     settings: dict[str, Setting] = {"model": "trained", "k": K, "T": TEMPERATURE}
-    protocol: Card = {"name": KNN_PROTOCOL}
-    if measure == "linear":  # published figures are of the best epoch on the validation images
+    protocol: Metadata = {"name": KNN_PROTOCOL}
+    if measure == "linear":  # published results are of the best epoch on the validation images
         settings = {"classifier": "paper", "epoch": "best"}
         protocol = {"epochs": PAPER_EPOCHS, "lr": 0.001, "crop_scale": list(PAPER_CROP_SCALE), "cached": None}
-    figure = Figure(f"published {measure} top-1", settings, PUBLISHED[name][measure], None)
-    data: dict[str, Card] = {
+    metric = Metric(f"published {measure} top-1", settings, PUBLISHED[name][measure], None)
+    data: dict[str, Metadata] = {
         part: {"images": count, "classes": CLASSES} for part, count in (("train", TRAIN), ("val", VAL))
     }
-    transform = transform_card(EvalTransform())
-    result = Result(measure=measure, protocol=protocol, data=data, transform=transform, figures=(figure,))
-    return Entry(label, result, result.figures, "facebookresearch/dino, README")
+    transform = transform_metadata(EvalTransform())
+    result = Result(measure=measure, protocol=protocol, data=data, transform=transform, metrics=(metric,))
+    return Entry(label, result, result.metrics, "facebookresearch/dino, README")
 
 
 # ---- comparability
 
 
 def pair_up(first: Entry, other: Entry, allow: Sequence[str] = ()) -> Pairs:
-    """Pair figures with equal settings; if there are none, pair figures that differ in allowed settings only."""
+    """Pair metrics with equal settings; if there are none, pair metrics that differ in allowed settings only."""
     if first.result.measure != other.result.measure:
         return []
     overlooked = {setting for word in allow for setting in OVERLOOKED.get(word, ())}
-    every = list(product(first.figures, other.figures))
+    every = list(product(first.metrics, other.metrics))
     exact = [(mine, own) for mine, own in every if mine.settings == own.settings]
     return exact or [(mine, own) for mine, own in every if _changed(mine.settings, own.settings).keys() <= overlooked]
 
 
 def differences(first: Entry, other: Entry, pairs: Pairs) -> list[Difference]:
-    """List all differences that affect the figures, except the weights."""
+    """List all differences that affect the metrics, except the weights."""
     then, now = first.result, other.result
     if then.measure != now.measure:
         return [Difference("measure", f"measure {then.measure} -> {now.measure}", allowable=False)]
     found: dict[str, Difference] = {}
-    every = product(first.figures, other.figures)
+    every = product(first.metrics, other.metrics)
     closest = min(every, key=lambda pair: len(_changed(pair[0].settings, pair[1].settings)))
     for mine, own in pairs or [closest]:
         fixed = (mine.settings.keys() | own.settings.keys()) - OVERLOOKED.keys()
@@ -248,7 +248,7 @@ def differences(first: Entry, other: Entry, pairs: Pairs) -> list[Difference]:
     return list(found.values())
 
 
-def _unlike_settings(first: Entry, other: Entry, mine: Figure, own: Figure) -> dict[str, str]:
+def _unlike_settings(first: Entry, other: Entry, mine: Metric, own: Metric) -> dict[str, str]:
     then, now = _deciding(first.result, mine), _deciding(other.result, own)
     keys = then.keys() | now.keys()
     if mine.settings.get("classifier") != own.settings.get("classifier"):
@@ -259,18 +259,18 @@ def _unlike_settings(first: Entry, other: Entry, mine: Figure, own: Figure) -> d
     return _changed({key: then.get(key) for key in keys}, {key: now.get(key) for key in keys})
 
 
-def _deciding(result: Result, figure: Figure) -> Card:
-    """Return the settings that affect a figure: its own and those of the protocol."""
+def _deciding(result: Result, metric: Metric) -> Metadata:
+    """Return the settings that affect a metric: its own and those of the protocol."""
     protocol = {key: value for key, value in result.protocol.items() if key not in IGNORED}
     if isinstance(whitening := protocol.get("whitening"), dict):  # it belongs to its weights; compare its data
         protocol["whitening"] = whitening.get("learned_on")
-    decided = CLASSIFIERS.get(str(figure.settings.get("classifier")))
+    decided = CLASSIFIERS.get(str(metric.settings.get("classifier")))
     if decided is not None:
         logreg = protocol.pop("logreg", None)
         others = {"name"}.union(*CLASSIFIERS.values()) - decided
         protocol |= logreg if isinstance(logreg, dict) else {}
         protocol = {key: value for key, value in protocol.items() if key not in others}
-    return {**protocol, **figure.settings}
+    return {**protocol, **metric.settings}
 
 
 def _unlike_images(then: Images | None, now: Images | None) -> str:
@@ -279,7 +279,7 @@ def _unlike_images(then: Images | None, now: Images | None) -> str:
     counts = [f"{part.images:,}" + (f" of {part.classes} classes" if part.classes else "") for part in (then, now)]
     if counts[0] != counts[1]:
         return " -> ".join(counts)
-    for what in ("labels", "names", "contents"):  # empty where unknown: published figures, older files
+    for what in ("labels", "names", "contents"):  # empty where unknown: published results, older files
         if getattr(then, what) and getattr(now, what) and getattr(then, what) != getattr(now, what):
             return f"same number, but other {what} or order"
     return ""
@@ -307,7 +307,7 @@ def refuse_unlike(first: Entry, unlike: Sequence[tuple[Entry, Difference]], allo
 
 
 def warnings(entries: Sequence[Entry]) -> list[str]:
-    """List remarks on published figures and on results of the same weights."""
+    """List remarks on published results and on results of the same weights."""
     lines = [f"{one.label}: published, not measured here; {one.published}" for one in entries if one.published]
     for before, one in combinations(entries, 2):
         if one.weights and one.weights == before.weights and one.label != before.label:
@@ -316,13 +316,13 @@ def warnings(entries: Sequence[Entry]) -> list[str]:
 
 
 def left_out(first: Entry, other: Entry, pairs: Pairs) -> list[str]:
-    """List warnings about figures that only one of the two has and about different library versions."""
+    """List warnings about metrics that only one of the two has and about different library versions."""
     if first.published or other.published:
         return []
     both = {one.name for pair in pairs for one in pair}
     lines = []
     for entry in (first, other):
-        if alone := [one.name for one in entry.figures if one.name not in both]:
+        if alone := [one.name for one in entry.metrics if one.name not in both]:
             more = f" and {len(alone) - 3:,} more" if len(alone) > 3 else ""
             lines.append(f"warning: only {entry.label} has {', '.join(alone[:3])}{more}")
     if libraries := _changed(first.result.versions, other.result.versions):
@@ -330,31 +330,31 @@ def left_out(first: Entry, other: Entry, pairs: Pairs) -> list[str]:
     return lines
 
 
-# ---- the figures
+# ---- the table
 
 
 def compare(first: Entry, others: Sequence[tuple[Entry, Pairs]]) -> list[Comparison]:
-    """Compute a row per figure and file, the first file first."""
+    """Compute a row per metric and file, the first file first."""
     rows = []
-    for figure in first.figures:
-        partners = [(other, own) for other, pairs in others for mine, own in pairs if mine is figure]
+    for metric in first.metrics:
+        partners = [(other, own) for other, pairs in others for mine, own in pairs if mine is metric]
         if partners:
-            rows += [_row(first, figure), *(_against(first, figure, other, own) for other, own in partners)]
+            rows += [_row(first, metric), *(_against(first, metric, other, own) for other, own in partners)]
     corrected = iter(stats.holm([row.p for row in rows if row.p is not None]))
     return [row if row.p is None else replace(row, p_holm=next(corrected)) for row in rows]
 
 
-def _row(entry: Entry, figure: Figure) -> Comparison:
+def _row(entry: Entry, metric: Metric) -> Comparison:
     interval = None
-    if figure.hits is not None:
-        interval = stats.wilson_interval(figure.hits)
-    elif figure.values is not None:
-        of = stats.query_interval if figure.unit == "query" else stats.mean_interval
-        interval = of(figure.values)
-    return Comparison(figure.name, entry.label, figure.percent, interval, figure.unit, figure.units)
+    if metric.hits is not None:
+        interval = stats.wilson_interval(metric.hits)
+    elif metric.values is not None:
+        of = stats.query_interval if metric.unit == "query" else stats.mean_interval
+        interval = of(metric.values)
+    return Comparison(metric.name, entry.label, metric.percent, interval, metric.unit, metric.units)
 
 
-def _against(first: Entry, mine: Figure, other: Entry, own: Figure) -> Comparison:
+def _against(first: Entry, mine: Metric, other: Entry, own: Metric) -> Comparison:
     row = replace(_row(other, own), difference=own.percent - mine.percent)
     if not _paired(first, other, mine, own):
         return row
@@ -368,7 +368,7 @@ def _against(first: Entry, mine: Figure, other: Entry, own: Figure) -> Compariso
     return row
 
 
-def _paired(first: Entry, other: Entry, mine: Figure, own: Figure) -> bool:
+def _paired(first: Entry, other: Entry, mine: Metric, own: Metric) -> bool:
     """Return whether values at equal positions belong to the same image, query or draw."""
     if first.published or other.published or (mine.unit, mine.which) != (own.unit, own.which):
         return False
@@ -383,11 +383,11 @@ def _paired(first: Entry, other: Entry, mine: Figure, own: Figure) -> bool:
 
 def rows_of(comparisons: Sequence[Comparison], markdown: bool) -> list[str]:
     """Format the table as lines of text or GitHub Markdown."""
-    header = ["figure", "file", "% [95%]", "difference [95%]", "only first right", "only this right", "p", "p (Holm)"]
+    header = ["metric", "file", "% [95%]", "difference [95%]", "only first right", "only this right", "p", "p (Holm)"]
     rows, named = [], ""
     for one in comparisons:
-        new = one.difference is None or one.figure != named  # with --allow k, names differ between files
-        named = one.figure
+        new = one.difference is None or one.metric != named  # with --allow k, names differ between files
+        named = one.metric
         counts = ["-" if count is None else f"{count:,}" for count in (one.only_first, one.only_this)]
         cells = [named if new else "", one.file, percent(one.percent, one.interval)]
         rows.append([*cells, signed(one.difference, one.difference_interval), *counts, _p(one.p), _p(one.p_holm)])
@@ -403,7 +403,7 @@ def notes(comparisons: Sequence[Comparison]) -> list[str]:
     if any(one.only_first is None for one in tests):
         lines.append("means over queries or draws: intervals and p of differences by the paired t-test")
     if len(tests) > 1:
-        lines.append(f"p (Holm): corrected for the {len(tests)} tests of this table; --figure WORDS selects fewer")
+        lines.append(f"p (Holm): corrected for the {len(tests)} tests of this table; --metric WORDS selects fewer")
     if any(one.difference is not None and one.p is None for one in comparisons):
         lines.append("no p: not paired, individual values unknown, or all differences equal")
     return lines

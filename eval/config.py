@@ -242,8 +242,8 @@ class CompareConfig:
     the first. The flag --files itself may be omitted."""
     allow: tuple[str, ...] = ()
     """Differences to accept, by the names in the error message: transform, train, val, k, T, classifier ..."""
-    figure: tuple[str, ...] = ()
-    """Compare only figures (results) with these words in their names, such as k=20 or "grid last". Give one value for
+    metric: tuple[str, ...] = ()
+    """Compare only metrics (results) with these words in their names, such as k=20 or "grid last". Give one value for
     all files, or one per file, such as grid logreg."""
     table: Literal["text", "markdown"] = "text"
     """Format of the table."""
@@ -252,8 +252,8 @@ class CompareConfig:
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
-        if len(self.figure) not in (0, 1, len(self.files)):
+        if len(self.metric) not in (0, 1, len(self.files)):
             raise InputError(
-                f"figure has {len(self.figure)} values, expected one for all files or one for each of the "
-                f"{len(self.files)} files: quote words that belong together, such as --figure 'grid last'"
+                f"metric has {len(self.metric)} values, expected one for all files or one for each of the "
+                f"{len(self.files)} files: quote words that belong together, such as --metric 'grid last'"
             )

@@ -286,7 +286,7 @@ def fingerprint_without(fingerprint: str, unreadable: NDArray[np.int64]) -> str:
     return hash_lines([fingerprint, *(f"without {number}" for number in unreadable.tolist())])
 
 
-def unreadable_card(names: Sequence[str]) -> dict[str, object]:
+def unreadable_metadata(names: Sequence[str]) -> dict[str, object]:
     """Describe the skipped images in a result file: their count and the first names."""
     return {"count": len(names), "first": list(names[:_MAX_NAMES])}
 
@@ -298,7 +298,7 @@ def unreadable_notice(name: str, source: Source, numbers: NDArray[np.int64]) -> 
     return f"{len(numbers):,} of {len(source):,} {name} images are unreadable and skipped: {names}{more}"
 
 
-# ---- the cache: CACHE_DIR/KEY/ with features.npy, metadata in card.json, and unreadable.npy if images were skipped
+# ---- the cache: CACHE_DIR/KEY/ with features.npy, metadata in metadata.json, and unreadable.npy if images were skipped
 
 
 def _cache_slot(
@@ -375,7 +375,7 @@ def _write_rows(
         skipped = np.flatnonzero(~np.concatenate([*masks, np.empty(0, dtype=np.bool_)]))
         if len(skipped):
             np.save(aside / "unreadable.npy", skipped)
-        (aside / "card.json").write_text(json.dumps(metadata, indent=1))
+        (aside / "metadata.json").write_text(json.dumps(metadata, indent=1))
         if _read_rows(folder, shape, not len(skipped), half) is None:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another run was faster

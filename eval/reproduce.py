@@ -1,11 +1,11 @@
-"""Check published k-NN and linear figures against published weights: pass or fail.
+"""Check published k-NN and linear accuracies against published weights: pass or fail.
 
     python -m eval.reproduce --weights dino_xcit_small_12_p16_pretrain.pth --data-path /imagenet \\
         --linear dino_xcit_small_12_p16_linearweights.pth
     make reproduce DATA=/imagenet WEIGHTS=... LINEAR=...
 
 The architecture is inferred from the shapes in the file. k-NN: k = 20, T = 0.07. Images: resize 256 bicubic, centre
-crop 224. Exit code 0: all figures are within the tolerance; 1: a figure is not; 2: user error.
+crop 224. Exit code 0: all accuracies are within the tolerance; 1: one is not; 2: user error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from eval.compare import CLASSES, PUBLISHED, TEMPERATURE, TRAIN, VAL, K
 from eval.config import BackboneConfig
 from eval.features import cached, width_of
 from eval.knn import knn_predict
-from eval.results import KNN_PROTOCOL, data_card, result_card, write_json
+from eval.results import KNN_PROTOCOL, data_metadata, result_content, write_json
 from eval.setup import cache_folder, open_backbone
 from eval.stats import correct, wilson_interval
 
@@ -45,7 +45,7 @@ class ReproduceConfig(BackboneConfig):
     linear: FilePath = ""
     """Published linear classifier of the same network (dino_..._linearweights.pth). Default: only k-NN."""
     tolerance: Annotated[float, Ge(0), Le(100)] = 0.3
-    """Maximum difference from the published figure in percentage points."""
+    """Maximum difference from the published result in percentage points."""
     train_data: str = ""
     """ImageNet's training images. Default: DATA_PATH/train."""
     val_data: str = ""
@@ -59,10 +59,10 @@ class ReproduceConfig(BackboneConfig):
 
 
 def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
-    """Measure, log, and return a verdict for each figure on rank 0, and an empty list on other ranks.
+    """Measure, log, and return a verdict for each accuracy on rank 0, and an empty list on other ranks.
 
     Raises:
-        InputError: the network has no published figure, the data is not ImageNet-1k, or the head does not fit.
+        InputError: the network has no published result, the data is not ImageNet-1k, or the head does not fit.
     """
     started = time.perf_counter()
     loaded, device = open_backbone(config, fixed=EvalTransform())
@@ -84,18 +84,18 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
         measured["linear"] = (queries.features @ head[0].T + head[1]).argmax(axis=1)[:, None]
     verdicts: list[dict[str, Any]] = []
     for key, labels in measured.items():
-        measure, figure = {"knn": "k-NN"}.get(key, key), PUBLISHED[loaded.arch][key]
+        measure, published = {"knn": "k-NN"}.get(key, key), PUBLISHED[loaded.arch][key]
         hits = correct(labels, queries.labels, 1)
         top1, interval = 100.0 * float(hits.mean()), wilson_interval(hits)
-        log.info(f"{loaded.arch}, {measure}: {top1:.2f} %, published {figure} +- {config.tolerance:g}")
-        verdict = {"measure": measure, "top1": top1, "interval": interval, "published": figure}
-        passed = abs(top1 - figure) <= config.tolerance + 1e-9  # decimal fractions are inexact in binary
+        log.info(f"{loaded.arch}, {measure}: {top1:.2f} %, published {published} +- {config.tolerance:g}")
+        verdict = {"measure": measure, "top1": top1, "interval": interval, "published": published}
+        passed = abs(top1 - published) <= config.tolerance + 1e-9  # decimal fractions are inexact in binary
         verdicts.append(verdict | {"tolerance": config.tolerance, "passed": passed})
     if config.json:
         protocol = {"name": KNN_PROTOCOL, "k": K, "temperature": TEMPERATURE, "linear": config.linear or None}
-        data = {"train": data_card(train, known.fingerprint), "val": data_card(val, queries.fingerprint)}
+        data = {"train": data_metadata(train, known.fingerprint), "val": data_metadata(val, queries.fingerprint)}
         about = loaded, data, loaded.transform, device, time.perf_counter() - started
-        write_json(Path(config.json), result_card("reproduce", protocol, verdicts, *about))
+        write_json(Path(config.json), result_content("reproduce", protocol, verdicts, *about))
     return verdicts
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     """Run the command.
 
     Raises:
-        RunStopped: a figure differs from the published one.
+        RunStopped: an accuracy differs from the published one.
     """
     config = parse(ReproduceConfig, sys.argv[1:], "python -m eval.reproduce")
     if failed := [one["measure"] for one in reproduce(config) if not one["passed"]]:

@@ -32,47 +32,47 @@ from dino_xcit.runtime.atomic import write as atomic_write
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 
-Card = dict[str, object]
+Metadata = dict[str, object]
 """Plain values, ready for JSON."""
 Setting = str | int | float
 Unit = Literal["image", "query", "draw"]
-"""Unit of a figure's mean: validation images, queries of a search, or few-shot draws."""
+"""Unit of a metric's mean: validation images, queries of a search, or few-shot draws."""
 
 FORMAT = 1
 """Version of the file format, incremented by incompatible changes."""
 KNN_PROTOCOL = "weighted k-NN on the L2-normalised class token, exact search (DINO, arXiv 2104.14294)"
-"""Protocol name of the published k-NN figures."""
+"""Protocol name of the published k-NN metrics."""
 SAMPLED = 64
 """Number of hashed images per source, enough to detect resized or re-encoded images."""
 ALL = "all"
-"""Setting ``draws`` of a few-shot figure with a single draw of all training images."""
+"""Setting ``draws`` of a few-shot metric with a single draw of all training images."""
 PERCENT_TOLERANCE = 1e-4
 """Maximum difference in percentage points between a stored mean and the mean of its float32 values."""
 
 Kind = TypeVar("Kind")
 
 
-# ---- one figure
+# ---- one metric
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A top-1 accuracy or another mean of shares, such as mAP, with the averaged values."""
 
     name: str
     """Display name, such as ``trained k=20 T=0.07 top-1``."""
     settings: Mapping[str, Setting]
-    """Settings that identify the figure in its file; figures of two files match if these are equal."""
+    """Settings that identify the metric in its file; metrics of two files match if these are equal."""
     percent: float
     hits: NDArray[np.bool_] | None
     """[units]: correct or not, in the order of the validation images. None: unknown, or stored in ``values``."""
     baseline: bool = False
-    """Whether the figure measures a baseline, such as raw pixels."""
+    """Whether the metric measures a baseline, such as raw pixels."""
     values: NDArray[np.float64] | None = None
     """[units] in percent, for units that are not hits: average precisions of queries, accuracies of draws."""
     unit: Unit = "image"
     which: str = ""
-    """SHA-256 of the rows of the queries or draws; only figures with equal hashes are paired. Empty for images."""
+    """SHA-256 of the rows of the queries or draws; only metrics with equal hashes are paired. Empty for images."""
 
     @property
     def units(self) -> int | None:
@@ -80,29 +80,29 @@ class Figure:
         found = self.hits if self.values is None else self.values
         return None if found is None else len(found)
 
-    def to_card(self) -> Card:
+    def to_dict(self) -> Metadata:
         """Convert to plain values for JSON: packed bits of hits and little-endian float32 values, both in base64."""
         hits = None if self.hits is None else _base64(np.packbits(self.hits).tobytes())
-        card: Card = {"name": self.name, "settings": dict(self.settings), "baseline": self.baseline}
+        plain: Metadata = {"name": self.name, "settings": dict(self.settings), "baseline": self.baseline}
         if self.unit == "image":
-            return card | {"top1": self.percent, "images": self.units, "hits": hits}
+            return plain | {"top1": self.percent, "images": self.units, "hits": hits}
         values = None if self.values is None else _base64(self.values.astype("<f4").tobytes())
-        card |= {"percent": self.percent, "unit": self.unit, "which": self.which, "count": self.units}
-        return card | {"hits": hits, "values": values}
+        plain |= {"percent": self.percent, "unit": self.unit, "which": self.which, "count": self.units}
+        return plain | {"hits": hits, "values": values}
 
     @classmethod
-    def from_card(cls, card: Mapping[str, Any]) -> Figure:
-        """Invert :meth:`to_card`.
+    def from_dict(cls, plain: Mapping[str, Any]) -> Metric:
+        """Invert :meth:`to_dict`.
 
         Raises:
             KeyError, TypeError, ValueError: a value is missing, of another type, or inconsistent.
         """
-        of_images = card.get("unit", "image") == "image"
-        percent, count = (card["top1"], card["images"]) if of_images else (card["percent"], card["count"])
-        hits = None if card["hits"] is None else unpack(card["hits"], count)
-        packed = card.get("values")
+        of_images = plain.get("unit", "image") == "image"
+        percent, count = (plain["top1"], plain["images"]) if of_images else (plain["percent"], plain["count"])
+        hits = None if plain["hits"] is None else unpack(plain["hits"], count)
+        packed = plain.get("values")
         values = None if packed is None else np.frombuffer(base64.b64decode(packed), "<f4").astype(np.float64)
-        found = from_dict(cls, {**card, "percent": percent, "hits": hits, "values": values})
+        found = checked(cls, {**plain, "percent": percent, "hits": hits, "values": values})
         if not 0 <= percent <= 100:
             raise ValueError(f"{found.name} is {percent}, expected percent")
         units = 100.0 * hits if hits is not None else values
@@ -114,15 +114,15 @@ class Figure:
         return found
 
 
-def figure(name: str, settings: Mapping[str, Setting], hits: NDArray[np.bool_], baseline: bool = False) -> Figure:
-    """Build a figure from hits [images]; 0 for no images, as JSON has no NaN."""
-    return Figure(name, dict(settings), 100.0 * _mean(hits), hits, baseline)
+def metric(name: str, settings: Mapping[str, Setting], hits: NDArray[np.bool_], baseline: bool = False) -> Metric:
+    """Build a metric from hits [images]; 0 for no images, as JSON has no NaN."""
+    return Metric(name, dict(settings), 100.0 * _mean(hits), hits, baseline)
 
 
-def query_figure(
+def query_metric(
     name: str, settings: Mapping[str, Setting], found: NDArray[np.bool_] | NDArray[np.floating], rows: NDArray[np.int64]
-) -> Figure:
-    """Build a figure of a search.
+) -> Metric:
+    """Build a metric of a search.
 
     Args:
         found: [queries], hits or shares in percent.
@@ -131,13 +131,13 @@ def query_figure(
     which = hashlib.sha256(np.ascontiguousarray(rows, dtype="<i8").tobytes()).hexdigest()
     if found.dtype == np.bool_:
         hits = found.astype(np.bool_)
-        return Figure(name, dict(settings), 100.0 * _mean(hits), hits, unit="query", which=which)
+        return Metric(name, dict(settings), 100.0 * _mean(hits), hits, unit="query", which=which)
     values = np.clip(np.asarray(found, dtype=np.float64), 0, 100)  # rounding may give 100.00000000000001
-    return Figure(name, dict(settings), _mean(values), None, values=values, unit="query", which=which)
+    return Metric(name, dict(settings), _mean(values), None, values=values, unit="query", which=which)
 
 
-def few_shot_figure(model: str, record: Mapping[str, Any], draws: int, seed: int) -> Figure:
-    """Build the figure of mean top-1 over few-shot draws; a single draw of all images does not depend on the seed.
+def few_shot_metric(model: str, record: Mapping[str, Any], draws: int, seed: int) -> Metric:
+    """Build the metric of mean top-1 over few-shot draws; a single draw of all images does not depend on the seed.
 
     Args:
         model: ``trained`` or the name of a baseline.
@@ -150,11 +150,11 @@ def few_shot_figure(model: str, record: Mapping[str, Any], draws: int, seed: int
     name = f"{model} {shots} a class, {drawn}, k={k} T={temperature:g} top-1"
     settings: dict[str, Setting] = {"model": model, "shots": shots, **how, "k": k, "T": temperature}
     values = np.array(record["top1_draws"], dtype=np.float64)
-    return Figure(name, settings, _mean(values), None, model != "trained", values, "draw", record["drawn"])
+    return Metric(name, settings, _mean(values), None, model != "trained", values, "draw", record["drawn"])
 
 
 def unpack(packed: str, count: int) -> NDArray[np.bool_]:
-    """Unpack hits [count] packed by :meth:`Figure.to_card`.
+    """Unpack hits [count] packed by :meth:`Metric.to_dict`.
 
     Raises:
         ValueError: the text is not base64 or holds another number of bits.
@@ -201,44 +201,44 @@ class Result:
     format: int = FORMAT
     measure: str
     """``knn``, ``linear``, ``retrieval folder`` ..."""
-    protocol: Card
-    """Settings that affect the figures, by name."""
+    protocol: Metadata
+    """Settings that affect the metrics, by name."""
     results: object = None
     """Results as logged."""
-    weights: Card = field(default_factory=dict)
-    data: dict[str, Card]
-    """``train`` and ``val``, or the sets of a retrieval benchmark, see :func:`data_card` and :func:`images_card`."""
-    transform: Card
-    figures: tuple[Figure, ...] = ()
-    """Figures for ``python -m eval.compare``."""
+    weights: Metadata = field(default_factory=dict)
+    data: dict[str, Metadata]
+    """``train`` and ``val``, or the sets of a retrieval benchmark: :func:`data_metadata`, :func:`images_metadata`."""
+    transform: Metadata
+    metrics: tuple[Metric, ...] = ()
+    """Metrics for ``python -m eval.compare``."""
     device: str = ""
     processes: int = 1
     seconds: float = 0.0
     """Duration of the run until the results."""
     date: str = ""
-    versions: Card = field(default_factory=dict)
-    """Versions of the libraries that may affect a figure."""
+    versions: Metadata = field(default_factory=dict)
+    """Versions of the libraries that may affect a metric."""
 
     def __post_init__(self) -> None:
-        names = [one.name for one in self.figures]
+        names = [one.name for one in self.metrics]
         if len(set(names)) < len(names):
-            raise ValueError(f"two figures have the same name: {names}")
+            raise ValueError(f"two metrics have the same name: {names}")
 
     def images(self) -> dict[str, Images]:
         """Return the identity of the images in each part of ``data``."""
-        return {name: from_dict(Images, part) for name, part in self.data.items()}
+        return {name: checked(Images, part) for name, part in self.data.items()}
 
-    def to_card(self) -> Card:
+    def to_dict(self) -> Metadata:
         """Convert to plain values for JSON."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return values | {"figures": [one.to_card() for one in self.figures]}
+        return values | {"metrics": [one.to_dict() for one in self.metrics]}
 
 
 def read_result(path: str) -> Result:
     """Read a result file.
 
     Raises:
-        InputError: the file is missing, damaged, not a result file, of another format, or has no figures to compare.
+        InputError: the file is missing, damaged, not a result file, of another format, or has no metrics to compare.
     """
 
     def refuse(why: str) -> NoReturn:
@@ -248,11 +248,11 @@ def read_result(path: str) -> Result:
         content = json.loads(Path(path).expanduser().read_bytes(), parse_constant=_no_constant)
         if content["format"] != FORMAT:
             refuse(f"has format {content['format']!r:.20} instead of {FORMAT}: measure again")
-        if not content["figures"]:
-            refuse(f"has no figures of single images or queries ({content['measure']!r:.40}): measure again")
-        result = from_dict(Result, content | {"figures": tuple(map(Figure.from_card, content["figures"]))})
+        if not content["metrics"]:
+            refuse(f"has no metrics of single images or queries ({content['measure']!r:.40}): measure again")
+        result = checked(Result, content | {"metrics": tuple(map(Metric.from_dict, content["metrics"]))})
         images = result.images()
-        for one in result.figures:
+        for one in result.metrics:
             if one.unit == "image" and one.units not in (None, images["val"].images):
                 raise ValueError(f"{one.name} is of {one.units} images, expected {images['val'].images}")
     except OSError as error:
@@ -264,7 +264,7 @@ def read_result(path: str) -> Result:
     return result
 
 
-def from_dict(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
+def checked(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
     """Build a dataclass from values with checked types; keys without a field are ignored.
 
     Raises:
@@ -314,39 +314,39 @@ def write_json(path: Path, content: object) -> None:
 # ---- parts of the file
 
 
-def result_card(
+def result_content(
     measure: str,
     protocol: Mapping[str, object],
     results: object,
     loaded: LoadedBackbone,
-    data: Mapping[str, Card],
+    data: Mapping[str, Metadata],
     transform: EvalTransform,
     device: torch.device,
     seconds: float,
-    figures: Sequence[Card] = (),
-) -> Card:
+    metrics: Sequence[Metadata] = (),
+) -> Metadata:
     """Build a :class:`Result` of this run as plain values.
 
     Args:
-        figures: each from :meth:`Figure.to_card`.
+        metrics: each from :meth:`Metric.to_dict`.
     """
     return Result(
         measure=measure,
         protocol=dict(protocol),
         results=results,
-        weights=weights_card(loaded),
+        weights=weights_metadata(loaded),
         data=dict(data),
-        transform=transform_card(transform),
-        figures=tuple(map(Figure.from_card, figures)),
+        transform=transform_metadata(transform),
+        metrics=tuple(map(Metric.from_dict, metrics)),
         device=device_name(device),
         processes=distributed.world_size(),
         seconds=round(seconds, 2),
         date=now(),
         versions=versions(),
-    ).to_card()
+    ).to_dict()
 
 
-def weights_card(loaded: LoadedBackbone) -> Card:
+def weights_metadata(loaded: LoadedBackbone) -> Metadata:
     """Describe the weights: file, network and allowed differences in keys."""
     return {
         "path": str(loaded.path.absolute()),
@@ -358,7 +358,7 @@ def weights_card(loaded: LoadedBackbone) -> Card:
     }
 
 
-def data_card(source: Source, fingerprint: str) -> Card:
+def data_metadata(source: Source, fingerprint: str) -> Metadata:
     """Describe a source.
 
     Args:
@@ -368,7 +368,7 @@ def data_card(source: Source, fingerprint: str) -> Card:
     return {"url": source.url, "images": len(source), "classes": classes, "fingerprint": fingerprint}
 
 
-def images_card(source: Source) -> Card:
+def images_metadata(source: Source) -> Metadata:
     """Compute the hashes of :class:`Images`; reads :data:`SAMPLED` images."""
     labels, names, contents = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for index in range(len(source)):
@@ -392,14 +392,14 @@ def own_name(name: str) -> str:
         name = unquote(before, errors="surrogateescape")
 
 
-def transform_card(transform: EvalTransform) -> Card:
+def transform_metadata(transform: EvalTransform) -> Metadata:
     """Describe the transform as in JSON; Pillow's resize always antialiases."""
-    plain: Card = json.loads(json.dumps(transform.to_dict()))
+    plain: Metadata = json.loads(json.dumps(transform.to_dict()))
     return plain | {"antialias": True}
 
 
-def versions() -> Card:
-    """Return the versions of the libraries that may affect a figure."""
+def versions() -> Metadata:
+    """Return the versions of the libraries that may affect a metric."""
     import faiss  # slow, and not needed for reading results
 
     return {

@@ -47,13 +47,13 @@ class ExtractConfig(VectorConfig):
     """Extract vectors of images (--output-dir), search them (--query), or learn a whitening (--learn-whitening)."""
 
     output_dir: Annotated[FilePath, Group("collection")] = ""
-    """Folder of the collection: vectors.npy, paths.txt, index.faiss and card.json (metadata)."""
+    """Folder of the collection: vectors.npy, paths.txt, index.faiss and metadata.json (metadata)."""
     normalise: bool = True
     """Scale each vector to unit length, so that inner products are cosine similarities."""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Type of the stored vectors."""
     index_type: Literal["flat", "hnsw"] = "flat"
-    """flat: exact search. hnsw: approximate search in a graph; its recall is measured and written to card.json."""
+    """flat: exact search. hnsw: approximate search in a graph; its recall is measured and written to metadata.json."""
     shard_images: Annotated[int, Ge(1)] = 16384
     """Approximate number of images per shard. A killed run loses at most the current shard."""
     unreadable: Literal["refuse", "skip"] = "refuse"
@@ -87,7 +87,7 @@ class ExtractConfig(VectorConfig):
                 "give one scale"
             )
         if self.query and not self.learn_whitening:
-            refuse_changed(self, _STORED_IN_CARD, "for --query, which reads them from card.json")
+            refuse_changed(self, _STORED_IN_METADATA, "for --query, which reads them from metadata.json")
         if self.add and self.overwrite:
             raise InputError("both --add and --overwrite are given: omit one of them")
         if (self.learn_whitening and not self.index) or (self.query and not (self.index or self.output_dir)):
@@ -98,11 +98,11 @@ class ExtractConfig(VectorConfig):
             )
 
 
-_STORED_IN_CARD = (
+_STORED_IN_METADATA = (
     "pooling", "gem_p", "scales", "whiten", "normalise", "dtype", "index_type", "eval_crop", "eval_resize", "add",
     "overwrite", "data_path", "shard_images", "unreadable", "precision",
 )  # fmt: skip
-"""Settings of run_extract.py that --query reads from the collection's card.json or does not use."""
+"""Settings of run_extract.py that --query reads from the collection's metadata.json or does not use."""
 
 
 _PROTOCOLS_OF = {

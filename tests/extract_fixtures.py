@@ -35,11 +35,11 @@ def words(place: Place, *more: object, data: object = None) -> tuple[object, ...
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """Return the contents of all files by name; card.json is parsed and its date removed."""
+    """Return the contents of all files by name; metadata.json is parsed and its date removed."""
     files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    card = json.loads(files["card.json"])
-    del card["date"]
-    return files | {"card.json": card}
+    metadata = json.loads(files["metadata.json"])
+    del metadata["date"]
+    return files | {"metadata.json": metadata}
 
 
 def done(outcome: Outcome) -> Outcome:

@@ -56,7 +56,7 @@ LOSSES = tuple(
 )
 """Flags of the runs whose losses are stored. bf16 has no k-NN: a small error can change a neighbour."""
 
-STEP_FIGURES = ("loss", "gradient_norm", "teacher_entropy", "kl", "feature_std")
+STEP_METRICS = ("loss", "gradient_norm", "teacher_entropy", "kl", "feature_std")
 
 WEIGHTS = "run/checkpoint.pth"
 MEASURE = ("--weights", WEIGHTS, *HERE, "--no-cache")
@@ -83,7 +83,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """Evaluation commands in order; each writes NAME.json."""
-COLLECTION = ("vectors.npy", "paths.txt", "card.json", "index.faiss")
+COLLECTION = ("vectors.npy", "paths.txt", "metadata.json", "index.faiss")
 PROBE = ("linear.pth", "logreg.pth")
 
 
@@ -165,7 +165,7 @@ def losses(flags: list[str], folder: str, count: int = 20) -> dict[str, list[flo
     words = ["--data-path", "photos", *TINY, "--knn-every", "1", *flags]
     run("run_pretrain.py", *words, "--max-steps", str(count), "--output-dir", folder)
     records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    found = {name: [row[name] for row in records if row["kind"] == "step"] for name in STEP_FIGURES}
+    found = {name: [row[name] for row in records if row["kind"] == "step"] for name in STEP_METRICS}
     return found | {"knn_top1": [row["knn_top1"] for row in records if "knn_top1" in row]}
 
 
@@ -232,7 +232,7 @@ def main() -> None:
             (GOLDEN / folder).mkdir()
             for file in files:
                 shutil.copyfile(Path(folder, file), GOLDEN / folder / file)
-        _write_json("collection/card.json", read_json(Path("collection/card.json")), here)
+        _write_json("collection/metadata.json", read_json(Path("collection/metadata.json")), here)
 
 
 def _write_json(name: str, content: object, here: str = "/nowhere") -> None:

@@ -19,7 +19,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from eval.compare import main
-from eval.results import KNN_PROTOCOL, Figure, data_card, figure, images_card, result_card, write_json
+from eval.results import KNN_PROTOCOL, Metric, data_metadata, images_metadata, metric, result_content, write_json
 
 IMAGES = 400
 KNN: dict[str, object] = {"name": KNN_PROTOCOL, "ks": [20], "temperatures": [0.07]}
@@ -30,14 +30,14 @@ def hits(right: int, seed: int = 0, images: int = IMAGES) -> NDArray[np.bool_]:
     return np.random.default_rng(seed).permutation(np.arange(images) < right)
 
 
-def knn_figure(k: int, found: NDArray[np.bool_], temperature: float = 0.07, model: str = "trained") -> Figure:
+def knn_metric(k: int, found: NDArray[np.bool_], temperature: float = 0.07, model: str = "trained") -> Metric:
     settings = {"model": model, "k": k, "T": temperature}
-    return figure(f"{model} k={k} T={temperature:g} top-1", settings, found, baseline=model != "trained")
+    return metric(f"{model} k={k} T={temperature:g} top-1", settings, found, baseline=model != "trained")
 
 
 def write_result(
     path: Path,
-    *figures: Figure,
+    *metrics: Metric,
     measure: str = "knn",
     protocol: Mapping[str, object] = KNN,
     weights: str = "",
@@ -56,20 +56,20 @@ def write_result(
         transform=transform,
         data=None,
     )
-    data = {name: data_card(part, part.fingerprint()) | images_card(part) for name, part in parts.items()}
-    cards = [one.to_card() for one in figures]
-    write_json(path, result_card(measure, protocol, [], loaded, data, transform, torch.device("cpu"), 1.0, cards))
+    data = {name: data_metadata(part, part.fingerprint()) | images_metadata(part) for name, part in parts.items()}
+    plain = [one.to_dict() for one in metrics]
+    write_json(path, result_content(measure, protocol, [], loaded, data, transform, torch.device("cpu"), 1.0, plain))
     return path
 
 
 def change(path: Path, value: object, *keys: Any) -> Path:
     """Replace the value at ``keys`` in a result file."""
-    card = json.loads(path.read_text())
-    place = card
+    metadata = json.loads(path.read_text())
+    place = metadata
     for key in keys[:-1]:
         place = place[key]
     place[keys[-1]] = value
-    path.write_text(json.dumps(card))
+    path.write_text(json.dumps(metadata))
     return path
 
 

@@ -157,7 +157,7 @@ def test_interrupted_write_keeps_previous_collection(tmp_path: Path) -> None:
 def test_finish_renaming_completes_interrupted_renaming(tmp_path: Path) -> None:
     write(tmp_path / "old", rows_of(5, seed=4))
     write(tmp_path / "old" / ".new", rows_of(7))
-    (tmp_path / "old" / "card.json").unlink()
+    (tmp_path / "old" / "metadata.json").unlink()
     (tmp_path / "old" / ".new" / "vectors.npy").rename(tmp_path / "old" / "vectors.npy")
     with pytest.raises(InputError, match=r"repeat the run_extract\.py command that wrote it"):
         open_collection(tmp_path / "old")
@@ -210,7 +210,7 @@ def test_metadata_of_wrong_type_or_out_of_bounds_is_refused(tmp_path: Path, path
     metadata = copy.deepcopy(metadata_of(7))
     *above, last = path.split(".")
     (metadata[above[0]] if above else metadata)[last] = value
-    (tmp_path / "card.json").write_text(json.dumps(metadata))
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(InputError, match="is damaged"):
         open_collection(tmp_path)
 
@@ -218,7 +218,7 @@ def test_metadata_of_wrong_type_or_out_of_bounds_is_refused(tmp_path: Path, path
 @pytest.mark.parametrize("text", ["{", "null", "[]", '{"a": ' * 100_000, "9" * 10_000, "\udcff"])
 def test_invalid_metadata_file_is_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path, rows_of(7))
-    (tmp_path / "card.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (tmp_path / "metadata.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match="is damaged"):
         open_collection(tmp_path)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import result_fixtures
 from eval_fixtures import image_tree, noise_source, tiny_checkpoint
-from result_fixtures import IMAGES, KNN, change, hits, knn_figure, refusal, write_result
+from result_fixtures import IMAGES, KNN, change, hits, knn_metric, refusal, write_result
 from run_here import Here
 
 import eval.compare
@@ -24,7 +24,7 @@ import run_retrieval
 from dino_xcit.data import Subset
 from dino_xcit.transform import EvalTransform
 from eval.compare import CLASSES, TRAIN, VAL
-from eval.results import Figure, few_shot_figure, figure, query_figure, read_result
+from eval.results import Metric, few_shot_metric, metric, query_metric, read_result
 from eval.stats import mcnemar
 
 Compared = Callable[..., tuple[str, list[dict[str, Any]]]]
@@ -38,7 +38,7 @@ def compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Compared:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return write_result(tmp_path / "a.json", knn_figure(20, hits(300)))
+    return write_result(tmp_path / "a.json", knn_metric(20, hits(300)))
 
 
 def flipped(found: np.ndarray, lost: int, won: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def flipped(found: np.ndarray, lost: int, won: int) -> np.ndarray:
 
 
 def test_compare_pairs_two_results_by_image(tmp_path: Path, base: Path, compared: Compared) -> None:
-    other = write_result(tmp_path / "b.json", knn_figure(20, flipped(hits(300), lost=5, won=21)))
+    other = write_result(tmp_path / "b.json", knn_metric(20, flipped(hits(300), lost=5, won=21)))
     text, (first, second) = compared(base, other)
     assert (first["percent"], first["difference"]) == (75.0, None)
     assert (second["percent"], second["difference"]) == (79.0, 4.0)
@@ -67,34 +67,34 @@ def test_compare_pairs_two_results_by_image(tmp_path: Path, base: Path, compared
 
 
 def test_compare_corrects_p_values_of_several_results_by_holm(tmp_path: Path, compared: Compared) -> None:
-    a = write_result(tmp_path / "a.json", *(knn_figure(k, hits(300)) for k in (20, 10)))
+    a = write_result(tmp_path / "a.json", *(knn_metric(k, hits(300)) for k in (20, 10)))
     others = [
-        write_result(tmp_path / f"{name}.json", *(knn_figure(k, flipped(hits(300), *change)) for k in (20, 10)))
+        write_result(tmp_path / f"{name}.json", *(knn_metric(k, flipped(hits(300), *change)) for k in (20, 10)))
         for name, change in {"b": (5, 21), "c": (10, 11)}.items()
     ]
     text, found = compared(a, *others)
-    assert [(Path(row["file"]).stem, row["figure"].split()[1]) for row in found] == [
+    assert [(Path(row["file"]).stem, row["metric"].split()[1]) for row in found] == [
         (name, k) for k in ("k=20", "k=10") for name in ("a", "b", "c")
     ]
     corrected = [row["p_holm"] for row in found if row["p"] is not None]
     assert corrected == pytest.approx([4 * mcnemar(5, 21), 1.0, 4 * mcnemar(5, 21), 1.0])
     assert "corrected for the 4 tests" in text
-    assert "corrected for the 2 tests" in compared(a, *others, "--figure", "k=10")[0]
+    assert "corrected for the 2 tests" in compared(a, *others, "--metric", "k=10")[0]
 
 
-def test_figure_words_select_figures_but_baselines_only_by_name(tmp_path: Path, compared: Compared) -> None:
-    figures = (*(knn_figure(k, hits(300)) for k in (20, 200)), knn_figure(20, hits(310), model="pixels"), few([50, 51]))
-    a, b = (write_result(tmp_path / f"{name}.json", *figures) for name in "ab")
+def test_metric_words_select_metrics_but_baselines_only_by_name(tmp_path: Path, compared: Compared) -> None:
+    metrics = (*(knn_metric(k, hits(300)) for k in (20, 200)), knn_metric(20, hits(310), model="pixels"), few([50, 51]))
+    a, b = (write_result(tmp_path / f"{name}.json", *metrics) for name in "ab")
     cases = {"": 3, "top-1 k=20": 2, "trained k=20 T=0.07 top-1": 1, "k=200": 1, "pixels k=20": 1}
     for words, count in cases.items():
-        assert len(compared(a, b, "--figure", words)[1]) == 2 * count, words
+        assert len(compared(a, b, "--metric", words)[1]) == 2 * count, words
 
 
 def test_markdown_table_has_header_rule_and_escaped_cells(tmp_path: Path, compared: Compared) -> None:
-    figures = [figure("k_1 a|b", {"k": 1}, hits(right)) for right in (300, 0)]
-    a, b = (write_result(tmp_path / f"{name}.json", one) for name, one in zip("ab", figures, strict=True))
+    metrics = [metric("k_1 a|b", {"k": 1}, hits(right)) for right in (300, 0)]
+    a, b = (write_result(tmp_path / f"{name}.json", one) for name, one in zip("ab", metrics, strict=True))
     lines = compared(a, b, "--table", "markdown")[0].splitlines()
-    header = next(place for place, line in enumerate(lines) if line.startswith("| figure | file | % [95%] |"))
+    header = next(place for place, line in enumerate(lines) if line.startswith("| metric | file | % [95%] |"))
     assert lines[header + 1].startswith("| --- | --- | ---: |")
     assert lines[header + 2].startswith(r"| k\_1 a\|b |")
 
@@ -118,7 +118,7 @@ def test_compare_refuses_differing_protocols_and_data_unless_allowed(
     tmp_path: Path, base: Path, compared: Compared, name: str
 ) -> None:
     changed, clause = UNLIKE[name]
-    b = write_result(tmp_path / "b.json", knn_figure(20, hits(320)), **changed)  # type: ignore[arg-type]
+    b = write_result(tmp_path / "b.json", knn_metric(20, hits(320)), **changed)  # type: ignore[arg-type]
     (sentence,) = refusal(base, b)
     assert sentence.startswith(f"{b} cannot be compared with {base}: ")
     assert clause in sentence
@@ -131,7 +131,7 @@ def test_compare_refuses_differing_protocols_and_data_unless_allowed(
 
 def test_compare_refuses_other_image_contents_labels_or_names(tmp_path: Path, base: Path, compared: Compared) -> None:
     for what in ("contents", "labels", "names"):
-        b = change(write_result(tmp_path / "b.json", knn_figure(20, hits(320))), "0", "data", "val", what)
+        b = change(write_result(tmp_path / "b.json", knn_metric(20, hits(320))), "0", "data", "val", what)
         assert f"but other {what} or order (--allow val" in refusal(base, b)[0]
     _, (_, row) = compared(base, b, "--allow", "val")
     assert row["p"] is not None, "renamed images must be paired"
@@ -140,8 +140,8 @@ def test_compare_refuses_other_image_contents_labels_or_names(tmp_path: Path, ba
 
 def test_compare_refusal_has_one_line_per_difference_and_file(tmp_path: Path, base: Path) -> None:
     train = noise_source(31, seed=1)
-    b = write_result(tmp_path / "b.json", knn_figure(20, hits(300)), transform=LARGER, train=train)
-    c = write_result(tmp_path / "c.json", figure("paper", {"classifier": "paper"}, hits(300)), measure="linear")
+    b = write_result(tmp_path / "b.json", knn_metric(20, hits(300)), transform=LARGER, train=train)
+    c = write_result(tmp_path / "c.json", metric("paper", {"classifier": "paper"}, hits(300)), measure="linear")
     sentences = refusal(base, b, c)
     assert [sentence.split(" cannot")[0] for sentence in sentences] == [str(b), str(b), str(c)]
     assert sentences[2].endswith("measure knn -> linear"), "message offers --allow"
@@ -149,13 +149,13 @@ def test_compare_refusal_has_one_line_per_difference_and_file(tmp_path: Path, ba
 
 
 def test_compare_refuses_other_k_or_temperature_unless_allowed(tmp_path: Path, base: Path, compared: Compared) -> None:
-    b = write_result(tmp_path / "b.json", knn_figure(10, hits(320), 0.1), knn_figure(5, hits(320), 0.1))
+    b = write_result(tmp_path / "b.json", knn_metric(10, hits(320), 0.1), knn_metric(5, hits(320), 0.1))
     refused = refusal(base, b)
     assert "T 0.07 -> 0.1 (--allow T" in refused[0]
     assert "k 20 -> 10 (--allow k" in refused[1]
     assert len(refusal(base, b, "--allow", "k")) == 1, "T must still be refused"
     _, rows = compared(base, b, "--allow", "k", "T")
-    assert [row["figure"].split()[1] for row in rows] == ["k=20", "k=10", "k=5"]
+    assert [row["metric"].split()[1] for row in rows] == ["k=20", "k=10", "k=5"]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_compare_refuses_other_k_or_temperature_unless_allowed(tmp_path: Path, b
         ((), "expected at least 2 values"),
         (("a.json",), "given more than once"),
         (("b.json", "--allow", "tranform"), "did you mean transform"),
-        (("b.json", "--figure", "k=7"), "no figure with 'k=7'"),
+        (("b.json", "--metric", "k=7"), "no metric with 'k=7'"),
         (("c.json",), "cannot be read"),
     ],
 )
@@ -172,12 +172,12 @@ def test_compare_refuses_invalid_arguments(
     base: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], sentence: str
 ) -> None:
     monkeypatch.chdir(base.parent)
-    write_result(Path("b.json"), knn_figure(20, hits(300)))
+    write_result(Path("b.json"), knn_metric(20, hits(300)))
     assert sentence in refusal("a.json", *words)[0]
 
 
 def test_compare_refusal_exits_with_code_2(tmp_path: Path, base: Path, here: Here) -> None:
-    b = write_result(tmp_path / "b.json", knn_figure(20, hits(300)), transform=LARGER)
+    b = write_result(tmp_path / "b.json", knn_metric(20, hits(300)), transform=LARGER)
     ended = here(eval.compare, base, b)
     assert (ended.code, ended.out) == (2, ""), "a refusal must not print a table"
     assert ended.err.startswith(f"error: {b} cannot be compared")
@@ -186,9 +186,9 @@ def test_compare_refusal_exits_with_code_2(tmp_path: Path, base: Path, here: Her
 # ---- few shots
 
 
-def few(top1: list[float], drawn: str = "d", seed: int = 0, takes_all: bool = False) -> Figure:
+def few(top1: list[float], drawn: str = "d", seed: int = 0, takes_all: bool = False) -> Metric:
     record = {"shots": 5, "k": 20, "temperature": 0.07, "top1_draws": top1, "drawn": drawn, "takes_all": takes_all}
-    return few_shot_figure("trained", record, len(top1), seed)
+    return few_shot_metric("trained", record, len(top1), seed)
 
 
 def test_few_shot_results_are_paired_by_draw_if_draws_are_equal(tmp_path: Path, compared: Compared) -> None:
@@ -219,7 +219,7 @@ def test_few_shot_results_of_other_image_order_or_seed_are_refused(tmp_path: Pat
 def searched(path: Path, found: np.ndarray, rows: np.ndarray | None = None, **changed: object) -> Path:
     """Write a result in the format of run_retrieval.py folder."""
     asked = np.arange(len(found)) if rows is None else rows
-    one = query_figure("mAP@R", {"figure": "mAP@R"}, found, asked)
+    one = query_metric("mAP@R", {"metric": "mAP@R"}, found, asked)
     protocol = {"name": "leave-one-out", "whitening": None, **changed}
     return write_result(path, one, measure="retrieval folder", protocol=protocol)
 
@@ -247,11 +247,11 @@ PROBE: dict[str, object] = {"name": "SGD", "epochs": 8, "lr": 0.001, "lrs": [0.1
 
 
 def probe(path: Path, kinds: str, **changed: object) -> Path:
-    """Write a result with figures of these classifiers, each 5 points better than the previous one."""
-    figures = [
-        figure(f"{kind}, top-1", {"classifier": kind}, hits(300 + 20 * n)) for n, kind in enumerate(kinds.split())
+    """Write a result with metrics of these classifiers, each 5 points better than the previous one."""
+    metrics = [
+        metric(f"{kind}, top-1", {"classifier": kind}, hits(300 + 20 * n)) for n, kind in enumerate(kinds.split())
     ]
-    return write_result(path, *figures, measure="linear", protocol=PROBE | {"logreg": LOGREG} | changed)
+    return write_result(path, *metrics, measure="linear", protocol=PROBE | {"logreg": LOGREG} | changed)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_compare_checks_only_settings_that_affect_each_classifier(
 
 def test_compare_refuses_other_classifier_unless_allowed(tmp_path: Path, compared: Compared) -> None:
     a, b = probe(tmp_path / "a.json", "grid logreg"), probe(tmp_path / "b.json", "logreg", epochs=9)
-    words = ("--figure", "grid", "logreg")
+    words = ("--metric", "grid", "logreg")
     (sentence,) = refusal(a, b, *words)
     assert "classifier grid -> logreg (--allow classifier" in sentence
     assert compared(a, b, *words, "--allow", "classifier")[1][1]["p"] is not None
@@ -287,24 +287,24 @@ def test_compare_refuses_other_classifier_unless_allowed(tmp_path: Path, compare
     assert "holdout 0.1 -> 0.2" in refusal(a, c, *words, "--allow", "classifier")[0], "ignores a shared setting"
 
 
-# ---- published figures
+# ---- published results
 
 NAME = "published:xcit_small_12_p16"
 RIGHT = np.arange(VAL) < 38_250  # 76.5%
-BEST = Figure("paper, best epoch, top-1", {"classifier": "paper", "epoch": "best"}, 78.0, None)
+BEST = Metric("paper, best epoch, top-1", {"classifier": "paper", "epoch": "best"}, 78.0, None)
 AS_PUBLISHED = {"name": "linear", "epochs": 100, "lr": 0.001, "crop_scale": [0.08, 1.0], "batch": 1024, "seed": 0}
 
 
-def on_imagenet(path: Path, *figures: Figure, transform: EvalTransform | None = None, **more: Any) -> Path:
+def on_imagenet(path: Path, *metrics: Metric, transform: EvalTransform | None = None, **more: Any) -> Path:
     """Write a result with the numbers of images and classes of ImageNet-1k."""
-    write_result(path, *(figures or (knn_figure(20, RIGHT),)), transform=transform or EvalTransform(), **more)
+    write_result(path, *(metrics or (knn_metric(20, RIGHT),)), transform=transform or EvalTransform(), **more)
     for part, images in (("train", TRAIN), ("val", VAL)):
         change(change(path, images, "data", part, "images"), CLASSES, "data", part, "classes")
     return path
 
 
-def test_published_figures_are_compared_without_significance_test(tmp_path: Path, compared: Compared) -> None:
-    a = on_imagenet(tmp_path / "a.json", knn_figure(10, RIGHT), knn_figure(20, RIGHT))
+def test_published_metrics_are_compared_without_significance_test(tmp_path: Path, compared: Compared) -> None:
+    a = on_imagenet(tmp_path / "a.json", knn_metric(10, RIGHT), knn_metric(20, RIGHT))
     b = on_imagenet(tmp_path / "b.json")
     text, rows = compared(NAME, a, b)
     assert f"{NAME}: published, not measured here" in text
@@ -315,25 +315,25 @@ def test_published_figures_are_compared_without_significance_test(tmp_path: Path
     assert compared(NAME, linear)[1][1]["difference"] == pytest.approx(0.2)
 
 
-def test_published_figures_refuse_results_of_other_protocols(tmp_path: Path) -> None:
+def test_published_metrics_refuse_results_of_other_protocols(tmp_path: Path) -> None:
     linear: dict[str, Any] = {"measure": "linear", "protocol": AS_PUBLISHED | {"cached": "4 epochs"}}
-    for figures, changed, clause in (
+    for metrics, changed, clause in (
         ((), {"transform": LARGER}, "transform: crop 224 -> 28"),
-        ((knn_figure(10, RIGHT),), {}, "k 20 -> 10"),
+        ((knn_metric(10, RIGHT),), {}, "k 20 -> 10"),
         ((BEST,), linear, "cached not set -> 4"),
     ):
-        assert clause in refusal(NAME, on_imagenet(tmp_path / "a.json", *figures, **changed))[0]
+        assert clause in refusal(NAME, on_imagenet(tmp_path / "a.json", *metrics, **changed))[0]
 
 
-def test_published_figures_refuse_other_data_and_unknown_names(tmp_path: Path) -> None:
-    mine = write_result(tmp_path / "a.json", knn_figure(20, hits(300)), transform=EvalTransform())
+def test_published_metrics_refuse_other_data_and_unknown_names(tmp_path: Path) -> None:
+    mine = write_result(tmp_path / "a.json", knn_metric(20, hits(300)), transform=EvalTransform())
     train, val = refusal(NAME, mine)
     assert "different train images: 1,281,167 of 1000 classes -> 30" in train
     assert val.endswith("different val images: 50,000 of 1000 classes -> 400 of 3 classes"), "message offers --allow"
     mine = on_imagenet(tmp_path / "b.json")
     assert "did you mean xcit_small_12_p16" in refusal("published:xcit_small_12_p61", mine)[0]
-    assert "only published figures" in refusal(NAME, "published:xcit_small_12_p8")[0]
-    assert "no retrieval figure" in refusal(NAME, write_result(tmp_path / "c.json", BEST, measure="retrieval"))[0]
+    assert "only published results" in refusal(NAME, "published:xcit_small_12_p8")[0]
+    assert "no retrieval result" in refusal(NAME, write_result(tmp_path / "c.json", BEST, measure="retrieval"))[0]
 
 
 # ---- results of the runners
@@ -352,22 +352,22 @@ def test_compare_accepts_results_of_the_runners(tmp_path: Path, here: Here, comp
         return first, change(second, "other", "weights", "hash")
 
     knn = measured("knn", run_knn, "--few-shot", 1, 2, "--ks", 1, 3, "--draws", 3)
-    card, figures = json.loads(knn[0].read_text()), read_result(str(knn[0])).figures
-    by_k = {row["k"]: row["top1"] for row in card["results"]}
-    assert {one.settings["k"]: one.percent for one in figures if one.unit == "image"} == by_k
-    drawn = [row["top1"] for row in card["few_shot"]["results"]]
-    assert [one.percent for one in figures if one.unit == "draw"] == drawn
+    metadata, metrics = json.loads(knn[0].read_text()), read_result(str(knn[0])).metrics
+    by_k = {row["k"]: row["top1"] for row in metadata["results"]}
+    assert {one.settings["k"]: one.percent for one in metrics if one.unit == "image"} == by_k
+    drawn = [row["top1"] for row in metadata["few_shot"]["results"]]
+    assert [one.percent for one in metrics if one.unit == "draw"] == drawn
     assert {row["units"] for row in compared(*knn)[1] if row["unit"] == "draw"} == {3}
 
     sgd = ("--epochs", 2, "--batch-size", 4, "--holdout", 0.25, "--lrs", 0.5, "--num-workers", 0, "--logreg")
     linear = measured("linear", run_linear, *sgd, "--logreg-cs", 1)
     rows = compared(*linear)[1]
-    assert {row["figure"] for row in rows} == {
+    assert {row["metric"] for row in rows} == {
         "paper, last epoch, top-1", "paper, best epoch, top-1", "grid, last epoch, top-1", "logreg, top-1"
     }  # fmt: skip
     assert all(row["p"] is not None for row in rows[1::2])
     assert "epochs 2 -> 3 (--allow epochs" in refusal(linear[0], change(linear[1], 3, "protocol", "epochs"))[0]
 
     rows = compared(*measured("folder", run_retrieval, "folder", "--data-path", tree / "val", "--no-cache"))[1]
-    assert "mAP@R" in {row["figure"] for row in rows}
+    assert "mAP@R" in {row["metric"] for row in rows}
     assert all(row["units"] for row in rows)

@@ -11,7 +11,7 @@ from dino_xcit.errors import InputError
 from eval.features import Features
 from eval.knn import knn_predict
 from eval.knn.few_shot import draw, few_shot
-from eval.results import few_shot_figure
+from eval.results import few_shot_metric
 from eval.stats import accuracy
 
 LABELS = np.array([4, 9, 4, 9, 9, 4, -1, 9, 4, 4, 9, 4])
@@ -72,8 +72,8 @@ def test_few_shot_above_class_size_uses_whole_training_set_once() -> None:
     assert record["top1_draws"] == [accuracy(guesses, train.labels, 1)], "identical draws must be measured once"
     assert (record["top1_deviation"], record["takes_all"], record["classes_with_fewer"]) == (None, True, 3)
     assert record["top5"] is None, "top-5 is undefined for three classes"
-    figures = [few_shot_figure("trained", record, 3, seed) for seed in (0, 1)]
-    assert figures[0].settings == figures[1].settings, "the seed must not matter if all images are drawn"
+    metrics = [few_shot_metric("trained", record, 3, seed) for seed in (0, 1)]
+    assert metrics[0].settings == metrics[1].settings, "the seed must not matter if all images are drawn"
     most = int(np.unique(train.labels, return_counts=True)[1].max())
     records = few_shot(train, train, [most - 1, most], 3, [5], [0.07])
     assert [len(record["top1_draws"]) for record in records] == [3, 1]

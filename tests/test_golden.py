@@ -16,39 +16,41 @@ import pytest
 import torch
 from golden_runs import GOLDEN
 
-Figures = dict[tuple[object, ...], Any]
+Metrics = dict[tuple[object, ...], Any]
 
 # ---- metrics of the result files, without confidence intervals: 0.1 had bootstrap intervals, now they are Wilson
 # intervals.
 
 
-def knn_figures(card: dict[str, Any]) -> Figures:
-    figures: Figures = {}
-    for row in card["results"]:
+def knn_metrics(result: dict[str, Any]) -> Metrics:
+    metrics: Metrics = {}
+    for row in result["results"]:
         of = row["model"], row["k"], row["temperature"]
-        figures |= {(*of, name): row[name] for name in ("top1", "top5")}
-    for row in card["few_shot"]["results"]:
+        metrics |= {(*of, name): row[name] for name in ("top1", "top5")}
+    for row in result["few_shot"]["results"]:
         of = row["model"], row["shots"], row["k"], row["temperature"]
-        figures |= {(*of, number): top1 for number, top1 in enumerate(row["top1_draws"])}
-    return figures
+        metrics |= {(*of, number): top1 for number, top1 in enumerate(row["top1_draws"])}
+    return metrics
 
 
-def linear_figures(card: dict[str, Any]) -> Figures:
-    found = card["results"]
+def linear_metrics(result: dict[str, Any]) -> Metrics:
+    found = result["results"]
     paper, grid, logreg = found["paper"], found["grid"], found["logreg"]
-    figures: Figures = {("last", name): paper["last_epoch"][name] for name in ("top1", "top5")}
-    figures |= {("best", name): paper["best_epoch"][name] for name in ("epoch", "loss", "top1", "top5")}
+    metrics: Metrics = {("last", name): paper["last_epoch"][name] for name in ("top1", "top5")}
+    metrics |= {("best", name): paper["best_epoch"][name] for name in ("epoch", "loss", "top1", "top5")}
     chosen = ("features", "held_out_top1", "top1", "top5")
-    figures |= {("grid", name): grid[name] for name in ("lr", *chosen)}
-    return figures | {("logreg", name): logreg[name] for name in ("c", *chosen)}
+    metrics |= {("grid", name): grid[name] for name in ("lr", *chosen)}
+    return metrics | {("logreg", name): logreg[name] for name in ("c", *chosen)}
 
 
-FIGURES: dict[str, Callable[[dict[str, Any]], Figures]] = {
-    "knn": knn_figures,
-    "linear": linear_figures,
-    "extract": lambda card: {(name,): card[name] for name in ("count", "dimension")},
-    "query": lambda card: {(row["rank"], key): row[key] for row in card["results"] for key in ("row", "path", "score")},
-    "retrieval": lambda card: {(name,): value for name, value in card["results"][0].items()},
+FIGURES: dict[str, Callable[[dict[str, Any]], Metrics]] = {
+    "knn": knn_metrics,
+    "linear": linear_metrics,
+    "extract": lambda result: {(name,): result[name] for name in ("count", "dimension")},
+    "query": lambda result: {
+        (row["rank"], key): row[key] for row in result["results"] for key in ("row", "path", "score")
+    },
+    "retrieval": lambda result: {(name,): value for name, value in result["results"][0].items()},
 }
 
 
@@ -77,7 +79,7 @@ def _beside_the_golden_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     runs.unpack_weights(Path("run"))
 
 
-def assert_close(new: Figures, old: Figures, tolerance: float = 1e-5) -> None:
+def assert_close(new: Metrics, old: Metrics, tolerance: float = 1e-5) -> None:
     assert new.keys() == old.keys()
     for name in old:
         number = old[name] is not None and not isinstance(old[name], str)
@@ -133,8 +135,8 @@ def test_stored_weights_reproduce_golden_features() -> None:
 def test_runner_reproduces_golden_results(name: str) -> None:
     if name == "query":  # search the collection written by 0.1
         shutil.copytree(GOLDEN / "collection", "collection")
-    figures = FIGURES[name]
-    assert_close(figures(runs.measure(name)), figures(runs.read_json(GOLDEN / f"{name}.json")))
+    metrics = FIGURES[name]
+    assert_close(metrics(runs.measure(name)), metrics(runs.read_json(GOLDEN / f"{name}.json")))
     if name == "linear":
         for file in ("linear.pth", "logreg.pth"):
             assert_tensors(probe_weights(Path("probe", file)), probe_weights(GOLDEN / "probe" / file), 1e-5)

@@ -53,7 +53,7 @@ def score(truth: GroundTruth, *rankings: list[int]) -> dict[tuple[str, str], NDA
     """Compute scores from 0 to 1 by setup and metric. A ranking has the database rows of one query, best first."""
     falling = [np.array([-ranking.index(row) for row in range(len(ranking))], np.float32) for ranking in rankings]
     found = score_landmarks(truth, falling)
-    return {(setup, figure): found[setup][figure] / 100 for setup in found for figure in found[setup]}
+    return {(setup, metric): found[setup][metric] / 100 for setup in found for metric in found[setup]}
 
 
 # ---- ground truth
@@ -243,4 +243,4 @@ def test_square_equals_torchvision_bicubic_resize(photo: Image.Image) -> None:
 
 def test_transforms_of_different_fits_have_different_metadata() -> None:
     cards = [kind(48, 48, "bicubic").to_dict() for kind in (EvalTransform, LongerSide, Square)]
-    assert len({repr(sorted(card.items())) for card in cards}) == 3
+    assert len({repr(sorted(metadata.items())) for metadata in cards}) == 3

@@ -50,18 +50,20 @@ def test_all_options_together_write_consistent_results(
         "--json=~/knn.json", *QUICK,
     )  # fmt: skip
     assert done.code == 0, done.err
-    card = json.loads((tmp_path / "knn.json").read_text())
+    result = json.loads((tmp_path / "knn.json").read_text())
 
     models = ["trained", "untrained", "pixels", "pixels_normalised"]
-    assert [(row["model"], row["k"]) for row in card["results"]] == [(model, k) for model in models for k in (3, 20)]
-    assert all(row["top5"] is None for row in card["results"]), "top-5 is undefined for three classes"
-    assert card["approximate"]["trained"]["index"] == "IVF18,Flat"
-    for row in card["results"]:
-        measured = card["approximate"][row["model"]]
+    assert [(row["model"], row["k"]) for row in result["results"]] == [(model, k) for model in models for k in (3, 20)]
+    assert all(row["top5"] is None for row in result["results"]), "top-5 is undefined for three classes"
+    assert result["approximate"]["trained"]["index"] == "IVF18,Flat"
+    for row in result["results"]:
+        measured = result["approximate"][row["model"]]
         assert row["recall"] == measured["recall_percent"][str(row["k"])] > 50
-    assert card["protocol"]["search"] == {"approximate": "ivf", "probes": 16}, "the default number of probes is missing"
+    assert result["protocol"]["search"] == {"approximate": "ivf", "probes": 16}, (
+        "the default number of probes is missing"
+    )
 
-    few = card["few_shot"]
+    few = result["few_shot"]
     trained = {(row["shots"], row["k"]): row for row in few["results"] if row["model"] == "trained"}
     assert list(trained) == [(1, 3), (5, 3), (5, 15), (30, 3), (30, 20)]
     assert [len(row["top1_draws"]) for row in trained.values()] == [3, 3, 3, 1, 1], "30 shots take all images"
@@ -69,7 +71,7 @@ def test_all_options_together_write_consistent_results(
     with open(tmp_path / "classes.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["class"] for row in table] == list(CLASSES)
-    first = card["results"][1]  # k = 20, the first of --ks on the command line
+    first = result["results"][1]  # k = 20, the first of --ks on the command line
     assert sum(float(row["top1"]) for row in table) / 3 == pytest.approx(first["top1"], abs=0.01)
     with Image.open(tmp_path / "classes.png") as picture:
         assert min(picture.size) > 300
@@ -112,7 +114,7 @@ def test_skipped_images_give_the_results_of_removed_images(place: Place, knn: Co
     _, mended = measured(knn, tmp_path / "mended.json", "--baselines", "--data-path", tmp_path / "mended")
     out, skipped = measured(knn, tmp_path / "skip.json", "--baselines", "--unreadable", "skip")
     assert skipped["results"] == mended["results"]
-    assert skipped["figures"] == mended["figures"]
+    assert skipped["metrics"] == mended["metrics"]
     for key in ("images", "contents", "labels", "names"):
         assert skipped["data"]["val"][key] == mended["data"]["val"][key], key
     assert skipped["data"]["val"]["fingerprint"] != open_source(str(place.photos / "val")).fingerprint()
@@ -222,9 +224,9 @@ def test_knn_during_training_names_skipped_images_once(place: Place, capsys: pyt
     config = tiny_config(data_path=str(place.photos), knn_every=1, output_dir="unused")
     ((name, every, measure),) = build_evaluators(config, open_source(str(place.photos / "train")), CPU)
     assert (name, every) == ("knn", 1)
-    figures = [measure(Frozen(MeanColours())) for _ in range(2)]
-    assert figures[0] == figures[1]
-    assert 0 <= figures[0]["knn_top1"] <= 100
+    metrics = [measure(Frozen(MeanColours())) for _ in range(2)]
+    assert metrics[0] == metrics[1]
+    assert 0 <= metrics[0]["knn_top1"] <= 100
     said = capsys.readouterr().out
     for number, path in zip(("1 of 18 training", "1 of 15 validation"), place.broken, strict=True):
         line = f"warning: k-NN during training: {number} images are unreadable and skipped: {path}\n"

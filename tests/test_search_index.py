@@ -50,7 +50,7 @@ def test_hnsw_recall_equals_brute_force_recall(dtype: type) -> None:
     vectors = vectors_of(1500, 24).astype(dtype)
     index = build("hnsw", vectors)
     index.hnsw.efSearch = 12  # low enough to miss some neighbours
-    card = describe(index, "hnsw", vectors)
+    metadata = describe(index, "hnsw", vectors)
     chosen = np.unique(np.linspace(0, 1499, 1000).astype(np.int64))
     products = truth(vectors, vectors[chosen].astype(np.float32))
     products[np.arange(len(chosen)), chosen] = -np.inf
@@ -59,9 +59,9 @@ def test_hnsw_recall_equals_brute_force_recall(dtype: type) -> None:
     for own, found, product in zip(chosen, rows, products, strict=True):
         exact = set(np.argsort(-product)[:10].tolist())
         hits.append(len(exact & set([row for row in found if row != own][:10])) / 10)
-    assert card["recall"]["percent"] == pytest.approx(100 * np.mean(hits), abs=0.02)
-    assert 50 < card["recall"]["percent"] < 99.9
-    assert (card["exact"], card["recall"]["at"], card["recall"]["queries"]) == (False, 10, 1000)
+    assert metadata["recall"]["percent"] == pytest.approx(100 * np.mean(hits), abs=0.02)
+    assert 50 < metadata["recall"]["percent"] < 99.9
+    assert (metadata["exact"], metadata["recall"]["at"], metadata["recall"]["queries"]) == (False, 10, 1000)
 
 
 def test_recall_counts_ties_with_last_neighbour_as_found() -> None:

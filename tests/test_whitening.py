@@ -71,9 +71,9 @@ def test_saved_whitening_reloads_equal_and_file_is_deterministic(tmp_path: Path)
 
 
 def arrays_of(**changes: Any) -> dict[str, Any]:
-    card = json.dumps({"format": FORMAT, "made_for": KIND, "learned_on": SET})
-    text = np.frombuffer(card.encode(), dtype=np.uint8)
-    return {"mean": np.zeros(4, np.float32), "projection": np.ones((4, 2), np.float32), "card": text} | changes
+    metadata = json.dumps({"format": FORMAT, "made_for": KIND, "learned_on": SET})
+    text = np.frombuffer(metadata.encode(), dtype=np.uint8)
+    return {"mean": np.zeros(4, np.float32), "projection": np.ones((4, 2), np.float32), "metadata": text} | changes
 
 
 WRONG: dict[str, Any] = {
@@ -81,9 +81,9 @@ WRONG: dict[str, Any] = {
     "other types": {"mean": np.zeros(4)},
     "shapes that do not fit": {"mean": np.zeros(5, np.float32)},
     "not finite": {"projection": np.full((4, 2), np.nan, np.float32)},
-    "another format": {"card": np.frombuffer(b'{"format": "x", "made_for": {}, "learned_on": {}}', np.uint8)},
-    "no card": {"card": np.frombuffer(b"[", np.uint8)},
-    "card without kind": {"card": np.frombuffer(json.dumps({"format": FORMAT}).encode(), np.uint8)},
+    "another format": {"metadata": np.frombuffer(b'{"format": "x", "made_for": {}, "learned_on": {}}', np.uint8)},
+    "no metadata": {"metadata": np.frombuffer(b"[", np.uint8)},
+    "metadata without kind": {"metadata": np.frombuffer(json.dumps({"format": FORMAT}).encode(), np.uint8)},
 }
 
 
@@ -99,7 +99,7 @@ def test_invalid_whitening_file_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NO_ARRAYS)
 def test_whitening_with_invalid_array_is_refused(name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
-        for member in ("mean", "projection", "card"):
+        for member in ("mean", "projection", "metadata"):
             archive.writestr(f"{member}.npy", NO_ARRAYS[name])
     with pytest.raises(InputError, match="is no valid whitening"):
         load(tmp_path / "w.npz")

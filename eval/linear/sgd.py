@@ -29,7 +29,7 @@ from eval.features import cached
 from eval.linear.pooled import Rows
 from eval.linear.probe import FILE_NAME, Probe, Record
 from eval.linear.views import AugmentedEpoch, Views, kept_features, live_features
-from eval.results import Figure, figure
+from eval.results import Metric, metric
 from eval.stats import accuracy, correct, top_accuracies
 
 MOMENTUM = 0.9
@@ -253,17 +253,17 @@ def final_results(probe: Probe, content: Record, paper: LinearHeads, grids: Mapp
             one is evaluated on the validation images.
 
     Returns:
-        ``results`` and ``figures`` (:meth:`Figure.to_card`) for the result file, and ``classifier`` with weight [C, D]
-        and bias [C] for features without standardisation: the best of the grid, or the paper's without a grid.
+        ``results`` and ``metrics`` (:meth:`Metric.to_dict`) for the result file, and ``classifier`` with weight
+        [C, D] and bias [C] for features without standardisation: the best of the grid, or the paper's without a grid.
     """
     lr, history, best_hits = probe.config.lr, content["history"], content["best_hits"]
     val, labels = probe.rows(probe.val), np.asarray(probe.val.labels)
-    figures: list[Figure] = []
+    metrics: list[Metric] = []
 
     def final(name: str, features: str, heads: LinearHeads, head: int) -> Record:
         found = heads.guesses(val[features], [head])[0]
         hits = correct(found, labels, 1)
-        figures.append(figure(f"{name}, last epoch, top-1", {"classifier": name, "epoch": "last"}, hits))
+        metrics.append(metric(f"{name}, last epoch, top-1", {"classifier": name, "epoch": "last"}, hits))
         tops = top_accuracies(found, labels, five=history[-1]["top5"] is not None)
         return {one: tops[one] for one in ("top1", "top1_interval", "top5")}
 
@@ -277,7 +277,7 @@ def final_results(probe: Probe, content: Record, paper: LinearHeads, grids: Mapp
     }
     settings = {"classifier": "paper", "epoch": "best"}
     hits = None if best_hits is None else best_hits.numpy()
-    figures.append(Figure("paper, best epoch, top-1", settings, float(best["top1"]), hits))
+    metrics.append(Metric("paper, best epoch, top-1", settings, float(best["top1"]), hits))
     features, (weight, bias) = "cls", paper.folded(0)
     if grids:
         held, answers, lrs = probe.rows(probe.held_source), probe.labels[probe.held], probe.lrs
@@ -301,6 +301,6 @@ def final_results(probe: Probe, content: Record, paper: LinearHeads, grids: Mapp
         weight, bias = grids[features].folded(winner)
     return {
         "results": results,
-        "figures": [one.to_card() for one in figures],
+        "metrics": [one.to_dict() for one in metrics],
         "classifier": {"weight": weight, "bias": bias, "lr": lr, "features": features},
     }

@@ -36,7 +36,7 @@ from dino_xcit.transform import WHITE, EvalTransform, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.features import cached
 from eval.index import build_index, unit_rows, without_self
-from eval.results import Card, Figure, data_card, images_card, result_card, write_json
+from eval.results import Metadata, Metric, data_metadata, images_metadata, result_content, write_json
 from eval.retrieval.collection import prepared
 from eval.retrieval.whitening import kind_of, load
 from eval.retrieval_config import RetrievalConfig
@@ -131,18 +131,18 @@ def extracted(config: RetrievalConfig, loaded: LoadedBackbone, device: torch.dev
     if whitening is not None:
         vectors = prepared(vectors, True, whitening)
         applied = {"hash": whitening.hash, "learned_on": whitening.learned_on}
-    return VectorSet(source, vectors, data_card(source, found.fingerprint), applied, loaded, device)
+    return VectorSet(source, vectors, data_metadata(source, found.fingerprint), applied, loaded, device)
 
 
 # ---- results
 
-Answer = tuple[Card, list[Card], dict[str, VectorSet], list[Figure]]
-"""Protocol, rows of results, vector sets by name, and figures by query."""
+Answer = tuple[Metadata, list[Metadata], dict[str, VectorSet], list[Metric]]
+"""Protocol, rows of results, vector sets by name, and metrics by query."""
 
 
-def means(values: Mapping[str, NDArray[np.float64]]) -> Card:
+def means(values: Mapping[str, NDArray[np.float64]]) -> Metadata:
     """Compute each measure's mean over the queries and its interval; None without queries."""
-    out: Card = {}
+    out: Metadata = {}
     for name, one in values.items():
         out |= {name: float(one.mean()) if len(one) else None, f"{name}_interval": query_interval(one)}
     return out
@@ -150,16 +150,16 @@ def means(values: Mapping[str, NDArray[np.float64]]) -> Card:
 
 def write_result(config: RetrievalConfig, answer: Answer, seconds: float) -> None:
     """Write the result file, with the values of single queries for paired comparisons."""
-    protocol, results, sets, figures = answer
-    cards = [figure.to_card() for figure in figures if figure.units]
-    data = {name: one.data | (images_card(one.source) if cards else {}) for name, one in sets.items()}
+    protocol, results, sets, metrics = answer
+    plain = [metric.to_dict() for metric in metrics if metric.units]
+    data = {name: one.data | (images_metadata(one.source) if plain else {}) for name, one in sets.items()}
     first = next(iter(sets.values()))
     protocol |= {"descriptor": config.descriptor().to_dict(), "whitening": first.whitening}
-    if figures:
+    if metrics:
         protocol["interval"] = "95% percentile bootstrap over the queries"
     loaded, measure = first.loaded, f"retrieval {config.protocol}"
-    card = result_card(measure, protocol, results, loaded, data, loaded.transform, first.device, seconds, cards)
-    write_json(Path(config.json), card)
+    metadata = result_content(measure, protocol, results, loaded, data, loaded.transform, first.device, seconds, plain)
+    write_json(Path(config.json), metadata)
 
 
 # ---- similarity and average precision
@@ -362,8 +362,8 @@ def score_landmarks(truth: GroundTruth, similarities: Iterable[Vectors]) -> dict
         similarities: for each query its similarities [N + distractors] to the database and any number of distractors,
             which are negatives of all queries. Ties rank in this order.
     """
-    figures = ("map", *(f"mp@{k}" for k in PRECISION_KS))
-    scores = {setup: {figure: np.full(len(truth.queries), np.nan) for figure in figures} for setup in SETUPS}
+    metrics = ("map", *(f"mp@{k}" for k in PRECISION_KS))
+    scores = {setup: {metric: np.full(len(truth.queries), np.nan) for metric in metrics} for setup in SETUPS}
     for row, (query, similarity) in enumerate(zip(truth.queries, similarities, strict=True)):
         ranking = np.argsort(-similarity, kind="stable")
         for setup, (right, ignored) in SETUPS.items():
@@ -415,7 +415,7 @@ def _strength(block: Path) -> tuple[int, str]:
 
 def score_copydays(
     blocks: Mapping[str, tuple[Source, NDArray[np.int64]]], sets: Mapping[str, VectorSet]
-) -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.int64], Card]]:
+) -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.int64], Metadata]]:
     """Yield for each search, such as ``strong -> original``, average precisions [Q], rows of the queries, and counts.
 
     Args:

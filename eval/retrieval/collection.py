@@ -1,7 +1,7 @@
 """Collections: folders with the vectors of images, their names, a search index and metadata.
 
 ``vectors.npy`` has one row per image, ``paths.txt`` the image names in the same order, ``index.faiss`` the search
-index, ``card.json`` the metadata, and ``whitening.npz`` the whitening, if any.
+index, ``metadata.json`` the metadata, and ``whitening.npz`` the whitening, if any.
 
 N images, E features of a backbone's descriptor, W features of a stored vector (E without whitening).
 """
@@ -37,13 +37,13 @@ from eval.config import BackboneConfig
 from eval.features import cached, find_kept, width_of, write_rows
 from eval.index import Found, add_rows, build, describe, read_index, unit_rows
 from eval.pooling import Descriptor
-from eval.results import data_card, now, versions, weights_card
+from eval.results import data_metadata, now, versions, weights_metadata
 from eval.retrieval import whitening as whitening_file
 from eval.retrieval.whitening import Whitening, differences, kind_of
 from eval.retrieval_config import ExtractConfig
 from eval.setup import beside_weights, open_backbone
 
-VECTORS, NAMES, INDEX, METADATA = "vectors.npy", "paths.txt", "index.faiss", "card.json"
+VECTORS, NAMES, INDEX, METADATA = "vectors.npy", "paths.txt", "index.faiss", "metadata.json"
 FILES = (VECTORS, NAMES, INDEX, METADATA)
 WHITENING = "whitening.npz"
 NEW = ".new"
@@ -108,8 +108,8 @@ def new_metadata(
         "descriptor": descriptor.to_dict(),
         "whitening": whitened,
         "index": {"type": config.index_type},
-        "weights": weights_card(loaded),
-        "data": data_card(source, fingerprint) | {"names_start_from": os.getcwd()},
+        "weights": weights_metadata(loaded),
+        "data": data_metadata(source, fingerprint) | {"names_start_from": os.getcwd()},
         "added": [],
         "transform": loaded.transform.to_dict(),
         "date": now(),

@@ -98,7 +98,7 @@ def save(whitening: Whitening, path: Path) -> None:
         content,
         mean=whitening.mean.astype("<f4"),
         projection=np.ascontiguousarray(whitening.projection, dtype="<f4"),
-        card=np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8),
+        metadata=np.frombuffer(json.dumps(metadata).encode(), dtype=np.uint8),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, lambda file: file.write(content.getvalue()))
@@ -115,7 +115,7 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None) -> Whitening:
     """
     try:
         with np.load(path) as file:
-            mean, projection, metadata = file["mean"], file["projection"], json.loads(file["card"].tobytes())
+            mean, projection, metadata = file["mean"], file["projection"], json.loads(file["metadata"].tobytes())
         found = Whitening(mean, projection, dict(metadata["made_for"]), dict(metadata["learned_on"]))
         if metadata["format"] != FORMAT or not mean.dtype == projection.dtype == np.float32:
             raise ValueError(f"its format is not {FORMAT}")
