@@ -15,6 +15,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --progress-bar off --quiet -r requirements.txt -e '.[dev]'
+	$(BIN)/python -c 'from dino_xcit.augment import MultiCropAugmentation; MultiCropAugmentation().compile()'  # cached
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)

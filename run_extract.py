@@ -54,7 +54,7 @@ def main() -> None:
     if config.learn_whitening:
         learn_whitening(config)
     elif config.query:
-        look_up(config)
+        run_query(config)
     else:
         extract(config)
 
@@ -138,7 +138,7 @@ def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
     return source
 
 
-def look_up(config: ExtractConfig) -> None:
+def run_query(config: ExtractConfig) -> None:
     """Log the nearest images of each query and draw a contact sheet."""
     # ---- the collection and its backbone
     collection = store.open_collection(Path(config.index or config.output_dir))

@@ -40,8 +40,8 @@ from against import add_arguments, compare_commits, exit_on_sigterm, peak_memory
 from numpy.typing import NDArray  # noqa: E402
 
 from dino_xcit.errors import run_main  # noqa: E402
-from eval.index import Kind, build, build_index, percent_found, search, unit_rows  # noqa: E402
 from eval.knn import knn_predict  # noqa: E402
+from eval.search_index import Kind, build, build_index, l2_normalised, percent_found, search  # noqa: E402
 from eval.table import table  # noqa: E402
 
 CLASSES = 1000
@@ -92,7 +92,7 @@ def ours(folder: Path, ks: list[int]) -> dict[str, float]:
 
 def reference(folder: Path, ks: list[int]) -> dict[str, float]:
     """Classify as the reference does, with features in memory; write and return the same."""
-    train, queries = (torch.from_numpy(unit_rows(np.load(folder / f"{name}.npy"))) for name in ("train", "queries"))
+    train, queries = (torch.from_numpy(l2_normalised(np.load(folder / f"{name}.npy"))) for name in ("train", "queries"))
     labels = torch.from_numpy(np.load(folder / "labels.npy"))
     figures: dict[str, float] = {}
     arrays: dict[str, NDArray[np.int64]] = {}
@@ -177,7 +177,7 @@ def beside_reference(
 def approximate(folder: Path, kinds: Sequence[Kind], ks: list[int], rounds: int) -> dict[str, Any]:
     """Build the indices, search them in turn and print; return the figures for the last line."""
     train, queries = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "queries"))
-    vectors, unit = unit_rows(train), unit_rows(queries)
+    vectors, unit = l2_normalised(train), l2_normalised(queries)
     flat, _, cpu = timed(lambda: build_index(train))
     ways: dict[tuple[str, int], Any] = {("exact", len(train)): flat}
     build_cpu = {"exact": cpu}

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
-from eval.index import build_index, search, unit_rows
 from eval.knn import knn_predict
 from eval.knn.classify import Kind, approximate_index, refuse_few
+from eval.search_index import build_index, l2_normalised, search
 
 KINDS = get_args(Kind)
 ROWS, DIM = 1500, 20
@@ -32,7 +32,7 @@ TRAIN, QUERIES = clouds(ROWS, 1), clouds(200, 2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_approximate_index_recall_equals_brute_force_recall(kind: Kind) -> None:
     index, record = approximate_index(TRAIN, QUERIES, kind, [5, 20])
-    similarity = unit_rows(QUERIES).astype(np.float64) @ unit_rows(TRAIN).astype(np.float64).T
+    similarity = l2_normalised(QUERIES).astype(np.float64) @ l2_normalised(TRAIN).astype(np.float64).T
     ours = np.concatenate([rows for _, rows in search(index, QUERIES, 20)])
     for k in (5, 20):
         exact = np.argsort(-similarity, axis=1)[:, :k]
@@ -47,7 +47,7 @@ def test_approximate_neighbours_have_exact_similarities(kind: Kind) -> None:
     index, _ = approximate_index(TRAIN, QUERIES, kind, [10], ROWS)
     ((similarities, rows),) = search(index, QUERIES, 10)
     ((exact, _),) = search(build_index(TRAIN), QUERIES, 10)
-    own = (unit_rows(QUERIES)[:, None] * unit_rows(TRAIN)[rows]).sum(axis=2)
+    own = (l2_normalised(QUERIES)[:, None] * l2_normalised(TRAIN)[rows]).sum(axis=2)
     assert similarities == pytest.approx(own, abs=1e-5)
     assert (np.diff(similarities, axis=1) <= 0).all()
     assert similarities == pytest.approx(exact, abs=1e-5)
@@ -65,7 +65,7 @@ def test_ivf_index_with_all_lists_equals_exact_classifier(capsys: pytest.Capture
 
 def test_missing_neighbours_have_no_vote() -> None:
     """There is one list per axis, and each query searches one list."""
-    train = unit_rows(np.array([[1, 0], [1, 0.1], [0.1, 1]], dtype=np.float32))
+    train = l2_normalised(np.array([[1, 0], [1, 0.1], [0.1, 1]], dtype=np.float32))
     queries, labels = np.eye(2, dtype=np.float32), np.array([3, 3, 8])
     for chosen, counts, voted in (
         ([0, 1, 2], [2, 1], [[3, 8], [8, 3]]),

@@ -12,10 +12,10 @@ import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
-import eval.index
+import eval.search_index
 from dino_xcit.errors import InputError
-from eval.index import build_index
 from eval.knn.classify import clamp_ks, knn_predict
+from eval.search_index import build_index
 from eval.stats import accuracy, correct
 
 Data = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
@@ -149,7 +149,7 @@ def test_memory_mapped_features_are_not_copied_whole(tmp_path: Path, monkeypatch
     features.flush()
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     queries = np.array(mapped[:40])
-    monkeypatch.setattr(eval.index, "_ROWS_AT_ONCE", 1000)
+    monkeypatch.setattr(eval.search_index, "_ROWS_AT_ONCE", 1000)
     tracemalloc.start()
     index = build_index(mapped)
     _, peak = tracemalloc.get_traced_memory()

@@ -12,8 +12,8 @@ import torch
 from eval_fixtures import unit
 from numpy.typing import NDArray
 
-import eval.index
-from eval.index import DeviceIndex, Found, add_rows, build, describe, exact_search, read_index, recall
+import eval.search_index
+from eval.search_index import DeviceIndex, Found, add_rows, build, describe, exact_search, read_index, recall
 
 
 def vectors_of(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
@@ -132,7 +132,7 @@ def test_read_index_opens_no_file_outside_its_folder(tmp_path: Path) -> None:
 
 def test_exact_search_matches_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = vectors_of(500).astype(np.float16), vectors_of(20, seed=1)
-    monkeypatch.setattr(eval.index, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(eval.search_index, "_ROWS_AT_ONCE", 64)
     check_exact(exact_search(vectors, queries, 9), vectors, queries, 9)
     assert exact_search(vectors, queries, 10_000)[1].shape == (20, 500)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_xcit.augment.compiled import call_first
-from dino_xcit.augment.parameters import Chances, Drawer, ViewKind, ViewParameters
+from dino_xcit.augment.parameters import Distributions, ParameterSampler, ViewKind, ViewParameters
 from dino_xcit.augment.views import ViewMaker
 from dino_xcit.errors import InputError
 from dino_xcit.transform import pixels_of
@@ -71,9 +71,9 @@ class MultiCropAugmentation:
                 raise InputError(f"{name} is {size}, expected at least 1 pixel")
         if local_crops_number < 0:
             raise InputError(f"local_crops_number is {local_crops_number}, expected 0 or more")
-        chances = {"flip": flip, "jitter": jitter, "gray": gray, "local_blur": local_blur, "solarize": solarize}
-        chances |= {"global_blur": min(global_blur), "global_blur ": max(global_blur)}
-        for name, chance in chances.items():
+        distributions = {"flip": flip, "jitter": jitter, "gray": gray, "local_blur": local_blur, "solarize": solarize}
+        distributions |= {"global_blur": min(global_blur), "global_blur ": max(global_blur)}
+        for name, chance in distributions.items():
             if not 0 <= chance <= 1:
                 raise InputError(f"{name.strip()} is {chance}, expected a probability between 0 and 1")
         if not 0 <= hue <= 0.5:
@@ -90,8 +90,8 @@ class MultiCropAugmentation:
             ViewKind(global_crops_size, global_crops_scale, global_blur[1], solarize),
         ] + [ViewKind(local_crops_size, local_crops_scale, local_blur, 0.0)] * local_crops_number
         factors = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast, saturation)]
-        shared = Chances(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
-        self._drawer = Drawer(self.views, shared)
+        shared = Distributions(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
+        self._sampler = ParameterSampler(self.views, shared)
 
     def compile(self) -> None:
         """Compile the augmentation, or load it from the cache."""
@@ -102,7 +102,7 @@ class MultiCropAugmentation:
 
         The row of view v depends only on (seed, epoch, index, v) and the size of the image.
         """
-        return self._drawer.draw(width, height, seed, epoch, index)
+        return self._sampler.draw(width, height, seed, epoch, index)
 
     def draw(self, width: int, height: int, seed: int, epoch: int, index: int) -> list[ViewParameters]:
         """Return the rows of :meth:`draw_rows` in readable form."""

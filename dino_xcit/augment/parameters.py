@@ -80,7 +80,7 @@ class ViewParameters:
 
 
 @dataclass(frozen=True)
-class Chances:
+class Distributions:
     """Settings shared by all views: probabilities and ranges."""
 
     ratio: tuple[float, float]
@@ -93,14 +93,16 @@ class Chances:
     blur_radius: tuple[float, float]
 
 
-class Drawer:
+class ParameterSampler:
     """Draws the parameters of the views of an image."""
 
-    def __init__(self, kinds: list[ViewKind], chances: Chances) -> None:
+    def __init__(self, kinds: list[ViewKind], distributions: Distributions) -> None:
         self._kinds = np.array([(*kind.scale, kind.blur, kind.solarize) for kind in kinds])
-        self._chances = np.array([chances.flip, chances.jitter, chances.gray, *chances.blur_radius])
-        self._log_ratio = np.log(np.array(chances.ratio))
-        self._ranges = np.array(chances.ranges)
+        self._probabilities = np.array(
+            [distributions.flip, distributions.jitter, distributions.gray, *distributions.blur_radius]
+        )
+        self._log_ratio = np.log(np.array(distributions.ratio))
+        self._ranges = np.array(distributions.ranges)
 
     def draw(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
         """Draw the parameters for an image of ``width`` x ``height`` pixels: [V, COLUMNS].
@@ -111,28 +113,28 @@ class Drawer:
         rng = np.random.Generator(np.random.Philox(key=key))
         numbers = rng.random((len(self._kinds), _NUMBERS_A_VIEW))
         rows = np.empty((len(self._kinds), COLUMNS))
-        _fill(rows, numbers, width, height, self._kinds, self._chances, self._log_ratio, self._ranges)
+        _fill(rows, numbers, width, height, self._kinds, self._probabilities, self._log_ratio, self._ranges)
         return rows
 
 
 @compiled
-def _fill(rows, numbers, width, height, kinds, chances, log_ratio, ranges):  # type: ignore[no-untyped-def]
+def _fill(rows, numbers, width, height, kinds, distributions, log_ratio, ranges):  # type: ignore[no-untyped-def]
     """Convert uniform numbers in [0, 1), one row per view, to parameters."""
     for view in range(len(rows)):
         row, number = rows[view], numbers[view]
         _crop(row, number, width, height, kinds[view], log_ratio)
         flip, jitter, gray, blur, sigma, solarize = number[2 * CROP_ATTEMPTS + 2 : 2 * CROP_ATTEMPTS + 8]
-        row[FLIP] = flip < chances[0]
+        row[FLIP] = flip < distributions[0]
         # ---- jitter: four factors in random order
         order = np.argsort(number[-8:-4])
         for place in range(4):
             code = order[place]
             least, most = ranges[code]
-            drawn = least < most and jitter < chances[1]
+            drawn = least < most and jitter < distributions[1]
             row[JITTER_FIRST + 2 * place] = code if drawn else -1
             row[JITTER_FIRST + 2 * place + 1] = least + (most - least) * number[-4 + code] if drawn else 1.0
-        row[GRAY] = gray < chances[2]
-        row[SIGMA] = chances[3] + (chances[4] - chances[3]) * sigma if blur < kinds[view, 2] else -1.0
+        row[GRAY] = gray < distributions[2]
+        row[SIGMA] = distributions[3] + (distributions[4] - distributions[3]) * sigma if blur < kinds[view, 2] else -1.0
         row[SOLARIZE] = solarize < kinds[view, 3]
 
 

@@ -76,7 +76,7 @@ class Checkpoints:
         step, config = self._state.step, self._run.config
         epoch_ends = step % self._run.steps_per_epoch == 0
         if self._saver:
-            self._saver.look()
+            self._saver.poll()
         if not (epoch_ends or run_ends or (config.save_every and step % config.save_every == 0)):
             return False
         self._observers.deliver()

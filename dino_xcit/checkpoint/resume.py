@@ -66,7 +66,7 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored
         InputError: the checkpoint cannot be read, is of another version, or is not visible on all ranks.
     """
 
-    def look() -> Path | None:
+    def newest() -> Path | None:
         atomic.remove_leftovers(checkpoints.output_dir)
         atomic.remove_leftovers(checkpoints.folder)
         if anew := starts_anew(config):
@@ -77,7 +77,7 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored
         return path
 
     path = distributed.on_main(
-        look, f"cannot read {checkpoints.folder}", "fix its permissions, or choose another --output-dir"
+        newest, f"cannot read {checkpoints.folder}", "fix its permissions, or choose another --output-dir"
     )
     if path is None:
         return Stored({}, checkpoints.latest)

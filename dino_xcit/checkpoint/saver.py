@@ -64,7 +64,7 @@ class Saver:
         """Call :meth:`CheckpointFolder.note_metric` after pending saves."""
         self._under_way.append(_Job(step, self._thread.submit(self.folder.note_metric, step, name, value), False))
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Process the results of finished tasks without waiting for pending ones."""
         while self._under_way and self._under_way[0].future.done():
             job = self._under_way.pop(0)
@@ -114,7 +114,7 @@ class Saver:
         """Wait until all pending tasks have finished or failed."""
         for job in self._under_way:
             job.future.exception()
-        self.look()
+        self.poll()
 
 
 def on_cpu(value: Any, copies: dict[tuple[Any, ...], Tensor] | None = None) -> Any:

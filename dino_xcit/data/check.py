@@ -50,7 +50,7 @@ class CheckConfig:
 
 
 @dataclass(frozen=True)
-class Looked:
+class CheckedImage:
     """Findings for one image: its line in the report."""
 
     index: int
@@ -116,7 +116,7 @@ class Report:
         yield from (f"  {' = '.join(group[:4])}{' ...' * (len(group) > 4)}" for group in self.duplicates[:_SHOWN])
 
 
-def look(source: Source, index: int) -> tuple[Looked, float, float]:
+def check_image(source: Source, index: int) -> tuple[CheckedImage, float, float]:
     """Read and decode one image; return the findings and the seconds of reading and of decoding."""
     name, began = source.name(index), time.perf_counter()
     try:
@@ -124,13 +124,14 @@ def look(source: Source, index: int) -> tuple[Looked, float, float]:
         read = time.perf_counter()
         image = decode(item, name)
     except InputError as error:
-        return Looked(index, name, cause=error.cause if isinstance(error, UndecodableImage) else str(error)), 0.0, 0.0
+        cause = error.cause if isinstance(error, UndecodableImage) else str(error)
+        return CheckedImage(index, name, cause=cause), 0.0, 0.0
     decoded = time.perf_counter()
     data = item if isinstance(item, bytes) else np.ascontiguousarray(item).tobytes()
     kind = read_header(item).format if isinstance(item, bytes) else "pixels"
     digest = hashlib.sha256(data).hexdigest()
-    looked = Looked(index, name, image.width, image.height, len(data), kind, digest)
-    return looked, read - began, decoded - read
+    found = CheckedImage(index, name, image.width, image.height, len(data), kind, digest)
+    return found, read - began, decoded - read
 
 
 def check(source: Source, workers: int = -1, rows: TextIO | None = None) -> Report:
@@ -146,9 +147,9 @@ def check(source: Source, workers: int = -1, rows: TextIO | None = None) -> Repo
     sides = np.zeros((len(source), 2), dtype=np.int32)
     first: dict[bytes, int] = {}
     copies: dict[int, list[int]] = {}
-    looking = each_image(source, range(len(source)), look, workers)
-    with closing(looking), progress_bar(len(source), f"checking {source.url}", shown=True) as bar:
-        for one, read_seconds, decode_seconds in looking:
+    images = each_image(source, range(len(source)), check_image, workers)
+    with closing(images), progress_bar(len(source), f"checking {source.url}", shown=True) as bar:
+        for one, read_seconds, decode_seconds in images:
             bar.update()
             if rows is not None:
                 rows.write(json.dumps(asdict(one)) + "\n")

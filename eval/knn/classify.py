@@ -1,6 +1,6 @@
 """Weighted k-NN classification (DINO's protocol) by exact faiss search or by an approximate index.
 
-N training images, D features, k neighbours, T temperature, C classes. :mod:`eval.index` builds the indices.
+N training images, D features, k neighbours, T temperature, C classes. :mod:`eval.search_index` builds the indices.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
-from eval import index as faiss_index
-from eval.index import DeviceIndex, build_index, exact_search, search, unit_rows
+from eval import search_index
+from eval.search_index import DeviceIndex, build_index, exact_search, l2_normalised, search
 
 T = TypeVar("T")
 Rows = NDArray[np.float32]
@@ -141,7 +141,7 @@ def approximate_index(
         queries: [test images, D]; recall is measured on at most :data:`RECALL_QUERIES` of them.
         ks: numbers of neighbours for recall@k, each from 1 to N.
         probes: lists (``ivf``) or candidates (``hnsw``, at least the largest k) visited per query; 0: chosen by
-            :func:`eval.index.build`.
+            :func:`eval.search_index.build`.
         seed: seed of the sample of queries.
 
     Returns:
@@ -152,19 +152,19 @@ def approximate_index(
     Raises:
         InputError: features are not finite.
     """
-    vectors, most = unit_rows(features), max(ks)
+    vectors, most = l2_normalised(features), max(ks)
     sampled = np.random.default_rng([seed, 2]).permutation(len(queries))[:RECALL_QUERIES]
-    sample = unit_rows(queries[np.sort(sampled)])
+    sample = l2_normalised(queries[np.sort(sampled)])
     (_, exact), exact_seconds = _timed(lambda: exact_search(vectors, sample, most))
     index: Any
-    index, build_seconds = _timed(lambda: faiss_index.build(kind, vectors, probes, most))
+    index, build_seconds = _timed(lambda: search_index.build(kind, vectors, probes, most))
     (_, found), seconds = _timed(lambda: index.search(sample, most))
     graph = kind == "hnsw"
-    name = f"HNSW{faiss_index.LINKS},Flat" if graph else f"IVF{index.nlist},Flat"
+    name = f"HNSW{search_index.LINKS},Flat" if graph else f"IVF{index.nlist},Flat"
     used = index.hnsw.efSearch if graph else index.nprobe
     record = {
         "index": name, "probes": used, "vector_bytes": vectors.nbytes,
-        "recall_percent": {str(k): faiss_index.percent_found(vectors, sample, exact[:, :k], found[:, :k]) for k in ks},
+        "recall_percent": {str(k): search_index.percent_found(vectors, sample, exact[:, :k], found[:, :k]) for k in ks},
         "recall_queries": len(sample), "queries_with_fewer_than_k": int((found < 0).any(axis=1).sum()),
         "build_seconds": round(build_seconds, 2), "speedup": round(exact_seconds / seconds, 2),
     }  # fmt: skip

@@ -15,8 +15,8 @@ from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.features import extract, unreadable_notice
-from eval.index import DeviceIndex, build_index
 from eval.knn.classify import knn_predict
+from eval.search_index import DeviceIndex, build_index
 from eval.stats import correct
 
 K, TEMPERATURE = 20, 0.07

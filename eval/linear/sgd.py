@@ -281,22 +281,22 @@ def final_results(probe: Probe, content: Record, paper: LinearHeads, grids: Mapp
     features, (weight, bias) = "cls", paper.folded(0)
     if grids:
         held, answers, lrs = probe.rows(probe.held_source), probe.labels[probe.held], probe.lrs
-        chances = {
+        distributions = {
             name: [accuracy(found, answers, 1) for found in heads.guesses(held[name], range(len(lrs)))]
             for name, heads in grids.items()
         }
-        features = max(chances, key=lambda name: max(chances[name]))
-        winner = int(np.argmax(chances[features]))
+        features = max(distributions, key=lambda name: max(distributions[name]))
+        winner = int(np.argmax(distributions[features]))
         lr = lrs[winner]
         results["grid"] = {
             "lr": lr,
             "features": features,
             "chosen_on": "held-out training images",
             "held_out_images": len(answers),
-            "held_out_top1": chances[features][winner],
+            "held_out_top1": distributions[features][winner],
             **final("grid", features, grids[features], winner),
-            "held_out_top1_by_lr": [list(pair) for pair in zip(lrs, chances[features], strict=True)],
-            "held_out_top1_by_features": {name: max(found) for name, found in chances.items()},
+            "held_out_top1_by_lr": [list(pair) for pair in zip(lrs, distributions[features], strict=True)],
+            "held_out_top1_by_features": {name: max(found) for name, found in distributions.items()},
         }
         weight, bias = grids[features].folded(winner)
     return {

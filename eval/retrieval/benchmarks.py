@@ -35,11 +35,11 @@ from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import WHITE, EvalTransform, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.features import cached
-from eval.index import build_index, unit_rows, without_self
 from eval.results import Metadata, Metric, data_metadata, images_metadata, result_content, write_json
 from eval.retrieval.collection import prepared
 from eval.retrieval.whitening import kind_of, load
 from eval.retrieval_config import RetrievalConfig
+from eval.search_index import build_index, l2_normalised, without_self
 from eval.setup import cache_folder, open_backbone, open_weights
 from eval.sheet import tile_of, write_contact_sheet
 from eval.stats import query_interval
@@ -173,9 +173,9 @@ def rows_of_similarity(queries: Vectors, *database: Vectors, queries_at_once: in
     Args:
         database: one or more sets, concatenated.
     """
-    others = [unit_rows(rows).T for rows in database]
+    others = [l2_normalised(rows).T for rows in database]
     for start in range(0, len(queries), queries_at_once):
-        some = unit_rows(queries[start : start + queries_at_once])
+        some = l2_normalised(queries[start : start + queries_at_once])
         yield from np.concatenate([some @ rows for rows in others], axis=1)
 
 
@@ -503,7 +503,7 @@ def leave_one_out(
             fitting = int((depths * np.arange(1, len(depths) + 1) <= _CELLS_AT_ONCE).sum())
             places, left = np.split(left, [max(1, fitting)])
             depth, rows, wanted = int(depths[len(places) - 1]), queries[places], others[queries[places]]
-            _, found = index.search(unit_rows(features[rows]), depth + 1)
+            _, found = index.search(l2_normalised(features[rows]), depth + 1)
             right = position[without_self(found, rows)] == position[rows][:, None]
             for k in ks:
                 hits[k][places] = right[:, :k].any(axis=1)
@@ -557,9 +557,9 @@ def find_pairs(first: Vectors, second: Vectors | None, threshold: float, most: i
     found, count = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))], 0
     with progress_bar(len(first), "compare", shown=True) as bar:
         for row in range(0, len(first), _QUERIES_AT_ONCE):
-            left = unit_rows(first[row : row + _QUERIES_AT_ONCE])
+            left = l2_normalised(first[row : row + _QUERIES_AT_ONCE])
             for column in range(row if second is None else 0, len(others), _ROWS_AT_ONCE):
-                block = left @ unit_rows(others[column : column + _ROWS_AT_ONCE]).T
+                block = left @ l2_normalised(others[column : column + _ROWS_AT_ONCE]).T
                 rows, columns = np.nonzero(block >= threshold - _ROUNDING)
                 if second is None:
                     above = columns + column > rows + row

@@ -35,12 +35,12 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 from eval.config import BackboneConfig
 from eval.features import cached, find_kept, width_of, write_rows
-from eval.index import Found, add_rows, build, describe, read_index, unit_rows
 from eval.pooling import Descriptor
 from eval.results import data_metadata, now, versions, weights_metadata
 from eval.retrieval import whitening as whitening_file
 from eval.retrieval.whitening import Whitening, differences, kind_of
 from eval.retrieval_config import ExtractConfig
+from eval.search_index import Found, add_rows, build, describe, l2_normalised, read_index
 from eval.setup import beside_weights, open_backbone
 
 VECTORS, NAMES, INDEX, METADATA = "vectors.npy", "paths.txt", "index.faiss", "metadata.json"
@@ -195,10 +195,10 @@ def prepared(rows: NDArray[np.float32], normalised: bool, whitening: Whitening |
     Raises:
         InputError: a vector is not finite.
     """
-    found = unit_rows(rows) if normalised else np.ascontiguousarray(rows, dtype=np.float32)
+    found = l2_normalised(rows) if normalised else np.ascontiguousarray(rows, dtype=np.float32)
     if whitening is not None:
         found = whitening(found)
-        found = unit_rows(found) if normalised else found
+        found = l2_normalised(found) if normalised else found
     if not np.isfinite(found).all():
         raise InputError(_NOT_FINITE)
     return found

@@ -48,7 +48,7 @@ _CLASSES = {"flat": _FLAT, "hnsw": ("IndexHNSWFlat", "IndexHNSWSQ")}
 # ---- unit vectors
 
 
-def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
+def l2_normalised(features: NDArray[np.float32]) -> NDArray[np.float32]:
     """Normalise rows to unit length in float32; zero rows stay zero.
 
     Memory beyond the result: 20 bytes per element of 16,384 rows.
@@ -89,7 +89,7 @@ class DeviceIndex:
 
     def __init__(self, features: NDArray[np.float32], device: torch.device) -> None:
         """Copy the unit rows of features [N, D] to the device."""
-        self._rows = torch.from_numpy(unit_rows(features)).to(device)
+        self._rows = torch.from_numpy(l2_normalised(features)).to(device)
 
     def search(self, queries: NDArray[np.float32], top: int) -> Found:
         """Return inner products and row numbers, [Q, min(top, N)] each, best first; float32 without TF32."""
@@ -112,7 +112,7 @@ def build_index(features: NDArray[np.float32], searching: int = 1) -> faiss.Inde
     use_cores(searching)
     index = faiss.IndexFlatIP(features.shape[1])
     for start in range(0, len(features), _ROWS_AT_ONCE):
-        index.add(unit_rows(features[start : start + _ROWS_AT_ONCE]))
+        index.add(l2_normalised(features[start : start + _ROWS_AT_ONCE]))
     return index
 
 
@@ -125,7 +125,7 @@ def search(
     """
     with progress_bar(len(queries), f"search, k = {k}", shown=progress) as bar:
         for start in range(0, len(queries), chunk):
-            rows = unit_rows(queries[start : start + chunk])
+            rows = l2_normalised(queries[start : start + chunk])
             yield index.search(rows, k)
             bar.update(len(rows))
 
