@@ -35,16 +35,16 @@ from dino_xcit.data.loader import StepSampler, build_loader, check_augment_devic
 from dino_xcit.data.open import has_validation
 from dino_xcit.data.source import identity
 from dino_xcit.data.workers import choose_workers
+from dino_xcit.health import Health
 from dino_xcit.init_weights import initialise
 from dino_xcit.methods.student_teacher import choose_precision
+from dino_xcit.metrics import MetricLogger, require_wandb
 from dino_xcit.observers import Evaluator, Observer, Observers, evaluate
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from dino_xcit.runtime.health import Health
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.memory import keep_freed_memory
-from dino_xcit.runtime.metrics import MetricLogger, require_wandb
 from dino_xcit.train import TrainState, build_state, train_step
 from eval.knn.online import build_evaluators
 

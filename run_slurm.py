@@ -63,7 +63,7 @@ def main() -> None:
     launch, words = parse_known(LaunchConfig, sys.argv[1:], "run_slurm.py", runner_flags)
     if launch.run == "pretrain":
         config, _ = parse_pretrain(words)
-        from dino_xcit.runtime.metrics import require_wandb  # imports PyTorch
+        from dino_xcit.metrics import require_wandb  # imports PyTorch
 
         require_wandb(config.wandb)
     elif not parse(configs[launch.run], words, f"run_{launch.run}.py").weights:

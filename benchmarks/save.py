@@ -29,8 +29,8 @@ from torch.multiprocessing.spawn import spawn  # noqa: E402
 from dino_xcit.checkpoint.folder import CheckpointFolder, why_damaged  # noqa: E402
 from dino_xcit.checkpoint.saver import Saver, on_cpu  # noqa: E402
 from dino_xcit.checkpoint.state import Run, content_of  # noqa: E402
+from dino_xcit.health import StopFlags  # noqa: E402
 from dino_xcit.runtime import atomic, distributed  # noqa: E402
-from dino_xcit.runtime.health import StopFlags  # noqa: E402
 
 
 def work(seconds: float) -> float:

@@ -31,9 +31,9 @@ from dino_xcit.checkpoint.state import hash_content
 from dino_xcit.cli import parse_known, read_flags
 from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError, run_main
+from dino_xcit.metrics import read_metrics
 from dino_xcit.recipes import parse_pretrain
 from dino_xcit.runtime import logging as log
-from dino_xcit.runtime.metrics import read_metrics
 
 STEPS, SAVE_EVERY = 12, 4
 OWN = {

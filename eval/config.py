@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -203,7 +204,6 @@ class LinearConfig(BackboneConfig):
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         from eval.linear.imagenet_variants import split
-        from eval.linear.pooled import blocks_of
 
         super().check()
         for name in self.features:
@@ -257,3 +257,20 @@ class CompareConfig:
                 f"metric has {len(self.metric)} values, expected one for all files or one for each of the "
                 f"{len(self.files)} files: quote words that belong together, such as --metric 'grid last'"
             )
+
+
+_FEATURES = re.compile(r"cls(\+mean)?|last([1-9]\d?)(\+mean)?")
+
+
+def blocks_of(choice: str) -> int:
+    """Return the number of last blocks that a choice needs: 0 for ``cls``, 1 for ``cls+mean``.
+
+    Raises:
+        InputError: the choice is unknown.
+    """
+    found = _FEATURES.fullmatch(choice)
+    if found is None:
+        raise InputError(
+            f"features has {choice!r}, expected cls, cls+mean, or lastN such as last4 (for a ViT also last4+mean)"
+        )
+    return int(found[2] or bool(found[1]))

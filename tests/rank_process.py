@@ -10,10 +10,10 @@ import torch
 from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
 
 from dino_xcit.config import PretrainConfig
+from dino_xcit.health import StopFlags
 from dino_xcit.methods.dino import sinkhorn_knopp
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
-from dino_xcit.runtime.health import StopFlags
 from dino_xcit.train import build_state, train_step
 
 STEPS = 3

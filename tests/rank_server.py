@@ -36,7 +36,7 @@ def warm_up() -> None:
         importlib.import_module(module)
     from tiny_run import tiny_config
 
-    from dino_xcit.runtime.metrics import draw_curves
+    from dino_xcit.metrics import draw_curves
 
     tiny_config().augmentation().compile()
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_xcit.runtime.metrics import read_metrics
+from dino_xcit.metrics import read_metrics
 
 HERE = Path(__file__).parent
 PRETRAIN = str(HERE.parent / "run_pretrain.py")

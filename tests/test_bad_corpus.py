@@ -9,7 +9,7 @@ from bad_images import write_corpus
 from ranks import Server, state_in
 from tiny_run import differing_bits
 
-from dino_xcit.runtime.health import read_unreadable
+from dino_xcit.health import read_unreadable
 
 FLAGS = ["--batch-size-per-gpu", "4", "--epochs", "1", "--save-every", "5", "--hang-timeout", "60"]
 Corpus = tuple[Path, set[Path]]

@@ -26,7 +26,7 @@ from tiny_run import CPU, tiny_config
 from dino_xcit.data import Source, open_parts, open_source
 from dino_xcit.data.loader import Batch, StepSampler, build_loader
 from dino_xcit.errors import InputError
-from dino_xcit.runtime.health import UnreadableLog, read_unreadable
+from dino_xcit.health import UnreadableLog, read_unreadable
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 BROKEN = 17

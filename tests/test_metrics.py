@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dino_xcit.runtime.metrics import MetricsWriter, Progress, draw_curves, read_metrics
+from dino_xcit.metrics import MetricsWriter, Progress, draw_curves, read_metrics
 
 
 def write_steps(folder: Path, first: int, last: int, from_step: int, loss: float = 1.0) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
-from eval.linear.pooled import PooledBackbone, Rows, blocks_of
+from eval.config import blocks_of
+from eval.linear.pooled import PooledBackbone, Rows
 from eval.linear.sgd import moments
 
 

@@ -14,7 +14,7 @@ from tiny_run import differing_bits
 
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import CheckpointFolder
-from dino_xcit.runtime.metrics import read_metrics
+from dino_xcit.metrics import read_metrics
 
 # ---- runs in this process
 

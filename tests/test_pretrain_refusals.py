@@ -21,8 +21,8 @@ from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.checkpoint.resume import find_stored, output_folder, prepare, starts_anew
 from dino_xcit.errors import DIVERGED, InputError, RunStopped
-from dino_xcit.runtime.health import Health, UnreadableLog
-from dino_xcit.runtime.metrics import read_metrics
+from dino_xcit.health import Health, UnreadableLog
+from dino_xcit.metrics import read_metrics
 from dino_xcit.runtime.run_lock import locked
 from dino_xcit.train import build_state
 from run_pretrain import train

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tiny_run import tiny_config, tiny_source
 
-from dino_xcit.augment.preview import draw_preview, main
 from dino_xcit.data import open_source
 from dino_xcit.errors import InputError
+from dino_xcit.preview import draw_preview, main
 
 
 def test_preview_draws_the_views_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

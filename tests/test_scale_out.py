@@ -15,7 +15,7 @@ from test_hanging_runs import alive
 from tiny_run import differing_bits
 from two_hosts import Host, two_hosts
 
-from dino_xcit.runtime.metrics import read_metrics
+from dino_xcit.metrics import read_metrics
 
 MIB = 2**20
 

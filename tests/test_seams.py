@@ -23,10 +23,10 @@ from dino_xcit.data import register_source
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import InputError
 from dino_xcit.methods import Method, Stats, register_method
+from dino_xcit.metrics import read_metrics
 from dino_xcit.models import BackboneOutput, register_backbone
 from dino_xcit.optim import Rates
 from dino_xcit.recipes import Recipe, parse_pretrain
-from dino_xcit.runtime.metrics import read_metrics
 from dino_xcit.train import StepResult
 from dino_xcit.weights import load_backbone
 

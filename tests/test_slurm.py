@@ -18,7 +18,7 @@ from ranks import ENVIRONMENT, HERE, SMALL
 
 import run_slurm
 from dino_xcit.errors import PREEMPTED, InputError
-from dino_xcit.runtime.metrics import read_metrics
+from dino_xcit.metrics import read_metrics
 from run_slurm import LaunchConfig, submit
 
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # submitit reads this on import

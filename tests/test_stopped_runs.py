@@ -17,8 +17,8 @@ from tiny_run import differing_bits, tensors_of, tiny_config
 from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.checkpoint.resume import Stored, keep_global_batch
 from dino_xcit.errors import DIVERGED, PREEMPTED, InputError
+from dino_xcit.metrics import read_metrics
 from dino_xcit.runtime import distributed
-from dino_xcit.runtime.metrics import read_metrics
 
 SHORT = ["--batch-size-per-gpu", "2", "--epochs", "5", "--max-steps", "12", "--hang-timeout", "60"]
 

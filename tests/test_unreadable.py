@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dino_xcit.data.loader import Batch, Unreadable
-from dino_xcit.runtime.health import UnreadableLog, read_unreadable
+from dino_xcit.health import UnreadableLog, read_unreadable
 
 
 def batch(*bad: int, epoch: int = 0, name: str = "/photos/{}.jpg") -> Batch:

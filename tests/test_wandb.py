@@ -10,7 +10,7 @@ from unittest.mock import Mock, call
 import pytest
 
 from dino_xcit.errors import InputError
-from dino_xcit.runtime.metrics import MetricsWriter, WandB, read_metrics, require_wandb
+from dino_xcit.metrics import MetricsWriter, WandB, read_metrics, require_wandb
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """``python -m dino_xcit.augment preview SRC``."""
 
-from dino_xcit.augment.preview import command
+from dino_xcit.preview import command
 
 if __name__ == "__main__":
     command()

@@ -24,7 +24,6 @@ B batch size, D features of the backbone, W features of a row, n images.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,23 +33,8 @@ from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
 from dino_xcit.models import BackboneOutput
+from eval.config import blocks_of
 from eval.pooling import autocast
-
-_CHOICE = re.compile(r"cls(\+mean)?|last([1-9]\d?)(\+mean)?")
-
-
-def blocks_of(choice: str) -> int:
-    """Return the number of last blocks that a choice needs: 0 for ``cls``, 1 for ``cls+mean``.
-
-    Raises:
-        InputError: the choice is unknown.
-    """
-    found = _CHOICE.fullmatch(choice)
-    if found is None:
-        raise InputError(
-            f"features has {choice!r}, expected cls, cls+mean, or lastN such as last4 (for a ViT also last4+mean)"
-        )
-    return int(found[2] or bool(found[1]))
 
 
 class Rows:
