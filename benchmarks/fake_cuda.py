@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 import torch.cuda.amp.common
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
@@ -38,6 +39,7 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import RunStopped
 from dino_xcit.optim import Schedules
+from dino_xcit.runtime import distributed, sync_batch_norm
 from dino_xcit.train import TrainState, build_state, train_step
 
 CUDA = torch.device("cuda", 0)
@@ -57,8 +59,7 @@ WAITS = frozenset({
 """Operators whose result the host waits for."""
 LAUNCHES = {
     "native_layer_norm_backward": 2, "convolution_backward": 3, "native_batch_norm": 4,
-    "native_batch_norm_backward": 2, "_native_batch_norm_legit": 4, "batch_norm_update_stats": 2, "topk": 2, "sort": 2,
-    "index_put_": 2,
+    "native_batch_norm_backward": 2, "_native_batch_norm_legit": 4, "topk": 2, "sort": 2, "index_put_": 2,
 }  # fmt: skip
 """Launches of operators that are not one."""
 
@@ -204,8 +205,9 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         ):
             stack.enter_context(patch.object(target, name, replacement))
         stack.enter_context(_meta_functions())
-        transform._scale_and_shift.cache_clear()  # tensors of another mode
-        stack.callback(transform._scale_and_shift.cache_clear)
+        for cached in (transform._scale_and_shift, sync_batch_norm._counts):
+            cached.cache_clear()  # tensors of another mode
+            stack.callback(cached.cache_clear)
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield mode
@@ -215,17 +217,43 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
 def _meta_functions() -> Iterator[None]:
     """Register shape functions that PyTorch lacks."""
 
-    def update_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return x.new_empty(x.shape[1], dtype=wide), x.new_empty(x.shape[1], dtype=wide)
+    def like_channels(count: int) -> Any:
+        def shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return tuple(x.new_empty(x.shape[1], dtype=wide) for _ in range(count))
+
+        return shapes
 
     library = torch.library.Library("aten", "IMPL", "Meta")
     try:
-        library.impl("batch_norm_update_stats", update_stats)
-        library.impl("_fused_sgd_", lambda *_, **__: None)
+        for name, shapes in {
+            "batch_norm_stats": like_channels(2),
+            "batch_norm_gather_stats_with_counts": like_channels(2),
+            "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
+            "batch_norm_backward_reduce": like_channels(4),
+            "batch_norm_backward_elemt": lambda _, x, *__: torch.empty_like(x),
+            "_fused_sgd_": lambda *_, **__: None,
+        }.items():
+            library.impl(name, shapes)
         yield
     finally:
         library._destroy()
+
+
+@contextlib.contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """Enter rank 0 of ``count`` processes whose collectives do nothing. The student is not wrapped: DDP needs data."""
+    if count == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        with patch.object(distributed, "wrap_ddp", lambda module, device: module):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 # ---- the backward pass
@@ -341,13 +369,14 @@ def fake_batch(config: PretrainConfig) -> Batch:
     return Batch(crops, list(map(len, groups)), 0, torch.empty(images, dtype=torch.int64, device=CUDA))
 
 
-def fake_step(kernels: str = "eager", batch: int = 64, **settings: Any) -> TrainState:
+def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **settings: Any) -> TrainState:
     """Run a training step of XCiT-S12/16 in bf16 under the dispatch modes that the caller has entered.
 
     The optimizer's state exists before, as in all steps but the first.
 
     Args:
         kernels: only ``eager``.
+        ranks: number of processes.
         settings: settings of the run that differ.
     """
     if kernels != "eager":
@@ -356,7 +385,7 @@ def fake_step(kernels: str = "eager", batch: int = 64, **settings: Any) -> Train
     values: dict[str, Any] = {"arch": "xcit_small_12_p16", "precision": "bf16", "freeze_last_layer": 0}
     config = PretrainConfig(**(values | settings | {"device": "cuda", "batch_size_per_gpu": batch}))
     modes: Sequence[Any] = _get_current_dispatch_mode_stack()
-    with _disable_current_modes(), fake_cuda():
+    with _disable_current_modes(), fake_cuda(), fake_ranks(ranks):
         state, schedules = build_state(config, CUDA), Schedules.of(config, 1000, batch)
         batches = [fake_batch(config) for _ in range(config.accumulation_steps)]
         for parameter in state.parameters:

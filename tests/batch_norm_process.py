@@ -1,4 +1,7 @@
-"""One of two ranks with half a batch each; started by test_sync_batch_norm.py with the prefix of its output file."""
+"""One of two ranks with half a batch each; started by test_sync_batch_norm.py.
+
+batch_norm_process.py PREFIX_OF_OUTPUT_FILE [compiled]
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import sys
 import warnings
 from typing import Any
 
+import batch_norm_kernels  # noqa: F401  # registers CPU kernels
 import torch
+import torch.distributed as dist
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 
+from dino_xcit.models import build_backbone
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.sync_batch_norm import convert_sync_batch_norm
 
@@ -47,8 +54,36 @@ def run(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "x.grad": x.grad, **gradients, **buffers, "eval": layer.eval()(x).detach()}
 
 
+class Reference(nn.BatchNorm2d):
+    """The layer as ``torch.nn.SyncBatchNorm`` computes it on CUDA."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self.num_batches_tracked.add_(1)
+        parameters = input, self.weight, self.bias, self.running_mean, self.running_var
+        return TorchSyncBatchNorm.apply(*parameters, self.eps, self.momentum, dist.group.WORLD, dist.get_world_size())
+
+
+def run_compiled() -> dict[str, Any]:
+    """Return losses and gradients of a backbone, eager and compiled, and what Dynamo counted."""
+    torch.manual_seed(distributed.rank())
+    images = torch.randn(4, 3, 16, 16)
+    torch.manual_seed(0)
+    backbone = convert_sync_batch_norm(build_backbone("xcit_pico_4_p4")).train()
+    results = []
+    for _ in range(2):
+        backbone.zero_grad()
+        loss = backbone(images).patch_tokens.square().mean()
+        loss.backward()
+        results.append([loss.detach(), backbone.get_parameter("blocks.0.local_mp.conv1.weight").grad])
+        backbone.compile_blocks(backend="aot_eager")
+    counters = torch._dynamo.utils.counters
+    return {"results": results, "graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
+
+
 def main() -> None:
-    """Run every shape in float64, and one with bfloat16 inputs."""
+    """Run every shape in float64, and one with bfloat16 inputs, also by PyTorch's formulation."""
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     rank = distributed.rank()
@@ -57,6 +92,11 @@ def main() -> None:
     found: dict[str, Any] = {name: run(layers[name], halves[name]) for name in SHAPES}
     low = convert_sync_batch_norm(layer_of("image"))
     found["bfloat16"] = run(low.float(), halves["image"].bfloat16())
+    reference = layer_of("image")
+    reference[0].__class__ = Reference
+    found["pytorch"] = run(reference.float(), halves["image"].bfloat16())
+    if sys.argv[2:] == ["compiled"]:
+        found["compiled"] = run_compiled()
     torch.save(found, f"{sys.argv[1]}-{rank}.pt")
     distributed.barrier()
     distributed.stop()

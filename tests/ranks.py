@@ -157,9 +157,9 @@ class Server:
         (code,) = run.wait(timeout)
         return subprocess.CompletedProcess(words, code, run.out(), run.err())
 
-    def two_ranks(self, script: str, out: Path, timeout: float) -> None:
-        """Run a script of this folder on two ranks with the argument ``out``; both must succeed."""
-        run = self._launch([str(HERE / script), str(out)], environments(2), self.folder, self.folder, ())
+    def two_ranks(self, script: str, *words: object, timeout: float) -> None:
+        """Run a script of this folder on two ranks with the arguments ``words``; both must succeed."""
+        run = self._launch([str(HERE / script), *map(str, words)], environments(2), self.folder, self.folder, ())
         assert run.wait(timeout) == [0, 0], run.err()
 
     def _launch(

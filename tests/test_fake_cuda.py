@@ -103,6 +103,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gram path": {"arch": "xcit_nano_12_p8", "global_crops_size": 512, "local_crops_size": 384},
     "vit": {"arch": "vit_tiny_12_p16"},
     "resnet": {"arch": "timm:resnet18"},
+    "eight ranks": {"ranks": 8},
+    "eight ranks, timm": {"ranks": 8, "arch": "timm:resnet18"},
 }
 STEP = """
 import json, sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,23 @@ def test_bfloat16_inputs_accumulate_in_float32(halves: list[dict[str, Any]]) -> 
         assert variance.dtype == torch.float32
         torch.testing.assert_close(variance.double(), whole["0.running_var"], rtol=1e-5, atol=0)
         torch.testing.assert_close(half["bfloat16"]["y"].double(), whole["y"][rows], rtol=0.02, atol=0.02)
+
+
+def test_bfloat16_results_equal_those_of_torch_sync_batch_norm(halves: list[dict[str, Any]]) -> None:
+    """The same kernels get the same arguments: outputs, gradients and running statistics agree bit for bit."""
+    for half in halves:
+        assert half["bfloat16"].keys() == half["pytorch"].keys()
+        for key, expected in half["pytorch"].items():
+            torch.testing.assert_close(half["bfloat16"][key], expected, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_share_one_graph_and_match_eager_blocks(server: Server, tmp_path: Path) -> None:
+    server.two_ranks("batch_norm_process.py", tmp_path / "rank", "compiled", timeout=120)
+    for rank in range(2):
+        found = torch.load(f"{tmp_path}/rank-{rank}.pt", weights_only=True)["compiled"]
+        assert (found["graphs"], found["breaks"]) == (1, 0)
+        torch.testing.assert_close(*found["results"])
 
 
 def test_convert_keeps_state_dict_and_converts_every_batch_norm() -> None:

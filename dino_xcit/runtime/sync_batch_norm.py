@@ -1,12 +1,12 @@
 """BatchNorm over the batches of all ranks without host synchronisation. R ranks, C channels.
 
-``torch.nn.SyncBatchNorm`` computes the same on CUDA. To support empty batches, it synchronises with the device in each
-layer and forward pass (pytorch#78549). Here all ranks have batches of the same size, so no synchronisation is needed.
-It also runs on the CPU.
+``torch.nn.SyncBatchNorm`` calls the same CUDA kernels. To support empty batches, it waits for the device in each layer
+and forward pass (pytorch#78549). Here all ranks have batches of the same size, so no wait is needed.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,16 +36,10 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        output, mean, variance = _Normalise.apply(input, self.weight, self.bias, self.eps)
-        assert self.momentum is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        count = _count(input)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked += 1
+        self.num_batches_tracked += 1
+        running = self.running_mean, self.running_var
+        output: Tensor = _Normalise.apply(input, self.weight, self.bias, *running, self.momentum, self.eps)
         return output
 
 
@@ -96,45 +90,44 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     return module
 
 
-def _count(x: Tensor) -> int:
-    """Return the number of values per channel over all ranks."""
-    return x.numel() // x.shape[1] * dist.get_world_size()
-
-
 class _Normalise(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias over all ranks; also returns mean and variance [C]."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over all ranks; updates the running statistics [C]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        # PyTorch's kernels accumulate low precision in float32 and take any memory layout without a copy.
-        unchanged = torch.zeros_like(weight), torch.ones_like(weight)  # select the accumulation dtype on the CPU
-        own_mean, own_variance = torch.batch_norm_update_stats(x, *unchanged, 0.0)
-        rows = own_mean.new_empty(dist.get_world_size(), 2, len(own_mean))
-        _all_gather(rows, torch.stack([own_mean, own_variance])[None])
-        means, variances = rows.unbind(1)  # [R, C]
-        mean = means.mean(dim=0)
-        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
-        output = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance)
-        return output, mean, variance
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float
+    ) -> Tensor:
+        x = _dense(x)
+        own = torch.stack(torch.batch_norm_stats(x, eps))  # [2, C]: mean and 1 / sqrt(var + eps)
+        rows = own.new_empty(dist.get_world_size(), *own.shape)
+        _all_gather(rows, own[None])
+        counts_of = _counts.__wrapped__ if torch.compiler.is_compiling() else _counts  # Dynamo warns of a cache
+        counts, as_integers = counts_of(len(rows), x.numel() // x.shape[1], x.device)
+        means, scales = rows.unbind(1)  # [R, C]
+        statistics = torch.batch_norm_gather_stats_with_counts(x, means, scales, mean, var, momentum, eps, counts)
+        ctx.save_for_backward(x, weight, *statistics, as_integers)
+        return torch.batch_norm_elemt(x, weight, bias, *statistics, eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of x: g - sum(g) / n - y sum(g y) / n, with y the normalised x, n the number of values per channel,
-        g the output gradient times weight / sqrt(var + eps), and sums over all ranks."""
-        x, weight, mean, variance = ctx.saved_tensors
-        scale = (variance + ctx.eps).rsqrt()
-        # Treat mean and variance as constants. Passed twice: CUDA's channels-last kernels read the second pair.
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, mean, scale, False, ctx.eps, [True, True, True]
-        )
-        sums = torch.stack([of_bias, of_weight]).to(mean.dtype)
-        dist.all_reduce(sums)
-        of_bias_everywhere, of_weight_everywhere = sums / _count(x)
-        slope = -weight * scale.square() * of_weight_everywhere
-        offset = -weight * scale * of_bias_everywhere - slope * mean
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        return of_x.addcmul_(x, slope.view(shape)).add_(offset.view(shape)), of_weight, of_bias, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """DDP averages the gradients of weight and bias, so only the sums for the gradient of x are over all ranks."""
+        x, weight, mean, scale, counts = ctx.saved_tensors
+        gradient = _dense(gradient)
+        *sums, of_weight, of_bias = torch.batch_norm_backward_reduce(gradient, x, mean, scale, weight, True, True, True)
+        everywhere = torch.stack(sums)  # [2, C]: sums of g and of g (x - mean), g the gradient of the output
+        dist.all_reduce(everywhere)
+        of_x = torch.ops.aten.batch_norm_backward_elemt(gradient, x, mean, scale, weight, *everywhere.unbind(), counts)
+        return of_x, of_weight, of_bias, None, None, None, None
+
+
+@lru_cache
+def _counts(ranks: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the number of values per channel on each rank [R] as the forward and the backward kernels want it."""
+    counts = torch.full((ranks,), float(count), device=device)
+    return counts, counts.int()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x in a layout that the kernels support."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
