@@ -79,7 +79,8 @@ class _AddScaled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.dtype = branch.dtype
-        return torch.addcmul(x, branch, scale)
+        with torch.autocast(x.device.type, enabled=False):  # autocast would copy the branch to the dtype of x
+            return torch.addcmul(x, branch, scale)
 
     @staticmethod
     @once_differentiable
