@@ -24,8 +24,11 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run files that start processes first: they take longest, and would otherwise run alone at the end."""
-    slow = {item.path for item in items if "server" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()):
+            item.add_marker("process")
+    first = {item.path for item in items if item.get_closest_marker("process")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture(autouse=True)

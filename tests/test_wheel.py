@@ -15,6 +15,7 @@ import yaml
 
 import dino_xcit
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parent.parent
 
 
