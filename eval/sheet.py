@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -47,7 +48,7 @@ def draw_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
         for cell, width in zip(row, widths, strict=False):
             sheet.paste(cell.image, (left, top + height - cell.image.height))
             for text, size, ink, below in ((cell.title, 14, "#1b1f24", 4), (cell.note, 12, "#6b7280", 21)):
-                shown, font = printable(text), ImageFont.load_default(size)
+                shown, font = printable(normalize("NFC", text)), ImageFont.load_default(size)
                 while draw.textlength(shown, font=font) > width and len(shown) > 3:
                     shown = f"...{shown.removeprefix('...')[1:]}"  # the end of a file name is the most distinctive
                 draw.text((left, top + height + below), shown, ink, font)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
 from eval import search_index
 from eval.search_index import DeviceIndex, build_index, exact_search, l2_normalised, search
 
@@ -168,7 +169,11 @@ def approximate_index(
         "recall_queries": len(sample), "queries_with_fewer_than_k": int((found < 0).any(axis=1).sum()),
         "build_seconds": round(build_seconds, 2), "speedup": round(exact_seconds / seconds, 2),
     }  # fmt: skip
-    log.info("approximate search: " + ", ".join(f"{key} {value}" for key, value in record.items()))
+    recalls = ", ".join(f"{value}% for k = {k}" for k, value in record["recall_percent"].items())
+    log.info(
+        f"approximate search: {name} with {counted(used, 'probe')}, {record['speedup']} times as fast as exact search; "
+        f"recall {recalls} ({len(sample)} queries)"
+    )
     if probes not in (0, used):
         log.warning(f"probes is {probes}, but this index uses {used}")
     if record["queries_with_fewer_than_k"]:
