@@ -89,7 +89,11 @@ def show_help(config: type, argv: Sequence[str], prog: str) -> None:
         kind, notes = annotations_of(config)[field.name]
         heading = next((note.heading for note in notes if isinstance(note, Group)), heading)
         hint = "" if field.default in ("", ()) else None  # None: tyro shows the default
-        described = Annotated[kind, tyro.conf.arg(help=texts[field.name], help_behavior_hint=hint)]  # type: ignore[valid-type]
+        choices = get_args(kind)  # "" stands for the default
+        shown_choices = f"{{{','.join(filter(None, choices))}}}" if "" in choices else None
+        described: Any = Annotated[
+            kind, tyro.conf.arg(help=texts[field.name], help_behavior_hint=hint, metavar=shown_choices)
+        ]
         groups.setdefault(heading, []).append((field.name, described, field.default))
     boxes = [(name, dataclasses.make_dataclass(name, fields)) for name, fields in groups.items()]
     shown = dataclasses.make_dataclass("Settings", boxes)
