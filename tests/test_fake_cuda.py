@@ -26,8 +26,10 @@ pytestmark = pytest.mark.process
 CUDA = fake_cuda.CUDA
 SMALL = {"out_dim": 512, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "local_crops_number": 2}
 
-MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4621, 74, 164.1
+MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4585, 74, 159.3
 """Ceilings for a step of S12/16 at batch 64 in bf16. Lower them with the figures."""
+
+MAX_FORWARD_LAUNCHES = {("gram path", "bf16"): 692, ("gram path", "fp32"): 511}
 
 
 # ---- forward pass, in a process of its own: fake CUDA tensors start autograd's threads, after which tests cannot fork
@@ -87,7 +89,7 @@ def test_forward_pass_never_waits_for_the_device(forward_passes: Any, arch: str,
     assert found["shape"] == [4 * 4, 512]
     assert found["devices"] == ["cuda:0"]
     assert found["clean"] == [[], [], [], {}]
-    assert found["launches"] > 100
+    assert 100 < found["launches"] <= MAX_FORWARD_LAUNCHES.get((arch, precision), 1000)
 
 
 # ---- whole steps, in processes of their own

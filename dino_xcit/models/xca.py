@@ -283,16 +283,18 @@ class _GramAttention(torch.autograd.Function):
             w_proj = proj_weight.to(wide).expand(batch, -1, -1)
 
             mean = x.mean(dim=1, dtype=wide)  # [B, D]
-            wide_centred = x - mean[:, None]
-            centred = wide_centred.to(low)
             biases = torch.addmm(qkv_bias.to(wide), mean, qkv_weight.to(wide).T)  # [B, 3D]
             b_qk, b_v = (part.movedim(-1, 0) for part in _split_heads(biases.T, heads))  # [B, H, 2d], [B, H, d]
 
-            # [B, D, D]. On a CPU a bfloat16 product rounds its result (PyTorch 2.15), so use float32; exploiting the
-            # symmetry, that takes only 1.2 times as long.
-            on_gpu = x.device.type == "cuda"
-            gram = _product_over_tokens(centred, centred) if on_gpu else _symmetric_product(wide_centred, wide_centred)
-            del wide_centred
+            if x.is_cuda:
+                centred = torch.sub(x, mean[:, None], out=torch.empty_like(x, dtype=low))
+                gram = _product_over_tokens(centred, centred)  # [B, D, D]
+            else:
+                # A bfloat16 product rounds its result (PyTorch 2.15), so use float32; exploiting the symmetry, that
+                # takes only 1.2 times as long.
+                wide_centred = x - mean[:, None]
+                centred, gram = wide_centred.to(low), _symmetric_product(wide_centred, wide_centred)
+                del wide_centred
             wg = torch.bmm(w_qk.flatten(0, 1).expand(batch, -1, -1), gram).unflatten(1, (heads, -1))  # [B, H, 2d, D]
             squares = (wg * w_qk).sum(dim=-1) + tokens * b_qk.square()  # [B, H, 2d]
             b_q, b_k = b_qk.chunk(2, dim=-1)
