@@ -57,11 +57,37 @@ def layer_scaled(gamma: Tensor, layer: nn.Module, x: Tensor, *inputs: Any) -> Te
     return layer(x, *inputs, layer_scale=gamma)
 
 
-def fold_layer_scale(layer_scale: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply weight [D, ...] and bias [D] of a layer by ``layer_scale`` [D]."""
+def fold_layer_scale(
+    layer_scale: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Multiply weight [D, ...] and bias [D] of a layer by ``layer_scale`` [D], then round to ``dtype``, if given."""
     if layer_scale is None:
         return weight, bias
-    return layer_scale.view(-1, *[1] * (weight.ndim - 1)) * weight, layer_scale * bias
+    if _plain or dtype in (None, weight.dtype):
+        return _scale_rows(layer_scale, weight), layer_scale * bias
+    return _FoldLayerScale.apply(layer_scale, weight, bias, dtype)
+
+
+def _scale_rows(scale: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Multiply the rows of weight [D, ...] by ``scale`` [D]; one kernel also for another ``dtype`` of the result."""
+    scale = scale.view(-1, *[1] * (weight.ndim - 1))
+    return torch.mul(scale, weight, out=torch.empty_like(weight, dtype=dtype)) if dtype else scale * weight
+
+
+class _FoldLayerScale(torch.autograd.Function):
+    """Without the casts of autograd: two kernels instead of four."""
+
+    @staticmethod
+    def forward(ctx: Any, gamma: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gamma, weight, bias)
+        return _scale_rows(gamma, weight, dtype), _scale_rows(gamma, bias, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+        gamma, weight, bias = ctx.saved_tensors
+        grad_gamma = (grad_weight * weight).flatten(1).sum(dim=1) + grad_bias * bias
+        return grad_gamma, _scale_rows(gamma, grad_weight), gamma * grad_bias, None
 
 
 # ---- MLP
@@ -82,7 +108,7 @@ class _Mlp(torch.autograd.Function):
         low = x.dtype
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.linear(x, weight1.to(low), bias1.to(low))
-            weight, bias = fold_layer_scale(gamma, weight2, bias2)  # folded here, so that autograd does not keep it
+            weight, bias = fold_layer_scale(gamma, weight2, bias2, low)  # folded here: autograd would keep them
             out = F.linear(F.gelu(hidden), weight.to(low), bias.to(low))
         ctx.save_for_backward(x, hidden, weight1, weight2, bias2, gamma)
         return out
@@ -94,16 +120,23 @@ class _Mlp(torch.autograd.Function):
         low, full = x.dtype, weight1.dtype
         rows = grad.to(low).reshape(-1, grad.shape[-1])
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        grad_weight2, grad_bias2 = (rows.T @ F.gelu(hidden)).to(full), rows.sum(dim=0).to(full)
-        weight, _ = fold_layer_scale(gamma, weight2, bias2)
-        grad_hidden = aten.gelu_backward(rows @ weight.to(low), hidden)
+        grad_weight2, grad_bias2 = _product(rows.T, F.gelu(hidden), full), rows.sum(dim=0).to(full)
+        weight = weight2.to(low) if gamma is None else _scale_rows(gamma, weight2, low)
+        grad_hidden = aten.gelu_backward(rows @ weight, hidden)
         grad_gamma = None
         if gamma is not None:
             grad_gamma = (grad_weight2 * weight2).sum(dim=1) + grad_bias2 * bias2
-            grad_weight2, grad_bias2 = fold_layer_scale(gamma, grad_weight2, grad_bias2)
+            grad_weight2, grad_bias2 = _scale_rows(gamma, grad_weight2), gamma * grad_bias2
         grad_x = (grad_hidden @ weight1.to(low)).view_as(x)
-        grad_weight1 = (grad_hidden.T @ x.reshape(-1, x.shape[-1])).to(full)
+        grad_weight1 = _product(grad_hidden.T, x.reshape(-1, x.shape[-1]), full)
         return grad_x, grad_weight1, grad_hidden.sum(dim=0).to(full), grad_weight2, grad_bias2, grad_gamma
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute a @ b in ``dtype``; on a GPU without rounding the sums to the dtype of a and b."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and dtype is torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 # ---- Stem and LPI: of BatchNorm, GELU and the second convolution, only the input is kept for backward

@@ -43,18 +43,17 @@ class XCA(nn.Module):
 
         ``layer_scale`` [D] is folded into the output projection.
         """
-        weight, bias = fused.fold_layer_scale(layer_scale, self.proj.weight, self.proj.bias)
         parts = split_sizes(x, sizes)
-        if fused.is_plain():
-            return join_sizes(
-                [F.linear(plain_attention(self.qkv(part), self.temperature), weight, bias) for part in parts]
-            )
         paths = [self.path if self.path != "auto" else self._choose(part) for part in parts]
-        if "gram" not in paths:
-            return F.linear(direct_attention(self.qkv(x), self.temperature, sizes), weight, bias)
+        gram = "gram" in paths and not fused.is_plain()  # its products of weights are float32
+        proj = fused.fold_layer_scale(layer_scale, self.proj.weight, self.proj.bias, None if gram else product_dtype(x))
+        if fused.is_plain():
+            return join_sizes([F.linear(plain_attention(self.qkv(part), self.temperature), *proj) for part in parts])
+        if not gram:
+            return F.linear(direct_attention(self.qkv(x), self.temperature, sizes), *proj)
         return join_sizes([
-            gram_attention(part, self.temperature, self.qkv.weight, self.qkv.bias, weight, bias)
-            if path == "gram" else F.linear(direct_attention(self.qkv(part), self.temperature), weight, bias)
+            gram_attention(part, self.temperature, self.qkv.weight, self.qkv.bias, *proj)
+            if path == "gram" else F.linear(direct_attention(self.qkv(part), self.temperature), *proj)
             for part, path in zip(parts, paths, strict=True)
         ])  # fmt: skip
 

@@ -135,9 +135,10 @@ class LPI(nn.Module):
 
     def forward(self, x: Tensor, sizes: Sizes, layer_scale: Tensor | None = None) -> Tensor:
         assert self.conv2.bias is not None
-        weight, bias = fused.fold_layer_scale(layer_scale, self.conv2.weight, self.conv2.bias)
+        low = fused.product_dtype(x)
+        weight, bias = fused.fold_layer_scale(layer_scale, self.conv2.weight, self.conv2.bias, low)
         outs = []
-        for tokens, (_, grid) in zip(split_sizes(x.to(fused.product_dtype(x)), sizes), sizes, strict=True):
+        for tokens, (_, grid) in zip(split_sizes(x.to(low), sizes), sizes, strict=True):
             image = self.conv1(tokens.transpose(1, 2).unflatten(2, grid))  # a view: the channels-last layout
             outs.append(fused.gelu_norm_conv(image, self.bn, weight, bias).flatten(2).transpose(1, 2))
         return join_sizes(outs)
