@@ -103,12 +103,12 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _check_devices(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Any], made: list[Any]) -> None:
-        if name in ("copy_", "_to_copy"):
+        if name in ("copy_", "_to_copy", "to"):  # "to" is not decomposed in inference mode
             source, target = (args[1], args[0]) if name == "copy_" else (args[0], made[0])
             asynchronous = kwargs.get("non_blocking", name == "copy_" and len(args) > 2 and args[2])
             if source.device != target.device and not asynchronous:
                 self.blocking_copies.append(f"{tuple(source.shape)} {source.device} to {target.device} {_caller()}")
-        elif on_cpu := [tuple(tensor.shape) for tensor in given if not tensor.is_cuda]:
+        elif on_cpu := [tuple(tensor.shape) for tensor in given if not tensor.is_cuda and tensor.dim()]:  # no scalars
             self.mixed_devices.append(f"{func} with {on_cpu} on the CPU {_caller()}")
 
     def _launches_of(self, name: str, args: Any) -> int:

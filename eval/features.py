@@ -140,27 +140,30 @@ def feature_rows(
         with progress_bar(total, f"features of {source.url}", shown=progress and rank == 0) as bar:
             for chunk, own in zip(rounds, mine, strict=True):
                 with torch.inference_mode():
-                    rows = torch.full((len(own), width), torch.nan, device=device)
-                    # A separate mask, as a diverged network gives NaN for readable images.
-                    read = torch.zeros(len(own), dtype=torch.uint8, device=device)
+                    # The last column tells readable images, as a diverged network gives NaN for them too.
+                    rows = torch.full((len(own), width + 1), torch.nan, device=device)
                     if own:
                         readable, places, error = next(images)
                         if error and unreadable == "refuse":
                             raise error
                         if places:
                             batch = normalise(readable.to(device, non_blocking=True), transform.mean, transform.std)
-                            rows[places] = descriptor(backbone, batch)
-                            if finite:
-                                refuse_not_finite(rows[places], source, [own[place] for place in places])
-                            read[places] = 1
-                    gathered, all_read = (distributed.gather_rows(part).cpu().numpy() for part in (rows, read))
-                yield gathered, all_read > 0
+                            # An index from the host would wait for the device, so use none for all rows.
+                            found = rows if len(places) == len(own) else rows.new_empty(len(places), width + 1)
+                            found[:, :width], found[:, width] = descriptor(backbone, batch), 1
+                            if found is not rows:
+                                rows[places] = found
+                    gathered = distributed.gather_rows(rows).cpu().numpy()
+                read = ~np.isnan(gathered[:, width])
+                if finite:
+                    refuse_not_finite(gathered[read, :width], source, np.array(chunk)[read])
+                yield gathered[:, :width], read
                 bar.update(len(chunk))
     finally:
         backbone.train(was_training)
 
 
-def refuse_not_finite(rows: Tensor, source: Source, indices: Sequence[int]) -> None:
+def refuse_not_finite(rows: NDArray[np.float32], source: Source, indices: Sequence[int] | NDArray[np.int64]) -> None:
     """Check that features are finite.
 
     Args:
@@ -170,7 +173,7 @@ def refuse_not_finite(rows: Tensor, source: Source, indices: Sequence[int]) -> N
     Raises:
         InputError: a feature is NaN or infinite; the message names the image.
     """
-    wrong = (~torch.isfinite(rows).all(dim=1)).nonzero()
+    wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(wrong):
         raise InputError(
             f"the features of {source.name(indices[int(wrong[0])])} are not finite: the weights are damaged or their "

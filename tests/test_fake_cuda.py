@@ -174,6 +174,85 @@ def test_step_is_clean_in_every_setting(case: str) -> None:
     assert found["update"] < 200
 
 
+# ---- evaluation
+
+EVALUATION = """
+import contextlib, json, sys
+sys.path[:0] = sys.argv[1:3]
+import fake_cuda, numpy as np, torch
+import eval.features
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data import Subset, open_source
+from dino_xcit.train import build_state
+from eval.features import feature_rows
+from eval.knn.online import build_evaluators
+from eval.linear.sgd import LinearHeads
+from eval.linear.views import kept_features
+from eval.pooling import Descriptor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+fake_cuda.enable_backward()
+CUDA = fake_cuda.CUDA
+
+def batches(source, transform, chunks, *_):  # a DataLoader draws a seed, which a fake tensor does not have
+    for chunk in chunks:
+        pixels = torch.zeros(len(chunk), 3, transform.crop, transform.crop, dtype=torch.uint8)
+        yield pixels, list(range(len(chunk))), None
+
+eval.features.image_batches = batches
+torch.Tensor.pin_memory = lambda self: self
+torch.Tensor.numpy = lambda self: np.zeros(self.shape, "f4" if self.is_floating_point() else "i8")
+
+def probe(method):
+    heads = LinearHeads([0.1, 0.2], 5, 16, 0, CUDA)
+    labels, taken = torch.zeros(20, dtype=torch.int64, device=CUDA), torch.ones(20, device=CUDA)
+    yield
+    for rows, chosen in kept_features([np.zeros((20, 16), np.float16)], [[(0, 3), (0, 4)]], CUDA):
+        heads.step(rows, labels[chosen], taken[chosen], 0.5)
+
+def extraction(method):
+    source = Subset(open_source("sample:fashion-mnist", "val"), np.arange(10))
+    how, transform = Descriptor(precision="bf16"), config.eval_transform()
+    yield
+    chunks = feature_rows(method.eval_backbone, source, transform, CUDA, 4, 0, False, "skip", how)
+    assert [len(rows) for rows, _ in chunks] == [4, 4, 2]
+
+def knn(method):
+    (evaluator,) = build_evaluators(config, open_source("sample:fashion-mnist", "train"), CUDA)
+    yield
+    with contextlib.suppress(DataDependentOutputException):  # the result is read at the end
+        evaluator.measure(method)
+
+config = PretrainConfig(
+    arch="xcit_pico_4_p4", device="cuda", data_path="sample:fashion-mnist", knn_every=1, knn_max_images=300,
+    knn_holdout=200,
+)
+for run in (probe, extraction, knn):
+    ledger = fake_cuda.Ledger()
+    with fake_cuda.fake_cuda():
+        method = build_state(config, CUDA).method
+        fake_cuda.fake_batch(config)
+        steps = run(method)
+        next(steps)
+        with ledger:
+            next(steps, None)
+    print(json.dumps([ledger.waits, ledger.blocking_copies, ledger.mixed_devices, ledger.total()[0]]))
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_evaluation_waits_for_the_device_once_per_batch() -> None:
+    probe, extraction, knn = lines_of(EVALUATION)
+    assert probe[:3] == [[], [], []]
+    assert extraction[0] == extraction[2] == []
+    assert len(extraction[1]) == 3, "one copy of the features of each batch"
+    assert all("cuda:0 to cpu" in copy for copy in extraction[1])
+    assert len(knn[0]) == 1, "the result"
+    assert "online.py" in knn[0][0]
+    assert knn[2] == []
+
+
 def test_count_without_compiler_ends_with_one_sentence() -> None:
     words = [sys.executable, str(BENCHMARKS / "step.py"), "--count"]
     ended = subprocess.run(words, capture_output=True, text=True, check=False, env={"PATH": "/nonexistent"})

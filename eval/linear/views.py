@@ -141,7 +141,7 @@ def live_features(
         pixels, indices = (part.to(device, non_blocking=True) for part in batch)
         with torch.no_grad():
             features = backbone(normalise(pixels, views.transform.mean, views.transform.std)).cls_token.float()
-        refuse_not_finite(features, views.source, indices.tolist())
+        refuse_not_finite(features.cpu().numpy(), views.source, batch[1].tolist())
         yield features, indices
 
 
@@ -152,7 +152,10 @@ def kept_features(
     for keys in sampler:
         chosen = np.array([index for _, index in keys], dtype=np.int64)
         rows = epochs[keys[0][0] % len(epochs)][chosen].astype(np.float32)
-        yield torch.from_numpy(rows).to(device), torch.from_numpy(chosen).to(device)
+        parts = torch.from_numpy(rows), torch.from_numpy(chosen)
+        if device.type == "cuda":  # a copy from pageable memory would wait for the device
+            parts = parts[0].pin_memory(), parts[1].pin_memory()
+        yield parts[0].to(device, non_blocking=True), parts[1].to(device, non_blocking=True)
 
 
 def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
