@@ -24,20 +24,21 @@ class Buffers:
     """Buffers of one or more networks, read and written as one flat tensor per dtype: few launches on a GPU."""
 
     def __init__(self, *modules: nn.Module) -> None:
-        self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        self._views: dict[torch.dtype, list[Tensor]] = {}
+        """Flat views of the buffers, [elements] each."""
         for module in modules:
             for buffer in module.buffers():
-                self._by_dtype.setdefault(buffer.dtype, []).append(buffer)
+                self._views.setdefault(buffer.dtype, []).append(buffer.view(-1))
+        self._sizes = {kind: list(map(len, views)) for kind, views in self._views.items()}
 
     def read(self) -> dict[torch.dtype, Tensor]:
         """Return copies of the buffers, [elements] by dtype."""
-        return {kind: torch.cat([one.reshape(-1) for one in buffers]) for kind, buffers in self._by_dtype.items()}
+        return {kind: torch.cat(views) for kind, views in self._views.items()}
 
     def write(self, flat: Mapping[torch.dtype, Tensor]) -> None:
         """Set the buffers to values as returned by :meth:`read`."""
-        for kind, buffers in self._by_dtype.items():
-            parts = flat[kind].split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [part.view_as(one) for part, one in zip(parts, buffers, strict=True)])
+        for kind, views in self._views.items():
+            torch._foreach_copy_(views, flat[kind].split(self._sizes[kind]))
 
 
 @dataclass

@@ -4,48 +4,48 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_run import CPU, differing_bits, run, steps, tensors_of, tiny_config
+from tiny_run import CPU, differing_bits, run, steps, tiny_config
+from torch import nn
 
-from dino_xcit.methods.student_teacher import flattened, update_ema
+from dino_xcit.methods.student_teacher import Ema, flattened
 from dino_xcit.train import build_state
 
 
-def tensors(seed: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in ((4, 5), (7,), (1, 1, 3), (2, 3, 3, 3))]
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(5, 2))
 
 
-def flat(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([part.detach().flatten() for part in parts])
+def flat(module: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
+@pytest.mark.parametrize("as_vector", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99999, 1.0])
 @pytest.mark.parametrize("accepted", [None, True])
-def test_update_ema_equals_exponential_moving_average(momentum: float, accepted: bool | None) -> None:
-    student = tensors(2)
-    for teacher in (tensors(1), [flat(tensors(1))]):
-        expected = momentum * flat(teacher).double() + (1 - momentum) * flat(student).double()
-        update_ema(teacher, student, momentum, None if accepted is None else torch.tensor(accepted))
-        torch.testing.assert_close(flat(teacher).double(), expected, rtol=1e-6, atol=1e-7)
-    assert differing_bits(tensors_of(tensors(2)), tensors_of(student)) == []
+def test_ema_equals_exponential_moving_average(momentum: float, accepted: bool | None, as_vector: bool) -> None:
+    teacher, student = network(1), network(2)
+    expected = momentum * flat(teacher).double() + (1 - momentum) * flat(student).double()
+    Ema(teacher, student, as_vector)(momentum, None if accepted is None else torch.tensor(accepted))
+    torch.testing.assert_close(flat(teacher).double(), expected, rtol=1e-6, atol=1e-7)
+    assert differing_bits(network(2).state_dict(), student.state_dict()) == []
 
 
-def test_update_ema_keeps_teacher_bits_after_skipped_step() -> None:
-    for teacher in (tensors(1), [flat(tensors(1))]):
-        before = tensors_of(teacher)
-        update_ema(teacher, tensors(2), 0.9, torch.tensor(False))
-        assert differing_bits(before, tensors_of(teacher)) == []
+@pytest.mark.parametrize("as_vector", [False, True])
+def test_ema_keeps_teacher_bits_after_skipped_step(as_vector: bool) -> None:
+    teacher = network(1)
+    Ema(teacher, network(2), as_vector)(0.9, torch.tensor(False))
+    assert differing_bits(network(1).state_dict(), teacher.state_dict()) == []
 
 
 def test_flattened_parameters_are_views_of_one_vector() -> None:
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(5, 2))
-    before = tensors_of(network.state_dict())
-    vector = flattened(network)
-    assert differing_bits(before, tensors_of(network.state_dict())) == []
+    module, before = network(1), network(1)
+    vector = flattened(module)
+    assert differing_bits(before.state_dict(), module.state_dict()) == []
     vector += 1
-    assert all((network.state_dict()[name[1:]] == value + 1).all() for name, value in before.items())
-    network.load_state_dict({name[1:]: value for name, value in before.items()})
-    assert (vector == flat(list(network.parameters()))).all()
+    assert all((one == other + 1).all() for one, other in zip(module.parameters(), before.parameters(), strict=True))
+    module.load_state_dict(before.state_dict())
+    assert (vector == flat(module)).all()
 
 
 def test_teacher_starts_equal_to_student_without_gradients() -> None:

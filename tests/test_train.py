@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import cProfile
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -270,6 +272,32 @@ def test_fp16_overflow_skips_step_and_lowers_scale() -> None:
     run(config, 3, state)
     assert int(state.skipped_steps) == 1
     assert differing_bits(before, learnt(state)) != []
+
+
+def test_step_calls_few_functions_around_forward_backward_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host must stay ahead of a GPU, and its time grows with the calls."""
+    config, profile = tiny_config(), cProfile.Profile()
+    state, _ = run(config, 1)
+    (batches,) = steps(config, 1, 2)
+
+    def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            profile.disable()
+            try:
+                return function(*args, **options)
+            finally:
+                profile.enable()
+
+        return call
+
+    monkeypatch.setattr(state.method, "forward_backward", unseen(state.method.forward_backward))
+    for name in ("step", "zero_grad"):
+        monkeypatch.setattr(state.optimizer, name, unseen(getattr(state.optimizer, name)))
+    profile.enable()
+    train_step(state, batches, schedules_of(config), config)
+    profile.disable()
+    calls = sum(entry.callcount for entry in profile.getstats())
+    assert calls < 300 + len(state.parameters), calls
 
 
 def test_step_metrics_equal_their_definitions() -> None:

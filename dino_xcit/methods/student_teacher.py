@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,10 +37,7 @@ class StudentTeacher(Method):
         self.teacher: MultiCropWrapper = self._network(0.0, build_head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        # On a GPU, one vector takes one kernel; on a CPU, a vector of the student would cost a copy of it.
-        on_gpu = device.type == "cuda"
-        self._teacher_parameters = [flattened(self.teacher)] if on_gpu else list(self.teacher.parameters())
-        self._student_parameters = list(self.student.parameters())
+        self._update_teacher = Ema(self.teacher, self.student, as_vector=device.type == "cuda")
         self.trained, self.eval_backbone = self.student, self.teacher.backbone
         self.ddp_student = distributed.wrap_ddp(self.student, device)
         if distributed.world_size() > 1:
@@ -72,7 +69,7 @@ class StudentTeacher(Method):
 
     def after_step(self, stats: Stats, rates: Rates, accepted: Tensor) -> None:
         """Update the teacher as an EMA of the student."""
-        update_ema(self._teacher_parameters, self._student_parameters, rates.momentum, accepted)
+        self._update_teacher(rates.momentum, accepted)
 
     def state_dict(self) -> dict[str, Any]:
         return {"student": self.student.state_dict(), "teacher": self.teacher.state_dict()}
@@ -119,6 +116,31 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
 
 
+class Ema:
+    """Exponential moving average of a student's parameters in a teacher."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, as_vector: bool) -> None:
+        """``as_vector`` turns the teacher's parameters into views of one vector: an update takes two kernels on a GPU,
+        and on a CPU a copy of the student."""
+        self._as_vector = as_vector
+        self._teacher = [flattened(teacher)] if as_vector else [one.detach() for one in teacher.parameters()]
+        self._student = [one.detach().view(-1) if as_vector else one.detach() for one in student.parameters()]
+
+    @torch.no_grad()
+    def __call__(self, momentum: float, accepted: Tensor | None = None) -> None:
+        """Update teacher <- momentum * teacher + (1 - momentum) * student, unless ``accepted`` is false.
+
+        Args:
+            momentum: share of the teacher that is kept.
+            accepted: boolean scalar on the device, not read on the host; None: accepted.
+        """
+        student = [torch.cat(self._student)] if self._as_vector else self._student
+        # The student is finite after a skipped step, so a weight of 0 leaves the teacher unchanged bit for bit.
+        weight = torch.tensor(1.0 - momentum) if accepted is None else accepted.to(torch.float32) * (1.0 - momentum)
+        for one, other in zip(self._teacher, student, strict=True):
+            one.lerp_(other, weight)
+
+
 def flattened(network: nn.Module) -> Tensor:
     """Make all parameters of a network views of one vector, and return it."""
     parameters = list(network.parameters())
@@ -127,27 +149,6 @@ def flattened(network: nn.Module) -> Tensor:
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part.view_as(parameter)
     return flat
-
-
-@torch.no_grad()
-def update_ema(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, accepted: Tensor | None = None
-) -> None:
-    """Update teacher <- momentum * teacher + (1 - momentum) * student in place, unless ``accepted`` is false.
-
-    Args:
-        teacher: parameters, or one vector of all of them as from :func:`flattened`.
-        student: parameters in the same order.
-        momentum: share of the teacher that is kept.
-        accepted: boolean scalar on the device, not read on the host; None: accepted.
-    """
-    student = [parameter.detach() for parameter in student]
-    if len(teacher) < len(student):
-        student = [torch.cat([parameter.reshape(-1) for parameter in student])]
-    # The student is finite after a skipped step, so a weight of 0 leaves the teacher unchanged bit for bit.
-    weight = torch.tensor(1.0 - momentum) if accepted is None else accepted.to(torch.float32) * (1.0 - momentum)
-    for one, other in zip(teacher, student, strict=True):
-        one.lerp_(other, weight)
 
 
 def drop_path_keys(batch: Batch, seed: int) -> list[Tensor]:
