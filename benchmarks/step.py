@@ -361,7 +361,8 @@ class ReferenceStep:
 class OurStep:
     """The state of a run, and one step of it."""
 
-    def __init__(self, settings: Settings, row: Row) -> None:
+    def __init__(self, settings: Settings, row: Row, **changes: Any) -> None:
+        """``changes``: further settings of the run."""
         self.views = [count for count, _ in settings.groups]
         self.config = PretrainConfig(
             arch=settings.arch, out_dim=settings.out_dim, drop_path_rate=settings.drop_path,
@@ -370,6 +371,7 @@ class OurStep:
             global_crops_size=settings.global_size, local_crops_size=settings.local_size,
             precision=row.precision, activation_checkpointing=row.checkpointing, device=settings.device,
             warmup_epochs=0.0, freeze_last_layer=0,  # as in all epochs after the first
+            **changes,
         )  # fmt: skip
         self.schedules = Schedules.of(self.config, 1000, settings.batch)
         self.state = build_state(self.config, torch.device(settings.device))

@@ -12,7 +12,6 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
@@ -170,6 +169,8 @@ def _guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decode
 
 def _decode_to_pixels(data: bytes, white_level: int) -> NDArray[np.uint8]:
     if data[:2] == b"\xff\xd8":
+        import simplejpeg  # here: everything but decoding works without it
+
         image = _open(data)
         _check_size(image)
         # Before memory is allocated, both libraries must agree on the size.
