@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.source import hash_lines
-from dino_xcit.data.workers import choose_workers, worker_init
+from dino_xcit.data.workers import check_shared_memory, choose_workers, worker_init
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime import atomic, distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
@@ -86,17 +86,19 @@ def _stack(images: list[Tensor | UndecodableImage]) -> tuple[Tensor, list[int], 
 
 def image_batches(
     source: Source, transform: EvalTransform, indices: Iterable[list[int]], total: int, num_workers: int,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, list[int], UndecodableImage | None]]:  # fmt: skip
+    device: torch.device, batch_size: int,
+) -> Generator[tuple[Tensor, list[int], UndecodableImage | None], None, None]:  # fmt: skip
     """Yield for each list of indices the readable images [B, 3, crop, crop] uint8, their positions, and an error.
 
     Args:
         indices: consumed a few batches ahead of the output.
         total: approximate number of images on this rank; few are read without workers.
         num_workers: loader workers; -1: chosen.
+        batch_size: maximum length of the lists.
     """
     few = num_workers < 0 and total < _MIN_FOR_WORKERS
     workers = 0 if few else choose_workers(num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
+    check_shared_memory(workers, min(batch_size, total), [transform.crop])
     yield from DataLoader(
         TransformedImages(source, transform),
         batch_sampler=indices,  # type: ignore[arg-type]  # iterated over once
@@ -132,7 +134,7 @@ def feature_rows(
     world, rank, total = distributed.world_size(), distributed.rank(), len(source)
     rounds = [range(start, min(start + batch_size * world, total)) for start in range(0, total, batch_size * world)]
     mine = [list(chunk[rank * batch_size : (rank + 1) * batch_size]) for chunk in rounds]
-    images = image_batches(source, transform, filter(None, mine), sum(map(len, mine)), num_workers, device)
+    images = image_batches(source, transform, filter(None, mine), sum(map(len, mine)), num_workers, device, batch_size)
     width = descriptor.width(width_of(backbone))
     was_training = backbone.training
     backbone.eval()
@@ -160,6 +162,7 @@ def feature_rows(
                 yield gathered[:, :width], read
                 bar.update(len(chunk))
     finally:
+        images.close()  # stops the workers
         backbone.train(was_training)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +210,19 @@ def test_loader_raises_one_line_error_if_all_images_are_unreadable(tmp_path: Pat
         list(load(source, workers, batch=2, stop=2))
     assert "Traceback" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_batches_that_exceed_shared_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers prefetch two batches of four images each. Without the check a worker dies of a bus error."""
+    needed = 2 * 2 * 4 * sum(3 * view.size**2 for view in AUGMENTATION.views)
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if free == needed:
+            load(tiny_source(10), 2).close()
+        else:
+            with pytest.raises(InputError, match=r"/dev/shm .* --shm-size, or lower --num-workers"):
+                load(tiny_source(10), 2)
+            load(tiny_source(10), 0)
 
 
 def test_choose_workers_returns_request_or_share_of_cores() -> None:

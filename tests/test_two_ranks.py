@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -112,6 +115,27 @@ def test_choose_device_without_gpu_uses_cpu_and_refuses_cuda(monkeypatch: pytest
     assert distributed.choose_device("cpu") == CPU
     with pytest.raises(ValueError, match="--device cpu"):
         distributed.choose_device("cuda")
+
+
+@pytest.mark.parametrize("built_for", ["13.0", None])
+def test_gpu_that_pytorch_cannot_use_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], built_for: str | None
+) -> None:
+    """An old driver, or a build without CUDA: ``auto`` warns and takes the CPU, ``cuda`` refuses."""
+    told = RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=told))
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [self / "nvidia0"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cause = "too old .found version 11040." if built_for else "built without CUDA"
+    with pytest.raises(InputError, match=cause):
+        distributed.choose_device("cuda")
+    assert distributed.choose_device("auto") == CPU
+    assert re.search(cause, capsys.readouterr().out)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.choose_device("auto") == CPU
+    assert capsys.readouterr().out == ""
 
 
 # ---- more ranks than GPUs

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -17,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data.source import Source
-from dino_xcit.errors import InputError
-from dino_xcit.runtime.distributed import end_children
+from dino_xcit.errors import MORE_SHARED_MEMORY, SHARED_MEMORY, InputError
+from dino_xcit.runtime.distributed import end_children, processes_here
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.memory import keep_freed_memory
 
@@ -29,6 +31,8 @@ MAX_WORKERS = 64
 IMAGES_PER_TASK = 4
 """Images per task of :func:`each_image`. A task costs about 0.2 ms, an image of a few hundred pixels about 5 ms."""
 _TASKS_PER_WORKER = 3
+PREFETCHED = 2
+"""Batches that each worker prepares ahead: the default of ``DataLoader``."""
 
 # Registered after multiprocessing's own handler, so that it runs first.
 atexit.register(end_children, only_daemons=True)
@@ -63,6 +67,27 @@ def choose_workers(wanted: int, processes_here: int, name: str = "num_workers", 
             f"most {most}, such as --{name.replace('_', '-')} {chosen}"
         )
     return wanted
+
+
+def check_shared_memory(workers: int, batch: int, sides: Sequence[int]) -> None:
+    """Check that the batches that workers prefetch fit into shared memory; a write beyond it kills a worker.
+
+    Args:
+        workers: Number of workers of this rank.
+        batch: Number of images per batch.
+        sides: Sides of the RGB views of each image.
+
+    Raises:
+        InputError: They do not fit.
+    """
+    needed = processes_here() * workers * PREFETCHED * batch * sum(3 * side**2 for side in sides)
+    with contextlib.suppress(OSError):  # it exists on Linux only
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if needed > free:
+            raise InputError(
+                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but the loader workers need {needed / 1e6:.0f} MB: "
+                f"{MORE_SHARED_MEMORY}"
+            )
 
 
 def worker_init() -> Callable[[int], None]:

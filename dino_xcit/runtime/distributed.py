@@ -25,7 +25,17 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dino_xcit.errors import LESS_MEMORY, LOST, STOP_SIGNALS, InputError, RunStopped, one_line, run_main
+from dino_xcit.errors import (
+    LESS_MEMORY,
+    LOST,
+    MORE_SHARED_MEMORY,
+    SHARED_MEMORY,
+    STOP_SIGNALS,
+    InputError,
+    RunStopped,
+    one_line,
+    run_main,
+)
 
 
 def rank() -> int:
@@ -56,11 +66,19 @@ def choose_device(wanted: str) -> torch.device:
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     queued = "SUBMITIT_EXECUTOR" in os.environ  # started by run_slurm.py
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if wanted == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
+        why = _unusable_gpu()
+        if wanted == "auto":
+            if why and local == 0:
+                from dino_xcit.runtime import logging as log  # it imports this module
+
+                log.warning(f"running on the CPU, although this machine has a GPU: {why}")
+            return torch.device("cpu")
         slurm = ", or give run_slurm.py --gpus-per-node" if queued else ""
-        raise InputError(f"device is cuda, but PyTorch finds no GPU: use --device cpu, or install a CUDA build{slurm}")
+        remedy = why or f"PyTorch finds no GPU: use --device cpu, or install a CUDA build{slurm}"
+        raise InputError(f"device is cuda, but {remedy}")
     if local >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         remedy = (
@@ -71,6 +89,24 @@ def choose_device(wanted: str) -> torch.device:
         raise InputError(f"local rank {local} has no GPU: PyTorch finds {count}; {remedy}")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def _unusable_gpu() -> str:
+    """Return why PyTorch cannot use the NVIDIA GPUs of this machine; empty if there are none or they are hidden."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    if not torch.version.cuda:
+        return f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build (pytorch.org), or --device cpu"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # the driver's version is part of the message
+        cause = one_line(error)
+    else:
+        cause = "torch.cuda.is_available() is false"
+    return (
+        f"PyTorch {torch.__version__} cannot use it ({cause}): update the driver to one for CUDA {torch.version.cuda}, "
+        "install PyTorch for the driver's CUDA (pytorch.org), or give --device cpu"
+    )
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
@@ -160,7 +196,10 @@ def raise_if_lost(error: Exception, where: str = "", remedy: str = "run the same
     # EOFError and ConnectionError: a worker died while sending a batch. BrokenPipeError: stdout is a closed pipe.
     lost_worker = isinstance(error, RuntimeError) and "dataloader worker (pid" in text
     if lost_worker or (isinstance(error, EOFError | ConnectionError) and not isinstance(error, BrokenPipeError)):
-        why = f"{one_line(error) or type(error).__name__}; if it ran out of memory, lower --num-workers"
+        advice = "if it ran out of memory, lower --num-workers"
+        if "bus error" in text:
+            advice = f"{SHARED_MEMORY} is full: {MORE_SHARED_MEMORY}"
+        why = f"{one_line(error) or type(error).__name__}; {advice}"
         raise RunStopped(LOST, f"error: rank {rank()}{where}: lost a loader worker ({why}); {remedy}") from error
     words = ("gloo", "nccl error", "connection closed by peer", "connection reset by peer", "broken pipe")
     lost_rank = isinstance(error, RuntimeError) and any(word in text for word in words)
