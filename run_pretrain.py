@@ -16,7 +16,6 @@ if __name__ == "__main__":
     check_flags(PretrainConfig, "run_pretrain.py")
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -44,8 +43,7 @@ from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
-from dino_xcit.runtime.memory import keep_freed_memory
-from dino_xcit.train import TrainState, build_state, train_step
+from dino_xcit.train import TrainState, build_state, choose_kernels, train_step
 from eval.knn.online import build_evaluators
 
 
@@ -158,18 +156,6 @@ def next_command(config: PretrainConfig, source: Source, checkpoints: Checkpoint
         return f"python run_knn.py --weights {weights}"
     vectors = quote(str(checkpoints.folder.output_dir / "vectors"))
     return f"python run_extract.py --weights {weights} --data-path {quote(config.data_path)} --output-dir {vectors}"
-
-
-def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
-    """Select deterministic kernels with ``--deterministic``, otherwise the fastest ones."""
-    if device.type == "cpu":
-        keep_freed_memory()
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
-        torch.use_deterministic_algorithms(True)
-    else:
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
 
 
 def command() -> None:

@@ -5,6 +5,7 @@ The host never waits for the device in a step: the decision to accept or skip it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from dino_xcit.methods import Method, Stats, build_method
 from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.optim import Rates, Schedules, build_optimizer, clip_gradients, set_rates
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime.memory import keep_freed_memory
 
 
 class Buffers:
@@ -63,6 +65,18 @@ class TrainState:
         networks = (self.method.trained, self.method.teacher)
         self.parameters = list(self.method.trained.parameters())
         self.buffers = Buffers(*(network for network in networks if network is not None))
+
+
+def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
+    """Select deterministic kernels with ``--deterministic``, otherwise the fastest ones."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
 
 
 def build_state(config: PretrainConfig, device: torch.device) -> TrainState:

@@ -138,6 +138,19 @@ def test_gpu_that_pytorch_cannot_use_is_explained(
     assert capsys.readouterr().out == ""
 
 
+def test_missing_deterministic_kernel_is_an_error_of_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    told = (
+        "upsample_bicubic2d_aa_backward_out_cuda does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation, or ..."
+    )
+    with pytest.raises(SystemExit) as ended:
+        distributed.run_command(Mock(side_effect=RuntimeError(told)))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "omit --deterministic" in said
+
+
 # ---- more ranks than GPUs
 
 

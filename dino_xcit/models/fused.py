@@ -120,7 +120,7 @@ class _Mlp(torch.autograd.Function):
         low, full = x.dtype, weight1.dtype
         rows = grad.to(low).reshape(-1, grad.shape[-1])
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        grad_weight2, grad_bias2 = _product(rows.T, F.gelu(hidden), full), rows.sum(dim=0).to(full)
+        grad_weight2, grad_bias2 = product(rows.T, F.gelu(hidden)).to(full), rows.sum(dim=0).to(full)
         weight = weight2.to(low) if gamma is None else _scale_rows(gamma, weight2, low)
         grad_hidden = aten.gelu_backward(rows @ weight, hidden)
         grad_gamma = None
@@ -128,15 +128,15 @@ class _Mlp(torch.autograd.Function):
             grad_gamma = (grad_weight2 * weight2).sum(dim=1) + grad_bias2 * bias2
             grad_weight2, grad_bias2 = _scale_rows(gamma, grad_weight2), gamma * grad_bias2
         grad_x = (grad_hidden @ weight1.to(low)).view_as(x)
-        grad_weight1 = _product(grad_hidden.T, x.reshape(-1, x.shape[-1]), full)
+        grad_weight1 = product(grad_hidden.T, x.reshape(-1, x.shape[-1])).to(full)
         return grad_x, grad_weight1, grad_hidden.sum(dim=0).to(full), grad_weight2, grad_bias2, grad_gamma
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute a @ b in ``dtype``; on a GPU without rounding the sums to the dtype of a and b."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and dtype is torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a @ b; on a GPU float32 for low precision, without rounding the sums."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
 
 
 # ---- Stem and LPI: of BatchNorm, GELU and the second convolution, only the input is kept for backward

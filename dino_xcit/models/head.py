@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dino_xcit.models.fused import product_dtype
+from dino_xcit.models.fused import product, product_dtype
 
 
 class _ProductWithUnitRows(torch.autograd.Function):
@@ -25,7 +25,7 @@ class _ProductWithUnitRows(torch.autograd.Function):
         length = torch.linalg.vector_norm(v, dim=1).clamp_min(1e-12)  # as in torch.nn.functional.normalize
         with torch.autocast(x.device.type, enabled=False):
             low_x, low_v = x.to(dtype), v.to(dtype)
-            products = low_x @ low_v.T
+            products = product(low_x, low_v.T)
         ctx.save_for_backward(low_x, g, v, low_v, products, length)
         return products * (g.squeeze(1) / length)
 
@@ -36,7 +36,7 @@ class _ProductWithUnitRows(torch.autograd.Function):
         scale = g.squeeze(1) / length
         scaled = (grad * scale).to(low_x.dtype)
         along = (grad * products).sum(dim=0)  # gradient of each logit's scale
-        grad_v = (scaled.T @ low_x).to(v.dtype)
+        grad_v = product(scaled.T, low_x).to(v.dtype)
         grad_v.addcmul_(v, (along * scale / length.square())[:, None], value=-1)
         return (scaled @ low_v).to(grad.dtype), (along / length)[:, None], grad_v
 

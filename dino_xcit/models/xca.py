@@ -223,9 +223,7 @@ def _correlation(q: Tensor, k: Tensor, scale_q: Tensor, scale_k: Tensor) -> Tens
 
 def _product_of_heads(a: Tensor, b: Tensor) -> Tensor:
     """Compute a^T b of two [B, H, N, d]: [B, H, d, d], at least float32."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(a.flatten(0, 1).mT, b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
-    return (a.mT @ b).to(torch.promote_types(a.dtype, torch.float32))
+    return _product_over_tokens(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
 # ---- Gram path: one linear map per image

@@ -216,6 +216,9 @@ def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> Non
             main()
         except RuntimeError as error:
             raise_if_lost(error)
+            if "deterministic implementation" in str(error):  # such as interpolated position embeddings on a GPU
+                what = one_line(error).split(". ")[0]
+                raise InputError(f"{what}: omit --deterministic, or train an XCiT") from error
             raise
 
     try:
