@@ -121,12 +121,12 @@ def main() -> None:
         protocol = protocol_of(config, ks, indices)
         data = {"train": train_metadata | images_metadata(train), "val": val_metadata | images_metadata(val)}
         seconds, plain = time.perf_counter() - started, [one.to_dict() for one in metrics]
-        metadata = result_content("knn", protocol, results, loaded, data, loaded.transform, device, seconds, plain)
+        content = result_content("knn", protocol, results, loaded, data, loaded.transform, device, seconds, plain)
         if few:
-            metadata["few_shot"] = {"draws": config.draws, "seed": config.seed, "results": few}
+            content["few_shot"] = {"draws": config.draws, "seed": config.seed, "results": few}
         if indices:
-            metadata["approximate"] = indices
-        write_json(Path(config.json).expanduser(), metadata)
+            content["approximate"] = indices
+        write_json(Path(config.json).expanduser(), content)
         log.info(f"written: {config.json}")
 
 

@@ -55,7 +55,7 @@ def main() -> None:
     elif config.sgd:
         heads = train_heads(probe, heads)
     results |= heads.get("results", {})
-    metrics += heads.get("metrics", [])
+    metrics += heads.get("metrics", [])  # rank 0 has them
 
     # ---- logistic regression: L-BFGS on fixed features
     if config.logreg:
@@ -86,10 +86,10 @@ def main() -> None:
         parts = (("train", probe.train), ("val", probe.val))
         data = {name: data_metadata(part, probe.identity[name]) | images_metadata(part) for name, part in parts}
         seconds = sum(float(part.get("seconds", 0.0)) for part in (heads, logreg))
-        metadata = result_content(
+        content = result_content(
             "linear", probe.protocol(), results, probe.loaded, data, probe.transform, probe.device, seconds, metrics
         )
-        write_json(Path(config.json).expanduser(), metadata | {"history": heads.get("history", [])})
+        write_json(Path(config.json).expanduser(), content | {"history": heads.get("history", [])})
         log.info(f"written: {config.json}")
     log.info(f"classifier: {probe.folder / (LOGREG_NAME if best['name'] == 'logreg' else FILE_NAME)} ({best['name']})")
 

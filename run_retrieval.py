@@ -31,7 +31,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
-from eval.results import Metadata, query_metric
+from eval.results import JsonObject, query_metric
 from eval.retrieval import benchmarks
 from eval.retrieval.benchmarks import Answer, extracted, means, open_fitted
 from eval.setup import demand_writable
@@ -75,13 +75,13 @@ def landmarks(config: RetrievalConfig) -> Answer | None:
     names, results, metrics = [query.name for query in truth.queries], [], []
     for setup, scores in benchmarks.score_landmarks(truth, similarities).items():
         scored = np.flatnonzero(~np.isnan(scores["map"]))
-        row: Metadata = {"setup": setup, "queries": len(scored), "database": sum(map(len, searched))}
+        row: JsonObject = {"setup": setup, "queries": len(scored), "database": sum(map(len, searched))}
         row |= means({name: values[scored] for name, values in scores.items()})
         aps = [None if np.isnan(ap) else ap for ap in scores["map"].tolist()]
         results.append(row | {"ap": dict(zip(names, aps, strict=True))})
         metrics.append(query_metric(f"{setup} mAP", {"setup": setup}, scores["map"][scored], scored))
     _print(results, ("setup", "queries", "database"), tuple(scores))
-    protocol: Metadata = {
+    protocol: JsonObject = {
         "name": f"Revisited {config.protocol.title()} (arXiv 1803.11285), mAP and mP@k as revisitop scores them",
         "ground_truth": {"file": truth.path.name, "sha256": truth.sha256},
         "queries": "cut to their box" if config.queries == "box" else "whole pictures",
@@ -108,7 +108,7 @@ def copydays(config: RetrievalConfig) -> Answer | None:
         results.append({"search": search} | counts | means({"map": aps}))
         metrics.append(query_metric(f"{search} mAP", {"search": search}, aps, queries))
     _print(results, ("search", "queries", "database", "depth"), ("map",))
-    protocol: Metadata = {
+    protocol: JsonObject = {
         "name": "Copydays, mAP by trapezoids",
         "X -> original": "X searches originals and distractors; the first 20 count, as in DINO's script",
         "original -> strong": "originals search strong copies and distractors; all of the ranking counts",
@@ -138,7 +138,7 @@ def folder(config: RetrievalConfig) -> Answer | None:
     metrics = [query_metric(name, {"metric": name}, one, found.queries) for name, one in values.items()]
     shares = {name: 100.0 * one if one.dtype == np.bool_ else one for name, one in values.items()}
     shares = {name.lower().replace("-", "_"): one for name, one in shares.items()}
-    results: list[Metadata] = [{"queries": len(found.queries), "left_out": found.alone} | means(shares)]
+    results: list[JsonObject] = [{"queries": len(found.queries), "left_out": found.alone} | means(shares)]
     if found.alone:
         log.info(f"{counted(found.alone, 'image')} alone in a class: in the database, but not used as a query")
     log.info(f"{counted(len(found.queries), 'query')}, each against the {len(source) - 1:,} other images")
@@ -163,7 +163,7 @@ def duplicates(config: RetrievalConfig) -> Answer | None:
     both = first.source, (second or first).source
     same = (kinds := benchmarks.kinds_of(pairs, *both)).count(benchmarks.IDENTICAL)
     log.info(f"{counted(len(pairs), 'pair')} of at least {config.threshold:g}, {same:,} of them identical files")
-    row: Metadata = {"pairs": len(pairs), "identical": same}
+    row: JsonObject = {"pairs": len(pairs), "identical": same}
     paired = {"first": pairs.first, "second": pairs.second}
     if second is None:
         paired = {"first": np.concatenate([pairs.first, pairs.second])}

@@ -57,11 +57,16 @@ WAITS = frozenset({
     "bincount", "repeat_interleave", "allclose",
 })  # fmt: skip
 """Operators whose result the host waits for."""
+UPDATE = frozenset({
+    ("optim.py", "gradient_norms"), ("optim.py", "clip_gradients"), ("optimizer.py", "wrapper"), ("optim.py", "step"),
+    ("student_teacher.py", "__call__"), ("train.py", "read"), ("train.py", "write"),
+})  # fmt: skip
+"""Functions of clipping, optimizer, EMA and buffers."""
 LAUNCHES = {
     "native_layer_norm_backward": 2, "convolution_backward": 3, "native_batch_norm": 4,
     "native_batch_norm_backward": 2, "_native_batch_norm_legit": 4, "topk": 2, "sort": 2, "index_put_": 2,
 }  # fmt: skip
-"""Launches of operators that are not one."""
+"""Number of launches of operators that launch several kernels."""
 
 
 class Ledger(TorchDispatchMode):
@@ -70,7 +75,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: collections.Counter[tuple[str, str]] = collections.Counter()
-        """By phase (forward, backward, update) and operator."""
+        """By phase (forward, backward, update, other) and operator; update: clipping, optimizer, EMA, buffers."""
         self.bytes: collections.Counter[str] = collections.Counter()
         """By phase."""
         self.waits: list[str] = []
@@ -156,7 +161,9 @@ def _phase() -> str:
     names = {(Path(frame.f_code.co_filename).name, frame.f_code.co_name) for frame in _frames()}
     if ("graph.py", "_engine_run_backward") in names:
         return "backward"
-    return "forward" if any(name == "forward_backward" for _, name in names) else "update"
+    if any(name == "forward_backward" for _, name in names):
+        return "forward"
+    return "update" if names & UPDATE else "other"
 
 
 def _caller() -> str:
@@ -326,7 +333,7 @@ def environment() -> dict[str, str]:
 
 
 class _Devices(TorchDispatchMode):
-    """Hides the device from operators: only the engine may see it."""
+    """Reports no device to operators; only autograd's engine sees one."""
 
     def __init__(self, count: Any) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Everything to measure on one GPU: correctness, profile, training step, loader.
+"""Checks and measurements on one GPU: correctness, profile, training step, loader.
 
     benchmarks/gpu.sh OUT quick|full [REFERENCE]
 
 ``quick`` takes less than 150 seconds, ``full`` less than 7 minutes. ``REFERENCE`` is a folder with checkouts of
 facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as ``xcit/``. Each row is printed when it is done and
-appended to OUT/gpu.jsonl. A row whose package is missing is skipped by name, and a row that fails does not end the
+appended to OUT/gpu.jsonl. If a package is missing, its rows are skipped and name it. A failed row does not stop the
 others. OUT/profile.txt has the 30 kernels that take most of the time. The last line is one JSON object: commit, machine
 and all rows.
 
@@ -35,12 +35,12 @@ from dino_xcit.errors import InputError, run_main  # noqa: E402
 
 SECONDS = {"quick": 150, "full": 420}
 SPARE = 5
-"""Seconds left for the end."""
+"""Seconds reserved for the summary."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a row measures with."""
+    """Output folder, reference checkouts and device of a run."""
 
     out: Path
     reference: str
@@ -55,7 +55,7 @@ class Context:
 
     @property
     def small(self) -> Any:
-        """The same with a network that also a CPU runs in seconds."""
+        """Settings with a network small enough for a CPU."""
         import step
 
         return replace(step.QUICK, device=self.device)
@@ -81,7 +81,7 @@ Row = Callable[[Context], dict[str, Any]]
 
 
 def same_gradients(context: Context) -> dict[str, Any]:
-    """Loss and gradients of each row of step.py, relative to a plain step of timm's network in float64."""
+    """Compare loss and gradients of ours-fp32 and ours-bf16 with a plain float64 step of timm's network."""
     import step
 
     rows = [row for row in step.rows_for(context.device) if row.key in ("ours-fp32", "ours-bf16")]
@@ -105,7 +105,7 @@ def same_as_cpu(context: Context) -> dict[str, Any]:
 
 
 def same_augmentation(context: Context) -> dict[str, Any]:
-    """Bits of views whose colours, blur and solarisation are computed on the device and in the loader."""
+    """Compare, bit by bit, views whose colours, blur and solarisation are computed on the device and in the loader."""
     import numpy as np
     import torch
 
@@ -127,27 +127,30 @@ def same_augmentation(context: Context) -> dict[str, Any]:
 
 
 def no_waits(context: Context) -> dict[str, Any]:
-    """Ten steps with the loader in which PyTorch raises an error for each wait for the device."""
+    """Train 12 steps from the loader; from the third on, PyTorch raises an error if the host waits for the device."""
     import torch
 
     config, loader, own = loading(context, context.small, "sample:fashion-mnist", workers=2)
-    waits = 0
+    completed = 0
     batches = loader.steps(1)
     try:
         for number in range(12):
             if context.device == "cuda" and number == 2:  # two steps create and copy what stays on the device
                 torch.cuda.set_sync_debug_mode("error")
             own.step(next(batches))
-            waits += 1
+            completed += 1
     finally:
         if context.device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
         loader.close()
-    return {"passed": waits == 12, "steps": waits, "arch": config.arch}
+    return {"passed": completed == 12, "steps": completed, "arch": config.arch}
 
 
 def deterministic(context: Context) -> dict[str, Any]:
-    """Bits of three steps with --deterministic, run twice. PyTorch may lack a kernel for a ViT's bicubic positions."""
+    """Compare two runs of three steps with --deterministic.
+
+    For a ViT, PyTorch may lack a deterministic kernel for bicubic interpolation.
+    """
     import torch
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -198,7 +201,7 @@ def speed(key: str, arch: str = "xcit_small_12_p16", largest: bool = False, comp
     """Return a row that measures images/s and peak memory of a row of step.py with crops on the device.
 
     Args:
-        largest: double the batch until memory ends, and measure the largest that fits.
+        largest: double the batch until it does not fit, and measure the largest that fits.
     """
 
     def measure(context: Context) -> dict[str, Any]:
@@ -206,7 +209,7 @@ def speed(key: str, arch: str = "xcit_small_12_p16", largest: bool = False, comp
         import torch
 
         if key == "reference" and not context.reference:
-            raise ModuleNotFoundError("no REFERENCE given", name="REFERENCE")
+            return {"skipped": "no REFERENCE given"}
         (row,) = (row for row in step.rows_for(context.device) if row.key == key)
         on_gpu = context.device == "cuda"
         settings = replace(context.settings, arch=arch) if on_gpu else context.settings
@@ -352,7 +355,7 @@ def work(context: Context, number: int) -> None:
         try:
             found = row(context)
         except ModuleNotFoundError as error:
-            found = {"skipped": f"{error.name} is missing"}
+            found = {"skipped": f"package {error.name} is not installed"}
         except Exception as error:  # the other rows go on
             found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         print(json.dumps({"row": name} | found), file=answers, flush=True)
@@ -382,7 +385,7 @@ def rows_of(context: Context, number: int, deadline: float) -> Iterator[dict[str
 
 
 def machine() -> dict[str, Any]:
-    """Return versions and the GPU."""
+    """Return the versions of Python, PyTorch and CUDA, and the GPU's name and memory."""
     import torch
 
     about: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}

@@ -18,7 +18,7 @@ other rows have the same figures. ``against_fp32`` and ``memory_against_fp32`` c
 
 ``--count`` runs a step of XCiT-S12/16 in bf16 on fake CUDA tensors (fake_cuda.py) without timing. The last line is
 ``{"eager": {"launches": ..., "GB": ..., "update": ...}, "waits": ...}``: kernel launches, bytes touched, the launches
-outside of forward and backward passes, and operators or copies for which the host waits.
+of clipping, optimizer, EMA and buffers, and operators or copies for which the host waits.
 
 Dimensions: B batch, V views, D features, K prototypes.
 """

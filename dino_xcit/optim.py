@@ -232,6 +232,12 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
             group["weight_decay"] = weight_decay
 
 
+def gradient_norms(gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the L2 norm of each gradient, [len(gradients)], and of all together."""
+    norms = torch.stack(torch._foreach_norm(gradients))
+    return norms, torch.linalg.vector_norm(norms)
+
+
 CLIP_MODES = ("per-parameter", "global")
 
 

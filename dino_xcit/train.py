@@ -17,7 +17,7 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.methods import Method, Stats, build_method
 from dino_xcit.methods.student_teacher import choose_precision
-from dino_xcit.optim import Rates, Schedules, build_optimizer, clip_gradients, set_rates
+from dino_xcit.optim import Rates, Schedules, build_optimizer, clip_gradients, gradient_norms, set_rates
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.memory import keep_freed_memory
 
@@ -133,8 +133,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     rates = schedules.at(state.step, loss_scale)
     set_rates(optimizer, rates.lr, rates.weight_decay)
     before = state.buffers.read()
-    # Sums of the BatchNorm statistics after each forward pass.
-    statistics = {kind: torch.zeros_like(flat) for kind, flat in before.items() if kind.is_floating_point}
+    statistics: dict[torch.dtype, Tensor] = {}  # sums of the BatchNorm statistics after each forward pass
 
     # ---- teacher, student, loss, gradients
     optimizer.zero_grad(set_to_none=True)
@@ -145,8 +144,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
         with distributed.no_sync(method.ddp_student, skip=number + 1 < len(batches)):
             pass_loss, pass_stats = method.forward_backward(batch.to(device), rates)
         after = state.buffers.read()
-        for kind, total in statistics.items():
-            total += after[kind]
+        for kind in filter(lambda kind: kind.is_floating_point, after):
+            statistics[kind] = statistics[kind] + after[kind] if kind in statistics else after[kind]
         loss += pass_loss.detach() / len(batches)
         stats = {name: value + stats[name] if stats else value for name, value in pass_stats.items()}
 
@@ -154,8 +153,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     if state.scaler.is_enabled():
         state.scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    gradient_norm = torch.linalg.vector_norm(norms)
+    norms, gradient_norm = gradient_norms(gradients)
     # Include the BatchNorm statistics: the variance of finite activations can overflow.
     checked = torch._foreach_norm([loss, *stats.values(), *statistics.values()], torch.inf)
     finite = torch.stack([*checked, gradient_norm]).amax() < torch.inf  # the maximum propagates NaN

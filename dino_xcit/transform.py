@@ -40,7 +40,7 @@ _MAX_VALUE = 1e6
 class EvalTransform:
     """Resize the shorter side, crop the centre, normalise.
 
-    The defaults are those of DINO's and XCiT's published figures (resize 256 bicubic, centre crop 224).
+    The defaults are those of DINO's and XCiT's published results (resize 256 bicubic, centre crop 224).
     """
 
     resize: int = 256

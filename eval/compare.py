@@ -25,14 +25,14 @@ from dino_xcit.errors import InputError, near_matches, printable, run_main
 from dino_xcit.transform import EvalTransform
 from eval import results, stats
 from eval.config import PAPER_CROP_SCALE, PAPER_EPOCHS, CompareConfig
-from eval.results import KNN_PROTOCOL, Images, Metadata, Metric, Result, Setting, read_result, transform_metadata
+from eval.results import KNN_PROTOCOL, Images, JsonObject, Metric, Result, Setting, read_result, transform_metadata
 from eval.table import Interval, escaped, markdown_table, percent, signed, table
 
 PREFIX = "published:"
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
 """Images and classes of ImageNet-1k."""
 K, TEMPERATURE = 20, 0.07
-"""The published k-NN metrics do not state k; the DINO paper's evaluation protocol uses 20."""
+"""The published tables do not state k; the DINO paper's evaluation protocol uses 20."""
 
 PUBLISHED = {
     "xcit_small_12_p16": {"knn": 76.0, "linear": 77.8},
@@ -199,12 +199,12 @@ def _published(label: str, measure: str) -> Entry:
             f"results and one of {', '.join(PUBLISHED)}"
         )
     settings: dict[str, Setting] = {"model": "trained", "k": K, "T": TEMPERATURE}
-    protocol: Metadata = {"name": KNN_PROTOCOL}
+    protocol: JsonObject = {"name": KNN_PROTOCOL}
     if measure == "linear":  # published results are of the best epoch on the validation images
         settings = {"classifier": "paper", "epoch": "best"}
         protocol = {"epochs": PAPER_EPOCHS, "lr": 0.001, "crop_scale": list(PAPER_CROP_SCALE), "cached": None}
     metric = Metric(f"published {measure} top-1", settings, PUBLISHED[name][measure], None)
-    data: dict[str, Metadata] = {
+    data: dict[str, JsonObject] = {
         part: {"images": count, "classes": CLASSES} for part, count in (("train", TRAIN), ("val", VAL))
     }
     transform = transform_metadata(EvalTransform())
@@ -259,7 +259,7 @@ def _unlike_settings(first: Entry, other: Entry, mine: Metric, own: Metric) -> d
     return _changed({key: then.get(key) for key in keys}, {key: now.get(key) for key in keys})
 
 
-def _deciding(result: Result, metric: Metric) -> Metadata:
+def _deciding(result: Result, metric: Metric) -> JsonObject:
     """Return the settings that affect a metric: its own and those of the protocol."""
     protocol = {key: value for key, value in result.protocol.items() if key not in IGNORED}
     if isinstance(whitening := protocol.get("whitening"), dict):  # it belongs to its weights; compare its data

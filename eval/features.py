@@ -142,7 +142,7 @@ def feature_rows(
         with progress_bar(total, f"features of {source.url}", shown=progress and rank == 0) as bar:
             for chunk, own in zip(rounds, mine, strict=True):
                 with torch.inference_mode():
-                    # The last column tells readable images, as a diverged network gives NaN for them too.
+                    # The last column is 1 for readable images, NaN otherwise: their features can be NaN too.
                     rows = torch.full((len(own), width + 1), torch.nan, device=device)
                     if own:
                         readable, places, error = next(images)
@@ -150,7 +150,7 @@ def feature_rows(
                             raise error
                         if places:
                             batch = normalise(readable.to(device, non_blocking=True), transform.mean, transform.std)
-                            # An index from the host would wait for the device, so use none for all rows.
+                            # Indexing with a host list waits for the device: write directly if all are readable.
                             found = rows if len(places) == len(own) else rows.new_empty(len(places), width + 1)
                             found[:, :width], found[:, width] = descriptor(backbone, batch), 1
                             if found is not rows:

@@ -32,16 +32,16 @@ from dino_xcit.runtime.atomic import write as atomic_write
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import LoadedBackbone
 
-Metadata = dict[str, object]
-"""Plain values, ready for JSON."""
+JsonObject = dict[str, object]
+"""A JSON object of plain values."""
 Setting = str | int | float
 Unit = Literal["image", "query", "draw"]
 """Unit of a metric's mean: validation images, queries of a search, or few-shot draws."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format, incremented by incompatible changes."""
 KNN_PROTOCOL = "weighted k-NN on the L2-normalised class token, exact search (DINO, arXiv 2104.14294)"
-"""Protocol name of the published k-NN metrics."""
+"""Name of the protocol of the published k-NN results."""
 SAMPLED = 64
 """Number of hashed images per source, enough to detect resized or re-encoded images."""
 ALL = "all"
@@ -80,10 +80,10 @@ class Metric:
         found = self.hits if self.values is None else self.values
         return None if found is None else len(found)
 
-    def to_dict(self) -> Metadata:
+    def to_dict(self) -> JsonObject:
         """Convert to plain values for JSON: packed bits of hits and little-endian float32 values, both in base64."""
         hits = None if self.hits is None else _base64(np.packbits(self.hits).tobytes())
-        plain: Metadata = {"name": self.name, "settings": dict(self.settings), "baseline": self.baseline}
+        plain: JsonObject = {"name": self.name, "settings": dict(self.settings), "baseline": self.baseline}
         if self.unit == "image":
             return plain | {"top1": self.percent, "images": self.units, "hits": hits}
         values = None if self.values is None else _base64(self.values.astype("<f4").tobytes())
@@ -102,7 +102,7 @@ class Metric:
         hits = None if plain["hits"] is None else unpack(plain["hits"], count)
         packed = plain.get("values")
         values = None if packed is None else np.frombuffer(base64.b64decode(packed), "<f4").astype(np.float64)
-        found = checked(cls, {**plain, "percent": percent, "hits": hits, "values": values})
+        found = build_checked(cls, {**plain, "percent": percent, "hits": hits, "values": values})
         if not 0 <= percent <= 100:
             raise ValueError(f"{found.name} is {percent}, expected percent")
         units = 100.0 * hits if hits is not None else values
@@ -201,14 +201,14 @@ class Result:
     format: int = FORMAT
     measure: str
     """``knn``, ``linear``, ``retrieval folder`` ..."""
-    protocol: Metadata
+    protocol: JsonObject
     """Settings that affect the metrics, by name."""
     results: object = None
     """Results as logged."""
-    weights: Metadata = field(default_factory=dict)
-    data: dict[str, Metadata]
+    weights: JsonObject = field(default_factory=dict)
+    data: dict[str, JsonObject]
     """``train`` and ``val``, or the sets of a retrieval benchmark: :func:`data_metadata`, :func:`images_metadata`."""
-    transform: Metadata
+    transform: JsonObject
     metrics: tuple[Metric, ...] = ()
     """Metrics for ``python -m eval.compare``."""
     device: str = ""
@@ -216,7 +216,7 @@ class Result:
     seconds: float = 0.0
     """Duration of the run until the results."""
     date: str = ""
-    versions: Metadata = field(default_factory=dict)
+    versions: JsonObject = field(default_factory=dict)
     """Versions of the libraries that may affect a metric."""
 
     def __post_init__(self) -> None:
@@ -226,9 +226,9 @@ class Result:
 
     def images(self) -> dict[str, Images]:
         """Return the identity of the images in each part of ``data``."""
-        return {name: checked(Images, part) for name, part in self.data.items()}
+        return {name: build_checked(Images, part) for name, part in self.data.items()}
 
-    def to_dict(self) -> Metadata:
+    def to_dict(self) -> JsonObject:
         """Convert to plain values for JSON."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         return values | {"metrics": [one.to_dict() for one in self.metrics]}
@@ -250,7 +250,7 @@ def read_result(path: str) -> Result:
             refuse(f"has format {content['format']!r:.20} instead of {FORMAT}: measure again")
         if not content["metrics"]:
             refuse(f"has no metrics of single images or queries ({content['measure']!r:.40}): measure again")
-        result = checked(Result, content | {"metrics": tuple(map(Metric.from_dict, content["metrics"]))})
+        result = build_checked(Result, content | {"metrics": tuple(map(Metric.from_dict, content["metrics"]))})
         images = result.images()
         for one in result.metrics:
             if one.unit == "image" and one.units not in (None, images["val"].images):
@@ -264,8 +264,8 @@ def read_result(path: str) -> Result:
     return result
 
 
-def checked(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
-    """Build a dataclass from values with checked types; keys without a field are ignored.
+def build_checked(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
+    """Build a dataclass from values with build_checked types; keys without a field are ignored.
 
     Raises:
         TypeError: a value is missing or of another type.
@@ -319,12 +319,12 @@ def result_content(
     protocol: Mapping[str, object],
     results: object,
     loaded: LoadedBackbone,
-    data: Mapping[str, Metadata],
+    data: Mapping[str, JsonObject],
     transform: EvalTransform,
     device: torch.device,
     seconds: float,
-    metrics: Sequence[Metadata] = (),
-) -> Metadata:
+    metrics: Sequence[JsonObject] = (),
+) -> JsonObject:
     """Build a :class:`Result` of this run as plain values.
 
     Args:
@@ -346,7 +346,7 @@ def result_content(
     ).to_dict()
 
 
-def weights_metadata(loaded: LoadedBackbone) -> Metadata:
+def weights_metadata(loaded: LoadedBackbone) -> JsonObject:
     """Describe the weights: file, network and allowed differences in keys."""
     return {
         "path": str(loaded.path.absolute()),
@@ -358,7 +358,7 @@ def weights_metadata(loaded: LoadedBackbone) -> Metadata:
     }
 
 
-def data_metadata(source: Source, fingerprint: str) -> Metadata:
+def data_metadata(source: Source, fingerprint: str) -> JsonObject:
     """Describe a source.
 
     Args:
@@ -368,7 +368,7 @@ def data_metadata(source: Source, fingerprint: str) -> Metadata:
     return {"url": source.url, "images": len(source), "classes": classes, "fingerprint": fingerprint}
 
 
-def images_metadata(source: Source) -> Metadata:
+def images_metadata(source: Source) -> JsonObject:
     """Compute the hashes of :class:`Images`; reads :data:`SAMPLED` images."""
     labels, names, contents = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for index in range(len(source)):
@@ -392,13 +392,13 @@ def own_name(name: str) -> str:
         name = unquote(before, errors="surrogateescape")
 
 
-def transform_metadata(transform: EvalTransform) -> Metadata:
+def transform_metadata(transform: EvalTransform) -> JsonObject:
     """Describe the transform as in JSON; Pillow's resize always antialiases."""
-    plain: Metadata = json.loads(json.dumps(transform.to_dict()))
+    plain: JsonObject = json.loads(json.dumps(transform.to_dict()))
     return plain | {"antialias": True}
 
 
-def versions() -> Metadata:
+def versions() -> JsonObject:
     """Return the versions of the libraries that may affect a metric."""
     import faiss  # slow, and not needed for reading results
 

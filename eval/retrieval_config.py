@@ -47,7 +47,7 @@ class ExtractConfig(VectorConfig):
     """Extract vectors of images (--output-dir), search them (--query), or learn a whitening (--learn-whitening)."""
 
     output_dir: Annotated[FilePath, Group("collection")] = ""
-    """Folder of the collection: vectors.npy, paths.txt, index.faiss and metadata.json (metadata)."""
+    """Folder of the collection: vectors.npy, paths.txt, index.faiss and metadata.json."""
     normalise: bool = True
     """Scale each vector to unit length, so that inner products are cosine similarities."""
     dtype: Literal["fp32", "fp16"] = "fp32"

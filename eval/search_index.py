@@ -88,7 +88,7 @@ class DeviceIndex:
     """Exact search on a GPU, with the interface of a faiss index."""
 
     def __init__(self, features: NDArray[np.float32], device: torch.device) -> None:
-        """Copy the unit rows of features [N, D] to the device."""
+        """Copy the L2-normalised rows of features [N, D] to the device."""
         self._rows = torch.from_numpy(l2_normalised(features)).to(device)
 
     def search(self, queries: NDArray[np.float32], top: int) -> Found:
@@ -104,7 +104,7 @@ class DeviceIndex:
 
 
 def build_index(features: NDArray[np.float32], searching: int = 1) -> faiss.IndexFlatIP:
-    """Build an exact index of the unit rows of features [N, D], which takes N x D x 4 bytes.
+    """Build an exact index of the L2-normalised rows of features [N, D], which takes N x D x 4 bytes.
 
     Args:
         searching: number of ranks of this machine that search at the same time.

@@ -59,7 +59,7 @@ def top_accuracies(predictions: NDArray[np.int64], labels: NDArray[np.int64] | N
     return found
 
 
-# ---- intervals of one figure
+# ---- intervals of one metric
 
 
 def wilson_interval(hits: Hits) -> Interval:
@@ -131,7 +131,7 @@ def _atoms(values: Values) -> tuple[Values, Values, NDArray[np.int64]]:
     return mean[there], variance[there], number[there].astype(np.int64)
 
 
-# ---- differences of two figures
+# ---- differences of two metrics
 
 
 def discordant(first: Hits, second: Hits) -> tuple[int, int]:

@@ -34,8 +34,8 @@ def test_quick_rows_pass_or_name_the_missing_package(tmp_path: Path, missing: tu
     assert last["seconds"] < 150
     assert not [name for name, row in rows.items() if "failed" in row or not row.get("passed", True)], rows
     skipped = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
-    loaders = dict.fromkeys(("loader alone", "loader and step"), "simplejpeg is missing")
-    assert skipped == {"S12/16 reference": "REFERENCE is missing"} | (loaders if missing else {})
+    loaders = dict.fromkeys(("loader alone", "loader and step"), "package simplejpeg is not installed")
+    assert skipped == {"S12/16 reference": "no REFERENCE given"} | (loaders if missing else {})
     assert len(rows) == 11
     lines = (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(rows)

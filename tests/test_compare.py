@@ -303,7 +303,7 @@ def on_imagenet(path: Path, *metrics: Metric, transform: EvalTransform | None = 
     return path
 
 
-def test_published_metrics_are_compared_without_significance_test(tmp_path: Path, compared: Compared) -> None:
+def test_published_results_are_compared_without_significance_test(tmp_path: Path, compared: Compared) -> None:
     a = on_imagenet(tmp_path / "a.json", knn_metric(10, RIGHT), knn_metric(20, RIGHT))
     b = on_imagenet(tmp_path / "b.json")
     text, rows = compared(NAME, a, b)
@@ -315,7 +315,7 @@ def test_published_metrics_are_compared_without_significance_test(tmp_path: Path
     assert compared(NAME, linear)[1][1]["difference"] == pytest.approx(0.2)
 
 
-def test_published_metrics_refuse_results_of_other_protocols(tmp_path: Path) -> None:
+def test_published_results_refuse_results_of_other_protocols(tmp_path: Path) -> None:
     linear: dict[str, Any] = {"measure": "linear", "protocol": AS_PUBLISHED | {"cached": "4 epochs"}}
     for metrics, changed, clause in (
         ((), {"transform": LARGER}, "transform: crop 224 -> 28"),
@@ -325,7 +325,7 @@ def test_published_metrics_refuse_results_of_other_protocols(tmp_path: Path) -> 
         assert clause in refusal(NAME, on_imagenet(tmp_path / "a.json", *metrics, **changed))[0]
 
 
-def test_published_metrics_refuse_other_data_and_unknown_names(tmp_path: Path) -> None:
+def test_published_results_refuse_other_data_and_unknown_names(tmp_path: Path) -> None:
     mine = write_result(tmp_path / "a.json", knn_metric(20, hits(300)), transform=EvalTransform())
     train, val = refusal(NAME, mine)
     assert "different train images: 1,281,167 of 1000 classes -> 30" in train
@@ -352,10 +352,10 @@ def test_compare_accepts_results_of_the_runners(tmp_path: Path, here: Here, comp
         return first, change(second, "other", "weights", "hash")
 
     knn = measured("knn", run_knn, "--few-shot", 1, 2, "--ks", 1, 3, "--draws", 3)
-    metadata, metrics = json.loads(knn[0].read_text()), read_result(str(knn[0])).metrics
-    by_k = {row["k"]: row["top1"] for row in metadata["results"]}
+    result, metrics = json.loads(knn[0].read_text()), read_result(str(knn[0])).metrics
+    by_k = {row["k"]: row["top1"] for row in result["results"]}
     assert {one.settings["k"]: one.percent for one in metrics if one.unit == "image"} == by_k
-    drawn = [row["top1"] for row in metadata["few_shot"]["results"]]
+    drawn = [row["top1"] for row in result["few_shot"]["results"]]
     assert [one.percent for one in metrics if one.unit == "draw"] == drawn
     assert {row["units"] for row in compared(*knn)[1] if row["unit"] == "draw"} == {3}
 

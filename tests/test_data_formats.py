@@ -1,7 +1,7 @@
-"""The same images in every form of data set: all forms give equal items, batches and evaluation parts.
+"""The same images in every format of data set: all formats give equal items, batches and evaluation parts.
 
 The training part has 24 labelled images of three classes, one of them truncated. The validation part has six images.
-Every form has the images in the same order.
+Every format has the images in the same order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dino_xcit.health import UnreadableLog, read_unreadable
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 BROKEN = 17
-"""Index of the truncated training image in every form."""
+"""Index of the truncated training image in every format."""
 
 
 class Picture(NamedTuple):
@@ -43,11 +43,11 @@ Parts = dict[str, list[Picture]]
 Writer = Callable[[Path, Parts], dict[str, str]]
 """Writes both parts to a folder and returns the URL of each."""
 
-FORMS: dict[str, Writer] = {}
+FORMATS: dict[str, Writer] = {}
 
 
-def form(writer: Writer) -> Writer:
-    FORMS[writer.__name__.replace("_", " ")] = writer
+def data_format(writer: Writer) -> Writer:
+    FORMATS[writer.__name__.replace("_", " ")] = writer
     return writer
 
 
@@ -64,7 +64,7 @@ def make_parts() -> Parts:
     return parts
 
 
-@form
+@data_format
 def class_folders(folder: Path, parts: Parts) -> dict[str, str]:
     for part, pictures in parts.items():
         for picture in pictures:
@@ -74,7 +74,7 @@ def class_folders(folder: Path, parts: Parts) -> dict[str, str]:
     return {part: str(folder / part) for part in parts}
 
 
-@form
+@data_format
 def heap(folder: Path, parts: Parts) -> dict[str, str]:
     for part, pictures in parts.items():
         (folder / part).mkdir()
@@ -83,7 +83,7 @@ def heap(folder: Path, parts: Parts) -> dict[str, str]:
     return {part: str(folder / part) for part in parts}
 
 
-@form
+@data_format
 def file_list(folder: Path, parts: Parts) -> dict[str, str]:
     heap(folder, parts)
     for part, pictures in parts.items():
@@ -101,7 +101,7 @@ def write_shards(folder: Path, parts: Parts, members: Callable[[Picture], dict[s
     return {part: f"tar:{folder}/{part}-{{000..002}}.tar" for part in parts}
 
 
-@form
+@data_format
 def webdataset_shards(folder: Path, parts: Parts) -> dict[str, str]:
     (folder / "classes.json").write_text(json.dumps(CLASSES))
 
@@ -111,12 +111,12 @@ def webdataset_shards(folder: Path, parts: Parts) -> dict[str, str]:
     return write_shards(folder, parts, members)
 
 
-@form
+@data_format
 def archives_of_class_folders(folder: Path, parts: Parts) -> dict[str, str]:
     return write_shards(folder, parts, lambda picture: {f"{CLASSES[picture.label]}/{picture.name}": picture.data})
 
 
-@form
+@data_format
 def parquet_of_the_hub(folder: Path, parts: Parts) -> dict[str, str]:
     """Write two files per part with row groups of five, as ``datasets`` does."""
     (folder / "data").mkdir()
@@ -132,7 +132,7 @@ def parquet_of_the_hub(folder: Path, parts: Parts) -> dict[str, str]:
     return dict.fromkeys(parts, f"parquet:{folder}")
 
 
-@form
+@data_format
 def saved_by_datasets(folder: Path, parts: Parts) -> dict[str, str]:
     parquet_of_the_hub(folder, parts)
     files = {part: f"{folder}/data/{'validation' if part == 'val' else part}-*.parquet" for part in parts}
@@ -140,7 +140,7 @@ def saved_by_datasets(folder: Path, parts: Parts) -> dict[str, str]:
     return dict.fromkeys(parts, f"hf:{folder / 'saved'}")
 
 
-@form
+@data_format
 def imagenet_as_downloaded(folder: Path, parts: Parts) -> dict[str, str]:
     """Write the official training archive, with one archive per class, and Kaggle's validation folder and tables."""
     archives = {
@@ -170,10 +170,10 @@ def remote(writer: Writer, folder: Path, parts: Parts) -> dict[str, str]:
 
 
 for local in (class_folders, webdataset_shards, parquet_of_the_hub):
-    FORMS[f"remote {local.__name__.replace('_', ' ')}"] = partial(remote, local)
+    FORMATS[f"remote {local.__name__.replace('_', ' ')}"] = partial(remote, local)
 
 WITHOUT_LABELS = ("heap", "file list")
-LABELLED = [name for name in FORMS if name not in WITHOUT_LABELS]
+LABELLED = [name for name in FORMATS if name not in WITHOUT_LABELS]
 
 Urls = dict[str, dict[str, str]]
 
@@ -191,10 +191,10 @@ def parts() -> Parts:
 def urls(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DINO_XCIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield {name: writer(tmp_path_factory.mktemp("form"), parts) for name, writer in FORMS.items()}
+        yield {name: writer(tmp_path_factory.mktemp("format"), parts) for name, writer in FORMATS.items()}
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_every_form_gives_equal_bytes_labels_and_classes(name: str, part: str, urls: Urls, parts: Parts) -> None:
     source = open_source(urls[name][part], part)
@@ -224,7 +224,7 @@ def expected(urls: Urls) -> list[Batch]:
 
 @pytest.mark.parametrize(
     ("name", "workers"),
-    [*((name, 0) for name in FORMS if name != "class folders"), ("remote webdataset shards", 2),
+    [*((name, 0) for name in FORMATS if name != "class folders"), ("remote webdataset shards", 2),
      ("parquet of the hub", 2), ("imagenet as downloaded", 2)],
 )  # fmt: skip
 def test_unreadable_image_is_replaced_and_logged_equally_in_every_form(

@@ -27,7 +27,7 @@ CUDA = fake_cuda.CUDA
 SMALL = {"out_dim": 512, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "local_crops_number": 2}
 
 MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4292, 74, 159.2
-"""Ceilings for a step of S12/16 at batch 64 in bf16. Lower them with the figures."""
+"""Ceilings for a step of S12/16 at batch 64 in bf16. Lower them when the counts drop."""
 
 MAX_FORWARD_LAUNCHES = {("gram path", "bf16"): 677, ("gram path", "fp32"): 511}
 

@@ -130,7 +130,7 @@ def test_class_named_train_is_not_a_part(tmp_path: Path) -> None:
         ("~nobody-here/x", "no such file or folder; check the path"),
         ("one.png/x", "no such file or folder; check the path"),
         ("one.png", "single file"),
-        ("s3:bucket", "known forms"),
+        ("s3:bucket", "known formats"),
         ("x" * 300, "File name too long"),
         (" ", "no data given"),
         ("a\0b", "cannot read a"),

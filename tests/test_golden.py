@@ -43,7 +43,7 @@ def linear_metrics(result: dict[str, Any]) -> Metrics:
     return metrics | {("logreg", name): logreg[name] for name in ("c", *chosen)}
 
 
-FIGURES: dict[str, Callable[[dict[str, Any]], Metrics]] = {
+METRICS: dict[str, Callable[[dict[str, Any]], Metrics]] = {
     "knn": knn_metrics,
     "linear": linear_metrics,
     "extract": lambda result: {(name,): result[name] for name in ("count", "dimension")},
@@ -131,11 +131,11 @@ def test_stored_weights_reproduce_golden_features() -> None:
         np.testing.assert_allclose(runs.ten_features(f"run/{name}"), np.load(GOLDEN / "features.npy"), 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", METRICS)
 def test_runner_reproduces_golden_results(name: str) -> None:
     if name == "query":  # search the collection written by 0.1
         shutil.copytree(GOLDEN / "collection", "collection")
-    metrics = FIGURES[name]
+    metrics = METRICS[name]
     assert_close(metrics(runs.measure(name)), metrics(runs.read_json(GOLDEN / f"{name}.json")))
     if name == "linear":
         for file in ("linear.pth", "logreg.pth"):

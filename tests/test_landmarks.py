@@ -242,5 +242,5 @@ def test_square_equals_torchvision_bicubic_resize(photo: Image.Image) -> None:
 
 
 def test_transforms_of_different_fits_have_different_metadata() -> None:
-    cards = [kind(48, 48, "bicubic").to_dict() for kind in (EvalTransform, LongerSide, Square)]
-    assert len({repr(sorted(metadata.items())) for metadata in cards}) == 3
+    descriptions = [kind(48, 48, "bicubic").to_dict() for kind in (EvalTransform, LongerSide, Square)]
+    assert len({repr(sorted(metadata.items())) for metadata in descriptions}) == 3

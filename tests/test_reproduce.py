@@ -115,9 +115,9 @@ def test_reproduce_accuracies_match_reference_implementation(
     assert [one["measure"] for one in verdicts] == ["k-NN", "linear"]
     assert [one["top1"] for one in verdicts] == pytest.approx(list(measured))
     assert [one["passed"] for one in verdicts] == [True, False]
-    metadata = json.loads((tmp_path / "out.json").read_text())
-    assert (metadata["measure"], metadata["transform"]["resize"], metadata["protocol"]["k"]) == ("reproduce", 256, 20)
-    assert metadata["results"][0] == verdicts[0] | {"interval": list(verdicts[0]["interval"])}
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["measure"], result["transform"]["resize"], result["protocol"]["k"]) == ("reproduce", 256, 20)
+    assert result["results"][0] == verdicts[0] | {"interval": list(verdicts[0]["interval"])}
 
 
 @pytest.mark.parametrize(

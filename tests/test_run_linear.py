@@ -43,14 +43,14 @@ def probe(weights: Path, tmp_path: Path, here: Here) -> Probe:
 
     def run(name: str, *flags: object) -> tuple[int, str, dict[str, Any]]:
         done = here(run_linear, *words_of(weights, tmp_path / name, *flags))
-        return done.code, done.out + done.err, card_of(tmp_path / name) if done.code == 0 else {}
+        return done.code, done.out + done.err, result_of(tmp_path / name) if done.code == 0 else {}
 
     return run
 
 
-def card_of(folder: Path) -> dict[str, Any]:
-    metadata: dict[str, Any] = json.loads((folder / "a.json").read_text())
-    return metadata
+def result_of(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "a.json").read_text())
+    return result
 
 
 def words_of(weights: Path, folder: Path, *flags: object, batch: int = 4) -> list[object]:
@@ -86,27 +86,27 @@ def tensors(folder: Path, name: str = "linear.pth") -> dict[str, Any]:
 
 
 def test_each_choice_of_features_has_grid_and_all_values_of_c(whole: Path) -> None:
-    metadata = card_of(whole)
-    grid, logreg = metadata["results"]["grid"], metadata["results"]["logreg"]
+    result = result_of(whole)
+    grid, logreg = result["results"]["grid"], result["results"]["logreg"]
     assert list(grid["held_out_top1_by_features"]) == ["cls", "cls+mean", "last3"]
     assert grid["held_out_top1"] == max(grid["held_out_top1_by_features"].values())
     assert [[c for c, _ in found] for found in logreg["held_out_top1_by_c"].values()] == [[0.01, 1.0, 100.0]] * 3
     assert logreg["held_out_top1"] == max(top1 for found in logreg["held_out_top1_by_c"].values() for _, top1 in found)
     assert logreg["converged"]
-    assert [one["settings"]["classifier"] for one in metadata["metrics"]] == ["paper", "paper", "grid", "logreg"]
+    assert [one["settings"]["classifier"] for one in result["metrics"]] == ["paper", "paper", "grid", "logreg"]
     shapes = {name: state["weight"].shape for name, state in tensors(whole)["grid"].items()}
     assert shapes == {"cls": (2, 3, 64), "cls+mean": (2, 3, 128), "last3": (2, 3, 256)}
 
 
 def test_two_ranks_match_single_process(whole: Path, tmp_path: Path, weights: Path) -> None:
     on_two_ranks(run_linear, tmp_path, *words_of(weights, tmp_path / "two", *ALL, batch=2))
-    one, two = card_of(whole), card_of(tmp_path / "two")
+    one, two = result_of(whole), result_of(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     ours, theirs = tensors(tmp_path / "two"), tensors(whole)
     for name in ("cls", "cls+mean", "last3"):
         assert torch.allclose(ours["grid"][name]["weight"], theirs["grid"][name]["weight"], atol=1e-3)
     assert torch.allclose(ours["paper"]["weight"], theirs["paper"]["weight"], atol=1e-5)
-    first, second = (metadata["results"]["logreg"]["held_out_top1_by_c"] for metadata in (one, two))
+    first, second = (result["results"]["logreg"]["held_out_top1_by_c"] for result in (one, two))
     assert np.allclose([*map(np.array, first.values())], [*map(np.array, second.values())])
     weight, other = (tensors(folder, "logreg.pth")["weight"] for folder in (tmp_path / "two", whole))
     assert weight.shape == other.shape
@@ -126,14 +126,14 @@ def test_caching_all_epochs_equals_full_protocol(probe: Probe, tmp_path: Path) -
 def test_logreg_is_added_to_finished_probe_and_changed_setting_refused(probe: Probe, tmp_path: Path) -> None:
     assert probe("p", "--epochs", 1)[0] == 0
     before = (tmp_path / "p" / "linear.pth").read_bytes()
-    code, out, metadata = probe("p", "--epochs", 1, "--logreg")
+    code, out, result = probe("p", "--epochs", 1, "--logreg")
     assert code == 0, out
     assert "linear.pth holds this probe" in out
-    assert list(metadata["results"]) == ["paper", "grid", "logreg"]
+    assert list(result["results"]) == ["paper", "grid", "logreg"]
     assert (tmp_path / "p" / "linear.pth").read_bytes() == before
     _, out, again = probe("p", "--epochs", 1, "--logreg")
     assert "logreg.pth holds this regression" in out
-    assert again["results"] == metadata["results"]
+    assert again["results"] == result["results"]
     code, out, _ = probe("p", "--epochs", 1, "--logreg", "--logreg-iterations", 5)
     assert code == 2
     assert "logreg.pth holds another probe (iterations 1000 -> 5)" in out
@@ -141,13 +141,13 @@ def test_logreg_is_added_to_finished_probe_and_changed_setting_refused(probe: Pr
 
 def test_logreg_runs_without_sgd(probe: Probe, tmp_path: Path) -> None:
     alone = ("--no-sgd", "--logreg", "--logreg-cs", 1, "--holdout", 0, "--logreg-iterations", 1)
-    code, out, metadata = probe("alone", *alone)
+    code, out, result = probe("alone", *alone)
     assert code == 0, out
     assert "did not converge in 1 iterations" in out
-    assert list(metadata["results"]) == ["logreg"]
-    assert metadata["results"]["logreg"]["held_out_top1"] is None
-    assert (metadata["protocol"]["cs"], metadata["protocol"]["iterations"]) == ([1.0], 1)
-    assert not metadata["protocol"].keys() & {"published", "epochs", "batch", "lr", "lrs", "crop_scale"}
+    assert list(result["results"]) == ["logreg"]
+    assert result["results"]["logreg"]["held_out_top1"] is None
+    assert (result["protocol"]["cs"], result["protocol"]["iterations"]) == ([1.0], 1)
+    assert not result["protocol"].keys() & {"published", "epochs", "batch", "lr", "lrs", "crop_scale"}
     assert not (tmp_path / "alone" / "linear.pth").exists()
 
 
@@ -163,10 +163,10 @@ def test_recommended_classifier_is_evaluated_on_imagenet_variants(probe: Probe, 
     words = (
         "--also", f"imagenet-v2:{v2}", f"imagenet-a:{restricted}", f"sketch:{val}", f"real:{tmp_path / 'real.json'}",
     )  # fmt: skip
-    code, out, metadata = probe("p", "--epochs", 1, "--logreg", *words)
+    code, out, result = probe("p", "--epochs", 1, "--logreg", *words)
     assert code == 0, out
-    also = metadata["results"]["also"]
-    best = metadata["results"][also["classifier"]]
+    also = result["results"]["also"]
+    best = result["results"][also["classifier"]]
     assert also["imagenet-v2"]["top1"] == pytest.approx(best["top1"]), "accuracies on the same images differ"
     assert also["sketch"]["top1"] == pytest.approx(best["top1"])
     assert (also["imagenet-a"]["images"], also["imagenet-a"]["classes"]) == (6, 2)
@@ -236,9 +236,9 @@ def bits(value: Any) -> Any:
 
 def left_by(folder: Path) -> dict[str, Any]:
     """Return all output of a probe, including features, and assert that no temporary file is left."""
-    metadata = json.loads((folder / "a.json").read_text())
+    result = json.loads((folder / "a.json").read_text())
     found = {name: bits(torch.load(folder / name, weights_only=True)) for name in ("linear.pth", "logreg.pth")}
-    found |= {name: metadata[name] for name in ("results", "metrics", "history", "protocol")}
+    found |= {name: result[name] for name in ("results", "metrics", "history", "protocol")}
     # Temporary folders of killed extractions stay for an hour, as another process may be writing them.
     found |= {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("features/[!.]*/*.npy")}
     assert not [path.name for path in folder.glob(".*")]

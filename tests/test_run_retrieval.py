@@ -69,21 +69,21 @@ def oxford(tmp_path: Path) -> Path:
 
 def test_landmarks_crop_queries_to_their_box(place: Place, oxford: Path, retrieve: Command, tmp_path: Path) -> None:
     common = ("oxford", "--weights", place.weights, "--data-path", oxford, "--imsize", 32, "--no-cache")
-    out, metadata = measured(retrieve, tmp_path / "o.json", *common)
+    out, result = measured(retrieve, tmp_path / "o.json", *common)
     assert "images: whole picture, longer side reduced" in out
-    rows = {row["setup"]: row for row in metadata["results"]}
+    rows = {row["setup"]: row for row in result["results"]}
     # Inside its box each query equals its database image up to JPEG compression, so it ranks first.
     found = {setup: (row["map"], row["queries"]) for setup, row in rows.items()}
     assert found == {"easy": (100, 1), "medium": (100, 2), "hard": (100, 1)}
     assert rows["hard"]["ap"] == {"query_0": None, "query_1": 100}
     assert rows["medium"]["mp@10"] == 100
-    assert metadata["protocol"]["ground_truth"]["file"] == "gnd_roxford5k.json"
-    assert metadata["transform"]["crop"] == 32
-    assert {name: part["images"] for name, part in metadata["data"].items()} == {"database": 6, "queries": 2}
+    assert result["protocol"]["ground_truth"]["file"] == "gnd_roxford5k.json"
+    assert result["transform"]["crop"] == 32
+    assert {name: part["images"] for name, part in result["data"].items()} == {"database": 6, "queries": 2}
 
     _, other = measured(retrieve, tmp_path / "w.json", *common, "--queries", "whole")
     assert other["protocol"]["queries"] == "whole pictures"
-    assert other["results"] != metadata["results"], "cropping to the box has no effect on the results"
+    assert other["results"] != result["results"], "cropping to the box has no effect on the results"
 
 
 # ---- Copydays
@@ -102,12 +102,12 @@ def copydays(tmp_path: Path) -> Path:
 
 
 def test_copydays_searches_in_both_directions(place: Place, copydays: Path, retrieve: Command, tmp_path: Path) -> None:
-    out, metadata = measured(
+    out, result = measured(
         retrieve, tmp_path / "c.json", "copydays", "--weights", place.weights, "--data-path", copydays, "--no-cache",
         "--image-size", 32, "--distractors", place.data / "val",
     )  # fmt: skip
     assert "squeezed into a square" in out
-    rows = {row["search"]: row for row in metadata["results"]}
+    rows = {row["search"]: row for row in result["results"]}
     size = 5 + 4 * len(CLASSES)
     assert {name: (row["queries"], row["database"], row["depth"]) for name, row in rows.items()} == {
         "strong -> original": (5, size, size), "jpegqual/75 -> original": (5, size, size),
@@ -126,10 +126,10 @@ def test_labelled_folder_gives_metrics_with_intervals(place: Place, retrieve: Co
     shutil.copytree(place.data / "val", tmp_path / "val")
     save(noise(1), tmp_path / "val" / "alone" / "one.png")
     common = ("folder", "--weights", place.weights, "--no-cache", "--data-path", tmp_path / "val")
-    out, metadata = measured(retrieve, tmp_path / "f.json", *common, "--ks", 1, 2, 8, 50)
+    out, result = measured(retrieve, tmp_path / "f.json", *common, "--ks", 1, 2, 8, 50)
     assert "warning: k = 50 exceeds the 12 other images" in out
     assert "12 queries, each against the 12 other images" in out
-    (row,) = metadata["results"]
+    (row,) = result["results"]
     assert row["recall@1_interval"][0] <= row["recall@1"] <= row["recall@2"] <= row["recall@8"]
     assert row["map@r"] <= row["r_precision"]
     for key in ("recall@1", "r_precision", "map@r"):
@@ -165,7 +165,7 @@ def test_duplicates_lists_pairs_and_marks_identical_files(
     place: Place, two_sets: tuple[Path, Path], retrieve: Command, tmp_path: Path
 ) -> None:
     train, test = two_sets
-    out, metadata = measured(
+    out, result = measured(
         retrieve, tmp_path / "d.json", "duplicates", "--weights", place.weights, "--first", train, "--second", test,
         "--threshold", 0.9995, "--no-cache", "--csv", tmp_path / "p.csv", "--sheet", tmp_path / "p.png",
     )  # fmt: skip
@@ -173,7 +173,7 @@ def test_duplicates_lists_pairs_and_marks_identical_files(
         found = {(Path(row["first"]).name, Path(row["second"]).name): row for row in csv.DictReader(file)}
     assert found["3.png", "copied.png"]["kind"] == "identical file"
     assert found["5.png", "saved anew.jpg"]["kind"] == "near"
-    (row,) = metadata["results"]
+    (row,) = result["results"]
     assert (row["pairs"], row["identical"], row["first_images"], row["second_images"]) == (len(found), 1, 8, 6)
     assert row["second_with_a_pair"] == len({second for _, second in found})
     assert f"{len(found)} pairs of at least 0.9995, 1 of them identical files" in out

@@ -55,12 +55,12 @@ def test_knn_accepts_dino_flag_names_and_separate_data_parts(place: Place, here:
     assert "student xcit_pico_4_p4" in first.out
     kept = sorted((place.weights.parent / "features").iterdir())
     assert len(kept) == 2
-    out, metadata = measured(
+    out, result = measured(
         functools.partial(here, run_knn), tmp_path / "knn.json", "--weights", place.weights, "--network", "student",
         "--train-data", place.data / "train", "--val-data", place.data / "val", "--ks", 5, "--temperatures", 0.1,
     )  # fmt: skip
     assert first.out.splitlines()[-1] in out.splitlines(), "the two commands print different results"
-    assert [metadata["data"][part]["images"] for part in ("train", "val")] == [TRAIN, VAL]
+    assert [result["data"][part]["images"] for part in ("train", "val")] == [TRAIN, VAL]
     assert sorted((place.weights.parent / "features").iterdir()) == kept, "the second command adds to the feature cache"
 
 
@@ -72,19 +72,19 @@ def test_linear_saves_probe_and_replaces_it_only_with_resume_never(place: Place,
         "--weights", place.weights, "--epochs", 2, "--batch-size-per-gpu", 4, "--num-workers", 0, "--lrs", 0.5, 2, 0.01,
     )  # fmt: skip
     linear, result = functools.partial(here, run_linear), tmp_path / "linear.json"
-    out, metadata = measured(linear, result, *words, "--holdout", 0.25)
+    out, result = measured(linear, file_of_result, *words, "--holdout", 0.25)
     assert "chosen on the validation images" in out
-    grid = metadata["results"]["grid"]
+    grid = result["results"]["grid"]
     assert [lr for lr, _ in grid["held_out_top1_by_lr"]] == [0.01, 0.5, 2.0]
     assert grid["held_out_images"] == TRAIN // 4
     assert grid["held_out_top1"] == max(top1 for _, top1 in grid["held_out_top1_by_lr"])
-    assert metadata["results"]["paper"]["best_epoch"]["top1"] == max(epoch["top1"] for epoch in metadata["history"])
-    assert [epoch["epoch"] for epoch in metadata["history"]] == [1, 2]
-    assert metadata["protocol"]["crop_scale"] == [1.0, 1.0], "the default crops small images"
+    assert result["results"]["paper"]["best_epoch"]["top1"] == max(epoch["top1"] for epoch in result["history"])
+    assert [epoch["epoch"] for epoch in result["history"]] == [1, 2]
+    assert result["protocol"]["crop_scale"] == [1.0, 1.0], "the default crops small images"
 
     file = place.weights.parent / "linear" / "linear.pth"
     stored = torch.load(file, weights_only=True)
-    loaded, fingerprint = load_backbone(place.weights), metadata["data"]["val"]["fingerprint"]
+    loaded, fingerprint = load_backbone(place.weights), result["data"]["val"]["fingerprint"]
     features = find_kept(loaded.hash, fingerprint, (VAL, 64), loaded.transform, place.weights.parent / "features")
     assert features is not None
     classifier = stored["classifier"]
@@ -97,9 +97,9 @@ def test_linear_saves_probe_and_replaces_it_only_with_resume_never(place: Place,
     refused = linear(*other)
     assert refused.code == 2
     assert f"{file} holds another probe (" in refused.err
-    _, metadata = measured(linear, result, *other, "--resume", "never")
-    assert list(metadata["results"]) == ["paper"], "results include a grid without held-out images"
-    assert metadata["protocol"]["crop_scale"] == [0.08, 1.0]
+    _, result = measured(linear, file_of_result, *other, "--resume", "never")
+    assert list(result["results"]) == ["paper"], "results include a grid without held-out images"
+    assert result["protocol"]["crop_scale"] == [0.08, 1.0]
 
 
 # ---- precision
@@ -107,14 +107,14 @@ def test_linear_saves_probe_and_replaces_it_only_with_resume_never(place: Place,
 
 def test_precision_is_part_of_cache_key_and_protocol(place: Place, here: Here, tmp_path: Path) -> None:
     knn = functools.partial(here, run_knn, "--weights", place.weights, "--ks", 5)
-    cards = [measured(knn, tmp_path / f"{one}.json", "--precision", one)[1] for one in ("fp32", "bf16")]
-    assert [metadata["protocol"].get("precision") for metadata in cards] == [None, "bf16"]
+    results = [measured(knn, tmp_path / f"{one}.json", "--precision", one)[1] for one in ("fp32", "bf16")]
+    assert [result["protocol"].get("precision") for result in results] == [None, "bf16"]
     assert len(list((place.weights.parent / "features").iterdir())) == 4, "bf16 features have entries of their own"
     with pytest.raises(InputError, match="precision"):
         compare_main([str(tmp_path / "fp32.json"), str(tmp_path / "bf16.json")])
     linear = functools.partial(here, run_linear, "--weights", place.weights, "--no-sgd", "--logreg", "--holdout", 0.3)
-    _, metadata = measured(linear, tmp_path / "linear.json", "--precision", "bf16")
-    assert metadata["protocol"]["precision"] == "bf16"
+    _, result = measured(linear, tmp_path / "linear.json", "--precision", "bf16")
+    assert result["protocol"]["precision"] == "bf16"
     refused = linear("--precision", "fp16")
     assert (refused.code, "precision bf16 -> fp16" in refused.err) == (2, True)
 

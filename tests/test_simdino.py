@@ -17,7 +17,7 @@ from dino_xcit.train import build_state
 B, V, P = 5, 4, 7
 
 
-def l2_normalised(rows: int, seed: int) -> torch.Tensor:
+def random_unit_rows(rows: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return normalize(torch.randn(rows, P, generator=generator, dtype=torch.float64), dim=1)
 
@@ -30,21 +30,21 @@ def rate_of(z: NDArray[np.float64], eps: float) -> float:
 
 @pytest.mark.parametrize("eps", [0.5, 0.05])
 def test_coding_rate_matches_formula(eps: float) -> None:
-    views = [l2_normalised(B, seed) for seed in (1, 2)]
+    views = [random_unit_rows(B, seed) for seed in (1, 2)]
     expected = np.mean([rate_of(view.numpy(), eps) for view in views])
     assert float(coding_rate(torch.stack(views), eps)) == pytest.approx(expected, rel=1e-12)
     assert float(coding_rate(torch.stack(views).float(), eps)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_view_similarity_is_mean_cosine_over_pairs_of_different_views() -> None:
-    student, teacher = l2_normalised(V * B, 1), l2_normalised(2 * B, 2)
+    student, teacher = random_unit_rows(V * B, 1), random_unit_rows(2 * B, 2)
     views = [(s, t) for g, t in enumerate(teacher.chunk(2)) for v, s in enumerate(student.chunk(V)) if g != v]
     pairs = [float((s * t).sum(dim=1).mean()) for s, t in views]
     assert float(view_similarity(student, teacher)) == pytest.approx(np.mean(pairs), rel=1e-12)
 
 
 def test_simdino_loss_passes_gradcheck() -> None:
-    teacher = l2_normalised(2 * B, 2)
+    teacher = random_unit_rows(2 * B, 2)
     raw = torch.randn(V * B, P, dtype=torch.float64, requires_grad=True)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_simdino_loss_passes_gradcheck() -> None:
 
 def test_coding_rate_and_gradient_on_two_ranks_match_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP averages the gradients over ranks, so the average must equal the gradient of the whole batch."""
-    whole = l2_normalised(2 * B, 3).reshape(1, 2 * B, P).requires_grad_()
+    whole = random_unit_rows(2 * B, 3).reshape(1, 2 * B, P).requires_grad_()
     expected = coding_rate(whole, 0.5)
     expected.backward()
     halves = [half.detach().clone().requires_grad_() for half in whole.chunk(2, dim=1)]

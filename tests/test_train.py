@@ -305,19 +305,19 @@ def test_step_metrics_equal_their_definitions() -> None:
     state = build_state(config, CPU)
     center = state.method.loss.center.clone()
     _, (result,) = run(config, 1, state)
-    figures = result.metrics(state.method)
+    metrics = result.metrics(state.method)
     (batch,) = next(steps(config, 0, 1))
     fresh = build_state(config, CPU).method
     with torch.no_grad():
         logits, features = fresh.teacher([normalise(batch.crops[0], config.mean, config.std)])
-    assert figures["loss"] == pytest.approx(float(result.loss))
-    assert figures["gradient_norm"] == pytest.approx(float(result.gradient_norm))
-    assert figures["feature_std"] == pytest.approx(float(feature_std(features)))
-    assert figures["lr"] == 0.0  # first step of the warm-up
-    assert figures["weight_decay"] == pytest.approx(0.04)
-    assert figures["momentum"] == pytest.approx(0.996)
-    assert figures["teacher_temp"] == pytest.approx(0.04)
+    assert metrics["loss"] == pytest.approx(float(result.loss))
+    assert metrics["gradient_norm"] == pytest.approx(float(result.gradient_norm))
+    assert metrics["feature_std"] == pytest.approx(float(feature_std(features)))
+    assert metrics["lr"] == 0.0  # first step of the warm-up
+    assert metrics["weight_decay"] == pytest.approx(0.04)
+    assert metrics["momentum"] == pytest.approx(0.996)
+    assert metrics["teacher_temp"] == pytest.approx(0.04)
     # loss = entropy + divergence holds for the center that the loss used.
     used = entropy(((logits - center) / 0.04).softmax(dim=1))
-    assert figures["teacher_entropy"] == pytest.approx(float(used), rel=1e-5)
-    assert figures["kl"] == pytest.approx(figures["loss"] - figures["teacher_entropy"])
+    assert metrics["teacher_entropy"] == pytest.approx(float(used), rel=1e-5)
+    assert metrics["kl"] == pytest.approx(metrics["loss"] - metrics["teacher_entropy"])

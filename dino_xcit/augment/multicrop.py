@@ -71,11 +71,11 @@ class MultiCropAugmentation:
                 raise InputError(f"{name} is {size}, expected at least 1 pixel")
         if local_crops_number < 0:
             raise InputError(f"local_crops_number is {local_crops_number}, expected 0 or more")
-        distributions = {"flip": flip, "jitter": jitter, "gray": gray, "local_blur": local_blur, "solarize": solarize}
-        distributions |= {"global_blur": min(global_blur), "global_blur ": max(global_blur)}
-        for name, chance in distributions.items():
-            if not 0 <= chance <= 1:
-                raise InputError(f"{name.strip()} is {chance}, expected a probability between 0 and 1")
+        probabilities = {"flip": flip, "jitter": jitter, "gray": gray, "local_blur": local_blur, "solarize": solarize}
+        probabilities |= {"global_blur": min(global_blur), "global_blur ": max(global_blur)}
+        for name, probability in probabilities.items():
+            if not 0 <= probability <= 1:
+                raise InputError(f"{name.strip()} is {probability}, expected a probability between 0 and 1")
         if not 0 <= hue <= 0.5:
             raise InputError(f"hue is {hue}, expected 0 to 0.5 turns of the colour circle")
         for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):

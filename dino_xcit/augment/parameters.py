@@ -98,7 +98,8 @@ class ParameterSampler:
 
     def __init__(self, kinds: list[ViewKind], distributions: Distributions) -> None:
         self._kinds = np.array([(*kind.scale, kind.blur, kind.solarize) for kind in kinds])
-        self._probabilities = np.array(
+        # Probabilities of flip, jitter and gray; least and largest blur radius.
+        self._shared = np.array(
             [distributions.flip, distributions.jitter, distributions.gray, *distributions.blur_radius]
         )
         self._log_ratio = np.log(np.array(distributions.ratio))
@@ -113,28 +114,28 @@ class ParameterSampler:
         rng = np.random.Generator(np.random.Philox(key=key))
         numbers = rng.random((len(self._kinds), _NUMBERS_A_VIEW))
         rows = np.empty((len(self._kinds), COLUMNS))
-        _fill(rows, numbers, width, height, self._kinds, self._probabilities, self._log_ratio, self._ranges)
+        _fill(rows, numbers, width, height, self._kinds, self._shared, self._log_ratio, self._ranges)
         return rows
 
 
 @compiled
-def _fill(rows, numbers, width, height, kinds, distributions, log_ratio, ranges):  # type: ignore[no-untyped-def]
+def _fill(rows, numbers, width, height, kinds, shared, log_ratio, ranges):  # type: ignore[no-untyped-def]
     """Convert uniform numbers in [0, 1), one row per view, to parameters."""
     for view in range(len(rows)):
         row, number = rows[view], numbers[view]
         _crop(row, number, width, height, kinds[view], log_ratio)
         flip, jitter, gray, blur, sigma, solarize = number[2 * CROP_ATTEMPTS + 2 : 2 * CROP_ATTEMPTS + 8]
-        row[FLIP] = flip < distributions[0]
+        row[FLIP] = flip < shared[0]
         # ---- jitter: four factors in random order
         order = np.argsort(number[-8:-4])
         for place in range(4):
             code = order[place]
             least, most = ranges[code]
-            drawn = least < most and jitter < distributions[1]
+            drawn = least < most and jitter < shared[1]
             row[JITTER_FIRST + 2 * place] = code if drawn else -1
             row[JITTER_FIRST + 2 * place + 1] = least + (most - least) * number[-4 + code] if drawn else 1.0
-        row[GRAY] = gray < distributions[2]
-        row[SIGMA] = distributions[3] + (distributions[4] - distributions[3]) * sigma if blur < kinds[view, 2] else -1.0
+        row[GRAY] = gray < shared[2]
+        row[SIGMA] = shared[3] + (shared[4] - shared[3]) * sigma if blur < kinds[view, 2] else -1.0
         row[SOLARIZE] = solarize < kinds[view, 3]
 
 

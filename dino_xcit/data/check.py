@@ -40,7 +40,7 @@ class CheckConfig:
     """
 
     source: Annotated[str, MinLen(1), Positional] = ""
-    """Data set, in any form that --data-path accepts: a folder, a list, tar:... (the flag --source may be omitted)."""
+    """Data set, in any format of --data-path: a folder, a list, tar:... (the flag --source may be omitted)."""
     part: Literal["", "train", "val"] = ""
     """Part of the source, if it has parts. Default: both parts of a folder with train and val."""
     report: FilePath = ""

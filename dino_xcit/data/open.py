@@ -19,7 +19,7 @@ from dino_xcit.data.tar import open_tar
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 
-FORMS = (
+FORMATS = (
     "a folder, a .txt list of paths, tar:PATTERN, parquet:PATTERN, hf:NAME_OR_DIR, imagenet:DIR, "
     "sample:fashion-mnist, sample:fashion-mnist-full or torchvision:NAME"
 )
@@ -64,13 +64,13 @@ def open_source(url: str, part: str | None = None) -> Source:
             ``/train`` or ``/val`` on the last four selects the part.
         part: ``train`` or ``val``. Selects the part's sub-folder, or in a folder of Parquet files the file names that
             begin with the part. Folders without parts, and archives, are opened whole. None: the whole folder, or the
-            training part of other forms.
+            training part of other formats.
 
     Raises:
-        InputError: The data does not exist, has no readable image, or the form of the URL is unknown.
+        InputError: The data does not exist, has no readable image, or the format of the URL is unknown.
     """
     if not url.strip():  # such as an unset shell variable; as a path it would be the current folder
-        raise InputError(f"no data given: expected {FORMS}")
+        raise InputError(f"no data given: expected {FORMATS}")
     scheme, colon, rest = url.partition(":")
     if colon and scheme in _REGISTERED:
         return completed(_REGISTERED[scheme](rest, part), url)
@@ -99,7 +99,7 @@ def open_source(url: str, part: str | None = None) -> Source:
         try:
             os.stat(address)
         except (FileNotFoundError, NotADirectoryError) as error:
-            known = f"known forms: {', '.join([FORMS, *(f'{name}:...' for name in _REGISTERED)])}"
+            known = f"known formats: {', '.join([FORMATS, *(f'{name}:...' for name in _REGISTERED)])}"
             hint = known if colon and "/" not in scheme else "check the path"
             raise InputError(f"no data at {url!r}: there is no such file or folder; {hint}") from error
         except (OSError, ValueError) as error:  # no permission; a zero byte
@@ -110,7 +110,7 @@ def open_source(url: str, part: str | None = None) -> Source:
     if address.lower().endswith(".tar") and not is_folder:
         raise InputError(f"{url!r} is an archive: expected tar:{url}")
     if not is_folder and not storage.is_remote(url):
-        raise InputError(f"{url!r} is a single file: expected {FORMS}")
+        raise InputError(f"{url!r} is a single file: expected {FORMATS}")
     folder = _folder_of_part(address, part) if is_folder else address
     return open_folder(folder, folder)
 

@@ -66,7 +66,7 @@ class PackConfig:
     """
 
     source: Annotated[str, MinLen(1), Positional] = ""
-    """Data set, in any form that --data-path accepts: a folder, a list, tar:... (the flag --source may be omitted)."""
+    """Data set, in any format of --data-path: a folder, a list, tar:... (the flag --source may be omitted)."""
     destination: Annotated[FilePath, MinLen(1), Positional] = ""
     """New or empty local folder for the shards (the flag --destination may be omitted)."""
     part: Literal["", "train", "val"] = ""

@@ -43,12 +43,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_workers(wanted: int, processes_here: int, name: str = "num_workers", on_gpu: bool = False) -> int:
+def choose_workers(wanted: int, ranks: int, name: str = "num_workers", on_gpu: bool = False) -> int:
     """Return the number of workers of one rank.
 
     Args:
         wanted: Requested number; negative: the cores of this machine divided by its ranks, 1 to 10, on a GPU up to 20.
-        processes_here: Number of ranks on this machine.
+        ranks: Number of ranks on this machine.
         name: Name of the setting, for errors.
         on_gpu: Whether the rank computes on a GPU and leaves its cores, but two, to the workers.
 
@@ -56,21 +56,23 @@ def choose_workers(wanted: int, processes_here: int, name: str = "num_workers", 
         InputError: More than :data:`MAX_WORKERS` are requested.
     """
     cores = usable_cores()
-    share = cores // max(1, processes_here)
+    share = cores // max(1, ranks)
     chosen = max(1, min(10, share), min(20, share - 2) if on_gpu else 0)
     if wanted < 0:
         return chosen
-    most = max(max(MAX_WORKERS, 16 * cores) // max(1, processes_here), chosen)
+    most = max(max(MAX_WORKERS, 16 * cores) // max(1, ranks), chosen)
     if wanted > most:
         raise InputError(
-            f"{name} is {wanted} ({counted(processes_here, 'rank')}, {counted(cores, 'core')} here), expected at "
+            f"{name} is {wanted} ({counted(ranks, 'rank')}, {counted(cores, 'core')} here), expected at "
             f"most {most}, such as --{name.replace('_', '-')} {chosen}"
         )
     return wanted
 
 
 def check_shared_memory(workers: int, batch: int, sides: Sequence[int]) -> None:
-    """Check that the batches that workers prefetch fit into shared memory; a write beyond it kills a worker.
+    """Check that the batches that workers prefetch fit into shared memory.
+
+    A worker that writes beyond it is killed by a bus error.
 
     Args:
         workers: Number of workers of this rank.
@@ -81,11 +83,12 @@ def check_shared_memory(workers: int, batch: int, sides: Sequence[int]) -> None:
         InputError: They do not fit.
     """
     needed = processes_here() * workers * PREFETCHED * batch * sum(3 * side**2 for side in sides)
-    with contextlib.suppress(OSError):  # it exists on Linux only
+    with contextlib.suppress(OSError):  # /dev/shm exists on Linux only
         free = shutil.disk_usage(SHARED_MEMORY).free
         if needed > free:
             raise InputError(
-                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but the loader workers need {needed / 1e6:.0f} MB: "
+                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but {counted(workers, 'loader worker')} per rank need "
+                f"{needed / 1e6:.0f} MB: "
                 f"{MORE_SHARED_MEMORY}"
             )
 

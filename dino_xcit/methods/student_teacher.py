@@ -120,8 +120,8 @@ class Ema:
     """Exponential moving average of a student's parameters in a teacher."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, as_vector: bool) -> None:
-        """``as_vector`` turns the teacher's parameters into views of one vector: an update takes two kernels on a GPU,
-        and on a CPU a copy of the student."""
+        """``as_vector``: make the teacher's parameters views of one vector. An update then takes two kernels on a GPU;
+        on a CPU it would copy the student."""
         self._as_vector = as_vector
         self._teacher = [flattened(teacher)] if as_vector else [one.detach() for one in teacher.parameters()]
         self._student = [one.detach().view(-1) if as_vector else one.detach() for one in student.parameters()]

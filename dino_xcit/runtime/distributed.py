@@ -74,11 +74,11 @@ def choose_device(wanted: str) -> torch.device:
             if why and local == 0:
                 from dino_xcit.runtime import logging as log  # it imports this module
 
-                log.warning(f"running on the CPU, although this machine has a GPU: {why}")
+                log.warning(f"running on the CPU: {why}")
             return torch.device("cpu")
         slurm = ", or give run_slurm.py --gpus-per-node" if queued else ""
-        remedy = why or f"PyTorch finds no GPU: use --device cpu, or install a CUDA build{slurm}"
-        raise InputError(f"device is cuda, but {remedy}")
+        reason = why or f"PyTorch finds no GPU: use --device cpu, or install a CUDA build{slurm}"
+        raise InputError(f"device is cuda, but {reason}")
     if local >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         remedy = (
@@ -96,7 +96,10 @@ def _unusable_gpu() -> str:
     if not any(Path("/dev").glob("nvidia[0-9]*")) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ""
     if not torch.version.cuda:
-        return f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build (pytorch.org), or --device cpu"
+        return (
+            f"PyTorch {torch.__version__} is built without CUDA and cannot use this machine's GPU: install a CUDA "
+            "build (pytorch.org), or give --device cpu"
+        )
     try:
         torch.cuda.init()
     except Exception as error:  # the driver's version is part of the message
@@ -104,8 +107,8 @@ def _unusable_gpu() -> str:
     else:
         cause = "torch.cuda.is_available() is false"
     return (
-        f"PyTorch {torch.__version__} cannot use it ({cause}): update the driver to one for CUDA {torch.version.cuda}, "
-        "install PyTorch for the driver's CUDA (pytorch.org), or give --device cpu"
+        f"PyTorch {torch.__version__} cannot use this machine's GPU ({cause}): update the driver to one for CUDA "
+        f"{torch.version.cuda}, install PyTorch for the driver's CUDA (pytorch.org), or give --device cpu"
     )
 
 
@@ -218,7 +221,7 @@ def run_command(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> Non
             raise_if_lost(error)
             if "deterministic implementation" in str(error):  # such as interpolated position embeddings on a GPU
                 what = one_line(error).split(". ")[0]
-                raise InputError(f"{what}: omit --deterministic, or train an XCiT") from error
+                raise InputError(f"{what}: omit --deterministic, or use an XCiT (--arch xcit_small_12_p16)") from error
             raise
 
     try:

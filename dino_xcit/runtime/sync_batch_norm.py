@@ -1,7 +1,8 @@
 """BatchNorm over the batches of all ranks without host synchronisation. R ranks, C channels.
 
-``torch.nn.SyncBatchNorm`` calls the same CUDA kernels. To support empty batches, it waits for the device in each layer
-and forward pass (pytorch#78549). Here all ranks have batches of the same size, so no wait is needed.
+``torch.nn.SyncBatchNorm`` calls the same CUDA kernels, but waits for the device in each layer and forward pass to
+support empty batches (pytorch#78549). Here all ranks have batches of the same size, so nothing waits. In training mode
+the layer needs CUDA tensors.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class _Normalise(torch.autograd.Function):
         own = torch.stack(torch.batch_norm_stats(x, eps))  # [2, C]: mean and 1 / sqrt(var + eps)
         rows = own.new_empty(dist.get_world_size(), *own.shape)
         _all_gather(rows, own[None])
-        counts_of = _counts.__wrapped__ if torch.compiler.is_compiling() else _counts  # Dynamo warns of a cache
+        counts_of = _counts.__wrapped__ if torch.compiler.is_compiling() else _counts  # Dynamo warns about lru_cache
         counts, as_integers = counts_of(len(rows), x.numel() // x.shape[1], x.device)
         means, scales = rows.unbind(1)  # [R, C]
         statistics = torch.batch_norm_gather_stats_with_counts(x, means, scales, mean, var, momentum, eps, counts)
@@ -123,7 +124,7 @@ class _Normalise(torch.autograd.Function):
 
 @lru_cache
 def _counts(ranks: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the number of values per channel on each rank [R] as the forward and the backward kernels want it."""
+    """Return the values per channel on each rank [R], as float for the forward kernel and as int for the other."""
     counts = torch.full((ranks,), float(count), device=device)
     return counts, counts.int()
 

@@ -26,7 +26,7 @@ from eval.linear.pooled import PooledBackbone, Rows
 from eval.linear.views import hold_out
 from eval.setup import beside_weights, cache_folder, demand_writable, labelled_parts, open_backbone
 
-FORMAT = "dino-xcit-linear-1"
+FORMAT = "dino-xcit-linear-2"
 FILE_NAME = "linear.pth"
 LOGREG_NAME = "logreg.pth"
 GAP = 1e-3

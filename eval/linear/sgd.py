@@ -281,22 +281,22 @@ def final_results(probe: Probe, content: Record, paper: LinearHeads, grids: Mapp
     features, (weight, bias) = "cls", paper.folded(0)
     if grids:
         held, answers, lrs = probe.rows(probe.held_source), probe.labels[probe.held], probe.lrs
-        distributions = {
+        held_out = {
             name: [accuracy(found, answers, 1) for found in heads.guesses(held[name], range(len(lrs)))]
             for name, heads in grids.items()
         }
-        features = max(distributions, key=lambda name: max(distributions[name]))
-        winner = int(np.argmax(distributions[features]))
+        features = max(held_out, key=lambda name: max(held_out[name]))
+        winner = int(np.argmax(held_out[features]))
         lr = lrs[winner]
         results["grid"] = {
             "lr": lr,
             "features": features,
             "chosen_on": "held-out training images",
             "held_out_images": len(answers),
-            "held_out_top1": distributions[features][winner],
+            "held_out_top1": held_out[features][winner],
             **final("grid", features, grids[features], winner),
-            "held_out_top1_by_lr": [list(pair) for pair in zip(lrs, distributions[features], strict=True)],
-            "held_out_top1_by_features": {name: max(found) for name, found in distributions.items()},
+            "held_out_top1_by_lr": [list(pair) for pair in zip(lrs, held_out[features], strict=True)],
+            "held_out_top1_by_features": {name: max(found) for name, found in held_out.items()},
         }
         weight, bias = grids[features].folded(winner)
     return {

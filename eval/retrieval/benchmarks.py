@@ -35,7 +35,7 @@ from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import WHITE, EvalTransform, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.features import cached
-from eval.results import Metadata, Metric, data_metadata, images_metadata, result_content, write_json
+from eval.results import JsonObject, Metric, data_metadata, images_metadata, result_content, write_json
 from eval.retrieval.collection import prepared
 from eval.retrieval.whitening import kind_of, load
 from eval.retrieval_config import RetrievalConfig
@@ -106,9 +106,9 @@ class VectorSet:
     source: Source
     vectors: Vectors
     data: dict[str, object]
-    """Metadata of the images for the result file."""
+    """JsonObject of the images for the result file."""
     whitening: dict[str, Any] | None
-    """Metadata of the applied whitening for the result file."""
+    """JsonObject of the applied whitening for the result file."""
     loaded: LoadedBackbone
     device: torch.device
 
@@ -136,13 +136,13 @@ def extracted(config: RetrievalConfig, loaded: LoadedBackbone, device: torch.dev
 
 # ---- results
 
-Answer = tuple[Metadata, list[Metadata], dict[str, VectorSet], list[Metric]]
+Answer = tuple[JsonObject, list[JsonObject], dict[str, VectorSet], list[Metric]]
 """Protocol, rows of results, vector sets by name, and metrics by query."""
 
 
-def means(values: Mapping[str, NDArray[np.float64]]) -> Metadata:
+def means(values: Mapping[str, NDArray[np.float64]]) -> JsonObject:
     """Compute each measure's mean over the queries and its interval; None without queries."""
-    out: Metadata = {}
+    out: JsonObject = {}
     for name, one in values.items():
         out |= {name: float(one.mean()) if len(one) else None, f"{name}_interval": query_interval(one)}
     return out
@@ -158,8 +158,8 @@ def write_result(config: RetrievalConfig, answer: Answer, seconds: float) -> Non
     if metrics:
         protocol["interval"] = "95% percentile bootstrap over the queries"
     loaded, measure = first.loaded, f"retrieval {config.protocol}"
-    metadata = result_content(measure, protocol, results, loaded, data, loaded.transform, first.device, seconds, plain)
-    write_json(Path(config.json), metadata)
+    content = result_content(measure, protocol, results, loaded, data, loaded.transform, first.device, seconds, plain)
+    write_json(Path(config.json), content)
 
 
 # ---- similarity and average precision
@@ -415,7 +415,7 @@ def _strength(block: Path) -> tuple[int, str]:
 
 def score_copydays(
     blocks: Mapping[str, tuple[Source, NDArray[np.int64]]], sets: Mapping[str, VectorSet]
-) -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.int64], Metadata]]:
+) -> Iterator[tuple[str, NDArray[np.float64], NDArray[np.int64], JsonObject]]:
     """Yield for each search, such as ``strong -> original``, average precisions [Q], rows of the queries, and counts.
 
     Args:

@@ -20,7 +20,7 @@ from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import atomic
 from eval.pooling import Descriptor
 
-FORMAT = "dino-xcit-whitening-1"
+FORMAT = "dino-xcit-whitening-2"
 
 _ROWS_AT_ONCE = 16_384
 _MIN_VARIANCE = 1e-8
@@ -115,6 +115,8 @@ def load(path: Path, wanted: Mapping[str, Any] | None = None) -> Whitening:
     """
     try:
         with np.load(path) as file:
+            if "metadata" not in file:
+                raise ValueError(f"its format is not {FORMAT}: learn it again with run_extract.py --learn-whitening")
             mean, projection, metadata = file["mean"], file["projection"], json.loads(file["metadata"].tobytes())
         found = Whitening(mean, projection, dict(metadata["made_for"]), dict(metadata["learned_on"]))
         if metadata["format"] != FORMAT or not mean.dtype == projection.dtype == np.float32:
