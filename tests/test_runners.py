@@ -71,8 +71,8 @@ def test_linear_saves_probe_and_replaces_it_only_with_resume_never(place: Place,
     words = (
         "--weights", place.weights, "--epochs", 2, "--batch-size-per-gpu", 4, "--num-workers", 0, "--lrs", 0.5, 2, 0.01,
     )  # fmt: skip
-    linear, result = functools.partial(here, run_linear), tmp_path / "linear.json"
-    out, result = measured(linear, file_of_result, *words, "--holdout", 0.25)
+    linear, written = functools.partial(here, run_linear), tmp_path / "linear.json"
+    out, result = measured(linear, written, *words, "--holdout", 0.25)
     assert "chosen on the validation images" in out
     grid = result["results"]["grid"]
     assert [lr for lr, _ in grid["held_out_top1_by_lr"]] == [0.01, 0.5, 2.0]
@@ -97,7 +97,7 @@ def test_linear_saves_probe_and_replaces_it_only_with_resume_never(place: Place,
     refused = linear(*other)
     assert refused.code == 2
     assert f"{file} holds another probe (" in refused.err
-    _, result = measured(linear, file_of_result, *other, "--resume", "never")
+    _, result = measured(linear, written, *other, "--resume", "never")
     assert list(result["results"]) == ["paper"], "results include a grid without held-out images"
     assert result["protocol"]["crop_scale"] == [0.08, 1.0]
 
