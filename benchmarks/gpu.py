@@ -3,8 +3,8 @@
     benchmarks/gpu.sh OUT quick|full [REFERENCE]
 
 ``quick`` takes less than 150 seconds, ``full`` less than 7 minutes. ``REFERENCE`` is a folder with checkouts of
-facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as ``xcit/``. Each row is printed when it is done and
-appended to OUT/gpu.jsonl. If a package is missing, its rows are skipped and name it. A failed row does not stop the
+facebookresearch/dino as ``dino/`` and of facebookresearch/xcit as ``xcit/``. Each row is printed and written to
+OUT/gpu.jsonl when it is done. If a package is missing, its rows are skipped and name it. A failed row does not stop the
 others. OUT/profile.txt has the 30 kernels that take most of the time. The last line is one JSON object: commit, machine
 and all rows.
 
@@ -153,7 +153,6 @@ def deterministic(context: Context) -> dict[str, Any]:
     """
     import torch
 
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     equal: dict[str, Any] = {}
     try:
@@ -347,6 +346,7 @@ def work(context: Context, number: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # other output
     if context.device == "cuda":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # PyTorch reads it once, before the first product
         import torch
 
         torch.backends.cudnn.benchmark = True
@@ -380,6 +380,9 @@ def rows_of(context: Context, number: int, deadline: float) -> Iterator[dict[str
             code = process.wait()
         finally:
             timer.cancel()
+            if process.poll() is None:  # interrupted
+                os.killpg(process.pid, 9)
+                process.wait()
     why = "no time left" if time.monotonic() >= deadline else f"the process ended with code {code}: {log.name}"
     yield from ({"row": name, "failed": why} for name in names)
 

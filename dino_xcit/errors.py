@@ -71,7 +71,7 @@ def printable(text: str) -> str:
 
 SHARED_MEMORY = "/dev/shm"
 """Folder through which loader workers pass tensors, 64 MB in a container by default."""
-MORE_SHARED_MEMORY = "start the container with --ipc=host or a larger --shm-size, or lower --num-workers"
+MORE_SHARED_MEMORY = "start the container with --ipc=host or a larger --shm-size"
 """Advice if shared memory is too small."""
 LESS_MEMORY = "use smaller batches or images (--help lists the flags), or a machine with more memory"
 """Default advice for out-of-memory errors."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data import Source, UndecodableImage, decode
 from dino_xcit.data.source import hash_lines
-from dino_xcit.data.workers import check_shared_memory, choose_workers, worker_init
+from dino_xcit.data.workers import PREFETCHED, choose_workers, fit_shared_memory, worker_init
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime import atomic, distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
@@ -98,11 +98,12 @@ def image_batches(
     """
     few = num_workers < 0 and total < _MIN_FOR_WORKERS
     workers = 0 if few else choose_workers(num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
-    check_shared_memory(workers, min(batch_size, total), [transform.crop])
+    workers = fit_shared_memory(workers, min(batch_size, total), [transform.crop])
     yield from DataLoader(
         TransformedImages(source, transform),
         batch_sampler=indices,  # type: ignore[arg-type]  # iterated over once
         num_workers=workers,
+        prefetch_factor=PREFETCHED if workers else None,
         collate_fn=_stack,
         worker_init_fn=worker_init() if workers else None,
         pin_memory=device.type == "cuda",

@@ -30,6 +30,7 @@ def batch_norm_gather_stats_with_counts(
     x: Tensor, mean: Tensor, scale: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float,
     counts: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert counts.dtype == running_mean.dtype, "the CUDA kernel reads both as one dtype"
     share = (counts / counts.sum())[:, None].to(mean.dtype)
     total = (share * mean).sum(0)
     variance = (share * (scale.pow(-2) - eps + (mean - total).square())).sum(0)
@@ -56,6 +57,7 @@ def batch_norm_backward_elemt(
     gradient: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, total: Tensor, product: Tensor,
     counts: Tensor,
 ) -> Tensor:  # fmt: skip
+    assert counts.dtype == torch.int32
     count = counts.sum()
     centered = _wide(x) - _per_channel(mean, x)
     found = _wide(gradient) - _per_channel(total / count, x) - centered * _per_channel(product / count * scale**2, x)

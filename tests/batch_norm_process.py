@@ -5,6 +5,7 @@ batch_norm_process.py PREFIX_OF_OUTPUT_FILE [compiled]
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from typing import Any
@@ -71,12 +72,14 @@ def run_compiled() -> dict[str, Any]:
     images = torch.randn(4, 3, 16, 16)
     torch.manual_seed(0)
     backbone = convert_sync_batch_norm(build_backbone("xcit_pico_4_p4")).train()
-    results = []
+    start, results = copy.deepcopy(backbone.state_dict()), []
     for _ in range(2):
         backbone.zero_grad()
         loss = backbone(images).patch_tokens.square().mean()
         loss.backward()
-        results.append([loss.detach(), backbone.get_parameter("blocks.0.local_mp.conv1.weight").grad])
+        buffers = [buffer.clone() for buffer in backbone.buffers()]
+        results.append([loss.detach(), backbone.get_parameter("blocks.0.local_mp.conv1.weight").grad, *buffers])
+        backbone.load_state_dict(start)
         backbone.compile_blocks(backend="aot_eager")
     counters = torch._dynamo.utils.counters
     return {"results": results, "graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.process
 CUDA = fake_cuda.CUDA
 SMALL = {"out_dim": 512, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "local_crops_number": 2}
 
-MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4292, 74, 159.2
+MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4290, 43, 159.2
 """Ceilings for a step of S12/16 at batch 64 in bf16. Lower them when the counts drop."""
 
 MAX_FORWARD_LAUNCHES = {("gram path", "bf16"): 677, ("gram path", "fp32"): 511}
@@ -155,13 +155,13 @@ def test_step_of_s12_is_clean_and_stays_below_its_ceilings(measured: list[dict[s
     assert found["strides"][1] == 0
     launches, gigabytes = found["total"]
     assert (launches <= MAX_LAUNCHES, gigabytes <= MAX_GB + 0.05) == (True, True), found
-    assert found["update"] <= MAX_UPDATE_LAUNCHES
+    assert 30 <= found["update"] <= MAX_UPDATE_LAUNCHES
 
 
 @needs_compiler
 def test_lars_launches_do_not_grow_with_the_number_of_tensors(measured: list[dict[str, Any]]) -> None:
     assert measured[1]["clean"] == [[], [], [], {}]
-    assert measured[1]["update"] < 120
+    assert 30 < measured[1]["update"] < 100
 
 
 @needs_compiler
@@ -171,7 +171,7 @@ def test_step_is_clean_in_every_setting(case: str) -> None:
     (found,) = steps({"batch": 4, "arch": "xcit_nano_12_p16"} | SMALL | CASES[case])
     assert found["clean"] == [[], [], [], {}]
     assert found["strides"][1] == 0
-    assert found["update"] < 200
+    assert 20 < found["update"] < 160
 
 
 # ---- evaluation
@@ -200,7 +200,8 @@ def batches(source, transform, chunks, *_):  # a DataLoader draws a seed, which 
         yield pixels, list(range(len(chunk))), None
 
 eval.features.image_batches = batches
-torch.Tensor.pin_memory = lambda self: self
+pinned = []
+torch.Tensor.pin_memory = lambda self: pinned.append(self.shape) or self
 torch.Tensor.numpy = lambda self: np.zeros(self.shape, "f4" if self.is_floating_point() else "i8")
 
 def probe(method):
@@ -236,7 +237,7 @@ for run in (probe, extraction, knn):
         next(steps)
         with ledger:
             next(steps, None)
-    print(json.dumps([ledger.waits, ledger.blocking_copies, ledger.mixed_devices, ledger.total()[0]]))
+    print(json.dumps([ledger.waits, ledger.blocking_copies, ledger.mixed_devices, len(pinned)]))
 """
 
 
@@ -244,7 +245,7 @@ for run in (probe, extraction, knn):
 @pytest.mark.slow
 def test_evaluation_waits_for_the_device_once_per_batch() -> None:
     probe, extraction, knn = lines_of(EVALUATION)
-    assert probe[:3] == [[], [], []]
+    assert probe == [[], [], [], 2]
     assert extraction[0] == extraction[2] == []
     assert len(extraction[1]) == 3, "one copy of the features of each batch"
     assert all("cuda:0 to cpu" in copy for copy in extraction[1])

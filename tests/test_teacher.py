@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_run import CPU, differing_bits, run, steps, tiny_config
@@ -29,6 +31,15 @@ def test_ema_equals_exponential_moving_average(momentum: float, accepted: bool |
     Ema(teacher, student, as_vector)(momentum, None if accepted is None else torch.tensor(accepted))
     torch.testing.assert_close(flat(teacher).double(), expected, rtol=1e-6, atol=1e-7)
     assert differing_bits(network(2).state_dict(), student.state_dict()) == []
+
+
+@pytest.mark.parametrize("as_vector", [False, True])
+def test_ema_of_a_copy_updates_the_copied_teacher(as_vector: bool) -> None:
+    teacher, student = network(1), network(2)
+    same, _, ema = copy.deepcopy((teacher, student, Ema(teacher, student, as_vector)))
+    ema(0.0)
+    assert (flat(same) == flat(student)).all()
+    assert differing_bits(network(1).state_dict(), teacher.state_dict()) == []
 
 
 @pytest.mark.parametrize("as_vector", [False, True])

@@ -221,3 +221,10 @@ def test_many_tokens_take_gram_path() -> None:
     by_gram = gram_attention(x, xca.temperature, xca.qkv.weight, xca.qkv.bias, xca.proj.weight, xca.proj.bias)
     assert torch.equal(xca(x), by_gram)
     assert choose(1024, 64, torch.float32, "mps", True) == "direct"  # the Gram path is untested on MPS
+
+
+def test_plain_layers_do_not_choose_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export would record the choice, which depends on the number of tokens."""
+    monkeypatch.setattr(XCA, "_choose", lambda *_: pytest.fail("chooses a path"))
+    with fused.plain():
+        assert XCA(16, 2)(torch.randn(1, 300, 16)).shape == (1, 300, 16)

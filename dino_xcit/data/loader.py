@@ -20,7 +20,7 @@ from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.parameters import COLUMNS
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.source import Source
-from dino_xcit.data.workers import check_shared_memory, worker_init
+from dino_xcit.data.workers import PREFETCHED, fit_shared_memory, worker_init
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime import watchdog
@@ -253,13 +253,15 @@ class Loader:
         dataset.augmentation.compile()  # once, before workers start
         if (took := time.perf_counter() - began) > 2:
             log.info(f"compiled the augmentation in {took:.0f} s (cached for later runs if possible)")
-        check_shared_memory(num_workers, sampler.batch_size, [view.size for view in dataset.augmentation.views])
+        sides = [view.size for view in dataset.augmentation.views]
+        num_workers = fit_shared_memory(num_workers, sampler.batch_size, sides)
         others = multiprocessing.active_children()
         self._batches: Iterator[Batch | UndecodableImage] = iter(
             DataLoader(
                 dataset,  # type: ignore[arg-type]
                 batch_sampler=sampler,
                 num_workers=num_workers,
+                prefetch_factor=PREFETCHED if num_workers else None,
                 collate_fn=_as_it_is,  # type: ignore[arg-type]
                 pin_memory=device.type == "cuda",
                 worker_init_fn=worker_init() if num_workers else None,

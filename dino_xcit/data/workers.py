@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.util
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data.source import Source
 from dino_xcit.errors import MORE_SHARED_MEMORY, SHARED_MEMORY, InputError
+from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.distributed import end_children, processes_here
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.memory import keep_freed_memory
@@ -69,28 +69,28 @@ def choose_workers(wanted: int, ranks: int, name: str = "num_workers", on_gpu: b
     return wanted
 
 
-def check_shared_memory(workers: int, batch: int, sides: Sequence[int]) -> None:
-    """Check that the batches that workers prefetch fit into shared memory.
+def fit_shared_memory(workers: int, batch: int, sides: Sequence[int]) -> int:
+    """Return how many of a rank's workers fit into shared memory with the batches that they prefetch.
 
-    A worker that writes beyond it is killed by a bus error.
+    A worker that writes beyond it is killed by a bus error. Containers have 64 MB by default.
 
     Args:
-        workers: Number of workers of this rank.
+        workers: Number of workers.
         batch: Number of images per batch.
         sides: Sides of the RGB views of each image.
-
-    Raises:
-        InputError: They do not fit.
     """
-    needed = processes_here() * workers * PREFETCHED * batch * sum(3 * side**2 for side in sides)
-    with contextlib.suppress(OSError):  # /dev/shm exists on Linux only
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        if needed > free:
-            raise InputError(
-                f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but {counted(workers, 'loader worker')} per rank need "
-                f"{needed / 1e6:.0f} MB: "
-                f"{MORE_SHARED_MEMORY}"
-            )
+    each = PREFETCHED * batch * sum(3 * side**2 for side in sides)
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free // processes_here()
+    except OSError:  # /dev/shm exists on Linux only
+        return workers
+    fitting = min(workers, free // max(1, each))
+    if fitting < workers:
+        log.warn_once(
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free per rank, and {counted(workers, 'loader worker')} need "
+            f"{workers * each / 1e6:.0f} MB: using {fitting}; {MORE_SHARED_MEMORY} for more"
+        )
+    return fitting
 
 
 def worker_init() -> Callable[[int], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -122,9 +123,13 @@ class Ema:
     def __init__(self, teacher: nn.Module, student: nn.Module, as_vector: bool) -> None:
         """``as_vector``: make the teacher's parameters views of one vector. An update then takes two kernels on a GPU;
         on a CPU it would copy the student."""
-        self._as_vector = as_vector
-        self._teacher = [flattened(teacher)] if as_vector else [one.detach() for one in teacher.parameters()]
-        self._student = [one.detach().view(-1) if as_vector else one.detach() for one in student.parameters()]
+        self._networks, self._as_vector = (teacher, student), as_vector
+        self._teacher = [flattened(teacher)] if as_vector else list(teacher.parameters())
+        self._student = [one.detach().view(-1) if as_vector else one for one in student.parameters()]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ema:
+        """Refer to the copied networks: copies of the views would not."""
+        return Ema(*copy.deepcopy(self._networks, memo), self._as_vector)
 
     @torch.no_grad()
     def __call__(self, momentum: float, accepted: Tensor | None = None) -> None:

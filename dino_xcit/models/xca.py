@@ -44,11 +44,12 @@ class XCA(nn.Module):
         ``layer_scale`` [D] is folded into the output projection.
         """
         parts = split_sizes(x, sizes)
-        paths = [self.path if self.path != "auto" else self._choose(part) for part in parts]
-        gram = "gram" in paths and not fused.is_plain()  # its products of weights are float32
-        proj = fused.fold_layer_scale(layer_scale, self.proj.weight, self.proj.bias, None if gram else product_dtype(x))
-        if fused.is_plain():
+        if fused.is_plain():  # first, because a tracer would record the choice of the path
+            proj = fused.fold_layer_scale(layer_scale, self.proj.weight, self.proj.bias)
             return join_sizes([F.linear(plain_attention(self.qkv(part), self.temperature), *proj) for part in parts])
+        paths = [self.path if self.path != "auto" else self._choose(part) for part in parts]
+        gram = "gram" in paths  # its products of weights are float32
+        proj = fused.fold_layer_scale(layer_scale, self.proj.weight, self.proj.bias, None if gram else product_dtype(x))
         if not gram:
             return F.linear(direct_attention(self.qkv(x), self.temperature, sizes), *proj)
         return join_sizes([

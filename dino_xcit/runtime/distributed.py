@@ -77,8 +77,8 @@ def choose_device(wanted: str) -> torch.device:
                 log.warning(f"running on the CPU: {why}")
             return torch.device("cpu")
         slurm = ", or give run_slurm.py --gpus-per-node" if queued else ""
-        reason = why or f"PyTorch finds no GPU: use --device cpu, or install a CUDA build{slurm}"
-        raise InputError(f"device is cuda, but {reason}")
+        reason = why or "PyTorch finds no GPU: use --device cpu, or install a CUDA build"
+        raise InputError(f"device is cuda, but {reason}{slurm}")
     if local >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         remedy = (
@@ -104,6 +104,8 @@ def _unusable_gpu() -> str:
         torch.cuda.init()
     except Exception as error:  # the driver's version is part of the message
         cause = one_line(error)
+        if "No CUDA GPUs are available" in cause:  # the job was given none
+            return ""
     else:
         cause = "torch.cuda.is_available() is false"
     return (
@@ -201,7 +203,7 @@ def raise_if_lost(error: Exception, where: str = "", remedy: str = "run the same
     if lost_worker or (isinstance(error, EOFError | ConnectionError) and not isinstance(error, BrokenPipeError)):
         advice = "if it ran out of memory, lower --num-workers"
         if "bus error" in text:
-            advice = f"{SHARED_MEMORY} is full: {MORE_SHARED_MEMORY}"
+            advice = f"{SHARED_MEMORY} is full: {MORE_SHARED_MEMORY}, or lower --num-workers"
         why = f"{one_line(error) or type(error).__name__}; {advice}"
         raise RunStopped(LOST, f"error: rank {rank()}{where}: lost a loader worker ({why}); {remedy}") from error
     words = ("gloo", "nccl error", "connection closed by peer", "connection reset by peer", "broken pipe")

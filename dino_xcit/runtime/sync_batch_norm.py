@@ -103,7 +103,7 @@ class _Normalise(torch.autograd.Function):
         rows = own.new_empty(dist.get_world_size(), *own.shape)
         _all_gather(rows, own[None])
         counts_of = _counts.__wrapped__ if torch.compiler.is_compiling() else _counts  # Dynamo warns about lru_cache
-        counts, as_integers = counts_of(len(rows), x.numel() // x.shape[1], x.device)
+        counts, as_integers = counts_of(len(rows), x.numel() // x.shape[1], mean.dtype, x.device)
         means, scales = rows.unbind(1)  # [R, C]
         statistics = torch.batch_norm_gather_stats_with_counts(x, means, scales, mean, var, momentum, eps, counts)
         ctx.save_for_backward(x, weight, *statistics, as_integers)
@@ -123,9 +123,9 @@ class _Normalise(torch.autograd.Function):
 
 
 @lru_cache
-def _counts(ranks: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the values per channel on each rank [R], as float for the forward kernel and as int for the other."""
-    counts = torch.full((ranks,), float(count), device=device)
+def _counts(ranks: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the values per channel on each rank [R], in ``dtype`` for the forward kernel and as int for the other."""
+    counts = torch.full((ranks,), count, dtype=dtype, device=device)
     return counts, counts.int()
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_xcit.data import Source, decode
 from dino_xcit.data.loader import Key, StepSampler
 from dino_xcit.data.source import hash_lines
-from dino_xcit.data.workers import worker_init
+from dino_xcit.data.workers import PREFETCHED, fit_shared_memory, worker_init
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, normalise
 from eval.features import refuse_not_finite
@@ -131,8 +131,10 @@ def live_features(
     Raises:
         InputError: an image is unreadable or its features are not finite; the message names it.
     """
+    num_workers = fit_shared_memory(num_workers, sampler.batch_size, [views.transform.crop])
     loader: DataLoader[Any] = DataLoader(
-        views, None, sampler=sampler, num_workers=num_workers, worker_init_fn=worker_init() if num_workers else None,
+        views, None, sampler=sampler, num_workers=num_workers, prefetch_factor=PREFETCHED if num_workers else None,
+        worker_init_fn=worker_init() if num_workers else None,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
     for batch in loader:
