@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from dino_xcit.models.multicrop import MultiCropOutput, MultiCropWrapper
 from dino_xcit.models.output import BackboneOutput
 from dino_xcit.models.xcit import PATCH_SIZES, XCIT_SIZES, XCiT
 
+if TYPE_CHECKING:
+    from dino_xcit.models.pyramid import FeaturePyramid
+
 __all__ = [
     "BackboneOutput",
     "DINOHead",
@@ -22,6 +25,7 @@ __all__ = [
     "XCiT",
     "backbone_names",
     "build_backbone",
+    "feature_pyramid",
     "is_registered",
     "register_backbone",
 ]
@@ -30,6 +34,17 @@ __all__ = [
 def backbone_names() -> list[str]:
     """Return all XCiT names."""
     return [f"{size}_p{patch}" for size in XCIT_SIZES for patch in PATCH_SIZES]
+
+
+def feature_pyramid(backbone: nn.Module) -> FeaturePyramid:
+    """Build the feature pyramid of an XCiT, a vision transformer or a timm model, for detection and segmentation.
+
+    Raises:
+        InputError: the backbone is of another kind, or has no maps of strides 4, 8, 16 and 32.
+    """
+    from dino_xcit.models.pyramid import FeaturePyramid  # imports timm, which takes a second
+
+    return FeaturePyramid(backbone)
 
 
 _REGISTERED: dict[str, Callable[..., nn.Module]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import timm
@@ -64,14 +64,20 @@ class TimmBackbone(nn.Module):
         Raises:
             InputError: the model does not support this image size.
         """
-        try:
+        with _explaining_size(images):
             return self._features(self._fitted(images), layers)
-        except AssertionError as error:  # timm asserts supported sizes
-            raise InputError(
-                f"this model cannot take images of {images.shape[2]} x {images.shape[3]} pixels ({one_line(error)}): "
-                "choose another --eval-crop (run_retrieval.py: --fit centre, or --fit square with --image-size), or "
-                "other crop sizes when training"
-            ) from error
+
+    def maps(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Return the maps [B, D, h, w] of ``layers``, indices of timm's ``feature_info``, without the final norm.
+
+        Raises:
+            InputError: the model does not support this image size.
+        """
+        options: dict[str, Any] = {"norm": False, "output_fmt": "NCHW", "intermediates_only": True}
+        with _explaining_size(images):
+            found = self.model.forward_intermediates(self._fitted(images), indices=sorted(set(layers)), **options)
+        by_layer = dict(zip(sorted(set(layers)), found, strict=True))
+        return [by_layer[layer] for layer in layers]
 
     def _fitted(self, images: Tensor) -> Tensor:
         embed = getattr(self.model, "patch_embed", None)
@@ -114,6 +120,18 @@ class TimmBackbone(nn.Module):
         while tokens % height:
             height -= 1
         return patches, (height, tokens // height)
+
+
+@contextlib.contextmanager
+def _explaining_size(images: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError as error:  # timm asserts supported sizes
+        raise InputError(
+            f"this model cannot take images of {images.shape[2]} x {images.shape[3]} pixels ({one_line(error)}): "
+            "choose another --eval-crop (run_retrieval.py: --fit centre, or --fit square with --image-size), or "
+            "other crop sizes when training"
+        ) from error
 
 
 def whole_patches(images: Tensor, patch: Sequence[int]) -> Tensor:

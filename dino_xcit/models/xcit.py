@@ -315,10 +315,30 @@ class XCiT(nn.Module):
         """
         return self._run(crops, drop_path_keys, ())[0]
 
+    def maps(self, images: Tensor, layers: Sequence[int], drop_path_keys: Tensor | None = None) -> list[Tensor]:
+        """Return the outputs of XCA blocks as maps [B, D, h, w]; class attention is not computed.
+
+        Args:
+            images, layers, drop_path_keys: see :meth:`forward`.
+        """
+        _, kept, sizes = self._tokens([images], [drop_path_keys], layers)
+        return [tokens.transpose(1, 2).unflatten(2, sizes[0][1]) for tokens in kept]
+
     def _run(
         self, crops: Sequence[Tensor], keys: Sequence[Tensor | None], layers: Sequence[int]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Sizes]:
         """Return class tokens [B, D] after the last norm, tokens, tokens of ``layers``, and crop sizes."""
+        x, kept, sizes = self._tokens(crops, keys, layers)
+        images = sum(count for count, _ in sizes)
+        cls_token, patches = self.cls_token.expand(images, -1, -1).to(x.dtype), x
+        for index, block in enumerate(self.cls_attn_blocks):
+            cls_token, patches = block(cls_token, patches, sizes, last=index + 1 == len(self.cls_attn_blocks))
+        return self.norm(cls_token[:, 0]), x, kept, sizes
+
+    def _tokens(
+        self, crops: Sequence[Tensor], keys: Sequence[Tensor | None], layers: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...], Sizes]:
+        """Return the tokens after the last XCA block, those of ``layers``, and crop sizes."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         parts, grids = [], []
         for crop in crops:
@@ -338,11 +358,7 @@ class XCiT(nn.Module):
             x = recomputed(block, call, *inputs) if recompute else call(*inputs)
             if index in wanted:
                 kept[index] = x
-        images = sum(count for count, _ in sizes)
-        cls_token, patches = self.cls_token.expand(images, -1, -1).to(x.dtype), x
-        for index, block in enumerate(self.cls_attn_blocks):
-            cls_token, patches = block(cls_token, patches, sizes, last=index + 1 == len(self.cls_attn_blocks))
-        return self.norm(cls_token[:, 0]), x, tuple(kept[index] for index in wanted), sizes
+        return x, tuple(kept[index] for index in wanted), sizes
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the XCA blocks with torch.compile for each shape in training; evaluation runs them eagerly.
