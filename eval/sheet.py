@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unicodedata import normalize
 
@@ -48,13 +49,21 @@ def draw_sheet(rows: Sequence[Sequence[Cell]]) -> Image.Image:
         for cell, width in zip(row, widths, strict=False):
             sheet.paste(cell.image, (left, top + height - cell.image.height))
             for text, size, ink, below in ((cell.title, 14, "#1b1f24", 4), (cell.note, 12, "#6b7280", 21)):
-                shown, font = printable(normalize("NFC", text)), ImageFont.load_default(size)
+                shown, font = printable(normalize("NFC", text)), font_of(size)
                 while draw.textlength(shown, font=font) > width and len(shown) > 3:
                     shown = f"...{shown.removeprefix('...')[1:]}"  # the end of a file name is the most distinctive
                 draw.text((left, top + height + below), shown, ink, font)
             left += width + _GAP
         top += height + _CAPTION + _GAP
     return sheet
+
+
+@cache
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """Return Matplotlib's font: Pillow's own has ASCII only."""
+    import matplotlib as mpl  # takes half a second to import
+
+    return ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def tile(image: Image.Image, title: str, name: str) -> Cell:

@@ -18,6 +18,7 @@ from dino_xcit.models.timm_backbone import TimmBackbone
 from dino_xcit.models.xcit import ClassAttention, XCiT
 from dino_xcit.weights.names import to_timm
 from eval import viz
+from eval.sheet import draw_sheet, tile
 
 
 def random_xcit() -> XCiT:
@@ -176,3 +177,14 @@ def test_vision_transformer_accepts_images_of_any_shape(what: str, tmp_path: Pat
 def test_folder_is_replaced_by_its_images(weights: Path) -> None:
     wide = str(weights.parent / "wide.jpg")
     assert viz.image_files([wide, str(weights.parent)])[::2] == (wide, wide)
+
+
+def test_captions_have_letters_beyond_ascii() -> None:
+    """Composed and decomposed letters look the same, and unlike the box of a missing glyph."""
+    plain, composed, split, missing = (
+        np.asarray(draw_sheet([[tile(Image.new("RGB", (8, 8)), "", f"{name}.jpg")]]))
+        for name in ("a", "\u00e4", "a\u0308", "\ue000")
+    )
+    assert (composed == split).all()
+    assert (composed != plain).any()
+    assert (composed != missing).any()
