@@ -373,7 +373,8 @@ def fake_batch(config: PretrainConfig) -> Batch:
         for group, side in zip(groups, sides, strict=True)
     ]
     transform.normalise(crops[0], config.mean, config.std)  # copies its constants to the device once per process
-    return Batch(crops, list(map(len, groups)), 0, torch.empty(images, dtype=torch.int64, device=CUDA))
+    indices = torch.empty(images, dtype=torch.int64, device=CUDA)
+    return Batch(crops, list(map(len, groups)), epoch=0, indices=indices)
 
 
 def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **settings: Any) -> TrainState:

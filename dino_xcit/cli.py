@@ -37,6 +37,8 @@ Config = TypeVar("Config")
 Flags = dict[str, list[str]]
 """Field names and the words that follow their flags."""
 
+_LAST = ("optimisation", "crops", "machine", "checkpoints", "evaluation")
+"""Groups of settings that ``--help`` shows last, in this order."""
 _BOOLEANS = dict.fromkeys(("true", "on", "1", "yes"), "True") | dict.fromkeys(("false", "off", "0", "no"), "False")
 _IGNORED = ("dist_url", "local_rank")
 """DINO's flags for settings that torchrun passes in the environment."""
@@ -95,7 +97,8 @@ def show_help(config: type, argv: Sequence[str], prog: str) -> None:
             kind, tyro.conf.arg(help=texts[field.name], help_behavior_hint=hint, metavar=shown_choices)
         ]
         groups.setdefault(heading, []).append((field.name, described, field.default))
-    boxes = [(name, dataclasses.make_dataclass(name, fields)) for name, fields in groups.items()]
+    ordered = sorted(groups.items(), key=lambda group: _LAST.index(group[0]) if group[0] in _LAST else -1)
+    boxes = [(name, dataclasses.make_dataclass(name, fields)) for name, fields in ordered]
     shown = dataclasses.make_dataclass("Settings", boxes)
     about = "\n\n".join(  # tyro joins lines that begin with a letter
         textwrap.fill(text, 80, subsequent_indent=" ") for text in inspect.cleandoc(config.__doc__ or "").split("\n\n")
@@ -107,7 +110,7 @@ def show_help(config: type, argv: Sequence[str], prog: str) -> None:
 def _texts_of(config: type) -> dict[str, str]:
     """Return the docstring below each field, without line breaks: tyro keeps some of them."""
     texts = {}
-    for kind in filter(dataclasses.is_dataclass, config.__mro__):
+    for kind in filter(dataclasses.is_dataclass, reversed(config.__mro__)):
         (tree,) = ast.parse(inspect.getsource(kind)).body
         for field, below in itertools.pairwise(ast.iter_child_nodes(tree)):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):

@@ -33,7 +33,94 @@ class StateField:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class TrainConfig:
+    """Settings of any training run."""
+
+    recipe: Annotated[str, ResumeSafe, Group("data")] = ""
+    """Named set of settings."""
+    data_path: str = ""
+    """Training data."""
+    epochs: Annotated[int, Ge(1), Group("optimisation")] = 100
+    """Number of epochs."""
+    batch_size_per_gpu: Annotated[int, Ge(1), ResumeSafe] = 64
+    """Images per forward pass and rank."""
+    accumulation_steps: Annotated[int, Ge(1), ResumeSafe] = 1
+    """Forward passes per step: the global batch is batch_size_per_gpu * ranks * accumulation_steps."""
+    optimizer: Annotated[Literal["adamw", "sgd", "lars"], StateField] = "adamw"
+    """Optimizer of the student."""
+    lr: Annotated[float, Ge(0)] = 0.0005
+    """Peak learning rate for a global batch of lr_reference_batch images; scaled linearly with the global batch."""
+    lr_reference_batch: Annotated[int, Ge(0)] = 256
+    """Global batch size to which lr refers; 0: do not scale lr."""
+    min_lr: Annotated[float, Ge(0)] = 1e-6
+    """Learning rate at the end of the run."""
+    warmup_epochs: Annotated[float, Ge(0)] = 10.0
+    """Epochs of linear learning-rate warm-up; shortened with a warning if it covers the whole run."""
+    warmup_start_lr: Annotated[float, Ge(0)] = 0.0
+    """Learning rate of the first step."""
+    weight_decay: Annotated[float, Ge(0)] = 0.04
+    """Weight decay of the first step."""
+    clip_grad: Annotated[float, Ge(0)] = 3.0
+    """Maximum gradient norm; 0: no clipping."""
+    clip_mode: Literal["per-parameter", "global"] = "per-parameter"
+    """What clip_grad limits: the norm of each parameter's gradient (as in DINO), or the global norm of all
+    gradients."""
+    seed: Annotated[Seed, Group("machine")] = 0
+    """Seed of the weights, the order of the images, the crops and drop-path."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], ResumeSafe] = "auto"
+    """Device for training; auto: a GPU if available."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the networks; auto: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU. DINO's flag
+    --use_fp16 true|false selects fp16 or fp32 and must not contradict --precision."""
+    activation_checkpointing: Annotated[bool, ResumeSafe] = False
+    """Recompute the stem and the XCA (cross-covariance attention) blocks in the backward pass: less memory, more time,
+    the same result (bit for bit with deterministic kernels, as on the CPU). Only for this project's XCiT."""
+    compile: Annotated[bool, ResumeSafe] = False
+    """Compile the XCA blocks with torch.compile. The first step then takes minutes; later runs use the compile cache.
+    Measured on the CPU, it is not faster; not measured on GPUs. Only for this project's XCiT."""
+    deterministic: Annotated[bool, ResumeSafe] = False
+    """Use deterministic kernels only; slower on a GPU."""
+    num_workers: Annotated[int, Ge(-1), ResumeSafe] = -1
+    """Loader workers per rank; -1: the available cores per rank, at most 10 (20 with a GPU)."""
+    hang_timeout: Annotated[float, Ge(1), ResumeSafe] = 600.0
+    """Seconds that one phase may take without progress before the run ends with code 4. Set it above the longest
+    phase, such as the k-NN search."""
+    max_unreadable: Annotated[float, Ge(0), Le(1), ResumeSafe] = 0.05
+    """Maximum share of unreadable images, which are replaced by others; the run ends if it is exceeded."""
+    output_dir: Annotated[FilePath, ResumeSafe, Group("checkpoints")] = ""
+    """Directory for checkpoints, metrics and curves. Default: runs/RECIPE-ARCH."""
+    resume: Annotated[Literal["auto", "changed", "never"], ResumeSafe] = "auto"
+    """auto: resume if output_dir contains this run, fail if it contains another; changed: resume with changed settings;
+    never: start from scratch and overwrite."""
+    saveckp_freq: Annotated[int, Ge(0), ResumeSafe] = 20
+    """Epochs between checkpoints that are kept permanently (one is written every epoch); 0: none."""
+    save_every: Annotated[int, Ge(0), ResumeSafe] = 0
+    """Steps between additional checkpoints within an epoch; 0: save at epoch ends only."""
+    keep_last: Annotated[int, Ge(1), ResumeSafe] = 2
+    """Number of newest checkpoints to keep, besides the best by best_metric. Keep at least 2: resuming falls back to an
+    older checkpoint if the newest is damaged."""
+    max_failed_saves: Annotated[int, Ge(1), ResumeSafe] = 3
+    """Number of consecutive failed saves (such as on a full disk) that ends the run."""
+    max_skipped_steps: Annotated[int, Ge(1), ResumeSafe] = 30
+    """Number of consecutive skipped steps (not finite, weights unchanged) that ends the run with code 3. fp16 skips a
+    few steps at the start, until its loss scale settles."""
+    max_steps: Annotated[int, Ge(0), ResumeSafe] = 0
+    """Number of steps after which the run saves and stops; 0: stop after the last epoch. Does not change schedules."""
+    log_every: Annotated[int, Ge(1), ResumeSafe] = 10
+    """Steps between logged metrics; only logged steps synchronise with the device."""
+    wandb: Annotated[str, ResumeSafe] = ""
+    """Weights & Biases project to log the metrics to; empty: none. Needs pip install 'dino-xcit[wandb]', and wandb
+    login or WANDB_MODE=offline."""
+    best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = ""
+    """Evaluator metric that selects best.pth; higher is better."""
+
+    def eval_transform(self) -> EvalTransform:
+        """Return the transform for evaluating this run's backbone."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
     """Pretrain an image encoder. Precedence of settings: flags, --config FILE.yaml, the recipe, these defaults."""
 
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
@@ -44,7 +131,6 @@ class PretrainConfig:
     """Training images: a folder (with or without class sub-folders), a .txt list of paths, tar:PATTERN (WebDataset),
     parquet:PATTERN, hf:NAME_OR_DIR (Hugging Face datasets), imagenet:DIR (as downloaded), sample:fashion-mnist,
     sample:fashion-mnist-full or torchvision:NAME; see docs/data.md. Training does not use labels."""
-
     arch: Annotated[str, StateField, Group("model")] = "xcit_small_12_p16"
     """Backbone: an official XCiT name (xcit_nano_12_p16 ... xcit_large_24_p8, also _p4), xcit_pico_4_p4 or
     xcit_micro_4_p16 for small images, a ViT such as vit_small_12_p16, or timm:NAME."""
@@ -59,7 +145,6 @@ class PretrainConfig:
     """Keys of init_weights that may be missing from the backbone, by name or as PREFIX*; they are ignored."""
     drop_path_rate: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Stochastic depth rate of the student."""
-
     method: Annotated[str, StateField, Group("method")] = "dino"
     """Training method: dino, simdino, or one registered with dino_xcit.methods.register_method."""
     out_dim: Annotated[int, Ge(2), StateField] = 65536
@@ -93,37 +178,10 @@ class PretrainConfig:
     """For simdino: weight of the coding rate, multiplied by (p + m) / (p m) for m images and p dimensions."""
     coding_rate_eps: Annotated[float, Gt(0)] = 0.5
     """For simdino: squared precision of the coding rate; smaller values spread the features more."""
-
-    epochs: Annotated[int, Ge(1), Group("optimisation")] = 100
-    """Number of epochs."""
-    batch_size_per_gpu: Annotated[int, Ge(1), ResumeSafe] = 64
-    """Images per forward pass and rank."""
-    accumulation_steps: Annotated[int, Ge(1), ResumeSafe] = 1
-    """Forward passes per step: the global batch is batch_size_per_gpu * ranks * accumulation_steps."""
-    optimizer: Annotated[Literal["adamw", "sgd", "lars"], StateField] = "adamw"
-    """Optimizer of the student."""
-    lr: Annotated[float, Ge(0)] = 0.0005
-    """Peak learning rate for a global batch of lr_reference_batch images; scaled linearly with the global batch."""
-    lr_reference_batch: Annotated[int, Ge(0)] = 256
-    """Global batch size to which lr refers; 0: do not scale lr."""
-    min_lr: Annotated[float, Ge(0)] = 1e-6
-    """Learning rate at the end of the run."""
-    warmup_epochs: Annotated[float, Ge(0)] = 10.0
-    """Epochs of linear learning-rate warm-up; shortened with a warning if it covers the whole run."""
-    warmup_start_lr: Annotated[float, Ge(0)] = 0.0
-    """Learning rate of the first step."""
-    weight_decay: Annotated[float, Ge(0)] = 0.04
-    """Weight decay of the first step."""
-    weight_decay_end: Annotated[float, Ge(0)] = 0.4
+    weight_decay_end: Annotated[float, Ge(0), Group("optimisation")] = 0.4
     """Weight decay of the last step, reached with a cosine schedule."""
-    clip_grad: Annotated[float, Ge(0)] = 3.0
-    """Maximum gradient norm; 0: no clipping."""
-    clip_mode: Literal["per-parameter", "global"] = "per-parameter"
-    """What clip_grad limits: the norm of each parameter's gradient (as in DINO), or the global norm of all
-    gradients."""
     freeze_last_layer: Annotated[int, Ge(0)] = 1
     """Number of epochs at the start in which the prototypes are frozen."""
-
     global_crops_scale: Annotated[tuple[float, float], Group("crops")] = (0.4, 1.0)
     """Minimum and maximum share of the image area in a global crop."""
     local_crops_scale: tuple[float, float] = (0.05, 0.4)
@@ -165,58 +223,9 @@ class PretrainConfig:
     white_level: Annotated[int, Ge(0), Le(WHITE), ZeroIsAuto] = WHITE
     """White value of 16-bit greyscale images, such as 4095 for 12-bit data; auto (or 0): measured on 64 images. Stored
     in the checkpoint for the evaluators."""
-
-    seed: Annotated[Seed, Group("machine")] = 0
-    """Seed of the weights, the order of the images, the crops and drop-path."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], ResumeSafe] = "auto"
-    """Device for training; auto: a GPU if available."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the networks; auto: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU. DINO's flag
-    --use_fp16 true|false selects fp16 or fp32 and must not contradict --precision."""
-    activation_checkpointing: Annotated[bool, ResumeSafe] = False
-    """Recompute the stem and the XCA (cross-covariance attention) blocks in the backward pass: less memory, more time,
-    the same result (bit for bit with deterministic kernels, as on the CPU). Only for this project's XCiT."""
-    compile: Annotated[bool, ResumeSafe] = False
-    """Compile the XCA blocks with torch.compile. The first step then takes minutes; later runs use the compile cache.
-    Measured on the CPU, it is not faster; not measured on GPUs. Only for this project's XCiT."""
-    deterministic: Annotated[bool, ResumeSafe] = False
-    """Use deterministic kernels only; slower on a GPU."""
-    num_workers: Annotated[int, Ge(-1), ResumeSafe] = -1
-    """Loader workers per rank; -1: the available cores per rank, at most 10 (20 with a GPU)."""
-    augment_device: Annotated[Literal["cpu", "cuda"], ResumeSafe] = "cpu"
+    augment_device: Annotated[Literal["cpu", "cuda"], ResumeSafe, Group("machine")] = "cpu"
     """Device for colour jitter, blur and solarisation. cpu: in the loader workers; cuda: on the training GPU (not
     measured on one). The views are bit-identical."""
-    hang_timeout: Annotated[float, Ge(1), ResumeSafe] = 600.0
-    """Seconds that one phase may take without progress before the run ends with code 4. Set it above the longest
-    phase, such as the k-NN search."""
-    max_unreadable: Annotated[float, Ge(0), Le(1), ResumeSafe] = 0.05
-    """Maximum share of unreadable images, which are replaced by others; the run ends if it is exceeded."""
-
-    output_dir: Annotated[FilePath, ResumeSafe, Group("checkpoints")] = ""
-    """Directory for checkpoints, metrics and curves. Default: runs/RECIPE-ARCH."""
-    resume: Annotated[Literal["auto", "changed", "never"], ResumeSafe] = "auto"
-    """auto: resume if output_dir contains this run, fail if it contains another; changed: resume with changed settings;
-    never: start from scratch and overwrite."""
-    saveckp_freq: Annotated[int, Ge(0), ResumeSafe] = 20
-    """Epochs between checkpoints that are kept permanently (one is written every epoch); 0: none."""
-    save_every: Annotated[int, Ge(0), ResumeSafe] = 0
-    """Steps between additional checkpoints within an epoch; 0: save at epoch ends only."""
-    keep_last: Annotated[int, Ge(1), ResumeSafe] = 2
-    """Number of newest checkpoints to keep, besides the best by best_metric. Keep at least 2: resuming falls back to an
-    older checkpoint if the newest is damaged."""
-    max_failed_saves: Annotated[int, Ge(1), ResumeSafe] = 3
-    """Number of consecutive failed saves (such as on a full disk) that ends the run."""
-    max_skipped_steps: Annotated[int, Ge(1), ResumeSafe] = 30
-    """Number of consecutive skipped steps (not finite, weights unchanged) that ends the run with code 3. fp16 skips a
-    few steps at the start, until its loss scale settles."""
-    max_steps: Annotated[int, Ge(0), ResumeSafe] = 0
-    """Number of steps after which the run saves and stops; 0: stop after the last epoch. Does not change schedules."""
-    log_every: Annotated[int, Ge(1), ResumeSafe] = 10
-    """Steps between logged metrics; only logged steps synchronise with the device."""
-    wandb: Annotated[str, ResumeSafe] = ""
-    """Weights & Biases project to log the metrics to; empty: none. Needs pip install 'dino-xcit[wandb]', and wandb
-    login or WANDB_MODE=offline."""
-
     best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = "knn_top1"
     """Evaluator metric that selects best.pth; higher is better."""
     knn_every: Annotated[int, Ge(0), ResumeSafe] = 0
@@ -277,15 +286,11 @@ class PretrainConfig:
         return EvalTransform(resize, crop, mean=self.mean, std=self.std, white_level=self.white_level)
 
 
-RESUME_SAFE_FIELDS = frozenset(marked(PretrainConfig, ResumeSafe))
-STATE_FIELDS = frozenset(marked(PretrainConfig, StateField))
-
-
-def differences(stored: dict[str, object], current: PretrainConfig) -> list[str]:
-    """Return the changed fields as ``name stored -> current``, without :data:`RESUME_SAFE_FIELDS`."""
-    out = []
-    for field in dataclasses.fields(PretrainConfig):
-        if field.name in RESUME_SAFE_FIELDS:
+def differences(stored: dict[str, object], current: TrainConfig) -> list[str]:
+    """Return the changed fields as ``name stored -> current``, without those marked :class:`ResumeSafe`."""
+    out, safe = [], marked(type(current), ResumeSafe)
+    for field in dataclasses.fields(current):
+        if field.name in safe:
             continue
         # Fields that an older checkpoint lacks had the value of the current default.
         then, now = stored.get(field.name, field.default), getattr(current, field.name)

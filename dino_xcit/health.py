@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config import TrainConfig
 from dino_xcit.errors import DIVERGED, PREEMPTED, STOP_SIGNALS, InputError, RunStopped
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime import logging as log
@@ -40,7 +40,7 @@ class Health:
         RunStopped: (from the context) a rank or a loader worker was lost.
     """
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self._config = config
         self._stop = StopFlags(device, config.hang_timeout + 30)
         self._skipped = HostCopy(device)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config import TrainConfig
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
@@ -295,9 +295,15 @@ class Progress:
 class MetricLogger:
     """Context manager for progress bar, ``metrics.jsonl`` and its mirrors, epoch means and curves."""
 
-    def __init__(self, config: PretrainConfig, sampler: StepSampler, monitor: DataLoadMonitor) -> None:
-        """Starts at the sampler's first step; ``monitor`` adds metrics of the data loader."""
+    def __init__(
+        self, config: TrainConfig, sampler: StepSampler, monitor: DataLoadMonitor, epochs: int | None = None
+    ) -> None:
+        """Starts at the sampler's first step; ``monitor`` adds metrics of the data loader.
+
+        ``epochs``: number of epochs of the run; None: ``config.epochs``.
+        """
         self._config, self._sampler, self._monitor = config, sampler, monitor
+        self._epochs = config.epochs if epochs is None else epochs
         self._folder, start_step = Path(config.output_dir), sampler.start_step
         self._progress = Progress(sampler.stop_step, start_step, sampler.global_batch, shown=distributed.is_main())
         self._averages = EpochAverages()
@@ -335,7 +341,7 @@ class MetricLogger:
         epoch = self._sampler.epochs(step)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in means.items())
         cut_short = "" if epoch_ends else f", up to step {step}"
-        log.info(f"epoch {epoch + 1}/{self._config.epochs}{cut_short}: {shown}")
+        log.info(f"epoch {epoch + 1}/{self._epochs}{cut_short}: {shown}")
         if self._writer:
             self._writer.write("epoch" if epoch_ends else "end", step, {"epoch": epoch, **means})
             self._writer.draw(self._folder / "curves.png")
@@ -367,7 +373,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     panels = [
         ("Loss and its parts", steps, ["loss", "teacher_entropy", "kl", "cosine", "coding_rate"]),
         ("Feature spread (1: even, 0: collapsed)", steps, ["feature_std"]),
-        ("k-NN top-1 during training (%)", epochs, ["knn_top1"]),
+        ("Evaluations during training (%)", epochs, ["knn_top1", "top1", "miou", "box_ap50", "box_ap", "mask_ap"]),
         ("Images per second", steps, ["images_per_s"]),
     ]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
@@ -383,7 +389,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if drawn and len(names) > 1:
+        if drawn and len(axis.get_lines()) + (axis.get_title() == panels[0][0]) > 1:
             axis.legend()
         if not drawn:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")

@@ -47,14 +47,14 @@ class NonfiniteConfig:
     """The nonfinite.pth of the run's output directory (the flag --file may be omitted)."""
 
 
-def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, device: torch.device) -> RunStopped:
+def keep(state: TrainState, config: PretrainConfig, sampler: StepSampler) -> RunStopped:
     """Save the state and the images of the last skipped step; return the exception that ends the run.
 
     Must be called on every rank.
     """
     stopped = RunStopped(DIVERGED, "")
     if distributed.is_main():
-        stopped = _keep(state, config, sampler, device)
+        stopped = _keep(state, config, sampler, state.skipped_steps.device)
     distributed.barrier()  # wait for rank 0's files: torchrun ends all ranks when the first one exits
     return stopped
 

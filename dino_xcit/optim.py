@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,25 @@ class LinearByEpoch:
         return self.start + (self.end - self.start) * epoch / (self.ramp_epochs - 1)
 
 
+class Schedule(Protocol):
+    """A value that changes during a run."""
+
+    def at(self, step: int) -> float:
+        """Return the value for the 0-based step (or epoch)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step."""
+
+    value: float
+
+    def at(self, step: int) -> float:
+        """Return the value."""
+        return self.value
+
+
 @dataclass(frozen=True)
 class Rates:
     """The scheduled values of one step."""
@@ -66,23 +85,25 @@ class Rates:
     """0-based."""
     lr: float
     weight_decay: float
-    momentum: float
-    """EMA momentum of the teacher."""
-    teacher_temp: float
-    """Softmax temperature of the teacher."""
+    momentum: float = math.nan
+    """EMA momentum of the teacher; NaN for methods without one."""
+    teacher_temp: float = math.nan
+    """Softmax temperature of the teacher; NaN for methods without one."""
     loss_scale: float | Tensor = 1.0
     """Multiply the loss by this before ``backward()``: 1 / accumulation_steps, times the loss scale of fp16."""
 
 
 @dataclass(frozen=True)
 class Schedules:
-    """All schedules of a run."""
+    """All schedules of a run, and its length."""
 
-    lr: CosineSchedule
-    weight_decay: CosineSchedule
-    momentum: CosineSchedule
-    teacher_temp: LinearByEpoch
+    lr: Schedule
+    weight_decay: Schedule
+    momentum: Schedule
+    teacher_temp: Schedule
+    """By epoch, unlike the others."""
     steps_per_epoch: int
+    total_steps: int
     warning: str = ""
     """Settings that do not fit the length of the run; empty if none."""
 
@@ -114,8 +135,14 @@ class Schedules:
                 config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
             ),
             steps_per_epoch=steps_per_epoch,
+            total_steps=total,
             warning="; ".join(too_long),
         )
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of the run; the last one may be incomplete."""
+        return -(-self.total_steps // self.steps_per_epoch)
 
     def at(self, step: int, loss_scale: float | Tensor = 1.0) -> Rates:
         """Return the values of the 0-based ``step``."""
@@ -204,12 +231,12 @@ class LARS(torch.optim.Optimizer):
 OPTIMIZERS = ("adamw", "sgd", "lars")
 
 
-def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
-    """Build ``adamw``, ``sgd`` (momentum 0.9) or ``lars`` over :func:`parameter_groups`; rates are set at each step.
+def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Build ``adamw``, ``sgd`` (momentum 0.9) or ``lars`` over groups as of :func:`parameter_groups`.
 
-    The fused kernels support ``found_inf``, which skips a step without host synchronisation.
+    :func:`set_rates` sets the rates at each step. The fused kernels support ``found_inf``, which skips a step without
+    host synchronisation.
     """
-    groups = parameter_groups(module)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     if name == "sgd":
@@ -225,9 +252,9 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the learning rate of all groups, and the weight decay of groups that decay."""
+    """Set the learning rate of all groups, times their ``lr_scale``, and the weight decay of groups that decay."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
         if group["decays"]:
             group["weight_decay"] = weight_decay
 

@@ -5,6 +5,7 @@ The host never waits for the device in a step: the decision to accept or skip it
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config import PretrainConfig, TrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.methods import Method, Stats, build_method
 from dino_xcit.methods.student_teacher import choose_precision
@@ -67,7 +68,7 @@ class TrainState:
         self.buffers = Buffers(*(network for network in networks if network is not None))
 
 
-def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
+def choose_kernels(config: TrainConfig, device: torch.device) -> None:
     """Select deterministic kernels with ``--deterministic``, otherwise the fastest ones."""
     if device.type == "cpu":
         keep_freed_memory()
@@ -80,12 +81,16 @@ def choose_kernels(config: PretrainConfig, device: torch.device) -> None:
 
 
 def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
-    """Build the state of a new run, with the same weights on every rank."""
-    method = build_method(config, device)
+    """Build the state of a new run of ``config.method``, with the same weights on every rank."""
+    return new_state(config, build_method(config, device), device)
+
+
+def new_state(config: TrainConfig, method: Method, device: torch.device) -> TrainState:
+    """Build the state of a new run of a method."""
     fp16 = choose_precision(config.precision, device) is torch.float16
     return TrainState(
         method=method,
-        optimizer=build_optimizer(config.optimizer, method.trained),
+        optimizer=build_optimizer(config.optimizer, method.parameter_groups()),
         scaler=torch.amp.GradScaler(device.type, enabled=fp16),
         skipped_steps=torch.zeros((), dtype=torch.int64, device=device),
         skipped_in_a_row=torch.zeros((), dtype=torch.int64, device=device),
@@ -113,13 +118,14 @@ class StepResult:
     def metrics(self, method: Method) -> dict[str, float]:
         """Return scalars for the log; waits for the device."""
         on_device = {"loss": self.loss, **method.metrics(self.stats), "gradient_norm": self.gradient_norm}
-        rates = {name: getattr(self.rates, name) for name in ("lr", "weight_decay", "momentum", "teacher_temp")}
+        names = ("lr", "weight_decay", "momentum", "teacher_temp")
+        rates = {name: value for name in names if not math.isnan(value := getattr(self.rates, name))}
         return {
             name: float(value) for name, value in (on_device | {"skipped_steps": self.skipped_steps} | rates).items()
         }
 
 
-def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules, config: PretrainConfig) -> StepResult:
+def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules, config: TrainConfig) -> StepResult:
     """Run one optimizer step over the forward passes in ``batches`` (more than one: gradient accumulation).
 
     If the loss, the method's statistics, the gradients or the BatchNorm statistics are not finite on any rank, the step
@@ -127,7 +133,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     """
     method, optimizer = state.method, state.optimizer
     device = state.skipped_steps.device
-    # Only dropout in timm backbones uses PyTorch's generators; seeding each step makes it reproducible after a resume.
+    # Dropout in timm backbones and torchvision's detectors use PyTorch's generators: exact resuming needs seeds.
     distributed.seed_generators(_generator_seed(config.seed, state.step, distributed.rank()), device)
     loss_scale = state.scaler.scale(torch.ones((), device=device)) / len(batches)
     rates = schedules.at(state.step, loss_scale)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pretrain_command import DATA, parsed
 
-from dino_xcit.bounds import annotations_of, check_bounds
+from dino_xcit.bounds import annotations_of, check_bounds, marked
 from dino_xcit.cli import parse, parse_known
-from dino_xcit.config import RESUME_SAFE_FIELDS, PretrainConfig, differences
+from dino_xcit.config import PretrainConfig, ResumeSafe, differences
 from dino_xcit.data.pack import PackConfig
 from dino_xcit.errors import InputError, run_main
 from dino_xcit.recipes import parse_pretrain
@@ -21,6 +21,8 @@ from eval.viz import VizConfig
 from run_slurm import LaunchConfig
 
 # ---- spellings
+
+RESUME_SAFE = frozenset(marked(PretrainConfig, ResumeSafe))
 
 
 @pytest.mark.parametrize("typed", [
@@ -259,11 +261,11 @@ def test_differences_list_only_settings_that_change_the_result() -> None:
     for field in dataclasses.fields(PretrainConfig):
         other = {**stored, field.name: "something else"}
         found = differences(other, config)
-        assert bool(found) is (field.name not in RESUME_SAFE_FIELDS), field.name
+        assert bool(found) is (field.name not in RESUME_SAFE), field.name
         if found:
             assert found[0].startswith(f"{field.name} something else -> ")
-    assert RESUME_SAFE_FIELDS.isdisjoint({"lr", "arch", "data_path", "seed", "epochs", "out_dim", "mean"})
-    assert {"max_steps", "output_dir", "num_workers"} <= RESUME_SAFE_FIELDS
+    assert RESUME_SAFE.isdisjoint({"lr", "arch", "data_path", "seed", "epochs", "out_dim", "mean"})
+    assert {"max_steps", "output_dir", "num_workers"} <= RESUME_SAFE
 
 
 # ---- error messages and exit codes

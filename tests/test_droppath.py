@@ -17,7 +17,7 @@ from dino_xcit.train import build_state
 
 
 def batch_of(indices: list[int], epoch: int = 0) -> Batch:
-    return Batch([torch.empty(0), torch.empty(0)], [2, 4], epoch, torch.tensor(indices))
+    return Batch([torch.empty(0), torch.empty(0)], [2, 4], epoch=epoch, indices=torch.tensor(indices))
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])

@@ -13,7 +13,7 @@ from dino_xcit.data.loader import Batch, Seconds, StepSampler, build_loader
 
 
 def batch(seconds: Seconds, images: int = 4) -> Batch:
-    return Batch([], [], 0, torch.zeros(images, dtype=torch.int64), seconds=seconds)
+    return Batch([], [], epoch=0, indices=torch.zeros(images, dtype=torch.int64), seconds=seconds)
 
 
 def test_load_monitor_reports_milliseconds_per_image_by_stage() -> None:

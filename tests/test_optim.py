@@ -86,7 +86,7 @@ def formula(name: str, count: int, lr: float, weight_decay: float) -> list[Tenso
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_matches_its_formula_over_five_steps(name: str) -> None:
     module = layer()
-    train(module, build_optimizer(name, module), 5, lr=0.02, weight_decay=0.3)
+    train(module, build_optimizer(name, parameter_groups(module)), 5, lr=0.02, weight_decay=0.3)
     start = list(layer().parameters())
     for got, want, first in zip(module.parameters(), formula(name, 5, 0.02, 0.3), start, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-7)
@@ -120,7 +120,7 @@ def poisoned_step(module: nn.Module, optimizer: Any, poison: float) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_found_inf_leaves_parameters_and_state_unchanged(name: str) -> None:
     module = layer()
-    optimizer = build_optimizer(name, module)
+    optimizer = build_optimizer(name, parameter_groups(module))
     train(module, optimizer, 3, lr=0.02, weight_decay=0.3)
     before, state = tensors_of(dict(module.state_dict())), optimizer_tensors(optimizer)
     assert state
@@ -135,7 +135,7 @@ def test_found_inf_leaves_parameters_and_state_unchanged(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rejected_first_step_does_not_affect_later_steps(name: str) -> None:
     straight, stumbled = layer(), layer()
-    optimizers = [build_optimizer(name, module) for module in (straight, stumbled)]
+    optimizers = [build_optimizer(name, parameter_groups(module)) for module in (straight, stumbled)]
     set_rates(optimizers[1], lr=0.02, weight_decay=0.3)
     poisoned_step(stumbled, optimizers[1], float("nan"))
     for module, optimizer in zip((straight, stumbled), optimizers, strict=True):
@@ -181,4 +181,4 @@ def test_unknown_clip_mode_and_optimizer_are_refused() -> None:
     with pytest.raises(InputError, match="clip_mode"):
         clipped(1.0, "value")
     with pytest.raises(InputError, match="adamw, sgd, lars"):
-        build_optimizer("adam", layer())
+        build_optimizer("adam", parameter_groups(layer()))

@@ -13,7 +13,7 @@ from dino_xcit.health import UnreadableLog, read_unreadable
 
 def batch(*bad: int, epoch: int = 0, name: str = "/photos/{}.jpg") -> Batch:
     unreadable = [Unreadable(index, name.format(index), "empty file", epoch) for index in bad]
-    return Batch([], [], epoch, torch.zeros(0, dtype=torch.int64), unreadable=unreadable)
+    return Batch([], [], epoch=epoch, indices=torch.zeros(0, dtype=torch.int64), unreadable=unreadable)
 
 
 def log_in(folder: Path, images: int = 1000, anew: bool = False) -> UnreadableLog:

@@ -12,7 +12,7 @@ from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.checkpoint.resume import Stored
 from dino_xcit.checkpoint.saver import Saver
 from dino_xcit.checkpoint.state import Run, content_of, restore
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config import TrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime import logging as log
@@ -29,7 +29,7 @@ class Checkpoints:
         InputError: (on entering) the directory cannot be written, or another run uses it.
     """
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self.folder = CheckpointFolder(Path(config.output_dir), config.keep_last)
         self._saver = Saver(self.folder, config.max_failed_saves) if distributed.is_main() else None

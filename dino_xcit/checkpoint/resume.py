@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dino_xcit import safe_load
+from dino_xcit.bounds import marked
 from dino_xcit.checkpoint.folder import ANEW, CheckpointFolder
 from dino_xcit.checkpoint.state import FORMAT, Run
-from dino_xcit.config import STATE_FIELDS, PretrainConfig, differences
+from dino_xcit.config import StateField, TrainConfig, differences
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.run_lock import OWNER, locked
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 
 @contextmanager
@@ -59,7 +62,7 @@ class Stored:
         return bool(self.content)
 
 
-def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored:
+def find_stored(config: TrainConfig, checkpoints: CheckpointFolder) -> Stored:
     """Return the newest intact checkpoint of the output directory, or an empty one for a fresh start.
 
     Raises:
@@ -98,13 +101,13 @@ def find_stored(config: PretrainConfig, checkpoints: CheckpointFolder) -> Stored
     return Stored(content, path)
 
 
-def starts_anew(config: PretrainConfig) -> bool:
+def starts_anew(config: TrainConfig) -> bool:
     """Whether to discard earlier checkpoints: ``--resume never``, unless torchrun or Slurm restarts a run that did."""
     again = any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return config.resume == "never" and (not again or (Path(config.output_dir) / ANEW).exists())
 
 
-def prepare(config: PretrainConfig, checkpoints: CheckpointFolder, stored: Stored) -> None:
+def prepare(config: TrainConfig, checkpoints: CheckpointFolder, stored: Stored) -> None:
     """Delete old checkpoints for ``--resume never``, or complete an interrupted save.
 
     Raises:
@@ -124,7 +127,7 @@ def prepare(config: PretrainConfig, checkpoints: CheckpointFolder, stored: Store
     )
 
 
-def keep_global_batch(config: PretrainConfig, stored: Stored) -> PretrainConfig:
+def keep_global_batch(config: Config, stored: Stored) -> Config:
     """Adjust accumulation_steps to a changed number of ranks.
 
     Raises:
@@ -184,9 +187,8 @@ def refuse_another_run(stored: Stored, run: Run) -> None:
             f"{config.output_dir} contains another run ({listed}): choose another --output-dir, --resume changed to "
             "resume with the new settings, or --resume never to overwrite it"
         )
-    unfit = [
-        change for change in differences(dict(content["args"]), config) if change.partition(" ")[0] in STATE_FIELDS
-    ]
+    shapes = marked(type(config), StateField)
+    unfit = [change for change in differences(dict(content["args"]), config) if change.partition(" ")[0] in shapes]
     if unfit:
         raise InputError(
             f"cannot resume {path}: the networks or the optimizer differ ({'; '.join(unfit)}); choose another "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config import TrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 
@@ -31,7 +31,7 @@ FORMAT = "dino-xcit-2"
 class Run:
     """Constants of a run."""
 
-    config: PretrainConfig
+    config: TrainConfig
     steps_per_epoch: int
     images: str = ""
     """:func:`dino_xcit.data.source.identity` of the training images."""

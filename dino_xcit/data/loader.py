@@ -6,8 +6,10 @@ import itertools
 import multiprocessing
 import time
 import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -50,28 +52,45 @@ class Unreadable:
     epoch: int
 
 
-@dataclass
-class Batch:
+@dataclass(kw_only=True)
+class AnyBatch(ABC):
     """Input of one forward pass on one rank."""
+
+    epoch: int
+    indices: Tensor
+    """[B] int64, indices of the images in the source."""
+    unreadable: list[Unreadable] = field(default_factory=list)
+    """Unreadable images of this batch, which were replaced."""
+    seconds: Seconds = (0.0, 0.0, 0.0)
+
+    @abstractmethod
+    def pin_memory(self) -> Self:
+        """Pin the memory of all tensors for the device. Called by the DataLoader."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Self:
+        """Move the batch to a device. Asynchronous if the memory is pinned."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors."""
+
+
+@dataclass
+class Batch(AnyBatch):
+    """Views of the images of one forward pass on one rank."""
 
     crops: list[Tensor]
     """One tensor per crop size, [views of that size * B, 3, size, size] uint8, view-major; the global crops first."""
     views: list[int]
     """Number of views in each of these tensors."""
-    epoch: int
-    indices: Tensor
-    """[B] int64, indices of the images in the source."""
     labels: Tensor | None = None
     """[B] int64 if the source has labels. For observers; methods do not use them."""
-    unreadable: list[Unreadable] = field(default_factory=list)
-    """Unreadable images of this batch, which were replaced."""
-    seconds: Seconds = (0.0, 0.0, 0.0)
     unfinished: list[Tensor] | None = None
     """Parameters of the crops if the device applies the photometric part: one tensor per crop size, [views of that
     size * B, columns] float64, on the host."""
 
     def pin_memory(self) -> Batch:
-        """Pin the memory of all tensors for the device. Called by the DataLoader."""
         labels = None if self.labels is None else self.labels.pin_memory()
         crops = [crop.pin_memory() for crop in self.crops]
         return replace(self, crops=crops, indices=self.indices.pin_memory(), labels=labels)
@@ -85,30 +104,93 @@ class Batch:
         indices = self.indices.to(device, non_blocking=True)
         return replace(self, crops=crops, indices=indices, labels=labels, unfinished=None)
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (*self.crops, self.indices, *([] if self.labels is None else [self.labels]))
 
-class MultiCropDataset(Dataset[Batch]):
-    """Map a list of (epoch, index) to a batch of the images' views.
+
+BatchT = TypeVar("BatchT", bound=AnyBatch)
+
+
+class BatchDataset(Dataset[BatchT]):
+    """Map a list of (epoch, index) to a batch.
 
     An unreadable image is replaced by another one that depends on (seed, epoch, index) only, so that the batch does not
     depend on the worker.
     """
+
+    sides: Sequence[int]
+    """Sides of squares with the bytes of one image in a batch, as RGB; for the size of shared memory."""
+
+    def __init__(self, source: Source, seed: int, white_level: int = WHITE) -> None:
+        self.source, self.seed, self.white_level = source, seed, white_level
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, keys: list[Key]) -> BatchT | UndecodableImage:
+        """Make a batch. Called by the DataLoader."""
+        raise NotImplementedError
+
+    def compile(self) -> None:
+        """Compile what the workers run; called once, before they start."""
+
+    def read(
+        self, epoch: int, index: int, unreadable: list[Unreadable], spent: NDArray[np.float64]
+    ) -> tuple[int, int | None, NDArray[np.uint8]] | UndecodableImage:
+        """Read an image or its replacement.
+
+        Args:
+            unreadable: receives the images that were replaced.
+            spent: seconds of reading and decoding are added to its first two elements.
+
+        Returns:
+            The image's index in the source, its label and its pixels [height, width, channels]; UndecodableImage if no
+            replacement can be read either. It is not raised: the DataLoader would wrap the message in a traceback.
+        """
+        bad: list[Unreadable] = []
+        for candidate in self._candidates(epoch, index):
+            began = time.perf_counter()
+            try:
+                item, label = self.source.read(candidate)
+                read = time.perf_counter()
+                pixels = decode_pixels(item, self.source.name(candidate), self.white_level)
+            except InputError as error:
+                cause = error.cause if isinstance(error, UndecodableImage) else str(error)
+                bad.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
+                continue
+            spent[:2] += (read - began, time.perf_counter() - read)
+            unreadable += bad
+            return candidate, label, pixels
+        return UndecodableImage(
+            f"{bad[0].name} cannot be read ({bad[0].cause}), and neither can {SUBSTITUTES} other images "
+            "drawn in its place: check the data path and the disk"
+        )
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        generator = np.random.default_rng([self.seed, epoch, index, 1])
+        yield from generator.integers(len(self.source), size=SUBSTITUTES).tolist()
+
+
+class MultiCropDataset(BatchDataset[Batch]):
+    """Map a list of (epoch, index) to a batch of the images' views."""
 
     def __init__(
         self, source: Source, augmentation: MultiCropAugmentation, seed: int, white_level: int = WHITE,
         finish_on_device: bool = False,
     ) -> None:  # fmt: skip
         """``finish_on_device``: whether the device applies the photometric part (:meth:`Batch.to`)."""
-        self.source, self.white_level, self.finish_on_device = source, white_level, finish_on_device
-        self.augmentation = augmentation
-        self.seed = seed
+        super().__init__(source, seed, white_level)
+        self.augmentation, self.finish_on_device = augmentation, finish_on_device
+        self.sides = [view.size for view in augmentation.views]
         self.groups = group_by_size([view.size for view in augmentation.views])
         self._maker = ViewMaker()
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def compile(self) -> None:
+        self.augmentation.compile()
 
     def __getitems__(self, keys: list[Key]) -> Batch | UndecodableImage:
-        """Make a batch. Called by the DataLoader; views are written into the batch in place."""
+        """Make a batch; views are written into it in place."""
         views = self.augmentation.views
         sizes = [views[group[0]].size for group in self.groups]
         crops = [
@@ -123,7 +205,7 @@ class MultiCropDataset(Dataset[Batch]):
         unreadable: list[Unreadable] = []
         spent = np.zeros(3)
         for place, (epoch, index) in enumerate(keys):
-            found = self._read(epoch, index, unreadable, spent)
+            found = self.read(epoch, index, unreadable, spent)
             if isinstance(found, UndecodableImage):
                 return found
             candidate, label, pixels = found
@@ -144,42 +226,13 @@ class MultiCropDataset(Dataset[Batch]):
         return Batch(
             [group.flatten(0, 1) for group in crops],
             [len(group) for group in self.groups],
-            keys[0][0],
-            torch.tensor(indices),
-            None if None in labels else torch.tensor(labels),
-            unreadable,
-            (float(spent[0]), float(spent[1]), float(spent[2])),
-            [group.flatten(0, 1) for group in rows] if leave else None,
+            labels=None if None in labels else torch.tensor(labels),
+            unfinished=[group.flatten(0, 1) for group in rows] if leave else None,
+            epoch=keys[0][0],
+            indices=torch.tensor(indices),
+            unreadable=unreadable,
+            seconds=(float(spent[0]), float(spent[1]), float(spent[2])),
         )
-
-    def _read(
-        self, epoch: int, index: int, unreadable: list[Unreadable], spent: NDArray[np.float64]
-    ) -> tuple[int, int | None, NDArray[np.uint8]] | UndecodableImage:
-        """Read an image or its replacement; return its index in the source, its label and its pixels."""
-        bad: list[Unreadable] = []
-        for candidate in self._candidates(epoch, index):
-            began = time.perf_counter()
-            try:
-                item, label = self.source.read(candidate)
-                read = time.perf_counter()
-                pixels = decode_pixels(item, self.source.name(candidate), self.white_level)
-            except InputError as error:
-                cause = error.cause if isinstance(error, UndecodableImage) else str(error)
-                bad.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
-                continue
-            spent[:2] += (read - began, time.perf_counter() - read)
-            unreadable += bad
-            return candidate, label, pixels
-        # Returned, not raised: the DataLoader would wrap the message in a traceback.
-        return UndecodableImage(
-            f"{bad[0].name} cannot be read ({bad[0].cause}), and neither can {SUBSTITUTES} other images "
-            "drawn in its place: check the data path and the disk"
-        )
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        yield index
-        generator = np.random.default_rng([self.seed, epoch, index, 1])
-        yield from generator.integers(len(self.source), size=SUBSTITUTES).tolist()
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -200,7 +253,11 @@ class StepSampler(Sampler[list[Key]]):
         seed: int = 0,
         start_step: int = 0,
         stop_step: int = 0,
+        repeats: int = 1,
     ) -> None:
+        """``repeats``: copies of each image in a step, with different epochs in their keys (repeated augmentation,
+        arXiv 1901.09335); an epoch keeps its number of steps and visits a share of the images."""
+        self.repeats = repeats
         self.length, self.batch_size, self.accumulation_steps = length, batch_size, accumulation_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.start_step, self.stop_step = start_step, stop_step
@@ -236,27 +293,37 @@ class StepSampler(Sampler[list[Key]]):
                 order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.length), epoch
             for part in range(self.accumulation_steps):
                 start = position * self.global_batch + (part * self.world_size + self.rank) * self.batch_size
-                yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+                yield [self._key(epoch, place, order) for place in range(start, start + self.batch_size)]
+
+    def _key(self, epoch: int, place: int, order: NDArray[np.int64]) -> Key:
+        """Return the key at a place of the epoch. Copies are as far apart as possible, so on other ranks."""
+        if self.repeats == 1:
+            return epoch, int(order[place])
+        start, place = place - place % self.global_batch, place % self.global_batch
+        different = -(-self.global_batch // self.repeats)
+        copy, image = divmod(place, different)
+        return epoch * self.repeats + copy, int(order[start // self.repeats + image])
 
 
-class Loader:
+class Loader(Generic[BatchT]):
     """Iterate over the batches of a sampler, in order, on the device.
 
     On a GPU, batches are copied and finished on a separate stream, in parallel with the previous step.
     """
 
-    def __init__(self, dataset: MultiCropDataset, sampler: StepSampler, num_workers: int, device: torch.device) -> None:
+    def __init__(
+        self, dataset: BatchDataset[BatchT], sampler: StepSampler, num_workers: int, device: torch.device
+    ) -> None:
         self._device, self._start_step = device, sampler.start_step
         self.waited = 0.0
         """Seconds that the last step waited for its images."""
         began = time.perf_counter()
-        dataset.augmentation.compile()  # once, before workers start
+        dataset.compile()
         if (took := time.perf_counter() - began) > 2:
             log.info(f"compiled the augmentation in {took:.0f} s (cached for later runs if possible)")
-        sides = [view.size for view in dataset.augmentation.views]
-        num_workers = fit_shared_memory(num_workers, sampler.batch_size, sides)
+        num_workers = fit_shared_memory(num_workers, sampler.batch_size, dataset.sides)
         others = multiprocessing.active_children()
-        self._batches: Iterator[Batch | UndecodableImage] = iter(
+        self._batches: Iterator[BatchT | UndecodableImage] = iter(
             DataLoader(
                 dataset,  # type: ignore[arg-type]
                 batch_sampler=sampler,
@@ -276,7 +343,7 @@ class Loader:
         for process in self._processes:
             process.kill()  # Python would wait for a worker that is blocked by a disk
 
-    def steps(self, passes: int) -> Iterator[list[Batch]]:
+    def steps(self, passes: int) -> Iterator[list[BatchT]]:
         """Yield the ``passes`` batches of each step, and set :attr:`waited`."""
         for step in itertools.count(self._start_step):
             watchdog.phase("waiting for images", step)
@@ -287,10 +354,10 @@ class Loader:
                 return
             yield batches
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[BatchT]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> BatchT:
         """Return the next batch.
 
         Raises:
@@ -306,7 +373,7 @@ class Loader:
             batch = batch.to(self._device)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        for tensor in (*batch.crops, batch.indices, *([] if batch.labels is None else [batch.labels])):
+        for tensor in batch.tensors():
             tensor.record_stream(current)  # keeps the other stream from reusing memory that this one reads
         return batch
 
@@ -320,7 +387,7 @@ def build_loader(
     device: torch.device,
     augment_device: str = "cpu",
     white_level: int = WHITE,
-) -> Loader:
+) -> Loader[Batch]:
     """Build a loader of views of ``source``.
 
     For ``augment_device`` and ``white_level`` see :class:`dino_xcit.config.PretrainConfig`.
@@ -336,6 +403,6 @@ def check_augment_device(augment_device: str, device: torch.device) -> None:
         raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device cpu")
 
 
-def _as_it_is(batch: Batch | UndecodableImage) -> Batch | UndecodableImage:
+def _as_it_is(batch: BatchT | UndecodableImage) -> BatchT | UndecodableImage:
     """Return the batch unchanged, as the dataset makes whole batches."""
     return batch

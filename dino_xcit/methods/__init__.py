@@ -11,6 +11,7 @@ from dino_xcit.errors import InputError, near_matches
 from dino_xcit.methods.dino import DINO
 from dino_xcit.methods.method import Method, Stats
 from dino_xcit.methods.simdino import SimDINO
+from dino_xcit.optim import parameter_groups
 from dino_xcit.runtime import distributed
 
 __all__ = ["Method", "Stats", "build_method", "register_method"]
@@ -41,7 +42,10 @@ def build_method(config: PretrainConfig, device: torch.device) -> Method:
         raise InputError(f"unknown method {config.method!r}{hint} (known: {', '.join(_METHODS)})")
     torch.manual_seed(config.seed)
     method = _METHODS[config.method](config, device)
-    optional = {"teacher": None, "ddp_student": None, "features": None, "frozen_parameters": lambda rates: ()}
+    optional = {
+        "teacher": None, "ddp_student": None, "features": None, "frozen_parameters": lambda rates: (),
+        "parameter_groups": lambda: parameter_groups(method.trained),
+    }  # fmt: skip
     for name, default in optional.items():
         if not hasattr(method, name):  # the class does not derive from Method
             setattr(method, name, default)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dino_xcit.data.loader import Batch
-from dino_xcit.optim import Rates
+from dino_xcit.optim import Rates, parameter_groups
 
 Stats = dict[str, Tensor]
 """Float tensors that :func:`dino_xcit.train.train_step` sums over the forward passes and ranks of a step."""
@@ -56,6 +56,10 @@ class Method(Protocol):
     def metrics(self, stats: Stats) -> dict[str, Tensor | float]:
         """Return scalars for the log, from the sums passed to ``after_step``."""
         return {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups of the parameters of ``trained``."""
+        return parameter_groups(self.trained)
 
     def frozen_parameters(self, rates: Rates) -> Iterable[nn.Parameter]:
         """Return the parameters of ``trained`` that this step does not update."""

@@ -1,0 +1,135 @@
+"""The loop of every training run: resume, then step, log, save and evaluate until the run ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import torch
+
+from dino_xcit.checkpoint.checkpoints import Checkpoints
+from dino_xcit.checkpoint.resume import keep_global_batch
+from dino_xcit.checkpoint.state import Run
+from dino_xcit.config import TrainConfig
+from dino_xcit.data.load_monitor import DataLoadMonitor
+from dino_xcit.data.loader import BatchDataset, Loader, StepSampler
+from dino_xcit.data.source import identity
+from dino_xcit.data.workers import choose_workers
+from dino_xcit.errors import RunStopped
+from dino_xcit.health import Health
+from dino_xcit.methods.student_teacher import choose_precision
+from dino_xcit.metrics import MetricLogger
+from dino_xcit.observers import Evaluator, Observer, Observers, evaluate
+from dino_xcit.optim import Schedules
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
+from dino_xcit.train import TrainState, train_step
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+@dataclass(kw_only=True)
+class Job(Generic[Config]):
+    """What a run trains, and on what."""
+
+    config: Config
+    """May contain values measured on the data."""
+    state: TrainState
+    dataset: BatchDataset
+    """Maps keys of :class:`dino_xcit.data.loader.StepSampler` to batches of ``state.method``."""
+    evaluators: Sequence[Evaluator] = ()
+    """Run at epoch ends."""
+    observers: Sequence[Observer] = ()
+    """Called after each accepted step."""
+    schedules: Callable[[Config, int, int], Schedules]
+    """Maps settings, steps per epoch and global batch to the schedules and the length of the run."""
+    title: str
+    """The method and the network, for the first message."""
+    initialise: Callable[[], str] | None = None
+    """Sets the initial weights of a new run and returns a message; not called when a run resumes."""
+    on_divergence: Callable[[TrainState, Config, StepSampler], RunStopped]
+    """Called on every rank after too many consecutive skipped steps; returns what ends the run."""
+    next_command: str = ""
+    """What a user runs after the run; empty: not printed."""
+    repeats: int = 1
+    """Augmented copies of an image in a step: see :class:`dino_xcit.data.loader.StepSampler`."""
+
+
+def train(config: Config, device: torch.device, build: Callable[[Config], Job[Config]]) -> TrainState:
+    """Start or resume a run in ``config.output_dir`` and return its final state.
+
+    Args:
+        build: opens the data and builds the networks, once the output directory is locked. Its argument is ``config``
+            with the accumulation that keeps the global batch of the run.
+    """
+    with Health(config, device) as health, Checkpoints(config) as checkpoints:
+        stored = checkpoints.find()  # empty for a new run
+        job = build(keep_global_batch(config, stored))
+        config, state = job.config, job.state
+
+        # The order of the images depends on the seed only.
+        rank, world, source = distributed.rank(), distributed.world_size(), job.dataset.source
+        sampler = StepSampler(
+            len(source), config.batch_size_per_gpu, config.accumulation_steps, rank, world, config.seed,
+            repeats=job.repeats,
+        )  # fmt: skip
+        schedules = job.schedules(config, sampler.steps_per_epoch, sampler.global_batch)
+        if job.initialise and not stored:
+            log.info(job.initialise())
+        watching = Observers(job.observers)
+        checkpoints.begin(stored, state, watching, Run(config, sampler.steps_per_epoch, identity(source)))
+        del stored  # free the memory of the checkpoint
+        total = schedules.total_steps
+        sampler.start_step, sampler.stop_step = state.step, min(total, config.max_steps or total)
+        describe(job, sampler, schedules, device)
+        then = f"; next: {job.next_command}" if job.next_command else ""
+        if state.step >= sampler.stop_step:
+            log.info(
+                f"already complete: {config.output_dir} is at step {state.step}, and this run ends after step "
+                f"{sampler.stop_step}{then}"
+            )
+            return state
+
+        workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
+        loader = Loader(job.dataset, sampler, workers, device)
+        monitor = DataLoadMonitor(workers)
+        health.start(sampler, monitor, on_divergence=partial(job.on_divergence, state, config, sampler))
+        with MetricLogger(config, sampler, monitor, schedules.epochs) as metrics:
+            for batches in loader.steps(config.accumulation_steps):
+                health.check(state, batches, checkpoints)  # all ranks leave here together, after saving
+                result = train_step(state, batches, schedules, config)
+                watching.on_step(result, batches[-1])
+                metrics.step(state.step, loader.waited, partial(watching.metrics, result, state.method))
+                run_ends = sampler.ends_run(state.step)
+                if checkpoints.maybe_save(run_ends):
+                    metrics.restart_clock()
+                if run_ends or sampler.ends_epoch(state.step):
+                    checkpoints.wait()  # the step is on disk before the evaluation starts
+                    evaluated = evaluate(job.evaluators, sampler.epochs(state.step), run_ends, state.method)
+                    checkpoints.note(evaluated, run_ends)
+                    metrics.epoch(state.step, evaluated)
+            checkpoints.finish()
+        health.finish(state)
+        log.info(f"done: {checkpoints.folder.latest} (curves: {checkpoints.folder.output_dir / 'curves.png'}){then}")
+        return state
+
+
+def describe(job: Job, sampler: StepSampler, schedules: Schedules, device: torch.device) -> None:
+    """Log the data, the model, the device and the first step."""
+    config, state, source = job.config, job.state, job.dataset.source
+    parameters = sum(p.numel() for p in state.method.eval_backbone.parameters()) / 1e6
+    precision = str(choose_precision(config.precision, device)).removeprefix("torch.")
+    log.info(
+        f"{counted(len(source), 'image')} from {source.url}; {job.title} ({parameters:.2f} M parameters); "
+        f"{counted(distributed.world_size(), 'process')} on {device.type} in {precision}; global batch "
+        f"{sampler.global_batch}; {counted(schedules.epochs, 'epoch')} of {counted(sampler.steps_per_epoch, 'step')}; "
+        f"writing {config.output_dir}"
+    )
+    if schedules.warning:
+        log.warning(schedules.warning)
+    if 0 < state.step < sampler.stop_step:
+        began = "; the initial weights are not read again" if job.initialise else ""
+        log.info(f"resuming after step {state.step} of {sampler.stop_step}{began}")
