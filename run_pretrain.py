@@ -80,6 +80,7 @@ def train(
             evaluators=build_evaluators(config, source, device) if evaluators is None else evaluators,
             observers=observers or (),
             schedules=Schedules.of,
+            transform=config.eval_transform(),
             title=f"{config.method} with {config.arch}",
             initialise=partial(initialise, state.method, config) if config.init_weights else None,
             on_divergence=nonfinite.keep,

@@ -114,10 +114,6 @@ class TrainConfig:
     best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = ""
     """Evaluator metric that selects best.pth; higher is better."""
 
-    def eval_transform(self) -> EvalTransform:
-        """Return the transform for evaluating this run's backbone."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):

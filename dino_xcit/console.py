@@ -14,6 +14,7 @@ def _program(module: str) -> Callable[[], None]:
 
 
 pretrain = _program("run_pretrain")
+finetune = _program("run_finetune")
 knn = _program("run_knn")
 linear = _program("run_linear")
 extract = _program("run_extract")

@@ -27,6 +27,7 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.train import TrainState, train_step
+from dino_xcit.transform import EvalTransform
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -46,6 +47,8 @@ class Job(Generic[Config]):
     """Called after each accepted step."""
     schedules: Callable[[Config, int, int], Schedules]
     """Maps settings, steps per epoch and global batch to the schedules and the length of the run."""
+    transform: EvalTransform
+    """The transform for evaluating the backbone, stored in checkpoints."""
     title: str
     """The method and the network, for the first message."""
     initialise: Callable[[], str] | None = None
@@ -80,7 +83,9 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
         if job.initialise and not stored:
             log.info(job.initialise())
         watching = Observers(job.observers)
-        checkpoints.begin(stored, state, watching, Run(config, sampler.steps_per_epoch, identity(source)))
+        checkpoints.begin(
+            stored, state, watching, Run(config, sampler.steps_per_epoch, identity(source), job.transform)
+        )
         del stored  # free the memory of the checkpoint
         total = schedules.total_steps
         sampler.start_step, sampler.stop_step = state.step, min(total, config.max_steps or total)

@@ -71,7 +71,9 @@ def _keep(state: TrainState, config: PretrainConfig, sampler: StepSampler, devic
         "precision": str(choose_precision(config.precision, device)).removeprefix("torch."),
         "images_by_forward_pass": passes_of(sampler, step),
     }
-    content = content_of(state, Run(config, sampler.steps_per_epoch)) | {"nonfinite": summary}
+    content = content_of(state, Run(config, sampler.steps_per_epoch, transform=config.eval_transform())) | {
+        "nonfinite": summary
+    }
     try:
         atomic.write_torch(folder / STATE, content)
         atomic.write_json(folder / SUMMARY, summary)

@@ -167,8 +167,13 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     exempt: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (exempt if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+            (decayed if decays(name, parameter) else exempt).append(parameter)
     return [{"params": decayed, "decays": True}, {"params": exempt, "decays": False, "weight_decay": 0.0}]
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter has weight decay: not biases and 1-D tensors."""
+    return not name.endswith(".bias") and parameter.ndim != 1
 
 
 class LARS(torch.optim.Optimizer):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from dino_xcit.cli import build, read_flags, show_help, with_file
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config import PretrainConfig, TrainConfig
 from dino_xcit.errors import InputError, near_matches
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that differ from the defaults of :class:`dino_xcit.config.PretrainConfig`."""
+    """Settings that differ from the defaults of a command."""
 
     name: str
     purpose: str
@@ -154,6 +157,25 @@ def recipe_settings(name: str, arch: str | None) -> dict[str, object]:
         if arch.startswith("timm:"):
             settings |= _TIMM_CROPS
     return settings
+
+
+def parse_run(
+    kind: type[Config], argv: Sequence[str], prog: str, recipes: Mapping[str, Recipe], default: str
+) -> tuple[Config, str]:
+    """Parse the settings of a run with named recipes; also return a sentence on the choice of the recipe.
+
+    Precedence: flags, ``--config``, the recipe, defaults of ``kind``.
+
+    Raises:
+        InputError: as :func:`dino_xcit.cli.parse`; the recipe is unknown.
+    """
+    show_help(kind, argv, prog)
+    flags = with_file(kind, read_flags(kind, argv))
+    name = " ".join(flags.get("recipe", [])) or default
+    if name not in recipes:
+        raise InputError(f"unknown recipe {name!r}{near_matches(name, recipes)} (known: {', '.join(recipes)})")
+    config = build(kind, flags | {"recipe": [name]}, kind(**recipes[name].settings))  # type: ignore[arg-type]
+    return config, f"recipe {name}{'' if 'recipe' in flags else ' (the default)'}, explicit flags take precedence"
 
 
 def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:

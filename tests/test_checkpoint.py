@@ -85,7 +85,7 @@ def test_run_resumes_in_another_precision(tmp_path: Path) -> None:
 def test_checkpoint_without_a_part_is_refused_and_part_named(tmp_path: Path, lost: str) -> None:
     config = settings_in(tmp_path)
     state = build_state(config, CPU)
-    content = content_of(state, Run(config, 6))
+    content = content_of(state, Run(config, 6, transform=config.eval_transform()))
     del content[lost]
     with pytest.raises(InputError, match=f"does not fit this run: '{lost}'"):
         restore(state, content, tmp_path / "checkpoint.pth")

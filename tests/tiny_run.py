@@ -84,7 +84,7 @@ def schedules_of(config: PretrainConfig) -> Schedules:
 def save(state: TrainState, config: PretrainConfig, steps_per_epoch: int = 6) -> Path:
     """Write a checkpoint into ``config.output_dir`` as a run does, and return the path of ``checkpoint.pth``."""
     folder = CheckpointFolder(Path(config.output_dir))
-    folder.write(on_cpu(content_of(state, Run(config, steps_per_epoch))))
+    folder.write(on_cpu(content_of(state, Run(config, steps_per_epoch, transform=config.eval_transform()))))
     return folder.latest
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from dino_xcit.config import TrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
+from dino_xcit.transform import EvalTransform
 
 if TYPE_CHECKING:
     from dino_xcit.observers import Observers
@@ -35,6 +36,8 @@ class Run:
     steps_per_epoch: int
     images: str = ""
     """:func:`dino_xcit.data.source.identity` of the training images."""
+    transform: EvalTransform = field(default_factory=EvalTransform)
+    """The transform for evaluating the backbone."""
 
     @property
     def global_batch(self) -> int:
@@ -64,7 +67,7 @@ def content_of(state: TrainState, run: Run, observers: Observers | None = None) 
         "images": run.images,
         "observers": observers.state_dict() if observers else {},
         "args": {name: _plain(value) for name, value in dataclasses.asdict(run.config).items()},
-        "eval_transform": {name: _plain(value) for name, value in run.config.eval_transform().to_dict().items()},
+        "eval_transform": {name: _plain(value) for name, value in run.transform.to_dict().items()},
         "method_keys": sorted(method),
     }
     if taken := method.keys() & content.keys():

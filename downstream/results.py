@@ -1,0 +1,62 @@
+"""The result file of a supervised run (:mod:`eval.results`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dino_xcit.bounds import marked
+from dino_xcit.config import ResumeSafe
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.transform import EvalTransform
+from downstream.config import DownstreamConfig
+from downstream.supervised import Start
+from eval.results import JsonObject, Metric, Result, device_name, now, transform_metadata, versions, write_json
+
+
+def write_result(
+    measure: str,
+    config: DownstreamConfig,
+    start: Start,
+    results: object,
+    data: Mapping[str, JsonObject],
+    transform: EvalTransform,
+    device: torch.device,
+    seconds: float,
+    metrics: Sequence[Metric],
+) -> None:
+    """Write ``config.json``, or results.json in the output directory; only on rank 0.
+
+    The protocol has every setting that affects training, except for the weights and the data.
+
+    Args:
+        measure: ``finetune``, ``detect`` or ``segment``.
+        results: as logged, plain values.
+        data: ``train`` and ``val``: :func:`eval.results.data_metadata` and :func:`eval.results.images_metadata`.
+    """
+    if not distributed.is_main():
+        return
+    left_out = {*marked(type(config), ResumeSafe), "weights", "network", "arch", "data_path"}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    protocol: JsonObject = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
+    result = Result(
+        measure=measure,
+        protocol={"name": f"{measure}, recipe {config.recipe}"} | protocol,
+        results=results,
+        weights=start.metadata,
+        data=dict(data),
+        transform=transform_metadata(transform),
+        metrics=tuple(metrics),
+        device=device_name(device),
+        processes=distributed.world_size(),
+        seconds=round(seconds, 2),
+        date=now(),
+        versions=versions(),
+    )
+    path = Path(config.json or Path(config.output_dir) / "results.json").expanduser()
+    write_json(path, result.to_dict())
+    log.info(f"written: {path}")
