@@ -39,7 +39,7 @@ def confusion(
 
 
 def class_iou(matrix: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return intersection over union of each class in percent, [K]; NaN for classes in neither target nor prediction."""
+    """Return intersection over union in percent, [K]; NaN for classes in neither target nor prediction."""
     intersection = np.diag(matrix).astype(np.float64)
     union = matrix.sum(0) + matrix.sum(1) - intersection
     return 100 * np.divide(intersection, union, out=np.full(len(matrix), np.nan), where=union > 0)

@@ -1,14 +1,15 @@
-"""The confusion matrix of segmentations and its scores, against counts by hand and scikit-learn; colours and overlays."""
+"""Scores of segmentations, against counts by hand and scikit-learn; colours and overlays."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.metrics import confusion_matrix, jaccard_score
+
 from dino_xcit.errors import InputError
 from eval.miou import class_iou, confusion, mean_iou, pixel_accuracy
 from eval.palette import OPACITY, colours, overlay
-from PIL import Image
-from sklearn.metrics import confusion_matrix, jaccard_score
 
 
 def test_counts_by_hand() -> None:
@@ -45,13 +46,14 @@ def test_sums_over_images_equal_scikit_learn_on_all_pixels(ignore: int) -> None:
 def test_invalid_labels_and_shapes() -> None:
     fine = np.zeros((2, 2), dtype=np.uint8)
     for predicted, target in ((fine, fine + 7), (fine + 7, fine), (fine.astype(np.int64) - 1, fine), (fine[:1], fine)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="expected"):
             confusion(predicted, target, 5)
 
 
 def test_without_scored_pixels() -> None:
     matrix = confusion(np.zeros(4, dtype=np.int64), np.full(4, 255), 3)
-    assert not matrix.any() and np.isnan(class_iou(matrix)).all()
+    assert not matrix.any()
+    assert np.isnan(class_iou(matrix)).all()
     for score in (mean_iou, pixel_accuracy):
         with pytest.raises(InputError):
             score(matrix)
