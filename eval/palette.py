@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
+
+from eval.sheet import font_of
 
 OPACITY = 0.6
 """Share of the class colour in an overlay."""
@@ -39,3 +42,20 @@ def overlay(
     shown = labels != ignore
     pixels[shown] += OPACITY * (colours[labels[shown]] - pixels[shown])
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def legend(names: Mapping[int, str], colours: NDArray[np.uint8], width: int) -> Image.Image:
+    """Draw the colours and names of some classes, by number, in rows of at most ``width`` pixels."""
+    font, places, left, top = font_of(14), [], 0, 0
+    for number, name in names.items():
+        needed = 36 + round(font.getlength(name))
+        if left and left + needed > width:
+            left, top = 0, top + 24
+        places.append((number, name, left, top))
+        left += needed
+    image = Image.new("RGB", (width, top + 24), "white")
+    draw = ImageDraw.Draw(image)
+    for number, name, left, top in places:
+        draw.rectangle((left, top + 4, left + 14, top + 18), tuple(colours[number].tolist()))
+        draw.text((left + 20, top + 3), name, "#1b1f24", font)
+    return image
