@@ -31,9 +31,9 @@ from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import new_state
+from downstream import segmentation
 from downstream.masks import open_masks
 from downstream.results import write_result
-from downstream.segment_pictures import predict, read_run, write_overlays
 from downstream.segmentation import Score, Segmentation, Segmenter, Tester, TrainingImages
 from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged
 from eval.miou import class_iou, mean_iou, pixel_accuracy
@@ -46,9 +46,9 @@ def main() -> None:
     began = time.perf_counter()
     config, first_line = parse_run(SegmentConfig, sys.argv[1:], "run_segment.py", RECIPES, DEFAULT_RECIPE)
     device = set_up(config)
-    stored, start = read_run(config.weights), open_start(config)
+    stored, start = segmentation.read_run(config.weights), open_start(config)
     if config.predict:
-        predict(config, start, stored, device)
+        segmentation.predict(config, start, stored, device)
         return
     log.info(first_line)
 
@@ -81,23 +81,19 @@ def main() -> None:
     if score.matrix is None:  # the run was complete already
         score(state.method)
     assert score.matrix is not None
-    ious, shares = class_iou(score.matrix), 100 * score.matrix.sum(1) / score.matrix.sum()
-    by_class = {  # JSON has no NaN
-        name: {"iou": None if np.isnan(iou) else float(iou), "pixels": float(share)}
-        for name, iou, share in zip(train.classes, ious, shares, strict=True)
-    }
-    found = {"miou": mean_iou(score.matrix), "pixel_accuracy": pixel_accuracy(score.matrix), "classes": by_class}
-    cells = [[name, percent(row["iou"]), percent(row["pixels"])] for name, row in by_class.items()]
-    log.info(table(["class", "IoU %", "share of pixels %"], cells))
+    ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(score.matrix)]  # JSON has no NaN
+    found = {"miou": mean_iou(score.matrix), "pixel_accuracy": pixel_accuracy(score.matrix)}
+    log.info(table(["class", "IoU %"], [[name, percent(iou)] for name, iou in zip(train.classes, ious, strict=True)]))
     log.info(f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} % on {val.url}")
     if distributed.is_main():
-        write_overlays(Path(config.output_dir, "overlays.png"), val, score)
+        segmentation.save(segmentation.draw_overlays(val, score), Path(config.output_dir, "overlays.png"))
         parts = {
             name: data_metadata(one, one.fingerprint()) | images_metadata(one)
             for name, one in (("train", train), ("val", val))
         }
         seconds = time.perf_counter() - began
-        write_result("segment", config, start, found, parts, start.transform, device, seconds, [])
+        results = found | {"classes": train.classes, "iou": ious}
+        write_result("segment", config, start, results, parts, start.transform, device, seconds, [])
 
 
 def command() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from dino_xcit.bounds import FilePath, Group, refuse_changed
+from dino_xcit.bounds import FilePath, Group, refuse_changed, shown
 from dino_xcit.config import ResumeSafe, StateField
 from dino_xcit.errors import InputError
 from dino_xcit.recipes import Recipe
@@ -48,10 +48,6 @@ class SegmentConfig(DownstreamConfig):
     """Width of the head; 0: 128 for semantic-fpn, 512 for upernet (whose auxiliary head has half of it)."""
     fpn_width: Annotated[int, Ge(0), StateField] = 0
     """Width of the FPN of semantic-fpn; 0: that of the backbone."""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Dropout rate of channels before the last layer of semantic-fpn and upernet."""
-    auxiliary_weight: Annotated[float, Ge(0)] = 0.4
-    """Weight of the loss of upernet's auxiliary head."""
     steps: Annotated[int, Ge(0), Group("optimisation")] = 80_000
     """Length of the run in optimizer steps; 0: --epochs."""
     batch_size_per_gpu: Annotated[int, Ge(1), ResumeSafe] = 16
@@ -74,8 +70,6 @@ class SegmentConfig(DownstreamConfig):
     """Maximum gradient norm; 0: no clipping."""
     short_side: Annotated[int, Ge(16), Group("crops")] = 512
     """Shorter side of a resized image in pixels, in evaluation and before the random scale in training."""
-    long_side: Annotated[int, Ge(0)] = 0
-    """Maximum of the longer side of a resized image, before the random scale; 0: four times the shorter side."""
     scale: Annotated[tuple[float, float], Gt(0)] = (0.5, 2.0)
     """Minimum and maximum of the random scale of training images."""
     crop_size: Annotated[int, Ge(16)] = 512
@@ -100,10 +94,11 @@ class SegmentConfig(DownstreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.frozen and self.head != "linear":
-            raise InputError(f"frozen needs --head linear, but head is {self.head}: its feature pyramid is trained")
-        if self.head == "linear" and not self.frozen:
-            raise InputError("head linear is for frozen backbones: add --frozen, or use --head semantic-fpn")
+        if self.frozen != (self.head == "linear"):
+            raise InputError(
+                f"head is {self.head} and frozen is {shown(self.frozen)}, expected --head linear with --frozen, or "
+                "another head without it: a feature pyramid needs training"
+            )
         if self.head == "linear":
             refuse_changed(self, ("head_width", "fpn_width"), "with --head linear")
         if self.head == "upernet" and self.batch_size_per_gpu < 2:
@@ -111,8 +106,6 @@ class SegmentConfig(DownstreamConfig):
         least, most = self.scale
         if least > most:
             raise InputError(f"scale is {least:g} {most:g}, expected least <= most, such as 0.5 2")
-        if self.long_side and self.long_side < self.short_side:
-            raise InputError(f"long_side is {self.long_side}, expected at least short_side, {self.short_side}")
         if self.test_stride > self.crop_size:
             raise InputError(f"test_stride is {self.test_stride}, expected at most crop_size, {self.crop_size}")
         if self.out and not self.predict:
@@ -121,45 +114,32 @@ class SegmentConfig(DownstreamConfig):
             )
 
 
-_NOT_MEASURED = "not measured"
-_COMMAND = (
-    "torchrun --nproc-per-node 8 run_segment.py --recipe {} --weights ckpt.pth --data-path /data/ADEChallengeData2016"
-)
+_ADE = "run_segment.py --batch-size-per-gpu 2 --weights ckpt.pth --data-path /data/ADEChallengeData2016 --recipe"
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            "semantic-fpn-80k",
-            "Semantic FPN on ADE20k, 80,000 steps of 16 images (XCiT's settings)",
-            f"{_COMMAND.format('semantic-fpn-80k')} --batch-size-per-gpu 2",
+            "semantic-fpn-80k", "Semantic FPN on ADE20k, 80,000 steps of 16 images (XCiT's settings)",
+            f"torchrun --nproc-per-node 8 {_ADE} semantic-fpn-80k",
             "not measured (published for S12/16 from supervised weights: 43.9)",
         ),
         Recipe(
-            "upernet-160k",
-            "UperNet on ADE20k, 160,000 steps of 16 images (XCiT's settings)",
-            f"{_COMMAND.format('upernet-160k')} --batch-size-per-gpu 2",
+            "upernet-160k", "UperNet on ADE20k, 160,000 steps of 16 images (XCiT's settings)",
+            f"torchrun --nproc-per-node 8 {_ADE} upernet-160k",
             "not measured (published for S12/16 from supervised weights: 45.9)",
             {"head": "upernet", "steps": 160_000},
         ),
         Recipe(
-            "linear-40k",
-            "a linear layer on a frozen backbone, 40,000 steps of 16 images (DINOv2's settings)",
-            f"{_COMMAND.format('linear-40k')} --batch-size-per-gpu 2",
-            _NOT_MEASURED,
-            {
-                "head": "linear", "frozen": True, "steps": 40_000, "lr": 1e-3, "weight_decay": 1e-4,
-                "drop_path_rate": 0.0, "test": "slide",
-            },
+            "linear-40k", "a linear layer on a frozen backbone, 40,000 steps of 16 images (DINOv2's settings)",
+            f"torchrun --nproc-per-node 8 {_ADE} linear-40k", "not measured",
+            {"head": "linear", "frozen": True, "steps": 40_000, "lr": 1e-3, "weight_decay": 1e-4,
+             "drop_path_rate": 0.0, "test": "slide"},
         ),
         Recipe(
-            "own-data",
-            "hundreds to thousands of images with masks of your own",
-            "python run_segment.py --recipe own-data --weights ckpt.pth --data-path photos/",
-            _NOT_MEASURED,
-            {
-                "steps": 0, "epochs": 50, "warmup_steps": 0, "warmup_epochs": 2.0, "batch_size_per_gpu": 8,
-                "lr": 2e-4, "eval_every": 5,
-            },
+            "own-data", "hundreds to thousands of images with masks of your own",
+            "python run_segment.py --recipe own-data --weights ckpt.pth --data-path photos/", "not measured",
+            {"steps": 0, "epochs": 50, "warmup_steps": 0, "warmup_epochs": 2.0, "batch_size_per_gpu": 8, "lr": 2e-4,
+             "eval_every": 5},
         ),
     )
 }  # fmt: skip

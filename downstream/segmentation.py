@@ -5,12 +5,13 @@ B: batch size, K: classes, D: features of a map, (h, w): size of a map or an ima
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,12 @@ from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.transforms import v2
 
+from dino_xcit import safe_load
+from dino_xcit.bounds import marked
+from dino_xcit.config import StateField
+from dino_xcit.data import storage
 from dino_xcit.data.decode import decode
+from dino_xcit.data.folder import open_folder
 from dino_xcit.data.source import Source, evenly_spaced
 from dino_xcit.data.workers import choose_workers, each_image
 from dino_xcit.errors import InputError
@@ -31,19 +37,27 @@ from dino_xcit.models import feature_pyramid
 from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
-from dino_xcit.runtime.logging import progress_bar
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted, progress_bar
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
+from downstream.config import SCRATCH
 from downstream.masks import MaskSource
 from downstream.segment_config import SegmentConfig
-from downstream.supervised import Supervised, SupervisedBatch, SupervisedDataset
+from downstream.supervised import Start, Supervised, SupervisedBatch, SupervisedDataset
 from eval.miou import IGNORE, confusion, mean_iou, pixel_accuracy
-from eval.palette import colours
+from eval.palette import Segmented, colours, segmentation_sheet
 from eval.pooling import autocast, patch_size_of
 
-AUXILIARY = "2"
+AUXILIARY = 2
 """Level of the feature pyramid that the auxiliary head reads: stride 16."""
+AUXILIARY_WEIGHT = 0.4
+"""Weight of the loss of the auxiliary head."""
+DROPOUT = 0.1
+"""Dropout rate of channels before the last layer of the heads on a pyramid."""
 POOLS = (1, 2, 3, 6)
 """Sides of the grids of UperNet's pyramid pooling."""
+MAX_ASPECT = 4
+"""Longer side of a resized image at most, in short sides: 2048 for 512."""
 SHOWN = 6
 """Validation images whose predictions are kept for a picture."""
 _ATTEMPTS = 10
@@ -66,7 +80,7 @@ def _block(before: int, width: int, kernel: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
 
 
-def _classifier(width: int, classes: int, dropout: float = 0.0) -> nn.Sequential:
+def _classifier(width: int, classes: int, dropout: float = DROPOUT) -> nn.Sequential:
     last = nn.Conv2d(width, classes, 1)
     nn.init.normal_(last.weight, std=0.01)
     nn.init.zeros_(last.bias)  # type: ignore[arg-type]
@@ -76,8 +90,9 @@ def _classifier(width: int, classes: int, dropout: float = 0.0) -> nn.Sequential
 class SemanticFPN(nn.Module):
     """Semantic head of Panoptic FPN (arXiv 1901.02446), on an FPN; maps a feature pyramid to scores of stride 4."""
 
-    def __init__(self, widths: Sequence[int], classes: int, width: int, fpn_width: int, dropout: float) -> None:
+    def __init__(self, widths: Sequence[int], config: SegmentConfig) -> None:
         super().__init__()
+        width, fpn_width = config.head_width or 128, config.fpn_width or widths[0]
         self.fpn = FeaturePyramidNetwork(list(widths), fpn_width)
         self.levels = nn.ModuleList()
         for doublings in range(len(widths)):  # from its stride to stride 4
@@ -86,36 +101,54 @@ class SemanticFPN(nn.Module):
                 layers.append(_block(width if number else fpn_width, width, 3))
                 layers += [nn.Upsample(scale_factor=2, mode="bilinear")] * min(1, doublings)
             self.levels.append(nn.Sequential(*layers))
-        self.classifier = _classifier(width, classes, dropout)
+        self.classifier = _classifier(width, config.classes)
 
-    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+    def forward(self, maps: dict[str, Tensor]) -> list[Tensor]:
         outputs = [level(one) for level, one in zip(self.levels, self.fpn(maps).values(), strict=True)]
         # The side of a map may be odd, and half of it is rounded.
-        return self.classifier(sum(resized(one, outputs[0].shape[2:]) for one in outputs))
+        return [self.classifier(sum(resized(one, outputs[0].shape[2:]) for one in outputs))]
 
 
 class UperNet(nn.Module):
-    """Decode head of UperNet (arXiv 1807.10221); maps a feature pyramid to scores of stride 4."""
+    """UperNet (arXiv 1807.10221); maps a feature pyramid to scores of stride 4, in training also to those of an
+    auxiliary head of stride 16."""
 
-    def __init__(self, widths: Sequence[int], classes: int, width: int, dropout: float) -> None:
+    def __init__(self, widths: Sequence[int], config: SegmentConfig) -> None:
         super().__init__()
-        self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(side), _block(widths[-1], width, 1)) for side in POOLS
-        )
+        width = config.head_width or 512
+        pools = [nn.Sequential(nn.AdaptiveAvgPool2d(side), _block(widths[-1], width, 1)) for side in POOLS]
+        self.pools = nn.ModuleList(pools)
         self.bottleneck = _block(widths[-1] + len(POOLS) * width, width, 3)
         self.lateral = nn.ModuleList(_block(one, width, 1) for one in widths[:-1])
         self.output = nn.ModuleList(_block(width, width, 3) for _ in widths[:-1])
         self.fusion = _block(len(widths) * width, width, 3)
-        self.classifier = _classifier(width, classes, dropout)
+        self.classifier = _classifier(width, config.classes)
+        half = max(1, width // 2)
+        self.auxiliary = nn.Sequential(_block(widths[AUXILIARY], half, 3), _classifier(half, config.classes))
 
-    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+    def forward(self, maps: dict[str, Tensor]) -> list[Tensor]:
         *lower, top = maps.values()
         pooled = [resized(pool(top), top.shape[2:]) for pool in self.pools]
         levels = [self.bottleneck(torch.cat([top, *pooled], dim=1))]
         for lateral, one in zip(reversed(self.lateral), reversed(lower), strict=True):
             levels.insert(0, lateral(one) + resized(levels[0], one.shape[2:]))
         levels[:-1] = [output(one) for output, one in zip(self.output, levels[:-1], strict=True)]
-        return self.classifier(self.fusion(torch.cat([resized(one, levels[0].shape[2:]) for one in levels], dim=1)))
+        fused = self.fusion(torch.cat([resized(one, levels[0].shape[2:]) for one in levels], dim=1))
+        return [self.classifier(fused), *([self.auxiliary(lower[AUXILIARY])] if self.training else [])]
+
+
+class Linear(nn.Module):
+    """BatchNorm and a linear layer on one map (DINOv2, arXiv 2304.07193)."""
+
+    def __init__(self, widths: Sequence[int], config: SegmentConfig) -> None:
+        super().__init__()
+        self.norm, self.classifier = nn.BatchNorm2d(widths[0]), _classifier(widths[0], config.classes, 0.0)
+
+    def forward(self, maps: dict[str, Tensor]) -> list[Tensor]:
+        return [self.classifier(self.norm(one)) for one in maps.values()]
+
+
+HEADS = {"semantic-fpn": SemanticFPN, "upernet": UperNet, "linear": Linear}
 
 
 # ---- the network
@@ -127,27 +160,11 @@ class Segmenter(nn.Module):
     def __init__(self, backbone: nn.Module, config: SegmentConfig) -> None:
         super().__init__()
         self.frozen = config.frozen
-        self.auxiliary: nn.Module | None = None
-        classes = config.classes
-        if config.frozen:
-            self.encoder = backbone.requires_grad_(False)
-            self.unit = patch_size_of(backbone)
-            width: Any = getattr(backbone, "map_dim", backbone.embed_dim)
-            self.head: nn.Module = nn.Sequential(nn.BatchNorm2d(width), _classifier(width, classes))
-            return
-        self.encoder = feature_pyramid(backbone)
-        self.unit = STRIDES[-1]
-        widths = self.encoder.widths
-        if config.head == "upernet":
-            width = config.head_width or 512
-            self.head = UperNet(widths, classes, width, config.dropout)
-            self.auxiliary = nn.Sequential(
-                _block(widths[int(AUXILIARY)], max(1, width // 2), 3),
-                _classifier(max(1, width // 2), classes, config.dropout),
-            )
-        else:
-            fpn_width = config.fpn_width or widths[0]
-            self.head = SemanticFPN(widths, classes, config.head_width or 128, fpn_width, config.dropout)
+        self.encoder = backbone.requires_grad_(False) if config.frozen else feature_pyramid(backbone)
+        self.unit = patch_size_of(backbone) if config.frozen else STRIDES[-1]
+        width = getattr(backbone, "map_dim", backbone.embed_dim)
+        widths: Any = (width,) if config.frozen else self.encoder.widths
+        self.head = HEADS[config.head](widths, config)
 
     def load(self, content: Mapping[str, Any], config: SegmentConfig) -> bool:
         """Load a checkpoint of run_segment.py; return whether its head is of the same kind.
@@ -184,13 +201,10 @@ class Segmenter(nn.Module):
         if self.frozen:
             with torch.no_grad():
                 found = self.encoder(padded)
-            outputs = [self.head(found.patch_tokens.transpose(1, 2).unflatten(2, found.grid))]
+            maps = {"0": found.patch_tokens.transpose(1, 2).unflatten(2, found.grid)}
         else:
             maps = self.encoder(padded)
-            outputs = [self.head(maps)]
-            if self.auxiliary is not None and self.training:
-                outputs.append(self.auxiliary(maps[AUXILIARY]))
-        return [resized(one.float(), padded.shape[2:])[..., :height, :width] for one in outputs]
+        return [resized(one.float(), padded.shape[2:])[..., :height, :width] for one in self.head(maps)]
 
 
 class Segmentation(Supervised):
@@ -205,14 +219,13 @@ class Segmentation(Supervised):
     ) -> None:  # fmt: skip
         super().__init__(config, device, network, backbone)
         self.transform, self.classes = transform, list(classes)
-        self.weights = (1.0, config.auxiliary_weight)
 
     def loss(self, batch: SupervisedBatch, rates: Rates) -> tuple[Tensor, Stats]:
         outputs = self.ddp_student(normalise(batch.images, self.transform.mean, self.transform.std))
         targets = batch.targets.long()
         # A mean over the labelled pixels would not be finite for a batch without any.
         losses = [F.cross_entropy(one, targets, ignore_index=IGNORE, reduction="sum") for one in outputs]
-        loss = sum(weight * one / targets.numel() for weight, one in zip(self.weights, losses, strict=False))
+        loss = sum(weight * one / targets.numel() for weight, one in zip((1, AUXILIARY_WEIGHT), losses, strict=False))
         assert isinstance(loss, Tensor)
         return loss, {"images": torch.tensor(float(len(targets)), device=loss.device)}
 
@@ -224,9 +237,8 @@ class Segmentation(Supervised):
 
 
 def scaled_size(size: tuple[int, int], config: SegmentConfig, factor: float = 1.0) -> tuple[int, int]:
-    """Return (h, w) of an image resized to ``factor`` times the short side, but not beyond the long side."""
-    long = config.long_side or 4 * config.short_side
-    scale = factor * min(config.short_side / min(size), long / max(size))
+    """Return (h, w) of an image resized to ``factor`` times the short side, or less: see :data:`MAX_ASPECT`."""
+    scale = factor * config.short_side * min(1 / min(size), MAX_ASPECT / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
@@ -238,11 +250,11 @@ class TrainingImages(SupervisedDataset):
     def __init__(self, source: MaskSource, config: SegmentConfig, transform: EvalTransform) -> None:
         super().__init__(source, config.seed, transform.white_level)
         self._config = config
-        self._fill = torch.tensor([round(255 * value) for value in transform.mean], dtype=torch.uint8)[:, None, None]
+        self._fill = round(255 * sum(transform.mean) / 3)
         # mmseg's ranges: 32 of 255, 0.5 to 1.5 twice, 18 of 180.
         ranges = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
-        jitters = [v2.RandomApply([v2.ColorJitter(**{k: v})], config.photometric) for k, v in ranges.items()]
-        self._distort = v2.Compose(jitters)
+        jitters = (v2.ColorJitter(**{name: span}) for name, span in ranges.items())
+        self._distort = v2.Compose([v2.RandomApply([jitter], config.photometric) for jitter in jitters])
         self.sides = [config.crop_size] * 2  # the image, and less than that for the mask
 
     def augmented(self, index: int, pixels: NDArray[np.uint8], label: int | None) -> tuple[Tensor, Tensor]:
@@ -260,15 +272,12 @@ class TrainingImages(SupervisedDataset):
             if 0 < counts.max() < config.max_class_share * counts.sum():
                 break
         box = np.array([left, top, left + crop[1], top + crop[0]]) * np.tile([width / scaled[1], height / scaled[0]], 2)
-        picture = Image.fromarray(pixels).resize(crop[::-1], Image.Resampling.BILINEAR, tuple(box.tolist()))
-        image = to_tensor(picture)
+        image = to_tensor(Image.fromarray(pixels).resize(crop[::-1], Image.Resampling.BILINEAR, tuple(box.tolist())))
         if random.random() < config.flip:
             image, target = image.flip(2), target[:, ::-1].copy()
-        whole_image = self._fill.expand(3, side, side).clone()
-        whole_image[:, : crop[0], : crop[1]] = self._distort(image)
-        whole_target = torch.full((side, side), IGNORE, dtype=torch.uint8)
-        whole_target[: crop[0], : crop[1]] = torch.from_numpy(target)
-        return whole_image, whole_target
+        margins = (0, side - crop[1], 0, side - crop[0])
+        padded = F.pad(self._distort(image), margins, value=self._fill)
+        return padded, F.pad(torch.from_numpy(target), margins, value=IGNORE)
 
 
 # ---- evaluation
@@ -316,17 +325,12 @@ class Tester:
         return scores / count
 
 
-class _Loaded(NamedTuple):
-    image: Tensor
-    target: Tensor
-
-
-def _load(tester: Tester, source: Source, index: int) -> _Loaded | str:
+def _load(tester: Tester, source: Source, index: int) -> tuple[Tensor, Tensor] | str:
     """Return a prepared image and its classes [h, w], or what is wrong with them."""
     assert isinstance(source, MaskSource)
     try:
         image = decode(source.read(index)[0], source.name(index), tester.transform.white_level)
-        return _Loaded(tester.prepare(image), torch.from_numpy(source.mask(index, (image.height, image.width))))
+        return tester.prepare(image), torch.from_numpy(source.mask(index, (image.height, image.width)))
     except InputError as error:  # raised in a worker, it would arrive inside a traceback
         return str(error)
 
@@ -347,9 +351,7 @@ class Score:
         assert isinstance(method, Segmentation)
         config, network = self.tester.config, method.evaluated
         own = range(distributed.rank(), len(self.source), distributed.world_size())
-        workers = choose_workers(
-            config.num_workers, distributed.processes_here(), on_gpu=self.tester.device.type == "cuda"
-        )
+        workers = choose_workers(config.num_workers, distributed.processes_here())
         matrix, shown = np.zeros((config.classes,) * 2, dtype=np.int64), {}
         wanted = evenly_spaced(len(self.source), SHOWN)
         was_training = network.training
@@ -365,8 +367,8 @@ class Score:
                 if index in wanted:
                     shown[index] = labels
                 if config.predictions:
-                    path = Path(config.predictions, f"{self.source.names[index]}.png")
-                    write_mask(path, self.source.as_stored(labels))
+                    stored = to_palette(labels + np.uint8(self.source.first))
+                    save(stored, Path(config.predictions, f"{self.source.names[index]}.png"))
                 watchdog.progress()
                 bar.update()
         network.train(was_training)
@@ -376,9 +378,60 @@ class Score:
         return {"miou": mean_iou(self.matrix), "pixel_accuracy": pixel_accuracy(self.matrix)}
 
 
-def write_mask(path: Path, labels: NDArray[np.uint8]) -> None:
-    """Write labels [h, w] as a PNG with a palette."""
+# ---- pictures
+
+
+def to_palette(labels: NDArray[np.uint8]) -> Image.Image:
+    """Convert labels [h, w] to an image with a palette."""
     image = Image.fromarray(labels)
     image.putpalette(colours(256).tobytes())
+    return image
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Save an image; create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
+
+
+def draw_overlays(source: MaskSource, score: Score) -> Image.Image:
+    """Draw the images that ``score`` has kept, with their predictions and ground truth."""
+    images = []
+    for index, predicted in sorted(score.shown.items()):
+        image = decode(source.read(index)[0], source.name(index), score.tester.transform.white_level)
+        truth = source.mask(index, predicted.shape)
+        images.append(Segmented(source.name(index), image, {"prediction": predicted, "ground truth": truth}))
+    return segmentation_sheet(images, source.classes or ())
+
+
+def read_run(weights: str) -> Mapping[str, Any]:
+    """Read the checkpoint if it is one of run_segment.py; empty for other weights."""
+    is_checkpoint = weights != SCRATCH and Path(weights).is_file() and not weights.endswith(".safetensors")
+    content = safe_load.read(Path(weights)) if is_checkpoint else {}
+    return content if "class_names" in content else {}
+
+
+def predict(config: SegmentConfig, start: Start, stored: Mapping[str, Any], device: torch.device) -> None:
+    """Segment the pictures of ``config.predict`` with the network in the checkpoint ``stored``.
+
+    Raises:
+        InputError: there is no such network, or a picture cannot be read.
+    """
+    if not stored:
+        raise InputError(f"{config.weights} has no head: --predict needs a checkpoint.pth written by run_segment.py")
+    names = (*marked(SegmentConfig, StateField), "short_side", "crop_size")
+    changed = {name: stored["args"][name] for name in names if getattr(config, name) == getattr(SegmentConfig, name)}
+    tester = Tester(dataclasses.replace(config, **changed), start.transform, device)
+    network = Segmenter(start.backbone, tester.config)
+    network.load(stored, tester.config)
+    network.to(device).eval()
+    given, out = Path(config.predict), Path(config.out or Path(config.weights).parent / "predicted")
+    folder = open_folder(config.predict, config.predict) if given.is_dir() else None
+    paths = [config.predict] if folder is None else [folder.name(index) for index in range(len(folder))]
+    for path in paths[distributed.rank() :: distributed.world_size()]:
+        image = decode(storage.read_file(path, storage.MAX_IMAGE_BYTES), path, start.transform.white_level)
+        labels = tester.labels(network, tester.prepare(image), (image.height, image.width))
+        name = Path(path).relative_to(given if folder else given.parent).with_suffix(".png")
+        save(to_palette(labels), out / "masks" / name)
+        save(segmentation_sheet([Segmented(path, image, {"prediction": labels})], stored["class_names"]), out / name)
+    log.info(f"{counted(len(paths), 'picture')} segmented, written: {out}, {out / 'masks'} (numbers of the classes)")

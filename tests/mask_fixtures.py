@@ -34,7 +34,9 @@ def save_mask(path: Path, mask: NDArray[np.uint8], palette: bool = True) -> None
     image.save(path)
 
 
-def shapes(root: Path, layout: str = "folder", train: int = 12, val: int = 5, side: int = 64, names: bool = True) -> Path:
+def shapes(
+    root: Path, layout: str = "folder", train: int = 12, val: int = 5, side: int = 64, names: bool = True
+) -> Path:
     """Write a data set of scenes; their sizes differ by a few pixels.
 
     Args:
