@@ -34,7 +34,7 @@ from dino_xcit.train import new_state
 from downstream import segmentation
 from downstream.masks import open_masks
 from downstream.results import write_result
-from downstream.segmentation import Score, Segmentation, Segmenter, Tester, TrainingImages
+from downstream.segmentation import Score, Segmentation, Segmenter, Predictor, TrainingImages
 from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged
 from eval.miou import class_iou, mean_iou, pixel_accuracy
 from eval.results import data_metadata, images_metadata
@@ -56,12 +56,12 @@ def main() -> None:
     train, val = open_masks(config)
     assert train.classes is not None
     config = dataclasses.replace(config, arch=start.arch, classes=len(train.classes), output_dir=output_folder(config))
-    score = Score(val, Tester(config, start.transform, device))
+    score = Score(val, Predictor(config, start.transform, device))
 
     def build(config: SegmentConfig) -> Job[SegmentConfig]:
         torch.manual_seed(config.seed)  # the workers that checked the masks have drawn from the generator
         network = Segmenter(start.backbone, config)
-        head = "; its head too" if network.load(stored, config) else f"; a new head {config.head}"
+        kept = "loaded" if network.load(stored, config) else "new"
         method = Segmentation(config, device, network, start.backbone, start.transform, train.classes or ())
         return Job(
             config=config,
@@ -71,7 +71,7 @@ def main() -> None:
             schedules=build_schedules,
             transform=start.transform,
             title=f"segmentation into {config.classes} classes with {start.arch}",
-            initialise=lambda: start.sentence + head,
+            initialise=lambda: f"{start.sentence}; the head is {kept}",
             on_divergence=stop_diverged,
         )
 
@@ -93,7 +93,7 @@ def main() -> None:
         }
         seconds = time.perf_counter() - began
         results = found | {"classes": train.classes, "iou": ious}
-        write_result("segment", config, start, results, parts, start.transform, device, seconds, [])
+        write_result("segment", config, start, state, results, parts, start.transform, seconds, [])
 
 
 def command() -> None:

@@ -284,7 +284,7 @@ class TrainingImages(SupervisedDataset):
 
 
 @dataclass(frozen=True)
-class Tester:
+class Predictor:
     """Segments images with a network in eval mode."""
 
     config: SegmentConfig
@@ -325,12 +325,12 @@ class Tester:
         return scores / count
 
 
-def _load(tester: Tester, source: Source, index: int) -> tuple[Tensor, Tensor] | str:
+def _load(predictor: Predictor, source: Source, index: int) -> tuple[Tensor, Tensor] | str:
     """Return a prepared image and its classes [h, w], or what is wrong with them."""
     assert isinstance(source, MaskSource)
     try:
-        image = decode(source.read(index)[0], source.name(index), tester.transform.white_level)
-        return tester.prepare(image), torch.from_numpy(source.mask(index, (image.height, image.width)))
+        image = decode(source.read(index)[0], source.name(index), predictor.transform.white_level)
+        return predictor.prepare(image), torch.from_numpy(source.mask(index, (image.height, image.width)))
     except InputError as error:  # raised in a worker, it would arrive inside a traceback
         return str(error)
 
@@ -340,7 +340,7 @@ class Score:
     """Evaluator of a segmentation network: mIoU and pixel accuracy in percent on all images of a source."""
 
     source: MaskSource
-    tester: Tester
+    predictor: Predictor
     matrix: NDArray[np.int64] | None = None
     """[K, K] of the last measurement: :func:`eval.miou.confusion`, on every rank."""
     shown: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
@@ -349,7 +349,7 @@ class Score:
     def __call__(self, method: Method) -> dict[str, float]:
         """Measure ``method.evaluated``; the ranks share the images."""
         assert isinstance(method, Segmentation)
-        config, network = self.tester.config, method.evaluated
+        config, network = self.predictor.config, method.evaluated
         own = range(distributed.rank(), len(self.source), distributed.world_size())
         workers = choose_workers(config.num_workers, distributed.processes_here())
         matrix, shown = np.zeros((config.classes,) * 2, dtype=np.int64), {}
@@ -357,12 +357,12 @@ class Score:
         was_training = network.training
         network.eval()
         with progress_bar(len(own), f"segmenting {self.source.url}", shown=distributed.is_main()) as bar:
-            loaded = each_image(self.source, own, partial(_load, self.tester), workers)
+            loaded = each_image(self.source, own, partial(_load, self.predictor), workers)
             for index, found in zip(own, loaded, strict=True):
                 if isinstance(found, str):
                     raise InputError(found)
                 image, target = found
-                labels = self.tester.labels(network, image, target.shape)
+                labels = self.predictor.labels(network, image, target.shape)
                 matrix += confusion(labels, target.numpy(), config.classes)
                 if index in wanted:
                     shown[index] = labels
@@ -398,7 +398,7 @@ def draw_overlays(source: MaskSource, score: Score) -> Image.Image:
     """Draw the images that ``score`` has kept, with their predictions and ground truth."""
     images = []
     for index, predicted in sorted(score.shown.items()):
-        image = decode(source.read(index)[0], source.name(index), score.tester.transform.white_level)
+        image = decode(source.read(index)[0], source.name(index), score.predictor.transform.white_level)
         truth = source.mask(index, predicted.shape)
         images.append(Segmented(source.name(index), image, {"prediction": predicted, "ground truth": truth}))
     return segmentation_sheet(images, source.classes or ())
@@ -421,16 +421,16 @@ def predict(config: SegmentConfig, start: Start, stored: Mapping[str, Any], devi
         raise InputError(f"{config.weights} has no head: --predict needs a checkpoint.pth written by run_segment.py")
     names = (*marked(SegmentConfig, StateField), "short_side", "crop_size")
     changed = {name: stored["args"][name] for name in names if getattr(config, name) == getattr(SegmentConfig, name)}
-    tester = Tester(dataclasses.replace(config, **changed), start.transform, device)
-    network = Segmenter(start.backbone, tester.config)
-    network.load(stored, tester.config)
+    predictor = Predictor(dataclasses.replace(config, **changed), start.transform, device)
+    network = Segmenter(start.backbone, predictor.config)
+    network.load(stored, predictor.config)
     network.to(device).eval()
     given, out = Path(config.predict), Path(config.out or Path(config.weights).parent / "predicted")
     folder = open_folder(config.predict, config.predict) if given.is_dir() else None
     paths = [config.predict] if folder is None else [folder.name(index) for index in range(len(folder))]
     for path in paths[distributed.rank() :: distributed.world_size()]:
         image = decode(storage.read_file(path, storage.MAX_IMAGE_BYTES), path, start.transform.white_level)
-        labels = tester.labels(network, tester.prepare(image), (image.height, image.width))
+        labels = predictor.labels(network, predictor.prepare(image), (image.height, image.width))
         name = Path(path).relative_to(given if folder else given.parent).with_suffix(".png")
         save(to_palette(labels), out / "masks" / name)
         save(segmentation_sheet([Segmented(path, image, {"prediction": labels})], stored["class_names"]), out / name)
