@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,14 +67,6 @@ def test_an_ignored_label_may_be_any(tmp_path: Path) -> None:
     found = train.mask(0, size_of(train, 0))
     assert set(np.unique(found)) <= {0, 1, 2, 3, 255}
     assert (found == 255).any()
-
-
-def test_fingerprint_depends_on_the_masks(tmp_path: Path) -> None:
-    train, _ = open_masks(config_of(shapes(tmp_path, train=2, val=1)))
-    before = train.fingerprint()
-    save_mask(Path(train.masks[0]), np.zeros((50, 60), dtype=np.uint8))
-    assert train.fingerprint() != before
-    assert dataclasses.replace(train, images=train.images[:1], masks=train.masks[:1]).fingerprint() != before
 
 
 def test_the_size_of_a_turned_photo_is_the_upright_one(tmp_path: Path) -> None:
