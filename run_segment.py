@@ -38,6 +38,7 @@ from downstream.segmentation import Score, Segmentation, Segmenter, Predictor, T
 from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged
 from eval.miou import class_iou, mean_iou, pixel_accuracy
 from eval.results import data_metadata, images_metadata
+from eval.setup import demand_writable
 from eval.table import percent, table
 
 
@@ -46,6 +47,7 @@ def main() -> None:
     began = time.perf_counter()
     config, first_line = parse_run(SegmentConfig, sys.argv[1:], "run_segment.py", RECIPES, DEFAULT_RECIPE)
     device = set_up(config)
+    demand_writable({"predictions": config.predictions and str(Path(config.predictions, "mask.png"))})
     stored, start = segmentation.read_run(config.weights), open_start(config)
     if config.predict:
         segmentation.predict(config, start, stored, device)

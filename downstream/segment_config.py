@@ -25,7 +25,7 @@ class SegmentConfig(DownstreamConfig):
     """Folder with images and masks: ADE20k, VOC, or images/train, masks/train, images/val and masks/val (or
     train/images, train/masks ...), with masks as PNGs of labels named like their images. classes.txt in it, one name
     per line, is optional."""
-    layout: Literal["auto", "ade20k", "voc", "folder"] = "auto"
+    layout: Annotated[Literal["auto", "ade20k", "voc", "folder"], Group("data")] = "auto"
     """Layout of DATA_PATH."""
     classes: Annotated[int, Ge(0), Le(254), StateField] = 0
     """Number of classes; 0: that of ADE20k, VOC or classes.txt, else the largest label in the training masks + 1."""
@@ -39,7 +39,7 @@ class SegmentConfig(DownstreamConfig):
     drop_path_rate: Annotated[float, Ge(0), Lt(1), Group("model")] = 0.05
     """Stochastic depth rate of the backbone. Published: 0 for XCiT-T12, 0.05 for S12, 0.1 for S24, 0.2 for M24 (with
     UperNet 0.15)."""
-    head: Annotated[Literal["semantic-fpn", "upernet", "linear"], StateField] = "semantic-fpn"
+    head: Annotated[Literal["semantic-fpn", "upernet", "linear"], StateField, Group("model")] = "semantic-fpn"
     """Head: Semantic FPN (arXiv 1901.02446) or UperNet (arXiv 1807.10221) on a feature pyramid, or BatchNorm and a
     linear layer on the last patch tokens."""
     frozen: Annotated[bool, StateField] = False
@@ -82,7 +82,7 @@ class SegmentConfig(DownstreamConfig):
     """Probability of changing each of brightness, contrast, saturation and hue."""
     eval_every: Annotated[int, Ge(0), ResumeSafe, Group("evaluation")] = 10
     """Epochs between evaluations, besides the one at the end of the run; 0: only at the end."""
-    test: Annotated[Literal["whole", "slide"], ResumeSafe] = "whole"
+    test: Annotated[Literal["whole", "slide"], ResumeSafe, Group("evaluation")] = "whole"
     """Segment whole images, or overlapping windows of crop_size and average their scores."""
     test_stride: Annotated[int, Ge(0), ResumeSafe] = 0
     """Pixels between windows of --test slide; 0: two thirds of crop_size (341 for 512)."""
