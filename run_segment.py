@@ -34,7 +34,7 @@ from dino_xcit.train import new_state
 from downstream import segmentation
 from downstream.masks import open_masks
 from downstream.results import write_result
-from downstream.segmentation import Score, Segmentation, Segmenter, Predictor, TrainingImages
+from downstream.segmentation import Predictor, Score, Segmentation, Segmenter, TrainingImages
 from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged
 from eval.miou import class_iou, mean_iou, pixel_accuracy
 from eval.results import data_metadata, images_metadata
@@ -69,7 +69,7 @@ def main() -> None:
             config=config,
             state=new_state(config, method, device),
             dataset=TrainingImages(train, config, start.transform),
-            evaluators=[Evaluator("segmentation", config.eval_every or config.epochs, score)],
+            evaluators=[Evaluator("segmentation", config.eval_every or sys.maxsize, score)],
             schedules=build_schedules,
             transform=start.transform,
             title=f"segmentation into {config.classes} classes with {start.arch}",
@@ -86,7 +86,7 @@ def main() -> None:
     ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(score.matrix)]  # JSON has no NaN
     found = {"miou": mean_iou(score.matrix), "pixel_accuracy": pixel_accuracy(score.matrix)}
     log.info(table(["class", "IoU %"], [[name, percent(iou)] for name, iou in zip(train.classes, ious, strict=True)]))
-    log.info(f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} % on {val.url}")
+    log.info(f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} % on {val.url} ({config.test})")
     if distributed.is_main():
         segmentation.save(segmentation.draw_overlays(val, score), Path(config.output_dir, "overlays.png"))
         parts = {
@@ -94,7 +94,7 @@ def main() -> None:
             for name, one in (("train", train), ("val", val))
         }
         seconds = time.perf_counter() - began
-        results = found | {"classes": train.classes, "iou": ious}
+        results = found | {"classes": train.classes, "iou": ious, "test": config.test}
         write_result("segment", config, start, state, results, parts, start.transform, seconds, [])
 
 

@@ -21,7 +21,6 @@ from dino_xcit.data.source import Source, hash_lines
 from dino_xcit.data.workers import choose_workers, each_image
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
-from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted, progress_bar
 from downstream.segment_config import SegmentConfig
 from eval.miou import IGNORE
@@ -147,7 +146,7 @@ def open_masks(config: SegmentConfig) -> tuple[MaskSource, MaskSource]:
     if len(names) not in (0, count):
         raise InputError(f"classes is {count}, but {root} has names of {len(names)} classes: leave it out")
 
-    def check() -> tuple[int, NDArray[np.int64]]:
+    def check() -> int:
         workers = choose_workers(config.num_workers, 1)
         pixels = _count_pixels(_with_classes(train, names, count), workers)
         found = count or int(np.flatnonzero(pixels[:IGNORE]).max(initial=-1)) + 1
@@ -158,13 +157,10 @@ def open_masks(config: SegmentConfig) -> tuple[MaskSource, MaskSource]:
             )
         if not _count_pixels(_with_classes(val, names, found), workers)[:found].any():
             raise InputError(f"all pixels of the masks of {val.url} are ignored: check the masks and --ignore-label")
-        return found, pixels
+        return found
 
-    count, pixels = distributed.on_main(check)
-    train, val = _with_classes(train, names, count), _with_classes(val, names, count)
-    if absent := [name for name, some in zip(train.classes or (), pixels, strict=False) if not some]:
-        log.warning(f"{counted(len(absent), 'class')} without a pixel in the training masks: {', '.join(absent[:5])}")
-    return train, val
+    count = distributed.on_main(check)
+    return _with_classes(train, names, count), _with_classes(val, names, count)
 
 
 def _find_layout(root: Path, wanted: str) -> Layout:

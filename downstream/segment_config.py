@@ -80,6 +80,8 @@ class SegmentConfig(DownstreamConfig):
     """Probability of a horizontal flip."""
     photometric: Annotated[float, Ge(0), Le(1)] = 0.5
     """Probability of changing each of brightness, contrast, saturation and hue."""
+    saveckp_freq: Annotated[int, Ge(0), ResumeSafe, Group("checkpoints")] = 0
+    """Epochs between checkpoints that are kept permanently (one is written every epoch); 0: none."""
     eval_every: Annotated[int, Ge(0), ResumeSafe, Group("evaluation")] = 10
     """Epochs between evaluations, besides the one at the end of the run; 0: only at the end."""
     test: Annotated[Literal["whole", "slide"], ResumeSafe, Group("evaluation")] = "whole"

@@ -60,7 +60,6 @@ MAX_ASPECT = 4
 """Longer side of a resized image at most, in short sides: 2048 for 512."""
 SHOWN = 6
 """Validation images whose predictions are kept for a picture."""
-_ATTEMPTS = 10
 _CLASSES_AT_ONCE = 8
 """Classes whose scores are enlarged at once: bounds the memory for a large image."""
 
@@ -225,8 +224,8 @@ class Segmentation(Supervised):
         targets = batch.targets.long()
         # A mean over the labelled pixels would not be finite for a batch without any.
         losses = [F.cross_entropy(one, targets, ignore_index=IGNORE, reduction="sum") for one in outputs]
-        loss = sum(weight * one / targets.numel() for weight, one in zip((1, AUXILIARY_WEIGHT), losses, strict=False))
-        assert isinstance(loss, Tensor)
+        weighted = [weight * one for weight, one in zip((1.0, AUXILIARY_WEIGHT), losses, strict=False)]
+        loss = torch.stack(weighted).sum() / targets.numel()
         return loss, {"images": torch.tensor(float(len(targets)), device=loss.device)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,7 +261,7 @@ class TrainingImages(SupervisedDataset):
         mask = self.source.mask(index, pixels.shape[:2])
         (height, width), scaled = mask.shape, scaled_size(mask.shape, config, random.uniform(*config.scale))
         crop = [min(side, one) for one in scaled]
-        for _ in range(_ATTEMPTS):
+        for _ in range(10):
             top, left = (random.randint(0, whole - part) for whole, part in zip(scaled, crop, strict=True))
             # The nearest pixels of the mask, as if it were resized first.
             rows = ((top + np.arange(crop[0]) + 0.5) * height / scaled[0]).astype(np.int64)
@@ -396,11 +395,11 @@ def save(image: Image.Image, path: Path) -> None:
 
 def draw_overlays(source: MaskSource, score: Score) -> Image.Image:
     """Draw the images that ``score`` has kept, with their predictions and ground truth."""
-    images = []
+    images: list[Segmented] = []
     for index, predicted in sorted(score.shown.items()):
         image = decode(source.read(index)[0], source.name(index), score.predictor.transform.white_level)
         truth = source.mask(index, predicted.shape)
-        images.append(Segmented(source.name(index), image, {"prediction": predicted, "ground truth": truth}))
+        images.append((source.name(index), image, {"prediction": predicted, "ground truth": truth}))
     return segmentation_sheet(images, source.classes or ())
 
 
@@ -433,5 +432,5 @@ def predict(config: SegmentConfig, start: Start, stored: Mapping[str, Any], devi
         labels = predictor.labels(network, predictor.prepare(image), (image.height, image.width))
         name = Path(path).relative_to(given if folder else given.parent).with_suffix(".png")
         save(to_palette(labels), out / "masks" / name)
-        save(segmentation_sheet([Segmented(path, image, {"prediction": labels})], stored["class_names"]), out / name)
+        save(segmentation_sheet([(path, image, {"prediction": labels})], stored["class_names"]), out / name)
     log.info(f"{counted(len(paths), 'picture')} segmented, written: {out}, {out / 'masks'} (numbers of the classes)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,8 @@ from eval.sheet import Cell, draw_sheet
 
 OPACITY = 0.6
 """Share of the class colour in an overlay."""
+Segmented = tuple[str, Image.Image, Mapping[str, NDArray[np.uint8]]]
+"""Name of an image, the image, and classes [h, w] of it by title."""
 SIDE = 320
 """Longer side of an image in a sheet, in pixels."""
 _GOLDEN = (5**0.5 - 1) / 2
@@ -48,15 +49,6 @@ def overlay(
     shown = labels != ignore
     pixels[shown] += OPACITY * (colours[labels[shown]] - pixels[shown])
     return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-class Segmented(NamedTuple):
-    """An image and its segmentations."""
-
-    name: str
-    image: Image.Image
-    labels: Mapping[str, NDArray[np.uint8]]
-    """Classes [h, w] by title."""
 
 
 def segmentation_sheet(images: Sequence[Segmented], classes: Sequence[str], ignore: int = 255) -> Image.Image:
