@@ -29,11 +29,11 @@ MODELS = {
 }
 
 
-def run(script: str, *arguments: str | Path) -> None:
-    """Print and run a command; exit with its status if it fails."""
-    words = [script, *map(str, arguments)]
+def run(*arguments: str | Path) -> None:
+    """Print and run a command of Python; exit with its status if it fails."""
+    words = list(map(str, arguments))
     print(f"\n$ python {shlex.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, str(ROOT / script), *words[1:]], cwd=ROOT, check=False).returncode
+    status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
     if status:
         sys.exit(status)
 

@@ -39,7 +39,7 @@ SIZE = 128
 """Side of a scene in pixels."""
 COUNTS = {"train": 4000, "val": 500}
 MAX_OBJECTS = 5
-_SIDES = (28, 72)
+_SIDES = (40, 84)
 """Minimum and maximum side of the square that holds an object, in pixels."""
 _VISIBLE = 0.6
 """Minimum share of an object that later objects leave visible."""
@@ -145,10 +145,10 @@ def _background(generator: np.random.Generator, photograph: Pixels | None) -> Pi
         top, left = (int(generator.integers(length - side + 1)) for length in photograph.shape[:2])
         crop = Image.fromarray(photograph[top : top + side, left : left + side])
         return np.array(crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    # Noise of several scales, stretched along one axis: clouds, grain and stripes.
+    # Noise of several scales, stretched along one axis: clouds, spots and stripes.
     total = np.zeros((SIZE, SIZE, 3))
-    for weight in generator.dirichlet(np.ones(4)):
-        shape = (*generator.integers(2, 24, size=2), 3)
+    for weight in generator.dirichlet(np.ones(3)):
+        shape = (*generator.integers(2, 12, size=2), 3)
         grid = generator.integers(0, 256, size=shape, dtype=np.uint8)
         total += weight * np.asarray(Image.fromarray(grid).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     tint = generator.uniform(0.3, 1.0, size=3)

@@ -1,0 +1,105 @@
+"""Demo of the downstream tasks on scenes of Fashion-MNIST objects: k-NN and linear segmentation, detection, fine-tuning.
+
+    python benchmarks/demo_dense.py [--output-dir runs/demo-dense] [--seed 0]      (make demo-dense)
+
+Pretrains a small XCiT on scenes without labels, then measures it and the same network untrained in the same way. Prints
+and runs the user commands. Writes results.json, a table and the pictures of each command to the output directory. The
+last line is results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from against import exit_on_sigterm
+from demo import run
+
+from dino_xcit import safe_load
+from dino_xcit.models import build_backbone
+from dino_xcit.runtime import atomic
+from eval.table import table
+
+ROWS = {
+    "knn_segmentation": ("k-NN segmentation, frozen, no training", "mIoU"),
+    "linear_segmentation": ("linear segmentation, frozen", "mIoU"),
+    "detection": ("Faster R-CNN, 300 steps", "box AP50"),
+    "finetune_10pct": ("classification, 10% of the labels", "top-1"),
+}
+# Small enough for 2 CPU cores; docs/downstream.md has the settings for real data.
+SEGMENT = (
+    "--recipe", "linear-40k", "--short-side", "128", "--crop-size", "128", "--steps", "300", "--warmup-steps", "20",
+    "--batch-size-per-gpu", "16", "--eval-every", "0",
+)  # fmt: skip
+DETECT = (
+    "--recipe", "mask-rcnn-1x", "--model", "faster-rcnn", "--fpn-width", "64", "--box-head-width", "256", "--rois", "64",
+    "--proposals", "200", "--short-sides", "128", "--long-side", "128", "--test-side", "128", "--crop-probability", "0",
+    "--batch-size-per-gpu", "8", "--steps", "300", "--warmup-steps", "30", "--lr", "1e-3", "--lr-reference-batch", "0",
+    "--eval-every", "0",
+)  # fmt: skip
+FINETUNE = (
+    "--recipe", "own-data", "--data-path", "sample:scene-objects", "--train-share", "0.1", "--epochs", "20", "--lr",
+    "1e-3", "--lr-reference-batch", "0", "--layer-decay", "1", "--auto-augment", "", "--erasing", "0", "--crop-scale",
+    "0.5", "1", "--eval-crop-ratio", "1", "--batch-size-per-gpu", "32", "--warmup-epochs", "1", "--eval-every", "0",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run the demo and print its table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo-dense"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder, seed = options.output_dir, ("--seed", str(options.seed))
+    exit_on_sigterm()  # so that subprocess.run kills the running command
+    started = time.perf_counter()
+    scenes = folder / "scenes"
+    run("-m", "dino_xcit.data", "scenes", scenes)
+    run("run_pretrain.py", "--recipe", "scenes", "--data-path", scenes / "images" / "train", *seed,
+        "--output-dir", folder, "--resume", "never")  # fmt: skip
+    pretraining = time.perf_counter() - started
+    write_untrained(folder / "checkpoint.pth", folder / "untrained.pth", options.seed)
+
+    models = {"pretrained": folder / "checkpoint.pth", "untrained": folder / "untrained.pth"}
+    rows: dict[str, dict[str, float]] = {name: {} for name in ROWS}
+    for model, weights in models.items():
+        out = folder / model
+        given = ("--weights", weights, "--data-path", scenes)
+        knn, again = out / "knn.json", ("--resume", "never")
+        run("-m", "eval.dense", "knn", *given, "--size", "128", "--json", knn, "--out", out / "knn.png")
+        run("run_segment.py", *SEGMENT, *given, *seed, *again, "--output-dir", out / "segment")
+        run("run_detect.py", *DETECT, *given, *seed, *again, "--output-dir", out / "detect")
+        run("run_finetune.py", *FINETUNE, *given[:2], *seed, *again, "--output-dir", out / "finetune")
+        found = {"knn_segmentation": knn} | {
+            row: out / name / "results.json"
+            for row, name in (("linear_segmentation", "segment"), ("detection", "detect"), ("finetune_10pct", "finetune"))
+        }
+        keys = {"knn_segmentation": "miou", "linear_segmentation": "miou", "detection": "box_ap50", "finetune_10pct": "top1"}
+        for row, file in found.items():
+            rows[row][model] = round(float(json.loads(file.read_text())["results"][keys[row]]), 2)
+    seconds = time.perf_counter() - started
+
+    lines = [
+        [title, unit, f"{rows[row]['pretrained']:.1f}", f"{rows[row]['untrained']:.1f}"]
+        for row, (title, unit) in ROWS.items()
+    ]
+    print("\n" + table(["task", "%", "pretrained", "untrained"], lines, left=2))
+    print(f"{seconds:.0f} s in total, {pretraining:.0f} s for scenes and pretraining; pictures: {folder}\n")
+    results = {"rows": rows, "seed": options.seed, "seconds": round(seconds, 1)}
+    (folder / "results.json").write_text(json.dumps(results) + "\n")
+    print(json.dumps(results))
+
+
+def write_untrained(checkpoint: Path, file: Path, seed: int) -> None:
+    """Write a checkpoint of the same architecture and transform with random weights."""
+    stored = safe_load.read(checkpoint)
+    torch.manual_seed(seed)
+    content = {name: stored[name] for name in ("args", "eval_transform")}
+    atomic.write_torch(file, content | {"backbone": build_backbone(stored["args"]["arch"]).state_dict()})
+
+
+if __name__ == "__main__":
+    main()
