@@ -136,7 +136,7 @@ class UperNet(nn.Module):
         return [self.classifier(fused), *([self.auxiliary(lower[AUXILIARY])] if self.training else [])]
 
 
-class Linear(nn.Module):
+class LinearHead(nn.Module):
     """BatchNorm and a linear layer on one map (DINOv2, arXiv 2304.07193)."""
 
     def __init__(self, widths: Sequence[int], config: SegmentConfig) -> None:
@@ -147,7 +147,7 @@ class Linear(nn.Module):
         return [self.classifier(self.norm(one)) for one in maps.values()]
 
 
-HEADS = {"semantic-fpn": SemanticFPN, "upernet": UperNet, "linear": Linear}
+HEADS = {"semantic-fpn": SemanticFPN, "upernet": UperNet, "linear": LinearHead}
 
 
 # ---- the network
@@ -172,7 +172,7 @@ class Segmenter(nn.Module):
             InputError: its head has another size.
         """
         args = content.get("args", {})
-        if "class_names" not in content or args.get("head") != config.head:
+        if args.get("head") != config.head:
             return False
         for name in ("classes", "head_width", "fpn_width"):
             if args[name] != getattr(config, name):
