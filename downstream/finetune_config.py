@@ -23,7 +23,7 @@ class FinetuneConfig(DownstreamConfig):
     384), low-shot-1pct, low-shot-10pct, own-data (thousands of images), xcit-supervised-400ep (from scratch)."""
     data_path: str = ""
     """Labelled images with a training and a validation part, in any format that run_knn.py reads."""
-    train_data: str = ""
+    train_data: Annotated[str, Group("data")] = ""
     """Labelled training images. Default: DATA_PATH/train."""
     val_data: str = ""
     """Labelled validation images. Default: DATA_PATH/val."""
@@ -45,7 +45,7 @@ class FinetuneConfig(DownstreamConfig):
     """Factor of the learning rate from each layer of the backbone to the layer below; 1: the same rate for all."""
     clip_grad: Annotated[float, Ge(0)] = 0.0
     """Maximum gradient norm; 0: no clipping."""
-    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
+    label_smoothing: Annotated[float, Ge(0), Lt(1), Group("optimisation")] = 0.1
     """Share of the target that is spread over all classes."""
     image_size: Annotated[int, Ge(0), Group("crops")] = 0
     """Side of the training crop and of the test crop in pixels; 0: from the weights."""

@@ -39,6 +39,8 @@ SIZE = 128
 """Side of a scene in pixels."""
 COUNTS = {"train": 4000, "val": 500}
 MAX_OBJECTS = 5
+TEXTURES = 16
+"""Number of textures of each part. With one for each scene, pretraining would tell scenes apart by their textures."""
 _SIDES = (40, 84)
 """Minimum and maximum side of the square that holds an object, in pixels."""
 _VISIBLE = 0.6
@@ -93,7 +95,7 @@ class Scenes:
         chosen = [int(generator.integers(len(self._objects)))]  # the first draw, which decides the label
         if not self.single:
             chosen += generator.integers(len(self._objects), size=generator.integers(MAX_OBJECTS)).tolist()
-        pixels = _background(generator, _photograph(self.part))
+        pixels = _background(generator, self.part)
         objects: list[SceneObject] = []
         areas: list[int] = []
         for number in chosen:
@@ -138,21 +140,33 @@ def _photograph(part: str) -> Pixels | None:
     return np.asarray(load_sample_image(_PHOTOGRAPHS[part]), dtype=np.uint8)
 
 
-def _background(generator: np.random.Generator, photograph: Pixels | None) -> Pixels:
-    """Return a texture, or in a quarter of the scenes a random part of the photograph; [SIZE, SIZE, 3]."""
+@cache
+def _textures(part: str) -> list[Pixels]:
+    """Return the textures of a part, [2 * SIZE, 2 * SIZE, 3] each: noise of several scales, in pale colours."""
+    generator = np.random.default_rng([list(COUNTS).index(part), TEXTURES])
+    textures = []
+    for _ in range(TEXTURES):
+        total = np.zeros((2 * SIZE, 2 * SIZE, 3))
+        for weight in generator.dirichlet(np.ones(3)):
+            shape = (*generator.integers(3, 40, size=2), 3)  # stretched along one axis: clouds, spots and stripes
+            grid = generator.integers(0, 256, size=shape, dtype=np.uint8)
+            total += weight * np.asarray(Image.fromarray(grid).resize(total.shape[:2], Image.Resampling.BICUBIC))
+        grey = total.mean(axis=2, keepdims=True)
+        textures.append((generator.uniform(40, 140) + 0.3 * grey + 0.3 * (total - grey)).clip(0, 255).astype(np.uint8))
+    return textures
+
+
+def _background(generator: np.random.Generator, part: str) -> Pixels:
+    """Return a random part of a texture, or in a quarter of the scenes of the photograph; [SIZE, SIZE, 3]."""
+    photograph = _photograph(part)
     if photograph is not None and generator.random() < 0.25:
-        side = int(generator.integers(SIZE, min(photograph.shape[:2])))
-        top, left = (int(generator.integers(length - side + 1)) for length in photograph.shape[:2])
-        crop = Image.fromarray(photograph[top : top + side, left : left + side])
-        return np.array(crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    # Noise of several scales, stretched along one axis: clouds, spots and stripes.
-    total = np.zeros((SIZE, SIZE, 3))
-    for weight in generator.dirichlet(np.ones(3)):
-        shape = (*generator.integers(2, 12, size=2), 3)
-        grid = generator.integers(0, 256, size=shape, dtype=np.uint8)
-        total += weight * np.asarray(Image.fromarray(grid).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    tint = generator.uniform(0.3, 1.0, size=3)
-    return (total * tint).clip(0, 255).astype(np.uint8)
+        whole = photograph
+    else:
+        whole = _textures(part)[int(generator.integers(TEXTURES))]
+    side = int(generator.integers(SIZE, min(whole.shape[:2])))
+    top, left = (int(generator.integers(length - side + 1)) for length in whole.shape[:2])
+    crop = Image.fromarray(whole[top : top + side, left : left + side])
+    return np.array(crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 def _pasted(generator: np.random.Generator, grey: Pixels) -> tuple[Pixels, NDArray[np.bool_]]:
