@@ -28,7 +28,7 @@ import torch
 from dino_xcit import loop, safe_load
 from dino_xcit.data import UndecodableImage, decode
 from dino_xcit.data.folder import open_files
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 from dino_xcit.loop import Job
 from dino_xcit.models import build_backbone
 from dino_xcit.observers import Evaluator
@@ -132,20 +132,22 @@ def predict(config: DetectConfig, device: torch.device) -> None:
     """
     if not config.weights:
         raise InputError("no weights given: add --weights FILE, a checkpoint.pth of run_detect.py")
-    content = safe_load.read(Path(config.weights))
+    weights = Path(config.weights)
+    content = safe_load.read(weights)
     try:
         categories = {int(number): str(name) for number, name in content["categories"].items()}
-        args, transform = content["args"], EvalTransform.from_dict(content["eval_transform"])
-        names = ("model", "arch", "fpn_width", "box_head_width", "proposals", "test_side", "long_side")
-        config = dataclasses.replace(config, **{name: args[name] for name in names})
+        transform = EvalTransform.from_dict(content["eval_transform"])
+        own = {name: getattr(config, name) for name in ("predict", "out", "draw_score", "num_workers", "precision")}
+        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in content["args"].items()}
+        config = DetectConfig(**stored | own)
         network = build_detector(config, build_backbone(config.arch), len(categories), transform)
         network.load_state_dict(content.get("average", content["network"]))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{config.weights} is not a detector of run_detect.py: train one with --weights {config.weights} --data-path "
-            "COCO_DIR, then give its checkpoint.pth"
+            f"{weights} is not a detector of run_detect.py ({type(error).__name__}: {one_line(error)}): train one with "
+            f"--weights {weights} --data-path COCO_DIR, then give its checkpoint.pth"
         ) from error
-    out = Path(config.out or Path(config.weights).expanduser().parent / "predictions")
+    out = Path(config.out or weights.parent / "predictions")
     demand_writable({"out": str(out / "predictions.json")})
     source = open_files(config.predict)
     detector = Detector(

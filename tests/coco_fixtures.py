@@ -72,7 +72,7 @@ def drawn(folder: Path, count: int, width: int, height: int, seed: int) -> dict[
 def run_lengths(mask: np.ndarray[Any, Any]) -> dict[str, Any]:
     """Return uncompressed run lengths of a mask: columns first, beginning with zeros."""
     flat = np.concatenate([[0], mask.T.reshape(-1).astype(int), [-1]])
-    ends = np.flatnonzero(np.diff(flat)) 
+    ends = np.flatnonzero(np.diff(flat))
     counts = np.diff(np.concatenate([[0], ends])).tolist()
     return {"counts": counts, "size": list(mask.shape)}
 
