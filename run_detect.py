@@ -18,30 +18,27 @@ if __name__ == "__main__":
     check_flags(DetectConfig, "run_detect.py")
 
 import dataclasses
-import itertools
+import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from dino_xcit import loop, safe_load
+from dino_xcit import loop
 from dino_xcit.data import UndecodableImage, decode
 from dino_xcit.data.folder import open_files
-from dino_xcit.errors import InputError, one_line
 from dino_xcit.loop import Job
-from dino_xcit.models import build_backbone
 from dino_xcit.observers import Evaluator
-from dino_xcit.runtime import distributed
+from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.train import new_state
-from dino_xcit.transform import EvalTransform
-from downstream.coco import find_part, mask_library, open_coco
-from downstream.detection import CocoScores, Detection, DetectionImages, Detector, build_detector, write_predictions
-from downstream.drawing import CELL, draw, write_image, write_sheet
+from downstream.coco import JsonObject, find_part, mask_library, open_coco
+from downstream.detection import CocoScores, Detection, DetectionImages, build_detector, open_detector
+from downstream.drawing import CELL, above, cell_of, draw, write_image, write_sheet
 from downstream.results import write_result
-from downstream.supervised import autocast, build_schedules, open_start, output_folder, set_up, stop_diverged
+from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged
 from eval.results import data_metadata, images_metadata
 from eval.setup import demand_writable
 from eval.sheet import Cell
@@ -96,25 +93,21 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
     # ---- results
     if scores.results is None:  # the run was complete already
         scores(state.method)
-    log.info(
-        f"{', '.join(f'{name} {value:.1f}' for name, value in scores.scores.items())} on {counted(len(val), 'image')}"
-    )
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.scores.items())
+    log.info(f"{shown} on {counted(len(val), 'image')} of {val.url}")
     if not distributed.is_main():
         return
     folder, found = Path(config.output_dir), scores.results or []
-    write_predictions(folder / "predictions.json", found)
+    atomic.write(folder / "predictions.json", lambda file: file.write(json.dumps(found).encode()))
     cells = []
     for index in range(min(SHOWN, len(val))):
-        image, name = (
-            decode(val.read(index)[0], val.name(index), start.transform.white_level),
-            Path(val.name(index)).name,
-        )
-        own = [one for one in found if one["image_id"] == val.image_ids[index] and one["score"] >= config.draw_score]
-        annotated = [one for one in val.annotations(index) if not one["iscrowd"]]
-        cells.append(Cell(draw(image, annotated, val.categories, CELL), Path(name).name, f"{len(annotated)} annotated"))
-        note = f"{len(own)} detected, score {config.draw_score:g} or more"
-        cells.append(Cell(draw(image, own, val.categories, CELL), "", note))
-    write_sheet(folder / "detections.png", cells, columns=4)
+        path = val.name(index)
+        image = decode(val.read(index)[0], path, start.transform.white_level)
+        annotated = val.annotations(index, crowds=False)
+        cells.append(Cell(draw(image, annotated, val.categories, CELL), Path(path).name, f"{len(annotated)} annotated"))
+        own = [one for one in found if one["image_id"] == val.image_ids[index]]
+        cells.append(cell_of(image, own, val.categories, config.draw_score))
+    write_sheet(folder / "detections.png", cells)
     log.info(f"written: {folder / 'predictions.json'} and {folder / 'detections.png'}")
     parts = {
         name: data_metadata(one, one.fingerprint()) | images_metadata(one)
@@ -130,49 +123,33 @@ def predict(config: DetectConfig, device: torch.device) -> None:
     Raises:
         InputError: the weights are no detector, or there are no pictures.
     """
-    if not config.weights:
-        raise InputError("no weights given: add --weights FILE, a checkpoint.pth of run_detect.py")
-    weights = Path(config.weights)
-    content = safe_load.read(weights)
-    try:
-        categories = {int(number): str(name) for number, name in content["categories"].items()}
-        transform = EvalTransform.from_dict(content["eval_transform"])
-        own = {name: getattr(config, name) for name in ("predict", "out", "draw_score", "num_workers", "precision")}
-        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in content["args"].items()}
-        config = DetectConfig(**stored | own)
-        network = build_detector(config, build_backbone(config.arch), len(categories), transform)
-        network.load_state_dict(content.get("average", content["network"]))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{weights} is not a detector of run_detect.py ({type(error).__name__}: {one_line(error)}): train one with "
-            f"--weights {weights} --data-path COCO_DIR, then give its checkpoint.pth"
-        ) from error
-    out = Path(config.out or weights.parent / "predictions")
+    detector = open_detector(config, device)
+    out = Path(config.out or Path(config.weights).parent / "predictions")
     demand_writable({"out": str(out / "predictions.json")})
+    (out / "drawn").mkdir(exist_ok=True)
     source = open_files(config.predict)
-    detector = Detector(
-        network.to(device), tuple(categories), config, transform.white_level, device, autocast(config, device)
-    )
-    own, cells, unreadable = [], [], []
+    results: list[JsonObject] = []
+    cells: list[Cell] = []
+    unreadable: list[str] = []
     for index, found in detector(source):
         path = source.name(index)
         if isinstance(found, UndecodableImage):
             unreadable.append(str(found))
             continue
-        own += [{"image_id": index, "file_name": path} | one for one in found]
-        shown = [one for one in found if one["score"] >= config.draw_score]
-        image = decode(source.read(index)[0], path, transform.white_level)
-        write_image(out / "drawn" / f"{index:05d}-{Path(path).stem}.png", draw(image, shown, categories, DRAWN))
+        results += [{"image_id": index, "file_name": path} | one for one in found]
+        image = decode(source.read(index)[0], path, detector.white_level)
+        drawing = draw(image, above(found, config.draw_score), detector.categories, DRAWN)
+        write_image(out / "drawn" / f"{index:05d}-{Path(path).stem}.png", drawing)
         if len(cells) < SHOWN:
-            cells.append(Cell(draw(image, shown, categories, CELL), Path(path).name, f"{len(shown)} detected"))
-    gathered = distributed.gather_objects((own, unreadable))
-    for line in itertools.chain.from_iterable(lines for _, lines in gathered):
+            cells.append(cell_of(image, found, detector.categories, config.draw_score, Path(path).name))
+    gathered = distributed.gather_objects((results, unreadable))
+    for line in (line for _, lines in gathered for line in lines):
         log.warning(line)
     if distributed.is_main():
-        results = sorted(itertools.chain.from_iterable(found for found, _ in gathered), key=lambda one: one["image_id"])
-        write_predictions(out / "predictions.json", results)
+        results = sorted((one for rows, _ in gathered for one in rows), key=lambda one: int(one["image_id"]))
+        atomic.write(out / "predictions.json", lambda file: file.write(json.dumps(results).encode()))
         if cells:
-            write_sheet(out / "detections.png", cells, columns=4)
+            write_sheet(out / "detections.png", cells)
         log.info(f"{counted(len(results), 'detection')} on {counted(len(source), 'image')}; written: {out}")
 
 

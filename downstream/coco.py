@@ -1,11 +1,13 @@
-"""Data sets in COCO's format: images, and objects with boxes, classes and masks. n: objects of an image."""
+"""Data sets in COCO's format: images, and objects with boxes, classes and masks. n: objects or detections of an image.
+
+Annotations are read once and checked; after that, annotations and detections are dictionaries of this format.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,48 +27,30 @@ SHOWN = 3
 """Annotations that a warning names."""
 
 
-@dataclass(frozen=True)
-class Objects:
-    """Objects of an image, as in the file."""
-
-    boxes: NDArray[np.float64]
-    """[n, 4]: left, top, width, height in pixels."""
-    labels: NDArray[np.int64]
-    """[n], from 1: see :attr:`CocoSource.categories`."""
-    crowd: NDArray[np.bool_]
-    """[n]: whether the box surrounds a crowd. Training ignores crowds; the scorer counts no detection in them as
-    wrong."""
-    areas: NDArray[np.float64]
-    """[n] in pixels."""
-    segmentations: list[Any]
-    """Polygons or run lengths of each object; None without masks."""
-
-
 class CocoSource:
-    """Images of a COCO annotation file (:class:`dino_xcit.data.Source`). The objects are packed into few arrays, which
-    workers share."""
+    """Images of a COCO annotation file (:class:`dino_xcit.data.Source`).
+
+    The annotations are packed into one array of text, which workers share without copies.
+    """
 
     labels: NDArray[np.int64] | None = None
     """None: an image has no single class."""
 
-    def __init__(self, url: str, categories: dict[int, str], images: Sequence[JsonObject], found: JsonObject) -> None:
-        """``images``: with ``id``, ``path``, ``width`` and ``height``; ``found``: columns of all annotations, sorted by
-        ``place``, the number of the image."""
+    def __init__(
+        self, url: str, categories: dict[int, str], images: Sequence[JsonObject], annotations: list[list[JsonObject]]
+    ) -> None:
+        """``images`` have ``id``, ``path``, ``width`` and ``height``; ``annotations``: those of each image."""
         self.url = url
         self.categories = dict(sorted(categories.items()))
         """Names by category id. Label 1 is the first, and so on; 0 is the background."""
-        self.category_ids = tuple(self.categories)
         self.classes: tuple[str, ...] | None = tuple(self.categories.values())
         self.image_ids = np.array([image["id"] for image in images], dtype=np.int64)
-        self.sizes = np.array([[image["width"], image["height"]] for image in images], dtype=np.int64).reshape(-1, 2)
+        self.sizes = np.array([[image["width"], image["height"]] for image in images], dtype=np.int64)
         """[images, 2]: width and height."""
+        self.with_objects = np.flatnonzero([not all(one["iscrowd"] for one in rows) for rows in annotations])
+        """Indices of the images with an object that is no crowd."""
         self._paths = Strings.pack(image["path"] for image in images)
-        self._starts = np.searchsorted(found["place"], np.arange(len(images) + 1))
-        self._boxes = np.array(found["bbox"], dtype=np.float64).reshape(-1, 4)
-        self._labels = np.array(found["label"], dtype=np.int64)
-        self._crowd = np.array(found["iscrowd"], dtype=np.bool_)
-        self._areas = np.array(found["area"], dtype=np.float64)
-        self._segmentations = Strings.pack(map(json.dumps, found["segmentation"]))
+        self._annotations = Strings.pack(map(json.dumps, annotations))
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -85,39 +69,15 @@ class CocoSource:
             raise UndecodableImage(f"{self.name(index)} does not fit its annotations: {cause}", cause)
 
     def fingerprint(self) -> str:
-        columns = (self.image_ids, self.sizes, self._starts, self._boxes, self._labels, self._crowd, self._areas)
-        texts = (str(column.tolist()) for column in columns)
-        return hash_lines((*self._paths, *map(str, self.category_ids), *texts, *self._segmentations))
+        return hash_lines((str(self.categories), str(self.sizes.tolist()), *self._paths, *self._annotations))
 
-    def objects(self, index: int, crowds: bool = True) -> Objects:
-        """Return the objects of image ``index``, with or without crowds."""
-        rows = np.arange(self._starts[index], self._starts[index + 1])
-        rows = rows if crowds else rows[~self._crowd[rows]]
-        segmentations = [json.loads(self._segmentations[int(row)]) for row in rows]
-        return Objects(self._boxes[rows], self._labels[rows], self._crowd[rows], self._areas[rows], segmentations)
+    def annotations(self, index: int, crowds: bool = True) -> list[JsonObject]:
+        """Return the annotations of image ``index`` in COCO's format, with or without crowds.
 
-    def runs(self, index: int) -> list[JsonObject]:
-        """Return the masks of the objects of image ``index`` but crowds, in COCO's compressed run lengths."""
-        masks, (width, height) = mask_library(), self.sizes[index].tolist()
-        return [masks.segmToRle(one, width, height) for one in self.objects(index, crowds=False).segmentations]
-
-    def with_objects(self) -> NDArray[np.int64]:
-        """Return the indices of the images with an object that is no crowd."""
-        objects = np.cumsum(np.concatenate([[0], ~self._crowd]))
-        return np.flatnonzero(np.diff(objects[self._starts]))
-
-    def annotations(self, index: int) -> list[JsonObject]:
-        """Return the objects of image ``index`` in COCO's format, without ids of objects."""
-        objects = self.objects(index)
-        columns = (objects.labels, objects.boxes, objects.areas, objects.crowd, objects.segmentations)
-        found: list[JsonObject] = []
-        for label, box, area, crowd, segmentation in zip(*columns, strict=True):
-            one = {
-                "image_id": int(self.image_ids[index]), "category_id": self.category_ids[label - 1],
-                "bbox": box.tolist(), "area": float(area), "iscrowd": int(crowd),
-            }  # fmt: skip
-            found.append(one if segmentation is None else one | {"segmentation": segmentation})
-        return found
+        Training ignores crowds; the scorer counts no detection in them as wrong.
+        """
+        rows: list[JsonObject] = json.loads(self._annotations[index])
+        return [one for one in rows if crowds or not one["iscrowd"]]
 
     def ground_truth(self) -> JsonObject:
         """Return all annotations in COCO's format, for the scorer."""
@@ -146,9 +106,19 @@ def mask_library() -> Any:
     return mask
 
 
-def corners(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Convert boxes [n, 4] from left, top, width, height to left, top, right, bottom."""
+def corners(found: Sequence[JsonObject]) -> NDArray[np.float64]:
+    """Return the boxes of annotations or results [n, 4]: left, top, right, bottom."""
+    boxes = np.array([one["bbox"] for one in found], dtype=np.float64).reshape(-1, 4)
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def decode_masks(found: Sequence[JsonObject], width: int, height: int) -> NDArray[np.uint8]:
+    """Return the masks of annotations or results of an image, [n, height, width], 0 or 1."""
+    if not found:
+        return np.zeros((0, height, width), dtype=np.uint8)
+    library = mask_library()
+    runs = [library.segmToRle(one["segmentation"], width, height) for one in found]
+    return np.ascontiguousarray(library.decode(runs).transpose(2, 0, 1))
 
 
 # ---- opening
@@ -220,31 +190,29 @@ def open_coco(file: Path, folder: Path, masks: bool, like: CocoSource | None = N
             refuse(f"has two images with id {image['id']}")
         place_of[image["id"]] = len(images)
         images.append({**image, "path": str(folder / image["file_name"])})
-    label_of = {number: label for label, number in enumerate(sorted(categories), start=1)}
-    rows: list[tuple[Any, ...]] = []
+    annotations: list[list[JsonObject]] = [[] for _ in images]
     left_out: list[str] = []
     for row in _entries(content, "annotations", {"image_id": int, "category_id": int, "bbox": list}, refuse):
-        for key, known_ids in (("image_id", place_of), ("category_id", label_of)):
-            if row[key] not in known_ids:
+        for key, known in (("image_id", place_of), ("category_id", categories)):
+            if row[key] not in known:
                 refuse(f"has an annotation with the unknown {key} {row[key]}")
         image = images[place_of[row["image_id"]]]
         if problem := _problem_of(row, image, masks):
             left_out.append(f"{row.get('id', '?')} of {image['file_name']} ({problem})")
             continue
+        kept = {key: row[key] for key in ("image_id", "category_id", "bbox")} | {
+            "iscrowd": int(bool(row.get("iscrowd")))
+        }
         area = row.get("area")
-        area = area if isinstance(area, (int, float)) else row["bbox"][2] * row["bbox"][3]
-        segmentation = row["segmentation"] if masks else None
-        label, place = label_of[row["category_id"]], place_of[row["image_id"]]
-        rows.append((place, row["bbox"], label, bool(row.get("iscrowd")), area, segmentation))
+        kept["area"] = area if isinstance(area, (int, float)) else row["bbox"][2] * row["bbox"][3]
+        annotations[place_of[row["image_id"]]].append(kept | ({"segmentation": row["segmentation"]} if masks else {}))
     if left_out:
         more = f" and {len(left_out) - SHOWN:,} more" if len(left_out) > SHOWN else ""
         log.warning(f"{file}: left out {counted(len(left_out), 'annotation')}: {', '.join(left_out[:SHOWN])}{more}")
-    if all(row[3] for row in rows):
+    source = CocoSource(str(file), categories, images, annotations)
+    if not len(source.with_objects):
         without = masks and any("mask" in one for one in left_out)
         refuse("has no object with a mask (for boxes only, give --model faster-rcnn)" if without else "has no object")
-    rows.sort(key=lambda row: row[0])
-    names = ("place", "bbox", "label", "iscrowd", "area", "segmentation")
-    source = CocoSource(str(file), categories, images, dict(zip(names, zip(*rows, strict=True), strict=True)))
     distributed.on_main(lambda: _check_files([image["path"] for image in images], folder))
     return source
 
@@ -294,21 +262,17 @@ def _is_mask(segmentation: object, width: int, height: int) -> bool:
         return any(isinstance(polygon, list) and len(polygon) >= 6 for polygon in segmentation)
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
         return False
-    counts = segmentation.get("counts")
-    if isinstance(counts, list):
-        return all(isinstance(count, int) for count in counts) and sum(counts) == width * height
     try:
-        return isinstance(counts, str) and bool(mask_library().decode(segmentation).any())
-    except (RuntimeError, ValueError):
+        return bool(decode_masks([{"segmentation": segmentation}], width, height).any())
+    except (LookupError, RuntimeError, TypeError, ValueError):
         return False
 
 
 def _check_files(paths: Sequence[str], folder: Path) -> None:
     """Raise InputError if an image is missing; lists folders instead of asking for each file."""
-    present = {
-        parent: set(os.listdir(parent)) if os.path.isdir(parent) else set() for parent in map(os.path.dirname, paths)
-    }
-    if missing := [path for path in paths if os.path.basename(path) not in present[os.path.dirname(path)]]:
+    folders = {os.path.dirname(path) for path in paths}
+    present = {os.path.join(one, name) for one in folders if os.path.isdir(one) for name in os.listdir(one)}
+    if missing := [path for path in paths if path not in present]:
         raise InputError(
             f"{len(missing):,} of {counted(len(paths), 'image')} are missing, such as {missing[0]}: the annotations do "
             f"not belong to {folder}; give another folder of images"

@@ -15,10 +15,8 @@ B: batch size, n: objects or detections of an image.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,18 +38,19 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
 
+from dino_xcit import safe_load
 from dino_xcit.data import Source, Subset, UndecodableImage
 from dino_xcit.data.decode import decode_pixels
 from dino_xcit.data.workers import choose_workers, each_image
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 from dino_xcit.methods import Method
 from dino_xcit.methods.method import Stats
-from dino_xcit.models import feature_pyramid
+from dino_xcit.models import build_backbone, feature_pyramid
 from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
-from dino_xcit.runtime import atomic, distributed, watchdog
+from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.transform import EvalTransform, normalise
-from downstream.coco import CocoSource, JsonObject, corners, mask_library
+from downstream.coco import CocoSource, JsonObject, corners, decode_masks, mask_library
 from downstream.detect_config import DetectConfig
 from downstream.supervised import Supervised, SupervisedBatch, SupervisedDataset, autocast
 
@@ -192,9 +191,8 @@ class Detection(Supervised):
         losses: dict[str, Tensor] = self.ddp_student(batch.images, batch.targets)
         images = len(batch.images)
         stats = {name: images * value.detach().float() for name, value in losses.items()}
-        return torch.stack(list(losses.values())).sum(), stats | {
-            "images": torch.tensor(float(images), device=self.device)
-        }
+        stats["images"] = torch.tensor(float(images), device=self.device)
+        return torch.stack(list(losses.values())).sum(), stats
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"categories": self.categories}
@@ -203,6 +201,15 @@ class Detection(Supervised):
         if state["categories"] != self.categories:
             raise ValueError("its classes are others than those of the annotations")
         super().load_state_dict(state)
+
+
+class Resize(v2.RandomShortestSize):  # type: ignore[misc]
+    """Resize the shorter side to one of several sizes; the longer side has a maximum."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size."""
+        height, width = super().make_params(flat_inputs)["size"]
+        return {"size": (max(1, height), max(1, width))}  # torchvision gives 0 for images of one row
 
 
 class RandomCrop(v2.Transform):  # type: ignore[misc]
@@ -214,12 +221,10 @@ class RandomCrop(v2.Transform):  # type: ignore[misc]
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the crop."""
-        height, width = v2.query_size(flat_inputs)
-        sides = [int(torch.randint(min(self.least, one), min(self.most, one) + 1, ())) for one in (height, width)]
-        top, left = (
-            int(torch.randint(0, one - side + 1, ())) for one, side in zip((height, width), sides, strict=True)
-        )
-        return {"top": top, "left": left, "height": sides[0], "width": sides[1]}
+        whole = v2.query_size(flat_inputs)
+        height, width = (int(torch.randint(min(self.least, side), min(self.most, side) + 1, ())) for side in whole)
+        top, left = int(torch.randint(whole[0] - height + 1, ())), int(torch.randint(whole[1] - width + 1, ()))
+        return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Crop one of image, boxes and masks."""
@@ -232,38 +237,32 @@ class DetectionImages(SupervisedDataset):
     stacks = False
 
     def __init__(self, source: CocoSource, config: DetectConfig, white_level: int) -> None:
-        rows = np.arange(len(source)) if config.empty_images else source.with_objects()
+        rows = np.arange(len(source)) if config.empty_images else source.with_objects
         super().__init__(Subset(source, rows), config.seed, white_level)
         self._coco, self._rows, self._masks = source, rows, config.model == "mask-rcnn"
-        resize = v2.RandomShortestSize(config.short_sides, config.long_side)
-        crop = [v2.RandomShortestSize(config.crop_short_sides), RandomCrop(*config.crop_sides)]
-        self._transform = v2.Compose(
-            [
-                v2.RandomHorizontalFlip(config.flip),
-                v2.RandomApply(crop, config.crop_probability),
-                resize,
-                v2.ClampBoundingBoxes(),
-                v2.SanitizeBoundingBoxes(),
-            ]
-        )
+        self._label_of = {category: label for label, category in enumerate(source.categories, start=1)}
+        crop = [Resize(config.crop_short_sides, config.long_side), RandomCrop(*config.crop_sides)]
+        steps = (
+            v2.RandomHorizontalFlip(config.flip), v2.RandomApply(crop, config.crop_probability),
+            Resize(config.short_sides, config.long_side), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(),
+        )  # fmt: skip
+        self._transform = v2.Compose(steps)
         self.sides = [config.long_side] * (2 if self._masks else 1)  # a rough bound of a few masks
 
     def check(self, index: int, pixels: NDArray[np.uint8]) -> None:
         self._coco.check_size(int(self._rows[index]), pixels.shape[1], pixels.shape[0])
 
     def augmented(self, index: int, pixels: NDArray[np.uint8], label: int | None) -> tuple[Tensor, dict[str, Tensor]]:
-        row = int(self._rows[index])
-        objects, size = self._coco.objects(row, crowds=False), (pixels.shape[0], pixels.shape[1])
+        height, width = pixels.shape[:2]
+        found = self._coco.annotations(int(self._rows[index]), crowds=False)
+        labels = [self._label_of[one["category_id"]] for one in found]
+        boxes = torch.from_numpy(corners(found)).float()
         target: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
-                torch.from_numpy(corners(objects.boxes)).float(), format="XYXY", canvas_size=size
-            ),
-            "labels": torch.from_numpy(objects.labels),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),  # type: ignore[call-overload]
+            "labels": torch.tensor(labels, dtype=torch.int64),
         }
         if self._masks:
-            runs = self._coco.runs(row)
-            masks = mask_library().decode(runs) if runs else np.zeros((*size, 0), np.uint8)
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))))
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(decode_masks(found, width, height)))
         image, target = self._transform(tv_tensors.Image(torch.from_numpy(pixels.copy()).permute(2, 0, 1)), target)
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
@@ -279,11 +278,11 @@ class Detector:
     """
 
     network: FasterRCNN
-    category_ids: Sequence[int]
+    categories: Mapping[int, str]
+    """Names by category id, in the order of the labels."""
     config: DetectConfig
     white_level: int
     device: torch.device
-    autocast: AbstractContextManager[object]
 
     def __call__(self, source: Source) -> Iterator[tuple[int, list[JsonObject] | UndecodableImage]]:
         """Yield each image's index and its detections, best first, in COCO's format but without ``image_id``.
@@ -294,7 +293,7 @@ class Detector:
         few = self.config.num_workers < 0 and len(indices) < _MIN_FOR_WORKERS
         on_gpu = self.device.type == "cuda"
         workers = 0 if few else choose_workers(self.config.num_workers, distributed.processes_here(), on_gpu=on_gpu)
-        resize = v2.RandomShortestSize(self.config.test_side, self.config.long_side)  # of one size: not random
+        resize = Resize(self.config.test_side, self.config.long_side)  # of one size: not random
         was_training = self.network.training
         self.network.eval()
         images = each_image(source, indices, partial(_resized, resize=resize, white_level=self.white_level), workers)
@@ -308,15 +307,15 @@ class Detector:
 
     @torch.inference_mode()
     def _detect(self, image: Tensor, size: tuple[int, int]) -> list[JsonObject]:
-        with self.autocast:
+        with autocast(self.config, self.device):
             (tensors,) = self.network([image.to(self.device)])
         tensors = {name: value.cpu() for name, value in tensors.items()}
-        height, width = size
+        category_ids, (height, width) = list(self.categories), size
         boxes = tensors["boxes"] * torch.tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
         found: list[JsonObject] = []
         for row, (left, top, right, bottom) in enumerate(boxes.tolist()):
             one: JsonObject = {
-                "category_id": self.category_ids[int(tensors["labels"][row]) - 1],
+                "category_id": category_ids[int(tensors["labels"][row]) - 1],
                 "bbox": [round(value, 3) for value in (left, top, right - left, bottom - top)],
                 "score": round(float(tensors["scores"][row]), 5),
             }
@@ -325,6 +324,34 @@ class Detector:
                 one["segmentation"] = _run_lengths(mask > 0.5)
             found.append(one)
         return found
+
+
+def open_detector(config: DetectConfig, device: torch.device) -> Detector:
+    """Load the detector of a checkpoint.
+
+    Args:
+        config: with the weights; model and image sizes are those of the checkpoint.
+
+    Raises:
+        InputError: there are no weights, or they are no detector.
+    """
+    if not config.weights:
+        raise InputError("no weights given: add --weights FILE, a checkpoint.pth of run_detect.py")
+    content = safe_load.read(Path(config.weights))
+    try:
+        categories = {int(number): str(name) for number, name in content["categories"].items()}
+        transform = EvalTransform.from_dict(content["eval_transform"])
+        own = {name: getattr(config, name) for name in ("num_workers", "precision")}
+        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in content["args"].items()}
+        config = DetectConfig(**stored | own)
+        network = build_detector(config, build_backbone(config.arch), len(categories), transform)
+        network.load_state_dict(content.get("average", content["network"]))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{config.weights} is not a detector of run_detect.py ({type(error).__name__}: {one_line(error)}): train "
+            f"one with --weights {config.weights} --data-path COCO_DIR, then give its checkpoint.pth"
+        ) from error
+    return Detector(network.to(device), categories, config, transform.white_level, device)
 
 
 def _resized(
@@ -368,8 +395,7 @@ class CocoScores:
             UndecodableImage: an image is unreadable or does not fit its annotations.
         """
         assert isinstance(method, Detection)
-        ids, context = self.source.category_ids, autocast(method.config, method.device)
-        detector = Detector(method.evaluated, ids, self.config, self.white_level, method.device, context)
+        detector = Detector(method.evaluated, self.source.categories, self.config, self.white_level, method.device)
         own: list[tuple[int, list[JsonObject]]] = []
         refusal = None
         for index, found in detector(self.source):
@@ -405,7 +431,7 @@ def average_precisions(truth: JsonObject, results: list[JsonObject]) -> tuple[di
         # Without "bbox", masks are small, medium or large by their own area.
         kept = [{key: value for key, value in one.items() if key != dropped} for one in results]
         ground = COCO({**truth, "annotations": [dict(one) for one in truth["annotations"]]})
-        scorer = COCOeval_faster(ground, ground.loadRes(kept), kind, print_function=_silent)
+        scorer = COCOeval_faster(ground, ground.loadRes(kept), kind, print_function=lambda _: None)
         scorer.run()
         names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
         found = zip(names, scorer.stats[: len(names)], strict=True)
@@ -415,20 +441,3 @@ def average_precisions(truth: JsonObject, results: list[JsonObject]) -> tuple[di
             own = precision[:, :, number]
             one[f"{name}_ap"] = 100 * float(own[own > -1].mean()) if (own > -1).any() else None
     return scores, classes
-
-
-def _silent(*_: object) -> None:
-    pass
-
-
-def write_predictions(path: Path, results: list[JsonObject]) -> None:
-    """Write results in COCO's format.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, lambda file: file.write(json.dumps(results).encode()))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; give another folder") from error

@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes
 
-from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import atomic
 from dino_xcit.transform import to_tensor
-from downstream.coco import JsonObject, corners, mask_library
+from downstream.coco import JsonObject, corners, decode_masks
 from eval.sheet import Cell, draw_sheet
 
 CELL = 320
@@ -49,13 +47,11 @@ def draw(image: Image.Image, found: Sequence[JsonObject], names: Mapping[int, st
     colours = [colour_of(order.index(one["category_id"])) for one in found]
     captions = [names[one["category_id"]] + (f" {100 * one['score']:.0f}" if "score" in one else "") for one in found]
     if all("segmentation" in one for one in found):
-        library = mask_library()
-        runs = [library.segmToRle(one["segmentation"], image.width, image.height) for one in found]
-        masks = torch.from_numpy(np.ascontiguousarray(library.decode(runs).transpose(2, 0, 1)))
+        masks = torch.from_numpy(decode_masks(found, image.width, image.height))
         masks = v2.functional.resize(masks, size, v2.InterpolationMode.NEAREST)
         for mask, colour in zip(masks.bool(), colours, strict=True):  # torchvision's function blackens overlaps
             pixels[:, mask] = (0.6 * pixels[:, mask] + 0.4 * torch.tensor(colour)[:, None]).to(torch.uint8)
-    boxes = scale * torch.from_numpy(corners(np.array([one["bbox"] for one in found], dtype=np.float64)))
+    boxes = scale * torch.from_numpy(corners(found))
     pixels = draw_bounding_boxes(
         pixels, boxes, captions, colours, width=2, font=_FONT, font_size=max(10, side // 32),
         label_colors=["white"] * len(found), label_background_colors=colours, fill_labels=True,
@@ -63,19 +59,24 @@ def draw(image: Image.Image, found: Sequence[JsonObject], names: Mapping[int, st
     return v2.functional.to_pil_image(pixels)
 
 
-def write_sheet(path: Path, cells: Sequence[Cell], columns: int) -> None:
+def above(found: Sequence[JsonObject], least: float) -> list[JsonObject]:
+    """Return the results with a score of at least ``least``."""
+    return [one for one in found if one["score"] >= least]
+
+
+def cell_of(
+    image: Image.Image, found: Sequence[JsonObject], names: Mapping[int, str], least: float, title: str = ""
+) -> Cell:
+    """Draw the results with a score of at least ``least`` as a cell of a sheet."""
+    shown = above(found, least)
+    return Cell(draw(image, shown, names, CELL), title, f"{len(shown)} detected, score {least:g} or more")
+
+
+def write_sheet(path: Path, cells: Sequence[Cell], columns: int = 4) -> None:
     """Write a PNG of cells, ``columns`` in a row."""
     write_image(path, draw_sheet([cells[start : start + columns] for start in range(0, len(cells), columns)]))
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """Write a PNG.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, lambda file: image.save(file, format="PNG"))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {one_line(error)}; give another folder") from error
+    """Write a PNG."""
+    atomic.write(path, lambda file: image.save(file, format="PNG"))
