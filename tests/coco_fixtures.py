@@ -67,7 +67,7 @@ def _draw(folder: Path, count: int, width: int, height: int, rng: np.random.Gene
         name, image_id = f"{number:03d}.png", 100 + 7 * number
         for _ in range(0 if number == count - 1 else rng.integers(1, 4)):
             category, mask = int(rng.choice([3, 7])), Image.new("1", image.size)
-            w, h = rng.integers(16, 32, 2).tolist()
+            w, h = rng.integers(16, 42, 2).tolist()
             left, top = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
             for canvas, ink in ((mask, 1), (image, COLOURS[category])):
                 pen = ImageDraw.Draw(canvas)

@@ -49,7 +49,7 @@ def test_annotations_and_masks_are_those_of_the_file_and_the_pixels(root: Path) 
 
 
 def moved(source: CocoSource) -> list[Content]:
-    """Return the annotations three times, moved at random, with random classes and scores; those of the crowd are inside of it."""
+    """Return the annotations three times, moved at random; many of the crowd stay in it."""
     rng, results = np.random.default_rng(1), []
     for index in range(len(source)):
         rows = [one for one in source.annotations(index) for _ in range(3)]
