@@ -24,7 +24,7 @@ class DetectConfig(DownstreamConfig):
     data_path: FilePath = ""
     """Folder in the layout of COCO: annotations/instances_train2017.json (or the only instances_train*.json) with the
     images in train2017, train, images/train2017 or images/train; the same for val."""
-    train_images: FilePath = ""
+    train_images: Annotated[FilePath, Group("data")] = ""
     """Folder of the training images. Default: from DATA_PATH."""
     train_annotations: FilePath = ""
     """COCO annotations of the training images. Default: from DATA_PATH."""
@@ -83,7 +83,7 @@ class DetectConfig(DownstreamConfig):
     """Shorter side of a test image in pixels."""
     best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = "box_ap"
     """Evaluator metric that selects best.pth; higher is better: box_ap, box_ap50, mask_ap ..."""
-    draw_score: Annotated[float, Gt(0), Lt(1), ResumeSafe] = 0.5
+    draw_score: Annotated[float, Gt(0), Lt(1), ResumeSafe, Group("evaluation")] = 0.5
     """Minimum score of a detection in a drawing; predictions.json has all above 0.05."""
 
     def __post_init__(self) -> None:

@@ -4,9 +4,11 @@ The settings are those of XCiT's Mask R-CNN (arXiv 2106.09681; facebookresearch/
 remains different from it:
 
 - Box losses are smooth L1 with beta 1/9 instead of L1. Anchors are rounded to whole pixels. The best anchor of each
-  object is positive at any overlap; mmdet's must overlap by 0.3. RoIs have at least the size of one cell.
-- Targets of the mask head are sampled without the half pixel of an aligned RoIAlign. Masks are pasted into boxes of
-  whole pixels.
+  object is positive at any overlap; mmdet's must overlap by 0.3.
+- Regions are pooled as if they had at least one cell. Targets of the mask head are sampled without the half pixel of an
+  aligned RoIAlign. Masks are pasted into boxes of whole pixels.
+- The last layer of the mask head starts at std 0.001; mmdet's depends on the number of classes, and its first losses
+  are above 20 for a few classes.
 - Biases and norms have no weight decay; mmdet's biases have. Boxes of less than a pixel after a crop are dropped.
 - Images are resized with antialiasing, and normalised as in pretraining.
 
@@ -156,6 +158,7 @@ def build_detector(config: DetectConfig, backbone: nn.Module, classes: int, tran
     body = PyramidBackbone(backbone, width)
     if config.model == "mask-rcnn":
         head, predictor = MaskRCNNHeads(width, (width,) * 4, 1), MaskRCNNPredictor(width, width, background_too)
+        nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
         detector = MaskRCNN(body, mask_roi_pool=AlignedPool(14), mask_head=head, mask_predictor=predictor, **settings)
         predictor.register_forward_hook(_in_float32)
     else:
