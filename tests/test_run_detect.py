@@ -127,6 +127,5 @@ def test_a_detector_of_boxes_learns(tmp_path: Path, here: Here) -> None:
     for lr, more in (("0", ["--max-steps", "1"]), ("2e-3", ["--ema", "0.9"])):
         assert here(run_detect, *flags, "--output-dir", tmp_path / lr, "--lr", lr, *more).code == 0
         scores.append(read(tmp_path / lr / "results.json")["results"]["box_ap50"])
-    assert scores[0] < 10
-    assert scores[1] > 40
+    assert scores[1] > scores[0] + 30
     assert "segmentation" not in read(tmp_path / "2e-3" / "predictions.json")[0]
