@@ -53,7 +53,7 @@ def draw(image: Image.Image, found: Sequence[JsonObject], names: Mapping[int, st
             pixels[:, mask] = (0.6 * pixels[:, mask] + 0.4 * torch.tensor(colour)[:, None]).to(torch.uint8)
     boxes = scale * torch.from_numpy(corners(found))
     pixels = draw_bounding_boxes(
-        pixels, boxes, captions, colours, width=2, font=_FONT, font_size=max(10, side // 32),
+        pixels, boxes, captions, colours, width=2, font=_FONT, font_size=max(10, side // 50),
         label_colors=["white"] * len(found), label_background_colors=colours, fill_labels=True,
     )  # fmt: skip
     return v2.functional.to_pil_image(pixels)

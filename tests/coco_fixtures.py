@@ -14,7 +14,7 @@ Content = dict[str, Any]
 
 CATEGORIES = {3: "rectangle", 7: "ellipse"}
 """Ids with gaps."""
-COLOURS = {3: (230, 40, 40), 7: (40, 70, 230)}
+COLOURS = {3: (240, 200, 40), 7: (60, 200, 200)}
 
 TINY = (
     "--weights", "none", "--arch", "xcit_pico_4_p8", "--device", "cpu", "--num-workers", "0", "--fpn-width", "16",
