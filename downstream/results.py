@@ -39,7 +39,8 @@ def write_result(
     """
     if not distributed.is_main():
         return
-    left_out = {*marked(type(config), ResumeSafe), "weights", "network", "arch", "data_path"}
+    data_flags = {f"{part}_{what}" for part in ("train", "val") for what in ("data", "images", "annotations")}
+    left_out = {*marked(type(config), ResumeSafe), "weights", "network", "arch", "data_path", *data_flags}
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     protocol: JsonObject = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
     result = Result(
