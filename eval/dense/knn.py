@@ -1,0 +1,334 @@
+"""k-NN segmentation with frozen patch features (Hummingbird, arXiv 2306.01667).
+
+A memory holds patches of the training images: unit features, and the share of each class in the patch. Each patch of a
+validation image takes the mean of the shares of its ``k`` nearest neighbours, weighted by softmax(cosine / T). The map
+of shares is enlarged to the image, and the largest wins. Images are resized to a square; scores use the masks in their
+own size.
+
+The memory is drawn as in the paper: the same number of patches from each image, preferring patches with classes that
+are rare in the image. Ignored pixels do not count.
+
+The ranks share the images. All hold the whole memory.
+
+B: batch size, S: side of the images, (h, w): grid of patches, N = h * w patches, D: features, K: classes, M: patches in
+the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino_xcit.cli import parse
+from dino_xcit.data import decode
+from dino_xcit.data.source import evenly_spaced
+from dino_xcit.data.workers import choose_workers, each_image
+from dino_xcit.errors import InputError
+from dino_xcit.runtime import atomic, distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import progress_bar
+from dino_xcit.runtime.memory import available_memory
+from dino_xcit.transform import EvalTransform, to_tensor
+from dino_xcit.weights import LoadedBackbone
+from eval.baselines import untrained
+from eval.dense._masks_for_now import Masks, open_masks
+from eval.dense.config import PatchKnnConfig
+from eval.dense.patches import patch_features
+from eval.miou import IGNORE, class_iou, confusion, mean_iou
+from eval.palette import colours, overlay
+from eval.pooling import patch_size_of
+from eval.results import Metric, data_metadata, images_metadata, result_content, write_json
+from eval.search_index import DeviceIndex, build_index, search
+from eval.setup import open_weights
+from eval.sheet import Cell, draw_sheet
+from eval.table import table
+
+Rows = NDArray[np.float32]
+Mask = NDArray[np.uint8]
+T = TypeVar("T")
+
+SHOWN, CELL = 8, 320
+"""Images of the sheet, and their longer side in pixels."""
+_NUMBERS_AT_ONCE = 1 << 28
+"""Maximum number of similarities and of gathered shares in one search."""
+
+
+def main() -> None:
+    """Parse the command line, evaluate, and report."""
+    began = time.perf_counter()
+    config = parse(PatchKnnConfig, sys.argv[1:], "python -m eval.dense knn")
+    loaded, device = open_weights(config)
+    train, val = open_masks(config.data_path)
+    white_level = config.white_level or loaded.transform.white_level
+    transform = replace(loaded.transform, resize=config.size, crop=config.size, white_level=white_level)
+    width = demand_room(config, loaded, train, device)
+    log.info(
+        f"k-NN segmentation: {len(train):,} training images of {train.url}, {len(val):,} validation images of "
+        f"{val.url}, {len(train.classes)} classes"
+    )
+    models = [("trained", loaded.backbone)]
+    if config.baselines:
+        models.append(("untrained", untrained(loaded.arch).to(device)))
+    records: list[dict[str, Any]] = []
+    for model, backbone in models:
+        evaluation = Evaluation(config, backbone, transform, device, model, width)
+        memory = evaluation.remember(train)
+        matrix, rows = evaluation.measure(val, memory)
+        ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(matrix)]
+        by_class = dict(zip(train.classes, ious, strict=True))
+        records.append({"model": model, "miou": mean_iou(matrix), "patches": len(memory.shares), "iou": by_class})
+        if model == "trained" and config.out and distributed.is_main():
+            sheet, path = draw_sheet(rows), Path(config.out)
+            atomic.write(path, lambda file: sheet.save(file, format="PNG"))  # noqa: B023  # called at once
+    if not distributed.is_main():
+        return
+
+    # ---- report
+    seconds = time.perf_counter() - began
+    shown = [[name, *(_shown(record["iou"][name]) for record in records)] for name in train.classes]
+    mean = ["mean IoU", *(_shown(record["miou"]) for record in records)]
+    log.info(table(["IoU %", *(record["model"] for record in records)], [*shown, mean]) + f"\n{seconds:.0f} s")
+    if config.out:
+        log.info(f"written: {config.out}")
+    if config.json:
+        protocol = {
+            "name": "k-NN segmentation with patch features (Hummingbird, arXiv 2306.01667), square images",
+            **{name: getattr(config, name) for name in ("size", "memory", "k", "temperature", "seed", "precision")},
+        }
+        data = {
+            name: data_metadata(one, one.fingerprint()) | images_metadata(one)
+            for name, one in (("train", train), ("val", val))
+        }
+        metrics = [
+            Metric(f"{one['model']} mIoU", {"model": one["model"]}, one["miou"], None, one["model"] != "trained")
+            for one in records
+        ]
+        plain = [one.to_dict() for one in metrics]
+        content = result_content("dense knn", protocol, records, loaded, data, transform, device, seconds, plain)
+        write_json(Path(config.json), content)
+        log.info(f"written: {config.json}")
+
+
+def _shown(iou: float | None) -> str:
+    return "-" if iou is None else f"{iou:.1f}"
+
+
+def demand_room(config: PatchKnnConfig, loaded: LoadedBackbone, train: Masks, device: torch.device) -> int:
+    """Check the size of the images and of the memory with a pass of one image, and return the number of features, D.
+
+    Raises:
+        InputError: the size is no multiple of the patch size, or this machine has too little memory.
+    """
+    patch = patch_size_of(loaded.backbone)
+    if config.size % patch:
+        near = max(1, round(config.size / patch)) * patch
+        raise InputError(f"size is {config.size}, expected a multiple of the patch size, {patch}: give --size {near}")
+    blank = torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8, device=device)
+    _, height, width, features = patch_features(loaded.backbone, blank, loaded.transform, "fp32").shape
+    patches, classes = min(config.memory, len(train) * height * width), len(train.classes)
+    needed = 4 * patches * (2 * features + classes)  # features twice while the index is built
+    log.info(
+        f"memory: at most {patches:,} of {len(train) * height * width:,} training patches, {features} features and "
+        f"{classes} classes each, {needed / 1e9:.2f} GB"
+    )
+    free = available_memory() // distributed.processes_here()
+    if needed > free:
+        raise InputError(
+            f"memory is {config.memory:,} patches, which take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free "
+            f"per process: give --memory {int(0.8 * free / needed * patches)} or less"
+        )
+    return features
+
+
+# ---- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Patches of training images."""
+
+    index: Any
+    """Index of the features [M, D], see :func:`eval.search_index.search`."""
+    shares: Tensor
+    """[M, K], the share of each class in the patch; each row sums to 1."""
+
+
+def patch_shares(mask: Mask, grid: tuple[int, int], classes: int) -> tuple[Rows, NDArray[np.bool_]]:
+    """Return the share of each class in the scored pixels of each patch [N, K], and which patches have such pixels [N].
+
+    Args:
+        mask: [S, S], class numbers, or IGNORE.
+        grid: (h, w).
+    """
+    rows, columns = (np.arange(side) * patches // side for side, patches in zip(mask.shape, grid, strict=True))
+    scored = mask != IGNORE
+    place = (rows[:, None] * grid[1] + columns)[scored] * classes + mask[scored]
+    counts = np.bincount(place, minlength=grid[0] * grid[1] * classes).reshape(-1, classes)
+    pixels = counts.sum(axis=1, keepdims=True)
+    return (counts / np.maximum(pixels, 1)).astype(np.float32), pixels[:, 0] > 0
+
+
+def choose_patches(
+    shares: Rows, scored: NDArray[np.bool_], count: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw at most ``count`` scored patches of an image, and return their numbers in order.
+
+    A patch's score is the sum, over its classes, of the number of patches with this class, times a uniform random
+    number. The patches with the lowest scores are chosen, so rare classes are preferred (arXiv 2306.01667, appendix).
+
+    Args:
+        shares, scored: see :func:`patch_shares`.
+    """
+    has = (shares > 0).astype(np.float64)
+    scores = np.where(scored, has @ has.sum(axis=0) * generator.random(len(shares)), np.inf)
+    return np.sort(np.argsort(scores, kind="stable")[: min(count, int(scored.sum()))])
+
+
+def vote(features: Rows, memory: Memory, k: int, temperature: float) -> Tensor:
+    """Return the mean class shares [N, K] of the nearest neighbours of features [N, D], weighted by softmax(cosine / T).
+    """
+    k = min(k, len(memory.shares))
+    chunk = max(1, _NUMBERS_AT_ONCE // (k * memory.shares.shape[1] + len(memory.shares)))
+    found = []
+    for cosines, rows in search(memory.index, features, k, chunk):
+        weights = (torch.from_numpy(cosines) / temperature).softmax(dim=1)
+        found.append((weights[..., None] * memory.shares[torch.from_numpy(rows)]).sum(dim=1))
+    return torch.cat(found)
+
+
+def draw_labels(shares: Tensor, height: int, width: int) -> NDArray[np.int64]:
+    """Enlarge class shares [h, w, K] bilinearly and return the classes with the largest, [height, width]."""
+    present = shares.amax(dim=(0, 1)).nonzero()[:, 0]  # absent classes cannot win, and 150 large maps take gigabytes
+    maps = shares[..., present].permute(2, 0, 1)[None]
+    enlarged = F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)[0]
+    return present[enlarged.argmax(dim=0)].numpy()
+
+
+# ---- evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Settings and backbone of one evaluation."""
+
+    config: PatchKnnConfig
+    backbone: nn.Module
+    transform: EvalTransform
+    device: torch.device
+    name: str
+    """For the progress bars."""
+    width: int
+    """D."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether features are computed and searched on a GPU."""
+        return self.device.type == "cuda"
+
+    def remember(self, train: Masks) -> Memory:
+        """Build the memory of training patches; all ranks get the same.
+
+        Raises:
+            InputError: no pixel of the masks has a class.
+        """
+        images, wanted, classes = len(train), self.config.memory, len(train.classes)
+        rows, shares = [torch.empty(0, self.width)], [torch.empty(0, classes)]
+        side = (self.config.size, self.config.size)
+        for index, features, mask in self._features(train):
+            square = np.asarray(Image.fromarray(mask).resize(side, Image.Resampling.NEAREST))
+            of_image, scored = patch_shares(square, (features.shape[0], features.shape[1]), classes)
+            count = (index + 1) * wanted // images - index * wanted // images
+            generator = np.random.default_rng([self.config.seed, index])
+            chosen = choose_patches(of_image, scored, count, generator)
+            rows.append(features.flatten(0, 1)[chosen])
+            shares.append(torch.from_numpy(of_image[chosen]))
+        found, labels = (distributed.gather_rows(torch.cat(own).to(self.device)).cpu() for own in (rows, shares))
+        if not len(found):
+            raise InputError(f"no pixel of the training masks of {train.url} has a class: all are ignored")
+        if self.on_gpu:
+            return Memory(DeviceIndex(found.numpy(), self.device), labels)
+        return Memory(build_index(found.numpy(), distributed.processes_here()), labels)
+
+    def measure(self, val: Masks, memory: Memory) -> tuple[NDArray[np.int64], list[list[Cell]]]:
+        """Return the confusion matrix [K, K] of all validation images, and rows of a sheet of some of them."""
+        classes = len(val.classes)
+        matrix = np.zeros((classes, classes), dtype=np.int64)
+        drawn, rows = set(evenly_spaced(len(val), SHOWN)) if self.config.out else set(), []
+        for index, features, mask in self._features(val):
+            shares = vote(features.flatten(0, 1).numpy(), memory, self.config.k, self.config.temperature)
+            labels = draw_labels(shares.unflatten(0, features.shape[:2]), *mask.shape)
+            matrix += confusion(labels, mask, classes)
+            if index in drawn:
+                rows.append(_cells(val, index, labels, mask, self.transform.white_level))
+        parts = distributed.gather_objects((matrix, rows))
+        return np.sum([part for part, _ in parts], axis=0), [row for _, more in parts for row in more]
+
+    def _features(self, source: Masks) -> Iterator[tuple[int, Tensor, Mask]]:
+        """Yield this rank's images: index, features [h, w, D] on the CPU, and mask, in its own size."""
+        world, rank = distributed.world_size(), distributed.rank()
+        own = range(rank * len(source) // world, (rank + 1) * len(source) // world)
+        workers = choose_workers(self.config.num_workers, distributed.processes_here(), on_gpu=self.on_gpu)
+        read = partial(_read, side=self.config.size, transform=self.transform)
+        with (
+            closing(each_image(source, own, read, workers)) as images,
+            progress_bar(len(own), f"{self.name}: {source.url}", distributed.is_main()) as bar,
+        ):
+            for batch in _batched(zip(own, images, strict=True), self.config.batch_size_per_gpu):
+                pixels = torch.stack([one for _, (one, _) in batch]).to(self.device)
+                features = patch_features(self.backbone, pixels, self.transform, self.config.precision).cpu()
+                for (index, (_, mask)), of_image in zip(batch, features, strict=True):
+                    yield index, of_image, mask
+                bar.update(len(batch))
+
+
+def _read(source: Masks, index: int, side: int, transform: EvalTransform) -> tuple[Tensor, Mask]:
+    """Return an image [3, S, S] and its mask, in its own size."""
+    image = decode(source.read(index)[0], source.name(index), transform.white_level)
+    method = Image.Resampling[transform.interpolation.partition("-")[0].upper()]
+    return to_tensor(image.resize((side, side), method)), source.mask(index)
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Split into lists of at most ``size`` items; itertools has this from Python 3.12."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _cells(source: Masks, index: int, labels: NDArray[np.int64], mask: Mask, white_level: int) -> list[Cell]:
+    """Return a row of the sheet: an image, its prediction, and its mask."""
+    image = decode(source.read(index)[0], source.name(index), white_level)
+    image.thumbnail((CELL, CELL))
+    palette = colours(len(source.classes))
+    of_image = confusion(labels, mask, len(source.classes))
+    notes = ("", f"mIoU {mean_iou(of_image):.0f} %" if of_image.any() else "no scored pixels", "")
+    pictures = [image]
+    for one in (labels, mask):
+        small = np.asarray(Image.fromarray(one.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
+        pictures.append(overlay(image, small, palette, IGNORE))
+    titles = (os.path.basename(source.name(index)), "prediction", "mask")
+    return [Cell(*cell) for cell in zip(pictures, titles, notes, strict=True)]
+
+
+def command() -> None:
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
+    distributed.run_command(main, "give a smaller --batch-size-per-gpu, --size or --memory")
+
+
+if __name__ == "__main__":
+    command()

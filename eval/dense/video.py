@@ -1,0 +1,432 @@
+"""Label propagation in videos with frozen patch features (DINO, arXiv 2104.14294, section 4.2.2; DAVIS 2017).
+
+A patch takes its labels from the ``k`` most similar patches of the first frame and of the ``previous`` frames, among
+those within ``radius`` rows and columns. Their weights are exp(cosine / T), normalised. These soft labels propagate
+further. To draw a frame, the map of each label is enlarged to the frame and scaled to the range from 0 to 1; the
+largest wins.
+
+The ranks share the videos.
+
+h, w: grid of patches, D: features, C: context frames, L: labels (background and objects), t: targets of a tile.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino_xcit.cli import parse
+from dino_xcit.data import decode
+from dino_xcit.data.decode import FORMATS
+from dino_xcit.data.source import Source, completed
+from dino_xcit.errors import InputError, one_line
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted, progress_bar
+from dino_xcit.transform import EvalTransform, to_tensor
+from dino_xcit.weights import LoadedBackbone
+from eval.dense.config import VideoConfig
+from eval.dense.davis import score_frame
+from eval.dense.patches import patch_features
+from eval.palette import colours, overlay
+from eval.pooling import patch_size_of
+from eval.results import Metric, data_metadata, images_metadata, result_content, write_json
+from eval.setup import open_weights
+from eval.table import table
+
+Labels = NDArray[np.uint8]
+"""Object numbers [height, width]; 0: background."""
+Scores = dict[int, tuple[float, float]]
+"""J and F in percent of each object of a video."""
+
+MULTIPLE = 64
+"""The longer side of a resized frame is a multiple of this."""
+MAX_OBJECTS = 64
+TILE = 16
+"""Side of the tiles of patches that are compared with their neighbourhood at once. The similarities of all pairs of
+patches would take gigabytes."""
+FRAME_MS, SHOWN_SIDE = 80, 480
+"""Milliseconds per frame of an animation, and its longer side in pixels."""
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def main() -> None:
+    """Parse the command line, propagate, and report."""
+    began = time.perf_counter()
+    config = parse(VideoConfig, sys.argv[1:], "python -m eval.dense video")
+    loaded, device = open_weights(config)
+    videos = open_videos(config)
+    frames, measured = (sum(map(len, lists)) for lists in ([v.frames for v in videos], [v.measured for v in videos]))
+    if not measured and (config.json or not config.out):
+        raise InputError("no masks of later frames to measure with: give --out DIR, and no --json, to propagate only")
+    white_level = config.white_level or loaded.transform.white_level
+    loaded = replace(loaded, transform=replace(loaded.transform, resize=config.size, white_level=white_level))
+    log.info(f"{counted(len(videos), 'video')} of {counted(frames, 'frame')}, {measured:,} measured; {_method(config)}")
+
+    # ---- each rank takes every n-th video
+    scores: dict[str, Scores] = {}
+    own = videos[distributed.rank() :: distributed.world_size()]
+    with progress_bar(sum(len(one.frames) for one in own), "video", distributed.is_main(), unit="frame") as bar:
+        for video in own:
+            scores[video.name] = follow(video, loaded, config, device, bar.update)
+    for part in distributed.gather_objects(scores):
+        scores |= part
+    if not distributed.is_main():
+        return
+
+    # ---- report
+    seconds = time.perf_counter() - began
+    log.info(
+        f"{seconds:.0f} s, {seconds / frames:.2f} s per frame" + (f"; written: {config.out}" if config.out else "")
+    )
+    if measured:
+        report(config, loaded, device, videos, scores, seconds)
+
+
+def _method(config: VideoConfig) -> str:
+    return (
+        f"{config.k} most similar patches within {config.radius} of the first and {config.previous} previous frames, "
+        f"weight exp(cosine / {config.temperature:g})"
+    )
+
+
+# ---- videos
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames of a video, and masks of some of them."""
+
+    name: str
+    frames: tuple[Path, ...]
+    masks: Mapping[str, Path]
+    """By the name of their frame, without suffix."""
+
+    @property
+    def measured(self) -> list[Path]:
+        """Frames with masks, without the first and the last frame, as in DAVIS."""
+        return [frame for frame in self.frames[1:-1] if frame.stem in self.masks]
+
+    @property
+    def first_mask(self) -> Path:
+        """Mask of the first frame."""
+        return self.masks[self.frames[0].stem]
+
+    def check(self, out: Path | None) -> None:
+        """Check frames and masks before the first video is used, by their headers.
+
+        Raises:
+            InputError: there are fewer than two frames, a file has another size than the first frame, the first frame
+                has no mask, its mask has no object, or the output would overwrite frames or masks.
+        """
+        if len(self.frames) < 2:
+            raise InputError(
+                f"{self.name} has {counted(len(self.frames), 'frame')} (.jpg or .png), expected at least 2"
+            )
+        if self.frames[0].stem not in self.masks:
+            raise InputError(
+                f"{self.name} has no mask of its first frame, {self.frames[0].name}: add masks/"
+                f"{self.frames[0].stem}.png beside the frames, or give --first-mask FILE"
+            )
+        expected = _size(self.frames[0])
+        for path in (*self.frames, *self.masks.values()):
+            if (found := _size(path)) != expected:
+                raise InputError(
+                    f"{path} has {found[0]} x {found[1]} pixels, expected {expected[0]} x {expected[1]} as in "
+                    f"{self.frames[0].name}"
+                )
+        objects_of(read_labels(self.first_mask), self.first_mask)
+        inputs = {path.resolve().parent for path in (*self.frames, *self.masks.values())}
+        if out and (out / self.name).resolve() in inputs:
+            raise InputError(
+                f"out is {out}, where it would overwrite frames or masks of {self.name}: give another --out"
+            )
+
+
+def open_videos(config: VideoConfig) -> list[Video]:
+    """Open and check the videos of DAVIS, or a folder with the frames of one video.
+
+    Raises:
+        InputError: the folder or a video is missing, or see :meth:`Video.check`.
+    """
+    root = Path(config.data_path)
+    if not root.is_dir():
+        raise InputError(f"data_path is {root}, which is no folder: give DAVIS 2017 or a folder of frames")
+    if (root / "JPEGImages").is_dir():
+        videos = _davis(config, root)
+    else:
+        frames, masks = _pictures(root), {path.stem: path for path in _pictures(root / "masks")}
+        if config.first_mask and frames:
+            masks[frames[0].stem] = Path(config.first_mask)
+        names = {path.stem for path in frames}
+        masks = {name: path for name, path in masks.items() if name in names}
+        videos = [Video(root.resolve().name, frames, masks)]
+    for video in videos:
+        video.check(Path(config.out) if config.out else None)
+    return videos
+
+
+def _davis(config: VideoConfig, root: Path) -> list[Video]:
+    """Return the videos of ImageSets/2017/val.txt, or all videos if there is no such file."""
+    if config.first_mask:
+        raise InputError("first_mask has no effect with DAVIS, whose masks are in Annotations: leave it out")
+    images, annotations, chosen = (
+        root / "JPEGImages" / "480p", root / "Annotations" / "480p", root / "ImageSets" / "2017" / "val.txt"
+    )  # fmt: skip
+    if chosen.is_file():
+        names = chosen.read_text().split()
+    else:
+        names = sorted(path.name for path in images.glob("*") if path.is_dir())
+        log.warning(f"{chosen} is missing: all {counted(len(names), 'video')} of {images} are evaluated")
+    if missing := [name for name in names if not (images / name).is_dir()]:
+        raise InputError(
+            f"{images / missing[0]} is missing, one of {len(names)} videos: unpack DAVIS 2017 (480p) again"
+        )
+    if not names:
+        raise InputError(f"{images} has no videos: unpack DAVIS 2017 (480p) again")
+    return [
+        Video(name, _pictures(images / name), {path.stem: path for path in _pictures(annotations / name)})
+        for name in names
+    ]
+
+
+def _pictures(folder: Path) -> tuple[Path, ...]:
+    """Return the image files of a folder in the order of their names."""
+    return tuple(sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in _SUFFIXES))
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}; replace it, or remove the frame") from error
+
+
+def read_labels(path: Path) -> Labels:
+    """Read a mask: palette indices or grey values.
+
+    Raises:
+        InputError: the file is unreadable or is a colour image.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode in ("P", "L", "1"):
+                return np.asarray(image).astype(np.uint8)
+            mode = image.mode
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}; replace it") from error
+    raise InputError(f"the mask {path} is a {mode} image, expected object numbers: save it as a palette or grey PNG")
+
+
+def objects_of(mask: Labels, path: Path) -> list[int]:
+    """Return the object numbers of a first mask.
+
+    Raises:
+        InputError: there are none, or more than :data:`MAX_OBJECTS`.
+    """
+    numbers = np.unique(mask[mask > 0]).tolist()
+    if not numbers:
+        raise InputError(f"the mask {path} is empty, expected pixels above 0: one number for each object")
+    if len(numbers) > MAX_OBJECTS:
+        raise InputError(f"the mask {path} has {len(numbers)} values, expected a number for each object, 0 elsewhere")
+    return numbers
+
+
+# ---- propagation
+
+
+def follow(video: Video, loaded: LoadedBackbone, config: VideoConfig, device: torch.device, done: Any) -> Scores:
+    """Propagate the objects of a video's first frame, write the requested files, and return the scores.
+
+    Args:
+        done: called after each frame.
+    """
+    first = read_labels(video.first_mask)
+    objects, measured = objects_of(first, video.first_mask), set(video.measured)
+    folder = Path(config.out) / video.name if config.out else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    found, shown = [], []
+    for path, image, labels in propagated(video, first, loaded, config, device):
+        if path in measured:
+            found.append(score_frame(labels, read_labels(video.masks[path.stem]), objects))
+        if folder:
+            shown.append(write_frame(folder / path.stem, image, labels))
+        done()
+    if folder:
+        animation = folder.with_name(f"{folder.name}.webp")
+        shown[0].save(animation, save_all=True, append_images=shown[1:], duration=FRAME_MS, loop=0)
+    means = np.mean(found, axis=0).tolist() if found else []
+    return {number: (region, contour) for number, (region, contour) in zip(objects, means, strict=False)}
+
+
+def propagated(
+    video: Video, first: Labels, loaded: LoadedBackbone, config: VideoConfig, device: torch.device
+) -> Iterator[tuple[Path, Image.Image, Labels]]:
+    """Yield each frame with its labels; those of the first frame are given."""
+    objects = np.array([0, *np.unique(first[first > 0])], dtype=np.uint8)
+    context: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.previous)
+    start: list[tuple[Tensor, Tensor]] = []
+    for path in video.frames:
+        image = read_frame(path, loaded.transform)
+        pixels = to_tensor(image.resize(resized(image.size, config.size, patch_size_of(loaded.backbone)), BILINEAR))
+        features = patch_features(loaded.backbone, pixels[None].to(device), loaded.transform, config.precision)[0]
+        if not start:
+            grid = (features.shape[1], features.shape[0])
+            small = np.asarray(Image.fromarray(first).resize(grid, Image.Resampling.NEAREST))
+            if lost := sorted({*objects.tolist()} - {*small.ravel().tolist(), 0}):
+                log.warning(f"{video.name}: object {lost[0]} is smaller than a patch and is lost: raise --size")
+            start = [(features, torch.from_numpy(small[..., None] == objects).float().to(device))]
+            yield path, image, first
+            continue
+        sources, labels = (torch.stack(part) for part in zip(*start, *context, strict=True))
+        soft = propagate(features, sources, labels, config.radius, config.k, config.temperature)
+        context.append((features, soft))
+        yield path, image, objects[drawn(soft, image.height, image.width).cpu().numpy()]
+
+
+def read_frame(path: Path, transform: EvalTransform) -> Image.Image:
+    """Read a frame.
+
+    Raises:
+        InputError: the file is unreadable; the message names it.
+    """
+    try:
+        return decode(path.read_bytes(), str(path), transform.white_level)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+BILINEAR = Image.Resampling.BILINEAR
+
+
+def resized(size: tuple[int, int], short: int, patch: int) -> tuple[int, int]:
+    """Return width and height with the given shorter side, the longer one rounded down to a multiple of
+    :data:`MULTIPLE`, and both to whole patches."""
+    scale = short / min(size)
+    width, height = (
+        max(short, int(side * scale) // MULTIPLE * MULTIPLE) if side > min(size) else short for side in size
+    )
+    return max(1, width // patch) * patch, max(1, height // patch) * patch
+
+
+def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, k: int, temperature: float) -> Tensor:
+    """Return the soft labels [h, w, L] of a frame.
+
+    Args:
+        target: unit features of the frame, [h, w, D].
+        sources, labels: unit features and soft labels of the context frames, [C, h, w, D] and [C, h, w, L].
+        radius: maximum distance of a source from its target in rows and in columns.
+        k: number of most similar sources that count.
+    """
+    height, width = target.shape[:2]
+    row, column = (torch.arange(side, device=target.device) for side in (height, width))
+    out = labels.new_empty(height, width, labels.shape[3])
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            tile = slice(top, top + TILE), slice(left, left + TILE)
+            near = slice(max(0, top - radius), top + TILE + radius), slice(max(0, left - radius), left + TILE + radius)
+            far_rows = (row[tile[0]][:, None] - row[near[0]]).abs() > radius
+            far_columns = (column[tile[1]][:, None] - column[near[1]]).abs() > radius
+            far = far_rows[:, None, :, None] | far_columns[None, :, None, :]  # [target row, column, source row, column]
+            queries, keys = target[tile].flatten(0, 1), sources[:, *near].flatten(0, 2)
+            cosine = (queries @ keys.T).unflatten(1, (len(sources), -1))  # [t, C, sources of a frame]
+            cosine.masked_fill_(far.flatten(2).flatten(0, 1)[:, None], -torch.inf)
+            best, place = cosine.flatten(1).topk(min(k, cosine[0].numel()), dim=1)
+            weights = (best / temperature).softmax(dim=1)  # exp(cosine / T), normalised over the k sources
+            mixed = (weights[..., None] * labels[:, *near].flatten(0, 2)[place]).sum(dim=1)
+            out[tile] = mixed.view(*out[tile].shape)
+    return out
+
+
+def drawn(soft: Tensor, height: int, width: int) -> Tensor:
+    """Enlarge soft labels [h, w, L], scale each map to the range from 0 to 1, and return the number of the largest,
+    [height, width]."""
+    maps = F.interpolate(soft.permute(2, 0, 1)[None], (height, width), mode="bilinear", align_corners=False)[0]
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    return ((maps - low) / (high - low).clamp(min=1e-12)).argmax(dim=0)
+
+
+# ---- output
+
+
+def write_frame(path: Path, image: Image.Image, labels: Labels) -> Image.Image:
+    """Write labels as a palette PNG and their overlay as a JPEG; return the overlay in the size of an animation."""
+    palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(255)])
+    indexed = Image.fromarray(labels)
+    indexed.putpalette(palette.tobytes())
+    indexed.save(path.with_suffix(".png"))
+    drawn_over = overlay(image, labels, palette, ignore=0)
+    drawn_over.save(path.with_suffix(".jpg"), quality=90)
+    drawn_over.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return drawn_over
+
+
+class _Frames:
+    """The frames of all videos, for the result file."""
+
+    def __init__(self, videos: list[Video]) -> None:
+        self._files = [(f"{video.name}/{path.name}", path) for video in videos for path in video.frames]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int) -> tuple[bytes, None]:
+        return self._files[index][1].read_bytes(), None
+
+    def name(self, index: int) -> str:
+        return self._files[index][0]
+
+
+def report(
+    config: VideoConfig, loaded: LoadedBackbone, device: torch.device, videos: list[Video], scores: dict[str, Scores],
+    seconds: float,
+) -> None:  # fmt: skip
+    """Print J, F and their mean for each video and over all objects, and write the result file."""
+    pairs = {video.name: list(scores[video.name].values()) for video in videos if scores[video.name]}
+    pairs["mean over objects"] = [pair for of_video in pairs.values() for pair in of_video]
+    means = {name: [float(value) for value in np.mean(of_video, axis=0)] for name, of_video in pairs.items()}
+    rows = {name: {"J&F": (j + f) / 2, "J": j, "F": f} for name, (j, f) in means.items()}
+    header = ["video", "objects", "J&F %", "J %", "F %"]
+    cells = [[name, str(len(pairs[name])), *(f"{value:.1f}" for value in row.values())] for name, row in rows.items()]
+    log.info(table(header, cells))
+    if not config.json:
+        return
+    overall = rows.pop("mean over objects")
+    metrics = [Metric(name, {"measure": name}, value, None).to_dict() for name, value in overall.items()]
+    objects = {name: {str(n): {"J": j, "F": f} for n, (j, f) in scores[name].items()} for name in rows}
+    results = {**overall, "videos": {name: {**row, "objects": objects[name]} for name, row in rows.items()}}
+    protocol = {
+        "name": "label propagation of the first mask with patch features (DINO), J and F of DAVIS 2017",
+        **{name: getattr(config, name) for name in ("size", "previous", "radius", "k", "temperature", "precision")},
+    }
+    source: Source = completed(_Frames(videos), config.data_path)
+    data = {"val": data_metadata(source, source.fingerprint()) | images_metadata(source)}
+    content = result_content(
+        "dense video", protocol, results, loaded, data, loaded.transform, device, seconds, metrics
+    )  # fmt: skip
+    write_json(Path(config.json), content)
+    log.info(f"written: {config.json}")
+
+
+def command() -> None:
+    """Run :func:`main` with the exit codes of docs/reliability.md."""
+    distributed.run_command(main, "give a smaller --size, or fewer --previous frames")
+
+
+if __name__ == "__main__":
+    command()
