@@ -94,6 +94,15 @@ def decode_pixels(item: Item, name: str, white_level: int = WHITE) -> NDArray[np
     return _guarded(partial(_decode_to_pixels, white_level=white_level), item, name)
 
 
+def decode_mask(data: bytes, name: str) -> NDArray[np.uint8]:
+    """Decode a PNG that has a label per pixel to [height, width]; a palette is ignored.
+
+    Raises:
+        UndecodableImage: The file is damaged, of another format, or has other pixels.
+    """
+    return _guarded(_decode_labels, data, name)
+
+
 def choose_white_level(source: Source, level: int) -> int:
     """Return ``level``, or if it is 0 the white level measured on 64 images.
 
@@ -143,6 +152,8 @@ class Header:
     """One of :data:`FORMATS`."""
     is_turned: bool
     """Whether the EXIF orientation requires a rotation or a flip."""
+    size: tuple[int, int]
+    """Width and height of the upright image."""
 
 
 def read_header(data: bytes) -> Header:
@@ -151,7 +162,8 @@ def read_header(data: bytes) -> Header:
         warnings.simplefilter("ignore")
         image = _open(data)
         # Pillow reports a JPEG with several images as MPO.
-        return Header("JPEG" if image.format == "MPO" else image.format or "", _orientation(image) in _UPRIGHT)
+        kind, orientation = "JPEG" if image.format == "MPO" else image.format or "", _orientation(image)
+        return Header(kind, orientation in _UPRIGHT, image.size if orientation < 5 else image.size[::-1])
 
 
 def _guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decoded:
@@ -165,6 +177,17 @@ def _guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decode
     # Raised outside the handler, so that no traceback keeps a half-decoded image in memory.
     advice = "remove it, or save it again as JPEG or PNG; python -m dino_xcit.data pack skips unreadable images"
     raise UndecodableImage(f"{name} cannot be read: {cause}; {advice}", cause)
+
+
+def _decode_labels(data: bytes) -> NDArray[np.uint8]:
+    image = _open(data)
+    _check_size(image)
+    # The raw mode of a PNG. Greyscale of 2 or 4 bits is left out: Pillow scales its values.
+    kind = image.tile[0].args if image.format == "PNG" else image.format
+    if kind not in ("1", "L", "P", "P;1", "P;2", "P;4"):
+        raise ValueError(f"its format is {kind}, expected a PNG with a label of 8 bits per pixel: P or L")
+    image.verify()
+    return np.array(_open(data), dtype=np.uint8)
 
 
 def _decode_to_pixels(data: bytes, white_level: int) -> NDArray[np.uint8]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from dino_xcit.bounds import FilePath, Group, Seed, Suffix, refuse_changed
 from dino_xcit.errors import InputError
@@ -19,8 +19,16 @@ UNUSED = ("eval_resize", "eval_crop", "cache", "cache_dir")
 class PatchKnnConfig(BackboneConfig):
     """Evaluate frozen patch features by k-NN segmentation (Hummingbird, arXiv 2306.01667)."""
 
-    data_path: Annotated[str, Group("data")] = ""
-    """Images with masks: a folder with images/train, masks/train, images/val and masks/val, ADE20k, or Pascal VOC."""
+    data_path: Annotated[FilePath, Group("data")] = ""
+    """Folder with images and masks: ADE20k, VOC, or images/train, masks/train, images/val and masks/val (or
+    train/images, train/masks ...), with masks as PNGs of labels named like their images. classes.txt in it, one name
+    per line, is optional."""
+    layout: Literal["auto", "ade20k", "voc", "folder"] = "auto"
+    """Layout of DATA_PATH."""
+    classes: Annotated[int, Ge(0), Le(254)] = 0
+    """Number of classes; 0: that of ADE20k, VOC or classes.txt, else the largest label in the training masks + 1."""
+    ignore_label: Annotated[int, Ge(0), Le(255)] = 255
+    """Label of pixels that do not count."""
     size: Annotated[int, Ge(16), Group("evaluation")] = 512
     """Height and width of the resized images in pixels, a multiple of the patch size. The aspect ratio is not kept."""
     memory: Annotated[int, Ge(1)] = 102_400
@@ -42,8 +50,6 @@ class PatchKnnConfig(BackboneConfig):
         """See :meth:`BackboneConfig.check`."""
         super().check()
         refuse_changed(self, UNUSED, "for dense evaluations")
-        if not self.data_path:
-            raise InputError("no data given: add --data-path DIR, a folder with images/train, masks/train and the same")
 
 
 @dataclass(frozen=True)

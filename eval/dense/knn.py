@@ -36,17 +36,17 @@ from torch.nn import functional as F
 
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
+from dino_xcit.data.masks import MaskSource, open_masks
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.data.workers import choose_workers, each_image
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
-from dino_xcit.runtime.logging import progress_bar
+from dino_xcit.runtime.logging import counted, progress_bar
 from dino_xcit.runtime.memory import available_memory
 from dino_xcit.transform import EvalTransform, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.baselines import untrained
-from eval.dense._masks_for_now import Masks, open_masks
 from eval.dense.config import PatchKnnConfig
 from eval.dense.patches import patch_features
 from eval.miou import IGNORE, class_iou, confusion, mean_iou
@@ -73,24 +73,25 @@ def main() -> None:
     began = time.perf_counter()
     config = parse(PatchKnnConfig, sys.argv[1:], "python -m eval.dense knn")
     loaded, device = open_weights(config)
-    train, val = open_masks(config.data_path)
+    train, val = open_masks(config.data_path, config.layout, config.classes, config.ignore_label, config.num_workers)
+    names = train.classes or ()
     white_level = config.white_level or loaded.transform.white_level
     transform = replace(loaded.transform, resize=config.size, crop=config.size, white_level=white_level)
     width = demand_room(config, loaded, train, device)
     log.info(
         f"k-NN segmentation: {len(train):,} training images of {train.url}, {len(val):,} validation images of "
-        f"{val.url}, {len(train.classes)} classes"
+        f"{val.url}, {counted(len(names), 'class')}"
     )
     models = [("trained", loaded.backbone)]
     if config.baselines:
         models.append(("untrained", untrained(loaded.arch).to(device)))
     records: list[dict[str, Any]] = []
     for model, backbone in models:
-        evaluation = Evaluation(config, backbone, transform, device, model, width)
+        evaluation = Evaluation(config, backbone, transform, device, model, width, len(names))
         memory = evaluation.remember(train)
         matrix, rows = evaluation.measure(val, memory)
         ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(matrix)]
-        by_class = dict(zip(train.classes, ious, strict=True))
+        by_class = dict(zip(names, ious, strict=True))
         records.append({"model": model, "miou": mean_iou(matrix), "patches": len(memory.shares), "iou": by_class})
         if model == "trained" and config.out and distributed.is_main():
             sheet, path = draw_sheet(rows), Path(config.out)
@@ -100,7 +101,7 @@ def main() -> None:
 
     # ---- report
     seconds = time.perf_counter() - began
-    shown = [[name, *(_shown(record["iou"][name]) for record in records)] for name in train.classes]
+    shown = [[name, *(_shown(record["iou"][name]) for record in records)] for name in names]
     mean = ["mean IoU", *(_shown(record["miou"]) for record in records)]
     log.info(table(["IoU %", *(record["model"] for record in records)], [*shown, mean]) + f"\n{seconds:.0f} s")
     if config.out:
@@ -128,7 +129,7 @@ def _shown(iou: float | None) -> str:
     return "-" if iou is None else f"{iou:.1f}"
 
 
-def demand_room(config: PatchKnnConfig, loaded: LoadedBackbone, train: Masks, device: torch.device) -> int:
+def demand_room(config: PatchKnnConfig, loaded: LoadedBackbone, train: MaskSource, device: torch.device) -> int:
     """Check the size of the images and of the memory with a pass of one image, and return the number of features, D.
 
     Raises:
@@ -140,7 +141,7 @@ def demand_room(config: PatchKnnConfig, loaded: LoadedBackbone, train: Masks, de
         raise InputError(f"size is {config.size}, expected a multiple of the patch size, {patch}: give --size {near}")
     blank = torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8, device=device)
     _, height, width, features = patch_features(loaded.backbone, blank, loaded.transform, "fp32").shape
-    patches, classes = min(config.memory, len(train) * height * width), len(train.classes)
+    patches, classes = min(config.memory, len(train) * height * width), len(train.classes or ())
     needed = 4 * patches * (2 * features + classes)  # features twice while the index is built
     log.info(
         f"memory: at most {patches:,} of {len(train) * height * width:,} training patches, {features} features and "
@@ -200,8 +201,7 @@ def choose_patches(
 
 
 def vote(features: Rows, memory: Memory, k: int, temperature: float) -> Tensor:
-    """Return the mean class shares [N, K] of the nearest neighbours of features [N, D], weighted by softmax(cosine / T).
-    """
+    """Return the mean class shares [N, K] of the nearest neighbours of features [N, D]; weights softmax(cosine / T)."""
     k = min(k, len(memory.shares))
     chunk = max(1, _NUMBERS_AT_ONCE // (k * memory.shares.shape[1] + len(memory.shares)))
     found = []
@@ -234,24 +234,26 @@ class Evaluation:
     """For the progress bars."""
     width: int
     """D."""
+    classes: int
+    """K."""
 
     @property
     def on_gpu(self) -> bool:
         """Whether features are computed and searched on a GPU."""
         return self.device.type == "cuda"
 
-    def remember(self, train: Masks) -> Memory:
+    def remember(self, train: MaskSource) -> Memory:
         """Build the memory of training patches; all ranks get the same.
 
         Raises:
             InputError: no pixel of the masks has a class.
         """
-        images, wanted, classes = len(train), self.config.memory, len(train.classes)
-        rows, shares = [torch.empty(0, self.width)], [torch.empty(0, classes)]
+        images, wanted = len(train), self.config.memory
+        rows, shares = [torch.empty(0, self.width)], [torch.empty(0, self.classes)]
         side = (self.config.size, self.config.size)
         for index, features, mask in self._features(train):
             square = np.asarray(Image.fromarray(mask).resize(side, Image.Resampling.NEAREST))
-            of_image, scored = patch_shares(square, (features.shape[0], features.shape[1]), classes)
+            of_image, scored = patch_shares(square, (features.shape[0], features.shape[1]), self.classes)
             count = (index + 1) * wanted // images - index * wanted // images
             generator = np.random.default_rng([self.config.seed, index])
             chosen = choose_patches(of_image, scored, count, generator)
@@ -264,21 +266,20 @@ class Evaluation:
             return Memory(DeviceIndex(found.numpy(), self.device), labels)
         return Memory(build_index(found.numpy(), distributed.processes_here()), labels)
 
-    def measure(self, val: Masks, memory: Memory) -> tuple[NDArray[np.int64], list[list[Cell]]]:
+    def measure(self, val: MaskSource, memory: Memory) -> tuple[NDArray[np.int64], list[list[Cell]]]:
         """Return the confusion matrix [K, K] of all validation images, and rows of a sheet of some of them."""
-        classes = len(val.classes)
-        matrix = np.zeros((classes, classes), dtype=np.int64)
+        matrix = np.zeros((self.classes, self.classes), dtype=np.int64)
         drawn, rows = set(evenly_spaced(len(val), SHOWN)) if self.config.out else set(), []
         for index, features, mask in self._features(val):
             shares = vote(features.flatten(0, 1).numpy(), memory, self.config.k, self.config.temperature)
             labels = draw_labels(shares.unflatten(0, features.shape[:2]), *mask.shape)
-            matrix += confusion(labels, mask, classes)
+            matrix += confusion(labels, mask, self.classes)
             if index in drawn:
-                rows.append(_cells(val, index, labels, mask, self.transform.white_level))
+                rows.append(_cells(val, index, labels, mask, self))
         parts = distributed.gather_objects((matrix, rows))
         return np.sum([part for part, _ in parts], axis=0), [row for _, more in parts for row in more]
 
-    def _features(self, source: Masks) -> Iterator[tuple[int, Tensor, Mask]]:
+    def _features(self, source: MaskSource) -> Iterator[tuple[int, Tensor, Mask]]:
         """Yield this rank's images: index, features [h, w, D] on the CPU, and mask, in its own size."""
         world, rank = distributed.world_size(), distributed.rank()
         own = range(rank * len(source) // world, (rank + 1) * len(source) // world)
@@ -288,7 +289,7 @@ class Evaluation:
             closing(each_image(source, own, read, workers)) as images,
             progress_bar(len(own), f"{self.name}: {source.url}", distributed.is_main()) as bar,
         ):
-            for batch in _batched(zip(own, images, strict=True), self.config.batch_size_per_gpu):
+            for batch in _batched(zip(own, map(_readable, images), strict=True), self.config.batch_size_per_gpu):
                 pixels = torch.stack([one for _, (one, _) in batch]).to(self.device)
                 features = patch_features(self.backbone, pixels, self.transform, self.config.precision).cpu()
                 for (index, (_, mask)), of_image in zip(batch, features, strict=True):
@@ -296,11 +297,22 @@ class Evaluation:
                 bar.update(len(batch))
 
 
-def _read(source: Masks, index: int, side: int, transform: EvalTransform) -> tuple[Tensor, Mask]:
-    """Return an image [3, S, S] and its mask, in its own size."""
-    image = decode(source.read(index)[0], source.name(index), transform.white_level)
+def _read(source: MaskSource, index: int, side: int, transform: EvalTransform) -> tuple[Tensor, Mask] | str:
+    """Return an image [3, S, S] and its mask, in its own size, or why they cannot be read: an error raised in a worker
+    would arrive inside a traceback."""
+    try:
+        image = decode(source.read(index)[0], source.name(index), transform.white_level)
+        mask = source.mask(index, (image.height, image.width))
+    except InputError as error:
+        return str(error)
     method = Image.Resampling[transform.interpolation.partition("-")[0].upper()]
-    return to_tensor(image.resize((side, side), method)), source.mask(index)
+    return to_tensor(image.resize((side, side), method)), mask
+
+
+def _readable(found: tuple[Tensor, Mask] | str) -> tuple[Tensor, Mask]:
+    if isinstance(found, str):
+        raise InputError(found)
+    return found[0], np.asarray(found[1])  # workers turn arrays into tensors
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -310,12 +322,12 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def _cells(source: Masks, index: int, labels: NDArray[np.int64], mask: Mask, white_level: int) -> list[Cell]:
+def _cells(source: MaskSource, index: int, labels: NDArray[np.int64], mask: Mask, evaluation: Evaluation) -> list[Cell]:
     """Return a row of the sheet: an image, its prediction, and its mask."""
-    image = decode(source.read(index)[0], source.name(index), white_level)
+    image = decode(source.read(index)[0], source.name(index), evaluation.transform.white_level)
     image.thumbnail((CELL, CELL))
-    palette = colours(len(source.classes))
-    of_image = confusion(labels, mask, len(source.classes))
+    palette = colours(evaluation.classes)
+    of_image = confusion(labels, mask, evaluation.classes)
     notes = ("", f"mIoU {mean_iou(of_image):.0f} %" if of_image.any() else "no scored pixels", "")
     pictures = [image]
     for one in (labels, mask):

@@ -29,13 +29,13 @@ from torch.nn import functional as F
 
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
-from dino_xcit.data.decode import FORMATS
+from dino_xcit.data.decode import UndecodableImage, decode_mask, read_header
 from dino_xcit.data.source import Source, completed
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted, progress_bar
-from dino_xcit.transform import EvalTransform, to_tensor
+from dino_xcit.transform import to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.dense.config import VideoConfig
 from eval.dense.davis import score_frame
@@ -59,7 +59,7 @@ TILE = 16
 patches would take gigabytes."""
 FRAME_MS, SHOWN_SIDE = 80, 480
 """Milliseconds per frame of an animation, and its longer side in pixels."""
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+_FRAMES = (".jpg", ".jpeg", ".png")
 
 
 def main() -> None:
@@ -167,7 +167,7 @@ def open_videos(config: VideoConfig) -> list[Video]:
     if (root / "JPEGImages").is_dir():
         videos = _davis(config, root)
     else:
-        frames, masks = _pictures(root), {path.stem: path for path in _pictures(root / "masks")}
+        frames, masks = _files(root, *_FRAMES), {path.stem: path for path in _files(root / "masks", ".png")}
         if config.first_mask and frames:
             masks[frames[0].stem] = Path(config.first_mask)
         names = {path.stem for path in frames}
@@ -197,39 +197,34 @@ def _davis(config: VideoConfig, root: Path) -> list[Video]:
     if not names:
         raise InputError(f"{images} has no videos: unpack DAVIS 2017 (480p) again")
     return [
-        Video(name, _pictures(images / name), {path.stem: path for path in _pictures(annotations / name)})
+        Video(name, _files(images / name, *_FRAMES), {path.stem: path for path in _files(annotations / name, ".png")})
         for name in names
     ]
 
 
-def _pictures(folder: Path) -> tuple[Path, ...]:
-    """Return the image files of a folder in the order of their names."""
-    return tuple(sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in _SUFFIXES))
+def _files(folder: Path, *suffixes: str) -> tuple[Path, ...]:
+    """Return the files of a folder with these suffixes, in the order of their names."""
+    return tuple(sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in suffixes))
 
 
 def _size(path: Path) -> tuple[int, int]:
     """Return width and height of an image."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.size
+        return read_header(path.read_bytes()).size
     except OSError as error:
         raise InputError(f"{path} cannot be read: {one_line(error)}; replace it, or remove the frame") from error
 
 
 def read_labels(path: Path) -> Labels:
-    """Read a mask: palette indices or grey values.
+    """Read a mask.
 
     Raises:
-        InputError: the file is unreadable or is a colour image.
+        InputError: the file is unreadable, or no PNG of object numbers.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode in ("P", "L", "1"):
-                return np.asarray(image).astype(np.uint8)
-            mode = image.mode
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}; replace it") from error
-    raise InputError(f"the mask {path} is a {mode} image, expected object numbers: save it as a palette or grey PNG")
+        return decode_mask(path.read_bytes(), str(path))
+    except UndecodableImage as error:
+        raise InputError(f"the mask {path} cannot be read: {error.cause}; replace it") from None
 
 
 def objects_of(mask: Labels, path: Path) -> list[int]:
@@ -282,7 +277,7 @@ def propagated(
     context: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.previous)
     start: list[tuple[Tensor, Tensor]] = []
     for path in video.frames:
-        image = read_frame(path, loaded.transform)
+        image = decode(path.read_bytes(), str(path), loaded.transform.white_level)
         pixels = to_tensor(image.resize(resized(image.size, config.size, patch_size_of(loaded.backbone)), BILINEAR))
         features = patch_features(loaded.backbone, pixels[None].to(device), loaded.transform, config.precision)[0]
         if not start:
@@ -297,18 +292,6 @@ def propagated(
         soft = propagate(features, sources, labels, config.radius, config.k, config.temperature)
         context.append((features, soft))
         yield path, image, objects[drawn(soft, image.height, image.width).cpu().numpy()]
-
-
-def read_frame(path: Path, transform: EvalTransform) -> Image.Image:
-    """Read a frame.
-
-    Raises:
-        InputError: the file is unreadable; the message names it.
-    """
-    try:
-        return decode(path.read_bytes(), str(path), transform.white_level)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 BILINEAR = Image.Resampling.BILINEAR
