@@ -11,8 +11,8 @@ from dino_xcit.bounds import FilePath, Group, Seed, Suffix, refuse_changed
 from dino_xcit.errors import InputError
 from eval.config import BackboneConfig, IsOutput
 
-UNUSED = ("eval_resize", "eval_crop", "cache", "cache_dir")
-"""Settings of other evaluations, which keep one vector per image."""
+UNUSED = ("eval_resize", "eval_crop", "cache", "cache_dir", "batch_size_per_gpu")
+"""Settings of other evaluations: here images are resized as a whole, and pass the backbone one by one."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,6 @@ class PatchKnnConfig(BackboneConfig):
     """Seed of the draw of training patches."""
     out: Annotated[FilePath, IsOutput, Suffix(".png")] = ""
     """Draw some images with their prediction and their mask to this .png file."""
-    batch_size_per_gpu: Annotated[int, Ge(1), Group("machine")] = 8
-    """Images per forward pass and rank (alias: --batch-size)."""
 
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
@@ -77,6 +75,6 @@ class VideoConfig(BackboneConfig):
     def check(self) -> None:
         """See :meth:`BackboneConfig.check`."""
         super().check()
-        refuse_changed(self, (*UNUSED, "batch_size_per_gpu", "num_workers"), "for videos")
+        refuse_changed(self, (*UNUSED, "num_workers"), "for videos")
         if not self.data_path:
             raise InputError("no data given: add --data-path DIR, the folder of DAVIS 2017 or of a video's frames")

@@ -30,19 +30,19 @@ from torch.nn import functional as F
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
 from dino_xcit.data.decode import UndecodableImage, decode_mask, read_header
-from dino_xcit.data.source import Source, completed
+from dino_xcit.data.source import hash_lines
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted, progress_bar
-from dino_xcit.transform import to_tensor
+from dino_xcit.transform import WHITE, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.dense.config import VideoConfig
 from eval.dense.davis import score_frame
-from eval.dense.patches import patch_features
+from eval.dense.patches import patch_features, write_result
 from eval.palette import colours, overlay
 from eval.pooling import patch_size_of
-from eval.results import Metric, data_metadata, images_metadata, result_content, write_json
+from eval.results import Metric
 from eval.setup import open_weights
 from eval.table import table
 
@@ -73,7 +73,7 @@ def main() -> None:
         raise InputError("no masks of later frames to measure with: give --out DIR, and no --json, to propagate only")
     white_level = config.white_level or loaded.transform.white_level
     loaded = replace(loaded, transform=replace(loaded.transform, resize=config.size, white_level=white_level))
-    log.info(f"{counted(len(videos), 'video')} of {counted(frames, 'frame')}, {measured:,} measured; {_method(config)}")
+    log.info(f"{counted(len(videos), 'video')} of {counted(frames, 'frame')}, {measured:,} measured")
 
     # ---- each rank takes every n-th video
     scores: dict[str, Scores] = {}
@@ -89,17 +89,10 @@ def main() -> None:
     # ---- report
     seconds = time.perf_counter() - began
     log.info(
-        f"{seconds:.0f} s, {seconds / frames:.2f} s per frame" + (f"; written: {config.out}" if config.out else "")
+        f"{seconds:.1f} s, {seconds / frames:.2f} s per frame" + (f"; written: {config.out}" if config.out else "")
     )
     if measured:
         report(config, loaded, device, videos, scores, seconds)
-
-
-def _method(config: VideoConfig) -> str:
-    return (
-        f"{config.k} most similar patches within {config.radius} of the first and {config.previous} previous frames, "
-        f"weight exp(cosine / {config.temperature:g})"
-    )
 
 
 # ---- videos
@@ -111,18 +104,13 @@ class Video:
 
     name: str
     frames: tuple[Path, ...]
-    masks: Mapping[str, Path]
-    """By the name of their frame, without suffix."""
+    masks: Mapping[Path, Path]
+    """By frame."""
 
     @property
     def measured(self) -> list[Path]:
         """Frames with masks, without the first and the last frame, as in DAVIS."""
-        return [frame for frame in self.frames[1:-1] if frame.stem in self.masks]
-
-    @property
-    def first_mask(self) -> Path:
-        """Mask of the first frame."""
-        return self.masks[self.frames[0].stem]
+        return [frame for frame in self.frames[1:-1] if frame in self.masks]
 
     def check(self, out: Path | None) -> None:
         """Check frames and masks before the first video is used, by their headers.
@@ -132,27 +120,23 @@ class Video:
                 has no mask, its mask has no object, or the output would overwrite frames or masks.
         """
         if len(self.frames) < 2:
+            found = counted(len(self.frames), "frame")
+            raise InputError(f"{self.name} has {found}, expected at least 2 files, .jpg or .png")
+        first = self.frames[0]
+        if first not in self.masks:
             raise InputError(
-                f"{self.name} has {counted(len(self.frames), 'frame')} (.jpg or .png), expected at least 2"
+                f"{self.name} has no mask of its first frame, {first.name}: add a {first.stem}.png (a folder of frames "
+                "has them in masks/), or give --first-mask FILE"
             )
-        if self.frames[0].stem not in self.masks:
-            raise InputError(
-                f"{self.name} has no mask of its first frame, {self.frames[0].name}: add masks/"
-                f"{self.frames[0].stem}.png beside the frames, or give --first-mask FILE"
-            )
-        expected = _size(self.frames[0])
-        for path in (*self.frames, *self.masks.values()):
-            if (found := _size(path)) != expected:
-                raise InputError(
-                    f"{path} has {found[0]} x {found[1]} pixels, expected {expected[0]} x {expected[1]} as in "
-                    f"{self.frames[0].name}"
-                )
-        objects_of(read_labels(self.first_mask), self.first_mask)
-        inputs = {path.resolve().parent for path in (*self.frames, *self.masks.values())}
-        if out and (out / self.name).resolve() in inputs:
-            raise InputError(
-                f"out is {out}, where it would overwrite frames or masks of {self.name}: give another --out"
-            )
+        files = (*self.frames, *self.masks.values())
+        (width, height), *others = map(_size, files)
+        for path, found_size in zip(files[1:], others, strict=True):
+            if found_size != (width, height):
+                found = " x ".join(map(str, found_size))
+                raise InputError(f"{path} has {found} pixels, expected {width} x {height} as in {first.name}")
+        objects_of(read_labels(self.masks[first]), self.masks[first])
+        if out and (out / self.name).resolve() in {path.resolve().parent for path in files}:
+            raise InputError(f"out is {out}, which would overwrite files of {self.name}: give another --out")
 
 
 def open_videos(config: VideoConfig) -> list[Video]:
@@ -167,12 +151,7 @@ def open_videos(config: VideoConfig) -> list[Video]:
     if (root / "JPEGImages").is_dir():
         videos = _davis(config, root)
     else:
-        frames, masks = _files(root, *_FRAMES), {path.stem: path for path in _files(root / "masks", ".png")}
-        if config.first_mask and frames:
-            masks[frames[0].stem] = Path(config.first_mask)
-        names = {path.stem for path in frames}
-        masks = {name: path for name, path in masks.items() if name in names}
-        videos = [Video(root.resolve().name, frames, masks)]
+        videos = [_video(root.resolve().name, root, root / "masks", config.first_mask)]
     for video in videos:
         video.check(Path(config.out) if config.out else None)
     return videos
@@ -182,24 +161,25 @@ def _davis(config: VideoConfig, root: Path) -> list[Video]:
     """Return the videos of ImageSets/2017/val.txt, or all videos if there is no such file."""
     if config.first_mask:
         raise InputError("first_mask has no effect with DAVIS, whose masks are in Annotations: leave it out")
-    images, annotations, chosen = (
-        root / "JPEGImages" / "480p", root / "Annotations" / "480p", root / "ImageSets" / "2017" / "val.txt"
-    )  # fmt: skip
-    if chosen.is_file():
-        names = chosen.read_text().split()
+    images, masks, listing = (root / path for path in ("JPEGImages/480p", "Annotations/480p", "ImageSets/2017/val.txt"))
+    if listing.is_file():
+        names = listing.read_text().split()
     else:
         names = sorted(path.name for path in images.glob("*") if path.is_dir())
-        log.warning(f"{chosen} is missing: all {counted(len(names), 'video')} of {images} are evaluated")
-    if missing := [name for name in names if not (images / name).is_dir()]:
+        log.warning(f"{listing} is missing: all {counted(len(names), 'video')} of {images} are evaluated")
+    missing = [images / name for name in names if not (images / name).is_dir()]
+    if missing or not names:
         raise InputError(
-            f"{images / missing[0]} is missing, one of {len(names)} videos: unpack DAVIS 2017 (480p) again"
+            f"{[*missing, images / '*'][0]} is missing, a folder of frames: unpack DAVIS 2017 (480p) again"
         )
-    if not names:
-        raise InputError(f"{images} has no videos: unpack DAVIS 2017 (480p) again")
-    return [
-        Video(name, _files(images / name, *_FRAMES), {path.stem: path for path in _files(annotations / name, ".png")})
-        for name in names
-    ]
+    return [_video(name, images / name, masks / name) for name in names]
+
+
+def _video(name: str, images: Path, annotations: Path, first_mask: str = "") -> Video:
+    frames, masks = _files(images, *_FRAMES), {path.stem: path for path in _files(annotations, ".png")}
+    if first_mask and frames:
+        masks[frames[0].stem] = Path(first_mask)
+    return Video(name, frames, {frame: masks[frame.stem] for frame in frames if frame.stem in masks})
 
 
 def _files(folder: Path, *suffixes: str) -> tuple[Path, ...]:
@@ -208,11 +188,25 @@ def _files(folder: Path, *suffixes: str) -> tuple[Path, ...]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Return width and height of an image."""
+    """Return width and height of an upright image."""
     try:
         return read_header(path.read_bytes()).size
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}; replace it, or remove the frame") from error
+    except OSError as error:  # also: no image
+        if path.is_file():
+            read_frame(path)
+        raise InputError(f"{path} cannot be read: {one_line(error)}; replace it") from error
+
+
+def read_frame(path: Path, white_level: int = WHITE) -> Image.Image:
+    """Read a frame.
+
+    Raises:
+        InputError: the file is unreadable; the message names it.
+    """
+    try:
+        return decode(path.read_bytes(), str(path), white_level)
+    except UndecodableImage as error:
+        raise InputError(f"the frame {path} cannot be read: {error.cause}; replace it, or remove it") from None
 
 
 def read_labels(path: Path) -> Labels:
@@ -250,15 +244,16 @@ def follow(video: Video, loaded: LoadedBackbone, config: VideoConfig, device: to
     Args:
         done: called after each frame.
     """
-    first = read_labels(video.first_mask)
-    objects, measured = objects_of(first, video.first_mask), set(video.measured)
+    first_mask = video.masks[video.frames[0]]
+    first = read_labels(first_mask)
+    objects, measured = objects_of(first, first_mask), set(video.measured)
     folder = Path(config.out) / video.name if config.out else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     found, shown = [], []
     for path, image, labels in propagated(video, first, loaded, config, device):
         if path in measured:
-            found.append(score_frame(labels, read_labels(video.masks[path.stem]), objects))
+            found.append(score_frame(labels, read_labels(video.masks[path]), objects))
         if folder:
             shown.append(write_frame(folder / path.stem, image, labels))
         done()
@@ -277,7 +272,7 @@ def propagated(
     context: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.previous)
     start: list[tuple[Tensor, Tensor]] = []
     for path in video.frames:
-        image = decode(path.read_bytes(), str(path), loaded.transform.white_level)
+        image = read_frame(path, loaded.transform.white_level)
         pixels = to_tensor(image.resize(resized(image.size, config.size, patch_size_of(loaded.backbone)), BILINEAR))
         features = patch_features(loaded.backbone, pixels[None].to(device), loaded.transform, config.precision)[0]
         if not start:
@@ -359,51 +354,27 @@ def write_frame(path: Path, image: Image.Image, labels: Labels) -> Image.Image:
     return drawn_over
 
 
-class _Frames:
-    """The frames of all videos, for the result file."""
-
-    def __init__(self, videos: list[Video]) -> None:
-        self._files = [(f"{video.name}/{path.name}", path) for video in videos for path in video.frames]
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, index: int) -> tuple[bytes, None]:
-        return self._files[index][1].read_bytes(), None
-
-    def name(self, index: int) -> str:
-        return self._files[index][0]
-
-
 def report(
     config: VideoConfig, loaded: LoadedBackbone, device: torch.device, videos: list[Video], scores: dict[str, Scores],
     seconds: float,
 ) -> None:  # fmt: skip
-    """Print J, F and their mean for each video and over all objects, and write the result file."""
+    """Print J&F, J and F of each video and over all objects, and write the result file."""
     pairs = {video.name: list(scores[video.name].values()) for video in videos if scores[video.name]}
-    pairs["mean over objects"] = [pair for of_video in pairs.values() for pair in of_video]
-    means = {name: [float(value) for value in np.mean(of_video, axis=0)] for name, of_video in pairs.items()}
-    rows = {name: {"J&F": (j + f) / 2, "J": j, "F": f} for name, (j, f) in means.items()}
-    header = ["video", "objects", "J&F %", "J %", "F %"]
+    overall = "mean over objects"
+    pairs[overall] = [pair for of_video in pairs.values() for pair in of_video]
+    rows = {}
+    for name, of_video in pairs.items():
+        region, contour = np.mean(of_video, axis=0).tolist()
+        rows[name] = {"J&F": (region + contour) / 2, "J": region, "F": contour}
     cells = [[name, str(len(pairs[name])), *(f"{value:.1f}" for value in row.values())] for name, row in rows.items()]
-    log.info(table(header, cells))
-    if not config.json:
-        return
-    overall = rows.pop("mean over objects")
-    metrics = [Metric(name, {"measure": name}, value, None).to_dict() for name, value in overall.items()]
-    objects = {name: {str(n): {"J": j, "F": f} for n, (j, f) in scores[name].items()} for name in rows}
-    results = {**overall, "videos": {name: {**row, "objects": objects[name]} for name, row in rows.items()}}
-    protocol = {
-        "name": "label propagation of the first mask with patch features (DINO), J and F of DAVIS 2017",
-        **{name: getattr(config, name) for name in ("size", "previous", "radius", "k", "temperature", "precision")},
-    }
-    source: Source = completed(_Frames(videos), config.data_path)
-    data = {"val": data_metadata(source, source.fingerprint()) | images_metadata(source)}
-    content = result_content(
-        "dense video", protocol, results, loaded, data, loaded.transform, device, seconds, metrics
-    )  # fmt: skip
-    write_json(Path(config.json), content)
-    log.info(f"written: {config.json}")
+    log.info(table(["video", "objects", "J&F %", "J %", "F %"], cells))
+    metrics = [Metric(name, {"measure": name}, value, None) for name, value in rows[overall].items()]
+    settings = ("size", "previous", "radius", "k", "temperature", "precision")
+    protocol = {name: getattr(config, name) for name in settings} | {"name": "DAVIS 2017, labels propagated as in DINO"}
+    frames = [f"{video.name}/{frame.name}" for video in videos for frame in video.frames]
+    data = {"val": {"url": config.data_path, "images": len(frames), "names": hash_lines(frames)}}
+    results = {"videos": rows, "objects": {name: scores[name] for name in rows if name != overall}}
+    write_result(config, "dense video", protocol, results, metrics, loaded, data, device, seconds)
 
 
 def command() -> None:
