@@ -93,6 +93,7 @@ def main() -> None:
         records.append({"model": model, "miou": mean_iou(matrix), "patches": len(memory.shares), "iou": iou})
         if rows and distributed.is_main():
             atomic.write(Path(config.out), partial(draw_sheet(rows).save, format="PNG"))
+            log.info(f"written: {config.out}")
     if not distributed.is_main():
         return
 
@@ -278,8 +279,8 @@ class Evaluation:
         cells = [Cell(image, os.path.basename(source.name(index)), "")]
         matrix = confusion(labels, mask, self.classes)
         notes = (f"mIoU {mean_iou(matrix):.0f} %" if matrix.any() else "no scored pixels", "")
-        for title, one, note in zip(("prediction", "mask"), (labels, mask), notes, strict=True):
-            small = Image.fromarray(one.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+        for title, one, note in zip(("prediction", "mask"), (labels.astype(np.uint8), mask), notes, strict=True):
+            small = Image.fromarray(one).resize(image.size, Image.Resampling.NEAREST)
             cells.append(Cell(overlay(image, np.asarray(small), colours(self.classes), IGNORE), title, note))
         return cells
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted, progress_bar
-from dino_xcit.transform import WHITE, to_tensor
+from dino_xcit.transform import to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.dense.config import VideoConfig
 from eval.dense.davis import score_frame
@@ -134,7 +134,10 @@ class Video:
             if found_size != (width, height):
                 found = " x ".join(map(str, found_size))
                 raise InputError(f"{path} has {found} pixels, expected {width} x {height} as in {first.name}")
-        objects_of(read_labels(self.masks[first]), self.masks[first])
+        objects = set(np.unique(read_labels(self.masks[first])).tolist()) - {0}
+        if not 1 <= len(objects) <= MAX_OBJECTS:
+            found = counted(len(objects), "object")
+            raise InputError(f"{self.masks[first]} has {found}, expected a number for each object and 0 elsewhere")
         if out and (out / self.name).resolve() in {path.resolve().parent for path in files}:
             raise InputError(f"out is {out}, which would overwrite files of {self.name}: give another --out")
 
@@ -161,7 +164,7 @@ def _davis(config: VideoConfig, root: Path) -> list[Video]:
     """Return the videos of ImageSets/2017/val.txt, or all videos if there is no such file."""
     if config.first_mask:
         raise InputError("first_mask has no effect with DAVIS, whose masks are in Annotations: leave it out")
-    images, masks, listing = (root / path for path in ("JPEGImages/480p", "Annotations/480p", "ImageSets/2017/val.txt"))
+    images, masks, listing = root / "JPEGImages/480p", root / "Annotations/480p", root / "ImageSets/2017/val.txt"
     if listing.is_file():
         names = listing.read_text().split()
     else:
@@ -169,9 +172,7 @@ def _davis(config: VideoConfig, root: Path) -> list[Video]:
         log.warning(f"{listing} is missing: all {counted(len(names), 'video')} of {images} are evaluated")
     missing = [images / name for name in names if not (images / name).is_dir()]
     if missing or not names:
-        raise InputError(
-            f"{[*missing, images / '*'][0]} is missing, a folder of frames: unpack DAVIS 2017 (480p) again"
-        )
+        raise InputError(f"there is no folder {[*missing, images / '*'][0]}: unpack DAVIS 2017 (480p) again")
     return [_video(name, images / name, masks / name) for name in names]
 
 
@@ -191,22 +192,9 @@ def _size(path: Path) -> tuple[int, int]:
     """Return width and height of an upright image."""
     try:
         return read_header(path.read_bytes()).size
-    except OSError as error:  # also: no image
-        if path.is_file():
-            read_frame(path)
-        raise InputError(f"{path} cannot be read: {one_line(error)}; replace it") from error
-
-
-def read_frame(path: Path, white_level: int = WHITE) -> Image.Image:
-    """Read a frame.
-
-    Raises:
-        InputError: the file is unreadable; the message names it.
-    """
-    try:
-        return decode(path.read_bytes(), str(path), white_level)
-    except UndecodableImage as error:
-        raise InputError(f"the frame {path} cannot be read: {error.cause}; replace it, or remove it") from None
+    except OSError as error:
+        cause = "it is no image" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise InputError(f"{path} cannot be read: {cause}; replace it") from error
 
 
 def read_labels(path: Path) -> Labels:
@@ -221,20 +209,6 @@ def read_labels(path: Path) -> Labels:
         raise InputError(f"the mask {path} cannot be read: {error.cause}; replace it") from None
 
 
-def objects_of(mask: Labels, path: Path) -> list[int]:
-    """Return the object numbers of a first mask.
-
-    Raises:
-        InputError: there are none, or more than :data:`MAX_OBJECTS`.
-    """
-    numbers = np.unique(mask[mask > 0]).tolist()
-    if not numbers:
-        raise InputError(f"the mask {path} is empty, expected pixels above 0: one number for each object")
-    if len(numbers) > MAX_OBJECTS:
-        raise InputError(f"the mask {path} has {len(numbers)} values, expected a number for each object, 0 elsewhere")
-    return numbers
-
-
 # ---- propagation
 
 
@@ -244,14 +218,13 @@ def follow(video: Video, loaded: LoadedBackbone, config: VideoConfig, device: to
     Args:
         done: called after each frame.
     """
-    first_mask = video.masks[video.frames[0]]
-    first = read_labels(first_mask)
-    objects, measured = objects_of(first, first_mask), set(video.measured)
+    first = read_labels(video.masks[video.frames[0]])
+    objects, measured = np.unique(first[first > 0]).tolist(), set(video.measured)
     folder = Path(config.out) / video.name if config.out else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     found, shown = [], []
-    for path, image, labels in propagated(video, first, loaded, config, device):
+    for path, image, labels in propagated(video, first, [0, *objects], loaded, config, device):
         if path in measured:
             found.append(score_frame(labels, read_labels(video.masks[path]), objects))
         if folder:
@@ -265,21 +238,21 @@ def follow(video: Video, loaded: LoadedBackbone, config: VideoConfig, device: to
 
 
 def propagated(
-    video: Video, first: Labels, loaded: LoadedBackbone, config: VideoConfig, device: torch.device
+    video: Video, first: Labels, numbers: list[int], loaded: LoadedBackbone, config: VideoConfig, device: torch.device
 ) -> Iterator[tuple[Path, Image.Image, Labels]]:
-    """Yield each frame with its labels; those of the first frame are given."""
-    objects = np.array([0, *np.unique(first[first > 0])], dtype=np.uint8)
+    """Yield each frame with its labels; those of the first frame are given, with ``numbers`` in it."""
+    objects, patch = np.array(numbers, dtype=np.uint8), patch_size_of(loaded.backbone)
     context: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.previous)
     start: list[tuple[Tensor, Tensor]] = []
     for path in video.frames:
-        image = read_frame(path, loaded.transform.white_level)
-        pixels = to_tensor(image.resize(resized(image.size, config.size, patch_size_of(loaded.backbone)), BILINEAR))
+        image = decode(path.read_bytes(), str(path), loaded.transform.white_level)
+        pixels = to_tensor(image.resize(resized(image.size, config.size, patch), Image.Resampling.BILINEAR))
         features = patch_features(loaded.backbone, pixels[None].to(device), loaded.transform, config.precision)[0]
         if not start:
             grid = (features.shape[1], features.shape[0])
             small = np.asarray(Image.fromarray(first).resize(grid, Image.Resampling.NEAREST))
-            if lost := sorted({*objects.tolist()} - {*small.ravel().tolist(), 0}):
-                log.warning(f"{video.name}: object {lost[0]} is smaller than a patch and is lost: raise --size")
+            if lost := set(numbers[1:]) - set(np.unique(small).tolist()):
+                log.warning(f"{video.name}: object {min(lost)} is smaller than a patch and is lost: raise --size")
             start = [(features, torch.from_numpy(small[..., None] == objects).float().to(device))]
             yield path, image, first
             continue
@@ -289,17 +262,11 @@ def propagated(
         yield path, image, objects[drawn(soft, image.height, image.width).cpu().numpy()]
 
 
-BILINEAR = Image.Resampling.BILINEAR
-
-
 def resized(size: tuple[int, int], short: int, patch: int) -> tuple[int, int]:
     """Return width and height with the given shorter side, the longer one rounded down to a multiple of
     :data:`MULTIPLE`, and both to whole patches."""
-    scale = short / min(size)
-    width, height = (
-        max(short, int(side * scale) // MULTIPLE * MULTIPLE) if side > min(size) else short for side in size
-    )
-    return max(1, width // patch) * patch, max(1, height // patch) * patch
+    width, height = (max(short, side * short // min(size) // MULTIPLE * MULTIPLE) // patch * patch for side in size)
+    return max(width, patch), max(height, patch)
 
 
 def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, k: int, temperature: float) -> Tensor:
