@@ -59,7 +59,7 @@ def main() -> None:
     def build(config: FinetuneConfig) -> Job[FinetuneConfig]:
         assert train.classes is not None  # checked by open_parts
         network = Classifier(start.backbone, len(train.classes))
-        classifier = "; its classifier too" if network.load_classifier(config.weights) else "; a new classifier"
+        kept = "loaded" if network.load_classifier(config.weights) else "new"
         return Job(
             config=config,
             state=new_state(config, Classification(config, device, network), device),
@@ -68,7 +68,7 @@ def main() -> None:
             schedules=build_schedules,
             transform=transform,
             title=f"classification with {start.arch}",
-            initialise=lambda: start.sentence + classifier,
+            initialise=lambda: f"{start.sentence}; the classifier is {kept}",
             on_divergence=stop_diverged,
             repeats=config.repeated_augmentation,
         )
@@ -88,7 +88,7 @@ def main() -> None:
         }
         top1 = metric("finetuned, top-1", {"classifier": "finetuned"}, correct(accuracy.guesses, val.labels, 1))
         seconds = time.perf_counter() - began
-        write_result("finetune", config, start, found, parts, transform, device, seconds, [top1])
+        write_result("finetune", config, start, state, found, parts, transform, seconds, [top1])
 
 
 def command() -> None:

@@ -75,6 +75,7 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
 
         # The order of the images depends on the seed only.
         rank, world, source = distributed.rank(), distributed.world_size(), job.dataset.source
+        workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
         sampler = StepSampler(
             len(source), config.batch_size_per_gpu, config.accumulation_steps, rank, world, config.seed,
             repeats=job.repeats,
@@ -98,7 +99,6 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
             )
             return state
 
-        workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
         loader = Loader(job.dataset, sampler, workers, device)
         monitor = DataLoadMonitor(workers)
         health.start(sampler, monitor, on_divergence=partial(job.on_divergence, state, config, sampler))
@@ -136,5 +136,5 @@ def describe(job: Job, sampler: StepSampler, schedules: Schedules, device: torch
     if schedules.warning:
         log.warning(schedules.warning)
     if 0 < state.step < sampler.stop_step:
-        began = "; the initial weights are not read again" if job.initialise else ""
+        began = "; the initial weights are not loaded again" if job.initialise else ""
         log.info(f"resuming after step {state.step} of {sampler.stop_step}{began}")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dino_xcit import safe_load
 from dino_xcit.data import Source, Subset
+from dino_xcit.errors import InputError, one_line
 from dino_xcit.methods import Method
 from dino_xcit.methods.method import Stats
 from dino_xcit.optim import Rates
@@ -102,12 +103,18 @@ class ImageNetStyle(SupervisedDataset):
         from timm.data.transforms_factory import create_transform  # takes a second to import
 
         super().__init__(source, config.seed, transform.white_level)
-        self._transform: Any = create_transform(
-            input_size=transform.crop, is_training=True, scale=config.crop_scale, ratio=config.crop_ratio,
-            hflip=config.flip, auto_augment=config.auto_augment or None, color_jitter=config.color_jitter,
-            interpolation=transform.interpolation, mean=transform.mean, std=transform.std, re_prob=config.erasing,
-            re_mode="pixel",
-        )  # fmt: skip
+        try:
+            self._transform: Any = create_transform(
+                input_size=transform.crop, is_training=True, scale=config.crop_scale, ratio=config.crop_ratio,
+                hflip=config.flip, auto_augment=config.auto_augment or None, color_jitter=config.color_jitter,
+                interpolation=transform.interpolation, mean=transform.mean, std=transform.std, re_prob=config.erasing,
+                re_mode="pixel",
+            )  # fmt: skip
+        except (AssertionError, KeyError, ValueError) as error:  # timm's parsers of policies
+            raise InputError(
+                f"auto_augment is {config.auto_augment!r}, which timm cannot read ({one_line(error)}); expected such "
+                "as rand-m9-mstd0.5-inc1, or an empty word for none"
+            ) from error
         self.sides = [2 * transform.crop]  # float32 takes four times the bytes
 
     def augmented(self, index: int, pixels: NDArray[np.uint8], label: int | None) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from dino_xcit.bounds import marked
 from dino_xcit.config import ResumeSafe
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
+from dino_xcit.train import TrainState
 from dino_xcit.transform import EvalTransform
 from downstream.config import DownstreamConfig
 from downstream.supervised import Start
@@ -22,10 +21,10 @@ def write_result(
     measure: str,
     config: DownstreamConfig,
     start: Start,
+    state: TrainState,
     results: object,
     data: Mapping[str, JsonObject],
     transform: EvalTransform,
-    device: torch.device,
     seconds: float,
     metrics: Sequence[Metric],
 ) -> None:
@@ -45,13 +44,13 @@ def write_result(
     protocol: JsonObject = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
     result = Result(
         measure=measure,
-        protocol={"name": f"{measure}, recipe {config.recipe}"} | protocol,
+        protocol={"name": f"{measure}, recipe {config.recipe}", "completed_steps": state.step} | protocol,
         results=results,
         weights=start.metadata,
         data=dict(data),
         transform=transform_metadata(transform),
         metrics=tuple(metrics),
-        device=device_name(device),
+        device=device_name(state.skipped_steps.device),
         processes=distributed.world_size(),
         seconds=round(seconds, 2),
         date=now(),

@@ -173,6 +173,9 @@ class SupervisedDataset(BatchDataset[SupervisedBatch]):
             index: index of the image in the source.
             pixels: [height, width, 3].
             label: its label in the source; None without labels.
+
+        Raises:
+            InputError: the target is invalid; ends the run.
         """
         raise NotImplementedError
 
@@ -186,7 +189,10 @@ class SupervisedDataset(BatchDataset[SupervisedBatch]):
                 return found
             candidate, label, pixels = found
             seed_everything(self.seed, epoch, index)
-            image, target = self.augmented(candidate, pixels[..., :3], label)
+            try:
+                image, target = self.augmented(candidate, pixels[..., :3], label)
+            except InputError as error:  # returned, because a worker would wrap the message in a traceback
+                return UndecodableImage(str(error))
             images.append(image)
             targets.append(target)
             indices.append(candidate)

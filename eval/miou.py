@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_xcit.data.masks import IGNORE
 from dino_xcit.errors import InputError
-
-IGNORE = 255
-"""Default label of pixels that are not scored."""
 
 
 def confusion(
@@ -51,20 +49,11 @@ def mean_iou(matrix: NDArray[np.int64]) -> float:
     Raises:
         InputError: no pixel was scored.
     """
-    _demand_pixels(matrix)
+    if not matrix.any():
+        raise InputError("all pixels of the masks have the ignored label: check the masks and the label")
     return float(np.nanmean(class_iou(matrix)))
 
 
 def pixel_accuracy(matrix: NDArray[np.int64]) -> float:
-    """Return the share of correct pixels in percent.
-
-    Raises:
-        InputError: no pixel was scored.
-    """
-    _demand_pixels(matrix)
-    return float(100 * np.trace(matrix) / matrix.sum())
-
-
-def _demand_pixels(matrix: NDArray[np.int64]) -> None:
-    if not matrix.any():
-        raise InputError("all pixels of the validation masks have the ignored label: check the masks and the label")
+    """Return the share of correct pixels in percent; 0 if no pixel was scored."""
+    return float(100 * np.trace(matrix) / max(1, matrix.sum()))

@@ -1,16 +1,25 @@
-"""Colours of classes, and segmentations drawn over their images. h, w: size of an image."""
+"""Colours of classes, and segmentations drawn over their images. K: classes; h, w: size of an image."""
 
 from __future__ import annotations
 
 import colorsys
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from eval.sheet import Cell, draw_sheet
+
 OPACITY = 0.6
 """Share of the class colour in an overlay."""
+SIDE = 320
+"""Longer side of an image in a sheet, in pixels."""
 _GOLDEN = (5**0.5 - 1) / 2
+_FIRST = 0.6
+"""Hue of the first class, often a background: blue."""
 _SHADES = ((0.75, 1.0), (0.9, 0.65), (0.4, 0.95), (1.0, 0.42), (0.55, 0.75))
 """Saturation and value of successive rounds of hues."""
 _HUES = 5
@@ -23,7 +32,7 @@ def colours(n: int) -> NDArray[np.uint8]:
     Steps of the golden ratio spread the hues, so that classes with close numbers have different hues.
     """
     shades = [_SHADES[number // _HUES % len(_SHADES)] for number in range(n)]
-    rows = [colorsys.hsv_to_rgb(number * _GOLDEN % 1, *shade) for number, shade in enumerate(shades)]
+    rows = [colorsys.hsv_to_rgb((_FIRST + number * _GOLDEN) % 1, *shade) for number, shade in enumerate(shades)]
     return (255 * np.array(rows).reshape(-1, 3)).round().astype(np.uint8)
 
 
@@ -39,3 +48,29 @@ def overlay(
     shown = labels != ignore
     pixels[shown] += OPACITY * (colours[labels[shown]] - pixels[shown])
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+class Segmented(NamedTuple):
+    """An image and its segmentations."""
+
+    name: str
+    image: Image.Image
+    labels: Mapping[str, NDArray[np.uint8]]
+    """Classes [h, w] by title."""
+
+
+def segmentation_sheet(images: Sequence[Segmented], classes: Sequence[str], ignore: int = 255) -> Image.Image:
+    """Draw a row for each image (the image, then each segmentation over it), and a legend of the classes in them."""
+    ink, rows, present = colours(len(classes)), [], set[int]()
+    for name, image, segmentations in images:
+        scale = SIDE / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        small = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+        rows.append([Cell(small, os.path.basename(name), f"{image.width} x {image.height}")])
+        for title, labels in segmentations.items():
+            present |= set(np.unique(labels).tolist()) - {ignore}
+            shown = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+            rows[-1].append(Cell(overlay(small, shown, ink, ignore), title, ""))
+    legend = [Cell(Image.new("RGB", (SIDE, 14), tuple(ink[label])), classes[label], "") for label in sorted(present)]
+    columns = max(map(len, rows))
+    return draw_sheet([*rows, *(legend[first : first + columns] for first in range(0, len(legend), columns))])

@@ -118,7 +118,8 @@ class Descriptor:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return a context that computes products on ``device`` in ``precision``."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, choose_precision(precision, device))
+    dtype = choose_precision(precision, device)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
 
 
 CLASS_TOKEN = Descriptor()

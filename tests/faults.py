@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dino_xcit import observers, train
+from dino_xcit import loop, train
 from dino_xcit.runtime import atomic
 
 Step = Callable[..., train.StepResult]
@@ -26,7 +26,7 @@ Step = Callable[..., train.StepResult]
 
 def around_each_step(do: Callable[..., train.StepResult]) -> None:
     """Replace each training step ``step(*arguments)`` by ``do(step, *arguments)``."""
-    train.train_step = partial(do, train.train_step)
+    loop.train_step = partial(do, loop.train_step)
 
 
 def none() -> None:
@@ -157,13 +157,13 @@ def slow_steps(seconds: float) -> None:
 
 def slow_evaluation(seconds: float) -> None:
     """Delay each evaluation, so that a test can act within one."""
-    evaluate = observers.evaluate
+    evaluate = loop.evaluate
 
     def slowly(*arguments: Any) -> dict[str, float]:
         time.sleep(seconds)
         return evaluate(*arguments)
 
-    observers.evaluate = slowly
+    loop.evaluate = slowly
 
 
 def together(*several: list[Any]) -> None:

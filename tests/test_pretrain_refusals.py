@@ -174,7 +174,7 @@ def test_init_weights_are_read_at_start_and_not_on_resume(fresh: Folder, stopped
     source.unlink()
     resumed = fresh(*initial, "--max-steps", "2")
     assert resumed.code == 0, resumed.err
-    assert f"after step 1 of 2; --init-weights {source} is not read again" in resumed.out
+    assert "after step 1 of 2; the initial weights are not loaded again" in resumed.out
     fresh("--max-steps", "3").assert_refused(f"init_weights {source} -> ")
     fresh(*initial, "--resume", "never").assert_refused(f"there is no file {source}")
     assert safe_load.read(fresh.path / "checkpoint.pth")["step"] == 2

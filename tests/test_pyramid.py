@@ -47,6 +47,16 @@ def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
     assert frozen == {"cls_token", "cls_attn_blocks", "norm"}
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_3_p16", "timm:xcit_nano_12_p8_224", "timm:convnext_atto"])
+def test_parameters_of_timm_models_behind_the_maps_are_frozen(name: str) -> None:
+    pyramid = feature_pyramid(build_backbone(name))
+    sum(one.square().mean() for one in pyramid(torch.randn(2, 3, 64, 64)).values()).backward()
+    frozen = [key for key, p in pyramid.named_parameters() if not p.requires_grad]
+    assert frozen == [key for key, p in pyramid.named_parameters() if p.grad is None]
+    assert any("norm" in key for key in frozen)
+    assert len(frozen) < len(list(pyramid.parameters())) / 2
+
+
 def test_resampling_has_official_names() -> None:
     names = [name for name in feature_pyramid(build_backbone("xcit_pico_4_p16")).state_dict() if name.startswith("fpn")]
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -1,19 +1,19 @@
-"""``python -m dino_xcit.data check SRC`` and ``python -m dino_xcit.data pack SRC DST``."""
+"""``python -m dino_xcit.data check SRC``, ``pack SRC DST`` and ``scenes DST``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from dino_xcit.data import check, pack
+from dino_xcit.data import check, pack, scenes
 from dino_xcit.errors import InputError, run_main
 
-USAGE = "python -m dino_xcit.data check SRC, or python -m dino_xcit.data pack SRC DST (each has --help)"
-COMMANDS = {"check": check.main, "pack": pack.main}
+USAGE = "python -m dino_xcit.data check SRC, pack SRC DST, or scenes DST (each has --help)"
+COMMANDS = {"check": check.main, "pack": pack.main, "scenes": scenes.main}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``check`` or ``pack`` and return the exit code.
+    """Run a command and return the exit code.
 
     Raises:
         InputError: The command line or the data are invalid.

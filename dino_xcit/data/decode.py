@@ -156,14 +156,20 @@ class Header:
     """Width and height of the upright image."""
 
 
-def read_header(data: bytes) -> Header:
-    """Read the header of an encoded image, without decoding pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = _open(data)
-        # Pillow reports a JPEG with several images as MPO.
-        kind, orientation = "JPEG" if image.format == "MPO" else image.format or "", _orientation(image)
-        return Header(kind, orientation in _UPRIGHT, image.size if orientation < 5 else image.size[::-1])
+def read_header(data: bytes, name: str = "") -> Header:
+    """Read the header of an encoded image, without decoding pixels.
+
+    Raises:
+        UndecodableImage: The header is damaged, or not of one of :data:`FORMATS`.
+    """
+    return _guarded(_header_of, data, name)
+
+
+def _header_of(data: bytes) -> Header:
+    image = _open(data)
+    # Pillow reports a JPEG with several images as MPO.
+    kind, orientation = "JPEG" if image.format == "MPO" else image.format or "", _orientation(image)
+    return Header(kind, orientation in _UPRIGHT, image.size[::-1] if orientation in (5, 6, 7, 8) else image.size)
 
 
 def _guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decoded:

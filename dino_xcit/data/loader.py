@@ -299,10 +299,10 @@ class StepSampler(Sampler[list[Key]]):
         """Return the key at a place of the epoch. Copies are as far apart as possible, so on other ranks."""
         if self.repeats == 1:
             return epoch, int(order[place])
-        start, place = place - place % self.global_batch, place % self.global_batch
+        step, within = divmod(place, self.global_batch)
         different = -(-self.global_batch // self.repeats)
-        copy, image = divmod(place, different)
-        return epoch * self.repeats + copy, int(order[start // self.repeats + image])
+        copy, image = divmod(within, different)
+        return epoch * self.repeats + copy, int(order[step * different + image])
 
 
 class Loader(Generic[BatchT]):

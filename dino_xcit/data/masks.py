@@ -6,11 +6,10 @@ K: classes; h, w: size of an image.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,9 @@ from numpy.typing import NDArray
 from dino_xcit.data import storage
 from dino_xcit.data.decode import UndecodableImage, decode_mask, read_header
 from dino_xcit.data.folder import IMAGE_SUFFIXES
-from dino_xcit.data.source import hash_lines
+from dino_xcit.data.source import Source, hash_lines
 from dino_xcit.data.workers import choose_workers, each_image
-from dino_xcit.errors import InputError, one_line
+from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted, progress_bar
@@ -47,30 +46,37 @@ class Layout(NamedTuple):
     listing: str = ""
     """File with the names of a part; empty: all files of the folders."""
     parts: tuple[str, str] = ("train", "val")
-    count: int = 0
-    """Number of classes; 0: unknown."""
+    class_count: int = 0
+    """0: unknown."""
     names: tuple[str, ...] = ()
     first: int = 0
     """Label of the first class; lower labels are ignored."""
-    inside: tuple[str, ...] = ()
-    """Folders in which archives of the data set unpack."""
 
 
 LAYOUTS = (
-    Layout(
-        "ade20k", "images/{}", "annotations/{}", parts=("training", "validation"), count=150, first=1,
-        inside=("ADEChallengeData2016",),
-    ),
-    Layout(
-        "voc", "JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{}.txt", count=len(_VOC), names=_VOC,
-        inside=("VOC2012", "VOCdevkit/VOC2012"),
-    ),
+    Layout("ade20k", "images/{}", "annotations/{}", parts=("training", "validation"), class_count=150, first=1),
+    Layout("voc", "JPEGImages", "SegmentationClass", "ImageSets/Segmentation/{}.txt", class_count=21, names=_VOC),
     Layout("folder", "images/{}", "masks/{}"),
     Layout("folder", "{}/images", "{}/masks"),
-)  # fmt: skip
+)
 
 
-@dataclass
+class MaskSettings(Protocol):
+    """Settings of a command that opens images with masks."""
+
+    @property
+    def data_path(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def ignore_label(self) -> int: ...
+    @property
+    def num_workers(self) -> int: ...
+
+
+@dataclass(eq=False)
 class MaskSource:
     """Images of one part, with masks; a :class:`dino_xcit.data.Source` without labels of whole images."""
 
@@ -93,7 +99,7 @@ class MaskSource:
     def name(self, index: int) -> str:
         return self.images[index]
 
-    def read(self, index: int) -> tuple[bytes, int | None]:
+    def read(self, index: int) -> tuple[bytes, None]:
         return storage.read_file(self.images[index], storage.MAX_IMAGE_BYTES), None
 
     def fingerprint(self) -> str:
@@ -128,10 +134,6 @@ class MaskSource:
             )
         return labels
 
-    def as_stored(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Convert classes to labels as in the files."""
-        return labels + np.uint8(self.first)
-
     @cached_property
     def _table(self) -> NDArray[np.uint8]:
         """Class of each label in the files, [256]."""
@@ -142,97 +144,83 @@ class MaskSource:
         return table
 
 
-def open_masks(
-    data_path: str, layout: str = "auto", classes: int = 0, ignore_label: int = IGNORE, num_workers: int = -1
-) -> tuple[MaskSource, MaskSource]:
-    """Open the training and the validation part of a folder, and check all masks.
+def open_masks(config: MaskSettings) -> tuple[MaskSource, MaskSource]:
+    """Open the training and the validation part of ``config.data_path``, and check all masks.
 
     Rank 0 reads every mask once; all ranks call this.
-
-    Args:
-        layout: ``auto`` or the name of one of :data:`LAYOUTS`.
-        classes: number of classes; 0: that of the layout or of classes.txt, else the largest label + 1.
-        ignore_label: label of pixels without a class.
 
     Raises:
         InputError: the layout is unknown, a part is missing or empty, files have no partner, or a mask is invalid.
     """
-    if not data_path:
+    if not config.data_path:
         raise InputError("no data given: add --data-path DIR, with images/train, masks/train, images/val, masks/val")
-    root, found_layout = _find_layout(Path(data_path), layout)
-    train, val = (_open_part(root, found_layout, part, ignore_label) for part in found_layout.parts)
-    names = _class_names(root) or found_layout.names
-    count = classes or len(names) or found_layout.count
-    if names and len(names) != count:
-        raise InputError(f"classes is {classes}, but {root} names {len(names)} classes: leave it out")
+    root = Path(config.data_path)
+    layout = _find_layout(root, config.layout)
+    train, val = (_open_part(root, layout, part, config.ignore_label) for part in layout.parts)
+    names = tuple(_lines(root / "classes.txt")) if (root / "classes.txt").exists() else layout.names
+    count = config.classes or len(names) or layout.class_count
+    if len(names) not in (0, count):
+        raise InputError(f"classes is {count}, but {root} has names of {len(names)} classes: leave it out")
 
     def check() -> tuple[int, NDArray[np.int64]]:
-        workers = choose_workers(num_workers, 1)
+        workers = choose_workers(config.num_workers, 1)
         pixels = _count_pixels(_with_classes(train, names, count), workers)
         found = count or int(np.flatnonzero(pixels[:IGNORE]).max(initial=-1)) + 1
-        if found < 2:
+        if not 2 <= found <= MAX_CLASSES:
             raise InputError(
-                f"the training masks of {root} have {counted(found, 'class')} besides the ignored label "
-                f"{ignore_label}, expected at least 2: masks have a label per pixel, such as 0 and 1"
+                f"{root} has {counted(found, 'class')} besides the ignored label {config.ignore_label}, expected 2 to "
+                f"{MAX_CLASSES}: masks have a label per pixel, such as 0 and 1"
             )
         if not _count_pixels(_with_classes(val, names, found), workers)[:found].any():
-            raise InputError(f"all pixels of the masks in {val.url} are ignored: check the masks and --ignore-label")
+            raise InputError(f"all pixels of the masks of {val.url} are ignored: check the masks and --ignore-label")
         return found, pixels
 
     count, pixels = distributed.on_main(check)
     train, val = _with_classes(train, names, count), _with_classes(val, names, count)
-    assert train.classes is not None
-    absent = [name for name, some in zip(train.classes, pixels[:count], strict=True) if not some]
-    if absent:
-        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-        log.warning(f"{len(absent)} of {counted(count, 'class')} have no pixel in the training masks: {shown}")
+    if absent := [name for name, some in zip(train.classes or (), pixels, strict=False) if not some]:
+        log.warning(f"{counted(len(absent), 'class')} without a pixel in the training masks: {', '.join(absent[:5])}")
     return train, val
 
 
-def _find_layout(folder: Path, wanted: str) -> tuple[Path, Layout]:
-    tried = [layout for layout in LAYOUTS if wanted in ("auto", layout.name)]
-    for layout in tried:
-        for root in (folder, *(folder / inside for inside in layout.inside)):
-            if all((root / one.format(layout.parts[0])).is_dir() for one in (layout.images, layout.masks)):
-                return root, layout
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}: check --data-path")
-    expected = "; ".join(
-        f"{layout.images.format(layout.parts[0])} and {layout.masks.format(layout.parts[0])} ({layout.name})"
-        for layout in tried
-    )
-    raise InputError(f"{folder} has no training images with masks: expected the folders {expected}")
+def _find_layout(root: Path, wanted: str) -> Layout:
+    expected = []
+    for layout in LAYOUTS:
+        needed = [one.format(layout.parts[0]) for one in (layout.images, layout.masks)]
+        if wanted in ("auto", layout.name):
+            if all((root / one).is_dir() for one in needed):
+                return layout
+            expected.append(f"{' and '.join(needed)} ({layout.name})")
+    raise InputError(f"{root} has no training images with masks: expected the folders {'; '.join(expected)}")
 
 
 def _open_part(root: Path, layout: Layout, part: str, ignore: int) -> MaskSource:
-    images, masks = root / layout.images.format(part), root / layout.masks.format(part)
-    listing = root / layout.listing.format(part) if layout.listing else None
-    for needed in (images, masks, *filter(None, [listing])):
+    images, masks, listing = (root / one.format(part) for one in (layout.images, layout.masks, layout.listing))
+    for needed in (images, masks, listing):
         if not needed.exists():
             raise InputError(f"{root} has no {needed.relative_to(root)}: expected a training and a validation part")
     by_name = {"image": _files(images, IMAGE_SUFFIXES), "mask": _files(masks, (".png",))}
-    names = sorted(by_name["image"].keys() | by_name["mask"].keys()) if listing is None else _lines(listing)
+    names = _lines(listing) if layout.listing else sorted(by_name["image"].keys() | by_name["mask"].keys())
     if not names:
-        raise InputError(f"{listing or images} names no image: expected images, and PNG masks of the same name")
+        raise InputError(f"{root} ({part}) has no image: expected images, and PNG masks of the same name")
     for kind, other, place in (("image", "mask", images), ("mask", "image", masks)):
         if missing := [name for name in names if name not in by_name[kind]]:
             raise InputError(
                 f"{counted(len(missing), other)} of {root} ({part}) without {kind}, the first is {missing[0]}: add a "
                 f"file of this name to {place}, or remove the {other}"
             )
-    paths = [tuple(str(files[name]) for name in names) for files in by_name.values()]
-    return MaskSource(str(images if listing is None else listing), tuple(names), *paths, None, layout.first, ignore)
+    paths = {kind: tuple(str(files[name]) for name in names) for kind, files in by_name.items()}
+    url = str(listing if layout.listing else images)
+    return MaskSource(url, tuple(names), paths["image"], paths["mask"], None, layout.first, ignore)
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Return the files below a folder with one of these suffixes, by relative path without suffix."""
     found: dict[str, Path] = {}
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [one for one in folders if not one.startswith(".")]
+    for where, _, files in os.walk(folder, followlinks=True):
         for file in sorted(files):
+            path = Path(where, file)
+            name = path.relative_to(folder).with_suffix("").as_posix()
             if file.lower().endswith(suffixes) and not file.startswith("."):
-                path = Path(where, file)
-                name = path.relative_to(folder).with_suffix("").as_posix()
                 if name in found:
                     raise InputError(f"{found[name]} and {path} have the same name: rename one of them, or remove it")
                 found[name] = path
@@ -240,19 +228,8 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {one_line(error)}; expected one name per line") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _class_names(root: Path) -> tuple[str, ...]:
-    path = root / "classes.txt"
-    names = tuple(_lines(path)) if path.exists() else ()
-    if len(set(names)) < len(names) or len(names) > MAX_CLASSES:
-        raise InputError(f"{path} has {len(names)} names, expected at most {MAX_CLASSES} different ones")
-    return names
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _with_classes(source: MaskSource, names: tuple[str, ...], count: int) -> MaskSource:
@@ -264,9 +241,8 @@ def _with_classes(source: MaskSource, names: tuple[str, ...], count: int) -> Mas
 def _count_pixels(source: MaskSource, workers: int) -> NDArray[np.int64]:
     """Return the number of pixels of each class, [256], and check every mask."""
     total = np.zeros(256, dtype=np.int64)
-    found: Iterable[str | list[int]] = each_image(source, range(len(source)), _pixels_of, workers)
     with progress_bar(len(source), f"checking the masks of {source.url}", shown=True) as bar:
-        for one in found:
+        for one in each_image(source, range(len(source)), _pixels_of, workers):
             if isinstance(one, str):
                 raise InputError(one)
             total += one
@@ -274,12 +250,11 @@ def _count_pixels(source: MaskSource, workers: int) -> NDArray[np.int64]:
     return total
 
 
-def _pixels_of(source: MaskSource, index: int) -> list[int] | str:
+def _pixels_of(source: Source, index: int) -> list[int] | str:
     """Return the pixels of each class in a mask, or what is wrong with it."""
+    assert isinstance(source, MaskSource)
     try:
-        width, height = read_header(source.read(index)[0]).size
+        width, height = read_header(source.read(index)[0], source.name(index)).size
         return np.bincount(source.mask(index, (height, width)).ravel(), minlength=256).tolist()
     except InputError as error:  # raised in a worker, it would arrive inside a traceback
         return str(error)
-    except Exception as error:
-        return f"{source.name(index)} cannot be read: {one_line(error)}; remove it, or save it again"

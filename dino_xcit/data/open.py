@@ -14,6 +14,7 @@ from dino_xcit.data.folder import open_folder, open_list
 from dino_xcit.data.hf import is_folder_of_parquet, open_hf, open_parquet
 from dino_xcit.data.imagenet import open_imagenet
 from dino_xcit.data.sample import open_sample
+from dino_xcit.data.scenes import open_scenes
 from dino_xcit.data.source import MinimalSource, Source, Subset, completed, split_part
 from dino_xcit.data.tar import open_tar
 from dino_xcit.errors import InputError
@@ -21,7 +22,7 @@ from dino_xcit.runtime import logging as log
 
 FORMATS = (
     "a folder, a .txt list of paths, tar:PATTERN, parquet:PATTERN, hf:NAME_OR_DIR, imagenet:DIR, "
-    "sample:fashion-mnist, sample:fashion-mnist-full or torchvision:NAME"
+    "sample:fashion-mnist, sample:fashion-mnist-full, sample:scenes, sample:scene-objects or torchvision:NAME"
 )
 NAMED = ("sample:", "torchvision:", "imagenet:", "hf:")
 """Schemes of data sets with a training and a validation part."""
@@ -78,7 +79,7 @@ def open_source(url: str, part: str | None = None) -> Source:
         name, named = split_part(rest)
         chosen = named or part or "train"
         if scheme == "sample":
-            return open_sample(name, chosen)
+            return open_scenes(name, chosen) if name.startswith("scene") else open_sample(name, chosen)
         if scheme == "imagenet":
             return open_imagenet(name, chosen)
         from dino_xcit.data.torchvision_source import TorchvisionSource  # torchvision takes two seconds to import

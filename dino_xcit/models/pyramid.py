@@ -7,9 +7,11 @@ blocks, without a norm, are resampled to strides 4, 8, 16 and 32. Parameters hav
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dino_xcit.errors import InputError
@@ -23,7 +25,7 @@ class FeaturePyramid(nn.Module):
     """Map images [B, 3, height, width] of any size to maps of strides 4, 8, 16 and 32.
 
     A backbone with one stride (XCiT, vision transformers) gives the outputs of the blocks at 1/3, 1/2, 2/3 and the end
-    of its depth; a hierarchical timm model gives its own maps. Layers that only the class token uses are frozen.
+    of its depth; a hierarchical timm model gives its own maps. Layers that the maps do not use are frozen.
 
     Raises:
         InputError: the backbone is of another kind, or has no maps of these strides.
@@ -45,6 +47,7 @@ class FeaturePyramid(nn.Module):
             depth, (stride, width) = len(levels), levels[-1]
             if len(set(levels)) > 1:
                 self._choose_levels(levels)
+                self._freeze_unused()
                 return
         else:
             raise InputError(f"the backbone is a {type(backbone).__name__}, expected an XCiT, a ViT or a timm model")
@@ -53,6 +56,17 @@ class FeaturePyramid(nn.Module):
         self.layers = tuple(-(-depth * part // of) - 1 for part, of in ((1, 3), (1, 2), (2, 3), (1, 1)))
         self.widths = (width,) * len(STRIDES)
         self.fpn1, self.fpn2, self.fpn3, self.fpn4 = (_resampling(stride / wanted, width) for wanted in STRIDES)
+        if isinstance(backbone, TimmBackbone):
+            self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
+        """Freeze a timm model's parameters behind its maps: with several ranks, trained ones must have gradients."""
+        copied = copy.deepcopy(self).to("meta")  # computes shapes only
+        side = getattr(self.backbone.model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
+        maps = copied(torch.zeros(2, 3, side, side, device="meta")).values()
+        gradients = torch.autograd.grad([one.sum() for one in maps], [*copied.parameters()], allow_unused=True)
+        for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def _choose_levels(self, levels: list[tuple[int, int]]) -> None:
         """Take the last map of each stride of a hierarchical model."""

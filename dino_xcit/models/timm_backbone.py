@@ -50,9 +50,10 @@ class TimmBackbone(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
-        self._map_dim = int(model.num_features)  # type: ignore[arg-type]
+        self.map_dim = int(model.num_features)  # type: ignore[arg-type]
+        """Width of the patch tokens."""
         # Some convolutional networks widen the pooled map before their classifier.
-        self.embed_dim: int = getattr(self.model, "head_hidden_size", self._map_dim)
+        self.embed_dim: int = getattr(self.model, "head_hidden_size", self.map_dim)
 
     def forward(
         self, images: Tensor, layers: Sequence[int] = (), drop_path_keys: Tensor | None = None
@@ -108,7 +109,7 @@ class TimmBackbone(nn.Module):
 
     def _patches(self, features: Tensor, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if features.ndim == 4:
-            if features.shape[1] != self._map_dim:  # some hierarchical transformers keep [B, h, w, D]
+            if features.shape[1] != self.map_dim:  # some hierarchical transformers keep [B, h, w, D]
                 features = features.permute(0, 3, 1, 2)
             grid = (features.shape[2], features.shape[3])
             return features.flatten(2).transpose(1, 2), grid

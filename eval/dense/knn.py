@@ -16,7 +16,6 @@ the memory.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from torch.nn import functional as F
 
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
-from dino_xcit.data.masks import MaskSource, open_masks
+from dino_xcit.data.masks import IGNORE, MaskSource, open_masks
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.data.workers import choose_workers, each_image
 from dino_xcit.errors import InputError
@@ -48,20 +47,19 @@ from dino_xcit.weights import LoadedBackbone
 from eval.baselines import untrained
 from eval.dense.config import PatchKnnConfig
 from eval.dense.patches import patch_features, write_result
-from eval.miou import IGNORE, class_iou, confusion, mean_iou
-from eval.palette import colours, overlay
+from eval.miou import class_iou, confusion, mean_iou
+from eval.palette import Segmented, segmentation_sheet
 from eval.pooling import patch_size_of
 from eval.results import Metric, data_metadata, images_metadata
 from eval.search_index import DeviceIndex, search
 from eval.setup import open_weights
-from eval.sheet import Cell, draw_sheet
 from eval.table import table
 
 Rows = NDArray[np.float32]
 Mask = NDArray[np.uint8]
 
-SHOWN, CELL = 8, 320
-"""Images of the sheet, and their longer side in pixels."""
+SHOWN = 8
+"""Images of the sheet."""
 _NUMBERS_AT_ONCE = 1 << 26
 """Maximum number of similarities and of gathered shares in one search."""
 
@@ -71,7 +69,7 @@ def main() -> None:
     began = time.perf_counter()
     config = parse(PatchKnnConfig, sys.argv[1:], "python -m eval.dense knn")
     loaded, device = open_weights(config)
-    train, val = open_masks(config.data_path, config.layout, config.classes, config.ignore_label, config.num_workers)
+    train, val = open_masks(config)
     names, white_level = train.classes or (), config.white_level or loaded.transform.white_level
     transform = replace(loaded.transform, resize=config.size, crop=config.size, white_level=white_level)
     loaded = replace(loaded, transform=transform)
@@ -83,38 +81,36 @@ def main() -> None:
     models = [("trained", loaded.backbone)]
     if config.baselines:
         models.append(("untrained", untrained(loaded.arch).to(device)))
-    records: list[dict[str, Any]] = []
+    records: dict[str, dict[str, Any]] = {}
     for model, backbone in models:
         evaluation = Evaluation(config, model, backbone, transform, device, len(names))
         memory = evaluation.remember(train)
-        matrix, rows = evaluation.measure(val, memory)
+        matrix, shown = evaluation.measure(val, memory)
         ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(matrix)]
         iou = dict(zip(names, ious, strict=True))
-        records.append({"model": model, "miou": mean_iou(matrix), "patches": len(memory.shares), "iou": iou})
-        if rows and distributed.is_main():
-            atomic.write(Path(config.out), partial(draw_sheet(rows).save, format="PNG"))
+        records[model] = {"miou": mean_iou(matrix), "iou": iou, "patches": len(memory.shares)}
+        if shown and distributed.is_main():
+            atomic.write(Path(config.out), partial(segmentation_sheet(shown, names).save, format="PNG"))
             log.info(f"written: {config.out}")
     if not distributed.is_main():
         return
 
     # ---- report
     seconds = time.perf_counter() - began
-    cells = [[name, *(_shown(record["iou"][name]) for record in records)] for name in names]
-    cells.append(["mean IoU", *(_shown(record["miou"]) for record in records)])
-    log.info(table(["IoU %", *(record["model"] for record in records)], cells) + f"\n{seconds:.0f} s")
+    rows = [(name, [one["iou"][name] for one in records.values()]) for name in names]
+    rows.append(("mean IoU", [one["miou"] for one in records.values()]))
+    cells = [[name, *("-" if iou is None else f"{iou:.1f}" for iou in ious)] for name, ious in rows]
+    log.info(table(["IoU %", *records], cells) + f"\n{seconds:.0f} s")
     protocol = {name: getattr(config, name) for name in ("size", "memory", "k", "temperature", "seed", "precision")}
     protocol["name"] = "k-NN segmentation with patch features (Hummingbird, arXiv 2306.01667), square images"
     parts = (("train", train), ("val", val)) if config.json else ()
     data = {name: data_metadata(one, one.fingerprint()) | images_metadata(one) for name, one in parts}
     metrics = [
-        Metric(f"{one['model']} mIoU", {"model": one["model"]}, one["miou"], None, one["model"] != "trained")
-        for one in records
+        Metric(f"{model} mIoU", {"model": model}, one["miou"], None, model != "trained")
+        for model, one in records.items()
     ]
-    write_result(config, "dense knn", protocol, records, metrics, loaded, data, device, seconds)
-
-
-def _shown(iou: float | None) -> str:
-    return "-" if iou is None else f"{iou:.1f}"
+    results = records.pop("trained") | records
+    write_result(config, "dense knn", protocol, results, metrics, loaded, data, device, seconds)
 
 
 def demand_room(config: PatchKnnConfig, loaded: LoadedBackbone, train: MaskSource, device: torch.device) -> None:
@@ -196,12 +192,12 @@ def vote(features: Rows, memory: Memory, k: int, temperature: float) -> Tensor:
     return torch.cat(found)
 
 
-def draw_labels(shares: Tensor, height: int, width: int) -> NDArray[np.int64]:
+def draw_labels(shares: Tensor, height: int, width: int) -> Mask:
     """Enlarge class shares [h, w, K] bilinearly and return the classes with the largest, [height, width]."""
     present = shares.amax(dim=(0, 1)).nonzero()[:, 0]  # absent classes cannot win, and 150 large maps take gigabytes
     maps = shares[..., present].permute(2, 0, 1)[None]
     enlarged = F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)[0]
-    return present[enlarged.argmax(dim=0)].numpy()
+    return present[enlarged.argmax(dim=0)].numpy().astype(np.uint8)
 
 
 # ---- evaluation
@@ -242,18 +238,19 @@ class Evaluation:
         # On a CPU, too: for these sizes PyTorch's product and topk take a quarter of the time of faiss's search.
         return Memory(DeviceIndex(rows, self.device), torch.from_numpy(labels))
 
-    def measure(self, val: MaskSource, memory: Memory) -> tuple[NDArray[np.int64], list[list[Cell]]]:
-        """Return the confusion matrix [K, K] of all validation images, and rows of a sheet of some of them."""
-        matrix, rows = np.zeros((self.classes, self.classes), dtype=np.int64), []
+    def measure(self, val: MaskSource, memory: Memory) -> tuple[NDArray[np.int64], list[Segmented]]:
+        """Return the confusion matrix [K, K] of all validation images, and some of the images for a sheet."""
+        matrix, shown = np.zeros((self.classes, self.classes), dtype=np.int64), []
         drawn = evenly_spaced(len(val), SHOWN) if self.config.out and self.model == "trained" else []
         for index, features, mask in self._features(val):
             shares = vote(features.flatten(0, 1).numpy(), memory, self.config.k, self.config.temperature)
             labels = draw_labels(shares.unflatten(0, features.shape[:2]), *mask.shape)
             matrix += confusion(labels, mask, self.classes)
             if index in drawn:
-                rows.append(self._cells(val, index, labels, mask))
-        parts = distributed.gather_objects((matrix, rows))
-        return np.sum([part for part, _ in parts], axis=0), [row for _, more in parts for row in more]
+                image = decode(val.read(index)[0], val.name(index), self.transform.white_level)
+                shown.append(Segmented(val.name(index), image, {"prediction": labels, "mask": mask}))
+        parts = distributed.gather_objects((matrix, shown))
+        return np.sum([part for part, _ in parts], axis=0), [one for _, more in parts for one in more]
 
     def _features(self, source: MaskSource) -> Iterator[tuple[int, Tensor, Mask]]:
         """Yield this rank's images: index, features [h, w, D] on the CPU, and mask, in its own size."""
@@ -271,18 +268,6 @@ class Evaluation:
                 pixels, mask = found[0][None].to(self.device), np.asarray(found[1])  # workers send tensors
                 yield index, patch_features(self.backbone, pixels, self.transform, self.config.precision)[0].cpu(), mask
                 bar.update()
-
-    def _cells(self, source: MaskSource, index: int, labels: NDArray[np.int64], mask: Mask) -> list[Cell]:
-        """Return a row of the sheet: an image, its prediction, and its mask."""
-        image = decode(source.read(index)[0], source.name(index), self.transform.white_level)
-        image.thumbnail((CELL, CELL))
-        cells = [Cell(image, os.path.basename(source.name(index)), "")]
-        matrix = confusion(labels, mask, self.classes)
-        notes = (f"mIoU {mean_iou(matrix):.0f} %" if matrix.any() else "no scored pixels", "")
-        for title, one, note in zip(("prediction", "mask"), (labels.astype(np.uint8), mask), notes, strict=True):
-            small = Image.fromarray(one).resize(image.size, Image.Resampling.NEAREST)
-            cells.append(Cell(overlay(image, np.asarray(small), colours(self.classes), IGNORE), title, note))
-        return cells
 
 
 def _read(source: MaskSource, index: int, side: int, transform: EvalTransform) -> tuple[Tensor, Mask] | str:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -191,10 +191,10 @@ def _files(folder: Path, *suffixes: str) -> tuple[Path, ...]:
 def _size(path: Path) -> tuple[int, int]:
     """Return width and height of an upright image."""
     try:
-        return read_header(path.read_bytes()).size
-    except OSError as error:
-        cause = "it is no image" if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise InputError(f"{path} cannot be read: {cause}; replace it") from error
+        return read_header(path.read_bytes(), str(path)).size
+    except (OSError, UndecodableImage) as error:
+        cause = error.cause if isinstance(error, UndecodableImage) else one_line(error)
+        raise InputError(f"{path} cannot be read: {cause}; replace it") from None
 
 
 def read_labels(path: Path) -> Labels:
@@ -340,7 +340,8 @@ def report(
     protocol = {name: getattr(config, name) for name in settings} | {"name": "DAVIS 2017, labels propagated as in DINO"}
     frames = [f"{video.name}/{frame.name}" for video in videos for frame in video.frames]
     data = {"val": {"url": config.data_path, "images": len(frames), "names": hash_lines(frames)}}
-    results = {"videos": rows, "objects": {name: scores[name] for name in rows if name != overall}}
+    mean = rows.pop(overall)
+    results = mean | {"videos": rows, "objects": {name: scores[name] for name in rows}}
     write_result(config, "dense video", protocol, results, metrics, loaded, data, device, seconds)
 
 

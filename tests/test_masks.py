@@ -1,0 +1,147 @@
+"""Images with masks: layouts, pairing by name, labels, and data that is refused before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mask_fixtures import NAMES, save_mask, scene, shapes
+from PIL import Image
+
+from dino_xcit.data import Source
+from dino_xcit.data.masks import MaskSource, open_masks
+from dino_xcit.data.source import identity
+from dino_xcit.errors import InputError
+from downstream.segment_config import SegmentConfig
+
+
+def config_of(data: Path, **changes: Any) -> SegmentConfig:
+    return SegmentConfig(data_path=str(data), num_workers=0, **changes)
+
+
+def size_of(source: MaskSource, index: int) -> tuple[int, int]:
+    with Image.open(source.images[index]) as image:
+        return image.height, image.width
+
+
+@pytest.mark.parametrize("layout", ["folder", "parts", "voc", "ade20k"])
+def test_all_layouts_give_the_same_masks(tmp_path: Path, layout: str) -> None:
+    train, val = open_masks(config_of(shapes(tmp_path, layout, train=3, val=2)))
+    assert isinstance(train, Source)
+    assert (len(train), len(val)) == (3, 2)
+    rng = np.random.default_rng(7)
+    for source, count in ((train, 3), (val, 2)):
+        for index in range(count):
+            _, expected = scene(rng, 64 + int(rng.integers(0, 9)), 64 + int(rng.integers(0, 9)))
+            np.testing.assert_array_equal(source.mask(index, expected.shape), expected)
+            assert Path(source.name(index)).stem == Path(source.masks[index]).stem == source.names[index]
+    known = {"voc": 21, "ade20k": 150}.get(layout, 4)
+    assert train.classes is not None
+    assert train.classes == val.classes
+    assert len(train.classes) == known
+    assert train.classes[:2] == {"voc": ("background", "aeroplane"), "ade20k": ("1", "2")}.get(layout, NAMES[:2])
+    assert identity(train) != identity(val)
+
+
+def test_classes_are_counted_in_all_training_masks_or_given(tmp_path: Path) -> None:
+    root = shapes(tmp_path, names=False)
+    train, _ = open_masks(config_of(root))
+    assert train.classes == ("0", "1", "2", "3")
+    train, _ = open_masks(config_of(root, classes=9))
+    assert train.classes == tuple(map(str, range(9)))
+    last = train.masks[-1]
+    save_mask(Path(last), np.where(np.asarray(Image.open(last)) == 3, 7, np.asarray(Image.open(last))).astype(np.uint8))
+    train, _ = open_masks(config_of(root))
+    assert train.classes == tuple(map(str, range(8)))
+
+
+def test_an_ignored_label_may_be_any(tmp_path: Path) -> None:
+    root = shapes(tmp_path, train=2, val=1)
+    for path in root.glob("masks/*/*.png"):
+        stored = np.asarray(Image.open(path))
+        save_mask(path, np.where(stored == 255, 200, stored).astype(np.uint8))
+    train, _ = open_masks(config_of(root, ignore_label=200))
+    found = train.mask(0, size_of(train, 0))
+    assert set(np.unique(found)) <= {0, 1, 2, 3, 255}
+    assert (found == 255).any()
+
+
+def test_the_size_of_a_turned_photo_is_the_upright_one(tmp_path: Path) -> None:
+    root = shapes(tmp_path, train=2, val=1)
+    image, mask = scene(np.random.default_rng(0), 40, 70)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(root / "images/train/train_000.jpg", exif=exif)
+    save_mask(root / "masks/train/train_000.png", mask)
+    train, _ = open_masks(config_of(root))
+    np.testing.assert_array_equal(train.mask(0, (40, 70)), mask)
+
+
+Damage = Callable[[Path], object]
+FIRST = "masks/train/train_000.png"
+
+
+def saved(mode: str, file: str = FIRST, suffix: str = "png") -> Damage:
+    return lambda root: Image.new(mode, (64, 64)).save((root / file).with_suffix(f".{suffix}"))
+
+
+def relabelled(label: int, file: str = FIRST) -> Damage:
+    def change(root: Path) -> None:
+        stored = np.array(Image.open(root / file))
+        stored[5, 5] = label
+        save_mask(root / file, stored)
+
+    return change
+
+
+def all_of(part: str, label: int) -> Damage:
+    def change(root: Path) -> None:
+        for path in (root / "masks" / part).iterdir():
+            save_mask(path, np.full_like(np.asarray(Image.open(path)), label))
+
+    return change
+
+
+BAD: dict[str, tuple[Damage, str]] = {
+    "another size": (lambda root: save_mask(root / FIRST, np.zeros((30, 40), dtype=np.uint8)), "000.png has 40 x 30"),
+    "unknown label": (relabelled(9), r"000.png has the label 9, expected 0 to 3, or 255"),
+    "unknown label in val": (relabelled(4, "masks/val/val_001.png"), r"val_001.png has the label 4"),
+    "colours": (saved("RGB"), r"000.png cannot be read: its format is RGB"),
+    "16 bits": (saved("I;16"), r"000.png cannot be read: its format is I;16"),
+    "truncated": (lambda root: (root / FIRST).write_bytes((root / FIRST).read_bytes()[:150]), "000.png cannot"),
+    "image without mask": (lambda root: (root / FIRST).unlink(), r"1 image of .* without mask, the first is train_000"),
+    "masks without image": (
+        lambda root: [(root / f"images/val/val_00{number}.jpg").unlink() for number in (1, 2)],
+        r"2 masks of .* \(val\) without image, the first is val_001",
+    ),
+    "two images of a name": (saved("RGB", "images/train/train_001.jpg"), "same name"),
+    "no val part": (lambda root: (root / "images/val").rename(root / "images/test"), "has no images/val"),
+    "no training part": (lambda root: (root / "images").rename(root / "photos"), "the folders images/training"),
+    "damaged image": (lambda root: (root / "images/train/train_000.jpg").write_bytes(b"?"), "000.jpg cannot be read"),
+    "names of other classes": (lambda root: (root / "classes.txt").write_text("a\nb\n"), "label [23], expected 0 to 1"),
+    "one class": (
+        lambda root: [all_of("train", 0)(root), (root / "classes.txt").unlink()], "1 class besides the ignored label",
+    ),
+    "nothing to score": (all_of("val", 255), "all pixels of the masks of .*val are ignored"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    damage, words = BAD[case]
+    damage(shapes(tmp_path, train=3, val=3))
+    with pytest.raises(InputError, match=words):
+        open_masks(config_of(tmp_path))
+
+
+def test_settings_that_contradict_the_data(tmp_path: Path) -> None:
+    root = shapes(tmp_path, train=2, val=1)
+    with pytest.raises(InputError, match=r"classes is 7, but .* has names of 4"):
+        open_masks(config_of(root, classes=7))
+    with pytest.raises(InputError, match="expected the folders JPEGImages"):
+        open_masks(config_of(root, layout="voc"))
+    with pytest.raises(InputError, match="no data given"):
+        open_masks(SegmentConfig())
