@@ -365,7 +365,7 @@ class Supervised(Method):
         raise NotImplementedError
 
     def forward_backward(self, batch: Any, rates: Rates) -> tuple[Tensor, Stats]:
-        with self.autocast():
+        with autocast(self.config, self.device):
             loss, stats = self.loss(batch, rates)
         (loss * rates.loss_scale).backward()
         return loss.detach(), stats
@@ -394,10 +394,11 @@ class Supervised(Method):
         if self._average:
             self.evaluated.load_state_dict(state["average"])
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Return the context of the run's precision."""
-        dtype = choose_precision(self.config.precision, self.device)
-        return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype)
+
+def autocast(config: DownstreamConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of the run's precision."""
+    dtype = choose_precision(config.precision, device)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
 
 
 def stop_diverged(state: TrainState, config: DownstreamConfig, sampler: StepSampler) -> RunStopped:

@@ -149,6 +149,24 @@ def open_list(file: str, url: str) -> FileSource:
     return FileSource(url, folder, index)
 
 
+def open_files(paths: Iterable[str]) -> FileSource:
+    """Open image files, and folders of images without their classes.
+
+    Raises:
+        InputError: A path does not exist, or a folder contains no image.
+    """
+    names: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            folder = open_folder(path, path)
+            names += map(folder.name, range(len(folder)))
+        elif os.path.isfile(path):
+            names.append(path)
+        else:
+            raise InputError(f"no image at {path!r}: there is no such file or folder; check the path")
+    return FileSource(" ".join(paths), "", Index({}, {"name": Strings.pack(names)}))
+
+
 class _Found:
     """Paths of images below a root, with slashes, and counts of skipped files."""
 

@@ -134,6 +134,9 @@ class BatchDataset(Dataset[BatchT]):
     def compile(self) -> None:
         """Compile what the workers run; called once, before they start."""
 
+    def check(self, index: int, pixels: NDArray[np.uint8]) -> None:
+        """Raise UndecodableImage if the pixels do not fit the targets of image ``index``; it is then replaced."""
+
     def read(
         self, epoch: int, index: int, unreadable: list[Unreadable], spent: NDArray[np.float64]
     ) -> tuple[int, int | None, NDArray[np.uint8]] | UndecodableImage:
@@ -154,6 +157,7 @@ class BatchDataset(Dataset[BatchT]):
                 item, label = self.source.read(candidate)
                 read = time.perf_counter()
                 pixels = decode_pixels(item, self.source.name(candidate), self.white_level)
+                self.check(candidate, pixels)
             except InputError as error:
                 cause = error.cause if isinstance(error, UndecodableImage) else str(error)
                 bad.append(Unreadable(candidate, self.source.name(candidate), cause, epoch))
