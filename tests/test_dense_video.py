@@ -187,9 +187,11 @@ def test_objects_with_distinct_colours_are_followed(davis_folder: Path) -> None:
         scores = video.follow(one, loaded, config, torch.device("cpu"), lambda: None)
         assert scores.keys() == {1, 2}
         assert min(value for pair in scores.values() for value in pair) > 85, scores
-    config = VideoConfig(data_path=str(davis_folder), size=SIDE, radius=0)
-    still = video.follow(cat, loaded, config, torch.device("cpu"), lambda: None)
-    assert max(region for region, _ in still.values()) < 85, "labels must not move without neighbours"
+    # The squares move by a patch a frame: over one row and column, labels must come from the previous frames.
+    for radius, previous, arrives in ((0, 7, False), (1, 0, False), (1, 1, True)):
+        config = VideoConfig(data_path=str(davis_folder), size=SIDE, radius=radius, previous=previous)
+        regions = [pair[0] for pair in video.follow(cat, loaded, config, torch.device("cpu"), lambda: None).values()]
+        assert (min(regions) > 85) == (max(regions) > 85) == arrives
 
 
 def test_davis_command_writes_results_masks_and_animation(davis_folder: Path, track: Command, tmp_path: Path) -> None:
