@@ -1,6 +1,6 @@
 """Time and memory of one training step of Mask R-CNN by image size: XCiT-S12/8, timm's XCiT-S12/8, ViT-S/8.
 
-    python benchmarks/downstream.py [--device cpu|cuda] [--sizes 512 1024 1536] [--batch 1] [--memory 20] [--quick]
+    python benchmarks/detection.py [--device cpu|cuda] [--sizes 512 1024 1536] [--batch 1] [--memory 20] [--quick]
 
 A step is the forward pass with all losses, the backward pass and AdamW, in float32 or bfloat16, on random square images
 with ten objects. All three networks go through the feature pyramid and the detector of run_detect.py. Each row runs in
