@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from dino_xcit import loop
+from dino_xcit.data.masks import open_masks
 from dino_xcit.loop import Job
 from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import new_state
 from downstream import segmentation
-from downstream.masks import open_masks
 from downstream.results import write_result
 from downstream.segmentation import Predictor, Score, Segmentation, Segmenter, TrainingImages
 from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged

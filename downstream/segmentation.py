@@ -28,6 +28,7 @@ from dino_xcit.config import StateField
 from dino_xcit.data import storage
 from dino_xcit.data.decode import decode
 from dino_xcit.data.folder import open_folder
+from dino_xcit.data.masks import IGNORE, MaskSource
 from dino_xcit.data.source import Source, evenly_spaced
 from dino_xcit.data.workers import choose_workers, each_image
 from dino_xcit.errors import InputError
@@ -41,10 +42,9 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted, progress_bar
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
 from downstream.config import SCRATCH
-from downstream.masks import MaskSource
 from downstream.segment_config import SegmentConfig
 from downstream.supervised import Start, Supervised, SupervisedBatch, SupervisedDataset
-from eval.miou import IGNORE, confusion, mean_iou, pixel_accuracy
+from eval.miou import confusion, mean_iou, pixel_accuracy
 from eval.palette import Segmented, colours, segmentation_sheet
 from eval.pooling import autocast, patch_size_of
 

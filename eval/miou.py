@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dino_xcit.data.masks import IGNORE
 from dino_xcit.errors import InputError
-
-IGNORE = 255
-"""Default label of pixels that are not scored."""
 
 
 def confusion(

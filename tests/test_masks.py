@@ -12,9 +12,9 @@ from mask_fixtures import NAMES, save_mask, scene, shapes
 from PIL import Image
 
 from dino_xcit.data import Source
+from dino_xcit.data.masks import open_masks
 from dino_xcit.data.source import identity
 from dino_xcit.errors import InputError
-from downstream.masks import open_masks
 from downstream.segment_config import SegmentConfig
 
 

@@ -16,8 +16,8 @@ import run_segment
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.state import hash_content
 from dino_xcit.data.decode import UndecodableImage
+from dino_xcit.data.masks import open_masks
 from dino_xcit.transform import EvalTransform
-from downstream.masks import open_masks
 from downstream.segment_config import RECIPES, SegmentConfig
 from downstream.segmentation import TrainingImages
 from eval.miou import confusion, mean_iou

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino_xcit.data.masks import open_masks
 from dino_xcit.models import build_backbone
 from dino_xcit.transform import EvalTransform
-from downstream.masks import open_masks
 from downstream.segment_config import SegmentConfig
 from downstream.segmentation import Predictor, Segmenter, SemanticFPN, TrainingImages, UperNet, scaled_size
 from downstream.supervised import seed_everything

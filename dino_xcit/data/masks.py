@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,9 @@ from dino_xcit.data.workers import choose_workers, each_image
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.logging import counted, progress_bar
-from downstream.segment_config import SegmentConfig
-from eval.miou import IGNORE
 
+IGNORE = 255
+"""Label of pixels without a class."""
 MAX_CLASSES = 254
 _UNKNOWN = 254
 """Marks labels that are neither a class nor ignored."""
@@ -58,6 +58,21 @@ LAYOUTS = (
     Layout("folder", "images/{}", "masks/{}"),
     Layout("folder", "{}/images", "{}/masks"),
 )
+
+
+class MaskSettings(Protocol):
+    """Settings of a command that opens images with masks."""
+
+    @property
+    def data_path(self) -> str: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def ignore_label(self) -> int: ...
+    @property
+    def num_workers(self) -> int: ...
 
 
 @dataclass(eq=False)
@@ -128,7 +143,7 @@ class MaskSource:
         return table
 
 
-def open_masks(config: SegmentConfig) -> tuple[MaskSource, MaskSource]:
+def open_masks(config: MaskSettings) -> tuple[MaskSource, MaskSource]:
     """Open the training and the validation part of ``config.data_path``, and check all masks.
 
     Rank 0 reads every mask once; all ranks call this.

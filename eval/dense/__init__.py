@@ -1,0 +1,1 @@
+"""Evaluation of frozen patch features without training: k-NN segmentation and label propagation in videos."""
