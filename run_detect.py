@@ -4,15 +4,15 @@
     python run_detect.py --recipe own-data --weights ckpt.pth --data-path my_coco/
     python run_detect.py --weights runs/detector/checkpoint.pth --predict photos/ --out found/
 
-The loop is in dino_xcit/loop.py; the network and its scores are in downstream/detection.py, the data set is in
-downstream/coco.py.
+The loop is in dino_xcit/loop.py; the network and its scores are in supervised/detection.py, the data set is in
+supervised/coco.py.
 """
 
 from __future__ import annotations
 
 from dino_xcit.cli import check_flags  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
 from dino_xcit.recipes import parse_run
-from downstream.detect_config import DEFAULT_RECIPE, RECIPES, DetectConfig
+from supervised.detect_config import DEFAULT_RECIPE, RECIPES, DetectConfig
 
 if __name__ == "__main__":
     check_flags(DetectConfig, "run_detect.py")
@@ -34,14 +34,14 @@ from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.train import new_state
-from downstream.coco import JsonObject, find_part, mask_library, open_coco
-from downstream.detection import CocoScores, Detection, DetectionImages, build_detector, open_detector
-from downstream.drawing import CELL, above, cell_of, draw, write_image, write_sheet
-from downstream.results import write_result
-from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged
 from eval.results import data_metadata, images_metadata
 from eval.setup import demand_writable
 from eval.sheet import Cell
+from supervised.coco import JsonObject, find_part, mask_library, open_coco
+from supervised.detection import CocoScores, Detection, DetectionImages, build_detector, open_detector
+from supervised.drawing import CELL, above, cell_of, draw, write_image, write_sheet
+from supervised.method import build_schedules, open_start, output_folder, set_up, stop_diverged
+from supervised.results import write_result
 
 SHOWN = 12
 """Images in a sheet."""

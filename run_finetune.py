@@ -5,14 +5,14 @@
     torchrun --nproc-per-node 8 run_finetune.py --recipe xcit-supervised-400ep --weights none \\
         --arch xcit_small_12_p16 --data-path /data/imagenet
 
-The loop is in dino_xcit/loop.py; the augmentation, the network and the loss are in downstream/classification.py.
+The loop is in dino_xcit/loop.py; the augmentation, the network and the loss are in supervised/classification.py.
 """
 
 from __future__ import annotations
 
 from dino_xcit.cli import check_flags  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
 from dino_xcit.recipes import parse_run
-from downstream.finetune_config import DEFAULT_RECIPE, RECIPES, FinetuneConfig
+from supervised.finetune_config import DEFAULT_RECIPE, RECIPES, FinetuneConfig
 
 if __name__ == "__main__":
     check_flags(FinetuneConfig, "run_finetune.py")
@@ -29,12 +29,12 @@ from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import new_state
-from downstream.classification import Accuracy, Classification, Classifier, ImageNetStyle, share_of
-from downstream.results import write_result
-from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged
 from eval.results import data_metadata, images_metadata, metric
 from eval.stats import correct, top_accuracies
 from eval.table import percent
+from supervised.classification import Accuracy, Classification, Classifier, ImageNetStyle, share_of
+from supervised.method import build_schedules, open_start, output_folder, set_up, stop_diverged
+from supervised.results import write_result
 
 
 def main() -> None:

@@ -5,14 +5,14 @@
         --batch-size-per-gpu 2
     python run_segment.py --predict photos/ --weights street/own-data/checkpoint.pth
 
-The loop is in dino_xcit/loop.py; heads, augmentation and evaluation are in downstream/segmentation.py.
+The loop is in dino_xcit/loop.py; heads, augmentation and evaluation are in supervised/segmentation.py.
 """
 
 from __future__ import annotations
 
 from dino_xcit.cli import check_flags  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
 from dino_xcit.recipes import parse_run
-from downstream.segment_config import DEFAULT_RECIPE, RECIPES, SegmentConfig
+from supervised.segment_config import DEFAULT_RECIPE, RECIPES, SegmentConfig
 
 if __name__ == "__main__":
     check_flags(SegmentConfig, "run_segment.py")
@@ -32,14 +32,14 @@ from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import new_state
-from downstream import segmentation
-from downstream.results import write_result
-from downstream.segmentation import Predictor, Score, Segmentation, Segmenter, TrainingImages
-from downstream.supervised import build_schedules, open_start, output_folder, set_up, stop_diverged
 from eval.miou import class_iou, mean_iou, pixel_accuracy
 from eval.results import data_metadata, images_metadata
 from eval.setup import demand_writable
 from eval.table import percent, table
+from supervised import segmentation
+from supervised.method import build_schedules, open_start, output_folder, set_up, stop_diverged
+from supervised.results import write_result
+from supervised.segmentation import Predictor, Score, Segmentation, Segmenter, TrainingImages
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from dino_xcit.errors import PREEMPTED, STOP_SIGNALS, InputError, one_line, run_
 class LaunchConfig:
     """Submit a runner as a Slurm job. The flags of the runner are accepted as well."""
 
-    run: Literal["pretrain", "knn", "linear", "extract", "retrieval"] = "pretrain"
-    """Command to run: run_pretrain.py, run_knn.py, run_linear.py, run_extract.py or run_retrieval.py."""
+    run: Literal["pretrain", "knn", "linear", "extract", "retrieval", "finetune", "detect", "segment"] = "pretrain"
+    """Command to run: run_pretrain.py, run_knn.py, run_finetune.py ..."""
     nodes: Annotated[int, Ge(1)] = 1
     """Number of nodes."""
     gpus_per_node: Annotated[int, Ge(0)] = 1
@@ -56,9 +56,14 @@ def main() -> None:
     from dino_xcit.recipes import parse_pretrain
     from eval.config import KnnConfig, LinearConfig
     from eval.retrieval_config import ExtractConfig, RetrievalConfig
+    from supervised.detect_config import DetectConfig
+    from supervised.finetune_config import FinetuneConfig
+    from supervised.segment_config import SegmentConfig
 
-    evaluators = {"knn": KnnConfig, "linear": LinearConfig, "extract": ExtractConfig, "retrieval": RetrievalConfig}
-    configs: dict[str, Any] = {"pretrain": PretrainConfig, **evaluators}
+    configs: dict[str, Any] = {
+        "pretrain": PretrainConfig, "knn": KnnConfig, "linear": LinearConfig, "extract": ExtractConfig,
+        "retrieval": RetrievalConfig, "finetune": FinetuneConfig, "detect": DetectConfig, "segment": SegmentConfig,
+    }  # fmt: skip
     runner_flags = {name for config in configs.values() for name in annotations_of(config)}
     launch, words = parse_known(LaunchConfig, sys.argv[1:], "run_slurm.py", runner_flags)
     if launch.run == "pretrain":

@@ -75,9 +75,18 @@ def main() -> None:
         run("run_finetune.py", *FINETUNE, *given[:2], *seed, *again, "--output-dir", out / "finetune")
         found = {"knn_segmentation": knn} | {
             row: out / name / "results.json"
-            for row, name in (("linear_segmentation", "segment"), ("detection", "detect"), ("finetune_10pct", "finetune"))
+            for row, name in (
+                ("linear_segmentation", "segment"),
+                ("detection", "detect"),
+                ("finetune_10pct", "finetune"),
+            )
         }
-        keys = {"knn_segmentation": "miou", "linear_segmentation": "miou", "detection": "box_ap50", "finetune_10pct": "top1"}
+        keys = {
+            "knn_segmentation": "miou",
+            "linear_segmentation": "miou",
+            "detection": "box_ap50",
+            "finetune_10pct": "top1",
+        }
         for row, file in found.items():
             rows[row][model] = round(float(json.loads(file.read_text())["results"][keys[row]]), 2)
     seconds = time.perf_counter() - started

@@ -15,6 +15,8 @@ def _program(module: str) -> Callable[[], None]:
 
 pretrain = _program("run_pretrain")
 finetune = _program("run_finetune")
+detect = _program("run_detect")
+segment = _program("run_segment")
 knn = _program("run_knn")
 linear = _program("run_linear")
 extract = _program("run_extract")

@@ -16,8 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dino_xcit.errors import InputError
-from downstream.coco import CocoSource, decode_masks, find_part, mask_library, open_coco
-from downstream.detection import average_precisions
+from supervised.coco import CocoSource, decode_masks, find_part, mask_library, open_coco
+from supervised.detection import average_precisions
 
 Change = Callable[[list[Content]], object]
 

@@ -19,9 +19,9 @@ from dino_xcit.data.decode import decode_pixels
 from dino_xcit.models import build_backbone
 from dino_xcit.optim import Rates
 from dino_xcit.transform import WHITE, EvalTransform
-from downstream.coco import CocoSource, corners, decode_masks, find_part, open_coco
-from downstream.detect_config import DetectConfig
-from downstream.detection import AlignedPool, Anchors, Batching, Detection, DetectionImages, Detector, build_detector
+from supervised.coco import CocoSource, corners, decode_masks, find_part, open_coco
+from supervised.detect_config import DetectConfig
+from supervised.detection import AlignedPool, Anchors, Batching, Detection, DetectionImages, Detector, build_detector
 
 CPU = torch.device("cpu")
 STILL = ("--crop-probability", "0", "--flip", "0")

@@ -18,9 +18,9 @@ from dino_xcit import safe_load
 from dino_xcit.checkpoint.state import hash_content
 from dino_xcit.errors import InputError
 from dino_xcit.weights import load_backbone
-from downstream.classification import Classifier, share_of
-from downstream.finetune_config import RECIPES, FinetuneConfig
 from eval.compare import main as compare_main
+from supervised.classification import Classifier, share_of
+from supervised.finetune_config import RECIPES, FinetuneConfig
 
 QUICK = ("--device", "cpu", "--num-workers", 0, "--batch-size-per-gpu", 8, "--epochs", 2, "--warmup-epochs", 0)
 """84 images: 10 steps an epoch."""
@@ -29,7 +29,7 @@ QUICK = ("--device", "cpu", "--num-workers", 0, "--batch-size-per-gpu", 8, "--ep
 @pytest.fixture(autouse=True)
 def _keep_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of kernels would affect all later tests."""
-    monkeypatch.setattr("downstream.supervised.choose_kernels", lambda *_: None)
+    monkeypatch.setattr("supervised.method.choose_kernels", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

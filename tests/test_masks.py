@@ -15,7 +15,7 @@ from dino_xcit.data import Source
 from dino_xcit.data.masks import open_masks
 from dino_xcit.data.source import identity
 from dino_xcit.errors import InputError
-from downstream.segment_config import SegmentConfig
+from supervised.segment_config import SegmentConfig
 
 
 def config_of(data: Path, **changes: Any) -> SegmentConfig:

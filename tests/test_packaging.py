@@ -37,7 +37,7 @@ def test_requirements_file_equals_package_dependencies() -> None:
 
 
 def test_package_list_equals_code_folders() -> None:
-    modules = [path for top in ("dino_xcit", "downstream", "eval") for path in (ROOT / top).rglob("*.py")]
+    modules = [path for top in ("dino_xcit", "supervised", "eval") for path in (ROOT / top).rglob("*.py")]
     folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in modules}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
 
@@ -92,7 +92,7 @@ def test_no_function_is_longer_than_80_lines() -> None:
 
 
 def test_package_does_not_import_evaluators_or_runners() -> None:
-    above = "|".join(("downstream", "eval", *(path.stem for path in ROOT.glob("run_*.py"))))
+    above = "|".join(("supervised", "eval", *(path.stem for path in ROOT.glob("run_*.py"))))
     imports = re.compile(rf"^\s*(from|import) ({above})\b", re.M)
     assert imports.search("if x:\n    from eval.knn import y")
     assert [file for file in (ROOT / "dino_xcit").rglob("*.py") if imports.search(file.read_text())] == []

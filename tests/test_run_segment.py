@@ -18,9 +18,9 @@ from dino_xcit.checkpoint.state import hash_content
 from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.masks import open_masks
 from dino_xcit.transform import EvalTransform
-from downstream.segment_config import RECIPES, SegmentConfig
-from downstream.segmentation import TrainingImages
 from eval.miou import confusion, mean_iou
+from supervised.segment_config import RECIPES, SegmentConfig
+from supervised.segmentation import TrainingImages
 
 NEW = ("--weights", "none", "--arch", "xcit_pico_4_p8")
 SMALL = (

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from dino_xcit.data.masks import open_masks
 from dino_xcit.models import build_backbone
 from dino_xcit.transform import EvalTransform
-from downstream.segment_config import SegmentConfig
-from downstream.segmentation import Predictor, Segmenter, SemanticFPN, TrainingImages, UperNet, scaled_size
-from downstream.supervised import seed_everything
+from supervised.method import seed_everything
+from supervised.segment_config import SegmentConfig
+from supervised.segmentation import Predictor, Segmenter, SemanticFPN, TrainingImages, UperNet, scaled_size
 
 CPU = torch.device("cpu")
 SMALL = {"classes": 5, "head_width": 8, "fpn_width": 8, "num_workers": 0, "short_side": 64, "crop_size": 48}
@@ -191,5 +191,5 @@ def test_labels_are_the_largest_score_at_the_original_size() -> None:
 
 
 def test_many_classes_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("downstream.segmentation._CLASSES_AT_ONCE", 3)
+    monkeypatch.setattr("supervised.segmentation._CLASSES_AT_ONCE", 3)
     test_labels_are_the_largest_score_at_the_original_size()

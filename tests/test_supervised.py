@@ -20,8 +20,8 @@ from dino_xcit.methods.method import Stats
 from dino_xcit.models import build_backbone
 from dino_xcit.optim import Rates, set_rates
 from dino_xcit.train import TrainState, new_state, train_step
-from downstream.config import DownstreamConfig
-from downstream.supervised import (
+from supervised.config import DownstreamConfig
+from supervised.method import (
     Supervised,
     SupervisedBatch,
     SupervisedDataset,

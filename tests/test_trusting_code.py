@@ -41,7 +41,7 @@ def test_lines_that_trust_detects_unsafe_load_arguments(planted: str) -> None:
 def test_source_code_has_no_unsafe_load_arguments() -> None:
     files = [
         path
-        for folder in ("dino_xcit", "downstream", "eval", "benchmarks", "tools")
+        for folder in ("dino_xcit", "supervised", "eval", "benchmarks", "tools")
         for path in (ROOT / folder).rglob("*.py")
     ]
     files += ROOT.glob("run_*.py")

@@ -27,7 +27,7 @@ def test_wheel_installs_and_runs_in_fresh_environment(tmp_path: Path, monkeypatc
     source.mkdir()
     for path in (*ROOT.glob("run_*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))):
         shutil.copy(path, source)
-    for package in ("dino_xcit", "downstream", "eval"):
+    for package in ("dino_xcit", "supervised", "eval"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)

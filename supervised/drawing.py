@@ -14,8 +14,8 @@ from torchvision.utils import draw_bounding_boxes
 
 from dino_xcit.runtime import atomic
 from dino_xcit.transform import to_tensor
-from downstream.coco import JsonObject, corners, decode_masks
 from eval.sheet import Cell, draw_sheet
+from supervised.coco import JsonObject, corners, decode_masks
 
 CELL = 320
 """Longer side of an image in a sheet, in pixels."""

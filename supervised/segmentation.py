@@ -41,12 +41,12 @@ from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted, progress_bar
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
-from downstream.config import SCRATCH
-from downstream.segment_config import SegmentConfig
-from downstream.supervised import Start, Supervised, SupervisedBatch, SupervisedDataset
 from eval.miou import confusion, mean_iou, pixel_accuracy
 from eval.palette import Segmented, colours, segmentation_sheet
 from eval.pooling import autocast, patch_size_of
+from supervised.config import SCRATCH
+from supervised.method import Start, Supervised, SupervisedBatch, SupervisedDataset
+from supervised.segment_config import SegmentConfig
 
 AUXILIARY = 2
 """Level of the feature pyramid that the auxiliary head reads: stride 16."""

@@ -35,7 +35,7 @@ from dino_xcit.train import TrainState, choose_kernels
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, StoredWeights, hash_state, read_weights
 from dino_xcit.weights.locate import is_remote
-from downstream.config import SCRATCH, DownstreamConfig
+from supervised.config import SCRATCH, DownstreamConfig
 
 Config = TypeVar("Config", bound=DownstreamConfig)
 JsonObject = dict[str, object]

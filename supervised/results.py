@@ -12,9 +12,9 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState
 from dino_xcit.transform import EvalTransform
-from downstream.config import DownstreamConfig
-from downstream.supervised import Start
 from eval.results import JsonObject, Metric, Result, device_name, now, transform_metadata, versions, write_json
+from supervised.config import DownstreamConfig
+from supervised.method import Start
 
 
 def write_result(

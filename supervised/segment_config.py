@@ -11,7 +11,7 @@ from dino_xcit.bounds import FilePath, Group, refuse_changed, shown
 from dino_xcit.config import ResumeSafe, StateField
 from dino_xcit.errors import InputError
 from dino_xcit.recipes import Recipe
-from downstream.config import DownstreamConfig
+from supervised.config import DownstreamConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dino_xcit.bounds import Group
 from dino_xcit.config import ResumeSafe
 from dino_xcit.errors import InputError
 from dino_xcit.recipes import Recipe
-from downstream.config import DownstreamConfig
+from supervised.config import DownstreamConfig
 
 
 @dataclass(frozen=True)

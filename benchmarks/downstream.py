@@ -1,6 +1,6 @@
 """Time and memory of one training step of Mask R-CNN by image size: XCiT-S12/8, timm's XCiT-S12/8, ViT-S/8.
 
-    python benchmarks/detection.py [--device cpu|cuda] [--sizes 512 1024 1536] [--batch 1] [--memory 20] [--quick]
+    python benchmarks/downstream.py [--device cpu|cuda] [--sizes 512 1024 1536] [--batch 1] [--memory 20] [--quick]
 
 A step is the forward pass with all losses, the backward pass and AdamW, in float32 or bfloat16, on random square images
 with ten objects. All three networks go through the feature pyramid and the detector of run_detect.py. Each row runs in
@@ -31,9 +31,9 @@ from torch import Tensor  # noqa: E402
 from dino_xcit.errors import InputError, is_out_of_memory, run_main  # noqa: E402
 from dino_xcit.models import build_backbone  # noqa: E402
 from dino_xcit.transform import EvalTransform  # noqa: E402
-from downstream.detect_config import DetectConfig  # noqa: E402
-from downstream.detection import build_detector  # noqa: E402
 from eval.table import table  # noqa: E402
+from supervised.detect_config import DetectConfig  # noqa: E402
+from supervised.detection import build_detector  # noqa: E402
 
 Row = dict[str, Any]
 

@@ -22,11 +22,11 @@ from dino_xcit.methods.method import Stats
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed
 from dino_xcit.transform import EvalTransform
-from downstream.config import SCRATCH
-from downstream.finetune_config import FinetuneConfig
-from downstream.supervised import Supervised, SupervisedBatch, SupervisedDataset
 from eval.features import extract
 from eval.stats import correct
+from supervised.config import SCRATCH
+from supervised.finetune_config import FinetuneConfig
+from supervised.method import Supervised, SupervisedBatch, SupervisedDataset
 
 HEAD_STD = 2e-5
 """Std of the classifier's initial weights (MAE, arXiv 2111.06377): the first steps then hardly change the backbone."""

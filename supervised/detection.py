@@ -52,9 +52,9 @@ from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.transform import EvalTransform, normalise
-from downstream.coco import CocoSource, JsonObject, corners, decode_masks, mask_library
-from downstream.detect_config import DetectConfig
-from downstream.supervised import Supervised, SupervisedBatch, SupervisedDataset, autocast
+from supervised.coco import CocoSource, JsonObject, corners, decode_masks, mask_library
+from supervised.detect_config import DetectConfig
+from supervised.method import Supervised, SupervisedBatch, SupervisedDataset, autocast
 
 ANCHOR_SCALE = 8
 """Side of an anchor in cells of its level."""
