@@ -114,7 +114,7 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
         for name, one in (("train", train), ("val", val))
     }
     results = scores.scores | {"classes": scores.classes}
-    write_result("detect", config, start, results, parts, start.transform, device, time.perf_counter() - began, [])
+    write_result("detect", config, start, state, results, parts, start.transform, time.perf_counter() - began, [])
 
 
 def predict(config: DetectConfig, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Demo of the downstream tasks on scenes of Fashion-MNIST objects: k-NN and linear segmentation, detection, fine-tuning.
+"""Demo of the downstream tasks on scenes of Fashion-MNIST objects: segmentation, detection, fine-tuning.
 
     python benchmarks/demo_dense.py [--output-dir runs/demo-dense] [--seed 0]      (make demo-dense)
 
@@ -24,27 +24,28 @@ from dino_xcit.runtime import atomic
 from eval.table import table
 
 ROWS = {
-    "knn_segmentation": ("k-NN segmentation, frozen, no training", "mIoU"),
-    "linear_segmentation": ("linear segmentation, frozen", "mIoU"),
-    "detection": ("Faster R-CNN, 300 steps", "box AP50"),
-    "finetune_10pct": ("classification, 10% of the labels", "top-1"),
+    "knn_segmentation": ("k-NN segmentation, frozen, mIoU", "miou", "knn.json"),
+    "linear_segmentation": ("linear segmentation, frozen, mIoU", "miou", "segment/results.json"),
+    "detection": ("Faster R-CNN, 300 steps, box AP50", "box_ap50", "detect/results.json"),
+    "finetune_10pct": ("fine-tuning on 10% of the labels, top-1", "top1", "finetune/results.json"),
 }
+"""Title, key and file of each row."""
 # Small enough for 2 CPU cores; docs/downstream.md has the settings for real data.
+KNN = "--size 128 --memory 20000"
 SEGMENT = (
-    "--recipe", "linear-40k", "--short-side", "128", "--crop-size", "128", "--steps", "300", "--warmup-steps", "20",
-    "--batch-size-per-gpu", "16", "--eval-every", "0",
-)  # fmt: skip
+    "--recipe linear-40k --short-side 128 --crop-size 128 --steps 300 --warmup-steps 20 --batch-size-per-gpu 16 "
+    "--eval-every 0"
+)
 DETECT = (
-    "--recipe", "mask-rcnn-1x", "--model", "faster-rcnn", "--fpn-width", "64", "--box-head-width", "256", "--rois", "64",
-    "--proposals", "200", "--short-sides", "128", "--long-side", "128", "--test-side", "128", "--crop-probability", "0",
-    "--batch-size-per-gpu", "8", "--steps", "300", "--warmup-steps", "30", "--lr", "1e-3", "--lr-reference-batch", "0",
-    "--eval-every", "0",
-)  # fmt: skip
+    "--recipe mask-rcnn-1x --model faster-rcnn --fpn-width 64 --box-head-width 256 --rois 64 --proposals 200 "
+    "--short-sides 128 --long-side 128 --test-side 128 --crop-probability 0 --batch-size-per-gpu 8 --steps 300 "
+    "--warmup-steps 30 --lr 1e-3 --lr-reference-batch 0 --eval-every 0"
+)
 FINETUNE = (
-    "--recipe", "own-data", "--data-path", "sample:scene-objects", "--train-share", "0.1", "--epochs", "20", "--lr",
-    "1e-3", "--lr-reference-batch", "0", "--layer-decay", "1", "--auto-augment", "", "--erasing", "0", "--crop-scale",
-    "0.5", "1", "--eval-crop-ratio", "1", "--batch-size-per-gpu", "32", "--warmup-epochs", "1", "--eval-every", "0",
-)  # fmt: skip
+    "--recipe own-data --data-path sample:scene-objects --train-share 0.1 --image-size 64 --eval-crop-ratio 1 "
+    "--crop-scale 0.5 1 --auto-augment= --erasing 0 --epochs 30 --warmup-epochs 1 --batch-size-per-gpu 16 --lr 1e-3 "
+    "--lr-reference-batch 0 --layer-decay 1 --eval-every 0"
+)
 
 
 def main() -> None:
@@ -68,34 +69,19 @@ def main() -> None:
     for model, weights in models.items():
         out = folder / model
         given = ("--weights", weights, "--data-path", scenes)
-        knn, again = out / "knn.json", ("--resume", "never")
-        run("-m", "eval.dense", "knn", *given, "--size", "128", "--json", knn, "--out", out / "knn.png")
-        run("run_segment.py", *SEGMENT, *given, *seed, *again, "--output-dir", out / "segment")
-        run("run_detect.py", *DETECT, *given, *seed, *again, "--output-dir", out / "detect")
-        run("run_finetune.py", *FINETUNE, *given[:2], *seed, *again, "--output-dir", out / "finetune")
-        found = {"knn_segmentation": knn} | {
-            row: out / name / "results.json"
-            for row, name in (
-                ("linear_segmentation", "segment"),
-                ("detection", "detect"),
-                ("finetune_10pct", "finetune"),
-            )
-        }
-        keys = {
-            "knn_segmentation": "miou",
-            "linear_segmentation": "miou",
-            "detection": "box_ap50",
-            "finetune_10pct": "top1",
-        }
-        for row, file in found.items():
-            rows[row][model] = round(float(json.loads(file.read_text())["results"][keys[row]]), 2)
+        trained = (*seed, "--resume", "never", "--output-dir")
+        pictures = ("--json", out / "knn.json", "--out", out / "knn.png")
+        run("-m", "eval.dense", "knn", *KNN.split(), *given, *pictures)
+        run("run_segment.py", *SEGMENT.split(), *given, *trained, out / "segment")
+        run("run_detect.py", *DETECT.split(), *given, *trained, out / "detect")
+        run("run_finetune.py", *FINETUNE.split(), *given[:2], *trained, out / "finetune")
+        for row, (_, key, file) in ROWS.items():
+            found = json.loads((out / file).read_text())["results"]
+            rows[row][model] = round(float(found[key]), 2)
     seconds = time.perf_counter() - started
 
-    lines = [
-        [title, unit, f"{rows[row]['pretrained']:.1f}", f"{rows[row]['untrained']:.1f}"]
-        for row, (title, unit) in ROWS.items()
-    ]
-    print("\n" + table(["task", "%", "pretrained", "untrained"], lines, left=2))
+    lines = [[title, *(f"{rows[row][model]:.1f}" for model in models)] for row, (title, *_) in ROWS.items()]
+    print("\n" + table(["%", *models], lines))
     print(f"{seconds:.0f} s in total, {pretraining:.0f} s for scenes and pretraining; pictures: {folder}\n")
     results = {"rows": rows, "seed": options.seed, "seconds": round(seconds, 1)}
     (folder / "results.json").write_text(json.dumps(results) + "\n")

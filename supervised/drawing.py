@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,20 +13,13 @@ from torchvision.utils import draw_bounding_boxes
 
 from dino_xcit.runtime import atomic
 from dino_xcit.transform import to_tensor
+from eval.palette import colours
 from eval.sheet import Cell, draw_sheet
 from supervised.coco import JsonObject, corners, decode_masks
 
 CELL = 320
 """Longer side of an image in a sheet, in pixels."""
 _FONT = str(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-_GOLDEN = 0.618
-"""Multiples of the golden ratio are far apart on the colour circle."""
-
-
-def colour_of(number: int) -> tuple[int, int, int]:
-    """Return the RGB colour of a class by its number."""
-    red, green, blue = colorsys.hsv_to_rgb(number * _GOLDEN % 1, 0.9, 0.85)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw(image: Image.Image, found: Sequence[JsonObject], names: Mapping[int, str], side: int) -> Image.Image:
@@ -44,17 +36,18 @@ def draw(image: Image.Image, found: Sequence[JsonObject], names: Mapping[int, st
     if not found:
         return v2.functional.to_pil_image(pixels)
     order = list(names)
-    colours = [colour_of(order.index(one["category_id"])) for one in found]
+    ink = colours(len(order))
+    inks = [tuple(ink[order.index(one["category_id"])].tolist()) for one in found]
     captions = [names[one["category_id"]] + (f" {100 * one['score']:.0f}" if "score" in one else "") for one in found]
     if all("segmentation" in one for one in found):
         masks = torch.from_numpy(decode_masks(found, image.width, image.height))
         masks = v2.functional.resize(masks, size, v2.InterpolationMode.NEAREST)
-        for mask, colour in zip(masks.bool(), colours, strict=True):  # torchvision's function blackens overlaps
+        for mask, colour in zip(masks.bool(), inks, strict=True):  # torchvision's function blackens overlaps
             pixels[:, mask] = (0.6 * pixels[:, mask] + 0.4 * torch.tensor(colour)[:, None]).to(torch.uint8)
     boxes = scale * torch.from_numpy(corners(found))
     pixels = draw_bounding_boxes(
-        pixels, boxes, captions, colours, width=2, font=_FONT, font_size=max(10, side // 50),
-        label_colors=["white"] * len(found), label_background_colors=colours, fill_labels=True,
+        pixels, boxes, captions, inks, width=2, font=_FONT, font_size=max(10, side // 50),
+        label_colors=["black"] * len(found), label_background_colors=inks, fill_labels=True,
     )  # fmt: skip
     return v2.functional.to_pil_image(pixels)
 

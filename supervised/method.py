@@ -9,6 +9,7 @@ import copy
 import math
 import random
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -188,11 +189,13 @@ class SupervisedDataset(BatchDataset[SupervisedBatch]):
             if isinstance(found, UndecodableImage):
                 return found
             candidate, label, pixels = found
+            began = time.perf_counter()
             seed_everything(self.seed, epoch, index)
             try:
                 image, target = self.augmented(candidate, pixels[..., :3], label)
             except InputError as error:  # returned, because a worker would wrap the message in a traceback
                 return UndecodableImage(str(error))
+            spent[2] += time.perf_counter() - began
             images.append(image)
             targets.append(target)
             indices.append(candidate)
