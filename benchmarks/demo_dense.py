@@ -29,8 +29,8 @@ ROWS = {
     "finetune_10pct": ("fine-tuning on 10% of the labels, top-1", "top1", "finetune/results.json"),
 }
 """Title, key and file of each row."""
-# Small enough for 2 CPU cores; docs/downstream.md has the settings for real data. At 96 and 64 pixels, objects have the size
-# that they have in the crops of pretraining.
+# Small enough for 2 CPU cores; docs/downstream.md has the settings for real data. At 96 and 64 pixels, objects have the
+# size that they have in the crops of pretraining.
 KNN = "--size 96 --memory 20000"
 SEGMENT = (
     "--recipe linear-40k --short-side 96 --crop-size 96 --steps 300 --warmup-steps 20 --batch-size-per-gpu 16 "

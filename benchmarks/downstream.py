@@ -62,7 +62,7 @@ def example(side: int, device: str) -> tuple[Tensor, dict[str, Tensor]]:
     return image.to(device), {name: value.to(device) for name, value in target.items()}
 
 
-def figures(one: Row) -> Row:
+def measure_step(one: Row) -> Row:
     """Return seconds and peak memory of a step."""
     cpu = one["device"] == "cpu"
     torch.set_num_threads(one["threads"])
@@ -71,14 +71,9 @@ def figures(one: Row) -> Row:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         torch.manual_seed(0)
-        backbone = build_backbone(one["network"])
-        detector = (
-            build_detector(
-                DetectConfig(weights="x", **SMALL if one["quick"] else {}), backbone, CLASSES, EvalTransform()
-            )
-            .to(one["device"])
-            .train()
-        )
+        settings = DetectConfig(weights="x", **SMALL if one["quick"] else {})
+        detector = build_detector(settings, build_backbone(one["network"]), CLASSES, EvalTransform())
+        detector.to(one["device"]).train()
         optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=1e-6)
 
         def step(side: int) -> None:
@@ -119,22 +114,15 @@ def main() -> None:
     names = ("device", "batch", "precision", "memory", "rounds", "threads", "quick")
     common: Row = {name: getattr(given, name) for name in names}
     result = common | found_apart(device_name, common) | {"torch": torch.__version__, "rows": []}
+    cells: list[list[str]] = []
     for side in sizes:
         for name, network in networks.items():
             row = {"name": name, "network": network, "side": side}
-            row |= found_apart(figures, common | row)
+            row |= found_apart(measure_step, common | row)
             result["rows"].append(row)
-            print(
-                f"{name}, {side} pixels: {row.get('error') or str(row['seconds']) + ' s'}", file=sys.stderr, flush=True
-            )
-    cells = [
-        [
-            row["name"],
-            str(row["side"]),
-            *([row["error"], "-"] if "error" in row else [f"{row['seconds']:.3g}", f"{row['peak_GB']:.2f}"]),
-        ]
-        for row in result["rows"]
-    ]
+            shown = [row["error"], "-"] if "error" in row else [f"{row['seconds']:.3g}", f"{row['peak_GB']:.2f}"]
+            cells.append([name, str(side), *shown])
+            print(f"{name}, {side} pixels: {shown[0]}", file=sys.stderr, flush=True)
     print(f"{result['device_name']}, batch {given.batch}, {given.precision}")
     print(table(["network", "side", "s / step", "peak GB"], cells))
     print(json.dumps(result))
