@@ -66,6 +66,7 @@ class CocoSource:
         expected = tuple(self.sizes[index].tolist())
         if (width, height) != expected:
             cause = f"it has {width} x {height} pixels, but the annotations say {expected[0]} x {expected[1]}"
+            cause += "; annotate the upright image (EXIF rotation applied), or correct width and height"
             raise UndecodableImage(f"{self.name(index)} does not fit its annotations: {cause}", cause)
 
     def fingerprint(self) -> str:
@@ -124,7 +125,7 @@ def decode_masks(found: Sequence[JsonObject], width: int, height: int) -> NDArra
 # ---- opening
 
 
-def find_part(root: str, part: str, annotations: str, images: str) -> tuple[Path, Path]:
+def find_split(root: str, part: str, annotations: str, images: str) -> tuple[Path, Path]:
     """Return the annotation file and the folder of images of a part.
 
     Args:
@@ -259,13 +260,19 @@ def _problem_of(row: JsonObject, image: JsonObject, masks: bool) -> str:
 def _is_mask(segmentation: object, width: int, height: int) -> bool:
     """Whether a segmentation is a list of polygons, or run lengths of this size."""
     if isinstance(segmentation, list):
-        return any(isinstance(polygon, list) and len(polygon) >= 6 for polygon in segmentation)
+        return bool(segmentation) and all(map(_is_polygon, segmentation))
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
         return False
     try:
         return bool(decode_masks([{"segmentation": segmentation}], width, height).any())
     except (LookupError, RuntimeError, TypeError, ValueError):
         return False
+
+
+def _is_polygon(polygon: object) -> bool:
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        return False
+    return all(isinstance(value, (int, float)) for value in polygon)
 
 
 def _check_files(paths: Sequence[str], folder: Path) -> None:

@@ -17,6 +17,7 @@ from run_here import Here
 import run_detect
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.state import hash_content
+from eval import compare
 
 
 @pytest.fixture
@@ -57,6 +58,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(base: Path, tmp_path: Path, here:
     assert whole["step"] == parts["step"] == 4
     assert hash_content(whole) == hash_content(parts)
     assert (tmp_path / "run" / "predictions.json").read_bytes() == (base / "run" / "predictions.json").read_bytes()
+    compared = here(compare, *(folder / "run" / "results.json" for folder in (base, tmp_path)))
+    assert compared.code == 0, compared.err
+    assert all(word in compared.out for word in ("box AP", "mask AP", "+0.0", "not paired"))
 
 
 def test_a_detector_runs_on_photographs(base: Path, tmp_path: Path, here: Here) -> None:
