@@ -80,7 +80,7 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
             config=config,
             state=new_state(config, Detection(config, device, network, train), device),
             dataset=DetectionDataset(train, config, start.transform.white_level),
-            evaluators=[Evaluator("detection", config.eval_every or config.epochs, evaluator)],
+            evaluators=[Evaluator("detection", config.evaluation_interval, evaluator)],
             schedules=build_schedules,
             transform=start.transform,
             title=f"{config.model} with {start.arch}, {counted(len(train.categories), 'class')}",

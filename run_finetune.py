@@ -23,7 +23,6 @@ import time
 
 from dino_xcit import loop
 from dino_xcit.data import open_parts
-from dino_xcit.errors import InputError
 from dino_xcit.loop import Job
 from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import distributed
@@ -32,7 +31,13 @@ from dino_xcit.train import new_state
 from eval.results import data_metadata, images_metadata, metric
 from eval.stats import correct, top_accuracies
 from eval.table import percent
-from supervised.classification import Accuracy, Classification, Classifier, ImageNetStyle, share_of
+from supervised.classification import (
+    AccuracyEvaluator,
+    Classification,
+    ClassificationDataset,
+    Classifier,
+    stratified_subset,
+)
 from supervised.method import build_schedules, open_start, output_folder, set_up, stop_diverged
 from supervised.results import write_result
 
@@ -47,24 +52,24 @@ def main() -> None:
     # ---- backbone and images
     start = open_start(config)
     data = config.data_path or (start.data if not (config.train_data and config.val_data) else None)
-    if data is None and not config.train_data:
-        raise InputError("no data given: add --data-path DIR, a folder with train and val")
+    if data and not config.data_path:
+        log.info(f"data: {data}, the training data of the checkpoint (--data-path overrides it)")
     train, val = open_parts(data, config.train_data or None, config.val_data or None)
-    train = share_of(train, config.train_share, config.seed)
+    train = stratified_subset(train, config.train_share, config.seed)
     crop = config.image_size or start.transform.crop
     transform = dataclasses.replace(start.transform, crop=crop, resize=round(crop / config.eval_crop_ratio))
     config = dataclasses.replace(config, arch=start.arch, data_path=data or "", output_dir=output_folder(config))
-    accuracy = Accuracy(val, transform, device, config.num_workers)
+    accuracy = AccuracyEvaluator(val, transform, device, config.num_workers)
 
     def build(config: FinetuneConfig) -> Job[FinetuneConfig]:
         assert train.classes is not None  # checked by open_parts
         network = Classifier(start.backbone, len(train.classes))
-        kept = "loaded" if network.load_classifier(config.weights) else "new"
+        kept = "loaded" if network.load_classifier(config.weights, train.classes) else "new"
         return Job(
             config=config,
-            state=new_state(config, Classification(config, device, network), device),
-            dataset=ImageNetStyle(train, config, transform),
-            evaluators=[Evaluator("accuracy", config.eval_every or config.epochs, accuracy)],
+            state=new_state(config, Classification(config, device, network, train.classes), device),
+            dataset=ClassificationDataset(train, config, transform),
+            evaluators=[Evaluator("accuracy", config.evaluation_interval, accuracy)],
             schedules=build_schedules,
             transform=transform,
             title=f"classification with {start.arch}",
@@ -76,17 +81,17 @@ def main() -> None:
     state = loop.train(config, device, build)
 
     # ---- result
-    if accuracy.guesses is None:  # the run was complete already
+    if accuracy.predictions is None:  # the run was complete already
         accuracy(state.method)
-    assert accuracy.guesses is not None
-    found = top_accuracies(accuracy.guesses, val.labels, five=len(train.classes or ()) > 5)
+    assert accuracy.predictions is not None
+    found = top_accuracies(accuracy.predictions, val.labels, five=len(train.classes or ()) > 5)
     log.info(f"top-1 {percent(found['top1'], found['top1_interval'])} % on {len(val):,} images of {val.url}")
     if distributed.is_main():
         parts = {
             name: data_metadata(one, one.fingerprint()) | images_metadata(one)
             for name, one in (("train", train), ("val", val))
         }
-        top1 = metric("finetuned, top-1", {"classifier": "finetuned"}, correct(accuracy.guesses, val.labels, 1))
+        top1 = metric("finetuned, top-1", {"classifier": "finetuned"}, correct(accuracy.predictions, val.labels, 1))
         seconds = time.perf_counter() - began
         write_result("finetune", config, start, state, found, parts, transform, seconds, [top1])
 

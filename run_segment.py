@@ -80,7 +80,7 @@ def main() -> None:
             config=config,
             state=new_state(config, method, device),
             dataset=SegmentationDataset(train, config, start.transform),
-            evaluators=[Evaluator("segmentation", config.eval_every or sys.maxsize, evaluator)],
+            evaluators=[Evaluator("segmentation", config.evaluation_interval, evaluator)],
             schedules=build_schedules,
             transform=start.transform,
             title=f"segmentation into {config.classes} classes with {start.arch}",

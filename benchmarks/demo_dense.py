@@ -2,9 +2,8 @@
 
     python benchmarks/demo_dense.py [--output-dir runs/demo-dense] [--seed 0]      (make demo-dense)
 
-Pretrains a small XCiT on scenes without labels, then measures it and the same network untrained in the same way. Prints
-and runs the user commands. Writes results.json, a table and the pictures of each command to the output directory. The
-last line is results.json.
+Pretrains a small XCiT on scenes without labels. Evaluates it, and the same architecture with random weights, with the
+same commands. Prints each command. Writes results.json and the pictures of each task. The last line is results.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of a pretraining run, with defaults, bounds and help texts.
+"""Settings of training runs, with defaults, bounds and help texts.
 
 Names follow DINO. Values are checked on construction, so an invalid run fails before it starts.
 Modules that need PyTorch are imported lazily: commands parse their flags without it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -36,6 +36,8 @@ class StateField:
 class TrainConfig:
     """Settings of any training run."""
 
+    weights_flag: ClassVar[str] = "--init-weights"
+    """The flag for initial weights, for messages."""
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
     """Named set of settings."""
     data_path: str = ""
@@ -47,7 +49,7 @@ class TrainConfig:
     accumulation_steps: Annotated[int, Ge(1), ResumeSafe] = 1
     """Forward passes per step: the global batch is batch_size_per_gpu * ranks * accumulation_steps."""
     optimizer: Annotated[Literal["adamw", "sgd", "lars"], StateField] = "adamw"
-    """Optimizer of the student."""
+    """Optimizer."""
     lr: Annotated[float, Ge(0)] = 0.0005
     """Peak learning rate for a global batch of lr_reference_batch images; scaled linearly with the global batch."""
     lr_reference_batch: Annotated[int, Ge(0)] = 256
@@ -121,12 +123,12 @@ class PretrainConfig(TrainConfig):
 
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
     """Named set of settings: dino (the defaults of facebookresearch/dino), xcit-dino-300ep (closest to the published
-    XCiT models), sample (the embedded images of Fashion-MNIST), sample-long (all of Fashion-MNIST). Default: sample
-    without --data-path, else dino."""
+    XCiT models), sample (the embedded images of Fashion-MNIST), sample-long (all of Fashion-MNIST), scenes (its
+    objects on textures). Default: sample without --data-path, else dino."""
     data_path: str = ""
     """Training images: a folder (with or without class sub-folders), a .txt list of paths, tar:PATTERN (WebDataset),
     parquet:PATTERN, hf:NAME_OR_DIR (Hugging Face datasets), imagenet:DIR (as downloaded), sample:fashion-mnist,
-    sample:fashion-mnist-full or torchvision:NAME; see docs/data.md. Training does not use labels."""
+    sample:fashion-mnist-full, sample:scenes or torchvision:NAME; see docs/data.md. Training does not use labels."""
     arch: Annotated[str, StateField, Group("model")] = "xcit_small_12_p16"
     """Backbone: an official XCiT name (xcit_nano_12_p16 ... xcit_large_24_p8, also _p4), xcit_pico_4_p4 or
     xcit_micro_4_p16 for small images, a ViT such as vit_small_12_p16, or timm:NAME."""

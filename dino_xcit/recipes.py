@@ -118,7 +118,42 @@ SAMPLE_LONG = Recipe(
     },
 )
 
-RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG)}
+# Crops of 64 pixels show objects at half to full size. Hue and grey are strong, because random colours are no property
+# of a class.
+SCENES = Recipe(
+    name="scenes",
+    purpose="minutes on a CPU: 4,000 scenes of Fashion-MNIST objects, for make demo-dense",
+    command="python run_pretrain.py --recipe scenes",
+    result="see benchmarks/results.md, make demo-dense",
+    settings=_SMALL_GREY
+    | {
+        "arch": "xcit_pico_4_p8",
+        "data_path": "sample:scenes",
+        "epochs": 8,
+        "batch_size_per_gpu": 32,
+        "lr": 4e-3,
+        "out_dim": 2048,
+        "global_crops_size": 64,
+        "local_crops_size": 32,
+        "global_crops_scale": (0.3, 0.9),
+        "local_crops_scale": (0.08, 0.3),
+        "crop_ratio": (0.75, 4 / 3),
+        "flip": 0.5,
+        "saturation": 0.4,
+        "hue": 0.5,
+        "gray": 0.5,
+        "blur_radius": (0.1, 1.0),
+        "mean": (0.45, 0.45, 0.45),
+        "std": (0.2, 0.2, 0.2),
+        "eval_crop": 128,
+        "eval_resize": 128,
+        "save_every": 0,
+        "knn_every": 0,
+        "knn_holdout": 0,
+    },
+)
+
+RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG, SCENES)}
 
 
 def register(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from dino_xcit.methods.method import Stats
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed
 from dino_xcit.transform import EvalTransform
+from dino_xcit.weights.locate import is_safetensors
 from eval.features import extract
 from eval.stats import correct
-from supervised.config import SCRATCH
 from supervised.finetune_config import FinetuneConfig
 from supervised.method import Supervised, SupervisedBatch, SupervisedDataset
 
@@ -46,18 +46,19 @@ class Classifier(nn.Module):
         """Map images [B, 3, height, width] to logits [B, C]."""
         return self.classifier(self.backbone(images).cls_token)
 
-    def load_classifier(self, weights: str) -> bool:
-        """Load the classifier of a checkpoint of run_finetune.py; return whether there is one of this shape."""
-        if weights == SCRATCH or not Path(weights).is_file() or weights.endswith(".safetensors"):
+    def load_classifier(self, weights: str, classes: Sequence[str]) -> bool:
+        """Load the classifier of a checkpoint of run_finetune.py; return whether it has one of these classes."""
+        path = Path(weights)
+        if not path.is_file() or is_safetensors(path):
             return False
-        content = safe_load.read(Path(weights))
-        found = content.get("average", content.get("network"))
-        stored = found if isinstance(found, dict) else {}
-        own = self.classifier.state_dict()
-        fitting = {name: stored.get(f"classifier.{name}") for name in own}
-        if any(not isinstance(one, Tensor) or one.shape != own[name].shape for name, one in fitting.items()):
+        content = safe_load.read(path)
+        if content.get("class_names") != list(classes):
             return False
-        self.classifier.load_state_dict(fitting)
+        stored = content.get("ema", content["network"])
+        names = self.classifier.state_dict()
+        if not {f"classifier.{name}" for name in names} <= stored.keys():  # a segmentation of the same classes
+            return False
+        self.classifier.load_state_dict({name: stored[f"classifier.{name}"] for name in names})
         return True
 
 
@@ -67,8 +68,11 @@ class Classification(Supervised):
     trained: Classifier
     evaluated: Classifier
 
-    def __init__(self, config: FinetuneConfig, device: torch.device, network: Classifier) -> None:
+    def __init__(
+        self, config: FinetuneConfig, device: torch.device, network: Classifier, classes: Sequence[str]
+    ) -> None:
         super().__init__(config, device, network, network.backbone)
+        self.classes = list(classes)
         self.settings = config
         self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._passes = (-1, 0)
@@ -95,8 +99,16 @@ class Classification(Supervised):
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return loss, {"images": torch.tensor(float(len(images)), device=loss.device)}
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"class_names": self.classes}
 
-class ImageNetStyle(SupervisedDataset):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["class_names"] != self.classes:
+            raise ValueError("its classes differ from those of the data")
+        super().load_state_dict(state)
+
+
+class ClassificationDataset(SupervisedDataset):
     """timm's training transform: random resized crop, flip, augmentation policy, erasing."""
 
     def __init__(self, source: Source, config: FinetuneConfig, transform: EvalTransform) -> None:
@@ -122,14 +134,14 @@ class ImageNetStyle(SupervisedDataset):
 
 
 @dataclass
-class Accuracy:
+class AccuracyEvaluator:
     """Evaluator of a classifier: top-1 and top-5 in percent on all images of a source."""
 
     source: Source
     transform: EvalTransform
     device: torch.device
     num_workers: int
-    guesses: NDArray[np.int64] | None = None
+    predictions: NDArray[np.int64] | None = None
     """[images, up to 5] of the last measurement: classes, best first; on every rank."""
 
     def __call__(self, method: Method) -> dict[str, float]:
@@ -141,12 +153,12 @@ class Accuracy:
         )
         with torch.inference_mode():
             logits = network.classifier(torch.from_numpy(found.features).to(self.device)).cpu()
-        self.guesses = logits.topk(min(5, logits.shape[1])).indices.numpy()
+        self.predictions = logits.topk(min(5, logits.shape[1])).indices.numpy()
         tops = (1, 5) if logits.shape[1] > 5 else (1,)
-        return {f"top{k}": 100 * float(correct(self.guesses, self.source.labels, k).mean()) for k in tops}
+        return {f"top{k}": 100 * float(correct(self.predictions, self.source.labels, k).mean()) for k in tops}
 
 
-def share_of(source: Source, share: float, seed: int) -> Source:
+def stratified_subset(source: Source, share: float, seed: int) -> Source:
     """Return a share of the images of each class, at least one, chosen by ``seed``."""
     if share == 1:
         return source

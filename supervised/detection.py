@@ -352,7 +352,7 @@ def open_detector(config: DetectConfig, device: torch.device) -> Detector:
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in content["args"].items()}
         settings = DetectConfig(**stored | own)
         network = build_detector(settings, build_backbone(settings.arch), len(categories), transform)
-        network.load_state_dict(content.get("average", content["network"]))
+        network.load_state_dict(content.get("ema", content["network"]))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{config.weights} is not a detector of run_detect.py ({type(error).__name__}: {one_line(error)}): train "

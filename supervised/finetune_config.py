@@ -43,8 +43,6 @@ class FinetuneConfig(DownstreamConfig):
     """Weight decay."""
     layer_decay: Annotated[float, Gt(0), Le(1)] = 0.75
     """Factor of the learning rate from each layer of the backbone to the layer below; 1: the same rate for all."""
-    clip_grad: Annotated[float, Ge(0)] = 0.0
-    """Maximum gradient norm; 0: no clipping."""
     label_smoothing: Annotated[float, Ge(0), Lt(1), Group("optimisation")] = 0.1
     """Share of the target that is spread over all classes."""
     image_size: Annotated[int, Ge(0), Group("crops")] = 0

@@ -36,6 +36,7 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, StoredWeights, hash_state, read_weights
 from dino_xcit.weights.locate import is_remote
 from eval.pooling import autocast
+from eval.setup import demand_writable
 from supervised.config import SCRATCH, DownstreamConfig
 
 Config = TypeVar("Config", bound=DownstreamConfig)
@@ -101,6 +102,7 @@ def set_up(config: DownstreamConfig) -> torch.device:
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
     distributed.start(device, config.hang_timeout + 30)  # the watchdog fires first: its report has more detail
+    demand_writable({"json": config.json})
     choose_kernels(config, device)
     return device
 
@@ -222,7 +224,7 @@ def seed_everything(*words: int) -> None:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Linear from ``start`` to the schedule after it."""
+    """Linear from ``start`` to the value of ``then`` at the same step, as in mmcv; ``then`` begins at step 0."""
 
     start: float
     steps: int
@@ -235,7 +237,7 @@ class Warmup:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearDecay:
     """Linear from ``base`` to ``final``."""
 
     base: float
@@ -248,7 +250,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Drops:
+class StepDecay:
     """``base``, times 0.1 at each of ``steps``."""
 
     base: float
@@ -269,8 +271,8 @@ def build_schedules(config: DownstreamConfig, steps_per_epoch: int, global_batch
     peak = config.lr * (global_batch / config.lr_reference_batch if config.lr_reference_batch else 1.0)
     shapes: dict[str, Schedule] = {
         "cosine": CosineSchedule(peak, config.min_lr, total),
-        "linear": Linear(peak, config.min_lr, total),
-        "step": Drops(peak, tuple(round(share * total) for share in config.lr_drops)),
+        "linear": LinearDecay(peak, config.min_lr, total),
+        "step": StepDecay(peak, tuple(round(share * total) for share in config.lr_drops)),
     }
     return Schedules(
         lr=Warmup(config.warmup_start_lr, warmup, shapes[config.lr_schedule]),
@@ -388,14 +390,12 @@ class Supervised(Method):
         return layer_groups(self.trained, self.backbone, self.config.layer_decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"network": self.trained.state_dict()} | (
-            {"average": self.evaluated.state_dict()} if self._average else {}
-        )
+        return {"network": self.trained.state_dict()} | ({"ema": self.evaluated.state_dict()} if self._average else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.trained.load_state_dict(state["network"])
         if self._average:
-            self.evaluated.load_state_dict(state["average"])
+            self.evaluated.load_state_dict(state["ema"])
 
 
 def stop_diverged(state: TrainState, config: DownstreamConfig, sampler: StepSampler) -> RunStopped:

@@ -66,8 +66,6 @@ class SegmentConfig(DownstreamConfig):
     """Learning rate of the first step."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """Weight decay."""
-    clip_grad: Annotated[float, Ge(0)] = 0.0
-    """Maximum gradient norm; 0: no clipping."""
     short_side: Annotated[int, Ge(16), Group("crops")] = 512
     """Shorter side of a resized image in pixels, in evaluation and before the random scale in training."""
     scale: Annotated[tuple[float, float], Gt(0)] = (0.5, 2.0)

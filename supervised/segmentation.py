@@ -39,10 +39,10 @@ from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
+from dino_xcit.weights.locate import is_safetensors
 from eval.miou import confusion, mean_iou, pixel_accuracy
 from eval.palette import Segmented, colours, segmentation_sheet, to_palette
 from eval.pooling import autocast, patch_size_of
-from supervised.config import SCRATCH
 from supervised.method import Start, Supervised, SupervisedBatch, SupervisedDataset
 from supervised.segment_config import SegmentConfig
 
@@ -178,7 +178,7 @@ class Segmenter(nn.Module):
                     f"the head in {config.weights} has {name} {args[name]}, but here it is {getattr(config, name)}: "
                     "give the same setting, or the file backbone.pth beside it for a new head"
                 )
-        self.load_state_dict(content.get("average", content["network"]))
+        self.load_state_dict(content.get("ema", content["network"]))
         return True
 
     def train(self, mode: bool = True) -> Segmenter:
@@ -401,9 +401,9 @@ def draw_overlays(source: MaskSource, evaluator: MiouEvaluator) -> Image.Image:
 
 def read_run(weights: str) -> Mapping[str, Any]:
     """Read the checkpoint if it is one of run_segment.py; empty for other weights."""
-    is_checkpoint = weights != SCRATCH and Path(weights).is_file() and not weights.endswith(".safetensors")
-    content = safe_load.read(Path(weights)) if is_checkpoint else {}
-    return content if "class_names" in content else {}
+    path = Path(weights)
+    content = safe_load.read(path) if path.is_file() and not is_safetensors(path) else {}
+    return content if "class_names" in content and "head" in content.get("args", {}) else {}
 
 
 def open_segmenter(
@@ -420,7 +420,7 @@ def open_segmenter(
     try:
         settings = dataclasses.replace(config, **{name: stored["args"][name] for name in names})
         network = Segmenter(start.backbone, settings)
-        network.load_state_dict(stored.get("average", stored["network"]))
+        network.load_state_dict(stored.get("ema", stored["network"]))
     except (KeyError, RuntimeError, TypeError) as error:
         raise InputError(
             f"{config.weights} has no complete head ({type(error).__name__}: {one_line(error)}): give a checkpoint.pth "

@@ -19,7 +19,7 @@ from dino_xcit.checkpoint.state import hash_content
 from dino_xcit.errors import InputError
 from dino_xcit.weights import load_backbone
 from eval.compare import main as compare_main
-from supervised.classification import Classifier, share_of
+from supervised.classification import Classifier, stratified_subset
 from supervised.finetune_config import RECIPES, FinetuneConfig
 
 QUICK = ("--device", "cpu", "--num-workers", 0, "--batch-size-per-gpu", 8, "--epochs", 2, "--warmup-epochs", 0)
@@ -138,20 +138,22 @@ def test_classifier_of_a_finetuned_checkpoint_is_kept(weights: Path, tmp_path: P
     small, large = (safe_load.read(tmp_path / name / "checkpoint.pth") for name in ("small", "a"))
     assert torch.equal(small["network"]["classifier.weight"], large["network"]["classifier.weight"])
     assert large["eval_transform"]["crop"] == large["eval_transform"]["resize"] == 32
-    network = Classifier(load_backbone(weights).backbone, classes=4)
-    assert not network.load_classifier(str(tmp_path / "small" / "checkpoint.pth")), "another number of classes"
-    assert not network.load_classifier(str(weights))
+    network = Classifier(load_backbone(weights).backbone, classes=3)
+    checkpoint = str(tmp_path / "small" / "checkpoint.pth")
+    assert network.load_classifier(checkpoint, ("bars", "dots", "waves"))
+    assert not network.load_classifier(checkpoint, ("bars", "dots", "stars"))
+    assert not network.load_classifier(str(weights), ("bars", "dots", "waves"))
 
 
 def test_share_of_the_images_is_balanced_and_keeps_every_class() -> None:
     source = noise_source(90, classes=3)
-    chosen = share_of(source, 0.2, seed=0)
+    chosen = stratified_subset(source, 0.2, seed=0)
     assert np.bincount(np.asarray(chosen.labels)).tolist() == [6, 6, 6]
     names = [chosen.name(index) for index in range(18)]
-    assert names == [share_of(source, 0.2, seed=0).name(index) for index in range(18)]
-    assert names != [share_of(source, 0.2, seed=1).name(index) for index in range(18)]
-    assert len(share_of(source, 0.001, seed=0)) == 3
-    assert share_of(source, 1.0, seed=0) is source
+    assert names == [stratified_subset(source, 0.2, seed=0).name(index) for index in range(18)]
+    assert names != [stratified_subset(source, 0.2, seed=1).name(index) for index in range(18)]
+    assert len(stratified_subset(source, 0.001, seed=0)) == 3
+    assert stratified_subset(source, 1.0, seed=0) is source
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_2_p16", "timm:resnet18"])

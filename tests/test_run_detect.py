@@ -100,13 +100,15 @@ def test_a_detector_runs_on_photographs(base: Path, tmp_path: Path, here: Here) 
         ([*TINY, "--data-path", "BROKEN"], ["001.png", "empty file"]),
         (["--predict", "DATA"], ["--weights"]),
         (["--predict", "nowhere", "--weights", "DETECTOR"], ["nowhere"]),
-        (["--predict", "DATA", "--weights", "OTHER"], ["not a detector", "--data-path"]),
+        (["--predict", "DATA", "--weights", "OTHER"], ["OTHER is not a detector", "--data-path"]),
+        (["--predict", "DATA", "--weights", "DAMAGED"], ["DAMAGED is not a detector", "Missing key"]),
     ],
 )
 def test_wrong_commands_are_refused(base: Path, flags: list[str], words: list[str], tmp_path: Path, here: Here) -> None:
     torch.save({"student": {}, "args": {}}, tmp_path / "OTHER")
     paths = {"DATA": base / "coco", "DETECTOR": base / "run" / "checkpoint.pth"}
-    paths |= {name: tmp_path / name for name in ("BROKEN", "OTHER")}
+    torch.save(safe_load.read(paths["DETECTOR"]) | {"network": {}}, tmp_path / "DAMAGED")
+    paths |= {name: tmp_path / name for name in ("BROKEN", "OTHER", "DAMAGED")}
     if "BROKEN" in flags:
         shutil.copytree(base / "coco", paths["BROKEN"])
         (paths["BROKEN"] / "val2017" / "001.png").write_bytes(b"")

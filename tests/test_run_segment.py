@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mask_fixtures import NAMES, save_mask, shapes
 from PIL import Image
 from run_here import Here, forked, on_two_ranks
@@ -180,6 +181,12 @@ def test_pictures_are_segmented_with_the_head_sizes_and_test_mode_of_the_checkpo
     (tmp_path / "file").write_text("")
     here(run_segment, *flags, "--predict", photos, "--out", tmp_path / "file").assert_refused("out is", "cannot be")
     here(run_segment, *flags, "--predict", "nowhere").assert_refused("nowhere")
+    content = safe_load.read(run / "checkpoint.pth")
+    for damage in ({"args": {}}, {"network": {}}):
+        torch.save(content | damage, tmp_path / "damaged.pth")
+        here(run_segment, *flags, "--weights", tmp_path / "damaged.pth", "--predict", photos).assert_refused(
+            "damaged.pth"
+        )
 
 
 def test_a_mask_that_turned_bad_ends_the_run_without_traceback(data: Path, tmp_path: Path) -> None:

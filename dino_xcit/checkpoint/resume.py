@@ -96,7 +96,7 @@ def find_stored(config: TrainConfig, checkpoints: CheckpointFolder) -> Stored:
     if content.get("format") != FORMAT:
         raise InputError(
             f"cannot resume from {path}: its format is {content.get('format')!r}, expected {FORMAT!r}; choose another "
-            f"--output-dir (with --init-weights {path} to start from its weights), or --resume never"
+            f"--output-dir (with {config.weights_flag} {path} to start from its weights), or --resume never"
         )
     return Stored(content, path)
 
@@ -192,5 +192,5 @@ def refuse_another_run(stored: Stored, run: Run) -> None:
     if unfit:
         raise InputError(
             f"cannot resume {path}: the networks or the optimizer differ ({'; '.join(unfit)}); choose another "
-            f"--output-dir, with --init-weights {path} to load the matching weights"
+            f"--output-dir, with {config.weights_flag} {path} to load the matching weights"
         )
