@@ -115,10 +115,8 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
         for name, one in (("train", train), ("val", val))
     }
     results = evaluator.scores | {"classes": evaluator.classes}
-    metrics = [
-        Metric(f"{kind} AP", {"metric": f"{kind}_ap"}, evaluator.scores[f"{kind}_ap"], None)
-        for kind in ("box", "mask")[: 1 + masks]
-    ]
+    kinds = ("box", "mask")[: 1 + masks]
+    metrics = [Metric(f"{kind} AP", {"metric": f"{kind}_ap"}, evaluator.scores[f"{kind}_ap"], None) for kind in kinds]
     write_result("detect", config, start, state, results, parts, start.transform, time.perf_counter() - began, metrics)
 
 

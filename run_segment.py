@@ -95,9 +95,9 @@ def main() -> None:
         evaluator(state.method)
     assert evaluator.confusion is not None
     ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(evaluator.confusion)]  # JSON has no NaN
-    miou, accuracy = mean_iou(evaluator.confusion), pixel_accuracy(evaluator.confusion)
+    found = {"miou": mean_iou(evaluator.confusion), "pixel_accuracy": pixel_accuracy(evaluator.confusion)}
     log.info(table(["class", "IoU %"], [[name, percent(iou)] for name, iou in zip(train.classes, ious, strict=True)]))
-    log.info(f"mIoU {miou:.1f} %, pixel accuracy {accuracy:.1f} % on {val.url} ({config.test})")
+    log.info(f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} % on {val.url} ({config.test})")
     if distributed.is_main():
         segmentation.save(segmentation.draw_overlays(val, evaluator), Path(config.output_dir, "overlays.png"))
         parts = {
@@ -105,10 +105,8 @@ def main() -> None:
             for name, one in (("train", train), ("val", val))
         }
         seconds = time.perf_counter() - began
-        results = {
-            "miou": miou, "pixel_accuracy": accuracy, "classes": train.classes, "iou": ious, "test": config.test,
-        }  # fmt: skip
-        metric = Metric("mIoU", {"metric": "miou", "test": config.test}, miou, None)
+        results = found | {"classes": train.classes, "iou": ious, "test": config.test}
+        metric = Metric("mIoU", {"metric": "miou", "test": config.test}, found["miou"], None)
         write_result("segment", config, start, state, results, parts, start.transform, seconds, [metric])
 
 

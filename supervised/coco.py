@@ -260,19 +260,15 @@ def _problem_of(row: JsonObject, image: JsonObject, masks: bool) -> str:
 def _is_mask(segmentation: object, width: int, height: int) -> bool:
     """Whether a segmentation is a list of polygons, or run lengths of this size."""
     if isinstance(segmentation, list):
-        return bool(segmentation) and all(map(_is_polygon, segmentation))
+        polygons = [one for one in segmentation if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0]
+        numbers = all(isinstance(value, (int, float)) for one in polygons for value in one)
+        return numbers and len(polygons) == len(segmentation) > 0
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
         return False
     try:
         return bool(decode_masks([{"segmentation": segmentation}], width, height).any())
     except (LookupError, RuntimeError, TypeError, ValueError):
         return False
-
-
-def _is_polygon(polygon: object) -> bool:
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        return False
-    return all(isinstance(value, (int, float)) for value in polygon)
 
 
 def _check_files(paths: Sequence[str], folder: Path) -> None:

@@ -226,9 +226,8 @@ class Evaluation:
         images, wanted, found = len(train), self.config.memory, []
         for index, features, mask in self._features(train):
             square = Image.fromarray(mask).resize((self.config.size,) * 2, Image.Resampling.NEAREST)
-            fractions, scored = class_fractions(
-                np.asarray(square), (features.shape[0], features.shape[1]), self.classes
-            )
+            height, width = features.shape[:2]
+            fractions, scored = class_fractions(np.asarray(square), (height, width), self.classes)
             count = (index + 1) * wanted // images - index * wanted // images
             chosen = choose_patches(fractions, scored, count, np.random.default_rng([self.config.seed, index]))
             found.append((features.flatten(0, 1)[chosen].numpy(), fractions[chosen]))
@@ -259,9 +258,7 @@ class Evaluation:
         """Yield this rank's images: index, features [h, w, D] on the CPU, and mask, in its own size."""
         world, rank = distributed.world_size(), distributed.rank()
         own = range(rank * len(source) // world, (rank + 1) * len(source) // world)
-        workers = choose_workers(
-            self.config.num_workers, distributed.processes_here(), on_gpu=self.device.type == "cuda"
-        )
+        workers = choose_workers(self.config.num_workers, distributed.processes_here())
         read = partial(_read, side=self.config.size, transform=self.transform)
         with (
             closing(each_image(source, own, read, workers)) as images,
