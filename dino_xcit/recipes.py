@@ -129,7 +129,7 @@ SCENES = Recipe(
     | {
         "arch": "xcit_pico_4_p8",
         "data_path": "sample:scenes",
-        "epochs": 8,
+        "epochs": 9,
         "batch_size_per_gpu": 32,
         "lr": 4e-3,
         "out_dim": 2048,
