@@ -156,7 +156,7 @@ def test_pictures_are_segmented_with_the_head_sizes_and_test_mode_of_the_checkpo
 ) -> None:
     run, photos, val = tmp_path / "run", tmp_path / "photos", data / "images" / "val"
     words = (*NEW, *SMALL, "--frozen", "--test", "slide", "--test-stride", 16, "--crop-size", 32, "--short-side", 40)
-    words = (*words, "--data-path", data, "--output-dir", run, "--masks-out", tmp_path / "masks", "--epochs", 1)
+    words = (*words, "--data-path", data, "--output-dir", run, "--masks-out", tmp_path / "masks", "--ema", 0.5)
     assert here(run_segment, *words).code == 0
     (photos / "more").mkdir(parents=True)
     (name, *_) = names = sorted(path.name for path in val.iterdir())
@@ -182,7 +182,7 @@ def test_pictures_are_segmented_with_the_head_sizes_and_test_mode_of_the_checkpo
     here(run_segment, *flags, "--predict", photos, "--out", tmp_path / "file").assert_refused("out is", "cannot be")
     here(run_segment, *flags, "--predict", "nowhere").assert_refused("nowhere")
     content = safe_load.read(run / "checkpoint.pth")
-    for damage in ({"args": {}}, {"network": {}}):
+    for damage in ({"args": {}}, {"ema": {}}):
         torch.save(content | damage, tmp_path / "damaged.pth")
         here(run_segment, *flags, "--weights", tmp_path / "damaged.pth", "--predict", photos).assert_refused(
             "damaged.pth"
