@@ -1,4 +1,4 @@
-"""Train an object detector on a pretrained backbone, measure it, and detect objects on your own pictures.
+"""Train an object detector on a pretrained backbone, evaluate it, or apply it to pictures.
 
     torchrun --nproc-per-node 8 run_detect.py --weights ckpt.pth --drop-path-rate 0.05 --data-path /data/coco
     python run_detect.py --recipe own-data --weights ckpt.pth --data-path my_coco/
@@ -34,12 +34,13 @@ from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.train import new_state
-from eval.results import data_metadata, images_metadata
+from eval.palette import SIDE
+from eval.results import Metric, data_metadata, images_metadata
 from eval.setup import demand_writable
 from eval.sheet import Cell
-from supervised.coco import JsonObject, find_part, mask_library, open_coco
-from supervised.detection import CocoScores, Detection, DetectionImages, build_detector, open_detector
-from supervised.drawing import CELL, above, cell_of, draw, write_image, write_sheet
+from supervised.coco import JsonObject, find_split, mask_library, open_coco
+from supervised.detection import CocoEvaluator, Detection, DetectionDataset, build_detector, open_detector
+from supervised.drawing import above, cell_of, draw, write_image, write_sheet
 from supervised.method import build_schedules, open_start, output_folder, set_up, stop_diverged
 from supervised.results import write_result
 
@@ -66,20 +67,20 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
     began = time.perf_counter()
     start = open_start(config)
     masks, root = config.model == "mask-rcnn", config.data_path
-    train_files = find_part(root, "train", config.train_annotations, config.train_images)
-    val_files = find_part(root, "val", config.val_annotations, config.val_images)
+    train_files = find_split(root, "train", config.train_annotations, config.train_images)
+    val_files = find_split(root, "val", config.val_annotations, config.val_images)
     train = open_coco(*train_files, masks)
     val = open_coco(*val_files, masks, like=train)
     config = dataclasses.replace(config, arch=start.arch, output_dir=output_folder(config))
-    scores = CocoScores(val, config, start.transform.white_level)
+    evaluator = CocoEvaluator(val, config, start.transform.white_level)
 
     def build(config: DetectConfig) -> Job[DetectConfig]:
         network = build_detector(config, start.backbone, len(train.categories), start.transform)
         return Job(
             config=config,
             state=new_state(config, Detection(config, device, network, train), device),
-            dataset=DetectionImages(train, config, start.transform.white_level),
-            evaluators=[Evaluator("detection", config.eval_every or config.epochs, scores)],
+            dataset=DetectionDataset(train, config, start.transform.white_level),
+            evaluators=[Evaluator("detection", config.evaluation_interval, evaluator)],
             schedules=build_schedules,
             transform=start.transform,
             title=f"{config.model} with {start.arch}, {counted(len(train.categories), 'class')}",
@@ -91,20 +92,20 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
     state = loop.train(config, device, build)
 
     # ---- results
-    if scores.results is None:  # the run was complete already
-        scores(state.method)
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.scores.items())
+    if evaluator.results is None:  # the run was complete already
+        evaluator(state.method)
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in evaluator.scores.items())
     log.info(f"{shown} on {counted(len(val), 'image')} of {val.url}")
     if not distributed.is_main():
         return
-    folder, found = Path(config.output_dir), scores.results or []
+    folder, found = Path(config.output_dir), evaluator.results or []
     atomic.write(folder / "predictions.json", lambda file: file.write(json.dumps(found).encode()))
     cells = []
     for index in range(min(SHOWN, len(val))):
         path = val.name(index)
         image = decode(val.read(index)[0], path, start.transform.white_level)
         annotated = val.annotations(index, crowds=False)
-        cells.append(Cell(draw(image, annotated, val.categories, CELL), Path(path).name, f"{len(annotated)} annotated"))
+        cells.append(Cell(draw(image, annotated, val.categories, SIDE), Path(path).name, f"{len(annotated)} annotated"))
         own = [one for one in found if one["image_id"] == val.image_ids[index]]
         cells.append(cell_of(image, own, val.categories, config.draw_score))
     write_sheet(folder / "detections.png", cells)
@@ -113,8 +114,10 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
         name: data_metadata(one, one.fingerprint()) | images_metadata(one)
         for name, one in (("train", train), ("val", val))
     }
-    results = scores.scores | {"classes": scores.classes}
-    write_result("detect", config, start, state, results, parts, start.transform, time.perf_counter() - began, [])
+    results = evaluator.scores | {"classes": evaluator.classes}
+    kinds = ("box", "mask")[: 1 + masks]
+    metrics = [Metric(f"{kind} AP", {"metric": f"{kind}_ap"}, evaluator.scores[f"{kind}_ap"], None) for kind in kinds]
+    write_result("detect", config, start, state, results, parts, start.transform, time.perf_counter() - began, metrics)
 
 
 def predict(config: DetectConfig, device: torch.device) -> None:

@@ -1,8 +1,7 @@
-"""Train a backbone to segment images, measure its mIoU, and segment pictures.
+"""Train a segmentation network on a pretrained backbone, evaluate it, or apply it to pictures.
 
     python run_segment.py --recipe own-data --weights runs/.../checkpoint.pth --data-path street/
-    torchrun --nproc-per-node 8 run_segment.py --weights ckpt.pth --data-path /data/ADEChallengeData2016 \\
-        --batch-size-per-gpu 2
+    torchrun --nproc-per-node 8 run_segment.py --weights ckpt.pth --data-path /data/ADEChallengeData2016
     python run_segment.py --predict photos/ --weights street/own-data/checkpoint.pth
 
 The loop is in dino_xcit/loop.py; heads, augmentation and evaluation are in supervised/segmentation.py.
@@ -20,26 +19,33 @@ if __name__ == "__main__":
 import dataclasses
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from dino_xcit import loop
+from dino_xcit.data import UndecodableImage, decode
+from dino_xcit.data.folder import open_files
 from dino_xcit.data.masks import open_masks
+from dino_xcit.errors import InputError
 from dino_xcit.loop import Job
 from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
 from dino_xcit.train import new_state
 from eval.miou import class_iou, mean_iou, pixel_accuracy
-from eval.results import data_metadata, images_metadata
+from eval.palette import colours, segmentation_sheet, to_palette
+from eval.results import Metric, data_metadata, images_metadata
 from eval.setup import demand_writable
 from eval.table import percent, table
 from supervised import segmentation
-from supervised.method import build_schedules, open_start, output_folder, set_up, stop_diverged
+from supervised.method import Start, build_schedules, open_start, output_folder, set_up, stop_diverged
 from supervised.results import write_result
-from supervised.segmentation import Predictor, Score, Segmentation, Segmenter, TrainingImages
+from supervised.segmentation import MiouEvaluator, Predictor, Segmentation, SegmentationDataset, Segmenter
 
 
 def main() -> None:
@@ -47,18 +53,23 @@ def main() -> None:
     began = time.perf_counter()
     config, first_line = parse_run(SegmentConfig, sys.argv[1:], "run_segment.py", RECIPES, DEFAULT_RECIPE)
     device = set_up(config)
-    demand_writable({"predictions": config.predictions and str(Path(config.predictions, "mask.png"))})
+    demand_writable({"masks_out": config.masks_out and str(Path(config.masks_out, "mask.png"))})
     stored, start = segmentation.read_run(config.weights), open_start(config)
     if config.predict:
-        segmentation.predict(config, start, stored, device)
+        predict(config, start, stored, device)
         return
     log.info(first_line)
 
     # ---- images and masks
     train, val = open_masks(config)
     assert train.classes is not None
-    config = dataclasses.replace(config, arch=start.arch, classes=len(train.classes), output_dir=output_folder(config))
-    score = Score(val, Predictor(config, start.transform, device))
+    if config.head == "upernet" and config.batch_size_per_gpu * distributed.world_size() < 2:
+        raise InputError("upernet normalises over at least 2 images, but the batch has 1: raise --batch-size-per-gpu")
+    head = config.head if config.head != "auto" else "linear" if config.frozen else "semantic-fpn"
+    config = dataclasses.replace(
+        config, arch=start.arch, head=head, classes=len(train.classes), output_dir=output_folder(config)
+    )
+    evaluator = MiouEvaluator(val, Predictor(config, start.transform, device))
 
     def build(config: SegmentConfig) -> Job[SegmentConfig]:
         torch.manual_seed(config.seed)  # the workers that checked the masks have drawn from the generator
@@ -68,8 +79,8 @@ def main() -> None:
         return Job(
             config=config,
             state=new_state(config, method, device),
-            dataset=TrainingImages(train, config, start.transform),
-            evaluators=[Evaluator("segmentation", config.eval_every or sys.maxsize, score)],
+            dataset=SegmentationDataset(train, config, start.transform),
+            evaluators=[Evaluator("segmentation", config.evaluation_interval, evaluator)],
             schedules=build_schedules,
             transform=start.transform,
             title=f"segmentation into {config.classes} classes with {start.arch}",
@@ -80,22 +91,52 @@ def main() -> None:
     state = loop.train(config, device, build)
 
     # ---- result
-    if score.matrix is None:  # the run was complete already
-        score(state.method)
-    assert score.matrix is not None
-    ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(score.matrix)]  # JSON has no NaN
-    found = {"miou": mean_iou(score.matrix), "pixel_accuracy": pixel_accuracy(score.matrix)}
+    if evaluator.confusion is None:  # the run was complete already
+        evaluator(state.method)
+    assert evaluator.confusion is not None
+    ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(evaluator.confusion)]  # JSON has no NaN
+    found = {"miou": mean_iou(evaluator.confusion), "pixel_accuracy": pixel_accuracy(evaluator.confusion)}
     log.info(table(["class", "IoU %"], [[name, percent(iou)] for name, iou in zip(train.classes, ious, strict=True)]))
     log.info(f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} % on {val.url} ({config.test})")
     if distributed.is_main():
-        segmentation.save(segmentation.draw_overlays(val, score), Path(config.output_dir, "overlays.png"))
+        segmentation.save(segmentation.draw_overlays(val, evaluator), Path(config.output_dir, "overlays.png"))
         parts = {
             name: data_metadata(one, one.fingerprint()) | images_metadata(one)
             for name, one in (("train", train), ("val", val))
         }
         seconds = time.perf_counter() - began
         results = found | {"classes": train.classes, "iou": ious, "test": config.test}
-        write_result("segment", config, start, state, results, parts, start.transform, seconds, [])
+        metric = Metric("mIoU", {"metric": "miou", "test": config.test}, found["miou"], None)
+        write_result("segment", config, start, state, results, parts, start.transform, seconds, [metric])
+
+
+def predict(config: SegmentConfig, start: Start, stored: Mapping[str, Any], device: torch.device) -> None:
+    """Segment pictures with the network in the checkpoint ``stored``; write masks and overlays.
+
+    Raises:
+        InputError: the weights are no segmentation network, or there are no pictures.
+    """
+    predictor, network = segmentation.open_segmenter(config, start, stored, device)
+    out = Path(config.out or Path(config.weights).parent / "predictions")
+    demand_writable({"out": str(out / "masks" / "00000.png")})
+    source = open_files(config.predict)
+    unreadable: list[str] = []
+    for index in range(distributed.rank(), len(source), distributed.world_size()):
+        path = source.name(index)
+        try:
+            image = decode(source.read(index)[0], path, start.transform.white_level)
+        except UndecodableImage as error:
+            unreadable.append(str(error))
+            continue
+        labels = predictor.labels(network, predictor.prepare(image), image.size[::-1])
+        name = f"{index:05d}-{Path(path).stem}.png"
+        segmentation.save(to_palette(labels, colours(256)), out / "masks" / name)
+        overlay = segmentation_sheet([(path, image, {"prediction": labels})], stored["class_names"])
+        segmentation.save(overlay, out / "overlays" / name)
+    failed = [line for lines in distributed.gather_objects(unreadable) for line in lines]
+    for line in failed:
+        log.warning(line)
+    log.info(f"{counted(len(source) - len(failed), 'image')} segmented; written: {out}")
 
 
 def command() -> None:

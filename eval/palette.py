@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dino_xcit.data.masks import IGNORE
 from eval.sheet import Cell, draw_sheet
 
 OPACITY = 0.6
@@ -37,21 +38,28 @@ def colours(n: int) -> NDArray[np.uint8]:
     return (255 * np.array(rows).reshape(-1, 3)).round().astype(np.uint8)
 
 
+def to_palette(labels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> Image.Image:
+    """Convert labels [h, w] to an image with a palette [256, 3]."""
+    image = Image.fromarray(labels)
+    image.putpalette(palette.tobytes())
+    return image
+
+
 def overlay(
-    image: Image.Image, labels: NDArray[np.integer], colours: NDArray[np.uint8], ignore: int = 255
+    image: Image.Image, labels: NDArray[np.integer], palette: NDArray[np.uint8], ignore: int = IGNORE
 ) -> Image.Image:
     """Blend the class colours of ``labels`` [h, w] into an RGB image of the same size; ignored pixels stay as they are.
 
     Args:
-        colours: [K, 3], one colour for each label.
+        palette: [K, 3], one colour for each label.
     """
     pixels = np.array(image.convert("RGB"), dtype=np.float32)
     shown = labels != ignore
-    pixels[shown] += OPACITY * (colours[labels[shown]] - pixels[shown])
+    pixels[shown] += OPACITY * (palette[labels[shown]] - pixels[shown])
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def segmentation_sheet(images: Sequence[Segmented], classes: Sequence[str], ignore: int = 255) -> Image.Image:
+def segmentation_sheet(images: Sequence[Segmented], classes: Sequence[str], ignore: int = IGNORE) -> Image.Image:
     """Draw a row for each image (the image, then each segmentation over it), and a legend of the classes in them."""
     ink, rows, present = colours(len(classes)), [], set[int]()
     for name, image, segmentations in images:

@@ -66,6 +66,7 @@ class CocoSource:
         expected = tuple(self.sizes[index].tolist())
         if (width, height) != expected:
             cause = f"it has {width} x {height} pixels, but the annotations say {expected[0]} x {expected[1]}"
+            cause += "; annotate the upright image (EXIF rotation applied), or correct width and height"
             raise UndecodableImage(f"{self.name(index)} does not fit its annotations: {cause}", cause)
 
     def fingerprint(self) -> str:
@@ -124,7 +125,7 @@ def decode_masks(found: Sequence[JsonObject], width: int, height: int) -> NDArra
 # ---- opening
 
 
-def find_part(root: str, part: str, annotations: str, images: str) -> tuple[Path, Path]:
+def find_split(root: str, part: str, annotations: str, images: str) -> tuple[Path, Path]:
     """Return the annotation file and the folder of images of a part.
 
     Args:
@@ -259,7 +260,9 @@ def _problem_of(row: JsonObject, image: JsonObject, masks: bool) -> str:
 def _is_mask(segmentation: object, width: int, height: int) -> bool:
     """Whether a segmentation is a list of polygons, or run lengths of this size."""
     if isinstance(segmentation, list):
-        return any(isinstance(polygon, list) and len(polygon) >= 6 for polygon in segmentation)
+        polygons = [one for one in segmentation if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0]
+        numbers = all(isinstance(value, (int, float)) for one in polygons for value in one)
+        return numbers and len(polygons) == len(segmentation) > 0
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
         return False
     try:

@@ -65,8 +65,6 @@ class DetectConfig(DownstreamConfig):
     """Learning rate of the first step."""
     weight_decay: Annotated[float, Ge(0)] = 0.05
     """Weight decay."""
-    clip_grad: Annotated[float, Ge(0)] = 0.0
-    """Maximum gradient norm; 0: no clipping."""
     short_sides: Annotated[tuple[int, ...], Ge(16), MinLen(1), Group("crops")] = tuple(range(480, 801, 32))
     """Shorter side of a training image in pixels, one of these at random."""
     long_side: Annotated[int, Ge(16)] = 1333

@@ -5,8 +5,8 @@ remains different from it:
 
 - Box losses are smooth L1 with beta 1/9 instead of L1. Anchors are rounded to whole pixels. The best anchor of each
   object is positive at any overlap; mmdet's must overlap by 0.3.
-- Regions are pooled as if they had at least one cell. Targets of the mask head are sampled without the half pixel of an
-  aligned RoIAlign. Masks are pasted into boxes of whole pixels.
+- RoIAlign treats regions smaller than one cell as one cell (torchvision). Targets of the mask head are sampled without
+  the half pixel of an aligned RoIAlign. Masks are pasted into boxes of whole pixels.
 - The last layer of the mask head starts at std 0.001; mmdet's depends on the number of classes, and its first losses
   are above 20 for a few classes.
 - Biases and norms have no weight decay; mmdet's biases have. Boxes of less than a pixel after a crop are dropped.
@@ -52,13 +52,14 @@ from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.transform import EvalTransform, normalise
+from eval.pooling import autocast
 from supervised.coco import CocoSource, JsonObject, corners, decode_masks, mask_library
 from supervised.detect_config import DetectConfig
-from supervised.method import Supervised, SupervisedBatch, SupervisedDataset, autocast
+from supervised.method import Supervised, SupervisedBatch, SupervisedDataset
 
 ANCHOR_SCALE = 8
 """Side of an anchor in cells of its level."""
-_MULTIPLE = 32
+SIZE_DIVISOR = 32
 """Batches are padded to multiples of this side, the stride of the last level."""
 _MIN_FOR_WORKERS = 64
 """Minimum number of images of a rank for which starting workers saves time."""
@@ -94,7 +95,7 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
         return super().grid_anchors(grid_sizes, [[stride, stride] for stride in self.strides])
 
 
-class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
+class AlignedRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
     """RoIAlign with ``aligned=True``, as in mmdet, and with the strides of the levels.
 
     torchvision's pool has no such option. Moving boxes by half a cell of their level is the same.
@@ -113,7 +114,7 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]
         return super().forward(x, list(moved), image_shapes)
 
 
-class Batching(nn.Module):
+class NormalizeAndPad(nn.Module):
     """Replaces torchvision's transform: normalises and pads, but does not resize."""
 
     def __init__(self, transform: EvalTransform) -> None:
@@ -123,14 +124,15 @@ class Batching(nn.Module):
     def forward(self, images: list[Tensor], targets: Any) -> tuple[ImageList, Any]:
         """Batch images [3, height, width] uint8; targets are unchanged."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        height, width = (-(-max(sides) // _MULTIPLE) * _MULTIPLE for sides in zip(*sizes, strict=True))
+        height, width = (-(-max(sides) // SIZE_DIVISOR) * SIZE_DIVISOR for sides in zip(*sizes, strict=True))
         batch = torch.zeros(len(images), 3, height, width, device=images[0].device)
         for padded, image in zip(batch, images, strict=True):
             padded[:, : image.shape[1], : image.shape[2]] = normalise(image[None], self.mean, self.std)[0]
         return ImageList(batch, sizes), targets
 
     def postprocess(self, found: list[dict[str, Tensor]], sizes: object, originals: object) -> list[dict[str, Tensor]]:
-        """Return detections as they are: boxes in the images, masks [n, 1, 28, 28] in the boxes."""
+        """Return detections unchanged: boxes in pixels of the resized image, masks [n, 1, 28, 28] relative to their
+        boxes."""
         return found
 
 
@@ -148,7 +150,7 @@ def build_detector(config: DetectConfig, backbone: nn.Module, classes: int, tran
         "rpn_pre_nms_top_n_test": config.proposals,
         "rpn_post_nms_top_n_train": config.proposals,
         "rpn_post_nms_top_n_test": config.proposals,
-        "box_roi_pool": AlignedPool(7),
+        "box_roi_pool": AlignedRoIAlign(7),
         "box_head": TwoMLPHead(width * 7**2, hidden),
         "box_predictor": FastRCNNPredictor(hidden, background_too),
         "box_batch_size_per_image": config.rois,
@@ -159,13 +161,15 @@ def build_detector(config: DetectConfig, backbone: nn.Module, classes: int, tran
     if config.model == "mask-rcnn":
         head, predictor = MaskRCNNHeads(width, (width,) * 4, 1), MaskRCNNPredictor(width, width, background_too)
         nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)
-        detector = MaskRCNN(body, mask_roi_pool=AlignedPool(14), mask_head=head, mask_predictor=predictor, **settings)
+        detector = MaskRCNN(
+            body, mask_roi_pool=AlignedRoIAlign(14), mask_head=head, mask_predictor=predictor, **settings
+        )
         predictor.register_forward_hook(_in_float32)
     else:
         detector = FasterRCNN(body, **settings)
     for module in (detector.rpn.head, detector.roi_heads.box_predictor):
         module.register_forward_hook(_in_float32)  # boxes are decoded in the dtype of these outputs
-    detector.transform = Batching(transform)
+    detector.transform = NormalizeAndPad(transform)
     return detector
 
 
@@ -202,7 +206,7 @@ class Detection(Supervised):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["categories"] != self.categories:
-            raise ValueError("its classes are others than those of the annotations")
+            raise ValueError("its classes differ from those of the annotations")
         super().load_state_dict(state)
 
 
@@ -234,7 +238,7 @@ class RandomCrop(v2.Transform):  # type: ignore[misc]
         return self._call_kernel(v2.functional.crop, inpt, **params)
 
 
-class DetectionImages(SupervisedDataset):
+class DetectionDataset(SupervisedDataset):
     """Augmented images [3, height, width] uint8 of different sizes, with boxes, labels and masks as in torchvision."""
 
     stacks = False
@@ -310,7 +314,7 @@ class Detector:
 
     @torch.inference_mode()
     def _detect(self, image: Tensor, size: tuple[int, int]) -> list[JsonObject]:
-        with autocast(self.config, self.device):
+        with autocast(self.config.precision, self.device):
             (tensors,) = self.network([image.to(self.device)])
         tensors = {name: value.cpu() for name, value in tensors.items()}
         category_ids, (height, width) = list(self.categories), size
@@ -346,15 +350,15 @@ def open_detector(config: DetectConfig, device: torch.device) -> Detector:
         transform = EvalTransform.from_dict(content["eval_transform"])
         own = {name: getattr(config, name) for name in ("num_workers", "precision")}
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in content["args"].items()}
-        config = DetectConfig(**stored | own)
-        network = build_detector(config, build_backbone(config.arch), len(categories), transform)
-        network.load_state_dict(content.get("average", content["network"]))
+        settings = DetectConfig(**stored | own)
+        network = build_detector(settings, build_backbone(settings.arch), len(categories), transform)
+        network.load_state_dict(content.get("ema", content["network"]))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{config.weights} is not a detector of run_detect.py ({type(error).__name__}: {one_line(error)}): train "
             f"one with --weights {config.weights} --data-path COCO_DIR, then give its checkpoint.pth"
         ) from error
-    return Detector(network.to(device), categories, config, transform.white_level, device)
+    return Detector(network.to(device), categories, settings, transform.white_level, device)
 
 
 def _resized(
@@ -379,7 +383,7 @@ def _run_lengths(mask: Tensor) -> JsonObject:
 
 
 @dataclass
-class CocoScores:
+class CocoEvaluator:
     """Evaluator of a detector: COCO's average precisions in percent."""
 
     source: CocoSource

@@ -13,12 +13,10 @@ from torchvision.utils import draw_bounding_boxes
 
 from dino_xcit.runtime import atomic
 from dino_xcit.transform import to_tensor
-from eval.palette import colours
+from eval.palette import SIDE, colours
 from eval.sheet import Cell, draw_sheet
 from supervised.coco import JsonObject, corners, decode_masks
 
-CELL = 320
-"""Longer side of an image in a sheet, in pixels."""
 _FONT = str(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
@@ -62,7 +60,7 @@ def cell_of(
 ) -> Cell:
     """Draw the results with a score of at least ``least`` as a cell of a sheet."""
     shown = above(found, least)
-    return Cell(draw(image, shown, names, CELL), title, f"{len(shown)} detected, score {least:g} or more")
+    return Cell(draw(image, shown, names, SIDE), title, f"{len(shown)} detected, score {least:g} or more")
 
 
 def write_sheet(path: Path, cells: Sequence[Cell], columns: int = 4) -> None:

@@ -11,7 +11,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +24,7 @@ from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.loader import AnyBatch, BatchDataset, Key, StepSampler, Unreadable
 from dino_xcit.errors import DIVERGED, InputError, RunStopped
 from dino_xcit.methods.method import Method, Stats
-from dino_xcit.methods.student_teacher import Ema, choose_precision
+from dino_xcit.methods.student_teacher import Ema
 from dino_xcit.metrics import require_wandb
 from dino_xcit.models import XCiT, build_backbone
 from dino_xcit.models.timm_backbone import TimmBackbone
@@ -36,6 +35,7 @@ from dino_xcit.train import TrainState, choose_kernels
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, StoredWeights, hash_state, read_weights
 from dino_xcit.weights.locate import is_remote
+from eval.pooling import autocast
 from eval.setup import demand_writable
 from supervised.config import SCRATCH, DownstreamConfig
 
@@ -370,7 +370,7 @@ class Supervised(Method):
         raise NotImplementedError
 
     def forward_backward(self, batch: Any, rates: Rates) -> tuple[Tensor, Stats]:
-        with autocast(self.config, self.device):
+        with autocast(self.config.precision, self.device):
             loss, stats = self.loss(batch, rates)
         (loss * rates.loss_scale).backward()
         return loss.detach(), stats
@@ -396,12 +396,6 @@ class Supervised(Method):
         self.trained.load_state_dict(state["network"])
         if self._average:
             self.evaluated.load_state_dict(state["ema"])
-
-
-def autocast(config: DownstreamConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of the run's precision."""
-    dtype = choose_precision(config.precision, device)
-    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
 
 
 def stop_diverged(state: TrainState, config: DownstreamConfig, sampler: StepSampler) -> RunStopped:

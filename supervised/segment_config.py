@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from dino_xcit.bounds import FilePath, Group, refuse_changed, shown
+from dino_xcit.bounds import FilePath, Group, IsPath, refuse_changed, shown
 from dino_xcit.config import ResumeSafe, StateField
 from dino_xcit.errors import InputError
 from dino_xcit.recipes import Recipe
@@ -16,7 +16,7 @@ from supervised.config import DownstreamConfig
 
 @dataclass(frozen=True)
 class SegmentConfig(DownstreamConfig):
-    """Train a backbone and a head to segment images, or segment pictures with --predict."""
+    """Train a backbone and a head to segment images, or segment your own pictures (--predict)."""
 
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
     """Named set of settings: semantic-fpn-80k (the default), upernet-160k, linear-40k (frozen backbone), own-data
@@ -31,17 +31,17 @@ class SegmentConfig(DownstreamConfig):
     """Number of classes; 0: that of ADE20k, VOC or classes.txt, else the largest label in the training masks + 1."""
     ignore_label: Annotated[int, Ge(0), Le(255)] = 255
     """Label of pixels that count neither in training nor in evaluation."""
-    predict: Annotated[FilePath, ResumeSafe] = ""
-    """Picture or folder of pictures to segment with a network trained by this command, given as --weights; no
-    training."""
+    predict: Annotated[tuple[str, ...], IsPath, ResumeSafe] = ()
+    """Image files and folders to segment, without training; --weights is a checkpoint of run_segment.py. Uses the head,
+    the image sizes and the test mode of the checkpoint."""
     out: Annotated[FilePath, ResumeSafe] = ""
-    """For --predict: folder for the segmented pictures. Default: the folder predicted beside the weights."""
+    """Folder for the results of --predict. Default: predictions, beside the weights."""
     drop_path_rate: Annotated[float, Ge(0), Lt(1), Group("model")] = 0.05
     """Stochastic depth rate of the backbone. Published: 0 for XCiT-T12, 0.05 for S12, 0.1 for S24, 0.2 for M24 (with
     UperNet 0.15)."""
-    head: Annotated[Literal["semantic-fpn", "upernet", "linear"], StateField, Group("model")] = "semantic-fpn"
+    head: Annotated[Literal["auto", "semantic-fpn", "upernet", "linear"], StateField, Group("model")] = "auto"
     """Head: Semantic FPN (arXiv 1901.02446) or UperNet (arXiv 1807.10221) on a feature pyramid, or BatchNorm and a
-    linear layer on the last patch tokens."""
+    linear layer on the last patch tokens. auto: linear with --frozen, else semantic-fpn."""
     frozen: Annotated[bool, StateField] = False
     """Train the linear head only, on a frozen backbone in eval mode."""
     head_width: Annotated[int, Ge(0), StateField] = 0
@@ -50,7 +50,7 @@ class SegmentConfig(DownstreamConfig):
     """Width of the FPN of semantic-fpn; 0: that of the backbone."""
     steps: Annotated[int, Ge(0), Group("optimisation")] = 80_000
     """Length of the run in optimizer steps; 0: --epochs."""
-    batch_size_per_gpu: Annotated[int, Ge(1), ResumeSafe] = 16
+    batch_size_per_gpu: Annotated[int, Ge(1), ResumeSafe] = 2
     """Images per forward pass and rank."""
     lr: Annotated[float, Ge(0)] = 6e-5
     """Peak learning rate for a global batch of lr_reference_batch images; scaled linearly with the global batch."""
@@ -66,8 +66,6 @@ class SegmentConfig(DownstreamConfig):
     """Learning rate of the first step."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """Weight decay."""
-    clip_grad: Annotated[float, Ge(0)] = 0.0
-    """Maximum gradient norm; 0: no clipping."""
     short_side: Annotated[int, Ge(16), Group("crops")] = 512
     """Shorter side of a resized image in pixels, in evaluation and before the random scale in training."""
     scale: Annotated[tuple[float, float], Gt(0)] = (0.5, 2.0)
@@ -88,7 +86,7 @@ class SegmentConfig(DownstreamConfig):
     """Segment whole images, or overlapping windows of crop_size and average their scores."""
     test_stride: Annotated[int, Ge(0), ResumeSafe] = 0
     """Pixels between windows of --test slide; 0: two thirds of crop_size (341 for 512)."""
-    predictions: Annotated[FilePath, ResumeSafe] = ""
+    masks_out: Annotated[FilePath, ResumeSafe] = ""
     """Folder for the predicted masks of all validation images, in the labels of the data; written at each
     evaluation."""
     best_metric: Annotated[str, ResumeSafe] = "miou"
@@ -96,27 +94,23 @@ class SegmentConfig(DownstreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.frozen != (self.head == "linear"):
+        if self.head != "auto" and self.frozen != (self.head == "linear"):
             raise InputError(
                 f"head is {self.head} and frozen is {shown(self.frozen)}, expected --head linear with --frozen, or "
                 "another head without it: a feature pyramid needs training"
             )
-        if self.head == "linear":
-            refuse_changed(self, ("head_width", "fpn_width"), "with --head linear")
-        if self.head == "upernet" and self.batch_size_per_gpu < 2:
-            raise InputError("batch_size_per_gpu is 1, expected at least 2: upernet normalises over images")
+        if self.frozen:
+            refuse_changed(self, ("head_width", "fpn_width"), "with --frozen")
         least, most = self.scale
         if least > most:
             raise InputError(f"scale is {least:g} {most:g}, expected least <= most, such as 0.5 2")
         if self.test_stride > self.crop_size:
             raise InputError(f"test_stride is {self.test_stride}, expected at most crop_size, {self.crop_size}")
         if self.out and not self.predict:
-            raise InputError(
-                "out is for --predict: add --predict photos/, or use --predictions DIR for validation images"
-            )
+            raise InputError("out is for --predict: add --predict photos/, or use --masks-out for validation images")
 
 
-_ADE = "run_segment.py --batch-size-per-gpu 2 --weights ckpt.pth --data-path /data/ADEChallengeData2016 --recipe"
+_ADE = "run_segment.py --weights ckpt.pth --data-path /data/ADEChallengeData2016 --recipe"
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -134,7 +128,7 @@ RECIPES = {
         Recipe(
             "linear-40k", "a linear layer on a frozen backbone, 40,000 steps of 16 images (DINOv2's settings)",
             f"torchrun --nproc-per-node 8 {_ADE} linear-40k", "not measured",
-            {"head": "linear", "frozen": True, "steps": 40_000, "lr": 1e-3, "weight_decay": 1e-4,
+            {"frozen": True, "steps": 40_000, "lr": 1e-3, "weight_decay": 1e-4,
              "drop_path_rate": 0.0, "test": "slide"},
         ),
         Recipe(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,26 +26,23 @@ from torchvision.transforms import v2
 from dino_xcit import safe_load
 from dino_xcit.bounds import marked
 from dino_xcit.config import StateField
-from dino_xcit.data import storage
 from dino_xcit.data.decode import decode
-from dino_xcit.data.folder import open_folder
 from dino_xcit.data.masks import IGNORE, MaskSource
 from dino_xcit.data.source import Source, evenly_spaced
 from dino_xcit.data.workers import choose_workers, each_image
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 from dino_xcit.methods import Method
 from dino_xcit.methods.method import Stats
 from dino_xcit.models import feature_pyramid
 from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
-from dino_xcit.runtime import logging as log
-from dino_xcit.runtime.logging import counted, progress_bar
+from dino_xcit.runtime.logging import progress_bar
 from dino_xcit.transform import EvalTransform, normalise, to_tensor
+from dino_xcit.weights.locate import is_safetensors
 from eval.miou import confusion, mean_iou, pixel_accuracy
-from eval.palette import Segmented, colours, segmentation_sheet
+from eval.palette import Segmented, colours, segmentation_sheet, to_palette
 from eval.pooling import autocast, patch_size_of
-from supervised.config import SCRATCH
 from supervised.method import Start, Supervised, SupervisedBatch, SupervisedDataset
 from supervised.segment_config import SegmentConfig
 
@@ -180,7 +178,7 @@ class Segmenter(nn.Module):
                     f"the head in {config.weights} has {name} {args[name]}, but here it is {getattr(config, name)}: "
                     "give the same setting, or the file backbone.pth beside it for a new head"
                 )
-        self.load_state_dict(content.get("average", content["network"]))
+        self.load_state_dict(content.get("ema", content["network"]))
         return True
 
     def train(self, mode: bool = True) -> Segmenter:
@@ -241,7 +239,7 @@ def scaled_size(size: tuple[int, int], config: SegmentConfig, factor: float = 1.
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-class TrainingImages(SupervisedDataset):
+class SegmentationDataset(SupervisedDataset):
     """mmseg's training transform: random scale, crop, flip and photometric distortion; uint8 images."""
 
     source: MaskSource
@@ -335,12 +333,12 @@ def _load(predictor: Predictor, source: Source, index: int) -> tuple[Tensor, Ten
 
 
 @dataclass
-class Score:
+class MiouEvaluator:
     """Evaluator of a segmentation network: mIoU and pixel accuracy in percent on all images of a source."""
 
     source: MaskSource
     predictor: Predictor
-    matrix: NDArray[np.int64] | None = None
+    confusion: NDArray[np.int64] | None = None
     """[K, K] of the last measurement: :func:`eval.miou.confusion`, on every rank."""
     shown: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     """Predictions of some images, by index; on every rank."""
@@ -350,41 +348,39 @@ class Score:
         assert isinstance(method, Segmentation)
         config, network = self.predictor.config, method.evaluated
         own = range(distributed.rank(), len(self.source), distributed.world_size())
-        workers = choose_workers(config.num_workers, distributed.processes_here())
+        on_gpu = method.device.type == "cuda"
+        workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=on_gpu)
         matrix, shown = np.zeros((config.classes,) * 2, dtype=np.int64), {}
         wanted = evenly_spaced(len(self.source), SHOWN)
         was_training = network.training
         network.eval()
-        with progress_bar(len(own), f"segmenting {self.source.url}", shown=distributed.is_main()) as bar:
-            loaded = each_image(self.source, own, partial(_load, self.predictor), workers)
-            for index, found in zip(own, loaded, strict=True):
-                if isinstance(found, str):
-                    raise InputError(found)
-                image, target = found
-                labels = self.predictor.labels(network, image, target.shape)
-                matrix += confusion(labels, target.numpy(), config.classes)
-                if index in wanted:
-                    shown[index] = labels
-                if config.predictions:
-                    stored = to_palette(labels + np.uint8(self.source.first))
-                    save(stored, Path(config.predictions, f"{self.source.names[index]}.png"))
-                watchdog.progress()
-                bar.update()
-        network.train(was_training)
+        try:
+            with (
+                closing(each_image(self.source, own, partial(_load, self.predictor), workers)) as loaded,
+                progress_bar(len(own), f"segmenting {self.source.url}", shown=distributed.is_main()) as bar,
+            ):
+                for index, found in zip(own, loaded, strict=True):
+                    if isinstance(found, str):
+                        raise InputError(found)
+                    image, target = found
+                    labels = self.predictor.labels(network, image, target.shape)
+                    matrix += confusion(labels, target.numpy(), config.classes)
+                    if index in wanted:
+                        shown[index] = labels
+                    if config.masks_out:
+                        path = Path(config.masks_out, f"{self.source.names[index]}.png")
+                        save(to_palette(labels + np.uint8(self.source.first), colours(256)), path)
+                    watchdog.progress()
+                    bar.update()
+        finally:
+            network.train(was_training)
         parts = distributed.gather_objects((matrix, shown))
-        self.matrix = np.sum([part for part, _ in parts], axis=0)
+        self.confusion = np.sum([part for part, _ in parts], axis=0)
         self.shown = {index: labels for _, part in parts for index, labels in part.items()}
-        return {"miou": mean_iou(self.matrix), "pixel_accuracy": pixel_accuracy(self.matrix)}
+        return {"miou": mean_iou(self.confusion), "pixel_accuracy": pixel_accuracy(self.confusion)}
 
 
 # ---- pictures
-
-
-def to_palette(labels: NDArray[np.uint8]) -> Image.Image:
-    """Convert labels [h, w] to an image with a palette."""
-    image = Image.fromarray(labels)
-    image.putpalette(colours(256).tobytes())
-    return image
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -393,11 +389,11 @@ def save(image: Image.Image, path: Path) -> None:
     image.save(path)
 
 
-def draw_overlays(source: MaskSource, score: Score) -> Image.Image:
-    """Draw the images that ``score`` has kept, with their predictions and ground truth."""
+def draw_overlays(source: MaskSource, evaluator: MiouEvaluator) -> Image.Image:
+    """Draw the images that ``evaluator`` has kept, with their predictions and ground truth."""
     images: list[Segmented] = []
-    for index, predicted in sorted(score.shown.items()):
-        image = decode(source.read(index)[0], source.name(index), score.predictor.transform.white_level)
+    for index, predicted in sorted(evaluator.shown.items()):
+        image = decode(source.read(index)[0], source.name(index), evaluator.predictor.transform.white_level)
         truth = source.mask(index, predicted.shape)
         images.append((source.name(index), image, {"prediction": predicted, "ground truth": truth}))
     return segmentation_sheet(images, source.classes or ())
@@ -405,32 +401,29 @@ def draw_overlays(source: MaskSource, score: Score) -> Image.Image:
 
 def read_run(weights: str) -> Mapping[str, Any]:
     """Read the checkpoint if it is one of run_segment.py; empty for other weights."""
-    is_checkpoint = weights != SCRATCH and Path(weights).is_file() and not weights.endswith(".safetensors")
-    content = safe_load.read(Path(weights)) if is_checkpoint else {}
-    return content if "class_names" in content else {}
+    path = Path(weights)
+    content = safe_load.read(path) if path.is_file() and not is_safetensors(path) else {}
+    return content if "class_names" in content and "head" in content.get("args", {}) else {}
 
 
-def predict(config: SegmentConfig, start: Start, stored: Mapping[str, Any], device: torch.device) -> None:
-    """Segment the pictures of ``config.predict`` with the network in the checkpoint ``stored``.
+def open_segmenter(
+    config: SegmentConfig, start: Start, stored: Mapping[str, Any], device: torch.device
+) -> tuple[Predictor, Segmenter]:
+    """Build the network of the checkpoint ``stored``, with its head, image sizes and test mode.
 
     Raises:
-        InputError: there is no such network, or a picture cannot be read.
+        InputError: there is no such network.
     """
     if not stored:
         raise InputError(f"{config.weights} has no head: --predict needs a checkpoint.pth written by run_segment.py")
-    names = (*marked(SegmentConfig, StateField), "short_side", "crop_size")
-    changed = {name: stored["args"][name] for name in names if getattr(config, name) == getattr(SegmentConfig, name)}
-    predictor = Predictor(dataclasses.replace(config, **changed), start.transform, device)
-    network = Segmenter(start.backbone, predictor.config)
-    network.load(stored, predictor.config)
-    network.to(device).eval()
-    given, out = Path(config.predict), Path(config.out or Path(config.weights).parent / "predicted")
-    folder = open_folder(config.predict, config.predict) if given.is_dir() else None
-    paths = [config.predict] if folder is None else [folder.name(index) for index in range(len(folder))]
-    for path in paths[distributed.rank() :: distributed.world_size()]:
-        image = decode(storage.read_file(path, storage.MAX_IMAGE_BYTES), path, start.transform.white_level)
-        labels = predictor.labels(network, predictor.prepare(image), (image.height, image.width))
-        name = Path(path).relative_to(given if folder else given.parent).with_suffix(".png")
-        save(to_palette(labels), out / "masks" / name)
-        save(segmentation_sheet([(path, image, {"prediction": labels})], stored["class_names"]), out / name)
-    log.info(f"{counted(len(paths), 'picture')} segmented, written: {out}, {out / 'masks'} (numbers of the classes)")
+    names = (*marked(SegmentConfig, StateField), "short_side", "crop_size", "test", "test_stride")
+    try:
+        settings = dataclasses.replace(config, **{name: stored["args"][name] for name in names})
+        network = Segmenter(start.backbone, settings)
+        network.load_state_dict(stored.get("ema", stored["network"]))
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{config.weights} has no complete head ({type(error).__name__}: {one_line(error)}): give a checkpoint.pth "
+            "written by run_segment.py"
+        ) from error
+    return Predictor(settings, start.transform, device), network.to(device).eval()

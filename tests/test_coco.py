@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dino_xcit.errors import InputError
-from supervised.coco import CocoSource, decode_masks, find_part, mask_library, open_coco
+from supervised.coco import CocoSource, decode_masks, find_split, mask_library, open_coco
 from supervised.detection import average_precisions
 
 Change = Callable[[list[Content]], object]
@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def opened(root: Path, part: str = "train", masks: bool = True, like: CocoSource | None = None) -> CocoSource:
-    return open_coco(*find_part(str(root), part, "", ""), masks, like)
+    return open_coco(*find_split(str(root), part, "", ""), masks, like)
 
 
 def test_annotations_and_masks_are_those_of_the_file_and_the_pixels(root: Path) -> None:
@@ -137,7 +137,8 @@ def test_a_file_that_is_not_coco_is_refused(root: Path, text: str) -> None:
 
 BOXES = ([5, 5, 0, 10], [5, 5, float("nan"), 10], [200, 5, 10, 10], [-20, 5, 10, 10], [1, 2, 3], [1, 2, "3", 4])
 MASKS = (
-    [], [[1, 2, 3, 4]], {"counts": [1, 2], "size": [64, 80]}, {"counts": [64 * 80], "size": [80, 64]},
+    [], [[1, 2, 3, 4]], [[1, 1, 9, 1, 9, 9], [1, 2, 3, 4]], [[1, 1, 9, 1, 9, 9, 4]], [[1, 1, 9, 1, 9, "9"]],
+    {"counts": [1, 2], "size": [64, 80]}, {"counts": [64 * 80], "size": [80, 64]},
     {"counts": "abc", "size": [64, 80]}, {"size": [64, 80]}, None,
 )  # fmt: skip
 
@@ -168,9 +169,9 @@ def test_layouts_of_folders(tmp_path: Path) -> None:
     file = tmp_path / "annotations" / "instances_train.json"
     for part, given, word in (("train", "", "--train-annotations"), ("val", str(file), "--val-images")):
         with pytest.raises(InputError, match=word):
-            find_part(str(tmp_path), part, given, "")
+            find_split(str(tmp_path), part, given, "")
     file.write_text("{}")
-    assert find_part(str(tmp_path), "train", "", "") == (file, tmp_path / "images" / "train")
+    assert find_split(str(tmp_path), "train", "", "") == (file, tmp_path / "images" / "train")
     file.with_name("instances_train_b.json").write_text("{}")
     with pytest.raises(InputError, match=r"instances_train\.json, instances_train_b\.json"):
-        find_part(str(tmp_path), "train", "", "")
+        find_split(str(tmp_path), "train", "", "")

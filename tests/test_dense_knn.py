@@ -1,4 +1,4 @@
-"""python -m eval.dense knn: shares, draw and vote against brute force, and the command."""
+"""python -m eval.dense knn: fractions, draw and vote against brute force, and the command."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def segment(here: Here, weights: Path, data: Path) -> Command:
 def test_shares_of_patches_equal_counting(grid: tuple[int, int]) -> None:
     mask = np.random.default_rng(1).choice([0, 1, 3, IGNORE], (12, 12)).astype(np.uint8)
     mask[:6, :4] = IGNORE
-    shares, scored = knn.patch_shares(mask, grid, 4)
+    fractions, scored = knn.class_fractions(mask, grid, 4)
     pixels: dict[int, list[int]] = {}
     for row, column in np.ndindex(mask.shape):
         place = row * grid[0] // 12 * grid[1] + column * grid[1] // 12
@@ -80,20 +80,20 @@ def test_shares_of_patches_equal_counting(grid: tuple[int, int]) -> None:
         valid = [label for label in labels if label != IGNORE]
         assert scored[place] == bool(valid)
         expected = [valid.count(label) / max(1, len(valid)) for label in range(4)]
-        np.testing.assert_allclose(shares[place], expected, rtol=1e-6)
+        np.testing.assert_allclose(fractions[place], expected, rtol=1e-6)
     assert 0 < scored.sum() < len(scored) == len(pixels)
 
 
 def test_draw_prefers_patches_with_rare_classes() -> None:
-    shares = np.zeros((100, 2), dtype=np.float32)
-    shares[:95, 0], shares[95:, 1] = 1, 1
+    fractions = np.zeros((100, 2), dtype=np.float32)
+    fractions[:95, 0], fractions[95:, 1] = 1, 1
     scored = np.arange(100) % 10 != 0
-    chosen = [knn.choose_patches(shares, scored, 8, np.random.default_rng(seed)) for seed in range(20)]
+    chosen = [knn.choose_patches(fractions, scored, 8, np.random.default_rng(seed)) for seed in range(20)]
     assert all(scored[one].all() and len(set(one.tolist())) == 8 for one in chosen)
     assert np.mean([(one >= 95).sum() for one in chosen]) > 4, "five of 100 patches have the rare class"
-    np.testing.assert_array_equal(chosen[3], knn.choose_patches(shares, scored, 8, np.random.default_rng(3)))
-    assert len(knn.choose_patches(shares, scored, 1000, np.random.default_rng(0))) == 90
-    assert len(knn.choose_patches(shares, scored, 0, np.random.default_rng(0))) == 0
+    np.testing.assert_array_equal(chosen[3], knn.choose_patches(fractions, scored, 8, np.random.default_rng(3)))
+    assert len(knn.choose_patches(fractions, scored, 1000, np.random.default_rng(0))) == 90
+    assert len(knn.choose_patches(fractions, scored, 0, np.random.default_rng(0))) == 0
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 26])
@@ -102,22 +102,22 @@ def test_vote_equals_brute_force(k: int, chunk: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(knn, "_NUMBERS_AT_ONCE", chunk)
     rng = np.random.default_rng(2)
     known, queries = rng.normal(size=(30, 5)).astype(np.float32), rng.normal(size=(7, 5)).astype(np.float32)
-    shares = rng.dirichlet(np.ones(3), 30)
-    memory = knn.Memory(DeviceIndex(known, CPU), torch.from_numpy(shares))
-    found = knn.vote(queries, memory, k, 0.2)
+    fractions = rng.dirichlet(np.ones(3), 30)
+    memory = knn.Memory(DeviceIndex(known, CPU), torch.from_numpy(fractions))
+    found = knn.knn_predict(queries, memory, k, 0.2)
     for query, row in zip(queries.astype(np.float64), found.numpy(), strict=True):
         cosines = known @ query / np.linalg.norm(known, axis=1) / np.linalg.norm(query)
         near = np.argsort(-cosines)[:k]
         votes = np.exp(cosines[near] / 0.2)
-        np.testing.assert_allclose(row, votes @ shares[near] / votes.sum(), atol=1e-5)
+        np.testing.assert_allclose(row, votes @ fractions[near] / votes.sum(), atol=1e-5)
 
 
 def test_labels_are_the_largest_of_the_enlarged_shares() -> None:
-    shares = torch.zeros(2, 2, 5)
-    shares[..., 4], shares[0, 0, 4], shares[0, 0, 2] = 1, 0, 1
-    found = knn.draw_labels(shares, 8, 12)
+    fractions = torch.zeros(2, 2, 5)
+    fractions[..., 4], fractions[0, 0, 4], fractions[0, 0, 2] = 1, 0, 1
+    found = knn.draw_labels(fractions, 8, 12)
     expected: NDArray[np.int64] = np.full((8, 12), 4)
-    maps = torch.nn.functional.interpolate(shares.permute(2, 0, 1)[None], (8, 12), mode="bilinear")[0]
+    maps = torch.nn.functional.interpolate(fractions.permute(2, 0, 1)[None], (8, 12), mode="bilinear")[0]
     expected[(maps[2] > maps[4]).numpy()] = 2
     np.testing.assert_array_equal(found, expected)
     assert set(np.unique(found)) == {2, 4}
@@ -165,6 +165,8 @@ def test_wrong_input_is_refused(segment: Command, data: Path, tmp_path: Path, mo
     with monkeypatch.context() as patched:
         patched.setattr(knn, "available_memory", lambda: 100_000)
         segment().assert_refused("memory is 500", "--memory 152")
+        patched.setattr(knn, "available_memory", lambda: 100)
+        segment().assert_refused("memory is 500", "use fewer processes")
     set_of(tmp_path / "set", 2, 1)
     broken = tmp_path / "set/images/train/1.png"
     broken.write_bytes(broken.read_bytes()[:-30])

@@ -122,10 +122,10 @@ def test_size_of_resized_frames(size: tuple[int, int], short: int, patch: int, e
 def test_drawn_map_of_a_weak_object_wins_where_it_is_strongest() -> None:
     soft = torch.zeros(4, 4, 2)
     soft[..., 0], soft[0, 0] = 1, torch.tensor([0.7, 0.3])
-    found = video.drawn(soft, 8, 8)
+    found = video.to_label_map(soft, 8, 8)
     assert found[0, 0] == 1
     assert found[4:, 4:].sum() == 0
-    assert video.drawn(torch.ones(4, 4, 2), 8, 8).sum() == 0, "a constant map is no object"
+    assert video.to_label_map(torch.ones(4, 4, 2), 8, 8).sum() == 0, "a constant map is no object"
 
 
 class Colours(nn.Module):
@@ -181,16 +181,16 @@ def test_objects_with_distinct_colours_are_followed(davis_folder: Path) -> None:
         arch="", network="", path=Path(), transform=EvalTransform(), data=None, backbone=Colours(), hash=""
     )
     config = VideoConfig(data_path=str(davis_folder), size=SIDE)
-    (cat, dog) = video.open_videos(config)
+    cpu, (cat, dog) = torch.device("cpu"), video.open_videos(config)
     assert (len(cat.measured), len(dog.measured)) == (3, 2), "the first and the last frame are left out"
     for one in (cat, dog):
-        scores = video.follow(one, loaded, config, torch.device("cpu"), lambda: None)
+        scores = video.evaluate_video(one, loaded, config, cpu, lambda: None)
         assert scores.keys() == {1, 2}
         assert min(value for pair in scores.values() for value in pair) > 85, scores
     # The squares move by a patch a frame: over one row and column, labels must come from the previous frames.
     for radius, previous, arrives in ((0, 7, False), (1, 0, False), (1, 1, True)):
         config = VideoConfig(data_path=str(davis_folder), size=SIDE, radius=radius, previous=previous)
-        regions = [pair[0] for pair in video.follow(cat, loaded, config, torch.device("cpu"), lambda: None).values()]
+        regions = [pair[0] for pair in video.evaluate_video(cat, loaded, config, cpu, lambda: None).values()]
         assert (min(regions) > 85) == (max(regions) > 85) == arrives
 
 
@@ -232,11 +232,26 @@ def test_folder_of_frames(track: Command, tmp_path: Path) -> None:
     track(*words[:2], "--out", tmp_path).assert_refused("would overwrite")
     for labels, expected in (
         (square(0, 0, 0), "0 objects"), (square(8, 4)[:, :50], "50 x 64"),
-        (np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE), "255 objects"),
+        (np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE), "255 objects, expected 1 to 64"),
         (np.stack([square(8, 4)] * 3, axis=2), "RGB"),
     ):  # fmt: skip
         Image.fromarray(labels).save(mask)
         track(*words, "--first-mask", mask).assert_refused("mask.png", expected)
+
+
+def test_names_with_dots_and_objects_that_are_lost(track: Command, tmp_path: Path) -> None:
+    frames_of(tmp_path / "frames", tmp_path / "masks", 3, all_masks=False)
+    for number in range(3):
+        (tmp_path / f"frames/{number:05d}.png").rename(tmp_path / f"frames/clip.{number:04d}.png")
+    mask = tmp_path / "mask.png"
+    Image.fromarray(square(8, 4) + square(60, 60, 2, 1) + square(58, 56, 5, 1)).save(mask)
+    words = ("--data-path", tmp_path / "frames", "--first-mask", mask, "--out")
+    done = track(*words, tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "are lost (2, 5)" in done.out
+    written = sorted(path.name for path in (tmp_path / "out/frames").iterdir())
+    assert written == [f"clip.{number:04d}.{suffix}" for number in range(3) for suffix in ("jpg", "png")]
+    track(*words, mask).assert_refused("out is", "cannot be written")
 
 
 @pytest.mark.parametrize(

@@ -19,16 +19,24 @@ from dino_xcit.data.decode import decode_pixels
 from dino_xcit.models import build_backbone
 from dino_xcit.optim import Rates
 from dino_xcit.transform import WHITE, EvalTransform
-from supervised.coco import CocoSource, corners, decode_masks, find_part, open_coco
+from supervised.coco import CocoSource, corners, decode_masks, find_split, open_coco
 from supervised.detect_config import DetectConfig
-from supervised.detection import AlignedPool, Anchors, Batching, Detection, DetectionImages, Detector, build_detector
+from supervised.detection import (
+    AlignedRoIAlign,
+    Anchors,
+    Detection,
+    DetectionDataset,
+    Detector,
+    NormalizeAndPad,
+    build_detector,
+)
 
 CPU = torch.device("cpu")
 STILL = ("--crop-probability", "0", "--flip", "0")
 
 
 def opened(root: Path) -> CocoSource:
-    return open_coco(*find_part(str(root), "train", "", ""), masks=True)
+    return open_coco(*find_split(str(root), "train", "", ""), masks=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def tiny(config: DetectConfig, source: CocoSource) -> Detection:
 
 
 def batch_of(source: CocoSource, *flags: str, keys: tuple[tuple[int, int], ...] = ((0, 0),)) -> Any:
-    return DetectionImages(source, settings(*flags), WHITE).__getitems__(list(keys))
+    return DetectionDataset(source, settings(*flags), WHITE).__getitems__(list(keys))
 
 
 # ---- parts of the network
@@ -56,7 +64,7 @@ def batch_of(source: CocoSource, *flags: str, keys: tuple[tuple[int, int], ...] 
 def test_pool_is_an_aligned_roi_align_on_the_level_of_each_box() -> None:
     maps = {str(level): torch.randn(2, 5, 256 >> level, 256 >> level) for level in range(4)}  # of 1024 pixels
     boxes = torch.tensor([[30.3, 40, 90, 77.9], [10, 300, 140, 420], [5.5, 6, 300, 310], [0, 100, 700, 920]])
-    pooled = AlignedPool(7)(maps, [boxes, boxes[:1] + 3], [(600, 700)] * 2)  # not the size of the maps
+    pooled = AlignedRoIAlign(7)(maps, [boxes, boxes[:1] + 3], [(600, 700)] * 2)  # not the size of the maps
     for row, box in enumerate([*boxes, boxes[0] + 3]):
         image, level = divmod(row, 4)
         expected = roi_align(maps[str(level)][[image]], [box[None]], 7, 1 / 2 ** (2 + level), 0, aligned=True)
@@ -78,7 +86,7 @@ def test_anchors_are_of_eight_cells_at_the_strides_of_the_levels() -> None:
 
 def test_batching_normalises_then_pads_with_zeros() -> None:
     images = [torch.randint(0, 256, (3, 40, 70), dtype=torch.uint8), torch.full((3, 64, 20), 255, dtype=torch.uint8)]
-    batch, _ = Batching(EvalTransform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))(images, None)
+    batch, _ = NormalizeAndPad(EvalTransform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))(images, None)
     assert batch.tensors.shape == (2, 3, 64, 96)
     assert batch.image_sizes == [(40, 70), (64, 20)]
     torch.testing.assert_close(batch.tensors[0, :, :40, :70], (images[0] / 255 - 0.5) / 0.25)

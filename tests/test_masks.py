@@ -104,8 +104,11 @@ BAD: dict[str, tuple[Damage, str]] = {
     "colours": (saved("RGB"), "000.png cannot be read: its format is RGB"),
     "16 bits": (saved("I;16"), "000.png cannot be read: its format is I;16"),
     "truncated": (lambda root: (root / FIRST).write_bytes((root / FIRST).read_bytes()[:150]), "000.png cannot"),
-    "no mask": (removed(FIRST), r"1 image of .* without mask, the first is train_000"),
-    "no image": (removed("images/val/val_001.jpg", "images/val/val_002.jpg"), r"2 masks of .* the first is val_001"),
+    "no mask": (removed(FIRST), r"no mask for 1 image of .* such as train_000"),
+    "no image": (
+        removed("images/val/val_001.jpg", "images/val/val_002.jpg"),
+        "no image for 2 masks .* val_001",
+    ),
     "two images of a name": (saved("RGB", "images/train/train_001.png"), "same name"),
     "no val part": (lambda root: (root / "images/val").rename(root / "images/test"), "has no images/val"),
     "no training part": (lambda root: (root / "images").rename(root / "photos"), "the folders images/training"),
@@ -125,7 +128,7 @@ def test_bad_data_is_refused_by_name(tmp_path: Path, case: str) -> None:
 
 def test_settings_that_contradict_the_data(tmp_path: Path) -> None:
     root = shapes(tmp_path, train=2, val=1)
-    with pytest.raises(InputError, match=r"classes is 7, but .* has names of 4"):
+    with pytest.raises(InputError, match=r"classes is 7, but .* names 4 classes"):
         open_masks(config_of(root, classes=7))
     with pytest.raises(InputError, match="expected the folders JPEGImages"):
         open_masks(config_of(root, layout="voc"))

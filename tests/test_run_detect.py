@@ -17,6 +17,7 @@ from run_here import Here
 import run_detect
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.state import hash_content
+from eval import compare
 
 
 @pytest.fixture
@@ -57,6 +58,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(base: Path, tmp_path: Path, here:
     assert whole["step"] == parts["step"] == 4
     assert hash_content(whole) == hash_content(parts)
     assert (tmp_path / "run" / "predictions.json").read_bytes() == (base / "run" / "predictions.json").read_bytes()
+    compared = here(compare, *(folder / "run" / "results.json" for folder in (base, tmp_path)))
+    assert compared.code == 0, compared.err
+    assert all(word in compared.out for word in ("box AP", "mask AP", "+0.0", "not paired"))
 
 
 def test_a_detector_runs_on_photographs(base: Path, tmp_path: Path, here: Here) -> None:
@@ -96,13 +100,15 @@ def test_a_detector_runs_on_photographs(base: Path, tmp_path: Path, here: Here) 
         ([*TINY, "--data-path", "BROKEN"], ["001.png", "empty file"]),
         (["--predict", "DATA"], ["--weights"]),
         (["--predict", "nowhere", "--weights", "DETECTOR"], ["nowhere"]),
-        (["--predict", "DATA", "--weights", "OTHER"], ["not a detector", "--data-path"]),
+        (["--predict", "DATA", "--weights", "OTHER"], ["OTHER is not a detector", "--data-path"]),
+        (["--predict", "DATA", "--weights", "DAMAGED"], ["DAMAGED is not a detector", "Missing key"]),
     ],
 )
 def test_wrong_commands_are_refused(base: Path, flags: list[str], words: list[str], tmp_path: Path, here: Here) -> None:
     torch.save({"student": {}, "args": {}}, tmp_path / "OTHER")
     paths = {"DATA": base / "coco", "DETECTOR": base / "run" / "checkpoint.pth"}
-    paths |= {name: tmp_path / name for name in ("BROKEN", "OTHER")}
+    torch.save(safe_load.read(paths["DETECTOR"]) | {"network": {}}, tmp_path / "DAMAGED")
+    paths |= {name: tmp_path / name for name in ("BROKEN", "OTHER", "DAMAGED")}
     if "BROKEN" in flags:
         shutil.copytree(base / "coco", paths["BROKEN"])
         (paths["BROKEN"] / "val2017" / "001.png").write_bytes(b"")

@@ -18,10 +18,18 @@ from dino_xcit.models import build_backbone
 from dino_xcit.transform import EvalTransform
 from supervised.method import seed_everything
 from supervised.segment_config import SegmentConfig
-from supervised.segmentation import Predictor, Segmenter, SemanticFPN, TrainingImages, UperNet, scaled_size
+from supervised.segmentation import Predictor, SegmentationDataset, Segmenter, SemanticFPN, UperNet, scaled_size
 
 CPU = torch.device("cpu")
-SMALL = {"classes": 5, "head_width": 8, "fpn_width": 8, "num_workers": 0, "short_side": 64, "crop_size": 48}
+SMALL = {
+    "head": "semantic-fpn",
+    "classes": 5,
+    "head_width": 8,
+    "fpn_width": 8,
+    "num_workers": 0,
+    "short_side": 64,
+    "crop_size": 48,
+}
 FROZEN = {"head": "linear", "frozen": True, "head_width": 0, "fpn_width": 0}
 
 
@@ -127,7 +135,7 @@ def test_scaled_size_keeps_the_aspect_and_bounds_the_long_side() -> None:
 
 def crops_of(tmp_path: Path, count: int = 1, **changes: Any) -> list[tuple[Tensor, Tensor]]:
     train, _ = open_masks(config_of(data_path=str(shapes(tmp_path, train=1, val=1)), **changes | {"classes": 0}))
-    dataset, out = TrainingImages(train, config_of(**changes), EvalTransform()), []
+    dataset, out = SegmentationDataset(train, config_of(**changes), EvalTransform()), []
     pixels = np.asarray(Image.open(train.images[0]))
     for seed in range(count):
         seed_everything(seed)

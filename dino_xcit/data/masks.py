@@ -159,7 +159,9 @@ def open_masks(config: MaskSettings) -> tuple[MaskSource, MaskSource]:
     names = tuple(_lines(root / "classes.txt")) if (root / "classes.txt").exists() else layout.names
     count = config.classes or len(names) or layout.class_count
     if len(names) not in (0, count):
-        raise InputError(f"classes is {count}, but {root} has names of {len(names)} classes: leave it out")
+        raise InputError(
+            f"classes is {count}, but {root} names {len(names)} classes: leave out --classes, or correct classes.txt"
+        )
 
     def check() -> int:
         workers = choose_workers(config.num_workers, 1)
@@ -201,8 +203,8 @@ def _open_part(root: Path, layout: Layout, part: str, ignore: int) -> MaskSource
     for kind, other, place in (("image", "mask", images), ("mask", "image", masks)):
         if missing := [name for name in names if name not in by_name[kind]]:
             raise InputError(
-                f"{counted(len(missing), other)} of {root} ({part}) without {kind}, the first is {missing[0]}: add a "
-                f"file of this name to {place}, or remove the {other}"
+                f"no {kind} for {counted(len(missing), other)} of {root} ({part}), such as {missing[0]}: add a file of "
+                f"this name to {place}, or remove the {other}"
             )
     paths = {kind: tuple(str(files[name]) for name in names) for kind, files in by_name.items()}
     url = str(listing if layout.listing else images)

@@ -1,9 +1,9 @@
 """k-NN segmentation with frozen patch features (Hummingbird, arXiv 2306.01667).
 
-A memory holds patches of the training images: unit features, and the share of each class in the patch. Each patch of a
-validation image takes the mean of the shares of its ``k`` nearest neighbours, weighted by softmax(cosine / T). The map
-of shares is enlarged to the image, and the largest wins. Images are resized to a square; scores use the masks in their
-own size.
+A memory holds patches of the training images: unit features, and the fraction of each class in the patch. Each patch of
+a validation image takes the mean of the fractions of its ``k`` nearest neighbours, weighted by softmax(cosine / T). The
+map of fractions is enlarged to the image, and the largest wins. Images are resized to a square; scores use the masks in
+their own size.
 
 The memory is drawn as in the paper: the same number of patches from each image, preferring patches with classes that
 are rare in the image. Ignored pixels do not count.
@@ -61,7 +61,7 @@ Mask = NDArray[np.uint8]
 SHOWN = 8
 """Images of the sheet."""
 _NUMBERS_AT_ONCE = 1 << 26
-"""Maximum number of similarities and of gathered shares in one search."""
+"""Maximum number of similarities and of gathered fractions in one search."""
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
         matrix, shown = evaluation.measure(val, memory)
         ious = [None if np.isnan(iou) else float(iou) for iou in class_iou(matrix)]
         iou = dict(zip(names, ious, strict=True))
-        records[model] = {"miou": mean_iou(matrix), "iou": iou, "patches": len(memory.shares)}
+        records[model] = {"miou": mean_iou(matrix), "iou": iou, "patches": len(memory.fractions)}
         if shown and distributed.is_main():
             atomic.write(Path(config.out), partial(segmentation_sheet(shown, names).save, format="PNG"))
             log.info(f"written: {config.out}")
@@ -131,9 +131,10 @@ def demand_room(config: PatchKnnConfig, loaded: LoadedBackbone, train: MaskSourc
     what = f"{min(config.memory, every):,} of {every:,} training patches"
     log.info(f"memory: {what}, {features} features each, {needed / 1e9:.2f} GB per process")
     if needed > free:
+        fitting = int(0.8 * free / needed * min(config.memory, every))
         raise InputError(
             f"memory is {config.memory}: {what} take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free per "
-            f"process; give --memory {int(0.8 * free / needed * min(config.memory, every))} or less"
+            f"process; {f'give --memory {fitting} or less' if fitting else 'use fewer processes'}"
         )
 
 
@@ -146,12 +147,12 @@ class Memory:
 
     index: DeviceIndex
     """Of the features [M, D]."""
-    shares: Tensor
-    """[M, K], the share of each class in the patch; each row sums to 1."""
+    fractions: Tensor
+    """[M, K], the fraction of each class in the patch; each row sums to 1."""
 
 
-def patch_shares(mask: Mask, grid: tuple[int, int], classes: int) -> tuple[Rows, NDArray[np.bool_]]:
-    """Return the share of each class in the scored pixels of each patch [N, K], and which patches have such pixels [N].
+def class_fractions(mask: Mask, grid: tuple[int, int], classes: int) -> tuple[Rows, NDArray[np.bool_]]:
+    """Return the fraction of each class in the scored pixels of each patch [N, K], and which patches have any [N].
 
     Args:
         mask: [S, S], class numbers, or IGNORE.
@@ -166,7 +167,7 @@ def patch_shares(mask: Mask, grid: tuple[int, int], classes: int) -> tuple[Rows,
 
 
 def choose_patches(
-    shares: Rows, scored: NDArray[np.bool_], count: int, generator: np.random.Generator
+    fractions: Rows, scored: NDArray[np.bool_], count: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
     """Draw at most ``count`` scored patches of an image, and return their numbers in order.
 
@@ -174,28 +175,28 @@ def choose_patches(
     number. The patches with the lowest scores are chosen, so rare classes are preferred (arXiv 2306.01667, appendix).
 
     Args:
-        shares, scored: see :func:`patch_shares`.
+        fractions, scored: see :func:`class_fractions`.
     """
-    has = (shares > 0).astype(np.float64)
-    scores = np.where(scored, has @ has.sum(axis=0) * generator.random(len(shares)), np.inf)
+    has = (fractions > 0).astype(np.float64)
+    scores = np.where(scored, has @ has.sum(axis=0) * generator.random(len(fractions)), np.inf)
     return np.sort(np.argsort(scores, kind="stable")[: min(count, int(scored.sum()))])
 
 
-def vote(features: Rows, memory: Memory, k: int, temperature: float) -> Tensor:
-    """Return the mean class shares [N, K] of the nearest neighbours of features [N, D]; weights softmax(cosine / T)."""
-    k = min(k, len(memory.shares))
-    chunk = max(1, _NUMBERS_AT_ONCE // (k * memory.shares.shape[1] + len(memory.shares)))
+def knn_predict(features: Rows, memory: Memory, k: int, temperature: float) -> Tensor:
+    """Return the mean class fractions [N, K] of the nearest neighbours of features [N, D], weighted."""
+    k = min(k, len(memory.fractions))
+    chunk = max(1, _NUMBERS_AT_ONCE // (k * memory.fractions.shape[1] + len(memory.fractions)))
     found = []
     for cosines, rows in search(memory.index, features, k, chunk):
         weights = (torch.from_numpy(cosines) / temperature).softmax(dim=1)
-        found.append((weights[..., None] * memory.shares[torch.from_numpy(rows)]).sum(dim=1))
+        found.append((weights[..., None] * memory.fractions[torch.from_numpy(rows)]).sum(dim=1))
     return torch.cat(found)
 
 
-def draw_labels(shares: Tensor, height: int, width: int) -> Mask:
-    """Enlarge class shares [h, w, K] bilinearly and return the classes with the largest, [height, width]."""
-    present = shares.amax(dim=(0, 1)).nonzero()[:, 0]  # absent classes cannot win, and 150 large maps take gigabytes
-    maps = shares[..., present].permute(2, 0, 1)[None]
+def draw_labels(fractions: Tensor, height: int, width: int) -> Mask:
+    """Enlarge class fractions [h, w, K] bilinearly and return the classes with the largest, [height, width]."""
+    present = fractions.amax(dim=(0, 1)).nonzero()[:, 0]  # absent classes cannot win, and 150 large maps take gigabytes
+    maps = fractions[..., present].permute(2, 0, 1)[None]
     enlarged = F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)[0]
     return present[enlarged.argmax(dim=0)].numpy().astype(np.uint8)
 
@@ -225,10 +226,11 @@ class Evaluation:
         images, wanted, found = len(train), self.config.memory, []
         for index, features, mask in self._features(train):
             square = Image.fromarray(mask).resize((self.config.size,) * 2, Image.Resampling.NEAREST)
-            shares, scored = patch_shares(np.asarray(square), (features.shape[0], features.shape[1]), self.classes)
+            height, width = features.shape[:2]
+            fractions, scored = class_fractions(np.asarray(square), (height, width), self.classes)
             count = (index + 1) * wanted // images - index * wanted // images
-            chosen = choose_patches(shares, scored, count, np.random.default_rng([self.config.seed, index]))
-            found.append((features.flatten(0, 1)[chosen].numpy(), shares[chosen]))
+            chosen = choose_patches(fractions, scored, count, np.random.default_rng([self.config.seed, index]))
+            found.append((features.flatten(0, 1)[chosen].numpy(), fractions[chosen]))
         rows, labels = (
             np.concatenate(every)
             for every in zip(*(pair for of_rank in distributed.gather_objects(found) for pair in of_rank), strict=True)
@@ -243,8 +245,8 @@ class Evaluation:
         matrix, shown = np.zeros((self.classes, self.classes), dtype=np.int64), []
         drawn = evenly_spaced(len(val), SHOWN) if self.config.out and self.model == "trained" else []
         for index, features, mask in self._features(val):
-            shares = vote(features.flatten(0, 1).numpy(), memory, self.config.k, self.config.temperature)
-            labels = draw_labels(shares.unflatten(0, features.shape[:2]), *mask.shape)
+            fractions = knn_predict(features.flatten(0, 1).numpy(), memory, self.config.k, self.config.temperature)
+            labels = draw_labels(fractions.unflatten(0, features.shape[:2]), *mask.shape)
             matrix += confusion(labels, mask, self.classes)
             if index in drawn:
                 image = decode(val.read(index)[0], val.name(index), self.transform.white_level)

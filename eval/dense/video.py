@@ -15,10 +15,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +39,10 @@ from dino_xcit.weights import LoadedBackbone
 from eval.dense.config import VideoConfig
 from eval.dense.davis import score_frame
 from eval.dense.patches import patch_features, write_result
-from eval.palette import colours, overlay
+from eval.palette import colours, overlay, to_palette
 from eval.pooling import patch_size_of
 from eval.results import Metric
-from eval.setup import open_weights
+from eval.setup import demand_writable, open_weights
 from eval.table import table
 
 Labels = NDArray[np.uint8]
@@ -68,6 +67,7 @@ def main() -> None:
     config = parse(VideoConfig, sys.argv[1:], "python -m eval.dense video")
     loaded, device = open_weights(config)
     videos = open_videos(config)
+    demand_writable({"out": config.out and str(Path(config.out, f"{videos[0].name}.webp"))})
     frames, measured = (sum(map(len, lists)) for lists in ([v.frames for v in videos], [v.measured for v in videos]))
     if not measured and (config.json or not config.out):
         raise InputError("no masks of later frames to measure with: give --out DIR, and no --json, to propagate only")
@@ -80,7 +80,7 @@ def main() -> None:
     own = videos[distributed.rank() :: distributed.world_size()]
     with progress_bar(sum(len(one.frames) for one in own), "video", distributed.is_main(), unit="frame") as bar:
         for video in own:
-            scores[video.name] = follow(video, loaded, config, device, bar.update)
+            scores[video.name] = evaluate_video(video, loaded, config, device, bar.update)
     for part in distributed.gather_objects(scores):
         scores |= part
     if not distributed.is_main():
@@ -137,7 +137,10 @@ class Video:
         objects = set(np.unique(read_labels(self.masks[first])).tolist()) - {0}
         if not 1 <= len(objects) <= MAX_OBJECTS:
             found = counted(len(objects), "object")
-            raise InputError(f"{self.masks[first]} has {found}, expected a number for each object and 0 elsewhere")
+            raise InputError(
+                f"{self.masks[first]} has {found}, expected 1 to {MAX_OBJECTS}: a number for each object, "
+                "0 for the background"
+            )
         if out and (out / self.name).resolve() in {path.resolve().parent for path in files}:
             raise InputError(f"out is {out}, which would overwrite files of {self.name}: give another --out")
 
@@ -212,11 +215,13 @@ def read_labels(path: Path) -> Labels:
 # ---- propagation
 
 
-def follow(video: Video, loaded: LoadedBackbone, config: VideoConfig, device: torch.device, done: Any) -> Scores:
+def evaluate_video(
+    video: Video, loaded: LoadedBackbone, config: VideoConfig, device: torch.device, on_frame: Callable[[], object]
+) -> Scores:
     """Propagate the objects of a video's first frame, write the requested files, and return the scores.
 
     Args:
-        done: called after each frame.
+        on_frame: called after each frame.
     """
     first = read_labels(video.masks[video.frames[0]])
     objects, measured = np.unique(first[first > 0]).tolist(), set(video.measured)
@@ -228,8 +233,8 @@ def follow(video: Video, loaded: LoadedBackbone, config: VideoConfig, device: to
         if path in measured:
             found.append(score_frame(labels, read_labels(video.masks[path]), objects))
         if folder:
-            shown.append(write_frame(folder / path.stem, image, labels))
-        done()
+            shown.append(write_frame(folder, path.stem, image, labels))
+        on_frame()
     if folder:
         animation = folder.with_name(f"{folder.name}.webp")
         shown[0].save(animation, save_all=True, append_images=shown[1:], duration=FRAME_MS, loop=0)
@@ -252,14 +257,15 @@ def propagated(
             grid = (features.shape[1], features.shape[0])
             small = np.asarray(Image.fromarray(first).resize(grid, Image.Resampling.NEAREST))
             if lost := set(numbers[1:]) - set(np.unique(small).tolist()):
-                log.warning(f"{video.name}: object {min(lost)} is smaller than a patch and is lost: raise --size")
+                numbers_lost = ", ".join(map(str, sorted(lost)))
+                log.warning(f"{video.name}: objects smaller than a patch are lost ({numbers_lost}): raise --size")
             start = [(features, torch.from_numpy(small[..., None] == objects).float().to(device))]
             yield path, image, first
             continue
         sources, labels = (torch.stack(part) for part in zip(*start, *context, strict=True))
         soft = propagate(features, sources, labels, config.radius, config.k, config.temperature)
         context.append((features, soft))
-        yield path, image, objects[drawn(soft, image.height, image.width).cpu().numpy()]
+        yield path, image, objects[to_label_map(soft, image.height, image.width).cpu().numpy()]
 
 
 def resized(size: tuple[int, int], short: int, patch: int) -> tuple[int, int]:
@@ -298,9 +304,9 @@ def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, k: i
     return out
 
 
-def drawn(soft: Tensor, height: int, width: int) -> Tensor:
-    """Enlarge soft labels [h, w, L], scale each map to the range from 0 to 1, and return the number of the largest,
-    [height, width]."""
+def to_label_map(soft: Tensor, height: int, width: int) -> Tensor:
+    """Enlarge soft labels [h, w, L] to [height, width], scale each label's map to 0 ... 1, and return the index of the
+    largest."""
     maps = F.interpolate(soft.permute(2, 0, 1)[None], (height, width), mode="bilinear", align_corners=False)[0]
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp(min=1e-12)).argmax(dim=0)
@@ -309,14 +315,12 @@ def drawn(soft: Tensor, height: int, width: int) -> Tensor:
 # ---- output
 
 
-def write_frame(path: Path, image: Image.Image, labels: Labels) -> Image.Image:
+def write_frame(folder: Path, name: str, image: Image.Image, labels: Labels) -> Image.Image:
     """Write labels as a palette PNG and their overlay as a JPEG; return the overlay in the size of an animation."""
     palette = np.concatenate([np.zeros((1, 3), np.uint8), colours(255)])
-    indexed = Image.fromarray(labels)
-    indexed.putpalette(palette.tobytes())
-    indexed.save(path.with_suffix(".png"))
+    to_palette(labels, palette).save(folder / f"{name}.png")
     drawn_over = overlay(image, labels, palette, ignore=0)
-    drawn_over.save(path.with_suffix(".jpg"), quality=90)
+    drawn_over.save(folder / f"{name}.jpg", quality=90)
     drawn_over.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return drawn_over
 
