@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,7 @@ class Classification(Supervised):
     def __init__(
         self, config: FinetuneConfig, device: torch.device, network: Classifier, classes: Sequence[str]
     ) -> None:
-        super().__init__(config, device, network, network.backbone)
-        self.classes = list(classes)
+        super().__init__(config, device, network, network.backbone, classes)
         self.settings = config
         self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._passes = (-1, 0)
@@ -98,14 +97,6 @@ class Classification(Supervised):
         logits = self.ddp_student(images).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return loss, {"images": torch.tensor(float(len(images)), device=loss.device)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"class_names": self.classes}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["class_names"] != self.classes:
-            raise ValueError("its classes differ from those of the data")
-        super().load_state_dict(state)
 
 
 class ClassificationDataset(SupervisedDataset):

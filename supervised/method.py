@@ -10,7 +10,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -348,9 +348,12 @@ class Supervised(Method):
     A subclass defines ``loss``.
     """
 
-    def __init__(self, config: DownstreamConfig, device: torch.device, network: nn.Module, backbone: nn.Module) -> None:
-        """``backbone``: the part of ``network`` with pretrained weights."""
-        self.config, self.device = config, device
+    def __init__(
+        self, config: DownstreamConfig, device: torch.device, network: nn.Module, backbone: nn.Module,
+        classes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """``backbone``: the part of ``network`` with pretrained weights; ``classes``: names, stored in checkpoints."""
+        self.config, self.device, self.classes = config, device, list(classes)
         network = synchronise_batch_norm(network, device).to(device).train()
         place = next(name for name, module in network.named_modules() if module is backbone)
         self.trained = self.evaluated = network
@@ -390,9 +393,12 @@ class Supervised(Method):
         return layer_groups(self.trained, self.backbone, self.config.layer_decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"network": self.trained.state_dict()} | ({"ema": self.evaluated.state_dict()} if self._average else {})
+        state = {"network": self.trained.state_dict(), "class_names": self.classes}
+        return state | ({"ema": self.evaluated.state_dict()} if self._average else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["class_names"] != self.classes:
+            raise ValueError("its classes differ from those of the data")
         self.trained.load_state_dict(state["network"])
         if self._average:
             self.evaluated.load_state_dict(state["ema"])

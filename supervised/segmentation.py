@@ -214,8 +214,8 @@ class Segmentation(Supervised):
         self, config: SegmentConfig, device: torch.device, network: Segmenter, backbone: nn.Module,
         transform: EvalTransform, classes: Sequence[str],
     ) -> None:  # fmt: skip
-        super().__init__(config, device, network, backbone)
-        self.transform, self.classes = transform, list(classes)
+        super().__init__(config, device, network, backbone, classes)
+        self.transform = transform
 
     def loss(self, batch: SupervisedBatch, rates: Rates) -> tuple[Tensor, Stats]:
         outputs = self.ddp_student(normalise(batch.images, self.transform.mean, self.transform.std))
@@ -225,9 +225,6 @@ class Segmentation(Supervised):
         weighted = [weight * one for weight, one in zip((1.0, AUXILIARY_WEIGHT), losses, strict=False)]
         loss = torch.stack(weighted).sum() / targets.numel()
         return loss, {"images": torch.tensor(float(len(targets)), device=loss.device)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"class_names": self.classes}
 
 
 # ---- training images

@@ -184,6 +184,14 @@ def test_averaged_weights_follow_accepted_steps_only_and_copy_batch_norm() -> No
     assert method.eval_backbone is method.evaluated["backbone"]
 
 
+def test_other_classes_do_not_fit_a_checkpoint() -> None:
+    method: Any = state_of(config_of()).method
+    state = method.state_dict()
+    method.classes = ["cat", "dog"]
+    with pytest.raises(ValueError, match="classes"):
+        method.load_state_dict(state)
+
+
 def test_accumulated_passes_give_the_mean_gradient_and_statistics() -> None:
     config = config_of(lr=1e-2, clip_grad=0.0, arch="vit_tiny_1_p8_16")  # no BatchNorm
     state = state_of(config)
