@@ -41,7 +41,7 @@ from eval.sheet import Cell
 from supervised.coco import JsonObject, find_split, mask_library, open_coco
 from supervised.detection import CocoEvaluator, Detection, DetectionDataset, build_detector, open_detector
 from supervised.drawing import above, cell_of, draw, write_image, write_sheet
-from supervised.method import build_schedules, open_start, output_folder, set_up, stop_diverged
+from supervised.method import build_schedules, default_output_dir, load_initial_weights, set_up_run, stop_diverged
 from supervised.results import write_result
 
 SHOWN = 12
@@ -53,7 +53,7 @@ DRAWN = 1024
 def main() -> None:
     """Parse the command line; train and measure a detector, or apply one."""
     config, first_line = parse_run(DetectConfig, sys.argv[1:], "run_detect.py", RECIPES, DEFAULT_RECIPE)
-    device = set_up(config)
+    device = set_up_run(config)
     mask_library()  # refuse before work if it is missing
     if config.predict:
         predict(config, device)
@@ -65,13 +65,13 @@ def main() -> None:
 def train_and_measure(config: DetectConfig, device: torch.device) -> None:
     """Train a detector, and write its scores, its detections and a sheet."""
     began = time.perf_counter()
-    start = open_start(config)
+    start = load_initial_weights(config)
     masks, root = config.model == "mask-rcnn", config.data_path
     train_files = find_split(root, "train", config.train_annotations, config.train_images)
     val_files = find_split(root, "val", config.val_annotations, config.val_images)
     train = open_coco(*train_files, masks)
     val = open_coco(*val_files, masks, like=train)
-    config = dataclasses.replace(config, arch=start.arch, output_dir=output_folder(config))
+    config = dataclasses.replace(config, arch=start.arch, output_dir=default_output_dir(config))
     evaluator = CocoEvaluator(val, config, start.transform.white_level)
 
     def build(config: DetectConfig) -> Job[DetectConfig]:
@@ -84,7 +84,7 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
             schedules=build_schedules,
             transform=start.transform,
             title=f"{config.model} with {start.arch}, {counted(len(train.categories), 'class')}",
-            initialise=lambda: start.sentence,
+            initialise=lambda: start.description,
             on_divergence=stop_diverged,
             next_command=f"python run_detect.py --weights {config.output_dir}/checkpoint.pth --predict PHOTOS",
         )

@@ -38,7 +38,7 @@ from supervised.classification import (
     Classifier,
     stratified_subset,
 )
-from supervised.method import build_schedules, open_start, output_folder, set_up, stop_diverged
+from supervised.method import build_schedules, default_output_dir, load_initial_weights, set_up_run, stop_diverged
 from supervised.results import write_result
 
 
@@ -46,11 +46,11 @@ def main() -> None:
     """Parse the command line, train, and write the result file."""
     began = time.perf_counter()
     config, first_line = parse_run(FinetuneConfig, sys.argv[1:], "run_finetune.py", RECIPES, DEFAULT_RECIPE)
-    device = set_up(config)
+    device = set_up_run(config)
     log.info(first_line)
 
     # ---- backbone and images
-    start = open_start(config)
+    start = load_initial_weights(config)
     data = config.data_path or (start.data if not (config.train_data and config.val_data) else None)
     if data and not config.data_path:
         log.info(f"data: {data}, the training data of the checkpoint (--data-path overrides it)")
@@ -58,7 +58,7 @@ def main() -> None:
     train = stratified_subset(train, config.train_share, config.seed)
     crop = config.image_size or start.transform.crop
     transform = dataclasses.replace(start.transform, crop=crop, resize=round(crop / config.eval_crop_ratio))
-    config = dataclasses.replace(config, arch=start.arch, data_path=data or "", output_dir=output_folder(config))
+    config = dataclasses.replace(config, arch=start.arch, data_path=data or "", output_dir=default_output_dir(config))
     accuracy = AccuracyEvaluator(val, transform, device, config.num_workers)
 
     def build(config: FinetuneConfig) -> Job[FinetuneConfig]:
@@ -73,7 +73,7 @@ def main() -> None:
             schedules=build_schedules,
             transform=transform,
             title=f"classification with {start.arch}",
-            initialise=lambda: f"{start.sentence}; the classifier is {kept}",
+            initialise=lambda: f"{start.description}; the classifier is {kept}",
             on_divergence=stop_diverged,
             repeats=config.repeated_augmentation,
         )

@@ -43,7 +43,14 @@ from eval.results import Metric, data_metadata, images_metadata
 from eval.setup import demand_writable
 from eval.table import percent, table
 from supervised import segmentation
-from supervised.method import Start, build_schedules, open_start, output_folder, set_up, stop_diverged
+from supervised.method import (
+    InitialWeights,
+    build_schedules,
+    default_output_dir,
+    load_initial_weights,
+    set_up_run,
+    stop_diverged,
+)
 from supervised.results import write_result
 from supervised.segmentation import MiouEvaluator, Predictor, Segmentation, SegmentationDataset, Segmenter
 
@@ -52,9 +59,9 @@ def main() -> None:
     """Parse the command line, then train and write the results, or segment pictures."""
     began = time.perf_counter()
     config, first_line = parse_run(SegmentConfig, sys.argv[1:], "run_segment.py", RECIPES, DEFAULT_RECIPE)
-    device = set_up(config)
+    device = set_up_run(config)
     demand_writable({"masks_out": config.masks_out and str(Path(config.masks_out, "mask.png"))})
-    stored, start = segmentation.read_run(config.weights), open_start(config)
+    stored, start = segmentation.read_run(config.weights), load_initial_weights(config)
     if config.predict:
         predict(config, start, stored, device)
         return
@@ -67,7 +74,7 @@ def main() -> None:
         raise InputError("upernet normalises over at least 2 images, but the batch has 1: raise --batch-size-per-gpu")
     head = config.head if config.head != "auto" else "linear" if config.frozen else "semantic-fpn"
     config = dataclasses.replace(
-        config, arch=start.arch, head=head, classes=len(train.classes), output_dir=output_folder(config)
+        config, arch=start.arch, head=head, classes=len(train.classes), output_dir=default_output_dir(config)
     )
     evaluator = MiouEvaluator(val, Predictor(config, start.transform, device))
 
@@ -84,7 +91,7 @@ def main() -> None:
             schedules=build_schedules,
             transform=start.transform,
             title=f"segmentation into {config.classes} classes with {start.arch}",
-            initialise=lambda: f"{start.sentence}; the head is {kept}",
+            initialise=lambda: f"{start.description}; the head is {kept}",
             on_divergence=stop_diverged,
         )
 
@@ -110,7 +117,7 @@ def main() -> None:
         write_result("segment", config, start, state, results, parts, start.transform, seconds, [metric])
 
 
-def predict(config: SegmentConfig, start: Start, stored: Mapping[str, Any], device: torch.device) -> None:
+def predict(config: SegmentConfig, start: InitialWeights, stored: Mapping[str, Any], device: torch.device) -> None:
     """Segment pictures with the network in the checkpoint ``stored``; write masks and overlays.
 
     Raises:

@@ -17,7 +17,7 @@ SCRATCH = "none"
 
 
 @dataclass(frozen=True)
-class DownstreamConfig(TrainConfig):
+class SupervisedConfig(TrainConfig):
     """Settings of a supervised run that starts from a pretrained backbone."""
 
     weights_flag: ClassVar[str] = "--weights"

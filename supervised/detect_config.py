@@ -11,11 +11,11 @@ from dino_xcit.bounds import FilePath, Group, IsPath
 from dino_xcit.config import ResumeSafe, StateField
 from dino_xcit.errors import InputError
 from dino_xcit.recipes import Recipe
-from supervised.config import DownstreamConfig
+from supervised.config import SupervisedConfig
 
 
 @dataclass(frozen=True)
-class DetectConfig(DownstreamConfig):
+class DetectConfig(SupervisedConfig):
     """Train an object detector on a pretrained backbone, or detect objects on your own pictures (--predict)."""
 
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""

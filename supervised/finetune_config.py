@@ -11,11 +11,11 @@ from dino_xcit.bounds import Group
 from dino_xcit.config import ResumeSafe
 from dino_xcit.errors import InputError
 from dino_xcit.recipes import Recipe
-from supervised.config import DownstreamConfig
+from supervised.config import SupervisedConfig
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(DownstreamConfig):
+class FinetuneConfig(SupervisedConfig):
     """Train a backbone with labels: from pretrained weights, or from scratch."""
 
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""

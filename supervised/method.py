@@ -37,9 +37,9 @@ from dino_xcit.weights import Allowed, StoredWeights, hash_state, read_weights
 from dino_xcit.weights.locate import is_remote
 from eval.pooling import autocast
 from eval.setup import demand_writable
-from supervised.config import SCRATCH, DownstreamConfig
+from supervised.config import SCRATCH, SupervisedConfig
 
-Config = TypeVar("Config", bound=DownstreamConfig)
+Config = TypeVar("Config", bound=SupervisedConfig)
 JsonObject = dict[str, object]
 
 
@@ -47,7 +47,7 @@ JsonObject = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialWeights:
     """The backbone that a run starts from."""
 
     backbone: nn.Module
@@ -57,13 +57,13 @@ class Start:
     """The transform of the weights, or DINO's."""
     metadata: JsonObject
     """Origin of the weights, for the result file."""
-    sentence: str
+    description: str
     """Origin of the weights, for the log."""
     data: str | None = None
     """Training data of the checkpoint, if it stores them."""
 
 
-def open_start(config: DownstreamConfig) -> Start:
+def load_initial_weights(config: SupervisedConfig) -> InitialWeights:
     """Build the backbone of a run and load its pretrained weights.
 
     Raises:
@@ -87,17 +87,17 @@ def open_start(config: DownstreamConfig) -> Start:
         raise InputError(f"activation_checkpointing and compile need this project's XCiT, but arch is {arch}")
     if stored is None:
         metadata: JsonObject = {"path": SCRATCH, "arch": arch, "seed": config.seed}
-        return Start(backbone, arch, EvalTransform(), metadata, f"random weights of {arch}")
+        return InitialWeights(backbone, arch, EvalTransform(), metadata, f"random weights of {arch}")
     backbone.load_state_dict(stored.state, strict=not stored.allowed)
     metadata = {
         "path": str(Path(stored.path).absolute()), "asked_for": stored.spec, "network": stored.network, "arch": arch,
         "hash": hash_state(stored.state), "allowed": list(stored.allowed),
     }  # fmt: skip
-    sentence = f"starting from {stored.network} {arch} of {stored.spec or stored.path} ({stored.layout})"
-    return Start(backbone, arch, stored.transform, metadata, sentence, stored.data)
+    description = f"starting from {stored.network} {arch} of {stored.spec or stored.path} ({stored.layout})"
+    return InitialWeights(backbone, arch, stored.transform, metadata, description, stored.data)
 
 
-def set_up(config: DownstreamConfig) -> torch.device:
+def set_up_run(config: SupervisedConfig) -> torch.device:
     """Join the other ranks, choose the kernels, and return the device."""
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
@@ -107,7 +107,7 @@ def set_up(config: DownstreamConfig) -> torch.device:
     return device
 
 
-def output_folder(config: DownstreamConfig) -> str:
+def default_output_dir(config: SupervisedConfig) -> str:
     """Return ``output_dir``, else a folder named like the recipe beside the weights."""
     if config.output_dir:
         return config.output_dir
@@ -261,7 +261,7 @@ class StepDecay:
         return self.base * 0.1 ** sum(step >= drop for drop in self.steps)
 
 
-def build_schedules(config: DownstreamConfig, steps_per_epoch: int, global_batch: int) -> Schedules:
+def build_schedules(config: SupervisedConfig, steps_per_epoch: int, global_batch: int) -> Schedules:
     """Build the schedules of a run; a warm-up that covers the whole run is shortened to a tenth of it."""
     total = config.steps or config.epochs * steps_per_epoch
     warmup, warning = config.warmup_steps or round(config.warmup_epochs * steps_per_epoch), ""
@@ -349,7 +349,7 @@ class Supervised(Method):
     """
 
     def __init__(
-        self, config: DownstreamConfig, device: torch.device, network: nn.Module, backbone: nn.Module,
+        self, config: SupervisedConfig, device: torch.device, network: nn.Module, backbone: nn.Module,
         classes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """``backbone``: the part of ``network`` with pretrained weights; ``classes``: names, stored in checkpoints."""
@@ -404,7 +404,7 @@ class Supervised(Method):
             self.evaluated.load_state_dict(state["ema"])
 
 
-def stop_diverged(state: TrainState, config: DownstreamConfig, sampler: StepSampler) -> RunStopped:
+def stop_diverged(state: TrainState, config: SupervisedConfig, sampler: StepSampler) -> RunStopped:
     """Return what ends a supervised run after too many consecutive skipped steps."""
     distributed.barrier()
     sentence = (

@@ -13,14 +13,14 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState
 from dino_xcit.transform import EvalTransform
 from eval.results import JsonObject, Metric, Result, device_name, now, transform_metadata, versions, write_json
-from supervised.config import DownstreamConfig
-from supervised.method import Start
+from supervised.config import SupervisedConfig
+from supervised.method import InitialWeights
 
 
 def write_result(
     measure: str,
-    config: DownstreamConfig,
-    start: Start,
+    config: SupervisedConfig,
+    start: InitialWeights,
     state: TrainState,
     results: object,
     data: Mapping[str, JsonObject],

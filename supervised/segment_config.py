@@ -11,11 +11,11 @@ from dino_xcit.bounds import FilePath, Group, IsPath, refuse_changed, shown
 from dino_xcit.config import ResumeSafe, StateField
 from dino_xcit.errors import InputError
 from dino_xcit.recipes import Recipe
-from supervised.config import DownstreamConfig
+from supervised.config import SupervisedConfig
 
 
 @dataclass(frozen=True)
-class SegmentConfig(DownstreamConfig):
+class SegmentConfig(SupervisedConfig):
     """Train a backbone and a head to segment images, or segment your own pictures (--predict)."""
 
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""

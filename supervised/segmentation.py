@@ -43,7 +43,7 @@ from dino_xcit.weights.locate import is_safetensors
 from eval.miou import confusion, mean_iou, pixel_accuracy
 from eval.palette import Segmented, colours, segmentation_sheet, to_palette
 from eval.pooling import autocast, patch_size_of
-from supervised.method import Start, Supervised, SupervisedBatch, SupervisedDataset
+from supervised.method import InitialWeights, Supervised, SupervisedBatch, SupervisedDataset
 from supervised.segment_config import SegmentConfig
 
 AUXILIARY = 2
@@ -404,7 +404,7 @@ def read_run(weights: str) -> Mapping[str, Any]:
 
 
 def open_segmenter(
-    config: SegmentConfig, start: Start, stored: Mapping[str, Any], device: torch.device
+    config: SegmentConfig, start: InitialWeights, stored: Mapping[str, Any], device: torch.device
 ) -> tuple[Predictor, Segmenter]:
     """Build the network of the checkpoint ``stored``, with its head, image sizes and test mode.
 

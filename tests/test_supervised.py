@@ -20,7 +20,7 @@ from dino_xcit.methods.method import Stats
 from dino_xcit.models import build_backbone
 from dino_xcit.optim import Rates, set_rates
 from dino_xcit.train import TrainState, new_state, train_step
-from supervised.config import DownstreamConfig
+from supervised.config import SupervisedConfig
 from supervised.method import (
     Supervised,
     SupervisedBatch,
@@ -28,7 +28,7 @@ from supervised.method import (
     build_schedules,
     layer_groups,
     layers_of,
-    open_start,
+    load_initial_weights,
 )
 
 # ---- layers
@@ -79,10 +79,10 @@ def test_learning_rate_falls_by_layer_and_frozen_parameters_have_none() -> None:
 # ---- schedules
 
 
-def config_of(**changes: Any) -> DownstreamConfig:
+def config_of(**changes: Any) -> SupervisedConfig:
     settings: dict[str, Any] = {"weights": "none", "arch": "xcit_pico_4_p4", "batch_size_per_gpu": 4, "lr": 1.0}
     settings |= {"lr_reference_batch": 0, "min_lr": 0.0, "warmup_epochs": 0.0, "epochs": 12, "precision": "fp32"}
-    return DownstreamConfig(**(settings | changes))
+    return SupervisedConfig(**(settings | changes))
 
 
 def test_learning_rate_drops_at_shares_of_the_run_after_a_linear_warm_up() -> None:
@@ -149,8 +149,8 @@ class Regression(Supervised):
         return loss, {"images": torch.tensor(float(len(batch.targets))), "largest": predicted.detach().abs().sum()}
 
 
-def state_of(config: DownstreamConfig) -> TrainState:
-    start = open_start(config)
+def state_of(config: SupervisedConfig) -> TrainState:
+    start = load_initial_weights(config)
     network = nn.ModuleDict({"backbone": start.backbone, "head": nn.Linear(int(start.backbone.embed_dim), 1)})
     return new_state(config, Regression(config, CPU, network, start.backbone), CPU)
 
@@ -206,14 +206,14 @@ def test_accumulated_passes_give_the_mean_gradient_and_statistics() -> None:
 
 
 def test_initial_weights_are_required_and_reproducible() -> None:
-    first, second = (open_start(config_of()).backbone.state_dict() for _ in range(2))
+    first, second = (load_initial_weights(config_of()).backbone.state_dict() for _ in range(2))
     assert differing_bits(first, second) == []
     with pytest.raises(InputError, match="no weights"):
-        open_start(DownstreamConfig())
+        load_initial_weights(SupervisedConfig())
     with pytest.raises(InputError, match="--arch"):
-        DownstreamConfig(weights="none")
+        SupervisedConfig(weights="none")
     with pytest.raises(InputError, match="activation_checkpointing"):
-        open_start(config_of(arch="vit_tiny_1_p16", activation_checkpointing=True))
+        load_initial_weights(config_of(arch="vit_tiny_1_p16", activation_checkpointing=True))
 
 
 # ---- repeated augmentation
