@@ -41,7 +41,14 @@ from eval.sheet import Cell
 from supervised.coco import JsonObject, find_split, mask_library, open_coco
 from supervised.detection import CocoEvaluator, Detection, DetectionDataset, build_detector, open_detector
 from supervised.drawing import above, cell_of, draw, write_image, write_sheet
-from supervised.method import build_schedules, default_output_dir, load_initial_weights, set_up_run, stop_diverged
+from supervised.method import (
+    build_schedules,
+    default_output_dir,
+    load_initial_weights,
+    report_unreadable,
+    set_up_run,
+    stop_diverged,
+)
 from supervised.results import write_result
 
 SHOWN = 12
@@ -139,21 +146,26 @@ def predict(config: DetectConfig, device: torch.device) -> None:
         if isinstance(found, UndecodableImage):
             unreadable.append(str(found))
             continue
-        results += [{"image_id": index, "file_name": path} | one for one in found]
+        results += [
+            {"image_id": index, "file_name": path, "category": detector.categories[one["category_id"]]} | one
+            for one in found
+        ]
         image = decode(source.read(index)[0], path, detector.white_level)
         drawing = draw(image, above(found, config.draw_score), detector.categories, DRAWN)
         write_image(out / "drawn" / f"{index:05d}-{Path(path).stem}.png", drawing)
         if len(cells) < SHOWN:
             cells.append(cell_of(image, found, detector.categories, config.draw_score, Path(path).name))
-    gathered = distributed.gather_objects((results, unreadable))
-    for line in (line for _, lines in gathered for line in lines):
-        log.warning(line)
+    read = report_unreadable(unreadable, len(source))
+    gathered = distributed.gather_objects(results)
     if distributed.is_main():
-        results = sorted((one for rows, _ in gathered for one in rows), key=lambda one: int(one["image_id"]))
+        results = sorted((one for rows in gathered for one in rows), key=lambda one: int(one["image_id"]))
         atomic.write(out / "predictions.json", lambda file: file.write(json.dumps(results).encode()))
         if cells:
             write_sheet(out / "detections.png", cells)
-        log.info(f"{counted(len(results), 'detection')} on {counted(len(source), 'image')}; written: {out}")
+        log.info(
+            f"{counted(len(results), 'detection')} on {counted(read, 'image')}, of which "
+            f"{len(above(results, config.draw_score))} with a score of {config.draw_score:g} or more; written: {out}"
+        )
 
 
 def command() -> None:

@@ -48,6 +48,7 @@ from supervised.method import (
     build_schedules,
     default_output_dir,
     load_initial_weights,
+    report_unreadable,
     set_up_run,
     stop_diverged,
 )
@@ -140,10 +141,8 @@ def predict(config: SegmentConfig, start: InitialWeights, stored: Mapping[str, A
         segmentation.save(to_palette(labels, colours(256)), out / "masks" / name)
         overlay = segmentation_sheet([(path, image, {"prediction": labels})], stored["class_names"])
         segmentation.save(overlay, out / "overlays" / name)
-    failed = [line for lines in distributed.gather_objects(unreadable) for line in lines]
-    for line in failed:
-        log.warning(line)
-    log.info(f"{counted(len(source) - len(failed), 'image')} segmented; written: {out}")
+    read = report_unreadable(unreadable, len(source))
+    log.info(f"{counted(read, 'image')} segmented; written: {out}")
 
 
 def command() -> None:

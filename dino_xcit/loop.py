@@ -127,11 +127,13 @@ def describe(job: Job, sampler: StepSampler, schedules: Schedules, device: torch
     config, state, source = job.config, job.state, job.dataset.source
     parameters = sum(p.numel() for p in state.method.eval_backbone.parameters()) / 1e6
     precision = str(choose_precision(config.precision, device)).removeprefix("torch.")
+    length = f"{counted(schedules.epochs, 'epoch')} of {counted(sampler.steps_per_epoch, 'step')}"
+    if schedules.total_steps % sampler.steps_per_epoch:
+        length = f"{counted(schedules.total_steps, 'step')}, {sampler.steps_per_epoch} per epoch"
     log.info(
         f"{counted(len(source), 'image')} from {source.url}; {job.title} ({parameters:.2f} M parameters); "
         f"{counted(distributed.world_size(), 'process')} on {device.type} in {precision}; global batch "
-        f"{sampler.global_batch}; {counted(schedules.epochs, 'epoch')} of {counted(sampler.steps_per_epoch, 'step')}; "
-        f"writing {config.output_dir}"
+        f"{sampler.global_batch}; {length}; writing {config.output_dir}"
     )
     if schedules.warning:
         log.warning(schedules.warning)

@@ -391,7 +391,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
         if drawn and len(axis.get_lines()) + (axis.get_title() == panels[0][0]) > 1:
             axis.legend()
-        if not drawn:
+        if not drawn and names == ["feature_std"]:
+            axis.set_axis_off()  # a supervised run
+        elif not drawn:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")
         if names == ["feature_std"] or names == ["images_per_s"]:
             axis.set_ylim(bottom=0)

@@ -354,8 +354,9 @@ def open_detector(config: DetectConfig, device: torch.device) -> Detector:
         network = build_detector(settings, build_backbone(settings.arch), len(categories), transform)
         network.load_state_dict(content.get("ema", content["network"]))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        why = f" ({one_line(error)})" if "categories" in content else ""
         raise InputError(
-            f"{config.weights} is not a detector of run_detect.py ({type(error).__name__}: {one_line(error)}): train "
+            f"{config.weights} is not a detector of run_detect.py{why}: train "
             f"one with --weights {config.weights} --data-path COCO_DIR, then give its checkpoint.pth"
         ) from error
     return Detector(network.to(device), categories, settings, transform.white_level, device)

@@ -30,6 +30,8 @@ from dino_xcit.models import XCiT, build_backbone
 from dino_xcit.models.timm_backbone import TimmBackbone
 from dino_xcit.optim import Constant, CosineSchedule, Rates, Schedule, Schedules, decays
 from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.sync_batch_norm import synchronise_batch_norm
 from dino_xcit.train import TrainState, choose_kernels
 from dino_xcit.transform import EvalTransform
@@ -115,6 +117,28 @@ def default_output_dir(config: SupervisedConfig) -> str:
         name = config.arch if config.weights == SCRATCH else config.weights
         return str(Path("runs") / re.sub(r"[^\w.]+", "-", f"{name}-{config.recipe}"))
     return str(Path(config.weights).expanduser().parent / config.recipe)
+
+
+def run_folder(weights: str) -> Path:
+    """Return the output directory of the run that wrote a checkpoint."""
+    folder = Path(weights).parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def report_unreadable(unreadable: Sequence[str], pictures: int) -> int:
+    """Warn about the unreadable pictures of ``--predict`` on all ranks, and return the number of readable ones.
+
+    Raises:
+        InputError: no picture is readable.
+    """
+    lines = [line for of_rank in distributed.gather_objects(list(unreadable)) for line in of_rank]
+    for line in lines:
+        log.warning(line)
+    if len(lines) == pictures:
+        raise InputError(
+            f"none of {counted(pictures, 'picture')} of --predict can be read: give image files or folders"
+        )
+    return pictures - len(lines)
 
 
 # ---- batches

@@ -43,7 +43,7 @@ from dino_xcit.weights.locate import is_safetensors
 from eval.miou import confusion, mean_iou, pixel_accuracy
 from eval.palette import Segmented, colours, segmentation_sheet, to_palette
 from eval.pooling import autocast, patch_size_of
-from supervised.method import InitialWeights, Supervised, SupervisedBatch, SupervisedDataset
+from supervised.method import InitialWeights, Supervised, SupervisedBatch, SupervisedDataset, run_folder
 from supervised.segment_config import SegmentConfig
 
 AUXILIARY = 2
@@ -176,7 +176,7 @@ class Segmenter(nn.Module):
             if args[name] != getattr(config, name):
                 raise InputError(
                     f"the head in {config.weights} has {name} {args[name]}, but here it is {getattr(config, name)}: "
-                    "give the same setting, or the file backbone.pth beside it for a new head"
+                    f"give the same setting, or --weights {run_folder(config.weights) / 'backbone.pth'} for a new head"
                 )
         self.load_state_dict(content.get("ema", content["network"]))
         return True

@@ -250,7 +250,7 @@ class Evaluation:
             matrix += confusion(labels, mask, self.classes)
             if index in drawn:
                 image = decode(val.read(index)[0], val.name(index), self.transform.white_level)
-                shown.append((val.name(index), image, {"prediction": labels, "mask": mask}))
+                shown.append((val.name(index), image, {"prediction": labels, "ground truth": mask}))
         parts = distributed.gather_objects((matrix, shown))
         return np.sum([part for part, _ in parts], axis=0), [one for _, more in parts for one in more]
 

@@ -125,8 +125,8 @@ class Video:
         first = self.frames[0]
         if first not in self.masks:
             raise InputError(
-                f"{self.name} has no mask of its first frame, {first.name}: add a {first.stem}.png (a folder of frames "
-                "has them in masks/), or give --first-mask FILE"
+                f"{self.name} has no mask of its first frame, {first.name}: add {first.stem}.png to its Annotations, "
+                f"or for a folder of frames {first.parent / 'masks' / first.stem}.png, or give --first-mask FILE"
             )
         files = (*self.frames, *self.masks.values())
         (width, height), *others = map(_size, files)
