@@ -45,7 +45,8 @@ def draw(image: Image.Image, found: Sequence[JsonObject], names: Mapping[int, st
     boxes = scale * torch.from_numpy(corners(found))
     pixels = draw_bounding_boxes(
         pixels, boxes, captions, inks, width=2, font=_FONT, font_size=max(10, side // 50),
-        label_colors=["black" if sum(one) > 1.5 * 255 else "white" for one in inks], label_background_colors=inks, fill_labels=True,
+        label_colors=["black" if sum(one) > 1.5 * 255 else "white" for one in inks],
+        label_background_colors=inks, fill_labels=True,
     )  # fmt: skip
     return v2.functional.to_pil_image(pixels)
 
