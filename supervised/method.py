@@ -33,7 +33,7 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.sync_batch_norm import synchronise_batch_norm
-from dino_xcit.train import TrainState, choose_kernels
+from dino_xcit.train import Buffers, TrainState, choose_kernels
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, StoredWeights, hash_state, read_weights
 from dino_xcit.weights.locate import is_remote
@@ -385,6 +385,7 @@ class Supervised(Method):
         if config.ema:
             self.evaluated = copy.deepcopy(network).requires_grad_(False)
             self._average = Ema(self.evaluated, network, as_vector=device.type == "cuda")
+            self._buffers, self._average_buffers = Buffers(network), Buffers(self.evaluated)
         self.backbone = network.get_submodule(place)
         self.eval_backbone = self.evaluated.get_submodule(place)
         self.ddp_student = distributed.wrap_ddp(network, device)
@@ -406,8 +407,7 @@ class Supervised(Method):
         """Update the average of the weights; BatchNorm statistics are copied."""
         if self._average:
             self._average(rates.momentum, accepted)
-            for averaged, own in zip(self.evaluated.buffers(), self.trained.buffers(), strict=True):
-                averaged.copy_(own)
+            self._average_buffers.write(self._buffers.read())
 
     def metrics(self, stats: Stats) -> dict[str, Tensor | float]:
         """Return the means of the statistics over the images of the step."""

@@ -222,7 +222,8 @@ class Segmentation(Supervised):
         targets = batch.targets.long()
         # A mean over the labelled pixels would not be finite for a batch without any.
         losses = [F.cross_entropy(one, targets, ignore_index=IGNORE, reduction="sum") for one in outputs]
-        weighted = [weight * one for weight, one in zip((1.0, AUXILIARY_WEIGHT), losses, strict=False)]
+        weights = (1.0, AUXILIARY_WEIGHT)[: len(losses)]
+        weighted = [weight * one for weight, one in zip(weights, losses, strict=True)]
         loss = torch.stack(weighted).sum() / targets.numel()
         return loss, {"images": torch.tensor(float(len(targets)), device=loss.device)}
 

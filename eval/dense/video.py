@@ -238,8 +238,10 @@ def evaluate_video(
     if folder:
         animation = folder.with_name(f"{folder.name}.webp")
         shown[0].save(animation, save_all=True, append_images=shown[1:], duration=FRAME_MS, loop=0)
-    means = np.mean(found, axis=0).tolist() if found else []
-    return {number: (region, contour) for number, (region, contour) in zip(objects, means, strict=False)}
+    if not found:
+        return {}
+    means = np.mean(found, axis=0).tolist()
+    return {number: (region, contour) for number, (region, contour) in zip(objects, means, strict=True)}
 
 
 def propagated(
