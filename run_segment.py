@@ -107,7 +107,9 @@ def main() -> None:
     log.info(table(["class", "IoU %"], [[name, percent(iou)] for name, iou in zip(train.classes, ious, strict=True)]))
     log.info(f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} % on {val.url} ({config.test})")
     if distributed.is_main():
-        segmentation.save(segmentation.draw_overlays(val, evaluator), Path(config.output_dir, "overlays.png"))
+        overlays = Path(config.output_dir, "overlays.png")
+        segmentation.save(segmentation.draw_overlays(val, evaluator), overlays)
+        log.info(f"written: {overlays}")
         parts = {
             name: data_metadata(one, one.fingerprint()) | images_metadata(one)
             for name, one in (("train", train), ("val", val))

@@ -296,14 +296,13 @@ def refuse_unlike(first: Entry, unlike: Sequence[tuple[Entry, Difference]], allo
     for word in set(allow) - known:
         near = near_matches(word, known)
         raise InputError(f"--allow {word} is unknown{near}; expected one of {', '.join(sorted(known))}")
-    refusals = [
-        f"{other.label} cannot be compared with {first.label}: {one.clause}"
-        + (f" (--allow {one.name} compares them anyway)" if one.allowable else "")
-        for other, one in unlike
-        if not (one.allowable and one.name in allow)
-    ]
-    if refusals:
-        raise InputError("\n".join(refusals))
+    refused = [(other, one) for other, one in unlike if not (one.allowable and one.name in allow)]
+    if refused:
+        lines = [f"{other.label} cannot be compared with {first.label}: {one.clause}" for other, one in refused]
+        if all(one.allowable for _, one in refused):
+            words = dict.fromkeys((*allow, *(one.name for _, one in refused)))
+            lines.append(f"compare them anyway with --allow {' '.join(words)}")
+        raise InputError("\n".join(lines))
 
 
 def warnings(entries: Sequence[Entry]) -> list[str]:

@@ -239,12 +239,17 @@ def _with_classes(source: MaskSource, names: tuple[str, ...], count: int) -> Mas
 def _count_pixels(source: MaskSource, workers: int) -> NDArray[np.int64]:
     """Return the number of pixels of each class, [256], and check every mask."""
     total = np.zeros(256, dtype=np.int64)
+    wrong: list[str] = []
     with progress_bar(len(source), f"checking the masks of {source.url}", shown=True) as bar:
         for one in each_image(source, range(len(source)), _pixels_of, workers):
             if isinstance(one, str):
-                raise InputError(one)
-            total += one
+                wrong.append(one)
+            else:
+                total += one
             bar.update()
+    if wrong:
+        more = f"; {counted(len(wrong) - 1, 'other mask')} of {source.url} are invalid too" if len(wrong) > 1 else ""
+        raise InputError(wrong[0] + more)
     return total
 
 
