@@ -4,8 +4,8 @@
 
 writes it in COCO form (``images/``, ``annotations/``) and as index masks (``masks/``, ``classes.txt``).
 
-Objects are cut out by their silhouettes, scaled, coloured at random and pasted on textures and, where scikit-learn is
-installed, on one of its two photographs. Each scene is a function of (part, index). Test scenes have objects, textures
+Objects are cut out by their silhouettes, scaled, coloured at random and pasted on dark textures and, where scikit-learn
+is installed, on one of its two photographs. Each scene is a function of (part, index). Test scenes have objects, textures
 and a photograph that no training scene has.
 """
 
@@ -41,12 +41,14 @@ COUNTS = {"train": 4000, "val": 500}
 MAX_OBJECTS = 5
 TEXTURES = 16
 """Number of textures of each part. With one for each scene, pretraining would tell scenes apart by their textures."""
-_SIDES = (40, 84)
+_SIDES = (48, 72)
 """Minimum and maximum side of the square that holds an object, in pixels."""
 _VISIBLE = 0.6
 """Minimum share of an object that later objects leave visible."""
 _THRESHOLD = 16
 """Pixels of Fashion-MNIST above this value belong to the object."""
+_PHOTOGRAPH_SHARE = 0.1
+"""Share of the scenes with a photograph as background."""
 _PHOTOGRAPHS = {"train": "china.jpg", "val": "flower.jpg"}
 
 Pixels = NDArray[np.uint8]
@@ -142,7 +144,7 @@ def _photograph(part: str) -> Pixels | None:
 
 @cache
 def _textures(part: str) -> list[Pixels]:
-    """Return the textures of a part, [2 * SIZE, 2 * SIZE, 3] each: noise of several scales, in pale colours."""
+    """Return the textures of a part, [2 * SIZE, 2 * SIZE, 3] each: dark noise of several scales, in pale colours."""
     generator = np.random.default_rng([list(COUNTS).index(part), TEXTURES])
     textures = []
     for _ in range(TEXTURES):
@@ -151,15 +153,14 @@ def _textures(part: str) -> list[Pixels]:
             shape = (*generator.integers(3, 40, size=2), 3)  # stretched along one axis: clouds, spots and stripes
             grid = generator.integers(0, 256, size=shape, dtype=np.uint8)
             total += weight * np.asarray(Image.fromarray(grid).resize(total.shape[:2], Image.Resampling.BICUBIC))
-        grey = total.mean(axis=2, keepdims=True)
-        textures.append((generator.uniform(40, 140) + 0.3 * grey + 0.3 * (total - grey)).clip(0, 255).astype(np.uint8))
+        textures.append((generator.uniform(10, 50) + 0.15 * total).clip(0, 255).astype(np.uint8))
     return textures
 
 
 def _background(generator: np.random.Generator, part: str) -> Pixels:
-    """Return a random part of a texture, or in a quarter of the scenes of the photograph; [SIZE, SIZE, 3]."""
+    """Return a random part of a texture, or in some scenes of the photograph; [SIZE, SIZE, 3]."""
     photograph = _photograph(part)
-    if photograph is not None and generator.random() < 0.25:
+    if photograph is not None and generator.random() < _PHOTOGRAPH_SHARE:
         whole = photograph
     else:
         whole = _textures(part)[int(generator.integers(TEXTURES))]
@@ -170,15 +171,13 @@ def _background(generator: np.random.Generator, part: str) -> Pixels:
 
 
 def _pasted(generator: np.random.Generator, grey: Pixels) -> tuple[Pixels, NDArray[np.bool_]]:
-    """Scale, flip and colour an object, and place it: pixels [SIZE, SIZE, 3] and mask [SIZE, SIZE]."""
+    """Scale and colour an object, and place it: pixels [SIZE, SIZE, 3] and mask [SIZE, SIZE]."""
     side = int(generator.integers(_SIDES[0], _SIDES[1] + 1))
     top, left = generator.integers(SIZE - side + 1, size=2)
-    if generator.random() < 0.5:
-        grey = grey[:, ::-1]
     size = (side, side)
     shade = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC), dtype=np.float64) / 255
     outline = Image.fromarray(255 * silhouette(grey).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    colour = generator.uniform(60, 255, size=3)
+    colour = generator.uniform(130, 255, size=3)
     pixels = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
     mask = np.zeros((SIZE, SIZE), dtype=np.bool_)
     place = slice(top, top + side), slice(left, left + side)
