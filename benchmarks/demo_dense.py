@@ -38,12 +38,12 @@ SEGMENT = (
 )
 DETECT = (
     "--recipe mask-rcnn-1x --model faster-rcnn --fpn-width 64 --box-head-width 256 --rois 64 --proposals 200 "
-    "--short-sides 96 --long-side 96 --test-side 96 --crop-probability 0 --batch-size-per-gpu 8 --steps 300 "
+    "--short-sides 96 --long-side 96 --test-side 96 --crop-probability 0 --batch-size-per-gpu 4 --steps 300 "
     "--warmup-steps 30 --lr 1e-3 --lr-reference-batch 0 --eval-every 0 --draw-score 0.25"
 )
 FINETUNE = (
     "--recipe own-data --data-path sample:scene-objects --train-share 0.1 --image-size 64 --eval-crop-ratio 1 "
-    "--crop-scale 0.5 1 --auto-augment= --erasing 0 --epochs 30 --warmup-epochs 1 --batch-size-per-gpu 16 --lr 3e-4 "
+    "--crop-scale 0.5 1 --auto-augment= --erasing 0 --epochs 20 --warmup-epochs 1 --batch-size-per-gpu 16 --lr 3e-4 "
     "--lr-reference-batch 0 --layer-decay 1 --eval-every 0"
 )
 

@@ -5,8 +5,8 @@
 writes it in COCO form (``images/``, ``annotations/``) and as index masks (``masks/``, ``classes.txt``).
 
 Objects are cut out by their silhouettes, scaled, coloured at random and pasted on dark textures and, where scikit-learn
-is installed, on one of its two photographs. Each scene is a function of (part, index). Test scenes have objects, textures
-and a photograph that no training scene has.
+is installed, on one of its two photographs. Each scene is a function of (part, index). Test scenes have objects,
+textures and a photograph that no training scene has.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ from eval.table import table
 Rows = NDArray[np.float32]
 Mask = NDArray[np.uint8]
 
+BATCH = 16
+"""Images in one pass through the backbone."""
 SHOWN = 8
 """Images of the sheet."""
 _NUMBERS_AT_ONCE = 1 << 26
@@ -264,12 +267,18 @@ class Evaluation:
             closing(each_image(source, own, read, workers)) as images,
             progress_bar(len(own), f"{self.model}: {source.url}", distributed.is_main()) as bar,
         ):
-            for index, found in zip(own, images, strict=True):
-                if isinstance(found, str):
-                    raise InputError(found)
-                pixels, mask = found[0][None].to(self.device), np.asarray(found[1])  # workers send tensors
-                yield index, patch_features(self.backbone, pixels, self.transform, self.config.precision)[0].cpu(), mask
-                bar.update()
+            for start in range(0, len(own), BATCH):
+                pixels, masks = [], []
+                for one in islice(images, BATCH):
+                    if isinstance(one, str):
+                        raise InputError(one)
+                    pixels.append(one[0])
+                    masks.append(np.asarray(one[1]))  # workers send tensors
+                batch = torch.stack(pixels).to(self.device)
+                features = patch_features(self.backbone, batch, self.transform, self.config.precision).cpu()
+                for index, row, mask in zip(own[start : start + BATCH], features, masks, strict=True):
+                    yield index, row, mask
+                    bar.update()
 
 
 def _read(source: MaskSource, index: int, side: int, transform: EvalTransform) -> tuple[Tensor, Mask] | str:
