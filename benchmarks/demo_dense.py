@@ -33,7 +33,7 @@ ROWS = {
 # size that they have in the crops of pretraining.
 KNN = "--size 96 --memory 20000"
 SEGMENT = (
-    "--recipe linear-40k --short-side 96 --crop-size 96 --steps 300 --warmup-steps 20 --batch-size-per-gpu 16 "
+    "--recipe linear-40k --short-side 96 --crop-size 96 --steps 200 --warmup-steps 20 --batch-size-per-gpu 16 "
     "--eval-every 0"
 )
 DETECT = (
