@@ -43,7 +43,7 @@ DETECT = (
 )
 FINETUNE = (
     "--recipe own-data --data-path sample:scene-objects --train-share 0.1 --image-size 64 --eval-crop-ratio 1 "
-    "--crop-scale 0.5 1 --auto-augment= --erasing 0 --epochs 20 --warmup-epochs 1 --batch-size-per-gpu 16 --lr 3e-4 "
+    "--crop-scale 0.5 1 --auto-augment= --erasing 0 --epochs 10 --warmup-epochs 1 --batch-size-per-gpu 8 --lr 3e-4 "
     "--lr-reference-batch 0 --layer-decay 1 --eval-every 0"
 )
 

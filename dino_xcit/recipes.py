@@ -129,7 +129,7 @@ SCENES = Recipe(
     | {
         "arch": "xcit_pico_4_p8",
         "data_path": "sample:scenes",
-        "epochs": 7,
+        "epochs": 6,
         "batch_size_per_gpu": 32,
         "lr": 2e-2,
         "out_dim": 1024,
