@@ -59,8 +59,8 @@ from eval.table import table
 Rows = NDArray[np.float32]
 Mask = NDArray[np.uint8]
 
-BATCH = 16
-"""Images in one pass through the backbone."""
+PIXELS_AT_ONCE = 16 * 224**2
+"""Pixels in one pass through the backbone."""
 SHOWN = 8
 """Images of the sheet."""
 _NUMBERS_AT_ONCE = 1 << 26
@@ -262,21 +262,22 @@ class Evaluation:
         world, rank = distributed.world_size(), distributed.rank()
         own = range(rank * len(source) // world, (rank + 1) * len(source) // world)
         workers = choose_workers(self.config.num_workers, distributed.processes_here())
+        size = max(1, PIXELS_AT_ONCE // self.config.size**2)
         read = partial(_read, side=self.config.size, transform=self.transform)
         with (
             closing(each_image(source, own, read, workers)) as images,
             progress_bar(len(own), f"{self.model}: {source.url}", distributed.is_main()) as bar,
         ):
-            for start in range(0, len(own), BATCH):
+            for start in range(0, len(own), size):
                 pixels, masks = [], []
-                for one in islice(images, BATCH):
+                for one in islice(images, size):
                     if isinstance(one, str):
                         raise InputError(one)
                     pixels.append(one[0])
                     masks.append(np.asarray(one[1]))  # workers send tensors
                 batch = torch.stack(pixels).to(self.device)
                 features = patch_features(self.backbone, batch, self.transform, self.config.precision).cpu()
-                for index, row, mask in zip(own[start : start + BATCH], features, masks, strict=True):
+                for index, row, mask in zip(own[start : start + size], features, masks, strict=True):
                     yield index, row, mask
                     bar.update()
 
