@@ -100,6 +100,7 @@ def removed(*files: str) -> Damage:
 BAD: dict[str, tuple[Damage, str]] = {
     "another size": (lambda root: save_mask(root / FIRST, np.zeros((30, 40), dtype=np.uint8)), "000.png has 40 x 30"),
     "unknown label": (labelled(FIRST, 9), r"000.png has the label 9, expected 0 to 3, or 255"),
+    "unknown label in all": (labelled("masks/train/*.png", 9), r"\(3 invalid masks of 3\)"),
     "unknown label in val": (labelled("masks/val/val_001.png", 4), "val_001.png has the label 4"),
     "colours": (saved("RGB"), "000.png cannot be read: its format is RGB"),
     "16 bits": (saved("I;16"), "000.png cannot be read: its format is I;16"),

@@ -248,8 +248,7 @@ def _count_pixels(source: MaskSource, workers: int) -> NDArray[np.int64]:
                 total += one
             bar.update()
     if wrong:
-        more = f"; {counted(len(wrong) - 1, 'other mask')} of {source.url} are invalid too" if len(wrong) > 1 else ""
-        raise InputError(wrong[0] + more)
+        raise InputError(f"{wrong[0]} ({counted(len(wrong), 'invalid mask')} of {len(source):,})")
     return total
 
 
