@@ -88,8 +88,10 @@ class Scenes:
         return f"{self.url}/{range(len(self))[index]:05d}"
 
     def fingerprint(self) -> str:
-        parts = [self.url, self._objects.fingerprint(), str(_photograph(self.part) is not None), *map(str, _SIDES)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.url}\n{self._objects.fingerprint()}\n".encode())
+        for index in range(16):  # drawn from all settings above
+            digest.update(self.scene(index)[0])
+        return digest.hexdigest()
 
     def scene(self, index: int) -> tuple[Pixels, list[SceneObject]]:
         """Compose a scene: pixels [SIZE, SIZE, 3], and its objects in the order of pasting."""
