@@ -396,7 +396,7 @@ def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **setting
     with _disable_current_modes(), fake_cuda(), fake_ranks(ranks):
         state, schedules = build_state(config, CUDA), Schedules.of(config, 1000, batch)
         batches = [fake_batch(config) for _ in range(config.accumulation_steps)]
-        for parameter in state.parameters:
+        for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         state.optimizer.step()
         with contextlib.ExitStack() as stack:

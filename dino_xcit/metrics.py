@@ -336,14 +336,15 @@ class MetricLogger:
 
     def epoch(self, step: int, evaluated: Record) -> None:
         """Log the means and evaluations of an epoch, which may be cut short by the end of the run."""
-        means = self._averages.take() | dict(evaluated)
+        means = self._averages.take()
         epoch_ends = self._sampler.ends_epoch(step)
         epoch = self._sampler.epochs(step)
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in means.items())
+        figures = {"loss": means["loss"], **evaluated} if "loss" in means else evaluated
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
         cut_short = "" if epoch_ends else f", up to step {step}"
         log.info(f"epoch {epoch + 1}/{self._epochs}{cut_short}: {shown}")
         if self._writer:
-            self._writer.write("epoch" if epoch_ends else "end", step, {"epoch": epoch, **means})
+            self._writer.write("epoch" if epoch_ends else "end", step, {"epoch": epoch, **means, **evaluated})
             self._writer.draw(self._folder / "curves.png")
         self.restart_clock()
 
@@ -391,9 +392,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
         if drawn and len(axis.get_lines()) + (axis.get_title() == panels[0][0]) > 1:
             axis.legend()
-        if not drawn and names == ["feature_std"]:
-            axis.set_axis_off()  # a supervised run
-        elif not drawn:
+        if not drawn:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")
         if names == ["feature_std"] or names == ["images_per_s"]:
             axis.set_ylim(bottom=0)

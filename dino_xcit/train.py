@@ -57,14 +57,14 @@ class TrainState:
     """Number of skipped steps since the last accepted one; int64 scalar on the device."""
     step: int = 0
     """Completed steps, including skipped ones."""
-    parameters: list[nn.Parameter] = field(init=False)
-    """Those of ``method.trained``."""
+    parameters: dict[str, nn.Parameter] = field(init=False)
+    """Those of ``method.trained``, by name."""
     buffers: Buffers = field(init=False)
     """Those of the method's networks in train mode. A skipped step restores them."""
 
     def __post_init__(self) -> None:
         networks = (self.method.trained, self.method.teacher)
-        self.parameters = list(self.method.trained.parameters())
+        self.parameters = dict(self.method.trained.named_parameters())
         self.buffers = Buffers(*(network for network in networks if network is not None))
 
 
@@ -106,6 +106,10 @@ class StepResult:
     """Float32 scalar: mean over all forward passes and ranks."""
     gradient_norm: Tensor
     """Scalar: global norm before clipping."""
+    gradient_norms: Tensor
+    """[parameters with a gradient]: the norm of each gradient before clipping."""
+    gradient_names: list[str]
+    """The names of these parameters in ``method.trained``."""
     accepted: Tensor
     """Boolean scalar: false if the step was skipped."""
     skipped_steps: Tensor
@@ -114,6 +118,8 @@ class StepResult:
     """Statistics of the method, summed over all forward passes and ranks."""
     features: Tensor | None
     """[rows, D] of this rank's last forward pass, if the method provides them."""
+    prototype_logits: Tensor | None
+    """[rows, K] of this rank's last forward pass, if the method has prototypes."""
 
     def metrics(self, method: Method) -> dict[str, float]:
         """Return scalars for the log; waits for the device."""
@@ -158,7 +164,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     # ---- finite check over all ranks
     if state.scaler.is_enabled():
         state.scaler.unscale_(optimizer)
-    gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
+    named = {name: parameter.grad for name, parameter in state.parameters.items() if parameter.grad is not None}
+    gradients = list(named.values())
     norms, gradient_norm = gradient_norms(gradients)
     # Include the BatchNorm statistics: the variance of finite activations can overflow.
     checked = torch._foreach_norm([loss, *stats.values(), *statistics.values()], torch.inf)
@@ -184,7 +191,10 @@ def train_step(state: TrainState, batches: Sequence[Batch], schedules: Schedules
     state.skipped_steps = state.skipped_steps + rejected
     state.skipped_in_a_row.add_(1).mul_(rejected)
     state.step += 1
-    return StepResult(rates, loss, gradient_norm, accepted, state.skipped_steps, stats, method.features)
+    return StepResult(
+        rates, loss, gradient_norm, norms, list(named), accepted, state.skipped_steps, stats,
+        method.features, method.prototype_logits,
+    )  # fmt: skip
 
 
 def _generator_seed(seed: int, step: int, rank: int) -> int:

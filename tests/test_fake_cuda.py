@@ -122,7 +122,7 @@ for settings in json.loads(sys.argv[3]):
         state = fake_cuda.fake_step(**settings)
     gradients = [
         [[stride for stride, size in zip(one.stride(), one.shape) if size > 1] for one in (parameter.grad, parameter)]
-        for parameter in state.parameters if parameter.grad is not None
+        for parameter in state.parameters.values() if parameter.grad is not None
     ]
     print(json.dumps({
         "clean": [ledger.waits, ledger.blocking_copies, ledger.mixed_devices, ledger.slow_foreach],

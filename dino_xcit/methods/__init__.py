@@ -43,8 +43,8 @@ def build_method(config: PretrainConfig, device: torch.device) -> Method:
     torch.manual_seed(config.seed)
     method = _METHODS[config.method](config, device)
     optional = {
-        "teacher": None, "ddp_student": None, "features": None, "frozen_parameters": lambda rates: (),
-        "parameter_groups": lambda: parameter_groups(method.trained),
+        "teacher": None, "ddp_student": None, "features": None, "prototype_logits": None,
+        "frozen_parameters": lambda rates: (), "parameter_groups": lambda: parameter_groups(method.trained),
     }  # fmt: skip
     for name, default in optional.items():
         if not hasattr(method, name):  # the class does not derive from Method

@@ -39,6 +39,7 @@ class DINO(StudentTeacher):
 
     def forward_backward(self, batch: Batch, rates: Rates) -> tuple[Tensor, Stats]:
         student, teacher = self.forward(batch)
+        self.prototype_logits = teacher.logits.detach()
         targets = self.loss.teacher_probabilities(teacher.logits, rates.teacher_temp)
         teacher_entropy = entropy(targets)
         loss = self.loss.cross_entropy(student.logits, targets)
@@ -50,7 +51,7 @@ class DINO(StudentTeacher):
         (total * rates.loss_scale).backward()
         loss = loss.detach()
         return loss, {
-            "teacher_logits": teacher.logits.detach().to(torch.float32).sum(dim=0, keepdim=True),
+            "teacher_logits": self.prototype_logits.to(torch.float32).sum(dim=0, keepdim=True),
             "rows": loss.new_full((), len(teacher.logits)),
             "passes": loss.new_ones(()),
             "teacher_entropy": teacher_entropy,
@@ -66,9 +67,11 @@ class DINO(StudentTeacher):
         """Return indicators of collapse.
 
         ``teacher_entropy``: 0 if one prototype takes all images, ln K if uniform. ``kl``: divergence of the student
-        from the teacher, 0 if both agree. ``feature_std``: 0 if all images have the same feature.
+        from the teacher, 0 if both agree. ``feature_std``: 0 if all images have the same feature. ``center_norm``: L2
+        norm of the center.
         """
-        return {name: stats[name] / stats["passes"] for name in ("teacher_entropy", "kl", "feature_std")}
+        means = {name: stats[name] / stats["passes"] for name in ("teacher_entropy", "kl", "feature_std")}
+        return means | {"center_norm": self.loss.center.norm()}
 
     def frozen_parameters(self, rates: Rates) -> Iterable[nn.Parameter]:
         if rates.epoch >= self.config.freeze_last_layer:

@@ -32,6 +32,8 @@ class Method(Protocol):
     """:func:`dino_xcit.runtime.distributed.wrap_ddp` of ``trained``; required with several ranks."""
     features: Tensor | None = None
     """[rows, D] features of the last batch, without gradient; observers read them."""
+    prototype_logits: Tensor | None = None
+    """[rows, K] the teacher's logits of the last batch, without gradient, for methods with prototypes."""
 
     def forward_backward(self, batch: Batch, rates: Rates) -> tuple[Tensor, Stats]:
         """Run one forward and backward pass of this rank over a batch on the device.

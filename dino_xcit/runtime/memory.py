@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import sys
 from pathlib import Path
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -26,8 +29,29 @@ def keep_freed_memory() -> None:
 
 def available_memory() -> int:
     """Return the bytes that new allocations can use without swapping, ``MemAvailable`` of Linux; 1 PB elsewhere."""
+    return _bytes_in("/proc/meminfo", "MemAvailable") or 1 << 50
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the bytes of the peak so far: of tensors on a GPU, else resident memory of this process (0: unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _bytes_in("/proc/self/status", "VmHWM")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start :func:`peak_memory` anew from the memory in use; on a CPU only on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would hide a part of the peak
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _bytes_in(file: str, field: str) -> int:
     try:
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path(file).read_text())
+    except OSError:  # not Linux
         found = None
-    return int(found[1]) << 10 if found else 1 << 50
+    return int(found[1]) << 10 if found else 0
