@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
+from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.health import StopFlags
 from dino_xcit.methods.dino import sinkhorn_knopp
+from dino_xcit.monitors import feature_metrics, prototype_metrics
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.train import build_state, train_step
+from eval.linear.online import OnlineProbe
 
 STEPS = 3
 SCORES = 3 * torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+LABELS = (torch.arange(10) % 3 == 0).long()
 
 # One process runs `accumulation_steps` forward passes per step; each of two processes runs half of them.
 SCENARIOS: dict[str, PretrainConfig] = {
@@ -51,6 +56,20 @@ def late_sums(rank: int) -> list[dict[str, int]]:
     return [flags.exchange(**none | values) for values in said]
 
 
+def monitors(rows: Tensor) -> dict[str, float]:
+    """Return the monitors of rows that serve as logits and as features of two views."""
+    found = prototype_metrics(rows, 0.5, rows.argmax(dim=1)) | feature_metrics(rows, len(rows) // 2)
+    return {name: float(value) for name, value in found.items()}
+
+
+def probe(features: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Train the online probe for three steps on rows of two classes; return its loss and its weights."""
+    trained, batch = OnlineProbe(features.shape[1], 2, CPU), Mock(labels=labels)
+    for _ in range(STEPS):
+        trained.on_step(Mock(features=features), batch)
+    return {**trained.metrics(), **trained.state_dict()["classifier"]}
+
+
 def main() -> None:
     """Run every scenario and collective operation, and save the results of this rank."""
     torch.set_num_threads(1)
@@ -68,6 +87,8 @@ def main() -> None:
     distributed.all_reduce_sum(tensors)
     results["summed"] = tensors
     results["sinkhorn"] = sinkhorn_knopp(SCORES.chunk(2)[rank])
+    results["monitors"] = monitors(SCORES.unflatten(0, (2, 5))[:, [slice(3), slice(3, 5)][rank]].flatten(0, 1))
+    results["probe"] = probe(SCORES.chunk(2)[rank], LABELS.chunk(2)[rank])
     results["late sums"] = late_sums(rank)
     results["decided"] = [
         distributed.broadcast_from_main("no data" if rank == 0 else None),

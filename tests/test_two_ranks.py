@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from rank_process import SCENARIOS, SCORES, train
+from rank_process import LABELS, SCENARIOS, SCORES, monitors, probe, train
 from ranks import Server
 from tiny_run import CPU, differing_bits
 from torch import nn
@@ -101,6 +101,19 @@ def test_sinkhorn_knopp_normalises_over_rows_of_both_ranks(ranks: Seen) -> None:
     together = torch.cat([seen["sinkhorn"] for seen in ranks])
     torch.testing.assert_close(together, sinkhorn_knopp(SCORES))
     assert not torch.allclose(together[:5], sinkhorn_knopp(SCORES[:5]), atol=0.01)
+
+
+def test_monitors_measure_rows_of_both_ranks(ranks: Seen) -> None:
+    assert ranks[0]["monitors"] == pytest.approx(monitors(SCORES), rel=1e-5)
+    assert ranks[1]["monitors"] == ranks[0]["monitors"]
+
+
+def test_online_probe_of_two_ranks_equals_that_of_all_rows(ranks: Seen) -> None:
+    alone = probe(SCORES, LABELS)
+    assert ranks[0]["probe"]["probe_loss"] == pytest.approx(alone.pop("probe_loss"), rel=1e-5)
+    for name, expected in alone.items():
+        torch.testing.assert_close(ranks[0]["probe"][name], expected)
+        assert torch.equal(ranks[0]["probe"][name], ranks[1]["probe"][name])
 
 
 def test_synchronise_batch_norm_keeps_module_in_single_cpu_process() -> None:

@@ -1,4 +1,4 @@
-"""k-NN during training: an evaluator for run_pretrain.py."""
+"""k-NN and the online probe during training: an evaluator for run_pretrain.py."""
 
 from __future__ import annotations
 
@@ -16,14 +16,24 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from eval.features import extract, unreadable_notice
 from eval.knn.classify import knn_predict
+from eval.linear.online import OnlineProbe
 from eval.search_index import DeviceIndex, build_index
 from eval.stats import correct
 
 K, TEMPERATURE = 20, 0.07
 
 
-def build_evaluators(config: PretrainConfig, source: Source, device: torch.device) -> list[Evaluator]:
-    """Build the k-NN evaluator, which measures ``{"knn_top1": percent}``; an empty list if ``knn_every`` is 0.
+def build_probe(config: PretrainConfig, source: Source, method: Method, device: torch.device) -> OnlineProbe | None:
+    """Build the online probe; None if ``knn_every`` is 0 or ``source`` has no labels."""
+    if not config.knn_every or source.labels is None:
+        return None
+    return OnlineProbe(int(method.eval_backbone.embed_dim), int(source.labels.max()) + 1, device)  # type: ignore[arg-type]
+
+
+def build_evaluators(
+    config: PretrainConfig, source: Source, device: torch.device, probe: OnlineProbe | None = None
+) -> list[Evaluator]:
+    """Build the evaluator of ``knn_top1`` and, with a probe, ``probe_top1``; an empty list if ``knn_every`` is 0.
 
     With ``knn_holdout`` the queries are training images held out from the neighbours, so that settings can be chosen
     without the validation images. Unreadable images are skipped and reported at the first measurement.
@@ -61,7 +71,8 @@ def build_evaluators(config: PretrainConfig, source: Source, device: torch.devic
         predicted = knn_predict(neighbours, labels, queries[mine], [K], [TEMPERATURE], index=index)
         hits = torch.tensor(float(correct(predicted[K, TEMPERATURE], answers[mine], 1).sum()), device=device)
         distributed.all_reduce_sum([hits])
-        return {"knn_top1": 100.0 * float(hits) / len(queries)}
+        found = {"knn_top1": 100.0 * float(hits) / len(queries)}
+        return found | ({"probe_top1": probe.top1(queries, answers)} if probe else {})
 
     return [Evaluator("knn", config.knn_every, measure)]
 

@@ -1,0 +1,63 @@
+"""The online linear probe: it learns, leaves the run unchanged and resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import torch
+from tiny_run import CPU, differing_bits, learnt, tensors_of, tiny_config
+
+import run_pretrain
+from dino_xcit.metrics import read_metrics
+from dino_xcit.train import TrainState
+from eval.linear.online import OnlineProbe
+
+
+def test_probe_separates_two_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(64) % 2
+    features = torch.randn(64, 8, generator=generator) + 4 * labels[:, None] - 2
+    probe, losses = OnlineProbe(8, 2, CPU), []
+    assert probe.metrics() == {}
+    for _ in range(300):
+        probe.on_step(Mock(features=features.repeat(2, 1)), Mock(labels=labels))  # two views of each image
+        losses.append(probe.metrics()["probe_loss"])
+    assert losses[0] > 0.69  # the classifier starts at zero
+    assert losses[-1] < 0.4
+    assert probe.top1(features.numpy(), labels.numpy()) > 95
+    assert probe.top1(features.numpy(), 1 - labels.numpy()) < 5
+
+
+def test_probe_without_labels_or_features_has_no_metrics() -> None:
+    probe = OnlineProbe(8, 2, CPU)
+    probe.on_step(Mock(features=torch.randn(4, 8)), Mock(labels=None))
+    probe.on_step(Mock(features=None), Mock(labels=torch.zeros(4, dtype=torch.int64)))
+    assert probe.metrics() == {}
+
+
+def pretrain(folder: Path, steps: int, knn_every: int = 1) -> TrainState:
+    """Train on the sample, with k-NN and probe at the end of the run."""
+    config = tiny_config(
+        output_dir=str(folder), max_steps=steps, knn_every=knn_every, knn_holdout=100, log_every=1, num_workers=0,
+        save_every=1, batch_size_per_gpu=4, eval_crop=28, eval_resize=28,
+    )  # fmt: skip
+    return run_pretrain.train(config, CPU)
+
+
+def test_probe_leaves_the_run_unchanged(tmp_path: Path) -> None:
+    with_probe, without = (pretrain(tmp_path / str(every), 2, every) for every in (1, 0))
+    assert differing_bits(learnt(with_probe), learnt(without)) == []
+
+
+def test_resumed_probe_equals_uninterrupted_one(tmp_path: Path) -> None:
+    for folder, steps in (("resumed", 1), ("resumed", 3), ("whole", 3)):
+        pretrain(tmp_path / folder, steps)
+    stored = [torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("resumed", "whole")]
+    probes = [tensors_of(content["observers"]["OnlineProbe"]) for content in stored]
+    assert len(probes[0]) > 4
+    assert differing_bits(*probes) == []
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("resumed", "whole")]
+    assert rows[0]["probe_top1"] == rows[1]["probe_top1"]
+    assert np.isfinite(rows[0]["probe_loss"])
