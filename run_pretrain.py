@@ -24,21 +24,23 @@ from shlex import quote
 
 import torch
 
-from dino_xcit import loop, nonfinite
+from dino_xcit import loop, nonfinite, representation
 from dino_xcit.checkpoint.folder import LATEST
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.decode import choose_white_level
 from dino_xcit.data.loader import MultiCropDataset, check_augment_device
 from dino_xcit.data.open import has_validation
+from dino_xcit.dry_run import dry_run
 from dino_xcit.init_weights import initialise
 from dino_xcit.loop import Job
 from dino_xcit.metrics import require_wandb
+from dino_xcit.monitors import StepMonitors
 from dino_xcit.observers import Evaluator, Observer
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState, build_state, choose_kernels
-from eval.knn.online import build_evaluators
+from eval.knn.online import build_evaluators, build_probe
 
 
 def main() -> None:
@@ -50,44 +52,60 @@ def main() -> None:
     distributed.start(device, config.hang_timeout + 30)  # the watchdog fires first: its report has more detail
     log.info(first_line)
     choose_kernels(config, device)
-    train(config, device)
+    if config.dry_run:
+        dry_run(config, device, lambda config: build_job(config, device, evaluators=()))
+    else:
+        train(config, device)
 
 
 def train(
     config: PretrainConfig,
     device: torch.device,
     evaluators: Sequence[Evaluator] | None = None,
-    observers: Sequence[Observer] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> TrainState:
     """Start or resume a run in ``config.output_dir`` and return its final state.
 
     Args:
-        evaluators: called at epoch ends; None: k-NN if ``knn_every`` is set.
-        observers: called after each accepted step.
+        evaluators: called at epoch ends; None: figures of the representation, and k-NN if ``knn_every`` is set.
+        observers: called after each accepted step, besides the monitors and the online probe.
     """
 
-    def build(config: PretrainConfig) -> Job[PretrainConfig]:
-        state = build_state(config, device)  # before the data, which can take minutes to index
-        source = open_source(config.data_path, "train")
-        config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
-        dataset = MultiCropDataset(
-            source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda"
-        )
-        return Job(
-            config=config,
-            state=state,
-            dataset=dataset,
-            evaluators=build_evaluators(config, source, device) if evaluators is None else evaluators,
-            observers=observers or (),
-            schedules=Schedules.of,
-            transform=config.eval_transform(),
-            title=f"{config.method} with {config.arch}",
-            initialise=partial(initialise, state.method, config) if config.init_weights else None,
-            on_divergence=nonfinite.keep,
-            next_command=next_command(config, source),
-        )
+    return loop.train(config, device, lambda config: build_job(config, device, evaluators, observers))
 
-    return loop.train(config, device, build)
+
+def build_job(
+    config: PretrainConfig,
+    device: torch.device,
+    evaluators: Sequence[Evaluator] | None = None,
+    observers: Sequence[Observer] = (),
+) -> Job[PretrainConfig]:
+    """Build the networks and open the data; for the arguments see :func:`train`."""
+    state = build_state(config, device)  # before the data, which can take minutes to index
+    source = open_source(config.data_path, "train")
+    config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
+    dataset = MultiCropDataset(
+        source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda"
+    )
+    probe = build_probe(config, source, state.method, device)
+    if evaluators is None:
+        evaluators = [
+            representation.build_evaluator(config, source, device),
+            *build_evaluators(config, source, device, probe),
+        ]
+    return Job(
+        config=config,
+        state=state,
+        dataset=dataset,
+        evaluators=evaluators,
+        observers=[StepMonitors(state.method), *([probe] if probe else []), *observers],
+        schedules=Schedules.of,
+        transform=config.eval_transform(),
+        title=f"{config.method} with {config.arch}",
+        initialise=partial(initialise, state.method, config) if config.init_weights else None,
+        on_divergence=nonfinite.keep,
+        next_command=next_command(config, source),
+    )
 
 
 def next_command(config: PretrainConfig, source: Source) -> str:

@@ -221,7 +221,9 @@ class PretrainConfig(TrainConfig):
     white_level: Annotated[int, Ge(0), Le(WHITE), ZeroIsAuto] = WHITE
     """White value of 16-bit greyscale images, such as 4095 for 12-bit data; auto (or 0): measured on 64 images. Stored
     in the checkpoint for the evaluators."""
-    augment_device: Annotated[Literal["cpu", "cuda"], ResumeSafe, Group("machine")] = "cpu"
+    dry_run: Annotated[bool, ResumeSafe, Group("machine")] = False
+    """Only check the data, train a few steps, and print memory, speed, duration, disk space and doubtful settings."""
+    augment_device: Annotated[Literal["cpu", "cuda"], ResumeSafe] = "cpu"
     """Device for colour jitter, blur and solarisation. cpu: in the loader workers; cuda: on the training GPU (not
     measured on one). The views are bit-identical."""
     best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = "knn_top1"

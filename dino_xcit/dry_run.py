@@ -1,0 +1,178 @@
+"""``--dry-run``: try the settings of a run on its data and this machine. Writes nothing into the output directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_xcit.checkpoint.state import Run, content_of
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data.loader import Batch, Loader, StepSampler
+from dino_xcit.data.workers import choose_workers
+from dino_xcit.loop import Job, describe
+from dino_xcit.optim import Schedules
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.logging import counted
+from dino_xcit.runtime.memory import available_memory, peak_memory, reset_peak_memory
+from dino_xcit.train import TrainState, train_step
+
+SECONDS = 5.0
+"""Time for measuring the loader, and for measuring the step."""
+SPARE = 0.1
+"""Share of the memory that the largest batch leaves free."""
+
+
+def dry_run(
+    config: PretrainConfig, device: torch.device, build: Callable[[PretrainConfig], Job[PretrainConfig]]
+) -> None:
+    """Read images, train a few steps, and log memory, speed, duration, disk space and doubtful settings.
+
+    Must be called on every rank.
+    """
+    job = build(config)
+    config, state, source = job.config, job.state, job.dataset.source
+    world = distributed.world_size()
+    workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
+    sampler = StepSampler(
+        len(source), config.batch_size_per_gpu, config.accumulation_steps, distributed.rank(), world, config.seed
+    )
+    schedules = job.schedules(config, sampler.steps_per_epoch, sampler.global_batch)
+    sampler.stop_step = schedules.total_steps
+    describe(job, sampler, schedules, device)
+
+    # ---- loader, then memory, then the step
+    loader = Loader(job.dataset, sampler, workers, device)
+    batch = next(iter(loader))
+    read, seconds = _repeat(lambda: next(loader, None), device)
+    loader.close()
+    loader_speed = read * config.batch_size_per_gpu * world / seconds
+    memory, largest = _memory(state, batch, schedules, config, device)
+    images = min(config.batch_size_per_gpu, largest)
+    part = first_images(batch, images)
+    train_step(state, [part], schedules, config)  # the first step allocates and compiles
+    count, seconds = _repeat(lambda: train_step(state, [part], schedules, config), device)
+    step_speed = count * images * world / seconds
+
+    # ---- report
+    speed, limit = min((loader_speed, "the loader"), (step_speed, "the step"))
+    duration = schedules.total_steps * sampler.global_batch / speed
+    run = Run(config, sampler.steps_per_epoch, transform=job.transform)
+    size = sum(tensor.nbytes for tensor in _tensors(content_of(state, run)))
+    kept = config.keep_last + 1 + (config.epochs // config.saveckp_freq if config.saveckp_freq else 0)
+    disk, free = (kept + 1) * size, _free_space(Path(config.output_dir))
+    hours = duration * world / 3600
+    log.info(
+        "\n".join(
+            [
+                memory,
+                f"loader      {loader_speed:,.0f} images/s with {counted(workers, 'worker')} per process",
+                f"step        {step_speed:,.0f} images/s, {sampler.global_batch / step_speed:.3g} s per step",
+                f"duration    {timedelta(seconds=round(duration))} without evaluations, at {speed:,.0f} images/s: "
+                f"{limit} is the limit; {hours:.3g} {'GPU' if device.type == 'cuda' else 'process'} hours",
+                f"disk        {size / 1e6:,.1f} MB per checkpoint, at most {disk / 1e9:.3g} GB for {kept + 1} of them; "
+                f"{free / 1e9:,.1f} GB are free",
+            ]
+        )
+    )
+    if disk > free:
+        log.warning("the disk is too small: choose another --output-dir, or lower --keep-last or raise --saveckp-freq")
+    if images < config.batch_size_per_gpu:
+        log.warning(
+            f"a batch of {config.batch_size_per_gpu} does not fit into memory: --batch-size-per-gpu {largest} "
+            f"--accumulation-steps {-(-sampler.global_batch // (largest * world))}"
+        )
+    for doubt in doubtful_settings(config, len(source), schedules.total_steps):
+        log.warning(doubt)
+
+
+def doubtful_settings(config: PretrainConfig, images: int, steps: int) -> list[str]:
+    """Return a sentence on each setting that is known to fail."""
+    found = []
+    prototypes = config.method == "dino"
+    if prototypes and config.teacher_temp > 0.07:
+        found.append(f"teacher_temp is {config.teacher_temp:g}: above 0.07 the teacher tends to a uniform output")
+    if prototypes and config.teacher_temp >= config.student_temp:
+        found.append("teacher_temp is not below student_temp: without sharpening the output becomes uniform")
+    if prototypes and config.out_dim > images:
+        found.append(f"out_dim is {config.out_dim}, more prototypes than the {images:,} images: try --out-dim 4096")
+    if prototypes and config.freeze_last_layer >= config.epochs:
+        found.append(f"freeze_last_layer is {config.freeze_last_layer}: the prototypes are never trained")
+    if (1 - config.momentum_teacher) * steps < 4:
+        momentum = max(0.9, round(1 - 10 / steps, 3))
+        found.append(
+            f"momentum_teacher is {config.momentum_teacher:g}: in {counted(steps, 'step')} the teacher hardly leaves "
+            f"its initial weights; try --momentum-teacher {momentum:g}"
+        )
+    return found
+
+
+def first_images(batch: Batch, images: int) -> Batch:
+    """Return the first images of a batch on the device, with all views."""
+    groups = zip(batch.crops, batch.views, strict=True)
+    crops = [one.unflatten(0, (views, -1))[:, :images].flatten(0, 1) for one, views in groups]
+    labels = None if batch.labels is None else batch.labels[:images]
+    return dataclasses.replace(batch, crops=crops, indices=batch.indices[:images], labels=labels)
+
+
+def _memory(
+    state: TrainState, batch: Batch, schedules: Schedules, config: PretrainConfig, device: torch.device
+) -> tuple[str, int]:
+    """Return a line on memory, and the largest batch per rank by the peaks of two small ones."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else available_memory()
+    small = max(2, config.batch_size_per_gpu // 8)
+    counts, peaks = (small, 2 * small), []
+    for images in (small, *counts):  # the first step allocates the optimizer's state
+        reset_peak_memory(device)
+        train_step(state, [first_images(batch, images)], schedules, config)
+        peaks.append(peak_memory(device))
+    each = max(1, (peaks[2] - peaks[1]) // small)
+    base = peaks[1] - small * each
+    largest = max(1, int(((1 - SPARE) * total - base) // each))
+    wanted = base + config.batch_size_per_gpu * each
+    return (
+        f"memory      about {wanted / 1e9:.3g} GB for {counted(config.batch_size_per_gpu, 'image')} per process; the "
+        f"largest batch is about {largest:,} ({total / 1e9:.3g} GB, {SPARE:.0%} spare)",
+        largest,
+    )
+
+
+def _repeat(work: Callable[[], object], device: torch.device) -> tuple[int, float]:
+    """Repeat until :data:`SECONDS` are over or the work returns None; return the number of times and the seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began, count = time.perf_counter(), 0
+    for count in itertools.count(1):
+        if work() is None:
+            count -= 1
+            break
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if time.perf_counter() - began > SECONDS:
+            break
+    return max(1, count), time.perf_counter() - began
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+def _free_space(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which need not exist."""
+    return shutil.disk_usage(next(one for one in [folder.absolute(), *folder.absolute().parents] if one.exists())).free
