@@ -90,7 +90,7 @@ class Scenes:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.url}\n{self._objects.fingerprint()}\n".encode())
         for index in range(16):  # drawn from all settings above
-            digest.update(self.scene(index)[0])
+            digest.update(self.scene(index)[0].tobytes())
         return digest.hexdigest()
 
     def scene(self, index: int) -> tuple[Pixels, list[SceneObject]]:
