@@ -40,6 +40,7 @@ from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState, build_state, choose_kernels
+from dino_xcit.verdict import Judge
 from eval.knn.online import build_evaluators, build_probe
 
 
@@ -105,6 +106,7 @@ def build_job(
         initialise=partial(initialise, state.method, config) if config.init_weights else None,
         on_divergence=nonfinite.keep,
         next_command=next_command(config, source),
+        judge=Judge(config),
     )
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dino_xcit.data.load_monitor import DataLoadMonitor
     from dino_xcit.data.loader import Batch, StepSampler, Unreadable
     from dino_xcit.train import TrainState
+    from dino_xcit.verdict import Judge
 
 
 class Health:
@@ -56,14 +57,22 @@ class Health:
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
 
-    def start(self, sampler: StepSampler, monitor: DataLoadMonitor, on_divergence: Callable[[], RunStopped]) -> None:
+    def start(
+        self,
+        sampler: StepSampler,
+        monitor: DataLoadMonitor,
+        on_divergence: Callable[[], RunStopped],
+        judge: Judge | None = None,
+    ) -> None:
         """Start handling signals: from now on a signal ends the run after a save.
 
         Args:
             sampler: the remaining steps.
             monitor: receives every batch.
             on_divergence: called on every rank after too many consecutive skipped steps; saves the failing step.
+            judge: on rank 0, may end the run.
         """
+        self._judge = judge
         self._sampler, self._monitor, self._on_divergence = sampler, monitor, on_divergence
         folder, max_share = Path(self._config.output_dir), self._config.max_unreadable
         self._unreadable = UnreadableLog(folder, sampler.length, max_share, start_anew=sampler.start_step == 0)
@@ -86,6 +95,7 @@ class Health:
             too_many_unreadable=self._unreadable.too_many(seen),
             diverged=self._skipped.read(state.skipped_in_a_row) >= self._config.max_skipped_steps,
             cannot_save=self._save_error is not None,
+            collapsed=self._judge is not None and self._judge.stops,
         )
         if flags["unreadable"]:
             self._unreadable.write()
@@ -93,6 +103,9 @@ class Health:
             raise self._unreadable.refusal(seen) if distributed.is_main() else RunStopped(2, "")
         if flags["cannot_save"]:
             raise self._save_error or RunStopped(2, "")
+        if flags["collapsed"]:
+            sentence = f"error: the run collapsed at about step {state.step} ({self._judge and self._judge.verdict})"
+            raise RunStopped(DIVERGED, sentence if distributed.is_main() else "")
         # On a GPU the flag is based on an older count; check the current one.
         if flags["diverged"] and int(state.skipped_in_a_row) >= self._config.max_skipped_steps:
             raise self._on_divergence()

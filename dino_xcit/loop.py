@@ -28,6 +28,7 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.train import TrainState, train_step
 from dino_xcit.transform import EvalTransform
+from dino_xcit.verdict import Judge
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -57,6 +58,8 @@ class Job(Generic[Config]):
     """Called on every rank after too many consecutive skipped steps; returns what ends the run."""
     next_command: str = ""
     """What a user runs after the run; empty: not printed."""
+    judge: Judge | None = None
+    """Judges the logged steps."""
     repeats: int = 1
     """Augmented copies of an image in a step: see :class:`dino_xcit.data.loader.StepSampler`."""
 
@@ -101,8 +104,8 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
 
         loader = Loader(job.dataset, sampler, workers, device)
         monitor = DataLoadMonitor(workers)
-        health.start(sampler, monitor, on_divergence=partial(job.on_divergence, state, config, sampler))
-        with MetricLogger(config, sampler, monitor, schedules.epochs) as metrics:
+        health.start(sampler, monitor, partial(job.on_divergence, state, config, sampler), job.judge)
+        with MetricLogger(config, sampler, monitor, schedules.epochs, job.judge) as metrics:
             for batches in loader.steps(config.accumulation_steps):
                 health.check(state, batches, checkpoints)  # all ranks leave here together, after saving
                 result = train_step(state, batches, schedules, config)

@@ -27,6 +27,7 @@ from dino_xcit.runtime.logging import Lines
 if TYPE_CHECKING:
     from dino_xcit.data.load_monitor import DataLoadMonitor
     from dino_xcit.data.loader import StepSampler
+    from dino_xcit.verdict import Judge
 
 Record = Mapping[str, float | int]
 
@@ -156,6 +157,8 @@ class MetricsWriter:
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             self._mirrors.append(board := TensorBoard(folder / "tensorboard", from_step))
             for row in kept if rows != before else ():
+                if row["kind"] == "verdict":
+                    continue
                 values = {name: float(value) for name, value in row.items() if name not in _COUNTS}
                 board.write(row["kind"], row["step"], values)
 
@@ -164,14 +167,20 @@ class MetricsWriter:
 
         Non-finite values are written as strings, because JSON has no NaN.
         """
-        words = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        with self._warn_once_on_os_error():
-            if self._file:
-                counts = {"step": step, "steps_per_epoch": self._steps_per_epoch}
-                self._file.write(json.dumps({"kind": kind, **counts, **words}) + "\n")
+        self._append(kind, step, {n: value if math.isfinite(value) else str(value) for n, value in values.items()})
         for mirror in self._mirrors:
             with self._warn_once_on_os_error():
                 mirror.write(kind, step, values)
+
+    def _append(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+        with self._warn_once_on_os_error():
+            if self._file:
+                counts = {"step": step, "steps_per_epoch": self._steps_per_epoch}
+                self._file.write(json.dumps({"kind": kind, **counts, **values}) + "\n")
+
+    def write_verdict(self, step: int, verdict: Mapping[str, str]) -> None:
+        """Write a verdict of :class:`dino_xcit.verdict.Judge` to ``metrics.jsonl`` only, as kind ``verdict``."""
+        self._append("verdict", step, verdict)
 
     def draw(self, picture: Path) -> None:
         """Draw the curves so far (:func:`draw_curves`)."""
@@ -296,12 +305,21 @@ class MetricLogger:
     """Context manager for progress bar, ``metrics.jsonl`` and its mirrors, epoch means and curves."""
 
     def __init__(
-        self, config: TrainConfig, sampler: StepSampler, monitor: DataLoadMonitor, epochs: int | None = None
+        self,
+        config: TrainConfig,
+        sampler: StepSampler,
+        monitor: DataLoadMonitor,
+        epochs: int | None = None,
+        judge: Judge | None = None,
     ) -> None:
-        """Starts at the sampler's first step; ``monitor`` adds metrics of the data loader.
+        """Starts at the sampler's first step.
 
-        ``epochs``: number of epochs of the run; None: ``config.epochs``.
+        Args:
+            monitor: adds metrics of the data loader.
+            epochs: number of epochs of the run; None: ``config.epochs``.
+            judge: judges the logged steps on rank 0; its verdicts are logged when they change.
         """
+        self._judge = judge
         self._config, self._sampler, self._monitor = config, sampler, monitor
         self._epochs = config.epochs if epochs is None else epochs
         self._folder, start_step = Path(config.output_dir), sampler.start_step
@@ -312,6 +330,9 @@ class MetricLogger:
             settings = dataclasses.asdict(config)
             mirrors = [WandB(config.wandb, self._folder, start_step, settings)] if config.wandb else []
             self._writer = MetricsWriter(self._folder, start_step, mirrors, sampler.steps_per_epoch)
+            for row in read_metrics(self._writer.path) if judge else ():
+                if judge and row["kind"] == "step":
+                    judge.add(row["step"], row)
 
     def step(self, step: int, waited: float, read: Callable[[], Record]) -> None:
         """Count a step and log its metrics if it is due.
@@ -333,6 +354,10 @@ class MetricLogger:
         self._progress.show(metrics)
         if self._writer:
             self._writer.write("step", step, {"epoch": epoch, **metrics})
+            if self._judge and self._judge.add(step, metrics):
+                verdict = self._judge.verdict
+                (log.warning if verdict.remedy else log.info)(f"verdict at step {step}: {verdict}")
+                self._writer.write_verdict(step, verdict._asdict())
 
     def epoch(self, step: int, evaluated: Record) -> None:
         """Log the means and evaluations of an epoch, which may be cut short by the end of the run."""
