@@ -238,7 +238,7 @@ class CompareConfig:
     """Compare result files with paired significance tests."""
 
     files: Annotated[tuple[str, ...], MinLen(2), IsPath, Positional, Repeatable] = ()
-    """Result files (--json of run_knn.py, run_linear.py, run_retrieval.py) and published:NAME. All are compared with
+    """Result files (--json of an evaluation, or results.json of a run) and published:NAME. All are compared with
     the first. The flag --files itself may be omitted."""
     allow: tuple[str, ...] = ()
     """Differences to accept, by the names in the error message: transform, train, val, k, T, classifier ..."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 import dino_xcit
 from dino_xcit.data import Source
-from dino_xcit.data.source import evenly_spaced
+from dino_xcit.data.source import AnnotatedSource, evenly_spaced
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.atomic import write as atomic_write
@@ -242,7 +242,7 @@ def read_result(path: str) -> Result:
     """
 
     def refuse(why: str) -> NoReturn:
-        raise InputError(f"{path} {why}; expected a file written by run_knn.py, run_linear.py or run_retrieval.py")
+        raise InputError(f"{path} {why}; expected a result file: --json of an evaluation, or results.json of a run")
 
     try:
         content = json.loads(Path(path).expanduser().read_bytes(), parse_constant=_no_constant)
@@ -373,6 +373,8 @@ def images_metadata(source: Source) -> JsonObject:
     labels, names, contents = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for index in range(len(source)):
         labels.update(f"{None if source.labels is None else int(source.labels[index])}\n".encode())
+        if isinstance(source, AnnotatedSource):
+            labels.update(hashlib.sha256(source.annotation(index)).digest())
         names.update(f"{own_name(source.name(index))}\n".encode("utf-8", "surrogateescape"))
     for index in evenly_spaced(len(source), SAMPLED):
         item, _ = source.read(index)

@@ -118,10 +118,21 @@ class ClassificationDataset(SupervisedDataset):
                 f"auto_augment is {config.auto_augment!r}, which timm cannot read ({one_line(error)}); expected such "
                 "as rand-m9-mstd0.5-inc1, or an empty word for none"
             ) from error
+        _keep_one_bit(self._transform)
         self.sides = [2 * transform.crop]  # float32 takes four times the bytes
 
     def augmented(self, index: int, pixels: NDArray[np.uint8], label: int | None) -> tuple[Tensor, Tensor]:
         return self._transform(Image.fromarray(pixels)), torch.tensor(label)
+
+
+def _keep_one_bit(transform: Any) -> None:
+    """Limit timm's Posterize to at least one bit: it asks for 0 bits at times, which Pillow 13 refuses."""
+    for policy in transform.transforms:
+        groups = [*getattr(policy, "policy", ()), getattr(policy, "ops", ())]
+        for operation in (one for group in groups for one in group):
+            if operation.name.startswith("Posterize"):
+                bits = operation.level_fn
+                operation.level_fn = lambda level, settings, bits=bits: (max(1, *bits(level, settings)),)
 
 
 @dataclass

@@ -15,14 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.data import UndecodableImage, storage
+from dino_xcit.data.decode import read_header
 from dino_xcit.data.index import Strings
-from dino_xcit.data.source import Item, hash_lines
+from dino_xcit.data.masks import hint_for_scenes
+from dino_xcit.data.source import evenly_spaced, hash_lines
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 
 JsonObject = dict[str, Any]
+CHECKED = 100
+"""Images whose sizes are compared with the annotations before training."""
 SHOWN = 3
 """Annotations that a warning names."""
 
@@ -58,7 +62,7 @@ class CocoSource:
     def name(self, index: int) -> str:
         return self._paths[index]
 
-    def read(self, index: int) -> tuple[Item, None]:
+    def read(self, index: int) -> tuple[bytes, None]:
         return storage.read_file(self.name(index), storage.MAX_IMAGE_BYTES), None
 
     def check_size(self, index: int, width: int, height: int) -> None:
@@ -71,6 +75,9 @@ class CocoSource:
 
     def fingerprint(self) -> str:
         return hash_lines((str(self.categories), str(self.sizes.tolist()), *self._paths, *self._annotations))
+
+    def annotation(self, index: int) -> bytes:
+        return self._annotations[index].encode()
 
     def annotations(self, index: int, crowds: bool = True) -> list[JsonObject]:
         """Return the annotations of image ``index`` in COCO's format, with or without crowds.
@@ -141,6 +148,8 @@ def find_split(root: str, part: str, annotations: str, images: str) -> tuple[Pat
             f"no {part} data given: add --data-path DIR in COCO's layout, or --{part}-images and --{part}-annotations"
         )
     base = Path(root)
+    if root and not base.is_dir():
+        raise InputError(f"there is no folder {root}: {hint_for_scenes(root) or 'check --data-path'}")
     if annotations:
         file = Path(annotations)
     else:
@@ -193,6 +202,7 @@ def open_coco(file: Path, folder: Path, masks: bool, like: CocoSource | None = N
         images.append({**image, "path": str(folder / image["file_name"])})
     annotations: list[list[JsonObject]] = [[] for _ in images]
     left_out: list[str] = []
+    reaching_out: list[str] = []
     for row in _entries(content, "annotations", {"image_id": int, "category_id": int, "bbox": list}, refuse):
         for key, known in (("image_id", place_of), ("category_id", categories)):
             if row[key] not in known:
@@ -201,6 +211,11 @@ def open_coco(file: Path, folder: Path, masks: bool, like: CocoSource | None = N
         if problem := _problem_of(row, image, masks):
             left_out.append(f"{row.get('id', '?')} of {image['file_name']} ({problem})")
             continue
+        if (
+            row["bbox"][0] + row["bbox"][2] > image["width"] + 2
+            or row["bbox"][1] + row["bbox"][3] > image["height"] + 2
+        ):
+            reaching_out.append(f"{row.get('id', '?')} of {image['file_name']}")
         kept = {key: row[key] for key in ("image_id", "category_id", "bbox")} | {
             "iscrowd": int(bool(row.get("iscrowd")))
         }
@@ -210,11 +225,21 @@ def open_coco(file: Path, folder: Path, masks: bool, like: CocoSource | None = N
     if left_out:
         more = f" and {len(left_out) - SHOWN:,} more" if len(left_out) > SHOWN else ""
         log.warning(f"{file}: left out {counted(len(left_out), 'annotation')}: {', '.join(left_out[:SHOWN])}{more}")
+    if reaching_out:
+        log.warning(
+            f"{file}: the boxes of {len(reaching_out):,} of {counted(len(content['annotations']), 'annotation')} reach "
+            f"beyond their images, such as {reaching_out[0]}: a box is [left, top, width, height]"
+        )
     source = CocoSource(str(file), categories, images, annotations)
     if not len(source.with_objects):
         without = masks and any("mask" in one for one in left_out)
         refuse("has no object with a mask (for boxes only, give --model faster-rcnn)" if without else "has no object")
-    distributed.on_main(lambda: _check_files([image["path"] for image in images], folder))
+
+    def check() -> None:
+        _check_files([image["path"] for image in images], folder)
+        _check_sizes(source)
+
+    distributed.on_main(check)
     return source
 
 
@@ -271,12 +296,22 @@ def _is_mask(segmentation: object, width: int, height: int) -> bool:
         return False
 
 
+def _check_sizes(source: CocoSource) -> None:
+    """Raise UndecodableImage if one of :data:`CHECKED` images has another size than in its annotations."""
+    for index in evenly_spaced(len(source), CHECKED):
+        try:
+            size = read_header(source.read(index)[0], source.name(index)).size
+        except UndecodableImage:
+            continue  # training replaces it
+        source.check_size(index, *size)
+
+
 def _check_files(paths: Sequence[str], folder: Path) -> None:
     """Raise InputError if an image is missing; lists folders instead of asking for each file."""
     folders = {os.path.dirname(path) for path in paths}
     present = {os.path.join(one, name) for one in folders if os.path.isdir(one) for name in os.listdir(one)}
     if missing := [path for path in paths if path not in present]:
         raise InputError(
-            f"{len(missing):,} of {counted(len(paths), 'image')} are missing, such as {missing[0]}: the annotations do "
-            f"not belong to {folder}; give another folder of images"
+            f"{len(missing):,} of {counted(len(paths), 'image')} are missing, such as {missing[0]}: restore them, "
+            f"remove their entries from the annotations, or give another folder than {folder}"
         )

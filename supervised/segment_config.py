@@ -30,7 +30,7 @@ class SegmentConfig(SupervisedConfig):
     classes: Annotated[int, Ge(0), Le(254), StateField] = 0
     """Number of classes; 0: that of ADE20k, VOC or classes.txt, else the largest label in the training masks + 1."""
     ignore_label: Annotated[int, Ge(0), Le(255)] = 255
-    """Label of pixels that count neither in training nor in evaluation."""
+    """Label of pixels that count neither in training nor in evaluation; with 0, label 0 is no class."""
     predict: Annotated[tuple[str, ...], IsPath, ResumeSafe] = ()
     """Image files and folders to segment, without training; --weights is a checkpoint of run_segment.py. Uses the head,
     the image sizes and the test mode of the checkpoint."""

@@ -15,7 +15,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dino_xcit.data.source import identity
 from dino_xcit.errors import InputError
+from eval.results import images_metadata
 from supervised.coco import CocoSource, decode_masks, find_split, mask_library, open_coco
 from supervised.detection import average_precisions
 
@@ -154,6 +156,32 @@ def test_unusable_objects_are_left_out_with_a_warning(
     assert len(opened(root, masks=False).ground_truth()["annotations"]) == count - ("bbox" in values)
 
 
+def test_boxes_beyond_their_images_are_counted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def as_corners(rows: list[Content]) -> list[Content]:
+        return [row | {"bbox": [*row["bbox"][:2], 60, 63]} for row in rows]
+
+    opened(root)
+    assert "beyond" not in capsys.readouterr().out
+    count = len(change(root, annotations=as_corners)["annotations"])
+    opened(root)
+    assert f"of {count} annotations reach beyond their images" in capsys.readouterr().out
+
+
+def test_other_annotations_are_another_data_set(root: Path) -> None:
+    before = opened(root)
+    change(root, annotations=lambda rows: [*rows[1:], rows[0] | {"bbox": [1, 1, 9, 9]}])
+    after = opened(root)
+    assert identity(before) != identity(after)
+    assert images_metadata(before)["labels"] != images_metadata(after)["labels"]
+    assert images_metadata(before)["contents"] == images_metadata(after)["contents"]
+
+
+def test_images_of_another_size_are_refused_before_training(root: Path) -> None:
+    change(root, images=lambda rows: [row | {"width": row["height"], "height": row["width"]} for row in rows])
+    with pytest.raises(InputError, match="80 x 64 pixels, but the annotations say 64 x 80"):
+        opened(root)
+
+
 def test_validation_has_the_categories_of_training(root: Path) -> None:
     train = opened(root)
     change(root, "val", categories=lambda rows: rows[::-1])
@@ -167,6 +195,10 @@ def test_layouts_of_folders(tmp_path: Path) -> None:
     (tmp_path / "images" / "train").mkdir(parents=True)
     (tmp_path / "annotations").mkdir()
     file = tmp_path / "annotations" / "instances_train.json"
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere"):
+        find_split(str(tmp_path / "nowhere"), "train", "", "")
+    with pytest.raises(InputError, match=r"dino_xcit\.data scenes DIR"):
+        find_split("sample:scenes", "train", "", "")
     for part, given, word in (("train", "", "--train-annotations"), ("val", str(file), "--val-images")):
         with pytest.raises(InputError, match=word):
             find_split(str(tmp_path), part, given, "")

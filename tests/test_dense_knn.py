@@ -159,7 +159,9 @@ def test_command_measures_draws_and_compares(
 
 def test_wrong_input_is_refused(segment: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segment("--size", 50).assert_refused("size is 50", "--size 48")
-    segment("--data-path", tmp_path / "none").assert_refused("no training images with masks")
+    segment("--data-path", tmp_path / "none").assert_refused("there is no folder")
+    segment("--data-path", "sample:scenes").assert_refused("dino_xcit.data scenes DIR")
+    segment("--data-path", tmp_path).assert_refused("no training images with masks")
     segment("--eval-crop", 224).assert_refused("eval_crop")
     segment("--out", "x.jpg").assert_refused(".png")
     with monkeypatch.context() as patched:

@@ -214,6 +214,12 @@ def test_davis_command_writes_results_masks_and_animation(davis_folder: Path, tr
     assert len(list((out / "cat").iterdir())) == 10
     with Image.open(out / "dog.webp") as animation:
         assert animation.n_frames == 4
+    data = content["data"]["val"]
+    mask = davis_folder / "Annotations/480p/cat/00002.png"
+    mask.write_bytes((davis_folder / "Annotations/480p/cat/00001.png").read_bytes())
+    assert track("--data-path", davis_folder, "--json", file).code == 0
+    changed = json.loads(file.read_text())["data"]["val"]
+    assert {name for name in data if data[name] != changed[name]} == {"labels"}
     (davis_folder / "ImageSets/2017/val.txt").unlink()
     assert "of train" in track("--data-path", davis_folder).out, "without a list all videos are evaluated"
 

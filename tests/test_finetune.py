@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from eval_fixtures import image_tree, noise_source, tiny_checkpoint
+from PIL import Image
 from run_here import Here, Outcome, on_two_ranks
 
 import run_finetune
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.state import hash_content
 from dino_xcit.errors import InputError
+from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import load_backbone
 from eval.compare import main as compare_main
-from supervised.classification import Classifier, stratified_subset
+from supervised.classification import ClassificationDataset, Classifier, stratified_subset
 from supervised.finetune_config import RECIPES, FinetuneConfig
 
 QUICK = ("--device", "cpu", "--num-workers", 0, "--batch-size-per-gpu", 8, "--epochs", 2, "--warmup-epochs", 0)
@@ -47,6 +49,17 @@ def finetune(here: Here, *words: object) -> Outcome:
 
 def result_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
+
+
+def test_posterize_keeps_a_bit() -> None:
+    """timm's magnitude 10 asks for 0 bits, which Pillow 13 refuses."""
+    source = noise_source(1)
+    dataset = ClassificationDataset(source, FinetuneConfig(weights="x", auto_augment="rand-m10-inc1"), EvalTransform())
+    (policy,) = (one for one in dataset._transform.transforms if hasattr(one, "ops"))
+    (posterize,) = (one for one in policy.ops if one.name.startswith("Posterize"))
+    posterize.prob = 1.0
+    pixels = np.asarray(posterize(Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8))))
+    assert np.unique(pixels).tolist() == [128]
 
 
 def test_pretrained_backbone_learns_its_data_and_two_results_compare(

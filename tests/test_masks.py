@@ -15,6 +15,7 @@ from dino_xcit.data import Source
 from dino_xcit.data.masks import open_masks
 from dino_xcit.data.source import identity
 from dino_xcit.errors import InputError
+from eval.results import images_metadata
 from supervised.segment_config import SegmentConfig
 
 
@@ -60,6 +61,27 @@ def test_an_ignored_label_may_be_any(tmp_path: Path) -> None:
     train, _ = open_masks(config_of(root, ignore_label=200))
     found = train.mask(0, np.array(Image.open(train.masks[0])).shape)
     assert set(np.unique(found)) == {0, 1, 2, 3, 255}
+
+
+def test_ignored_label_0_is_no_class(tmp_path: Path) -> None:
+    root = shapes(tmp_path, train=2, val=1)
+    for path in root.glob("masks/*/*.png"):
+        stored = np.array(Image.open(path))
+        save_mask(path, np.where(stored == 255, 0, stored).astype(np.uint8))
+    train, val = open_masks(config_of(root, ignore_label=0))
+    assert train.classes == val.classes == NAMES[1:]
+    assert set(np.unique(train.mask(0, np.array(Image.open(train.masks[0])).shape))) == {0, 1, 2, 255}
+    with pytest.raises(InputError, match="ignore_label is 2, a class"):
+        open_masks(config_of(root, ignore_label=2))
+
+
+def test_other_masks_are_another_data_set(tmp_path: Path) -> None:
+    root = shapes(tmp_path, train=2, val=1)
+    before, _ = open_masks(config_of(root))
+    stored, labels = identity(before), images_metadata(before)["labels"]
+    labelled("masks/train/train_000.png", 2)(root)
+    assert identity(before) != stored
+    assert images_metadata(before)["labels"] != labels
 
 
 def test_the_size_of_a_turned_photo_is_the_upright_one(tmp_path: Path) -> None:

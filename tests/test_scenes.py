@@ -94,11 +94,14 @@ def test_files_agree_with_the_scenes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(list((tmp_path / "set/images/train").iterdir())) == 3
     with pytest.raises(InputError, match="4000"):
         main(["scenes", str(tmp_path / "set"), "--train", "9999"])
+    with pytest.raises(InputError, match="not empty"):
+        main(["scenes", str(tmp_path / "set"), "--train", "1", "--val", "1"])
 
 
 def test_set_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="another folder"):
-        main(["scenes", str(tmp_path / "file")])
+    for name, cause in (("file", "not empty"), ("file/set", "another folder")):
+        with pytest.raises(InputError, match=cause):
+            main(["scenes", str(tmp_path / name)])
     with pytest.raises(OSError, match="file"):
         write_scenes(tmp_path / "file", 1, 1)

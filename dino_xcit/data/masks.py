@@ -105,6 +105,9 @@ class MaskSource:
         """Hash the names, and the files' sizes and times."""
         return hash_lines(f"{path} {storage.state(path)}" for path in (*self.images, *self.masks))
 
+    def annotation(self, index: int) -> bytes:
+        return storage.read_file(self.masks[index], storage.MAX_IMAGE_BYTES)
+
     def mask(self, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Read the classes [h, w] of an image, 0 to K - 1, or IGNORE.
 
@@ -116,7 +119,7 @@ class MaskSource:
         """
         path = self.masks[index]
         try:
-            stored = decode_mask(storage.read_file(path, storage.MAX_IMAGE_BYTES), path)
+            stored = decode_mask(self.annotation(index), path)
         except UndecodableImage as error:
             raise InputError(f"the mask {path} cannot be read: {error.cause}") from None
         if stored.shape != size:
@@ -129,7 +132,8 @@ class MaskSource:
             last = self.first + len(self.classes or range(MAX_CLASSES)) - 1
             raise InputError(
                 f"the mask {path} has the label {stored[wrong][0]}, expected {self.first} to {last}, or {self.ignore} "
-                "for ignored pixels: correct it, or give --classes or --ignore-label"
+                "for ignored pixels: correct it, add its name to classes.txt (without that file, give --classes), or "
+                "give --ignore-label"
             )
         return labels
 
@@ -154,9 +158,14 @@ def open_masks(config: MaskSettings) -> tuple[MaskSource, MaskSource]:
     if not config.data_path:
         raise InputError("no data given: add --data-path DIR, with images/train, masks/train, images/val, masks/val")
     root = Path(config.data_path)
+    if not root.is_dir():
+        raise InputError(f"there is no folder {root}: {hint_for_scenes(config.data_path) or 'check --data-path'}")
     layout = _find_layout(root, config.layout)
+    if config.ignore_label == layout.first == 0:  # the other classes follow
+        layout = layout._replace(first=1)
     train, val = (_open_part(root, layout, part, config.ignore_label) for part in layout.parts)
     names = tuple(_lines(root / "classes.txt")) if (root / "classes.txt").exists() else layout.names
+    names = names[1:] if config.ignore_label == 0 and layout.name != "ade20k" else names
     count = config.classes or len(names) or layout.class_count
     if len(names) not in (0, count):
         raise InputError(
@@ -172,12 +181,23 @@ def open_masks(config: MaskSettings) -> tuple[MaskSource, MaskSource]:
                 f"{root} has {counted(found, 'class')} besides the ignored label {config.ignore_label}, expected 2 to "
                 f"{MAX_CLASSES}: masks have a label per pixel, such as 0 and 1"
             )
+        if layout.first <= config.ignore_label < layout.first + found:
+            raise InputError(
+                f"ignore_label is {config.ignore_label}, a class of {root}: expected 0, or a label that is no class"
+            )
         if not _count_pixels(_with_classes(val, names, found), workers)[:found].any():
             raise InputError(f"all pixels of the masks of {val.url} are ignored: check the masks and --ignore-label")
         return found
 
     count = distributed.on_main(check)
     return _with_classes(train, names, count), _with_classes(val, names, count)
+
+
+def hint_for_scenes(data_path: str) -> str:
+    """Return how to write the scenes as files, if ``data_path`` names them."""
+    if not data_path.startswith("sample:scene"):
+        return ""
+    return "run python -m dino_xcit.data scenes DIR, and give --data-path DIR"
 
 
 def _find_layout(root: Path, wanted: str) -> Layout:
@@ -203,8 +223,8 @@ def _open_part(root: Path, layout: Layout, part: str, ignore: int) -> MaskSource
     for kind, other, place in (("image", "mask", images), ("mask", "image", masks)):
         if missing := [name for name in names if name not in by_name[kind]]:
             raise InputError(
-                f"no {kind} for {counted(len(missing), other)} of {root} ({part}), such as {missing[0]}: add a file of "
-                f"this name to {place}, or remove the {other}"
+                f"no {kind} for {counted(len(missing), other)} of {root} ({part}), such as {missing[0]}: add a "
+                f"{'.png' if kind == 'mask' else 'file'} of this name to {place}, or remove the {other}"
             )
     paths = {kind: tuple(str(files[name]) for name in names) for kind, files in by_name.items()}
     url = str(listing if layout.listing else images)

@@ -222,6 +222,9 @@ def main(argv: Sequence[str]) -> int:
     for part in COUNTS:
         if getattr(config, part) > COUNTS[part]:
             raise InputError(f"{part} is {getattr(config, part)}, expected at most {COUNTS[part]}")
+    folder = Path(config.folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty: give a new folder, or remove it")
     try:
         write_scenes(Path(config.folder), config.train, config.val)
     except OSError as error:

@@ -46,6 +46,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class AnnotatedSource(Protocol):
+    """A source with more than a label for each image."""
+
+    def annotation(self, index: int) -> bytes:
+        """Return the annotation of item ``index``, such as its mask as a file."""
+        ...
+
+
 class MinimalSource(Protocol):
     """The required part of :class:`Source`."""
 
@@ -116,13 +125,16 @@ def hash_lines(lines: Iterable[str]) -> str:
 
 
 def identity(source: Source, samples: int = 1000) -> str:
-    """Return the number of images and a hash of ``samples`` evenly spaced names.
+    """Return the number of images and a hash of ``samples`` evenly spaced names and annotations.
 
-    A fast check that detects added and removed images and another order, but not changed files. For these see
-    :meth:`Source.fingerprint`, which may access every file.
+    A fast check that detects added and removed images, another order and other annotations, but not changed images. For
+    these see :meth:`Source.fingerprint`, which may access every file.
     """
     chosen = evenly_spaced(len(source), samples)
-    digest = hash_lines(source.name(index) for index in chosen)
+    lines = [source.name(index) for index in chosen]
+    if isinstance(source, AnnotatedSource):
+        lines += [str(source.classes), *(hashlib.sha256(source.annotation(index)).hexdigest() for index in chosen)]
+    digest = hash_lines(lines)
     return f"{len(source)} images, {digest[:12]}"
 
 

@@ -28,7 +28,7 @@ class PatchKnnConfig(BackboneConfig):
     classes: Annotated[int, Ge(0), Le(254)] = 0
     """Number of classes; 0: that of ADE20k, VOC or classes.txt, else the largest label in the training masks + 1."""
     ignore_label: Annotated[int, Ge(0), Le(255)] = 255
-    """Label of pixels that do not count."""
+    """Label of pixels that do not count; with 0, label 0 is no class."""
     size: Annotated[int, Ge(16), Group("evaluation")] = 512
     """Height and width of the resized images in pixels, a multiple of the patch size. The aspect ratio is not kept."""
     memory: Annotated[int, Ge(1)] = 102_400

@@ -104,7 +104,8 @@ def main() -> None:
     rows.append(("mean IoU", [one["miou"] for one in records.values()]))
     cells = [[name, *("-" if iou is None else f"{iou:.1f}" for iou in ious)] for name, ious in rows]
     log.info(table(["IoU %", *records], cells) + f"\n{seconds:.0f} s")
-    protocol = {name: getattr(config, name) for name in ("size", "memory", "k", "temperature", "seed", "precision")}
+    settings = ("size", "memory", "k", "temperature", "seed", "precision", "layout", "ignore_label")
+    protocol = {name: getattr(config, name) for name in settings} | {"classes": list(names)}
     protocol["name"] = "k-NN segmentation with patch features (Hummingbird, arXiv 2306.01667), square images"
     parts = (("train", train), ("val", val)) if config.json else ()
     data = {name: data_metadata(one, one.fingerprint()) | images_metadata(one) for name, one in parts}

@@ -12,6 +12,7 @@ h, w: grid of patches, D: features, C: context frames, L: labels (background and
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from dino_xcit.cli import parse
 from dino_xcit.data import decode
 from dino_xcit.data.decode import UndecodableImage, decode_mask, read_header
-from dino_xcit.data.source import hash_lines
+from dino_xcit.data.source import evenly_spaced, hash_lines
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
@@ -41,7 +42,7 @@ from eval.dense.davis import score_frame
 from eval.dense.patches import patch_features, write_result
 from eval.palette import colours, overlay, to_palette
 from eval.pooling import patch_size_of
-from eval.results import Metric
+from eval.results import SAMPLED, Metric
 from eval.setup import demand_writable, open_weights
 from eval.table import table
 
@@ -72,7 +73,9 @@ def main() -> None:
     if not measured and (config.json or not config.out):
         raise InputError("no masks of later frames to measure with: give --out DIR, and no --json, to propagate only")
     white_level = config.white_level or loaded.transform.white_level
-    loaded = replace(loaded, transform=replace(loaded.transform, resize=config.size, white_level=white_level))
+    loaded = replace(
+        loaded, transform=replace(loaded.transform, resize=config.size, crop=config.size, white_level=white_level)
+    )
     log.info(f"{counted(len(videos), 'video')} of {counted(frames, 'frame')}, {measured:,} measured")
 
     # ---- each rank takes every n-th video
@@ -106,6 +109,8 @@ class Video:
     frames: tuple[Path, ...]
     masks: Mapping[Path, Path]
     """By frame."""
+    annotations: Path
+    """Folder of the masks."""
 
     @property
     def measured(self) -> list[Path]:
@@ -125,8 +130,8 @@ class Video:
         first = self.frames[0]
         if first not in self.masks:
             raise InputError(
-                f"{self.name} has no mask of its first frame, {first.name}: add {first.stem}.png to its Annotations, "
-                f"or for a folder of frames {first.parent / 'masks' / first.stem}.png, or give --first-mask FILE"
+                f"{self.name} has no mask of its first frame, {first.name}: add {self.annotations / first.stem}.png"
+                + ("" if self.annotations.parent.name == "480p" else ", or give --first-mask FILE")
             )
         files = (*self.frames, *self.masks.values())
         (width, height), *others = map(_size, files)
@@ -183,7 +188,8 @@ def _video(name: str, images: Path, annotations: Path, first_mask: str = "") -> 
     frames, masks = _files(images, *_FRAMES), {path.stem: path for path in _files(annotations, ".png")}
     if first_mask and frames:
         masks[frames[0].stem] = Path(first_mask)
-    return Video(name, frames, {frame: masks[frame.stem] for frame in frames if frame.stem in masks})
+    by_frame = {frame: masks[frame.stem] for frame in frames if frame.stem in masks}
+    return Video(name, frames, by_frame, annotations)
 
 
 def _files(folder: Path, *suffixes: str) -> tuple[Path, ...]:
@@ -344,11 +350,24 @@ def report(
     metrics = [Metric(name, {"measure": name}, value, None) for name, value in rows[overall].items()]
     settings = ("size", "previous", "radius", "k", "temperature", "precision")
     protocol = {name: getattr(config, name) for name in settings} | {"name": "DAVIS 2017, labels propagated as in DINO"}
-    frames = [f"{video.name}/{frame.name}" for video in videos for frame in video.frames]
-    data = {"val": {"url": config.data_path, "images": len(frames), "names": hash_lines(frames)}}
+    frames = [frame for video in videos for frame in video.frames]
+    masks = [path for video in videos for _, path in sorted(video.masks.items())]
+    data = {
+        "val": {
+            "url": config.data_path,
+            "images": len(frames),
+            "names": hash_lines(f"{frame.parent.name}/{frame.name}" for frame in frames),
+            "contents": hash_lines(_digest(frames[index]) for index in evenly_spaced(len(frames), SAMPLED)),
+            "labels": hash_lines(map(_digest, masks)),
+        }
+    }
     mean = rows.pop(overall)
     results = mean | {"videos": rows, "objects": {name: scores[name] for name in rows}}
     write_result(config, "dense video", protocol, results, metrics, loaded, data, device, seconds)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def command() -> None:
