@@ -160,7 +160,7 @@ class Judge:
 
     def _remedy(self) -> str:
         """Return the first setting that explains a collapse."""
-        config, distance = self._config, self._get("teacher_distance").now
+        config, distance = self._config, self._get("teacher_distance").highest
         if config.method == "simdino":
             if config.coding_rate_weight < 1:
                 return "try --coding-rate-weight 1"

@@ -128,7 +128,7 @@ def test_method_without_prototypes_is_judged_by_its_features() -> None:
         ({"teacher_temp": 0.1}, {}, "try --teacher-temp 0.04 --warmup-teacher-temp 0.04"),
         ({"center_momentum": 1.0}, {}, "try --center-momentum 0.9"),
         ({"momentum_teacher": 0.0}, {}, "try --momentum-teacher 0.99"),
-        ({"lr": 0.02}, {"teacher_distance": lambda step: 0.5}, "try --lr 0.002"),
+        ({"lr": 0.02}, {"teacher_distance": lambda step: 0.5 if step < 100 else 0.01}, "try --lr 0.002"),
         ({}, {}, "try --centering sinkhorn_knopp"),
         ({"centering": "sinkhorn_knopp"}, {}, "try --koleo-weight 0.1"),
     ],
