@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -127,6 +128,8 @@ def check_flags(config: type, prog: str) -> None:
             read_flags(config, sys.argv[1:])
 
     run_main(check)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run_main: no traceback from the middle of an import
 
 
 def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None, others: Collection[str] = ()) -> Flags:

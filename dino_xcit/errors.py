@@ -102,6 +102,8 @@ def run_main(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
     Args:
         less_memory: advice for out-of-memory errors.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of check_flags
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _run_and_flush(main)
     except InputError as error:

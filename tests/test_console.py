@@ -64,6 +64,32 @@ def test_closed_pipe_ends_command_without_traceback(stream: str, does: str, code
     assert "Traceback" not in said
 
 
+IMPORTING = """
+import os, signal, sys
+from dino_xcit.cli import check_flags
+from dino_xcit.config import PretrainConfig
+sys.argv = ["run_pretrain.py"]
+check_flags(PretrainConfig, "run_pretrain.py")
+interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+{0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "code", "said"),
+    [
+        ("interrupt()", -2, ""),  # the shell shows 130
+        ("from dino_xcit.errors import run_main; run_main(interrupt)", 130, "interrupted"),
+    ],
+)
+def test_interrupt_prints_no_traceback(then: str, code: int, said: str) -> None:
+    words = [sys.executable, "-c", IMPORTING.format(then)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stderr.startswith(said)
+    assert ("Traceback" in done.stderr, bool(done.stderr)) == (False, bool(said))
+
+
 def test_broken_pipe_error_unrelated_to_output_is_raised() -> None:
     def main() -> None:
         raise BrokenPipeError(32, "Broken pipe")
