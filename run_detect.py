@@ -35,6 +35,7 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.train import new_state
 from eval.palette import SIDE
+from eval.report.reporter import Reporter
 from eval.results import Metric, data_metadata, images_metadata
 from eval.setup import demand_writable
 from eval.sheet import Cell
@@ -93,6 +94,7 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
             title=f"{config.model} with {start.arch}, {counted(len(train.categories), 'class')}",
             initialise=lambda: start.description,
             on_divergence=stop_diverged,
+            report=Reporter(config.output_dir),
             next_command=f"python run_detect.py --weights {config.output_dir}/checkpoint.pth --predict PHOTOS",
         )
 

@@ -28,6 +28,7 @@ from dino_xcit.observers import Evaluator
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import new_state
+from eval.report.reporter import Reporter
 from eval.results import data_metadata, images_metadata, metric
 from eval.stats import correct, top_accuracies
 from eval.table import percent
@@ -75,6 +76,7 @@ def main() -> None:
             title=f"classification with {start.arch}",
             initialise=lambda: f"{start.description}; the classifier is {kept}",
             on_divergence=stop_diverged,
+            report=Reporter(config.output_dir),
             repeats=config.repeated_augmentation,
         )
 

@@ -42,6 +42,7 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState, build_state, choose_kernels
 from dino_xcit.verdict import Judge
 from eval.knn.online import build_evaluators, build_probe
+from eval.report.reporter import PretrainReporter, Reporter
 
 
 def main() -> None:
@@ -106,6 +107,7 @@ def build_job(
         initialise=partial(initialise, state.method, config) if config.init_weights else None,
         on_divergence=nonfinite.keep,
         next_command=next_command(config, source),
+        report=PretrainReporter(config, source, device) if config.report_pictures else Reporter(config.output_dir),
         judge=Judge(config),
     )
 

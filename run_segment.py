@@ -39,6 +39,7 @@ from dino_xcit.runtime.logging import counted
 from dino_xcit.train import new_state
 from eval.miou import class_iou, mean_iou, pixel_accuracy
 from eval.palette import colours, segmentation_sheet, to_palette
+from eval.report.reporter import Reporter
 from eval.results import Metric, data_metadata, images_metadata
 from eval.setup import demand_writable
 from eval.table import percent, table
@@ -94,6 +95,7 @@ def main() -> None:
             title=f"segmentation into {config.classes} classes with {start.arch}",
             initialise=lambda: f"{start.description}; the head is {kept}",
             on_divergence=stop_diverged,
+            report=Reporter(config.output_dir),
         )
 
     state = loop.train(config, device, build)

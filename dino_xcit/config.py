@@ -228,6 +228,8 @@ class PretrainConfig(TrainConfig):
     measured on one). The views are bit-identical."""
     best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = "knn_top1"
     """Evaluator metric that selects best.pth; higher is better."""
+    report_pictures: Annotated[bool, ResumeSafe] = True
+    """Put pictures of the training images into report.html: views, attention, patch features, neighbours."""
     on_collapse: Annotated[Literal["warn", "stop"], ResumeSafe] = "warn"
     """What a verdict of collapse does: warn, or stop the run with code 3 (docs/monitoring.md)."""
     knn_every: Annotated[int, Ge(0), ResumeSafe] = 0

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 
+import dino_xcit
 from dino_xcit.checkpoint.checkpoints import Checkpoints
 from dino_xcit.checkpoint.resume import keep_global_batch
 from dino_xcit.checkpoint.state import Run
@@ -19,11 +25,12 @@ from dino_xcit.data.source import identity
 from dino_xcit.data.workers import choose_workers
 from dino_xcit.errors import RunStopped
 from dino_xcit.health import Health
+from dino_xcit.methods import Method
 from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.metrics import MetricLogger
 from dino_xcit.observers import Evaluator, Observer, Observers, evaluate
 from dino_xcit.optim import Schedules
-from dino_xcit.runtime import distributed
+from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.train import TrainState, train_step
@@ -58,6 +65,9 @@ class Job(Generic[Config]):
     """Called on every rank after too many consecutive skipped steps; returns what ends the run."""
     next_command: str = ""
     """What a user runs after the run; empty: not printed."""
+    report: Callable[[Method, int, bool], None] | None = None
+    """Called on every rank at epoch ends, with the 0-based epoch and whether the run ends, after the metrics are
+    written."""
     judge: Judge | None = None
     """Judges the logged steps."""
     repeats: int = 1
@@ -105,7 +115,8 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
         loader = Loader(job.dataset, sampler, workers, device)
         monitor = DataLoadMonitor(workers)
         health.start(sampler, monitor, partial(job.on_divergence, state, config, sampler), job.judge)
-        with MetricLogger(config, sampler, monitor, schedules.epochs, job.judge) as metrics:
+        start = describe_start(config, sampler, device)
+        with MetricLogger(config, sampler, monitor, schedules.epochs, job.judge, start) as metrics:
             for batches in loader.steps(config.accumulation_steps):
                 health.check(state, batches, checkpoints)  # all ranks leave here together, after saving
                 result = train_step(state, batches, schedules, config)
@@ -119,10 +130,34 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
                     evaluated = evaluate(job.evaluators, sampler.epochs(state.step), run_ends, state.method)
                     checkpoints.note(evaluated, run_ends)
                     metrics.epoch(state.step, evaluated)
+                    if job.report:
+                        watchdog.phase("writing the report", state.step)
+                        job.report(state.method, sampler.epochs(state.step), run_ends)
+                        metrics.restart_clock()
             checkpoints.finish()
         health.finish(state)
-        log.info(f"done: {checkpoints.folder.latest} (curves: {checkpoints.folder.output_dir / 'curves.png'}){then}")
+        report = f" (report: {checkpoints.folder.output_dir / 'report.html'})" if job.report else ""
+        log.info(f"done: {checkpoints.folder.latest}{report}{then}")
         return state
+
+
+def describe_start(config: TrainConfig, sampler: StepSampler, device: torch.device) -> dict[str, object]:
+    """Return what ``metrics.jsonl`` says about a start of the run; settings are those that differ from the defaults."""
+    settings = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+    return {
+        "settings": {name: value for name, value in settings.items() if value != getattr(type(config), name)},
+        "arch": settings.get("arch", ""),
+        "images": sampler.length,
+        "total_steps": sampler.stop_step,
+        "at_step": sampler.start_step,
+        "started": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "host": socket.gethostname(),
+        "device": distributed.device_name(device),
+        "processes": distributed.world_size(),
+        "torch": torch.__version__,
+        "dino_xcit": dino_xcit.__version__,
+        "command": shlex.join(sys.argv),
+    }
 
 
 def describe(job: Job, sampler: StepSampler, schedules: Schedules, device: torch.device) -> None:

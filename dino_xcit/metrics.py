@@ -1,4 +1,4 @@
-"""Metric logging: progress bar, metrics.jsonl (authoritative), TensorBoard, Weights & Biases, curves."""
+"""Metric logging: progress bar, metrics.jsonl (authoritative), TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ NOT_AVERAGED = ("gradient_norm", "skipped_steps", "lr", "weight_decay", "momentu
 """Per-step metrics that are not averaged over an epoch."""
 
 
+METRICS_FILE = "metrics.jsonl"
 _COUNTS = ("kind", "step", "steps_per_epoch")
 """Fields of metrics.jsonl that are not metrics."""
 
@@ -142,14 +143,14 @@ class MetricsWriter:
         as a full disk) is logged once and does not end the run.
         """
         self._write_failed, self._steps_per_epoch = False, steps_per_epoch
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         self._file: TextIO | None = None
         self._mirrors = list(mirrors)
         with self._warn_once_on_os_error():
             before = read_metrics(self.path)
             rows = [_with_steps_of(row, steps_per_epoch) for row in before]
-            kept = [row for row in rows if row["step"] <= from_step and row["kind"] != "end"]
-            aside = self.path.with_name(".metrics.jsonl.tmp")
+            kept = [row for row in rows if row["step"] <= from_step and row["kind"] != "end"] if from_step else []
+            aside = self.path.with_name(f".{METRICS_FILE}.tmp")
             aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(aside, self.path)
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by close()
@@ -157,7 +158,7 @@ class MetricsWriter:
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             self._mirrors.append(board := TensorBoard(folder / "tensorboard", from_step))
             for row in kept if rows != before else ():
-                if row["kind"] == "verdict":
+                if row["kind"] not in ("step", "epoch"):
                     continue
                 values = {name: float(value) for name, value in row.items() if name not in _COUNTS}
                 board.write(row["kind"], row["step"], values)
@@ -178,14 +179,9 @@ class MetricsWriter:
                 counts = {"step": step, "steps_per_epoch": self._steps_per_epoch}
                 self._file.write(json.dumps({"kind": kind, **counts, **values}) + "\n")
 
-    def write_verdict(self, step: int, verdict: Mapping[str, str]) -> None:
-        """Write a verdict of :class:`dino_xcit.verdict.Judge` to ``metrics.jsonl`` only, as kind ``verdict``."""
-        self._append("verdict", step, verdict)
-
-    def draw(self, picture: Path) -> None:
-        """Draw the curves so far (:func:`draw_curves`)."""
-        with self._warn_once_on_os_error():
-            draw_curves(self.path, picture)
+    def note(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+        """Write a record of another kind, ``run`` or ``verdict``, to ``metrics.jsonl`` only."""
+        self._append(kind, step, values)
 
     def close(self) -> None:
         """Close the file and all mirrors."""
@@ -302,7 +298,7 @@ class Progress:
 
 
 class MetricLogger:
-    """Context manager for progress bar, ``metrics.jsonl`` and its mirrors, epoch means and curves."""
+    """Context manager for progress bar, ``metrics.jsonl`` and its mirrors, and epoch means."""
 
     def __init__(
         self,
@@ -311,6 +307,7 @@ class MetricLogger:
         monitor: DataLoadMonitor,
         epochs: int | None = None,
         judge: Judge | None = None,
+        start: Mapping[str, object] | None = None,
     ) -> None:
         """Starts at the sampler's first step.
 
@@ -318,6 +315,7 @@ class MetricLogger:
             monitor: adds metrics of the data loader.
             epochs: number of epochs of the run; None: ``config.epochs``.
             judge: judges the logged steps on rank 0; its verdicts are logged when they change.
+            start: describes this start of the run, for ``metrics.jsonl``.
         """
         self._judge = judge
         self._config, self._sampler, self._monitor = config, sampler, monitor
@@ -330,6 +328,7 @@ class MetricLogger:
             settings = dataclasses.asdict(config)
             mirrors = [WandB(config.wandb, self._folder, start_step, settings)] if config.wandb else []
             self._writer = MetricsWriter(self._folder, start_step, mirrors, sampler.steps_per_epoch)
+            self._writer.note("run", start_step, start or {})
             for row in read_metrics(self._writer.path) if judge else ():
                 if judge and row["kind"] == "step":
                     judge.add(row["step"], row)
@@ -357,7 +356,7 @@ class MetricLogger:
             if self._judge and self._judge.add(step, metrics):
                 verdict = self._judge.verdict
                 (log.warning if verdict.remedy else log.info)(f"verdict at step {step}: {verdict}")
-                self._writer.write_verdict(step, verdict._asdict())
+                self._writer.note("verdict", step, verdict._asdict())
 
     def epoch(self, step: int, evaluated: Record) -> None:
         """Log the means and evaluations of an epoch, which may be cut short by the end of the run."""
@@ -370,7 +369,6 @@ class MetricLogger:
         log.info(f"epoch {epoch + 1}/{self._epochs}{cut_short}: {shown}")
         if self._writer:
             self._writer.write("epoch" if epoch_ends else "end", step, {"epoch": epoch, **means, **evaluated})
-            self._writer.draw(self._folder / "curves.png")
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -384,44 +382,3 @@ class MetricLogger:
         if self._writer:
             self._writer.close()
         self._progress.close()
-
-
-def draw_curves(metrics: Path, picture: Path) -> None:
-    """Plot losses, feature spread, k-NN top-1 and images/s in one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = read_metrics(metrics)
-    steps = [record for record in records if record["kind"] == "step"]
-    epochs = [record for record in records if record["kind"] in ("epoch", "end")]
-    panels = [
-        ("Loss and its parts", steps, ["loss", "teacher_entropy", "kl", "cosine", "coding_rate"]),
-        ("Feature spread (1: even, 0: collapsed)", steps, ["feature_std"]),
-        ("Evaluations during training (%)", epochs, ["knn_top1", "top1", "miou", "box_ap50", "box_ap", "mask_ap"]),
-        ("Images per second", steps, ["images_per_s"]),
-    ]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for axis, (title, rows, names) in zip(axes.flat, panels, strict=True):
-        drawn = False
-        for name in names:
-            points = [(row["step"], float(row[name])) for row in rows if name in row]  # NaN is stored as "nan"
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 60 else ""
-                )
-                drawn = True
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if drawn and len(axis.get_lines()) + (axis.get_title() == panels[0][0]) > 1:
-            axis.legend()
-        if not drawn:
-            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="gray")
-        if names == ["feature_std"] or names == ["images_per_s"]:
-            axis.set_ylim(bottom=0)
-    aside = picture.with_name(f".{picture.name}")
-    figure.savefig(aside, dpi=110, format="png")
-    plt.close(figure)
-    os.replace(aside, picture)

@@ -338,7 +338,7 @@ def result_content(
         data=dict(data),
         transform=transform_metadata(transform),
         metrics=tuple(map(Metric.from_dict, metrics)),
-        device=device_name(device),
+        device=distributed.device_name(device),
         processes=distributed.world_size(),
         seconds=round(seconds, 2),
         date=now(),
@@ -413,13 +413,6 @@ def versions() -> JsonObject:
         "pillow": PIL.__version__,
         "faiss": faiss.__version__,
     }
-
-
-def device_name(device: torch.device) -> str:
-    """Describe a device, such as ``cuda (NVIDIA ...)`` or ``cpu (x86_64, 2 threads)``."""
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def now() -> str:

@@ -297,13 +297,16 @@ def _is_mask(segmentation: object, width: int, height: int) -> bool:
 
 
 def _check_sizes(source: CocoSource) -> None:
-    """Raise UndecodableImage if one of :data:`CHECKED` images has another size than in its annotations."""
-    for index in evenly_spaced(len(source), CHECKED):
+    """Raise UndecodableImage if most of :data:`CHECKED` images have another size than in their annotations; training
+    replaces single ones."""
+    checked, wrong = evenly_spaced(len(source), CHECKED), list[UndecodableImage]()
+    for index in checked:
         try:
-            size = read_header(source.read(index)[0], source.name(index)).size
-        except UndecodableImage:
-            continue  # training replaces it
-        source.check_size(index, *size)
+            source.check_size(index, *read_header(source.read(index)[0], source.name(index)).size)
+        except UndecodableImage as error:
+            wrong += [error] if "annotations" in error.cause else []
+    if 2 * len(wrong) > len(checked):
+        raise wrong[0]
 
 
 def _check_files(paths: Sequence[str], folder: Path) -> None:

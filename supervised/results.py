@@ -12,7 +12,7 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState
 from dino_xcit.transform import EvalTransform
-from eval.results import JsonObject, Metric, Result, device_name, now, transform_metadata, versions, write_json
+from eval.results import JsonObject, Metric, Result, now, transform_metadata, versions, write_json
 from supervised.config import SupervisedConfig
 from supervised.method import InitialWeights
 
@@ -51,7 +51,7 @@ def write_result(
         data=dict(data),
         transform=transform_metadata(transform),
         metrics=tuple(metrics),
-        device=device_name(state.skipped_steps.device),
+        device=distributed.device_name(state.skipped_steps.device),
         processes=distributed.world_size(),
         seconds=round(seconds, 2),
         date=now(),

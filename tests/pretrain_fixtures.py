@@ -20,6 +20,7 @@ SMALL = [
     "--arch", "xcit_pico_4_p4", "--out-dim", "16", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
     "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1", "--batch-size-per-gpu", "4",
     "--epochs", "3", "--num-workers", "0", "--device", "cpu", "--knn-every", "0", "--log-every", "1",
+    "--no-report-pictures",
 ]  # fmt: skip
 STEPS_AN_EPOCH = 4
 

@@ -18,7 +18,6 @@ import os
 import runpy
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from pathlib import Path
@@ -36,13 +35,7 @@ def warm_up() -> None:
         importlib.import_module(module)
     from tiny_run import tiny_config
 
-    from dino_xcit.metrics import draw_curves
-
     tiny_config().augmentation().compile()
-    with tempfile.TemporaryDirectory() as folder:
-        metrics = Path(folder, "metrics.jsonl")
-        metrics.write_text('{"kind": "step", "step": 1, "loss": 1.0}\n')
-        draw_curves(metrics, Path(folder, "curves.png"))
 
 
 def run_as_main(words: list[str], cwd: str, out: str, err: str) -> int:

@@ -31,6 +31,7 @@ SMALL = [
     "--arch", "xcit_pico_4_p4", "--out-dim", "32", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
     "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1", "--num-workers", "0",
     "--device", "cpu", "--knn-every", "0", "--log-every", "1", "--warmup-epochs", "0", "--epochs", "4",
+    "--no-report-pictures",
 ]  # fmt: skip
 """Flags of a run whose steps take tens of milliseconds."""
 

@@ -66,6 +66,7 @@ def test_closed_pipe_ends_command_without_traceback(stream: str, does: str, code
 
 IMPORTING = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 from dino_xcit.cli import check_flags
 from dino_xcit.config import PretrainConfig
 sys.argv = ["run_pretrain.py"]

@@ -9,11 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from matplotlib import pyplot
-from matplotlib.figure import Figure
-from PIL import Image
 
-from dino_xcit.metrics import MetricsWriter, Progress, draw_curves, read_metrics
+from dino_xcit.metrics import MetricsWriter, Progress, read_metrics
 
 
 def write_steps(folder: Path, first: int, last: int, from_step: int, loss: float = 1.0) -> None:
@@ -81,27 +78,6 @@ def test_rates_measure_throughput_and_data_wait_since_last_call(clock: SimpleNam
     clock.now += 1.0
     progress.step(0, waited=0.0)
     assert progress.rates() == pytest.approx({"images_per_s": 32.0, "data_wait": 0.0})
-
-
-def test_curves_stay_numeric_with_non_finite_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matplotlib treats a list that contains the string "nan" as categories, in order of appearance."""
-    writer = MetricsWriter(tmp_path, 0)
-    for step in range(1, 30):
-        writer.write("step", step, {"loss": float("nan") if step == 7 else 5 / step, "kl": 1.0, "images_per_s": 100.0})
-    writer.close()
-    figures: list[Figure] = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    steps, losses = (np.asarray(axis) for axis in figures[0].axes[0].lines[0].get_data())
-    assert losses.dtype.kind == "f"
-    finite = np.isfinite(losses)
-    np.testing.assert_allclose(losses[finite], 5 / steps[finite])
-    assert finite.sum() == 28
-
-
-def test_curves_are_drawn_without_metrics(tmp_path: Path) -> None:
-    draw_curves(tmp_path / "absent.jsonl", tmp_path / "curves.png")
-    assert Image.open(tmp_path / "curves.png").size[0] > 300
 
 
 def test_damaged_and_truncated_lines_are_skipped(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ WRONG: list[tuple[object, tuple[Any, ...]]] = [
 @pytest.mark.parametrize(("value", "keys"), WRONG)
 def test_damaged_result_is_refused(tmp_path: Path, value: object, keys: tuple[Any, ...]) -> None:
     path = write_result(tmp_path / "a.json", knn_metric(20, hits(300)), QUERIES)
-    with pytest.raises(InputError, match=r"a\.json .*expected a file written by run_knn\.py"):
+    with pytest.raises(InputError, match=r"a\.json .*expected a result file"):
         read_result(str(change(path, value, *keys)))
 
 
@@ -112,7 +112,7 @@ def test_surplus_hit_bits_and_values_outside_0_to_100_are_refused() -> None:
 def test_file_that_is_not_a_result_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     for path in (tmp_path / "a.json", tmp_path / "none.json", tmp_path):
-        with pytest.raises(InputError, match=r"expected a file written by run_knn\.py"):
+        with pytest.raises(InputError, match=r"expected a result file"):
             read_result(str(path))
 
 

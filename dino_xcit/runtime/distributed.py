@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import platform
 import signal
 import socket
 import sys
@@ -89,6 +90,13 @@ def choose_device(wanted: str) -> torch.device:
         raise InputError(f"local rank {local} has no GPU: PyTorch finds {count}; {remedy}")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def device_name(device: torch.device) -> str:
+    """Describe a device, such as ``cuda (NVIDIA ...)`` or ``cpu (x86_64, 2 threads)``."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def _unusable_gpu() -> str:
