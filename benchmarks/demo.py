@@ -2,7 +2,7 @@
 
     python benchmarks/demo.py [--output-dir runs/demo]      (make demo)
 
-Prints and runs the user commands. Writes results.json, curves.png and the files of each command to the output
+Prints and runs the user commands. Writes results.json, report.html and the files of each command to the output
 directory. The last line is results.json.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
         low, high = votes[model]["top1_interval"]
         accuracy = f"{votes[model]['top1']:.1f} [{low:.1f}, {high:.1f}]"
         print(f"{name:30} {accuracy:>26} {f'{linear:.1f}' if model == 'trained' else '':>14}")
-    print(f"curves: {folder / 'curves.png'}; {seconds:.0f} s in total, {pretraining:.0f} s for pretraining\n")
+    print(f"report: {folder / 'report.html'}; {seconds:.0f} s in total, {pretraining:.0f} s for pretraining\n")
     results = {
         "knn_top1": {model: round(votes[model]["top1"], 2) for model in MODELS},
         "linear_top1": round(linear, 2),

@@ -90,7 +90,7 @@ class TrainConfig:
     max_unreadable: Annotated[float, Ge(0), Le(1), ResumeSafe] = 0.05
     """Maximum share of unreadable images, which are replaced by others; the run ends if it is exceeded."""
     output_dir: Annotated[FilePath, ResumeSafe, Group("checkpoints")] = ""
-    """Directory for checkpoints, metrics and curves. Default: runs/RECIPE-ARCH."""
+    """Directory for checkpoints, metrics and report. Default: runs/RECIPE-ARCH."""
     resume: Annotated[Literal["auto", "changed", "never"], ResumeSafe] = "auto"
     """auto: resume if output_dir contains this run, fail if it contains another; changed: resume with changed settings;
     never: start from scratch and overwrite."""

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, rates, curves and TensorBoard."""
+"""Metrics of a run: metrics.jsonl, rates and TensorBoard."""
 
 from __future__ import annotations
 
