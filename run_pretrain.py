@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
 
@@ -33,21 +34,64 @@ from dino_xcit.data.open import has_validation
 from dino_xcit.dry_run import dry_run
 from dino_xcit.init_weights import initialise
 from dino_xcit.loop import Job
-from dino_xcit.metrics import require_wandb
+from dino_xcit.metrics import METRICS_FILE, read_metrics, require_wandb
 from dino_xcit.monitors import StepMonitors
 from dino_xcit.observers import Evaluator, Observer
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState, build_state, choose_kernels
-from dino_xcit.verdict import Judge
+from dino_xcit.verdict import TOO_EARLY, Judge
+from dino_xcit.weights import LoadedBackbone, load_backbone
 from eval.knn.online import build_evaluators, build_probe
-from eval.report.reporter import PretrainReporter, Reporter
+from eval.report.reporter import REPORT, PretrainReporter, Reporter
 
 
 def main() -> None:
     """Parse the command line, join the other ranks and train."""
-    config, first_line = parse_pretrain(sys.argv[1:])
+    run(*parse_pretrain(sys.argv[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedRun:
+    """What :func:`pretrain` returns."""
+
+    folder: Path
+    metrics: list[dict[str, Any]]
+    """Rows of metrics.jsonl."""
+    verdict: str
+    """State of the last verdict (:mod:`dino_xcit.verdict`)."""
+    report: Path
+    """report.html."""
+    backbone: LoadedBackbone
+    """The teacher's backbone; ``backbone.embed(images)`` returns vectors."""
+
+
+def pretrain(data: str | Path = "", **settings: Any) -> PretrainedRun:
+    """Pretrain as ``run_pretrain.py --data-path DATA`` does, or continue an interrupted run.
+
+    Args:
+        data: images in any form that ``--data-path`` accepts; empty: the embedded sample.
+        settings: flags by name, such as ``arch="xcit_nano_12_p16", epochs=20, global_crops_scale=(0.4, 1)``.
+
+    Raises:
+        InputError: a setting or the data are invalid.
+        RunStopped: the run diverged, or was stopped.
+    """
+    argv = ["--data-path", str(data)] if str(data) else []
+    for name, value in settings.items():
+        first, *others = value if isinstance(value, list | tuple) else [value]
+        argv += [f"--{name}={first}", *map(str, others)]
+    config, first_line = parse_pretrain(argv)
+    run(config, first_line)
+    folder = Path(config.output_dir)
+    rows = read_metrics(folder / METRICS_FILE)
+    verdict = next((row["state"] for row in reversed(rows) if row["kind"] == "verdict"), TOO_EARLY)
+    return PretrainedRun(folder, rows, verdict, folder / REPORT, load_backbone(str(folder / LATEST)))
+
+
+def run(config: PretrainConfig, first_line: str) -> None:
+    """Join the other ranks and train, or try the settings."""
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
     check_augment_device(config.augment_device, device)

@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
+from dino_xcit.data.decode import decode
+from dino_xcit.data.storage import MAX_IMAGE_BYTES, read_file
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone, is_registered
 from dino_xcit.models.vit import vit_shape
-from dino_xcit.transform import EvalTransform
+from dino_xcit.transform import EvalTransform, normalise
 from dino_xcit.weights.layouts import Layout, StoredNetwork, architecture_of, read_network
 from dino_xcit.weights.locate import CONFIG, TIMM, WeightsFile, open_weights
 from dino_xcit.weights.names import State, shown
@@ -108,6 +113,31 @@ class LoadedBackbone(Provenance):
     backbone: nn.Module
     hash: str
     """Hash of the backbone's weights, the same for checkpoint.pth and the backbone.pth beside it."""
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[str | Path | Image.Image], batch_size: int = 64) -> NDArray[np.float32]:
+        """Return the class tokens of images as unit vectors [N, D], so that products are cosines.
+
+        The network runs where ``backbone`` is: ``loaded.backbone.to("cuda")`` moves it.
+
+        Args:
+            images: files, or images of Pillow.
+
+        Raises:
+            InputError: a file cannot be read or decoded.
+        """
+        device = next(self.backbone.parameters()).device
+        found: list[Tensor] = []
+        for start in range(0, len(images), batch_size):
+            pixels = []
+            for one in images[start : start + batch_size]:
+                if not isinstance(one, Image.Image):
+                    one = decode(read_file(str(one), MAX_IMAGE_BYTES), str(one), self.transform.white_level)
+                pixels.append(self.transform(one.convert("RGB")))
+            batch = normalise(torch.stack(pixels).to(device), self.transform.mean, self.transform.std)
+            found.append(nn.functional.normalize(self.backbone(batch).cls_token.float(), dim=1).cpu())
+        width = int(self.backbone.embed_dim)  # type: ignore[arg-type]
+        return torch.cat(found).numpy() if found else np.zeros((0, width), dtype=np.float32)
 
     def describe(self) -> str:
         """Describe the origin in one line, with a further line for each assumption or mismatch."""
