@@ -92,6 +92,8 @@ def pretrain(data: str | Path = "", **settings: Any) -> PretrainedRun:
 
 def run(config: PretrainConfig, first_line: str) -> None:
     """Join the other ranks and train, or try the settings."""
+    if config.quiet:
+        log.only_warnings()
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
     check_augment_device(config.augment_device, device)

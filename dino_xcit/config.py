@@ -110,6 +110,8 @@ class TrainConfig:
     """Number of steps after which the run saves and stops; 0: stop after the last epoch. Does not change schedules."""
     log_every: Annotated[int, Ge(1), ResumeSafe] = 10
     """Steps between logged metrics; only logged steps synchronise with the device."""
+    quiet: Annotated[bool, ResumeSafe] = False
+    """Print warnings and errors only."""
     wandb: Annotated[str, ResumeSafe] = ""
     """Weights & Biases project to log the metrics to; empty: none. Needs pip install 'dino-xcit[wandb]', and wandb
     login or WANDB_MODE=offline."""

@@ -243,6 +243,10 @@ class EpochAverages:
         return means
 
 
+_SHOWN = {"knn_top1": "k-NN", "top1": "top-1"}
+"""Evaluations on the progress bar."""
+
+
 class Progress:
     """Progress bar with images/s, the share of time spent waiting for data, and the remaining time.
 
@@ -284,13 +288,16 @@ class Progress:
         self.restart_clock()
         return rates
 
-    def show(self, metrics: Mapping[str, float]) -> None:
-        """Show metrics on the bar."""
-        self._bar.set_postfix_str(
-            f"{metrics['images_per_s']:.0f} img/s, data wait {100 * metrics['data_wait']:.0f}%, "
+    def show(self, metrics: Mapping[str, float], state: str = "") -> None:
+        """Show metrics, with the last evaluation if it is among them, and the state of the run on the bar."""
+        parts = [
+            f"{metrics['images_per_s']:.0f} img/s",
+            f"data wait {100 * metrics['data_wait']:.0f}%",
             f"loss {metrics['loss']:.3f}",
-            refresh=False,
-        )
+            *(f"{name} {metrics[metric]:.1f}%" for metric, name in _SHOWN.items() if metric in metrics),
+            *filter(None, [state]),
+        ]
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def close(self) -> None:
         """Close the bar."""
@@ -317,11 +324,16 @@ class MetricLogger:
             judge: judges the logged steps on rank 0; its verdicts are logged when they change.
             start: describes this start of the run, for ``metrics.jsonl``.
         """
-        self._judge = judge
+        self._judge, self._evaluated = judge, dict[str, float]()
         self._config, self._sampler, self._monitor = config, sampler, monitor
         self._epochs = config.epochs if epochs is None else epochs
         self._folder, start_step = Path(config.output_dir), sampler.start_step
-        self._progress = Progress(sampler.stop_step, start_step, sampler.global_batch, shown=distributed.is_main())
+        self._progress = Progress(
+            sampler.stop_step,
+            start_step,
+            sampler.global_batch,
+            shown=distributed.is_main() and not config.quiet,
+        )
         self._averages = EpochAverages()
         self._writer: MetricsWriter | None = None
         if distributed.is_main():
@@ -350,17 +362,17 @@ class MetricLogger:
         self._averages.add({name: value for name, value in metrics.items() if name not in NOT_AVERAGED})
         metrics |= self._progress.rates()
         metrics |= self._monitor.metrics(metrics["data_wait"])
-        self._progress.show(metrics)
         if self._writer:
             self._writer.write("step", step, {"epoch": epoch, **metrics})
             if self._judge and self._judge.add(step, metrics):
                 verdict = self._judge.verdict
                 (log.warning if verdict.remedy else log.info)(f"verdict at step {step}: {verdict}")
                 self._writer.note("verdict", step, verdict._asdict())
+        self._progress.show(metrics | self._evaluated, self._judge.verdict.state if self._judge else "")
 
     def epoch(self, step: int, evaluated: Record) -> None:
         """Log the means and evaluations of an epoch, which may be cut short by the end of the run."""
-        means = self._averages.take()
+        means, self._evaluated = self._averages.take(), dict(evaluated) or self._evaluated
         epoch_ends = self._sampler.ends_epoch(step)
         epoch = self._sampler.epochs(step)
         figures = {"loss": means["loss"], **evaluated} if "loss" in means else evaluated

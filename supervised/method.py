@@ -101,6 +101,8 @@ def load_initial_weights(config: SupervisedConfig) -> InitialWeights:
 
 def set_up_run(config: SupervisedConfig) -> torch.device:
     """Join the other ranks, choose the kernels, and return the device."""
+    if config.quiet:
+        log.only_warnings()
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
     distributed.start(device, config.hang_timeout + 30)  # the watchdog fires first: its report has more detail

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain_fixtures import STEPS_AN_EPOCH, Stopped, pretrain_here
+from pretrain_fixtures import SMALL, STEPS_AN_EPOCH, Stopped, pretrain_here
 from ranks import ENVIRONMENT, PRETRAIN, state_in
 from run_here import Outcome
 from tiny_run import differing_bits
@@ -14,6 +14,7 @@ from tiny_run import differing_bits
 from dino_xcit import safe_load
 from dino_xcit.checkpoint.folder import CheckpointFolder
 from dino_xcit.metrics import read_metrics
+from dino_xcit.runtime.logging import logger
 
 # ---- runs in this process
 
@@ -41,6 +42,15 @@ def test_run_writes_metrics_tensorboard_and_report(stopped: Stopped) -> None:
     assert of_the_method <= records[2].keys()
     assert list((stopped.folder / "tensorboard").iterdir())
     assert "uPlot" in (stopped.folder / "report.html").read_text()
+
+
+def test_quiet_run_prints_nothing(labelled_photos: Path, tmp_path: Path) -> None:
+    flags = ("--quiet", "--warmup-epochs", 0, "--max-steps", 1, "--data-path", labelled_photos)
+    try:
+        done = pretrain_here(*SMALL, *flags, "--output-dir", tmp_path / "run")
+    finally:
+        logger.setLevel("INFO")
+    assert (done.code, done.out, done.err) == (0, "", "")
 
 
 def test_resumed_run_matches_uninterrupted_run_with_knn_evaluation(stopped: Stopped, tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ logger.propagate = False
 logger.addHandler(Console())
 
 
+def only_warnings() -> None:
+    """Log no information from now on."""
+    logger.setLevel(logging.WARNING)
+
+
 def info(text: str) -> None:
     """Log a message; characters that a terminal cannot show become escapes."""
     logger.info(_printable(text), stacklevel=2)
