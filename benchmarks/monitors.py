@@ -1,9 +1,9 @@
-"""Share of the training time that monitors, verdict, online probe and epoch-end figures take.
+"""Share of the training time that monitors, verdict and epoch-end figures take, and that of the online probe.
 
     python benchmarks/monitors.py [--device cpu|cuda] [--only sample s12] [--steps 20] [--batch 4]
 
 Trains some steps and times the step and everything that observes it in the same loop; logged steps are every tenth. The
-figures of an epoch end are timed on 64 images and scaled to the number of images that the run would use, for an epoch
+figures of an epoch end are timed on some images and scaled to the number of images that the run would use, for an epoch
 of the sample, and of ImageNet for XCiT-S12/16. The last line is one JSON object.
 """
 
@@ -26,27 +26,24 @@ import torch  # noqa: E402
 import run_pretrain  # noqa: E402
 from dino_xcit.data import Subset  # noqa: E402
 from dino_xcit.data.loader import Loader, StepSampler  # noqa: E402
-from dino_xcit.observers import Observers  # noqa: E402
 from dino_xcit.recipes import parse_pretrain  # noqa: E402
-from dino_xcit.representation import build_evaluator, count_images  # noqa: E402
+from dino_xcit.representation import build_evaluator, count_images, epochs_between  # noqa: E402
 from dino_xcit.train import choose_kernels, train_step  # noqa: E402
 from dino_xcit.verdict import Judge  # noqa: E402
 from eval.table import table  # noqa: E402
 
 RUNS = {
-    "sample": (["--recipe", "sample"], 10_000),
-    "s12": (["--recipe", "dino", "--data-path", "sample:fashion-mnist", "--arch", "xcit_small_12_p16"], 1_281_167),
+    "sample": (["--recipe", "sample"], 10_000, 512),
+    "s12": (["--recipe", "dino", "--data-path", "sample:fashion-mnist", "--arch", "xcit_small_12_p16"], 1_281_167, 32),
 }
-"""Flags, and images of an epoch."""
+"""Flags, images of an epoch, and images on which the figures of an epoch end are timed."""
 EVERY = 10
 """Steps between logged steps."""
-PROBED = 64
-"""Images on which the figures of an epoch end are timed."""
 
 
 def shares(name: str, device: torch.device, given: argparse.Namespace) -> dict[str, Any]:
     """Return seconds of a step, and of each observation per step."""
-    flags, images = RUNS[name]
+    flags, images, probed = RUNS[name]
     if name != "sample":
         flags = [*flags, "--batch-size-per-gpu", str(given.batch)]
     config = parse_pretrain([*flags, "--device", device.type, "--knn-every", "1", "--knn-holdout", "100"])[0]
@@ -55,8 +52,9 @@ def shares(name: str, device: torch.device, given: argparse.Namespace) -> dict[s
     sampler = StepSampler(len(job.dataset.source), config.batch_size_per_gpu, seed=config.seed)
     sampler.stop_step = given.steps + 2
     schedules = job.schedules(config, sampler.steps_per_epoch, sampler.global_batch)
-    observers, judge = Observers(job.observers), Judge(config)
-    spent = {"step": 0.0, "observers": 0.0, "verdict": 0.0}
+    monitors, probe = job.observers
+    judge = Judge(config)
+    spent = {"step": 0.0, "monitors": 0.0, "verdict": 0.0, "probe": 0.0}
 
     def timed(part: str, work: Callable[..., Any], *arguments: Any) -> Any:
         began = time.perf_counter()
@@ -70,22 +68,30 @@ def shares(name: str, device: torch.device, given: argparse.Namespace) -> dict[s
         if number == 1:  # the first two steps allocate memory and compile
             spent = dict.fromkeys(spent, 0.0)
         result = timed("step", train_step, job.state, batches, schedules, config)
-        timed("observers", observers.on_step, result, batches[0])
+        timed("monitors", monitors.on_step, result, batches[0])
+        timed("probe", probe.on_step, result, batches[0])
         if number % EVERY == 0:
-            metrics = timed("observers", observers.metrics, result, job.state.method)
+            metrics = result.metrics(job.state.method)  # as without monitors
+            metrics |= timed("monitors", monitors.metrics)
             timed("verdict", judge.add, number, metrics)
     per_step = {part: seconds / given.steps for part, seconds in spent.items()}
 
-    few = Subset(job.dataset.source, np.arange(PROBED))
+    few = Subset(job.dataset.source, np.arange(probed))
     evaluator = build_evaluator(config, few, device)
     evaluator.measure(job.state.method)
     began = time.perf_counter()
     evaluator.measure(job.state.method)
-    per_image = (time.perf_counter() - began) / PROBED
-    epoch = per_image * count_images(config, images) / (images / config.batch_size_per_gpu)
+    per_image = (time.perf_counter() - began) / probed
+    steps = images / config.batch_size_per_gpu * epochs_between(config, images)
+    epoch = per_image * count_images(config, images) / steps
     per_step["epoch end"] = epoch
-    observed = sum(seconds for part, seconds in per_step.items() if part != "step")
-    return {"run": name, **per_step, "share": observed / per_step["step"]}
+    observed = sum(per_step[part] for part in ("monitors", "verdict", "epoch end"))
+    return {
+        "run": name,
+        **per_step,
+        "share": observed / per_step["step"],
+        "probe share": per_step["probe"] / per_step["step"],
+    }
 
 
 def main() -> None:
@@ -97,9 +103,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="images of a step of s12")
     given = parser.parse_args()
     rows = [shares(name, torch.device(given.device), given) for name in given.only]
-    parts = ["step", "observers", "verdict", "epoch end"]
-    cells = [[row["run"], *(f"{1e3 * row[part]:.2f}" for part in parts), f"{100 * row['share']:.2f} %"] for row in rows]
-    print(table(["run", *(f"{part}, ms / step" for part in parts), "share"], cells))
+    parts = ["step", "monitors", "verdict", "epoch end", "probe"]
+    cells = [
+        [
+            row["run"],
+            *(f"{1e3 * row[part]:.2f}" for part in parts),
+            *(f"{100 * row[one]:.2f} %" for one in ("share", "probe share")),
+        ]
+        for row in rows
+    ]
+    print(table(["run", *(f"{part}, ms / step" for part in parts), "share", "of the probe"], cells))
     print(json.dumps({"device": given.device, "torch": torch.__version__, "rows": rows}))
 
 

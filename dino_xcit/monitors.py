@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from dino_xcit.data.loader import Batch
 from dino_xcit.methods import Method
-from dino_xcit.methods.dino import entropy
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.memory import peak_memory
 from dino_xcit.train import StepResult
 
 WINDOW = 10
-"""Steps over which distinct prototypes are counted. A resumed run starts with an empty window."""
+"""Logged steps over which distinct prototypes are counted. A resumed run starts with an empty window."""
 
 
 class StepMonitors:
@@ -33,8 +32,6 @@ class StepMonitors:
 
     def on_step(self, result: StepResult, batch: Batch) -> None:
         self._last = result, len(batch.indices)
-        if result.prototype_logits is not None:
-            self._chosen.append(result.prototype_logits.argmax(dim=1))
 
     @torch.no_grad()
     def metrics(self) -> Mapping[str, float]:
@@ -45,6 +42,7 @@ class StepMonitors:
         (result, images), method = self._last, self._method
         metrics: dict[str, Tensor | float] = {}
         if result.prototype_logits is not None:
+            self._chosen.append(result.prototype_logits.argmax(dim=1))
             chosen = torch.cat(list(self._chosen))
             metrics |= prototype_metrics(result.prototype_logits, result.rates.teacher_temp, chosen)
         if result.features is not None:
@@ -71,14 +69,15 @@ def prototype_metrics(logits: Tensor, teacher_temp: float, chosen: Tensor) -> di
     Args:
         logits: [G * B, K], the teacher's.
         teacher_temp: T.
-        chosen: the most probable prototype of each row of the last steps.
+        chosen: the most probable prototype of each row of the last logged steps.
 
     Returns:
         ``prototype_perplexity``: exp H(mean row), 1 to K. ``mutual_information``: H(mean row) - mean H(row) in nats,
         0 in every collapse. ``distinct_prototypes``: the number of different values in ``chosen``.
     """
-    probabilities = (logits.float() / teacher_temp).softmax(dim=1)
-    total, row_entropy = probabilities.sum(dim=0), entropy(probabilities) * len(probabilities)
+    log_p = (logits.float() / teacher_temp).log_softmax(dim=1)
+    probabilities = log_p.exp()
+    total, row_entropy = probabilities.sum(dim=0), -torch.dot(probabilities.flatten(), log_p.flatten())
     rows = total.new_tensor(float(len(probabilities)))
     used = torch.zeros_like(total).index_fill_(0, chosen, 1.0)
     distributed.all_reduce_sum([total, row_entropy, rows, used])
@@ -115,10 +114,10 @@ def feature_metrics(features: Tensor, images: int) -> dict[str, Tensor]:
 
 
 def teacher_distance(teacher: nn.Module, student: nn.Module) -> Tensor:
-    """Return the distance of two networks of one architecture, ||teacher - student|| / ||student||, over all
-    parameters."""
-    students = [parameter.detach() for parameter in student.parameters()]
-    differences = torch._foreach_sub([parameter.detach() for parameter in teacher.parameters()], students)
+    """Return the distance of two networks of one architecture, ||teacher - student|| / ||student||, over all matrices
+    and kernels."""
+    teachers, students = ([one.detach() for one in net.parameters() if one.ndim > 1] for net in (teacher, student))
+    differences = torch._foreach_sub(teachers, students)
     norms = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (differences, students))
     return torch.div(*norms)
 

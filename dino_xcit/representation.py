@@ -6,6 +6,7 @@ They compare checkpoints of one run, and show what a falling loss hides. None of
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -55,7 +56,7 @@ def build_evaluator(config: PretrainConfig, source: Source, device: torch.device
         features = distributed.gather_rows(torch.cat(found).contiguous())
         return measures(features.double().cpu())
 
-    return Evaluator("representation", 1, measure)
+    return Evaluator("representation", epochs_between(config, len(source)), measure)
 
 
 def count_images(config: PretrainConfig, images: int) -> int:
@@ -64,9 +65,18 @@ def count_images(config: PretrainConfig, images: int) -> int:
     A training step passes the global crops through the teacher, and all crops forward and backward (as long as two
     forward passes) through the student.
     """
+    return min(images, max(MIN_IMAGES, min(MAX_IMAGES, int(SHARE * _affordable(config, images)))))
+
+
+def epochs_between(config: PretrainConfig, images: int) -> int:
+    """Return the number of epochs between measurements: more than one where :func:`count_images` exceeds the share."""
+    return math.ceil(count_images(config, images) / (SHARE * _affordable(config, images)))
+
+
+def _affordable(config: PretrainConfig, images: int) -> float:
+    """Return how many images could be measured in the time of an epoch."""
     local = config.local_crops_number * (config.local_crops_size / config.global_crops_size) ** 2
-    step = GLOBAL_VIEWS + 3 * (GLOBAL_VIEWS + local)
-    return min(images, max(MIN_IMAGES, min(MAX_IMAGES, int(SHARE * images * step / GLOBAL_VIEWS))))
+    return images * (GLOBAL_VIEWS + 3 * (GLOBAL_VIEWS + local)) / GLOBAL_VIEWS
 
 
 def measures(features: Tensor) -> dict[str, float]:

@@ -120,7 +120,7 @@ class Judge:
         """Return the state that the signals show now."""
         information, spread = self._get("mutual_information"), self._get("feature_std")
         dimensions, agreement = self._get("feature_dimensions"), self._get("view_agreement")
-        used = min(self._get("prototype_perplexity").now, self._get("distinct_prototypes").now)
+        used = self._get("prototype_perplexity").now
         share = self._get("teacher_entropy").now / math.log(self._config.out_dim)
         says_nothing = information.now < max(MIN_INFORMATION, INFORMATION_FALL * information.highest)
         if says_nothing and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):

@@ -26,8 +26,9 @@ def monitored(**changes: Any) -> tuple[StudentTeacher, list[StepResult], dict[st
     for batches in steps(config, 0, STEPS):
         results.append(train_step(state, batches, schedules, config))
         monitors.on_step(results[-1], batches[-1])
+        found = dict(monitors.metrics())
     assert isinstance(state.method, StudentTeacher)
-    return state.method, results, dict(monitors.metrics())
+    return state.method, results, found
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -69,7 +70,8 @@ def oracle(method: StudentTeacher, results: list[StepResult]) -> dict[str, float
     logits = [one.prototype_logits.double().numpy() for one in results]
     features = results[-1].features.unflatten(0, (2, -1)).double().numpy()
     student, teacher = (dict(network.named_parameters()) for network in (method.student, method.teacher))
-    distance = norm({name: teacher[name] - student[name] for name in student}) / norm(student)
+    matrices = {name: value for name, value in student.items() if value.ndim > 1}
+    distance = norm({name: teacher[name] - student[name] for name in matrices}) / norm(matrices)
     prototypes = prototype_oracle(logits, results[-1].rates.teacher_temp)
     return prototypes | feature_oracle(features) | {"teacher_distance": distance}
 

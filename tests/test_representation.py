@@ -16,6 +16,7 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.representation import (
     build_evaluator,
     count_images,
+    epochs_between,
     lidar,
     measures,
     rankme,
@@ -89,11 +90,17 @@ def test_features_that_are_not_finite_have_no_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "changes", "expected"),
-    [(100, {}, 100), (10_000, {}, 512), (600_000, {}, 5000), (64_000, {"local_crops_number": 0}, 1280)],
-)
-def test_subset_takes_half_a_percent_of_an_epoch(images: int, changes: dict[str, Any], expected: int) -> None:
-    assert count_images(PretrainConfig(**changes), images) == expected
+    ("images", "changes", "expected", "every"),
+    [
+        (100, {}, 100, 33), (10_000, {}, 512, 2), (600_000, {}, 5000, 1),
+        (64_000, {"local_crops_number": 0}, 1280, 1),
+    ],
+)  # fmt: skip
+def test_subset_takes_half_a_percent_of_an_epoch(
+    images: int, changes: dict[str, Any], expected: int, every: int
+) -> None:
+    config = PretrainConfig(**changes)
+    assert (count_images(config, images), epochs_between(config, images)) == (expected, every)
 
 
 def test_evaluator_measures_same_views_at_every_call_and_keeps_the_mode() -> None:
@@ -101,7 +108,7 @@ def test_evaluator_measures_same_views_at_every_call_and_keeps_the_mode() -> Non
     method = build_state(config, CPU).method
     _, every, measure = build_evaluator(config, tiny_source(), CPU)
     found = measure(method)
-    assert every == 1
+    assert every == epochs_between(config, IMAGES) == 41
     assert found == measure(method)
     assert found.keys() == {"rankme", "rankme_centred", "stable_rank", "self_clustering", "lidar"}
     assert 1 < found["rankme"] <= IMAGES
