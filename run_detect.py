@@ -95,6 +95,7 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
             initialise=lambda: start.description,
             on_divergence=stop_diverged,
             report=Reporter(config.output_dir),
+            recipe=RECIPES[config.recipe].settings if config.recipe else {},
             next_command=f"python run_detect.py --weights {config.output_dir}/checkpoint.pth --predict PHOTOS",
         )
 

@@ -77,6 +77,7 @@ def main() -> None:
             initialise=lambda: f"{start.description}; the classifier is {kept}",
             on_divergence=stop_diverged,
             report=Reporter(config.output_dir),
+            recipe=RECIPES[config.recipe].settings if config.recipe else {},
             repeats=config.repeated_augmentation,
         )
 

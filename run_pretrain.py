@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dino_xcit.cli import check_flags  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
 from dino_xcit.config import PretrainConfig
-from dino_xcit.recipes import parse_pretrain
+from dino_xcit.recipes import parse_pretrain, recipe_settings
 
 if __name__ == "__main__":
     check_flags(PretrainConfig, "run_pretrain.py")
@@ -32,6 +32,7 @@ from dino_xcit.data.decode import choose_white_level
 from dino_xcit.data.loader import MultiCropDataset, check_augment_device
 from dino_xcit.data.open import has_validation
 from dino_xcit.dry_run import dry_run
+from dino_xcit.errors import InputError
 from dino_xcit.init_weights import initialise
 from dino_xcit.loop import Job
 from dino_xcit.metrics import METRICS_FILE, read_metrics, require_wandb
@@ -41,10 +42,11 @@ from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState, build_state, choose_kernels
-from dino_xcit.verdict import TOO_EARLY, Judge
+from dino_xcit.verdict import TOO_EARLY, Judge, Verdict
 from dino_xcit.weights import LoadedBackbone, load_backbone
 from eval.knn.online import build_evaluators, build_probe
-from eval.report.reporter import REPORT, PretrainReporter, Reporter
+from eval.report.pictures import Pictures
+from eval.report.reporter import REPORT, Reporter
 
 
 def main() -> None:
@@ -59,8 +61,8 @@ class PretrainedRun:
     folder: Path
     metrics: list[dict[str, Any]]
     """Rows of metrics.jsonl."""
-    verdict: str
-    """State of the last verdict (:mod:`dino_xcit.verdict`)."""
+    verdict: Verdict
+    """The last one."""
     report: Path
     """report.html."""
     backbone: LoadedBackbone
@@ -83,10 +85,13 @@ def pretrain(data: str | Path = "", **settings: Any) -> PretrainedRun:
         first, *others = value if isinstance(value, list | tuple) else [value]
         argv += [f"--{name}={first}", *map(str, others)]
     config, first_line = parse_pretrain(argv)
+    if config.dry_run:
+        raise InputError("dry_run has no trained network to return: use python run_pretrain.py --dry-run")
     run(config, first_line)
     folder = Path(config.output_dir)
     rows = read_metrics(folder / METRICS_FILE)
-    verdict = next((row["state"] for row in reversed(rows) if row["kind"] == "verdict"), TOO_EARLY)
+    judged = [Verdict(row["state"], row["reason"], row["remedy"]) for row in rows if row["kind"] == "verdict"]
+    verdict = judged[-1] if judged else Verdict(TOO_EARLY)
     return PretrainedRun(folder, rows, verdict, folder / REPORT, load_backbone(str(folder / LATEST)))
 
 
@@ -153,7 +158,8 @@ def build_job(
         initialise=partial(initialise, state.method, config) if config.init_weights else None,
         on_divergence=nonfinite.keep,
         next_command=next_command(config, source),
-        report=PretrainReporter(config, source, device) if config.report_pictures else Reporter(config.output_dir),
+        report=Reporter(config.output_dir, Pictures(config, source, device) if config.report_pictures else None),
+        recipe=recipe_settings(config.recipe, config.arch) if config.recipe else {},
         judge=Judge(config),
     )
 

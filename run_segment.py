@@ -96,6 +96,7 @@ def main() -> None:
             initialise=lambda: f"{start.description}; the head is {kept}",
             on_divergence=stop_diverged,
             report=Reporter(config.output_dir),
+            recipe=RECIPES[config.recipe].settings if config.recipe else {},
         )
 
     state = loop.train(config, device, build)

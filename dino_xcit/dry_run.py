@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dino_xcit.checkpoint.state import Run, content_of
 from dino_xcit.config import PretrainConfig
@@ -50,36 +51,39 @@ def dry_run(
     sampler.stop_step = schedules.total_steps
     describe(job, sampler, schedules, device)
 
-    # ---- loader, then memory, then the step
+    # ---- loader, then memory, then the step; rank 0 decides how often, because the step has collectives
     loader = Loader(job.dataset, sampler, workers, device)
     batch = next(iter(loader))
-    read, seconds = _repeat(lambda: next(loader, None), device)
+    read, seconds = _read(loader)
     loader.close()
     loader_speed = read * config.batch_size_per_gpu * world / seconds
-    memory, largest = _memory(state, batch, schedules, config, device)
-    images = min(config.batch_size_per_gpu, largest)
+    memory = _memory(state, batch, schedules, config, device)
+    largest = memory.largest if memory else config.batch_size_per_gpu
+    images = distributed.broadcast_from_main(min(config.batch_size_per_gpu, largest))
     part = first_images(batch, images)
     train_step(state, [part], schedules, config)  # the first step allocates and compiles
-    count, seconds = _repeat(lambda: train_step(state, [part], schedules, config), device)
-    step_speed = count * images * world / seconds
+    step = partial(train_step, state, [part], schedules, config)
+    count = distributed.broadcast_from_main(max(1, int(SECONDS / _seconds(step, 1, device))))
+    step_speed = count * images * world / _seconds(step, count, device)
 
     # ---- report
     speed, limit = min((loader_speed, "the loader"), (step_speed, "the step"))
     duration = schedules.total_steps * sampler.global_batch / speed
     run = Run(config, sampler.steps_per_epoch, transform=job.transform)
-    size = sum(tensor.nbytes for tensor in _tensors(content_of(state, run)))
-    kept = config.keep_last + 1 + (config.epochs // config.saveckp_freq if config.saveckp_freq else 0)
-    disk, free = (kept + 1) * size, _free_space(Path(config.output_dir))
+    size = sum(leaf.nbytes for leaf in tree_leaves(content_of(state, run)) if isinstance(leaf, Tensor))
+    permanent = config.epochs // config.saveckp_freq if config.saveckp_freq else 0
+    files = config.keep_last + permanent + 2  # the best one, and the one being written
+    disk, free = files * size, _free_space(Path(config.output_dir))
     hours = duration * world / 3600
     log.info(
         "\n".join(
             [
-                memory,
+                _memory_line(memory, config.batch_size_per_gpu),
                 f"loader      {loader_speed:,.0f} images/s with {counted(workers, 'worker')} per process",
                 f"step        {step_speed:,.0f} images/s, {sampler.global_batch / step_speed:.3g} s per step",
                 f"duration    {timedelta(seconds=round(duration))} without evaluations, at {speed:,.0f} images/s: "
                 f"{limit} is the limit; {hours:.3g} {'GPU' if device.type == 'cuda' else 'process'} hours",
-                f"disk        {size / 1e6:,.1f} MB per checkpoint, at most {disk / 1e9:.3g} GB for {kept + 1} of them; "
+                f"disk        {size / 1e6:,.1f} MB per checkpoint, at most {disk / 1e9:.3g} GB for {files} of them; "
                 f"{free / 1e9:,.1f} GB are free",
             ]
         )
@@ -124,53 +128,68 @@ def first_images(batch: Batch, images: int) -> Batch:
     return dataclasses.replace(batch, crops=crops, indices=batch.indices[:images], labels=labels)
 
 
+class Memory(NamedTuple):
+    """Bytes of a training process."""
+
+    total: int
+    base: int
+    """Without images."""
+    each: int
+    """For each image of a batch."""
+
+    @property
+    def largest(self) -> int:
+        """The largest batch that leaves :data:`SPARE` free."""
+        return max(1, int(((1 - SPARE) * self.total - self.base) // self.each))
+
+
 def _memory(
     state: TrainState, batch: Batch, schedules: Schedules, config: PretrainConfig, device: torch.device
-) -> tuple[str, int]:
-    """Return a line on memory, and the largest batch per rank by the peaks of two small ones."""
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else available_memory()
-    small = max(2, config.batch_size_per_gpu // 8)
-    counts, peaks = (small, 2 * small), []
-    for images in (small, *counts):  # the first step allocates the optimizer's state
+) -> Memory | None:
+    """Return the memory by the peaks of two small batches; None if the second peak is not higher."""
+    reset_peak_memory(device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = (available_memory() + peak_memory(device)) // distributed.processes_here()
+    small, peaks = max(1, config.batch_size_per_gpu // 8), []
+    for images in (small, small, 2 * small):  # the first step allocates the optimizer's state
         reset_peak_memory(device)
         train_step(state, [first_images(batch, images)], schedules, config)
         peaks.append(peak_memory(device))
-    each = max(1, (peaks[2] - peaks[1]) // small)
-    base = peaks[1] - small * each
-    largest = max(1, int(((1 - SPARE) * total - base) // each))
-    wanted = base + config.batch_size_per_gpu * each
+    each = (peaks[2] - peaks[1]) // small
+    return Memory(total, peaks[1] - small * each, each) if each > 0 and 2 * small <= len(batch.indices) else None
+
+
+def _memory_line(memory: Memory | None, images: int) -> str:
+    if memory is None:
+        return "memory      not measurable: the batch is too small"
+    needed = memory.base + images * memory.each
     return (
-        f"memory      about {wanted / 1e9:.3g} GB for {counted(config.batch_size_per_gpu, 'image')} per process; the "
-        f"largest batch is about {largest:,} ({total / 1e9:.3g} GB, {SPARE:.0%} spare)",
-        largest,
+        f"memory      about {needed / 1e9:.3g} GB for {counted(images, 'image')} per process; the largest batch is "
+        f"about {memory.largest:,} ({memory.total / 1e9:.3g} GB, {SPARE:.0%} spare)"
     )
 
 
-def _repeat(work: Callable[[], object], device: torch.device) -> tuple[int, float]:
-    """Repeat until :data:`SECONDS` are over or the work returns None; return the number of times and the seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _read(loader: Loader[Batch]) -> tuple[int, float]:
+    """Read batches for :data:`SECONDS` or to the end; return their number and the seconds."""
     began, count = time.perf_counter(), 0
-    for count in itertools.count(1):
-        if work() is None:
-            count -= 1
-            break
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    for _ in loader:
+        count += 1
         if time.perf_counter() - began > SECONDS:
             break
     return max(1, count), time.perf_counter() - began
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _tensors(inner)
+def _seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
+    """Return the seconds of ``count`` steps."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait()
+    return time.perf_counter() - began
 
 
 def _free_space(folder: Path) -> int:

@@ -6,8 +6,8 @@ import dataclasses
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import Generic, TypeVar
@@ -68,6 +68,8 @@ class Job(Generic[Config]):
     report: Callable[[Method, int, bool], None] | None = None
     """Called on every rank at epoch ends, with the 0-based epoch and whether the run ends, after the metrics are
     written."""
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    """Settings of the recipe, for the report."""
     judge: Judge | None = None
     """Judges the logged steps."""
     repeats: int = 1
@@ -115,7 +117,7 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
         loader = Loader(job.dataset, sampler, workers, device)
         monitor = DataLoadMonitor(workers)
         health.start(sampler, monitor, partial(job.on_divergence, state, config, sampler), job.judge)
-        start = describe_start(config, sampler, device)
+        start = describe_start(job, sampler, total, device)
         with MetricLogger(config, sampler, monitor, schedules.epochs, job.judge, start) as metrics:
             for batches in loader.steps(config.accumulation_steps):
                 health.check(state, batches, checkpoints)  # all ranks leave here together, after saving
@@ -141,15 +143,18 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
         return state
 
 
-def describe_start(config: TrainConfig, sampler: StepSampler, device: torch.device) -> dict[str, object]:
-    """Return what ``metrics.jsonl`` says about a start of the run; settings are those that differ from the defaults."""
+def describe_start(job: Job, sampler: StepSampler, total_steps: int, device: torch.device) -> dict[str, object]:
+    """Return what ``metrics.jsonl`` says about a start of the run; ``changed`` has (value of the recipe, own value)."""
+    config = job.config
     settings = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+    usual = {name: job.recipe.get(name, getattr(type(config), name)) for name in settings}
+    names = settings.keys() - {"recipe", "data_path", "output_dir", "resume"}
     return {
-        "settings": {name: value for name, value in settings.items() if value != getattr(type(config), name)},
+        "settings": settings,
+        "changed": {name: (usual[name], settings[name]) for name in sorted(names) if usual[name] != settings[name]},
         "arch": settings.get("arch", ""),
         "images": sampler.length,
-        "total_steps": sampler.stop_step,
-        "at_step": sampler.start_step,
+        "total_steps": total_steps,
         "started": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "host": socket.gethostname(),
         "device": distributed.device_name(device),

@@ -341,9 +341,11 @@ class MetricLogger:
             mirrors = [WandB(config.wandb, self._folder, start_step, settings)] if config.wandb else []
             self._writer = MetricsWriter(self._folder, start_step, mirrors, sampler.steps_per_epoch)
             self._writer.note("run", start_step, start or {})
-            for row in read_metrics(self._writer.path) if judge else ():
-                if judge and row["kind"] == "step":
-                    judge.add(row["step"], row)
+            if judge and config.resume != "changed":  # changed settings may be the remedy
+                with contextlib.suppress(OSError):
+                    for row in read_metrics(self._writer.path):
+                        if row["kind"] == "step":
+                            judge.add(row["step"], row)
 
     def step(self, step: int, waited: float, read: Callable[[], Record]) -> None:
         """Count a step and log its metrics if it is due.
@@ -372,7 +374,7 @@ class MetricLogger:
 
     def epoch(self, step: int, evaluated: Record) -> None:
         """Log the means and evaluations of an epoch, which may be cut short by the end of the run."""
-        means, self._evaluated = self._averages.take(), dict(evaluated) or self._evaluated
+        means, self._evaluated = self._averages.take(), self._evaluated | dict(evaluated)
         epoch_ends = self._sampler.ends_epoch(step)
         epoch = self._sampler.epochs(step)
         figures = {"loss": means["loss"], **evaluated} if "loss" in means else evaluated

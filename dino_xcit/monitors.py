@@ -36,7 +36,7 @@ class StepMonitors:
     @torch.no_grad()
     def metrics(self) -> Mapping[str, float]:
         """Return the metrics of :func:`prototype_metrics`, :func:`feature_metrics`, :func:`teacher_distance` and
-        :func:`gradient_norms`, and ``memory_gb``, the peak of this rank's process or GPU so far."""
+        :func:`gradient_norms_by_part`, and ``memory_gb``, the peak of this rank's process or GPU so far."""
         if self._last is None:
             return {}
         (result, images), method = self._last, self._method
@@ -48,8 +48,8 @@ class StepMonitors:
         if result.features is not None:
             metrics |= feature_metrics(result.features, images)
         if method.teacher is not None:
-            metrics["teacher_distance"] = teacher_distance(method.teacher, method.trained)
-        metrics |= gradient_norms(result)
+            metrics |= teacher_distance(method.teacher, method.trained)
+        metrics |= gradient_norms_by_part(result)
         metrics["memory_gb"] = peak_memory(result.loss.device) / 1e9
         return {name: float(value) for name, value in metrics.items()}
 
@@ -103,26 +103,32 @@ def feature_metrics(features: Tensor, images: int) -> dict[str, Tensor]:
     """
     unit = nn.functional.normalize(features.float(), dim=1)
     views = unit.unflatten(0, (2, images)) if len(unit) == 2 * images else None
-    with torch.autocast(unit.device.type, enabled=False):
-        moment, total, rows = unit.T @ unit, unit.sum(dim=0), unit.new_tensor(float(len(unit)))
+    total, rows = unit.sum(dim=0), unit.new_tensor(float(len(unit)))
     agreement = views.prod(dim=0).sum() if views is not None else unit.new_zeros(())
-    distributed.all_reduce_sum([moment, total, rows, agreement])
-    mean = total / rows
-    covariance = moment / rows - torch.outer(mean, mean)
-    dimensions = covariance.trace().square() / covariance.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    distributed.all_reduce_sum([total, rows, agreement])
+    centred = unit.double() - total / rows  # float64: the rows of a collapsing network are nearly equal
+    with torch.autocast(unit.device.type, enabled=False):
+        covariance = centred.T @ centred / rows
+    distributed.all_reduce_sum([covariance])
+    dimensions = covariance.trace().square() / covariance.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
     return {"feature_dimensions": dimensions} | ({} if views is None else {"view_agreement": 2 * agreement / rows})
 
 
-def teacher_distance(teacher: nn.Module, student: nn.Module) -> Tensor:
-    """Return the distance of two networks of one architecture, ||teacher - student|| / ||student||, over all matrices
-    and kernels."""
-    teachers, students = ([one.detach() for one in net.parameters() if one.ndim > 1] for net in (teacher, student))
-    differences = torch._foreach_sub(teachers, students)
+def teacher_distance(teacher: nn.Module, student: nn.Module) -> dict[str, Tensor]:
+    """Return ``teacher_distance``, ||teacher - student|| / ||student|| over the matrices and kernels that both networks
+    have; nothing if there are none."""
+    own = {name: one.detach() for name, one in student.named_parameters() if one.ndim > 1}
+    other = {name: one.detach() for name, one in teacher.named_parameters()}
+    names = [name for name, one in own.items() if name in other and other[name].shape == one.shape]
+    if not names:
+        return {}
+    students = [own[name] for name in names]
+    differences = torch._foreach_sub([other[name] for name in names], students)
     norms = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (differences, students))
-    return torch.div(*norms)
+    return {"teacher_distance": torch.div(*norms)}
 
 
-def gradient_norms(result: StepResult) -> dict[str, Tensor]:
+def gradient_norms_by_part(result: StepResult) -> dict[str, Tensor]:
     """Return ``gradient_norm_stem``, ``_blocks`` and ``_head``, before clipping; the stem is all that is in the
     backbone but not in a block."""
     squares: dict[str, list[int]] = defaultdict(list)

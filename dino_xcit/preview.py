@@ -58,16 +58,12 @@ def draw_preview(
     Raises:
         InputError: An image is unreadable, or the PNG cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # takes a second to import; pyplot would change a notebook's backend
 
     chosen = evenly_spaced(len(source), images)
     columns = 1 + len(augmentation.views)
-    figure, axes = plt.subplots(
-        len(chosen), columns, figsize=(1.7 * columns, 2.35 * len(chosen)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.7 * columns, 2.35 * len(chosen)), layout="constrained")
+    axes = figure.subplots(len(chosen), columns, squeeze=False)
     for row, index in zip(axes, chosen, strict=True):
         image = decode(source.read(index)[0], source.name(index), white_level)
         drawn = augmentation.draw(image.width, image.height, seed, epoch, index)
@@ -83,8 +79,6 @@ def draw_preview(
         raise InputError(
             f"cannot write {picture}: {getattr(error, 'strerror', None) or error}; try --out grid.png"
         ) from error
-    finally:
-        plt.close(figure)
     return chosen
 
 

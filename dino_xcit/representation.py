@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset
-from dino_xcit.data.loader import Loader, MultiCropDataset, StepSampler
+from dino_xcit.data.loader import Loader, MultiCropDataset
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.data.workers import choose_workers
 from dino_xcit.methods import Method
@@ -27,6 +27,7 @@ from dino_xcit.transform import normalise
 SHARE = 0.005
 """Share of an epoch's computation that the measurement may take, within the limits of the number of images."""
 MIN_IMAGES, MAX_IMAGES = 512, 5000
+BATCH = 64
 _EPS = 1e-7
 
 
@@ -35,28 +36,43 @@ def build_evaluator(config: PretrainConfig, source: Source, device: torch.device
     images = Subset(source, np.array(evenly_spaced(len(source), count_images(config, len(source)))))
     augmentation = dataclasses.replace(config, local_crops_number=0).augmentation()
     dataset = MultiCropDataset(images, augmentation, config.seed, config.white_level, config.augment_device == "cuda")
-    rank, world = distributed.rank(), distributed.world_size()
-    batch = max(1, min(config.batch_size_per_gpu, len(images) // world))
+    own = list(range(distributed.rank(), len(images), distributed.world_size()))
+    shard = Shard([own[start : start + BATCH] for start in range(0, len(own), BATCH)])
     workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
     dtype = choose_precision(config.precision, device)
 
     @torch.no_grad()
     def measure(method: Method) -> dict[str, float]:
-        sampler = StepSampler(len(images), batch, 1, rank, world, config.seed)
-        sampler.stop_step = sampler.steps_per_epoch
         backbone, found = method.eval_backbone, []
         training = backbone.training
         backbone.eval()
-        for one in Loader(dataset, sampler, workers, device):
-            crops = normalise(one.crops[0], config.mean, config.std)
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                features = backbone(crops).cls_token
-            found.append(features.float().unflatten(0, (GLOBAL_VIEWS, -1)).transpose(0, 1))
-        backbone.train(training)
+        try:
+            for one in Loader(dataset, shard, workers, device):  # type: ignore[arg-type]
+                crops = normalise(one.crops[0], config.mean, config.std)
+                with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                    features = backbone(crops).cls_token
+                found.append(features.float().unflatten(0, (GLOBAL_VIEWS, -1)).transpose(0, 1))
+        finally:
+            backbone.train(training)
         features = distributed.gather_rows(torch.cat(found).contiguous())
-        return measures(features.double().cpu())
+        return measures(features.double().cpu()) if distributed.is_main() else {}
 
     return Evaluator("representation", epochs_between(config, len(source)), measure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Sampler of the images of one rank for :class:`dino_xcit.data.loader.Loader`; drops none."""
+
+    batches: list[list[int]]
+    start_step: int = 0
+    batch_size: int = BATCH
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(0, image) for image in batch] for batch in self.batches)
 
 
 def count_images(config: PretrainConfig, images: int) -> int:
@@ -84,14 +100,13 @@ def measures(features: Tensor) -> dict[str, float]:
     if not bool(torch.isfinite(features).all()):
         return {}
     rows = features[:, 0]
-    figures: dict[str, Callable[[], float]] = {
-        "rankme": lambda: rankme(rows),
-        "rankme_centred": lambda: rankme(rows - rows.mean(dim=0)),
-        "stable_rank": lambda: stable_rank(rows),
-        "self_clustering": lambda: self_clustering(rows),
-        "lidar": lambda: lidar(features),
+    return {
+        "rankme": rankme(rows),
+        "rankme_centred": rankme(rows - rows.mean(dim=0)),
+        "stable_rank": stable_rank(rows),
+        "self_clustering": self_clustering(rows),
+        "lidar": lidar(features),
     }
-    return {name: figure() for name, figure in figures.items()}
 
 
 def rankme(features: Tensor) -> float:

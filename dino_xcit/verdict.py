@@ -29,13 +29,12 @@ PERSISTENCE = 40
 """Steps for which a state must hold."""
 FALL, INFORMATION_FALL = 0.5, 0.7
 """Share of its own highest value below which a signal, or the mutual information, has fallen."""
-MIN_INFORMATION = 0.05
-"""Mutual information in nats below which the prototypes say nothing about the image."""
-UNIFORM_SHARE, ONE_SHARE = 0.95, 0.05
-"""Share of its maximum ln K above which the teacher's entropy is that of a uniform output, and below which that of one
-prototype."""
+UNIFORM_SHARE = 0.95
+"""Share of its maximum ln K above which the teacher's entropy is that of a uniform output."""
 FEW = 4
 """Number of prototypes in use that are too few."""
+AGREEMENT = 0.98
+"""Mean cosine of two views above which the features hardly depend on the image."""
 RISE = 3.0
 """Multiple of its own lowest value above which a signal has risen."""
 PLATEAU_STEPS = 200
@@ -120,28 +119,29 @@ class Judge:
         """Return the state that the signals show now."""
         information, spread = self._get("mutual_information"), self._get("feature_std")
         dimensions, agreement = self._get("feature_dimensions"), self._get("view_agreement")
+        if not any(math.isfinite(signal.now) for signal in (information, spread, dimensions)):
+            return Verdict(TOO_EARLY)
         used = self._get("prototype_perplexity").now
         share = self._get("teacher_entropy").now / math.log(self._config.out_dim)
-        says_nothing = information.now < max(MIN_INFORMATION, INFORMATION_FALL * information.highest)
-        if says_nothing and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):
-            state = UNIFORM if share > 0.5 else ONE_PROTOTYPE
+        if information.share < INFORMATION_FALL and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):
             reason = (
-                f"the prototypes tell {information.now:.2g} nats about the image (at best {information.highest:.2g}), "
-                f"{used:.0f} are in use, and the teacher's entropy is {100 * share:.0f}% of its maximum"
+                f"mutual information of image and prototype {information.now:.2g} nats (best "
+                f"{information.highest:.2g}), {used:.0f} prototypes in use, teacher entropy {100 * share:.0f}% of its "
+                "maximum"
             )
-            return Verdict(state, reason, self._remedy())
-        if dimensions.share < FALL and (spread.share < FALL or agreement.now > 0.98):
+            return Verdict(ONE_PROTOTYPE if share < 0.5 else UNIFORM, reason, self._remedy())
+        if dimensions.share < FALL and (spread.share < FALL or agreement.now > AGREEMENT):
             reason = (
-                f"the features vary in {dimensions.now:.1f} dimensions (at best {dimensions.highest:.1f}), and two "
-                f"views of an image agree to {agreement.now:.3f}"
+                f"the features vary in {dimensions.now:.1f} dimensions (best {dimensions.highest:.1f}), and the cosine "
+                f"of two views of an image is {agreement.now:.3f}"
             )
             return Verdict(DIMENSIONAL, reason, self._remedy())
-        loss, gradient, lr = self._get("loss"), self._get("gradient_norm"), self._get("lr")
-        risen = self._get("kl") if math.isfinite(self._get("kl").now) else loss
-        if risen.now > RISE * abs(risen.lowest) and gradient.now > RISE * gradient.lowest and loss.now > loss.first:
+        loss, gradient, lr, kl = (self._get(name) for name in ("loss", "gradient_norm", "lr", "kl"))
+        apart = math.isnan(kl.now) or kl.now > RISE * kl.lowest  # methods without teacher targets have no kl
+        if loss.now > loss.first and apart and gradient.now > RISE * gradient.lowest:
             reason = (
-                f"the loss has risen to {loss.now:.3g} (at best {loss.lowest:.3g}) and the gradient norm to "
-                f"{gradient.now:.3g} (at best {gradient.lowest:.3g})"
+                f"the loss has risen to {loss.now:.3g} (best {loss.lowest:.3g}) and the gradient norm to "
+                f"{gradient.now:.3g} (best {gradient.lowest:.3g})"
             )
             return Verdict(DIVERGING, reason, f"try --lr {self._config.lr / 10:.1g}")
         if (

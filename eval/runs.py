@@ -21,7 +21,7 @@ from dino_xcit.cli import parse
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.metrics import METRICS_FILE
 from dino_xcit.runtime.run_lock import LOCK
-from eval.report.contents import Run, read_run
+from eval.report.contents import RunRecord, read_run
 from eval.table import table
 
 
@@ -43,27 +43,33 @@ def main() -> None:
     found = sorted({path.parent for root in config.folders for path in Path(root).rglob(METRICS_FILE)})
     if not found:
         raise InputError(f"there are no runs in {', '.join(config.folders)}: give the folders that contain them")
-    rows = [row_of(read_run(folder)) for folder in found]
+    rows = list(map(row_of, found))
     print(table(["run", "state", "progress", "k-NN or top-1 %", "verdict", "last step"], rows))
 
 
-def row_of(run: Run) -> list[str]:
+def row_of(folder: Path) -> list[str]:
     """Describe a run in a row."""
-    accuracy = run.last("knn_top1") if run.last("knn_top1") is not None else run.last("top1")
+    seconds = time.time() - (folder / METRICS_FILE).stat().st_mtime
+    try:
+        run = read_run(folder)
+    except InputError:
+        return [printable(str(folder)), "unreadable", "-", "-", "-", f"{age(seconds)} ago"]
+    accuracy = run.latest.get("knn_top1", run.latest.get("top1"))
     progress = f"{100 * run.step / run.total_steps:.0f}% of {run.total_steps:,} steps" if run.total_steps else "-"
-    seconds = time.time() - (run.folder / METRICS_FILE).stat().st_mtime
     shown = "-" if accuracy is None else f"{accuracy:.1f}"
-    return [printable(str(run.folder)), state_of(run), progress, shown, run.state or "-", f"{age(seconds)} ago"]
+    return [printable(str(folder)), state_of(run), progress, shown, run.state or "-", f"{age(seconds)} ago"]
 
 
-def state_of(run: Run) -> str:
-    """Return ``running`` if a process of this machine holds the folder, else ``finished`` or ``stopped``."""
+def state_of(run: RunRecord) -> str:
+    """Return ``running`` if a process holds the folder, else ``finished`` or ``stopped``."""
     if (run.folder / LOCK).exists():
         try:
             with FileLock(run.folder / LOCK, blocking=False, thread_local=False):
                 pass
-        except (Timeout, OSError):
+        except Timeout:
             return "running"
+        except OSError:  # no permission
+            return "unknown"
     return "finished" if run.total_steps and run.step >= run.total_steps else "stopped"
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import torch
 from tiny_run import CPU, learnt, sampler_of, steps, tiny_config
 from torch import Tensor
@@ -64,7 +65,8 @@ def monitors(rows: Tensor) -> dict[str, float]:
 
 def probe(features: Tensor, labels: Tensor) -> dict[str, Any]:
     """Train the online probe for three steps on rows of two classes; return its loss and its weights."""
-    trained, batch = OnlineProbe(features.shape[1], 2, CPU), Mock(labels=labels)
+    trained = OnlineProbe(features.shape[1], 2, CPU, np.ones(len(labels), dtype=np.bool_))
+    batch = Mock(labels=labels, indices=torch.arange(len(labels)))
     for _ in range(STEPS):
         trained.on_step(Mock(features=features), batch)
     return {**trained.metrics(), **trained.state_dict()["classifier"]}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tiny_run import CPU, schedules_of, steps, tiny_config
 
 from dino_xcit.methods.student_teacher import StudentTeacher
-from dino_xcit.monitors import StepMonitors, feature_metrics, prototype_metrics
+from dino_xcit.monitors import StepMonitors, feature_metrics, prototype_metrics, teacher_distance
 from dino_xcit.train import StepResult, build_state, train_step
 
 STEPS = 3
@@ -103,7 +103,7 @@ def test_gradient_norms_of_parts_add_up_to_norm_before_clipping() -> None:
         (50 * torch.eye(16).repeat(2, 1), 16.0, np.log(16), 16),  # even assignments
     ],
 )  # fmt: skip
-def test_mutual_information_is_zero_in_both_collapses(
+def test_mutual_information_is_zero_in_both_collapses_and_ln_k_for_even_assignments(
     logits: torch.Tensor, perplexity: float, information: float, distinct: int
 ) -> None:
     found = prototype_metrics(logits, 0.04, logits.argmax(dim=1))
@@ -115,7 +115,10 @@ def test_mutual_information_is_zero_in_both_collapses(
 def test_feature_dimensions_count_directions_of_variation() -> None:
     flat = torch.randn(64, 3) @ torch.linalg.qr(torch.randn(32, 32)).Q[:3]
     assert float(feature_metrics(flat, 32)["feature_dimensions"]) <= 3.001
-    assert float(feature_metrics(torch.ones(64, 32), 32)["feature_dimensions"]) == pytest.approx(0, abs=1)
+    nearly_equal = 1 + 1e-4 * torch.randn(256, 32, dtype=torch.float64)
+    found = feature_metrics(nearly_equal.float(), 128)["feature_dimensions"]
+    unit = torch.nn.functional.normalize(nearly_equal.float().double(), dim=1).numpy()
+    assert float(found) == pytest.approx(feature_oracle(unit.reshape(2, 128, 32))["feature_dimensions"], rel=0.02)
     assert "view_agreement" not in feature_metrics(torch.randn(64, 32), 16)
 
 
@@ -123,6 +126,14 @@ def test_method_without_prototypes_lacks_their_monitors() -> None:
     _, _, found = monitored(method="simdino", use_bn_in_head=True)
     assert not found.keys() & {"prototype_perplexity", "mutual_information", "distinct_prototypes"}
     assert {"feature_dimensions", "view_agreement", "teacher_distance", "gradient_norm_blocks"} <= found.keys()
+
+
+def test_teacher_of_another_structure_is_compared_where_it_is_equal() -> None:
+    student = torch.nn.ModuleDict({"backbone": torch.nn.Linear(3, 4), "predictor": torch.nn.Linear(4, 4)})
+    teacher = torch.nn.ModuleDict({"backbone": torch.nn.Linear(3, 4)})
+    expected = (teacher["backbone"].weight - student["backbone"].weight).norm() / student["backbone"].weight.norm()
+    assert float(teacher_distance(teacher, student)["teacher_distance"]) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert teacher_distance(torch.nn.Linear(2, 2), student) == {}
 
 
 def test_no_metrics_before_first_accepted_step() -> None:

@@ -7,22 +7,47 @@ from unittest.mock import Mock
 
 import numpy as np
 import torch
-from tiny_run import CPU, differing_bits, learnt, tensors_of, tiny_config
+from tiny_run import CPU, build_state, differing_bits, learnt, tensors_of, tiny_config
 
 import run_pretrain
+from dino_xcit.data import open_source
 from dino_xcit.metrics import read_metrics
 from dino_xcit.train import TrainState
+from eval.knn.online import _hold_out, build_evaluators, build_probe
 from eval.linear.online import OnlineProbe
+
+ALL = np.ones(64, dtype=np.bool_)
+
+
+def batch_of(labels: torch.Tensor) -> Mock:
+    return Mock(labels=labels, indices=torch.arange(len(labels)))
+
+
+def test_probe_does_not_learn_held_out_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, features = torch.arange(64) % 2, torch.randn(64, 128, generator=generator)  # separable by heart
+    trained_on = np.arange(64) < 32
+    probe = OnlineProbe(128, 2, CPU, trained_on)
+    for _ in range(200):
+        probe.on_step(Mock(features=features), batch_of(labels))
+    assert probe.top1(features[:32].numpy(), labels[:32].numpy()) == 100
+    assert 25 < probe.top1(features[32:].numpy(), labels[32:].numpy()) < 75
+
+
+def test_probe_with_other_classes_starts_anew() -> None:
+    probe, other = OnlineProbe(8, 2, CPU, ALL), OnlineProbe(8, 3, CPU, ALL)
+    other.load_state_dict(probe.state_dict())
+    assert other.state_dict()["classifier"]["weight"].shape == (3, 8)
 
 
 def test_probe_separates_two_classes() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(64) % 2
     features = torch.randn(64, 8, generator=generator) + 4 * labels[:, None] - 2
-    probe, losses = OnlineProbe(8, 2, CPU), []
+    probe, losses = OnlineProbe(8, 2, CPU, ALL), []
     assert probe.metrics() == {}
     for _ in range(300):
-        probe.on_step(Mock(features=features.repeat(2, 1)), Mock(labels=labels))  # two views of each image
+        probe.on_step(Mock(features=features.repeat(2, 1)), batch_of(labels))  # two views of each image
         losses.append(probe.metrics()["probe_loss"])
     assert losses[0] > 0.69  # the classifier starts at zero
     assert losses[-1] < 0.4
@@ -31,9 +56,9 @@ def test_probe_separates_two_classes() -> None:
 
 
 def test_probe_without_labels_or_features_has_no_metrics() -> None:
-    probe = OnlineProbe(8, 2, CPU)
+    probe = OnlineProbe(8, 2, CPU, ALL)
     probe.on_step(Mock(features=torch.randn(4, 8)), Mock(labels=None))
-    probe.on_step(Mock(features=None), Mock(labels=torch.zeros(4, dtype=torch.int64)))
+    probe.on_step(Mock(features=None), batch_of(torch.zeros(4, dtype=torch.int64)))
     assert probe.metrics() == {}
 
 
@@ -44,6 +69,19 @@ def pretrain(folder: Path, steps: int, knn_every: int = 1) -> TrainState:
         save_every=1, batch_size_per_gpu=4, eval_crop=28, eval_resize=28,
     )  # fmt: skip
     return run_pretrain.train(config, CPU)
+
+
+def test_probe_leaves_out_the_images_of_the_knn() -> None:
+    config = tiny_config(knn_every=1, knn_holdout=100)
+    source = open_source("sample:fashion-mnist", "train")
+    (evaluator,) = build_evaluators(config, source, CPU)
+    probe = build_probe(config, source, build_state(config, CPU).method, CPU)
+    assert evaluator.name == "knn"
+    assert probe is not None
+    _, held_out = _hold_out(source, 100, config.seed)
+    missing = [source.name(int(index)) for index in torch.nonzero(~probe._trained_on).flatten()]
+    assert missing == [held_out.name(index) for index in range(100)]
+    assert build_probe(tiny_config(knn_every=1, train_data="sample:fashion-mnist"), source, Mock(), CPU) is None
 
 
 def test_probe_leaves_the_run_unchanged(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_run_returns_metrics_verdict_report_and_backbone_and_continues(pictures:
     done = pretrain(pictures, **settings)
     assert isinstance(done, PretrainedRun)
     assert max(row["step"] for row in done.metrics) == 4
-    assert done.verdict == "too early to say"
+    assert done.verdict.state == "too early to say"
     assert "uPlot" in done.report.read_text()
     again = pretrain(pictures, **settings)
     assert again.backbone.hash == done.backbone.hash
@@ -59,6 +59,8 @@ def test_wrong_settings_are_refused(pictures: Path) -> None:
         pretrain(pictures, archh="xcit_pico_4_p4")
     with pytest.raises(InputError, match="epochs is 0"):
         pretrain(pictures, epochs=0)
+    with pytest.raises(InputError, match="dry_run"):
+        pretrain(pictures, dry_run=True)
 
 
 def test_embed_equals_extraction_in_any_batch_size(pictures: Path, tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_embed_equals_extraction_in_any_batch_size(pictures: Path, tmp_path: Pat
 
 def test_notebook_runs_from_pictures_to_search(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    mpl.use("Agg")
+    mpl.use("svg")  # stands for a notebook's own
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     state: dict[str, Any] = {}
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
@@ -87,6 +89,7 @@ def test_notebook_runs_from_pictures_to_search(pictures: Path, tmp_path: Path, m
         if cell["metadata"].get("tags") == ["parameters"]:
             assert {"arch", "epochs", "output_dir"} <= state["SETTINGS"].keys()
             state |= {"PHOTOS": str(pictures), "SETTINGS": SMALL | {"output_dir": "run"}}
+    assert mpl.get_backend() == "svg"
     assert state["vectors"].shape == (9, 64)
     assert state["search"](state["files"][3])[0] == state["files"][3]
     assert all(not cell.get("outputs") for cell in cells)

@@ -13,20 +13,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import CPU, build_state, tiny_config, tiny_source
+from ranks import Start
+from result_fixtures import hits, knn_metric, write_result
+from tiny_run import CPU, build_state, sampler_of, tiny_config
 
 import run_pretrain
+from dino_xcit.data import open_source
 from dino_xcit.errors import InputError
+from dino_xcit.loop import Job, describe_start
 from dino_xcit.metrics import read_metrics
 from eval.report.contents import (
     BUCKETS,
     CHARTS,
-    changed_settings,
     charts_of,
+    differing_settings,
+    finite_values,
     points_of,
     read_run,
     results_of,
-    unlike_settings,
 )
 from eval.report.html import write_report
 from eval.report.pictures import SHOWN, Pictures, grid
@@ -35,8 +39,9 @@ Row = dict[str, Any]
 
 
 def write_run(folder: Path, rows: list[Row], **settings: Any) -> Path:
-    """Write the metrics of a run."""
-    start = {"kind": "run", "step": 0, "settings": settings, "total_steps": 100, "arch": "xcit_pico_4_p8"}
+    """Write the metrics of a run; the recipe has 1 for each setting."""
+    changed = {name: [1, value] for name, value in settings.items()}
+    start = {"kind": "run", "step": 0, "settings": settings, "changed": changed, "total_steps": 100}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [start, *rows]))
     return folder
@@ -57,7 +62,7 @@ def data_of(path: Path) -> Row:
 
 def test_page_has_verdict_curves_and_settings_and_no_address(tmp_path: Path) -> None:
     rows = [*steps(70), COLLAPSE, {"kind": "epoch", "step": 70, "knn_top1": 42.25}]
-    folder = write_run(tmp_path / "run", rows, recipe="sample", lr=0.5, arch="xcit_pico_4_p8")
+    folder = write_run(tmp_path / "run", rows, lr=0.5)
     path = tmp_path / "page.html"
     write_report([read_run(folder)], path)
     data = data_of(path)
@@ -67,7 +72,7 @@ def test_page_has_verdict_curves_and_settings_and_no_address(tmp_path: Path) -> 
     assert ["k-NN", "42.2 %"] in run["facts"]
     assert [chart["title"] for chart in data["charts"]] == ["Accuracy, %", "Loss"]
     tables = {table["title"]: table["rows"] for table in data["tables"]}
-    assert ["lr", "0.003", "0.5"] in tables["Settings that differ from the recipe"]
+    assert ["lr", "1", "0.5"] in tables["Settings that differ from the recipe"]
     page = path.read_text()
     own = page.replace((Path(run_pretrain.__file__).parent / "eval/report/uPlot.iife.min.js").read_text(), "")
     assert set(re.findall(r"https?://[\w./]+", own)) <= {"https://github.com/leeoniya/uPlot"}
@@ -77,11 +82,10 @@ def test_page_has_verdict_curves_and_settings_and_no_address(tmp_path: Path) -> 
 
 def test_curve_is_buckets_with_minimum_and_maximum_of_finite_values() -> None:
     rows = [{"step": step, "loss": value} for step, value in ((1, "nan"), (2, 4.0), (3, 2.0), (5, "inf"))]
-    assert points_of(rows, "loss") == {"step": [2, 3], "mean": [4, 2], "low": [4, 2], "high": [4, 2]}
-    assert points_of(rows, "kl") is None
+    assert finite_values(rows, "loss") == [(2, 4.0), (3, 2.0)]
+    assert points_of([(2, 4.0), (3, 2.0)]) == {"step": [2, 3], "mean": [4, 2], "low": [4, 2], "high": [4, 2]}
     values = np.random.default_rng(0).random(10 * BUCKETS)
-    points = points_of([{"step": step, "loss": value} for step, value in enumerate(values)], "loss")
-    assert points is not None
+    points = points_of(list(enumerate(values)))
     assert {len(column) for column in points.values()} == {BUCKETS}
     assert points["low"][3] == pytest.approx(values[30:40].min(), rel=1e-4)
     assert points["high"][3] == pytest.approx(values[30:40].max(), rel=1e-4)
@@ -107,18 +111,28 @@ def test_overlay_has_a_chart_per_metric_and_the_settings_that_differ(tmp_path: P
     runs = [
         read_run(write_run(tmp_path / name, steps(9, kl=1.0), lr=lr, epochs=3)) for name, lr in (("a", 1), ("b", 2))
     ]
-    assert unlike_settings(runs) == [("lr", "1", "2")]
+    assert differing_settings(runs) == [("lr", "1", "2")]
     charts = charts_of(runs)
     assert [chart["title"] for chart in charts] == ["loss", "kl"]
     assert [one["label"] for one in charts[0]["series"]] == ["a", "b"]
 
 
-def test_settings_are_compared_with_the_recipe_and_with_defaults(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path / "run", steps(2), recipe="sample", out_dim=4096, seed=3, flip=0.5))
-    found = {name: values for name, *values in changed_settings(run)}
-    assert found["seed"] == ["0", "3"]
-    assert "out_dim" not in found  # as in the recipe
-    assert found["koleo_weight"] == ["0.1", "0"]  # the run has the default, the recipe has not
+def test_last_value_is_not_the_mean_of_a_bucket(tmp_path: Path) -> None:
+    rows = [{"kind": "step", "step": step, "images_per_s": float(step)} for step in range(1, 3 * BUCKETS)]
+    assert read_run(write_run(tmp_path / "run", rows)).latest["images_per_s"] == 3 * BUCKETS - 1
+
+
+def test_start_of_a_run_has_the_settings_that_differ_from_its_recipe() -> None:
+    config = tiny_config(lr=0.5, out_dim=48, epochs=3, data_path="elsewhere")
+    job = Job(
+        config=config, state=None, dataset=None, schedules=None, transform=None, title="", on_divergence=None,
+        recipe={"out_dim": 48, "flip": 0.25},
+    )  # fmt: skip
+    start = describe_start(job, sampler_of(config), 60, CPU)
+    changed = start["changed"]
+    assert (changed["lr"], changed["flip"]) == ((5e-4, 0.5), (0.25, 0.5))
+    assert changed.keys().isdisjoint({"out_dim", "data_path", "koleo_weight"})
+    assert (start["settings"]["out_dim"], start["total_steps"]) == (48, 60)
 
 
 def test_folder_without_run_is_refused(tmp_path: Path) -> None:
@@ -129,23 +143,49 @@ def test_folder_without_run_is_refused(tmp_path: Path) -> None:
 def test_result_files_of_the_folder_are_listed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps(2))
     (folder / "wandb.json").write_text("{}")
-    assert results_of(read_run(folder)) == []
+    write_result(folder / "knn.json", knn_metric(20, hits(300)))
+    assert [(file, value) for file, _, value in results_of(read_run(folder))] == [("knn.json", "75.0")]
 
 
 # ---- pictures
 
 
-def test_pictures_show_fixed_images_attention_patches_and_neighbours() -> None:
-    config = tiny_config()
-    pictures = Pictures(tiny_source(), config.eval_transform(), CPU)
+def test_pictures_show_readable_images_attention_patches_and_neighbours(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(12):
+        noise = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photos / f"{number:02d}.png")
+    (photos / "00.png").write_bytes(b"no image")  # the first of the fixed images
+    config = tiny_config(output_dir=str(tmp_path / "run"), epochs=20)
+    pictures = Pictures(config, open_source(str(photos), "train"), CPU)
+    assert [epoch for epoch in range(20) if pictures.due(epoch)] == [0, 4, 8, 11, 15, 19]
     backbone = build_state(config, CPU).method.eval_backbone
-    drawn = pictures.draw(backbone, main=True)
-    assert drawn.keys() == {"pca", "attention", "neighbours"}
-    assert drawn["attention"].size == drawn["pca"].size == (SHOWN * 116 - 4, 112)
+    folder = tmp_path / "run" / "report"
+    folder.mkdir(parents=True)
+    (folder / "pca-0300.jpg").touch()  # of a run that is overwritten
+    found = pictures.extract(backbone)
+    assert found.unreadable.tolist() == [0]
+    pictures.write(backbone, found, 4)
+    assert {path.stem for path in folder.iterdir()} == {"views", "attention-0005", "pca-0005", "neighbours-0005"}
+    with Image.open(folder / "attention-0005.jpg") as strip, Image.open(folder / "pca-0005.jpg") as patches:
+        assert strip.size == patches.size == (SHOWN * 116 - 4, 112)
     assert backbone.training
-    again = pictures.draw(backbone, main=True)
-    assert all(np.array_equal(np.asarray(drawn[kind]), np.asarray(again[kind])) for kind in drawn)
-    assert pictures.draw(backbone, main=False) == {}
+
+
+@pytest.mark.process
+def test_two_ranks_draw_pictures_and_an_unreadable_image_does_not_matter(start: Start, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(16):
+        noise = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photos / f"{number:02d}.png")
+    (photos / "00.png").write_bytes(b"no image")
+    flags = ("--report-pictures", "--data-path", photos, "--max-steps", "2", "--batch-size-per-gpu", "2")
+    run = start(*flags, "--max-unreadable", "1")
+    assert run.wait() == [0, 0], run.err()
+    titles = [one["title"] for one in data_of(tmp_path / "run" / "report.html")["pictures"]]
+    assert titles == ["Views", "Attention of the class token", "Patch features", "Nearest neighbours"]
 
 
 def test_grid_places_images_in_rows() -> None:
@@ -177,9 +217,8 @@ def test_run_writes_report_with_pictures_and_its_start(run: Path) -> None:
     data = data_of(run / "report.html")
     assert data["pictures"][0]["title"] == "Views"
     (start,) = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "run"]
-    assert (start["total_steps"], start["processes"], start["arch"]) == (3, 1, "xcit_pico_4_p4")
-    assert start["settings"]["out_dim"] == 48
-    assert "koleo_weight" not in start["settings"]
+    assert (start["total_steps"], start["processes"], start["arch"]) == (6000, 1, "xcit_pico_4_p4")
+    assert start["changed"]["out_dim"] == [65536, 48]
 
 
 def test_report_without_pictures_and_failures_do_not_end_the_run(tmp_path: Path) -> None:

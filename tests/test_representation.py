@@ -14,6 +14,7 @@ from tiny_run import CPU, IMAGES, build_state, tiny_config, tiny_source
 from dino_xcit import representation
 from dino_xcit.config import PretrainConfig
 from dino_xcit.representation import (
+    Shard,
     build_evaluator,
     count_images,
     epochs_between,
@@ -113,6 +114,12 @@ def test_evaluator_measures_same_views_at_every_call_and_keeps_the_mode() -> Non
     assert found.keys() == {"rankme", "rankme_centred", "stable_rank", "self_clustering", "lidar"}
     assert 1 < found["rankme"] <= IMAGES
     assert method.eval_backbone.training
+
+
+def test_shard_drops_no_image() -> None:
+    shard = Shard([[0, 2, 4], [6]])
+    assert list(shard) == [[(0, 0), (0, 2), (0, 4)], [(0, 6)]]
+    assert len(shard) == 2
 
 
 def test_evaluator_passes_two_views_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,13 @@ from eval.report import __main__ as report
 def write_run(folder: Path, step: int) -> Path:
     folder.mkdir(parents=True)
     rows = [
-        {"kind": "run", "step": 0, "settings": {"lr": step / 1000}, "total_steps": 100},
+        {
+            "kind": "run",
+            "step": 0,
+            "settings": {"lr": step / 1000},
+            "changed": {"lr": [0.1, step / 1000]},
+            "total_steps": 100,
+        },
         {"kind": "step", "step": step, "loss": 1.5},
         {"kind": "epoch", "step": step, "knn_top1": 61.25},
         {"kind": "verdict", "step": step, "state": "healthy"},
@@ -44,6 +50,13 @@ def test_runs_are_listed_with_their_state(
         words = lines[name].split()
         assert words[1:5] == [name.removeprefix("deep/"), progress, "of", "100"]
         assert {"61.2", "healthy", "ago"} <= set(words)
+
+
+def test_odd_folder_does_not_end_the_list(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert runs.row_of(tmp_path)[1] == "unreadable"
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
+    assert runs.row_of(tmp_path)[1:3] == ["stopped", "-"]
 
 
 def test_folder_without_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

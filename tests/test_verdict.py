@@ -89,6 +89,26 @@ def test_one_signal_alone_is_no_alarm(state: str) -> None:
     assert judged(LEARNING | {name: signal}) == [(60, "healthy", "")]
 
 
+def test_no_signals_are_no_verdict() -> None:
+    assert judged({"loss": LEARNING["loss"], "lr": LEARNING["lr"]}) == []
+
+
+def test_run_that_starts_near_uniform_and_learns_is_healthy() -> None:
+    slow = {"mutual_information": lambda step: 0.01 + step / 1e5, "teacher_entropy": lambda step: 0.99 * log(K)}
+    assert judged(LEARNING | slow) == [(60, "healthy", "")]
+
+
+def test_diverging_without_prototypes_is_named() -> None:
+    prototypes = ("teacher_entropy", "kl", "mutual_information", "prototype_perplexity", "distinct_prototypes")
+    features = {name: signal for name, signal in LEARNING.items() if name not in prototypes}
+    wrong = {"loss": falling(-0.9, 0.1), "gradient_norm": falling(2.0, 50.0)}
+    features |= {
+        "loss": lambda step: -0.5 if step < 60 else wrong["loss"](step),
+        "gradient_norm": wrong["gradient_norm"],
+    }
+    assert [state for _, state, _ in judged(features, method="simdino")] == ["healthy", "diverging"]
+
+
 def test_short_dip_is_no_alarm() -> None:
     dip = {
         name: lambda step, signal=signal, name=name: signal(300) if 200 < step <= 230 else LEARNING[name](step)
@@ -152,6 +172,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 COLLAPSING = [
     "--warmup-teacher-temp", 1, "--teacher-temp", 1, "--centering", "centering", "--koleo-weight", 0, "--device", "cpu",
     "--log-every", 1, "--knn-every", 0, "--knn-holdout", 0, "--num-workers", 0, "--batch-size-per-gpu", 8,
+    "--lr", 3, "--warmup-epochs", 0, "--no-report-pictures",
 ]  # fmt: skip
 
 

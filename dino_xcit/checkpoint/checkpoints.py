@@ -97,7 +97,8 @@ class Checkpoints:
         name = self._run.config.best_metric
         if self._saver and math.isfinite(metrics.get(name, math.nan)):
             self._saver.note_metric(self._state.step, name, metrics[name])
-        elif metrics and name not in metrics and run_ends:  # every evaluator has run
+        elif metrics and name not in metrics and run_ends and name != type(self._run.config).best_metric:
+            # every evaluator has run
             log.warn_once(f"no best.pth: no evaluator returns --best-metric {name} (found {', '.join(metrics)})")
 
     def finish(self) -> None:

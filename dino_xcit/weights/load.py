@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from dino_xcit.data.decode import decode
@@ -133,7 +133,7 @@ class LoadedBackbone(Provenance):
             for one in images[start : start + batch_size]:
                 if not isinstance(one, Image.Image):
                     one = decode(read_file(str(one), MAX_IMAGE_BYTES), str(one), self.transform.white_level)
-                pixels.append(self.transform(one.convert("RGB")))
+                pixels.append(self.transform(ImageOps.exif_transpose(one).convert("RGB")))
             batch = normalise(torch.stack(pixels).to(device), self.transform.mean, self.transform.std)
             found.append(nn.functional.normalize(self.backbone(batch).cls_token.float(), dim=1).cpu())
         width = int(self.backbone.embed_dim)  # type: ignore[arg-type]

@@ -24,10 +24,15 @@ K, TEMPERATURE = 20, 0.07
 
 
 def build_probe(config: PretrainConfig, source: Source, method: Method, device: torch.device) -> OnlineProbe | None:
-    """Build the online probe; None if ``knn_every`` is 0 or ``source`` has no labels."""
-    if not config.knn_every or source.labels is None:
+    """Build the online probe, which does not train on held-out images; None without labels, if ``knn_every`` is 0, or
+    if the k-NN has other training data, whose classes may differ."""
+    if not config.knn_every or source.labels is None or config.train_data:
         return None
-    return OnlineProbe(int(method.eval_backbone.embed_dim), int(source.labels.max()) + 1, device)  # type: ignore[arg-type]
+    trained_on = np.ones(len(source), dtype=np.bool_)
+    if config.knn_holdout:
+        trained_on[_held_out(len(source), config.knn_holdout, config.seed)] = False
+    classes, dim = int(source.labels.max()) + 1, int(method.eval_backbone.embed_dim)  # type: ignore[arg-type]
+    return OnlineProbe(dim, classes, device, trained_on)
 
 
 def build_evaluators(
@@ -83,5 +88,9 @@ def _hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
         raise InputError(f"knn_holdout is {count}, but {source.url} has no labels: give --knn-every 0")
     if count >= len(source):
         raise InputError(f"knn_holdout is {count}, but {source.url} has only {len(source)} images")
-    order = np.random.default_rng([seed, 1]).permutation(len(source))
-    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+    held_out = _held_out(len(source), count, seed)
+    return Subset(source, np.setdiff1d(np.arange(len(source)), held_out)), Subset(source, held_out)
+
+
+def _held_out(images: int, count: int, seed: int) -> NDArray[np.int64]:
+    return np.sort(np.random.default_rng([seed, 1]).permutation(images)[:count])

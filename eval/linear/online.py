@@ -23,12 +23,13 @@ LR = 1e-3
 class OnlineProbe:
     """Observer: trains a linear classifier on the teacher's features of each step, without gradients for the backbone.
 
-    It follows features that change, on augmented views, so it stays below the linear probe of run_linear.py. All ranks
-    hold the same classifier.
+    It follows features that change, on augmented views, so it usually stays below the linear probe of run_linear.py.
+    All ranks hold the same classifier.
     """
 
-    def __init__(self, dim: int, classes: int, device: torch.device) -> None:
-        """``dim``: dimension D of the features."""
+    def __init__(self, dim: int, classes: int, device: torch.device, trained_on: NDArray[np.bool_]) -> None:
+        """``dim``: dimension D of the features; ``trained_on``: [images], false for held-out images."""
+        self._trained_on = torch.from_numpy(trained_on).to(device)
         self._classifier = nn.Linear(dim, classes, device=device)
         for parameter in self._classifier.parameters():
             nn.init.zeros_(parameter)  # the same on every rank
@@ -38,18 +39,23 @@ class OnlineProbe:
     def on_step(self, result: StepResult, batch: Batch) -> None:
         if result.features is None or batch.labels is None:
             return
-        labels = batch.labels.to(result.features.device).repeat(len(result.features) // len(batch.labels))
-        loss = F.cross_entropy(self._scores(result.features), labels)
+        device = result.features.device
+        views = len(result.features) // len(batch.labels)
+        kept = self._trained_on[batch.indices.to(device)].repeat(views)
+        labels = batch.labels.to(device).repeat(views)[kept]
+        loss = F.cross_entropy(self._scores(result.features[kept]), labels, reduction="sum")
         gradients = torch.autograd.grad(loss, list(self._classifier.parameters()))
-        self._loss = loss.detach()
-        distributed.all_reduce_sum([*gradients, self._loss])
+        total, rows = loss.detach(), kept.sum().float()
+        distributed.all_reduce_sum([*gradients, total, rows])
+        rows = rows.clamp_min(1)
         for parameter, gradient in zip(self._classifier.parameters(), gradients, strict=True):
-            parameter.grad = gradient / distributed.world_size()
+            parameter.grad = gradient / rows
         self._optimizer.step()
+        self._loss = total / rows
 
     def metrics(self) -> Mapping[str, float]:
         """Return ``probe_loss``, the cross-entropy of the last step on all ranks."""
-        return {} if self._loss is None else {"probe_loss": float(self._loss) / distributed.world_size()}
+        return {} if self._loss is None else {"probe_loss": float(self._loss)}
 
     @torch.no_grad()
     def top1(self, features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -61,6 +67,9 @@ class OnlineProbe:
         return {"classifier": self._classifier.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the probe starts anew if the number of classes or features changed."""
+        if state["classifier"]["weight"].shape != self._classifier.weight.shape:
+            return
         self._classifier.load_state_dict(state["classifier"])
         self._optimizer.load_state_dict(state["optimizer"])
 

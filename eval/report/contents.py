@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from dino_xcit.bounds import shown
-from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.health import UNREADABLE_FILE, read_unreadable
 from dino_xcit.metrics import METRICS_FILE, read_metrics
-from dino_xcit.recipes import RECIPES, recipe_settings
 from eval.results import read_result
 
-PICTURES = "report"
+PICTURE_FOLDER = "report"
 """Folder in the output directory with the pictures of :mod:`eval.report.pictures`."""
 BUCKETS = 400
 """Maximum number of points of a curve; a point is the mean of a bucket of logged steps, with minimum and maximum."""
@@ -51,8 +49,8 @@ Points = dict[str, list[float]]
 
 
 @dataclass
-class Run:
-    """A run, as far as its folder tells."""
+class RunRecord:
+    """A run as read from its folder."""
 
     folder: Path
     name: str
@@ -62,28 +60,25 @@ class Run:
     """Rows of kind ``verdict``."""
     curves: dict[str, Points]
     """By metric."""
+    latest: dict[str, float]
+    """Last value of each metric."""
     step: int
     """Last logged step."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings that differ from the defaults."""
+    """Settings of the last start."""
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run; 0: unknown."""
-        return int(self.starts[-1]["total_steps"]) if self.starts else 0
+        return int(self.starts[-1].get("total_steps", 0)) if self.starts else 0
 
     @property
     def state(self) -> str:
         """The last verdict's state; empty for a run without verdicts."""
         return str(self.verdicts[-1]["state"]) if self.verdicts else ""
 
-    def last(self, metric: str) -> float | None:
-        """Return the last value of a metric."""
-        points = self.curves.get(metric)
-        return points["mean"][-1] if points else None
 
-
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecord:
     """Read ``metrics.jsonl`` of a run.
 
     Raises:
@@ -95,67 +90,58 @@ def read_run(folder: Path) -> Run:
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("run", "verdict", "step")}
     epochs = [row for row in rows if row["kind"] in ("epoch", "end")]
     curves: dict[str, Points] = {}
+    latest: dict[str, float] = {}
     for name in (name for names in CHARTS.values() for name in names):
-        points = points_of(kinds["step"], name) or points_of(epochs, name)
-        if points:
-            curves[name] = points
+        values = finite_values(kinds["step"], name) or finite_values(epochs, name)
+        if values:
+            curves[name], latest[name] = points_of(values), values[-1][1]
     settings = kinds["run"][-1].get("settings", {}) if kinds["run"] else {}
     step = max(row["step"] for row in rows)
-    return Run(folder, folder.absolute().name, kinds["run"], kinds["verdict"], curves, step, settings)
+    return RunRecord(folder, folder.absolute().name, kinds["run"], kinds["verdict"], curves, latest, step, settings)
 
 
-def points_of(rows: Sequence[Mapping[str, Any]], name: str) -> Points | None:
-    """Return the curve of a metric in at most :data:`BUCKETS` points; None without finite values."""
-    found = [(row["step"], float(row[name])) for row in rows if name in row and math.isfinite(float(row[name]))]
-    if not found:
-        return None
-    parts = np.array_split(np.array(found), min(BUCKETS, len(found)))
+def finite_values(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of a metric where it is finite."""
+    return [(row["step"], float(row[name])) for row in rows if name in row and math.isfinite(float(row[name]))]
+
+
+def points_of(values: Sequence[tuple[int, float]]) -> Points:
+    """Return a curve of at most :data:`BUCKETS` points."""
+    parts = np.array_split(np.array(values), min(BUCKETS, len(values)))
     columns = {
         "step": [part[:, 0].mean() for part in parts],
         "mean": [part[:, 1].mean() for part in parts],
         "low": [part[:, 1].min() for part in parts],
         "high": [part[:, 1].max() for part in parts],
     }
-    return {key: [float(f"{value:.5g}") for value in values] for key, values in columns.items()}
+    return {key: [float(f"{value:.5g}") for value in column] for key, column in columns.items()}
 
 
-def changed_settings(run: Run) -> list[tuple[str, str, str]]:
+def changed_settings(run: RunRecord) -> list[tuple[str, str, str]]:
     """Return (setting, value of the recipe, value of the run) where they differ."""
-    recipe = str(run.settings.get("recipe", ""))
-    usual = recipe_settings(recipe, run.settings.get("arch")) if recipe in RECIPES else {}
-    ignored = {"recipe", "data_path", "output_dir", "resume"}
-    names = sorted((run.settings.keys() | usual.keys()) - ignored)
-    pairs = [(name, _usual(name, usual), plain(run.settings.get(name, _default(name)))) for name in names]
-    return [pair for pair in pairs if pair[1] != pair[2]]
+    changed = run.starts[-1].get("changed", {}) if run.starts else {}
+    return [(name, *map(format_setting, values)) for name, values in changed.items()]
 
 
-def unlike_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
     """Return the settings that differ between runs, each with the value of every run."""
     names = sorted(set().union(*(run.settings for run in runs)) - {"output_dir", "resume"})
-    rows = [(name, *(plain(run.settings.get(name, _default(name))) for run in runs)) for name in names]
+    rows = [(name, *(format_setting(run.settings.get(name, "")) for run in runs)) for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _usual(name: str, recipe: Mapping[str, Any]) -> str:
-    return plain(recipe.get(name, _default(name)))
-
-
-def _default(name: str) -> Any:
-    return getattr(PretrainConfig, name, "")
-
-
-def plain(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Format a setting; JSON has lists for tuples."""
     return shown(tuple(value) if isinstance(value, list) else value)
 
 
-def unreadable_images(run: Run) -> tuple[int, list[tuple[str, str]]]:
+def unreadable_images(run: RunRecord) -> tuple[int, list[tuple[str, str]]]:
     """Return the number of unreadable images, and name and cause of the first ones."""
     rows = read_unreadable(run.folder / UNREADABLE_FILE)
     return len(rows), [(str(row.get("name")), str(row.get("cause"))) for row in rows[:UNREADABLE_SHOWN]]
 
 
-def results_of(run: Run) -> list[tuple[str, str, str]]:
+def results_of(run: RunRecord) -> list[tuple[str, str, str]]:
     """Return (file, metric, value) of the result files in the folder of the run."""
     found = []
     for path in sorted(run.folder.glob("*.json")):
@@ -167,10 +153,10 @@ def results_of(run: Run) -> list[tuple[str, str, str]]:
     return found
 
 
-def pictures_of(run: Run) -> dict[str, list[tuple[str, str]]]:
+def pictures_of(run: RunRecord) -> dict[str, list[tuple[str, str]]]:
     """Return (caption, data URI) of the pictures by kind, oldest first."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for path in sorted((run.folder / PICTURES).glob("*.jpg")):
+    for path in sorted((run.folder / PICTURE_FOLDER).glob("*.jpg")):
         kind, _, epoch = path.stem.partition("-")
         caption = f"after epoch {int(epoch)}" if epoch.isdecimal() else ""
         found.setdefault(kind, []).append((caption, data_uri(path.read_bytes(), "image/jpeg")))
@@ -182,7 +168,7 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def charts_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def charts_of(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Return the charts: for one run its metrics by title, for several one chart for each metric of any."""
     if len(runs) == 1:
         groups: Iterable[tuple[str, tuple[str, ...]]] = CHARTS.items()

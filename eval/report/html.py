@@ -9,17 +9,17 @@ from typing import Any
 
 from dino_xcit.runtime import atomic
 from eval.report.contents import (
-    Run,
+    RunRecord,
     changed_settings,
     charts_of,
+    differing_settings,
     pictures_of,
     results_of,
-    unlike_settings,
     unreadable_images,
 )
 
 FILES = Path(__file__).parent
-PICTURES = {
+PICTURE_TITLES = {
     "views": ("Views", "Some images with their crop boxes, and the crops that the networks see."),
     "attention": ("Attention of the class token", "Mean over heads; fixed images."),
     "pca": ("Patch features", "Their first three principal components as colours; fixed images."),
@@ -28,7 +28,7 @@ PICTURES = {
 """Title and note by kind of picture."""
 
 
-def write_report(runs: Sequence[Run], path: Path) -> None:
+def write_report(runs: Sequence[RunRecord], path: Path) -> None:
     """Write a report on one run, or an overlay of several.
 
     Raises:
@@ -39,31 +39,31 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     parts = {
         "/*UPLOT_CSS*/": (FILES / "uPlot.min.css").read_text(encoding="utf-8"),
         "/*UPLOT_JS*/": _licence() + (FILES / "uPlot.iife.min.js").read_text(encoding="utf-8"),
-        "/*DATA*/": data,  # the last one, as a name in it could look like a place
+        "/*DATA*/": data,  # last: file names in the data may contain another placeholder
     }
     for place, part in parts.items():
         page = page.replace(place, part, 1)
     atomic.write(path, lambda file: file.write(page.encode()))
 
 
-def contents(runs: Sequence[Run]) -> dict[str, Any]:
+def contents(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Return what the page shows, as plain values."""
     if len(runs) > 1:
         names = [run.name for run in runs]
-        unlike = [list(row) for row in unlike_settings(runs)]
+        unlike = [list(row) for row in differing_settings(runs)]
         tables = [{"title": "Settings that differ", "head": ["setting", *names], "rows": unlike}]
         return {"runs": list(map(_card, runs)), "charts": charts_of(runs), "pictures": [], "tables": tables}
     (run,) = runs
     found = pictures_of(run)
     pictures = [
         {"title": title, "note": note, "pictures": found[kind]}
-        for kind, (title, note) in PICTURES.items()
+        for kind, (title, note) in PICTURE_TITLES.items()
         if kind in found
     ]
     return {"runs": [_card(run)], "charts": charts_of(runs), "pictures": pictures, "tables": _tables(run)}
 
 
-def _card(run: Run) -> dict[str, Any]:
+def _card(run: RunRecord) -> dict[str, Any]:
     verdict = run.verdicts[-1] if run.verdicts else {}
     start = run.starts[-1] if run.starts else {}
     facts = [["step", f"{run.step:,} of {run.total_steps:,}" if run.total_steps else f"{run.step:,}"]]
@@ -71,7 +71,7 @@ def _card(run: Run) -> dict[str, Any]:
         ("knn_top1", "k-NN", "{:.1f} %"), ("probe_top1", "linear probe", "{:.1f} %"), ("top1", "top-1", "{:.1f} %"),
         ("loss", "loss", "{:.4g}"), ("images_per_s", "images/s", "{:,.0f}"),
     ):  # fmt: skip
-        value = run.last(metric)
+        value = run.latest.get(metric)
         if value is not None:
             facts.append([name, form.format(value)])
     facts += [[name, str(start[name])] for name in ("arch", "images", "started") if start.get(name)]
@@ -83,10 +83,10 @@ def _card(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tables(run: Run) -> list[dict[str, Any]]:
+def _tables(run: RunRecord) -> list[dict[str, Any]]:
     unreadable, named = unreadable_images(run)
     verdicts = [[row["step"], row["state"], row.get("reason", ""), row.get("remedy", "")] for row in run.verdicts]
-    machine = ("started", "at_step", "host", "device", "processes", "torch", "dino_xcit", "command")
+    machine = ("started", "step", "host", "device", "processes", "torch", "dino_xcit", "command")
     starts = [[str(start.get(name, "")) for name in machine] for start in run.starts]
     more = [[f"and {unreadable - len(named):,} more", ""]] if unreadable > len(named) else []
     tables: list[tuple[str, list[str], list[list[Any]]]] = [
