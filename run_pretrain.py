@@ -87,7 +87,11 @@ def pretrain(data: str | Path = "", **settings: Any) -> PretrainedRun:
     config, first_line = parse_pretrain(argv)
     if config.dry_run:
         raise InputError("dry_run has no trained network to return: use python run_pretrain.py --dry-run")
-    run(config, first_line)
+    level = log.logger.level
+    try:
+        run(config, first_line)
+    finally:
+        log.logger.setLevel(level)  # which quiet=True changes
     folder = Path(config.output_dir)
     rows = read_metrics(folder / METRICS_FILE)
     judged = [Verdict(row["state"], row["reason"], row["remedy"]) for row in rows if row["kind"] == "verdict"]
@@ -97,7 +101,7 @@ def pretrain(data: str | Path = "", **settings: Any) -> PretrainedRun:
 
 def run(config: PretrainConfig, first_line: str) -> None:
     """Join the other ranks and train, or try the settings."""
-    if config.quiet:
+    if config.quiet and not config.dry_run:
         log.only_warnings()
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)

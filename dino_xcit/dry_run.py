@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def dry_run(
     # ---- loader, then memory, then the step; rank 0 decides how often, because the step has collectives
     loader = Loader(job.dataset, sampler, workers, device)
     batch = next(iter(loader))
-    read, seconds = _read(loader)
+    read, unreadable, seconds = _read(loader)
     loader.close()
     loader_speed = read * config.batch_size_per_gpu * world / seconds
     memory = _memory(state, batch, schedules, config, device)
@@ -68,7 +69,8 @@ def dry_run(
 
     # ---- report
     speed, limit = min((loader_speed, "the loader"), (step_speed, "the step"))
-    duration = schedules.total_steps * sampler.global_batch / speed
+    steps = min(schedules.total_steps, config.max_steps or schedules.total_steps)
+    duration = steps * sampler.global_batch / speed
     run = Run(config, sampler.steps_per_epoch, transform=job.transform)
     size = sum(leaf.nbytes for leaf in tree_leaves(content_of(state, run)) if isinstance(leaf, Tensor))
     permanent = config.epochs // config.saveckp_freq if config.saveckp_freq else 0
@@ -88,6 +90,12 @@ def dry_run(
             ]
         )
     )
+    if unreadable:
+        seen = (read + 1) * config.batch_size_per_gpu
+        log.warning(
+            f"{counted(len(unreadable), 'image')} of about {seen:,} cannot be read, such as {unreadable[0]}; a run "
+            f"ends above {config.max_unreadable:.0%} (--max-unreadable): python -m dino_xcit.data check lists them"
+        )
     if disk > free:
         log.warning("the disk is too small: choose another --output-dir, or lower --keep-last or raise --saveckp-freq")
     if images < config.batch_size_per_gpu:
@@ -95,7 +103,7 @@ def dry_run(
             f"a batch of {config.batch_size_per_gpu} does not fit into memory: --batch-size-per-gpu {largest} "
             f"--accumulation-steps {-(-sampler.global_batch // (largest * world))}"
         )
-    for doubt in doubtful_settings(config, len(source), schedules.total_steps):
+    for doubt in doubtful_settings(config, len(source), steps):
         log.warning(doubt)
 
 
@@ -108,11 +116,12 @@ def doubtful_settings(config: PretrainConfig, images: int, steps: int) -> list[s
     if prototypes and config.teacher_temp >= config.student_temp:
         found.append("teacher_temp is not below student_temp: without sharpening the output becomes uniform")
     if prototypes and config.out_dim > images:
-        found.append(f"out_dim is {config.out_dim}, more prototypes than the {images:,} images: try --out-dim 4096")
+        fewer = 2 ** max(1, int(math.log2(images)) - 1)
+        found.append(f"out_dim is {config.out_dim}, more prototypes than the {images:,} images: try --out-dim {fewer}")
     if prototypes and config.freeze_last_layer >= config.epochs:
         found.append(f"freeze_last_layer is {config.freeze_last_layer}: the prototypes are never trained")
-    if (1 - config.momentum_teacher) * steps < 4:
-        momentum = max(0.9, round(1 - 10 / steps, 3))
+    momentum = max(0.5, round(1 - 10 / max(1, steps), 3))
+    if (1 - config.momentum_teacher) * steps < 4 and momentum < config.momentum_teacher:
         found.append(
             f"momentum_teacher is {config.momentum_teacher:g}: in {counted(steps, 'step')} the teacher hardly leaves "
             f"its initial weights; try --momentum-teacher {momentum:g}"
@@ -171,14 +180,15 @@ def _memory_line(memory: Memory | None, images: int) -> str:
     )
 
 
-def _read(loader: Loader[Batch]) -> tuple[int, float]:
-    """Read batches for :data:`SECONDS` or to the end; return their number and the seconds."""
-    began, count = time.perf_counter(), 0
-    for _ in loader:
+def _read(loader: Loader[Batch]) -> tuple[int, list[str], float]:
+    """Read batches for :data:`SECONDS` or to the end; return their number, unreadable images, and the seconds."""
+    began, count, unreadable = time.perf_counter(), 0, dict[str, None]()
+    for batch in loader:
         count += 1
+        unreadable |= {one.name: None for one in batch.unreadable}
         if time.perf_counter() - began > SECONDS:
             break
-    return max(1, count), time.perf_counter() - began
+    return max(1, count), list(unreadable), time.perf_counter() - began
 
 
 def _seconds(step: Callable[[], object], count: int, device: torch.device) -> float:

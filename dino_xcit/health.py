@@ -104,8 +104,7 @@ class Health:
         if flags["cannot_save"]:
             raise self._save_error or RunStopped(2, "")
         if flags["collapsed"]:
-            sentence = f"error: the run collapsed at about step {state.step} ({self._judge and self._judge.verdict})"
-            raise RunStopped(DIVERGED, sentence if distributed.is_main() else "")
+            raise RunStopped(DIVERGED, self._judge.sentence if self._judge and distributed.is_main() else "")
         # On a GPU the flag is based on an older count; check the current one.
         if flags["diverged"] and int(state.skipped_in_a_row) >= self._config.max_skipped_steps:
             raise self._on_divergence()

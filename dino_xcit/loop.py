@@ -38,6 +38,8 @@ from dino_xcit.transform import EvalTransform
 from dino_xcit.verdict import Judge
 
 Config = TypeVar("Config", bound=TrainConfig)
+NO_EPOCH = -1
+"""Epoch of a report of a run that stops."""
 
 
 @dataclass(kw_only=True)
@@ -120,7 +122,12 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
         start = describe_start(job, sampler, total, device)
         with MetricLogger(config, sampler, monitor, schedules.epochs, job.judge, start) as metrics:
             for batches in loader.steps(config.accumulation_steps):
-                health.check(state, batches, checkpoints)  # all ranks leave here together, after saving
+                try:
+                    health.check(state, batches, checkpoints)  # all ranks leave here together, after saving
+                except RunStopped:
+                    if job.report:
+                        job.report(state.method, NO_EPOCH, False)
+                    raise
                 result = train_step(state, batches, schedules, config)
                 watching.on_step(result, batches[-1])
                 metrics.step(state.step, loader.waited, partial(watching.metrics, result, state.method))
@@ -139,7 +146,8 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
             checkpoints.finish()
         health.finish(state)
         report = f" (report: {checkpoints.folder.output_dir / 'report.html'})" if job.report else ""
-        log.info(f"done: {checkpoints.folder.latest}{report}{then}")
+        verdict = f"; verdict: {job.judge.verdict.state}" if job.judge else ""
+        log.info(f"done: {checkpoints.folder.latest}{report}{verdict}{then}")
         return state
 
 

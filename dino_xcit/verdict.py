@@ -115,11 +115,20 @@ class Judge:
         """Whether ``--on-collapse stop`` ends the run now."""
         return self._config.on_collapse == "stop" and self.verdict.state in COLLAPSED
 
+    @property
+    def sentence(self) -> str:
+        """The error of a run that ends because of its verdict."""
+        state, _, remedy = self.verdict
+        return (
+            f"error: the run collapsed ({state}): {remedy} --resume never; its checkpoints have collapsed as well, so "
+            "do not continue from them"
+        )
+
     def _state(self, step: int) -> Verdict:
         """Return the state that the signals show now."""
         information, spread = self._get("mutual_information"), self._get("feature_std")
         dimensions, agreement = self._get("feature_dimensions"), self._get("view_agreement")
-        if not any(math.isfinite(signal.now) for signal in (information, spread, dimensions)):
+        if not any(math.isfinite(signal.highest) for signal in (information, spread, dimensions)):
             return Verdict(TOO_EARLY)
         used = self._get("prototype_perplexity").now
         share = self._get("teacher_entropy").now / math.log(self._config.out_dim)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from pretrain_fixtures import SMALL
 from ranks import Start
 from run_here import Here
 from tiny_run import CPU, build_state, schedules_of, steps, tiny_config
@@ -28,6 +30,21 @@ def test_report_is_printed_and_nothing_is_written(here: Here, tmp_path: Path) ->
     assert {"memory", "loader", "step", "duration", "disk"} <= lines.keys()
     assert "is the limit" in lines["duration"]
     assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_images_and_a_shorter_run_are_reported(here: Here, labelled_photos: Path, tmp_path: Path) -> None:
+    photos = shutil.copytree(labelled_photos / "train", tmp_path / "photos")
+    (photos / "dark" / "0.png").write_bytes(b"no image")
+    flags = ("--dry-run", "--data-path", photos, *SMALL, "--output-dir", tmp_path / "run")
+    done = here(run_pretrain, *flags)
+    assert "1 image of about" in done.out
+    assert "dark/0.png" in done.out
+    durations = [
+        next(line for line in here(run_pretrain, *flags, "--epochs", 5000, *more).out.splitlines() if "limit" in line)
+        for more in ((), ("--max-steps", 1))
+    ]
+    assert "0:00:00" not in durations[0]
+    assert "0:00:00" in durations[1]
 
 
 def test_two_ranks_try_the_same_number_of_steps(start: Start, tmp_path: Path) -> None:
@@ -78,6 +95,11 @@ def test_first_images_have_all_views() -> None:
 def test_setting_known_to_fail_is_named(settings: dict[str, float], name: str) -> None:
     (line,) = doubtful_settings(tiny_config(**settings), 5000, 5000)
     assert name in line
+
+
+def test_doubts_suggest_other_values() -> None:
+    assert doubtful_settings(tiny_config(out_dim=64), 40, 5000)[0].endswith("try --out-dim 16")
+    assert doubtful_settings(tiny_config(momentum_teacher=0.5), 5000, 5) == []
 
 
 def test_settings_of_the_default_run_are_not_doubtful() -> None:

@@ -55,8 +55,15 @@ def test_runs_are_listed_with_their_state(
 def test_odd_folder_does_not_end_the_list(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert runs.row_of(tmp_path)[1] == "unreadable"
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
-    assert runs.row_of(tmp_path)[1:3] == ["stopped", "-"]
+    for row, state in (
+        ('{"kind": "run", "step": 0}', "stopped"),
+        ('{"kind": "run", "step": 0, "settings": [1]}', "unreadable"),
+        ('{"kind": "step", "step": 1, "loss": null}', "unreadable"),
+        ('{"kind": "step", "step": 1, "loss": "abc"}', "unreadable"),
+        ('{"kind": "verdict", "step": 1}', "unreadable"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(f"{row}\n")
+        assert runs.row_of(tmp_path)[1] == state, row
 
 
 def test_folder_without_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,5 +85,10 @@ def test_report_of_one_run_and_of_two(
     command(report, monkeypatch, one, two, "--out", tmp_path / "both.html")
     assert '["lr","0.01","0.02"]' in (tmp_path / "both.html").read_text()
     assert "both.html" in capsys.readouterr().out
-    with pytest.raises(InputError, match="metrics"):
+    with pytest.raises(InputError, match=r"eval\.runs"):
         command(report, monkeypatch, tmp_path)
+    with pytest.raises(InputError, match="there is no folder"):
+        command(report, monkeypatch, tmp_path / "nowhere")
+    same = write_run(tmp_path / "deeper" / "one", 30)
+    command(report, monkeypatch, one, same, "--out", tmp_path / "same.html")
+    assert f'"label":"{same}"' in (tmp_path / "same.html").read_text()

@@ -89,6 +89,12 @@ def test_one_signal_alone_is_no_alarm(state: str) -> None:
     assert judged(LEARNING | {name: signal}) == [(60, "healthy", "")]
 
 
+def test_few_logged_steps_are_no_verdict() -> None:
+    judge = Judge(PretrainConfig(out_dim=K))
+    assert not any(judge.add(step, {name: one(step) for name, one in LEARNING.items()}) for step in (1, 100, 200, 300))
+    assert judge.add(400, {name: one(400) for name, one in LEARNING.items()})
+
+
 def test_no_signals_are_no_verdict() -> None:
     assert judged({"loss": LEARNING["loss"], "lr": LEARNING["lr"]}) == []
 
@@ -186,6 +192,7 @@ def test_collapsed_run_stops_with_code_3_and_keeps_its_verdict(here: Here, tmp_p
     (row,) = [row for row in rows if row["kind"] == "verdict"]
     assert (row["state"], row["remedy"]) == ("uniform", "try --teacher-temp 0.04 --warmup-teacher-temp 0.04")
     assert rows[-1]["step"] < 40
+    assert '"state":"uniform"' in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("soon")

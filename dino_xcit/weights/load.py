@@ -115,17 +115,21 @@ class LoadedBackbone(Provenance):
     """Hash of the backbone's weights, the same for checkpoint.pth and the backbone.pth beside it."""
 
     @torch.inference_mode()
-    def embed(self, images: Sequence[str | Path | Image.Image], batch_size: int = 64) -> NDArray[np.float32]:
+    def embed(
+        self, images: Sequence[str | Path | Image.Image] | str | Path | Image.Image, batch_size: int = 64
+    ) -> NDArray[np.float32]:
         """Return the class tokens of images as unit vectors [N, D], so that products are cosines.
 
         The network runs where ``backbone`` is: ``loaded.backbone.to("cuda")`` moves it.
 
         Args:
-            images: files, or images of Pillow.
+            images: files or images of Pillow, or a single one.
 
         Raises:
             InputError: a file cannot be read or decoded.
         """
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
         device = next(self.backbone.parameters()).device
         found: list[Tensor] = []
         for start in range(0, len(images), batch_size):

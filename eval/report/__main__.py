@@ -10,7 +10,7 @@ from __future__ import annotations
 import dino_xcit  # noqa: F401  # isort: skip
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +43,8 @@ def main() -> None:
     """
     config = parse(ReportConfig, sys.argv[1:], "python -m eval.report")
     runs = [read_run(Path(folder)) for folder in config.runs]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(run.folder)) for run in runs]
     path = Path(config.out) if config.out else (runs[0].folder if len(runs) == 1 else Path()) / REPORT
     demand_writable({"out": str(path)})
     write_report(runs, path)

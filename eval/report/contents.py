@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dino_xcit.bounds import shown
-from dino_xcit.errors import InputError
+from dino_xcit.errors import InputError, one_line
 from dino_xcit.health import UNREADABLE_FILE, read_unreadable
 from dino_xcit.metrics import METRICS_FILE, read_metrics
 from eval.results import read_result
@@ -42,7 +42,7 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "Skipped steps": ("skipped_steps",),
 }
 """Metrics of each chart, by title."""
-LOGARITHMIC = ("Gradient norms", "Prototypes in use")
+LOGARITHMIC = {*CHARTS["Gradient norms"], *CHARTS["Prototypes in use"]}
 
 Points = dict[str, list[float]]
 """Equally long lists: ``step``, ``mean``, ``low`` and ``high``."""
@@ -82,11 +82,22 @@ def read_run(folder: Path) -> RunRecord:
     """Read ``metrics.jsonl`` of a run.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or its rows are not those of a run.
     """
-    rows = read_metrics(folder / METRICS_FILE)
+    path = folder / METRICS_FILE
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}: give the --output-dir of a run")
+    rows = read_metrics(path)
     if not rows:
-        raise InputError(f"{folder} has no {METRICS_FILE} of a run: give the --output-dir of a run")
+        found = "has no rows" if path.exists() else "does not exist"
+        raise InputError(f"{path} {found}: give the --output-dir of a run (python -m eval.runs {folder} lists runs)")
+    try:
+        return _record_of(folder, rows)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {one_line(error)}): remove the line") from error
+
+
+def _record_of(folder: Path, rows: Sequence[dict[str, Any]]) -> RunRecord:
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("run", "verdict", "step")}
     epochs = [row for row in rows if row["kind"] in ("epoch", "end")]
     curves: dict[str, Points] = {}
@@ -95,7 +106,9 @@ def read_run(folder: Path) -> RunRecord:
         values = finite_values(kinds["step"], name) or finite_values(epochs, name)
         if values:
             curves[name], latest[name] = points_of(values), values[-1][1]
-    settings = kinds["run"][-1].get("settings", {}) if kinds["run"] else {}
+    if not all(row["state"] for row in kinds["verdict"]):
+        raise ValueError("a verdict has no state")
+    settings = dict(kinds["run"][-1].get("settings", {})) if kinds["run"] else {}
     step = max(row["step"] for row in rows)
     return RunRecord(folder, folder.absolute().name, kinds["run"], kinds["verdict"], curves, latest, step, settings)
 
@@ -182,7 +195,7 @@ def charts_of(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
             for name in names
             if name in run.curves
         ]
-        if series and (title != "Skipped steps" or any(map(any, (one["high"] for one in series)))):
-            logarithmic = title in LOGARITHMIC and all(min(one["low"]) > 0 for one in series)
+        if series and (names != ("skipped_steps",) or any(map(any, (one["high"] for one in series)))):
+            logarithmic = set(names) <= LOGARITHMIC and all(min(one["low"]) > 0 for one in series)
             charts.append({"title": title, "log": logarithmic, "series": series})
     return charts
