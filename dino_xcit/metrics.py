@@ -168,20 +168,17 @@ class MetricsWriter:
 
         Non-finite values are written as strings, because JSON has no NaN.
         """
-        self._append(kind, step, {n: value if math.isfinite(value) else str(value) for n, value in values.items()})
+        self.append(kind, step, {n: value if math.isfinite(value) else str(value) for n, value in values.items()})
         for mirror in self._mirrors:
             with self._warn_once_on_os_error():
                 mirror.write(kind, step, values)
 
-    def _append(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+    def append(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+        """Write a record of JSON values to ``metrics.jsonl`` only, such as one of kind ``run`` or ``verdict``."""
         with self._warn_once_on_os_error():
             if self._file:
                 counts = {"step": step, "steps_per_epoch": self._steps_per_epoch}
                 self._file.write(json.dumps({"kind": kind, **counts, **values}) + "\n")
-
-    def note(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        """Write a record of another kind, ``run`` or ``verdict``, to ``metrics.jsonl`` only."""
-        self._append(kind, step, values)
 
     def close(self) -> None:
         """Close the file and all mirrors."""
@@ -340,7 +337,7 @@ class MetricLogger:
             settings = dataclasses.asdict(config)
             mirrors = [WandB(config.wandb, self._folder, start_step, settings)] if config.wandb else []
             self._writer = MetricsWriter(self._folder, start_step, mirrors, sampler.steps_per_epoch)
-            self._writer.note("run", start_step, start or {})
+            self._writer.append("run", start_step, start or {})
             if judge and config.resume != "changed":  # changed settings may be the remedy
                 with contextlib.suppress(OSError):
                     for row in read_metrics(self._writer.path):
@@ -369,7 +366,7 @@ class MetricLogger:
             if self._judge and self._judge.add(step, metrics):
                 verdict = self._judge.verdict
                 (log.warning if verdict.remedy else log.info)(f"verdict at step {step}: {verdict}")
-                self._writer.note("verdict", step, verdict._asdict())
+                self._writer.append("verdict", step, verdict._asdict())
         self._progress.show(metrics | self._evaluated, self._judge.verdict.state if self._judge else "")
 
     def epoch(self, step: int, evaluated: Record) -> None:

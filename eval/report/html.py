@@ -19,6 +19,8 @@ from eval.report.contents import (
 )
 
 FILES = Path(__file__).parent
+STARTS = 3
+"""Newest starts of the run that are shown."""
 PICTURE_TITLES = {
     "views": ("Views", "Some images with their crop boxes, and the crops that the networks see."),
     "attention": ("Attention of the class token", "Mean over heads; fixed images."),
@@ -87,13 +89,14 @@ def _tables(run: RunRecord) -> list[dict[str, Any]]:
     unreadable, named = unreadable_images(run)
     verdicts = [[row["step"], row["state"], row.get("reason", ""), row.get("remedy", "")] for row in run.verdicts]
     machine = ("started", "step", "host", "device", "processes", "torch", "dino_xcit", "command")
-    starts = [[str(start.get(name, "")) for name in machine] for start in run.starts]
+    starts = run.starts[-STARTS:]
+    machines = [[name, *(str(start.get(name, "")) for start in starts)] for name in machine if starts]
     more = [[f"and {unreadable - len(named):,} more", ""]] if unreadable > len(named) else []
     tables: list[tuple[str, list[str], list[list[Any]]]] = [
         ("Results", ["file", "metric", "value"], [list(row) for row in results_of(run)]),
         ("Verdicts", ["from step", "state", "reason", "try"], verdicts),
         ("Settings that differ from the recipe", ["setting", "recipe", "run"], list(map(list, changed_settings(run)))),
-        ("Starts", list(machine), starts),
+        (f"Starts: {len(run.starts):,}", ["", *[""] * len(starts)], machines),
         (f"Unreadable images: {unreadable:,}", ["image", "cause"], [*map(list, named), *more]),
     ]
     return [{"title": title, "head": head, "rows": rows} for title, head, rows in tables if rows]
