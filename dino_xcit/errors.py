@@ -27,9 +27,9 @@ UNREAD = 141
 """Exit code if stdout or stderr is a closed pipe (``... | head``): the shell's code for SIGPIPE."""
 
 DIVERGED, LOST, PREEMPTED = 3, 4, 75
-"""Exit codes of a run. DIVERGED: too many consecutive skipped steps, or only skipped steps. LOST: a phase exceeded
---hang-timeout, or a rank or a loader worker died. PREEMPTED: stopped by a signal after a save (75 is EX_TEMPFAIL in
-sysexits.h)."""
+"""Exit codes of a run. DIVERGED: too many consecutive skipped steps, only skipped steps, or a verdict of collapse with
+--on-collapse stop. LOST: a phase exceeded --hang-timeout, or a rank or a loader worker died. PREEMPTED: stopped by a
+signal after a save (75 is EX_TEMPFAIL in sysexits.h)."""
 
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
