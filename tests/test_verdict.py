@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import Start
 from run_here import Here
 from tiny_run import CPU, tiny_config
 
@@ -193,6 +194,15 @@ def test_collapsed_run_stops_with_code_3_and_keeps_its_verdict(here: Here, tmp_p
     assert (row["state"], row["remedy"]) == ("uniform", "try --teacher-temp 0.04 --warmup-teacher-temp 0.04")
     assert rows[-1]["step"] < 40
     assert '"state":"uniform"' in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.process
+def test_both_ranks_stop_at_a_collapse(start: Start) -> None:
+    flags = ("--warmup-teacher-temp", "1", "--teacher-temp", "1", "--lr", "3", "--batch-size-per-gpu", "2")
+    run = start(*flags, "--epochs", "200", "--on-collapse", "stop")
+    assert run.wait() == [3, 3], run.err()
+    assert "the run collapsed" in run.err(0)
+    assert "collapsed" not in run.err(1)
 
 
 @pytest.mark.usefixtures("soon")
