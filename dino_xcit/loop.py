@@ -156,7 +156,7 @@ def describe_start(job: Job, sampler: StepSampler, total_steps: int, device: tor
     config = job.config
     settings = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
     usual = {name: job.recipe.get(name, getattr(type(config), name)) for name in settings}
-    names = settings.keys() - {"recipe", "data_path", "output_dir", "resume"}
+    names = settings.keys() - {"recipe", "data_path", "weights", "output_dir", "resume"}
     return {
         "settings": settings,
         "changed": {name: (usual[name], settings[name]) for name in sorted(names) if usual[name] != settings[name]},

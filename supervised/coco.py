@@ -5,6 +5,7 @@ Annotations are read once and checked; after that, annotations and detections ar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -299,14 +300,15 @@ def _is_mask(segmentation: object, width: int, height: int) -> bool:
 def _check_sizes(source: CocoSource) -> None:
     """Raise UndecodableImage if most of :data:`CHECKED` images have another size than in their annotations; training
     replaces single ones."""
-    checked, wrong = evenly_spaced(len(source), CHECKED), list[UndecodableImage]()
+    checked, wrong = evenly_spaced(len(source), CHECKED), dict[int, tuple[int, int]]()
     for index in checked:
-        try:
-            source.check_size(index, *read_header(source.read(index)[0], source.name(index)).size)
-        except UndecodableImage as error:
-            wrong += [error] if "annotations" in error.cause else []
+        with contextlib.suppress(UndecodableImage):  # training replaces it
+            size = read_header(source.read(index)[0], source.name(index)).size
+            if size != tuple(source.sizes[index].tolist()):
+                wrong[index] = size
     if 2 * len(wrong) > len(checked):
-        raise wrong[0]
+        first = min(wrong)
+        source.check_size(first, *wrong[first])
 
 
 def _check_files(paths: Sequence[str], folder: Path) -> None:

@@ -53,21 +53,24 @@ def test_classes_are_counted_in_all_training_masks_or_given(tmp_path: Path) -> N
         open_masks(config_of(root))
 
 
-def test_an_ignored_label_may_be_any(tmp_path: Path) -> None:
-    root = shapes(tmp_path, train=2, val=1)
+def ignoring(folder: Path, label: int) -> Path:
+    """Write shapes whose ignored pixels have this label instead of 255."""
+    root = shapes(folder, train=2, val=1)
     for path in root.glob("masks/*/*.png"):
         stored = np.array(Image.open(path))
-        save_mask(path, np.where(stored == 255, 200, stored).astype(np.uint8))
+        save_mask(path, np.where(stored == 255, label, stored).astype(np.uint8))
+    return root
+
+
+def test_an_ignored_label_may_be_any(tmp_path: Path) -> None:
+    root = ignoring(tmp_path, 200)
     train, _ = open_masks(config_of(root, ignore_label=200))
     found = train.mask(0, np.array(Image.open(train.masks[0])).shape)
     assert set(np.unique(found)) == {0, 1, 2, 3, 255}
 
 
 def test_ignored_label_0_is_no_class(tmp_path: Path) -> None:
-    root = shapes(tmp_path, train=2, val=1)
-    for path in root.glob("masks/*/*.png"):
-        stored = np.array(Image.open(path))
-        save_mask(path, np.where(stored == 255, 0, stored).astype(np.uint8))
+    root = ignoring(tmp_path, 0)
     train, val = open_masks(config_of(root, ignore_label=0))
     assert train.classes == val.classes == NAMES[1:]
     assert set(np.unique(train.mask(0, np.array(Image.open(train.masks[0])).shape))) == {0, 1, 2, 255}
