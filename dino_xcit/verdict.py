@@ -31,6 +31,8 @@ FALL, INFORMATION_FALL = 0.5, 0.7
 """Share of its own highest value below which a signal, or the mutual information, has fallen."""
 UNIFORM_SHARE = 0.95
 """Share of its maximum ln K above which the teacher's entropy is that of a uniform output."""
+NOISE = 0.01
+"""Mutual information in nats that is none."""
 FEW = 4
 """Number of prototypes in use that are too few."""
 AGREEMENT = 0.98
@@ -63,18 +65,26 @@ class Signal:
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.first = self.now = math.nan
         self.highest, self.lowest = -math.inf, math.inf
+        self._lowest_since = math.inf
+        """Lowest value since the highest one."""
 
     def add(self, value: float) -> None:
         """Add the value of a logged step."""
         self._recent.append(value)
         self.now = median(self._recent)
         if len(self._recent) == WINDOW:
+            self._lowest_since = self.now if self.now > self.highest else min(self._lowest_since, self.now)
             self.highest, self.lowest = max(self.highest, self.now), min(self.lowest, self.now)
             self.first = self.now if math.isnan(self.first) else self.first
 
     def unchanged(self, tolerance: float) -> bool:
         """Whether the value is that of the start, up to a relative tolerance."""
         return abs(self.now - self.first) < tolerance * abs(self.first)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the value has risen by a quarter from its lowest one since the highest, and is more than noise."""
+        return self.now > max(1.25 * self._lowest_since, 0.1 * self.highest, NOISE)
 
     @property
     def share(self) -> float:
@@ -132,7 +142,8 @@ class Judge:
             return Verdict(TOO_EARLY)
         used = self._get("prototype_perplexity").now
         share = self._get("teacher_entropy").now / math.log(self._config.out_dim)
-        if information.share < INFORMATION_FALL and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):
+        fallen = information.share < INFORMATION_FALL and not information.recovers
+        if fallen and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):
             reason = (
                 f"mutual information of image and prototype {information.now:.2g} nats (best "
                 f"{information.highest:.2g}), {used:.0f} prototypes in use, teacher entropy {100 * share:.0f}% of its "

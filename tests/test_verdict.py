@@ -75,6 +75,17 @@ def test_learning_run_is_healthy_and_nothing_is_said_before_first_step() -> None
     assert judged(LEARNING) == [(60, "healthy", "")]
 
 
+def test_information_that_rises_again_is_no_collapse() -> None:
+    """A random start can have more information than the first steps; benchmarks/auto.py had such a run."""
+    dip = {
+        "mutual_information": lambda step: 0.2 + (0.02 * max(0, 40 - step) if step < 50 else 0.003 * (step - 50)),
+        "teacher_entropy": lambda step: 0.96 * log(K),
+    }
+    assert [state for _, state, _ in judged(LEARNING | dip)] == ["healthy"]
+    stays_low = dip | {"mutual_information": lambda step: 0.2 + 0.02 * max(0, 40 - step)}
+    assert [state for _, state, _ in judged(LEARNING | stays_low)] == ["uniform"]
+
+
 @pytest.mark.parametrize("state", GONE_WRONG)
 def test_state_is_named_within_200_steps_with_a_remedy(state: str) -> None:
     healthy, wrong = judged(LEARNING | GONE_WRONG[state])
