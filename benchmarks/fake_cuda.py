@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,10 @@ class Ledger(TorchDispatchMode):
         """Operators with tensors on the CPU and on the GPU."""
         self.slow_foreach: collections.Counter[str] = collections.Counter()
         """Tensors of foreach operators that launch one kernel per tensor."""
+        self.peak = 0
+        """Largest sum of the bytes that the operators have allocated and not yet freed."""
+        self._allocated: dict[int, int] = {}
+        """Bytes by storage."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,6 +102,7 @@ class Ledger(TorchDispatchMode):
         if not any(tensor.is_cuda for tensor in given + made):
             return result
         self._check_devices(func, name, args, kwargs, given, made)
+        self._allocate(given, made)
         if name in VIEWS or func.namespace == "prim":
             return result
         phase = _phase()
@@ -106,6 +112,14 @@ class Ledger(TorchDispatchMode):
         touched = {id(tensor): tensor for tensor in given + made if tensor.is_cuda}.values()
         self.bytes[phase] += sum(map(_bytes, touched)) + sum(map(_bytes, twice))
         return result
+
+    def _allocate(self, given: list[Tensor], made: list[Tensor]) -> None:
+        existing = {one.untyped_storage()._cdata for one in given} | self._allocated.keys()
+        for storage in {one.untyped_storage()._cdata: one.untyped_storage() for one in made if one.is_cuda}.values():
+            if storage._cdata not in existing:
+                self._allocated[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._allocated.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._allocated.values()))
 
     def _check_devices(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Any], made: list[Any]) -> None:
         if name in ("copy_", "_to_copy", "to"):  # "to" is not decomposed in inference mode

@@ -53,6 +53,7 @@ from against import commit_of, exit_on_sigterm, import_peer, in_a_process, peak_
 from fake_cuda import Ledger, fake_step  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from dino_xcit.config import PretrainConfig  # noqa: E402
 from dino_xcit.data.loader import Batch  # noqa: E402
@@ -646,17 +647,20 @@ def chosen_rows(only: str | None, device: str, reference: bool) -> list[Row]:
     return [row for key, row in rows.items() if key in names]
 
 
-def count(batch: int) -> None:
-    """Count the launches and bytes of a step on a GPU, and print."""
+def count(batch: int, arch: str) -> None:
+    """Count the launches, bytes and peak memory of a step on a GPU, and print."""
     ledger = Ledger()
     with ledger:
-        fake_step(batch=batch)
+        state = fake_step(batch=batch, arch=arch)
+    kept = [*state.method.student.state_dict().values(), *state.method.teacher.state_dict().values()]
+    kept += tree_leaves(state.optimizer.state_dict()["state"])
+    peak = (ledger.peak + sum(one.nbytes for one in kept)) / 1e9
     totals = {phase or "all": ledger.total(phase) for phase in (*ledger.bytes, "")}
     print(table(["phase", "launches", "GB"], [[phase, str(n), f"{gb:.1f}"] for phase, (n, gb) in totals.items()]))
     waits = [*ledger.waits, *ledger.blocking_copies]
     print(*waits, sep="\n", end="\n" * bool(waits))
     launches, gigabytes = totals["all"]
-    eager = {"launches": launches, "GB": round(gigabytes, 1), "update": totals["update"][0]}
+    eager = {"launches": launches, "GB": round(gigabytes, 1), "update": totals["update"][0], "peak_GB": round(peak, 1)}
     print(json.dumps({"eager": eager, "waits": len(waits)}))
 
 
@@ -679,7 +683,7 @@ def main() -> None:
     if given.worker:
         return serve(json.loads(given.worker))
     if given.count:
-        return count(given.batch or 64)
+        return count(given.batch or 64, given.arch or "xcit_small_12_p16")
     if given.rounds < 1:
         raise InputError(f"--rounds is {given.rounds}, expected at least 1")
     if given.against and not (given.against / "benchmarks" / "step.py").is_file():

@@ -254,6 +254,19 @@ def test_evaluation_waits_for_the_device_once_per_batch() -> None:
     assert knn[2] == []
 
 
+def test_peak_is_the_memory_that_lives_at_once() -> None:
+    ledger = fake_cuda.Ledger()
+    with fake_cuda.fake_cuda(), ledger:
+        first = torch.empty(1000, dtype=torch.uint8, device="cuda")
+        second = first + 1
+        del first
+        third = second.view(10, 100).mul_(2) + 1
+        assert ledger.peak == 2000
+        both = second.sum(dtype=torch.int64), third + 1
+    assert len(both) == 2
+    assert ledger.peak == 3008
+
+
 def test_count_without_compiler_ends_with_one_sentence() -> None:
     words = [sys.executable, str(BENCHMARKS / "step.py"), "--count"]
     ended = subprocess.run(words, capture_output=True, text=True, check=False, env={"PATH": "/nonexistent"})
