@@ -64,16 +64,16 @@ class Signal:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.first = self.now = math.nan
+        self._before: deque[float] = deque(maxlen=WINDOW)
+        """Smoothed values of the last logged steps."""
         self.highest, self.lowest = -math.inf, math.inf
-        self._lowest_since = math.inf
-        """Lowest value since the highest one."""
 
     def add(self, value: float) -> None:
         """Add the value of a logged step."""
         self._recent.append(value)
+        self._before.append(self.now)
         self.now = median(self._recent)
         if len(self._recent) == WINDOW:
-            self._lowest_since = self.now if self.now > self.highest else min(self._lowest_since, self.now)
             self.highest, self.lowest = max(self.highest, self.now), min(self.lowest, self.now)
             self.first = self.now if math.isnan(self.first) else self.first
 
@@ -82,9 +82,9 @@ class Signal:
         return abs(self.now - self.first) < tolerance * abs(self.first)
 
     @property
-    def recovers(self) -> bool:
-        """Whether the value has risen by a quarter from its lowest one since the highest, and is more than noise."""
-        return self.now > max(1.25 * self._lowest_since, 0.1 * self.highest, NOISE)
+    def rises(self) -> bool:
+        """Whether the value is a tenth higher than some logged steps ago, and not close to 0."""
+        return self.now > max(1.1 * self._before[0], 0.3 * self.highest, NOISE)
 
     @property
     def share(self) -> float:
@@ -142,7 +142,7 @@ class Judge:
             return Verdict(TOO_EARLY)
         used = self._get("prototype_perplexity").now
         share = self._get("teacher_entropy").now / math.log(self._config.out_dim)
-        fallen = information.share < INFORMATION_FALL and not information.recovers
+        fallen = information.share < INFORMATION_FALL and not information.rises
         if fallen and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):
             reason = (
                 f"mutual information of image and prototype {information.now:.2g} nats (best "

@@ -78,11 +78,13 @@ def test_learning_run_is_healthy_and_nothing_is_said_before_first_step() -> None
 def test_information_that_rises_again_is_no_collapse() -> None:
     """A random start can have more information than the first steps; benchmarks/auto.py had such a run."""
     dip = {
-        "mutual_information": lambda step: 0.2 + (0.02 * max(0, 40 - step) if step < 50 else 0.003 * (step - 50)),
+        "mutual_information": lambda step: 0.2 + (0.03 * max(0, 30 - step) if step < 50 else 0.004 * (step - 50)),
         "teacher_entropy": lambda step: 0.96 * log(K),
     }
     assert [state for _, state, _ in judged(LEARNING | dip)] == ["healthy"]
-    stays_low = dip | {"mutual_information": lambda step: 0.2 + 0.02 * max(0, 40 - step)}
+    deep = {"mutual_information": lambda step: 1.3 if step < TURN else 0.1 if step < TURN + 50 else 0.4}
+    assert judged(LEARNING | dip | deep)[-1][1] == "uniform"  # risen once is not enough
+    stays_low = dip | {"mutual_information": lambda step: 0.2 + 0.03 * max(0, 30 - step)}
     assert [state for _, state, _ in judged(LEARNING | stays_low)] == ["uniform"]
 
 
