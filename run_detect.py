@@ -82,7 +82,7 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
     config = dataclasses.replace(config, arch=start.arch, output_dir=default_output_dir(config))
     evaluator = CocoEvaluator(val, config, start.transform.white_level)
 
-    def build(config: DetectConfig) -> Job[DetectConfig]:
+    def build(config: DetectConfig, _stored: object) -> Job[DetectConfig]:
         network = build_detector(config, start.backbone, len(train.categories), start.transform)
         return Job(
             config=config,

@@ -62,7 +62,7 @@ def main() -> None:
     config = dataclasses.replace(config, arch=start.arch, data_path=data or "", output_dir=default_output_dir(config))
     accuracy = AccuracyEvaluator(val, transform, device, config.num_workers)
 
-    def build(config: FinetuneConfig) -> Job[FinetuneConfig]:
+    def build(config: FinetuneConfig, _stored: object) -> Job[FinetuneConfig]:
         assert train.classes is not None  # checked by open_parts
         network = Classifier(start.backbone, len(train.classes))
         kept = "loaded" if network.load_classifier(config.weights, train.classes) else "new"

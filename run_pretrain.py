@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dino_xcit.cli import check_flags  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
 from dino_xcit.config import PretrainConfig
-from dino_xcit.recipes import parse_pretrain, recipe_settings
+from dino_xcit.recipes import AUTO, PretrainSettings, parse_pretrain, recipe_settings
 
 if __name__ == "__main__":
     check_flags(PretrainConfig, "run_pretrain.py")
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dino_xcit import loop, nonfinite, representation
+from dino_xcit import auto, loop, nonfinite, representation
 from dino_xcit.checkpoint.folder import LATEST
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.decode import choose_white_level
@@ -51,7 +51,7 @@ from eval.report.reporter import REPORT, Reporter
 
 def main() -> None:
     """Parse the command line, join the other ranks and train."""
-    run(*parse_pretrain(sys.argv[1:]))
+    run(parse_pretrain(sys.argv[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,13 @@ def pretrain(data: str | Path = "", **settings: Any) -> PretrainedRun:
     for name, value in settings.items():
         first, *others = value if isinstance(value, list | tuple) else [value]
         argv += [f"--{name}={first}", *map(str, others)]
-    config, first_line = parse_pretrain(argv)
+    parsed = parse_pretrain(argv)
+    config = parsed.config
     if config.dry_run:
         raise InputError("dry_run has no trained network to return: use python run_pretrain.py --dry-run")
     level = log.logger.level
     try:
-        run(config, first_line)
+        run(parsed)
     finally:
         log.logger.setLevel(level)  # which quiet=True changes
     folder = Path(config.output_dir)
@@ -99,20 +100,21 @@ def pretrain(data: str | Path = "", **settings: Any) -> PretrainedRun:
     return PretrainedRun(folder, rows, verdict, folder / REPORT, load_backbone(str(folder / LATEST)))
 
 
-def run(config: PretrainConfig, first_line: str) -> None:
+def run(settings: PretrainSettings) -> None:
     """Join the other ranks and train, or try the settings."""
+    config = settings.config
     if config.quiet and not config.dry_run:
         log.only_warnings()
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
     check_augment_device(config.augment_device, device)
     distributed.start(device, config.hang_timeout + 30)  # the watchdog fires first: its report has more detail
-    log.info(first_line)
+    log.info(settings.explanation)
     choose_kernels(config, device)
     if config.dry_run:
-        dry_run(config, device, lambda config: build_job(config, device, evaluators=()))
+        dry_run(config, device, lambda config: build_job(config, {}, device, evaluators=(), given=settings.given))
     else:
-        train(config, device)
+        train(config, device, given=settings.given)
 
 
 def train(
@@ -120,26 +122,47 @@ def train(
     device: torch.device,
     evaluators: Sequence[Evaluator] | None = None,
     observers: Sequence[Observer] = (),
+    given: Collection[str] | None = None,
 ) -> TrainState:
     """Start or resume a run in ``config.output_dir`` and return its final state.
 
     Args:
         evaluators: called at epoch ends; None: figures of the representation, and k-NN if ``knn_every`` is set.
         observers: called after each accepted step, besides the monitors and the online probe.
+        given: settings that recipe ``auto`` leaves alone: ``parse_pretrain(argv).given``.
+
+    Raises:
+        InputError: a setting or the data are invalid, or the recipe is ``auto`` and ``given`` is None.
     """
 
-    return loop.train(config, device, lambda config: build_job(config, device, evaluators, observers))
+    def build(config: PretrainConfig, stored: Mapping[str, Any]) -> Job[PretrainConfig]:
+        return build_job(config, stored, device, evaluators, observers, given)
+
+    return loop.train(config, device, build)
 
 
 def build_job(
     config: PretrainConfig,
+    stored: Mapping[str, Any],
     device: torch.device,
     evaluators: Sequence[Evaluator] | None = None,
     observers: Sequence[Observer] = (),
+    given: Collection[str] | None = None,
 ) -> Job[PretrainConfig]:
-    """Build the networks and open the data; for the arguments see :func:`train`."""
+    """Build the networks and open the data.
+
+    Args:
+        stored: settings in the checkpoint from which the run resumes.
+        evaluators, observers, given: as of :func:`train`.
+    """
     state = build_state(config, device)  # before the data, which can take minutes to index
     source = open_source(config.data_path, "train")
+    recipe = recipe_settings(config.recipe, config.arch) if config.recipe else {}
+    if config.recipe == AUTO.name:
+        if given is None:
+            raise InputError("recipe auto needs to know which settings are given: give train(..., given=[...])")
+        config, recipe = auto.adapt(config, source, given, stored)
+        state = build_state(config, device)
     config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
     dataset = MultiCropDataset(
         source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda"
@@ -163,7 +186,8 @@ def build_job(
         on_divergence=nonfinite.keep,
         next_command=next_command(config, source),
         report=Reporter(config.output_dir, Pictures(config, source, device) if config.report_pictures else None),
-        recipe=recipe_settings(config.recipe, config.arch) if config.recipe else {},
+        details=set(representation.FIGURES) - {config.labelfree_metric},
+        recipe=recipe,
         judge=Judge(config),
     )
 

@@ -80,7 +80,7 @@ def main() -> None:
     )
     evaluator = MiouEvaluator(val, Predictor(config, start.transform, device))
 
-    def build(config: SegmentConfig) -> Job[SegmentConfig]:
+    def build(config: SegmentConfig, _stored: object) -> Job[SegmentConfig]:
         torch.manual_seed(config.seed)  # the workers that checked the masks have drawn from the generator
         network = Segmenter(start.backbone, config)
         kept = "loaded" if network.load(stored, config) else "new"

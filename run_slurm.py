@@ -67,7 +67,7 @@ def main() -> None:
     runner_flags = {name for config in configs.values() for name in annotations_of(config)}
     launch, words = parse_known(LaunchConfig, sys.argv[1:], "run_slurm.py", runner_flags)
     if launch.run == "pretrain":
-        config, _ = parse_pretrain(words)
+        config = parse_pretrain(words).config
         from dino_xcit.metrics import require_wandb  # imports PyTorch
 
         require_wandb(config.wandb)

@@ -2,14 +2,15 @@
 
     python benchmarks/collapse.py OUT [--only NAME ...] [--steps 400] [--jobs 2]
 
-Each run pretrains on the embedded sample (or on the scenes) in a process with one thread and keeps its folder in OUT;
-runs that are there are not repeated. The verdict is computed from their metrics.jsonl, so that another rule can be
-judged without training again.
+Each run pretrains on the embedded sample (or all of Fashion-MNIST, the scenes, or squares of scikit-image's
+photographs) in a process with one thread and keeps its folder in OUT; runs that are there are not repeated.
+The verdict is computed from their metrics.jsonl, so that another rule can be judged without training again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from dino_xcit.auto import ADAPTED  # noqa: E402
 from dino_xcit.metrics import read_metrics  # noqa: E402
 from dino_xcit.recipes import parse_pretrain  # noqa: E402
 from dino_xcit.verdict import Judge, Verdict  # noqa: E402
@@ -39,40 +41,69 @@ FAILING: dict[str, dict[str, object]] = {
     "sgd, learning rate x1000": PLAIN | {"optimizer": "sgd", "lr": 3},
     "no learning rate": {"lr": 1e-9, "min_lr": 0},
 }
+PHOTOGRAPHS: dict[str, object] = {
+    "data_path": "photographs", "arch": "xcit_pico_4_p8", "global_crops_size": 64, "local_crops_size": 32,
+    "local_crops_number": 2, "batch_size_per_gpu": 32,
+}  # fmt: skip
+"""Recipe auto on squares of photographs, which :func:`write_photographs` writes into OUT."""
 HEALTHY: dict[str, dict[str, object]] = {
     **{f"sample, seed {seed}": {"seed": seed} for seed in range(5)},
     **{f"centring, seed {seed}": PLAIN | {"seed": seed} for seed in range(3)},
     **{f"simdino, seed {seed}": PLAIN | {"method": "simdino", "seed": seed} for seed in range(2)},
     **{f"whole run, seed {seed}": {"seed": seed, "max_steps": 0} for seed in range(5, 7)},
+    "sample-long": {"recipe": "sample-long", "arch": "xcit_micro_4_p16"},
+    **{f"photographs, seed {seed}": PHOTOGRAPHS | {"seed": seed} for seed in range(2)},
     **{f"scenes, seed {seed}": {"recipe": "scenes", "seed": seed} for seed in range(3)},
 }
 
 
 def flags_of(name: str, **settings: object) -> list[str]:
     """Return the flags of a scenario, which win over ``settings``."""
-    settings |= {"num_workers": 0, "knn_every": 0, "knn_holdout": 0, "save_every": 0}
+    settings |= {"arch": "xcit_pico_4_p8", "num_workers": 0, "knn_every": 0, "knn_holdout": 0, "save_every": 0}
     settings |= (FAILING | HEALTHY)[name]
     return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def write_photographs(folder: Path, count: int = 2000) -> None:
+    """Write random squares of the photographs that scikit-learn and scikit-image ship."""
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    whole = [*load_sample_images().images, data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        photograph = whole[number % len(whole)]
+        side = int(generator.integers(96, 192))
+        top, left = (int(generator.integers(length - side)) for length in photograph.shape[:2])
+        square = Image.fromarray(photograph[top : top + side, left : left + side])
+        square.resize((96, 96), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.png")
 
 
 def train(name: str, folder: Path, steps: int) -> None:
     """Run one scenario in a process; a run that stops early is an outcome."""
     if (folder / "done").exists():
         return
-    flags = [*flags_of(name, max_steps=steps), "--output-dir", str(folder), "--resume", "never"]
+    flags = [*flags_of(name, max_steps=steps), "--output-dir", str(folder.resolve()), "--resume", "never"]
     command = [sys.executable, str(ROOT / "run_pretrain.py"), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "w") as output:
-        code = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-    (folder / "done").write_text(str(code))
-    print(f"{name}: code {code}", file=sys.stderr, flush=True)
+        ended = subprocess.run(
+            command, env=environment, cwd=folder.parent, stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    (folder / "done").write_text(str(ended.returncode))
+    print(f"{name}: code {ended.returncode}", file=sys.stderr, flush=True)
 
 
 def judge(name: str, folder: Path) -> list[tuple[int, Verdict]]:
     """Return the verdicts on a run and their steps."""
-    one, verdicts = Judge(parse_pretrain(flags_of(name))[0]), []
-    for row in read_metrics(folder / "metrics.jsonl"):
+    config, rows, verdicts = parse_pretrain(flags_of(name)).config, read_metrics(folder / "metrics.jsonl"), []
+    adapted = {key: value for row in rows if row["kind"] == "run" for key, value in row["settings"].items()}
+    one = Judge(dataclasses.replace(config, **{key: adapted[key] for key in ADAPTED if key in adapted}))
+    for row in rows:
         if row["kind"] == "step" and one.add(row["step"], row):
             verdicts.append((row["step"], one.verdict))
     return verdicts
@@ -87,6 +118,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     folders = {name: given.out / name.replace(" ", "-").replace(",", "") for name in given.only}
+    if any(name.startswith("photographs") for name in given.only) and not (given.out / "photographs").exists():
+        write_photographs(given.out / "photographs")
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda name: train(name, folders[name], given.steps), given.only))
     rows = []

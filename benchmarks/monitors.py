@@ -46,9 +46,9 @@ def shares(name: str, device: torch.device, given: argparse.Namespace) -> dict[s
     flags, images, probed = RUNS[name]
     if name != "sample":
         flags = [*flags, "--batch-size-per-gpu", str(given.batch)]
-    config = parse_pretrain([*flags, "--device", device.type, "--knn-every", "1", "--knn-holdout", "100"])[0]
+    config = parse_pretrain([*flags, "--device", device.type, "--knn-every", "1", "--knn-holdout", "100"]).config
     choose_kernels(config, device)
-    job = run_pretrain.build_job(config, device)
+    job = run_pretrain.build_job(config, {}, device)
     sampler = StepSampler(len(job.dataset.source), config.batch_size_per_gpu, seed=config.seed)
     sampler.stop_step = given.steps + 2
     schedules = job.schedules(config, sampler.steps_per_epoch, sampler.global_batch)

@@ -652,8 +652,8 @@ def count(batch: int, arch: str) -> None:
     ledger = Ledger()
     with ledger:
         state = fake_step(batch=batch, arch=arch)
-    kept = [*state.method.student.state_dict().values(), *state.method.teacher.state_dict().values()]
-    kept += tree_leaves(state.optimizer.state_dict()["state"])
+    networks = filter(None, (state.method.trained, state.method.teacher))
+    kept = tree_leaves([*(one.state_dict() for one in networks), state.optimizer.state_dict()["state"]])
     peak = (ledger.peak + sum(one.nbytes for one in kept)) / 1e9
     totals = {phase or "all": ledger.total(phase) for phase in (*ledger.bytes, "")}
     print(table(["phase", "launches", "GB"], [[phase, str(n), f"{gb:.1f}"] for phase, (n, gb) in totals.items()]))

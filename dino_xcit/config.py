@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class ResumeSafe:
     """Marks a setting that may change on resume because it does not affect the result of training.
 
-    For batch_size_per_gpu and accumulation_steps only the product with the number of ranks matters.
+    For batch_size_per_gpu and accumulation_steps only the product with the number of ranks matters, unless the method
+    compares the images of one forward pass, as Sinkhorn-Knopp and KoLeo do.
     """
 
 
@@ -38,6 +39,8 @@ class TrainConfig:
 
     weights_flag: ClassVar[str] = "--init-weights"
     """The flag for initial weights, for messages."""
+    labelfree_metric: ClassVar[str] = ""
+    """Evaluator metric without labels that selects best-labelfree.pth; higher is better."""
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
     """Named set of settings."""
     data_path: str = ""
@@ -99,7 +102,7 @@ class TrainConfig:
     save_every: Annotated[int, Ge(0), ResumeSafe] = 0
     """Steps between additional checkpoints within an epoch; 0: save at epoch ends only."""
     keep_last: Annotated[int, Ge(1), ResumeSafe] = 2
-    """Number of newest checkpoints to keep, besides the best by best_metric. Keep at least 2: resuming falls back to an
+    """Number of newest checkpoints to keep, besides the best ones. Keep at least 2: resuming falls back to an
     older checkpoint if the newest is damaged."""
     max_failed_saves: Annotated[int, Ge(1), ResumeSafe] = 3
     """Number of consecutive failed saves (such as on a full disk) that ends the run."""
@@ -121,12 +124,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainConfig):
-    """Pretrain an image encoder. Precedence of settings: flags, --config FILE.yaml, the recipe, these defaults."""
+    """Pretrain an image encoder. Precedence of settings: flags, --config FILE.yaml, the recipe, these defaults.
 
+    With your own images, recipe auto replaces some of these defaults; the run prints them.
+    """
+
+    labelfree_metric = "lidar"
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
-    """Named set of settings: dino (the defaults of facebookresearch/dino), xcit-dino-300ep (closest to the published
-    XCiT models), sample (the embedded images of Fashion-MNIST), sample-long (all of Fashion-MNIST), scenes (its
-    objects on textures). Default: sample without --data-path, else dino."""
+    """Named set of settings: auto (dino, adapted to the number and the size of the images), dino (the defaults of
+    facebookresearch/dino), xcit-dino-300ep (closest to the published XCiT models), sample (the embedded images of
+    Fashion-MNIST), sample-long (all of Fashion-MNIST), scenes (its objects on textures). Default: sample without
+    --data-path, else auto."""
     data_path: str = ""
     """Training images: a folder (with or without class sub-folders), a .txt list of paths, tar:PATTERN (WebDataset),
     parquet:PATTERN, hf:NAME_OR_DIR (Hugging Face datasets), imagenet:DIR (as downloaded), sample:fashion-mnist,

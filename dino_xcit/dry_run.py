@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from dino_xcit.checkpoint.resume import refuse_file
 from dino_xcit.checkpoint.state import Run, content_of
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch, Loader, StepSampler
@@ -41,6 +42,7 @@ def dry_run(
 
     Must be called on every rank.
     """
+    distributed.on_main(partial(refuse_file, Path(config.output_dir)))
     job = build(config)
     config, state, source = job.config, job.state, job.dataset.source
     world = distributed.world_size()
@@ -74,7 +76,7 @@ def dry_run(
     run = Run(config, sampler.steps_per_epoch, transform=job.transform)
     size = sum(leaf.nbytes for leaf in tree_leaves(content_of(state, run)) if isinstance(leaf, Tensor))
     permanent = config.epochs // config.saveckp_freq if config.saveckp_freq else 0
-    files = config.keep_last + permanent + 2  # the best one, and the one being written
+    files = config.keep_last + permanent + 3  # the two best ones, and the one being written
     disk, free = files * size, _free_space(Path(config.output_dir))
     hours = duration * world / 3600
     log.info(

@@ -6,11 +6,11 @@ import dataclasses
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -70,6 +70,8 @@ class Job(Generic[Config]):
     report: Callable[[Method, int, bool], None] | None = None
     """Called on every rank at epoch ends, with the 0-based epoch and whether the run ends, after the metrics are
     written."""
+    details: Collection[str] = ()
+    """Metrics of the evaluators that are recorded, but not printed at epoch ends."""
     recipe: Mapping[str, object] = field(default_factory=dict)
     """Settings of the recipe, for the report."""
     judge: Judge | None = None
@@ -78,16 +80,19 @@ class Job(Generic[Config]):
     """Augmented copies of an image in a step: see :class:`dino_xcit.data.loader.StepSampler`."""
 
 
-def train(config: Config, device: torch.device, build: Callable[[Config], Job[Config]]) -> TrainState:
+def train(
+    config: Config, device: torch.device, build: Callable[[Config, Mapping[str, Any]], Job[Config]]
+) -> TrainState:
     """Start or resume a run in ``config.output_dir`` and return its final state.
 
     Args:
-        build: opens the data and builds the networks, once the output directory is locked. Its argument is ``config``
-            with the accumulation that keeps the global batch of the run.
+        build: opens the data and builds the networks, once the output directory is locked. Its arguments are ``config``
+            with the accumulation that keeps the global batch of the run, and the settings in the checkpoint from which
+            the run resumes (empty for a new run).
     """
     with Health(config, device) as health, Checkpoints(config) as checkpoints:
         stored = checkpoints.find()  # empty for a new run
-        job = build(keep_global_batch(config, stored))
+        job = build(keep_global_batch(config, stored), stored.content.get("args", {}))
         config, state = job.config, job.state
 
         # The order of the images depends on the seed only.
@@ -107,7 +112,7 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
         del stored  # free the memory of the checkpoint
         total = schedules.total_steps
         sampler.start_step, sampler.stop_step = state.step, min(total, config.max_steps or total)
-        describe(job, sampler, schedules, device)
+        describe(job, sampler, schedules, device, f"; writing {config.output_dir}")
         then = f"; next: {job.next_command}" if job.next_command else ""
         if state.step >= sampler.stop_step:
             log.info(
@@ -120,7 +125,7 @@ def train(config: Config, device: torch.device, build: Callable[[Config], Job[Co
         monitor = DataLoadMonitor(workers)
         health.start(sampler, monitor, partial(job.on_divergence, state, config, sampler), job.judge)
         start = describe_start(job, sampler, total, device)
-        with MetricLogger(config, sampler, monitor, schedules.epochs, job.judge, start) as metrics:
+        with MetricLogger(config, sampler, monitor, schedules.epochs, job.judge, start, job.details) as metrics:
             for batches in loader.steps(config.accumulation_steps):
                 try:
                     health.check(state, batches, checkpoints)  # all ranks leave here together, after saving
@@ -173,7 +178,7 @@ def describe_start(job: Job, sampler: StepSampler, total_steps: int, device: tor
     }
 
 
-def describe(job: Job, sampler: StepSampler, schedules: Schedules, device: torch.device) -> None:
+def describe(job: Job, sampler: StepSampler, schedules: Schedules, device: torch.device, more: str = "") -> None:
     """Log the data, the model, the device and the first step."""
     config, state, source = job.config, job.state, job.dataset.source
     parameters = sum(p.numel() for p in state.method.eval_backbone.parameters()) / 1e6
@@ -184,7 +189,7 @@ def describe(job: Job, sampler: StepSampler, schedules: Schedules, device: torch
     log.info(
         f"{counted(len(source), 'image')} from {source.url}; {job.title} ({parameters:.2f} M parameters); "
         f"{counted(distributed.world_size(), 'process')} on {device.type} in {precision}; global batch "
-        f"{sampler.global_batch}; {length}; writing {config.output_dir}"
+        f"{sampler.global_batch}; {length}{more}"
     )
     if schedules.warning:
         log.warning(schedules.warning)

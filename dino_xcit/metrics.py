@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -312,6 +312,7 @@ class MetricLogger:
         epochs: int | None = None,
         judge: Judge | None = None,
         start: Mapping[str, object] | None = None,
+        details: Collection[str] = (),
     ) -> None:
         """Starts at the sampler's first step.
 
@@ -320,7 +321,9 @@ class MetricLogger:
             epochs: number of epochs of the run; None: ``config.epochs``.
             judge: judges the logged steps on rank 0; its verdicts are logged when they change.
             start: describes this start of the run, for ``metrics.jsonl``.
+            details: metrics of evaluators that are recorded, but not printed at epoch ends.
         """
+        self._details = details
         self._judge, self._evaluated = judge, dict[str, float]()
         self._config, self._sampler, self._monitor = config, sampler, monitor
         self._epochs = config.epochs if epochs is None else epochs
@@ -375,6 +378,7 @@ class MetricLogger:
         epoch_ends = self._sampler.ends_epoch(step)
         epoch = self._sampler.epochs(step)
         figures = {"loss": means["loss"], **evaluated} if "loss" in means else evaluated
+        figures = {name: value for name, value in figures.items() if name not in self._details}
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
         cut_short = "" if epoch_ends else f", up to step {step}"
         log.info(f"epoch {epoch + 1}/{self._epochs}{cut_short}: {shown}")

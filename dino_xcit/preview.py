@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from annotated_types import Ge, Le, MinLen
 
+from dino_xcit import auto
 from dino_xcit.bounds import FilePath, Positional, annotations_of
 from dino_xcit.cli import parse_known
 from dino_xcit.config import PretrainConfig
@@ -23,7 +24,7 @@ from dino_xcit.data import Source, decode, open_source
 from dino_xcit.data.decode import choose_white_level
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError, printable, run_main
-from dino_xcit.recipes import parse_pretrain
+from dino_xcit.recipes import AUTO, parse_pretrain
 from dino_xcit.transform import WHITE
 
 if TYPE_CHECKING:
@@ -123,8 +124,10 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"found {command!r}, expected: {USAGE}")
     words = words if command == "preview" else ["--help"]
     config, flags = parse_known(PreviewConfig, words, USAGE.partition(" [")[0], annotations_of(PretrainConfig))
-    run, _ = parse_pretrain(["--data-path", config.source, *flags])
+    run, _, given = parse_pretrain(["--data-path", config.source, *flags])
     source = open_source(run.data_path, "train")
+    if run.recipe == AUTO.name:
+        run, _ = auto.adapt(run, source, given, {})
     white_level = choose_white_level(source, run.white_level)
     chosen = draw_preview(source, run.augmentation(), Path(config.out), config.images, run.seed, 0, white_level)
     names = ", ".join(Path(source.name(index)).name for index in chosen[:4])

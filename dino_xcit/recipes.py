@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from dino_xcit.cli import build, read_flags, show_help, with_file
 from dino_xcit.config import PretrainConfig, TrainConfig
@@ -31,6 +31,13 @@ DINO = Recipe(
     purpose="the defaults of facebookresearch/dino: ViT-S or XCiT on ImageNet-1k, 100 epochs",
     command="torchrun --nproc-per-node 8 run_pretrain.py --data-path /imagenet/train --arch xcit_small_12_p16",
     result="not measured",
+)
+
+AUTO = Recipe(
+    name="auto",
+    purpose="your own images: DINO's settings, adapted to the number and the size of the images (dino_xcit/auto.py)",
+    command="python run_pretrain.py --data-path photos/",
+    result="see benchmarks/results.md, settings that fit the data",
 )
 
 XCIT_300 = Recipe(
@@ -152,7 +159,7 @@ SCENES = Recipe(
     },
 )
 
-RECIPES = {recipe.name: recipe for recipe in (DINO, XCIT_300, SAMPLE, SAMPLE_LONG, SCENES)}
+RECIPES = {recipe.name: recipe for recipe in (AUTO, DINO, XCIT_300, SAMPLE, SAMPLE_LONG, SCENES)}
 
 
 def register(recipe: Recipe) -> None:
@@ -212,10 +219,20 @@ def parse_run(
     return config, f"recipe {name}{'' if 'recipe' in flags else ' (the default)'}, explicit flags take precedence"
 
 
-def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
-    """Parse the settings of run_pretrain.py; also return a sentence that explains the choice of the recipe.
+class PretrainSettings(NamedTuple):
+    """What :func:`parse_pretrain` returns."""
 
-    Precedence: flags, ``--config``, the recipe, defaults. The default recipe without data is ``sample``.
+    config: PretrainConfig
+    explanation: str
+    """A sentence on the choice of the recipe."""
+    given: frozenset[str]
+    """Settings from flags or ``--config``, which recipe ``auto`` leaves alone."""
+
+
+def parse_pretrain(argv: Sequence[str]) -> PretrainSettings:
+    """Parse the settings of run_pretrain.py.
+
+    Precedence: flags, ``--config``, the recipe, defaults. The default recipe is ``sample`` without data, else ``auto``.
 
     Raises:
         InputError: as :func:`dino_xcit.cli.parse`; the recipe is unknown or needs data.
@@ -223,7 +240,7 @@ def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
     show_help(PretrainConfig, argv, "run_pretrain.py")
     flags = with_file(PretrainConfig, read_flags(PretrainConfig, argv))
     data, arch, named = (" ".join(flags.get(name, [])) for name in ("data_path", "arch", "recipe"))
-    recipe = named or ("dino" if data else "sample")
+    recipe = named or ("auto" if data else "sample")
     why = "" if "recipe" in flags else (" (--data-path is given)" if data else " (no --data-path)")
     settings = recipe_settings(recipe, arch or None)
     if not data and "data_path" not in settings:
@@ -235,4 +252,5 @@ def parse_pretrain(argv: Sequence[str]) -> tuple[PretrainConfig, str]:
         config = dataclasses.replace(config, output_dir=f"runs/{name}")
     embedded = not data and config.data_path == "sample:fashion-mnist"
     source = f"the embedded images ({config.data_path})" if embedded else f"data {config.data_path}"
-    return config, f"recipe {recipe}{why}: {config.arch} on {source}, explicit flags take precedence"
+    explanation = f"recipe {recipe}{why}: {config.arch} on {source}, explicit flags take precedence"
+    return PretrainSettings(config, explanation, frozenset(flags))

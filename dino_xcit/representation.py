@@ -28,6 +28,8 @@ SHARE = 0.005
 """Share of an epoch's computation that the measurement may take, within the limits of the number of images."""
 MIN_IMAGES, MAX_IMAGES = 512, 5000
 BATCH = 64
+FIGURES = ("rankme", "rankme_centred", "stable_rank", "self_clustering", "lidar")
+"""Names of what is measured."""
 _EPS = 1e-7
 
 

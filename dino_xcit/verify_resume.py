@@ -8,7 +8,6 @@ SHA-256 of both final states and exits with code 2 if they differ.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +55,7 @@ class VerifyConfig:
 class Trial:
     """A run that is started and resumed until it is complete."""
 
-    config: PretrainConfig
+    settings: Mapping[str, object]
     processes: int
     folder: Path
 
@@ -102,8 +101,8 @@ class Trial:
         world = str(self.processes)
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         settings = self.folder.with_suffix(".yaml")
-        config = dataclasses.replace(self.config, output_dir=str(self.folder))
-        settings.write_text(yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True), encoding="utf-8")
+        values = {**self.settings, "output_dir": str(self.folder)}
+        settings.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
         command = [sys.executable, str(SCRIPT), "--config", str(settings)]
         with open(printed, "wb") as file:
             return [
@@ -127,14 +126,14 @@ def main(argv: Sequence[str]) -> None:
     verify, flags = parse_known(VerifyConfig, argv, "python -m dino_xcit.verify_resume", annotations_of(PretrainConfig))
     for name in OWN.keys() & read_flags(PretrainConfig, flags).keys():
         raise InputError(f"--{name} is set by verify_resume: leave it out")
-    config, _ = parse_pretrain(flags)
+    config, _, given = parse_pretrain(flags)
     if "WORLD_SIZE" in os.environ:
         raise InputError("verify_resume starts its own processes: use --processes N instead of torchrun")
-    trained = dataclasses.replace(config, **OWN, wandb="", train_data="", val_data="")  # type: ignore[arg-type]
+    settings = {name: getattr(config, name) for name in sorted(given - {"wandb", "train_data", "val_data"})} | OWN
     beside = Path(config.output_dir).parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-resume-", dir=beside, ignore_cleanup_errors=True) as folder:
-        straight, resumed = (Trial(trained, verify.processes, Path(folder, name)) for name in ("straight", "resumed"))
+        straight, resumed = (Trial(settings, verify.processes, Path(folder, name)) for name in ("straight", "resumed"))
         straight.train()
         log.info(f"{STEPS} steps, uninterrupted       SHA-256 {straight.hash()}")
         kill_twice(resumed)

@@ -37,7 +37,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 HERE = ("--device", "cpu", "--num-workers", "0")
 TINY = (
-    *HERE, "--arch", "xcit_pico_4_p4", "--out-dim", "32", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
+    *HERE, "--recipe", "dino", "--arch", "xcit_pico_4_p4", "--out-dim", "32",
+    "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
     "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "2", "--batch-size-per-gpu", "4",
     "--epochs", "4", "--lr", "0.002", "--lr-reference-batch", "0", "--warmup-epochs", "0", "--log-every", "1",
 )  # fmt: skip

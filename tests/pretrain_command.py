@@ -9,4 +9,4 @@ DATA = ["--data-path", "photos"]
 
 
 def parsed(*argv: str) -> PretrainConfig:
-    return parse_pretrain(argv)[0]
+    return parse_pretrain(argv).config

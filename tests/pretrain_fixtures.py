@@ -17,6 +17,7 @@ from PIL import Image
 from run_here import Outcome
 
 SMALL = [
+    "--recipe", "dino",
     "--arch", "xcit_pico_4_p4", "--out-dim", "16", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
     "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1", "--batch-size-per-gpu", "4",
     "--epochs", "3", "--num-workers", "0", "--device", "cpu", "--knn-every", "0", "--log-every", "1",

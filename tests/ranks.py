@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "MPLBACKEND": "Agg",
 }
 SMALL = [
+    "--recipe", "dino",
     "--arch", "xcit_pico_4_p4", "--out-dim", "32", "--head-hidden-dim", "16", "--head-bottleneck-dim", "8",
     "--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1", "--num-workers", "0",
     "--device", "cpu", "--knn-every", "0", "--log-every", "1", "--warmup-epochs", "0", "--epochs", "4",

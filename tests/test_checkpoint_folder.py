@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dino_xcit import safe_load
-from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.folder import BEST, BEST_LABELFREE, CheckpointFolder, Score
 from dino_xcit.checkpoint.saver import Saver
 from dino_xcit.errors import InputError
 
@@ -134,11 +134,15 @@ def test_prune_keeps_last_n_marked_and_best_checkpoints(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path, keep_last=2)
     for step in range(1, 10):
         checkpoints.write(content(step), keep=step % 4 == 0)
-        checkpoints.note_metric(step, "knn_top1", {3: 55.0, 5: 50.0}.get(step, 10.0 + step))
-    assert steps_in(tmp_path) == [3, 4, 8, 9]
-    assert os.path.samefile(tmp_path / "best.pth", tmp_path / "checkpoints" / "step00000003.pth")
-    knn = {manifest.step: manifest.metric for manifest in checkpoints.manifests()}
-    assert knn == {9: 19.0, 8: 18.0, 4: 14.0, 3: 55.0}
+        scores = {BEST: Score("knn_top1", {3: 55.0, 5: 50.0}.get(step, 10.0 + step))}
+        if step % 2 == 0:  # measured more seldom
+            scores[BEST_LABELFREE] = Score("lidar", {6: 20.0}.get(step, 5.0))
+        checkpoints.note_scores(step, scores)
+    assert steps_in(tmp_path) == [3, 4, 6, 8, 9]
+    for link, step in ((BEST, 3), (BEST_LABELFREE, 6)):
+        assert os.path.samefile(tmp_path / link, tmp_path / "checkpoints" / f"step{step:08d}.pth")
+    knn = {manifest.step: manifest.scores[BEST].value for manifest in checkpoints.manifests()}
+    assert knn == {9: 19.0, 8: 18.0, 6: 16.0, 4: 14.0, 3: 55.0}
 
 
 def test_prune_counts_only_intact_checkpoints(tmp_path: Path) -> None:
@@ -170,7 +174,7 @@ def test_prune_keeps_checkpoint_with_unreadable_manifest(tmp_path: Path, monkeyp
 
 def test_finish_completes_links_of_interrupted_save(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
-    checkpoints.note_metric(3, "knn_top1", 50.0)
+    checkpoints.note_scores(3, {BEST: Score("knn_top1", 50.0)})
     (tmp_path / "best.pth").unlink()
     (tmp_path / "checkpoint.pth").unlink()
     (tmp_path / "checkpoint.pth").write_bytes((tmp_path / "checkpoints" / "step00000002.pth").read_bytes())
@@ -183,7 +187,7 @@ def test_finish_completes_links_of_interrupted_save(tmp_path: Path) -> None:
 
 def test_clear_removes_all_checkpoints(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
-    checkpoints.note_metric(3, "knn_top1", 50.0)
+    checkpoints.note_scores(3, {BEST: Score("knn_top1", 50.0)})
     checkpoints.clear()
     assert CheckpointFolder(tmp_path).newest() == (None, [])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["backbone.pth", "checkpoints"]

@@ -81,7 +81,7 @@ def test_all_dino_flags_are_accepted() -> None:
         "--data_path photos --output_dir out --saveckp_freq 20 --seed 0 --num_workers 10"
     )
     assert parsed(*typed.split()) == dataclasses.replace(
-        PretrainConfig(), recipe="dino", data_path="photos", output_dir="out", precision="fp16", num_workers=10
+        PretrainConfig(), recipe="auto", data_path="photos", output_dir="out", precision="fp16", num_workers=10
     )
 
 

@@ -12,7 +12,7 @@ from run_here import Outcome
 from tiny_run import differing_bits
 
 from dino_xcit import safe_load
-from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.folder import BEST, CheckpointFolder
 from dino_xcit.metrics import read_metrics
 from dino_xcit.runtime.logging import logger
 
@@ -78,12 +78,13 @@ def test_resumed_run_matches_uninterrupted_run_with_knn_evaluation(stopped: Stop
     assert [record["step"] for record in epochs] == [4, 8, 12]
     assert all(0 <= record["knn_top1"] <= 100 for record in epochs)
     assert "knn top1" in whole.out
-    assert sorted(p.name for p in straight.glob("*.pth")) == ["backbone.pth", "best.pth", "checkpoint.pth"]
+    names = ["backbone.pth", "best-labelfree.pth", "best.pth", "checkpoint.pth"]
+    assert sorted(p.name for p in straight.glob("*.pth")) == names
     manifests = {manifest.step: manifest for manifest in CheckpointFolder(straight).manifests()}
-    assert {8, 12} <= manifests.keys() <= {4, 8, 12}  # 8 by --saveckp-freq, 12 as the newest, 4 if it is the best
+    assert {8, 12} <= manifests.keys() <= {4, 8, 12}  # 8 by --saveckp-freq, 12 as the newest, 4 if it is a best one
     assert manifests[8].keep
     measured = {record["step"]: record["knn_top1"] for record in epochs}
-    assert all(manifest.metric == measured[step] for step, manifest in manifests.items())
+    assert all(manifest.scores[BEST].value == measured[step] for step, manifest in manifests.items())
     best = safe_load.read(straight / "best.pth")["step"]
     assert measured[best] == max(measured.values())
 

@@ -87,7 +87,7 @@ def test_notebook_runs_from_pictures_to_search(pictures: Path, tmp_path: Path, m
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         exec(compile("".join(cell["source"]), "cell", "exec"), state)
         if cell["metadata"].get("tags") == ["parameters"]:
-            assert {"arch", "epochs", "output_dir"} <= state["SETTINGS"].keys()
+            assert {"arch", "output_dir"} <= state["SETTINGS"].keys()
             state |= {"PHOTOS": str(pictures), "SETTINGS": SMALL | {"output_dir": "run"}}
     assert mpl.get_backend() == "svg"
     assert state["vectors"].shape == (9, 64)

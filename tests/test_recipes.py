@@ -24,12 +24,14 @@ def test_defaults_equal_dinos_hard_coded_values() -> None:
 
 
 def test_parse_pretrain_reports_recipe_and_reason() -> None:
-    config, line = parse_pretrain([])
+    config, line, given = parse_pretrain([])
+    assert given == frozenset()
     assert "no --data-path" in line
     assert (config.recipe, config.data_path) == ("sample", "sample:fashion-mnist")
-    config, line = parse_pretrain(DATA)
-    assert "dino" in line
-    assert config.recipe == "dino"
+    config, line, given = parse_pretrain([*DATA, "--lr", "1e-3"])
+    assert "--data-path is given" in line
+    assert config.recipe == "auto"
+    assert given == {"data_path", "lr"}
 
 
 def test_published_recipe_has_published_values() -> None:
@@ -76,7 +78,7 @@ def test_settings_precedence_is_flag_file_recipe_default(tmp_path: Path) -> None
 
 def test_output_dir_default_names_recipe_and_architecture() -> None:
     assert parsed("--arch", "xcit_nano_12_p16").output_dir == "runs/sample-xcit_nano_12_p16"
-    assert parsed(*DATA, "--arch", "timm:vit_tiny_patch16_224").output_dir == "runs/dino-timm-vit_tiny_patch16_224"
+    assert parsed(*DATA, "--arch", "timm:vit_tiny_patch16_224").output_dir == "runs/auto-timm-vit_tiny_patch16_224"
     assert parsed(*DATA, "--output-dir", "x/y").output_dir == "x/y"
 
 

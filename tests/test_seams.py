@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import run_knn
 import run_pretrain
 from dino_xcit import recipes
+from dino_xcit.config import PretrainConfig
 from dino_xcit.data import register_source
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import InputError
@@ -37,7 +38,7 @@ def train(folder: Path, *flags: str, steps: int = 3, **seams: Any) -> list[dict[
     """Train a small run for ``steps`` steps and return its metrics."""
     words = [*SMALL, "--data-path", "sample:fashion-mnist", "--batch-size-per-gpu", "4", "--max-steps", str(steps)]
     words = [*words, *flags, "--output-dir", str(folder)]
-    run_pretrain.train(parse_pretrain(words)[0], CPU, **seams)
+    run_pretrain.train(parse_pretrain(words).config, CPU, **seams)
     return read_metrics(folder / "metrics.jsonl")
 
 
@@ -113,7 +114,14 @@ def test_evaluators_run_at_their_interval_and_select_best_checkpoint(tmp_path: P
         assert (tmp_path / "checkpoint.pth").exists()  # the evaluated step is saved first
         return {"spread": float(sum(p.std() for p in method.eval_backbone.parameters() if p.numel() > 1))}
 
-    evaluators = [("spread", 1, spread), ("seldom", 5, lambda method: {"last": 1.0}), ("never", 0, lambda method: {})]
+    free = iter([2.0, 1.0])
+    labelfree = ("labelfree", 1, lambda method: {PretrainConfig.labelfree_metric: next(free)})
+    evaluators = [
+        ("spread", 1, spread),
+        labelfree,
+        ("seldom", 5, lambda method: {"last": 1.0}),
+        ("never", 0, lambda method: {}),
+    ]
     flags = ["--data-path", "squares:8", "--best-metric", "spread", "--epochs", "2"]
     metrics = train(tmp_path, *flags, steps=4, evaluators=evaluators)
     epochs = [row for row in metrics if row["kind"] == "epoch"]
@@ -121,6 +129,7 @@ def test_evaluators_run_at_their_interval_and_select_best_checkpoint(tmp_path: P
     assert ["last" in row for row in epochs] == [False, True]
     best = max(epochs, key=lambda row: row["spread"])
     assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == best["step"]
+    assert torch.load(tmp_path / "best-labelfree.pth", weights_only=True)["step"] == 2
 
 
 def test_unknown_best_metric_gives_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +230,7 @@ def test_registered_method_trains_resumes_and_saves_backbone(tmp_path: Path) -> 
 def test_registered_recipe_applies_and_bad_setting_is_refused(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: recipes.RECIPES.pop("tiny", None))  # other tests iterate over all recipes
     recipes.register(Recipe("tiny", "a test", "--recipe tiny", "not measured", {"koleo_weight": 0.5}))
-    assert parse_pretrain(["--recipe", "tiny", "--data-path", "sample:fashion-mnist"])[0].koleo_weight == 0.5
+    assert parse_pretrain(["--recipe", "tiny", "--data-path", "sample:fashion-mnist"]).config.koleo_weight == 0.5
     train(tmp_path, "--recipe", "tiny")
     with pytest.raises(ValueError, match="no_such_setting"):
         recipes.register(Recipe("other", "a test", "", "", {"no_such_setting": 1}))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dino_xcit.checkpoint import resume
-from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.folder import BEST, BEST_LABELFREE, CheckpointFolder, Score
 from dino_xcit.checkpoint.resume import Stored
 from dino_xcit.checkpoint.saver import Saver
 from dino_xcit.checkpoint.state import Run, content_of, restore
@@ -93,11 +93,14 @@ class Checkpoints:
             self._saver.wait()
 
     def note(self, metrics: dict[str, float], run_ends: bool) -> None:
-        """Store the metrics of the step just saved; the best by ``--best-metric`` becomes ``best.pth``."""
+        """Store the scores of the step just saved, which select ``best.pth`` and ``best-labelfree.pth``."""
         name = self._run.config.best_metric
-        if self._saver and math.isfinite(metrics.get(name, math.nan)):
-            self._saver.note_metric(self._state.step, name, metrics[name])
-        elif metrics and name not in metrics and run_ends and name != type(self._run.config).best_metric:
+        names = {BEST: name, BEST_LABELFREE: self._run.config.labelfree_metric}
+        scores = {link: Score(one, metrics[one]) for link, one in names.items() if one in metrics}
+        scores = {link: score for link, score in scores.items() if math.isfinite(score.value)}
+        if self._saver and scores:
+            self._saver.note_scores(self._state.step, scores)
+        if metrics and name not in metrics and run_ends and name != type(self._run.config).best_metric:
             # every evaluator has run
             log.warn_once(f"no best.pth: no evaluator returns --best-metric {name} (found {', '.join(metrics)})")
 

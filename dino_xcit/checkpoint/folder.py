@@ -1,10 +1,11 @@
 """Checkpoints of a run on disk: manifests, verification and pruning.
 
 OUTPUT_DIR/checkpoints/step00001200.pth    state after step 1200
-OUTPUT_DIR/checkpoints/step00001200.json   manifest: size, SHA-256, epoch, metric; written last, so a checkpoint with a
+OUTPUT_DIR/checkpoints/step00001200.json   manifest: size, SHA-256, epoch, scores; written last, so a checkpoint with a
                                            manifest is complete
 OUTPUT_DIR/checkpoint.pth                  hard link to the newest checkpoint
 OUTPUT_DIR/best.pth                        hard link to the best checkpoint by --best-metric
+OUTPUT_DIR/best-labelfree.pth              hard link to the best checkpoint by a metric that needs no labels
 OUTPUT_DIR/backbone.pth                    evaluated backbone of the newest checkpoint
 """
 
@@ -16,16 +17,24 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
 
-FOLDER, LATEST, BEST, BACKBONE = "checkpoints", "checkpoint.pth", "best.pth", "backbone.pth"
+FOLDER, LATEST, BACKBONE = "checkpoints", "checkpoint.pth", "backbone.pth"
+BEST, BEST_LABELFREE = "best.pth", "best-labelfree.pth"
 ANEW = ".starts-anew"
 """Marker in the output directory while ``--resume never`` still has to delete earlier checkpoints."""
+
+
+class Score(NamedTuple):
+    """A metric of a checkpoint; higher is better."""
+
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,8 @@ class Manifest:
     """Steps per epoch when it was written; resuming with another global batch changes this number."""
     keep: bool = False
     """Whether pruning keeps it permanently."""
-    metric_name: str = ""
-    """Name of --best-metric, if measured."""
-    metric: float | None = None
-    """Value of --best-metric; higher is better."""
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    """By link to the best checkpoint, such as ``best.pth``."""
     written: float = 0.0
     """Unix time."""
 
@@ -120,24 +127,25 @@ class CheckpointFolder:
         """Complete an interrupted save of the newest checkpoint ``path`` by creating the missing links."""
         if not self.latest.exists() or not _same_bytes(path, self.latest):
             self._give_names(path, content)
-        best = _best(self.manifests())
-        if best and not (self.output_dir / BEST).exists():
-            atomic.give_name(self.folder / best.name, self.output_dir / BEST)
+        for link, best in _best(self.manifests()).items():
+            target = self.output_dir / link
+            if not target.exists() or not _same_bytes(self.folder / best.name, target):
+                atomic.give_name(self.folder / best.name, target)
 
     def _give_names(self, path: Path, content: Mapping[str, Any]) -> None:
         atomic.write_torch(self.output_dir / BACKBONE, dict(content["backbone"]))
         atomic.give_name(path, self.latest)
 
-    def note_metric(self, step: int, name: str, value: float) -> None:
-        """Store the value of --best-metric in a manifest; the best checkpoint becomes ``best.pth``."""
+    def note_scores(self, step: int, scores: Mapping[str, Score]) -> None:
+        """Store scores in the manifest of a step, and let the links for which it is the best point to it."""
         manifest = next((one for one in self.manifests() if one.step == step), None)
         if manifest is None:
             return
-        manifest = dataclasses.replace(manifest, metric_name=name, metric=value)
+        manifest = dataclasses.replace(manifest, scores=dict(scores))
         self._write_manifest(manifest)
-        best = _best(self.manifests())
-        if best == manifest:
-            atomic.give_name(self.folder / best.name, self.output_dir / BEST)
+        for link, best in _best(self.manifests()).items():
+            if best == manifest:
+                atomic.give_name(self.folder / best.name, self.output_dir / link)
         self.prune()
 
     def prune(self) -> None:
@@ -146,13 +154,13 @@ class CheckpointFolder:
         A checkpoint counts as intact only after its hash was checked.
         """
         intact = 0
-        best = _best(self.manifests())
+        best = _best(self.manifests()).values()
         for path, manifest in self._entries():
             if isinstance(manifest, str):
                 continue  # the checkpoint may be one to keep, and the read error may be temporary
             if intact < self._keep_last:
                 intact += self._is_intact(manifest)
-            elif not (manifest.keep or manifest == best):
+            elif not (manifest.keep or manifest in best):
                 # Remove the manifest first: a file without a manifest is ignored, the reverse is reported as damage.
                 path.unlink(missing_ok=True)
                 path.with_suffix(".pth").unlink(missing_ok=True)
@@ -165,7 +173,7 @@ class CheckpointFolder:
         if self.folder.exists():
             for path in sorted(self.folder.glob("step*.json")) + sorted(self.folder.glob("step*.pth")):
                 path.unlink(missing_ok=True)
-        for name in (LATEST, BEST, ANEW):  # the marker last, when all checkpoints are removed
+        for name in (LATEST, BEST, BEST_LABELFREE, ANEW):  # the marker last, when all checkpoints are removed
             (self.output_dir / name).unlink(missing_ok=True)
 
     def _write_manifest(self, manifest: Manifest) -> None:
@@ -276,6 +284,8 @@ def _read_manifest(path: Path) -> Manifest | str:
         if values.pop("checksum") == _checksum(values):
             known = {field.name for field in dataclasses.fields(Manifest)}  # earlier versions had other fields
             manifest = Manifest(**{name: value for name, value in values.items() if name in known}, stem=path.stem)
+            scores = {link: Score(*score) for link, score in manifest.scores.items()}
+            manifest = dataclasses.replace(manifest, scores=scores)
             if path.stem.partition("-")[0] == f"step{manifest.step:08d}":
                 return manifest
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
@@ -287,8 +297,12 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _best(manifests: list[Manifest]) -> Manifest | None:
-    """Return the best manifest by the most recently measured metric; ties go to the newer one."""
-    measured = [manifest for manifest in manifests if manifest.metric is not None]
-    measured = [manifest for manifest in measured if manifest.metric_name == measured[0].metric_name]
-    return max(measured, key=lambda m: (m.metric, m.progress), default=None)
+def _best(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Return the best manifest for each link, by the most recently measured metric; ties go to the newer one."""
+    best = {}
+    for link in (BEST, BEST_LABELFREE):
+        measured = [one for one in manifests if link in one.scores]
+        measured = [one for one in measured if one.scores[link].metric == measured[0].scores[link].metric]
+        if measured:
+            best[link] = max(measured, key=lambda one: (one.scores[link].value, one.progress))
+    return best

@@ -31,8 +31,7 @@ def output_folder(folder: Path) -> Iterator[None]:
     lock = ExitStack()
 
     def take() -> None:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"the output directory {folder} is not a folder: choose another --output-dir")
+        refuse_file(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -49,6 +48,12 @@ def output_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.close()
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise InputError if the output directory is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output directory {folder} is not a folder: choose another --output-dir")
 
 
 @dataclass(frozen=True)

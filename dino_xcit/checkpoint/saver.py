@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dino_xcit.checkpoint.folder import CheckpointFolder
+from dino_xcit.checkpoint.folder import CheckpointFolder, Score
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
@@ -23,7 +23,7 @@ class _Job:
     step: int
     future: Future[object]
     is_save: bool
-    """False: a metric to store in a manifest."""
+    """False: scores to store in a manifest."""
 
 
 class Saver:
@@ -60,9 +60,9 @@ class Saver:
         copy = on_cpu(content)
         self._under_way.append(_Job(int(content["step"]), self._thread.submit(self.folder.write, copy, keep), True))
 
-    def note_metric(self, step: int, name: str, value: float) -> None:
-        """Call :meth:`CheckpointFolder.note_metric` after pending saves."""
-        self._under_way.append(_Job(step, self._thread.submit(self.folder.note_metric, step, name, value), False))
+    def note_scores(self, step: int, scores: Mapping[str, Score]) -> None:
+        """Call :meth:`CheckpointFolder.note_scores` after pending saves."""
+        self._under_way.append(_Job(step, self._thread.submit(self.folder.note_scores, step, scores), False))
 
     def poll(self) -> None:
         """Process the results of finished tasks without waiting for pending ones."""

@@ -1,0 +1,99 @@
+"""Recipe auto against DINO's settings, at equal images seen: k-NN accuracy on small sets.
+
+    python benchmarks/auto.py OUT [--only SET ...] [--weights CHECKPOINT] [--jobs 2]
+
+The sets are 1,000, 10,000 and 60,000 images of Fashion-MNIST (Debian's dataset-fashion-mnist), evaluated on its test
+images, and 4,000 colour images of its objects on textures. Both recipes get the same network, crop sizes and epochs,
+and nothing else; on grey images auto has 2 local crops instead of 8, so it takes less time. With --weights, both
+continue from a checkpoint of --arch. Runs that are in OUT are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dino_xcit.data.sample import open_sample  # noqa: E402
+from dino_xcit.metrics import read_metrics  # noqa: E402
+from eval.table import table  # noqa: E402
+
+FULL = "sample:fashion-mnist-full"
+GREY = "--global-crops-size 28 --local-crops-size 16"
+SETS = {
+    "fashion-1000": f"--data-path fashion-1000 --train-data fashion-1000 --val-data fashion-test --epochs 16 {GREY}",
+    "fashion-10000": f"--data-path fashion-10000 --train-data fashion-10000 --val-data fashion-test --epochs 2 {GREY}",
+    "fashion-60000": f"--data-path {FULL} --epochs 1 {GREY}",
+    "colour-4000": "--data-path sample:scene-objects --epochs 3 --global-crops-size 64 --local-crops-size 32",
+}
+RECIPES = ("dino", "auto")
+
+
+def write_sets(out: Path) -> None:
+    """Write class-balanced parts of Fashion-MNIST as folders: 1,000 and 10,000 training images, all test images."""
+    for name, part, count in (
+        ("fashion-1000", "train", 1000),
+        ("fashion-10000", "train", 10_000),
+        ("fashion-test", "val", 10_000),
+    ):
+        if (out / name).exists():
+            continue
+        source = open_sample("fashion-mnist-full", part)
+        assert source.labels is not None
+        for label in range(10):
+            folder = out / name / str(label)
+            folder.mkdir(parents=True)
+            for index in np.flatnonzero(source.labels == label)[: count // 10]:
+                Image.fromarray(source.images[index]).save(folder / f"{index:05d}.png")
+
+
+def train(folder: Path, name: str, recipe: str, more: str) -> float:
+    """Train one run on one thread; return its k-NN accuracy in percent."""
+    if not (folder / "done").exists():
+        flags = f"--recipe {recipe} {SETS[name]} {more} --knn-every 1000 --num-workers 0 --no-report-pictures --quiet"
+        command = [sys.executable, str(ROOT / "run_pretrain.py"), *flags.split(), "--output-dir", str(folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run([*command, "--resume=never"], env=environment, cwd=folder.parent, check=True)
+        (folder / "done").touch()
+    return next(row["knn_top1"] for row in reversed(read_metrics(folder / "metrics.jsonl")) if "knn_top1" in row)
+
+
+def main() -> None:
+    """Train what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--arch", default="xcit_micro_4_p16")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    write_sets(out)
+    more = f"--arch {given.arch}"
+    if given.weights:
+        more += f" --init-weights {given.weights.resolve()}"
+    suffix = "-continued" if given.weights else ""
+    runs = [(name, recipe) for name in given.only for recipe in RECIPES]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        measured = pool.map(
+            lambda run: train(out / f"{run[0]}-{run[1]}-{given.arch}{suffix}", run[0], run[1], more), runs
+        )
+        found = dict(zip(runs, measured, strict=True))
+    rows = [[name, *(f"{found[name, recipe]:.1f}" for recipe in RECIPES)] for name in given.only]
+    print(table(["set", *RECIPES], rows))
+    print(json.dumps({" ".join(run): round(accuracy, 2) for run, accuracy in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
