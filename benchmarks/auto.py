@@ -31,7 +31,7 @@ from eval.table import table  # noqa: E402
 FULL = "sample:fashion-mnist-full"
 GREY = "--global-crops-size 28 --local-crops-size 16"
 SETS = {
-    "fashion-1000": f"--data-path fashion-1000 --train-data fashion-1000 --val-data fashion-test --epochs 16 {GREY}",
+    "fashion-1000": f"--data-path fashion-1000 --train-data fashion-1000 --val-data fashion-test --epochs 8 {GREY}",
     "fashion-10000": f"--data-path fashion-10000 --train-data fashion-10000 --val-data fashion-test --epochs 2 {GREY}",
     "fashion-60000": f"--data-path {FULL} --epochs 1 {GREY}",
     "colour-4000": "--data-path sample:scene-objects --epochs 3 --global-crops-size 64 --local-crops-size 32",

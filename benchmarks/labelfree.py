@@ -1,9 +1,9 @@
 """Which figure that needs no labels follows k-NN accuracy over the epochs of a run?
 
-    python benchmarks/labelfree.py OUT [--only NAME ...] [--epochs 8] [--jobs 2]
+    python benchmarks/labelfree.py OUT [--only NAME ...] [--epochs 5] [--jobs 2]
 
-Pretrains on 4,000 images of the embedded sample with different settings, healthy and harmful, and measures k-NN on the
-8,000 others and all figures of docs/monitoring.md after each epoch. Runs that are in OUT are not repeated. For each
+Pretrains on 2,000 images of the embedded sample with different settings, healthy and harmful, and measures k-NN on
+4,000 others and all figures of docs/monitoring.md after each epoch. Runs that are in OUT are not repeated. For each
 figure the table has Spearman's correlation with k-NN within a run, and the accuracy lost when it selects the epoch.
 """
 
@@ -30,7 +30,6 @@ PLAIN: dict[str, object] = {"centering": "centering", "koleo_weight": 0}
 SIMDINO = PLAIN | {"method": "simdino"}
 RUNS: dict[str, dict[str, object]] = {
     "sample": {},
-    "sample, seed 1": {"seed": 1},
     "no KoLeo": {"koleo_weight": 0},
     "strong KoLeo": {"koleo_weight": 1},
     "centring": PLAIN,
@@ -39,7 +38,6 @@ RUNS: dict[str, dict[str, object]] = {
     "lr 5e-4": {"lr": 5e-4},
     "lr 3e-2": {"lr": 3e-2},
     "momentum 0.996": {"momentum_teacher": 0.996},
-    "K 256": {"out_dim": 256},
     "SimDINO": SIMDINO,
     "SimDINO, coding rate 0.1": SIMDINO | {"coding_rate_weight": 0.1},
     "small crops": {"global_crops_scale": (0.14, 0.4), "local_crops_scale": (0.05, 0.14)},
@@ -51,7 +49,7 @@ def train(name: str, folder: Path, epochs: int) -> None:
     """Train one run on one thread, with all figures after each epoch."""
     import torch
 
-    from dino_xcit.data import open_source
+    from dino_xcit.data import Source, Subset, open_source, register_source
     from dino_xcit.metrics import read_metrics
     from dino_xcit.recipes import parse_pretrain
     from dino_xcit.representation import build_evaluator
@@ -60,12 +58,21 @@ def train(name: str, folder: Path, epochs: int) -> None:
 
     if (folder / "metrics.jsonl").exists() and read_metrics(folder / "metrics.jsonl")[-1].get("epoch") == epochs - 1:
         return
+
+    def every_sixth(_rest: str, part: str | None) -> Source:
+        whole = open_source("sample:fashion-mnist", "train")
+        chosen = np.arange(len(whole))
+        return Subset(whole, chosen[chosen % 3 == 1] if part == "val" else chosen[chosen % 6 == 0])
+
+    register_source("every-sixth", every_sixth)
     torch.set_num_threads(1)
     own = {
         "arch": "xcit_pico_4_p8",
         "epochs": epochs,
         "knn_every": 1,
-        "knn_holdout": 8000,
+        "knn_holdout": 0,
+        "data_path": "every-sixth:sample",
+        "recipe": "sample",
         "num_workers": 0,
         "save_every": 0,
     }
@@ -102,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     folders = [given.out / name.replace(" ", "-").replace(",", "") for name in given.only]
