@@ -84,7 +84,7 @@ class Signal:
     @property
     def rises(self) -> bool:
         """Whether the value is a tenth higher than some logged steps ago, and not close to 0."""
-        return self.now > max(1.1 * self._before[0], 0.3 * self.highest, NOISE)
+        return self.now > max(1.1 * self._before[0], 0.3 * self.highest)
 
     @property
     def share(self) -> float:
@@ -142,7 +142,7 @@ class Judge:
             return Verdict(TOO_EARLY)
         used = self._get("prototype_perplexity").now
         share = self._get("teacher_entropy").now / math.log(self._config.out_dim)
-        fallen = information.share < INFORMATION_FALL and not information.rises
+        fallen = information.share < INFORMATION_FALL and not information.rises or information.now < NOISE
         if fallen and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):
             reason = (
                 f"mutual information of image and prototype {information.now:.2g} nats (best "
