@@ -142,7 +142,7 @@ class Judge:
             return Verdict(TOO_EARLY)
         used = self._get("prototype_perplexity").now
         share = self._get("teacher_entropy").now / math.log(self._config.out_dim)
-        fallen = information.share < INFORMATION_FALL and not information.rises or information.now < NOISE
+        fallen = (information.share < INFORMATION_FALL and not information.rises) or information.now < NOISE
         if fallen and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):
             reason = (
                 f"mutual information of image and prototype {information.now:.2g} nats (best "
