@@ -129,7 +129,7 @@ class PretrainConfig(TrainConfig):
     With your own images, recipe auto replaces some of these defaults; the run prints them.
     """
 
-    labelfree_metric = "lidar"
+    labelfree_metric = "rankme"
     recipe: Annotated[str, ResumeSafe, Group("data")] = ""
     """Named set of settings: auto (dino, adapted to the number and the size of the images), dino (the defaults of
     facebookresearch/dino), xcit-dino-300ep (closest to the published XCiT models), sample (the embedded images of
