@@ -20,6 +20,9 @@ from ranks import Run, Server, Start, rank_server
 from run_here import Here, run_here
 
 torch.set_num_threads(1)
+# The first backward pass starts autograd's device threads, for fake CUDA devices too, and forbids later forks.
+# This one finds no devices and starts none.
+torch.ones(1, requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from dino_xcit.config import PretrainConfig
 from dino_xcit.methods.student_teacher import choose_precision
+from dino_xcit.models.xca import XCA
+from dino_xcit.models.xcit import XCIT_SIZES, XCiTSize
 from dino_xcit.runtime import distributed
+from dino_xcit.train import build_state
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -24,7 +28,7 @@ import fake_cuda  # noqa: E402
 
 pytestmark = pytest.mark.process
 CUDA = fake_cuda.CUDA
-SMALL = {"out_dim": 512, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "local_crops_number": 2}
+SMALL: dict[str, Any] = {"out_dim": 512, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "local_crops_number": 2}
 
 MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4290, 43, 159.2
 """Ceilings for a step of S12/16 at batch 64 in bf16. Lower them when the counts drop."""
@@ -32,41 +36,31 @@ MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4290, 43, 159.2
 MAX_FORWARD_LAUNCHES = {("gram path", "bf16"): 677, ("gram path", "fp32"): 511}
 
 
-# ---- forward pass, in a process of its own: fake CUDA tensors start autograd's threads, after which tests cannot fork
+# ---- forward pass
 
-ARCHS = ["xcit_1_p16", "xcit_1_p8", "gram path", "vit_tiny_2_p16", "timm:resnet18"]
-PRECISIONS = ["bf16", "fp16", "fp32"]
-FORWARD = """
-import json, sys
-sys.path[:0] = sys.argv[1:3]
-import fake_cuda, torch
-from dino_xcit.config import PretrainConfig
-from dino_xcit.models.xca import XCA
-from dino_xcit.models.xcit import XCIT_SIZES, XCiTSize
-from dino_xcit.train import build_state
-XCIT_SIZES["xcit_1"] = XCiTSize(64, 1, 4, 1.0)  # one block of each kind: shapes are propagated in Python
-archs, precisions, small = map(json.loads, sys.argv[3:])
-for arch in archs:
-    for precision in precisions:
-        gram = arch == "gram path"
-        name = "xcit_1_p8" if gram else arch
-        config = PretrainConfig(arch=name, device="cuda", precision=precision, batch_size_per_gpu=4, **small)
-        ledger = fake_cuda.Ledger()
-        with fake_cuda.fake_cuda():
-            method = build_state(config, fake_cuda.CUDA).method
-            for module in method.student.modules():
-                if isinstance(module, XCA):
-                    module.path = "gram" if gram else "auto"
-            batch = fake_cuda.fake_batch(config)
-            with ledger:
-                student, teacher = method.forward(batch)
-            devices = {str(one.device) for one in (student.logits, teacher.logits, teacher.features)}
-        print(json.dumps({
-            "case": [arch, precision], "shape": list(student.logits.shape), "devices": list(devices),
-            "launches": ledger.total()[0],
-            "clean": [ledger.waits, ledger.blocking_copies, ledger.mixed_devices, ledger.slow_foreach],
-        }))
-"""
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("arch", ["xcit_1_p16", "xcit_1_p8", "gram path", "vit_tiny_2_p16", "timm:resnet18"])
+def test_forward_pass_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, arch: str, precision: str) -> None:
+    monkeypatch.setitem(XCIT_SIZES, "xcit_1", XCiTSize(64, 1, 4, 1.0))
+    name = "xcit_1_p8" if arch == "gram path" else arch
+    config = PretrainConfig(arch=name, device="cuda", precision=precision, batch_size_per_gpu=4, **SMALL)
+    ledger = fake_cuda.Ledger()
+    with fake_cuda.fake_cuda():
+        method = build_state(config, CUDA).method
+        for module in method.student.modules():
+            if isinstance(module, XCA):
+                module.path = "gram" if arch == "gram path" else "auto"
+        batch = fake_cuda.fake_batch(config)
+        with ledger:
+            student, teacher = method.forward(batch)
+        devices = {one.device for one in (student.logits, teacher.logits, teacher.features)}
+    assert (student.logits.shape, devices) == ((4 * 4, 512), {CUDA})
+    assert [ledger.waits, ledger.blocking_copies, ledger.mixed_devices, ledger.slow_foreach] == [[], [], [], {}]
+    assert 100 < ledger.total()[0] <= MAX_FORWARD_LAUNCHES.get((arch, precision), 1000)
+
+
+# ---- whole steps, in processes of their own
 
 
 def lines_of(program: str, *words: Any) -> list[dict[str, Any]]:
@@ -76,23 +70,6 @@ def lines_of(program: str, *words: Any) -> list[dict[str, Any]]:
     assert ended.returncode == 0, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
-
-@pytest.fixture(scope="module")
-def forward_passes() -> dict[tuple[str, str], dict[str, Any]]:
-    return {tuple(found["case"]): found for found in lines_of(FORWARD, ARCHS, PRECISIONS, SMALL)}
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_forward_pass_never_waits_for_the_device(forward_passes: Any, arch: str, precision: str) -> None:
-    found = forward_passes[arch, precision]
-    assert found["shape"] == [4 * 4, 512]
-    assert found["devices"] == ["cuda:0"]
-    assert found["clean"] == [[], [], [], {}]
-    assert 100 < found["launches"] <= MAX_FORWARD_LAUNCHES.get((arch, precision), 1000)
-
-
-# ---- whole steps, in processes of their own
 
 CASES: dict[str, dict[str, Any]] = {
     "accumulation": {"accumulation_steps": 2},
