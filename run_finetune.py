@@ -1,6 +1,6 @@
 """Train a backbone with labels and measure its accuracy.
 
-    python run_finetune.py --recipe own-data --weights runs/sample-xcit_pico_4_p8/checkpoint.pth
+    python run_finetune.py --recipe own-data --weights runs/sample-xcit_micro_4_p16/checkpoint.pth
     torchrun --nproc-per-node 8 run_finetune.py --weights ckpt.pth --data-path /data/imagenet
     torchrun --nproc-per-node 8 run_finetune.py --recipe xcit-supervised-400ep --weights none \\
         --arch xcit_small_12_p16 --data-path /data/imagenet

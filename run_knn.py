@@ -1,6 +1,6 @@
 """Evaluate a frozen backbone with weighted k-NN classification (DINO's protocol).
 
-    python run_knn.py --weights runs/sample-xcit_pico_4_p4/checkpoint.pth
+    python run_knn.py --weights runs/sample-xcit_micro_4_p16/checkpoint.pth
     torchrun --nproc-per-node 8 run_knn.py --weights ckpt.pth --data-path /data/imagenet
     python run_knn.py --weights ckpt.pth --few-shot 1 2 5 10 --per-class classes.csv --confusion classes.png
 

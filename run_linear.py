@@ -1,6 +1,6 @@
 """Evaluate a frozen backbone with linear classifiers: DINO's published protocol and a grid of learning rates.
 
-    python run_linear.py --weights runs/sample-xcit_pico_4_p4/checkpoint.pth
+    python run_linear.py --weights runs/sample-xcit_micro_4_p16/checkpoint.pth
     torchrun --nproc-per-node 8 run_linear.py --weights ckpt.pth --data-path /data/imagenet
     python run_linear.py --weights ckpt.pth --features cls cls+mean last4 --cached --logreg
 
