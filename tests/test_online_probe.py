@@ -11,9 +11,10 @@ from tiny_run import CPU, build_state, differing_bits, learnt, tensors_of, tiny_
 
 import run_pretrain
 from dino_xcit.data import open_source
+from dino_xcit.data.loader import StepSampler
 from dino_xcit.metrics import read_metrics
 from dino_xcit.train import TrainState
-from eval.knn.online import _hold_out, build_evaluators, build_probe
+from eval.knn.online import _held_out, _hold_out, build_evaluators, build_probe
 from eval.linear.online import OnlineProbe
 
 ALL = np.ones(64, dtype=np.bool_)
@@ -32,6 +33,14 @@ def test_probe_does_not_learn_held_out_images() -> None:
         probe.on_step(Mock(features=features), batch_of(labels))
     assert probe.top1(features[:32].numpy(), labels[:32].numpy()) == 100
     assert 25 < probe.top1(features[32:].numpy(), labels[32:].numpy()) < 75
+
+
+def test_every_epoch_spreads_held_out_images_over_its_steps() -> None:
+    held_out = _held_out(12_000, 2000, seed=0)
+    sampler = StepSampler(12_000, 1000, stop_step=12 * 5)
+    for batch in sampler:
+        images = [index for _, index in batch]
+        assert 100 < np.isin(images, held_out).sum() < 240  # 167 expected
 
 
 def test_probe_with_other_classes_starts_anew() -> None:

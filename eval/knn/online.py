@@ -93,4 +93,5 @@ def _hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
 
 
 def _held_out(images: int, count: int, seed: int) -> NDArray[np.int64]:
-    return np.sort(np.random.default_rng([seed, 1]).permutation(images)[:count])
+    # Another stream than the sampler's (seed, epoch): else the held-out images would begin its second epoch.
+    return np.sort(np.random.default_rng([seed, 0, 1]).permutation(images)[:count])
