@@ -8,7 +8,10 @@ The loop is in dino_xcit/loop.py, the step in dino_xcit/train.py, the loss in di
 
 from __future__ import annotations
 
-from dino_xcit.cli import check_flags  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
+from dino_xcit.cli import (  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
+    check_flags,
+    flags_of,
+)
 from dino_xcit.config import PretrainConfig
 from dino_xcit.recipes import AUTO, PretrainSettings, parse_pretrain, recipe_settings
 
@@ -27,6 +30,7 @@ import torch
 
 from dino_xcit import auto, loop, nonfinite, representation
 from dino_xcit.checkpoint.folder import LATEST
+from dino_xcit.checkpoint.resume import refuse_file
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.decode import choose_white_level
 from dino_xcit.data.loader import MultiCropDataset, check_augment_device
@@ -36,6 +40,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.init_weights import initialise
 from dino_xcit.loop import Job
 from dino_xcit.metrics import METRICS_FILE, read_metrics, require_wandb
+from dino_xcit.models import build_empty
 from dino_xcit.monitors import StepMonitors
 from dino_xcit.observers import Evaluator, Observer
 from dino_xcit.optim import Schedules
@@ -80,11 +85,7 @@ def pretrain(data: str | Path = "", **settings: Any) -> PretrainedRun:
         InputError: a setting or the data are invalid.
         RunStopped: the run diverged, or was stopped.
     """
-    argv = ["--data-path", str(data)] if str(data) else []
-    for name, value in settings.items():
-        first, *others = value if isinstance(value, list | tuple) else [value]
-        argv += [f"--{name}={first}", *map(str, others)]
-    parsed = parse_pretrain(argv)
+    parsed = parse_pretrain(flags_of(({"data_path": data} if str(data) else {}) | settings))
     config = parsed.config
     if config.dry_run:
         raise InputError("dry_run has no trained network to return: use python run_pretrain.py --dry-run")
@@ -112,7 +113,8 @@ def run(settings: PretrainSettings) -> None:
     log.info(settings.explanation)
     choose_kernels(config, device)
     if config.dry_run:
-        dry_run(config, device, lambda config: build_job(config, {}, device, evaluators=(), given=settings.given))
+        distributed.on_main(partial(refuse_file, Path(config.output_dir)))
+        dry_run(build_job(config, {}, device, evaluators=(), given=settings.given), device)
     else:
         train(config, device, given=settings.given)
 
@@ -127,7 +129,7 @@ def train(
     """Start or resume a run in ``config.output_dir`` and return its final state.
 
     Args:
-        evaluators: called at epoch ends; None: figures of the representation, and k-NN if ``knn_every`` is set.
+        evaluators: called at epoch ends; None: metrics of the representation, and k-NN if ``knn_every`` is set.
         observers: called after each accepted step, besides the monitors and the online probe.
         given: settings that recipe ``auto`` leaves alone: ``parse_pretrain(argv).given``.
 
@@ -155,14 +157,14 @@ def build_job(
         stored: settings in the checkpoint from which the run resumes.
         evaluators, observers, given: as of :func:`train`.
     """
-    state = build_state(config, device)  # before the data, which can take minutes to index
+    build_empty(config.arch)  # refuses an unknown name before the data, which can take minutes to index
     source = open_source(config.data_path, "train")
     recipe = recipe_settings(config.recipe, config.arch) if config.recipe else {}
     if config.recipe == AUTO.name:
         if given is None:
             raise InputError("recipe auto needs to know which settings are given: give train(..., given=[...])")
         config, recipe = auto.adapt(config, source, given, stored)
-        state = build_state(config, device)
+    state = build_state(config, device)
     config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
     dataset = MultiCropDataset(
         source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda"
@@ -186,7 +188,7 @@ def build_job(
         on_divergence=nonfinite.keep,
         next_command=next_command(config, source),
         report=Reporter(config.output_dir, Pictures(config, source, device) if config.report_pictures else None),
-        details=set(representation.FIGURES) - {config.labelfree_metric},
+        details=set(representation.METRICS) - {config.labelfree_metric},
         recipe=recipe,
         judge=Judge(config),
     )

@@ -59,12 +59,13 @@ def write_sets(out: Path) -> None:
 
 def train(folder: Path, name: str, recipe: str, more: str) -> float:
     """Train one run on one thread; return its k-NN accuracy in percent."""
-    if not (folder / "done").exists():
-        flags = f"--recipe {recipe} {SETS[name]} {more} --knn-every 1000 --num-workers 0 --no-report-pictures --quiet"
+    flags = f"--recipe {recipe} {SETS[name]} {more} --knn-every 1000 --num-workers 0 --no-report-pictures --quiet"
+    done = folder / "done"
+    if not done.exists() or done.read_text() != flags:
         command = [sys.executable, str(ROOT / "run_pretrain.py"), *flags.split(), "--output-dir", str(folder)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         subprocess.run([*command, "--resume=never"], env=environment, cwd=folder.parent, check=True)
-        (folder / "done").touch()
+        done.write_text(flags)
     return next(row["knn_top1"] for row in reversed(read_metrics(folder / "metrics.jsonl")) if "knn_top1" in row)
 
 

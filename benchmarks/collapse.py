@@ -10,23 +10,27 @@ The verdict is computed from their metrics.jsonl, so that another rule can be ju
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dino_xcit.auto import ADAPTED  # noqa: E402
+from dino_xcit.cli import flags_of  # noqa: E402
+from dino_xcit.config import PretrainConfig  # noqa: E402
 from dino_xcit.metrics import read_metrics  # noqa: E402
-from dino_xcit.recipes import parse_pretrain  # noqa: E402
 from dino_xcit.verdict import Judge, Verdict  # noqa: E402
 from eval.table import table  # noqa: E402
 
+QUIET: dict[str, object] = {
+    "arch": "xcit_pico_4_p8", "num_workers": 0, "knn_every": 0, "knn_holdout": 0, "save_every": 0,
+}  # fmt: skip
+"""Settings of all runs that do not set them."""
 PLAIN: dict[str, object] = {"centering": "centering", "koleo_weight": 0}
 """DINO's own means against collapse instead of the recipe's."""
 FAILING: dict[str, dict[str, object]] = {
@@ -57,13 +61,6 @@ HEALTHY: dict[str, dict[str, object]] = {
 }
 
 
-def flags_of(name: str, **settings: object) -> list[str]:
-    """Return the flags of a scenario, which win over ``settings``."""
-    settings |= {"arch": "xcit_pico_4_p8", "num_workers": 0, "knn_every": 0, "knn_holdout": 0, "save_every": 0}
-    settings |= (FAILING | HEALTHY)[name]
-    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-
-
 def write_photographs(folder: Path, count: int = 2000) -> None:
     """Write random squares of the photographs that scikit-learn and scikit-image ship."""
     import numpy as np
@@ -86,8 +83,8 @@ def train(name: str, folder: Path, steps: int) -> None:
     """Run one scenario in a process; a run that stops early is an outcome."""
     if (folder / "done").exists():
         return
-    flags = [*flags_of(name, max_steps=steps), "--output-dir", str(folder.resolve()), "--resume", "never"]
-    command = [sys.executable, str(ROOT / "run_pretrain.py"), *flags]
+    own = {"max_steps": steps, "output_dir": folder.resolve(), "resume": "never"} | (FAILING | HEALTHY)[name]
+    command = [sys.executable, str(ROOT / "run_pretrain.py"), *flags_of(QUIET | own)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "w") as output:
@@ -98,11 +95,14 @@ def train(name: str, folder: Path, steps: int) -> None:
     print(f"{name}: code {ended.returncode}", file=sys.stderr, flush=True)
 
 
-def judge(name: str, folder: Path) -> list[tuple[int, Verdict]]:
+def judge(folder: Path) -> list[tuple[int, Verdict]]:
     """Return the verdicts on a run and their steps."""
-    config, rows, verdicts = parse_pretrain(flags_of(name)).config, read_metrics(folder / "metrics.jsonl"), []
-    adapted = {key: value for row in rows if row["kind"] == "run" for key, value in row["settings"].items()}
-    one = Judge(dataclasses.replace(config, **{key: adapted[key] for key in ADAPTED if key in adapted}))
+    rows, verdicts = read_metrics(folder / "metrics.jsonl"), []
+    stored = next(row["settings"] for row in rows if row["kind"] == "run")
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
+    }
+    one = Judge(PretrainConfig(**settings))
     for row in rows:
         if row["kind"] == "step" and one.add(row["step"], row):
             verdicts.append((row["step"], one.verdict))
@@ -124,7 +124,7 @@ def main() -> None:
         list(pool.map(lambda name: train(name, folders[name], given.steps), given.only))
     rows = []
     for name in given.only:
-        verdicts = judge(name, folders[name])
+        verdicts = judge(folders[name])
         told = "; ".join(f"{verdict.state} at step {step}" for step, verdict in verdicts)
         remedy = next((verdict.remedy for _, verdict in verdicts if verdict.remedy), "-")
         rows.append([name, "made to fail" if name in FAILING else "healthy", told or "-", remedy])

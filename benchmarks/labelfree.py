@@ -1,16 +1,16 @@
-"""Which figure that needs no labels follows k-NN accuracy over the epochs of a run?
+"""Which metric that needs no labels follows k-NN accuracy over the epochs of a run?
 
     python benchmarks/labelfree.py OUT [--only NAME ...] [--epochs 5] [--jobs 2]
 
 Pretrains on 2,000 images of the embedded sample with different settings, healthy and harmful, and measures k-NN on
-4,000 others and all figures of docs/monitoring.md after each epoch. Runs that are in OUT are not repeated. For each
-figure the table has Spearman's correlation with k-NN within a run, and the accuracy lost when it selects the epoch.
+4,000 others and all metrics of docs/monitoring.md after each epoch. Runs that are in OUT are not repeated. For each
+metric the table has Spearman's correlation with k-NN within a run, and the accuracy lost when its highest value selects
+the epoch, or its lowest if the mean correlation in these runs is negative.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from dino_xcit.metrics import read_metrics  # noqa: E402
 from eval.table import table  # noqa: E402
 
 PLAIN: dict[str, object] = {"centering": "centering", "koleo_weight": 0}
@@ -46,11 +47,11 @@ KNN = "knn_top1"
 
 
 def train(name: str, folder: Path, epochs: int) -> None:
-    """Train one run on one thread, with all figures after each epoch."""
+    """Train one run on one thread, with all metrics after each epoch."""
     import torch
 
+    from dino_xcit.cli import flags_of
     from dino_xcit.data import Source, Subset, open_source, register_source
-    from dino_xcit.metrics import read_metrics
     from dino_xcit.recipes import parse_pretrain
     from dino_xcit.representation import build_evaluator
     from eval.knn.online import build_evaluators
@@ -77,18 +78,14 @@ def train(name: str, folder: Path, epochs: int) -> None:
         "save_every": 0,
     }
     settings = own | {"resume": "never", "quiet": True, "report_pictures": False, "output_dir": folder} | RUNS[name]
-    flags: list[str] = []
-    for key, value in settings.items():
-        first, *others = value if isinstance(value, tuple) else [value]
-        flags += [f"--{key}={first}", *map(str, others)]
-    config, device = parse_pretrain(flags).config, torch.device("cpu")
+    config, device = parse_pretrain(flags_of(settings)).config, torch.device("cpu")
     source = open_source(config.data_path, "train")
-    figures = build_evaluator(config, source, device)._replace(every=1)
-    train(config, device, [figures, *build_evaluators(config, source, device, None)])
+    metrics = build_evaluator(config, source, device)._replace(every=1)
+    train(config, device, [metrics, *build_evaluators(config, source, device, None)])
 
 
 def compare(runs: Sequence[Sequence[Mapping[str, float]]]) -> list[list[str]]:
-    """Return a row for each figure, smallest loss first: correlations with k-NN, and k-NN accuracy lost."""
+    """Return a row for each metric, smallest loss first: correlations with k-NN, and k-NN accuracy lost."""
     found = list[tuple[float, list[str]]]()
     for name in sorted({name for run in runs for row in run for name in row} - {KNN, "epoch", "step"}):
         pairs = [np.array([(row[name], row[KNN]) for row in run if name in row]) for run in runs]
@@ -99,8 +96,8 @@ def compare(runs: Sequence[Sequence[Mapping[str, float]]]) -> list[list[str]]:
         sign = 1 if np.mean(correlations) > 0 else -1
         lost = [float(one[:, 1].max() - one[np.argmax(sign * one[:, 0]), 1]) for one in pairs]
         span = f"{min(correlations):.2f} to {max(correlations):.2f}"
-        figures = [f"{np.mean(correlations):.2f}", span, f"{np.mean(lost):.2f}", f"{max(lost):.1f}"]
-        found.append((float(np.mean(lost)), [name, str(len(pairs)), *figures]))
+        columns = [f"{np.mean(correlations):.2f}", span, f"{np.mean(lost):.2f}", f"{max(lost):.1f}"]
+        found.append((float(np.mean(lost)), [name, str(len(pairs)), *columns]))
     return [row for _, row in sorted(found)]
 
 
@@ -117,12 +114,11 @@ def main() -> None:
         list(pool.map(partial(train, epochs=given.epochs), given.only, folders))
     runs = []
     for name, folder in zip(given.only, folders, strict=True):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if row["kind"] == "epoch"]
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "epoch"]
         runs.append([{key: value for key, value in row.items() if isinstance(value, int | float)} for row in rows])
         print(f"{name}: k-NN {', '.join(f'{row[KNN]:.1f}' for row in rows)}")
     last = [max(row[KNN] for row in run) - run[-1][KNN] for run in runs]
-    heads = ["figure", "runs", "mean correlation", "range", "mean k-NN lost", "largest"]
+    heads = ["metric", "runs", "mean correlation", "range", "mean k-NN lost", "largest"]
     print(
         table(
             heads,

@@ -1,9 +1,9 @@
-"""Share of the training time that monitors, verdict and epoch-end figures take, and that of the online probe.
+"""Share of the training time that monitors, verdict and epoch-end metrics take, and that of the online probe.
 
     python benchmarks/monitors.py [--device cpu|cuda] [--only sample s12] [--steps 20] [--batch 4]
 
 Trains some steps and times the step and everything that observes it in the same loop; logged steps are every tenth. The
-figures of an epoch end are timed on some images and scaled to the number of images that the run would use, for an epoch
+metrics of an epoch end are timed on some images and scaled to the number of images that the run would use, for an epoch
 of the sample, and of ImageNet for XCiT-S12/16. The last line is one JSON object.
 """
 
@@ -36,7 +36,7 @@ RUNS = {
     "sample": (["--recipe", "sample"], 10_000, 512),
     "s12": (["--recipe", "dino", "--data-path", "sample:fashion-mnist", "--arch", "xcit_small_12_p16"], 1_281_167, 32),
 }
-"""Flags, images of an epoch, and images on which the figures of an epoch end are timed."""
+"""Flags, images of an epoch, and images on which the metrics of an epoch end are timed."""
 EVERY = 10
 """Steps between logged steps."""
 

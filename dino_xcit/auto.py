@@ -19,6 +19,7 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source
 from dino_xcit.data.decode import UndecodableImage, read_header
 from dino_xcit.data.source import evenly_spaced
+from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 
@@ -76,13 +77,20 @@ def _line(choice: Choice, config: PretrainConfig, given: Collection[str]) -> str
 
 
 def median_side(source: Source) -> int:
-    """Return the median of the shorter sides of 15 images in pixels; all ranks must get the same."""
-    sides = []
-    for index in evenly_spaced(len(source), 15):
+    """Return the median of the shorter sides of 15 images in pixels; all ranks must get the same.
+
+    Raises:
+        InputError: none of them can be read.
+    """
+    sides, chosen = [], evenly_spaced(len(source), 15)
+    for index in chosen:
         with contextlib.suppress(UndecodableImage):  # reported where it is used
             item, _ = source.read(index)
             sides.append(min(read_header(item).size if isinstance(item, bytes) else item.shape[:2]))
-    return int(statistics.median(sides)) if sides else PretrainConfig.global_crops_size
+    if not sides:
+        found = f"none of {len(chosen)} images can be read, such as {source.name(chosen[0])}"
+        raise InputError(f"{found}: python -m dino_xcit.data check {source.url} lists the causes")
+    return int(statistics.median(sides))
 
 
 def choices(config: PretrainConfig, images: int, side: int, batch: int, given: Collection[str] = ()) -> list[Choice]:
@@ -122,9 +130,11 @@ def choices(config: PretrainConfig, images: int, side: int, batch: int, given: C
             "centering": "sinkhorn_knopp",
             "koleo_weight": 0.1 if config.batch_size_per_gpu > 1 else 0.0,
         }
-        found.append(Choice("prototypes", prototypes, "a small set cannot fill DINO's 65,536"))
+        found.append(Choice("prototypes", prototypes, "about a sixteenth of the images, evenly used"))
     momentum = min(0.996, max(0.98, 1 - 0.2 * steps ** (-1 / 3)), max(0.5, 1 - 10 / steps))
     found.append(Choice("teacher", {"momentum_teacher": round(momentum, 4)}, "short runs need a teacher that follows"))
+    if config.optimizer != "adamw":  # not measured
+        return found
     peak = 2e-3 * math.sqrt(min(1.0, batch / 1024))  # 2e-3 is DINO's at 1,024 images
     lr = peak * (config.lr_reference_batch / batch if config.lr_reference_batch else 1)
     found.append(Choice("rate", {"lr": float(f"{lr:.3g}")}, f"a peak of {peak:.2g} for a batch of {batch:,}"))

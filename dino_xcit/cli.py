@@ -83,6 +83,15 @@ def parse_known(
     return build(config, flags, config()), rest
 
 
+def flags_of(settings: Mapping[str, object]) -> list[str]:
+    """Return settings by name as words of a command line; an empty tuple gives none, because it is a default."""
+    words: list[str] = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{name}={values[0]}", *map(str, values[1:])] if values else []
+    return words
+
+
 def show_help(config: type, argv: Sequence[str], prog: str) -> None:
     """Print help and exit if ``argv`` has ``--help``: one box per :class:`dino_xcit.bounds.Group` of settings."""
     if "-h" not in argv and "--help" not in argv:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dino_xcit.checkpoint.resume import refuse_file
 from dino_xcit.checkpoint.state import Run, content_of
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch, Loader, StepSampler
@@ -35,15 +34,11 @@ SPARE = 0.1
 """Share of the memory that the largest batch leaves free."""
 
 
-def dry_run(
-    config: PretrainConfig, device: torch.device, build: Callable[[PretrainConfig], Job[PretrainConfig]]
-) -> None:
+def dry_run(job: Job[PretrainConfig], device: torch.device) -> None:
     """Read images, train a few steps, and log memory, speed, duration, disk space and doubtful settings.
 
     Must be called on every rank.
     """
-    distributed.on_main(partial(refuse_file, Path(config.output_dir)))
-    job = build(config)
     config, state, source = job.config, job.state, job.dataset.source
     world = distributed.world_size()
     workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
@@ -56,28 +51,26 @@ def dry_run(
 
     # ---- loader, then memory, then the step; rank 0 decides how often, because the step has collectives
     loader = Loader(job.dataset, sampler, workers, device)
-    batch = next(iter(loader))
-    read, unreadable, seconds = _read(loader)
+    batch, unreadable, seconds = _read(loader)
     loader.close()
-    loader_speed = read * config.batch_size_per_gpu * world / seconds
+    loader_speed = config.batch_size_per_gpu * world / seconds
     memory = _memory(state, batch, schedules, config, device)
     largest = memory.largest if memory else config.batch_size_per_gpu
     images = distributed.broadcast_from_main(min(config.batch_size_per_gpu, largest))
-    part = first_images(batch, images)
-    train_step(state, [part], schedules, config)  # the first step allocates and compiles
-    step = partial(train_step, state, [part], schedules, config)
+    step = partial(train_step, state, [first_images(batch, images)] * config.accumulation_steps, schedules, config)
+    step()  # allocates and compiles
     count = distributed.broadcast_from_main(max(1, int(SECONDS / _seconds(step, 1, device))))
-    step_speed = count * images * world / _seconds(step, count, device)
+    step_speed = count * images * config.accumulation_steps * world / _seconds(step, count, device)
 
     # ---- report
     speed, limit = min((loader_speed, "the loader"), (step_speed, "the step"))
     steps = min(schedules.total_steps, config.max_steps or schedules.total_steps)
     duration = steps * sampler.global_batch / speed
     run = Run(config, sampler.steps_per_epoch, transform=job.transform)
-    size = sum(leaf.nbytes for leaf in tree_leaves(content_of(state, run)) if isinstance(leaf, Tensor))
+    size, backbone = _stored_bytes(content_of(state, run)), _stored_bytes(state.method.eval_backbone.state_dict())
     permanent = config.epochs // config.saveckp_freq if config.saveckp_freq else 0
     files = config.keep_last + permanent + 3  # the two best ones, and the one being written
-    disk, free = files * size, _free_space(Path(config.output_dir))
+    disk, free = files * size + backbone, _free_space(Path(config.output_dir))
     hours = duration * world / 3600
     log.info(
         "\n".join(
@@ -93,17 +86,17 @@ def dry_run(
         )
     )
     if unreadable:
-        seen = (read + 1) * config.batch_size_per_gpu
         log.warning(
-            f"{counted(len(unreadable), 'image')} of about {seen:,} cannot be read, such as {unreadable[0]}; a run "
-            f"ends above {config.max_unreadable:.0%} (--max-unreadable): python -m dino_xcit.data check lists them"
+            f"{counted(len(unreadable), 'image')} cannot be read, such as {unreadable[0]}; a run ends above "
+            f"{config.max_unreadable:.0%} of its images (--max-unreadable): python -m dino_xcit.data check lists them"
         )
     if disk > free:
         log.warning("the disk is too small: choose another --output-dir, or lower --keep-last or raise --saveckp-freq")
     if images < config.batch_size_per_gpu:
+        fits = max(size for size in range(1, largest + 1) if config.batch_size_per_gpu % size == 0)
         log.warning(
-            f"a batch of {config.batch_size_per_gpu} does not fit into memory: --batch-size-per-gpu {largest} "
-            f"--accumulation-steps {-(-sampler.global_batch // (largest * world))}"
+            f"a batch of {config.batch_size_per_gpu} does not fit into memory: --batch-size-per-gpu {fits} "
+            f"--accumulation-steps {config.accumulation_steps * config.batch_size_per_gpu // fits}"
         )
     for doubt in doubtful_settings(config, len(source), steps):
         log.warning(doubt)
@@ -120,8 +113,6 @@ def doubtful_settings(config: PretrainConfig, images: int, steps: int) -> list[s
     if prototypes and config.out_dim > images:
         fewer = 2 ** max(1, int(math.log2(images)) - 1)
         found.append(f"out_dim is {config.out_dim}, more prototypes than the {images:,} images: try --out-dim {fewer}")
-    if prototypes and config.freeze_last_layer >= config.epochs:
-        found.append(f"freeze_last_layer is {config.freeze_last_layer}: the prototypes are never trained")
     momentum = max(0.5, round(1 - 10 / max(1, steps), 3))
     if (1 - config.momentum_teacher) * steps < 4 and momentum < config.momentum_teacher:
         found.append(
@@ -182,15 +173,22 @@ def _memory_line(memory: Memory | None, images: int) -> str:
     )
 
 
-def _read(loader: Loader[Batch]) -> tuple[int, list[str], float]:
-    """Read batches for :data:`SECONDS` or to the end; return their number, unreadable images, and the seconds."""
-    began, count, unreadable = time.perf_counter(), 0, dict[str, None]()
+def _read(loader: Loader[Batch]) -> tuple[Batch, list[str], float]:
+    """Read batches for :data:`SECONDS` or to the end: the first one, names of unreadable images, seconds per batch.
+
+    The time excludes the first batch, for which the workers start, unless there is no other.
+    """
+    started = time.perf_counter()
+    first = next(loader)
+    began, count = time.perf_counter(), 0
+    unreadable = {one.name: None for one in first.unreadable}
     for batch in loader:
         count += 1
         unreadable |= {one.name: None for one in batch.unreadable}
         if time.perf_counter() - began > SECONDS:
             break
-    return max(1, count), list(unreadable), time.perf_counter() - began
+    ended = time.perf_counter()
+    return first, list(unreadable), (ended - began) / count if count else ended - started
 
 
 def _seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
@@ -202,6 +200,12 @@ def _seconds(step: Callable[[], object], count: int, device: torch.device) -> fl
         step()
     wait()
     return time.perf_counter() - began
+
+
+def _stored_bytes(content: object) -> int:
+    """Return the bytes of the tensors of a checkpoint, which stores a tensor with several names once."""
+    tensors = [leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def _free_space(folder: Path) -> int:

@@ -124,7 +124,7 @@ def run_main(main: Callable[[], None], less_memory: str = LESS_MEMORY) -> None:
             raise
         sentence = _out_of_memory(error, less_memory)
     except KeyboardInterrupt:
-        _end("interrupted: run the same command to resume from the last checkpoint or cache", 130)
+        _end("interrupted: the same command resumes from the last checkpoint or cache, if there is one", 130)
     else:
         return
     _end(f"error: {sentence}", 2)

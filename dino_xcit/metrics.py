@@ -341,11 +341,19 @@ class MetricLogger:
             mirrors = [WandB(config.wandb, self._folder, start_step, settings)] if config.wandb else []
             self._writer = MetricsWriter(self._folder, start_step, mirrors, sampler.steps_per_epoch)
             self._writer.append("run", start_step, start or {})
-            if judge and config.resume != "changed":  # changed settings may be the remedy
-                with contextlib.suppress(OSError):
-                    for row in read_metrics(self._writer.path):
-                        if row["kind"] == "step":
-                            judge.add(row["step"], row)
+            if judge:
+                self._replay(judge)
+
+    def _replay(self, judge: Judge) -> None:
+        """Judge the logged steps since the last start with changed settings, which may be the remedy."""
+        assert self._writer
+        rows = list[dict[str, Any]]()
+        with contextlib.suppress(OSError):
+            rows = read_metrics(self._writer.path)
+        anew = [at for at, row in enumerate(rows) if row.get("settings", {}).get("resume") == "changed"]
+        for row in rows[max(anew, default=0) :]:
+            if row["kind"] == "step":
+                judge.add(row["step"], row)
 
     def step(self, step: int, waited: float, read: Callable[[], Record]) -> None:
         """Count a step and log its metrics if it is due.
@@ -377,9 +385,9 @@ class MetricLogger:
         means, self._evaluated = self._averages.take(), self._evaluated | dict(evaluated)
         epoch_ends = self._sampler.ends_epoch(step)
         epoch = self._sampler.epochs(step)
-        figures = {"loss": means["loss"], **evaluated} if "loss" in means else evaluated
-        figures = {name: value for name, value in figures.items() if name not in self._details}
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        metrics = {"loss": means["loss"], **evaluated} if "loss" in means else evaluated
+        metrics = {name: value for name, value in metrics.items() if name not in self._details}
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
         cut_short = "" if epoch_ends else f", up to step {step}"
         log.info(f"epoch {epoch + 1}/{self._epochs}{cut_short}: {shown}")
         if self._writer:

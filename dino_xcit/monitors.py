@@ -40,6 +40,7 @@ class StepMonitors:
         if self._last is None:
             return {}
         (result, images), method = self._last, self._method
+        self._last = None  # a skipped step has no values of its own
         metrics: dict[str, Tensor | float] = {}
         if result.prototype_logits is not None:
             self._chosen.append(result.prototype_logits.argmax(dim=1))

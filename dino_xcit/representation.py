@@ -1,4 +1,4 @@
-"""Label-free figures of a representation, measured at epoch ends on a fixed subset. N images, V views, D features.
+"""Label-free metrics of a representation, measured at epoch ends on a fixed subset. N images, V views, D features.
 
 They compare checkpoints of one run, and show what a falling loss hides. None of them replaces labels.
 """
@@ -28,8 +28,7 @@ SHARE = 0.005
 """Share of an epoch's computation that the measurement may take, within the limits of the number of images."""
 MIN_IMAGES, MAX_IMAGES = 512, 5000
 BATCH = 64
-FIGURES = ("rankme", "rankme_centred", "stable_rank", "self_clustering", "lidar")
-"""Names of what is measured."""
+METRICS = ("rankme", "rankme_centred", "stable_rank", "self_clustering", "lidar")
 _EPS = 1e-7
 
 
@@ -98,28 +97,18 @@ def _affordable(config: PretrainConfig, images: int) -> float:
 
 
 def measures(features: Tensor) -> dict[str, float]:
-    """Return the figures of features [N, V, D] by the names of their functions; none if a feature is not finite."""
+    """Return :data:`METRICS` of features [N, V, D]; none if a feature is not finite.
+
+    ``rankme``: RankMe (arXiv 2210.02885, equation 1), exp of the entropy of the normalised singular values.
+    ``stable_rank``: squared Frobenius norm over squared spectral norm.
+    """
     if not bool(torch.isfinite(features).all()):
         return {}
     rows = features[:, 0]
-    return {
-        "rankme": rankme(rows),
-        "rankme_centred": rankme(rows - rows.mean(dim=0)),
-        "stable_rank": stable_rank(rows),
-        "self_clustering": self_clustering(rows),
-        "lidar": lidar(features),
-    }
-
-
-def rankme(features: Tensor) -> float:
-    """RankMe (arXiv 2210.02885, equation 1): exp of the entropy of the normalised singular values of [N, D]."""
-    return _effective_rank(torch.linalg.svdvals(features))
-
-
-def stable_rank(features: Tensor) -> float:
-    """Squared Frobenius norm of [N, D] over its squared spectral norm."""
-    squares = torch.linalg.svdvals(features).square()
-    return float(squares.sum() / squares[0].clamp_min(_EPS))
+    values, centred = torch.linalg.svdvals(rows), torch.linalg.svdvals(rows - rows.mean(dim=0))
+    stable_rank = float(values.square().sum() / values[0].square().clamp_min(_EPS))
+    found = effective_rank(values), effective_rank(centred), stable_rank, self_clustering(rows), lidar(features)
+    return dict(zip(METRICS, found, strict=True))
 
 
 def self_clustering(features: Tensor) -> float:
@@ -146,9 +135,10 @@ def lidar(features: Tensor, delta: float = 1e-4) -> float:
     within = residuals.T @ residuals / (len(means) * (features.shape[1] - 1))
     values, vectors = torch.linalg.eigh(within + delta * torch.eye(len(within), dtype=within.dtype))
     whitening = vectors / values.sqrt()
-    return _effective_rank(torch.linalg.eigvalsh(whitening.T @ between @ whitening).clamp_min(0))
+    return effective_rank(torch.linalg.eigvalsh(whitening.T @ between @ whitening).clamp_min(0))
 
 
-def _effective_rank(values: Tensor) -> float:
+def effective_rank(values: Tensor) -> float:
+    """Return exp of the entropy of non-negative values, normalised to a sum of 1."""
     shares = values / values.sum().clamp_min(_EPS) + _EPS
     return float(torch.special.entr(shares).sum().exp())

@@ -117,7 +117,9 @@ def refusing(path: Path, what: str) -> Iterator[None]:
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
-        raise InputError(f"{path} is not a {what} that can be read safely: {why_unreadable(error)}") from error
+        raise InputError(
+            f"{path} is not a {what} that can be read safely: {why_unreadable(error)}; give another file"
+        ) from error
 
 
 def opened(path: Path) -> BinaryIO:

@@ -1,8 +1,8 @@
 """Verdict on a pretraining run from its logged steps: healthy, or what went wrong and which setting to change.
 
-Signals are compared with the best value that the run itself has reached, because their level depends on data, network
-and method. A state needs two signals and must persist. benchmarks/collapse.py measures when runs that are made to
-collapse are recognised, and that healthy runs cause no alarm.
+Most signals are compared with the best value that the run itself has reached, because their level depends on data,
+network and method. A state needs two signals and must persist. benchmarks/collapse.py measures when runs that are made
+to collapse are recognised, and that healthy runs cause no alarm.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from statistics import median
 from typing import NamedTuple
 
 from dino_xcit.config import PretrainConfig
+from dino_xcit.runtime.logging import counted
 
 HEALTHY, TOO_EARLY = "healthy", "too early to say"
 UNIFORM, ONE_PROTOTYPE, DIMENSIONAL = "uniform", "one prototype", "dimensional collapse"
@@ -31,8 +32,10 @@ FALL, INFORMATION_FALL = 0.5, 0.7
 """Share of its own highest value below which a signal, or the mutual information, has fallen."""
 UNIFORM_SHARE = 0.95
 """Share of its maximum ln K above which the teacher's entropy is that of a uniform output."""
-NOISE = 0.01
-"""Mutual information in nats that is none."""
+NOISE, FAINT, EVEN = 0.01, 0.1, 0.99
+"""Mutual information in nats that is none; that is none while the teacher's entropy is above this share of ln K."""
+RECOVERY, LEAST_SHARE = 1.1, 0.3
+"""Multiple of an earlier value, and share of the highest one, above which a signal rises again."""
 FEW = 4
 """Number of prototypes in use that are too few."""
 AGREEMENT = 0.98
@@ -83,8 +86,9 @@ class Signal:
 
     @property
     def rises(self) -> bool:
-        """Whether the value is a tenth higher than some logged steps ago, and not close to 0."""
-        return self.now > max(1.1 * self._before[0], 0.3 * self.highest)
+        """Whether the value is above :data:`RECOVERY` times that of :data:`WINDOW` logged steps ago, and above
+        :data:`LEAST_SHARE` of the highest."""
+        return self.now > max(RECOVERY * self._before[0], LEAST_SHARE * self.highest)
 
     @property
     def share(self) -> float:
@@ -109,6 +113,8 @@ class Judge:
         if step < FIRST_STEP:
             return False
         found = self._state(step)
+        if found.state in COLLAPSED and self.verdict.state in COLLAPSED:
+            found = found._replace(state=self.verdict.state)  # a collapse keeps its first name
         if found.state != self._since[0]:
             self._since = found.state, step
         if found.state == self.verdict.state:
@@ -130,8 +136,8 @@ class Judge:
         """The error of a run that ends because of its verdict."""
         state, _, remedy = self.verdict
         return (
-            f"error: the run collapsed ({state}): {remedy} --resume never; its checkpoints have collapsed as well, so "
-            "do not continue from them"
+            f"error: the run collapsed ({state}): {remedy}, or continue from a checkpoint before the "
+            "collapse: --init-weights OUTPUT_DIR/checkpoints/NAME with another --output-dir"
         )
 
     def _state(self, step: int) -> Verdict:
@@ -142,20 +148,21 @@ class Judge:
             return Verdict(TOO_EARLY)
         used = self._get("prototype_perplexity").now
         share = self._get("teacher_entropy").now / math.log(self._config.out_dim)
-        fallen = (information.share < INFORMATION_FALL and not information.rises) or information.now < NOISE
+        fallen = information.share < INFORMATION_FALL and not information.rises
+        fallen = fallen or information.now < (FAINT if share > EVEN else NOISE)
         if fallen and (share > UNIFORM_SHARE or used <= FEW or spread.share < FALL):
             reason = (
                 f"mutual information of image and prototype {information.now:.2g} nats (best "
-                f"{information.highest:.2g}), {used:.0f} prototypes in use, teacher entropy {100 * share:.0f}% of its "
-                "maximum"
+                f"{information.highest:.2g}), {counted(round(used), 'prototype')} in use, teacher "
+                f"entropy {100 * share:.0f}% of its maximum"
             )
-            return Verdict(ONE_PROTOTYPE if share < 0.5 else UNIFORM, reason, self._remedy())
+            return Verdict(ONE_PROTOTYPE if used <= FEW else UNIFORM, reason, f"{self._remedy()} --resume never")
         if dimensions.share < FALL and (spread.share < FALL or agreement.now > AGREEMENT):
             reason = (
                 f"the features vary in {dimensions.now:.1f} dimensions (best {dimensions.highest:.1f}), and the cosine "
                 f"of two views of an image is {agreement.now:.3f}"
             )
-            return Verdict(DIMENSIONAL, reason, self._remedy())
+            return Verdict(DIMENSIONAL, reason, f"{self._remedy()} --resume never")
         loss, gradient, lr, kl = (self._get(name) for name in ("loss", "gradient_norm", "lr", "kl"))
         apart = math.isnan(kl.now) or kl.now > RISE * kl.lowest  # methods without teacher targets have no kl
         if loss.now > loss.first and apart and gradient.now > RISE * gradient.lowest:

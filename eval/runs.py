@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from filelock import FileLock, Timeout
-
 from dino_xcit.bounds import IsPath, Positional, Repeatable
 from dino_xcit.cli import parse
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.metrics import METRICS_FILE
-from dino_xcit.runtime.run_lock import LOCK
+from dino_xcit.runtime.run_lock import LOCK, is_locked
 from eval.report.contents import RunRecord, read_run
 from eval.table import table
 
@@ -62,14 +60,11 @@ def row_of(folder: Path) -> list[str]:
 
 def state_of(run: RunRecord) -> str:
     """Return ``running`` if a process holds the folder, else ``finished`` or ``stopped``."""
-    if (run.folder / LOCK).exists():
-        try:
-            with FileLock(run.folder / LOCK, blocking=False, thread_local=False):
-                pass
-        except Timeout:
+    try:
+        if (run.folder / LOCK).exists() and is_locked(run.folder):
             return "running"
-        except OSError:  # no permission
-            return "unknown"
+    except OSError:
+        return "unknown"
     return "finished" if run.total_steps and run.step >= run.total_steps else "stopped"
 
 

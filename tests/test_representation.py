@@ -1,4 +1,4 @@
-"""Label-free figures of a representation against oracles in NumPy and SciPy, and their evaluator."""
+"""Label-free metrics of a representation against oracles in NumPy and SciPy, and their evaluator."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from dino_xcit.representation import (
     epochs_between,
     lidar,
     measures,
-    rankme,
     self_clustering,
-    stable_rank,
 )
 
 Rows = NDArray[np.float64]
@@ -42,7 +40,7 @@ def effective_rank(values: Rows) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def test_figures_equal_oracles() -> None:
+def test_metrics_equal_oracles() -> None:
     features = views()
     rows = features[:, 0].numpy()
     found = measures(features)
@@ -66,13 +64,15 @@ def lidar_oracle(features: Rows) -> float:
     return effective_rank(np.linalg.eigvalsh(root @ np.cov(means.T) @ root))
 
 
-def test_figures_at_a_collapse() -> None:
+def test_metrics_at_a_collapse() -> None:
     """All images have one feature: raw RankMe and stable rank fall to 1, and self-clustering rises to 1."""
     one = torch.ones(100, 8, dtype=torch.float64)
-    assert (rankme(one), stable_rank(one)) == (pytest.approx(1, abs=1e-4), pytest.approx(1))
+    found = measures(one[:, None].expand(-1, 2, -1))
+    assert (found["rankme"], found["stable_rank"]) == (pytest.approx(1, abs=1e-4), pytest.approx(1))
     assert self_clustering(one) == pytest.approx(1)
     isotropic = torch.eye(8, dtype=torch.float64).repeat(50, 1)
-    assert (rankme(isotropic), stable_rank(isotropic)) == (pytest.approx(8, rel=1e-4), pytest.approx(8))
+    found = measures(isotropic[:, None].expand(-1, 2, -1))
+    assert (found["rankme"], found["stable_rank"]) == (pytest.approx(8, rel=1e-4), pytest.approx(8))
     assert self_clustering(isotropic) == pytest.approx(0, abs=0.02)
 
 
@@ -84,7 +84,7 @@ def test_lidar_counts_directions_that_separate_images() -> None:
     assert 3 <= lidar(features) < 3.5
 
 
-def test_features_that_are_not_finite_have_no_figures() -> None:
+def test_features_that_are_not_finite_have_no_metrics() -> None:
     features = views()
     features[3, 1, 2] = torch.nan
     assert measures(features) == {}

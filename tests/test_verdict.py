@@ -97,6 +97,21 @@ def test_state_is_named_within_200_steps_with_a_remedy(state: str) -> None:
     assert wrong[2].startswith("try --")
 
 
+def test_one_prototype_is_named_although_sinkhorn_knopp_keeps_the_targets_even() -> None:
+    even = GONE_WRONG["one prototype"] | {"teacher_entropy": lambda step: 0.97 * log(K)}
+    assert judged(LEARNING | even)[-1][1] == "one prototype"
+
+
+def test_resumed_collapse_is_named_although_it_does_not_fall_further() -> None:
+    faint = {"mutual_information": lambda step: 0.02 + step / 1e5, "teacher_entropy": lambda step: 0.995 * log(K)}
+    assert [state for _, state, _ in judged(LEARNING | faint)] == ["uniform"]
+
+
+def test_collapse_keeps_its_first_name() -> None:
+    wandering = GONE_WRONG["uniform"] | {"prototype_perplexity": lambda step: 2.0 if step % 200 > 100 else 90.0}
+    assert [state for _, state, _ in judged(LEARNING | wandering, 1000)] == ["healthy", "uniform"]
+
+
 @pytest.mark.parametrize("state", GONE_WRONG)
 def test_one_signal_alone_is_no_alarm(state: str) -> None:
     name, signal = next(iter(GONE_WRONG[state].items()))
@@ -159,18 +174,18 @@ def test_method_without_prototypes_is_judged_by_its_features() -> None:
     features = {name: signal for name, signal in LEARNING.items() if name not in prototypes}
     assert judged(features, method="simdino") == [(60, "healthy", "")]
     found = judged(features | GONE_WRONG["dimensional collapse"], method="simdino", coding_rate_weight=0.1)
-    assert found[-1][1:] == ("dimensional collapse", "try --coding-rate-weight 1")
+    assert found[-1][1:] == ("dimensional collapse", "try --coding-rate-weight 1 --resume never")
 
 
 @pytest.mark.parametrize(
     ("settings", "signals", "remedy"),
     [
-        ({"teacher_temp": 0.1}, {}, "try --teacher-temp 0.04 --warmup-teacher-temp 0.04"),
-        ({"center_momentum": 1.0}, {}, "try --center-momentum 0.9"),
-        ({"momentum_teacher": 0.0}, {}, "try --momentum-teacher 0.99"),
-        ({"lr": 0.02}, {"teacher_distance": lambda step: 0.5 if step < 100 else 0.01}, "try --lr 0.002"),
-        ({}, {}, "try --centering sinkhorn_knopp"),
-        ({"centering": "sinkhorn_knopp"}, {}, "try --koleo-weight 0.1"),
+        ({"teacher_temp": 0.1}, {}, "try --teacher-temp 0.04 --warmup-teacher-temp 0.04 --resume never"),
+        ({"center_momentum": 1.0}, {}, "try --center-momentum 0.9 --resume never"),
+        ({"momentum_teacher": 0.0}, {}, "try --momentum-teacher 0.99 --resume never"),
+        ({"lr": 0.02}, {"teacher_distance": lambda step: 0.5 if step < 100 else 0.01}, "try --lr 0.002 --resume never"),
+        ({}, {}, "try --centering sinkhorn_knopp --resume never"),
+        ({"centering": "sinkhorn_knopp"}, {}, "try --koleo-weight 0.1 --resume never"),
     ],
 )
 def test_remedy_names_the_setting_at_fault(
@@ -204,7 +219,10 @@ def test_collapsed_run_stops_with_code_3_and_keeps_its_verdict(here: Here, tmp_p
     assert "--teacher-temp 0.04" in done.err
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     (row,) = [row for row in rows if row["kind"] == "verdict"]
-    assert (row["state"], row["remedy"]) == ("uniform", "try --teacher-temp 0.04 --warmup-teacher-temp 0.04")
+    assert (row["state"], row["remedy"]) == (
+        "uniform",
+        "try --teacher-temp 0.04 --warmup-teacher-temp 0.04 --resume never",
+    )
     assert rows[-1]["step"] < 40
     assert '"state":"uniform"' in (tmp_path / "run" / "report.html").read_text()
 
@@ -231,3 +249,16 @@ def test_resumed_run_continues_the_verdict_and_a_warning_does_not_stop_it(tmp_pa
     )
     assert whole
     assert whole == resumed
+
+
+@pytest.mark.usefixtures("soon")
+def test_resume_after_changed_settings_replays_only_the_steps_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(Judge, "add", lambda self, step, metrics: bool(seen.append(step)))
+    settings = {"log_every": 1, "num_workers": 0, "save_every": 1, "output_dir": str(tmp_path / "run")}
+    for stop, resume in ((3, "auto"), (5, "changed"), (6, "auto")):
+        seen.clear()
+        run_pretrain.train(tiny_config(max_steps=stop, resume=resume, **settings), CPU)
+    assert seen == [4, 5, 6]

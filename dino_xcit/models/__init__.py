@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from dino_xcit.errors import InputError, near_matches
@@ -104,3 +105,16 @@ def build_backbone(name: str, **kw: Any) -> nn.Module:
         known = ", ".join([*(f"{size}_p16" for size in XCIT_SIZES), *_REGISTERED])
         raise InputError(f"unknown arch {name!r}{near} (known: {known}; _p8, _p4; vit_small_12_p16 ...; or timm:NAME)")
     return XCiT(XCIT_SIZES[size], int(patch), **kw)
+
+
+def build_empty(name: str) -> nn.Module:
+    """Build a backbone without memory for its weights, on the meta device; some timm models need the memory.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    try:
+        with torch.device("meta"):
+            return build_backbone(name)
+    except RuntimeError:  # some timm models compute with their weights in the constructor
+        return build_backbone(name)

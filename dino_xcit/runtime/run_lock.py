@@ -63,6 +63,19 @@ def locked(folder: Path) -> Iterator[None]:
                 (folder / OWNER).unlink()
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a run holds the lock.
+
+    Raises:
+        OSError: no permission, or no flock.
+    """
+    try:
+        with FileLock(folder / LOCK, blocking=False, thread_local=False, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+
+
 def _owner(folder: Path) -> str:
     try:
         return "process {process} on {host} since {started}".format_map(json.loads((folder / OWNER).read_bytes()))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dino_xcit.data.decode import decode
 from dino_xcit.data.storage import MAX_IMAGE_BYTES, read_file
 from dino_xcit.errors import InputError
-from dino_xcit.models import build_backbone, is_registered
+from dino_xcit.models import build_backbone, build_empty, is_registered
 from dino_xcit.models.vit import vit_shape
 from dino_xcit.transform import EvalTransform, normalise
 from dino_xcit.weights.layouts import Layout, StoredNetwork, architecture_of, read_network
@@ -209,7 +209,7 @@ def read_weights(
         misfit += f", it looks like {like}"
     elif name == f"{TIMM}{file.config.get('architecture')}":
         misfit += f" (named by {file.config_from})"
-    state, left_aside, exceptions = compare(stored.state, _keys_of(name), misfit, allowed)
+    state, left_aside, exceptions = compare(stored.state, build_empty(name).state_dict(), misfit, allowed)
     tensors = {key: value for key, value in (state | stored.head).items() if value.is_floating_point()}
     if wrong := [key for key, value in tensors.items() if not value.isfinite().all()]:
         raise InputError(f"{where} has values that are not finite in {shown(wrong, 4)}: give an earlier checkpoint")
@@ -322,12 +322,3 @@ def _known_heads(stored: StoredNetwork, file: WeightsFile, named: str, where: st
             raise InputError(f"{where}: {CONFIG} has {name} {shown([found])}, only {shown(computed)} is supported")
     heads = file.config.get("num_attention_heads", 0)
     return heads if type(heads) is int else 0
-
-
-def _keys_of(arch: str) -> Mapping[str, Tensor]:
-    """Return the state dict of an architecture without allocating memory, as a small file may name a huge network."""
-    try:
-        with torch.device("meta"):
-            return build_backbone(arch).state_dict()
-    except RuntimeError:  # some timm models compute with their weights in the constructor
-        return build_backbone(arch).state_dict()

@@ -39,13 +39,12 @@ class OnlineProbe:
     def on_step(self, result: StepResult, batch: Batch) -> None:
         if result.features is None or batch.labels is None:
             return
-        device = result.features.device
         views = len(result.features) // len(batch.labels)
-        kept = self._trained_on[batch.indices.to(device)].repeat(views)
-        labels = batch.labels.to(device).repeat(views)[kept]
-        loss = F.cross_entropy(self._scores(result.features[kept]), labels, reduction="sum")
+        weights = self._trained_on[batch.indices].repeat(views).float()  # selecting rows would wait for the device
+        losses = F.cross_entropy(self._scores(result.features), batch.labels.repeat(views), reduction="none")
+        loss = losses @ weights
         gradients = torch.autograd.grad(loss, list(self._classifier.parameters()))
-        total, rows = loss.detach(), kept.sum().float()
+        total, rows = loss.detach(), weights.sum()
         distributed.all_reduce_sum([*gradients, total, rows])
         rows = rows.clamp_min(1)
         for parameter, gradient in zip(self._classifier.parameters(), gradients, strict=True):

@@ -39,6 +39,8 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "Teacher momentum": ("momentum",),
     "Images per second": ("images_per_s",),
     "Share of time waiting for images": ("data_wait",),
+    "Loader, ms per image": ("read_ms", "decode_ms", "augment_ms"),
+    "Peak memory, GB": ("memory_gb",),
     "Skipped steps": ("skipped_steps",),
 }
 """Metrics of each chart, by title."""
@@ -94,7 +96,9 @@ def read_run(folder: Path) -> RunRecord:
     try:
         return _record_of(folder, rows)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {one_line(error)}): remove the line") from error
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {one_line(error)}): restore it, or give another folder"
+        ) from error
 
 
 def _record_of(folder: Path, rows: Sequence[dict[str, Any]]) -> RunRecord:

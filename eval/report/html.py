@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dino_xcit.runtime import atomic
+from dino_xcit.runtime.logging import counted
+from dino_xcit.verdict import FIRST_STEP, TOO_EARLY
 from eval.report.contents import (
     RunRecord,
     changed_settings,
@@ -77,10 +79,12 @@ def _card(run: RunRecord) -> dict[str, Any]:
         if value is not None:
             facts.append([name, form.format(value)])
     facts += [[name, str(start[name])] for name in ("arch", "images", "started") if start.get(name)]
+    judged = "on_collapse" in start.get("settings", {})  # a pretraining run
+    state = run.state or (TOO_EARLY if judged else "")
     since = f"Since step {verdict['step']:,}. " if verdict else ""
-    reason = str(verdict.get("reason", ""))
+    reason = str(verdict.get("reason", "")) or (f"Verdicts begin at step {FIRST_STEP}." if state == TOO_EARLY else "")
     return {
-        "name": run.name, "state": run.state, "reason": since + reason[:1].upper() + reason[1:],
+        "name": run.name, "state": state, "reason": since + reason[:1].upper() + reason[1:],
         "remedy": str(verdict.get("remedy", "")), "facts": facts, "step": run.step, "total_steps": run.total_steps,
     }  # fmt: skip
 
@@ -96,7 +100,7 @@ def _tables(run: RunRecord) -> list[dict[str, Any]]:
         ("Results", ["file", "metric", "value"], [list(row) for row in results_of(run)]),
         ("Verdicts", ["from step", "state", "reason", "try"], verdicts),
         ("Settings that differ from the recipe", ["setting", "recipe", "run"], list(map(list, changed_settings(run)))),
-        (f"Starts: {len(run.starts):,}", ["", *[""] * len(starts)], machines),
+        (f"Last {len(starts)} of {counted(len(run.starts), 'start')}", ["", *[""] * len(starts)], machines),
         (f"Unreadable images: {unreadable:,}", ["image", "cause"], [*map(list, named), *more]),
     ]
     return [{"title": title, "head": head, "rows": rows} for title, head, rows in tables if rows]
