@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import torch
 from tiny_run import CPU, build_state, differing_bits, learnt, tensors_of, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_pretrain
 from dino_xcit.data import open_source
@@ -33,6 +35,21 @@ def test_probe_does_not_learn_held_out_images() -> None:
         probe.on_step(Mock(features=features), batch_of(labels))
     assert probe.top1(features[:32].numpy(), labels[:32].numpy()) == 100
     assert 25 < probe.top1(features[32:].numpy(), labels[32:].numpy()) < 75
+
+
+def test_step_of_the_probe_never_waits_for_the_device() -> None:
+    found: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.append(operation.name().split(".")[0])
+            return operation(*args, **(kwargs or {}))
+
+    probe = OnlineProbe(8, 2, CPU, ALL)
+    with Recorder():
+        probe.on_step(Mock(features=torch.randn(128, 8)), batch_of(torch.arange(64) % 2))
+    assert "aten::mv" in found or "aten::dot" in found
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"} & set(found)
 
 
 def test_every_epoch_spreads_held_out_images_over_its_steps() -> None:
