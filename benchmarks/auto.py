@@ -34,7 +34,8 @@ SETS = {
     "fashion-1000": f"--data-path fashion-1000 --train-data fashion-1000 --val-data fashion-test --epochs 8 {GREY}",
     "fashion-10000": f"--data-path fashion-10000 --train-data fashion-10000 --val-data fashion-test --epochs 2 {GREY}",
     "fashion-60000": f"--data-path {FULL} --epochs 1 {GREY}",
-    "colour-4000": "--data-path sample:scene-objects --epochs 6 --knn-holdout 2000 --global-crops-size 64 --local-crops-size 32",
+    "colour-4000": "--data-path sample:scene-objects --knn-holdout 2000 --epochs 6 --global-crops-size 64 "
+    "--local-crops-size 32",
 }
 RECIPES = ("dino", "auto")
 
