@@ -114,7 +114,8 @@ def run(settings: PretrainSettings) -> None:
     choose_kernels(config, device)
     if config.dry_run:
         distributed.on_main(partial(refuse_file, Path(config.output_dir)))
-        dry_run(build_job(config, {}, device, evaluators=(), given=settings.given), device)
+        final = dataclasses.replace(config, resolution_schedule="")  # the largest crops
+        dry_run(build_job(final, {}, device, evaluators=(), given=settings.given), device)
     else:
         train(config, device, given=settings.given)
 
@@ -167,8 +168,9 @@ def build_job(
     state = build_state(config, device)
     config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
     dataset = MultiCropDataset(
-        source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda"
-    )
+        source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda",
+        config.first_augmentations(),
+    )  # fmt: skip
     probe = build_probe(config, source, state.method, device)
     if evaluators is None:
         evaluators = [

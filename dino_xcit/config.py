@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -200,6 +202,10 @@ class PretrainConfig(TrainConfig):
     """Side of a global crop in pixels."""
     local_crops_size: int = 96
     """Side of a local crop in pixels."""
+    resolution_schedule: str = ""
+    """Crop sizes by share of the run, such as "0:112/48 0.7:224/96" (SHARE:GLOBAL/LOCAL): small crops take less time.
+    Shares are rounded to whole epochs; the last sizes are global_crops_size and local_crops_size. Empty: those in all
+    epochs. The blur radius follows the global crops."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     """Minimum and maximum aspect ratio (width / height) of a crop."""
     flip: float = 0.5
@@ -285,6 +291,7 @@ class PretrainConfig(TrainConfig):
                 raise InputError(f"{name} needs this project's XCiT, but arch is {self.arch}: expected {name} false")
         Allowed(self.allow_missing, self.allow_unexpected).check()
         self.augmentation()
+        self.first_augmentations()
 
     def augmentation(self) -> MultiCropAugmentation:
         """Return the multi-crop augmentation of this run."""
@@ -292,6 +299,39 @@ class PretrainConfig(TrainConfig):
 
         names = inspect.signature(MultiCropAugmentation).parameters
         return MultiCropAugmentation(**{name: getattr(self, name) for name in names})
+
+    def first_augmentations(self) -> list[MultiCropAugmentation]:
+        """Return the augmentation of each epoch before the last stage of ``resolution_schedule``.
+
+        Raises:
+            InputError: the schedule is invalid.
+        """
+        stages = self.resolution_schedule.split()
+        found = [re.fullmatch(r"(\d*\.?\d+):(\d+)/(\d+)", stage) for stage in stages]
+        starts = [round(float(one[1]) * self.epochs) for one in found if one]
+        if len(starts) < len(stages):
+            raise InputError(
+                f"resolution_schedule is {self.resolution_schedule!r}: expected SHARE:GLOBAL/LOCAL of each stage, such "
+                "as '0:112/48 0.7:224/96'"
+            )
+        if stages and (starts[0] or sorted({*starts, self.epochs}) != [*starts, self.epochs]):
+            raise InputError(
+                f"the stages of resolution_schedule {self.resolution_schedule!r} begin at epochs {starts} of "
+                f"{self.epochs}: expected the first at 0, and at least one epoch in each"
+            )
+        sizes = [(int(one[2]), int(one[3])) for one in found if one]
+        if stages and sizes[-1] != (self.global_crops_size, self.local_crops_size):
+            raise InputError(
+                f"resolution_schedule ends with crops of {sizes[-1][0]} and {sizes[-1][1]} pixels, but the run's are "
+                f"{self.global_crops_size} and {self.local_crops_size}: expected the same, for example by "
+                f"--global-crops-size {sizes[-1][0]} --local-crops-size {sizes[-1][1]}"
+            )
+        augmentations = []
+        for (large, small), (start, end) in zip(sizes[:-1], itertools.pairwise(starts), strict=True):
+            own: dict[str, Any] = {"global_crops_size": large, "local_crops_size": small, "resolution_schedule": ""}
+            own["blur_radius"] = tuple(radius * large / self.global_crops_size for radius in self.blur_radius)
+            augmentations += [dataclasses.replace(self, **own).augmentation()] * (end - start)
+        return augmentations
 
     def eval_transform(self) -> EvalTransform:
         """Return the transform for evaluating this run's backbone."""

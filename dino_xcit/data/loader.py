@@ -181,13 +181,18 @@ class MultiCropDataset(BatchDataset[Batch]):
 
     def __init__(
         self, source: Source, augmentation: MultiCropAugmentation, seed: int, white_level: int = WHITE,
-        finish_on_device: bool = False,
+        finish_on_device: bool = False, first: Sequence[MultiCropAugmentation] = (),
     ) -> None:  # fmt: skip
-        """``finish_on_device``: whether the device applies the photometric part (:meth:`Batch.to`)."""
+        """
+        Args:
+            augmentation: that of the last epochs.
+            finish_on_device: whether the device applies the photometric part (:meth:`Batch.to`).
+            first: augmentations of the first epochs, one for each.
+        """
         super().__init__(source, seed, white_level)
-        self.augmentation, self.finish_on_device = augmentation, finish_on_device
-        self.sides = [view.size for view in augmentation.views]
-        self.groups = group_by_size([view.size for view in augmentation.views])
+        self.augmentation, self.first, self.finish_on_device = augmentation, first, finish_on_device
+        sides = [[view.size for view in one.views] for one in (*first, augmentation)]
+        self.sides = max(sides, key=lambda sides: sum(side**2 for side in sides))
         self._maker = ViewMaker()
 
     def compile(self) -> None:
@@ -195,20 +200,22 @@ class MultiCropDataset(BatchDataset[Batch]):
 
     def __getitems__(self, keys: list[Key]) -> Batch | UndecodableImage:
         """Make a batch; views are written into it in place."""
-        views = self.augmentation.views
-        sizes = [views[group[0]].size for group in self.groups]
+        epoch = keys[0][0]  # that of all keys
+        augmentation = self.first[epoch] if epoch < len(self.first) else self.augmentation
+        sizes = [view.size for view in augmentation.views]
+        groups = group_by_size(sizes)
         crops = [
-            torch.empty(len(group), len(keys), 3, size, size, dtype=torch.uint8)
-            for group, size in zip(self.groups, sizes, strict=True)
+            torch.empty(len(group), len(keys), 3, sizes[group[0]], sizes[group[0]], dtype=torch.uint8)
+            for group in groups
         ]
-        rows = [torch.empty(len(group), len(keys), COLUMNS, dtype=torch.float64) for group in self.groups]
+        rows = [torch.empty(len(group), len(keys), COLUMNS, dtype=torch.float64) for group in groups]
         places = [group.numpy() for group in crops]
         leave = self.finish_on_device
         indices: list[int] = []
         labels: list[int | None] = []
         unreadable: list[Unreadable] = []
         spent = np.zeros(3)
-        for place, (epoch, index) in enumerate(keys):
+        for place, (_, index) in enumerate(keys):
             found = self.read(epoch, index, unreadable, spent)
             if isinstance(found, UndecodableImage):
                 return found
@@ -216,8 +223,8 @@ class MultiCropDataset(BatchDataset[Batch]):
             began = time.perf_counter()
             self._maker.load(pixels)
             # Keyed by the replaced image's index: a replacement gets other views than in its own turn.
-            drawn = self.augmentation.draw_rows(pixels.shape[1], pixels.shape[0], self.seed, epoch, index)
-            for group, group_places, group_rows in zip(self.groups, places, rows, strict=True):
+            drawn = augmentation.draw_rows(pixels.shape[1], pixels.shape[0], self.seed, epoch, index)
+            for group, group_places, group_rows in zip(groups, places, rows, strict=True):
                 if leave:
                     group_rows[:, place] = torch.from_numpy(drawn[group])
                 for number, view in enumerate(group):
@@ -229,10 +236,10 @@ class MultiCropDataset(BatchDataset[Batch]):
             spent[2] += time.perf_counter() - began
         return Batch(
             [group.flatten(0, 1) for group in crops],
-            [len(group) for group in self.groups],
+            [len(group) for group in groups],
             labels=None if None in labels else torch.tensor(labels),
             unfinished=[group.flatten(0, 1) for group in rows] if leave else None,
-            epoch=keys[0][0],
+            epoch=epoch,
             indices=torch.tensor(indices),
             unreadable=unreadable,
             seconds=(float(spent[0]), float(spent[1]), float(spent[2])),
