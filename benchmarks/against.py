@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -92,6 +93,19 @@ def _run(file: Path, words: Sequence[str]) -> dict[str, Any]:
     if done.returncode:
         raise RunStopped(max(1, done.returncode), f"error: {file} ended with code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def pretrain_once(folder: Path, flags: str) -> Path:
+    """Pretrain on one thread in ``folder``, unless it has a finished run with the same flags; return the folder."""
+    done = folder / "done"
+    if not done.exists() or done.read_text() != flags:
+        folder.mkdir(parents=True, exist_ok=True)
+        more = ["--num-workers=0", "--no-report-pictures", "--quiet", "--resume=never", f"--output-dir={folder}"]
+        command = [sys.executable, str(ROOT / "run_pretrain.py"), *shlex.split(flags), *more]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, env=environment, cwd=folder.parent, check=True)
+        done.write_text(flags)
+    return folder
 
 
 def spread(values: Sequence[float]) -> str:

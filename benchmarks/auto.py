@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from against import pretrain_once  # noqa: E402
 
 from dino_xcit.data.sample import open_sample  # noqa: E402
 from dino_xcit.metrics import read_metrics  # noqa: E402
@@ -60,14 +60,10 @@ def write_sets(out: Path) -> None:
 
 def train(folder: Path, name: str, recipe: str, more: str) -> float:
     """Train one run on one thread; return its k-NN accuracy in percent."""
-    flags = f"--recipe {recipe} {SETS[name]} {more} --knn-every 1000 --num-workers 0 --no-report-pictures --quiet"
-    done = folder / "done"
-    if not done.exists() or done.read_text() != flags:
-        command = [sys.executable, str(ROOT / "run_pretrain.py"), *flags.split(), "--output-dir", str(folder)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run([*command, "--resume=never"], env=environment, cwd=folder.parent, check=True)
-        done.write_text(flags)
-    return next(row["knn_top1"] for row in reversed(read_metrics(folder / "metrics.jsonl")) if "knn_top1" in row)
+    rows = read_metrics(
+        pretrain_once(folder, f"--recipe {recipe} {SETS[name]} {more} --knn-every 1000") / "metrics.jsonl"
+    )
+    return next(row["knn_top1"] for row in reversed(rows) if "knn_top1" in row)
 
 
 def main() -> None:
