@@ -302,7 +302,7 @@ class ReferenceStep:
     DistributedDataParallel, which adds work in a single process; it is omitted here.
     """
 
-    def __init__(self, folder: Path, settings: Settings, precision: Precision) -> None:
+    def __init__(self, folder: Path, settings: Settings, precision: Precision, seed: int = 0) -> None:
         xcit, main_dino = import_peer(folder, "xcit/xcit.py"), import_peer(folder, "dino/main_dino.py")
         self.utils = main_dino.utils
         self.settings, self.precision, self.device = settings, precision, torch.device(settings.device)
@@ -316,7 +316,7 @@ class ReferenceStep:
             head = main_dino.DINOHead(backbone.embed_dim, settings.out_dim, **widths)
             return self.utils.MultiCropWrapper(backbone, head).to(self.device)
 
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         if settings.device == "cpu":
             nn.SyncBatchNorm = nn.BatchNorm2d  # type: ignore[misc, assignment]
         with warnings.catch_warnings():
@@ -329,7 +329,15 @@ class ReferenceStep:
         self.dino_loss.to(self.device)
         groups = self.utils.get_params_groups(self.student)
         self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY)
+        self.momentum = TEACHER_MOMENTUM
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def set_rates(self, lr: float, weight_decay: float, momentum: float) -> None:
+        """Set the rates of the next step; only the first group is regularised."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.param_groups[0]["weight_decay"] = weight_decay
+        self.momentum = momentum
 
     def loss(self, images: Sequence[Tensor]) -> Tensor:
         """Return the loss of V tensors [B, 3, size, size]; also updates the center."""
@@ -350,7 +358,7 @@ class ReferenceStep:
         self.scaler.update()
         with torch.no_grad():
             for new, kept in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
-                kept.data.mul_(TEACHER_MOMENTUM).add_((1 - TEACHER_MOMENTUM) * new.detach().data)
+                kept.data.mul_(self.momentum).add_((1 - self.momentum) * new.detach().data)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return torch.tensor(value)

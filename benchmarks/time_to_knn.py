@@ -1,0 +1,233 @@
+"""Time until the k-NN accuracy of facebookresearch/dino (the reference): its code, and this project's.
+
+    python benchmarks/time_to_knn.py --reference DIR [--epochs 6] [--seeds 2] [--only ROW ...]
+
+``--reference`` is that of step.py. All rows train the same XCiT on the same PNG images of Fashion-MNIST (DINO's
+augmentation, batch, crop sizes and schedules), with one thread for the step and one loader process. k-NN (k = 20) of
+the teacher on held-out images is measured at twenty points of each run, for which the clock stops. The target is the
+reference's accuracy at the end, averaged over the seeds, minus 0.5 points; a run reaches it at the first point at which
+its accuracy, averaged over the seeds, is as high.
+
+The last line is one JSON object. ``ratio_time_equal`` is the reference's time to the target divided by that of ours in
+fp32, ``ratio_time`` that of the fastest row; null if the target is not reached. ``knn_reference`` and
+``knn_ours_equal`` are the final accuracies by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dino_xcit  # noqa: E402, F401  # isort: skip  (before torch: configures idle OpenMP threads)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from against import import_peer, in_a_process  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+from PIL import Image  # noqa: E402
+from step import ReferenceStep, Settings  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from dino_xcit.config import PretrainConfig  # noqa: E402
+from dino_xcit.data import open_source  # noqa: E402
+from dino_xcit.data.loader import Loader, MultiCropDataset, StepSampler  # noqa: E402
+from dino_xcit.optim import Schedules  # noqa: E402
+from dino_xcit.runtime.memory import keep_freed_memory  # noqa: E402
+from dino_xcit.train import build_state, train_step  # noqa: E402
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, normalise  # noqa: E402
+from eval.knn import knn_predict  # noqa: E402
+from eval.table import table  # noqa: E402
+
+CPU = torch.device("cpu")
+POINTS, MARGIN = 20, 0.5
+TRAINING, HELD_OUT = 2000, 1000
+CONFIG = PretrainConfig(
+    arch="xcit_tiny_12_p16", out_dim=1024, head_hidden_dim=512, head_bottleneck_dim=64, batch_size_per_gpu=32,
+    global_crops_size=64, local_crops_size=32, local_crops_number=4, warmup_epochs=0.5, freeze_last_layer=0, lr=4e-3,
+    momentum_teacher=0.99, device="cpu", num_workers=1,
+)  # fmt: skip
+"""Settings of all rows; the others are DINO's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    key: str
+    """Name in --only and the JSON object."""
+    title: str
+    precision: Literal["fp32", "bf16"]
+    schedule: str = ""
+    """``--resolution-schedule``."""
+
+
+ROWS = (
+    Row("reference", "facebookresearch/dino + xcit, fp32", "fp32"),
+    Row("ours-fp32", "ours, fp32", "fp32"),
+    Row("ours-bf16", "ours, bf16", "bf16"),
+    Row("ours-bf16-schedule", "ours, bf16, crops of 32 pixels in the first half", "bf16", "0:32/16 0.5:64/32"),
+)
+
+
+def write_images(folder: Path) -> None:
+    """Write a folder per class of training images of the embedded sample."""
+    source = open_source("sample:fashion-mnist", "train")
+    for index in range(TRAINING):
+        pixels, label = source.read(index)
+        assert isinstance(pixels, np.ndarray)
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / str(label) / f"{index:05d}.png")
+
+
+def eval_images(start: int, count: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Return images of the embedded sample [count, 3, 64, 64], normalised, and their labels."""
+    source = open_source("sample:fashion-mnist", "train")
+    pixels, labels = zip(*(source.read(index) for index in range(start, start + count)), strict=True)
+    small = torch.from_numpy(np.stack(pixels))[:, None].expand(-1, 3, -1, -1)
+    side = CONFIG.global_crops_size
+    large = nn.functional.interpolate(small.float(), (side, side), mode="bicubic", antialias=True).clamp(0, 255)
+    return normalise(large.round().to(torch.uint8), IMAGENET_MEAN, IMAGENET_STD), np.array(labels)
+
+
+def ours(config: PretrainConfig) -> Iterator[nn.Module]:
+    """Train and yield the teacher's backbone after each step."""
+    source = open_source(config.data_path, "train")
+    dataset = MultiCropDataset(source, config.augmentation(), config.seed, first=config.first_augmentations())
+    sampler = StepSampler(len(source), config.batch_size_per_gpu, seed=config.seed)
+    schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
+    sampler.stop_step = schedules.total_steps
+    state = build_state(config, CPU)
+    for batches in Loader(dataset, sampler, config.num_workers, CPU).steps(1):
+        train_step(state, batches, schedules, config)
+        yield state.method.eval_backbone
+
+
+def reference(folder: Path, config: PretrainConfig) -> Iterator[nn.Module]:
+    """Train with the code of the reference, and yield the teacher's backbone after each step."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    settings = Settings(
+        arch=config.arch, batch=config.batch_size_per_gpu, out_dim=config.out_dim, drop_path=config.drop_path_rate,
+        local_crops=config.local_crops_number, head_hidden=config.head_hidden_dim,
+        head_bottleneck=config.head_bottleneck_dim,
+    )  # fmt: skip
+    step = ReferenceStep(folder, settings, "fp32", config.seed)
+    augmentation = import_peer(folder, "dino/main_dino.py").DataAugmentationDINO(
+        config.global_crops_scale, config.local_crops_scale, config.local_crops_number
+    )
+    for transforms, side in (
+        (augmentation.global_transfo1, config.global_crops_size),
+        (augmentation.global_transfo2, config.global_crops_size),
+        (augmentation.local_transfo, config.local_crops_size),
+    ):
+        transforms.transforms[0].size = (side, side)  # the original has 224 and 96
+    loader = DataLoader(
+        ImageFolder(config.data_path, transform=augmentation), config.batch_size_per_gpu, shuffle=True,
+        num_workers=config.num_workers, pin_memory=True, drop_last=True,
+    )  # fmt: skip
+    schedules = Schedules.of(config, len(loader), config.batch_size_per_gpu)
+    for epoch in range(config.epochs):
+        for number, (images, _) in enumerate(loader):
+            rates = schedules.at(len(loader) * epoch + number, torch.ones(()))
+            step.set_rates(rates.lr, rates.weight_decay, rates.momentum)
+            step(images)
+            yield step.teacher.get_submodule("backbone")
+
+
+def run(row: Row, config: PretrainConfig, folder: Path) -> list[tuple[float, float]]:
+    """Train a row; return seconds of training and k-NN accuracy in percent at :data:`POINTS` points."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    config = replace(config, precision=row.precision, resolution_schedule=row.schedule)
+    neighbours, queries = eval_images(0, TRAINING), eval_images(TRAINING, HELD_OUT)
+
+    @torch.no_grad()
+    def features(backbone: nn.Module, images: Tensor) -> NDArray[np.float32]:
+        found = [backbone(part) for part in images.split(100)]
+        return torch.cat([one if isinstance(one, Tensor) else one.cls_token for one in found]).float().numpy()
+
+    def accuracy(backbone: nn.Module) -> float:
+        training = backbone.training
+        backbone.eval()
+        rows = features(backbone, neighbours[0]), features(backbone, queries[0])
+        backbone.train(training)
+        predicted = knn_predict(rows[0], neighbours[1], rows[1], [20], [0.07])[20, 0.07][:, 0]
+        return 100 * float((predicted == queries[1]).mean())
+
+    total = config.epochs * (TRAINING // config.batch_size_per_gpu)
+    points = {round(total * point / POINTS) for point in range(1, POINTS + 1)}
+    found, seconds = [], 0.0
+    steps = reference(folder, config) if row.key == "reference" else ours(config)
+    began = time.perf_counter()
+    for step, backbone in enumerate(steps, 1):
+        if step in points:
+            seconds += time.perf_counter() - began
+            found.append((seconds, accuracy(backbone)))
+            began = time.perf_counter()
+    return found
+
+
+def main() -> None:
+    """Train all rows and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=[row.key for row in ROWS], default=[row.key for row in ROWS])
+    given = parser.parse_args()
+    curves: dict[str, list[list[tuple[float, float]]]] = {}
+    with tempfile.TemporaryDirectory() as images:
+        write_images(Path(images))
+        for seed in range(given.seeds):
+            config = replace(CONFIG, data_path=images, epochs=given.epochs, seed=seed)
+            for row in (row for row in ROWS if row.key in given.only):
+                curve = in_a_process(run, row, config, given.reference.resolve())
+                curves.setdefault(row.key, []).append(curve)
+                accuracies = ", ".join(f"{accuracy:.1f}" for _, accuracy in curve)
+                print(f"{row.title}, seed {seed}: {curve[-1][0]:.0f} s; k-NN {accuracies}", flush=True)
+    target = mean(curve[-1][1] for curve in curves.get("reference", [])) - MARGIN
+    times: dict[str, float | None] = {}
+    for key, seeds in curves.items():
+        means = [tuple(map(mean, zip(*point, strict=True))) for point in zip(*seeds, strict=True)]
+        times[key] = next((seconds for seconds, accuracy in means if accuracy >= target), None)
+    finals = {key: [round(curve[-1][1], 2) for curve in seeds] for key, seeds in curves.items()}
+    rows = [
+        [
+            row.title, ", ".join(f"{accuracy:.1f}" for accuracy in finals[row.key]),
+            f"{mean(curve[-1][0] for curve in curves[row.key]):.0f}",
+            "-" if times[row.key] is None else f"{times[row.key]:.0f}",
+        ]
+        for row in ROWS if row.key in curves
+    ]  # fmt: skip
+    print(table(["", "k-NN at the end", "seconds", f"seconds to {target:.1f}"], rows))
+
+    def ratio(keys: list[str]) -> float | None:
+        reached = [seconds for key in keys if (seconds := times.get(key))]
+        theirs = times.get("reference")
+        return round(theirs / min(reached), 2) if theirs and reached else None
+
+    print(
+        json.dumps(
+            {
+                "ratio_time": ratio([row.key for row in ROWS[1:]]),
+                "ratio_time_equal": ratio(["ours-fp32"]),
+                "knn_reference": finals.get("reference"),
+                "knn_ours_equal": finals.get("ours-fp32"),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
