@@ -44,6 +44,7 @@ from dino_xcit.models import build_empty
 from dino_xcit.monitors import StepMonitors
 from dino_xcit.observers import Evaluator, Observer
 from dino_xcit.optim import Schedules
+from dino_xcit.recompute import fit_into_memory
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.train import TrainState, build_state, choose_kernels
@@ -166,6 +167,10 @@ def build_job(
             raise InputError("recipe auto needs to know which settings are given: give train(..., given=[...])")
         config, recipe = auto.adapt(config, source, given, stored)
     state = build_state(config, device)
+    if config.activation_checkpointing == "auto":
+        batch = config.batch_size_per_gpu * config.accumulation_steps * distributed.world_size()
+        schedules = Schedules.of(config, max(1, len(source) // batch), batch)
+        fit_into_memory(state, config, schedules.at(0, torch.ones((), device=device)), device)
     config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
     dataset = MultiCropDataset(
         source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda",

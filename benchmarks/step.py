@@ -378,7 +378,8 @@ class OurStep:
             head_hidden_dim=settings.head_hidden, head_bottleneck_dim=settings.head_bottleneck,
             local_crops_number=settings.local_crops, batch_size_per_gpu=settings.batch,
             global_crops_size=settings.global_size, local_crops_size=settings.local_size,
-            precision=row.precision, activation_checkpointing=row.checkpointing, device=settings.device,
+            precision=row.precision, device=settings.device,
+            activation_checkpointing="on" if row.checkpointing else "off",
             warmup_epochs=0.0, freeze_last_layer=0,  # as in all epochs after the first
             **changes,
         )  # fmt: skip

@@ -169,7 +169,7 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
         if token.startswith("--"):
             name, equals, value = token[2:].partition("=")
             name, given = name.replace("-", "_"), [value] * bool(equals)
-            if not equals and name not in kinds and kinds.get(name.removeprefix("no_")) is bool:
+            if not equals and name not in kinds and _is_switch(kinds.get(name.removeprefix("no_"))):
                 name, given = name.removeprefix("no_"), ["false"]
             if name not in kinds and _DINO_NAMES.get(name) in kinds:
                 name = _DINO_NAMES[name]
@@ -186,7 +186,7 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
                     raise InputError(f"unknown flag --{name}{close} (--help lists all)")
                 rest.append(token)
                 words, room = rest, math.inf
-        elif room > 0 and (kinds.get(name) is not bool or token.lower() in _BOOLEANS):
+        elif room > 0 and (not _is_switch(kinds.get(name)) or token.lower() in {*_BOOLEANS, *get_args(kinds[name])}):
             words.append(token)
             room -= 1
         elif positional:
@@ -201,6 +201,11 @@ def read_flags(config: type, argv: Sequence[str], rest: list[str] | None = None,
     return _normalised(flags, kinds, marked(config, IsPath))
 
 
+def _is_switch(kind: Any) -> bool:
+    """Whether a flag of this type needs no value: a boolean, or choices with "on"."""
+    return kind is bool or "on" in get_args(kind)
+
+
 def _arity(kind: Any) -> float:
     """Return the maximum number of words of a value of this type."""
     if get_origin(kind) is not tuple:
@@ -211,8 +216,10 @@ def _arity(kind: Any) -> float:
 def _normalised(flags: Flags, kinds: Mapping[str, Any], paths: Collection[str]) -> Flags:
     """Normalise booleans to True and False, expand ``~`` in paths, and translate DINO's use_fp16 and patch_size."""
     for name, words in flags.items():
-        if kinds[name] is bool:
+        if _is_switch(kinds[name]):
             flags[name] = [_BOOLEANS.get(word.lower(), word) for word in words or ["true"]]
+            if kinds[name] is not bool:
+                flags[name] = [{"True": "on", "False": "off"}.get(word, word) for word in flags[name]]
         elif name in paths:
             flags[name] = [os.path.expanduser(word) for word in words]
     if "use_fp16" in flags:

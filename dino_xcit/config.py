@@ -79,9 +79,10 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the networks; auto: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU. DINO's flag
     --use_fp16 true|false selects fp16 or fp32 and must not contradict --precision."""
-    activation_checkpointing: Annotated[bool, ResumeSafe] = False
+    activation_checkpointing: Annotated[Literal["off", "on", "auto"], ResumeSafe] = "off"
     """Recompute the stem and the XCA (cross-covariance attention) blocks in the backward pass: less memory, more time,
-    the same result (bit for bit with deterministic kernels, as on the CPU). Only for this project's XCiT."""
+    the same result (bit for bit with deterministic kernels, as on the CPU). auto (pretraining): only as many blocks as
+    the measured memory requires. Only for this project's XCiT."""
     compile: Annotated[bool, ResumeSafe] = False
     """Compile the XCA blocks with torch.compile. The first step then takes minutes; later runs use the compile cache.
     Measured on the CPU, it is not faster; not measured on GPUs. Only for this project's XCiT."""
@@ -286,9 +287,11 @@ class PretrainConfig(TrainConfig):
                 if self.knn_every:
                     why = f"the k-NN during training uses held-out images (knn_holdout is {self.knn_holdout})"
                 raise InputError(f"{name} is {value}, but {why}: leave {name} out, or change that setting")
-        for name in ("activation_checkpointing", "compile"):
-            if getattr(self, name) and self.arch.startswith(("timm:", "vit_")):
-                raise InputError(f"{name} needs this project's XCiT, but arch is {self.arch}: expected {name} false")
+        for name, off in (("activation_checkpointing", "off"), ("compile", False)):
+            if getattr(self, name) != off and self.arch.startswith(("timm:", "vit_")):
+                raise InputError(
+                    f"{name} needs this project's XCiT, but arch is {self.arch}: expected {name} {shown(off)}"
+                )
         Allowed(self.allow_missing, self.allow_unexpected).check()
         self.augmentation()
         self.first_augmentations()

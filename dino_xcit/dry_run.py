@@ -25,13 +25,11 @@ from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
-from dino_xcit.runtime.memory import available_memory, peak_memory, reset_peak_memory
+from dino_xcit.runtime.memory import SPARE, peak_memory, reset_peak_memory, total_memory
 from dino_xcit.train import TrainState, train_step
 
 SECONDS = 5.0
 """Time for measuring the loader, and for measuring the step."""
-SPARE = 0.1
-"""Share of the memory that the largest batch leaves free."""
 
 
 def dry_run(job: Job[PretrainConfig], device: torch.device) -> None:
@@ -150,10 +148,7 @@ def _memory(
 ) -> Memory | None:
     """Return the memory by the peaks of two small batches; None if the second peak is not higher."""
     reset_peak_memory(device)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = (available_memory() + peak_memory(device)) // distributed.processes_here()
+    total = total_memory(device)
     small, peaks = max(1, config.batch_size_per_gpu // 8), []
     for images in (small, small, 2 * small):  # the first step allocates the optimizer's state
         reset_peak_memory(device)

@@ -82,10 +82,15 @@ def load_initial_weights(config: SupervisedConfig) -> InitialWeights:
     rate = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
     backbone = build_backbone(arch, **rate)
     if isinstance(backbone, XCiT):
-        backbone.activation_checkpointing = config.activation_checkpointing
+        if config.activation_checkpointing == "auto":
+            raise InputError(
+                "activation_checkpointing is auto, which only run_pretrain.py supports: expected on or off"
+            )
+        if config.activation_checkpointing == "on":
+            backbone.recomputed_stages = backbone.stages
         if config.compile:
             backbone.compile_blocks()
-    elif config.activation_checkpointing or config.compile:
+    elif config.activation_checkpointing != "off" or config.compile:
         raise InputError(f"activation_checkpointing and compile need this project's XCiT, but arch is {arch}")
     if stored is None:
         metadata: JsonObject = {"path": SCRATCH, "arch": arch, "seed": config.seed}

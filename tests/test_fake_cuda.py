@@ -73,7 +73,7 @@ def lines_of(program: str, *words: Any) -> list[dict[str, Any]]:
 
 CASES: dict[str, dict[str, Any]] = {
     "accumulation": {"accumulation_steps": 2},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {"activation_checkpointing": "on"},
     "fp16": {"precision": "fp16"},
     "fp32": {"precision": "fp32"},
     "sgd": {"optimizer": "sgd", "clip_mode": "global"},

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import CPU, differing_bits, learnt, run, tensors_of, tiny_config
+from tiny_run import CPU, differing_bits, learnt, run, schedules_of, tensors_of, tiny_config
 from torch import Tensor, nn
 
+import run_pretrain
+from dino_xcit import recompute
+from dino_xcit.cli import parse
 from dino_xcit.config import PretrainConfig
+from dino_xcit.data.loader import Batch
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
+from dino_xcit.optim import Rates
+from dino_xcit.recompute import Costs, fit_into_memory
 from dino_xcit.train import TrainState, build_state
+from supervised.finetune_config import FinetuneConfig
+from supervised.method import load_initial_weights
 
 
 @pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 1), ("bf16", 2)])
@@ -20,7 +29,7 @@ def test_activation_checkpointing_leaves_training_bit_identical(precision: str, 
     """This includes the running statistics of BatchNorm: each block runs twice but must update them once."""
     config = tiny_config(precision=precision, accumulation_steps=accumulation)
     kept, _ = run(config, 2)
-    again, _ = run(dataclasses.replace(config, activation_checkpointing=True), 2)
+    again, _ = run(dataclasses.replace(config, activation_checkpointing="on"), 2)
     assert any("num_batches_tracked" in name for name in learnt(kept))
     assert differing_bits(learnt(kept), learnt(again)) == []
 
@@ -28,7 +37,7 @@ def test_activation_checkpointing_leaves_training_bit_identical(precision: str, 
 def bytes_kept(recompute: bool) -> int:
     """Return the bytes that autograd saves in a forward pass, without the parameters."""
     backbone = build_backbone("xcit_pico_4_p4", drop_path_rate=0.1)
-    backbone.activation_checkpointing = recompute  # type: ignore[assignment]
+    backbone.recomputed_stages = recompute * backbone.stages
     own = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -41,10 +50,76 @@ def test_activation_checkpointing_at_least_halves_saved_memory() -> None:
     assert bytes_kept(recompute=True) < 0.5 * bytes_kept(recompute=False)
 
 
-@pytest.mark.parametrize("setting", ["activation_checkpointing", "compile"])
-def test_timm_architecture_is_refused_with_checkpointing_and_compile(setting: str) -> None:
+@pytest.mark.parametrize(("setting", "value"), [("activation_checkpointing", "auto"), ("compile", True)])
+def test_timm_architecture_is_refused_with_checkpointing_and_compile(setting: str, value: object) -> None:
     with pytest.raises(InputError, match=setting):
-        PretrainConfig(arch="timm:resnet18", **{setting: True})  # type: ignore[arg-type]
+        PretrainConfig(arch="timm:resnet18", **{setting: value})  # type: ignore[arg-type]
+
+
+def test_supervised_run_refuses_auto() -> None:
+    with pytest.raises(InputError, match="expected on or off"):
+        load_initial_weights(FinetuneConfig(weights="none", arch="xcit_pico_4_p16", activation_checkpointing="auto"))
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ((), "on"),
+        (("true",), "on"),
+        (("auto",), "auto"),
+        (("off",), "off"),
+        (("--no-activation-checkpointing",), "off"),
+    ],
+)
+def test_flag_needs_no_value(words: tuple[str, ...], value: str) -> None:
+    argv = [*([] if "--no" in "".join(words) else ["--activation-checkpointing"]), *words, "--epochs", "3"]
+    assert parse(PretrainConfig, argv, "test").activation_checkpointing == value
+
+
+def test_fewest_stages_that_fit_are_recomputed() -> None:
+    costs = Costs(base=10, plain=8, stem=6, all=2)
+    assert [costs.needed(10, stages, 4) for stages in range(6)] == [90, 70, 60, 50, 40, 30]
+    assert [costs.fewest_stages(10, 4, total) for total in (100, 99, 78, 77, 33, 1)] == [0, 1, 1, 2, 5, 5]
+
+
+def test_auto_measures_memory_and_changes_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in for the peaks: 10 MB, and for each image 3 MB less 1 for the stem and 0.4 for each block."""
+    config = tiny_config(activation_checkpointing="auto", batch_size_per_gpu=16)
+    state, untouched = build_state(config, CPU), build_state(config, CPU)
+    student = state.method.student.backbone  # type: ignore[union-attr]
+    images: list[int] = []
+    forward_backward = state.method.forward_backward
+
+    def recorded(batch: Batch, rates: Rates) -> object:
+        images.append(len(batch.indices))
+        return forward_backward(batch, rates)
+
+    def peak(device: torch.device) -> int:
+        stages = student.recomputed_stages
+        each = 3_000_000 - (600_000 + 400_000 * stages if stages else 0)
+        return 10_000_000 + images[-1] * each
+
+    monkeypatch.setattr(state.method, "forward_backward", recorded)
+    monkeypatch.setattr(recompute, "peak_memory", peak)
+    moments = 2 * sum(p.nbytes for p in state.method.trained.parameters() if p.requires_grad)
+    monkeypatch.setattr(recompute, "total_memory", lambda device: (10_000_000 + moments + 16 * 1_300_000) / 0.9)
+    rates = schedules_of(config).at(0, torch.ones(()))
+    fit_into_memory(state, config, rates, CPU)
+    assert images == [2, 4] * 4
+    assert student.recomputed_stages == 3  # 3 - 1 - 2 x 0.4 = 1.2 MB; with one block 1.6
+    assert differing_bits(learnt(untouched), learnt(state)) == []
+    assert all(parameter.grad is None for parameter in state.method.trained.parameters())
+
+
+def test_auto_leaves_training_bit_identical(tmp_path: Path) -> None:
+    settings = {"data_path": "sample:fashion-mnist", "max_steps": 2, "num_workers": 0}
+    plain, fitted = (
+        run_pretrain.train(
+            tiny_config(activation_checkpointing=how, output_dir=str(tmp_path / how), **settings), CPU, ()
+        )
+        for how in ("off", "auto")
+    )
+    assert differing_bits(learnt(plain), learnt(fitted)) == []
 
 
 def graphs(config: PretrainConfig, steps: int) -> tuple[TrainState, list[nn.Module]]:
@@ -91,7 +166,7 @@ def test_compiled_bf16_run_with_checkpointing_matches_uncompiled_run() -> None:
     The optimizer is SGD: the first update of AdamW is the sign of the gradient, which rounding flips near 0.
     """
     torch._dynamo.reset()
-    config = tiny_config(precision="bf16", compile=True, activation_checkpointing=True, optimizer="sgd", lr=0.05)
+    config = tiny_config(precision="bf16", compile=True, activation_checkpointing="on", optimizer="sgd", lr=0.05)
     _, found = run(config, 2)
     _, expected = run(dataclasses.replace(config, compile=False), 2)
     assert float(found[1].loss) < 0.8 * float(found[0].loss)

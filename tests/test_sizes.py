@@ -67,7 +67,7 @@ def test_packed_crops_in_low_precision_differ_by_rounding_only(precision: str) -
 def test_packed_crops_with_activation_checkpointing(recompute: bool) -> None:
     network = build_backbone("xcit_pico_4_p4").train()
     assert isinstance(network, XCiT)
-    network.activation_checkpointing = recompute
+    network.recomputed_stages = recompute * network.stages
     crops = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 8, 8)]
     features = network.forward_crops(crops, [None, None])
     assert features.shape == (5, 64)

@@ -213,7 +213,7 @@ def test_initial_weights_are_required_and_reproducible() -> None:
     with pytest.raises(InputError, match="--arch"):
         SupervisedConfig(weights="none")
     with pytest.raises(InputError, match="activation_checkpointing"):
-        load_initial_weights(config_of(arch="vit_tiny_1_p16", activation_checkpointing=True))
+        load_initial_weights(config_of(arch="vit_tiny_1_p16", activation_checkpointing="on"))
 
 
 # ---- repeated augmentation

@@ -49,7 +49,8 @@ class StudentTeacher(Method):
         network = MultiCropWrapper(backbone, build_head(int(backbone.embed_dim)))  # type: ignore[arg-type]
         network = synchronise_batch_norm(network, self.device).to(self.device)  # type: ignore[assignment]
         if isinstance(network.backbone, XCiT):
-            network.backbone.activation_checkpointing = self.config.activation_checkpointing
+            if self.config.activation_checkpointing == "on":
+                network.backbone.recomputed_stages = network.backbone.stages
             if self.config.compile:
                 network.backbone.compile_blocks()
         return network.train()

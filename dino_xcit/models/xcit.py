@@ -278,8 +278,8 @@ class XCiT(nn.Module):
         self.embed_dim = size.dim
         self.patch_size = patch_size
         self.drop_path_rate = drop_path_rate
-        self.activation_checkpointing = False
-        """Whether to recompute the stem and the XCA blocks in the backward pass."""
+        self.recomputed_stages = 0
+        """Number of stages that the backward pass recomputes (activation checkpointing): the stem, then XCA blocks."""
         self.compiled = False
         self.patch_embed = ConvPatchEmbed(patch_size, size.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
@@ -339,7 +339,7 @@ class XCiT(nn.Module):
         self, crops: Sequence[Tensor], keys: Sequence[Tensor | None], layers: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...], Sizes]:
         """Return the tokens after the last XCA block, those of ``layers``, and crop sizes."""
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        recompute = self.recomputed_stages if torch.is_grad_enabled() else 0
         parts, grids = [], []
         for crop in crops:
             x, grid = recomputed(self.patch_embed, self.patch_embed, crop) if recompute else self.patch_embed(crop)
@@ -355,10 +355,15 @@ class XCiT(nn.Module):
             # Blocks are compiled for the sizes of training only.
             call = block.forward if self.compiled and not self.training else block
             inputs = (x, sizes, masks[index])
-            x = recomputed(block, call, *inputs) if recompute else call(*inputs)
+            x = recomputed(block, call, *inputs) if index + 1 < recompute else call(*inputs)
             if index in wanted:
                 kept[index] = x
         return x, tuple(kept[index] for index in wanted), sizes
+
+    @property
+    def stages(self) -> int:
+        """Number of stages that can be recomputed."""
+        return 1 + len(self.blocks)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the XCA blocks with torch.compile for each shape in training; evaluation runs them eagerly.

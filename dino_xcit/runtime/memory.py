@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 
+from dino_xcit.runtime import distributed
+
+SPARE = 0.1
+"""Share of the memory that a batch leaves free."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -30,6 +34,13 @@ def keep_freed_memory() -> None:
 def available_memory() -> int:
     """Return the bytes that new allocations can use without swapping, ``MemAvailable`` of Linux; 1 PB elsewhere."""
     return _bytes_in("/proc/meminfo", "MemAvailable") or 1 << 50
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes that a training process can use: those of its GPU, or its share of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return (available_memory() + peak_memory(device)) // distributed.processes_here()
 
 
 def peak_memory(device: torch.device) -> int:

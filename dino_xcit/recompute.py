@@ -1,0 +1,90 @@
+"""``--activation-checkpointing auto``: recompute as few stages of the student as the memory requires."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from dino_xcit.augment import group_by_size
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data.loader import Batch
+from dino_xcit.methods import Method
+from dino_xcit.models.xcit import XCiT
+from dino_xcit.optim import Rates
+from dino_xcit.runtime import distributed
+from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.memory import SPARE, peak_memory, reset_peak_memory, total_memory
+from dino_xcit.train import TrainState
+
+MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
+"""Tensors that an optimizer keeps for each parameter."""
+
+
+class Costs(NamedTuple):
+    """Bytes of a training process."""
+
+    base: float
+    """Without images, with the optimizer's state."""
+    plain: float
+    """For each image, without recomputing."""
+    stem: float
+    """For each image, if the stem is recomputed."""
+    all: float
+    """For each image, if the stem and all blocks are recomputed."""
+
+    def needed(self, images: int, stages: int, blocks: int) -> float:
+        """Return the bytes for a batch if the stem and ``stages - 1`` of the blocks are recomputed; 0 stages: none."""
+        each = self.plain if stages == 0 else self.stem - (self.stem - self.all) * (stages - 1) / blocks
+        return self.base + images * each
+
+    def fewest_stages(self, images: int, blocks: int, total: float) -> int:
+        """Return the fewest stages with which a batch leaves :data:`SPARE` of ``total`` bytes free; else all."""
+        stages = range(1 + blocks + 1)
+        return next((n for n in stages if self.needed(images, n, blocks) <= (1 - SPARE) * total), stages[-1])
+
+
+def fit_into_memory(state: TrainState, config: PretrainConfig, rates: Rates, device: torch.device) -> None:
+    """Choose the stages that the student recomputes, by the peaks of two small batches. Changes nothing else.
+
+    Must be called on every rank; the rank with the highest need decides.
+    """
+    method, student = state.method, state.method.trained.get_submodule("backbone")
+    assert isinstance(student, XCiT)
+    blocks, small = student.stages - 1, max(1, config.batch_size_per_gpu // 8)
+    before = state.buffers.read()
+
+    def peaks(stages: int) -> tuple[int, int]:
+        student.recomputed_stages = stages
+        return _peak(method, config, rates, device, small), _peak(method, config, rates, device, 2 * small)
+
+    peaks(0)  # the first passes allocate and compile
+    measured = [peaks(stages) for stages in (0, 1, 1 + blocks)]
+    method.trained.zero_grad(set_to_none=True)
+    state.buffers.write(before)
+    plain, stem, everything = ((large - one) / small for one, large in measured)
+    moments = MOMENTS[config.optimizer] * sum(p.nbytes for p in method.trained.parameters() if p.requires_grad)
+    costs = Costs(measured[0][0] - small * plain + moments, plain, stem, everything)
+    total = total_memory(device)
+    stages = max(distributed.gather_objects(costs.fewest_stages(config.batch_size_per_gpu, blocks, total)))
+    student.recomputed_stages = stages
+    needed = costs.needed(config.batch_size_per_gpu, stages, blocks)
+    what = "nothing" if stages == 0 else f"the stem and {stages - 1} of {blocks} blocks"
+    log.info(
+        f"activation checkpointing recomputes {what}: about {needed / 1e9:.3g} of {total / 1e9:.3g} GB per process"
+    )
+
+
+def _peak(method: Method, config: PretrainConfig, rates: Rates, device: torch.device, images: int) -> int:
+    """Return the peak memory of a forward and backward pass over noise, with the largest crops of the run."""
+    sides = [view.size for view in config.augmentation().views]
+    groups = group_by_size(sides)
+    crops = [
+        torch.randint(256, (len(group) * images, 3, sides[group[0]], sides[group[0]]), dtype=torch.uint8, device=device)
+        for group in groups
+    ]
+    batch = Batch(crops, [len(group) for group in groups], epoch=0, indices=torch.arange(images, device=device))
+    method.trained.zero_grad(set_to_none=True)
+    reset_peak_memory(device)
+    method.forward_backward(batch, rates)
+    return peak_memory(device)
