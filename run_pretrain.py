@@ -215,7 +215,7 @@ def command() -> None:
     """Run :func:`main` with the exit codes of docs/reliability.md."""
     less_memory = (
         "lower --batch-size-per-gpu (and raise --accumulation-steps), the crop sizes or --out-dim, or use "
-        "--activation-checkpointing"
+        "--activation-checkpointing auto"
     )
     distributed.run_command(main, less_memory)
 
