@@ -30,12 +30,12 @@ class Costs(NamedTuple):
     """For each image, without recomputing."""
     stem: float
     """For each image, if the stem is recomputed."""
-    all: float
+    full: float
     """For each image, if the stem and all blocks are recomputed."""
 
     def needed(self, images: int, stages: int, blocks: int) -> float:
         """Return the bytes for a batch if the stem and ``stages - 1`` of the blocks are recomputed; 0 stages: none."""
-        each = self.plain if stages == 0 else self.stem - (self.stem - self.all) * (stages - 1) / blocks
+        each = self.plain if stages == 0 else self.stem - (self.stem - self.full) * (stages - 1) / blocks
         return self.base + images * each
 
     def fewest_stages(self, images: int, blocks: int, total: float) -> int:
@@ -51,7 +51,7 @@ def fit_into_memory(state: TrainState, config: PretrainConfig, rates: Rates, dev
     """
     method, student = state.method, state.method.trained.get_submodule("backbone")
     assert isinstance(student, XCiT)
-    blocks, small = student.stages - 1, max(1, config.batch_size_per_gpu // 8)
+    blocks, small = student.stages - 1, max(2, config.batch_size_per_gpu // 8)  # KoLeo compares images
     before = state.buffers.read()
 
     def peaks(stages: int) -> tuple[int, int]:
@@ -62,9 +62,11 @@ def fit_into_memory(state: TrainState, config: PretrainConfig, rates: Rates, dev
     measured = [peaks(stages) for stages in (0, 1, 1 + blocks)]
     method.trained.zero_grad(set_to_none=True)
     state.buffers.write(before)
-    plain, stem, everything = ((large - one) / small for one, large in measured)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    plain, stem, full = ((large - one) / small for one, large in measured)
     moments = MOMENTS[config.optimizer] * sum(p.nbytes for p in method.trained.parameters() if p.requires_grad)
-    costs = Costs(measured[0][0] - small * plain + moments, plain, stem, everything)
+    costs = Costs(measured[0][0] - small * plain + moments, plain, stem, full)
     total = total_memory(device)
     stages = max(distributed.gather_objects(costs.fewest_stages(config.batch_size_per_gpu, blocks, total)))
     student.recomputed_stages = stages

@@ -107,7 +107,7 @@ def measures(features: Tensor) -> dict[str, float]:
     rows = features[:, 0]
     values, centred = torch.linalg.svdvals(rows), torch.linalg.svdvals(rows - rows.mean(dim=0))
     stable_rank = float(values.square().sum() / values[0].square().clamp_min(_EPS))
-    found = effective_rank(values), effective_rank(centred), stable_rank, self_clustering(rows), lidar(features)
+    found = _effective_rank(values), _effective_rank(centred), stable_rank, self_clustering(rows), lidar(features)
     return dict(zip(METRICS, found, strict=True))
 
 
@@ -135,10 +135,10 @@ def lidar(features: Tensor, delta: float = 1e-4) -> float:
     within = residuals.T @ residuals / (len(means) * (features.shape[1] - 1))
     values, vectors = torch.linalg.eigh(within + delta * torch.eye(len(within), dtype=within.dtype))
     whitening = vectors / values.sqrt()
-    return effective_rank(torch.linalg.eigvalsh(whitening.T @ between @ whitening).clamp_min(0))
+    return _effective_rank(torch.linalg.eigvalsh(whitening.T @ between @ whitening).clamp_min(0))
 
 
-def effective_rank(values: Tensor) -> float:
+def _effective_rank(values: Tensor) -> float:
     """Return exp of the entropy of non-negative values, normalised to a sum of 1."""
     shares = values / values.sum().clamp_min(_EPS) + _EPS
     return float(torch.special.entr(shares).sum().exp())

@@ -69,7 +69,7 @@ def test_flag_needs_no_value(words: str, value: str) -> None:
 
 
 def test_fewest_stages_that_fit_are_recomputed() -> None:
-    costs = Costs(base=10, plain=8, stem=6, all=2)
+    costs = Costs(base=10, plain=8, stem=6, full=2)
     assert [costs.needed(10, stages, 4) for stages in range(6)] == [90, 70, 60, 50, 40, 30]
     assert [costs.fewest_stages(10, 4, total) for total in (100, 99, 78, 77, 33, 1)] == [0, 1, 1, 2, 5, 5]
 
