@@ -320,7 +320,7 @@ class PretrainConfig(TrainConfig):
         if stages and (starts[0] or sorted({*starts, self.epochs}) != [*starts, self.epochs]):
             raise InputError(
                 f"the stages of resolution_schedule {self.resolution_schedule!r} begin at epochs {starts} of "
-                f"{self.epochs}: expected the first at 0, and at least one epoch in each"
+                f"{self.epochs}: expected the first at 0, and at least one epoch in each (give more --epochs?)"
             )
         sizes = [(int(one[2]), int(one[3])) for one in found if one]
         if stages and sizes[-1] != (self.global_crops_size, self.local_crops_size):
