@@ -168,9 +168,7 @@ def build_job(
         config, recipe = auto.adapt(config, source, given, stored)
     state = build_state(config, device)
     if config.activation_checkpointing == "auto":
-        batch = config.batch_size_per_gpu * config.accumulation_steps * distributed.world_size()
-        schedules = Schedules.of(config, max(1, len(source) // batch), batch)
-        fit_into_memory(state, config, schedules.at(0, torch.ones((), device=device)), device)
+        fit_into_memory(state, config, device)
     config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
     dataset = MultiCropDataset(
         source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda",

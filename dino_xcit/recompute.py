@@ -11,7 +11,7 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.methods import Method
 from dino_xcit.models.xcit import XCiT
-from dino_xcit.optim import Rates
+from dino_xcit.optim import Rates, Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.memory import SPARE, peak_memory, reset_peak_memory, total_memory
@@ -44,7 +44,7 @@ class Costs(NamedTuple):
         return next((n for n in stages if self.needed(images, n, blocks) <= (1 - SPARE) * total), stages[-1])
 
 
-def fit_into_memory(state: TrainState, config: PretrainConfig, rates: Rates, device: torch.device) -> None:
+def fit_into_memory(state: TrainState, config: PretrainConfig, device: torch.device) -> None:
     """Choose the stages that the student recomputes, by the peaks of two small batches. Changes nothing else.
 
     Must be called on every rank; the rank with the highest need decides.
@@ -52,7 +52,7 @@ def fit_into_memory(state: TrainState, config: PretrainConfig, rates: Rates, dev
     method, student = state.method, state.method.trained.get_submodule("backbone")
     assert isinstance(student, XCiT)
     blocks, small = student.stages - 1, max(2, config.batch_size_per_gpu // 8)  # KoLeo compares images
-    before = state.buffers.read()
+    before, rates = state.buffers.read(), Schedules.of(config, 1, 1).at(0, torch.ones((), device=device))
 
     def peaks(stages: int) -> tuple[int, int]:
         student.recomputed_stages = stages

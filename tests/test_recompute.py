@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import CPU, differing_bits, learnt, run, schedules_of, tensors_of, tiny_config
+from tiny_run import CPU, differing_bits, learnt, run, tensors_of, tiny_config
 from torch import Tensor, nn
 
 import run_pretrain
@@ -95,8 +95,7 @@ def test_auto_measures_memory_and_changes_nothing_else(monkeypatch: pytest.Monke
     monkeypatch.setattr(recompute, "peak_memory", peak)
     moments = 2 * sum(p.nbytes for p in state.method.trained.parameters() if p.requires_grad)
     monkeypatch.setattr(recompute, "total_memory", lambda device: (10_000_000 + moments + 16 * 1_300_000) / 0.9)
-    rates = schedules_of(config).at(0, torch.ones(()))
-    fit_into_memory(state, config, rates, CPU)
+    fit_into_memory(state, config, CPU)
     assert images == [2, 4] * 4
     assert student.recomputed_stages == 3  # 3 - 1 - 2 x 0.4 = 1.2 MB; with one block 1.6
     assert differing_bits(learnt(untouched), learnt(state)) == []

@@ -15,6 +15,7 @@ from dino_xcit.bounds import shown
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.health import UNREADABLE_FILE, read_unreadable
 from dino_xcit.metrics import METRICS_FILE, read_metrics
+from dino_xcit.verdict import TOO_EARLY
 from eval.results import read_result
 
 PICTURE_FOLDER = "report"
@@ -76,8 +77,10 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """The last verdict's state; empty for a run without verdicts."""
-        return str(self.verdicts[-1]["state"]) if self.verdicts else ""
+        """The last verdict's state; empty for a run that is not judged, as supervised runs."""
+        if self.verdicts:
+            return str(self.verdicts[-1]["state"])
+        return TOO_EARLY if "on_collapse" in self.settings else ""
 
 
 def read_run(folder: Path) -> RunRecord:

@@ -79,12 +79,12 @@ def _card(run: RunRecord) -> dict[str, Any]:
         if value is not None:
             facts.append([name, form.format(value)])
     facts += [[name, str(start[name])] for name in ("arch", "images", "started") if start.get(name)]
-    judged = "on_collapse" in start.get("settings", {})  # a pretraining run
-    state = run.state or (TOO_EARLY if judged else "")
     since = f"Since step {verdict['step']:,}. " if verdict else ""
-    reason = str(verdict.get("reason", "")) or (f"Verdicts begin at step {FIRST_STEP}." if state == TOO_EARLY else "")
+    reason = str(verdict.get("reason", "")) or (
+        f"Verdicts begin at step {FIRST_STEP}." if run.state == TOO_EARLY else ""
+    )
     return {
-        "name": run.name, "state": state, "reason": since + reason[:1].upper() + reason[1:],
+        "name": run.name, "state": run.state, "reason": since + reason[:1].upper() + reason[1:],
         "remedy": str(verdict.get("remedy", "")), "facts": facts, "step": run.step, "total_steps": run.total_steps,
     }  # fmt: skip
 
