@@ -25,6 +25,7 @@ from dino_xcit.metrics import read_metrics
 from eval.report.contents import (
     BUCKETS,
     CHARTS,
+    RunRecord,
     charts_of,
     differing_settings,
     finite_values,
@@ -286,3 +287,9 @@ def test_page_fits_the_window(tmp_path: Path, page: Any, width: int, scheme: str
         "getComputedStyle(document.body).backgroundColor")))  # fmt: skip
     assert (red + green + blue < 200) == (scheme == "dark")
     assert page.problems == []
+
+
+def test_judged_run_without_a_verdict_is_too_early_to_say(tmp_path: Path) -> None:
+    pretraining = RunRecord(tmp_path, "a", [], [], {}, {}, 3, {"on_collapse": "warn"})
+    assert pretraining.state == "too early to say"
+    assert RunRecord(tmp_path, "b", [], [], {}, {}, 3, {"epochs": 2}).state == ""
