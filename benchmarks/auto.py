@@ -1,6 +1,6 @@
 """Recipe auto against DINO's settings, at equal images seen: k-NN accuracy on small sets.
 
-    python benchmarks/auto.py OUT [--only SET ...] [--weights CHECKPOINT] [--jobs 2]
+    python benchmarks/auto.py OUT [--only SET ...] [--weights CHECKPOINT] [--seeds 1] [--jobs 2]
 
 The sets are 1,000, 10,000 and 60,000 images of Fashion-MNIST (Debian's dataset-fashion-mnist), evaluated on its test
 images, and 4,000 colour images of its objects on textures. Both recipes get the same network, crop sizes and epochs,
@@ -11,10 +11,12 @@ continue from a checkpoint of --arch. Runs that are in OUT are not repeated.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from PIL import Image
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--arch", default="xcit_micro_4_p16")
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each recipe; the table has their mean and range")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     out = given.out.resolve()
@@ -82,15 +85,23 @@ def main() -> None:
     if given.weights:
         more += f" --init-weights {given.weights.resolve()}"
     suffix = "-continued" if given.weights else ""
-    runs = [(name, recipe) for name in given.only for recipe in RECIPES]
+
+    def measure(run: tuple[str, int, str]) -> float:
+        name, seed, recipe = run
+        return train(out / f"{name}-{recipe}-{given.arch}{suffix}-{seed}", name, recipe, f"{more} --seed {seed}")
+
+    runs = list(itertools.product(given.only, range(given.seeds), RECIPES))
     with ThreadPoolExecutor(given.jobs) as pool:
-        measured = pool.map(
-            lambda run: train(out / f"{run[0]}-{run[1]}-{given.arch}{suffix}", run[0], run[1], more), runs
+        found = dict(zip(runs, pool.map(measure, runs), strict=True))
+    rows = []
+    for name in given.only:
+        columns = [[found[name, seed, recipe] for seed in range(given.seeds)] for recipe in RECIPES]
+        gains = [auto - dino for dino, auto in zip(*columns, strict=True)]
+        rows.append(
+            [name, *(f"{fmean(values):.1f} ({min(values):.1f} - {max(values):.1f})" for values in (*columns, gains))]
         )
-        found = dict(zip(runs, measured, strict=True))
-    rows = [[name, *(f"{found[name, recipe]:.1f}" for recipe in RECIPES)] for name in given.only]
-    print(table(["set", *RECIPES], rows))
-    print(json.dumps({" ".join(run): round(accuracy, 2) for run, accuracy in found.items()}))
+    print(table(["set", *RECIPES, "gain"], rows))
+    print(json.dumps({" ".join(map(str, run)): round(accuracy, 2) for run, accuracy in found.items()}))
 
 
 if __name__ == "__main__":

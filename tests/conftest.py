@@ -35,8 +35,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_seed_for_every_test() -> None:
+def _same_state_for_every_test() -> None:
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # runners of an earlier test set "high"
 
 
 @pytest.fixture(scope="session")
