@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from dino_xcit import auto, loop, nonfinite, representation
+from dino_xcit import auto, kernel_choice, loop, nonfinite, representation
 from dino_xcit.checkpoint.folder import LATEST
 from dino_xcit.checkpoint.resume import refuse_file
 from dino_xcit.data import Source, open_source
@@ -47,7 +47,7 @@ from dino_xcit.optim import Schedules
 from dino_xcit.recompute import fit_into_memory
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from dino_xcit.train import TrainState, build_state, choose_kernels
+from dino_xcit.train import TrainState, build_state, set_numerics
 from dino_xcit.verdict import TOO_EARLY, Judge, Verdict
 from dino_xcit.weights import LoadedBackbone, load_backbone
 from eval.knn.online import build_evaluators, build_probe
@@ -112,7 +112,7 @@ def run(settings: PretrainSettings) -> None:
     check_augment_device(config.augment_device, device)
     distributed.start(device, config.hang_timeout + 30)  # the watchdog fires first: its report has more detail
     log.info(settings.explanation)
-    choose_kernels(config, device)
+    set_numerics(config, device)
     if config.dry_run:
         distributed.on_main(partial(refuse_file, Path(config.output_dir)))
         final = dataclasses.replace(config, resolution_schedule="")  # the largest crops
@@ -166,6 +166,7 @@ def build_job(
         if given is None:
             raise InputError("recipe auto needs to know which settings are given: give train(..., given=[...])")
         config, recipe = auto.adapt(config, source, given, stored)
+    config = kernel_choice.choose(config, device, stored)
     state = build_state(config, device)
     if config.activation_checkpointing == "auto":
         fit_into_memory(state, config, device)

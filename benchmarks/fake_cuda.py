@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -97,6 +98,7 @@ class Ledger(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name in WAITS:
             self.waits.append(f"{name} {_caller()}")
+        _triton.count = 0
         result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if not any(tensor.is_cuda for tensor in given + made):
@@ -106,7 +108,7 @@ class Ledger(TorchDispatchMode):
         if name in VIEWS or func.namespace == "prim":
             return result
         phase = _phase()
-        self.launches[phase, name] += self._launches_of(name, args)
+        self.launches[phase, name] += _triton.count if func.namespace == "dino_xcit" else self._launches_of(name, args)
         in_place = args[0] if name.endswith("_") and isinstance(args[0], list | tuple) else args[:1]
         twice = [x for x in in_place if isinstance(x, Tensor)] if name.endswith("_") else []
         touched = {id(tensor): tensor for tensor in given + made if tensor.is_cuda}.values()
@@ -190,6 +192,37 @@ def _caller() -> str:
 # ---- a CUDA device that does not exist
 
 
+class _Triton:
+    """Counts launches of Triton's kernels instead of running them."""
+
+    count = 0
+    """Launches since it was set to 0."""
+    launches: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+    """The kernel and the arguments of the last launch, by name of the kernel; None: not wanted."""
+
+    def __call__(self, kernel: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            self.count += 1
+            if self.launches is not None:
+                self.launches[kernel.fn.__name__] = kernel, args, options
+
+        return collections.defaultdict(lambda: launch)  # any grid
+
+
+_triton = _Triton()
+
+
+@contextlib.contextmanager
+def launches_of_triton() -> Iterator[dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Collect kernels of Triton by name, each with the arguments and the options of a launch."""
+    enable_backward()
+    _triton.launches = {}
+    try:
+        yield _triton.launches
+    finally:
+        _triton.launches = None
+
+
 def _to(self: nn.Module, device: Any = None, *args: Any, **kwargs: Any) -> nn.Module:
     """``nn.Module.to`` for fake tensors, whose data PyTorch cannot swap in place."""
     done: dict[int, nn.Parameter] = {}
@@ -225,6 +258,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
             (torch.autograd, "_engine_run_backward", _run_backward),
         ):
             stack.enter_context(patch.object(target, name, replacement))
+        if importlib.util.find_spec("triton"):  # missing beside CPU builds of PyTorch
+            stack.enter_context(patch("dino_xcit.kernels.wrap_triton", _triton))
         stack.enter_context(_meta_functions())
         for cached in (transform._scale_and_shift, sync_batch_norm._counts):
             cached.cache_clear()  # tensors of another mode
@@ -311,6 +346,7 @@ def enable_backward() -> None:
     """
     if not torch.version.cuda or torch.cuda.is_available() or _LIBRARY in os.environ.get("LD_PRELOAD", ""):
         return
+    os.environ.pop("TRITON_INTERPRET", None)  # fake tensors have no data to compute with
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | environment())
 
 
@@ -397,14 +433,17 @@ def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **setting
     The optimizer's state exists before, as in all steps but the first.
 
     Args:
-        kernels: only ``eager``.
+        kernels: ``eager`` or ``fused``.
         ranks: number of processes.
         settings: settings of the run that differ.
     """
-    if kernels != "eager":
-        raise ValueError(f"kernels is {kernels!r}, expected eager")
     enable_backward()
-    values: dict[str, Any] = {"arch": "xcit_small_12_p16", "precision": "bf16", "freeze_last_layer": 0}
+    values: dict[str, Any] = {
+        "arch": "xcit_small_12_p16",
+        "precision": "bf16",
+        "freeze_last_layer": 0,
+        "kernels": kernels,
+    }
     config = PretrainConfig(**(values | settings | {"device": "cuda", "batch_size_per_gpu": batch}))
     modes: Sequence[Any] = _get_current_dispatch_mode_stack()
     with _disable_current_modes(), fake_cuda(), fake_ranks(ranks):

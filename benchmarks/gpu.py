@@ -196,7 +196,7 @@ def timed(context: Context, run: Callable[[], Any], steps: int, warm_up: int = 3
     return (time.perf_counter() - began) / steps
 
 
-def speed(key: str, arch: str = "xcit_small_12_p16", largest: bool = False, compiled: bool = False) -> Row:
+def speed(key: str, arch: str = "xcit_small_12_p16", largest: bool = False, kernels: str = "eager") -> Row:
     """Return a row that measures images/s and peak memory of a row of step.py with crops on the device.
 
     Args:
@@ -219,8 +219,8 @@ def speed(key: str, arch: str = "xcit_small_12_p16", largest: bool = False, comp
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             run, batches = step.build(row, own, context.reference)
-            if compiled:
-                run = context.own_step(own, key, compile=True)
+            if kernels != "eager":
+                run = context.own_step(own, key, kernels=kernels)
             crops = [crop.to(context.device) for crop in batches[0]]
             return timed(context, lambda: run(crops), 10)
 
@@ -346,8 +346,10 @@ GROUPS: tuple[tuple[str, dict[str, Row]], ...] = (
     speeds("S12/16 reference", at_64=False, key="reference"),
     speeds("S12/8 timm-bf16", key="timm-bf16", arch=P8),
     speeds("S12/16 timm-bf16", at_64=False, key="timm-bf16"),
-    speeds("S12/16 ours-bf16, compiled", key="ours-bf16", compiled=True),
-    speeds("S12/8 ours-bf16, compiled", key="ours-bf16", compiled=True, arch=P8),
+    speeds("S12/16 ours-bf16, fused", key="ours-bf16", kernels="fused"),
+    speeds("S12/8 ours-bf16, fused", key="ours-bf16", kernels="fused", arch=P8),
+    speeds("S12/16 ours-bf16, compiled", key="ours-bf16", kernels="compile"),
+    speeds("S12/8 ours-bf16, compiled", key="ours-bf16", kernels="compile", arch=P8),
 )
 """Rows that share a process, the most important first."""
 

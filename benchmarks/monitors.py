@@ -28,7 +28,7 @@ from dino_xcit.data import Subset  # noqa: E402
 from dino_xcit.data.loader import Loader, StepSampler  # noqa: E402
 from dino_xcit.recipes import parse_pretrain  # noqa: E402
 from dino_xcit.representation import build_evaluator, count_images, epochs_between  # noqa: E402
-from dino_xcit.train import choose_kernels, train_step  # noqa: E402
+from dino_xcit.train import set_numerics, train_step  # noqa: E402
 from dino_xcit.verdict import Judge  # noqa: E402
 from eval.table import table  # noqa: E402
 
@@ -47,7 +47,7 @@ def shares(name: str, device: torch.device, given: argparse.Namespace) -> dict[s
     if name != "sample":
         flags = [*flags, "--batch-size-per-gpu", str(given.batch)]
     config = parse_pretrain([*flags, "--device", device.type, "--knn-every", "1", "--knn-holdout", "100"]).config
-    choose_kernels(config, device)
+    set_numerics(config, device)
     job = run_pretrain.build_job(config, {}, device)
     sampler = StepSampler(len(job.dataset.source), config.batch_size_per_gpu, seed=config.seed)
     sampler.stop_step = given.steps + 2

@@ -658,19 +658,24 @@ def chosen_rows(only: str | None, device: str, reference: bool) -> list[Row]:
 
 def count(batch: int, arch: str) -> None:
     """Count the launches, bytes and peak memory of a step on a GPU, and print."""
-    ledger = Ledger()
-    with ledger:
-        state = fake_step(batch=batch, arch=arch)
-    networks = filter(None, (state.method.trained, state.method.teacher))
-    kept = tree_leaves([*(one.state_dict() for one in networks), state.optimizer.state_dict()["state"]])
-    peak = (ledger.peak + sum(one.nbytes for one in kept)) / 1e9
-    totals = {phase or "all": ledger.total(phase) for phase in (*ledger.bytes, "")}
-    print(table(["phase", "launches", "GB"], [[phase, str(n), f"{gb:.1f}"] for phase, (n, gb) in totals.items()]))
-    waits = [*ledger.waits, *ledger.blocking_copies]
+    found: dict[str, Any] = {}
+    rows, waits = [], []
+    for kernels in ("eager", "fused"):
+        ledger = Ledger()
+        with ledger:
+            state = fake_step(kernels, batch=batch, arch=arch)
+        networks = filter(None, (state.method.trained, state.method.teacher))
+        kept = tree_leaves([*(one.state_dict() for one in networks), state.optimizer.state_dict()["state"]])
+        peak = (ledger.peak + sum(one.nbytes for one in kept)) / 1e9
+        totals = {phase or "all": ledger.total(phase) for phase in (*ledger.bytes, "")}
+        rows += [[kernels, phase, str(launches), f"{gb:.1f}"] for phase, (launches, gb) in totals.items()]
+        waits += [*ledger.waits, *ledger.blocking_copies]
+        launches, gb = totals["all"]
+        found[kernels] = {"launches": launches, "GB": round(gb, 1), "update": totals["update"][0]}
+        found[kernels]["peak_GB"] = round(peak, 1)
+    print(table(["kernels", "phase", "launches", "GB"], rows))
     print(*waits, sep="\n", end="\n" * bool(waits))
-    launches, gigabytes = totals["all"]
-    eager = {"launches": launches, "GB": round(gigabytes, 1), "update": totals["update"][0], "peak_GB": round(peak, 1)}
-    print(json.dumps({"eager": eager, "waits": len(waits)}))
+    print(json.dumps(found | {"waits": len(waits)}))
 
 
 def main() -> None:

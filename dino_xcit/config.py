@@ -83,9 +83,11 @@ class TrainConfig:
     """Recompute the stem and the XCA (cross-covariance attention) blocks in the backward pass: less memory, more time,
     the same result (bit for bit with deterministic kernels, as on the CPU). auto (pretraining): only as many blocks as
     the measured memory requires. Only for this project's XCiT."""
-    compile: Annotated[bool, ResumeSafe] = False
-    """Compile the XCA blocks with torch.compile. The first step then takes minutes; later runs use the compile cache.
-    Measured on the CPU, it is not faster; not measured on GPUs. Only for this project's XCiT."""
+    kernels: Annotated[Literal["auto", "eager", "compile", "fused"], ResumeSafe] = "auto"
+    """How XCiT's blocks run in training. eager: PyTorch's operators. fused: Triton kernels, on a GPU. compile:
+    torch.compile, whose first step takes minutes; later runs use its cache. auto: for pretraining on a GPU, the fastest
+    whose gradients agree with eager's, measured in the first minute and kept for later runs; otherwise eager. Only for
+    this project's XCiT; not measured on GPUs."""
     deterministic: Annotated[bool, ResumeSafe] = False
     """Use deterministic kernels only; slower on a GPU."""
     num_workers: Annotated[int, Ge(-1), ResumeSafe] = -1
@@ -287,14 +289,20 @@ class PretrainConfig(TrainConfig):
                 if self.knn_every:
                     why = f"the k-NN during training uses held-out images (knn_holdout is {self.knn_holdout})"
                 raise InputError(f"{name} is {value}, but {why}: leave {name} out, or change that setting")
-        for name, off in (("activation_checkpointing", "off"), ("compile", False)):
-            if getattr(self, name) != off and self.arch.startswith(("timm:", "vit_")):
+        for name, others in (("activation_checkpointing", ("off",)), ("kernels", ("auto", "eager"))):
+            if getattr(self, name) not in others and not self.is_xcit:
                 raise InputError(
-                    f"{name} needs this project's XCiT, but arch is {self.arch}: expected {name} {shown(off)}"
+                    f"{name} {getattr(self, name)} needs this project's XCiT, but arch is {self.arch}: expected {name} "
+                    f"{others[-1]}"
                 )
         Allowed(self.allow_missing, self.allow_unexpected).check()
         self.augmentation()
         self.first_augmentations()
+
+    @property
+    def is_xcit(self) -> bool:
+        """Whether the network is this project's XCiT."""
+        return not self.arch.startswith(("timm:", "vit_"))
 
     def augmentation(self) -> MultiCropAugmentation:
         """Return the multi-crop augmentation of this run."""

@@ -113,8 +113,8 @@ class Health:
             raise RunStopped(
                 PREEMPTED, self._signals.sentence(state.step, self._config.resume) if distributed.is_main() else ""
             )
-        compiles = self._config.compile and state.step == self._sampler.start_step
-        watchdog.phase("compiling the networks" if compiles else "training step", state.step, limit=not compiles)
+        compiles = self._config.kernels in ("compile", "fused") and state.step == self._sampler.start_step
+        watchdog.phase("compiling the kernels" if compiles else "training step", state.step, limit=not compiles)
 
     def finish(self, state: TrainState) -> None:
         """List the last unreadable images, report skipped steps, and wait for the other ranks.

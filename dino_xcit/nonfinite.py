@@ -33,7 +33,7 @@ from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime.logging import counted
-from dino_xcit.train import TrainState, build_state, choose_kernels, train_step
+from dino_xcit.train import TrainState, build_state, set_numerics, train_step
 
 STATE, SUMMARY = "nonfinite.pth", "nonfinite.json"
 
@@ -109,7 +109,7 @@ def repeat(path: Path) -> str:
         raise InputError(f"{path} has no skipped step: expected the {STATE} of a run that ended with code {DIVERGED}")
     config = _config_of(stored, summary)
     device = distributed.choose_device(config.device)
-    choose_kernels(config, device)
+    set_numerics(config, device)
     source = open_source(config.data_path, "train")
     step = int(summary["step"])
     sampler = StepSampler(

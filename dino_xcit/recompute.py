@@ -6,16 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from dino_xcit.augment import group_by_size
 from dino_xcit.config import PretrainConfig
-from dino_xcit.data.loader import Batch
 from dino_xcit.methods import Method
 from dino_xcit.models.xcit import XCiT
 from dino_xcit.optim import Rates, Schedules
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.memory import SPARE, peak_memory, reset_peak_memory, total_memory
-from dino_xcit.train import TrainState
+from dino_xcit.train import TrainState, noise_batch
 
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}
 """Tensors that an optimizer keeps for each parameter."""
@@ -78,14 +76,8 @@ def fit_into_memory(state: TrainState, config: PretrainConfig, device: torch.dev
 
 
 def _peak(method: Method, config: PretrainConfig, rates: Rates, device: torch.device, images: int) -> int:
-    """Return the peak memory of a forward and backward pass over noise, with the largest crops of the run."""
-    sides = [view.size for view in config.augmentation().views]
-    groups = group_by_size(sides)
-    crops = [
-        torch.randint(256, (len(group) * images, 3, sides[group[0]], sides[group[0]]), dtype=torch.uint8, device=device)
-        for group in groups
-    ]
-    batch = Batch(crops, [len(group) for group in groups], epoch=0, indices=torch.arange(images, device=device))
+    """Return the peak memory of a forward and backward pass over noise."""
+    batch = noise_batch(config, images, device)
     method.trained.zero_grad(set_to_none=True)
     reset_peak_memory(device)
     method.forward_backward(batch, rates)

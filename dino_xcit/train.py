@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dino_xcit.augment import group_by_size
 from dino_xcit.config import PretrainConfig, TrainConfig
 from dino_xcit.data.loader import Batch
+from dino_xcit.errors import InputError
 from dino_xcit.methods import Method, Stats, build_method
 from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.optim import Rates, Schedules, build_optimizer, clip_gradients, gradient_norms, set_rates
@@ -68,8 +70,14 @@ class TrainState:
         self.buffers = Buffers(*(network for network in networks if network is not None))
 
 
-def choose_kernels(config: TrainConfig, device: torch.device) -> None:
-    """Select deterministic kernels with ``--deterministic``, otherwise the fastest ones."""
+def set_numerics(config: TrainConfig, device: torch.device) -> None:
+    """Select deterministic kernels with ``--deterministic``, otherwise the fastest ones.
+
+    Raises:
+        InputError: ``kernels`` is ``fused``, but Triton's kernels cannot run on ``device``.
+    """
+    if config.kernels == "fused":
+        _require_triton(device)
     if device.type == "cpu":
         keep_freed_memory()
     if config.deterministic:
@@ -78,6 +86,26 @@ def choose_kernels(config: TrainConfig, device: torch.device) -> None:
     else:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+
+
+def _require_triton(device: torch.device) -> None:
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise InputError("kernels fused needs the package triton: pip install triton, or --kernels eager") from error
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise InputError(f"kernels fused needs a GPU, but the device is {device.type}: expected --kernels eager")
+
+
+def noise_batch(config: PretrainConfig, images: int, device: torch.device) -> Batch:
+    """Return a batch of noise with the largest crops of the run."""
+    sides = [view.size for view in config.augmentation().views]
+    groups = group_by_size(sides)
+    crops = [
+        torch.randint(256, (len(group) * images, 3, sides[group[0]], sides[group[0]]), dtype=torch.uint8, device=device)
+        for group in groups
+    ]
+    return Batch(crops, [len(group) for group in groups], epoch=0, indices=torch.arange(images, device=device))
 
 
 def build_state(config: PretrainConfig, device: torch.device) -> TrainState:

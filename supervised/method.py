@@ -33,7 +33,7 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.sync_batch_norm import synchronise_batch_norm
-from dino_xcit.train import Buffers, TrainState, choose_kernels
+from dino_xcit.train import Buffers, TrainState, set_numerics
 from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, StoredWeights, hash_state, read_weights
 from dino_xcit.weights.locate import is_remote
@@ -88,10 +88,12 @@ def load_initial_weights(config: SupervisedConfig) -> InitialWeights:
             )
         if config.activation_checkpointing == "on":
             backbone.recomputed_stages = backbone.stages
-        if config.compile:
-            backbone.compile_blocks()
-    elif config.activation_checkpointing != "off" or config.compile:
-        raise InputError(f"activation_checkpointing and compile need this project's XCiT, but arch is {arch}")
+        if config.kernels != "auto":
+            backbone.use_kernels(config.kernels)
+    elif config.activation_checkpointing != "off" or config.kernels not in ("auto", "eager"):
+        raise InputError(
+            f"activation_checkpointing and kernels {config.kernels} need this project's XCiT, but arch is {arch}"
+        )
     if stored is None:
         metadata: JsonObject = {"path": SCRATCH, "arch": arch, "seed": config.seed}
         return InitialWeights(backbone, arch, EvalTransform(), metadata, f"random weights of {arch}")
@@ -112,7 +114,7 @@ def set_up_run(config: SupervisedConfig) -> torch.device:
     device = distributed.choose_device(config.device)
     distributed.start(device, config.hang_timeout + 30)  # the watchdog fires first: its report has more detail
     demand_writable({"json": config.json})
-    choose_kernels(config, device)
+    set_numerics(config, device)
     return device
 
 

@@ -80,7 +80,7 @@ def run_compiled() -> dict[str, Any]:
         buffers = [buffer.clone() for buffer in backbone.buffers()]
         results.append([loss.detach(), backbone.get_parameter("blocks.0.local_mp.conv1.weight").grad, *buffers])
         backbone.load_state_dict(start)
-        backbone.compile_blocks(backend="aot_eager")
+        backbone.use_kernels("compile", "aot_eager")
     counters = torch._dynamo.utils.counters
     return {"results": results, "graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
 

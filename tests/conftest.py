@@ -6,6 +6,7 @@ import os
 
 # Set before torch is imported; processes started by the tests inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU
 
 from collections.abc import Iterator
 from pathlib import Path

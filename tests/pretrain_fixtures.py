@@ -35,7 +35,7 @@ def pretrain_here(*words: object) -> Outcome:
         redirect_stdout(out),
         redirect_stderr(err),
         patch.object(sys, "argv", ["run_pretrain.py", *map(str, words)]),
-        patch.object(run_pretrain, "choose_kernels"),  # its settings would affect all later tests
+        patch.object(run_pretrain, "set_numerics"),  # its settings would affect all later tests
     ):
         try:
             run_pretrain.command()

@@ -32,6 +32,8 @@ SMALL: dict[str, Any] = {"out_dim": 512, "head_hidden_dim": 64, "head_bottleneck
 
 MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4290, 43, 159.2
 """Ceilings for a step of S12/16 at batch 64 in bf16. Lower them when the counts drop."""
+MAX_FUSED_LAUNCHES, MAX_FUSED_GB = 2272, 95.1
+"""The same with Triton kernels."""
 
 MAX_FORWARD_LAUNCHES = {("gram path", "bf16"): 677, ("gram path", "fp32"): 511}
 
@@ -85,6 +87,9 @@ CASES: dict[str, dict[str, Any]] = {
     "gram path": {"arch": "xcit_nano_12_p8", "global_crops_size": 512, "local_crops_size": 384},
     "vit": {"arch": "vit_tiny_12_p16"},
     "resnet": {"arch": "timm:resnet18"},
+    "fused": {"kernels": "fused"},
+    "fused, eight ranks": {"kernels": "fused", "ranks": 8},
+    "fused, checkpointing, fp16": {"kernels": "fused", "activation_checkpointing": "on", "precision": "fp16"},
     "eight ranks": {"ranks": 8},
     "eight ranks, timm": {"ranks": 8, "arch": "timm:resnet18"},
 }
@@ -120,8 +125,8 @@ def steps(*settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def measured() -> list[dict[str, Any]]:
-    """A step of S12/16 with AdamW, and one of a small network with LARS."""
-    return steps({}, {"batch": 2, "arch": "xcit_pico_4_p16", "optimizer": "lars"} | SMALL)
+    """A step of S12/16 with AdamW, one of a small network with LARS, and one of S12/16 with Triton kernels."""
+    return steps({}, {"batch": 2, "arch": "xcit_pico_4_p16", "optimizer": "lars"} | SMALL, {"kernels": "fused"})
 
 
 @needs_compiler
@@ -133,6 +138,14 @@ def test_step_of_s12_is_clean_and_stays_below_its_ceilings(measured: list[dict[s
     launches, gigabytes = found["total"]
     assert (launches <= MAX_LAUNCHES, gigabytes <= MAX_GB + 0.05) == (True, True), found
     assert 30 <= found["update"] <= MAX_UPDATE_LAUNCHES
+
+
+@needs_compiler
+def test_step_with_triton_kernels_is_clean_and_stays_below_its_ceilings(measured: list[dict[str, Any]]) -> None:
+    found = measured[2]
+    assert (found["clean"], found["strides"][1]) == ([[], [], [], {}], 0)
+    launches, gigabytes = found["total"]
+    assert (launches <= MAX_FUSED_LAUNCHES, gigabytes <= MAX_FUSED_GB + 0.05) == (True, True), found
 
 
 @needs_compiler

@@ -31,7 +31,7 @@ QUICK = ("--device", "cpu", "--num-workers", 0, "--batch-size-per-gpu", 8, "--ep
 @pytest.fixture(autouse=True)
 def _keep_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of kernels would affect all later tests."""
-    monkeypatch.setattr("supervised.method.choose_kernels", lambda *_: None)
+    monkeypatch.setattr("supervised.method.set_numerics", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

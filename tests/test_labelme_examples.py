@@ -21,7 +21,7 @@ SCRATCH = ("--weights", "none", "--arch", "xcit_pico_4_p8", "--device", "cpu", "
 @pytest.fixture(autouse=True)
 def _keep_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of kernels would affect all later tests."""
-    monkeypatch.setattr("supervised.method.choose_kernels", lambda *_: None)
+    monkeypatch.setattr("supervised.method.set_numerics", lambda *_: None)
 
 
 def test_detector_reads_coco_annotations(here: Here, tmp_path: Path) -> None:

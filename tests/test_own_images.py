@@ -41,7 +41,7 @@ def test_commands_of_the_page_work_in_order(
     here: Here, labelled_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("run_pretrain.choose_kernels", lambda *_: None)
+    monkeypatch.setattr("run_pretrain.set_numerics", lambda *_: None)
     monkeypatch.setattr("dino_xcit.dry_run.SECONDS", 0.01)
     shutil.copytree(labelled_photos, "labelled")
     Path("photos").mkdir()

@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _keep_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of kernels would affect all later tests."""
-    monkeypatch.setattr("run_pretrain.choose_kernels", lambda *_: None)
+    monkeypatch.setattr("run_pretrain.set_numerics", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -50,8 +50,8 @@ def test_activation_checkpointing_at_least_halves_saved_memory() -> None:
     assert bytes_kept(recompute=True) < 0.5 * bytes_kept(recompute=False)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("activation_checkpointing", "auto"), ("compile", True)])
-def test_timm_architecture_is_refused_with_checkpointing_and_compile(setting: str, value: object) -> None:
+@pytest.mark.parametrize(("setting", "value"), [("activation_checkpointing", "auto"), ("kernels", "fused")])
+def test_timm_architecture_is_refused_with_checkpointing_and_kernels(setting: str, value: object) -> None:
     with pytest.raises(InputError, match=setting):
         PretrainConfig(arch="timm:resnet18", **{setting: value})  # type: ignore[arg-type]
 
@@ -124,7 +124,7 @@ def graphs(config: PretrainConfig, steps: int) -> tuple[TrainState, list[nn.Modu
 
     state = build_state(config, CPU)
     for network in (state.method.student, state.method.teacher):
-        network.backbone.compile_blocks(backend=backend)  # type: ignore[operator]
+        network.backbone.use_kernels("compile", backend)  # type: ignore[operator]
     run(config, steps, state)
     return state, made
 
@@ -144,10 +144,9 @@ def test_compiled_run_matches_eager_run_and_compiles_once_per_shape() -> None:
     torch._dynamo.reset()
 
 
-def test_compile_setting_compiles_student_and_teacher() -> None:
-    method = build_state(tiny_config(compile=True), CPU).method  # compilation starts with the first step
-    assert method.student.backbone.compiled
-    assert method.teacher.backbone.compiled
+def test_kernels_setting_applies_to_student_and_teacher() -> None:
+    method = build_state(tiny_config(kernels="compile"), CPU).method  # compilation starts with the first step
+    assert (method.student.backbone.kernels, method.teacher.backbone.kernels) == ("compile", "compile")
 
 
 @pytest.mark.slow
@@ -157,9 +156,9 @@ def test_compiled_bf16_run_with_checkpointing_matches_uncompiled_run() -> None:
     The optimizer is SGD: the first update of AdamW is the sign of the gradient, which rounding flips near 0.
     """
     torch._dynamo.reset()
-    config = tiny_config(precision="bf16", compile=True, activation_checkpointing="on", optimizer="sgd", lr=0.05)
+    config = tiny_config(precision="bf16", kernels="compile", activation_checkpointing="on", optimizer="sgd", lr=0.05)
     _, found = run(config, 2)
-    _, expected = run(dataclasses.replace(config, compile=False), 2)
+    _, expected = run(dataclasses.replace(config, kernels="eager"), 2)
     assert float(found[1].loss) < 0.8 * float(found[0].loss)
     for a, b in zip(found, expected, strict=True):
         assert bool(a.accepted)

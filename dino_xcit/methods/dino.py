@@ -40,10 +40,7 @@ class DINO(StudentTeacher):
     def forward_backward(self, batch: Batch, rates: Rates) -> tuple[Tensor, Stats]:
         student, teacher = self.forward(batch)
         self.prototype_logits = teacher.logits.detach()
-        targets = self.loss.teacher_probabilities(teacher.logits, rates.teacher_temp)
-        teacher_entropy = entropy(targets)
-        loss = self.loss.cross_entropy(student.logits, targets)
-        del targets  # [2 * B, K], not needed in the backward pass
+        loss, teacher_entropy = self._loss(student.logits, teacher.logits, rates.teacher_temp)
         total = loss
         if self.config.koleo_weight > 0:
             global_features = student.features[: len(teacher.features)]  # the global views come first
@@ -58,6 +55,21 @@ class DINO(StudentTeacher):
             "kl": loss - teacher_entropy,
             "feature_std": feature_std(teacher.features),
         }
+
+    def _loss(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
+        """Return the loss, and the entropy of the teacher's targets."""
+        if self.kernels != "fused":
+            targets = self.loss.teacher_probabilities(teacher, teacher_temp)
+            return self.loss.cross_entropy(student, targets), entropy(targets)
+        from dino_xcit.kernels.cross_entropy import cross_entropy, sharpened  # triton is missing on some systems
+
+        if self.loss.centering == "centering":
+            targets, of_rows = sharpened(teacher.detach(), self.loss.center, teacher_temp)
+            of_targets = of_rows.mean()
+        else:
+            targets = self.loss.teacher_probabilities(teacher, teacher_temp)
+            of_targets = entropy(targets)
+        return cross_entropy(student, targets, GLOBAL_VIEWS, self.config.student_temp), of_targets
 
     def after_step(self, stats: Stats, rates: Rates, accepted: Tensor) -> None:
         super().after_step(stats, rates, accepted)

@@ -16,6 +16,7 @@ from dino_xcit.data.loader import Batch
 from dino_xcit.methods.method import Method, Stats
 from dino_xcit.models import MultiCropOutput, MultiCropWrapper, XCiT, build_backbone
 from dino_xcit.models.droppath import hash_bits
+from dino_xcit.models.xcit import Kernels
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.sync_batch_norm import synchronise_batch_norm
@@ -38,6 +39,7 @@ class StudentTeacher(Method):
         self.teacher: MultiCropWrapper = self._network(0.0, build_head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        self.use_kernels("eager" if config.kernels == "auto" else config.kernels)
         self._update_teacher = Ema(self.teacher, self.student, as_vector=device.type == "cuda")
         self.trained, self.eval_backbone = self.student, self.teacher.backbone
         self.ddp_student = distributed.wrap_ddp(self.student, device)
@@ -48,12 +50,16 @@ class StudentTeacher(Method):
         backbone = build_backbone(self.config.arch, **({"drop_path_rate": drop_path_rate} if drop_path_rate else {}))
         network = MultiCropWrapper(backbone, build_head(int(backbone.embed_dim)))  # type: ignore[arg-type]
         network = synchronise_batch_norm(network, self.device).to(self.device)  # type: ignore[assignment]
-        if isinstance(network.backbone, XCiT):
-            if self.config.activation_checkpointing == "on":
-                network.backbone.recomputed_stages = network.backbone.stages
-            if self.config.compile:
-                network.backbone.compile_blocks()
+        if isinstance(network.backbone, XCiT) and self.config.activation_checkpointing == "on":
+            network.backbone.recomputed_stages = network.backbone.stages
         return network.train()
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Choose how XCiT's blocks, and the loss of a subclass, run in training."""
+        self.kernels: Kernels = kernels
+        for network in (self.student, self.teacher):
+            if isinstance(network.backbone, XCiT):
+                network.backbone.use_kernels(kernels)
 
     def forward(self, batch: Batch) -> tuple[MultiCropOutput, MultiCropOutput]:
         """Return the student's output over all views and the teacher's over the global views, view-major."""
@@ -94,7 +100,7 @@ class StudentTeacher(Method):
         generator = torch.Generator().manual_seed(0)
         sizes = [view.size for view in self.config.augmentation().views]
         # torch.compile specialises on shapes, so use the batch size of the training.
-        images = self.config.batch_size_per_gpu if self.config.compile else 2
+        images = self.config.batch_size_per_gpu if self.kernels == "compile" else 2
         crops = [
             torch.randn(images * len(group), 3, sizes[group[0]], sizes[group[0]], generator=generator).to(self.device)
             for group in group_by_size(sizes)

@@ -67,9 +67,15 @@ def add_residual(
     if mask is None:
         return x + branch(x)
     if mask.rows is None or not independent:
-        return _AddScaled.apply(x, branch(x), mask.scale) if x.is_cuda else x + mask.scale * branch(x)
+        return add_scaled(x, branch(x), mask.scale) if x.is_cuda else x + mask.scale * branch(x)
     kept = branch(x.index_select(0, mask.rows))
     return x.index_add(0, mask.rows, mask.scale[mask.rows] * kept)
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+    """Compute x + scale * branch in the dtype of x, with few passes over memory."""
+    added: Tensor = _AddScaled.apply(x, branch, scale)
+    return added
 
 
 class _AddScaled(torch.autograd.Function):

@@ -8,7 +8,7 @@ B batch, D features, M hidden features, C channels; T stands for any leading dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def layer_scaled(gamma: Tensor, layer: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
+def layer_scaled(gamma: Tensor, layer: Callable[..., Tensor], x: Tensor, *inputs: Any) -> Tensor:
     """LayerScale: ``gamma`` [D] * ``layer(x, *inputs)``, with gamma folded into the last weights of the layer.
 
     In float16 gamma multiplies the output instead: the folded initial weights (0.02 * 1e-5) would have two bits left.
@@ -93,24 +93,29 @@ class _FoldLayerScale(torch.autograd.Function):
 # ---- MLP
 
 
-def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, layer_scale: Tensor | None = None) -> Tensor:
-    """Compute ``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; keeps x and the hidden layer before GELU for backward."""
+def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, layer_scale: Tensor | None = None, triton: bool = False) -> Tensor:
+    """Compute ``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; keeps x and the hidden layer before GELU for backward.
+
+    ``triton``: use the kernel of :mod:`dino_xcit.kernels.gelu` in the backward pass.
+    """
     if _plain:
         return F.linear(F.gelu(fc1(x)), *fold_layer_scale(layer_scale, fc2.weight, fc2.bias))
-    return _Mlp.apply(x.to(product_dtype(x)), fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer_scale)
+    return _Mlp.apply(x.to(product_dtype(x)), fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer_scale, triton)
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, gamma: Tensor | None
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, gamma: Tensor | None,
+        triton: bool,
+    ) -> Tensor:  # fmt: skip
         low = x.dtype
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.linear(x, weight1.to(low), bias1.to(low))
             weight, bias = fold_layer_scale(gamma, weight2, bias2, low)  # folded here: autograd would keep them
             out = F.linear(F.gelu(hidden), weight.to(low), bias.to(low))
         ctx.save_for_backward(x, hidden, weight1, weight2, bias2, gamma)
+        ctx.triton = triton
         return out
 
     @staticmethod
@@ -120,16 +125,24 @@ class _Mlp(torch.autograd.Function):
         low, full = x.dtype, weight1.dtype
         rows = grad.to(low).reshape(-1, grad.shape[-1])
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        grad_weight2, grad_bias2 = product(rows.T, F.gelu(hidden)).to(full), rows.sum(dim=0).to(full)
         weight = weight2.to(low) if gamma is None else _scale_rows(gamma, weight2, low)
-        grad_hidden = aten.gelu_backward(rows @ weight, hidden)
+        if ctx.triton:
+            from dino_xcit.kernels.gelu import gelu_backward  # triton is missing on some systems
+
+            activated, grad_hidden, parts = gelu_backward(hidden, rows @ weight)
+            grad_bias1 = parts.sum(dim=0)
+        else:
+            activated, grad_hidden = F.gelu(hidden), aten.gelu_backward(rows @ weight, hidden)
+            grad_bias1 = grad_hidden.sum(dim=0).to(full)
+        grad_weight2, grad_bias2 = product(rows.T, activated).to(full), rows.sum(dim=0).to(full)
+        del activated  # free it before the next allocations
         grad_gamma = None
         if gamma is not None:
             grad_gamma = (grad_weight2 * weight2).sum(dim=1) + grad_bias2 * bias2
             grad_weight2, grad_bias2 = _scale_rows(gamma, grad_weight2), gamma * grad_bias2
         grad_x = (grad_hidden @ weight1.to(low)).view_as(x)
         grad_weight1 = product(grad_hidden.T, x.reshape(-1, x.shape[-1])).to(full)
-        return grad_x, grad_weight1, grad_hidden.sum(dim=0).to(full), grad_weight2, grad_bias2, grad_gamma
+        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_gamma, None
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

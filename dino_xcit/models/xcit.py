@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from dino_xcit.models.sizes import Sizes, join_sizes, split_sizes
 from dino_xcit.models.xca import XCA
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-Masks = tuple[DropPathMask | None, DropPathMask | None, DropPathMask | None]
+Kernels = Literal["eager", "compile", "fused"]
 
 # ---- Sizes
 
@@ -152,8 +152,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, layer_scale: Tensor | None = None) -> Tensor:
-        return fused.mlp(x, self.fc1, self.fc2, layer_scale)
+    def forward(self, x: Tensor, layer_scale: Tensor | None = None, triton: bool = False) -> Tensor:
+        """``triton``: see :func:`fused.mlp`."""
+        return fused.mlp(x, self.fc1, self.fc2, layer_scale, triton)
 
 
 class XCABlock(nn.Module):
@@ -170,7 +171,7 @@ class XCABlock(nn.Module):
         self.local_mp = LPI(dim)
         self.gamma1, self.gamma2, self.gamma3 = (nn.Parameter(torch.full((dim,), size.layer_scale)) for _ in range(3))
 
-    def forward(self, x: Tensor, sizes: Sizes, masks: Masks = (None, None, None)) -> Tensor:
+    def forward(self, x: Tensor, sizes: Sizes, masks: Sequence[DropPathMask | None] = (None, None, None)) -> Tensor:
         """``masks``: stochastic depth of the three branches; None: keep all samples."""
         xca, lpi, mlp = masks
         x = add_residual(x, lambda rows: layer_scaled(self.gamma1, self.attn, self.norm1(rows), sizes), xca)
@@ -280,7 +281,7 @@ class XCiT(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.recomputed_stages = 0
         """Number of stages that the backward pass recomputes (activation checkpointing): the stem, then XCA blocks."""
-        self.compiled = False
+        self.kernels: Kernels = "eager"
         self.patch_embed = ConvPatchEmbed(patch_size, size.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
         self.blocks = nn.ModuleList(XCABlock(size) for _ in range(size.depth))
@@ -348,49 +349,82 @@ class XCiT(nn.Module):
             grids.append(grid)
         sizes: Sizes = tuple((part.shape[0], grid) for part, grid in zip(parts, grids, strict=True))
         x = join_sizes(parts)
-        masks = self._drop_path_masks(sizes, keys, x.device)
+        scales = self._drop_path_scales(sizes, keys, x.device)
         wanted = [range(len(self.blocks))[layer] for layer in layers]
-        kept: dict[int, Tensor] = {}
+        run = self._run_fused if self.kernels == "fused" and self.training else self._run_blocks
+        x, kept = run(x, sizes, scales, recompute, wanted)
+        return x, tuple(kept[index] for index in wanted), sizes
+
+    def _run_blocks(
+        self, x: Tensor, sizes: Sizes, scales: Tensor | None, recompute: int, wanted: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the tokens after the last XCA block, and those after the blocks in ``wanted``."""
+        compiled, kept = self.kernels == "compile", {}
+        masks: Sequence[DropPathMask | None] = [None] * (3 * len(self.blocks))
+        if scales is not None:
+            if len(sizes) > 1:
+                scales = _by_token(scales, sizes)[..., None]  # [branches, T, 1]
+            masks = drop_path_masks(scales, subset=not compiled and len(sizes) == 1)
         for index, block in enumerate(self.blocks):
             # Blocks are compiled for the sizes of training only.
-            call = block.forward if self.compiled and not self.training else block
-            inputs = (x, sizes, masks[index])
+            call = block.forward if compiled and not self.training else block
+            inputs = (x, sizes, tuple(masks[3 * index : 3 * index + 3]))
             x = recomputed(block, call, *inputs) if index + 1 < recompute else call(*inputs)
             if index in wanted:
                 kept[index] = x
-        return x, tuple(kept[index] for index in wanted), sizes
+        return x, kept
+
+    def _run_fused(
+        self, x: Tensor, sizes: Sizes, scales: Tensor | None, recompute: int, wanted: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """:meth:`_run_blocks` with Triton kernels."""
+        from dino_xcit.kernels.block import Stream, run_block  # triton is missing on some systems
+
+        stream, kept, branches = Stream(x.flatten(0, -2)), {}, 3 * len(self.blocks)
+        factors = x.new_ones(branches, len(stream.x)) if scales is None else _by_token(scales, sizes)
+        for index, (block, three) in enumerate(zip(self.blocks, factors.split(3), strict=True)):
+            inputs: Any = (block, stream, sizes, three)
+            stream = recomputed(block, run_block, *inputs) if index + 1 < recompute else run_block(*inputs)
+            if index in wanted:
+                kept[index] = stream.total().view_as(x)
+        return stream.total().view_as(x), kept
 
     @property
     def stages(self) -> int:
         """Number of stages that can be recomputed."""
         return 1 + len(self.blocks)
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the XCA blocks with torch.compile for each shape in training; evaluation runs them eagerly.
+    def use_kernels(self, kernels: Kernels, backend: str = "inductor") -> None:
+        """Choose how the XCA blocks run in training; evaluation runs them eagerly.
 
-        Stochastic depth then multiplies dropped branches by 0, because shapes must not change between steps.
+        Args:
+            kernels: ``eager``; ``fused``, the Triton kernels of :mod:`dino_xcit.kernels`; or ``compile``, torch.compile
+                for each shape. Stochastic depth then multiplies dropped branches by 0, because shapes must not change
+                between steps.
+            backend: of torch.compile.
         """
-        self.compiled = True
-        # Each block is one graph; Dynamo must not split it at the buckets of DistributedDataParallel.
-        torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
-        for block in self.blocks:
-            block.compile(backend=backend, dynamic=False)
+        self.kernels = kernels
+        if kernels == "compile":
+            # Each block is one graph; Dynamo must not split it at the buckets of DistributedDataParallel.
+            torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
+            for block in self.blocks:
+                block.compile(backend=backend, dynamic=False)
 
-    def _drop_path_masks(self, sizes: Sizes, keys: Sequence[Tensor | None], device: torch.device) -> list[Masks]:
-        """Return the masks of each branch of each block."""
+    def _drop_path_scales(self, sizes: Sizes, keys: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+        """Return the factor of each residual branch and image, [branches, B of all sizes, 1, 1]; None: all are kept."""
         if not self.training or self.drop_path_rate == 0.0:
-            return [(None, None, None)] * len(self.blocks)
+            return None
         given = [
             torch.randint(1 << 62, (images,), device=device) if key is None else key
             for key, (images, _) in zip(keys, sizes, strict=True)
         ]
-        scales = residual_scales(torch.cat(given), 3 * len(self.blocks), self.drop_path_rate)
-        if len(sizes) > 1:  # one per token: [branches, T, 1]
-            images = [images for images, _ in sizes]
-            parts = zip(scales[..., 0].split(images, dim=1), sizes, strict=True)
-            scales = torch.cat([part.expand(-1, -1, h * w).flatten(1) for part, (_, (h, w)) in parts], dim=1)[..., None]
-        masks = drop_path_masks(scales, subset=not self.compiled and len(sizes) == 1)
-        return list(zip(masks[::3], masks[1::3], masks[2::3], strict=True))
+        return residual_scales(torch.cat(given), 3 * len(self.blocks), self.drop_path_rate)
+
+
+def _by_token(scales: Tensor, sizes: Sizes) -> Tensor:
+    """Expand [branches, B of all sizes, 1, 1] to the tokens of each image: [branches, T]."""
+    parts = zip(scales[..., 0].split([images for images, _ in sizes], dim=1), sizes, strict=True)
+    return torch.cat([part.expand(-1, -1, h * w).flatten(1) for part, (_, (h, w)) in parts], dim=1)
 
 
 def _init_linear(module: nn.Module) -> None:
