@@ -40,6 +40,7 @@ from dino_xcit.augment import group_by_size
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import RunStopped
+from dino_xcit.models import xcit
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed, sync_batch_norm
 from dino_xcit.train import TrainState, build_state, train_step
@@ -261,7 +262,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         if importlib.util.find_spec("triton"):  # missing beside CPU builds of PyTorch
             stack.enter_context(patch("dino_xcit.kernels.wrap_triton", _triton))
         stack.enter_context(_meta_functions())
-        for cached in (transform._scale_and_shift, sync_batch_norm._counts):
+        for cached in (transform._scale_and_shift, sync_batch_norm._counts, xcit._waves):
             cached.cache_clear()  # tensors of another mode
             stack.callback(cached.cache_clear)
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -430,7 +431,7 @@ def fake_batch(config: PretrainConfig) -> Batch:
 def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **settings: Any) -> TrainState:
     """Run a training step of XCiT-S12/16 in bf16 under the dispatch modes that the caller has entered.
 
-    The optimizer's state exists before, as in all steps but the first.
+    The optimizer's state and cached constants exist before, as in all steps but the first.
 
     Args:
         kernels: ``eager`` or ``fused``.
@@ -452,6 +453,8 @@ def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **setting
         for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         state.optimizer.step()
+        with torch.no_grad():
+            state.method.forward(batches[0])  # computes constants, which later steps keep
         with contextlib.ExitStack() as stack:
             for mode in modes:
                 stack.enter_context(mode)

@@ -147,7 +147,7 @@ FILES = {
     "epochz: 3\n": "settings.yaml: .*did you mean --epochs",
     "lr: fast\n": "lr is fast",
     "precision: bf16\nuse_fp16: true\n": "use_fp16",
-    "compile: []\n": "compile is empty, expected true or false",
+    "deterministic: []\n": "deterministic is empty, expected true or false",
     "allow_missing: ['--lr', '3']\n": "allow_missing in .* has the flag --lr",
     "lr: {a: 1}\n": "lr in ",
     "global_crops_scale: [0.1, 0.4, 1]\n": "'1' after --global_crops_scale",

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -104,20 +104,31 @@ class PositionalEncodingFourier(nn.Module):
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """Return the encoding [1, N, D] of a grid of (h, w) tokens."""
-        height, width = grid
         weight = self.token_projection.weight
-        rows = self._waves(height, weight.device)[:, None].expand(-1, width, -1)
-        columns = self._waves(width, weight.device)[None].expand(height, -1, -1)
-        code = torch.cat((rows, columns), dim=-1).to(weight.dtype).permute(2, 0, 1)[None]
+        waves = _waves.__wrapped__ if torch.compiler.is_compiling() else _waves  # Dynamo warns about lru_cache
+        code = waves(*grid, self.hidden_dim, self.temperature, weight.dtype, weight.device)
         return self.token_projection(code).flatten(2).transpose(1, 2)
 
-    def _waves(self, length: int, device: torch.device) -> Tensor:
-        """Return [length, 32]: interleaved sin, cos of 16 frequencies of the 1-based position scaled to (0, 2 pi]."""
+
+@lru_cache(maxsize=16)
+def _waves(
+    height: int, width: int, features: int, temperature: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return [1, 2 * features, height, width]: sines and cosines of the row, then of the column.
+
+    Each has interleaved sin, cos of features / 2 frequencies of the 1-based position scaled to (0, 2 pi].
+    """
+
+    def of(length: int) -> Tensor:
         position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
         position = position / (length + 1e-6) * (2 * math.pi)
-        pair = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=device)
-        angle = position[:, None] / self.temperature ** (pair / self.hidden_dim)
+        pair = torch.arange(0, features, 2, dtype=torch.float32, device=device)
+        angle = position[:, None] / temperature ** (pair / features)
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+    with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
+        rows, columns = of(height)[:, None].expand(-1, width, -1), of(width)[None].expand(height, -1, -1)
+        return torch.cat((rows, columns), dim=-1).to(dtype).permute(2, 0, 1)[None]
 
 
 # ---- Layers (XCA is in xca.py). Each takes the LayerScale [D] of its output, see fused.layer_scaled.
