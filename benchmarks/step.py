@@ -59,6 +59,7 @@ from dino_xcit.config import PretrainConfig  # noqa: E402
 from dino_xcit.data.loader import Batch  # noqa: E402
 from dino_xcit.data.workers import usable_cores  # noqa: E402
 from dino_xcit.errors import InputError, RunStopped, near_matches, run_main  # noqa: E402
+from dino_xcit.models.xcit import XCIT_SIZES  # noqa: E402
 from dino_xcit.optim import Schedules  # noqa: E402
 from dino_xcit.runtime import distributed  # noqa: E402
 from dino_xcit.runtime.memory import keep_freed_memory  # noqa: E402
@@ -311,7 +312,15 @@ class ReferenceStep:
             dist.init_process_group("nccl" if settings.device == "cuda" else "gloo", store, rank=0, world_size=1)
 
         def network(drop_path: float) -> nn.Module:
-            backbone = getattr(xcit, settings.arch)(pretrained=False, drop_path_rate=drop_path)
+            if hasattr(xcit, settings.arch):
+                backbone = getattr(xcit, settings.arch)(pretrained=False, drop_path_rate=drop_path)
+            else:  # one of this project's own sizes
+                name, _, patch = settings.arch.rpartition("_p")
+                size = XCIT_SIZES[name]
+                backbone = xcit.XCiT(
+                    patch_size=int(patch), embed_dim=size.dim, depth=size.depth, num_heads=size.heads, qkv_bias=True,
+                    eta=size.layer_scale, tokens_norm=size.tokens_norm, drop_path_rate=drop_path,
+                )  # fmt: skip
             widths = {"hidden_dim": settings.head_hidden, "bottleneck_dim": settings.head_bottleneck}
             head = main_dino.DINOHead(backbone.embed_dim, settings.out_dim, **widths)
             return self.utils.MultiCropWrapper(backbone, head).to(self.device)

@@ -150,6 +150,7 @@ def try_in_process(config: PretrainConfig, kernels: Kernels, device: torch.devic
             env=environment,
             timeout=max(1.0, seconds),
             check=False,
+            cwd=Path(__file__).parent.parent,  # where Python finds this package
         )
     except subprocess.TimeoutExpired:
         return Trial(0.0, 0.0, 0.0, f"it took more than {seconds:.0f} s")
