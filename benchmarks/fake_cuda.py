@@ -40,6 +40,7 @@ from dino_xcit.augment import group_by_size
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import RunStopped
+from dino_xcit.methods.student_teacher import StudentTeacher
 from dino_xcit.models import xcit
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import distributed, sync_batch_norm
@@ -453,6 +454,7 @@ def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **setting
         for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         state.optimizer.step()
+        assert isinstance(state.method, StudentTeacher)
         with torch.no_grad():
             state.method.forward(batches[0])  # computes constants, which later steps keep
         with contextlib.ExitStack() as stack:
