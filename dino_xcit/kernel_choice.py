@@ -162,6 +162,8 @@ def try_in_process(config: PretrainConfig, kernels: Kernels, device: torch.devic
 
 def trial(config: PretrainConfig, kernels: Kernels, device: torch.device) -> Trial:
     """Compare a candidate with eager in this process, on noise of the run's shapes."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton launches
     set_numerics(config, device)
     method = build_method(dataclasses.replace(config, kernels="eager"), device)
     assert isinstance(method, StudentTeacher)

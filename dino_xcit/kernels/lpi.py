@@ -341,6 +341,8 @@ class _Lpi(torch.autograd.Function):
         ctx.sizes, out, kept = sizes, torch.empty_like(x), []
         running = norm.running_mean, norm.running_var, norm.num_batches_tracked
         for grid, part, target in _by_size(sizes, x, out):
+            if ctx.ranks * len(part) == 1:
+                raise ValueError("expected more than 1 value per channel when training, as BatchNorm does")
             c1, activated, partial = _conv1(part, weight1, bias1, *grid)
             if ctx.ranks > 1:
                 partial = partial.sum(dim=0, keepdim=True)
