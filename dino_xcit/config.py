@@ -86,8 +86,8 @@ class TrainConfig:
     kernels: Annotated[Literal["auto", "eager", "compile", "fused"], ResumeSafe] = "auto"
     """How XCiT's blocks run in training. eager: PyTorch's operators. fused: Triton kernels, on a GPU. compile:
     torch.compile, whose first step takes minutes; later runs use its cache. auto: for pretraining on a GPU, the fastest
-    whose gradients agree with eager's, measured in the first minute and kept for later runs; otherwise eager. Only for
-    this project's XCiT; not measured on GPUs."""
+    whose gradients agree with eager's, measured on your GPU before the run; otherwise eager. Only for this project's
+    XCiT. We have timed none of them on a GPU yet."""
     deterministic: Annotated[bool, ResumeSafe] = False
     """Use deterministic kernels only; slower on a GPU."""
     num_workers: Annotated[int, Ge(-1), ResumeSafe] = -1
@@ -289,12 +289,8 @@ class PretrainConfig(TrainConfig):
                 if self.knn_every:
                     why = f"the k-NN during training uses held-out images (knn_holdout is {self.knn_holdout})"
                 raise InputError(f"{name} is {value}, but {why}: leave {name} out, or change that setting")
-        for name, others in (("activation_checkpointing", ("off",)), ("kernels", ("auto", "eager"))):
-            if getattr(self, name) not in others and not self.is_xcit:
-                raise InputError(
-                    f"{name} {getattr(self, name)} needs this project's XCiT, but arch is {self.arch}: expected {name} "
-                    f"{others[-1]}"
-                )
+        if not self.is_xcit:
+            refuse_xcit_only(self, self.arch)
         Allowed(self.allow_missing, self.allow_unexpected).check()
         self.augmentation()
         self.first_augmentations()
@@ -349,6 +345,16 @@ class PretrainConfig(TrainConfig):
         crop = self.eval_crop or self.global_crops_size
         resize = self.eval_resize or round(crop * 8 / 7)
         return EvalTransform(resize, crop, mean=self.mean, std=self.std, white_level=self.white_level)
+
+
+def refuse_xcit_only(config: TrainConfig, arch: str) -> None:
+    """Raise InputError if a setting needs this project's XCiT, for another ``arch``."""
+    for name, others in (("activation_checkpointing", ("off",)), ("kernels", ("auto", "eager"))):
+        if getattr(config, name) not in others:
+            raise InputError(
+                f"{name} {getattr(config, name)} needs this project's XCiT, but arch is {arch}: expected {name} "
+                f"{others[-1]}"
+            )
 
 
 def differences(stored: dict[str, object], current: TrainConfig) -> list[str]:

@@ -59,6 +59,7 @@ class Health:
 
     def start(
         self,
+        config: TrainConfig,
         sampler: StepSampler,
         monitor: DataLoadMonitor,
         on_divergence: Callable[[], RunStopped],
@@ -67,12 +68,13 @@ class Health:
         """Start handling signals: from now on a signal ends the run after a save.
 
         Args:
+            config: the settings with all choices made.
             sampler: the remaining steps.
             monitor: receives every batch.
             on_divergence: called on every rank after too many consecutive skipped steps; saves the failing step.
             judge: on rank 0, may end the run.
         """
-        self._judge = judge
+        self._config, self._judge = config, judge
         self._sampler, self._monitor, self._on_divergence = sampler, monitor, on_divergence
         folder, max_share = Path(self._config.output_dir), self._config.max_unreadable
         self._unreadable = UnreadableLog(folder, sampler.length, max_share, start_anew=sampler.start_step == 0)

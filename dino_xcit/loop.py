@@ -123,7 +123,7 @@ def train(
 
         loader = Loader(job.dataset, sampler, workers, device)
         monitor = DataLoadMonitor(workers)
-        health.start(sampler, monitor, partial(job.on_divergence, state, config, sampler), job.judge)
+        health.start(config, sampler, monitor, partial(job.on_divergence, state, config, sampler), job.judge)
         start = describe_start(job, sampler, total, device)
         with MetricLogger(config, sampler, monitor, schedules.epochs, job.judge, start, job.details) as metrics:
             for batches in loader.steps(config.accumulation_steps):

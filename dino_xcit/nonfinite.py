@@ -109,6 +109,8 @@ def repeat(path: Path) -> str:
         raise InputError(f"{path} has no skipped step: expected the {STATE} of a run that ended with code {DIVERGED}")
     config = _config_of(stored, summary)
     device = distributed.choose_device(config.device)
+    if device.type != "cuda":
+        config = dataclasses.replace(config, kernels="eager")
     set_numerics(config, device)
     source = open_source(config.data_path, "train")
     step = int(summary["step"])

@@ -77,7 +77,9 @@ def set_numerics(config: TrainConfig, device: torch.device) -> None:
         InputError: ``kernels`` is ``fused``, but Triton's kernels cannot run on ``device``.
     """
     if config.kernels == "fused":
-        _require_triton(device)
+        require_triton(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton launches
     if device.type == "cpu":
         keep_freed_memory()
     if config.deterministic:
@@ -88,11 +90,19 @@ def set_numerics(config: TrainConfig, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _require_triton(device: torch.device) -> None:
+def require_triton(device: torch.device) -> None:
+    """Check that Triton's kernels can run on ``device``.
+
+    Raises:
+        InputError: they cannot.
+    """
     try:
         from triton import knobs
     except ImportError as error:
-        raise InputError("kernels fused needs the package triton: pip install triton, or --kernels eager") from error
+        raise InputError(
+            f"kernels fused needs the package triton, of the version that comes with PyTorch ({error}): pip install "
+            "triton, or --kernels eager"
+        ) from error
     if device.type != "cuda" and not knobs.runtime.interpret:
         raise InputError(f"kernels fused needs a GPU, but the device is {device.type}: expected --kernels eager")
 

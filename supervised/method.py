@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dino_xcit.config import refuse_xcit_only
 from dino_xcit.data.decode import UndecodableImage
 from dino_xcit.data.loader import AnyBatch, BatchDataset, Key, StepSampler, Unreadable
 from dino_xcit.errors import DIVERGED, InputError, RunStopped
@@ -90,10 +91,8 @@ def load_initial_weights(config: SupervisedConfig) -> InitialWeights:
             backbone.recomputed_stages = backbone.stages
         if config.kernels != "auto":
             backbone.use_kernels(config.kernels)
-    elif config.activation_checkpointing != "off" or config.kernels not in ("auto", "eager"):
-        raise InputError(
-            f"activation_checkpointing and kernels {config.kernels} need this project's XCiT, but arch is {arch}"
-        )
+    else:
+        refuse_xcit_only(config, arch)
     if stored is None:
         metadata: JsonObject = {"path": SCRATCH, "arch": arch, "seed": config.seed}
         return InitialWeights(backbone, arch, EvalTransform(), metadata, f"random weights of {arch}")

@@ -1,4 +1,5 @@
-"""Triton kernels for CUDA devices. Each module has one operation, a twin of a function in ``dino_xcit.models``.
+"""Triton kernels for CUDA devices. Each module has one operation, a twin of a function in ``dino_xcit.models`` or
+``dino_xcit.methods``: both compute the same, and the tests compare them.
 
 Operations are PyTorch custom operators (``torch.library.triton_op``), so torch.compile and fake tensors see them as one
 operator. With ``TRITON_INTERPRET=1`` they run on the CPU, which tests use; the interpreter multiplies bfloat16 wrongly.
@@ -14,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 
 def launchable(kernel: Any) -> Any:
-    """Return ``kernel`` in the form that tracers record; an interpreted kernel cannot be traced."""
+    """Wrap ``kernel`` so that it appears in traces, unless Triton interprets it: such kernels cannot be traced."""
     return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 

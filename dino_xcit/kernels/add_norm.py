@@ -81,10 +81,10 @@ def add_norm_backward(
 
 @triton_op("dino_xcit::add_norm", mutates_args=())
 def _add_norm(
-    x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, dim = x.shape
-    total, normed = torch.empty_like(x), torch.empty_like(branch)
+    x, branch, (rows, dim) = x.contiguous(), branch.contiguous(), x.shape
+    total, normed = torch.empty_like(x), torch.empty_like(branch, dtype=dtype)
     mean, inverse_std = x.new_empty(rows), x.new_empty(rows)
     launchable(add_norm_forward)[(triton.cdiv(rows, ROWS),)](
         x, branch, scale, weight, bias, total, normed, mean, inverse_std, rows, eps,
@@ -96,11 +96,11 @@ def _add_norm(
 @triton_op("dino_xcit::add_norm_backward", mutates_args=())
 def _add_norm_backward(
     grad_total: Tensor, grad_normed: Tensor, total: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor,
-    scale: Tensor,
+    scale: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, dim = total.shape
     programs = min(PROGRAMS, triton.cdiv(rows, ROWS))
-    grad_x, grad_branch = torch.empty_like(total), torch.empty_like(grad_normed)
+    grad_x, grad_branch = torch.empty_like(total), torch.empty_like(grad_normed, dtype=dtype)
     grad_norm = total.new_empty(programs, 2, dim)
     launchable(add_norm_backward)[(programs,)](
         grad_total, grad_normed, total, mean, inverse_std, weight, scale, grad_x, grad_branch, grad_norm, rows,
@@ -110,23 +110,26 @@ def _add_norm_backward(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, scale, weight, _, _ = inputs
+    _, branch, scale, weight, *_ = inputs
     total, _, mean, inverse_std = output
     ctx.set_materialize_grads(False)  # mean and inverse_std have none
+    ctx.dtype = branch.dtype
     ctx.save_for_backward(total, mean, inverse_std, weight, scale)
 
 
 def _backward(ctx: Any, grad_total: Tensor, grad_normed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grad_x, grad_branch, grad_norm = _add_norm_backward(
-        grad_total.contiguous(), grad_normed.contiguous(), *ctx.saved_tensors
+        grad_total.contiguous(), grad_normed.contiguous(), *ctx.saved_tensors, ctx.dtype
     )
-    return grad_x, grad_branch, None, *grad_norm.sum(dim=0).unbind(), None
+    return grad_x, grad_branch, None, *grad_norm.sum(dim=0).unbind(), None, None
 
 
 _add_norm.register_autograd(_backward, setup_context=_keep)
 
 
-def add_norm(x: Tensor, branch: Tensor, scale: Tensor, norm: torch.nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, branch: Tensor, scale: Tensor, norm: torch.nn.LayerNorm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Add a residual branch to the stream, and normalise.
 
     Args:
@@ -134,8 +137,9 @@ def add_norm(x: Tensor, branch: Tensor, scale: Tensor, norm: torch.nn.LayerNorm)
         branch: [T, D], any floating dtype.
         scale: [T] float32, stochastic depth's factor of each row of the branch.
         norm: LayerNorm over D.
+        dtype: dtype of the second result.
 
     Returns:
-        x + scale * branch, [T, D] float32, and its norm, [T, D] in the dtype of ``branch``.
+        x + scale * branch, [T, D] float32, and its norm, [T, D].
     """
-    return _add_norm(x, branch, scale, norm.weight, norm.bias, norm.eps)[:2]
+    return _add_norm(x, branch, scale, norm.weight, norm.bias, norm.eps, dtype)[:2]

@@ -48,14 +48,15 @@ def run_block(block: XCABlock, stream: Stream, sizes: Sizes, scales: Tensor) -> 
         sizes: crop sizes.
         scales: [3, T] float32, stochastic depth's factors of the three branches.
     """
+    low = product_dtype(stream.x)
     if stream.branch is None or stream.scale is None:
-        x, normed = stream.x, block.norm1(stream.x)
+        x, normed = stream.x, block.norm1(stream.x).to(low)
     else:
-        x, normed = add_norm(stream.x, stream.branch, stream.scale, block.norm1)
+        x, normed = add_norm(stream.x, stream.branch, stream.scale, block.norm1, low)
     branch = layer_scaled(block.gamma1, partial(_attention, block.attn, sizes=sizes), normed)
-    x, normed = add_norm(x, branch, scales[0], block.norm3)
+    x, normed = add_norm(x, branch, scales[0], block.norm3, low)
     branch = layer_scaled(block.gamma3, partial(_local_patches, block.local_mp, sizes=sizes), normed)
-    x, normed = add_norm(x, branch, scales[1], block.norm2)
+    x, normed = add_norm(x, branch, scales[1], block.norm2, low)
     return Stream(x, layer_scaled(block.gamma2, partial(block.mlp, triton=True), normed), scales[2])
 
 

@@ -50,7 +50,7 @@ def gelu_backward(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]
     Returns:
         [T, M] and [T, M] in the dtype of ``hidden``, and [parts, M] float32.
     """
-    rows, columns = hidden.shape
+    hidden, grad, (rows, columns) = hidden.contiguous(), grad.contiguous(), hidden.shape
     programs = min(PROGRAMS, triton.cdiv(rows, ROWS))
     activated, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
     grad_bias = hidden.new_empty(programs, columns, dtype=torch.float32)

@@ -117,9 +117,11 @@ def lpi_conv1(
     x, weight, bias, c1, activated, partial, tokens, height, width, dim, run,
     TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """c1 = conv(x), activated = GELU(c1), both [T, D]; sums of activated and of its squares, partial [P, 2, D]."""
+    """c1 = conv(x), activated = GELU(c1), both [T, D]; sums of activated - GELU(bias) and of its squares, partial
+    [P, 2, D]: the variance of small differences from a large mean would cancel."""
     channel, own = _channels(dim, CHANNELS)
     weights, offset = _weights(weight, channel, own), _row(bias, channel, own)
+    shift = _gelu(offset)[0]
     total = tl.zeros((TILE, CHANNELS), tl.float32)
     squares = tl.zeros((TILE, CHANNELS), tl.float32)
     first = tl.program_id(1) * run
@@ -133,7 +135,7 @@ def lpi_conv1(
         value, _ = _gelu(low)  # of the rounded c1, which the backward pass reads
         tl.store(c1 + at, low, mask)
         tl.store(activated + at, value.to(activated.dtype.element_ty), mask)
-        value = tl.where(mask, value, 0.0)
+        value = tl.where(mask, value - shift, 0.0)
         total += value
         squares += value * value
     target = partial + tl.program_id(1) * 2 * dim + channel
@@ -143,7 +145,7 @@ def lpi_conv1(
 
 @triton.jit
 def lpi_statistics(
-    partial, mean, inverse_std, running_mean, running_var, batches, rows, dim, one_in, unbiased, momentum, eps,
+    partial, bias, mean, inverse_std, running_mean, running_var, batches, rows, dim, one_in, unbiased, momentum, eps,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """partial [P, 2, D] -> mean, inverse_std [D]. one_in: 1 / count; unbiased: count / (count - 1)."""
@@ -155,8 +157,10 @@ def lpi_statistics(
         source, mask = partial + row * 2 * dim + channel[None, :], (row < rows) & own[None, :]
         total += tl.load(source, mask, 0.0)
         squares += tl.load(source + dim, mask, 0.0)
-    average = tl.sum(total, 0) * one_in
-    variance = tl.maximum(tl.sum(squares, 0) * one_in - average * average, 0.0)
+    shifted = tl.sum(total, 0) * one_in
+    variance = tl.maximum(tl.sum(squares, 0) * one_in - shifted * shifted, 0.0)
+    shift = _gelu(tl.load(bias + channel, own, 0.0))[0]
+    average = shifted + shift
     tl.store(mean + channel, average, own)
     tl.store(inverse_std + channel, 1.0 / tl.sqrt(variance + eps), own)
     old_mean, old_var = tl.load(running_mean + channel, own), tl.load(running_var + channel, own)
@@ -282,7 +286,7 @@ def _partial(x: Tensor, rows: int) -> Tensor:
 
 @triton_op("dino_xcit::lpi_conv1", mutates_args=())
 def _conv1(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return c1, GELU(c1), and the sums [P, 2 D] of GELU(c1) and of its squares."""
+    """Return c1, GELU(c1), and the sums [P, 2 D] of GELU(c1) - GELU(bias) and of its squares."""
     c1, activated, partial = torch.empty_like(x), torch.empty_like(x), _partial(x, 2)
     _launch(lpi_conv1, x, (height, width), x, weight, bias, c1, activated, partial)
     return c1, activated, partial
@@ -290,15 +294,15 @@ def _conv1(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> 
 
 @triton_op("dino_xcit::lpi_norm_conv2", mutates_args=("running_mean", "running_var", "batches", "out"))
 def _norm_conv2(
-    activated: Tensor, partial: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor, gain: Tensor,
-    offset: Tensor, weight: Tensor, bias: Tensor, out: Tensor, height: int, width: int, count: int, momentum: float,
-    eps: float,
+    activated: Tensor, partial: Tensor, bias1: Tensor, running_mean: Tensor, running_var: Tensor, batches: Tensor,
+    gain: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, out: Tensor, height: int, width: int, count: int,
+    momentum: float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Set ``out``, update the running statistics, and return mean and 1 / std of ``count`` values per channel."""
     dim, block = len(gain), 16
     mean, inverse_std = torch.empty_like(gain), torch.empty_like(gain)
     launchable(lpi_statistics)[(triton.cdiv(dim, block),)](
-        partial, mean, inverse_std, running_mean, running_var, batches, len(partial), dim,
+        partial, bias1, mean, inverse_std, running_mean, running_var, batches, len(partial), dim,
         1 / count, count / (count - 1), momentum, eps, ROWS=64, CHANNELS=block,
     )  # fmt: skip
     arguments = activated, mean, inverse_std, gain, offset, weight, bias, out
@@ -348,7 +352,7 @@ class _Lpi(torch.autograd.Function):
                 partial = partial.sum(dim=0, keepdim=True)
                 dist.all_reduce(partial)
             parameters, last = (gain, offset, weight2, bias2), (ctx.ranks * len(part), norm.momentum, norm.eps)
-            kept += [c1, *_norm_conv2(activated, partial, *running, *parameters, target, *grid, *last)]
+            kept += [c1, *_norm_conv2(activated, partial, bias1, *running, *parameters, target, *grid, *last)]
         ctx.save_for_backward(x, weight1, gain, offset, weight2, *kept)
         return out
 

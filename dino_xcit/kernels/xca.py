@@ -144,6 +144,7 @@ def attention(qkv: Tensor, temperature: Tensor, images: Sequence[int], tokens: S
     Returns:
         [T, D] in qkv's dtype.
     """
+    qkv = qkv.contiguous()
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     heads, width = _heads_and_width(qkv, temperature)
     first = 0
@@ -162,6 +163,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad [T, D] -> gradients of qkv [T, 3 D] and of the temperature for each image, [B, H]."""
     heads, width = _heads_and_width(qkv, temperature)
+    qkv = qkv.contiguous()
     grad_qkv, grad_temperature = torch.empty_like(qkv), temperature.new_empty(sum(images), heads)
     first = image = 0
     for count, length in zip(images, tokens, strict=True):
@@ -179,7 +181,7 @@ def _heads_and_width(qkv: Tensor, temperature: Tensor) -> tuple[int, int]:
 
 
 def _constants(qkv: Tensor, width: int, tile_bytes: int) -> dict[str, Any]:
-    padded, tile = max(16, triton.next_power_of_2(width)), tile_bytes // qkv.element_size()
+    padded, tile = max(16, triton.next_power_of_2(width)), max(16, tile_bytes // qkv.element_size())
     return {"WIDTH": width, "PADDED": padded, "TILE": tile, "PRECISION": dot_precision(), "num_warps": 8}
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -414,11 +414,14 @@ class XCiT(nn.Module):
                 between steps.
             backend: of torch.compile.
         """
+        if kernels not in get_args(Kernels):
+            raise ValueError(f"kernels is {kernels!r}, expected eager, compile or fused")
         self.kernels = kernels
-        if kernels == "compile":
-            # Each block is one graph; Dynamo must not split it at the buckets of DistributedDataParallel.
-            torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
-            for block in self.blocks:
+        for block in self.blocks:
+            block._compiled_call_impl = None
+            if kernels == "compile":
+                # Each block is one graph; Dynamo must not split it at the buckets of DistributedDataParallel.
+                torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
                 block.compile(backend=backend, dynamic=False)
 
     def _drop_path_scales(self, sizes: Sizes, keys: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
