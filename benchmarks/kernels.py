@@ -42,7 +42,7 @@ def compiled(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: in
     kernel, args, options = launch
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     signature, aligned = dict.fromkeys(kernel.arg_names, "constexpr"), {}
-    for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+    for place, (name, value) in enumerate(zip(kernel.arg_names[: len(args)], args, strict=True)):
         signature[name] = TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             aligned[(place,)] = [["tt.divisibility", 16]]  # as the launcher finds

@@ -45,6 +45,10 @@ SHAPES = (
 """Settings on which the speed depends."""
 
 
+COMPILED = "compiled "
+"""Begins the entry of shapes that a run with ``--kernels compile`` has compiled."""
+
+
 class Trial(NamedTuple):
     """A candidate beside eager, for one forward and backward pass."""
 
@@ -68,7 +72,7 @@ def choose(config: PretrainConfig, device: torch.device, stored: Mapping[str, An
     """
     on_gpu = device.type == "cuda"
     if config.kernels == "compile" and on_gpu:
-        distributed.on_main(lambda: _remember({_warm(config, device): True}))
+        distributed.on_main(lambda: _remember({COMPILED + _key(config, device): True}))
     if config.kernels != "auto" or not on_gpu or config.deterministic or not config.is_xcit:
         return config
     kernels = stored.get("kernels", "auto")
@@ -83,21 +87,23 @@ def choose(config: PretrainConfig, device: torch.device, stored: Mapping[str, An
 
 def fastest(config: PretrainConfig, device: torch.device) -> Kernels:
     """Try the candidates that the cache lacks, print all, and return the fastest that agrees with eager."""
-    known = _read()
-    candidates: list[Kernels] = ["fused", "compile"] if _warm(config, device) in known else ["fused"]
+    known, key = _read(), _key(config, device)
+    candidates: list[Kernels] = ["fused", "compile"] if COMPILED + key in known else ["fused"]
     tolerance = TOLERANCE[choose_precision(config.precision, device)]
     # The other ranks wait no longer than hang_timeout.
     end, best, lines = monotonic() + min(SECONDS, config.hang_timeout), 1.0, []
     chosen: Kernels = "eager"
     for kernels in candidates:
-        entry = f"{kernels} {_key(config, device)}"
-        found = _trial_of(known.get(entry)) or try_in_process(config, kernels, device, end - monotonic())
+        entry = f"{kernels} {key}"
+        kept = _trial_of(known.get(entry))
+        found = kept or try_in_process(config, kernels, device, end - monotonic())
         if isinstance(found, str):
             lines.append(f"{kernels}: left out, {found}")
             if kernels == "compile":
-                _remember({_warm(config, device): None})
+                _remember({COMPILED + key: None})
             continue
-        _remember({entry: found})
+        if not kept:
+            _remember({entry: found})
         speed, agrees = found.eager_ms / found.ms, found.difference <= tolerance  # false for NaN
         lines.append(
             f"{kernels}: {found.ms:.1f} ms, eager {found.eager_ms:.1f} ms, {speed:.2f} times as fast; gradients differ "
@@ -122,11 +128,6 @@ def _key(config: PretrainConfig, device: torch.device) -> str:
         torch.__version__, code, str(choose_precision(config.precision, device)),
     ]  # fmt: skip
     return " ".join([*parts, *(f"{name}={getattr(config, name)}" for name in SHAPES)])
-
-
-def _warm(config: PretrainConfig, device: torch.device) -> str:
-    """Return the entry of shapes that a run with ``--kernels compile`` has compiled."""
-    return f"compiled {_key(config, device)}"
 
 
 def _file() -> Path:
