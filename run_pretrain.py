@@ -33,7 +33,7 @@ from dino_xcit.checkpoint.folder import LATEST
 from dino_xcit.checkpoint.resume import refuse_file
 from dino_xcit.data import Source, open_source
 from dino_xcit.data.decode import choose_white_level
-from dino_xcit.data.loader import MultiCropDataset, check_augment_device
+from dino_xcit.data.loader import MultiCropDataset
 from dino_xcit.data.open import has_validation
 from dino_xcit.dry_run import dry_run
 from dino_xcit.errors import InputError
@@ -47,6 +47,7 @@ from dino_xcit.optim import Schedules
 from dino_xcit.recompute import fit_into_memory
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
+from dino_xcit.runtime.require_triton import require_triton
 from dino_xcit.train import TrainState, build_state, set_numerics
 from dino_xcit.verdict import TOO_EARLY, Judge, Verdict
 from dino_xcit.weights import LoadedBackbone, load_backbone
@@ -109,7 +110,8 @@ def run(settings: PretrainSettings) -> None:
         log.only_warnings()
     require_wandb(config.wandb)
     device = distributed.choose_device(config.device)
-    check_augment_device(config.augment_device, device)
+    if config.augment_device == "cuda":
+        require_triton(device, "augment_device cuda", "--augment-device cpu")
     distributed.start(device, config.hang_timeout + 30)  # the watchdog fires first: its report has more detail
     log.info(settings.explanation)
     set_numerics(config, device)

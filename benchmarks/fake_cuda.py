@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from dino_xcit import transform
 from dino_xcit.augment import group_by_size
+from dino_xcit.augment.parameters import PLAN_COLUMNS
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.errors import RunStopped
@@ -415,8 +416,8 @@ def _run_backward(*args: Any, **kwargs: Any) -> Any:
 # ---- one step
 
 
-def fake_batch(config: PretrainConfig) -> Batch:
-    """Return the crops of one forward pass; must be called in :func:`fake_cuda`."""
+def fake_batch(config: PretrainConfig, finished: bool = True) -> Batch:
+    """Return the crops of one forward pass, ``finished`` or not; must be called in :func:`fake_cuda`."""
     sizes, images = [view.size for view in config.augmentation().views], config.batch_size_per_gpu
     groups = group_by_size(sizes)
     sides = [sizes[group[0]] for group in groups]
@@ -426,7 +427,8 @@ def fake_batch(config: PretrainConfig) -> Batch:
     ]
     transform.normalise(crops[0], config.mean, config.std)  # copies its constants to the device once per process
     indices = torch.empty(images, dtype=torch.int64, device=CUDA)
-    return Batch(crops, list(map(len, groups)), epoch=0, indices=indices)
+    plans = None if finished else [torch.empty(len(crop), PLAN_COLUMNS) for crop in crops]
+    return Batch(crops, list(map(len, groups)), epoch=0, indices=indices, plans=plans)
 
 
 def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **settings: Any) -> TrainState:
@@ -462,3 +464,13 @@ def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **setting
                 stack.enter_context(mode)
             train_step(state, batches, schedules, config)
     return state
+
+
+def fake_augmentation(batch: int) -> None:
+    """Move a batch of unfinished crops to the GPU, which finishes them, under the dispatch modes of the caller."""
+    modes: Sequence[Any] = _get_current_dispatch_mode_stack()
+    with _disable_current_modes(), fake_cuda(), contextlib.ExitStack() as stack:
+        crops = fake_batch(PretrainConfig(device="cuda", batch_size_per_gpu=batch), finished=False)
+        for mode in modes:
+            stack.enter_context(mode)
+        crops.to(CUDA)

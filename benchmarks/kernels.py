@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py [--arch xcit_small_12_p16] [--batch 64] [--capability 80 90 120]
 
-The kernels, their types and constants are those of a step on fake CUDA tensors (fake_cuda.py), in bfloat16. Spilled
-bytes are those of the stack. The last line is a JSON object.
+The kernels, their types and constants are those of a step on fake CUDA tensors (fake_cuda.py), in bfloat16, and of the
+augmentation. Spilled bytes are those of the stack. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from dino_xcit.errors import RunStopped, run_main  # noqa: E402
 from eval.table import table  # noqa: E402
 
 TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", int: "i32",
-    float: "fp32",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+    torch.uint8: "*u8", int: "i32", float: "fp32",
 }  # fmt: skip
 
 
-def compiled(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> tuple[int, int]:
-    """Compile a kernel for the arguments and options of a launch; return registers per thread and spilled bytes."""
+def compiled(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Any:
+    """Return the kernel of a launch as Triton compiles it for the arguments and options."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -50,7 +50,13 @@ def compiled(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: in
         kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, aligned
     )
     others = {name: value for name, value in options.items() if name not in constants}
-    made = triton.compile(source, GPUTarget("cuda", capability, 32), others)
+    return triton.compile(source, GPUTarget("cuda", capability, 32), others)
+
+
+def resources(made: Any) -> tuple[int, int]:
+    """Return the registers per thread and the spilled bytes of a compiled kernel."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -71,9 +77,10 @@ def main() -> None:
     given = parser.parse_args()
     with fake_cuda.launches_of_triton() as launches:
         fake_cuda.fake_step("fused", batch=given.batch, arch=given.arch)
+        fake_cuda.fake_augmentation(given.batch)
     rows, spilled = [], {}
     for name, launch in sorted(launches.items()):
-        found = {capability: compiled(launch, capability) for capability in given.capability}
+        found = {capability: resources(compiled(launch, capability)) for capability in given.capability}
         rows.append([name, *(f"{registers}, {spills}" for registers, spills in found.values())])
         spilled[name] = sum(spills for _, spills in found.values())
     print(table(["registers, spilled bytes", *(f"sm_{capability}" for capability in given.capability)], rows))

@@ -28,7 +28,8 @@ from dino_xcit.models.xcit import Kernels
 from dino_xcit.optim import Schedules
 from dino_xcit.runtime import atomic, distributed
 from dino_xcit.runtime import logging as log
-from dino_xcit.train import noise_batch, require_triton, set_numerics
+from dino_xcit.runtime.require_triton import require_triton
+from dino_xcit.train import noise_batch, set_numerics
 
 SECONDS = 60.0
 """Time for all candidates."""
@@ -81,7 +82,7 @@ def choose(config: PretrainConfig, device: torch.device, stored: Mapping[str, An
     else:
         log.info(f"kernels {kernels}, as before")
     if kernels == "fused":
-        require_triton(device)
+        require_triton(device, "kernels fused", "--kernels eager")
     return dataclasses.replace(config, kernels=kernels)
 
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from dino_xcit.augment import group_by_size
 from dino_xcit.config import PretrainConfig, TrainConfig
 from dino_xcit.data.loader import Batch
-from dino_xcit.errors import InputError
 from dino_xcit.methods import Method, Stats, build_method
 from dino_xcit.methods.student_teacher import choose_precision
 from dino_xcit.optim import Rates, Schedules, build_optimizer, clip_gradients, gradient_norms, set_rates
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.memory import keep_freed_memory
+from dino_xcit.runtime.require_triton import require_triton
 
 
 class Buffers:
@@ -77,7 +77,7 @@ def set_numerics(config: TrainConfig, device: torch.device) -> None:
         InputError: ``kernels`` is ``fused``, but Triton's kernels cannot run on ``device``.
     """
     if config.kernels == "fused":
-        require_triton(device)
+        require_triton(device, "kernels fused", "--kernels eager")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton launches
     if device.type == "cpu":
@@ -88,23 +88,6 @@ def set_numerics(config: TrainConfig, device: torch.device) -> None:
     else:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-
-
-def require_triton(device: torch.device) -> None:
-    """Check that Triton's kernels can run on ``device``.
-
-    Raises:
-        InputError: they cannot.
-    """
-    try:
-        from triton import knobs
-    except ImportError as error:
-        raise InputError(
-            f"kernels fused needs the package triton, of the version that comes with PyTorch ({error}): pip install "
-            "triton, or --kernels eager"
-        ) from error
-    if device.type != "cuda" and not knobs.runtime.interpret:
-        raise InputError(f"kernels fused needs a GPU, but the device is {device.type}: expected --kernels eager")
 
 
 def noise_batch(config: PretrainConfig, images: int, device: torch.device) -> Batch:

@@ -35,6 +35,8 @@ MAX_LAUNCHES, MAX_UPDATE_LAUNCHES, MAX_GB = 4227, 43, 159.2
 MAX_FUSED_LAUNCHES, MAX_FUSED_GB = 2209, 95.1
 """The same with Triton kernels."""
 
+MAX_AUGMENTATION_LAUNCHES = 28
+"""Of the photometric part of a batch: a copy and 13 kernels for each of two sizes."""
 MAX_FORWARD_LAUNCHES = {("gram path", "bf16"): 677, ("gram path", "fp32"): 511}
 
 
@@ -162,6 +164,31 @@ def test_step_is_clean_in_every_setting(case: str) -> None:
     assert found["clean"] == [[], [], [], {}]
     assert found["strides"][1] == 0
     assert 20 < found["update"] < 160
+
+
+# ---- augmentation
+
+AUGMENTATION = """
+import json, sys
+sys.path[:0] = sys.argv[1:3]
+import fake_cuda, kernels
+with fake_cuda.launches_of_triton() as launches, fake_cuda.Ledger() as ledger:
+    fake_cuda.fake_augmentation(64)
+ptx = kernels.compiled(launches["colour_kernel"], 90).asm["ptx"]
+print(json.dumps({
+    "clean": [ledger.waits, ledger.blocking_copies, ledger.mixed_devices], "launches": ledger.total()[0],
+    "instructions": [word for word in ("fma.", "div.full", "div.approx", "div.rn.f32") if word in ptx],
+}))
+"""
+
+
+@needs_compiler
+def test_augmentation_on_the_device_has_few_launches_and_rounds_like_the_host() -> None:
+    pytest.importorskip("triton")
+    [found] = lines_of(AUGMENTATION)
+    assert found["clean"] == [[], [], []]
+    assert 20 < found["launches"] <= MAX_AUGMENTATION_LAUNCHES
+    assert found["instructions"] == ["div.rn.f32"], "others round differently"
 
 
 # ---- evaluation

@@ -122,7 +122,7 @@ def test_views_finished_on_device_are_bitwise_equal(workers: int) -> None:
     dataset = MultiCropDataset(tiny_source(10), AUGMENTATION, 5, finish_on_device=True)
     sent = dataset.__getitems__(next(iter(sampler)))
     assert isinstance(sent, Batch)
-    assert sent.unfinished is not None
+    assert sent.plans is not None
     assert_same_batches(list(Loader(dataset, sampler, workers, CPU)), plain)
 
 

@@ -14,10 +14,17 @@ from torchvision.transforms import functional as TF
 
 from dino_xcit.augment import MultiCropAugmentation, ViewMaker
 from dino_xcit.augment import parameters as column
-from dino_xcit.augment.on_device import finish_views
 from dino_xcit.augment.photometric import HUE, finish_view, scratch_size
 
+pytest.importorskip("triton")
+
+from dino_xcit.kernels.photometric import finish_views
+
 NONE = [-1.0, 1.0] * 4
+
+
+def plan_of(rows: NDArray[np.float64]) -> torch.Tensor:
+    return torch.from_numpy(column.device_plan(rows))
 
 
 def planes(image: Image.Image) -> NDArray[np.uint8]:
@@ -37,10 +44,11 @@ def finish(
     view = planes(image)
     row = np.zeros(column.COLUMNS)
     row[column.JITTER], row[column.GRAY], row[column.SIGMA], row[column.SOLARIZE] = jitter, gray, sigma, solarize
-    on_device = finish_views(torch.from_numpy(view.copy())[None], torch.from_numpy(row)[None])[0].numpy()
+    on_device = torch.from_numpy(view.copy())[None]
+    finish_views(on_device, plan_of(row[None]))
     scratch = np.empty(scratch_size(max(view.shape), sigma), dtype=np.uint8)
     finish_view(view, scratch, np.array(jitter), gray, sigma, solarize)
-    np.testing.assert_array_equal(on_device, view)
+    np.testing.assert_array_equal(on_device[0].numpy(), view)
     return view
 
 
@@ -80,8 +88,9 @@ def test_finish_views_hue_matches_host_bitwise_for_all_colours(colours: NDArray[
     views = colours.reshape(3, -1, 256, 256).transpose(1, 0, 2, 3).copy()
     row = np.zeros((len(views), column.COLUMNS))
     row[:, column.JITTER], row[:, column.SIGMA] = [HUE, -0.07, *NONE[2:]], -1
-    on_device = finish_views(torch.from_numpy(views.copy()), torch.from_numpy(row)).numpy()
-    for view, expected in zip(views, on_device, strict=True):
+    on_device = torch.from_numpy(views.copy())
+    finish_views(on_device, plan_of(row))
+    for view, expected in zip(views, on_device.numpy(), strict=True):
         finish_view(view, np.empty(0, dtype=np.uint8), np.array([HUE, -0.07, *NONE[2:]]), False, -1.0, False)
         assert np.array_equal(view, expected)
 
@@ -122,7 +131,8 @@ def test_finish_views_on_gpu_matches_host_bitwise() -> None:
         for row, kind in zip(augmentation.draw_rows(300, 260, 0, 0, index), augmentation.views, strict=True):
             view = np.empty((3, kind.size, kind.size), dtype=np.uint8)
             maker.make(row, view, photometric=False)
-            on_gpu = finish_views(torch.from_numpy(view.copy())[None].cuda(), torch.from_numpy(row.copy())[None])
+            on_gpu = torch.from_numpy(view.copy())[None].cuda()
+            finish_views(on_gpu, plan_of(row[None]).cuda())
             maker.make(row, view)
             np.testing.assert_array_equal(on_gpu[0].cpu().numpy(), view)
 
@@ -142,5 +152,5 @@ def test_finish_views_of_whole_batch_matches_host_bitwise() -> None:
             for row, view, unfinished in zip(rows[part], whole, cut, strict=True):
                 maker.make(row, view)
                 maker.make(row, unfinished, photometric=False)
-            finished = finish_views(torch.from_numpy(cut), torch.from_numpy(rows[part].copy()))
-            np.testing.assert_array_equal(finished.numpy(), whole)
+            finish_views(torch.from_numpy(cut), plan_of(rows[part]))
+            np.testing.assert_array_equal(cut, whole)

@@ -70,7 +70,6 @@ def begun(stopped: Stopped, tmp_path: Path) -> Folder:
         "--resume changed --out-dim 17": "(out_dim 16 -> 17)",
         "--resume changed --arch xcit_pico_4_p8": "(arch xcit_pico_4_p4 -> xcit_pico_4_p8)",
         "--resume changed --norm-last-layer false": "(norm_last_layer true -> false)",
-        "--resume never --augment-device cuda": "augment_device is cuda",
         "--resume never --num-workers 5000": "num_workers is 5000",
         "--resume never --data-path absent": "absent",
     }.items(),
@@ -78,6 +77,12 @@ def begun(stopped: Stopped, tmp_path: Path) -> Folder:
 )  # fmt: skip
 def test_changed_or_invalid_settings_are_refused_without_file_changes(begun: Folder, typed: tuple[str, str]) -> None:
     begun.assert_refused_untouched([*typed[0].split(), "--max-steps", "3"], typed[1])
+
+
+def test_augmentation_on_a_gpu_is_refused_without_one(begun: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    begun.assert_refused_untouched(["--resume", "never", "--augment-device", "cuda"], "augment_device cuda needs a GPU")
 
 
 def test_locked_output_directory_is_refused_without_file_changes(begun: Folder) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.augment.compiled import compiled
-from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from dino_xcit.augment.photometric import BRIGHTNESS, CONTRAST, HUE, SATURATION, box_radius
 
 OPERATIONS: Final = {"brightness": BRIGHTNESS, "contrast": CONTRAST, "saturation": SATURATION, "hue": HUE}
 """The jitter's operations and their codes."""
@@ -29,6 +29,14 @@ JITTER = slice(JITTER_FIRST, 13)
 GRAY, SIGMA, SOLARIZE = range(13, 16)
 """SIGMA: std of the blur in pixels, as in Pillow. -1: no blur."""
 COLUMNS = 16
+
+# ---- columns of the plan, which a device reads, one row of float32 per view
+OPERATION, FACTOR, REACH, WHOLE, EDGE = 0, 8, 16, 17, 18
+"""Codes of eight operations, see :func:`device_plan`, and their factors; then the blur's pixels in each direction, and
+the weights of the inner and of the two outermost pixels in 24-bit fixed point."""
+PLAN_COLUMNS = 19
+TO_GRAY, TO_SOLARIZE = 4, 5
+"""Codes of the operations that are not the jitter's."""
 
 
 @dataclass(frozen=True)
@@ -164,3 +172,27 @@ def _crop(row, number, width, height, kind, log_ratio):  # type: ignore[no-untyp
     crop_height, crop_width = max(1, crop_height), max(1, crop_width)
     row[TOP], row[LEFT] = (height - crop_height) // 2, (width - crop_width) // 2
     row[HEIGHT], row[WIDTH] = crop_height, crop_width
+
+
+def device_plan(rows: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Convert the photometric parameters of views to what :mod:`dino_xcit.kernels.photometric` reads.
+
+    Args:
+        rows: [n, COLUMNS].
+
+    Returns:
+        [n, PLAN_COLUMNS]. Operations: none, the four of the jitter, grey, solarisation (after the blur), none.
+        All numbers but the factors are whole and at most 2**24, so float32 has them exactly. -1: none.
+    """
+    plan = np.full((len(rows), PLAN_COLUMNS), -1, dtype=np.float32)
+    codes, factors = rows[:, JITTER][:, 0::2], rows[:, JITTER][:, 1::2]
+    plan[:, OPERATION + 1 : OPERATION + 5] = codes
+    plan[:, OPERATION + 5] = np.where(rows[:, GRAY], TO_GRAY, -1)
+    plan[:, OPERATION + 6] = np.where(rows[:, SOLARIZE], TO_SOLARIZE, -1)
+    plan[:, FACTOR + 1 : FACTOR + 5] = np.where(codes == HUE, (factors * 255).astype(np.int64) & 255, factors)
+    for row, sigma in zip(plan, rows[:, SIGMA], strict=True):
+        if sigma >= 0:
+            radius = box_radius(sigma)
+            whole = int(np.float32(1 << 24) / (radius * np.float32(2) + np.float32(1)))
+            row[REACH:] = int(radius), whole, ((1 << 24) - (2 * int(radius) + 1) * whole) // 2
+    return plan

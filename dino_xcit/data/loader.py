@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
-from dino_xcit.augment.on_device import finish_views
-from dino_xcit.augment.parameters import COLUMNS
+from dino_xcit.augment.parameters import PLAN_COLUMNS, device_plan
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.source import Source
 from dino_xcit.data.workers import PREFETCHED, fit_shared_memory, worker_init
@@ -86,23 +85,27 @@ class Batch(AnyBatch):
     """Number of views in each of these tensors."""
     labels: Tensor | None = None
     """[B] int64 if the source has labels. For observers; methods do not use them."""
-    unfinished: list[Tensor] | None = None
-    """Parameters of the crops if the device applies the photometric part: one tensor per crop size, [views of that
-    size * B, columns] float64, on the host."""
+    plans: list[Tensor] | None = None
+    """What the device applies to the crops, if it does: one :func:`~dino_xcit.augment.parameters.device_plan` per crop
+    size, [views of that size * B, columns] float32, on the host."""
 
     def pin_memory(self) -> Batch:
         labels = None if self.labels is None else self.labels.pin_memory()
         crops = [crop.pin_memory() for crop in self.crops]
-        return replace(self, crops=crops, indices=self.indices.pin_memory(), labels=labels)
+        plans = None if self.plans is None else [plan.pin_memory() for plan in self.plans]
+        return replace(self, crops=crops, indices=self.indices.pin_memory(), labels=labels, plans=plans)
 
     def to(self, device: torch.device) -> Batch:
         """Move the batch to a device and finish its views. Asynchronous if the memory is pinned."""
         crops = [crop.to(device, non_blocking=True) for crop in self.crops]
-        if self.unfinished is not None:
-            crops = [finish_views(crop, rows) for crop, rows in zip(crops, self.unfinished, strict=True)]
+        if self.plans is not None:
+            from dino_xcit.kernels.photometric import finish_views  # needs Triton
+
+            for crop, plan in zip(crops, self.plans, strict=True):
+                finish_views(crop, plan.to(device, non_blocking=True))
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
         indices = self.indices.to(device, non_blocking=True)
-        return replace(self, crops=crops, indices=indices, labels=labels, unfinished=None)
+        return replace(self, crops=crops, indices=indices, labels=labels, plans=None)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (*self.crops, self.indices, *([] if self.labels is None else [self.labels]))
@@ -208,7 +211,7 @@ class MultiCropDataset(BatchDataset[Batch]):
             torch.empty(len(group), len(keys), 3, sizes[group[0]], sizes[group[0]], dtype=torch.uint8)
             for group in groups
         ]
-        rows = [torch.empty(len(group), len(keys), COLUMNS, dtype=torch.float64) for group in groups]
+        plans = [torch.empty(len(group), len(keys), PLAN_COLUMNS) for group in groups]
         places = [group.numpy() for group in crops]
         leave = self.finish_on_device
         indices: list[int] = []
@@ -224,9 +227,9 @@ class MultiCropDataset(BatchDataset[Batch]):
             self._maker.load(pixels)
             # Keyed by the replaced image's index: a replacement gets other views than in its own turn.
             drawn = augmentation.draw_rows(pixels.shape[1], pixels.shape[0], self.seed, epoch, index)
-            for group, group_places, group_rows in zip(groups, places, rows, strict=True):
+            for group, group_places, group_plans in zip(groups, places, plans, strict=True):
                 if leave:
-                    group_rows[:, place] = torch.from_numpy(drawn[group])
+                    group_plans[:, place] = torch.from_numpy(device_plan(drawn[group]))
                 for number, view in enumerate(group):
                     self._maker.make(drawn[view], group_places[number, place], photometric=not leave)
             self._maker.release()
@@ -238,7 +241,7 @@ class MultiCropDataset(BatchDataset[Batch]):
             [group.flatten(0, 1) for group in crops],
             [len(group) for group in groups],
             labels=None if None in labels else torch.tensor(labels),
-            unfinished=[group.flatten(0, 1) for group in rows] if leave else None,
+            plans=[group.flatten(0, 1) for group in plans] if leave else None,
             epoch=epoch,
             indices=torch.tensor(indices),
             unreadable=unreadable,
@@ -403,15 +406,8 @@ def build_loader(
 
     For ``augment_device`` and ``white_level`` see :class:`dino_xcit.config.PretrainConfig`.
     """
-    check_augment_device(augment_device, device)
     dataset = MultiCropDataset(source, augmentation, seed, white_level, finish_on_device=augment_device == "cuda")
     return Loader(dataset, sampler, num_workers, device)
-
-
-def check_augment_device(augment_device: str, device: torch.device) -> None:
-    """Raise InputError if views would be finished on a GPU while training runs on the CPU."""
-    if augment_device == "cuda" and device.type != "cuda":
-        raise InputError("augment_device is cuda, but training is on the CPU: expected --augment-device cpu")
 
 
 def _as_it_is(batch: BatchT | UndecodableImage) -> BatchT | UndecodableImage:
