@@ -23,6 +23,12 @@ from dino_xcit.kernels.photometric import finish_views
 NONE = [-1.0, 1.0] * 4
 
 
+@pytest.fixture(autouse=True)
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreting a program takes the same time for all sizes of its block."""
+    monkeypatch.setattr("dino_xcit.kernels.photometric.BLOCK", 1 << 16)
+
+
 def plan_of(rows: NDArray[np.float64]) -> torch.Tensor:
     return torch.from_numpy(column.device_plan(rows))
 
@@ -137,7 +143,8 @@ def test_finish_views_on_gpu_matches_host_bitwise() -> None:
             np.testing.assert_array_equal(on_gpu[0].cpu().numpy(), view)
 
 
-def test_finish_views_of_whole_batch_matches_host_bitwise() -> None:
+def test_finish_views_of_whole_batch_matches_host_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dino_xcit.kernels.photometric.BLOCK", 1024)  # several programs for each view
     settings: dict[str, Any] = {"global_crops_size": 48, "local_crops_size": 20, "solarize": 0.5, "hue": 0.5}
     augmentation = MultiCropAugmentation(local_crops_number=20, blur_radius=(0.1, 5.0), **settings)
     maker, rng = ViewMaker(), np.random.default_rng(4)
