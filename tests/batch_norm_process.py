@@ -6,6 +6,7 @@ batch_norm_process.py PREFIX_OF_OUTPUT_FILE [compiled]
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 import warnings
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 
 from dino_xcit.models import build_backbone
+from dino_xcit.models.xcit import LPI
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.sync_batch_norm import convert_sync_batch_norm
 
@@ -85,6 +87,31 @@ def run_compiled() -> dict[str, Any]:
     return {"results": results, "graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
 
 
+SIZES = (2, (3, 4)), (3, (2, 5))
+"""Images on each rank, and their grids of tokens."""
+
+
+def run_lpi(ranks: list[int], kernels: bool = False) -> dict[str, Tensor]:
+    """Run LPI forward and backward on the tokens of these ranks: for each size, those of one rank after another."""
+    torch.manual_seed(0)
+    lpi = LPI(32)
+    nn.init.normal_(lpi.bn.weight)
+    tokens = [[torch.randn(2, images * h * w, 32) for images, (h, w) in SIZES] for _ in range(2)]
+    x, direction = torch.cat([tokens[rank][size] for size in range(2) for rank in ranks], dim=1)
+    x.requires_grad_()
+    sizes = [(images * len(ranks), grid) for images, grid in SIZES]
+    if kernels:
+        from dino_xcit.kernels.lpi import lpi as fused
+
+        convert_sync_batch_norm(lpi)
+        y = fused(x, sizes, lpi.conv1, lpi.bn, lpi.conv2.weight, lpi.conv2.bias)
+    else:
+        y = lpi(x, sizes)
+    y.backward(direction)
+    gradients = {name: parameter.grad for name, parameter in lpi.named_parameters() if parameter.grad is not None}
+    return {"y": y.detach(), "x.grad": x.grad, **gradients, **dict(lpi.named_buffers())}  # type: ignore[dict-item]
+
+
 def main() -> None:
     """Run every shape in float64, and one with bfloat16 inputs, also by PyTorch's formulation."""
     torch.set_num_threads(1)
@@ -98,6 +125,8 @@ def main() -> None:
     reference = layer_of("image")
     reference[0].__class__ = Reference
     found["pytorch"] = run(reference.float(), halves["image"].bfloat16())
+    if importlib.util.find_spec("triton"):
+        found["lpi"] = run_lpi([rank], kernels=True)
     if sys.argv[2:] == ["compiled"]:
         found["compiled"] = run_compiled()
     torch.save(found, f"{sys.argv[1]}-{rank}.pt")

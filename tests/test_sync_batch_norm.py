@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from batch_norm_process import SHAPES, batch_of, layer_of, run
+from batch_norm_process import SHAPES, SIZES, batch_of, layer_of, run, run_lpi
 from ranks import Server
 from torch import nn
 
@@ -60,6 +60,19 @@ def test_bfloat16_results_equal_those_of_torch_sync_batch_norm(halves: list[dict
         assert half["bfloat16"].keys() == half["pytorch"].keys()
         for key, expected in half["pytorch"].items():
             torch.testing.assert_close(half["bfloat16"][key], expected, rtol=0, atol=0)
+
+
+def test_lpi_kernels_on_two_ranks_match_single_process(halves: list[dict[str, Any]]) -> None:
+    pytest.importorskip("triton")
+    whole, first = run_lpi([0, 1]), SIZES[0][0] * 3 * 4
+    for key in ("y", "x.grad"):
+        both = [half["lpi"][key] for half in halves]
+        joined = torch.cat([one[:first] for one in both] + [one[first:] for one in both])
+        torch.testing.assert_close(joined, whole[key], rtol=1e-4, atol=1e-5)
+    for key in whole.keys() - {"y", "x.grad"}:
+        ours = [half["lpi"][key] for half in halves]
+        found = ours[0] if key.startswith("bn.running") or key == "bn.num_batches_tracked" else ours[0] + ours[1]
+        torch.testing.assert_close(found, whole[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
