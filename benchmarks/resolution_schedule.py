@@ -29,7 +29,12 @@ SETS = {
     "fashion": f"--recipe sample --epochs 4 {SIZES} --eval-resize 64 --eval-crop 64 --blur-radius 0.2 1.8",
     "colour": f"--recipe scenes --data-path sample:scene-objects --epochs 6 {SIZES} --knn-holdout 0",
 }
-SCHEDULES = {"64": "", "32 in three quarters": "0:32/16 0.75:64/32", "32 in half": "0:32/16 0.5:64/32"}
+SCHEDULES = {
+    "64": "",
+    "32 in three quarters": "0:32/16 0.75:64/32",
+    "32 in half": "0:32/16 0.5:64/32",
+    "48 in three quarters": "0:48/24 0.75:64/32",
+}
 
 
 def measure(folder: Path, flags: str) -> tuple[float, float]:
