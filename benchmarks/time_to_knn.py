@@ -50,7 +50,7 @@ from eval.table import table  # noqa: E402
 CPU = torch.device("cpu")
 Train = Callable[[], None]
 MARGIN = 0.5
-TRAINING, NEIGHBOURS, HELD_OUT = 4000, 2000, 1000
+TRAINING, HELD_OUT = 4000, 6000
 CONFIG = PretrainConfig(
     arch="xcit_pico_4_p8", out_dim=1024, head_hidden_dim=512, head_bottleneck_dim=64, batch_size_per_gpu=64,
     global_crops_size=48, local_crops_size=24, local_crops_number=2, warmup_epochs=0.5, freeze_last_layer=0, lr=8e-3,
@@ -103,6 +103,7 @@ def ours(config: PretrainConfig) -> tuple[nn.Module, Train]:
     """Return the teacher's backbone and the training of this project."""
     source = open_source(config.data_path, "train")
     dataset = MultiCropDataset(source, config.augmentation(), config.seed, first=config.first_augmentations())
+    dataset.compile()
     sampler = StepSampler(len(source), config.batch_size_per_gpu, seed=config.seed)
     schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
     sampler.stop_step = schedules.total_steps
@@ -161,7 +162,7 @@ def knn(backbone: nn.Module) -> float:
         found = [backbone(part) for part in images.split(100)]
         return torch.cat([one if isinstance(one, Tensor) else one.cls_token for one in found]).float().numpy()
 
-    (neighbours, labels), (queries, expected) = eval_images(0, NEIGHBOURS), eval_images(TRAINING, HELD_OUT)
+    (neighbours, labels), (queries, expected) = eval_images(0, TRAINING), eval_images(TRAINING, HELD_OUT)
     predicted = knn_predict(features(neighbours), labels, features(queries), [20], [0.07])[20, 0.07][:, 0]
     backbone.train(training)
     return 100 * float((predicted == expected).mean())
