@@ -466,11 +466,11 @@ def fake_step(kernels: str = "eager", batch: int = 64, ranks: int = 1, **setting
     return state
 
 
-def fake_augmentation(batch: int) -> None:
+def fake_augmentation(images: int) -> None:
     """Move a batch of unfinished crops to the GPU, which finishes them, under the dispatch modes of the caller."""
     modes: Sequence[Any] = _get_current_dispatch_mode_stack()
     with _disable_current_modes(), fake_cuda(), contextlib.ExitStack() as stack:
-        crops = fake_batch(PretrainConfig(device="cuda", batch_size_per_gpu=batch), finished=False)
+        unfinished = fake_batch(PretrainConfig(device="cuda", batch_size_per_gpu=images), finished=False)
         for mode in modes:
             stack.enter_context(mode)
-        crops.to(CUDA)
+        unfinished.to(CUDA)

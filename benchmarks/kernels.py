@@ -45,7 +45,7 @@ def compiled(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: in
     for place, (name, value) in enumerate(zip(kernel.arg_names[: len(args)], args, strict=True)):
         signature[name] = TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            aligned[(place,)] = [["tt.divisibility", 16]]  # as the launcher finds
+            aligned[(place,)] = [["tt.divisibility", 16]]  # as the launcher finds; it also specialises for 1
     source = ASTSource(
         kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, aligned
     )

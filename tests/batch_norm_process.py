@@ -23,6 +23,8 @@ from dino_xcit.models.xcit import LPI
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.sync_batch_norm import convert_sync_batch_norm
 
+SIZES = (2, (3, 4)), (3, (2, 5))
+"""Images for LPI on each rank, and their grids of tokens."""
 SHAPES = {"image": (6, 5, 4, 3), "channels last": (6, 5, 4, 3), "rows": (6, 5), "timm": (6, 5, 4, 3)}
 
 
@@ -87,10 +89,6 @@ def run_compiled() -> dict[str, Any]:
     return {"results": results, "graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
 
 
-SIZES = (2, (3, 4)), (3, (2, 5))
-"""Images on each rank, and their grids of tokens."""
-
-
 def run_lpi(ranks: list[int], kernels: bool = False) -> dict[str, Tensor]:
     """Run LPI forward and backward on the tokens of these ranks: for each size, those of one rank after another."""
     torch.manual_seed(0)
@@ -113,7 +111,7 @@ def run_lpi(ranks: list[int], kernels: bool = False) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Run every shape in float64, and one with bfloat16 inputs, also by PyTorch's formulation."""
+    """Run every shape in float64, one with bfloat16 inputs, also by PyTorch's formulation, and the LPI kernels."""
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     rank = distributed.rank()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_bfloat16_results_equal_those_of_torch_sync_batch_norm(halves: list[dict
 
 def test_lpi_kernels_on_two_ranks_match_single_process(halves: list[dict[str, Any]]) -> None:
     pytest.importorskip("triton")
-    whole, first = run_lpi([0, 1]), SIZES[0][0] * 3 * 4
+    whole, first = run_lpi([0, 1]), SIZES[0][0] * math.prod(SIZES[0][1])
     for key in ("y", "x.grad"):
         both = [half["lpi"][key] for half in halves]
         joined = torch.cat([one[:first] for one in both] + [one[first:] for one in both])

@@ -3,7 +3,7 @@
 Each operation gives the same bits as Pillow, or as torchvision on a Pillow image, for the same factor
 (tests/test_photometric.py: hue for all 16.7 million colours). Numba compiles the loops to vector instructions. They use
 only integers and correctly rounded floating-point operations in a fixed order, so all processors and GPUs
-(dino_xcit/augment/on_device.py) give the same bits.
+(dino_xcit/kernels/photometric.py) give the same bits.
 
 Shapes: a view is [3, height, width] uint8; ``red``, ``green`` and ``blue`` are its planes, flat.
 """

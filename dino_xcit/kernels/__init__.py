@@ -1,5 +1,5 @@
-"""Triton kernels for CUDA devices. Each module has one operation, a twin of a function in ``dino_xcit.models`` or
-``dino_xcit.methods``: both compute the same, and the tests compare them.
+"""Triton kernels for CUDA devices. Each module has one operation, a twin of a function in ``dino_xcit.models``,
+``dino_xcit.methods`` or ``dino_xcit.augment``: both compute the same, and the tests compare them.
 
 Operations are PyTorch custom operators (``torch.library.triton_op``), so torch.compile and fake tensors see them as one
 operator. With ``TRITON_INTERPRET=1`` they run on the CPU, which tests use; the interpreter multiplies bfloat16 wrongly.

@@ -73,7 +73,7 @@ def _hue_turned(r, g, b, turn):
     return r, g, b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["place"])
 def colour_kernel(views, plan, lumas, pixels, place, BLOCK: tl.constexpr):
     """Apply operation ``place`` of each view; add the luma of the result to ``lumas`` [n] if contrast is next."""
     row = plan + tl.program_id(0) * _PLAN
@@ -103,9 +103,10 @@ def colour_kernel(views, plan, lumas, pixels, place, BLOCK: tl.constexpr):
             elif code == _SATURATION:
                 other += _luma(r, g, b).to(tl.float32)
             r, g, b = _mixed(r, other, factor), _mixed(g, other, factor), _mixed(b, other, factor)
-        tl.store(red, r.to(tl.uint8), inside)
-        tl.store(red + pixels, g.to(tl.uint8), inside)
-        tl.store(red + 2 * pixels, b.to(tl.uint8), inside)
+        if code >= 0:
+            tl.store(red, r.to(tl.uint8), inside)
+            tl.store(red + pixels, g.to(tl.uint8), inside)
+            tl.store(red + 2 * pixels, b.to(tl.uint8), inside)
         if next_code == _CONTRAST:
             tl.atomic_add(lumas + tl.program_id(0), tl.sum(tl.where(inside, _luma(r, g, b), 0), 0).to(tl.int64))
 
