@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dino_xcit.data import Source, decode, open_source
-from dino_xcit.data.decode import choose_white_level
+from dino_xcit.data import Source, open_source
+from dino_xcit.data.decode import choose_white_level, decode_image, picture_of
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
@@ -134,7 +134,8 @@ def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
         log.info(f"data: {source.url}, the training data of the checkpoint (--data-path overrides it)")
     else:
         raise InputError(f"{loaded.path} does not name its training data: give --data-path, such as photos/")
-    choose_white_level(source, loaded.transform.white_level)  # for its warning
+    format = loaded.transform.pixel_format
+    choose_white_level(source, format.white_level, format.channels)  # for its warning
     return source
 
 
@@ -142,8 +143,8 @@ def run_query(config: ExtractConfig) -> None:
     """Log the nearest images of each query and draw a contact sheet."""
     # ---- the collection and its backbone
     collection = store.open_collection(Path(config.index or config.output_dir))
-    white_level = EvalTransform.from_dict(collection.metadata["transform"]).white_level
-    images = [decode(_read(query), query, white_level) for query in config.query]
+    format = EvalTransform.from_dict(collection.metadata["transform"]).pixel_format
+    images = [decode_image(_read(query), query, format) for query in config.query]
     loaded, device = store.open_backbone_of(collection, config)
 
     # ---- vectors and search
@@ -163,14 +164,14 @@ def run_query(config: ExtractConfig) -> None:
     blocks: list[tuple[Cell, list[Cell]]] = []
     for query, image, near, places in zip(config.query, images, scores.tolist(), rows.tolist(), strict=True):
         log.info(f"query {query}")
-        blocks.append((tile(image, "query", query), []))
+        blocks.append((tile(picture_of(image), "query", query), []))
         for rank, (score, row) in enumerate(zip(near, places, strict=True), start=1):
             if row < 0:  # an approximate index may find fewer than top
                 break
             log.info(f"{rank:4d}  {score:.4f}  {collection.names[row]}")
             results.append({"query": query, "rank": rank, "score": score, "row": row, "path": collection.names[row]})
             if rank <= MAX_DRAWN:
-                blocks[-1][1].append(tile_of(collected, row, f"{rank}    {score:.4f}", white_level))
+                blocks[-1][1].append(tile_of(collected, row, f"{rank}    {score:.4f}", format))
     if not distributed.is_main():
         return
     if config.json:

@@ -32,7 +32,7 @@ from dino_xcit import auto, kernel_choice, loop, nonfinite, representation
 from dino_xcit.checkpoint.folder import LATEST
 from dino_xcit.checkpoint.resume import refuse_file
 from dino_xcit.data import Source, open_source
-from dino_xcit.data.decode import choose_white_level
+from dino_xcit.data.decode import choose_white_level, measure_channels
 from dino_xcit.data.loader import MultiCropDataset
 from dino_xcit.data.open import has_validation
 from dino_xcit.dry_run import dry_run
@@ -49,6 +49,7 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.require_triton import require_triton
 from dino_xcit.train import TrainState, build_state, set_numerics
+from dino_xcit.transform import IMAGENET_MEAN
 from dino_xcit.verdict import TOO_EARLY, Judge, Verdict
 from dino_xcit.weights import LoadedBackbone, load_backbone
 from eval.knn.online import build_evaluators, build_probe
@@ -168,13 +169,17 @@ def build_job(
         if given is None:
             raise InputError("recipe auto needs to know which settings are given: give train(..., given=[...])")
         config, recipe = auto.adapt(config, source, given, stored)
+    config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level, config.channels))
+    if config.channels != 3 and config.mean == IMAGENET_MEAN:
+        mean, std = measure_channels(source, config.pixel_format)
+        log.info(f"{config.channels} channels with mean {mean} and std {std}, measured on a sample")
+        config = dataclasses.replace(config, mean=mean, std=std)
     config = kernel_choice.choose(config, device, stored)
     state = build_state(config, device)
     if config.activation_checkpointing == "auto":
         fit_into_memory(state, config, device)
-    config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level))
     dataset = MultiCropDataset(
-        source, config.augmentation(), config.seed, config.white_level, config.augment_device == "cuda",
+        source, config.augmentation(), config.seed, config.pixel_format, config.augment_device == "cuda",
         config.first_augmentations(),
     )  # fmt: skip
     probe = build_probe(config, source, state.method, device)

@@ -175,7 +175,7 @@ def duplicates(config: RetrievalConfig) -> Answer | None:
         benchmarks.write_pairs(Path(config.csv), pairs, kinds, *both)
         log.info(f"pairs: {config.csv}")
     if config.sheet and len(pairs):
-        benchmarks.draw_pairs(Path(config.sheet), pairs, kinds, *both, loaded.transform.white_level)
+        benchmarks.draw_pairs(Path(config.sheet), pairs, kinds, *both, loaded.transform.pixel_format)
         log.info(f"contact sheet: {config.sheet}")
     elif config.sheet:
         log.warning(f"no pairs found: {config.sheet} is not written")

@@ -14,14 +14,17 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dino_xcit.bounds import shown
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source
-from dino_xcit.data.decode import UndecodableImage, read_header
+from dino_xcit.data.decode import UndecodableImage, read_header, read_image
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
+from dino_xcit.transform import RGB, PixelFormat
 
 IMAGENET = 1_000_000
 """Number of images from which on DINO's own settings apply."""
@@ -58,7 +61,7 @@ def adapt(
         rule = {name: stored[name] for name in ADAPTED if name in stored}
         log.info("the settings that recipe auto adapts are those of the checkpoint")
     else:
-        side = distributed.on_main(partial(median_side, source))
+        side = distributed.on_main(partial(median_side, source, config.pixel_format))
         global_batch = config.batch_size_per_gpu * config.accumulation_steps * distributed.world_size()
         found = choices(config, len(source), side, global_batch, given)
         rule = {name: value for choice in found for name, value in choice.settings.items()}
@@ -76,7 +79,7 @@ def _line(choice: Choice, config: PretrainConfig, given: Collection[str]) -> str
     )
 
 
-def median_side(source: Source) -> int:
+def median_side(source: Source, format: PixelFormat = RGB) -> int:
     """Return the median of the shorter sides of 15 images in pixels; all ranks must get the same.
 
     Raises:
@@ -85,8 +88,11 @@ def median_side(source: Source) -> int:
     sides, chosen = [], evenly_spaced(len(source), 15)
     for index in chosen:
         with contextlib.suppress(UndecodableImage):  # reported where it is used
-            item, _ = source.read(index)
-            sides.append(min(read_header(item).size if isinstance(item, bytes) else item.shape[:2]))
+            if format.channels == 3:
+                item, _ = source.read(index)
+                sides.append(min(read_header(item).size if isinstance(item, bytes) else item.shape[:2]))
+            else:
+                sides.append(min(np.asarray(read_image(source, index, format)).shape[:2]))
     if not sides:
         found = f"none of {len(chosen)} images can be read, such as {source.name(chosen[0])}"
         raise InputError(f"{found}: python -m dino_xcit.data check {source.url} lists the causes")

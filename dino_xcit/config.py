@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from dino_xcit.bounds import FilePath, Group, Seed, ZeroIsAuto, check_bounds, marked, shown
 from dino_xcit.errors import InputError
-from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform, PixelFormat
 
 if TYPE_CHECKING:
     from dino_xcit.augment import MultiCropAugmentation
@@ -233,18 +233,28 @@ class PretrainConfig(TrainConfig):
     """Minimum and maximum std of the Gaussian blur in pixels."""
     solarize: float = 0.2
     """Probability of solarisation in the second global crop."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of each channel, for normalisation."""
-    std: Annotated[tuple[float, float, float], Gt(0)] = IMAGENET_STD
-    """Std of each channel, for normalisation."""
+    channels: Annotated[int, Ge(1)] = 3
+    """Number of channels of the images. Other numbers than 3 take PNG, TIFF and NPY files of that many channels. There,
+    channel_gain and channel_drop replace saturation, hue and gray."""
+    value_range: tuple[float, ...] = ()
+    """Values that map to black and white in images that are neither of 8 nor of 16 bits, such as 0 1 (not for 3
+    channels). NaN maps to black."""
+    channel_gain: float = 0.2
+    """Strength of a random gain of each channel, from 1 - channel_gain to 1 + channel_gain (not for 3 channels)."""
+    channel_drop: float = 0.2
+    """Probability that a random channel is black (not for 3 channels)."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean of each channel, for normalisation. Default for other than 3 channels: measured on 256 images."""
+    std: Annotated[tuple[float, ...], Gt(0)] = IMAGENET_STD
+    """Std of each channel, for normalisation. Default as of mean."""
     white_level: Annotated[int, Ge(0), Le(WHITE), ZeroIsAuto] = WHITE
-    """White value of 16-bit greyscale images, such as 4095 for 12-bit data; auto (or 0): measured on 64 images. Stored
-    in the checkpoint for the evaluators."""
+    """White value of 16-bit images, such as 4095 for 12-bit data; auto (or 0): measured on 64 images. Stored in the
+    checkpoint for the evaluators."""
     dry_run: Annotated[bool, ResumeSafe, Group("machine")] = False
     """Only check the data, train a few steps, and print memory, speed, duration, disk space and doubtful settings."""
     augment_device: Annotated[Literal["cpu", "cuda"], ResumeSafe] = "cpu"
-    """Device for colour jitter, blur and solarisation. cpu: in the loader workers; cuda: on the training GPU (not
-    measured on one). The views are bit-identical."""
+    """Device for colour jitter, blur and solarisation. cpu: in the loader workers; cuda: by Triton kernels on the
+    training GPU (not measured on one). The views are bit-identical."""
     best_metric: Annotated[str, ResumeSafe, Group("evaluation")] = "knn_top1"
     """Evaluator metric that selects best.pth; higher is better."""
     report_pictures: Annotated[bool, ResumeSafe] = True
@@ -289,6 +299,16 @@ class PretrainConfig(TrainConfig):
                 if self.knn_every:
                     why = f"the k-NN during training uses held-out images (knn_holdout is {self.knn_holdout})"
                 raise InputError(f"{name} is {value}, but {why}: leave {name} out, or change that setting")
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            if len(numbers) != self.channels and numbers not in (IMAGENET_MEAN, IMAGENET_STD):
+                raise InputError(
+                    f"{name} has {len(numbers)} numbers, but channels is {self.channels}: expected as many"
+                )
+        if self.value_range and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
+            raise InputError(f"value_range is {shown(self.value_range)}, expected the values of black and white: 0 1")
+        if self.channels != 3 and self.augment_device == "cuda":
+            raise InputError(f"channels is {self.channels}, but augment_device cuda is for 3 channels: expected cpu")
         if not self.is_xcit:
             refuse_xcit_only(self, self.arch)
         Allowed(self.allow_missing, self.allow_unexpected).check()
@@ -340,11 +360,16 @@ class PretrainConfig(TrainConfig):
             augmentations += [dataclasses.replace(self, **own).augmentation()] * (end - start)
         return augmentations
 
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """Return how the values of image files become pixels."""
+        return PixelFormat(self.channels, self.white_level, self.value_range)
+
     def eval_transform(self) -> EvalTransform:
         """Return the transform for evaluating this run's backbone."""
         crop = self.eval_crop or self.global_crops_size
         resize = self.eval_resize or round(crop * 8 / 7)
-        return EvalTransform(resize, crop, mean=self.mean, std=self.std, white_level=self.white_level)
+        return EvalTransform(resize, crop, "bicubic", self.mean, self.std, self.white_level, self.value_range)
 
 
 def refuse_xcit_only(config: TrainConfig, arch: str) -> None:

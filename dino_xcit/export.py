@@ -39,7 +39,7 @@ from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models import build_backbone, fused
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
 from dino_xcit.runtime import atomic
-from dino_xcit.transform import EvalTransform, normalise, to_tensor
+from dino_xcit.transform import EvalTransform, normalise, require_rgb, to_tensor
 from dino_xcit.weights import LoadedBackbone, load_backbone
 from dino_xcit.weights.names import to_timm
 
@@ -109,6 +109,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(os.path.abspath(os.path.expanduser(config.out)))
     check_free(config, out)
     loaded = load_backbone(config.weights, config.network, config.arch or None)
+    require_rgb(loaded.transform.pixel_format, config.weights)
     print(loaded.describe(), flush=True)
     if not loaded.transform_from:
         log.warning(f"the file has no evaluation transform; assumed: {loaded.transform_guess}, {loaded.transform}")

@@ -15,6 +15,7 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.errors import InputError
 from dino_xcit.methods import Method
 from dino_xcit.methods.student_teacher import StudentTeacher
+from dino_xcit.models.channels import adapted, first_convolution
 from dino_xcit.models.vit import vit_shape
 from dino_xcit.weights import Allowed, StoredWeights, read_weights
 from dino_xcit.weights.names import shown
@@ -39,6 +40,9 @@ def initialise(method: Method, config: PretrainConfig) -> str:
             f"init_weights is {config.init_weights}, a {read.arch}, but arch is {config.arch}: give --arch "
             f"{read.arch}, or weights of that architecture"
         )
+    if (stored_channels := len(read.transform.mean)) != config.channels:
+        name = f"{first_convolution(method.student.backbone)[0]}.weight"
+        read.state[name] = adapted(read.state[name], config.channels)
     whole = not read.allowed
     for network in (method.student, method.teacher):
         network.backbone.load_state_dict(read.state, strict=whole)
@@ -50,10 +54,16 @@ def initialise(method: Method, config: PretrainConfig) -> str:
         f"starting from {read.network} {config.arch} of {config.init_weights} ({read.layout}), for student and "
         "teacher; " + (f"heads start fresh: {why_fresh}" if why_fresh else f"heads too{_lengths(read.head, config)}")
     ]
+    if stored_channels != config.channels:
+        lines.append(
+            f"first convolution adapted from {stored_channels} to {config.channels} channels: each has the mean of the "
+            f"weights, times {stored_channels}/{config.channels}"
+        )
     if read.allowed:
         lines.append(f"warning: allowed mismatches of the file: {shown(read.allowed)}")
     stored = read.transform if read.transform_from else None
-    if stored and (stored.mean, stored.std) != (config.mean, config.std):
+    same_channels = stored_channels == config.channels
+    if stored and same_channels and (stored.mean, stored.std) != (config.mean, config.std):
         lines.append(
             f"warning: the weights were trained with mean {_rounded(stored.mean)} and std {_rounded(stored.std)}, "
             f"this run has {_rounded(config.mean)} and {_rounded(config.std)} (--mean, --std)"

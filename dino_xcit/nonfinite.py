@@ -124,7 +124,7 @@ def repeat(path: Path) -> str:
     restore(state, content, path)
     state.step = step
     schedules = Schedules.of(config, sampler.steps_per_epoch, sampler.global_batch)
-    loader = build_loader(source, config.augmentation(), sampler, config.seed, 0, device, "cpu", config.white_level)
+    loader = build_loader(source, config.augmentation(), sampler, config.seed, 0, device, config.pixel_format)
     batches = list(islice(loader, config.accumulation_steps))
     lines = [f"step {step} of {path}, {counted(len(batches), 'forward pass')} on {device.type} in {config.precision}:"]
     for number, batch in enumerate(batches):

@@ -7,6 +7,7 @@ Each row has one image with its crop boxes, followed by its views with their par
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from dino_xcit import auto
 from dino_xcit.bounds import FilePath, Positional, annotations_of
 from dino_xcit.cli import parse_known
 from dino_xcit.config import PretrainConfig
-from dino_xcit.data import Source, decode, open_source
-from dino_xcit.data.decode import choose_white_level
+from dino_xcit.data import Source, open_source
+from dino_xcit.data.decode import choose_white_level, picture_of, read_image
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.recipes import AUTO, parse_pretrain
-from dino_xcit.transform import WHITE
+from dino_xcit.transform import RGB, PixelFormat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +51,7 @@ class PreviewConfig:
 
 def draw_preview(
     source: Source, augmentation: MultiCropAugmentation, picture: Path, images: int = 4, seed: int = 0, epoch: int = 0,
-    white_level: int = WHITE,
+    format: PixelFormat = RGB,
 ) -> list[int]:  # fmt: skip
     """Draw the views of ``images`` evenly spaced images into a PNG, and return the indices of the images.
 
@@ -66,12 +67,14 @@ def draw_preview(
     figure = Figure(figsize=(1.7 * columns, 2.35 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), columns, squeeze=False)
     for row, index in zip(axes, chosen, strict=True):
-        image = decode(source.read(index)[0], source.name(index), white_level)
+        pixels = read_image(source, index, format)
+        image = picture_of(pixels)
         drawn = augmentation.draw(image.width, image.height, seed, epoch, index)
-        views = augmentation(image, seed, epoch, index)
+        views = augmentation(pixels, seed, epoch, index)
         _draw_original(row[0], image, drawn, Path(source.name(index)).name)
         for number, (axis, kind, view) in enumerate(zip(row[1:], augmentation.views, drawn, strict=True)):
-            axis.imshow(views[number].permute(1, 2, 0).numpy())
+            array = views[number].permute(1, 2, 0).numpy()
+            axis.imshow(array if format.channels == 3 else picture_of(array))
             axis.set_title(_caption(number, kind, view, image), fontsize=5, color=_colour(number), loc="left")
             axis.axis("off")
     try:
@@ -128,8 +131,8 @@ def main(argv: Sequence[str]) -> None:
     source = open_source(run.data_path, "train")
     if run.recipe == AUTO.name:
         run, _ = auto.adapt(run, source, given, {})
-    white_level = choose_white_level(source, run.white_level)
-    chosen = draw_preview(source, run.augmentation(), Path(config.out), config.images, run.seed, 0, white_level)
+    run = dataclasses.replace(run, white_level=choose_white_level(source, run.white_level, run.channels))
+    chosen = draw_preview(source, run.augmentation(), Path(config.out), config.images, run.seed, 0, run.pixel_format)
     names = ", ".join(Path(source.name(index)).name for index in chosen[:4])
     print(f"{config.out}: views of {len(chosen)} of {len(source):,} images ({names}{' ...' * (len(chosen) > 4)})")
 

@@ -36,7 +36,7 @@ def build_evaluator(config: PretrainConfig, source: Source, device: torch.device
     """Build the evaluator of :func:`measures` over two global views of each image; the same views at every epoch."""
     images = Subset(source, np.array(evenly_spaced(len(source), count_images(config, len(source)))))
     augmentation = dataclasses.replace(config, local_crops_number=0).augmentation()
-    dataset = MultiCropDataset(images, augmentation, config.seed, config.white_level, config.augment_device == "cuda")
+    dataset = MultiCropDataset(images, augmentation, config.seed, config.pixel_format, config.augment_device == "cuda")
     own = list(range(distributed.rank(), len(images), distributed.world_size()))
     shard = Shard([own[start : start + BATCH] for start in range(0, len(own), BATCH)])
     workers = choose_workers(config.num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")

@@ -94,10 +94,9 @@ def noise_batch(config: PretrainConfig, images: int, device: torch.device) -> Ba
     """Return a batch of noise with the largest crops of the run."""
     sides = [view.size for view in config.augmentation().views]
     groups = group_by_size(sides)
-    crops = [
-        torch.randint(256, (len(group) * images, 3, sides[group[0]], sides[group[0]]), dtype=torch.uint8, device=device)
-        for group in groups
-    ]
+    shapes = [(len(group) * images, config.channels, sides[group[0]], sides[group[0]]) for group in groups]
+    noise = [torch.randint(256, shape, dtype=torch.uint8, device=device) for shape in shapes]
+    crops = noise if config.channels == 3 else [one / 255 for one in noise]
     return Batch(crops, [len(group) for group in groups], epoch=0, indices=torch.arange(images, device=device))
 
 

@@ -22,7 +22,8 @@ WHITE = (1 << 16) - 1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-RGB = tuple[float, float, float]
+Channels = NDArray[np.float32]
+"""An image of other than three channels: [height, width, channels] from 0 (black) to 1 (white)."""
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """Values of torchvision's InterpolationMode."""
@@ -34,6 +35,29 @@ SIDE_LIMIT = 1 << 14
 """Maximum ``resize`` and ``crop`` in stored transforms: an image of this size takes 800 MB."""
 _MAX_VALUE = 1e6
 """Maximum of a stored mean or std, and inverse of the minimum std: beyond it, float32 loses the pixel values."""
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How the values of an image file become pixels."""
+
+    channels: int = 3
+    white_level: int = WHITE
+    """Value of 16-bit images that maps to white. Larger values are clipped."""
+    value_range: tuple[float, ...] = ()
+    """Values that map to black and white in images of other types than 8 and 16 bits; not for three channels."""
+
+
+RGB = PixelFormat()
+
+
+def require_rgb(format: PixelFormat, weights: str) -> None:
+    """Raise InputError if the weights are not for images of three channels."""
+    if format.channels != 3:
+        raise InputError(
+            f"{weights} is for images of {format.channels} channels, which only pretraining, k-NN, the linear probe "
+            "and extraction support: expected weights for 3 channels"
+        )
 
 
 @dataclass(frozen=True)
@@ -49,17 +73,32 @@ class EvalTransform:
     """Height and width of the centre crop in pixels. Narrower images are padded with black."""
     interpolation: str = "bicubic"
     """One of :data:`INTERPOLATIONS`."""
-    mean: RGB = IMAGENET_MEAN
-    std: RGB = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean of each channel; their number is that of the channels."""
+    std: tuple[float, ...] = IMAGENET_STD
     white_level: int = WHITE
-    """Value of 16-bit images that maps to white, for :func:`dino_xcit.data.decode`."""
+    """See :class:`PixelFormat`."""
+    value_range: tuple[float, ...] = ()
+    """See :class:`PixelFormat`."""
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Resize and crop to [3, crop, crop] uint8. For the normalisation on the device see :func:`normalise`."""
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """Format of the images."""
+        return PixelFormat(len(self.mean), self.white_level, self.value_range)
+
+    def __call__(self, image: Image.Image | Channels) -> Tensor:
+        """Resize and crop to [channels, crop, crop]: uint8 for images of Pillow, float32 for arrays.
+
+        For the normalisation on the device see :func:`normalise`.
+        """
         # torchvision takes two seconds to import, and training does not need it.
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as TF
 
+        if isinstance(image, np.ndarray):
+            pixels, mode = to_tensor(image), InterpolationMode(self.interpolation)
+            resized = TF.resize(pixels, [self.resize], mode, antialias=True).clamp_(0, 1)  # bicubic overshoots
+            return TF.center_crop(resized, [self.crop, self.crop])
         short, long = sorted(image.size)
         if long > MAX_ASPECT * short:
             resized = self._resized_centre(image)
@@ -79,8 +118,9 @@ class EvalTransform:
         return image.resize(size, Image.Resampling[self.interpolation.partition("-")[0].upper()], box)
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON or a checkpoint. The default white level is omitted, as in version 0.1."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("white_level", WHITE)}
+        """Return plain values for JSON or a checkpoint. Default formats of pixels are omitted, as in version 0.1."""
+        omitted = (("white_level", WHITE), ("value_range", ()))
+        return {name: value for name, value in asdict(self).items() if (name, value) not in omitted}
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> EvalTransform:
@@ -102,26 +142,31 @@ class EvalTransform:
             interpolation = str(values["interpolation"])
             if interpolation not in INTERPOLATIONS:
                 raise ValueError(f"interpolation is {interpolation!r:.40}, expected one of {', '.join(INTERPOLATIONS)}")
-            mean, std = _rgb("mean", values["mean"]), _rgb("std", values["std"])
+            mean, std = _numbers("mean", values["mean"]), _numbers("std", values["std"])
+            if len(mean) != len(std):
+                raise ValueError(f"mean has {len(mean)} channels and std {len(std)}, expected as many")
+            value_range = _numbers("value_range", values["value_range"]) if "value_range" in values else ()
+            if len(value_range) not in (0, 2):
+                raise ValueError(f"value_range has {len(value_range)} numbers, expected 2")
             if not all(value >= 1 / _MAX_VALUE for value in std):
                 raise ValueError(f"std is {_shown(std)}, expected more than 0")
         except KeyError as error:
             raise InputError(f"the stored evaluation transform lacks {error.args[0]}") from error
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor
             raise InputError(f"the stored evaluation transform: {one_line(error)}") from error
-        return cls(resize, crop, interpolation, mean, std, white_level)
+        return cls(resize, crop, interpolation, mean, std, white_level, value_range)
 
 
-def _rgb(name: str, values: object) -> RGB:
-    if not isinstance(values, (list, tuple)) or len(values) != 3:
-        raise ValueError(f"{name} is not a list of three numbers")
-    red, green, blue = (float(value) for value in values)
-    if not all(abs(value) <= _MAX_VALUE for value in (red, green, blue)):  # also false for NaN
-        raise ValueError(f"{name} is {_shown((red, green, blue))}, expected numbers such as 0.5")
-    return red, green, blue
+def _numbers(name: str, values: object) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{name} is not a list of numbers")
+    numbers = tuple(float(value) for value in values)
+    if not all(abs(value) <= _MAX_VALUE for value in numbers):  # also false for NaN
+        raise ValueError(f"{name} is {_shown(numbers)}, expected numbers such as 0.5")
+    return numbers
 
 
-def _shown(values: RGB) -> str:
+def _shown(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
@@ -130,34 +175,36 @@ def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     return np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint8).reshape(image.height, image.width, 4)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """Convert an RGB image to uint8 [3, height, width]."""
+def to_tensor(image: Image.Image | Channels) -> Tensor:
+    """Convert an RGB image to uint8 [3, height, width], an array to float32 [channels, height, width]."""
     import torch  # settings are imported without PyTorch
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalise(images: Tensor, mean: RGB, std: RGB) -> Tensor:
-    """Compute (images / 255 - mean) / std on the device of the images.
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Compute (images - mean) / std on the device of the images, for pixels in [0, 1].
 
     Args:
-        images: [B, 3, height, width] uint8.
-        mean, std: RGB values, for pixels in [0, 1].
+        images: [B, channels, height, width], uint8 for 0 to 255, or float32 from 0 to 1.
+        mean, std: of each channel.
 
     Returns:
         float32 of the same shape.
     """
     import torch
 
-    scale, shift = _scale_and_shift(mean, std, images.device)
-    return images.to(torch.float32).mul_(scale).add_(shift)
+    scale, shift = _scale_and_shift(mean, std, 255 if images.dtype == torch.uint8 else 1, images.device)
+    return images.to(torch.float32, copy=True).mul_(scale).add_(shift)
 
 
 @lru_cache(maxsize=16)
-def _scale_and_shift(mean: RGB, std: RGB, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return factors and offsets of :func:`normalise`, [1, 3, 1, 1]; cached, because copying them to a GPU waits."""
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], white: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return factors and offsets of :func:`normalise`, [1, channels, 1, 1]; cached, because copying to a GPU waits."""
     import torch
 
-    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    scale, shift = [1 / (white * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     with torch.inference_mode(False):  # inference tensors could not be used in training
-        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (scale, shift))  # type: ignore[return-value]
+        return tuple(torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (scale, shift))  # type: ignore[return-value]

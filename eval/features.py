@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dino_xcit.data import Source, UndecodableImage, decode
+from dino_xcit.data import Source, UndecodableImage
+from dino_xcit.data.decode import read_image
 from dino_xcit.data.source import hash_lines
 from dino_xcit.data.workers import PREFETCHED, choose_workers, fit_shared_memory, worker_init
 from dino_xcit.errors import InputError, printable
@@ -60,7 +61,7 @@ class Features:
 
 
 class TransformedImages(Dataset[Tensor | UndecodableImage]):
-    """Images of a source as uint8 tensors [3, crop, crop].
+    """Images of a source as tensors [channels, crop, crop], see :class:`EvalTransform`.
 
     Errors of unreadable images are returned: raised ones would come out of a worker inside a traceback.
     """
@@ -70,8 +71,7 @@ class TransformedImages(Dataset[Tensor | UndecodableImage]):
 
     def __getitem__(self, index: int) -> Tensor | UndecodableImage:
         try:
-            item, _ = self.source.read(index)
-            return self.transform(decode(item, self.source.name(index), self.transform.white_level))
+            return self.transform(read_image(self.source, index, self.transform.pixel_format))
         except InputError as error:
             return error if isinstance(error, UndecodableImage) else UndecodableImage(str(error))
 
@@ -88,7 +88,7 @@ def image_batches(
     source: Source, transform: EvalTransform, indices: Iterable[list[int]], total: int, num_workers: int,
     device: torch.device, batch_size: int,
 ) -> Generator[tuple[Tensor, list[int], UndecodableImage | None], None, None]:  # fmt: skip
-    """Yield for each list of indices the readable images [B, 3, crop, crop] uint8, their positions, and an error.
+    """Yield for each list of indices the readable images [B, channels, crop, crop], their positions, and an error.
 
     Args:
         indices: consumed a few batches ahead of the output.

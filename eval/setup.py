@@ -16,14 +16,17 @@ from dino_xcit.data.decode import choose_white_level
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from dino_xcit.transform import EvalTransform
+from dino_xcit.transform import EvalTransform, require_rgb
 from dino_xcit.weights import Allowed, LoadedBackbone, load_backbone
 from dino_xcit.weights.locate import is_remote
 from eval.config import BackboneConfig, KnnConfig, LinearConfig
 
 
-def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
+def open_weights(config: BackboneConfig, rgb: bool = True) -> tuple[LoadedBackbone, torch.device]:
     """Join the other ranks and load the frozen backbone to this rank's device.
+
+    Args:
+        rgb: refuse weights for images of other than three channels.
 
     Raises:
         InputError: no weights are given, the weights are invalid, or an output file is not writable.
@@ -35,6 +38,8 @@ def open_weights(config: BackboneConfig) -> tuple[LoadedBackbone, torch.device]:
     demand_writable(config.written())
     allowed = Allowed(config.allow_missing, config.allow_unexpected)
     loaded = load_backbone(config.weights, config.network, config.arch or None, allowed)
+    if rgb:
+        require_rgb(loaded.transform.pixel_format, config.weights)
     loaded.backbone.to(device)
     log.info(loaded.describe())
     return loaded, device
@@ -46,8 +51,10 @@ def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) ->
     Args:
         fixed: transform that overrides those of the weights and the settings.
     """
-    loaded, device = open_weights(config)
+    loaded, device = open_weights(config, rgb=False)
     stored = loaded.transform
+    if fixed and len(fixed.mean) != len(stored.mean):
+        require_rgb(stored.pixel_format, config.weights)
     crop = config.eval_crop or stored.crop
     resize = config.eval_resize or (round(crop * 8 / 7) if config.eval_crop else stored.resize)
     white_level = config.white_level or stored.white_level
@@ -77,7 +84,8 @@ def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> 
             raise InputError(f"{loaded.path} does not name its training data: give --data-path DIR")
         log.info(f"data: {data}, the training data of the checkpoint (--data-path overrides it)")
     train, val = open_parts(data, config.train_data or None, config.val_data or None)
-    choose_white_level(train, loaded.transform.white_level)  # for its warning
+    format = loaded.transform.pixel_format
+    choose_white_level(train, format.white_level, format.channels)  # for its warning
     return train, val
 
 

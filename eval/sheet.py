@@ -13,10 +13,11 @@ from unicodedata import normalize
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dino_xcit.data import Source, decode
+from dino_xcit.data import Source
+from dino_xcit.data.decode import picture_of, read_image
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime import atomic
-from dino_xcit.transform import WHITE
+from dino_xcit.transform import RGB, PixelFormat
 
 TILE = 168
 """Side of an image's square in a contact sheet, in pixels."""
@@ -72,10 +73,10 @@ def tile(image: Image.Image, title: str, name: str) -> Cell:
     return Cell(ImageOps.pad(image, (TILE, TILE), method, "#f1f3f5"), title, os.path.basename(name))
 
 
-def tile_of(source: Source, row: int, title: str, white_level: int = WHITE) -> Cell:
+def tile_of(source: Source, row: int, title: str, format: PixelFormat = RGB) -> Cell:
     """Build the tile of an image in a source; an unreadable image is an empty square."""
     with contextlib.suppress(InputError, OSError):
-        return tile(decode(source.read(row)[0], source.name(row), white_level), title, source.name(row))
+        return tile(picture_of(read_image(source, row, format)), title, source.name(row))
     return tile(Image.new("RGB", (TILE, TILE), "#f1f3f5"), f"{title}  not found", source.name(row))
 
 

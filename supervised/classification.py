@@ -105,7 +105,7 @@ class ClassificationDataset(SupervisedDataset):
     def __init__(self, source: Source, config: FinetuneConfig, transform: EvalTransform) -> None:
         from timm.data.transforms_factory import create_transform  # takes a second to import
 
-        super().__init__(source, config.seed, transform.white_level)
+        super().__init__(source, config.seed, transform.pixel_format)
         try:
             self._transform: Any = create_transform(
                 input_size=transform.crop, is_training=True, scale=config.crop_scale, ratio=config.crop_ratio,

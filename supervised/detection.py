@@ -51,7 +51,7 @@ from dino_xcit.models import build_backbone, feature_pyramid
 from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
-from dino_xcit.transform import EvalTransform, normalise
+from dino_xcit.transform import EvalTransform, PixelFormat, normalise
 from eval.pooling import autocast
 from supervised.coco import CocoSource, JsonObject, corners, decode_masks, mask_library
 from supervised.detect_config import DetectConfig
@@ -245,7 +245,7 @@ class DetectionDataset(SupervisedDataset):
 
     def __init__(self, source: CocoSource, config: DetectConfig, white_level: int) -> None:
         rows = np.arange(len(source)) if config.empty_images else source.with_objects
-        super().__init__(Subset(source, rows), config.seed, white_level)
+        super().__init__(Subset(source, rows), config.seed, PixelFormat(white_level=white_level))
         self._coco, self._rows, self._masks = source, rows, config.model == "mask-rcnn"
         self._label_of = {category: label for label, category in enumerate(source.categories, start=1)}
         crop = [Resize(config.crop_short_sides, config.long_side), RandomCrop(*config.crop_sides)]
@@ -368,7 +368,7 @@ def _resized(
     """Return a resized image [3, height, width] uint8, and the original height and width."""
     try:
         item, _ = source.read(index)
-        pixels = decode_pixels(item, source.name(index), white_level)
+        pixels = decode_pixels(item, source.name(index), PixelFormat(white_level=white_level))
         height, width = pixels.shape[:2]
         if isinstance(source, CocoSource):
             source.check_size(index, width, height)

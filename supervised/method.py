@@ -35,7 +35,7 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.sync_batch_norm import synchronise_batch_norm
 from dino_xcit.train import Buffers, TrainState, set_numerics
-from dino_xcit.transform import EvalTransform
+from dino_xcit.transform import EvalTransform, require_rgb
 from dino_xcit.weights import Allowed, StoredWeights, hash_state, read_weights
 from dino_xcit.weights.locate import is_remote
 from eval.pooling import autocast
@@ -81,7 +81,9 @@ def load_initial_weights(config: SupervisedConfig) -> InitialWeights:
     arch = stored.arch if stored else config.arch
     torch.manual_seed(config.seed)
     rate = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
-    backbone = build_backbone(arch, **rate)
+    if stored:
+        require_rgb(stored.transform.pixel_format, config.weights)
+    backbone = build_backbone(arch, 3, **rate)
     if isinstance(backbone, XCiT):
         if config.activation_checkpointing == "auto":
             raise InputError(

@@ -243,7 +243,7 @@ class SegmentationDataset(SupervisedDataset):
     source: MaskSource
 
     def __init__(self, source: MaskSource, config: SegmentConfig, transform: EvalTransform) -> None:
-        super().__init__(source, config.seed, transform.white_level)
+        super().__init__(source, config.seed, transform.pixel_format)
         self._config = config
         self._fill = round(255 * sum(transform.mean) / 3)
         # mmseg's ranges: 32 of 255, 0.5 to 1.5 twice, 18 of 180.

@@ -117,6 +117,7 @@ def assert_same_batches(a: list[Batch], b: list[Batch]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_views_finished_on_device_are_bitwise_equal(workers: int) -> None:
+    pytest.importorskip("triton")
     plain = list(load(tiny_source(10), workers))
     sampler = StepSampler(10, 4, seed=5, stop_step=len(plain))
     dataset = MultiCropDataset(tiny_source(10), AUGMENTATION, 5, finish_on_device=True)

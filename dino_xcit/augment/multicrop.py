@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dino_xcit.augment.channels import ChannelViewMaker
 from dino_xcit.augment.compiled import call_first
 from dino_xcit.augment.parameters import Distributions, ParameterSampler, ViewKind, ViewParameters
 from dino_xcit.augment.views import ViewMaker
 from dino_xcit.errors import InputError
-from dino_xcit.transform import pixels_of
+from dino_xcit.transform import Channels, pixels_of
 
 
 class MultiCropAugmentation:
@@ -33,6 +34,9 @@ class MultiCropAugmentation:
         local_blur: Probability of blur for local views.
         blur_radius: Range (min, max) of the std of the blur, in pixels of the view.
         solarize: Probability of solarisation for the second global view.
+        channels: Number of channels of the images.
+        channel_gain, channel_drop: Strength of a random gain of each channel, and probability that a channel is black.
+            With three channels, saturation, hue and gray apply, else these two.
 
     Raises:
         InputError: A value is out of range.
@@ -57,6 +61,9 @@ class MultiCropAugmentation:
         local_blur: float = 0.5,
         blur_radius: tuple[float, float] = (0.1, 2.0),
         solarize: float = 0.2,
+        channels: int = 3,
+        channel_gain: float = 0.2,
+        channel_drop: float = 0.2,
     ) -> None:
         for name, (least, most) in (
             ("global_crops_scale", global_crops_scale),
@@ -72,6 +79,7 @@ class MultiCropAugmentation:
         if local_crops_number < 0:
             raise InputError(f"local_crops_number is {local_crops_number}, expected 0 or more")
         probabilities = {"flip": flip, "jitter": jitter, "gray": gray, "local_blur": local_blur, "solarize": solarize}
+        probabilities |= {"channel_gain": channel_gain, "channel_drop": channel_drop}
         probabilities |= {"global_blur": min(global_blur), "global_blur ": max(global_blur)}
         for name, probability in probabilities.items():
             if not 0 <= probability <= 1:
@@ -89,13 +97,28 @@ class MultiCropAugmentation:
             ViewKind(global_crops_size, global_crops_scale, global_blur[0], 0.0),
             ViewKind(global_crops_size, global_crops_scale, global_blur[1], solarize),
         ] + [ViewKind(local_crops_size, local_crops_scale, local_blur, 0.0)] * local_crops_number
+        if channels != 3:
+            saturation = hue = gray = 0.0
+        self.channels, self._gain_and_drop = channels, (channel_gain, channel_drop)
         factors = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast, saturation)]
         shared = Distributions(crop_ratio, flip, jitter, gray, (*factors, (-hue, hue)), blur_radius)
-        self._sampler = ParameterSampler(self.views, shared)
+        self._sampler = ParameterSampler(self.views, shared, 0 if channels == 3 else channels + 1)
 
     def compile(self) -> None:
         """Compile the augmentation, or load it from the cache."""
-        call_first(lambda: self(Image.new("RGB", (8, 8))))
+        call_first(
+            lambda: self(
+                Image.new("RGB", (8, 8)) if self.channels == 3 else np.zeros((8, 8, self.channels), np.float32)
+            )
+        )
+
+    def maker(self) -> ViewMaker | ChannelViewMaker:
+        """Return what makes the views of an image."""
+        return ViewMaker() if self.channels == 3 else ChannelViewMaker(*self._gain_and_drop)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return memory for views: uint8 for three channels, else float32 from 0 to 1."""
+        return torch.empty(shape, dtype=torch.uint8 if self.channels == 3 else torch.float32)
 
     def draw_rows(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
         """Draw the parameters of all views of an image of ``width`` x ``height``: [V, columns], see parameters.py.
@@ -108,12 +131,13 @@ class MultiCropAugmentation:
         """Return the rows of :meth:`draw_rows` in readable form."""
         return [ViewParameters.of(row) for row in self.draw_rows(width, height, seed, epoch, index)]
 
-    def __call__(self, image: Image.Image, seed: int = 0, epoch: int = 0, index: int = 0) -> list[Tensor]:
-        """Return the views of an image: V uint8 tensors [3, size, size], RGB, the two global ones first."""
-        maker = ViewMaker()
-        maker.load(pixels_of(image.convert("RGB")))
-        views = [torch.empty(3, kind.size, kind.size, dtype=torch.uint8) for kind in self.views]
-        for row, view in zip(self.draw_rows(image.width, image.height, seed, epoch, index), views, strict=True):
+    def __call__(self, image: Image.Image | Channels, seed: int = 0, epoch: int = 0, index: int = 0) -> list[Tensor]:
+        """Return the views of an image: V tensors [channels, size, size] as of :meth:`empty`, global ones first."""
+        maker = self.maker()
+        pixels = pixels_of(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        maker.load(pixels)  # type: ignore[arg-type]  # the maker fits the image
+        views = [self.empty(self.channels, kind.size, kind.size) for kind in self.views]
+        for row, view in zip(self.draw_rows(pixels.shape[1], pixels.shape[0], seed, epoch, index), views, strict=True):
             maker.make(row, view.numpy())
         return views
 

@@ -31,9 +31,9 @@ GRAY, SIGMA, SOLARIZE = range(13, 16)
 COLUMNS = 16
 
 # ---- columns of the plan, which a device reads, one row of float32 per view
-OPERATION, FACTOR, REACH, WHOLE, EDGE = 0, 8, 16, 17, 18
-"""Codes of eight operations, see :func:`device_plan`, and their factors; then the blur's pixels in each direction, and
-the weights of the inner and of the two outermost pixels in 24-bit fixed point."""
+FACTOR, REACH, WHOLE, EDGE = 8, 16, 17, 18
+"""From 0 the codes of eight operations, see :func:`device_plan`; their factors, for hue a shift of 0 to 255 levels; the
+blur's pixels in each direction, and the weights of the inner and of the two outermost pixels in 24-bit fixed point."""
 PLAN_COLUMNS = 19
 TO_GRAY, TO_SOLARIZE = 4, 5
 """Codes of the operations that are not the jitter's."""
@@ -104,7 +104,9 @@ class Distributions:
 class ParameterSampler:
     """Draws the parameters of the views of an image."""
 
-    def __init__(self, kinds: list[ViewKind], distributions: Distributions) -> None:
+    def __init__(self, kinds: list[ViewKind], distributions: Distributions, further: int = 0) -> None:
+        """``further``: number of random numbers in [0, 1) that follow in each row."""
+        self._further = further
         self._kinds = np.array([(*kind.scale, kind.blur, kind.solarize) for kind in kinds])
         # Probabilities of flip, jitter and gray; least and largest blur radius.
         self._shared = np.array(
@@ -114,7 +116,7 @@ class ParameterSampler:
         self._ranges = np.array(distributions.ranges)
 
     def draw(self, width: int, height: int, seed: int, epoch: int, index: int) -> NDArray[np.float64]:
-        """Draw the parameters for an image of ``width`` x ``height`` pixels: [V, COLUMNS].
+        """Draw the parameters for an image of ``width`` x ``height`` pixels: [V, COLUMNS + further numbers].
 
         The row of view v depends only on (seed, epoch, index, v), the kind of the view and the size of the image.
         """
@@ -123,7 +125,7 @@ class ParameterSampler:
         numbers = rng.random((len(self._kinds), _NUMBERS_A_VIEW))
         rows = np.empty((len(self._kinds), COLUMNS))
         _fill(rows, numbers, width, height, self._kinds, self._shared, self._log_ratio, self._ranges)
-        return rows
+        return np.hstack([rows, rng.random((len(rows), self._further))]) if self._further else rows
 
 
 @compiled
@@ -186,13 +188,13 @@ def device_plan(rows: NDArray[np.float64]) -> NDArray[np.float32]:
     """
     plan = np.full((len(rows), PLAN_COLUMNS), -1, dtype=np.float32)
     codes, factors = rows[:, JITTER][:, 0::2], rows[:, JITTER][:, 1::2]
-    plan[:, OPERATION + 1 : OPERATION + 5] = codes
-    plan[:, OPERATION + 5] = np.where(rows[:, GRAY], TO_GRAY, -1)
-    plan[:, OPERATION + 6] = np.where(rows[:, SOLARIZE], TO_SOLARIZE, -1)
+    plan[:, 1:5] = codes
+    plan[:, 5] = np.where(rows[:, GRAY], TO_GRAY, -1)
+    plan[:, 6] = np.where(rows[:, SOLARIZE], TO_SOLARIZE, -1)
     plan[:, FACTOR + 1 : FACTOR + 5] = np.where(codes == HUE, (factors * 255).astype(np.int64) & 255, factors)
     for row, sigma in zip(plan, rows[:, SIGMA], strict=True):
         if sigma >= 0:
-            radius = box_radius(sigma)
+            radius = np.float32(box_radius(sigma))  # Numba returns a Python float
             whole = int(np.float32(1 << 24) / (radius * np.float32(2) + np.float32(1)))
             row[REACH:] = int(radius), whole, ((1 << 24) - (2 * int(radius) + 1) * whole) // 2
     return plan

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from dino_xcit.data.channels import array_of, highest_uint16
 from dino_xcit.data.source import Item, Source, evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from dino_xcit.transform import WHITE, pixels_of
+from dino_xcit.transform import RGB, WHITE, Channels, PixelFormat, pixels_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -75,11 +76,44 @@ def decode(item: Item, name: str, white_level: int = WHITE) -> Image.Image:
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item).convert("RGB")
-    return _guarded(partial(_decode_file, white_level=white_level), item, name)
+    return guarded(partial(_decode_file, white_level=white_level), item, name)
 
 
-def decode_pixels(item: Item, name: str, white_level: int = WHITE) -> NDArray[np.uint8]:
-    """Decode an item to the same pixels as :func:`decode`, as [height, width, 4]: red, green, blue, one unused byte.
+def read_image(source: Source, index: int, format: PixelFormat = RGB) -> Image.Image | Channels:
+    """Read and decode an image of a source: as :func:`decode`, or for other than three channels to an array.
+
+    Raises:
+        InputError: The image cannot be read.
+        UndecodableImage: It cannot be decoded, or has another number of channels.
+    """
+    return decode_image(source.read(index)[0], source.name(index), format)
+
+
+def decode_image(item: Item, name: str, format: PixelFormat) -> Image.Image | Channels:
+    """Decode an item as :func:`decode`, or for other than three channels to an array.
+
+    Raises:
+        UndecodableImage: It cannot be decoded, or has another number of channels.
+    """
+    return decode(item, name, format.white_level) if format.channels == 3 else _decode_channels(item, name, format)
+
+
+def picture_of(image: Image.Image | Channels) -> Image.Image:
+    """Return an image for drawing. Of other than three channels, it has the first three, or the first one as grey."""
+    if isinstance(image, Image.Image):
+        return image
+    shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
+    return Image.fromarray((255 * shown / max(float(shown.max()), 1e-6)).astype(np.uint8))
+
+
+def _decode_channels(item: Item, name: str, format: PixelFormat) -> Channels:
+    return guarded(lambda _: array_of(item, format), item if isinstance(item, bytes) else b"pixels", name)
+
+
+def decode_pixels(item: Item, name: str, format: PixelFormat = RGB) -> NDArray[np.uint8] | Channels:
+    """Decode an item for augmentation: to the same pixels as :func:`read_image`.
+
+    RGB images are [height, width, 4]: red, green, blue, one unused byte.
 
     Intact RGB JPEGs are decoded by libjpeg-turbo directly, with the same bits as in Pillow, which uses it too. All
     other files are decoded by Pillow.
@@ -87,11 +121,13 @@ def decode_pixels(item: Item, name: str, white_level: int = WHITE) -> NDArray[np
     Raises:
         UndecodableImage: As :func:`decode`.
     """
+    if format.channels != 3:
+        return _decode_channels(item, name, format)
     if isinstance(item, np.ndarray):
         pixels = np.empty((*item.shape[:2], 4), dtype=np.uint8)
         pixels[..., :3] = item if item.ndim == 3 else item[..., None]
         return pixels
-    return _guarded(partial(_decode_to_pixels, white_level=white_level), item, name)
+    return guarded(partial(_decode_to_pixels, white_level=format.white_level), item, name)
 
 
 def decode_mask(data: bytes, name: str) -> NDArray[np.uint8]:
@@ -100,16 +136,16 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.uint8]:
     Raises:
         UndecodableImage: The file is damaged, of another format, or has other pixels.
     """
-    return _guarded(_decode_labels, data, name)
+    return guarded(_decode_labels, data, name)
 
 
-def choose_white_level(source: Source, level: int) -> int:
+def choose_white_level(source: Source, level: int, channels: int = 3) -> int:
     """Return ``level``, or if it is 0 the white level measured on 64 images.
 
     The measured level is the smallest 2^n - 1 that is not below any 16-bit value, as 12-bit cameras and scanners write
     16-bit files. Warns if ``level`` makes the 16-bit images almost black. All ranks call this; rank 0 reads the images.
     """
-    found = distributed.on_main(partial(_white_level_of, source))
+    found = distributed.on_main(partial(_white_level_of, source, channels))
     if not level:
         log.info(f"white level of {source.url}: {found:,}, measured")
     elif 4 * found < level:
@@ -120,7 +156,34 @@ def choose_white_level(source: Source, level: int) -> int:
     return level or found
 
 
-def _white_level_of(source: Source) -> int:
+def measure_channels(source: Source, format: PixelFormat) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std of each channel over 256 images. All ranks call this; rank 0 reads the images.
+
+    Raises:
+        InputError: None of these images can be read.
+    """
+    return distributed.on_main(partial(_statistics, source, format))
+
+
+def _statistics(source: Source, format: PixelFormat) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    moments, problem = [], InputError(f"no image in {source.url}")
+    for index in evenly_spaced(len(source), 256):
+        try:
+            pixels = np.asarray(read_image(source, index, format), dtype=np.float64)
+        except InputError as error:
+            problem = error
+            continue
+        pixels = pixels / 255 if format.channels == 3 else pixels
+        moments.append([pixels.mean(axis=(0, 1)), np.square(pixels).mean(axis=(0, 1))])
+    if not moments:
+        raise problem
+    mean, square = np.mean(moments, axis=0)
+    std = np.sqrt(np.maximum(square - mean**2, 1e-6))  # a constant channel
+    return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+
+
+def _white_level_of(source: Source, channels: int) -> int:
+    highest_of = _highest_of_16_bits if channels == 3 else highest_uint16
     highest = 0
     for index in evenly_spaced(len(source), 64):
         if source.name(index).lower().endswith((".jpg", ".jpeg")):  # never 16-bit
@@ -128,7 +191,7 @@ def _white_level_of(source: Source) -> int:
         with contextlib.suppress(InputError):  # unreadable images are reported where they are used
             item, _ = source.read(index)
             if isinstance(item, bytes):
-                highest = max(highest, _guarded(_highest_of_16_bits, item, ""))
+                highest = max(highest, guarded(highest_of, item, ""))
     return (1 << highest.bit_length()) - 1 if highest else WHITE
 
 
@@ -162,7 +225,7 @@ def read_header(data: bytes, name: str = "") -> Header:
     Raises:
         UndecodableImage: The header is damaged, or not of one of :data:`FORMATS`.
     """
-    return _guarded(_header_of, data, name)
+    return guarded(_header_of, data, name)
 
 
 def _header_of(data: bytes) -> Header:
@@ -172,7 +235,12 @@ def _header_of(data: bytes) -> Header:
     return Header(kind, orientation in _UPRIGHT, image.size[::-1] if orientation in (5, 6, 7, 8) else image.size)
 
 
-def _guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decoded:
+def guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decoded:
+    """Return ``read(data)``.
+
+    Raises:
+        UndecodableImage: ``read`` raised an error.
+    """
     try:
         # Pillow warns of doubtful EXIF data, and of sizes that are checked here.
         with warnings.catch_warnings():

@@ -18,6 +18,8 @@ from dino_xcit.data.source import Item, hash_lines, number_classes
 from dino_xcit.errors import InputError, one_line, printable
 from dino_xcit.runtime import logging as log
 
+ARRAY_SUFFIX = ".npy"
+"""Arrays are images where there are no others, as they are often something else beside images."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 MIN_KEPT = 10_000
@@ -100,7 +102,7 @@ def open_folder(root: str, url: str) -> FileSource:
             parents = {str(parent) for parent in PurePosixPath(path).parents}
             if not own & parents and not any(part.startswith(".") for part in path.split("/")):
                 found.add(path)
-        version = hash_lines(f"{path} {listed[path]}" for path in sorted(found.images))
+        version = hash_lines(f"{path} {listed[path]}" for path in sorted(found.images or found.arrays))
         index = cached(f"folder:{root}", lambda: found.index(root, version), lambda one: _is_of(one, version))
         source = FileSource(url, root, index, version)
     else:
@@ -172,12 +174,15 @@ class _Found:
 
     def __init__(self) -> None:
         self.images: list[str] = []
+        self.arrays: list[str] = []
         self.skipped: Counter[str] = Counter()
 
     def add(self, path: str) -> None:
         suffix = PurePosixPath(path).suffix.lower()
         if _is_image(path):
             self.images.append(path)
+        elif suffix == ARRAY_SUFFIX:
+            self.arrays.append(path)
         elif suffix in _UNREAD:
             self.skipped[suffix] += 1
         elif not suffix or suffix[1:].isdigit():  # "IMG 2.10" has no suffix
@@ -190,7 +195,8 @@ class _Found:
             InputError: There is no image.
         """
         skipped = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
-        if not self.images:
+        found = self.images or self.arrays
+        if not found:
             there = f" (skipped: {skipped})" if skipped else ""
             raise InputError(
                 f"no image in {root}{there}: expected files ending in {', '.join(IMAGE_SUFFIXES[:4])} ... in it or in "
@@ -200,9 +206,9 @@ class _Found:
             [f"{printable(root)}: skipped {skipped}; images end in {' '.join(IMAGE_SUFFIXES)}"] if skipped else []
         )
         strings = {"version": Strings.pack([version]), "warning": Strings.pack(warnings)}
-        keep = len(self.images) >= MIN_KEPT
-        images = sorted(self.images, key=lambda path: (path.partition("/")[0], path))
-        loose = [path for path in self.images if "/" not in path]
+        keep = len(found) >= MIN_KEPT
+        images = sorted(found, key=lambda path: (path.partition("/")[0], path))
+        loose = [path for path in found if "/" not in path]
         if loose:
             if len(loose) < len(images):
                 problem = f"{len(loose):,} of {len(images):,} images lie beside its folders, such as {min(loose)}"

@@ -9,7 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dino_xcit.augment import MultiCropAugmentation, ViewMaker, group_by_size
-from dino_xcit.augment.parameters import PLAN_COLUMNS, device_plan
+from dino_xcit.augment import MultiCropAugmentation, group_by_size
+from dino_xcit.augment.parameters import COLUMNS, device_plan
 from dino_xcit.data.decode import UndecodableImage, decode_pixels
 from dino_xcit.data.source import Source
 from dino_xcit.data.workers import PREFETCHED, fit_shared_memory, worker_init
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime import watchdog
-from dino_xcit.transform import WHITE
+from dino_xcit.transform import RGB, PixelFormat
 
 Key = tuple[int, int]
 """(epoch, index in the source)."""
@@ -80,7 +80,8 @@ class Batch(AnyBatch):
     """Views of the images of one forward pass on one rank."""
 
     crops: list[Tensor]
-    """One tensor per crop size, [views of that size * B, 3, size, size] uint8, view-major; the global crops first."""
+    """One tensor per crop size, [views of that size * B, channels, size, size], view-major; the global crops first.
+    uint8 for three channels, else float32 from 0 to 1."""
     views: list[int]
     """Number of views in each of these tensors."""
     labels: Tensor | None = None
@@ -124,8 +125,8 @@ class BatchDataset(Dataset[BatchT]):
     sides: Sequence[int]
     """Sides of squares with the bytes of one image in a batch, as RGB; for the size of shared memory."""
 
-    def __init__(self, source: Source, seed: int, white_level: int = WHITE) -> None:
-        self.source, self.seed, self.white_level = source, seed, white_level
+    def __init__(self, source: Source, seed: int, format: PixelFormat) -> None:
+        self.source, self.seed, self.format = source, seed, format
 
     def __len__(self) -> int:
         return len(self.source)
@@ -137,12 +138,12 @@ class BatchDataset(Dataset[BatchT]):
     def compile(self) -> None:
         """Compile what the workers run; called once, before they start."""
 
-    def check(self, index: int, pixels: NDArray[np.uint8]) -> None:
+    def check(self, index: int, pixels: NDArray[Any]) -> None:
         """Raise UndecodableImage if the pixels do not fit the targets of image ``index``; it is then replaced."""
 
     def read(
         self, epoch: int, index: int, unreadable: list[Unreadable], spent: NDArray[np.float64]
-    ) -> tuple[int, int | None, NDArray[np.uint8]] | UndecodableImage:
+    ) -> tuple[int, int | None, NDArray[Any]] | UndecodableImage:
         """Read an image or its replacement.
 
         Args:
@@ -159,7 +160,7 @@ class BatchDataset(Dataset[BatchT]):
             try:
                 item, label = self.source.read(candidate)
                 read = time.perf_counter()
-                pixels = decode_pixels(item, self.source.name(candidate), self.white_level)
+                pixels = decode_pixels(item, self.source.name(candidate), self.format)
                 self.check(candidate, pixels)
             except InputError as error:
                 cause = error.cause if isinstance(error, UndecodableImage) else str(error)
@@ -183,7 +184,7 @@ class MultiCropDataset(BatchDataset[Batch]):
     """Map a list of (epoch, index) to a batch of the images' views."""
 
     def __init__(
-        self, source: Source, augmentation: MultiCropAugmentation, seed: int, white_level: int = WHITE,
+        self, source: Source, augmentation: MultiCropAugmentation, seed: int, format: PixelFormat = RGB,
         finish_on_device: bool = False, first: Sequence[MultiCropAugmentation] = (),
     ) -> None:  # fmt: skip
         """
@@ -192,11 +193,11 @@ class MultiCropDataset(BatchDataset[Batch]):
             finish_on_device: whether the device applies the photometric part (:meth:`Batch.to`).
             first: augmentations of the first epochs, one for each.
         """
-        super().__init__(source, seed, white_level)
+        super().__init__(source, seed, format)
         self.augmentation, self.first, self.finish_on_device = augmentation, first, finish_on_device
         sides = [[view.size for view in one.views] for one in (*first, augmentation)]
         self.sides = max(sides, key=lambda sides: sum(side**2 for side in sides))
-        self._maker = ViewMaker()
+        self._maker = augmentation.maker()
 
     def compile(self) -> None:
         self.augmentation.compile()
@@ -208,12 +209,12 @@ class MultiCropDataset(BatchDataset[Batch]):
         sizes = [view.size for view in augmentation.views]
         groups = group_by_size(sizes)
         crops = [
-            torch.empty(len(group), len(keys), 3, sizes[group[0]], sizes[group[0]], dtype=torch.uint8)
+            augmentation.empty(len(group), len(keys), augmentation.channels, side, side)
             for group in groups
+            for side in [sizes[group[0]]]
         ]
-        plans = [torch.empty(len(group), len(keys), PLAN_COLUMNS) for group in groups]
+        rows = np.empty((len(sizes), len(keys), COLUMNS)) if self.finish_on_device else None
         places = [group.numpy() for group in crops]
-        leave = self.finish_on_device
         indices: list[int] = []
         labels: list[int | None] = []
         unreadable: list[Unreadable] = []
@@ -227,11 +228,11 @@ class MultiCropDataset(BatchDataset[Batch]):
             self._maker.load(pixels)
             # Keyed by the replaced image's index: a replacement gets other views than in its own turn.
             drawn = augmentation.draw_rows(pixels.shape[1], pixels.shape[0], self.seed, epoch, index)
-            for group, group_places, group_plans in zip(groups, places, plans, strict=True):
-                if leave:
-                    group_plans[:, place] = torch.from_numpy(device_plan(drawn[group]))
+            if rows is not None:
+                rows[:, place] = drawn
+            for group, group_places in zip(groups, places, strict=True):
                 for number, view in enumerate(group):
-                    self._maker.make(drawn[view], group_places[number, place], photometric=not leave)
+                    self._maker.make(drawn[view], group_places[number, place], photometric=rows is None)
             self._maker.release()
             del pixels, found  # frees the memory before the next image is decoded
             indices.append(candidate)
@@ -241,7 +242,7 @@ class MultiCropDataset(BatchDataset[Batch]):
             [group.flatten(0, 1) for group in crops],
             [len(group) for group in groups],
             labels=None if None in labels else torch.tensor(labels),
-            plans=[group.flatten(0, 1) for group in plans] if leave else None,
+            plans=None if rows is None else [_plan(rows[group]) for group in groups],
             epoch=epoch,
             indices=torch.tensor(indices),
             unreadable=unreadable,
@@ -399,15 +400,15 @@ def build_loader(
     seed: int,
     num_workers: int,
     device: torch.device,
-    augment_device: str = "cpu",
-    white_level: int = WHITE,
+    format: PixelFormat = RGB,
 ) -> Loader[Batch]:
-    """Build a loader of views of ``source``.
+    """Build a loader of views of ``source``."""
+    return Loader(MultiCropDataset(source, augmentation, seed, format), sampler, num_workers, device)
 
-    For ``augment_device`` and ``white_level`` see :class:`dino_xcit.config.PretrainConfig`.
-    """
-    dataset = MultiCropDataset(source, augmentation, seed, white_level, finish_on_device=augment_device == "cuda")
-    return Loader(dataset, sampler, num_workers, device)
+
+def _plan(rows: NDArray[np.float64]) -> Tensor:
+    """Return the plan of the views of a crop size; their parameters are [views, B, columns]."""
+    return torch.from_numpy(device_plan(rows.reshape(-1, COLUMNS)))
 
 
 def _as_it_is(batch: BatchT | UndecodableImage) -> BatchT | UndecodableImage:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.data import storage
-from dino_xcit.data.folder import IMAGE_SUFFIXES
+from dino_xcit.data.folder import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from dino_xcit.data.index import Index, Strings, cached
 from dino_xcit.data.source import MAX_CLASSES, Item, hash_lines, number_classes
 from dino_xcit.errors import InputError, one_line
@@ -134,6 +134,7 @@ def _index_shard(path: str) -> _Shard:
     """
     skipped: Counter[str] = Counter()
     images: defaultdict[str, dict[str, Member]] = defaultdict(dict)  # key to name to member
+    arrays: defaultdict[str, dict[str, Member]] = defaultdict(dict)
     with_others: set[str] = set()
     labels: dict[str, Label] = {}
     classes: set[str] = set()
@@ -146,7 +147,10 @@ def _index_shard(path: str) -> _Shard:
                 key = _key(member.name)
                 found = images[key]
                 stored_as, _, ending = member.name.rpartition(".")
-                if f".{ending}".lower() in IMAGE_SUFFIXES:
+                if f".{ending}".lower() in (*IMAGE_SUFFIXES, ARRAY_SUFFIX):
+                    if ending.lower() == "npy":
+                        with_others.add(key)
+                        found = arrays[key]
                     if member.size > storage.MAX_IMAGE_BYTES:
                         skipped["images of more than 1 GiB"] += 1
                         continue
@@ -163,6 +167,7 @@ def _index_shard(path: str) -> _Shard:
                         labels[stored_as] = label
         except OSError as error:
             raise storage.explained(path, error) from error
+    images = images if any(images.values()) else arrays
     shard = _Shard([], [], skipped)
     unused = {name for name, label in labels.items() if label is not None}
     for key, found in images.items():

@@ -47,7 +47,8 @@ class StudentTeacher(Method):
             self._settle_gradient_buckets()
 
     def _network(self, drop_path_rate: float, build_head: Callable[[int], nn.Module]) -> MultiCropWrapper:
-        backbone = build_backbone(self.config.arch, **({"drop_path_rate": drop_path_rate} if drop_path_rate else {}))
+        rate = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+        backbone = build_backbone(self.config.arch, self.config.channels, **rate)
         network = MultiCropWrapper(backbone, build_head(int(backbone.embed_dim)))  # type: ignore[arg-type]
         network = synchronise_batch_norm(network, self.device).to(self.device)  # type: ignore[assignment]
         if isinstance(network.backbone, XCiT) and self.config.activation_checkpointing == "on":
@@ -102,8 +103,9 @@ class StudentTeacher(Method):
         # torch.compile specialises on shapes, so use the batch size of the training.
         images = self.config.batch_size_per_gpu if self.kernels == "compile" else 2
         crops = [
-            torch.randn(images * len(group), 3, sizes[group[0]], sizes[group[0]], generator=generator).to(self.device)
+            torch.randn(images * len(group), self.config.channels, side, side, generator=generator).to(self.device)
             for group in group_by_size(sizes)
+            for side in [sizes[group[0]]]
         ]
         buffers = list(self.student.buffers())
         before = [buffer.clone() for buffer in buffers]

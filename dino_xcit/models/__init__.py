@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dino_xcit.errors import InputError, near_matches
+from dino_xcit.models.channels import set_channels
 from dino_xcit.models.head import DINOHead
 from dino_xcit.models.multicrop import MultiCropOutput, MultiCropWrapper
 from dino_xcit.models.output import BackboneOutput
@@ -72,7 +73,7 @@ def is_registered(name: object) -> bool:
     return name in _REGISTERED
 
 
-def build_backbone(name: str, **kw: Any) -> nn.Module:
+def build_backbone(name: str, channels: int = 3, **kw: Any) -> nn.Module:
     """Build a backbone with random weights.
 
     Args:
@@ -80,11 +81,20 @@ def build_backbone(name: str, **kw: Any) -> nn.Module:
             medium_24, large_24, with p8 and p16, here also p4), this project's ``xcit_pico_4`` and ``xcit_micro_4``
             for small images; a vision transformer such as ``vit_small_12_p16`` (:mod:`dino_xcit.models.vit`);
             ``timm:NAME``; or a name registered with :func:`register_backbone`.
+        channels: number of channels of the images.
         kw: ``drop_path_rate``, stochastic depth in training, 0 <= rate < 1; a registered backbone may accept others.
 
     Raises:
-        InputError: the name is unknown, or a registered backbone has no ``drop_path_rate``.
+        InputError: the name is unknown, a registered backbone has no ``drop_path_rate``, or the number of channels of a
+            backbone cannot be changed.
     """
+    backbone = _build(name, **kw)
+    if channels != 3:
+        set_channels(backbone, channels)
+    return backbone
+
+
+def _build(name: str, **kw: Any) -> nn.Module:
     if name in _REGISTERED:
         parameters = inspect.signature(_REGISTERED[name]).parameters
         takes_rate = "drop_path_rate" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -107,7 +117,7 @@ def build_backbone(name: str, **kw: Any) -> nn.Module:
     return XCiT(XCIT_SIZES[size], int(patch), **kw)
 
 
-def build_empty(name: str) -> nn.Module:
+def build_empty(name: str, channels: int = 3) -> nn.Module:
     """Build a backbone without memory for its weights, on the meta device; some timm models need the memory.
 
     Raises:
@@ -115,6 +125,6 @@ def build_empty(name: str) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            return build_backbone(name)
+            return build_backbone(name, channels)
     except RuntimeError:  # some timm models compute with their weights in the constructor
-        return build_backbone(name)
+        return build_backbone(name, channels)

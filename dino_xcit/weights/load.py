@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from dino_xcit.data.decode import decode
+from dino_xcit.data.decode import decode_image
 from dino_xcit.data.storage import MAX_IMAGE_BYTES, read_file
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone, build_empty, is_registered
 from dino_xcit.models.vit import vit_shape
-from dino_xcit.transform import EvalTransform, normalise
+from dino_xcit.transform import Channels, EvalTransform, normalise
 from dino_xcit.weights.layouts import Layout, StoredNetwork, architecture_of, read_network
 from dino_xcit.weights.locate import CONFIG, TIMM, WeightsFile, open_weights
 from dino_xcit.weights.names import State, shown
@@ -123,7 +123,7 @@ class LoadedBackbone(Provenance):
         The network runs where ``backbone`` is: ``loaded.backbone.to("cuda")`` moves it.
 
         Args:
-            images: files or images of Pillow, or a single one.
+            images: files or RGB images of Pillow, or a single one.
 
         Raises:
             InputError: a file cannot be read or decoded.
@@ -135,9 +135,11 @@ class LoadedBackbone(Provenance):
         for start in range(0, len(images), batch_size):
             pixels = []
             for one in images[start : start + batch_size]:
-                if not isinstance(one, Image.Image):
-                    one = decode(read_file(str(one), MAX_IMAGE_BYTES), str(one), self.transform.white_level)
-                pixels.append(self.transform(ImageOps.exif_transpose(one).convert("RGB")))
+                if isinstance(one, Image.Image):
+                    image: Image.Image | Channels = ImageOps.exif_transpose(one).convert("RGB")
+                else:
+                    image = decode_image(read_file(str(one), MAX_IMAGE_BYTES), str(one), self.transform.pixel_format)
+                pixels.append(self.transform(image))
             batch = normalise(torch.stack(pixels).to(device), self.transform.mean, self.transform.std)
             found.append(nn.functional.normalize(self.backbone(batch).cls_token.float(), dim=1).cpu())
         width = int(self.backbone.embed_dim)  # type: ignore[arg-type]
@@ -174,7 +176,7 @@ def load_backbone(
     read = read_weights(spec, network, arch, allowed)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        backbone = build_backbone(read.arch)
+        backbone = build_backbone(read.arch, len(read.transform.mean))
     backbone.load_state_dict(read.state, strict=not read.allowed)
     backbone.eval().requires_grad_(False)
     known = {each.name: getattr(read, each.name) for each in dataclasses.fields(Provenance)}
@@ -209,11 +211,12 @@ def read_weights(
         misfit += f", it looks like {like}"
     elif name == f"{TIMM}{file.config.get('architecture')}":
         misfit += f" (named by {file.config_from})"
-    state, left_aside, exceptions = compare(stored.state, build_empty(name).state_dict(), misfit, allowed)
+    prepared = preparation(file, name, where, stored.layout is Layout.TRANSFORMERS)
+    own = build_empty(name, len(prepared.transform.mean)).state_dict()
+    state, left_aside, exceptions = compare(stored.state, own, misfit, allowed)
     tensors = {key: value for key, value in (state | stored.head).items() if value.is_floating_point()}
     if wrong := [key for key, value in tensors.items() if not value.isfinite().all()]:
         raise InputError(f"{where} has values that are not finite in {shown(wrong, 4)}: give an earlier checkpoint")
-    prepared = preparation(file, name, where, stored.layout is Layout.TRANSFORMERS)
     classifiers = [word for word in left_aside if f"{word}.*" in CLASSIFIERS and f"{word}.weight" in stored.state]
     if stored.layout in (Layout.MOCO, Layout.MOCO_V3):  # trained without labels: these keys are its projector
         classifiers = []

@@ -232,7 +232,9 @@ def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
     if not config.cached:
         workers = choose_workers(config.num_workers, distributed.processes_here())
         return live_features(probe.pooled, views, probe.sampler, workers, device)
-    whole = dataclasses.replace(transform, resize=transform.crop)  # augmented images already have the crop's size
+    # Augmented images already have the crop's size, and values from 0 to 1 if they are no RGB images.
+    range_of_views = () if transform.pixel_format.channels == 3 else (0.0, 1.0)
+    whole = dataclasses.replace(transform, resize=transform.crop, value_range=range_of_views)
     epochs = [
         cached(
             probe.pooled, probe.row_hash, AugmentedEpoch(views, epoch, probe.identity["train"]), whole, device,

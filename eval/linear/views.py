@@ -21,12 +21,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dino_xcit.data import Source, decode
+from dino_xcit.data import Source
+from dino_xcit.data.decode import read_image
 from dino_xcit.data.loader import Key, StepSampler
 from dino_xcit.data.source import hash_lines
 from dino_xcit.data.workers import PREFETCHED, fit_shared_memory, worker_init
 from dino_xcit.errors import InputError
-from dino_xcit.transform import EvalTransform, normalise
+from dino_xcit.transform import Channels, EvalTransform, normalise, to_tensor
 from eval.features import refuse_not_finite
 
 CROP_ATTEMPTS = 10
@@ -50,18 +51,16 @@ class Views(Dataset[Any]):
     seed: int
 
     def __getitem__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor] | InputError:
-        """Return images [B, 3, crop, crop] uint8 and their indices [B], or the error of an unreadable image."""
-        pixels = np.empty((len(keys), self.transform.crop, self.transform.crop, 3), dtype=np.uint8)
+        """Return images [B, channels, crop, crop] and their indices [B], or the error of an unreadable image."""
         try:
-            for row, (epoch, index) in enumerate(keys):
-                pixels[row] = self.pixels(epoch, index)
+            pixels = np.stack([self.pixels(epoch, index) for epoch, index in keys])
         except InputError as error:
             return error  # a raised error would come out of a worker inside a traceback
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([index for _, index in keys])
 
-    def pixels(self, epoch: int, index: int) -> NDArray[np.uint8]:
-        """Return an augmented image [crop, crop, 3]."""
-        image = decode(self.source.read(index)[0], self.source.name(index), self.transform.white_level)
+    def pixels(self, epoch: int, index: int) -> NDArray[Any]:
+        """Return an augmented image [crop, crop, channels]: uint8 for three channels, else float32 from 0 to 1."""
+        image = read_image(self.source, index, self.transform.pixel_format)
         return np.asarray(random_view(image, self.transform.crop, self.scale, self.seed, epoch, index))
 
 
@@ -77,7 +76,7 @@ class AugmentedEpoch:
     def __len__(self) -> int:
         return len(self._views.source)
 
-    def read(self, index: int) -> tuple[NDArray[np.uint8], None]:
+    def read(self, index: int) -> tuple[NDArray[Any], None]:
         return self._views.pixels(self._epoch, index), None
 
     def fingerprint(self) -> str:
@@ -86,11 +85,17 @@ class AugmentedEpoch:
 
 
 def random_view(
-    image: Image.Image, size: int, scale: tuple[float, float], seed: int, epoch: int, index: int
-) -> Image.Image:
+    image: Image.Image | Channels, size: int, scale: tuple[float, float], seed: int, epoch: int, index: int
+) -> Image.Image | Channels:
     """Apply RandomResizedCrop (bilinear) and a random flip, both determined by (seed, epoch, index)."""
     rng = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, (epoch << 40) | index]))
     numbers: list[float] = rng.random(_NUMBERS).tolist()
+    if isinstance(image, np.ndarray):
+        left, top, right, bottom = draw_crop(image.shape[1], image.shape[0], scale, numbers)
+        crop = to_tensor(image[top:bottom, left:right])[None]
+        resized = nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+        array: Channels = resized[0].permute(1, 2, 0).numpy()
+        return array[:, ::-1] if numbers[-1] < 0.5 else array
     box = draw_crop(image.width, image.height, scale, numbers)
     # Crop before resizing, as torchvision does: the filter of resize(box=...) extends beyond the crop.
     view = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)

@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.data import Source, Subset, decode
+from dino_xcit.data import Source, Subset
+from dino_xcit.data.decode import picture_of, read_image
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.preview import draw_preview
@@ -83,12 +84,12 @@ class Pictures:
         config = self._config
         draw_preview(
             readable, config.augmentation(), self._folder / "views.jpg", PREVIEWED, config.seed,
-            white_level=config.white_level,
+            format=config.pixel_format,
         )  # fmt: skip
         self._started = True
 
     def _image(self, source: Source, index: int) -> Image.Image:
-        return decode(source.read(index)[0], source.name(index), self._transform.white_level)
+        return picture_of(read_image(source, index, self._transform.pixel_format))
 
     @torch.inference_mode()
     def _maps(self, backbone: nn.Module, source: Source, shown: list[int]) -> dict[str, Image.Image]:
@@ -98,8 +99,12 @@ class Pictures:
         multiple = patch_size_of(backbone)
         side = max(MIN_INPUT, self._transform.crop) // multiple * multiple
         for index in shown:
-            image = self._image(source, index).resize((side, side), Image.Resampling.BICUBIC)
-            pixels = normalise(to_tensor(image)[None], self._transform.mean, self._transform.std).to(self._device)
+            found = read_image(source, index, self._transform.pixel_format)
+            image = picture_of(found).resize((side, side), Image.Resampling.BICUBIC)
+            tensor = to_tensor(image if isinstance(found, Image.Image) else found)[None]
+            if tensor.shape[2:] != (side, side):
+                tensor = nn.functional.interpolate(tensor, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
+            pixels = normalise(tensor, self._transform.mean, self._transform.std).to(self._device)
             out = backbone(pixels)
             grids.append(out.grid)
             tokens.append(out.patch_tokens[0].float().cpu().numpy())

@@ -32,7 +32,7 @@ from dino_xcit.errors import InputError, one_line, printable
 from dino_xcit.runtime import atomic
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import progress_bar
-from dino_xcit.transform import WHITE, EvalTransform, to_tensor
+from dino_xcit.transform import RGB, Channels, EvalTransform, PixelFormat, to_tensor
 from dino_xcit.weights import LoadedBackbone
 from eval.features import cached
 from eval.results import JsonObject, Metric, data_metadata, images_metadata, result_content, write_json
@@ -59,8 +59,9 @@ class LongerSide(EvalTransform):
     the output sizes differ, the batch size is 1.
     """
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image | Channels) -> Tensor:
         """Return [3, height, width] uint8, the longer side at most ``crop``."""
+        assert isinstance(image, Image.Image)
         small = image.copy()  # thumbnail works in place
         small.thumbnail((self.crop, self.crop), Image.Resampling.LANCZOS)
         return to_tensor(small)
@@ -73,8 +74,9 @@ class LongerSide(EvalTransform):
 class Square(EvalTransform):
     """Resize the whole image to a square of ``crop`` pixels, bicubic, as DINO does for Copydays."""
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image | Channels) -> Tensor:
         """Return [3, crop, crop] uint8."""
+        assert isinstance(image, Image.Image)
         return to_tensor(image.resize((self.crop, self.crop), Image.Resampling.BICUBIC))
 
     def to_dict(self) -> dict[str, object]:
@@ -600,7 +602,7 @@ def write_pairs(path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, s
 
 
 def draw_pairs(
-    path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, second: Source, white_level: int = WHITE
+    path: Path, pairs: Pairs, kinds: Sequence[str], first: Source, second: Source, format: PixelFormat = RGB
 ) -> None:
     """Draw the images of the second set with the most similar pairs, each beside its matches in the first set."""
     blocks = []
@@ -609,8 +611,7 @@ def draw_pairs(
         beside = np.flatnonzero(pairs.second == row)[:SHEET_COLUMNS].tolist()
         titles = [f"{pairs.similarity[pair]:.4f}  {kinds[pair]}" for pair in beside]
         tiles = [
-            tile_of(first, int(pairs.first[pair]), title, white_level)
-            for pair, title in zip(beside, titles, strict=True)
+            tile_of(first, int(pairs.first[pair]), title, format) for pair, title in zip(beside, titles, strict=True)
         ]
-        blocks.append((tile_of(second, row, f"image {row}", white_level), tiles))
+        blocks.append((tile_of(second, row, f"image {row}", format), tiles))
     write_contact_sheet(path, blocks)

@@ -1,0 +1,318 @@
+"""Images of other than three channels: decoding, augmentation, training, and all that follows from the checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from run_here import Here
+from torch import nn
+
+import run_extract
+import run_finetune
+import run_knn
+import run_linear
+from dino_xcit.augment import MultiCropAugmentation
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data import UndecodableImage, open_source
+from dino_xcit.data.decode import choose_white_level, decode_image, measure_channels, picture_of, read_image
+from dino_xcit.errors import InputError
+from dino_xcit.models import build_backbone
+from dino_xcit.models.channels import adapted, first_convolution
+from dino_xcit.transform import EvalTransform, PixelFormat, normalise
+from dino_xcit.weights import load_backbone
+from run_pretrain import pretrain
+
+FIVE = PixelFormat(5)
+SETTINGS: dict[str, Any] = {
+    "arch": "xcit_pico_4_p8", "global_crops_size": 16, "local_crops_size": 8, "local_crops_number": 1, "out_dim": 32,
+    "head_hidden_dim": 16, "head_bottleneck_dim": 8, "batch_size_per_gpu": 8, "epochs": 2, "warmup_epochs": 0,
+    "freeze_last_layer": 0, "num_workers": 0, "device": "cpu",
+}  # fmt: skip
+
+
+def npy(pixels: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, pixels)
+    return file.getvalue()
+
+
+def png(pixels: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def tiff(pixels: NDArray[Any], **how: Any) -> bytes:
+    file = io.BytesIO()
+    pytest.importorskip("tifffile").imwrite(file, pixels, photometric="minisblack", **how)
+    return file.getvalue()
+
+
+def bands(channels: int, dtype: Any = np.uint16, seed: int = 0) -> NDArray[Any]:
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, (20, 30, channels), dtype=dtype, endpoint=True)
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    "encode",
+    [
+        npy,
+        lambda pixels: npy(pixels.transpose(2, 0, 1)),
+        lambda pixels: tiff(pixels, planarconfig="contig"),
+        lambda pixels: tiff(pixels.transpose(2, 0, 1)),
+    ],
+    ids=["npy", "npy, channels first", "tiff", "tiff, planes"],
+)
+def test_integers_are_decoded_without_loss(encode: Callable[[NDArray[Any]], bytes], dtype: Any) -> None:
+    pixels = bands(5, dtype)
+    found = decode_image(encode(pixels), "a", FIVE)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(np.rint(found * np.iinfo(dtype).max), pixels)
+
+
+def test_16_bit_png_is_decoded_without_loss_up_to_the_white_level() -> None:
+    pixels = bands(1)[..., 0]
+    found = decode_image(png(pixels), "a", PixelFormat(1, white_level=4095))
+    np.testing.assert_array_equal(np.rint(np.asarray(found)[..., 0] * 4095), np.minimum(pixels, 4095))
+
+
+def test_floats_need_a_range_and_nan_is_black() -> None:
+    pixels = np.array([[[-1.0], [0.0], [1.5], [9.0], [np.nan]]], dtype=np.float32)
+    found = decode_image(npy(pixels), "a", PixelFormat(1, value_range=(0.0, 3.0)))
+    np.testing.assert_array_equal(np.asarray(found)[0, :, 0], np.float32([0, 0, 0.5, 1, 0]))
+    with pytest.raises(UndecodableImage, match="its pixels are float32, with an unknown range: set --value-range"):
+        decode_image(npy(pixels), "a", PixelFormat(1))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (npy(bands(4)), r"field.npy cannot be read: its pixels have the shape \(20, 30, 4\), expected 5 channels"),
+        (npy(bands(5))[:-7], "field.npy cannot be read"),
+        (b"\xff\xd8\xff", "must be PNG, TIFF or NPY files"),
+        (b"", "empty file"),
+        (npy(np.array([[[{}]]], dtype=object)), "Object arrays cannot be loaded"),
+        (npy(bands(5).astype(np.complex64)), "complex64, expected numbers"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<u2', 'fortran_order': False, 'shape': (99999, 99999, 5), }", "too many"),
+    ],
+    ids=["other number", "truncated", "jpeg", "empty", "pickle", "complex", "huge"],
+)
+def test_unreadable_images_are_named(data: bytes, words: str) -> None:
+    if b"99999" in data:
+        data = data.ljust(127) + b"\n"
+    with pytest.raises(UndecodableImage, match=words):
+        decode_image(data, "field.npy", FIVE)
+
+
+def test_arrays_are_images_only_where_there_are_no_others(tmp_path: Path) -> None:
+    for name in ("a.npy", "b.npy"):
+        (tmp_path / name).write_bytes(npy(bands(5)))
+    assert len(open_source(str(tmp_path))) == 2
+    archive = tmp_path / "set.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tmp_path / "a.npy", "0.npy")
+        tar.add(tmp_path / "b.npy", "1.npy")
+    assert np.shape(read_image(open_source(f"tar:{archive}"), 1, FIVE)) == (20, 30, 5)
+    (tmp_path / "c.png").write_bytes(png(bands(3, np.uint8)))
+    source = open_source(str(tmp_path))
+    assert [Path(source.name(index)).name for index in range(len(source))] == ["c.png"]
+
+
+# ---- transforms
+
+
+def test_evaluation_transform_resizes_crops_and_normalises() -> None:
+    transform = EvalTransform(16, 12, mean=(0.5,) * 5, std=(0.25,) * 5, value_range=(0.0, 3.0))
+    assert EvalTransform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
+    image = np.asarray(decode_image(npy(bands(5)), "a", FIVE))
+    found = transform(image)
+    expected = nn.functional.interpolate(
+        torch.from_numpy(image).permute(2, 0, 1)[None], (16, 24), mode="bicubic", antialias=True
+    )
+    torch.testing.assert_close(found, expected.clamp(0, 1)[0, :, 2:14, 6:18])
+    torch.testing.assert_close(normalise(found[None], transform.mean, transform.std)[0], (found - 0.5) / 0.25)
+
+
+def views_of(image: NDArray[Any], **settings: Any) -> list[torch.Tensor]:
+    plain: dict[str, Any] = {
+        "global_crops_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "local_crops_number": 0, "global_crops_size": 20,
+        "flip": 0.0, "jitter": 0.0, "global_blur": (0.0, 0.0), "solarize": 0.0, "channel_gain": 0.0,
+        "channel_drop": 0.0,
+    }  # fmt: skip
+    return MultiCropAugmentation(channels=image.shape[2], **plain | settings)(image, seed=3)
+
+
+def test_augmentation_changes_each_channel_by_itself() -> None:
+    image = bands(5)[:, :20].astype(np.float32) / 65535
+    own = torch.from_numpy(image).permute(2, 0, 1)
+    for view in views_of(image):
+        torch.testing.assert_close(view, own, rtol=0, atol=1e-6)
+    assert torch.equal(views_of(image, flip=1.0)[0], views_of(image)[0].flip(2))
+    torch.testing.assert_close(views_of(image, solarize=1.0)[1], torch.where(own < 0.5, own, 1 - own))
+    gains = (views_of(image, channel_gain=0.2)[0].sum(dim=(1, 2)) / own.sum(dim=(1, 2))).tolist()
+    assert len({round(gain, 3) for gain in gains}) == 5
+    assert all(0.75 < gain < 1.2 for gain in gains)
+    dropped = views_of(image, channel_drop=1.0)[0]
+    assert sorted((dropped - own).abs().sum(dim=(1, 2)).gt(1).tolist()) == [False] * 4 + [True]
+    assert float(dropped.sum(dim=(1, 2)).min()) == 0
+    blurred = views_of(image, global_blur=(1.0, 1.0), blur_radius=(1.5, 1.5))[0]
+    torch.testing.assert_close(blurred.mean(dim=(1, 2)), own.mean(dim=(1, 2)), rtol=0.1, atol=0)
+    assert float(blurred.std()) < 0.9 * float(own.std())
+    jittered = views_of(image, jitter=1.0, brightness=0.0, contrast=0.4)[0]
+    torch.testing.assert_close(jittered.mean(dim=(1, 2)), own.mean(dim=(1, 2)), rtol=0.02, atol=0)
+    assert not torch.allclose(jittered, own, atol=0.01)
+
+
+def test_three_channels_draw_the_same_parameters_as_without_the_setting() -> None:
+    usual, other = MultiCropAugmentation(), MultiCropAugmentation(channels=5, saturation=0, hue=0, gray=0)
+    plain = MultiCropAugmentation(saturation=0, hue=0, gray=0)
+    assert usual.draw_rows(30, 20, 1, 2, 3).shape == (10, 16)
+    np.testing.assert_array_equal(other.draw_rows(30, 20, 1, 2, 3)[:, :16], plain.draw_rows(30, 20, 1, 2, 3))
+
+
+def test_pictures_show_three_channels() -> None:
+    image = np.asarray(decode_image(npy(bands(5)), "a", FIVE))
+    assert (picture_of(image).mode, picture_of(image[..., :1]).size) == ("RGB", (30, 20))
+    shown = np.asarray(picture_of(image)).astype(np.float32) / 255
+    np.testing.assert_allclose(shown, image[..., :3] / image[..., :3].max(), atol=1 / 255)
+
+
+def test_white_level_is_measured_over_all_channels(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(npy(bands(5) >> 4))
+    assert choose_white_level(open_source(str(tmp_path)), 0, channels=5) == 4095
+
+
+# ---- networks
+
+
+@pytest.mark.parametrize("arch", ["xcit_pico_4_p8", "vit_tiny_12_p16", "timm:resnet18"])
+def test_backbones_take_any_number_of_channels(arch: str) -> None:
+    backbone = build_backbone(arch, channels=13).eval()
+    assert backbone(torch.randn(2, 13, 32, 32)).cls_token.isfinite().all()
+
+
+def test_adapted_weights_give_equal_channels_the_same_features() -> None:
+    weight, grey = torch.randn(8, 3, 3, 3), torch.randn(2, 1, 9, 9)
+    for channels in (1, 5):
+        found = nn.functional.conv2d(grey.repeat(1, channels, 1, 1), adapted(weight, channels))
+        torch.testing.assert_close(found, nn.functional.conv2d(grey.repeat(1, 3, 1, 1), weight), rtol=1e-4, atol=1e-4)
+
+
+def test_backbone_without_a_first_convolution_is_refused() -> None:
+    with pytest.raises(InputError, match="the backbone's first layer is a Linear: expected --channels 3"):
+        first_convolution(nn.Sequential(nn.Linear(3, 3)))
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of arrays with five channels; the class decides which channel is bright."""
+    folder = tmp_path_factory.mktemp("five")
+    for part, count in (("train", 16), ("val", 6)):
+        for number in range(count):
+            label, pixels = number % 2, bands(5, seed=number) // 4
+            pixels[..., label] += 40_000
+            path = folder / part / f"class{label}" / f"{number}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(npy(pixels))
+    return folder
+
+
+def flags_of(images: Path, folder: Path) -> dict[str, Any]:
+    held_out = {"knn_every": 1, "knn_holdout": 4}
+    return {"data_path": str(images / "train"), "output_dir": str(folder), "channels": 5, **held_out, **SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of five channels."""
+    folder = tmp_path_factory.mktemp("run")
+    pretrain(
+        data_path=str(images / "train"), output_dir=str(folder), channels=5, knn_every=1, knn_holdout=4, **SETTINGS
+    )
+    return folder
+
+
+def test_run_stores_channels_with_measured_mean_and_std(images: Path, run: Path) -> None:
+    loaded = load_backbone(run / "checkpoint.pth")
+    mean, std = measure_channels(open_source(str(images / "train")), FIVE)
+    assert (loaded.transform.mean, loaded.transform.std) == (mean, std)
+    pixels = np.stack([np.load(path) for path in (images / "train").rglob("*.npy")]) / 65535
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(std, pixels.std(axis=(0, 1, 2)), atol=1e-4)
+    assert first_convolution(loaded.backbone)[1].in_channels == 5
+    assert (run / "report.html").exists()
+
+
+def test_interrupted_run_resumes_bit_for_bit(images: Path, run: Path, tmp_path: Path) -> None:
+    pretrain(**flags_of(images, tmp_path), max_steps=3)
+    pretrain(**flags_of(images, tmp_path))
+    hashes = [load_backbone(folder / "checkpoint.pth").hash for folder in (run, tmp_path)]
+    assert hashes[0] == hashes[1]
+
+
+def test_evaluators_follow_the_checkpoint(images: Path, run: Path, tmp_path: Path, here: Here) -> None:
+    weights = ["--weights", run / "checkpoint.pth", "--device", "cpu", "--num-workers", "0"]
+    data = ["--data-path", images]
+    assert here(run_knn, *weights, *data, "--no-cache", "--ks", "3").code == 0
+    for how in (["--no-cache"], ["--cached"]):
+        out = ["--epochs", "1", "--batch-size-per-gpu", "8", "--output-dir", tmp_path / how[0]]
+        assert here(run_linear, *weights, *data, *how, *out).code == 0
+    vectors, query, found = tmp_path / "vectors", images / "val" / "class0" / "0.npy", tmp_path / "query.json"
+    assert here(run_extract, *weights, "--data-path", images / "val", "--output-dir", vectors).code == 0
+    assert here(run_extract, "--index", vectors, "--query", query, "--device", "cpu", "--json", found).code == 0
+    first = json.loads(found.read_text())["results"][0]
+    assert first["path"].endswith("class0/0.npy")
+    assert first["score"] == pytest.approx(1, abs=1e-4)
+    assert load_backbone(run / "checkpoint.pth").embed([query]).shape == (1, 64)
+
+
+def test_other_tasks_refuse_the_checkpoint(images: Path, run: Path, tmp_path: Path, here: Here) -> None:
+    words = f"{run / 'checkpoint.pth'} is for images of 5 channels, which only pretraining, k-NN, the linear probe and"
+    flags = ["--weights", run / "checkpoint.pth", "--data-path", images, "--output-dir", tmp_path, "--device", "cpu"]
+    here(run_finetune, *flags).assert_refused(words)
+
+
+def test_16_bit_grey_images_train_from_weights_for_rgb(tmp_path: Path, images: Path) -> None:
+    rgb = tmp_path / "rgb"
+    for number in range(8):
+        path = tmp_path / "grey" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(bands(1, seed=number)[..., 0]))
+    settings = SETTINGS | {"epochs": 1, "report_pictures": False}
+    pretrain(data_path=str(tmp_path / "grey"), output_dir=str(rgb), **settings)
+    weights = str(rgb / "checkpoint.pth")
+    out = tmp_path / "out"
+    pretrain(data_path=str(tmp_path / "grey"), output_dir=str(out), channels=1, init_weights=weights, **settings)
+    loaded = load_backbone(out / "checkpoint.pth")
+    assert first_convolution(loaded.backbone)[1].in_channels == len(loaded.transform.mean) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mean": (0.5, 0.5)}, "mean has 2 numbers, but channels is 5: expected as many"),
+        ({"value_range": (1.0, 0.0)}, "value_range is 1 0, expected the values of black and white: 0 1"),
+        ({"augment_device": "cuda"}, "channels is 5, but augment_device cuda is for 3 channels: expected cpu"),
+        ({"channel_drop": 2.0}, "channel_drop is 2.0, expected a probability"),
+    ],
+)
+def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        PretrainConfig(channels=5, **settings)
