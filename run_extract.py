@@ -84,7 +84,7 @@ def extract(config: ExtractConfig) -> None:
     # ---- backbone, images, descriptor
     started = time.perf_counter()
     folder = Path(config.output_dir)
-    loaded, device = open_backbone(config)
+    loaded, device = open_backbone(config, rgb=False)
     source = _images(config, loaded)
     fingerprint = distributed.on_main(source.fingerprint)
     kind = whitening_file.kind_of(loaded.hash, config.descriptor(), config.normalise)

@@ -55,7 +55,7 @@ def main() -> None:
     # ---- settings, backbone, data
     started = time.perf_counter()
     config = parse(KnnConfig, sys.argv[1:], "run_knn.py")
-    loaded, device = open_backbone(config)
+    loaded, device = open_backbone(config, rgb=False)
     train, val = labelled_parts(config, loaded)
     if config.approximate != "no":
         refuse_few(config.approximate, len(train))

@@ -49,7 +49,7 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.require_triton import require_triton
 from dino_xcit.train import TrainState, build_state, set_numerics
-from dino_xcit.transform import IMAGENET_MEAN
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD
 from dino_xcit.verdict import TOO_EARLY, Judge, Verdict
 from dino_xcit.weights import LoadedBackbone, load_backbone
 from eval.knn.online import build_evaluators, build_probe
@@ -162,7 +162,9 @@ def build_job(
         stored: settings in the checkpoint from which the run resumes.
         evaluators, observers, given: as of :func:`train`.
     """
-    build_empty(config.arch)  # refuses an unknown name before the data, which can take minutes to index
+    build_empty(
+        config.arch, config.channels
+    )  # refuses an unknown name before the data, which can take minutes to index
     source = open_source(config.data_path, "train")
     recipe = recipe_settings(config.recipe, config.arch) if config.recipe else {}
     if config.recipe == AUTO.name:
@@ -170,10 +172,7 @@ def build_job(
             raise InputError("recipe auto needs to know which settings are given: give train(..., given=[...])")
         config, recipe = auto.adapt(config, source, given, stored)
     config = dataclasses.replace(config, white_level=choose_white_level(source, config.white_level, config.channels))
-    if config.channels != 3 and config.mean == IMAGENET_MEAN:
-        mean, std = measure_channels(source, config.pixel_format)
-        log.info(f"{config.channels} channels with mean {mean} and std {std}, measured on a sample")
-        config = dataclasses.replace(config, mean=mean, std=std)
+    config = with_statistics(config, source, stored)
     config = kernel_choice.choose(config, device, stored)
     state = build_state(config, device)
     if config.activation_checkpointing == "auto":
@@ -205,6 +204,18 @@ def build_job(
         recipe=recipe,
         judge=Judge(config),
     )
+
+
+def with_statistics(config: PretrainConfig, source: Source, stored: Mapping[str, Any]) -> PretrainConfig:
+    """Set mean and std of other than three channels if they are not given: those of ``stored``, else measured."""
+    usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    missing = [name for name in usual if config.channels != 3 and getattr(config, name) == usual[name]]
+    found = {name: tuple(stored[name]) for name in missing if len(stored.get(name, ())) == config.channels}
+    if len(found) < len(missing):
+        measured = dict(zip(usual, measure_channels(source, config.pixel_format), strict=True))
+        found = {name: measured[name] for name in missing}
+        log.info(f"{config.channels} channels, measured on a sample: {found}")
+    return dataclasses.replace(config, **found)  # type: ignore[arg-type]
 
 
 def next_command(config: PretrainConfig, source: Source) -> str:

@@ -242,7 +242,7 @@ class PretrainConfig(TrainConfig):
     channel_gain: float = 0.2
     """Strength of a random gain of each channel, from 1 - channel_gain to 1 + channel_gain (not for 3 channels)."""
     channel_drop: float = 0.2
-    """Probability that a random channel is black (not for 3 channels)."""
+    """Probability that a random channel is black (neither for 3 channels nor for one)."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean of each channel, for normalisation. Default for other than 3 channels: measured on 256 images."""
     std: Annotated[tuple[float, ...], Gt(0)] = IMAGENET_STD
@@ -307,6 +307,8 @@ class PretrainConfig(TrainConfig):
                 )
         if self.value_range and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
             raise InputError(f"value_range is {shown(self.value_range)}, expected the values of black and white: 0 1")
+        if self.value_range and self.channels == 3:
+            raise InputError("value_range is for other than 3 channels: leave it out")
         if self.channels != 3 and self.augment_device == "cuda":
             raise InputError(f"channels is {self.channels}, but augment_device cuda is for 3 channels: expected cpu")
         if not self.is_xcit:

@@ -42,7 +42,8 @@ def initialise(method: Method, config: PretrainConfig) -> str:
         )
     if (stored_channels := len(read.transform.mean)) != config.channels:
         name = f"{first_convolution(method.student.backbone)[0]}.weight"
-        read.state[name] = adapted(read.state[name], config.channels)
+        if name in read.state:
+            read.state[name] = adapted(read.state[name], config.channels)
     whole = not read.allowed
     for network in (method.student, method.teacher):
         network.backbone.load_state_dict(read.state, strict=whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -46,6 +47,10 @@ class PixelFormat:
     """Value of 16-bit images that maps to white. Larger values are clipped."""
     value_range: tuple[float, ...] = ()
     """Values that map to black and white in images of other types than 8 and 16 bits; not for three channels."""
+
+    def rgb_side(self, side: int) -> int:
+        """Return the side of an RGB image of uint8 with the bytes of an image of ``side`` pixels in this format."""
+        return side if self.channels == 3 else math.ceil(side * math.sqrt(4 * self.channels / 3))
 
 
 RGB = PixelFormat()
@@ -97,6 +102,10 @@ class EvalTransform:
 
         if isinstance(image, np.ndarray):
             pixels, mode = to_tensor(image), InterpolationMode(self.interpolation)
+            if mode not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
+                raise InputError(f"interpolation {mode.value} is for three channels: expected bilinear or bicubic")
+            if max(image.shape[:2]) > MAX_ASPECT * min(image.shape[:2]):
+                raise InputError(f"the image has {image.shape[0]} x {image.shape[1]} pixels: too long")
             resized = TF.resize(pixels, [self.resize], mode, antialias=True).clamp_(0, 1)  # bicubic overshoots
             return TF.center_crop(resized, [self.crop, self.crop])
         short, long = sorted(image.size)
@@ -144,10 +153,10 @@ class EvalTransform:
                 raise ValueError(f"interpolation is {interpolation!r:.40}, expected one of {', '.join(INTERPOLATIONS)}")
             mean, std = _numbers("mean", values["mean"]), _numbers("std", values["std"])
             if len(mean) != len(std):
-                raise ValueError(f"mean has {len(mean)} channels and std {len(std)}, expected as many")
+                raise ValueError(f"mean has {len(mean)} numbers and std {len(std)}, expected as many")
             value_range = _numbers("value_range", values["value_range"]) if "value_range" in values else ()
-            if len(value_range) not in (0, 2):
-                raise ValueError(f"value_range has {len(value_range)} numbers, expected 2")
+            if value_range and (len(value_range) != 2 or value_range[0] >= value_range[1]):
+                raise ValueError(f"value_range is {_shown(value_range)}, expected two numbers in ascending order")
             if not all(value >= 1 / _MAX_VALUE for value in std):
                 raise ValueError(f"std is {_shown(std)}, expected more than 0")
         except KeyError as error:

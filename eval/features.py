@@ -98,7 +98,7 @@ def image_batches(
     """
     few = num_workers < 0 and total < _MIN_FOR_WORKERS
     workers = 0 if few else choose_workers(num_workers, distributed.processes_here(), on_gpu=device.type == "cuda")
-    workers = fit_shared_memory(workers, min(batch_size, total), [transform.crop])
+    workers = fit_shared_memory(workers, min(batch_size, total), [transform.pixel_format.rgb_side(transform.crop)])
     yield from DataLoader(
         TransformedImages(source, transform),
         batch_sampler=indices,  # type: ignore[arg-type]  # iterated over once

@@ -45,16 +45,17 @@ def open_weights(config: BackboneConfig, rgb: bool = True) -> tuple[LoadedBackbo
     return loaded, device
 
 
-def open_backbone(config: BackboneConfig, fixed: EvalTransform | None = None) -> tuple[LoadedBackbone, torch.device]:
+def open_backbone(
+    config: BackboneConfig, fixed: EvalTransform | None = None, rgb: bool = True
+) -> tuple[LoadedBackbone, torch.device]:
     """Load the backbone like :func:`open_weights` and resolve its transform.
 
     Args:
         fixed: transform that overrides those of the weights and the settings.
+        rgb: see :func:`open_weights`.
     """
-    loaded, device = open_weights(config, rgb=False)
+    loaded, device = open_weights(config, rgb)
     stored = loaded.transform
-    if fixed and len(fixed.mean) != len(stored.mean):
-        require_rgb(stored.pixel_format, config.weights)
     crop = config.eval_crop or stored.crop
     resize = config.eval_resize or (round(crop * 8 / 7) if config.eval_crop else stored.resize)
     white_level = config.white_level or stored.white_level

@@ -30,7 +30,7 @@ from dino_xcit.models import build_backbone
 from dino_xcit.models.channels import adapted, first_convolution
 from dino_xcit.transform import EvalTransform, PixelFormat, normalise
 from dino_xcit.weights import load_backbone
-from run_pretrain import pretrain
+from run_pretrain import pretrain, with_statistics
 
 FIVE = PixelFormat(5)
 SETTINGS: dict[str, Any] = {
@@ -73,8 +73,9 @@ def bands(channels: int, dtype: Any = np.uint16, seed: int = 0) -> NDArray[Any]:
         lambda pixels: npy(pixels.transpose(2, 0, 1)),
         lambda pixels: tiff(pixels, planarconfig="contig"),
         lambda pixels: tiff(pixels.transpose(2, 0, 1)),
+        lambda pixels: npy(pixels.astype(pixels.dtype.newbyteorder(">"))),
     ],
-    ids=["npy", "npy, channels first", "tiff", "tiff, planes"],
+    ids=["npy", "npy, channels first", "tiff", "tiff, planes", "big-endian"],
 )
 def test_integers_are_decoded_without_loss(encode: Callable[[NDArray[Any]], bytes], dtype: Any) -> None:
     pixels = bands(5, dtype)
@@ -90,6 +91,16 @@ def test_16_bit_png_is_decoded_without_loss_up_to_the_white_level() -> None:
     np.testing.assert_array_equal(np.rint(np.asarray(found)[..., 0] * 4095), np.minimum(pixels, 4095))
 
 
+def test_colour_png_with_alpha_keeps_16_bits_and_its_shape() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 4, 4), dtype=np.uint8)
+    found = np.asarray(decode_image(png(pixels), "a", PixelFormat(4)))
+    np.testing.assert_array_equal(np.rint(found * 255), pixels)
+    palette = io.BytesIO()
+    Image.fromarray(pixels[..., :3]).quantize(8).save(palette, "PNG")
+    with pytest.raises(UndecodableImage, match="numbers of a palette"):
+        decode_image(palette.getvalue(), "a", PixelFormat(1))
+
+
 def test_floats_need_a_range_and_nan_is_black() -> None:
     pixels = np.array([[[-1.0], [0.0], [1.5], [9.0], [np.nan]]], dtype=np.float32)
     found = decode_image(npy(pixels), "a", PixelFormat(1, value_range=(0.0, 3.0)))
@@ -102,14 +113,17 @@ def test_floats_need_a_range_and_nan_is_black() -> None:
     ("data", "words"),
     [
         (npy(bands(4)), r"field.npy cannot be read: its pixels have the shape \(20, 30, 4\), expected 5 channels"),
-        (npy(bands(5))[:-7], "field.npy cannot be read"),
+        (npy(bands(5))[:-7], "EOF: reading array data"),
+        (npy(bands(5)[:, :5].transpose(2, 0, 1)[:, :, :5]), "unknown which are the channels"),
+        (npy(bands(1)[:5, :, 0]), r"the shape \(5, 30\), expected 5 channels"),
+        (npy(bands(5)[:0]), r"its pixels have the shape \(0, 30, 5\)"),
         (b"\xff\xd8\xff", "must be PNG, TIFF or NPY files"),
         (b"", "empty file"),
         (npy(np.array([[[{}]]], dtype=object)), "Object arrays cannot be loaded"),
         (npy(bands(5).astype(np.complex64)), "complex64, expected numbers"),
         (b"\x93NUMPY\x01\x00v\x00{'descr': '<u2', 'fortran_order': False, 'shape': (99999, 99999, 5), }", "too many"),
     ],
-    ids=["other number", "truncated", "jpeg", "empty", "pickle", "complex", "huge"],
+    ids=["other number", "truncated", "ambiguous", "flat", "nothing", "jpeg", "empty", "pickle", "complex", "huge"],
 )
 def test_unreadable_images_are_named(data: bytes, words: str) -> None:
     if b"99999" in data:
@@ -122,6 +136,8 @@ def test_arrays_are_images_only_where_there_are_no_others(tmp_path: Path) -> Non
     for name in ("a.npy", "b.npy"):
         (tmp_path / name).write_bytes(npy(bands(5)))
     assert len(open_source(str(tmp_path))) == 2
+    with pytest.raises(UndecodableImage, match="an array, which needs --channels"):
+        read_image(open_source(str(tmp_path)), 0)
     archive = tmp_path / "set.tar"
     with tarfile.open(archive, "w") as tar:
         tar.add(tmp_path / "a.npy", "0.npy")
@@ -177,10 +193,19 @@ def test_augmentation_changes_each_channel_by_itself() -> None:
     assert not torch.allclose(jittered, own, atol=0.01)
 
 
-def test_three_channels_draw_the_same_parameters_as_without_the_setting() -> None:
-    usual, other = MultiCropAugmentation(), MultiCropAugmentation(channels=5, saturation=0, hue=0, gray=0)
+def test_shared_memory_counts_the_bytes_of_all_channels() -> None:
+    assert (PixelFormat().rgb_side(224), FIVE.rgb_side(224)) == (224, 579)
+    assert pytest.approx(4 * 5 * 224**2, rel=0.01) == 3 * 579**2
+
+
+def test_the_only_channel_is_never_dropped() -> None:
+    image = bands(1)[:, :20].astype(np.float32) / 65535
+    assert float(views_of(image, channel_drop=1.0)[0].sum()) > 0
+
+
+def test_further_numbers_leave_the_other_parameters() -> None:
+    other = MultiCropAugmentation(channels=5)
     plain = MultiCropAugmentation(saturation=0, hue=0, gray=0)
-    assert usual.draw_rows(30, 20, 1, 2, 3).shape == (10, 16)
     np.testing.assert_array_equal(other.draw_rows(30, 20, 1, 2, 3)[:, :16], plain.draw_rows(30, 20, 1, 2, 3))
 
 
@@ -260,6 +285,13 @@ def test_run_stores_channels_with_measured_mean_and_std(images: Path, run: Path)
     assert (run / "report.html").exists()
 
 
+def test_given_mean_is_kept_and_std_is_measured(images: Path) -> None:
+    source, config = open_source(str(images / "train")), PretrainConfig(channels=5, mean=(0.5,) * 5)
+    found = with_statistics(config, source, {})
+    assert (found.mean, len(found.std)) == ((0.5,) * 5, 5)
+    assert with_statistics(config, source, {"std": [0.25] * 5}).std == (0.25,) * 5, "a resumed run's"
+
+
 def test_interrupted_run_resumes_bit_for_bit(images: Path, run: Path, tmp_path: Path) -> None:
     pretrain(**flags_of(images, tmp_path), max_steps=3)
     pretrain(**flags_of(images, tmp_path))
@@ -270,8 +302,8 @@ def test_interrupted_run_resumes_bit_for_bit(images: Path, run: Path, tmp_path: 
 def test_evaluators_follow_the_checkpoint(images: Path, run: Path, tmp_path: Path, here: Here) -> None:
     weights = ["--weights", run / "checkpoint.pth", "--device", "cpu", "--num-workers", "0"]
     data = ["--data-path", images]
-    assert here(run_knn, *weights, *data, "--no-cache", "--ks", "3").code == 0
-    for how in (["--no-cache"], ["--cached"]):
+    assert here(run_knn, *weights, *data, "--no-cache", "--ks", "3", "--baselines").code == 0
+    for how in (["--no-cache", "--features", "cls", "last2"], ["--cached"]):
         out = ["--epochs", "1", "--batch-size-per-gpu", "8", "--output-dir", tmp_path / how[0]]
         assert here(run_linear, *weights, *data, *how, *out).code == 0
     vectors, query, found = tmp_path / "vectors", images / "val" / "class0" / "0.npy", tmp_path / "query.json"
@@ -308,6 +340,7 @@ def test_16_bit_grey_images_train_from_weights_for_rgb(tmp_path: Path, images: P
     ("settings", "words"),
     [
         ({"mean": (0.5, 0.5)}, "mean has 2 numbers, but channels is 5: expected as many"),
+        ({"channels": 3, "value_range": (0.0, 1.0)}, "value_range is for other than 3 channels"),
         ({"value_range": (1.0, 0.0)}, "value_range is 1 0, expected the values of black and white: 0 1"),
         ({"augment_device": "cuda"}, "channels is 5, but augment_device cuda is for 3 channels: expected cpu"),
         ({"channel_drop": 2.0}, "channel_drop is 2.0, expected a probability"),
@@ -315,4 +348,4 @@ def test_16_bit_grey_images_train_from_weights_for_rgb(tmp_path: Path, images: P
 )
 def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        PretrainConfig(channels=5, **settings)
+        PretrainConfig(**{"channels": 5, **settings})

@@ -134,7 +134,7 @@ def test_timm_config_json_sets_transform(tmp_path: Path) -> None:
     [
         ({"input_size": [3, 64, 32]}, "expected a square"), ({"input_size": [3, 10**9, 10**9]}, "expected a square"),
         ({"input_size": [3, "a", "a"]}, "invalid literal"), ({"crop_pct": float("nan")}, "expected a square"),
-        ({"interpolation": "random"}, "'random'"), ({"mean": [0.5]}, "three numbers"),
+        ({"interpolation": "random"}, "'random'"), ({"mean": [0.5]}, "mean has 1 numbers and std 3, expected as many"),
     ],
 )  # fmt: skip
 def test_invalid_timm_transform_settings_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -56,7 +56,7 @@ class ChannelViewMaker:
                 np.clip(mean + np.float32(factor) * (out - mean), 0, 1, out=out)
         *gains, drop = row[column.COLUMNS :].astype(np.float32)
         np.clip(out * (1 + self._gain * (2 * np.array(gains) - 1))[:, None, None], 0, 1, out=out)
-        if drop < self._drop:
+        if len(out) > 1 and drop < self._drop:
             out[int(drop / self._drop * len(out))] = 0
         if row[column.SIGMA] >= 0:
             for axis in (1, 2):

@@ -35,7 +35,7 @@ class MultiCropAugmentation:
         blur_radius: Range (min, max) of the std of the blur, in pixels of the view.
         solarize: Probability of solarisation for the second global view.
         channels: Number of channels of the images.
-        channel_gain, channel_drop: Strength of a random gain of each channel, and probability that a channel is black.
+        channel_gain, channel_drop: Strength of a random gain of each channel, probability that one of them is black.
             With three channels, saturation, hue and gray apply, else these two.
 
     Raises:

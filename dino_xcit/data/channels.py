@@ -29,8 +29,10 @@ def array_of(item: Item, format: PixelFormat) -> Channels:
     Raises:
         ValueError: The file is of another kind, or has another number of channels. Damaged files raise any exception.
     """
-    pixels = _read(item) if isinstance(item, bytes) else item
-    return _scaled(_channels_last(pixels, format.channels), format)
+    pixels = _channels_last(_read(item) if isinstance(item, bytes) else item, format.channels)
+    if 0 in pixels.shape:
+        raise ValueError(f"its pixels have the shape {pixels.shape}")
+    return _scaled(pixels, format)
 
 
 def highest_uint16(data: bytes) -> int:
@@ -53,8 +55,11 @@ def _read_png(data: bytes) -> NDArray[Any]:
     import torch
     from torchvision.io import ImageReadMode, decode_png  # Pillow reduces colours of 16 bits to 8
 
-    _check_count(int.from_bytes(data[16:20]) * int.from_bytes(data[20:24]))
-    return decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+    if data[25:26] == b"\x03":
+        raise ValueError("its values are numbers of a palette")
+    _check_count(4 * int.from_bytes(data[16:20]) * int.from_bytes(data[20:24]))
+    pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    return pixels.permute(1, 2, 0).numpy()
 
 
 def _read_npy(data: bytes) -> NDArray[Any]:
@@ -63,17 +68,23 @@ def _read_npy(data: bytes) -> NDArray[Any]:
     header = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0
     _check_count(math.prod(header(file)[0]))
     file.seek(0)
-    return np.load(file, allow_pickle=False)
+    pixels = np.load(file, allow_pickle=False)
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
 def _read_tiff(data: bytes) -> NDArray[Any]:
+    """Return the first series [height, width, C]: the other axes, such as samples or pages, are the channels."""
     try:
         import tifffile
     except ImportError as error:
         raise ValueError("TIFF files need the package tifffile: pip install 'dino-xcit[tiff]'") from error
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        _check_count(file.series[0].size)
-        return file.series[0].asarray()
+        series, kind = file.series[0], tifffile.PHOTOMETRIC(file.pages.first.photometric)
+        if kind in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.MINISWHITE):
+            raise ValueError(f"its values are of the kind {kind.name}, expected MINISBLACK or RGB")
+        _check_count(series.size)
+        pixels = np.moveaxis(series.asarray(), [series.axes.index("Y"), series.axes.index("X")], [0, 1])
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _check_count(values: int) -> None:
@@ -83,14 +94,15 @@ def _check_count(values: int) -> None:
 
 
 def _channels_last(pixels: NDArray[Any], channels: int) -> NDArray[Any]:
-    """Return [height, width, channels] of [height, width], [height, width, channels] or [channels, height, width]."""
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.ndim == 3 and pixels.shape[2] == channels:
-        return pixels
-    if pixels.ndim == 3 and pixels.shape[0] == channels:
-        return pixels.transpose(1, 2, 0)
-    raise ValueError(f"its pixels have the shape {pixels.shape}, expected {channels} channels (--channels)")
+    """Return [height, width, channels]; the channels may be first, and a single one may be missing."""
+    if pixels.ndim == 2 and channels == 1:
+        return pixels[..., None]
+    first, last = (pixels.ndim == 3 and pixels.shape[place] == channels for place in (0, 2))
+    if first and last and channels > 1:
+        raise ValueError(f"its pixels have the shape {pixels.shape}, so that it is unknown which are the channels")
+    if not first and not last:
+        raise ValueError(f"its pixels have the shape {pixels.shape}, expected {channels} channels (--channels)")
+    return pixels if last else pixels.transpose(1, 2, 0)
 
 
 def _scaled(pixels: NDArray[Any], format: PixelFormat) -> Channels:
@@ -105,5 +117,8 @@ def _scaled(pixels: NDArray[Any], format: PixelFormat) -> Channels:
         raise ValueError(f"its pixels are {pixels.dtype}, with an unknown range: set --value-range, such as 0 1")
     else:
         low, high = format.value_range
-    scaled = (pixels.astype(np.float32) - np.float32(low)) / np.float32(high - low)
-    return np.nan_to_num(scaled, copy=False, nan=0.0).clip(0, 1)
+    scaled = pixels.astype(np.float32)
+    scaled -= np.float32(low)
+    scaled /= np.float32(high - low)
+    np.nan_to_num(scaled, copy=False, nan=0.0)
+    return scaled.clip(0, 1, out=scaled)

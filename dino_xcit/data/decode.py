@@ -1,4 +1,5 @@
-"""Decode items of a source to RGB images. All image files are decoded here."""
+"""Decode items of a source to images. All image files are decoded here, those of other than three channels by
+:mod:`dino_xcit.data.channels`."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from dino_xcit.transform import RGB, WHITE, Channels, PixelFormat, pixels_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
+ADVICE = "remove it, or save it again as JPEG or PNG; python -m dino_xcit.data pack skips unreadable images"
 MAX_PIXELS = 160_000_000
 """Maximum number of pixels, checked before decoding. Medium-format cameras reach 151 million.
 
@@ -107,7 +109,8 @@ def picture_of(image: Image.Image | Channels) -> Image.Image:
 
 
 def _decode_channels(item: Item, name: str, format: PixelFormat) -> Channels:
-    return guarded(lambda _: array_of(item, format), item if isinstance(item, bytes) else b"pixels", name)
+    advice = "remove it, or save it again as PNG, TIFF or NPY"
+    return guarded(lambda _: array_of(item, format), item if isinstance(item, bytes) else b"pixels", name, advice)
 
 
 def decode_pixels(item: Item, name: str, format: PixelFormat = RGB) -> NDArray[np.uint8] | Channels:
@@ -235,7 +238,7 @@ def _header_of(data: bytes) -> Header:
     return Header(kind, orientation in _UPRIGHT, image.size[::-1] if orientation in (5, 6, 7, 8) else image.size)
 
 
-def guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decoded:
+def guarded(read: Callable[[bytes], Decoded], data: bytes, name: str, advice: str = ADVICE) -> Decoded:
     """Return ``read(data)``.
 
     Raises:
@@ -249,7 +252,6 @@ def guarded(read: Callable[[bytes], Decoded], data: bytes, name: str) -> Decoded
     except Exception as error:  # damaged files make parsers raise any exception
         cause = _cause(data, error)
     # Raised outside the handler, so that no traceback keeps a half-decoded image in memory.
-    advice = "remove it, or save it again as JPEG or PNG; python -m dino_xcit.data pack skips unreadable images"
     raise UndecodableImage(f"{name} cannot be read: {cause}; {advice}", cause)
 
 
@@ -383,6 +385,8 @@ def _cause(data: bytes, error: Exception) -> str:
             return f"it begins like a {claimed}, but its header is damaged or unsupported"
         if data[:1000].lstrip().lower().startswith((b"<!doctype html", b"<html")):
             return "a web page, not an image"
+        if data.startswith(b"\x93NUMPY"):
+            return "an array, which needs --channels"
         return f"not an image in a known format ({', '.join(FORMATS)})"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"

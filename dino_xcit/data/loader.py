@@ -195,7 +195,7 @@ class MultiCropDataset(BatchDataset[Batch]):
         """
         super().__init__(source, seed, format)
         self.augmentation, self.first, self.finish_on_device = augmentation, first, finish_on_device
-        sides = [[view.size for view in one.views] for one in (*first, augmentation)]
+        sides = [[format.rgb_side(view.size) for view in one.views] for one in (*first, augmentation)]
         self.sides = max(sides, key=lambda sides: sum(side**2 for side in sides))
         self._maker = augmentation.maker()
 

@@ -21,7 +21,7 @@ from dino_xcit.data.storage import MAX_IMAGE_BYTES, read_file
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone, build_empty, is_registered
 from dino_xcit.models.vit import vit_shape
-from dino_xcit.transform import Channels, EvalTransform, normalise
+from dino_xcit.transform import Channels, EvalTransform, normalise, require_rgb
 from dino_xcit.weights.layouts import Layout, StoredNetwork, architecture_of, read_network
 from dino_xcit.weights.locate import CONFIG, TIMM, WeightsFile, open_weights
 from dino_xcit.weights.names import State, shown
@@ -136,6 +136,7 @@ class LoadedBackbone(Provenance):
             pixels = []
             for one in images[start : start + batch_size]:
                 if isinstance(one, Image.Image):
+                    require_rgb(self.transform.pixel_format, str(self.path))
                     image: Image.Image | Channels = ImageOps.exif_transpose(one).convert("RGB")
                 else:
                     image = decode_image(read_file(str(one), MAX_IMAGE_BYTES), str(one), self.transform.pixel_format)

@@ -64,14 +64,16 @@ class PooledBackbone(nn.Module):
     """A frozen backbone whose ``cls_token`` [B, W] is the concatenated features of several choices."""
 
     def __init__(
-        self, backbone: nn.Module, choices: Sequence[str], crop: int, device: torch.device, precision: str = "fp32"
-    ) -> None:
+        self, backbone: nn.Module, choices: Sequence[str], crop: int, device: torch.device, precision: str = "fp32",
+        channels: int = 3,
+    ) -> None:  # fmt: skip
         """Wrap ``backbone``, which is on ``device`` and in eval mode.
 
         Args:
             choices: choices of features; ``cls`` is always included.
             crop: image size in pixels, for the forward pass that determines the width of each part.
             precision: of the backbone's products.
+            channels: of the images.
 
         Raises:
             InputError: a choice is unknown or not supported by the backbone.
@@ -84,7 +86,7 @@ class PooledBackbone(nn.Module):
             name = max(wanted, key=lambda each: wanted[each])
             has = f"has {depth}" if depth else "does not return tokens of blocks"
             raise InputError(f"features has {name}, which needs {self._blocks} blocks, but the backbone {has}")
-        image = torch.zeros(1, 3, crop, crop, device=device)
+        image = torch.zeros(1, channels, crop, crop, device=device)
         with torch.inference_mode():
             self._has_class_tokens = bool(self._blocks and depth and backbone(image, layers=(-1,)).layer_cls)
             for name in wanted:

@@ -54,7 +54,7 @@ class Probe:
             InputError: a setting, the weights or the data are invalid.
         """
         self.started = time.perf_counter()
-        self.loaded, self.device = open_backbone(config)
+        self.loaded, self.device = open_backbone(config, rgb=False)
         self.transform = self.loaded.transform
         self.train, self.val = labelled_parts(config, self.loaded)
         self.variants = [open_variant(word, self.train, self.val) for word in config.also]
@@ -75,8 +75,9 @@ class Probe:
         self.held_source = Subset(self.train, self.held)
         self.lrs = sorted(config.lrs) if len(self.held) else []
         self.pooled = PooledBackbone(
-            self.loaded.backbone, config.features, self.transform.crop, self.device, config.precision
-        ).eval()
+            self.loaded.backbone, config.features, self.transform.crop, self.device, config.precision,
+            self.transform.pixel_format.channels,
+        ).eval()  # fmt: skip
         self.row_hash = self.loaded.hash + self.pooled.identity
         self.folder = beside_weights(config, config.output_dir, "linear")
         self.cache = cache_folder(config)

@@ -136,7 +136,9 @@ def live_features(
     Raises:
         InputError: an image is unreadable or its features are not finite; the message names it.
     """
-    num_workers = fit_shared_memory(num_workers, sampler.batch_size, [views.transform.crop])
+    num_workers = fit_shared_memory(
+        num_workers, sampler.batch_size, [views.transform.pixel_format.rgb_side(views.transform.crop)]
+    )
     loader: DataLoader[Any] = DataLoader(
         views, None, sampler=sampler, num_workers=num_workers, prefetch_factor=PREFETCHED if num_workers else None,
         worker_init_fn=worker_init() if num_workers else None,

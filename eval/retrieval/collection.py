@@ -538,7 +538,7 @@ def open_backbone_of(collection: Collection, config: BackboneConfig) -> tuple[Lo
         allow_missing=(*config.allow_missing, *(key for kind, key in allowed if kind == "missing")),
         allow_unexpected=(*config.allow_unexpected, *(key for kind, key in allowed if kind == "unexpected")),
     )
-    loaded, device = open_backbone(config, EvalTransform.from_dict(collection.metadata["transform"]))
+    loaded, device = open_backbone(config, EvalTransform.from_dict(collection.metadata["transform"]), rgb=False)
     if loaded.hash != made_by["hash"]:
         raise InputError(f"{loaded.path} is not the backbone of {collection.folder}: give its --weights")
     return loaded, device
