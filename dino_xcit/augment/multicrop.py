@@ -106,11 +106,9 @@ class MultiCropAugmentation:
 
     def compile(self) -> None:
         """Compile the augmentation, or load it from the cache."""
-        call_first(
-            lambda: self(
-                Image.new("RGB", (8, 8)) if self.channels == 3 else np.zeros((8, 8, self.channels), np.float32)
-            )
-        )
+        rgb = self.channels == 3
+        image = Image.new("RGB", (8, 8)) if rgb else np.zeros((8, 8, self.channels), dtype=np.float32)
+        call_first(lambda: self(image))
 
     def maker(self) -> ViewMaker | ChannelViewMaker:
         """Return what makes the views of an image."""

@@ -208,11 +208,8 @@ class MultiCropDataset(BatchDataset[Batch]):
         augmentation = self.first[epoch] if epoch < len(self.first) else self.augmentation
         sizes = [view.size for view in augmentation.views]
         groups = group_by_size(sizes)
-        crops = [
-            augmentation.empty(len(group), len(keys), augmentation.channels, side, side)
-            for group in groups
-            for side in [sizes[group[0]]]
-        ]
+        shapes = [(len(group), len(keys), augmentation.channels, *[sizes[group[0]]] * 2) for group in groups]
+        crops = [augmentation.empty(*shape) for shape in shapes]
         rows = np.empty((len(sizes), len(keys), COLUMNS)) if self.finish_on_device else None
         places = [group.numpy() for group in crops]
         indices: list[int] = []

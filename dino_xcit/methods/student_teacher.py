@@ -102,11 +102,9 @@ class StudentTeacher(Method):
         sizes = [view.size for view in self.config.augmentation().views]
         # torch.compile specialises on shapes, so use the batch size of the training.
         images = self.config.batch_size_per_gpu if self.kernels == "compile" else 2
-        crops = [
-            torch.randn(images * len(group), self.config.channels, side, side, generator=generator).to(self.device)
-            for group in group_by_size(sizes)
-            for side in [sizes[group[0]]]
-        ]
+        channels = self.config.channels
+        shapes = [(images * len(group), channels, *[sizes[group[0]]] * 2) for group in group_by_size(sizes)]
+        crops = [torch.randn(shape, generator=generator).to(self.device) for shape in shapes]
         buffers = list(self.student.buffers())
         before = [buffer.clone() for buffer in buffers]
         with self._autocast():
