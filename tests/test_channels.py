@@ -148,6 +148,21 @@ def test_arrays_are_images_only_where_there_are_no_others(tmp_path: Path) -> Non
     assert [Path(source.name(index)).name for index in range(len(source))] == ["c.png"]
 
 
+@pytest.mark.parametrize("format", ["list", "hf"])
+def test_lists_and_hugging_face_datasets_keep_16_bits(tmp_path: Path, format: str) -> None:
+    pixels = bands(1)[..., 0]
+    (tmp_path / "a.png").write_bytes(png(pixels))
+    url = str(tmp_path / "all.txt")
+    Path(url).write_text(f"{tmp_path / 'a.png'}\n")
+    if format == "hf":
+        datasets = pytest.importorskip("datasets")
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": png(pixels), "path": None}]})
+        rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "hf"))
+        url = f"hf:{tmp_path / 'hf'}"
+    found = np.asarray(read_image(open_source(url), 0, PixelFormat(1)))
+    np.testing.assert_array_equal(np.rint(found[..., 0] * 65535), pixels)
+
+
 # ---- transforms
 
 
@@ -334,6 +349,18 @@ def test_16_bit_grey_images_train_from_weights_for_rgb(tmp_path: Path, images: P
     pretrain(data_path=str(tmp_path / "grey"), output_dir=str(out), channels=1, init_weights=weights, **settings)
     loaded = load_backbone(out / "checkpoint.pth")
     assert first_convolution(loaded.backbone)[1].in_channels == len(loaded.transform.mean) == 1
+
+
+def test_float_images_of_two_channels_train_in_workers(tmp_path: Path) -> None:
+    for number in range(8):
+        path = tmp_path / "images" / f"{number}.npy"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(npy(bands(2, seed=number).astype(np.float32) / 30_000))
+    settings = SETTINGS | {"epochs": 1, "num_workers": 1, "channel_gain": 0.0, "value_range": (0.0, 2.0)}
+    out = str(tmp_path / "run")
+    pretrain(data_path=str(tmp_path / "images"), output_dir=out, channels=2, **settings)
+    transform = load_backbone(f"{out}/checkpoint.pth").transform
+    assert (transform.value_range, len(transform.mean)) == ((0.0, 2.0), 2)
 
 
 @pytest.mark.parametrize(
