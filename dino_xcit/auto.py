@@ -6,7 +6,6 @@ docs/log.md has the figures.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import statistics
@@ -85,17 +84,19 @@ def median_side(source: Source, format: PixelFormat = RGB) -> int:
     Raises:
         InputError: none of them can be read.
     """
-    sides, chosen = [], evenly_spaced(len(source), 15)
+    sides, problems, chosen = [], [], evenly_spaced(len(source), 15)
     for index in chosen:
-        with contextlib.suppress(UndecodableImage):  # reported where it is used
+        try:
             if format.channels == 3:
                 item, _ = source.read(index)
-                sides.append(min(read_header(item).size if isinstance(item, bytes) else item.shape[:2]))
+                size = read_header(item, source.name(index)).size if isinstance(item, bytes) else item.shape[:2]
             else:
-                sides.append(min(np.asarray(read_image(source, index, format)).shape[:2]))
+                size = np.asarray(read_image(source, index, format)).shape[:2]
+            sides.append(min(size))
+        except UndecodableImage as error:  # reported where it is used
+            problems.append(f"{source.name(index)} ({error.cause})")
     if not sides:
-        found = f"none of {len(chosen)} images can be read, such as {source.name(chosen[0])}"
-        raise InputError(f"{found}: python -m dino_xcit.data check {source.url} lists the causes")
+        raise InputError(f"none of {len(chosen)} images of {source.url} can be read, such as {problems[0]}")
     return int(statistics.median(sides))
 
 
