@@ -110,7 +110,7 @@ MISTAKES = {
     "--lr": "lr is empty, expected a number, such as 0.0005",
     "--global_crops_scale 0.4 1 2": "'2' after --global_crops_scale",
     "--epochs 1.5": "epochs is 1.5, expected a whole number, such as 100",
-    "--std 1 1 one": "std is 1 1 one, expected 3 numbers",
+    "--std 1 1 one": "std is 1 1 one, expected numbers",
     "--precision fp8": "precision is fp8, expected one of auto, fp32",
     "--epochs 0": "epochs is 0",
     "--lr nan": "lr is nan",

@@ -125,7 +125,7 @@ class BatchDataset(Dataset[BatchT]):
     sides: Sequence[int]
     """Sides of squares with the bytes of one image in a batch, as RGB; for the size of shared memory."""
 
-    def __init__(self, source: Source, seed: int, format: PixelFormat) -> None:
+    def __init__(self, source: Source, seed: int, format: PixelFormat = RGB) -> None:
         self.source, self.seed, self.format = source, seed, format
 
     def __len__(self) -> int:
