@@ -43,6 +43,9 @@ def compiled(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: in
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     signature, aligned = dict.fromkeys(kernel.arg_names, "constexpr"), {}
     for place, (name, value) in enumerate(zip(kernel.arg_names[: len(args)], args, strict=True)):
+        if value is None:
+            constants[name] = None
+            continue
         signature[name] = TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             aligned[(place,)] = [["tt.divisibility", 16]]  # as the launcher finds; it also specialises for 1

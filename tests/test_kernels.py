@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_xcit.methods.dino import DINOLoss, entropy
+from dino_xcit.models.fused import fold_layer_scale
 from dino_xcit.models.xca import direct_attention
 from dino_xcit.models.xcit import LPI, Mlp
 
@@ -21,6 +22,7 @@ pytest.importorskip("triton")
 
 from dino_xcit.kernels.add_norm import add_norm
 from dino_xcit.kernels.cross_entropy import cross_entropy, sharpened
+from dino_xcit.kernels.layer_scale import fold
 from dino_xcit.kernels.lpi import lpi
 from dino_xcit.kernels.xca import attention
 
@@ -67,7 +69,7 @@ def _several_tiles_in_each_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small inputs would otherwise run each loop of the kernels once."""
     for module, name, value in (
         ("lpi", "PROGRAMS", 2), ("add_norm", "PROGRAMS", 2), ("gelu", "PROGRAMS", 1), ("gelu", "ROWS", 4),
-        ("cross_entropy", "ROW_TILE", 256), ("cross_entropy", "TILE", 256),
+        ("cross_entropy", "ROW_TILE", 256), ("cross_entropy", "TILE", 256), ("layer_scale", "COLUMNS", 128),
     ):  # fmt: skip
         monkeypatch.setattr(f"dino_xcit.kernels.{module}.{name}", value)
 
@@ -79,7 +81,7 @@ def test_kernels_compile_for_gpus_without_spills() -> None:
     words = [sys.executable, str(BENCHMARKS / "kernels.py"), "--batch", "4"]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout.splitlines()[-1]) == {"kernels": 16, "spilled": {}}
+    assert json.loads(ended.stdout.splitlines()[-1]) == {"kernels": 18, "spilled": {}}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,12 +126,31 @@ def test_add_norm(dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mlp(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layer", [nn.Linear(300, 7), nn.Conv2d(7, 7, 3, groups=7)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fold_layer_scale(scaled: bool, layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> None:
+    module = nn.Module()
+    module.layer, module.gamma = layer, nn.Parameter(torch.randn(7)) if scaled else None
     compare(
-        lambda module, x: [module(x, triton=True)],
-        lambda module, x: [module(x)],
+        lambda own, x: fold(own.gamma, own.layer.weight, own.layer.bias, x.dtype),
+        lambda own, x: (
+            fold_layer_scale(own.gamma, own.layer.weight, own.layer.bias, x.dtype)
+            if scaled else (own.layer.weight.to(x.dtype), own.layer.bias.to(x.dtype))
+        ),
+        module,
+        [torch.zeros(1, dtype=dtype)],
+        [torch.randn_like(layer.weight), torch.randn(7)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_mlp(scaled: bool, dtype: torch.dtype) -> None:
+    compare(
+        lambda module, x, gamma: [module(x, gamma if scaled else None, triton=True)],
+        lambda module, x, gamma: [module(x, gamma if scaled else None)],
         Mlp(24, 300),
-        [torch.randn(37, 24).to(dtype)],
+        [torch.randn(37, 24).to(dtype), torch.randn(24)],
         [torch.randn(37, 24)],
     )
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_xcit.kernels.add_norm import add_norm
+from dino_xcit.kernels.layer_scale import fold
 from dino_xcit.kernels.lpi import lpi
 from dino_xcit.kernels.xca import attention
 from dino_xcit.models.droppath import add_scaled
-from dino_xcit.models.fused import fold_layer_scale, layer_scaled, product_dtype
+from dino_xcit.models.fused import layer_scaled, product_dtype
 from dino_xcit.models.sizes import Sizes
 from dino_xcit.models.xca import XCA
 from dino_xcit.models.xcit import LPI, XCABlock
@@ -61,12 +62,15 @@ def run_block(block: XCABlock, stream: Stream, sizes: Sizes, scales: Tensor) -> 
 
 
 def _attention(module: XCA, x: Tensor, sizes: Sizes, layer_scale: Tensor | None = None) -> Tensor:
-    proj = fold_layer_scale(layer_scale, module.proj.weight, module.proj.bias, product_dtype(x))
-    tokens = [height * width for _, (height, width) in sizes]
-    return F.linear(attention(module.qkv(x), module.temperature, [images for images, _ in sizes], tokens), *proj)
+    low, images, tokens = product_dtype(x), [images for images, _ in sizes], [h * w for _, (h, w) in sizes]
+    qkv = F.linear(x, *fold(None, module.qkv.weight, module.qkv.bias, low))
+    proj = fold(layer_scale, module.proj.weight, module.proj.bias, low)
+    return F.linear(attention(qkv, module.temperature, images, tokens), *proj)
 
 
 def _local_patches(module: LPI, x: Tensor, sizes: Sizes, layer_scale: Tensor | None = None) -> Tensor:
-    assert module.conv2.bias is not None
-    weight, bias = fold_layer_scale(layer_scale, module.conv2.weight, module.conv2.bias)
+    weight, bias = module.conv2.weight, module.conv2.bias
+    assert bias is not None
+    if layer_scale is not None:
+        weight, bias = fold(layer_scale, weight, bias, weight.dtype)
     return lpi(x, sizes, module.conv1, module.bn, weight, bias)

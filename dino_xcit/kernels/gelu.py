@@ -40,16 +40,21 @@ def gelu_kernel(
     tl.store(grad_bias + tl.program_id(0) * columns + column, total, column < columns)
 
 
-@triton_op("dino_xcit::gelu_backward", mutates_args=())
 def gelu_backward(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return GELU(hidden), the gradient of ``hidden``, and its sums over parts of the rows.
+    """Return GELU(hidden), the gradient of ``hidden``, and its sums over the rows.
 
     Args:
         hidden, grad: [T, M]; ``grad`` is the gradient of GELU(hidden).
 
     Returns:
-        [T, M] and [T, M] in the dtype of ``hidden``, and [parts, M] float32.
+        [T, M] and [T, M] in the dtype of ``hidden``, and [M] float32.
     """
+    activated, grad_hidden, parts = _gelu_backward(hidden, grad)
+    return activated, grad_hidden, parts.sum(dim=0)
+
+
+@triton_op("dino_xcit::gelu_backward", mutates_args=())
+def _gelu_backward(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden, grad, (rows, columns) = hidden.contiguous(), grad.contiguous(), hidden.shape
     programs = min(PROGRAMS, triton.cdiv(rows, ROWS))
     activated, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)

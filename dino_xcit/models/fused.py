@@ -80,14 +80,29 @@ class _FoldLayerScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gamma: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(gamma, weight, bias)
-        return _scale_rows(gamma, weight, dtype), _scale_rows(gamma, bias, dtype)
+        return _fold(gamma, weight, bias, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
         gamma, weight, bias = ctx.saved_tensors
-        grad_gamma = (grad_weight * weight).flatten(1).sum(dim=1) + grad_bias * bias
-        return grad_gamma, _scale_rows(gamma, grad_weight), gamma * grad_bias, None
+        return *_fold_backward(gamma, weight, bias, grad_weight, grad_bias), None
+
+
+def _fold(gamma: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if gamma is None:
+        return weight.to(dtype), bias.to(dtype)
+    return _scale_rows(gamma, weight, dtype), _scale_rows(gamma, bias, dtype)
+
+
+def _fold_backward(
+    gamma: Tensor | None, weight: Tensor, bias: Tensor, grad_weight: Tensor, grad_bias: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients of gamma, weight and bias from those of the results of :func:`_fold`."""
+    if gamma is None:
+        return None, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    grad_gamma = (grad_weight * weight).flatten(1).sum(dim=1) + grad_bias * bias
+    return grad_gamma, _scale_rows(gamma, grad_weight), gamma * grad_bias
 
 
 # ---- MLP
@@ -96,11 +111,25 @@ class _FoldLayerScale(torch.autograd.Function):
 def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, layer_scale: Tensor | None = None, triton: bool = False) -> Tensor:
     """Compute ``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; keeps x and the hidden layer before GELU for backward.
 
-    ``triton``: use the kernel of :mod:`dino_xcit.kernels.gelu` in the backward pass.
+    ``triton``: use the kernels of :mod:`dino_xcit.kernels.layer_scale` and :mod:`dino_xcit.kernels.gelu`.
     """
     if _plain:
         return F.linear(F.gelu(fc1(x)), *fold_layer_scale(layer_scale, fc2.weight, fc2.bias))
     return _Mlp.apply(x.to(product_dtype(x)), fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer_scale, triton)
+
+
+def _mlp_operators(triton: bool) -> tuple[Any, Any, Any]:
+    if not triton:
+        return _fold, _fold_backward, _gelu_backward
+    from dino_xcit.kernels import gelu, layer_scale  # triton is missing on some systems
+
+    return layer_scale.fold, layer_scale.fold_backward, gelu.gelu_backward
+
+
+def _gelu_backward(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return GELU(hidden) and the gradients of ``hidden`` [T, M] and of its bias [M]."""
+    grad_hidden = aten.gelu_backward(grad, hidden)
+    return F.gelu(hidden), grad_hidden, grad_hidden.sum(dim=0)
 
 
 class _Mlp(torch.autograd.Function):
@@ -110,39 +139,28 @@ class _Mlp(torch.autograd.Function):
         triton: bool,
     ) -> Tensor:  # fmt: skip
         low = x.dtype
+        fold, *ctx.operators = _mlp_operators(triton)
         with torch.autocast(x.device.type, enabled=False):
-            hidden = F.linear(x, weight1.to(low), bias1.to(low))
-            weight, bias = fold_layer_scale(gamma, weight2, bias2, low)  # folded here: autograd would keep them
-            out = F.linear(F.gelu(hidden), weight.to(low), bias.to(low))
-        ctx.save_for_backward(x, hidden, weight1, weight2, bias2, gamma)
-        ctx.triton = triton
+            low1, low2 = fold(None, weight1, bias1, low), fold(gamma, weight2, bias2, low)
+            hidden = F.linear(x, *low1)
+            out = F.linear(F.gelu(hidden), *low2)
+        ctx.save_for_backward(x, hidden, low1[0], low2[0], weight2, bias2, gamma)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight1, weight2, bias2, gamma = ctx.saved_tensors
-        low, full = x.dtype, weight1.dtype
-        rows = grad.to(low).reshape(-1, grad.shape[-1])
+        x, hidden, low_weight1, low_weight2, weight2, bias2, gamma = ctx.saved_tensors
+        full, (fold_backward, gelu_backward) = weight2.dtype, ctx.operators
+        rows = grad.to(x.dtype).reshape(-1, grad.shape[-1])
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        weight = weight2.to(low) if gamma is None else _scale_rows(gamma, weight2, low)
-        if ctx.triton:
-            from dino_xcit.kernels.gelu import gelu_backward  # triton is missing on some systems
-
-            activated, grad_hidden, parts = gelu_backward(hidden, rows @ weight)
-            grad_bias1 = parts.sum(dim=0)
-        else:
-            activated, grad_hidden = F.gelu(hidden), aten.gelu_backward(rows @ weight, hidden)
-            grad_bias1 = grad_hidden.sum(dim=0).to(full)
-        grad_weight2, grad_bias2 = product(rows.T, activated).to(full), rows.sum(dim=0).to(full)
+        activated, grad_hidden, grad_bias1 = gelu_backward(hidden, rows @ low_weight2)
+        grads2 = product(rows.T, activated), rows.sum(dim=0)
         del activated  # free it before the next allocations
-        grad_gamma = None
-        if gamma is not None:
-            grad_gamma = (grad_weight2 * weight2).sum(dim=1) + grad_bias2 * bias2
-            grad_weight2, grad_bias2 = _scale_rows(gamma, grad_weight2), gamma * grad_bias2
-        grad_x = (grad_hidden @ weight1.to(low)).view_as(x)
+        grad_gamma, grad_weight2, grad_bias2 = fold_backward(gamma, weight2, bias2, *grads2)
+        grad_x = (grad_hidden @ low_weight1).view_as(x)
         grad_weight1 = product(grad_hidden.T, x.reshape(-1, x.shape[-1])).to(full)
-        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_gamma, None
+        return grad_x, grad_weight1, grad_bias1.to(full), grad_weight2, grad_bias2, grad_gamma, None
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
