@@ -164,7 +164,7 @@ def run_query(config: ExtractConfig) -> None:
     blocks: list[tuple[Cell, list[Cell]]] = []
     for query, image, near, places in zip(config.query, images, scores.tolist(), rows.tolist(), strict=True):
         log.info(f"query {query}")
-        blocks.append((tile(picture_of(image), "query", query), []))
+        blocks.append((tile(picture_of(image, format), "query", query), []))
         for rank, (score, row) in enumerate(zip(near, places, strict=True), start=1):
             if row < 0:  # an approximate index may find fewer than top
                 break

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from dino_xcit.bounds import FilePath, Group, Seed, ZeroIsAuto, check_bounds, marked, shown
+from dino_xcit.bounds import FilePath, Group, Seed, ZeroIsAuto, check_bounds, marked, refuse_changed, shown
 from dino_xcit.errors import InputError
-from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform, PixelFormat
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform, PixelFormat, check_shown
 
 if TYPE_CHECKING:
     from dino_xcit.augment import MultiCropAugmentation
@@ -243,6 +243,9 @@ class PretrainConfig(TrainConfig):
     """Strength of a random gain of each channel, from 1 - channel_gain to 1 + channel_gain (not for 3 channels)."""
     channel_drop: float = 0.2
     """Probability that a random channel is black (neither for 3 channels nor for one)."""
+    show_channels: Annotated[tuple[int, ...], ResumeSafe] = ()
+    """Numbers of the three channels that pictures show as red, green and blue, such as 4 1 0, stored in the checkpoint
+    (not for 3 channels). Default: the first three, or the first one as grey."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean of each channel, for normalisation. Default for other than 3 channels: measured on 256 images."""
     std: Annotated[tuple[float, ...], Gt(0)] = IMAGENET_STD
@@ -307,8 +310,9 @@ class PretrainConfig(TrainConfig):
                 )
         if self.value_range and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
             raise InputError(f"value_range is {shown(self.value_range)}, expected the values of black and white: 0 1")
-        if self.value_range and self.channels == 3:
-            raise InputError("value_range is for other than 3 channels: leave it out")
+        if self.channels == 3:
+            refuse_changed(self, ("value_range", "show_channels", "channel_gain", "channel_drop"), "with 3 channels")
+        check_shown(self.show_channels, self.channels)
         if self.channels != 3 and self.augment_device == "cuda":
             raise InputError(f"channels is {self.channels}, but augment_device cuda is for 3 channels: expected cpu")
         if not self.is_xcit:
@@ -365,13 +369,14 @@ class PretrainConfig(TrainConfig):
     @property
     def pixel_format(self) -> PixelFormat:
         """Return how the values of image files become pixels."""
-        return PixelFormat(self.channels, self.white_level, self.value_range)
+        return PixelFormat(self.channels, self.white_level, self.value_range, self.show_channels)
 
     def eval_transform(self) -> EvalTransform:
         """Return the transform for evaluating this run's backbone."""
         crop = self.eval_crop or self.global_crops_size
         resize = self.eval_resize or round(crop * 8 / 7)
-        return EvalTransform(resize, crop, "bicubic", self.mean, self.std, self.white_level, self.value_range)
+        format = self.white_level, self.value_range, self.show_channels
+        return EvalTransform(resize, crop, "bicubic", self.mean, self.std, *format)
 
 
 def refuse_xcit_only(config: TrainConfig, arch: str) -> None:

@@ -68,13 +68,13 @@ def draw_preview(
     axes = figure.subplots(len(chosen), columns, squeeze=False)
     for row, index in zip(axes, chosen, strict=True):
         pixels = read_image(source, index, format)
-        image = picture_of(pixels)
+        image = picture_of(pixels, format)
         drawn = augmentation.draw(image.width, image.height, seed, epoch, index)
         views = augmentation(pixels, seed, epoch, index)
         _draw_original(row[0], image, drawn, Path(source.name(index)).name)
         for number, (axis, kind, view) in enumerate(zip(row[1:], augmentation.views, drawn, strict=True)):
             array = views[number].permute(1, 2, 0).numpy()
-            axis.imshow(array if format.channels == 3 else picture_of(array))
+            axis.imshow(array if format.channels == 3 else picture_of(array, format))
             axis.set_title(_caption(number, kind, view, image), fontsize=5, color=_colour(number), loc="left")
             axis.axis("off")
     try:

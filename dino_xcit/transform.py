@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,8 @@ class PixelFormat:
     """Value of 16-bit images that maps to white. Larger values are clipped."""
     value_range: tuple[float, ...] = ()
     """Values that map to black and white in images of other types than 8 and 16 bits; not for three channels."""
+    show_channels: tuple[int, ...] = ()
+    """Channels that pictures show as red, green and blue; () for the first three, or the first one as grey."""
 
     def rgb_side(self, side: int) -> int:
         """Return the side of an RGB image of uint8 with the bytes of an image of ``side`` pixels in this format."""
@@ -85,35 +87,45 @@ class EvalTransform:
     """See :class:`PixelFormat`."""
     value_range: tuple[float, ...] = ()
     """See :class:`PixelFormat`."""
+    show_channels: tuple[int, ...] = ()
+    """See :class:`PixelFormat`."""
 
     @property
     def pixel_format(self) -> PixelFormat:
         """Format of the images."""
-        return PixelFormat(len(self.mean), self.white_level, self.value_range)
+        return PixelFormat(len(self.mean), self.white_level, self.value_range, self.show_channels)
 
     def __call__(self, image: Image.Image | Channels) -> Tensor:
         """Resize and crop to [channels, crop, crop]: uint8 for images of Pillow, float32 for arrays.
 
         For the normalisation on the device see :func:`normalise`.
         """
-        # torchvision takes two seconds to import, and training does not need it.
+        from torchvision.transforms import functional as TF  # takes two seconds to import, training does not need it
+
+        height, width = size_of(image)
+        if max(height, width) <= MAX_ASPECT * min(height, width):
+            resized = self.resized(image, [self.resize])
+        elif isinstance(image, np.ndarray):
+            raise InputError(f"the image has {width} x {height} pixels: too long")
+        else:
+            resized = to_tensor(self._resized_centre(image))
+        return TF.center_crop(resized, [self.crop, self.crop])
+
+    def resized(self, image: Image.Image | Channels, size: Sequence[int]) -> Tensor:
+        """Resize to [height, width], or to [shorter side], with antialiasing.
+
+        Returns:
+            [channels, height, width], uint8 for images of Pillow, float32 for arrays.
+        """
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as TF
 
-        if isinstance(image, np.ndarray):
-            pixels, mode = to_tensor(image), InterpolationMode(self.interpolation)
-            if mode not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
-                raise InputError(f"interpolation {mode.value} is for three channels: expected bilinear or bicubic")
-            if max(image.shape[:2]) > MAX_ASPECT * min(image.shape[:2]):
-                raise InputError(f"the image has {image.shape[0]} x {image.shape[1]} pixels: too long")
-            resized = TF.resize(pixels, [self.resize], mode, antialias=True).clamp_(0, 1)  # bicubic overshoots
-            return TF.center_crop(resized, [self.crop, self.crop])
-        short, long = sorted(image.size)
-        if long > MAX_ASPECT * short:
-            resized = self._resized_centre(image)
-        else:
-            resized = TF.resize(image, [self.resize], InterpolationMode(self.interpolation))
-        return to_tensor(TF.center_crop(resized, [self.crop, self.crop]))
+        mode = InterpolationMode(self.interpolation)
+        if not isinstance(image, np.ndarray):
+            return to_tensor(TF.resize(image, list(size), mode))
+        if mode not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
+            raise InputError(f"interpolation {mode.value} is for three channels: expected bilinear or bicubic")
+        return TF.resize(to_tensor(image), list(size), mode, antialias=True).clamp_(0, 1)  # bicubic overshoots
 
     def _resized_centre(self, image: Image.Image) -> Image.Image:
         """Resize only the region of the centre crop, as the whole resized image could take gigabytes."""
@@ -128,7 +140,7 @@ class EvalTransform:
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON or a checkpoint. Default formats of pixels are omitted, as in version 0.1."""
-        omitted = (("white_level", WHITE), ("value_range", ()))
+        omitted = (("white_level", WHITE), ("value_range", ()), ("show_channels", ()))
         return {name: value for name, value in asdict(self).items() if (name, value) not in omitted}
 
     @classmethod
@@ -151,32 +163,47 @@ class EvalTransform:
             interpolation = str(values["interpolation"])
             if interpolation not in INTERPOLATIONS:
                 raise ValueError(f"interpolation is {interpolation!r:.40}, expected one of {', '.join(INTERPOLATIONS)}")
-            mean, std = _numbers("mean", values["mean"]), _numbers("std", values["std"])
+            mean, std = _numbers(values, "mean"), _numbers(values, "std")
             if len(mean) != len(std):
                 raise ValueError(f"mean has {len(mean)} numbers and std {len(std)}, expected as many")
-            value_range = _numbers("value_range", values["value_range"]) if "value_range" in values else ()
+            value_range = _numbers(values, "value_range", ())
             if value_range and (len(value_range) != 2 or value_range[0] >= value_range[1]):
                 raise ValueError(f"value_range is {_shown(value_range)}, expected two numbers in ascending order")
+            show_channels = tuple(map(int, _numbers(values, "show_channels", ())))
+            check_shown(show_channels, len(mean))
             if not all(value >= 1 / _MAX_VALUE for value in std):
                 raise ValueError(f"std is {_shown(std)}, expected more than 0")
         except KeyError as error:
             raise InputError(f"the stored evaluation transform lacks {error.args[0]}") from error
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor
             raise InputError(f"the stored evaluation transform: {one_line(error)}") from error
-        return cls(resize, crop, interpolation, mean, std, white_level, value_range)
+        return cls(resize, crop, interpolation, mean, std, white_level, value_range, show_channels)
 
 
-def _numbers(name: str, values: object) -> tuple[float, ...]:
-    if not isinstance(values, (list, tuple)) or not values:
+def check_shown(numbers: Sequence[int], channels: int) -> None:
+    """Raise InputError unless ``show_channels`` has the numbers of three channels, or none."""
+    if numbers and (len(numbers) != 3 or not all(0 <= number < channels for number in numbers)):
+        raise InputError(f"show_channels is {_shown(numbers)}, expected three numbers from 0 to {channels - 1}")
+
+
+def _numbers(values: Mapping[str, Any], name: str, default: tuple[float, ...] | None = None) -> tuple[float, ...]:
+    found = values[name] if default is None else values.get(name, default)
+    if not isinstance(found, (list, tuple)) or (not found and default is None):
         raise ValueError(f"{name} is not a list of numbers")
-    numbers = tuple(float(value) for value in values)
+    numbers = tuple(float(value) for value in found)
     if not all(abs(value) <= _MAX_VALUE for value in numbers):  # also false for NaN
         raise ValueError(f"{name} is {_shown(numbers)}, expected numbers such as 0.5")
     return numbers
 
 
-def _shown(values: tuple[float, ...]) -> str:
+def _shown(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+def size_of(image: Image.Image | Channels) -> tuple[int, int]:
+    """Return height and width."""
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    return height, width
 
 
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:

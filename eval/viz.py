@@ -37,13 +37,13 @@ from torch.nn import functional as F
 
 from dino_xcit.bounds import FilePath, Group, IsPath, Positional, Repeatable, Suffix, refuse_changed
 from dino_xcit.cli import parse
-from dino_xcit.data import decode
+from dino_xcit.data.decode import decode_image, picture_of
 from dino_xcit.data.folder import open_folder
 from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models.xcit import ClassAttention, XCiT
 from dino_xcit.runtime import atomic
 from dino_xcit.runtime.logging import counted, progress_bar
-from dino_xcit.transform import WHITE, normalise, to_tensor
+from dino_xcit.transform import EvalTransform, normalise, size_of
 from dino_xcit.weights import LoadedBackbone
 from eval.config import BackboneConfig
 from eval.pooling import patch_size_of
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     config = replace(config, images=image_files(config.images))
     path = Path(config.out or f"{config.what}.png")
     demand_writable({"out": str(path)})
-    loaded, device = open_weights(config)
+    loaded, device = open_weights(config, rgb=False)
     draw = attention_rows if config.what == "attention" else pca_rows
     sheet = draw_sheet(draw(config, loaded, device))
     atomic.write(path, lambda file: sheet.save(file, format="PNG"))
@@ -135,7 +135,7 @@ def image_files(paths: Sequence[str]) -> tuple[str, ...]:
 def measure_images(
     config: VizConfig, loaded: LoadedBackbone, device: torch.device, measure: Callable[[Tensor], Any]
 ) -> Iterator[tuple[Cell, Any]]:
-    """Yield each image as a cell with the result of ``measure`` for its normalised pixels [1, 3, height, width].
+    """Yield each image as a cell with the result of ``measure`` for its normalised pixels [1, channels, height, width].
 
     Raises:
         InputError: a file is no image or is too large.
@@ -144,20 +144,25 @@ def measure_images(
     with progress_bar(len(config.images), config.what, shown=True) as bar, torch.inference_mode():
         for path in config.images:
             transform = loaded.transform
-            image = load_image(path, config.size, multiple, transform.interpolation, transform.white_level)
-            pixels = normalise(to_tensor(image)[None], transform.mean, transform.std)
-            measured = measure(pixels.to(device))
-            shown = [max(1, round(side * CELL / max(image.size))) for side in image.size]
-            picture = image.resize((shown[0], shown[1]), Image.Resampling.LANCZOS)
-            yield Cell(picture, Path(path).name, f"{image.width} x {image.height}"), measured
+            image, pixels = load_image(path, config.size, multiple, transform)
+            measured = measure(normalise(pixels[None], transform.mean, transform.std).to(device))
+            height, width = pixels.shape[1:]
+            scale = CELL / max(height, width)
+            picture = image.resize(
+                (max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS
+            )
+            yield Cell(picture, Path(path).name, f"{width} x {height}"), measured
             bar.update()
 
 
-def load_image(path: str, size: int, multiple: int, interpolation: str, white_level: int = WHITE) -> Image.Image:
-    """Load a whole image and resize its shorter side to ``size`` pixels; 0: no resizing.
+def load_image(path: str, size: int, multiple: int, transform: EvalTransform) -> tuple[Image.Image, Tensor]:
+    """Load a whole image, and resize its shorter side to ``size`` pixels; 0: no resizing.
 
     Args:
         multiple: round both sides to multiples of this number of pixels.
+
+    Returns:
+        A picture of the image as in the file, and the pixels of the resized one, [channels, height, width].
 
     Raises:
         InputError: the file is unreadable, is no image, or would be too large.
@@ -166,16 +171,17 @@ def load_image(path: str, size: int, multiple: int, interpolation: str, white_le
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the image {path}: {one_line(error)}") from error
-    image = decode(data, path, white_level)
-    short = min(image.size)
-    sides = [max(size, int(size * side / short)) if size else side for side in image.size]  # as in torchvision
-    width, height = (max(1, round(side / multiple)) * multiple for side in sides)
+    image = decode_image(data, path, transform.pixel_format)
+    original = size_of(image)
+    short = min(original)
+    sides = [max(size, int(size * side / short)) if size else side for side in original]  # as in torchvision
+    height, width = (max(1, round(side / multiple)) * multiple for side in sides)
     if width * height > MAX_PIXELS:
         raise InputError(
             f"{path} would have {width} x {height} pixels, expected at most {MAX_PIXELS:,} in total: give a smaller "
             "--size or crop the image"
         )
-    return image.resize((width, height), Image.Resampling[interpolation.partition("-")[0].upper()])
+    return picture_of(image, transform.pixel_format), transform.resized(image, [height, width])
 
 
 # ---- class attention

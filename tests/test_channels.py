@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dino_xcit.models import build_backbone
 from dino_xcit.models.channels import adapted, first_convolution
 from dino_xcit.transform import EvalTransform, PixelFormat, normalise
 from dino_xcit.weights import load_backbone
+from eval import viz
 from run_pretrain import pretrain, with_statistics
 
 FIVE = PixelFormat(5)
@@ -226,9 +228,10 @@ def test_further_numbers_leave_the_other_parameters() -> None:
 
 def test_pictures_show_three_channels() -> None:
     image = np.asarray(decode_image(npy(bands(5)), "a", FIVE))
-    assert (picture_of(image).mode, picture_of(image[..., :1]).size) == ("RGB", (30, 20))
-    shown = np.asarray(picture_of(image)).astype(np.float32) / 255
-    np.testing.assert_allclose(shown, image[..., :3] / image[..., :3].max(), atol=1 / 255)
+    assert (picture_of(image, FIVE).mode, picture_of(image[..., :1], PixelFormat(1)).size) == ("RGB", (30, 20))
+    for format, chosen in ((FIVE, [0, 1, 2]), (replace(FIVE, show_channels=(4, 1, 0)), [4, 1, 0])):
+        found = np.asarray(picture_of(image, format)).astype(np.float32) / 255
+        np.testing.assert_allclose(found, image[..., chosen] / image[..., chosen].max(), atol=1 / 255)
 
 
 def test_white_level_is_measured_over_all_channels(tmp_path: Path) -> None:
@@ -283,16 +286,14 @@ def flags_of(images: Path, folder: Path) -> dict[str, Any]:
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of five channels."""
     folder = tmp_path_factory.mktemp("run")
-    pretrain(
-        data_path=str(images / "train"), output_dir=str(folder), channels=5, knn_every=1, knn_holdout=4, **SETTINGS
-    )
+    pretrain(**flags_of(images, folder), show_channels=(4, 1, 0))
     return folder
 
 
 def test_run_stores_channels_with_measured_mean_and_std(images: Path, run: Path) -> None:
     loaded = load_backbone(run / "checkpoint.pth")
     mean, std = measure_channels(open_source(str(images / "train")), FIVE)
-    assert (loaded.transform.mean, loaded.transform.std) == (mean, std)
+    assert (loaded.transform.mean, loaded.transform.std, loaded.transform.show_channels) == (mean, std, (4, 1, 0))
     pixels = np.stack([np.load(path) for path in (images / "train").rglob("*.npy")]) / 65535
     np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)), atol=1e-4)
     np.testing.assert_allclose(std, pixels.std(axis=(0, 1, 2)), atol=1e-4)
@@ -328,6 +329,15 @@ def test_evaluators_follow_the_checkpoint(images: Path, run: Path, tmp_path: Pat
     assert first["path"].endswith("class0/0.npy")
     assert first["score"] == pytest.approx(1, abs=1e-4)
     assert load_backbone(run / "checkpoint.pth").embed([query]).shape == (1, 64)
+
+
+@pytest.mark.parametrize("kind", ["attention", "pca"])
+def test_attention_and_pca_follow_the_checkpoint(kind: str, images: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    flags = ["--weights", str(run / "checkpoint.pth"), "--size", "32", "--device", "cpu", "--out", str(out)]
+    viz.main([kind, str(images / "val"), *flags])
+    with Image.open(out) as sheet:
+        assert sheet.width > 2 * viz.CELL
 
 
 def test_other_tasks_refuse_the_checkpoint(images: Path, run: Path, tmp_path: Path, here: Here) -> None:
@@ -367,7 +377,8 @@ def test_float_images_of_two_channels_train_in_workers(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"mean": (0.5, 0.5)}, "mean has 2 numbers, but channels is 5: expected as many"),
-        ({"channels": 3, "value_range": (0.0, 1.0)}, "value_range is for other than 3 channels"),
+        ({"channels": 3, "value_range": (0.0, 1.0)}, "value_range is 0 1, which has no effect with 3 channels"),
+        ({"show_channels": (0, 1, 5)}, "show_channels is 0, 1, 5, expected three numbers from 0 to 4"),
         ({"value_range": (1.0, 0.0)}, "value_range is 1 0, expected the values of black and white: 0 1"),
         ({"augment_device": "cuda"}, "channels is 5, but augment_device cuda is for 3 channels: expected cpu"),
         ({"channel_drop": 2.0}, "channel_drop is 2.0, expected a probability"),

@@ -16,6 +16,7 @@ from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
 from dino_xcit.models.timm_backbone import TimmBackbone
 from dino_xcit.models.xcit import ClassAttention, XCiT
+from dino_xcit.transform import EvalTransform
 from dino_xcit.weights.names import to_timm
 from eval import viz
 from eval.sheet import draw_sheet, tile
@@ -137,11 +138,11 @@ def test_command_writes_sheet_of_two_images(
 
 def test_load_image_keeps_aspect_ratio_and_limits_pixels(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = str(weights.parent / "wide.jpg")
-    assert [viz.load_image(wide, size, 1, "bicubic").size for size in (45, 0)] == [(65, 45), (130, 90)]
-    assert viz.load_image(wide, 0, 16, "bicubic").size == (128, 96)
+    assert [viz.load_image(wide, size, 1, EvalTransform())[1].shape[1:] for size in (45, 0)] == [(45, 65), (90, 130)]
+    assert viz.load_image(wide, 0, 16, EvalTransform())[1].shape == (3, 96, 128)
     monkeypatch.setattr(viz, "MAX_PIXELS", 130 * 90 - 1)
     with pytest.raises(InputError, match="130 x 90 pixels"):
-        viz.load_image(wide, 0, 1, "bicubic")
+        viz.load_image(wide, 0, 1, EvalTransform())
 
 
 @pytest.mark.parametrize(("typed", "words"), [

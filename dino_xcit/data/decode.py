@@ -100,11 +100,11 @@ def decode_image(item: Item, name: str, format: PixelFormat) -> Image.Image | Ch
     return decode(item, name, format.white_level) if format.channels == 3 else _decode_channels(item, name, format)
 
 
-def picture_of(image: Image.Image | Channels) -> Image.Image:
-    """Return an image for drawing. Of other than three channels, it has the first three, or the first one as grey."""
+def picture_of(image: Image.Image | Channels, format: PixelFormat) -> Image.Image:
+    """Return an image for drawing. Of other than three channels, it has those that ``format`` chooses."""
     if isinstance(image, Image.Image):
         return image
-    shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
+    shown = image[..., format.show_channels or ((0, 1, 2) if image.shape[2] >= 3 else (0, 0, 0))]
     return Image.fromarray((255 * shown / max(float(shown.max()), 1e-6)).astype(np.uint8))
 
 

@@ -16,7 +16,7 @@ from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.preview import draw_preview
 from dino_xcit.runtime import atomic
-from dino_xcit.transform import normalise, to_tensor
+from dino_xcit.transform import normalise
 from eval.features import Features, extract
 from eval.pooling import patch_size_of
 from eval.report.contents import PICTURE_FOLDER
@@ -89,7 +89,8 @@ class Pictures:
         self._started = True
 
     def _image(self, source: Source, index: int) -> Image.Image:
-        return picture_of(read_image(source, index, self._transform.pixel_format))
+        format = self._transform.pixel_format
+        return picture_of(read_image(source, index, format), format)
 
     @torch.inference_mode()
     def _maps(self, backbone: nn.Module, source: Source, shown: list[int]) -> dict[str, Image.Image]:
@@ -100,10 +101,8 @@ class Pictures:
         side = max(MIN_INPUT, self._transform.crop) // multiple * multiple
         for index in shown:
             found = read_image(source, index, self._transform.pixel_format)
-            image = picture_of(found).resize((side, side), Image.Resampling.BICUBIC)
-            tensor = to_tensor(image if isinstance(found, Image.Image) else found)[None]
-            if tensor.shape[2:] != (side, side):
-                tensor = nn.functional.interpolate(tensor, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
+            image = picture_of(found, self._transform.pixel_format).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            tensor = self._transform.resized(found, [side, side])[None]
             pixels = normalise(tensor, self._transform.mean, self._transform.std).to(self._device)
             out = backbone(pixels)
             grids.append(out.grid)
@@ -112,7 +111,7 @@ class Pictures:
                 weights = attention_maps(backbone, pixels)[0][0].mean(dim=0).float().cpu().numpy()
             except InputError:  # a network without class attention
                 continue
-            attention.append(overlay(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), weights))
+            attention.append(overlay(image, weights))
         colours = as_colours(principal_components(np.concatenate(tokens))[0])
         parts = np.split(colours, np.cumsum([len(rows) for rows in tokens])[:-1])
         patches = [Image.fromarray(part.reshape(*size, 3)) for part, size in zip(parts, grids, strict=True)]
