@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from dino_xcit.bounds import FilePath, Group, Seed, ZeroIsAuto, check_bounds, marked, refuse_changed, shown
 from dino_xcit.errors import InputError
-from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform, PixelFormat, check_shown
+from dino_xcit.transform import IMAGENET_MEAN, IMAGENET_STD, WHITE, EvalTransform, PixelFormat
 
 if TYPE_CHECKING:
     from dino_xcit.augment import MultiCropAugmentation
@@ -308,11 +308,9 @@ class PretrainConfig(TrainConfig):
                 raise InputError(
                     f"{name} has {len(numbers)} numbers, but channels is {self.channels}: expected as many"
                 )
-        if self.value_range and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
-            raise InputError(f"value_range is {shown(self.value_range)}, expected the values of black and white: 0 1")
+        self.pixel_format.check()
         if self.channels == 3:
-            refuse_changed(self, ("value_range", "show_channels", "channel_gain", "channel_drop"), "with 3 channels")
-        check_shown(self.show_channels, self.channels)
+            refuse_changed(self, ("channel_gain", "channel_drop"), "with 3 channels")
         if self.channels != 3 and self.augment_device == "cuda":
             raise InputError(f"channels is {self.channels}, but augment_device cuda is for 3 channels: expected cpu")
         if not self.is_xcit:

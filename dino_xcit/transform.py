@@ -50,6 +50,23 @@ class PixelFormat:
     show_channels: tuple[int, ...] = ()
     """Channels that pictures show as red, green and blue; () for the first three, or the first one as grey."""
 
+    def check(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: A value is invalid.
+        """
+        low_high, shown = self.value_range, self.show_channels
+        for name, values in (("value_range", low_high), ("show_channels", shown)):
+            if values and self.channels == 3:
+                raise InputError(f"{name} is {_shown(values)}, which has no effect with 3 channels: leave it out")
+        if low_high and not (len(low_high) == 2 and low_high[0] < low_high[1]):
+            raise InputError(f"value_range is {_shown(low_high)}, expected the values of black and white: 0 1")
+        if shown and not (len(shown) == 3 and all(0 <= number < self.channels for number in shown)):
+            raise InputError(
+                f"show_channels is {_shown(shown)}, expected three numbers from 0 to {self.channels - 1}, such as 0 1 2"
+            )
+
     def rgb_side(self, side: int) -> int:
         """Return the side of an RGB image of uint8 with the bytes of an image of ``side`` pixels in this format."""
         return side if self.channels == 3 else math.ceil(side * math.sqrt(4 * self.channels / 3))
@@ -167,23 +184,16 @@ class EvalTransform:
             if len(mean) != len(std):
                 raise ValueError(f"mean has {len(mean)} numbers and std {len(std)}, expected as many")
             value_range = _numbers(values, "value_range", ())
-            if value_range and (len(value_range) != 2 or value_range[0] >= value_range[1]):
-                raise ValueError(f"value_range is {_shown(value_range)}, expected two numbers in ascending order")
             show_channels = tuple(map(int, _numbers(values, "show_channels", ())))
-            check_shown(show_channels, len(mean))
             if not all(value >= 1 / _MAX_VALUE for value in std):
                 raise ValueError(f"std is {_shown(std)}, expected more than 0")
+            found = cls(resize, crop, interpolation, mean, std, white_level, value_range, show_channels)
+            found.pixel_format.check()
+            return found
         except KeyError as error:
             raise InputError(f"the stored evaluation transform lacks {error.args[0]}") from error
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor
+        except (InputError, TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor
             raise InputError(f"the stored evaluation transform: {one_line(error)}") from error
-        return cls(resize, crop, interpolation, mean, std, white_level, value_range, show_channels)
-
-
-def check_shown(numbers: Sequence[int], channels: int) -> None:
-    """Raise InputError unless ``show_channels`` has the numbers of three channels, or none."""
-    if numbers and (len(numbers) != 3 or not all(0 <= number < channels for number in numbers)):
-        raise InputError(f"show_channels is {_shown(numbers)}, expected three numbers from 0 to {channels - 1}")
 
 
 def _numbers(values: Mapping[str, Any], name: str, default: tuple[float, ...] | None = None) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ import run_knn
 import run_linear
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.config import PretrainConfig
-from dino_xcit.data import UndecodableImage, open_source
+from dino_xcit.data import UndecodableImage, check, open_source
 from dino_xcit.data.decode import choose_white_level, decode_image, measure_channels, picture_of, read_image
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
@@ -331,6 +331,20 @@ def test_evaluators_follow_the_checkpoint(images: Path, run: Path, tmp_path: Pat
     assert load_backbone(run / "checkpoint.pth").embed([query]).shape == (1, 64)
 
 
+def test_data_check_prints_mean_and_std_of_each_channel(
+    images: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "two.npy").write_bytes(npy(bands(2)))
+    assert check.main([str(images), "--part", "train", "--channels", "5", "--workers", "0"]) == 0
+    transform, found = load_backbone(run / "checkpoint.pth").transform, capsys.readouterr().out
+    for name, values in (("mean", transform.mean), ("std", transform.std)):
+        numbers = " ".join(map("{:.4f}".format, values))
+        assert f"{name} of each channel (black is 0, white 1), on a sample: {numbers}" in found
+    assert "16 NPY; " in found
+    assert check.main([str(tmp_path), "--channels", "5", "--workers", "0"]) == 1
+    assert "(20, 30, 2), expected 5 channels" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["attention", "pca"])
 def test_attention_and_pca_follow_the_checkpoint(kind: str, images: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
@@ -377,9 +391,9 @@ def test_float_images_of_two_channels_train_in_workers(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"mean": (0.5, 0.5)}, "mean has 2 numbers, but channels is 5: expected as many"),
-        ({"channels": 3, "value_range": (0.0, 1.0)}, "value_range is 0 1, which has no effect with 3 channels"),
+        ({"channels": 3, "value_range": (0.0, 1.0)}, "value_range is 0, 1, which has no effect with 3 channels"),
         ({"show_channels": (0, 1, 5)}, "show_channels is 0, 1, 5, expected three numbers from 0 to 4"),
-        ({"value_range": (1.0, 0.0)}, "value_range is 1 0, expected the values of black and white: 0 1"),
+        ({"value_range": (1.0, 0.0)}, "value_range is 1, 0, expected the values of black and white: 0 1"),
         ({"augment_device": "cuda"}, "channels is 5, but augment_device cuda is for 3 channels: expected cpu"),
         ({"channel_drop": 2.0}, "channel_drop is 2.0, expected a probability"),
     ],

@@ -15,10 +15,6 @@ from numpy.typing import NDArray
 from dino_xcit.data.source import Item
 from dino_xcit.transform import Channels, PixelFormat
 
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""First bytes of classic TIFF and of BigTIFF, in both byte orders."""
-
-
 MAX_VALUES = 160_000_000
 """Maximum number of values of an image, checked before decoding."""
 
@@ -41,14 +37,20 @@ def highest_uint16(data: bytes) -> int:
     return int(pixels.max()) if pixels.dtype == np.uint16 else 0
 
 
+def kind_of(data: bytes) -> str:
+    """Return PNG, NPY or TIFF by the first bytes of a file.
+
+    Raises:
+        ValueError: The file is of another kind.
+    """
+    kinds = {b"\x89PNG": "PNG", b"\x93NUM": "NPY"} | dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF")
+    if data[:4] not in kinds:
+        raise ValueError("images of other than three channels must be PNG, TIFF or NPY files")
+    return kinds[data[:4]]
+
+
 def _read(data: bytes) -> NDArray[Any]:
-    if data.startswith(b"\x89PNG"):
-        return _read_png(data)
-    if data.startswith(b"\x93NUMPY"):
-        return _read_npy(data)
-    if data.startswith(TIFF):
-        return _read_tiff(data)
-    raise ValueError("images of other than three channels must be PNG, TIFF or NPY files")
+    return {"PNG": _read_png, "NPY": _read_npy, "TIFF": _read_tiff}[kind_of(data)](data)
 
 
 def _read_png(data: bytes) -> NDArray[Any]:

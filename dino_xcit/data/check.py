@@ -11,22 +11,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Annotated, Literal, TextIO
 
 import numpy as np
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Le, MinLen
 
-from dino_xcit.bounds import FilePath, Positional
+from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto
 from dino_xcit.cli import parse
-from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.decode import choose_white_level, read_header
+from dino_xcit.data import Source, UndecodableImage, open_source
+from dino_xcit.data.decode import choose_white_level, decode_image, format_name, measure_channels
 from dino_xcit.data.open import parts_of
 from dino_xcit.data.workers import each_image
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime.logging import counted, progress_bar
-from dino_xcit.transform import WHITE
+from dino_xcit.transform import RGB, WHITE, PixelFormat, size_of
 
 _SHOWN = 10
 
@@ -43,10 +44,24 @@ class CheckConfig:
     """Data set, in any format of --data-path: a folder, a list, tar:... (the flag --source may be omitted)."""
     part: Literal["", "train", "val"] = ""
     """Part of the source, if it has parts. Default: both parts of a folder with train and val."""
+    channels: Annotated[int, Ge(1)] = 3
+    """Number of channels of the images, as in run_pretrain.py."""
+    value_range: tuple[float, ...] = ()
+    """Values of black and white, as in run_pretrain.py."""
+    white_level: Annotated[int, Ge(0), Le(WHITE), ZeroIsAuto] = WHITE
+    """White value of 16-bit images; auto (or 0): measured on 64 images."""
     report: FilePath = ""
     """Write one line per image to this .jsonl file."""
     workers: Annotated[int, Ge(-1)] = -1
     """Number of processes. 0: the main process only; -1: one per core."""
+
+    def check(self) -> None:
+        """Check the range.
+
+        Raises:
+            InputError: The range is invalid.
+        """
+        PixelFormat(self.channels, value_range=self.value_range).check()
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,9 @@ class Report:
     """Number of groups with more than one label."""
     sides: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(shorter, longer) side in pixels of the smallest, the median and the largest image, by the shorter side."""
+    mean: tuple[float, ...] = ()
+    """Of each channel, from 0 (black) to 1 (white), on a sample; empty if no image of it is readable."""
+    std: tuple[float, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the printed report."""
@@ -108,6 +126,9 @@ class Report:
             yield "no labels"
         if self.sides:
             yield "sizes: " + ", ".join(f"{name} {a} x {b}" for name, (a, b) in self.sides.items())
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            numbers = " ".join(f"{value:.4f}" for value in values) or "not measured"
+            yield f"{name} of each channel (black is 0, white 1), on a sample: {numbers}"
         yield f"{counted(len(self.broken), 'image')} cannot be read"
         yield from (f"  {name}: {cause}" for name, cause in self.broken[:_SHOWN])
         copies = sum(len(group) - 1 for group in self.duplicates)
@@ -116,38 +137,39 @@ class Report:
         yield from (f"  {' = '.join(group[:4])}{' ...' * (len(group) > 4)}" for group in self.duplicates[:_SHOWN])
 
 
-def check_image(source: Source, index: int) -> tuple[CheckedImage, float, float]:
+def check_image(source: Source, index: int, format: PixelFormat = RGB) -> tuple[CheckedImage, float, float]:
     """Read and decode one image; return the findings and the seconds of reading and of decoding."""
     name, began = source.name(index), time.perf_counter()
     try:
         item, _ = source.read(index)
         read = time.perf_counter()
-        image = decode(item, name)
+        height, width = size_of(decode_image(item, name, format))
     except InputError as error:
         cause = error.cause if isinstance(error, UndecodableImage) else str(error)
         return CheckedImage(index, name, cause=cause), 0.0, 0.0
     decoded = time.perf_counter()
     data = item if isinstance(item, bytes) else np.ascontiguousarray(item).tobytes()
-    kind = read_header(item).format if isinstance(item, bytes) else "pixels"
+    kind = format_name(item, format) if isinstance(item, bytes) else "pixels"
     digest = hashlib.sha256(data).hexdigest()
-    found = CheckedImage(index, name, image.width, image.height, len(data), kind, digest)
+    found = CheckedImage(index, name, width, height, len(data), kind, digest)
     return found, read - began, decoded - read
 
 
-def check(source: Source, workers: int = -1, rows: TextIO | None = None) -> Report:
+def check(source: Source, workers: int = -1, rows: TextIO | None = None, format: PixelFormat = RGB) -> Report:
     """Read and decode every image.
 
     Args:
         source: Images, read in the order of the source.
         workers: Number of processes. 0 or 1: the calling process only; -1: one per core.
         rows: File for one line of JSON per image.
+        format: How the images are decoded.
     """
     began = time.perf_counter()
     report = Report(source.url, len(source))
     sides = np.zeros((len(source), 2), dtype=np.int32)
     first: dict[bytes, int] = {}
     copies: dict[int, list[int]] = {}
-    images = each_image(source, range(len(source)), check_image, workers)
+    images = each_image(source, range(len(source)), partial(check_image, format=format), workers)
     with closing(images), progress_bar(len(source), f"checking {source.url}", shown=True) as bar:
         for one, read_seconds, decode_seconds in images:
             bar.update()
@@ -175,6 +197,8 @@ def check(source: Source, workers: int = -1, rows: TextIO | None = None) -> Repo
         order = np.lexsort((sides[:, 1], sides[:, 0]))
         places = {"smallest": order[0], "median": order[len(order) // 2], "largest": order[-1]}
         report.sides = {name: (int(sides[at, 0]), int(sides[at, 1])) for name, at in places.items()}
+    with suppress(InputError):  # no image of the sample is readable
+        report.mean, report.std = measure_channels(source, format)
     report.seconds = time.perf_counter() - began
     return report
 
@@ -188,12 +212,18 @@ def main(argv: Sequence[str]) -> int:
     config = parse(CheckConfig, argv, "python -m dino_xcit.data check SRC")
     parts = [config.part] if config.part else parts_of(config.source) or [""]
     sources = [open_source(config.source, part or None) for part in parts]
-    for source in sources:
-        choose_white_level(source, WHITE)  # for its warning
+    formats = [
+        PixelFormat(
+            config.channels, choose_white_level(source, config.white_level, config.channels), config.value_range
+        )
+        for source in sources
+    ]
     try:
         with ExitStack() as stack:  # opened first: an unwritable report fails before hours of reading
             rows = stack.enter_context(open(config.report, "w", encoding="utf-8")) if config.report else None
-            reports = [check(source, config.workers, rows) for source in sources]
+            reports = [
+                check(source, config.workers, rows, format) for source, format in zip(sources, formats, strict=True)
+            ]
     except OSError as error:
         if not config.report:
             raise
