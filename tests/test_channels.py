@@ -24,7 +24,7 @@ import run_knn
 import run_linear
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.config import PretrainConfig
-from dino_xcit.data import UndecodableImage, check, open_source
+from dino_xcit.data import UndecodableImage, check, open_source, pack
 from dino_xcit.data.decode import choose_white_level, decode_image, measure_channels, picture_of, read_image
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
@@ -329,6 +329,19 @@ def test_evaluators_follow_the_checkpoint(images: Path, run: Path, tmp_path: Pat
     assert first["path"].endswith("class0/0.npy")
     assert first["score"] == pytest.approx(1, abs=1e-4)
     assert load_backbone(run / "checkpoint.pth").embed([query]).shape == (1, 64)
+
+
+def test_packed_images_of_five_channels_are_the_same(images: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "in" / "b.npy"
+    broken.parent.mkdir()
+    broken.write_bytes(npy(bands(2)))
+    (tmp_path / "in" / "a.npy").write_bytes(npy(bands(5)))
+    assert pack.main([str(tmp_path / "in"), str(tmp_path / "out"), "--channels", "5", "--workers", "0"]) == 0
+    packed = open_source(f"tar:{tmp_path}/out/shard-*.tar")
+    assert [packed.read(0)[0], len(packed)] == [npy(bands(5)), 1]
+    assert "expected 5 channels" in (tmp_path / "out" / "unreadable.jsonl").read_text()
+    with pytest.raises(InputError, match="max_side is 64, which has no effect with 5 channels"):
+        pack.main([str(images), str(tmp_path / "small"), "--channels", "5", "--max-side", "64"])
 
 
 def test_data_check_prints_mean_and_std_of_each_channel(

@@ -22,7 +22,8 @@ from annotated_types import Ge, Le, MinLen
 from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, open_source
-from dino_xcit.data.decode import choose_white_level, decode_image, format_name, measure_channels
+from dino_xcit.data.channels import kind_of
+from dino_xcit.data.decode import choose_white_level, decode_image, measure_channels, read_header
 from dino_xcit.data.open import parts_of
 from dino_xcit.data.workers import each_image
 from dino_xcit.errors import InputError, printable
@@ -149,7 +150,9 @@ def check_image(source: Source, index: int, format: PixelFormat = RGB) -> tuple[
         return CheckedImage(index, name, cause=cause), 0.0, 0.0
     decoded = time.perf_counter()
     data = item if isinstance(item, bytes) else np.ascontiguousarray(item).tobytes()
-    kind = format_name(item, format) if isinstance(item, bytes) else "pixels"
+    kind = "pixels"
+    if isinstance(item, bytes):
+        kind = read_header(item).format if format.channels == 3 else kind_of(item)
     digest = hashlib.sha256(data).hexdigest()
     found = CheckedImage(index, name, width, height, len(data), kind, digest)
     return found, read - began, decoded - read

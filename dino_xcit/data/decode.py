@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from dino_xcit.data.channels import array_of, highest_uint16, kind_of
+from dino_xcit.data.channels import array_of, highest_uint16
 from dino_xcit.data.source import Item, Source, evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
@@ -229,11 +229,6 @@ def read_header(data: bytes, name: str = "") -> Header:
         UndecodableImage: The header is damaged, or not of one of :data:`FORMATS`.
     """
     return guarded(_header_of, data, name)
-
-
-def format_name(data: bytes, format: PixelFormat) -> str:
-    """Return the format of an encoded image that was decoded: one of :data:`FORMATS`, or NPY."""
-    return read_header(data).format if format.channels == 3 else kind_of(data)
 
 
 def _header_of(data: bytes) -> Header:

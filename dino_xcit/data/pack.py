@@ -34,13 +34,15 @@ from PIL import Image
 from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto, refuse_changed
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.decode import choose_white_level, read_header
+from dino_xcit.data.channels import kind_of
+from dino_xcit.data.decode import choose_white_level, decode_image, read_header
 from dino_xcit.data.open import parts_of
+from dino_xcit.data.source import Item
 from dino_xcit.data.workers import each_image, usable_cores
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import atomic
 from dino_xcit.runtime.logging import counted, progress_bar
-from dino_xcit.transform import WHITE
+from dino_xcit.transform import WHITE, PixelFormat
 
 MANIFEST, CLASSES, UNREADABLE = "pack.json", "classes.json", "unreadable.jsonl"
 SHARD_MB = 256
@@ -52,7 +54,9 @@ MAX_NAME = 3000
 _VERSION = 1
 _OURS = (CLASSES, ".lock", f".{CLASSES}.tmp", f".{MANIFEST}.tmp")
 """Files that may precede the manifest."""
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm"}
+_SUFFIXES = {
+    "JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm", "NPY": "npy",
+}  # fmt: skip
 """Suffix of a member by the format of its bytes, as file names may be wrong (ImageNet has a PNG named .JPEG)."""
 
 
@@ -71,6 +75,9 @@ class PackConfig:
     """New or empty local folder for the shards (the flag --destination may be omitted)."""
     part: Literal["", "train", "val"] = ""
     """Part of the source, if it has parts. Required for a folder with train and val."""
+    channels: Annotated[int, Ge(1)] = 3
+    """Number of channels of the images, as in run_pretrain.py. Other numbers than 3 are for files that are copied
+    unchanged."""
     max_side: Annotated[int, Ge(0)] = 0
     """Maximum length of the LONGER side in pixels (like FFCV's max_resolution, unlike ImageNet's resize of the shorter
     side). 0: no maximum, all files are copied unchanged. Larger images are resized with antialiasing, rotated upright
@@ -99,6 +106,8 @@ class PackConfig:
         """
         if not self.max_side:
             refuse_changed(self, ("quality", "white_level"), "without --max-side")
+        if self.channels != 3:
+            refuse_changed(self, ("max_side",), f"with {self.channels} channels")
         if self.shard_mb and self.shard_images:
             raise InputError("shard_mb and shard_images are both given, expected one of them")
 
@@ -113,6 +122,7 @@ class Options:
     shard_mb: int | None = None
     """A shard ends with the image that brings it to this size."""
     shard_images: int | None = None
+    channels: int = 3
 
     def is_full(self, images: int, written: int) -> bool:
         """Whether a shard with this number of images and bytes is full."""
@@ -353,6 +363,8 @@ def pack_image(source: Source, index: int, options: Options) -> Packed:
     max_side = options.max_side
     try:
         item, label = source.read(index)
+        if options.channels != 3:
+            return _packed_array(index, item, label, source.name(index), options.channels)
         image = decode(item, source.name(index), options.white_level)
     except InputError as error:
         return Packed(index, cause=error.cause if isinstance(error, UndecodableImage) else str(error))
@@ -371,6 +383,15 @@ def pack_image(source: Source, index: int, options: Options) -> Packed:
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return Packed(index, label, "jpg", _saved(image, "JPEG", quality=options.quality, subsampling="4:4:4", comment=b""))
+
+
+def _packed_array(index: int, item: Item, label: int | None, name: str, channels: int) -> Packed:
+    decode_image(item, name, PixelFormat(channels, value_range=(0.0, 1.0)))  # any range: only to check the file
+    if isinstance(item, bytes):
+        return Packed(index, label, _SUFFIXES[kind_of(item)], item)
+    buffer = io.BytesIO()
+    np.save(buffer, item)
+    return Packed(index, label, "npy", buffer.getvalue())
 
 
 def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -442,7 +463,9 @@ def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     source = _opened(config.source, config.part or None)
     white_level = choose_white_level(source, config.white_level) if config.max_side else WHITE
-    options = Options(config.max_side or None, config.quality, white_level, shard_mb, config.shard_images or None)
+    options = Options(
+        config.max_side or None, config.quality, white_level, shard_mb, config.shard_images or None, config.channels
+    )  # fmt: skip
     packing, seen = pack(source, Path(config.destination), options, workers)
     images, size = (sum(getattr(shard, name) for shard in packing.shards) for name in ("images", "bytes"))
     print(
