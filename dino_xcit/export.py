@@ -39,7 +39,7 @@ from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models import build_backbone, fused
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
 from dino_xcit.runtime import atomic
-from dino_xcit.transform import EvalTransform, normalise, require_rgb, to_tensor
+from dino_xcit.transform import EvalTransform, normalise, to_tensor
 from dino_xcit.weights import LoadedBackbone, load_backbone
 from dino_xcit.weights.names import to_timm
 
@@ -75,7 +75,8 @@ class ExportConfig:
     patch_tokens: bool = False
     """For onnx and torch-export: also output the patch tokens of the last block that mixes patches."""
     images: str = "sample:fashion-mnist"
-    """Images to compare export and original on: a folder, or another form of docs/data.md."""
+    """RGB images to compare export and original on: a folder, or another form of docs/data.md. Networks for other
+    numbers of channels get the red, green and blue in turn."""
     tolerance: float = 1e-5
     """Maximum relative difference between export and original. For an XCiT, up to 30 times the original's float32
     rounding error (at most 1e-3) is accepted too."""
@@ -109,7 +110,11 @@ def main(argv: Sequence[str]) -> None:
     out = Path(os.path.abspath(os.path.expanduser(config.out)))
     check_free(config, out)
     loaded = load_backbone(config.weights, config.network, config.arch or None)
-    require_rgb(loaded.transform.pixel_format, config.weights)
+    if config.to in ("timm", "hf") and channels_of(loaded) != 3:
+        raise InputError(
+            f"{config.weights} is for images of {channels_of(loaded)} channels, which timm's transforms cannot read: "
+            "--to safetensors, onnx or torch-export"
+        )
     print(loaded.describe(), flush=True)
     if not loaded.transform_from:
         log.warning(f"the file has no evaluation transform; assumed: {loaded.transform_guess}, {loaded.transform}")
@@ -190,6 +195,11 @@ def _remove(path: Path) -> None:
 # ---- Targets: each writes its form, reloads it, and returns the features function of the other library
 
 
+def channels_of(loaded: LoadedBackbone) -> int:
+    """Return the number of channels of the images."""
+    return loaded.transform.pixel_format.channels
+
+
 def metadata(loaded: LoadedBackbone) -> dict[str, str]:
     """Return the metadata of an exported file.
 
@@ -219,7 +229,7 @@ def to_safetensors(loaded: LoadedBackbone, path: Path, _: bool) -> Features:
     """Write one file with the names of this project and the official checkpoints."""
     tensors = {key: value.contiguous() for key, value in loaded.backbone.state_dict().items()}
     safetensors.torch.save_file(tensors, path, metadata(loaded))
-    backbone = build_backbone(loaded.arch)
+    backbone = build_backbone(loaded.arch, channels_of(loaded))
     backbone.load_state_dict(safetensors.torch.load_file(path))
     return Exported(backbone.eval().requires_grad_(False), patch_tokens=False)
 
@@ -342,7 +352,7 @@ features = model(transform(image)[None])
 
 
 class Exported(nn.Module):
-    """Normalised images [B, 3, height, width] to the class token [B, D].
+    """Normalised images [B, channels, height, width] to the class token [B, D].
 
     With ``patch_tokens`` also to the patch tokens of the last block that mixes patches, [B, N, D], in row-major order.
     """
@@ -372,7 +382,9 @@ def traced(loaded: LoadedBackbone, patch_tokens: bool) -> torch.export.ExportedP
     network = Exported(loaded.backbone, patch_tokens).eval().requires_grad_(False)
     try:
         with fused.plain():
-            return torch.export.export(network, (torch.zeros(2, 3, height, width),), dynamic_shapes={"images": shapes})
+            return torch.export.export(
+                network, (torch.zeros(2, channels_of(loaded), height, width),), dynamic_shapes={"images": shapes}
+            )
     except Exception as error:  # torch.export raises many types
         raise InputError(f"PyTorch cannot trace {loaded.arch} ({one_line(error)}): --to timm or safetensors") from error
 
@@ -462,7 +474,8 @@ def compare(loaded: LoadedBackbone, exported: Features, images: list[Image.Image
     greatest = 0.0
     for number, (height, width) in enumerate(sizes):
         fitted = [to_tensor(ImageOps.fit(image, (width, height))) for image in images[: max(1, len(images) - number)]]
-        batch = normalise(torch.stack(fitted), transform.mean, transform.std)
+        pixels = torch.stack(fitted)[:, torch.arange(channels_of(loaded)) % 3]
+        batch = normalise(pixels, transform.mean, transform.std)
         with torch.no_grad():
             expected = original(batch)
             relative, rounding = difference(expected, exported(batch)), 0.0

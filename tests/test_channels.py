@@ -22,6 +22,7 @@ import run_extract
 import run_finetune
 import run_knn
 import run_linear
+from dino_xcit import export
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import UndecodableImage, check, open_source, pack
@@ -356,6 +357,19 @@ def test_data_check_prints_mean_and_std_of_each_channel(
     assert "16 NPY; " in found
     assert check.main([str(tmp_path), "--channels", "5", "--workers", "0"]) == 1
     assert "(20, 30, 2), expected 5 channels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["safetensors", "torch-export"])
+def test_exports_follow_the_checkpoint(target: str, images: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / {"safetensors": "five.safetensors", "torch-export": "five.pt2"}[target]
+    export.main(["--weights", str(run / "checkpoint.pth"), "--to", target, "--out", str(out)])
+    loaded, query = load_backbone(run / "checkpoint.pth"), images / "val" / "class0" / "0.npy"
+    if target == "safetensors":
+        again = load_backbone(out)
+        assert (again.transform, again.hash) == (loaded.transform, loaded.hash)
+        torch.testing.assert_close(again.embed([query]), loaded.embed([query]))
+    with pytest.raises(InputError, match="is for images of 5 channels, which timm's transforms cannot read"):
+        export.main(["--weights", str(run / "checkpoint.pth"), "--to", "timm", "--out", str(tmp_path / "timm")])
 
 
 @pytest.mark.parametrize("kind", ["attention", "pca"])
