@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from dino_xcit import loop
-from dino_xcit.data import UndecodableImage, decode
+from dino_xcit.data import UndecodableImage
+from dino_xcit.data.decode import read_picture
 from dino_xcit.data.folder import open_files
 from dino_xcit.loop import Job
 from dino_xcit.observers import Evaluator
@@ -80,14 +81,14 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
     train = open_coco(*train_files, masks)
     val = open_coco(*val_files, masks, like=train)
     config = dataclasses.replace(config, arch=start.arch, output_dir=default_output_dir(config))
-    evaluator = CocoEvaluator(val, config, start.transform.white_level)
+    evaluator = CocoEvaluator(val, config, start.transform.pixel_format)
 
     def build(config: DetectConfig, _stored: object) -> Job[DetectConfig]:
         network = build_detector(config, start.backbone, len(train.categories), start.transform)
         return Job(
             config=config,
             state=new_state(config, Detection(config, device, network, train), device),
-            dataset=DetectionDataset(train, config, start.transform.white_level),
+            dataset=DetectionDataset(train, config, start.transform.pixel_format),
             evaluators=[Evaluator("detection", config.evaluation_interval, evaluator)],
             schedules=build_schedules,
             transform=start.transform,
@@ -113,7 +114,7 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
     cells = []
     for index in range(min(SHOWN, len(val))):
         path = val.name(index)
-        image = decode(val.read(index)[0], path, start.transform.white_level)
+        image = read_picture(val, index, start.transform.pixel_format)
         annotated = val.annotations(index, crowds=False)
         cells.append(Cell(draw(image, annotated, val.categories, SIDE), Path(path).name, f"{len(annotated)} annotated"))
         own = [one for one in found if one["image_id"] == val.image_ids[index]]
@@ -153,7 +154,7 @@ def predict(config: DetectConfig, device: torch.device) -> None:
             {"image_id": index, "file_name": path, "category": detector.categories[one["category_id"]]} | one
             for one in found
         ]
-        image = decode(source.read(index)[0], path, detector.white_level)
+        image = read_picture(source, index, detector.format)
         drawing = draw(image, above(found, config.draw_score), detector.categories, DRAWN)
         write_image(out / "drawn" / f"{index:05d}-{Path(path).stem}.png", drawing)
         if len(cells) < SHOWN:

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from dino_xcit import loop
-from dino_xcit.data import UndecodableImage, decode
+from dino_xcit.data import UndecodableImage
+from dino_xcit.data.decode import picture_of, read_image
 from dino_xcit.data.folder import open_files
 from dino_xcit.data.masks import open_masks
 from dino_xcit.errors import InputError
@@ -37,6 +38,7 @@ from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.train import new_state
+from dino_xcit.transform import size_of
 from eval.miou import class_iou, mean_iou, pixel_accuracy
 from eval.palette import colours, segmentation_sheet, to_palette
 from eval.report.reporter import Reporter
@@ -70,7 +72,7 @@ def main() -> None:
     log.info(first_line)
 
     # ---- images and masks
-    train, val = open_masks(config)
+    train, val = open_masks(config, start.transform.pixel_format)
     assert train.classes is not None
     if config.head == "upernet" and config.batch_size_per_gpu * distributed.world_size() < 2:
         raise InputError("upernet normalises over at least 2 images, but the batch has 1: raise --batch-size-per-gpu")
@@ -137,14 +139,15 @@ def predict(config: SegmentConfig, start: InitialWeights, stored: Mapping[str, A
     for index in range(distributed.rank(), len(source), distributed.world_size()):
         path = source.name(index)
         try:
-            image = decode(source.read(index)[0], path, start.transform.white_level)
+            image = read_image(source, index, start.transform.pixel_format)
         except UndecodableImage as error:
             unreadable.append(str(error))
             continue
-        labels = predictor.labels(network, predictor.prepare(image), image.size[::-1])
+        labels = predictor.labels(network, predictor.prepare(image), size_of(image))
         name = f"{index:05d}-{Path(path).stem}.png"
         segmentation.save(to_palette(labels, colours(256)), out / "masks" / name)
-        overlay = segmentation_sheet([(path, image, {"prediction": labels})], stored["class_names"])
+        picture = picture_of(image, start.transform.pixel_format)
+        overlay = segmentation_sheet([(path, picture, {"prediction": labels})], stored["class_names"])
         segmentation.save(overlay, out / "overlays" / name)
     read = report_unreadable(unreadable, len(source))
     log.info(f"{counted(read, 'image')} segmented; written: {out}")

@@ -13,12 +13,10 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dino_xcit.bounds import shown
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source
-from dino_xcit.data.decode import UndecodableImage, read_header, read_image
+from dino_xcit.data.decode import UndecodableImage, image_size
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
@@ -87,12 +85,7 @@ def median_side(source: Source, format: PixelFormat = RGB) -> int:
     sides, problems, chosen = [], [], evenly_spaced(len(source), 15)
     for index in chosen:
         try:
-            if format.channels == 3:
-                item, _ = source.read(index)
-                size = read_header(item, source.name(index)).size if isinstance(item, bytes) else item.shape[:2]
-            else:
-                size = np.asarray(read_image(source, index, format)).shape[:2]
-            sides.append(min(size))
+            sides.append(min(image_size(source, index, format)))
         except UndecodableImage as error:  # reported where it is used
             problems.append(f"{source.name(index)} ({error.cause})")
     if not sides:

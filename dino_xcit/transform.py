@@ -79,8 +79,7 @@ def require_rgb(format: PixelFormat, weights: str) -> None:
     """Raise InputError if the weights are not for images of three channels."""
     if format.channels != 3:
         raise InputError(
-            f"{weights} is for images of {format.channels} channels, which only pretraining, k-NN, the linear probe "
-            "and extraction support: expected weights for 3 channels"
+            f"{weights} is for images of {format.channels} channels, but these are RGB: expected weights for 3 channels"
         )
 
 
@@ -216,13 +215,29 @@ def size_of(image: Image.Image | Channels) -> tuple[int, int]:
     return height, width
 
 
+def resized_box(pixels: NDArray[Any], size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
+    """Resize a region of an image, bilinear with antialiasing.
+
+    Args:
+        pixels: [height, width, channels], uint8 for RGB, else float32.
+        size: width and height of the result.
+        box: left, top, right and bottom of the region in pixels.
+
+    Returns:
+        [channels, height, width].
+    """
+    bands = [Image.fromarray(pixels)] if pixels.dtype == np.uint8 else map(Image.fromarray, pixels.transpose(2, 0, 1))
+    resized = np.dstack([np.asarray(band.resize(size, Image.Resampling.BILINEAR, box)) for band in bands])
+    return to_tensor(resized)
+
+
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     """Return the pixels of an RGB image as [height, width, 4], the last byte unused: Pillow's memory layout."""
     return np.frombuffer(image.tobytes("raw", "RGBX"), dtype=np.uint8).reshape(image.height, image.width, 4)
 
 
-def to_tensor(image: Image.Image | Channels) -> Tensor:
-    """Convert an RGB image to uint8 [3, height, width], an array to float32 [channels, height, width]."""
+def to_tensor(image: Image.Image | NDArray[Any]) -> Tensor:
+    """Copy an RGB image or pixels [height, width, channels] to [channels, height, width] of the same dtype."""
     import torch  # settings are imported without PyTorch
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -14,7 +14,7 @@ from unicodedata import normalize
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dino_xcit.data import Source
-from dino_xcit.data.decode import picture_of, read_image
+from dino_xcit.data.decode import read_picture
 from dino_xcit.errors import InputError, printable
 from dino_xcit.runtime import atomic
 from dino_xcit.transform import RGB, PixelFormat
@@ -76,7 +76,7 @@ def tile(image: Image.Image, title: str, name: str) -> Cell:
 def tile_of(source: Source, row: int, title: str, format: PixelFormat = RGB) -> Cell:
     """Build the tile of an image in a source; an unreadable image is an empty square."""
     with contextlib.suppress(InputError, OSError):
-        return tile(picture_of(read_image(source, row, format), format), title, source.name(row))
+        return tile(read_picture(source, row, format), title, source.name(row))
     return tile(Image.new("RGB", (TILE, TILE), "#f1f3f5"), f"{title}  not found", source.name(row))
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from dino_xcit import safe_load
 from dino_xcit.data import Source, Subset
@@ -21,7 +22,7 @@ from dino_xcit.methods import Method
 from dino_xcit.methods.method import Stats
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed
-from dino_xcit.transform import EvalTransform
+from dino_xcit.transform import EvalTransform, to_tensor
 from dino_xcit.weights.locate import is_safetensors
 from eval.features import extract
 from eval.stats import correct
@@ -43,7 +44,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, height, width] to logits [B, C]."""
+        """Map images [B, channels, height, width] to logits [B, C]."""
         return self.classifier(self.backbone(images).cls_token)
 
     def load_classifier(self, weights: str, classes: Sequence[str]) -> bool:
@@ -100,14 +101,29 @@ class Classification(Supervised):
 
 
 class ClassificationDataset(SupervisedDataset):
-    """timm's training transform: random resized crop, flip, augmentation policy, erasing."""
+    """timm's training transform: random resized crop, flip, augmentation policy, erasing.
+
+    Other than three channels have no policy and no color jitter.
+    """
 
     def __init__(self, source: Source, config: FinetuneConfig, transform: EvalTransform) -> None:
         from timm.data.transforms_factory import create_transform  # takes a second to import
 
         super().__init__(source, config.seed, transform.pixel_format)
+        self.sides = [2 * transform.crop]  # float32 takes four times the bytes
+        if self.format.channels != 3:
+            self.sides = [self.format.rgb_side(transform.crop)]
+            self._transform = v2.Compose(
+                [
+                    v2.RandomResizedCrop(transform.crop, config.crop_scale, config.crop_ratio),
+                    v2.RandomHorizontalFlip(config.flip),
+                    v2.Normalize(list(transform.mean), list(transform.std)),
+                    v2.RandomErasing(config.erasing),
+                ]
+            )
+            return
         try:
-            self._transform: Any = create_transform(
+            self._transform = create_transform(
                 input_size=transform.crop, is_training=True, scale=config.crop_scale, ratio=config.crop_ratio,
                 hflip=config.flip, auto_augment=config.auto_augment or None, color_jitter=config.color_jitter,
                 interpolation=transform.interpolation, mean=transform.mean, std=transform.std, re_prob=config.erasing,
@@ -119,10 +135,10 @@ class ClassificationDataset(SupervisedDataset):
                 "as rand-m9-mstd0.5-inc1, or an empty word for none"
             ) from error
         _keep_one_bit(self._transform)
-        self.sides = [2 * transform.crop]  # float32 takes four times the bytes
 
-    def augmented(self, index: int, pixels: NDArray[np.uint8], label: int | None) -> tuple[Tensor, Tensor]:
-        return self._transform(Image.fromarray(pixels)), torch.tensor(label)
+    def augmented(self, index: int, pixels: NDArray[Any], label: int | None) -> tuple[Tensor, Tensor]:
+        image = Image.fromarray(pixels) if self.format.channels == 3 else to_tensor(pixels)
+        return self._transform(image), torch.tensor(label)
 
 
 def _keep_one_bit(transform: Any) -> None:

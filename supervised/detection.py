@@ -51,7 +51,7 @@ from dino_xcit.models import build_backbone, feature_pyramid
 from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
-from dino_xcit.transform import EvalTransform, PixelFormat, normalise
+from dino_xcit.transform import EvalTransform, PixelFormat, normalise, to_tensor
 from eval.pooling import autocast
 from supervised.coco import CocoSource, JsonObject, corners, decode_masks, mask_library
 from supervised.detect_config import DetectConfig
@@ -122,10 +122,10 @@ class NormalizeAndPad(nn.Module):
         self.mean, self.std = transform.mean, transform.std
 
     def forward(self, images: list[Tensor], targets: Any) -> tuple[ImageList, Any]:
-        """Batch images [3, height, width] uint8; targets are unchanged."""
+        """Batch images [channels, height, width]; targets are unchanged."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         height, width = (-(-max(sides) // SIZE_DIVISOR) * SIZE_DIVISOR for sides in zip(*sizes, strict=True))
-        batch = torch.zeros(len(images), 3, height, width, device=images[0].device)
+        batch = torch.zeros(len(images), len(self.mean), height, width, device=images[0].device)
         for padded, image in zip(batch, images, strict=True):
             padded[:, : image.shape[1], : image.shape[2]] = normalise(image[None], self.mean, self.std)[0]
         return ImageList(batch, sizes), targets
@@ -137,7 +137,7 @@ class NormalizeAndPad(nn.Module):
 
 
 def build_detector(config: DetectConfig, backbone: nn.Module, classes: int, transform: EvalTransform) -> FasterRCNN:
-    """Build a detector of images [3, height, width] uint8.
+    """Build a detector of images [channels, height, width].
 
     Args:
         classes: without the background.
@@ -239,13 +239,13 @@ class RandomCrop(v2.Transform):  # type: ignore[misc]
 
 
 class DetectionDataset(SupervisedDataset):
-    """Augmented images [3, height, width] uint8 of different sizes, with boxes, labels and masks as in torchvision."""
+    """Augmented images [channels, height, width] of different sizes, with boxes, labels and masks as in torchvision."""
 
     stacks = False
 
-    def __init__(self, source: CocoSource, config: DetectConfig, white_level: int) -> None:
+    def __init__(self, source: CocoSource, config: DetectConfig, format: PixelFormat) -> None:
         rows = np.arange(len(source)) if config.empty_images else source.with_objects
-        super().__init__(Subset(source, rows), config.seed, PixelFormat(white_level=white_level))
+        super().__init__(Subset(source, rows), config.seed, format)
         self._coco, self._rows, self._masks = source, rows, config.model == "mask-rcnn"
         self._label_of = {category: label for label, category in enumerate(source.categories, start=1)}
         crop = [Resize(config.crop_short_sides, config.long_side), RandomCrop(*config.crop_sides)]
@@ -254,12 +254,12 @@ class DetectionDataset(SupervisedDataset):
             Resize(config.short_sides, config.long_side), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(),
         )  # fmt: skip
         self._transform = v2.Compose(steps)
-        self.sides = [config.long_side] * (2 if self._masks else 1)  # a rough bound of a few masks
+        self.sides = [format.rgb_side(config.long_side)] * (2 if self._masks else 1)  # a rough bound of a few masks
 
-    def check(self, index: int, pixels: NDArray[np.uint8]) -> None:
+    def check(self, index: int, pixels: NDArray[Any]) -> None:
         self._coco.check_size(int(self._rows[index]), pixels.shape[1], pixels.shape[0])
 
-    def augmented(self, index: int, pixels: NDArray[np.uint8], label: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def augmented(self, index: int, pixels: NDArray[Any], label: int | None) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = pixels.shape[:2]
         found = self._coco.annotations(int(self._rows[index]), crowds=False)
         labels = [self._label_of[one["category_id"]] for one in found]
@@ -270,7 +270,7 @@ class DetectionDataset(SupervisedDataset):
         }
         if self._masks:
             target["masks"] = tv_tensors.Mask(torch.from_numpy(decode_masks(found, width, height)))
-        image, target = self._transform(tv_tensors.Image(torch.from_numpy(pixels.copy()).permute(2, 0, 1)), target)
+        image, target = self._transform(tv_tensors.Image(to_tensor(pixels)), target)
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
 
@@ -288,7 +288,7 @@ class Detector:
     categories: Mapping[int, str]
     """Names by category id, in the order of the labels."""
     config: DetectConfig
-    white_level: int
+    format: PixelFormat
     device: torch.device
 
     def __call__(self, source: Source) -> Iterator[tuple[int, list[JsonObject] | UndecodableImage]]:
@@ -303,7 +303,7 @@ class Detector:
         resize = Resize(self.config.test_side, self.config.long_side)  # of one size: not random
         was_training = self.network.training
         self.network.eval()
-        images = each_image(source, indices, partial(_resized, resize=resize, white_level=self.white_level), workers)
+        images = each_image(source, indices, partial(_resized, resize=resize, format=self.format), workers)
         try:
             for index, found in zip(indices, images, strict=True):
                 watchdog.progress()
@@ -351,7 +351,9 @@ def open_detector(config: DetectConfig, device: torch.device) -> Detector:
         own = {name: getattr(config, name) for name in ("num_workers", "precision")}
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in content["args"].items()}
         settings = DetectConfig(**stored | own)
-        network = build_detector(settings, build_backbone(settings.arch), len(categories), transform)
+        network = build_detector(
+            settings, build_backbone(settings.arch, len(transform.mean)), len(categories), transform
+        )
         network.load_state_dict(content.get("ema", content["network"]))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = f" ({one_line(error)})" if "categories" in content else ""
@@ -359,22 +361,22 @@ def open_detector(config: DetectConfig, device: torch.device) -> Detector:
             f"{config.weights} is not a detector of run_detect.py{why}: train "
             f"one with --weights {config.weights} --data-path COCO_DIR, then give its checkpoint.pth"
         ) from error
-    return Detector(network.to(device), categories, settings, transform.white_level, device)
+    return Detector(network.to(device), categories, settings, transform.pixel_format, device)
 
 
 def _resized(
-    source: Source, index: int, resize: v2.Transform, white_level: int
+    source: Source, index: int, resize: v2.Transform, format: PixelFormat
 ) -> tuple[Tensor, tuple[int, int]] | UndecodableImage:
-    """Return a resized image [3, height, width] uint8, and the original height and width."""
+    """Return a resized image [channels, height, width], and the original height and width."""
     try:
         item, _ = source.read(index)
-        pixels = decode_pixels(item, source.name(index), PixelFormat(white_level=white_level))
+        pixels = decode_pixels(item, source.name(index), format)
         height, width = pixels.shape[:2]
         if isinstance(source, CocoSource):
             source.check_size(index, width, height)
     except InputError as error:  # returned: a raised one would come out of a worker inside a traceback
         return error if isinstance(error, UndecodableImage) else UndecodableImage(str(error))
-    return resize(torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1)).contiguous(), (height, width)
+    return resize(to_tensor(pixels[..., : format.channels])).contiguous(), (height, width)
 
 
 def _run_lengths(mask: Tensor) -> JsonObject:
@@ -389,7 +391,7 @@ class CocoEvaluator:
 
     source: CocoSource
     config: DetectConfig
-    white_level: int
+    format: PixelFormat
     results: list[JsonObject] | None = None
     """Detections of the last measurement in COCO's format; on every rank, as the following."""
     scores: dict[str, float] = field(default_factory=dict)
@@ -403,7 +405,7 @@ class CocoEvaluator:
             UndecodableImage: an image is unreadable or does not fit its annotations.
         """
         assert isinstance(method, Detection)
-        detector = Detector(method.evaluated, self.source.categories, self.config, self.white_level, method.device)
+        detector = Detector(method.evaluated, self.source.categories, self.config, self.format, method.device)
         own: list[tuple[int, list[JsonObject]]] = []
         refusal = None
         for index, found in detector(self.source):

@@ -35,7 +35,7 @@ from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
 from dino_xcit.runtime.sync_batch_norm import synchronise_batch_norm
 from dino_xcit.train import Buffers, TrainState, set_numerics
-from dino_xcit.transform import EvalTransform, require_rgb
+from dino_xcit.transform import EvalTransform
 from dino_xcit.weights import Allowed, StoredWeights, hash_state, read_weights
 from dino_xcit.weights.locate import is_remote
 from eval.pooling import autocast
@@ -81,9 +81,7 @@ def load_initial_weights(config: SupervisedConfig) -> InitialWeights:
     arch = stored.arch if stored else config.arch
     torch.manual_seed(config.seed)
     rate = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
-    if stored:
-        require_rgb(stored.transform.pixel_format, config.weights)
-    backbone = build_backbone(arch, 3, **rate)
+    backbone = build_backbone(arch, stored.transform.pixel_format.channels if stored else 3, **rate)
     if isinstance(backbone, XCiT):
         if config.activation_checkpointing == "auto":
             raise InputError(
@@ -159,7 +157,7 @@ class SupervisedBatch(AnyBatch):
     """Images and targets of one forward pass on one rank."""
 
     images: Any
-    """[B, 3, height, width], or a list of B tensors [3, height, width]; normalised float32, or uint8."""
+    """[B, channels, height, width], or a list of B tensors [channels, height, width]; normalised or not."""
     targets: Any
     """Tensors, or lists and dictionaries of tensors."""
 
@@ -201,14 +199,14 @@ class SupervisedDataset(BatchDataset[SupervisedBatch]):
     stacks = True
     """Whether to stack images and targets; otherwise they stay lists."""
 
-    def augmented(self, index: int, pixels: NDArray[np.uint8], label: int | None) -> tuple[Tensor, Any]:
-        """Return an augmented image [3, height, width] and its target.
+    def augmented(self, index: int, pixels: NDArray[Any], label: int | None) -> tuple[Tensor, Any]:
+        """Return an augmented image [channels, height, width] and its target.
 
         Python's, numpy's and torch's generators are seeded from (seed, epoch, index) before the call.
 
         Args:
             index: index of the image in the source.
-            pixels: [height, width, 3].
+            pixels: [height, width, channels], uint8 for three, float32 from 0 to 1 for others.
             label: its label in the source; None without labels.
 
         Raises:
@@ -228,7 +226,7 @@ class SupervisedDataset(BatchDataset[SupervisedBatch]):
             began = time.perf_counter()
             seed_everything(self.seed, epoch, index)
             try:
-                image, target = self.augmented(candidate, pixels[..., :3], label)
+                image, target = self.augmented(candidate, pixels[..., : self.format.channels], label)
             except InputError as error:  # returned, because a worker would wrap the message in a traceback
                 return UndecodableImage(str(error))
             spent[2] += time.perf_counter() - began

@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from dino_xcit import safe_load
 from dino_xcit.bounds import marked
 from dino_xcit.config import StateField
-from dino_xcit.data.decode import decode
+from dino_xcit.data.decode import read_image, read_picture
 from dino_xcit.data.masks import IGNORE, MaskSource
 from dino_xcit.data.source import Source, evenly_spaced
 from dino_xcit.data.workers import choose_workers, each_image
@@ -38,7 +38,7 @@ from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
-from dino_xcit.transform import EvalTransform, normalise, to_tensor
+from dino_xcit.transform import Channels, EvalTransform, normalise, resized_box, size_of
 from dino_xcit.weights.locate import is_safetensors
 from eval.miou import confusion, mean_iou, pixel_accuracy
 from eval.palette import Segmented, colours, segmentation_sheet, to_palette
@@ -238,21 +238,25 @@ def scaled_size(size: tuple[int, int], config: SegmentConfig, factor: float = 1.
 
 
 class SegmentationDataset(SupervisedDataset):
-    """mmseg's training transform: random scale, crop, flip and photometric distortion; uint8 images."""
+    """mmseg's training transform: random scale, crop, flip and, for three channels, photometric distortion.
+
+    Images of three channels are uint8.
+    """
 
     source: MaskSource
 
     def __init__(self, source: MaskSource, config: SegmentConfig, transform: EvalTransform) -> None:
         super().__init__(source, config.seed, transform.pixel_format)
         self._config = config
-        self._fill = round(255 * sum(transform.mean) / 3)
+        mean = sum(transform.mean) / len(transform.mean)
+        self._fill = round(255 * mean) if len(transform.mean) == 3 else mean
         # mmseg's ranges: 32 of 255, 0.5 to 1.5 twice, 18 of 180.
         ranges = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
-        jitters = (v2.ColorJitter(**{name: span}) for name, span in ranges.items())
-        self._distort = v2.Compose([v2.RandomApply([jitter], config.photometric) for jitter in jitters])
-        self.sides = [config.crop_size] * 2  # the image, and less than that for the mask
+        jitters = [v2.ColorJitter(**{name: span}) for name, span in ranges.items() if len(transform.mean) == 3]
+        self._distort = nn.Sequential(*(v2.RandomApply([jitter], config.photometric) for jitter in jitters))
+        self.sides = [self.format.rgb_side(config.crop_size), config.crop_size]  # the mask takes less
 
-    def augmented(self, index: int, pixels: NDArray[np.uint8], label: int | None) -> tuple[Tensor, Tensor]:
+    def augmented(self, index: int, pixels: NDArray[Any], label: int | None) -> tuple[Tensor, Tensor]:
         config, side = self._config, self._config.crop_size
         mask = self.source.mask(index, pixels.shape[:2])
         (height, width), scaled = mask.shape, scaled_size(mask.shape, config, random.uniform(*config.scale))
@@ -267,7 +271,7 @@ class SegmentationDataset(SupervisedDataset):
             if 0 < counts.max() < config.max_class_share * counts.sum():
                 break
         box = np.array([left, top, left + crop[1], top + crop[0]]) * np.tile([width / scaled[1], height / scaled[0]], 2)
-        image = to_tensor(Image.fromarray(pixels).resize(crop[::-1], Image.Resampling.BILINEAR, tuple(box.tolist())))
+        image = resized_box(pixels, (crop[1], crop[0]), tuple(box.tolist()))
         if random.random() < config.flip:
             image, target = image.flip(2), target[:, ::-1].copy()
         margins = (0, side - crop[1], 0, side - crop[0])
@@ -286,10 +290,10 @@ class Predictor:
     transform: EvalTransform
     device: torch.device
 
-    def prepare(self, image: Image.Image) -> Tensor:
-        """Resize an image to [3, h, w] uint8."""
-        size = scaled_size((image.height, image.width), self.config)
-        return to_tensor(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    def prepare(self, image: Image.Image | Channels) -> Tensor:
+        """Resize an image to [channels, h, w], uint8 for three channels."""
+        (height, width), original = scaled_size(size_of(image), self.config), size_of(image)
+        return resized_box(np.asarray(image), (width, height), (0, 0, original[1], original[0]))
 
     @torch.inference_mode()
     def labels(self, network: Segmenter, image: Tensor, size: Sequence[int]) -> NDArray[np.uint8]:
@@ -324,8 +328,8 @@ def _load(predictor: Predictor, source: Source, index: int) -> tuple[Tensor, Ten
     """Return a prepared image and its classes [h, w], or what is wrong with them."""
     assert isinstance(source, MaskSource)
     try:
-        image = decode(source.read(index)[0], source.name(index), predictor.transform.white_level)
-        return predictor.prepare(image), torch.from_numpy(source.mask(index, (image.height, image.width)))
+        image = read_image(source, index, predictor.transform.pixel_format)
+        return predictor.prepare(image), torch.from_numpy(source.mask(index, size_of(image)))
     except InputError as error:  # raised in a worker, it would arrive inside a traceback
         return str(error)
 
@@ -391,7 +395,7 @@ def draw_overlays(source: MaskSource, evaluator: MiouEvaluator) -> Image.Image:
     """Draw the images that ``evaluator`` has kept, with their predictions and ground truth."""
     images: list[Segmented] = []
     for index, predicted in sorted(evaluator.shown.items()):
-        image = decode(source.read(index)[0], source.name(index), evaluator.predictor.transform.white_level)
+        image = read_picture(source, index, evaluator.predictor.transform.pixel_format)
         truth = source.mask(index, predicted.shape)
         images.append((source.name(index), image, {"prediction": predicted, "ground truth": truth}))
     return segmentation_sheet(images, source.classes or ())

@@ -13,15 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coco_fixtures import TINY, make_coco
+from mask_fixtures import shapes
 from numpy.typing import NDArray
 from PIL import Image
 from run_here import Here
 from torch import nn
 
+import run_detect
 import run_extract
 import run_finetune
 import run_knn
 import run_linear
+import run_retrieval
+import run_segment
 from dino_xcit import export
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.config import PretrainConfig
@@ -329,7 +334,10 @@ def test_evaluators_follow_the_checkpoint(images: Path, run: Path, tmp_path: Pat
     first = json.loads(found.read_text())["results"][0]
     assert first["path"].endswith("class0/0.npy")
     assert first["score"] == pytest.approx(1, abs=1e-4)
-    assert load_backbone(run / "checkpoint.pth").embed([query]).shape == (1, 64)
+    loaded = load_backbone(run / "checkpoint.pth")
+    by_file, by_array = loaded.embed([query]), loaded.embed(np.load(query))
+    assert by_file.shape == (1, 64)
+    np.testing.assert_array_equal(by_file, by_array)
 
 
 def test_packed_images_of_five_channels_are_the_same(images: Path, tmp_path: Path) -> None:
@@ -381,10 +389,50 @@ def test_attention_and_pca_follow_the_checkpoint(kind: str, images: Path, run: P
         assert sheet.width > 2 * viz.CELL
 
 
-def test_other_tasks_refuse_the_checkpoint(images: Path, run: Path, tmp_path: Path, here: Here) -> None:
-    words = f"{run / 'checkpoint.pth'} is for images of 5 channels, which only pretraining, k-NN, the linear probe and"
-    flags = ["--weights", run / "checkpoint.pth", "--data-path", images, "--output-dir", tmp_path, "--device", "cpu"]
-    here(run_finetune, *flags).assert_refused(words)
+def to_five_channels(folder: Path) -> None:
+    """Replace image files below a folder by arrays of five channels: red, green, blue, red, green."""
+    for path in sorted([*folder.rglob("*.png"), *folder.rglob("*.jpg")]):
+        path.with_suffix(".npy").write_bytes(npy(np.asarray(Image.open(path))[..., [0, 1, 2, 0, 1]]))
+        path.unlink()
+
+
+def test_finetuning_follows_the_checkpoint(images: Path, run: Path, tmp_path: Path, here: Here) -> None:
+    flags = ["--weights", run / "checkpoint.pth", "--device", "cpu", "--num-workers", "0", "--output-dir", tmp_path]
+    small = ["--batch-size-per-gpu", "8", "--epochs", "1", "--warmup-epochs", "0"]
+    done = here(run_finetune, *flags, *small, "--data-path", images)
+    assert done.code == 0, done.err
+    assert first_convolution(load_backbone(tmp_path / "checkpoint.pth").backbone)[1].in_channels == 5
+
+
+def test_segmentation_follows_the_checkpoint(run: Path, tmp_path: Path, here: Here) -> None:
+    data, out = shapes(tmp_path / "data", train=4, val=2, side=48), tmp_path / "out"
+    to_five_channels(data / "images")
+    flags = ["--weights", run / "checkpoint.pth", "--device", "cpu", "--num-workers", "0", "--output-dir", out]
+    small = ["--recipe", "own-data", "--short-side", 48, "--crop-size", 48, "--batch-size-per-gpu", 4, "--epochs", 1]
+    done = here(run_segment, *flags, *small, "--head-width", 8, "--fpn-width", 8, "--data-path", data)
+    assert done.code == 0, done.err
+    done = here(run_segment, "--predict", data / "images" / "val", "--weights", out / "checkpoint.pth", *flags[2:4])
+    assert done.code == 0, done.err
+    assert len(list((out / "predictions" / "masks").iterdir())) == 2
+
+
+def test_detection_follows_the_checkpoint(run: Path, tmp_path: Path, here: Here) -> None:
+    coco, out = make_coco(tmp_path / "coco"), tmp_path / "out"
+    to_five_channels(coco)
+    for file in (coco / "annotations").iterdir():
+        file.write_text(file.read_text().replace(".png", ".npy"))
+    weights = ["--weights", run / "checkpoint.pth", "--arch", ""]
+    done = here(run_detect, *TINY, *weights, "--data-path", coco, "--output-dir", out, "--max-steps", "1")
+    assert done.code == 0, done.err
+    done = here(run_detect, "--predict", coco / "val2017", "--weights", out / "checkpoint.pth", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert (out / "predictions" / "detections.png").exists()
+
+
+def test_benchmarks_of_rgb_images_refuse_the_checkpoint(images: Path, run: Path, here: Here) -> None:
+    words = f"{run / 'checkpoint.pth'} is for images of 5 channels, but these are RGB: expected weights for 3 channels"
+    flags = ["--weights", run / "checkpoint.pth", "--data-path", images, "--device", "cpu"]
+    here(run_retrieval, "folder", *flags).assert_refused(words)
 
 
 def test_16_bit_grey_images_train_from_weights_for_rgb(tmp_path: Path, images: Path) -> None:

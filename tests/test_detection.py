@@ -18,7 +18,7 @@ from dino_xcit.cli import parse
 from dino_xcit.data.decode import decode_pixels
 from dino_xcit.models import build_backbone
 from dino_xcit.optim import Rates
-from dino_xcit.transform import WHITE, EvalTransform
+from dino_xcit.transform import RGB, EvalTransform
 from supervised.coco import CocoSource, corners, decode_masks, find_split, open_coco
 from supervised.detect_config import DetectConfig
 from supervised.detection import (
@@ -55,7 +55,7 @@ def tiny(config: DetectConfig, source: CocoSource) -> Detection:
 
 
 def batch_of(source: CocoSource, *flags: str, keys: tuple[tuple[int, int], ...] = ((0, 0),)) -> Any:
-    return DetectionDataset(source, settings(*flags), WHITE).__getitems__(list(keys))
+    return DetectionDataset(source, settings(*flags), RGB).__getitems__(list(keys))
 
 
 # ---- parts of the network
@@ -171,7 +171,7 @@ def test_losses_and_gradients_are_finite(
 def test_detections_are_in_the_pixels_of_the_image(source: CocoSource, precision: str) -> None:
     config = settings("--test-side", "48", "--precision", precision)
     network = tiny(config, source).trained
-    found: Any = dict(Detector(network, source.categories, config, WHITE, CPU)(source))
+    found: Any = dict(Detector(network, source.categories, config, RGB, CPU)(source))
     assert len(found) == len(source)
     assert network.training
     boxes = corners([one for rows in found.values() for one in rows])

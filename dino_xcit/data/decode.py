@@ -21,7 +21,7 @@ from dino_xcit.data.source import Item, Source, evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
-from dino_xcit.transform import RGB, WHITE, Channels, PixelFormat, pixels_of
+from dino_xcit.transform import RGB, WHITE, Channels, PixelFormat, pixels_of, size_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -106,6 +106,11 @@ def picture_of(image: Image.Image | Channels, format: PixelFormat) -> Image.Imag
         return image
     shown = image[..., format.show_channels or ((0, 1, 2) if image.shape[2] >= 3 else (0, 0, 0))]
     return Image.fromarray((255 * shown / max(float(shown.max()), 1e-6)).astype(np.uint8))
+
+
+def read_picture(source: Source, index: int, format: PixelFormat = RGB) -> Image.Image:
+    """Read an image of a source for drawing: :func:`read_image`, then :func:`picture_of`."""
+    return picture_of(read_image(source, index, format), format)
 
 
 def _decode_channels(item: Item, name: str, format: PixelFormat) -> Channels:
@@ -229,6 +234,20 @@ def read_header(data: bytes, name: str = "") -> Header:
         UndecodableImage: The header is damaged, or not of one of :data:`FORMATS`.
     """
     return guarded(_header_of, data, name)
+
+
+def image_size(source: Source, index: int, format: PixelFormat = RGB) -> tuple[int, int]:
+    """Return height and width of an image. RGB files are not decoded.
+
+    Raises:
+        InputError: The image cannot be read.
+        UndecodableImage: Its header is damaged, or as :func:`decode_image`.
+    """
+    item, _ = source.read(index)
+    if format.channels == 3 and isinstance(item, bytes):
+        width, height = read_header(item, source.name(index)).size
+        return height, width
+    return size_of(decode_image(item, source.name(index), format))
 
 
 def _header_of(data: bytes) -> Header:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.data import storage
-from dino_xcit.data.decode import UndecodableImage, decode_mask, read_header
-from dino_xcit.data.folder import IMAGE_SUFFIXES
+from dino_xcit.data.decode import UndecodableImage, decode_mask, image_size
+from dino_xcit.data.folder import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from dino_xcit.data.source import Source, hash_lines
 from dino_xcit.data.workers import choose_workers, each_image
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime.logging import counted, progress_bar
+from dino_xcit.transform import RGB, PixelFormat
 
 IGNORE = 255
 """Label of pixels without a class."""
@@ -147,8 +148,10 @@ class MaskSource:
         return table
 
 
-def open_masks(config: MaskSettings) -> tuple[MaskSource, MaskSource]:
+def open_masks(config: MaskSettings, format: PixelFormat = RGB) -> tuple[MaskSource, MaskSource]:
     """Open the training and the validation part of ``config.data_path``, and check all masks.
+
+    ``format``: of the images.
 
     Rank 0 reads every mask once; all ranks call this.
 
@@ -174,7 +177,7 @@ def open_masks(config: MaskSettings) -> tuple[MaskSource, MaskSource]:
 
     def check() -> int:
         workers = choose_workers(config.num_workers, 1)
-        pixels = _count_pixels(_with_classes(train, names, count), workers)
+        pixels = _count_pixels(_with_classes(train, names, count), workers, format)
         found = count or int(np.flatnonzero(pixels[:IGNORE]).max(initial=-1)) + 1
         if not 2 <= found <= MAX_CLASSES:
             raise InputError(
@@ -185,7 +188,7 @@ def open_masks(config: MaskSettings) -> tuple[MaskSource, MaskSource]:
             raise InputError(
                 f"ignore_label is {config.ignore_label}, a class of {root}: expected 0, or a label that is no class"
             )
-        if not _count_pixels(_with_classes(val, names, found), workers)[:found].any():
+        if not _count_pixels(_with_classes(val, names, found), workers, format)[:found].any():
             raise InputError(f"all pixels of the masks of {val.url} are ignored: check the masks and --ignore-label")
         return found
 
@@ -216,7 +219,7 @@ def _open_part(root: Path, layout: Layout, part: str, ignore: int) -> MaskSource
     for needed in (images, masks, listing):
         if not needed.exists():
             raise InputError(f"{root} has no {needed.relative_to(root)}: expected a training and a validation part")
-    by_name = {"image": _files(images, IMAGE_SUFFIXES), "mask": _files(masks, (".png",))}
+    by_name = {"image": _files(images, (*IMAGE_SUFFIXES, ARRAY_SUFFIX)), "mask": _files(masks, (".png",))}
     names = _lines(listing) if layout.listing else sorted(by_name["image"].keys() | by_name["mask"].keys())
     if not names:
         raise InputError(f"{root} ({part}) has no image: expected images, and PNG masks of the same name")
@@ -256,12 +259,12 @@ def _with_classes(source: MaskSource, names: tuple[str, ...], count: int) -> Mas
     return replace(source, classes=(names or numbers) if count else None)
 
 
-def _count_pixels(source: MaskSource, workers: int) -> NDArray[np.int64]:
+def _count_pixels(source: MaskSource, workers: int, format: PixelFormat) -> NDArray[np.int64]:
     """Return the number of pixels of each class, [256], and check every mask."""
     total = np.zeros(256, dtype=np.int64)
     wrong: list[str] = []
     with progress_bar(len(source), f"checking the masks of {source.url}", shown=True) as bar:
-        for one in each_image(source, range(len(source)), _pixels_of, workers):
+        for one in each_image(source, range(len(source)), partial(_pixels_of, format=format), workers):
             if isinstance(one, str):
                 wrong.append(one)
             else:
@@ -272,11 +275,10 @@ def _count_pixels(source: MaskSource, workers: int) -> NDArray[np.int64]:
     return total
 
 
-def _pixels_of(source: Source, index: int) -> list[int] | str:
+def _pixels_of(source: Source, index: int, format: PixelFormat) -> list[int] | str:
     """Return the pixels of each class in a mask, or what is wrong with it."""
     assert isinstance(source, MaskSource)
     try:
-        width, height = read_header(source.read(index)[0], source.name(index)).size
-        return np.bincount(source.mask(index, (height, width)).ravel(), minlength=256).tolist()
+        return np.bincount(source.mask(index, image_size(source, index, format)).ravel(), minlength=256).tolist()
     except InputError as error:  # raised in a worker, it would arrive inside a traceback
         return str(error)

@@ -106,6 +106,10 @@ class StoredWeights(Provenance):
     """State dict of the DINO head, with DINO's names; empty if the file has none."""
 
 
+Embeddable = str | Path | Image.Image | NDArray[Any]
+"""An image for :meth:`LoadedBackbone.embed`."""
+
+
 @dataclass(kw_only=True)
 class LoadedBackbone(Provenance):
     """A frozen backbone in eval mode, with its origin."""
@@ -115,20 +119,18 @@ class LoadedBackbone(Provenance):
     """Hash of the backbone's weights, the same for checkpoint.pth and the backbone.pth beside it."""
 
     @torch.inference_mode()
-    def embed(
-        self, images: Sequence[str | Path | Image.Image] | str | Path | Image.Image, batch_size: int = 64
-    ) -> NDArray[np.float32]:
+    def embed(self, images: Sequence[Embeddable] | Embeddable, batch_size: int = 64) -> NDArray[np.float32]:
         """Return the class tokens of images as unit vectors [N, D], so that products are cosines.
 
         The network runs where ``backbone`` is: ``loaded.backbone.to("cuda")`` moves it.
 
         Args:
-            images: files or RGB images of Pillow, or a single one.
+            images: files, RGB images of Pillow, or arrays [height, width, channels]; or a single one.
 
         Raises:
             InputError: a file cannot be read or decoded.
         """
-        if isinstance(images, str | Path | Image.Image):
+        if isinstance(images, str | Path | Image.Image | np.ndarray):
             images = [images]
         device = next(self.backbone.parameters()).device
         found: list[Tensor] = []
@@ -139,7 +141,9 @@ class LoadedBackbone(Provenance):
                     require_rgb(self.transform.pixel_format, str(self.path))
                     image: Image.Image | Channels = ImageOps.exif_transpose(one).convert("RGB")
                 else:
-                    image = decode_image(read_file(str(one), MAX_IMAGE_BYTES), str(one), self.transform.pixel_format)
+                    item = one if isinstance(one, np.ndarray) else read_file(str(one), MAX_IMAGE_BYTES)
+                    name = "an array" if isinstance(one, np.ndarray) else str(one)
+                    image = decode_image(item, name, self.transform.pixel_format)
                 pixels.append(self.transform(image))
             batch = normalise(torch.stack(pixels).to(device), self.transform.mean, self.transform.std)
             found.append(nn.functional.normalize(self.backbone(batch).cls_token.float(), dim=1).cpu())

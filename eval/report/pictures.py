@@ -11,7 +11,7 @@ from torch import nn
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, Subset
-from dino_xcit.data.decode import picture_of, read_image
+from dino_xcit.data.decode import picture_of, read_image, read_picture
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError
 from dino_xcit.preview import draw_preview
@@ -89,8 +89,7 @@ class Pictures:
         self._started = True
 
     def _image(self, source: Source, index: int) -> Image.Image:
-        format = self._transform.pixel_format
-        return picture_of(read_image(source, index, format), format)
+        return read_picture(source, index, self._transform.pixel_format)
 
     @torch.inference_mode()
     def _maps(self, backbone: nn.Module, source: Source, shown: list[int]) -> dict[str, Image.Image]:
