@@ -306,7 +306,8 @@ class PretrainConfig(TrainConfig):
             numbers = getattr(self, name)
             if len(numbers) != self.channels and numbers not in (IMAGENET_MEAN, IMAGENET_STD):
                 raise InputError(
-                    f"{name} has {len(numbers)} numbers, but channels is {self.channels}: expected as many"
+                    f"{name} has {len(numbers)} numbers, but channels is {self.channels}: expected as many, or "
+                    "--recipe auto, which measures them"
                 )
         self.pixel_format.check()
         if self.channels == 3:
