@@ -119,10 +119,12 @@ class EvalTransform:
         from torchvision.transforms import functional as TF  # takes two seconds to import, training does not need it
 
         height, width = size_of(image)
-        if max(height, width) <= MAX_ASPECT * min(height, width):
+        if isinstance(image, np.ndarray):
+            length = MAX_ASPECT * min(height, width)
+            top, left = (max(0, side - length) // 2 for side in (height, width))
+            resized = self.resized(image[top : top + length, left : left + length], [self.resize])
+        elif max(height, width) <= MAX_ASPECT * min(height, width):
             resized = self.resized(image, [self.resize])
-        elif isinstance(image, np.ndarray):
-            raise InputError(f"the image has {width} x {height} pixels: too long")
         else:
             resized = to_tensor(self._resized_centre(image))
         return TF.center_crop(resized, [self.crop, self.crop])

@@ -17,7 +17,7 @@ from coco_fixtures import TINY, make_coco
 from mask_fixtures import shapes
 from numpy.typing import NDArray
 from PIL import Image
-from run_here import Here
+from run_here import Here, on_two_ranks
 from torch import nn
 
 import run_detect
@@ -25,6 +25,7 @@ import run_extract
 import run_finetune
 import run_knn
 import run_linear
+import run_pretrain
 import run_retrieval
 import run_segment
 from dino_xcit import export
@@ -109,6 +110,14 @@ def test_colour_png_with_alpha_keeps_16_bits_and_its_shape() -> None:
         decode_image(palette.getvalue(), "a", PixelFormat(1))
 
 
+def test_large_tiles_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiff(bands(5), planarconfig="contig", tile=(64, 64))
+    assert np.asarray(decode_image(data, "a", FIVE)).shape == (20, 30, 5)
+    monkeypatch.setattr("dino_xcit.data.channels.MAX_VALUES", 64 * 64 - 1)
+    with pytest.raises(UndecodableImage, match="too many values: 4,096"):
+        decode_image(data, "a", FIVE)
+
+
 def test_floats_need_a_range_and_nan_is_black() -> None:
     pixels = np.array([[[-1.0], [0.0], [1.5], [9.0], [np.nan]]], dtype=np.float32)
     found = decode_image(npy(pixels), "a", PixelFormat(1, value_range=(0.0, 3.0)))
@@ -184,6 +193,15 @@ def test_evaluation_transform_resizes_crops_and_normalises() -> None:
     )
     torch.testing.assert_close(found, expected.clamp(0, 1)[0, :, 2:14, 6:18])
     torch.testing.assert_close(normalise(found[None], transform.mean, transform.std)[0], (found - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_only_the_centre_of_a_long_image_is_resized(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform, image = EvalTransform(16, 12), np.tile(np.asarray(decode_image(npy(bands(5)), "a", FIVE)), (1, 20, 1))
+    image = image.transpose(1, 0, 2) if turned else image
+    short = transform(image)
+    monkeypatch.setattr("dino_xcit.transform.MAX_ASPECT", 100)
+    torch.testing.assert_close(short, transform(image), atol=1e-5, rtol=0)
 
 
 def views_of(image: NDArray[Any], **settings: Any) -> list[torch.Tensor]:
@@ -305,6 +323,14 @@ def test_run_stores_channels_with_measured_mean_and_std(images: Path, run: Path)
     np.testing.assert_allclose(std, pixels.std(axis=(0, 1, 2)), atol=1e-4)
     assert first_convolution(loaded.backbone)[1].in_channels == 5
     assert (run / "report.html").exists()
+
+
+@pytest.mark.process
+def test_two_ranks_train_with_the_same_mean_and_std(images: Path, run: Path, tmp_path: Path) -> None:
+    settings = flags_of(images, tmp_path / "run") | {"batch_size_per_gpu": 4, "epochs": 1, "white_level": "auto"}
+    on_two_ranks(run_pretrain, tmp_path, *(f"--{name}={value}" for name, value in settings.items()))
+    one, two = (load_backbone(folder / "checkpoint.pth").transform for folder in (run, tmp_path / "run"))
+    assert two == replace(one, show_channels=())
 
 
 def test_given_mean_is_kept_and_std_is_measured(images: Path) -> None:

@@ -84,7 +84,7 @@ def _read_tiff(data: bytes) -> NDArray[Any]:
         series, kind = file.series[0], tifffile.PHOTOMETRIC(file.pages.first.photometric)
         if kind in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.MINISWHITE):
             raise ValueError(f"its values are of the kind {kind.name}, expected MINISBLACK or RGB")
-        _check_count(series.size)
+        _check_count(max(series.size, file.pages.first.tilewidth * file.pages.first.tilelength))
         pixels = np.moveaxis(series.asarray(), [series.axes.index("Y"), series.axes.index("X")], [0, 1])
     return pixels.reshape(*pixels.shape[:2], -1)
 
