@@ -8,6 +8,7 @@ The loop is in dino_xcit/loop.py, the step in dino_xcit/train.py, the loss in di
 
 from __future__ import annotations
 
+from dino_xcit.bounds import shown
 from dino_xcit.cli import (  # before torch: dino_xcit configures the idle behaviour of OpenMP threads
     check_flags,
     flags_of,
@@ -214,7 +215,8 @@ def with_statistics(config: PretrainConfig, source: Source, stored: Mapping[str,
     if len(found) < len(missing):
         measured = dict(zip(usual, measure_channels(source, config.pixel_format), strict=True))
         found = {name: measured[name] for name in missing}
-        log.info(f"{config.channels} channels, measured on a sample: {found}")
+        numbers = (f"{name} {shown(values)}" for name, values in found.items())
+        log.info(f"{config.channels} channels, measured on a sample: {', '.join(numbers)}")
     return dataclasses.replace(config, **found)  # type: ignore[arg-type]
 
 

@@ -401,7 +401,8 @@ def _cause(data: bytes, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         claimed = next((name for name in FORMATS if Image.OPEN[name][1](data[:16])), None)  # type: ignore[misc]
         if claimed:
-            return f"it begins like a {claimed}, but its header is damaged or unsupported"
+            other = " (other than three channels need --channels)" if claimed == "TIFF" else ""
+            return f"it begins like a {claimed}, but its header is damaged or unsupported{other}"
         if data[:1000].lstrip().lower().startswith((b"<!doctype html", b"<html")):
             return "a web page, not an image"
         if data.startswith(b"\x93NUMPY"):
