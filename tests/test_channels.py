@@ -461,6 +461,23 @@ def test_benchmarks_of_rgb_images_refuse_the_checkpoint(images: Path, run: Path,
     here(run_retrieval, "folder", *flags).assert_refused(words)
 
 
+def test_16_bit_grey_images_train_resume_bit_for_bit_and_are_measured(tmp_path: Path, here: Here) -> None:
+    for part, count in (("train", 16), ("val", 6)):
+        for number in range(count):
+            path = tmp_path / "grey" / part / f"class{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(bands(1, seed=number)[..., 0] >> (number % 2)))
+    whole, parts = (flags_of(tmp_path / "grey", tmp_path / name) | {"channels": 1} for name in ("whole", "parts"))
+    pretrain(**whole)
+    pretrain(**parts, max_steps=3)
+    pretrain(**parts)
+    one, other = (load_backbone(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    assert one.hash == other.hash
+    flags = ["--weights", one.path, "--data-path", tmp_path / "grey", "--device", "cpu", "--num-workers", "0"]
+    assert here(run_knn, *flags, "--no-cache", "--ks", "3", "--json", tmp_path / "knn.json").code == 0
+    assert json.loads((tmp_path / "knn.json").read_text())["results"][0]["top1"] > 50
+
+
 def test_16_bit_grey_images_train_from_weights_for_rgb(tmp_path: Path, images: Path) -> None:
     rgb = tmp_path / "rgb"
     for number in range(8):
