@@ -78,8 +78,8 @@ def train_and_measure(config: DetectConfig, device: torch.device) -> None:
     masks, root = config.model == "mask-rcnn", config.data_path
     train_files = find_split(root, "train", config.train_annotations, config.train_images)
     val_files = find_split(root, "val", config.val_annotations, config.val_images)
-    train = open_coco(*train_files, masks)
-    val = open_coco(*val_files, masks, like=train)
+    train = open_coco(*train_files, masks, format=start.transform.pixel_format)
+    val = open_coco(*val_files, masks, train, start.transform.pixel_format)
     config = dataclasses.replace(config, arch=start.arch, output_dir=default_output_dir(config))
     evaluator = CocoEvaluator(val, config, start.transform.pixel_format)
 

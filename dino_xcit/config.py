@@ -244,8 +244,8 @@ class PretrainConfig(TrainConfig):
     channel_drop: float = 0.2
     """Probability that a random channel is black (neither for 3 channels nor for one)."""
     show_channels: Annotated[tuple[int, ...], ResumeSafe] = ()
-    """Numbers of the three channels that pictures show as red, green and blue, such as 4 1 0, stored in the checkpoint
-    (not for 3 channels). Default: the first three, or the first one as grey."""
+    """Indices (from 0) of the three channels that pictures show as red, green and blue, such as 4 1 0. Stored in the
+    checkpoint (not for 3 channels). Default: 0 1 2; of one or two channels, 0 as grey."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean of each channel, for normalisation. Default for other than 3 channels: measured on 256 images."""
     std: Annotated[tuple[float, ...], Gt(0)] = IMAGENET_STD
@@ -306,8 +306,8 @@ class PretrainConfig(TrainConfig):
             numbers = getattr(self, name)
             if len(numbers) != self.channels and numbers not in (IMAGENET_MEAN, IMAGENET_STD):
                 raise InputError(
-                    f"{name} has {len(numbers)} numbers, but channels is {self.channels}: expected as many, or "
-                    "--recipe auto, which measures them"
+                    f"{name} has {len(numbers)} numbers, but channels is {self.channels}: give as many, or leave "
+                    f"{name} out with --recipe auto, which measures them"
                 )
         self.pixel_format.check()
         if self.channels == 3:
@@ -374,8 +374,9 @@ class PretrainConfig(TrainConfig):
         """Return the transform for evaluating this run's backbone."""
         crop = self.eval_crop or self.global_crops_size
         resize = self.eval_resize or round(crop * 8 / 7)
-        format = self.white_level, self.value_range, self.show_channels
-        return EvalTransform(resize, crop, "bicubic", self.mean, self.std, *format)
+        return EvalTransform(
+            resize, crop, "bicubic", self.mean, self.std, self.white_level, self.value_range, self.show_channels
+        )
 
 
 def refuse_xcit_only(config: TrainConfig, arch: str) -> None:

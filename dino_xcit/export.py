@@ -44,7 +44,7 @@ from dino_xcit.weights import LoadedBackbone, load_backbone
 from dino_xcit.weights.names import to_timm
 
 Features = Callable[[Tensor], tuple[Tensor, ...]]
-"""Normalised images [B, 3, height, width] to class token [B, D] and optionally patch tokens [B, N, D]."""
+"""Normalised images [B, channels, height, width] to class token [B, D] and optionally patch tokens [B, N, D]."""
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 """File suffixes. The other targets are folders."""
@@ -75,8 +75,8 @@ class ExportConfig:
     patch_tokens: bool = False
     """For onnx and torch-export: also output the patch tokens of the last block that mixes patches."""
     images: str = "sample:fashion-mnist"
-    """RGB images to compare export and original on: a folder, or another form of docs/data.md. Networks for other
-    numbers of channels get the red, green and blue in turn."""
+    """RGB images to compare export and original on: a folder, or another form of docs/data.md. A network for
+    N channels gets red, green and blue repeated, such as R G B R G for 5."""
     tolerance: float = 1e-5
     """Maximum relative difference between export and original. For an XCiT, up to 30 times the original's float32
     rounding error (at most 1e-3) is accepted too."""
@@ -110,10 +110,10 @@ def main(argv: Sequence[str]) -> None:
     out = Path(os.path.abspath(os.path.expanduser(config.out)))
     check_free(config, out)
     loaded = load_backbone(config.weights, config.network, config.arch or None)
-    if config.to in ("timm", "hf") and channels_of(loaded) != 3:
+    if config.to in ("timm", "hf") and loaded.transform.channels != 3:
         raise InputError(
-            f"{config.weights} is for images of {channels_of(loaded)} channels, which timm's transforms cannot read: "
-            "--to safetensors, onnx or torch-export"
+            f"{config.weights} is for images of {loaded.transform.channels} channels, which timm's transforms cannot "
+            "read: give --to safetensors, onnx or torch-export"
         )
     print(loaded.describe(), flush=True)
     if not loaded.transform_from:
@@ -195,11 +195,6 @@ def _remove(path: Path) -> None:
 # ---- Targets: each writes its form, reloads it, and returns the features function of the other library
 
 
-def channels_of(loaded: LoadedBackbone) -> int:
-    """Return the number of channels of the images."""
-    return loaded.transform.pixel_format.channels
-
-
 def metadata(loaded: LoadedBackbone) -> dict[str, str]:
     """Return the metadata of an exported file.
 
@@ -229,7 +224,7 @@ def to_safetensors(loaded: LoadedBackbone, path: Path, _: bool) -> Features:
     """Write one file with the names of this project and the official checkpoints."""
     tensors = {key: value.contiguous() for key, value in loaded.backbone.state_dict().items()}
     safetensors.torch.save_file(tensors, path, metadata(loaded))
-    backbone = build_backbone(loaded.arch, channels_of(loaded))
+    backbone = build_backbone(loaded.arch, loaded.transform.channels)
     backbone.load_state_dict(safetensors.torch.load_file(path))
     return Exported(backbone.eval().requires_grad_(False), patch_tokens=False)
 
@@ -383,7 +378,7 @@ def traced(loaded: LoadedBackbone, patch_tokens: bool) -> torch.export.ExportedP
     try:
         with fused.plain():
             return torch.export.export(
-                network, (torch.zeros(2, channels_of(loaded), height, width),), dynamic_shapes={"images": shapes}
+                network, (torch.zeros(2, loaded.transform.channels, height, width),), dynamic_shapes={"images": shapes}
             )
     except Exception as error:  # torch.export raises many types
         raise InputError(f"PyTorch cannot trace {loaded.arch} ({one_line(error)}): --to timm or safetensors") from error
@@ -474,7 +469,7 @@ def compare(loaded: LoadedBackbone, exported: Features, images: list[Image.Image
     greatest = 0.0
     for number, (height, width) in enumerate(sizes):
         fitted = [to_tensor(ImageOps.fit(image, (width, height))) for image in images[: max(1, len(images) - number)]]
-        pixels = torch.stack(fitted)[:, torch.arange(channels_of(loaded)) % 3]
+        pixels = torch.stack(fitted)[:, torch.arange(loaded.transform.channels) % 3]
         batch = normalise(pixels, transform.mean, transform.std)
         with torch.no_grad():
             expected = original(batch)

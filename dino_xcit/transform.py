@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dino_xcit.bounds import refuse_changed, shown
 from dino_xcit.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -48,7 +49,12 @@ class PixelFormat:
     value_range: tuple[float, ...] = ()
     """Values that map to black and white in images of other types than 8 and 16 bits; not for three channels."""
     show_channels: tuple[int, ...] = ()
-    """Channels that pictures show as red, green and blue; () for the first three, or the first one as grey."""
+    """Indices (from 0) of the channels that pictures show as red, green and blue; (): see :attr:`shown_channels`."""
+
+    @property
+    def shown_channels(self) -> tuple[int, ...]:
+        """``show_channels``, by default the first three; of one or two channels, the first as grey."""
+        return self.show_channels or ((0, 1, 2) if self.channels >= 3 else (0, 0, 0))
 
     def check(self) -> None:
         """Check the values.
@@ -56,15 +62,16 @@ class PixelFormat:
         Raises:
             InputError: A value is invalid.
         """
-        low_high, shown = self.value_range, self.show_channels
-        for name, values in (("value_range", low_high), ("show_channels", shown)):
-            if values and self.channels == 3:
-                raise InputError(f"{name} is {_shown(values)}, which has no effect with 3 channels: leave it out")
-        if low_high and not (len(low_high) == 2 and low_high[0] < low_high[1]):
-            raise InputError(f"value_range is {_shown(low_high)}, expected the values of black and white: 0 1")
-        if shown and not (len(shown) == 3 and all(0 <= number < self.channels for number in shown)):
+        if self.channels == 3:
+            refuse_changed(self, ("value_range", "show_channels"), "with 3 channels")
+        if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
+            raise InputError(f"value_range is {shown(self.value_range)}, expected the values of black and white: 0 1")
+        chosen = self.shown_channels
+        if len(chosen) != 3 or not all(0 <= number < self.channels for number in chosen):
+            default = shown(PixelFormat(self.channels).shown_channels)
             raise InputError(
-                f"show_channels is {_shown(shown)}, expected three numbers from 0 to {self.channels - 1}, such as 0 1 2"
+                f"show_channels is {shown(chosen)}, expected three numbers from 0 to {self.channels - 1}, such as "
+                f"{default}"
             )
 
     def rgb_side(self, side: int) -> int:
@@ -79,7 +86,8 @@ def require_rgb(format: PixelFormat, weights: str) -> None:
     """Raise InputError if the weights are not for images of three channels."""
     if format.channels != 3:
         raise InputError(
-            f"{weights} is for images of {format.channels} channels, but these are RGB: expected weights for 3 channels"
+            f"{weights} is for images of {format.channels} channels, but only RGB images are supported here: give "
+            "weights for 3 channels"
         )
 
 
@@ -107,9 +115,14 @@ class EvalTransform:
     """See :class:`PixelFormat`."""
 
     @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return len(self.mean)
+
+    @property
     def pixel_format(self) -> PixelFormat:
         """Format of the images."""
-        return PixelFormat(len(self.mean), self.white_level, self.value_range, self.show_channels)
+        return PixelFormat(self.channels, self.white_level, self.value_range, self.show_channels)
 
     def __call__(self, image: Image.Image | Channels) -> Tensor:
         """Resize and crop to [channels, crop, crop]: uint8 for images of Pillow, float32 for arrays.
@@ -181,14 +194,17 @@ class EvalTransform:
             interpolation = str(values["interpolation"])
             if interpolation not in INTERPOLATIONS:
                 raise ValueError(f"interpolation is {interpolation!r:.40}, expected one of {', '.join(INTERPOLATIONS)}")
-            mean, std = _numbers(values, "mean"), _numbers(values, "std")
-            if len(mean) != len(std):
-                raise ValueError(f"mean has {len(mean)} numbers and std {len(std)}, expected as many")
-            value_range = _numbers(values, "value_range", ())
-            show_channels = tuple(map(int, _numbers(values, "show_channels", ())))
+            stored = {"value_range": (), "show_channels": (), **values}
+            mean, std, value_range, show_channels = (
+                _numbers(stored, name) for name in ("mean", "std", "value_range", "show_channels")
+            )
+            if not mean or len(mean) != len(std):
+                raise ValueError(f"mean has {len(mean)} numbers and std {len(std)}, expected one each per channel")
             if not all(value >= 1 / _MAX_VALUE for value in std):
-                raise ValueError(f"std is {_shown(std)}, expected more than 0")
-            found = cls(resize, crop, interpolation, mean, std, white_level, value_range, show_channels)
+                raise ValueError(f"std is {shown(std)}, expected more than 0")
+            found = cls(
+                resize, crop, interpolation, mean, std, white_level, value_range, tuple(map(int, show_channels))
+            )
             found.pixel_format.check()
             return found
         except KeyError as error:
@@ -197,40 +213,20 @@ class EvalTransform:
             raise InputError(f"the stored evaluation transform: {one_line(error)}") from error
 
 
-def _numbers(values: Mapping[str, Any], name: str, default: tuple[float, ...] | None = None) -> tuple[float, ...]:
-    found = values[name] if default is None else values.get(name, default)
-    if not isinstance(found, (list, tuple)) or (not found and default is None):
+def _numbers(values: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    found = values[name]
+    if not isinstance(found, (list, tuple)):
         raise ValueError(f"{name} is not a list of numbers")
     numbers = tuple(float(value) for value in found)
     if not all(abs(value) <= _MAX_VALUE for value in numbers):  # also false for NaN
-        raise ValueError(f"{name} is {_shown(numbers)}, expected numbers such as 0.5")
+        raise ValueError(f"{name} is {shown(numbers)}, expected numbers such as 0.5")
     return numbers
-
-
-def _shown(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
 
 
 def size_of(image: Image.Image | Channels) -> tuple[int, int]:
     """Return height and width."""
     height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
     return height, width
-
-
-def resized_box(pixels: NDArray[Any], size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
-    """Resize a region of an image, bilinear with antialiasing.
-
-    Args:
-        pixels: [height, width, channels], uint8 for RGB, else float32.
-        size: width and height of the result.
-        box: left, top, right and bottom of the region in pixels.
-
-    Returns:
-        [channels, height, width].
-    """
-    bands = [Image.fromarray(pixels)] if pixels.dtype == np.uint8 else map(Image.fromarray, pixels.transpose(2, 0, 1))
-    resized = np.dstack([np.asarray(band.resize(size, Image.Resampling.BILINEAR, box)) for band in bands])
-    return to_tensor(resized)
 
 
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:

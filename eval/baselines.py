@@ -22,7 +22,7 @@ class Pixels(nn.Module):
 
     def __init__(self, transform: EvalTransform, normalised: bool) -> None:
         super().__init__()
-        self.embed_dim = transform.pixel_format.channels * transform.crop**2
+        self.embed_dim = transform.channels * transform.crop**2
         self.transform, self.normalised = transform, normalised
 
     def forward(self, images: Tensor) -> BackboneOutput:
@@ -46,7 +46,7 @@ def baselines(loaded: LoadedBackbone, images: int, device: torch.device) -> list
     The hash of pixels is empty, as caching them would not save time. Pixels are omitted with a warning if the features
     of ``images`` images exceed :data:`MAX_PIXEL_BYTES`.
     """
-    start = untrained(loaded.arch, loaded.transform.pixel_format.channels).to(device)
+    start = untrained(loaded.arch, loaded.transform.channels).to(device)
     found: list[tuple[str, nn.Module, str]] = [("untrained", start, hash_state(start.state_dict()))]
     size = 4 * images * Pixels(loaded.transform, False).embed_dim
     if size > MAX_PIXEL_BYTES:

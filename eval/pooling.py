@@ -64,7 +64,7 @@ class Descriptor:
 
         Args:
             backbone: module that returns :class:`dino_xcit.models.BackboneOutput`.
-            images: [B, 3, height, width], normalised.
+            images: [B, channels, height, width], normalised.
         """
         vectors = [self._at(scale, backbone, images) for scale in self.scales]
         if len(vectors) == 1:
@@ -146,7 +146,7 @@ def rescaled(images: Tensor, scale: float, patch_size: int) -> Tensor:
     """Rescale images bilinearly, as in DINO's and cirtorch's code, but to whole patches; scale 1 returns the input.
 
     Args:
-        images: [B, 3, height, width].
+        images: [B, channels, height, width].
         patch_size: side of a patch in pixels; 1 if unknown.
     """
     if scale == 1.0:

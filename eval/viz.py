@@ -162,7 +162,7 @@ def load_image(path: str, size: int, multiple: int, transform: EvalTransform) ->
         multiple: round both sides to multiples of this number of pixels.
 
     Returns:
-        A picture of the image as in the file, and the pixels of the resized one, [channels, height, width].
+        The image in its original size, for drawing, and the resized pixels [channels, height, width].
 
     Raises:
         InputError: the file is unreadable, is no image, or would be too large.
@@ -210,7 +210,7 @@ def attention_maps(backbone: nn.Module, images: Tensor, block: int = -1) -> tupl
 
     Args:
         backbone: an XCiT, or a timm model with a class token in its attention blocks.
-        images: [B, 3, height, width], normalised.
+        images: [B, channels, height, width], normalised.
         block: index of the block with class attention; negative values count from the end.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,44 +102,49 @@ class Classification(Supervised):
 
 
 class ClassificationDataset(SupervisedDataset):
-    """timm's training transform: random resized crop, flip, augmentation policy, erasing.
+    """timm's training transform for RGB: random resized crop, flip, augmentation policy, erasing.
 
-    Other than three channels have no policy and no color jitter.
+    Images of other channels get the same crop, flip and erasing, without policy and colour jitter.
     """
 
     def __init__(self, source: Source, config: FinetuneConfig, transform: EvalTransform) -> None:
-        from timm.data.transforms_factory import create_transform  # takes a second to import
-
         super().__init__(source, config.seed, transform.pixel_format)
-        self.sides = [2 * transform.crop]  # float32 takes four times the bytes
-        if self.format.channels != 3:
-            self.sides = [self.format.rgb_side(transform.crop)]
-            self._transform = v2.Compose(
-                [
-                    v2.RandomResizedCrop(transform.crop, config.crop_scale, config.crop_ratio),
-                    v2.RandomHorizontalFlip(config.flip),
-                    v2.Normalize(list(transform.mean), list(transform.std)),
-                    v2.RandomErasing(config.erasing),
-                ]
-            )
-            return
-        try:
-            self._transform = create_transform(
-                input_size=transform.crop, is_training=True, scale=config.crop_scale, ratio=config.crop_ratio,
-                hflip=config.flip, auto_augment=config.auto_augment or None, color_jitter=config.color_jitter,
-                interpolation=transform.interpolation, mean=transform.mean, std=transform.std, re_prob=config.erasing,
-                re_mode="pixel",
-            )  # fmt: skip
-        except (AssertionError, KeyError, ValueError) as error:  # timm's parsers of policies
-            raise InputError(
-                f"auto_augment is {config.auto_augment!r}, which timm cannot read ({one_line(error)}); expected such "
-                "as rand-m9-mstd0.5-inc1, or an empty word for none"
-            ) from error
-        _keep_one_bit(self._transform)
+        self.sides = [math.ceil(transform.crop * math.sqrt(4 * transform.channels / 3))]  # float32
+        self._transform = (_rgb_transform if transform.channels == 3 else _array_transform)(config, transform)
 
     def augmented(self, index: int, pixels: NDArray[Any], label: int | None) -> tuple[Tensor, Tensor]:
         image = Image.fromarray(pixels) if self.format.channels == 3 else to_tensor(pixels)
         return self._transform(image), torch.tensor(label)
+
+
+def _rgb_transform(config: FinetuneConfig, transform: EvalTransform) -> Any:
+    from timm.data.transforms_factory import create_transform  # takes a second to import
+
+    try:
+        made = create_transform(
+            input_size=transform.crop, is_training=True, scale=config.crop_scale, ratio=config.crop_ratio,
+            hflip=config.flip, auto_augment=config.auto_augment or None, color_jitter=config.color_jitter,
+            interpolation=transform.interpolation, mean=transform.mean, std=transform.std, re_prob=config.erasing,
+            re_mode="pixel",
+        )  # fmt: skip
+    except (AssertionError, KeyError, ValueError) as error:  # timm's parsers of policies
+        raise InputError(
+            f"auto_augment is {config.auto_augment!r}, which timm cannot read ({one_line(error)}); expected such "
+            "as rand-m9-mstd0.5-inc1, or an empty word for none"
+        ) from error
+    _keep_one_bit(made)
+    return made
+
+
+def _array_transform(config: FinetuneConfig, transform: EvalTransform) -> Any:
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(transform.crop, config.crop_scale, config.crop_ratio),
+            v2.RandomHorizontalFlip(config.flip),
+            v2.Normalize(list(transform.mean), list(transform.std)),
+            v2.RandomErasing(config.erasing),
+        ]
+    )
 
 
 def _keep_one_bit(transform: Any) -> None:

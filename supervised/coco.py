@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_xcit.data import UndecodableImage, storage
-from dino_xcit.data.decode import read_header
+from dino_xcit.data.decode import image_size
 from dino_xcit.data.index import Strings
 from dino_xcit.data.masks import hint_for_scenes
 from dino_xcit.data.source import evenly_spaced, hash_lines
@@ -24,6 +24,7 @@ from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log
 from dino_xcit.runtime.logging import counted
+from dino_xcit.transform import RGB, PixelFormat
 
 JsonObject = dict[str, Any]
 CHECKED = 100
@@ -168,7 +169,9 @@ def find_split(root: str, part: str, annotations: str, images: str) -> tuple[Pat
     return file, folder
 
 
-def open_coco(file: Path, folder: Path, masks: bool, like: CocoSource | None = None) -> CocoSource:
+def open_coco(
+    file: Path, folder: Path, masks: bool, like: CocoSource | None = None, format: PixelFormat = RGB
+) -> CocoSource:
     """Open images and their annotations; checks all of them. Must be called on every rank.
 
     Objects without a usable box (or mask, if there are masks) are left out with a warning.
@@ -238,7 +241,7 @@ def open_coco(file: Path, folder: Path, masks: bool, like: CocoSource | None = N
 
     def check() -> None:
         _check_files([image["path"] for image in images], folder)
-        _check_sizes(source)
+        _check_sizes(source, format)
 
     distributed.on_main(check)
     return source
@@ -297,13 +300,13 @@ def _is_mask(segmentation: object, width: int, height: int) -> bool:
         return False
 
 
-def _check_sizes(source: CocoSource) -> None:
+def _check_sizes(source: CocoSource, format: PixelFormat) -> None:
     """Raise UndecodableImage if most of :data:`CHECKED` images have another size than in their annotations; training
     replaces single ones."""
     checked, wrong = evenly_spaced(len(source), CHECKED), dict[int, tuple[int, int]]()
     for index in checked:
         with contextlib.suppress(UndecodableImage):  # training replaces it
-            size = read_header(source.read(index)[0], source.name(index)).size
+            size = image_size(source, index, format)[::-1]
             if size != tuple(source.sizes[index].tolist()):
                 wrong[index] = size
     if 2 * len(wrong) > len(checked):

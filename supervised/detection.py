@@ -78,7 +78,10 @@ class PyramidBackbone(nn.Module):
         self.out_channels = width
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Map images [B, 3, height, width] to levels "0" ... "3" and "pool", [B, width, h, w], strides 4 to 64."""
+        """Map images [B, channels, height, width] to levels "0" ... "3" and "pool", [B, width, h, w].
+
+        Their strides are 4 to 64.
+        """
         # bfloat16 cannot hold the coordinates of anchors, which have the dtype of the maps.
         return OrderedDict((name, level.float()) for name, level in self.fpn(self.pyramid(images)).items())
 
@@ -352,7 +355,7 @@ def open_detector(config: DetectConfig, device: torch.device) -> Detector:
         stored = {name: tuple(value) if isinstance(value, list) else value for name, value in content["args"].items()}
         settings = DetectConfig(**stored | own)
         network = build_detector(
-            settings, build_backbone(settings.arch, len(transform.mean)), len(categories), transform
+            settings, build_backbone(settings.arch, transform.channels), len(categories), transform
         )
         network.load_state_dict(content.get("ema", content["network"]))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -81,7 +81,7 @@ def load_initial_weights(config: SupervisedConfig) -> InitialWeights:
     arch = stored.arch if stored else config.arch
     torch.manual_seed(config.seed)
     rate = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
-    backbone = build_backbone(arch, stored.transform.pixel_format.channels if stored else 3, **rate)
+    backbone = build_backbone(arch, stored.transform.channels if stored else 3, **rate)
     if isinstance(backbone, XCiT):
         if config.activation_checkpointing == "auto":
             raise InputError(
@@ -157,7 +157,8 @@ class SupervisedBatch(AnyBatch):
     """Images and targets of one forward pass on one rank."""
 
     images: Any
-    """[B, channels, height, width], or a list of B tensors [channels, height, width]; normalised or not."""
+    """[B, channels, height, width], or a list of B tensors [channels, height, width]; normalised, or
+    pixels that the network normalises."""
     targets: Any
     """Tensors, or lists and dictionaries of tensors."""
 

@@ -38,7 +38,7 @@ from dino_xcit.models.pyramid import STRIDES
 from dino_xcit.optim import Rates
 from dino_xcit.runtime import distributed, watchdog
 from dino_xcit.runtime.logging import progress_bar
-from dino_xcit.transform import Channels, EvalTransform, normalise, resized_box, size_of
+from dino_xcit.transform import Channels, EvalTransform, normalise, size_of, to_tensor
 from dino_xcit.weights.locate import is_safetensors
 from eval.miou import confusion, mean_iou, pixel_accuracy
 from eval.palette import Segmented, colours, segmentation_sheet, to_palette
@@ -189,7 +189,7 @@ class Segmenter(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Map normalised images [B, 3, h, w] to scores [B, K, h, w]; in training also to those of the auxiliary head.
+        """Map normalised images [B, channels, h, w] to scores [B, K, h, w], in training also of the auxiliary head.
 
         Images are padded to whole patches with zeros, the mean colour, so that scores and pixels are aligned.
         """
@@ -237,6 +237,23 @@ def scaled_size(size: tuple[int, int], config: SegmentConfig, factor: float = 1.
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
+def resized_box(
+    pixels: NDArray[Any], size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> Tensor:
+    """Resize a region of an image, bilinear with antialiasing.
+
+    Args:
+        pixels: [height, width, channels], uint8 for RGB, else float32.
+        size: height and width of the result.
+        box: left, top, right and bottom of the region in pixels; None: the whole image.
+
+    Returns:
+        [channels, height, width].
+    """
+    bands = [Image.fromarray(pixels)] if pixels.dtype == np.uint8 else map(Image.fromarray, pixels.transpose(2, 0, 1))
+    return to_tensor(np.dstack([np.asarray(band.resize(size[::-1], Image.Resampling.BILINEAR, box)) for band in bands]))
+
+
 class SegmentationDataset(SupervisedDataset):
     """mmseg's training transform: random scale, crop, flip and, for three channels, photometric distortion.
 
@@ -248,11 +265,11 @@ class SegmentationDataset(SupervisedDataset):
     def __init__(self, source: MaskSource, config: SegmentConfig, transform: EvalTransform) -> None:
         super().__init__(source, config.seed, transform.pixel_format)
         self._config = config
-        mean = sum(transform.mean) / len(transform.mean)
-        self._fill = round(255 * mean) if len(transform.mean) == 3 else mean
+        mean, is_rgb = sum(transform.mean) / transform.channels, transform.channels == 3
+        self._fill = round(255 * mean) if is_rgb else mean
         # mmseg's ranges: 32 of 255, 0.5 to 1.5 twice, 18 of 180.
         ranges = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
-        jitters = [v2.ColorJitter(**{name: span}) for name, span in ranges.items() if len(transform.mean) == 3]
+        jitters = [v2.ColorJitter(**{name: span}) for name, span in ranges.items() if is_rgb]
         self._distort = nn.Sequential(*(v2.RandomApply([jitter], config.photometric) for jitter in jitters))
         self.sides = [self.format.rgb_side(config.crop_size), config.crop_size]  # the mask takes less
 
@@ -271,7 +288,7 @@ class SegmentationDataset(SupervisedDataset):
             if 0 < counts.max() < config.max_class_share * counts.sum():
                 break
         box = np.array([left, top, left + crop[1], top + crop[0]]) * np.tile([width / scaled[1], height / scaled[0]], 2)
-        image = resized_box(pixels, (crop[1], crop[0]), tuple(box.tolist()))
+        image = resized_box(pixels, (crop[0], crop[1]), tuple(box.tolist()))
         if random.random() < config.flip:
             image, target = image.flip(2), target[:, ::-1].copy()
         margins = (0, side - crop[1], 0, side - crop[0])
@@ -292,8 +309,7 @@ class Predictor:
 
     def prepare(self, image: Image.Image | Channels) -> Tensor:
         """Resize an image to [channels, h, w], uint8 for three channels."""
-        (height, width), original = scaled_size(size_of(image), self.config), size_of(image)
-        return resized_box(np.asarray(image), (width, height), (0, 0, original[1], original[0]))
+        return resized_box(np.asarray(image), scaled_size(size_of(image), self.config))
 
     @torch.inference_mode()
     def labels(self, network: Segmenter, image: Tensor, size: Sequence[int]) -> NDArray[np.uint8]:

@@ -134,7 +134,7 @@ def test_floats_need_a_range_and_nan_is_black() -> None:
         (npy(bands(5)[:, :5].transpose(2, 0, 1)[:, :, :5]), "unknown which are the channels"),
         (npy(bands(1)[:5, :, 0]), r"the shape \(5, 30\), expected 5 channels"),
         (npy(bands(5)[:0]), r"its pixels have the shape \(0, 30, 5\)"),
-        (b"\xff\xd8\xff", "must be PNG, TIFF or NPY files"),
+        (b"\xff\xd8\xff", "expected PNG, TIFF or NPY"),
         (b"", "empty file"),
         (npy(np.array([[[{}]]], dtype=object)), "Object arrays cannot be loaded"),
         (npy(bands(5).astype(np.complex64)), "complex64, expected numbers"),
@@ -387,7 +387,7 @@ def test_data_check_prints_mean_and_std_of_each_channel(
     transform, found = load_backbone(run / "checkpoint.pth").transform, capsys.readouterr().out
     for name, values in (("mean", transform.mean), ("std", transform.std)):
         numbers = " ".join(map("{:.4f}".format, values))
-        assert f"{name} of each channel (black is 0, white 1), on a sample: {numbers}" in found
+        assert f"{name} of each channel on a sample, from 0 (black) to 1 (white): {numbers}" in found
     assert "16 NPY; " in found
     assert check.main([str(tmp_path), "--channels", "5", "--workers", "0"]) == 1
     assert "(20, 30, 2), expected 5 channels" in capsys.readouterr().out
@@ -456,7 +456,7 @@ def test_detection_follows_the_checkpoint(run: Path, tmp_path: Path, here: Here)
 
 
 def test_benchmarks_of_rgb_images_refuse_the_checkpoint(images: Path, run: Path, here: Here) -> None:
-    words = f"{run / 'checkpoint.pth'} is for images of 5 channels, but these are RGB: expected weights for 3 channels"
+    words = "is for images of 5 channels, but only RGB images are supported here: give weights for 3 channels"
     flags = ["--weights", run / "checkpoint.pth", "--data-path", images, "--device", "cpu"]
     here(run_retrieval, "folder", *flags).assert_refused(words)
 
@@ -508,10 +508,10 @@ def test_float_images_of_two_channels_train_in_workers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"mean": (0.5, 0.5)}, "mean has 2 numbers, but channels is 5: expected as many"),
-        ({"channels": 3, "value_range": (0.0, 1.0)}, "value_range is 0, 1, which has no effect with 3 channels"),
-        ({"show_channels": (0, 1, 5)}, "show_channels is 0, 1, 5, expected three numbers from 0 to 4"),
-        ({"value_range": (1.0, 0.0)}, "value_range is 1, 0, expected the values of black and white: 0 1"),
+        ({"mean": (0.5, 0.5)}, "mean has 2 numbers, but channels is 5: give as many"),
+        ({"channels": 3, "value_range": (0.0, 1.0)}, "value_range is 0 1, which has no effect with 3 channels"),
+        ({"show_channels": (0, 1, 5)}, "show_channels is 0 1 5, expected three numbers from 0 to 4"),
+        ({"value_range": (1.0, 0.0)}, "value_range is 1 0, expected the values of black and white: 0 1"),
         ({"augment_device": "cuda"}, "channels is 5, but augment_device cuda is for 3 channels: expected cpu"),
         ({"channel_drop": 2.0}, "channel_drop is 2.0, expected a probability"),
     ],

@@ -133,10 +133,7 @@ def test_fold_layer_scale(scaled: bool, layer: nn.Linear | nn.Conv2d, dtype: tor
     module.layer, module.gamma = layer, nn.Parameter(torch.randn(7)) if scaled else None
     compare(
         lambda own, x: fold(own.gamma, own.layer.weight, own.layer.bias, x.dtype),
-        lambda own, x: (
-            fold_layer_scale(own.gamma, own.layer.weight, own.layer.bias, x.dtype)
-            if scaled else (own.layer.weight.to(x.dtype), own.layer.bias.to(x.dtype))
-        ),
+        lambda own, x: fold_layer_scale(own.gamma, own.layer.weight, own.layer.bias, x.dtype),
         module,
         [torch.zeros(1, dtype=dtype)],
         [torch.randn_like(layer.weight), torch.randn(7)],

@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 from dino_xcit.data.source import Item
 from dino_xcit.transform import Channels, PixelFormat
 
+_FORMATS = {
+    b"\x89PNG": "PNG", b"\x93NUM": "NPY", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+}  # fmt: skip
+"""Format by the first four bytes; TIFF and BigTIFF in both byte orders."""
 MAX_VALUES = 160_000_000
 """Maximum number of values of an image, checked before decoding."""
 
@@ -37,20 +41,19 @@ def highest_uint16(data: bytes) -> int:
     return int(pixels.max()) if pixels.dtype == np.uint16 else 0
 
 
-def kind_of(data: bytes) -> str:
+def format_of(data: bytes) -> str:
     """Return PNG, NPY or TIFF by the first bytes of a file.
 
     Raises:
-        ValueError: The file is of another kind.
+        ValueError: The file has another format.
     """
-    kinds = {b"\x89PNG": "PNG", b"\x93NUM": "NPY"} | dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF")
-    if data[:4] not in kinds:
-        raise ValueError("images of other than three channels must be PNG, TIFF or NPY files")
-    return kinds[data[:4]]
+    if data[:4] not in _FORMATS:
+        raise ValueError(f"it begins with {data[:4]!r}, expected PNG, TIFF or NPY, as --channels is not 3")
+    return _FORMATS[data[:4]]
 
 
 def _read(data: bytes) -> NDArray[Any]:
-    return {"PNG": _read_png, "NPY": _read_npy, "TIFF": _read_tiff}[kind_of(data)](data)
+    return {"PNG": _read_png, "NPY": _read_npy, "TIFF": _read_tiff}[format_of(data)](data)
 
 
 def _read_png(data: bytes) -> NDArray[Any]:
@@ -84,6 +87,7 @@ def _read_tiff(data: bytes) -> NDArray[Any]:
         series, kind = file.series[0], tifffile.PHOTOMETRIC(file.pages.first.photometric)
         if kind in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.MINISWHITE):
             raise ValueError(f"its values are of the kind {kind.name}, expected MINISBLACK or RGB")
+        # A decoder allocates whole tiles, even for a small image.
         _check_count(max(series.size, file.pages.first.tilewidth * file.pages.first.tilelength))
         pixels = np.moveaxis(series.asarray(), [series.axes.index("Y"), series.axes.index("X")], [0, 1])
     return pixels.reshape(*pixels.shape[:2], -1)

@@ -1,6 +1,7 @@
 """Report the unreadable images, duplicates, sizes and classes of a data set.
 
-python -m dino_xcit.data check SRC [--part train|val] [--report FILE.jsonl] [--workers N]
+python -m dino_xcit.data check SRC [--part train|val] [--channels N] [--value-range BLACK WHITE]
+    [--white-level N|auto] [--report FILE.jsonl] [--workers N]
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from annotated_types import Ge, Le, MinLen
 from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, open_source
-from dino_xcit.data.channels import kind_of
+from dino_xcit.data.channels import format_of
 from dino_xcit.data.decode import choose_white_level, decode_image, measure_channels, read_header
 from dino_xcit.data.open import parts_of
 from dino_xcit.data.workers import each_image
@@ -37,8 +38,8 @@ _SHOWN = 10
 class CheckConfig:
     """Read and decode every image of a data set.
 
-    The report lists unreadable images, byte-identical duplicates, image sizes, and the speed of reading and decoding on
-    this machine. The exit code is 1 if an image is unreadable.
+    The report lists unreadable images, byte-identical duplicates, image sizes, mean and std of each channel, and the
+    speed of reading and decoding on this machine. The exit code is 1 if an image is unreadable.
     """
 
     source: Annotated[str, MinLen(1), Positional] = ""
@@ -57,7 +58,7 @@ class CheckConfig:
     """Number of processes. 0: the main process only; -1: one per core."""
 
     def check(self) -> None:
-        """Check the range.
+        """Check the channels and the range together.
 
         Raises:
             InputError: The range is invalid.
@@ -107,8 +108,9 @@ class Report:
     sides: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(shorter, longer) side in pixels of the smallest, the median and the largest image, by the shorter side."""
     mean: tuple[float, ...] = ()
-    """Of each channel, from 0 (black) to 1 (white), on a sample; empty if no image of it is readable."""
+    """Mean of each channel on a sample, from 0 (black) to 1 (white); empty if none of it is readable."""
     std: tuple[float, ...] = ()
+    """Std of each channel, likewise."""
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the printed report."""
@@ -129,7 +131,7 @@ class Report:
             yield "sizes: " + ", ".join(f"{name} {a} x {b}" for name, (a, b) in self.sides.items())
         for name, values in (("mean", self.mean), ("std", self.std)):
             numbers = " ".join(f"{value:.4f}" for value in values) or "not measured"
-            yield f"{name} of each channel (black is 0, white 1), on a sample: {numbers}"
+            yield f"{name} of each channel on a sample, from 0 (black) to 1 (white): {numbers}"
         yield f"{counted(len(self.broken), 'image')} cannot be read"
         yield from (f"  {name}: {cause}" for name, cause in self.broken[:_SHOWN])
         copies = sum(len(group) - 1 for group in self.duplicates)
@@ -152,7 +154,7 @@ def check_image(source: Source, index: int, format: PixelFormat = RGB) -> tuple[
     data = item if isinstance(item, bytes) else np.ascontiguousarray(item).tobytes()
     kind = "pixels"
     if isinstance(item, bytes):
-        kind = read_header(item).format if format.channels == 3 else kind_of(item)
+        kind = read_header(item).format if format.channels == 3 else format_of(item)
     digest = hashlib.sha256(data).hexdigest()
     found = CheckedImage(index, name, width, height, len(data), kind, digest)
     return found, read - began, decoded - read
@@ -200,9 +202,9 @@ def check(source: Source, workers: int = -1, rows: TextIO | None = None, format:
         order = np.lexsort((sides[:, 1], sides[:, 0]))
         places = {"smallest": order[0], "median": order[len(order) // 2], "largest": order[-1]}
         report.sides = {name: (int(sides[at, 0]), int(sides[at, 1])) for name, at in places.items()}
+    report.seconds = time.perf_counter() - began
     with suppress(InputError):  # no image of the sample is readable
         report.mean, report.std = measure_channels(source, format)
-    report.seconds = time.perf_counter() - began
     return report
 
 
@@ -215,18 +217,14 @@ def main(argv: Sequence[str]) -> int:
     config = parse(CheckConfig, argv, "python -m dino_xcit.data check SRC")
     parts = [config.part] if config.part else parts_of(config.source) or [""]
     sources = [open_source(config.source, part or None) for part in parts]
-    formats = [
-        PixelFormat(
-            config.channels, choose_white_level(source, config.white_level, config.channels), config.value_range
-        )
-        for source in sources
-    ]
     try:
         with ExitStack() as stack:  # opened first: an unwritable report fails before hours of reading
             rows = stack.enter_context(open(config.report, "w", encoding="utf-8")) if config.report else None
-            reports = [
-                check(source, config.workers, rows, format) for source, format in zip(sources, formats, strict=True)
-            ]
+            reports = []
+            for source in sources:
+                white = choose_white_level(source, config.white_level, config.channels)
+                format = PixelFormat(config.channels, white, config.value_range)
+                reports.append(check(source, config.workers, rows, format))
     except OSError as error:
         if not config.report:
             raise

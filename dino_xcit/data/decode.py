@@ -101,10 +101,10 @@ def decode_image(item: Item, name: str, format: PixelFormat) -> Image.Image | Ch
 
 
 def picture_of(image: Image.Image | Channels, format: PixelFormat) -> Image.Image:
-    """Return an image for drawing. Of other than three channels, it has those that ``format`` chooses."""
+    """Return an RGB image for drawing: of an array, the channels that ``format`` shows, its highest value as white."""
     if isinstance(image, Image.Image):
         return image
-    shown = image[..., format.show_channels or ((0, 1, 2) if image.shape[2] >= 3 else (0, 0, 0))]
+    shown = image[..., format.shown_channels]
     return Image.fromarray((255 * shown / max(float(shown.max()), 1e-6)).astype(np.uint8))
 
 
@@ -241,7 +241,7 @@ def image_size(source: Source, index: int, format: PixelFormat = RGB) -> tuple[i
 
     Raises:
         InputError: The image cannot be read.
-        UndecodableImage: Its header is damaged, or as :func:`decode_image`.
+        UndecodableImage: The header of an RGB file is damaged, or another image cannot be decoded.
     """
     item, _ = source.read(index)
     if format.channels == 3 and isinstance(item, bytes):
@@ -401,7 +401,7 @@ def _cause(data: bytes, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         claimed = next((name for name in FORMATS if Image.OPEN[name][1](data[:16])), None)  # type: ignore[misc]
         if claimed:
-            other = " (other than three channels need --channels)" if claimed == "TIFF" else ""
+            other = "; if it has not three channels, give --channels N" if claimed == "TIFF" else ""
             return f"it begins like a {claimed}, but its header is damaged or unsupported{other}"
         if data[:1000].lstrip().lower().startswith((b"<!doctype html", b"<html")):
             return "a web page, not an image"

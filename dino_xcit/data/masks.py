@@ -151,9 +151,11 @@ class MaskSource:
 def open_masks(config: MaskSettings, format: PixelFormat = RGB) -> tuple[MaskSource, MaskSource]:
     """Open the training and the validation part of ``config.data_path``, and check all masks.
 
-    ``format``: of the images.
-
     Rank 0 reads every mask once; all ranks call this.
+
+    Args:
+        config: data path, layout and labels.
+        format: pixel format of the images.
 
     Raises:
         InputError: the layout is unknown, a part is missing or empty, files have no partner, or a mask is invalid.
@@ -219,7 +221,8 @@ def _open_part(root: Path, layout: Layout, part: str, ignore: int) -> MaskSource
     for needed in (images, masks, listing):
         if not needed.exists():
             raise InputError(f"{root} has no {needed.relative_to(root)}: expected a training and a validation part")
-    by_name = {"image": _files(images, (*IMAGE_SUFFIXES, ARRAY_SUFFIX)), "mask": _files(masks, (".png",))}
+    found = _files(images, IMAGE_SUFFIXES) or _files(images, (ARRAY_SUFFIX,))
+    by_name = {"image": found, "mask": _files(masks, (".png",))}
     names = _lines(listing) if layout.listing else sorted(by_name["image"].keys() | by_name["mask"].keys())
     if not names:
         raise InputError(f"{root} ({part}) has no image: expected images, and PNG masks of the same name")

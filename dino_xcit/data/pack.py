@@ -34,7 +34,7 @@ from PIL import Image
 from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto, refuse_changed
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
-from dino_xcit.data.channels import kind_of
+from dino_xcit.data.channels import format_of
 from dino_xcit.data.decode import choose_white_level, decode_image, read_header
 from dino_xcit.data.open import parts_of
 from dino_xcit.data.source import Item
@@ -76,8 +76,8 @@ class PackConfig:
     part: Literal["", "train", "val"] = ""
     """Part of the source, if it has parts. Required for a folder with train and val."""
     channels: Annotated[int, Ge(1)] = 3
-    """Number of channels of the images, as in run_pretrain.py. Other numbers than 3 are for files that are copied
-    unchanged."""
+    """Number of channels of the images, as in run_pretrain.py. Files with another number than 3 are copied unchanged,
+    without --max-side."""
     max_side: Annotated[int, Ge(0)] = 0
     """Maximum length of the LONGER side in pixels (like FFCV's max_resolution, unlike ImageNet's resize of the shorter
     side). 0: no maximum, all files are copied unchanged. Larger images are resized with antialiasing, rotated upright
@@ -358,13 +358,13 @@ def pack_image(source: Source, index: int, options: Options) -> Packed:
     Args:
         source: Source of the image.
         index: Index in the source.
-        options: ``max_side``, ``quality`` and ``white_level`` of resized images.
+        options: ``channels``; ``max_side``, ``quality`` and ``white_level`` of resized images.
     """
     max_side = options.max_side
     try:
         item, label = source.read(index)
         if options.channels != 3:
-            return _packed_array(index, item, label, source.name(index), options.channels)
+            return _packed_unchanged(index, item, label, source.name(index), options.channels)
         image = decode(item, source.name(index), options.white_level)
     except InputError as error:
         return Packed(index, cause=error.cause if isinstance(error, UndecodableImage) else str(error))
@@ -385,10 +385,11 @@ def pack_image(source: Source, index: int, options: Options) -> Packed:
     return Packed(index, label, "jpg", _saved(image, "JPEG", quality=options.quality, subsampling="4:4:4", comment=b""))
 
 
-def _packed_array(index: int, item: Item, label: int | None, name: str, channels: int) -> Packed:
+def _packed_unchanged(index: int, item: Item, label: int | None, name: str, channels: int) -> Packed:
+    """Check an image that is not RGB, and pack its bytes (pixels as NPY)."""
     decode_image(item, name, PixelFormat(channels, value_range=(0.0, 1.0)))  # any range: only to check the file
     if isinstance(item, bytes):
-        return Packed(index, label, _SUFFIXES[kind_of(item)], item)
+        return Packed(index, label, _SUFFIXES[format_of(item)], item)
     buffer = io.BytesIO()
     np.save(buffer, item)
     return Packed(index, label, "npy", buffer.getvalue())

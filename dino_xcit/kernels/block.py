@@ -69,8 +69,6 @@ def _attention(module: XCA, x: Tensor, sizes: Sizes, layer_scale: Tensor | None 
 
 
 def _local_patches(module: LPI, x: Tensor, sizes: Sizes, layer_scale: Tensor | None = None) -> Tensor:
-    weight, bias = module.conv2.weight, module.conv2.bias
+    bias = module.conv2.bias
     assert bias is not None
-    if layer_scale is not None:
-        weight, bias = fold(layer_scale, weight, bias, weight.dtype)
-    return lpi(x, sizes, module.conv1, module.bn, weight, bias)
+    return lpi(x, sizes, module.conv1, module.bn, *fold(layer_scale, module.conv2.weight, bias, bias.dtype))

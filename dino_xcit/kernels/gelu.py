@@ -1,6 +1,6 @@
 """GELU in the backward pass of an MLP, in one kernel: the activation, its gradient, and the gradient of the bias.
 
-The twin is in the backward pass of :func:`dino_xcit.models.fused.mlp`, which keeps the hidden layer before GELU.
+The twin is :func:`dino_xcit.models.fused._gelu_backward`.
 """
 
 from __future__ import annotations

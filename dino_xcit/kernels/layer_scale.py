@@ -1,6 +1,6 @@
 """LayerScale folded into the last weights of a layer and rounded, in one kernel each for forward and backward pass.
 
-The twin is :func:`dino_xcit.models.fused.fold`; without LayerScale the kernels only round.
+The twin is :func:`dino_xcit.models.fused.fold_layer_scale`. Without LayerScale the kernels only round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.library import triton_op
 from dino_xcit.kernels import launchable
 
 COLUMNS = 1024
-"""Largest number of columns that a program has at once; each program has a row."""
+"""Maximum number of columns that a program loads at once. One program folds one row."""
 
 
 @triton.jit
@@ -34,23 +34,24 @@ def fold_kernel(gamma, weight, bias, folded, folded_bias, columns, COLUMNS: tl.c
 
 @triton.jit
 def fold_backward_kernel(
-    gamma, weight, bias, grad, grad_bias, grad_gamma, grad_weight, grad_offset, columns, COLUMNS: tl.constexpr
+    gamma, weight, bias, grad_folded, grad_folded_bias, grad_gamma, grad_weight, grad_bias, columns,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of gamma [D], weight [D, C] and bias [D] from those of the folded weight and bias."""
+    """Gradients of gamma [D], weight [D, C] and bias [D] from grad_folded [D, C] and grad_folded_bias [D]."""
     row = tl.program_id(0)
     scale = tl.load(gamma + row) if gamma is not None else 1.0
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         at = row * columns + column
-        inner = tl.load(grad + at, column < columns, 0.0).to(tl.float32)
+        inner = tl.load(grad_folded + at, column < columns, 0.0).to(tl.float32)
         if gamma is not None:
             total += inner * tl.load(weight + at, column < columns, 0.0)
         tl.store(grad_weight + at, scale * inner, column < columns)
-    of_bias = tl.load(grad_bias + row).to(tl.float32)
+    inner_bias = tl.load(grad_folded_bias + row).to(tl.float32)
     if gamma is not None:
-        tl.store(grad_gamma + row, tl.sum(total, 0) + of_bias * tl.load(bias + row))
-    tl.store(grad_offset + row, scale * of_bias)
+        tl.store(grad_gamma + row, tl.sum(total, 0) + inner_bias * tl.load(bias + row))
+    tl.store(grad_bias + row, scale * inner_bias)
 
 
 @triton_op("dino_xcit::fold", mutates_args=())
@@ -90,10 +91,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def fold_backward(
     gamma: Tensor | None, weight: Tensor, bias: Tensor, grad_weight: Tensor, grad_bias: Tensor
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of gamma, weight and bias from those of the results of :func:`fold`."""
-    of_gamma, of_weight, of_bias = _fold_backward(gamma, weight, bias, grad_weight, grad_bias)
-    return None if gamma is None else of_gamma, of_weight, of_bias
+    grad_gamma, *others = _fold_backward(gamma, weight, bias, grad_weight, grad_bias)
+    return None if gamma is None else grad_gamma, *others
 
 
 def _backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:

@@ -60,9 +60,9 @@ def layer_scaled(gamma: Tensor, layer: Callable[..., Tensor], x: Tensor, *inputs
 def fold_layer_scale(
     layer_scale: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Multiply weight [D, ...] and bias [D] of a layer by ``layer_scale`` [D], then round to ``dtype``, if given."""
+    """Multiply weight [D, ...] and bias [D] of a layer by ``layer_scale`` [D] (None: 1), then round to ``dtype``."""
     if layer_scale is None:
-        return weight, bias
+        return weight.to(dtype or weight.dtype), bias.to(dtype or bias.dtype)
     if _plain or dtype in (None, weight.dtype):
         return _scale_rows(layer_scale, weight), layer_scale * bias
     return _FoldLayerScale.apply(layer_scale, weight, bias, dtype)
@@ -109,7 +109,8 @@ def _fold_backward(
 
 
 def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear, layer_scale: Tensor | None = None, triton: bool = False) -> Tensor:
-    """Compute ``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; keeps x and the hidden layer before GELU for backward.
+    """Compute ``fc2(GELU(fc1(x)))``, [T, D] -> [T, D]; for backward it keeps x, the hidden layer
+    before GELU, and both weights in the dtype of the products.
 
     ``triton``: use the kernels of :mod:`dino_xcit.kernels.layer_scale` and :mod:`dino_xcit.kernels.gelu`.
     """

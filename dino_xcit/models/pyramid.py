@@ -22,7 +22,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class FeaturePyramid(nn.Module):
-    """Map images [B, 3, height, width] of any size to maps of strides 4, 8, 16 and 32.
+    """Map images [B, channels, height, width] of any size to maps of strides 4, 8, 16 and 32.
 
     A backbone with one stride (XCiT, vision transformers) gives the outputs of the blocks at 1/3, 1/2, 2/3 and the end
     of its depth; a hierarchical timm model gives its own maps. Layers that the maps do not use are frozen.
@@ -84,7 +84,7 @@ class FeaturePyramid(nn.Module):
         """Return ``{"0": stride 4, "1": stride 8, "2": stride 16, "3": stride 32}``, [B, D, h, w] each.
 
         Args:
-            images: [B, 3, height, width], normalised.
+            images: [B, channels, height, width], normalised.
             drop_path_keys: see :meth:`dino_xcit.models.xcit.XCiT.forward`.
         """
         resamplings = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)

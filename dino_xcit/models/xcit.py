@@ -1,7 +1,7 @@
 """XCiT (arXiv 2106.09681) with the state-dict keys of the published checkpoints.
 
-B batch, N tokens, D features, H heads, d = D / H features per head. Images are [B, 3, height, width] of any size; the
-grid of tokens is ceil(height / patch) x ceil(width / patch).
+B batch, N tokens, D features, H heads, d = D / H features per head. Images are [B, channels, height, width] of any
+size; the grid of tokens is ceil(height / patch) x ceil(width / patch).
 
 Tokens are [B, N, D], which is the channels-last layout of [B, D, h, w], so the convolutions of the local patch
 interaction need no copy. fused.py and xca.py have memory-saving implementations of the layers.
@@ -83,7 +83,7 @@ class ConvPatchEmbed(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """[B, 3, height, width] -> [B, N, D] and (h, w)."""
+        """[B, channels, height, width] -> [B, N, D] and (h, w)."""
         x = images.contiguous(memory_format=torch.channels_last)
         *stages, last = (layer for layer in self.proj if isinstance(layer, nn.Sequential))
         for convolution, norm in stages:
@@ -272,7 +272,7 @@ class ClassAttentionBlock(nn.Module):
 
 
 class XCiT(nn.Module):
-    """XCiT backbone: images [B, 3, height, width] -> :class:`BackboneOutput` in train and eval mode.
+    """XCiT backbone: images [B, channels, height, width] -> :class:`BackboneOutput` in train and eval mode.
 
     Args:
         size: widths and depths.
@@ -308,7 +308,7 @@ class XCiT(nn.Module):
         """Features of ``images``.
 
         Args:
-            images: [B, 3, height, width], normalised.
+            images: [B, channels, height, width], normalised.
             layers: indices of XCA blocks (negative: from the end) whose patch tokens to return.
             drop_path_keys: [B] int64; the drop-path masks of sample i are a function of key i. None: drawn from torch's
                 default generator.
@@ -322,7 +322,7 @@ class XCiT(nn.Module):
         Equal to calling the network on each size and concatenating, up to rounding. BatchNorm statistics are per size.
 
         Args:
-            crops: [B, 3, height, width] for each crop size.
+            crops: [B, channels, height, width] for each crop size.
             drop_path_keys: [B] or None for each crop size.
         """
         return self._run(crops, drop_path_keys, ())[0]

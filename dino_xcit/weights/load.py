@@ -125,10 +125,11 @@ class LoadedBackbone(Provenance):
         The network runs where ``backbone`` is: ``loaded.backbone.to("cuda")`` moves it.
 
         Args:
-            images: files, RGB images of Pillow, or arrays [height, width, channels]; or a single one.
+            images: one or several of: a file, an RGB image of Pillow, an array [height, width, channels] (uint8 for
+                RGB).
 
         Raises:
-            InputError: a file cannot be read or decoded.
+            InputError: an image cannot be read or decoded, or has another number of channels.
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray):
             images = [images]
@@ -136,14 +137,14 @@ class LoadedBackbone(Provenance):
         found: list[Tensor] = []
         for start in range(0, len(images), batch_size):
             pixels = []
-            for one in images[start : start + batch_size]:
+            for index, one in enumerate(images[start : start + batch_size], start):
                 if isinstance(one, Image.Image):
                     require_rgb(self.transform.pixel_format, str(self.path))
                     image: Image.Image | Channels = ImageOps.exif_transpose(one).convert("RGB")
+                elif isinstance(one, np.ndarray):
+                    image = decode_image(one, f"images[{index}]", self.transform.pixel_format)
                 else:
-                    item = one if isinstance(one, np.ndarray) else read_file(str(one), MAX_IMAGE_BYTES)
-                    name = "an array" if isinstance(one, np.ndarray) else str(one)
-                    image = decode_image(item, name, self.transform.pixel_format)
+                    image = decode_image(read_file(str(one), MAX_IMAGE_BYTES), str(one), self.transform.pixel_format)
                 pixels.append(self.transform(image))
             batch = normalise(torch.stack(pixels).to(device), self.transform.mean, self.transform.std)
             found.append(nn.functional.normalize(self.backbone(batch).cls_token.float(), dim=1).cpu())

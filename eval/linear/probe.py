@@ -76,7 +76,7 @@ class Probe:
         self.lrs = sorted(config.lrs) if len(self.held) else []
         self.pooled = PooledBackbone(
             self.loaded.backbone, config.features, self.transform.crop, self.device, config.precision,
-            self.transform.pixel_format.channels,
+            self.transform.channels,
         ).eval()  # fmt: skip
         self.row_hash = self.loaded.hash + self.pooled.identity
         self.folder = beside_weights(config, config.output_dir, "linear")

@@ -233,7 +233,7 @@ def _batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor]]:
         workers = choose_workers(config.num_workers, distributed.processes_here())
         return live_features(probe.pooled, views, probe.sampler, workers, device)
     # Augmented images already have the crop's size, and values from 0 to 1 if they are no RGB images.
-    range_of_views = () if transform.pixel_format.channels == 3 else (0.0, 1.0)
+    range_of_views = () if transform.channels == 3 else (0.0, 1.0)
     whole = dataclasses.replace(transform, resize=transform.crop, value_range=range_of_views)
     epochs = [
         cached(

@@ -88,9 +88,6 @@ class Pictures:
         )  # fmt: skip
         self._started = True
 
-    def _image(self, source: Source, index: int) -> Image.Image:
-        return read_picture(source, index, self._transform.pixel_format)
-
     @torch.inference_mode()
     def _maps(self, backbone: nn.Module, source: Source, shown: list[int]) -> dict[str, Image.Image]:
         """Return strips of the attention of the class token, if there is any, and of the patch features."""
@@ -125,7 +122,7 @@ class Pictures:
             similarity = unit @ unit[own]
             similarity[own] = -np.inf
             nearest = np.argsort(-similarity)[:NEIGHBOURS].tolist()
-            rows.append([self._image(source, index) for index in (own, *nearest)])
+            rows.append([read_picture(source, index, self._transform.pixel_format) for index in (own, *nearest)])
         return grid(rows, TILE, margin=TILE // 4)
 
     def _save(self, picture: Image.Image, name: str) -> None:
