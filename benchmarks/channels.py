@@ -3,9 +3,9 @@
     python benchmarks/channels.py OUT [--images 6000] [--epochs 4] [--seeds 2]
 
 Writes the embedded sample of Fashion-MNIST as RGB PNGs, as PNGs of one channel with 16 bits, and as arrays of five
-channels with 16 bits: grey, its negative, its horizontal and vertical differences, and noise. Each run has one thread.
-k-NN (k = 10) of 2,000 other images comes from run_knn.py, with the untrained network and raw pixels. Runs that are in
-OUT are not repeated.
+channels with 16 bits: grey, its negative, its horizontal and vertical differences, and noise. Pretraining uses
+one thread. run_knn.py (k = 10) evaluates the trained network, the untrained one and raw pixels on 2,000 other images.
+Finished pretraining runs in OUT are reused.
 """
 
 from __future__ import annotations
