@@ -49,7 +49,7 @@ SETS: dict[int, tuple[str, Callable[[Path, Pixels], None]]] = {
 
 
 def write(folder: Path, images: int, save: Callable[[Path, Pixels], None]) -> None:
-    """Write the first images as training part and the following as validation part, with a folder per class."""
+    """Write the first images to train/ and the next 2,000 to val/, one folder per class."""
     source = open_source("sample:fashion-mnist", "train")
     for index in range(images + HELD_OUT):
         pixels, label = source.read(index)
