@@ -134,8 +134,8 @@ def _images(config: ExtractConfig, loaded: LoadedBackbone) -> Source:
         log.info(f"data: {source.url}, the training data of the checkpoint (--data-path overrides it)")
     else:
         raise InputError(f"{loaded.path} does not name its training data: give --data-path, such as photos/")
-    format = loaded.transform.pixel_format
-    choose_white_level(source, format.white_level, format.channels)  # for its warning
+    if loaded.transform.channels == 3:
+        choose_white_level(source, loaded.transform.white_level)  # for its warning
     return source
 
 

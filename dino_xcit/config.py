@@ -312,6 +312,8 @@ class PretrainConfig(TrainConfig):
         self.pixel_format.check()
         if self.channels == 3:
             refuse_changed(self, ("channel_gain", "channel_drop"), "with 3 channels")
+        if self.channels == 1:
+            refuse_changed(self, ("channel_drop",), "with one channel")
         if self.channels != 3 and self.augment_device == "cuda":
             raise InputError(f"channels is {self.channels}, but augment_device cuda is for 3 channels: expected cpu")
         if not self.is_xcit:

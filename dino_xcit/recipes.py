@@ -243,6 +243,8 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainSettings:
     recipe = named or ("auto" if data else "sample")
     why = "" if "recipe" in flags else (" (--data-path is given)" if data else " (no --data-path)")
     settings = recipe_settings(recipe, arch or None)
+    if flags.get("channels", ["3"]) != ["3"]:  # the recipe's are those of its own images
+        settings = {name: value for name, value in settings.items() if name not in ("mean", "std")}
     if not data and "data_path" not in settings:
         raise InputError(f"recipe {recipe} needs --data-path: a folder of images, such as /data/imagenet/train")
     defaults = PretrainConfig(**{"recipe": recipe, **settings})  # type: ignore[arg-type]

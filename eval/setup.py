@@ -85,8 +85,8 @@ def labelled_parts(config: KnnConfig | LinearConfig, loaded: LoadedBackbone) -> 
             raise InputError(f"{loaded.path} does not name its training data: give --data-path DIR")
         log.info(f"data: {data}, the training data of the checkpoint (--data-path overrides it)")
     train, val = open_parts(data, config.train_data or None, config.val_data or None)
-    format = loaded.transform.pixel_format
-    choose_white_level(train, format.white_level, format.channels)  # for its warning
+    if loaded.transform.channels == 3:
+        choose_white_level(train, loaded.transform.white_level)  # for its warning
     return train, val
 
 

@@ -32,10 +32,11 @@ from dino_xcit import export
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import UndecodableImage, check, open_source, pack
-from dino_xcit.data.decode import choose_white_level, decode_image, measure_channels, picture_of, read_image
+from dino_xcit.data.decode import choose_white_level, decode, decode_image, measure_channels, picture_of, read_image
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
 from dino_xcit.models.channels import adapted, first_convolution
+from dino_xcit.recipes import parse_pretrain
 from dino_xcit.transform import EvalTransform, PixelFormat, normalise
 from dino_xcit.weights import load_backbone
 from eval import viz
@@ -153,7 +154,7 @@ def test_arrays_are_images_only_where_there_are_no_others(tmp_path: Path) -> Non
     for name in ("a.npy", "b.npy"):
         (tmp_path / name).write_bytes(npy(bands(5)))
     assert len(open_source(str(tmp_path))) == 2
-    with pytest.raises(UndecodableImage, match="an array, which needs --channels"):
+    with pytest.raises(UndecodableImage, match="an array, which only networks trained with --channels N read"):
         read_image(open_source(str(tmp_path)), 0)
     archive = tmp_path / "set.tar"
     with tarfile.open(archive, "w") as tar:
@@ -323,6 +324,40 @@ def test_run_stores_channels_with_measured_mean_and_std(images: Path, run: Path)
     np.testing.assert_allclose(std, pixels.std(axis=(0, 1, 2)), atol=1e-4)
     assert first_convolution(loaded.backbone)[1].in_channels == 5
     assert (run / "report.html").exists()
+
+
+def test_backbone_without_mean_and_std_is_refused(run: Path) -> None:
+    with pytest.raises(InputError, match=r"backbone.pth is for images of 5 channels, but has no mean .* checkpoint"):
+        load_backbone(run / "backbone.pth")
+
+
+def test_constant_channels_give_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = bands(5)
+    pixels[..., [1, 3]] = 7
+    (tmp_path / "a.npy").write_bytes(npy(pixels))
+    measure_channels(open_source(str(tmp_path)), FIVE)
+    assert "channel 1, 3; check --value-range and --white-level" in "".join(capsys.readouterr())
+
+
+def test_recipes_leave_mean_and_std_to_be_measured(images: Path) -> None:
+    flags = ["--recipe", "sample", "--data-path", str(images), "--channels", "5"]
+    assert len(parse_pretrain(flags).config.mean) == 3  # not given: with_statistics measures it
+
+
+def test_arrays_beside_images_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.npy").write_bytes(npy(bands(5)))
+    (tmp_path / "b.png").write_bytes(png(bands(1)[..., 0]))
+    assert len(open_source(str(tmp_path))) == 1
+    assert "skipped 1 .npy" in "".join(capsys.readouterr())
+
+
+def test_arrays_of_another_type_are_not_embedded(images: Path, run: Path, tmp_path: Path) -> None:
+    loaded, pixels = load_backbone(run / "checkpoint.pth"), np.load(images / "val" / "class0" / "0.npy")
+    np.testing.assert_array_equal(loaded.embed([pixels.astype(">u2")]), loaded.embed([pixels]))
+    with pytest.raises(UndecodableImage, match=r"images\[0\] cannot be read: its pixels have the shape \(20, 30, 4\)"):
+        loaded.embed([pixels[..., :4]])
+    with pytest.raises(UndecodableImage, match=r"its pixels are uint16 of the shape \(20, 30, 5\), expected uint8"):
+        decode(pixels, "a")
 
 
 @pytest.mark.process
@@ -513,6 +548,7 @@ def test_float_images_of_two_channels_train_in_workers(tmp_path: Path) -> None:
         ({"show_channels": (0, 1, 5)}, "show_channels is 0 1 5, expected three numbers from 0 to 4"),
         ({"value_range": (1.0, 0.0)}, "value_range is 1 0, expected the values of black and white: 0 1"),
         ({"augment_device": "cuda"}, "channels is 5, but augment_device cuda is for 3 channels: expected cpu"),
+        ({"channels": 1, "channel_drop": 0.5}, "channel_drop is 0.5, which has no effect with one channel"),
         ({"channel_drop": 2.0}, "channel_drop is 2.0, expected a probability"),
     ],
 )

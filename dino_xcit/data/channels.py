@@ -30,6 +30,7 @@ def array_of(item: Item, format: PixelFormat) -> Channels:
         ValueError: The file is of another kind, or has another number of channels. Damaged files raise any exception.
     """
     pixels = _channels_last(_read(item) if isinstance(item, bytes) else item, format.channels)
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if 0 in pixels.shape:
         raise ValueError(f"its pixels have the shape {pixels.shape}")
     return _scaled(pixels, format)
@@ -38,7 +39,7 @@ def array_of(item: Item, format: PixelFormat) -> Channels:
 def highest_uint16(data: bytes) -> int:
     """Return the highest value of a file of 16-bit values; 0 for others."""
     pixels = _read(data)
-    return int(pixels.max()) if pixels.dtype == np.uint16 else 0
+    return int(pixels.max()) if pixels.dtype.newbyteorder("=") == np.uint16 else 0
 
 
 def format_of(data: bytes) -> str:
@@ -73,8 +74,7 @@ def _read_npy(data: bytes) -> NDArray[Any]:
     header = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0
     _check_count(math.prod(header(file)[0]))
     file.seek(0)
-    pixels = np.load(file, allow_pickle=False)
-    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    return np.load(file, allow_pickle=False)
 
 
 def _read_tiff(data: bytes) -> NDArray[Any]:
@@ -107,7 +107,7 @@ def _channels_last(pixels: NDArray[Any], channels: int) -> NDArray[Any]:
     if first and last and channels > 1:
         raise ValueError(f"its pixels have the shape {pixels.shape}, so that it is unknown which are the channels")
     if not first and not last:
-        raise ValueError(f"its pixels have the shape {pixels.shape}, expected {channels} channels (--channels)")
+        raise ValueError(f"its pixels have the shape {pixels.shape}, expected {channels} channels, as --channels")
     return pixels if last else pixels.transpose(1, 2, 0)
 
 

@@ -77,6 +77,9 @@ def decode(item: Item, name: str, white_level: int = WHITE) -> Image.Image:
             :data:`MAX_PIXELS`.
     """
     if isinstance(item, np.ndarray):
+        if item.dtype != np.uint8 or item.shape[2:] not in ((), (3,)):
+            cause = f"its pixels are {item.dtype} of the shape {item.shape}, expected uint8 [height, width, 3]"
+            raise UndecodableImage(f"{name} cannot be read: {cause}", cause)
         return Image.fromarray(item).convert("RGB")
     return guarded(partial(_decode_file, white_level=white_level), item, name)
 
@@ -187,6 +190,12 @@ def _statistics(source: Source, format: PixelFormat) -> tuple[tuple[float, ...],
         raise problem
     mean, square = np.mean(moments, axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 1e-6))  # a constant channel
+    constant = [str(channel) for channel in np.flatnonzero(std <= 1e-3)]
+    if constant:
+        log.warning(
+            f"constant on a sample of {source.url}: channel {', '.join(constant)}; check --value-range and "
+            "--white-level"
+        )
     return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
 
 
@@ -406,7 +415,7 @@ def _cause(data: bytes, error: Exception) -> str:
         if data[:1000].lstrip().lower().startswith((b"<!doctype html", b"<html")):
             return "a web page, not an image"
         if data.startswith(b"\x93NUMPY"):
-            return "an array, which needs --channels"
+            return "an array, which only networks trained with --channels N read"
         return f"not an image in a known format ({', '.join(FORMATS)})"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"

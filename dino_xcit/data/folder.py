@@ -194,6 +194,8 @@ class _Found:
         Raises:
             InputError: There is no image.
         """
+        if self.images and self.arrays:  # they may be masks or features
+            self.skipped[ARRAY_SUFFIX] = len(self.arrays)
         skipped = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
         found = self.images or self.arrays
         if not found:

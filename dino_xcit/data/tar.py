@@ -167,7 +167,10 @@ def _index_shard(path: str) -> _Shard:
                         labels[stored_as] = label
         except OSError as error:
             raise storage.explained(path, error) from error
-    images = images if any(images.values()) else arrays
+    if any(images.values()):
+        skipped["arrays beside images"] += sum(map(len, arrays.values()))
+    else:
+        images = arrays
     shard = _Shard([], [], skipped)
     unused = {name for name, label in labels.items() if label is not None}
     for key, found in images.items():

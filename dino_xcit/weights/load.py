@@ -219,6 +219,14 @@ def read_weights(
         misfit += f" (named by {file.config_from})"
     prepared = preparation(file, name, where, stored.layout is Layout.TRANSFORMERS)
     own = build_empty(name, len(prepared.transform.mean)).state_dict()
+    for key, value in own.items():
+        given = stored.state.get(key.removeprefix("model."), value)
+        reads_images = value.ndim == given.ndim == 4 and value.shape[1] == len(prepared.transform.mean)
+        if reads_images and len(given) == len(value) and given.shape[1] != value.shape[1]:
+            raise InputError(
+                f"{where} is for images of {given.shape[1]} channels, but has no mean and std of each: give the "
+                "checkpoint.pth of the run"
+            )
     state, left_aside, exceptions = compare(stored.state, own, misfit, allowed)
     tensors = {key: value for key, value in (state | stored.head).items() if value.is_floating_point()}
     if wrong := [key for key, value in tensors.items() if not value.isfinite().all()]:
