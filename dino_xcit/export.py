@@ -33,13 +33,14 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from dino_xcit.cli import parse
-from dino_xcit.data import decode, open_source
+from dino_xcit.data import open_source
+from dino_xcit.data.decode import read_image
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError, one_line, printable, run_main
 from dino_xcit.models import build_backbone, fused
 from dino_xcit.models.xcit import XCIT_SIZES, XCiT
 from dino_xcit.runtime import atomic
-from dino_xcit.transform import EvalTransform, normalise, to_tensor
+from dino_xcit.transform import RGB, Channels, EvalTransform, PixelFormat, normalise, size_of, to_tensor
 from dino_xcit.weights import LoadedBackbone, load_backbone
 from dino_xcit.weights.names import to_timm
 
@@ -75,8 +76,8 @@ class ExportConfig:
     patch_tokens: bool = False
     """For onnx and torch-export: also output the patch tokens of the last block that mixes patches."""
     images: str = "sample:fashion-mnist"
-    """RGB images to compare export and original on: a folder, or another form of docs/data.md. A network for
-    N channels gets red, green and blue repeated, such as R G B R G for 5."""
+    """Images to compare export and original on: a folder, or another form of docs/data.md. Of the default, a network
+    for N channels gets red, green and blue repeated, such as R G B R G for 5."""
     tolerance: float = 1e-5
     """Maximum relative difference between export and original. For an XCiT, up to 30 times the original's float32
     rounding error (at most 1e-3) is accepted too."""
@@ -120,7 +121,8 @@ def main(argv: Sequence[str]) -> None:
         log.warning(f"the file has no evaluation transform; assumed: {loaded.transform_guess}, {loaded.transform}")
     elif loaded.transform_exception:
         log.warning(f"the evaluation transform is {loaded.transform_from}")
-    images = compared_images(config.images)
+    own = config.images != ExportConfig.images
+    images = compared_images(config.images, loaded.transform.pixel_format if own else RGB)
     with beside(out) as aside:
         print(f"writing {config.to} ...", flush=True)
         exported = TARGETS[config.to](loaded, aside, config.patch_tokens)
@@ -441,7 +443,7 @@ TARGETS: dict[str, Callable[[LoadedBackbone, Path, bool], Features]] = {
 # ---- Comparison with the original
 
 
-def compared_images(url: str) -> list[Image.Image]:
+def compared_images(url: str, format: PixelFormat) -> list[Image.Image | Channels]:
     """Return up to :data:`MAX_IMAGES` evenly spaced images of a source.
 
     Raises:
@@ -451,10 +453,12 @@ def compared_images(url: str) -> list[Image.Image]:
     if len(source) < MIN_IMAGES:
         raise InputError(f"{source.url} has {len(source)} images, expected at least {MIN_IMAGES} to compare on")
     chosen = evenly_spaced(len(source), MAX_IMAGES)
-    return [decode(source.read(index)[0], source.name(index)) for index in chosen]
+    return [read_image(source, index, format) for index in chosen]
 
 
-def compare(loaded: LoadedBackbone, exported: Features, images: list[Image.Image], config: ExportConfig) -> float:
+def compare(
+    loaded: LoadedBackbone, exported: Features, images: list[Image.Image | Channels], config: ExportConfig
+) -> float:
     """Return the maximum difference of any output value, relative to the maximum of the output.
 
     Float32 results with other orders of summation differ by about their rounding error, which in a deep network may
@@ -468,8 +472,13 @@ def compare(loaded: LoadedBackbone, exported: Features, images: list[Image.Image
     sizes = dict.fromkeys([(transform.crop, transform.crop), *(XCIT_SIZES_COMPARED if is_xcit else ())])
     greatest = 0.0
     for number, (height, width) in enumerate(sizes):
-        fitted = [to_tensor(ImageOps.fit(image, (width, height))) for image in images[: max(1, len(images) - number)]]
-        pixels = torch.stack(fitted)[:, torch.arange(loaded.transform.channels) % 3]
+        fitted = [
+            to_tensor(ImageOps.fit(image, (width, height))) if isinstance(image, Image.Image)
+            else transform.resized(image, [height, width])
+            for image in images[: max(1, len(images) - number)]
+        ]  # fmt: skip
+        pixels = torch.stack(fitted)
+        pixels = pixels[:, torch.arange(transform.channels) % pixels.shape[1]]  # the sample is RGB
         batch = normalise(pixels, transform.mean, transform.std)
         with torch.no_grad():
             expected = original(batch)
@@ -502,7 +511,7 @@ def difference(expected: Sequence[Tensor], given: Sequence[Tensor]) -> float:
     return max(math.inf if math.isnan(value) else value for value in found)
 
 
-def check_timm_transform(folder: Path, transform: EvalTransform, images: list[Image.Image]) -> None:
+def check_timm_transform(folder: Path, transform: EvalTransform, images: list[Image.Image | Channels]) -> None:
     """Compare timm's transform from config.json with the checkpoint's.
 
     Raises:
@@ -518,8 +527,8 @@ def check_timm_transform(folder: Path, transform: EvalTransform, images: list[Im
         given: Tensor = theirs(image)
         if ours.shape != given.shape or float((ours - given).abs().max()) > 1e-5:
             raise InputError(
-                f"timm prepares an image of {image.width} x {image.height} pixels differently than {transform}: export "
-                "with --to safetensors instead"
+                f"timm prepares an image of {' x '.join(map(str, size_of(image)))} pixels (height x width) differently "
+                f"than {transform}: export with --to safetensors instead"
             )
 
 

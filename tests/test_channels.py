@@ -432,6 +432,8 @@ def test_data_check_prints_mean_and_std_of_each_channel(
 def test_exports_follow_the_checkpoint(target: str, images: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / {"safetensors": "five.safetensors", "torch-export": "five.pt2"}[target]
     export.main(["--weights", str(run / "checkpoint.pth"), "--to", target, "--out", str(out)])
+    own = ["--images", str(images), "--overwrite"]
+    export.main(["--weights", str(run / "checkpoint.pth"), "--to", target, "--out", str(out), *own])
     loaded, query = load_backbone(run / "checkpoint.pth"), images / "val" / "class0" / "0.npy"
     if target == "safetensors":
         again = load_backbone(out)
