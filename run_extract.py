@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from dino_xcit.data import Source, open_source
-from dino_xcit.data.decode import choose_white_level, decode_image, picture_of
+from dino_xcit.data.decode import decode_image, picture_of
+from dino_xcit.data.measure import choose_white_level
 from dino_xcit.errors import InputError
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log

@@ -33,8 +33,8 @@ from dino_xcit import auto, kernel_choice, loop, nonfinite, representation
 from dino_xcit.checkpoint.folder import LATEST
 from dino_xcit.checkpoint.resume import refuse_file
 from dino_xcit.data import Source, open_source
-from dino_xcit.data.decode import choose_white_level, measure_channels
 from dino_xcit.data.loader import MultiCropDataset
+from dino_xcit.data.measure import choose_white_level, measure_channels
 from dino_xcit.data.open import has_validation
 from dino_xcit.dry_run import dry_run
 from dino_xcit.errors import InputError

@@ -22,7 +22,8 @@ from dino_xcit.bounds import FilePath, Positional, annotations_of
 from dino_xcit.cli import parse_known
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Source, open_source
-from dino_xcit.data.decode import choose_white_level, picture_of, read_image
+from dino_xcit.data.decode import picture_of, read_image
+from dino_xcit.data.measure import choose_white_level
 from dino_xcit.data.source import evenly_spaced
 from dino_xcit.errors import InputError, printable, run_main
 from dino_xcit.recipes import AUTO, parse_pretrain

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dino_xcit.data import Source, open_parts
-from dino_xcit.data.decode import choose_white_level
+from dino_xcit.data.measure import choose_white_level
 from dino_xcit.errors import InputError, one_line
 from dino_xcit.runtime import distributed
 from dino_xcit.runtime import logging as log

@@ -32,7 +32,8 @@ from dino_xcit import export
 from dino_xcit.augment import MultiCropAugmentation
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import UndecodableImage, check, open_source, pack
-from dino_xcit.data.decode import choose_white_level, decode, decode_image, measure_channels, picture_of, read_image
+from dino_xcit.data.decode import decode, decode_image, picture_of, read_image
+from dino_xcit.data.measure import choose_white_level, measure_channels
 from dino_xcit.errors import InputError
 from dino_xcit.models import build_backbone
 from dino_xcit.models.channels import adapted, first_convolution

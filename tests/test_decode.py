@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from dino_xcit.data import open_source
-from dino_xcit.data.decode import WHITE, UndecodableImage, choose_white_level, decode, decode_pixels
+from dino_xcit.data.decode import WHITE, UndecodableImage, decode, decode_pixels
+from dino_xcit.data.measure import choose_white_level
 from dino_xcit.errors import InputError
 from dino_xcit.transform import EvalTransform, PixelFormat
 from eval.features import TransformedImages

@@ -24,7 +24,8 @@ from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, open_source
 from dino_xcit.data.channels import format_of
-from dino_xcit.data.decode import choose_white_level, decode_image, measure_channels, read_header
+from dino_xcit.data.decode import decode_image, read_header
+from dino_xcit.data.measure import choose_white_level, measure_channels
 from dino_xcit.data.open import parts_of
 from dino_xcit.data.workers import each_image
 from dino_xcit.errors import InputError, printable

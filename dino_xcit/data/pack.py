@@ -35,7 +35,8 @@ from dino_xcit.bounds import FilePath, Positional, ZeroIsAuto, refuse_changed
 from dino_xcit.cli import parse
 from dino_xcit.data import Source, UndecodableImage, decode, open_source
 from dino_xcit.data.channels import format_of
-from dino_xcit.data.decode import choose_white_level, decode_image, read_header
+from dino_xcit.data.decode import decode_image, read_header
+from dino_xcit.data.measure import choose_white_level
 from dino_xcit.data.open import parts_of
 from dino_xcit.data.source import Item
 from dino_xcit.data.workers import each_image, usable_cores
